@@ -1,0 +1,79 @@
+# make demo: the main job on the shipped model and novels.  make test: the test suite.
+# Both install everything into .venv first. CI runs .ci/run, which calls the other targets too.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+READY := .venv/.ready
+FLOOR := .venv-floor/.ready
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --maxprocesses=4
+COMPARE := .venv/bin/hf-posext compare --dataset examples/data/heldout.jsonl --documents 8
+CARDS := tiny-rope tiny-learned tiny-alibi
+
+# Nothing here needs the Hub.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export HF_EVALUATE_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test sweep test-floor lint format card clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	rm -rf reports/demo
+	$(COMPARE) --model examples/tiny/tiny-rope --methods none,linear,ntk,yarn --factor 8 \
+		--lengths 512,1024,2048,4096 --passkey 10 --output reports/demo
+	@echo "The report is reports/demo/README.md, its picture reports/demo/perplexity.png."
+
+test: $(READY)
+	$(PYTEST) tests
+
+sweep: $(READY)
+	$(PYTEST) -m sweep tests
+
+test-floor: $(FLOOR)
+	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: $(READY)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# Measures the three shipped models and writes MODEL_CARD.md from the result files.
+card: $(READY) $(CARDS:%=results/%.json)
+	.venv/bin/python tools/model_card.py
+
+# The learned table ends at 2048 rows.
+results/tiny-learned.json: LENGTHS := 512,1024,2048
+results/%.json: LENGTHS ?= 512,1024,2048,4096
+results/%.json: | $(READY)
+	rm -rf reports/card/$*
+	$(COMPARE) --model examples/tiny/$* --methods none --lengths $(LENGTHS) --passkey 20 --output reports/card/$*
+	mkdir -p results
+	cp reports/card/$*/results.json $@
+
+clean:
+	rm -rf .venv .venv-floor reports build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: on a machine whose pip finds a CPU build of the pinned version, that build is what
+# stays installed, and the second call has nothing left to choose.
+define install
+	@test -n "$(PYTHON)" || { echo "hf_posext needs Python 3.11 or newer; install it, or name it: make PYTHON=..." >&2; exit 1; }
+	@echo "Installing into $(1) once; this takes some minutes."
+	$(PYTHON) -m venv $(1) || { echo "could not make $(1): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	$(1)/bin/python -m pip install --quiet -c $(2) torch
+	$(1)/bin/python -m pip install --quiet -c $(2) -e '.[$(3)]'
+	touch $@
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,dev)
+
+$(FLOOR): pyproject.toml constraints-floor.txt
+	$(call install,.venv-floor,constraints-floor.txt,test)

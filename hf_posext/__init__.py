@@ -1,0 +1,70 @@
+"""Longer context for any transformers model: patch its positions, undo to the bit, measure what it did.
+
+Importing this package patches nothing and loads neither torch nor transformers until a name is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import PosExtError as PosExtError
+    from .evaluation import Results, compare, evaluate_perplexity, load_documents
+    from .methods import (
+        NTK,
+        Linear,
+        Llama3,
+        LongRoPE,
+        Method,
+        NoExtension,
+        NoPE,
+        Partial,
+        Resonance,
+        Theta,
+        YaRN,
+        list_methods,
+        register,
+    )
+    from .patching import Patch, detect_scheme, load_patched, patch_model, unpatch_model
+    from .plan import ExtensionPlan
+    from .scheme import PositionalScheme
+
+__version__ = version("hf_posext")
+
+_HOMES = {
+    "errors": ("PosExtError",),
+    "evaluation": ("Results", "compare", "evaluate_perplexity", "load_documents"),
+    "methods": (
+        "NTK",
+        "Linear",
+        "Llama3",
+        "LongRoPE",
+        "Method",
+        "NoExtension",
+        "NoPE",
+        "Partial",
+        "Resonance",
+        "Theta",
+        "YaRN",
+        "list_methods",
+        "register",
+    ),
+    "patching": ("Patch", "detect_scheme", "load_patched", "patch_model", "unpatch_model"),
+    "plan": ("ExtensionPlan",),
+    "scheme": ("PositionalScheme",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'hf_posext' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,98 @@
+"""`inspect` and `methods`: what a model has, and what can be done with it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .app import app
+
+if TYPE_CHECKING:
+    from ..scheme import PositionalScheme
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _console() -> Console:
+    return Console(width=80, highlight=False)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods, with the paper of each."""
+    from dataclasses import asdict
+
+    from ..registry import list_methods
+
+    found = list_methods()
+    if as_json:
+        typer.echo(json.dumps([asdict(method) for method in found], indent=2))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("extends")
+    table.add_column("what it is, and its paper")
+    for method in found:
+        paper = f"\n{method.url}" if method.url else ""
+        extends = "any" if len(method.kinds) > 4 else ", ".join(method.kinds)
+        table.add_row(method.name, extends, escape(f"{method.title}: {method.summary}") + paper)
+    _console().print(table)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id; its config is enough, no weights are read.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show how a model encodes position, the length it was trained on, and which methods apply."""
+    from ..patching import detect_scheme
+    from .loading import load_config
+
+    scheme = detect_scheme(load_config(model))
+    refusals = _refusals(scheme)
+    if as_json:
+        typer.echo(json.dumps({"model": model, "scheme": scheme.to_dict(), "methods": refusals}, indent=2))
+        return
+    console = _console()
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(no_wrap=True)
+    facts.add_column()
+    for name, value in _facts(model, scheme):
+        facts.add_row(name, escape(value))
+    facts.add_row("applies", ", ".join(name for name, reason in refusals.items() if reason is None))
+    console.print(facts)
+    refused = {name: reason for name, reason in refusals.items() if reason is not None}
+    for name, reason in refused.items():
+        console.print(f"[dim]not {name}: {escape(reason)}[/dim]")
+
+
+def _refusals(scheme: PositionalScheme) -> dict[str, str | None]:
+    """Why each method does not apply; `None` for one that does."""
+    from ..methods import as_method
+    from ..registry import list_methods
+
+    return {method.name: as_method(method.name).applies_to(scheme) for method in list_methods()}
+
+
+def _facts(model: str, scheme: PositionalScheme) -> list[tuple[str, Any]]:
+    def tokens(length: int | None) -> str:
+        return "unknown" if length is None else f"{length} tokens"
+
+    facts = [
+        ("model", f"{model} ({scheme.model_type})"),
+        ("positions", f"{scheme.kind} (generalization: {scheme.generalization})"),
+        ("trained length", f"{tokens(scheme.trained_length)} ({scheme.trained_length_source})"),
+        ("shipped length", tokens(scheme.shipped_length)),
+    ]
+    for rotary in scheme.rotaries:
+        name = f"rotary {rotary.name}".rstrip()
+        window = f", window {rotary.window}" if rotary.window else ""
+        turns = f"theta {rotary.theta:g}, {rotary.pairs} pairs, rope type {rotary.shipped_type}{window}"
+        facts.append((name, turns))
+    return facts

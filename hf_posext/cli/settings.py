@@ -1,0 +1,69 @@
+"""Settings of a run from a YAML file; flags on the command line go before them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from ..errors import InvalidParameterError
+
+LISTS = ("methods", "lengths")
+"""Settings that hold several values: a YAML list, or text with commas as on the command line."""
+
+
+def use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of `--config`: what the file says becomes the default of every option of the command.
+
+    The option must be eager, so that it is read before the others. Values are handed on as the text that would
+    stand on the command line, so that both are checked by the same code.
+    """
+    if path is not None:
+        known = {parameter.name for parameter in context.command.params if parameter.name} - {"config"}
+        context.default_map = {**(context.default_map or {}), **read_config(path, known)}
+    return path
+
+
+def read_config(path: str | Path, known: Collection[str]) -> dict[str, str]:
+    """The settings in a YAML file, as text by option name.
+
+    Args:
+        path (`str` or `Path`): a mapping from option names (`target-length` or `target_length`) to values; an empty
+            value leaves the default.
+        known (`Collection[str]`): the names there are, with underscores.
+
+    Raises:
+        InvalidParameterError: not YAML, not a mapping, an unknown name, or a value of a wrong type.
+        OSError: no such file.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidParameterError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidParameterError(f"{path} holds {type(data).__name__}; give settings, a line each, as 'factor: 8'")
+    settings = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise InvalidParameterError(
+                f"unknown setting {key!r} in {path}; {guess}there are: {', '.join(sorted(known))}"
+            )
+        if value is not None:
+            settings[name] = _as_text(path, name, value)
+    return settings
+
+
+def _as_text(path: str | Path, name: str, value: Any) -> str:
+    items = value if isinstance(value, list) and name in LISTS else [value]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            kind = "a list of plain values" if name in LISTS else "one plain value"
+            raise InvalidParameterError(f"{name} in {path} is {item!r}; give {kind}")
+    return ",".join(map(str, items))

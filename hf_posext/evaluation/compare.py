@@ -1,0 +1,167 @@
+"""Before and after: methods side by side on the same tokens, against the control."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import AlreadyPatchedError, InvalidParameterError
+from ..patching import detect_scheme, patch_model
+from ..patching.detect import unwrap
+from ..plan import ExtensionPlan
+from .control import CONTROL, measure_control
+from .passkey import passkey_accuracy, passkey_prompts
+from .perplexity import collect, measure_method, work
+from .results import Results
+from .rows import Record, make_rows
+from .scoring import evaluation_mode
+from .setup import check_positions, is_multipass, prepare
+
+if TYPE_CHECKING:
+    import datasets
+
+    from ..methods.base import Method
+    from .documents import Document
+
+logger = logging.getLogger(__name__)
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
+    methods: Sequence[str | Method],
+    *,
+    lengths: Sequence[int],
+    factor: float | None = None,
+    target_length: int | None = None,
+    original_length: int | None = None,
+    protocol: str = "prefix",
+    stride: int | None = None,
+    start: int = 0,
+    passkey: int = 0,
+    seed: int = 0,
+    on_method: Callable[[Results], None] | None = None,
+) -> Results:
+    """
+    Perplexity, gain over the control, and pass-key retrieval of several methods on one model.
+
+    All methods are planned before anything is measured, so that a mistake costs no hours. The control is measured once;
+    `none`, where it is asked for, is measured first, since the others are compared with it. The model is restored after
+    each method, also by an exception or Ctrl-C.
+
+    | column | meaning |
+    |---|---|
+    | `perplexity`, `perplexity_tail` | of all tokens that the protocol scores, and of the second half of them |
+    | `nll_sum`, `tokens`, `documents` | what the perplexity comes from; sums in nats |
+    | `ci95` | 95 % bootstrap interval of `perplexity` over documents |
+    | `perplexity_truncated`, `perplexity_truncated_tail` | the same tokens, unpatched, context cut to the trained length |
+    | `gain`, `gain_ci95` | `perplexity_truncated_tail / perplexity_tail`, paired: above 1 the longer context helps |
+    | `change`, `change_ci95` | `perplexity / unpatched perplexity - 1` at the same length, paired |
+    | `passkey`, `passkey_trials` | share of pass keys found, of how many |
+
+    Args:
+        model (`PreTrainedModel`): a causal language model without a patch.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        documents (`list[Document]`, or what [`load_documents`] takes): the texts.
+        methods (`Sequence[str | Method]`): names, or method objects with hyper-parameters of their own.
+        lengths (`Sequence[int]`): context lengths in tokens.
+        factor (`float`, *optional*): of methods that do not say their own.
+        target_length (`int`, *optional*): in tokens, instead of a factor.
+        original_length (`int`, *optional*): trained length, where the config is wrong about it; the control's, too.
+        protocol (`str`, *optional*, defaults to `"prefix"`): see [`evaluate_perplexity`].
+        stride (`int`, *optional*): see [`evaluate_perplexity`].
+        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document.
+        passkey (`int`, *optional*, defaults to 0): pass-key trials per method and length; 0 for none.
+        seed (`int`, *optional*, defaults to 0): of the bootstrap and of the pass keys.
+        on_method (`Callable[[Results], None]`, *optional*): called with the results so far after each method, so that
+            what is finished can be saved.
+
+    Returns:
+        [`Results`]: one row per method and length.
+
+    Raises:
+        AlreadyPatchedError: the model has a patch.
+        InvalidParameterError: lengths, protocol, stride or methods that cannot be.
+        DocumentError, UnsupportedModelError, EvaluationError: as [`evaluate_perplexity`].
+        PosExtError: as `patch_model`, for a method that does not fit the model.
+    """
+    base = unwrap(model)
+    present = getattr(base, "_posext_patch", None)
+    if present is not None:
+        raise AlreadyPatchedError(
+            f"the model has the patch {present.plan.method!r} in force, and a comparison begins unpatched; "
+            "call unpatch_model(model) first"
+        )
+    if passkey < 0:
+        raise InvalidParameterError(f"passkey is {passkey}; give the number of trials per length, or 0 for none")
+    scheme = detect_scheme(base)
+    setup = prepare(
+        model, tokenizer, documents, lengths, scheme, protocol=protocol, stride=stride, start=start, seed=seed
+    )
+    lengths_given = {"factor": factor, "target_length": target_length, "original_length": original_length}
+    planned = _plan_all(base, methods, tokenizer, lengths_given)
+    for _, plan in planned:
+        check_positions(scheme, plan, setup.lengths[-1])
+    if passkey:
+        for length in setup.lengths:
+            passkey_prompts(tokenizer, length, 1, seed)
+    trained_length = original_length or scheme.trained_length
+    results = Results({**setup.provenance, "trained_length": trained_length})
+    control: list[Record] = []
+    baseline: list[Record] = []
+    steps = work(setup) * (len(planned) + (trained_length is not None))
+    steps += len(planned) * len(setup.lengths) * (passkey > 0)
+    with evaluation_mode(base), tqdm(total=steps, unit="doc", disable=None) as progress:
+        if trained_length is None:
+            logger.warning(
+                "the trained length of %s is unknown, so there is no control and no gain; give original_length=",
+                scheme.model_type,
+            )
+        else:
+            progress.set_description("control")
+            truncated = measure_control(setup.scorer, setup.documents, setup.lengths, setup.protocol, trained_length)
+            control = collect(truncated, setup, CONTROL, 1.0, progress.update)
+            results.per_document += control
+        for method, plan in planned:
+            progress.set_description(plan.method)
+            with patch_model(base, method, tokenizer=tokenizer, **lengths_given):
+                records = measure_method(setup, plan.method, plan.factor, is_multipass(scheme, plan), progress.update)
+                found = {}
+                if passkey:
+                    found = passkey_accuracy(
+                        base, tokenizer, setup.lengths, passkey, seed, on_length=lambda: progress.update(1)
+                    )
+            baseline = records if plan.changes_nothing else baseline
+            rows = make_rows(records, protocol=protocol, control=control, baseline=baseline, seed=seed)
+            for row in rows if passkey else ():
+                row |= {"passkey": found[row["length"]], "passkey_trials": passkey}
+            results.rows += rows
+            results.per_document += records
+            if on_method is not None:
+                on_method(results)
+    return results
+
+
+def _plan_all(
+    model: nn.Module, methods: Sequence[str | Method], tokenizer: Any, lengths_given: dict[str, Any]
+) -> list[tuple[str | Method, ExtensionPlan]]:
+    """Every method with its plan, `none` first; each is patched and undone once, so that mistakes show at once."""
+    if isinstance(methods, str) or not methods:
+        raise InvalidParameterError(f"methods is {methods!r}; give a list, as in methods=['none', 'yarn']")
+    planned: list[tuple[str | Method, ExtensionPlan]] = []
+    for method in methods:
+        with patch_model(model, method, tokenizer=tokenizer, **lengths_given) as patch:
+            planned.append((method, patch.plan))
+    labels = [(plan.method, plan.factor) for _, plan in planned]
+    for name, times in labels:
+        if labels.count((name, times)) > 1:
+            raise InvalidParameterError(
+                f"{name!r} at factor {times:g} is among the methods more than once, and rows are told apart by these two; "
+                "compare them in two runs"
+            )
+    return sorted(planned, key=lambda entry: not entry[1].changes_nothing)

@@ -1,0 +1,164 @@
+"""Documents from files, from `datasets` objects, from lists of strings, or from the Hub."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DocumentError
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""File endings and the builders of `datasets` that read them; `.txt` files are one document each."""
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Document:
+    """
+    A text to measure on.
+
+    Args:
+        id (`str`): a name for messages and result files: file name, `id` column, or index.
+        text (`str`): the text.
+    """
+
+    id: str
+    text: str
+
+
+class Documents(list[Document]):
+    """A list of [`Document`] that remembers where it comes from.
+
+    Args:
+        documents (`Iterable[Document]`): the documents.
+        source (`Mapping`): `dataset`, `split`, `revision` and `text_column`, for the provenance of results.
+    """
+
+    def __init__(self, documents: Iterable[Document], source: Mapping[str, Any]) -> None:
+        super().__init__(documents)
+        self.source = dict(source)
+
+
+def load_documents(
+    source: str | Path | Iterable[str] | datasets.Dataset | datasets.IterableDataset,
+    *,
+    text_column: str = "text",
+    split: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+) -> Documents:
+    """
+    Load texts to measure on.
+
+    Args:
+        source (`str`, `Path`, `datasets.Dataset`, `datasets.IterableDataset` or `list[str]`):
+            a folder of `.txt` files or one such file (a document each); a `.jsonl`, `.json`, `.csv` or `.parquet` file
+            (a document a row); a folder or Hub id that `datasets.load_dataset` reads, streamed; or the data itself.
+        text_column (`str`, *optional*, defaults to `"text"`): column of the text; a column `id` names the documents.
+        split (`str`, *optional*): for a data set folder or Hub id; may be left out where there is only one.
+        revision (`str`, *optional*): branch, tag or commit of a Hub data set.
+        limit (`int`, *optional*): how many documents to read, from the first on; all of them by default.
+
+    Returns:
+        [`Documents`]: a list of [`Document`], with its source.
+
+    Raises:
+        DocumentError: no such path or data set, no such split or column, a text that is none, or no documents at all.
+    """
+    if limit is not None and limit < 1:
+        raise DocumentError(f"limit is {limit}; give the number of documents to read, 1 or more, or leave it out")
+    name = str(source) if isinstance(source, str | Path) else type(source).__name__
+    if isinstance(source, str | Path):
+        texts = _from_path(Path(source), text_column, split, revision)
+    elif hasattr(source, "column_names"):
+        texts = _from_rows(source, text_column, name)
+    else:
+        texts = ((str(index), text) for index, text in enumerate(source))
+    documents: list[Document] = []
+    for id, text in _one_line_errors(itertools.islice(texts, limit), name):
+        if not isinstance(text, str):
+            raise DocumentError(f"document {id!r} of {name} is {type(text).__name__}, not text; drop or convert it")
+        documents.append(Document(id, text))
+    if not documents:
+        raise DocumentError(f"{name} has no documents; give a data set with at least one row, or a folder of .txt files")
+    where = {"dataset": name, "split": split, "revision": revision, "text_column": text_column}
+    return Documents(_with_unique_ids(documents), where)
+
+
+def _from_path(path: Path, text_column: str, split: str | None, revision: str | None) -> Iterable[tuple[str, Any]]:
+    if path.is_file() and path.suffix == ".txt":
+        return _from_text_files([path])
+    if path.is_file() and path.suffix in BUILDERS:
+        rows = _load_dataset(str(path), BUILDERS[path.suffix], data_files=str(path.absolute()), split="train")
+        return _from_rows(rows, text_column, str(path))
+    if path.is_file():
+        raise DocumentError(f"{path} ends in {path.suffix!r}; give a file of .txt, {', '.join(BUILDERS)}, or a folder")
+    if path.is_dir() and (files := sorted(path.glob("*.txt"))):
+        return _from_text_files(files)
+    if not path.is_dir() and (path.suffix in (".txt", *BUILDERS) or not HUB_ID.fullmatch(str(path))):
+        raise DocumentError(f"no such path: {path}; give a folder, a file of .txt, {', '.join(BUILDERS)}, or a Hub id")
+    name = str(path.absolute()) if path.is_dir() else str(path)
+    found = _load_dataset(str(path), name, split=split, revision=revision)
+    if isinstance(found, dict):
+        if len(found) > 1:
+            raise DocumentError(f"{path} has the splits {', '.join(found)}; choose one with split={next(iter(found))!r}")
+        (found,) = found.values()
+    return _from_rows(found, text_column, str(path))
+
+
+def _load_dataset(shown: str, *args: Any, **kwargs: Any) -> Any:
+    import datasets
+
+    # Streamed, so that a limit reads no more than it needs and nothing is copied into a cache.
+    try:
+        return datasets.load_dataset(*args, streaming=True, **kwargs)
+    except Exception as error:
+        raise _unreadable(shown, error) from error
+
+
+def _from_text_files(paths: Iterable[Path]) -> Iterable[tuple[str, str]]:
+    for path in paths:
+        yield path.name, path.read_text(encoding="utf-8")
+
+
+def _from_rows(rows: Any, text_column: str, name: str) -> Iterable[tuple[str, Any]]:
+    for index, row in enumerate(rows):
+        if text_column not in row:
+            raise DocumentError(
+                f"{name} has no column {text_column!r}; it has {', '.join(row)}: choose one with text_column="
+            )
+        yield str(row.get("id", index)), row[text_column]
+
+
+def _one_line_errors(texts: Iterable[tuple[str, Any]], name: str) -> Iterable[tuple[str, Any]]:
+    """The same, with whatever the readers of files raise on the way turned into one line."""
+    try:
+        yield from texts
+    except DocumentError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> DocumentError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DocumentError(f"cannot read {name}: {reason}")
+
+
+def _with_unique_ids(documents: list[Document]) -> list[Document]:
+    """Ids numbered where they repeat: results are paired by id."""
+    if len({document.id for document in documents}) == len(documents):
+        return documents
+    logger.warning("document ids repeat; they are numbered")
+    return [Document(f"{index}-{document.id}", document.text) for index, document in enumerate(documents)]

@@ -1,0 +1,195 @@
+"""Results of a measurement: provenance, rows, and what each document gave; to and from files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EvaluationError, InvalidParameterError
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA = 1
+
+ROW_KEYS = (
+    "method",
+    "factor",
+    "protocol",
+    "length",
+    "perplexity",
+    "perplexity_tail",
+    "nll_sum",
+    "tokens",
+    "documents",
+    "ci95",
+    "perplexity_truncated",
+    "perplexity_truncated_tail",
+    "gain",
+    "gain_ci95",
+    "change",
+    "change_ci95",
+)
+"""What every row has, in this order; `passkey` and `passkey_trials` follow where pass keys were asked for."""
+
+PASSKEY_KEYS = ("passkey", "passkey_trials")
+DOCUMENT_KEYS = ("document", "method", "factor", "length", "nll_sum", "tokens", "tail_nll_sum", "tail_tokens")
+INTERVALS = ("ci95", "gain_ci95", "change_ci95")
+
+
+@dataclass
+class Results:
+    """
+    Perplexity of one model by method and context length.
+
+    Args:
+        provenance (`dict`): versions, model, data, seed, protocol, lengths: what is needed to measure again.
+        rows (`list[dict]`): one per method and length; see the table in [`compare`].
+        per_document (`list[dict]`): sums of NLL and counts of tokens of every document, method and length, the control
+            (`"truncated"`) included, so that every perplexity and interval can be computed again.
+    """
+
+    provenance: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    per_document: list[dict[str, Any]] = field(default_factory=list)
+
+    def row(self, method: str, length: int, factor: float | None = None) -> dict[str, Any]:
+        """
+        The row of a method at a length.
+
+        Args:
+            method (`str`): label of the method, such as `"yarn"`.
+            length (`int`): context length in tokens.
+            factor (`float`, *optional*): needed only where the method was measured at several factors.
+
+        Raises:
+            InvalidParameterError: there is no such row, or there are several.
+        """
+        found = [
+            row
+            for row in self.rows
+            if row["method"] == method and row["length"] == length and factor in (None, row["factor"])
+        ]
+        if len(found) != 1:
+            there = ", ".join(f"{row['method']} x{row['factor']:g} at {row['length']}" for row in found or self.rows)
+            raise InvalidParameterError(
+                f"{len(found)} rows are {method!r} at {length} (factor {factor}); choose one of: {there or 'none'}"
+            )
+        return found[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; a number that is not finite becomes `None`."""
+        content = {"provenance": self.provenance, "rows": self.rows, "per_document": self.per_document}
+        plain: dict[str, Any] = {"schema": SCHEMA, **_finite(content)}
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Results:
+        """
+        The results that `to_dict` gave.
+
+        Raises:
+            EvaluationError: another schema, or keys missing or unknown.
+        """
+        if not isinstance(data, Mapping) or "schema" not in data:
+            raise EvaluationError("no results of hf_posext: a JSON object with the key 'schema' is expected")
+        if data["schema"] != SCHEMA:
+            raise EvaluationError(
+                f"results have schema {data['schema']!r}; this version of hf_posext reads {SCHEMA}: upgrade it, or measure again"
+            )
+        _check_keys("results", data, ("schema", "provenance", "rows", "per_document"))
+        if not isinstance(data["provenance"], Mapping):
+            raise EvaluationError("provenance of the results is no JSON object")
+        for name, keys, optional in (("rows", ROW_KEYS, PASSKEY_KEYS), ("per_document", DOCUMENT_KEYS, ())):
+            if not isinstance(data[name], list):
+                raise EvaluationError(f"{name} of the results is {type(data[name]).__name__}, not a list")
+            for index, entry in enumerate(data[name]):
+                _check_keys(f"{name}[{index}]", entry, keys, optional)
+        return cls(
+            dict(data["provenance"]), [dict(row) for row in data["rows"]], [dict(row) for row in data["per_document"]]
+        )
+
+    def save_json(self, path: str | Path) -> Path:
+        """Write the results; a file that is there stays whole until the new one is (atomic replacement)."""
+        return _write_atomic(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load_json(cls, path: str | Path) -> Results:
+        """
+        Read results from a file.
+
+        Raises:
+            EvaluationError: no such file, not JSON, or not results of this schema.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise EvaluationError(f"cannot read results at {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise EvaluationError(f"{path} is not JSON, so it holds no results: {error}; measure again") from error
+        try:
+            return cls.from_dict(data)
+        except EvaluationError as error:
+            raise EvaluationError(f"{path}: {error}") from error
+
+    def save_csv(self, path: str | Path) -> Path:
+        """Write the rows as a table; an interval takes two columns, `_low` and `_high`."""
+        rows = self._flat_rows()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else list(ROW_KEYS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return _write_atomic(Path(path), text.getvalue())
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The rows as a `pandas.DataFrame`, with the columns of `save_csv`."""
+        import pandas
+
+        return pandas.DataFrame(self._flat_rows())
+
+    def _flat_rows(self) -> list[dict[str, Any]]:
+        flat = []
+        for row in _finite(self.rows):
+            cells: dict[str, Any] = {}
+            for key, value in row.items():
+                if key in INTERVALS:
+                    cells[f"{key}_low"], cells[f"{key}_high"] = value or (None, None)
+                else:
+                    cells[key] = value
+            flat.append(cells)
+        return flat
+
+
+def _finite(value: Any) -> Any:
+    """The same, without NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_keys(name: str, entry: Any, keys: Iterable[str], optional: Iterable[str] = ()) -> None:
+    if not isinstance(entry, Mapping):
+        raise EvaluationError(f"{name} is {type(entry).__name__}, not a JSON object")
+    missing = [key for key in keys if key not in entry]
+    unknown = sorted(set(entry) - {*keys, *optional})
+    if missing or unknown:
+        raise EvaluationError(f"{name} lacks {missing} and has unknown {unknown}; measure again with this version")
+
+
+def _write_atomic(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,172 @@
+"""What the methods that change rotary frequencies share.
+
+All arithmetic is float32 and in the order in which transformers does it, so that a plan equals transformers' own rope
+types to the bit where they exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, RotaryPlan
+from ..scheme import PositionalScheme, Rotary
+from .base import Method
+
+SCALING_KEYS = frozenset(
+    {
+        "rope_type",
+        "type",
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "low_freq_factor",
+        "high_freq_factor",
+        "short_factor",
+        "long_factor",
+        "short_mscale",
+        "long_mscale",
+        "rope_theta",
+    }
+)
+"""Keys of `rope_parameters` that say how frequencies are scaled. A plan replaces them and keeps all others, which mean
+other things to the model (`mrope_section`, `partial_rotary_factor`, `llama_4_scaling_beta`, ...)."""
+
+
+@dataclass(frozen=True)
+class FrequencyMethod(Method):
+    """A method that gives each rotary pair another frequency.
+
+    Subclasses implement [`~FrequencyMethod.rescale`]. Sets of frequencies whose layers see no farther than the trained
+    length (the sliding-window layers of Gemma-3 and others) are left as shipped: no distance in them is ever new.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
+    covers_local_layers: ClassVar[bool] = False
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        """The new frequencies of one set.
+
+        Args:
+            rotary (`Rotary`): what the model has.
+            current (`RotaryPlan`): the frequencies so far: unscaled, or as the method before left them.
+            plan (`ExtensionPlan`): for `factor`, `original_length` and `target_length`.
+        """
+        raise TypeError(f"{type(self).__name__} must implement rescale(rotary, current, plan)")
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        so_far = {entry.name: entry for entry in plan.rotaries}
+        for rotary in plan.scheme.rotaries:
+            local = rotary.window is not None and rotary.window <= plan.original_length
+            if local and not self.covers_local_layers:
+                continue
+            current = so_far.get(rotary.name) or unscaled(rotary)
+            so_far[rotary.name] = self.rescale(rotary, current, plan)
+        return replace(plan, rotaries=tuple(so_far.values()))
+
+
+def exponents(rotary: Rotary) -> torch.Tensor:
+    """`2 i / dim` of each turning pair, float32 of shape (pairs,)."""
+    return torch.arange(0, 2 * rotary.pairs, 2, dtype=torch.float32) / rotary.dim
+
+
+def powers(theta: float, rotary: Rotary) -> torch.Tensor:
+    """`theta ** (-2 i / dim)` of each turning pair, float32 of shape (pairs,)."""
+    return 1.0 / (theta ** exponents(rotary))
+
+
+def unscaled(rotary: Rotary) -> RotaryPlan:
+    """The frequencies before any scaling, whatever the model ships with."""
+    return from_tensor(rotary, powers(rotary.theta, rotary), rope_parameters={"rope_type": "default"})
+
+
+def frequencies(entry: RotaryPlan, rotary: Rotary) -> torch.Tensor:
+    """The turning pairs of a planned set as float32 of shape (pairs,)."""
+    return torch.tensor(entry.inv_freq[: rotary.pairs], dtype=torch.float32)
+
+
+def from_tensor(
+    rotary: Rotary,
+    inv_freq: torch.Tensor,
+    *,
+    attention_factor: float = 1.0,
+    rope_parameters: Mapping[str, Any] | None,
+) -> RotaryPlan:
+    """A plan of one set from its turning pairs, with the config entry from which transformers computes the same."""
+    return RotaryPlan(
+        name=rotary.name,
+        inv_freq=padded(rotary, inv_freq),
+        attention_factor=attention_factor,
+        rope_parameters=None if rope_parameters is None else complete(rotary, rope_parameters),
+    )
+
+
+def padded(rotary: Rotary, inv_freq: torch.Tensor) -> tuple[float, ...]:
+    """Frequencies of the turning pairs as numbers, zeros for the slots that do not turn."""
+    return (*inv_freq.float().tolist(), *[0.0] * (rotary.slots - rotary.pairs))
+
+
+def complete(rotary: Rotary, rope_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A config entry with the base, and with the shipped keys that do not speak of scaling."""
+    kept = {key: value for key, value in rotary.shipped.items() if key not in SCALING_KEYS}
+    return {**kept, "rope_theta": rotary.theta, **rope_parameters}
+
+
+def as_longrope(
+    rotary: Rotary, inv_freq: torch.Tensor, plan: ExtensionPlan, *, attention_factor: float = 1.0
+) -> RotaryPlan:
+    """Frequencies for which transformers has no rope type, said as `longrope` with equal short and long factors.
+
+    The numbers are rounded through that form (a float32 division, 1e-7 relative), so that the live model and the
+    checkpoint opened without this package agree to the bit.
+    """
+    if not bool((inv_freq > 0).all()):
+        return from_tensor(rotary, inv_freq, attention_factor=attention_factor, rope_parameters=None)
+    factors = (powers(rotary.theta, rotary) / inv_freq).tolist()
+    return longrope(rotary, factors, factors, plan, attention_factor=attention_factor)
+
+
+def longrope(
+    rotary: Rotary,
+    long_factor: list[float],
+    short_factor: list[float],
+    plan: ExtensionPlan,
+    *,
+    attention_factor: float,
+) -> RotaryPlan:
+    """Each pair slowed by its own factor: one list past the original length, another up to it."""
+    long, short = (
+        1.0 / (torch.tensor(factors, dtype=torch.float32) * rotary.theta ** exponents(rotary))
+        for factors in (long_factor, short_factor)
+    )
+    parameters = {
+        "rope_type": "longrope",
+        "long_factor": list(long_factor),
+        "short_factor": list(short_factor),
+        "factor": plan.factor,
+        "attention_factor": attention_factor,
+        "original_max_position_embeddings": plan.original_length,
+    }
+    entry = from_tensor(rotary, long, attention_factor=attention_factor, rope_parameters=parameters)
+    return entry if torch.equal(long, short) else replace(entry, short_inv_freq=padded(rotary, short))
+
+
+def require_pairs(method: Method, rotary: Rotary, least: int = 2) -> None:
+    """Refuse a set of frequencies that the formula is not defined for."""
+    if rotary.pairs < least:
+        raise InvalidParameterError(
+            f"{method.name} needs at least {least} rotary pairs; {rotary.name or 'the model'} has {rotary.pairs}"
+        )
+
+
+def first_rotary(scheme: PositionalScheme) -> Rotary:
+    """The set of frequencies that reaches farthest: the one that an example is made for."""
+    return next((rotary for rotary in scheme.rotaries if rotary.window is None), scheme.rotaries[0])

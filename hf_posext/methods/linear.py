@@ -1,0 +1,32 @@
+"""Position interpolation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..plan import ExtensionPlan, RotaryPlan
+from ..registry import register
+from ..scheme import Rotary
+from .frequencies import FrequencyMethod, from_tensor, powers
+
+
+@register
+@dataclass(frozen=True)
+class Linear(FrequencyMethod):
+    """Positions squeezed back into the trained range, all frequencies alike.
+
+    `inv_freq_i / s`, which is the same as position `p / s`. Chen et al., *Extending Context Window of Large Language
+    Models via Positional Interpolation*, 2023.
+    """
+
+    name: ClassVar[str] = "linear"
+    title: ClassVar[str] = "position interpolation (PI)"
+    url: ClassVar[str] = "https://arxiv.org/abs/2306.15595"
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        return from_tensor(
+            rotary,
+            powers(rotary.theta, rotary) / plan.factor,
+            rope_parameters={"rope_type": "linear", "factor": plan.factor},
+        )

@@ -1,0 +1,62 @@
+"""The scaling of Llama 3.1."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, RotaryPlan
+from ..registry import register
+from ..scheme import Rotary
+from .frequencies import FrequencyMethod, from_tensor, powers
+
+
+@register
+@dataclass(frozen=True)
+class Llama3(FrequencyMethod):
+    """Slow pairs interpolated, fast pairs kept, a smooth step between, no temperature.
+
+    Pairs with a wavelength above `L / low_freq_factor` are divided by `s`, those below `L / high_freq_factor` are
+    kept, between them `(1 - t) / s + t` with `t = (L / wavelength - low) / (high - low)`. Dubey et al., *The Llama 3
+    Herd of Models*, 2024, and the code released with it.
+
+    Args:
+        low_freq_factor (`float`, *optional*, defaults to 1): turns within the trained length below which a pair is
+            interpolated.
+        high_freq_factor (`float`, *optional*, defaults to 4): turns above which it is kept.
+    """
+
+    name: ClassVar[str] = "llama3"
+    title: ClassVar[str] = "Llama-3.1 scaling"
+    url: ClassVar[str] = "https://arxiv.org/abs/2407.21783"
+
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise InvalidParameterError(
+                f"low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; "
+                "give 0 < low_freq_factor < high_freq_factor"
+            )
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        low, high, length = self.low_freq_factor, self.high_freq_factor, plan.original_length
+        inv_freq = powers(rotary.theta, rotary)
+        wavelength = 2 * math.pi / inv_freq
+        stepped = torch.where(wavelength > length / low, inv_freq / plan.factor, inv_freq)
+        smooth = (length / wavelength - low) / (high - low)
+        smoothed = (1 - smooth) * stepped / plan.factor + smooth * stepped
+        between = ~(wavelength < length / high) & ~(wavelength > length / low)
+        parameters = {
+            "rope_type": "llama3",
+            "factor": plan.factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": length,
+        }
+        return from_tensor(rotary, torch.where(between, smoothed, stepped), rope_parameters=parameters)

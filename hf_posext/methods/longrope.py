@@ -1,0 +1,61 @@
+"""LongRoPE: a factor of its own for every pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, RotaryPlan
+from ..registry import register
+from ..scheme import PositionalScheme, Rotary
+from .frequencies import FrequencyMethod, first_rotary
+from .frequencies import longrope as longrope_plan
+
+
+@register
+@dataclass(frozen=True)
+class LongRoPE(FrequencyMethod):
+    """Every pair slowed by its own, searched factor.
+
+    `inv_freq_i / long_factor_i` for inputs longer than the trained length, `inv_freq_i / short_factor_i` up to it;
+    cosine and sine multiplied by `sqrt(1 + ln s / ln L)`. Ding et al., *LongRoPE: Extending LLM Context Window
+    Beyond 2 Million Tokens*, 2024. With two different lists, keys cached before the input passes the trained length
+    keep the frequencies of the short list, as in transformers.
+
+    Args:
+        long_factor (`Sequence[float]`): one number per pair.
+        short_factor (`Sequence[float]`, *optional*): the same for short inputs; the long list where not given.
+        attention_factor (`float`, *optional*): instead of `sqrt(1 + ln s / ln L)`.
+    """
+
+    name: ClassVar[str] = "longrope"
+    title: ClassVar[str] = "LongRoPE"
+    url: ClassVar[str] = "https://arxiv.org/abs/2402.13753"
+
+    long_factor: Sequence[float] | None = None
+    short_factor: Sequence[float] | None = None
+    attention_factor: float | None = None
+
+    @classmethod
+    def example(cls, scheme: PositionalScheme) -> Self:
+        pairs = first_rotary(scheme).pairs
+        return cls(long_factor=tuple(1.0 + 7.0 * i / max(pairs - 1, 1) for i in range(pairs)))
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        lists = (self.long_factor, self.short_factor or self.long_factor)
+        for name, factors in zip(("long_factor", "short_factor"), lists, strict=True):
+            if factors is None or len(factors) != rotary.pairs or not all(0 < f < math.inf for f in factors):
+                got = "none" if factors is None else f"{len(factors)} numbers"
+                raise InvalidParameterError(
+                    f"longrope {name}: got {got}; give {rotary.pairs} finite numbers above 0, one for each rotary "
+                    "pair, as LongRoPE(long_factor=[...])"
+                )
+        temperature = self.attention_factor
+        if temperature is None:
+            growth = max(plan.factor, 1.0)
+            temperature = math.sqrt(1 + math.log(growth) / math.log(plan.original_length))
+        long, short = (list(map(float, factors or ())) for factors in lists)
+        return longrope_plan(rotary, long, short, plan, attention_factor=temperature)

@@ -1,0 +1,31 @@
+"""No positional encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..plan import ExtensionPlan, RotaryPlan
+from ..registry import register
+from ..scheme import Rotary
+from .frequencies import FrequencyMethod
+from .partial import Partial
+
+
+@register
+@dataclass(frozen=True)
+class NoPE(FrequencyMethod):
+    """No pair turns: the causal mask alone tells the order. Needs recalibration at the trained length.
+
+    Kazemnejad et al., *The Impact of Positional Encoding on Length Generalization in Transformers*, 2023; dropped from
+    a trained model and recalibrated: Gelberg et al., *DroPE*, 2025.
+    """
+
+    name: ClassVar[str] = "nope"
+    title: ClassVar[str] = "no positional encoding (NoPE, DroPE)"
+    url: ClassVar[str] = "https://arxiv.org/abs/2305.19466"
+    needs_factor: ClassVar[bool] = False
+    covers_local_layers: ClassVar[bool] = True
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        return Partial(proportion=0.0).rescale(rotary, current, plan)

@@ -1,0 +1,34 @@
+"""Resonance RoPE: wavelengths rounded to whole tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..plan import ExtensionPlan, RotaryPlan
+from ..registry import register
+from ..scheme import Rotary
+from .frequencies import FrequencyMethod, as_longrope, frequencies
+
+
+@register
+@dataclass(frozen=True)
+class Resonance(FrequencyMethod):
+    """Wavelengths rounded to whole tokens, on top of any other method: `"yarn+resonance"`.
+
+    `wavelength' = round(2 pi / inv_freq)`: a pair meets past the trained length exactly the phases that it met within
+    it. Meant for models trained with it. Wang et al., *Resonance RoPE: Improving Context Length Generalization of
+    Large Language Models*, 2024.
+    """
+
+    name: ClassVar[str] = "resonance"
+    title: ClassVar[str] = "Resonance RoPE"
+    url: ClassVar[str] = "https://arxiv.org/abs/2403.00071"
+    needs_factor: ClassVar[bool] = False
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        inv_freq = frequencies(current, rotary)
+        turning = inv_freq > 0
+        inv_freq[turning] = 2 * math.pi / (2 * math.pi / inv_freq[turning]).round()
+        return as_longrope(rotary, inv_freq, plan, attention_factor=current.attention_factor)

@@ -1,0 +1,49 @@
+"""A changed base (ABF)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, RotaryPlan
+from ..registry import register
+from ..scheme import Rotary
+from .frequencies import FrequencyMethod, from_tensor, powers
+
+
+@register
+@dataclass(frozen=True)
+class Theta(FrequencyMethod):
+    """Another base, usually with training afterwards.
+
+    `inv_freq_i = theta' ** (-2 i / d)`. Without `theta`, the base at which the pair that just made one turn within the
+    trained length makes one within the target: `theta' = theta ** (ln(target / 2 pi) / ln(trained / 2 pi))`, the
+    critical base of Liu et al., *Scaling Laws of RoPE-based Extrapolation* (arXiv 2310.05209). Adjusted base
+    frequency: Xiong et al., *Effective Long-Context Scaling of Foundation Models*, 2023.
+
+    Args:
+        theta (`float`, *optional*): the new base, e.g. 500000.
+    """
+
+    name: ClassVar[str] = "theta"
+    title: ClassVar[str] = "adjusted base frequency (ABF)"
+    url: ClassVar[str] = "https://arxiv.org/abs/2309.16039"
+
+    theta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.theta is not None and not (math.isfinite(self.theta) and self.theta > 1):
+            raise InvalidParameterError(f"theta is {self.theta}; give a base above 1, e.g. theta=500000")
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        theta = self.theta
+        if theta is None:
+            turns = [math.log(length / (2 * math.pi)) for length in (plan.target_length, plan.original_length)]
+            if turns[1] <= 0:
+                raise InvalidParameterError(f"trained length {plan.original_length} is below one turn; give theta=")
+            theta = rotary.theta ** (turns[0] / turns[1])
+        return from_tensor(
+            rotary, powers(theta, rotary), rope_parameters={"rope_type": "default", "rope_theta": theta}
+        )

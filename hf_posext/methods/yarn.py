@@ -1,0 +1,118 @@
+"""YaRN, the three of it that are in circulation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, RotaryPlan
+from ..registry import register
+from ..scheme import Rotary
+from .frequencies import FrequencyMethod, as_longrope, exponents, from_tensor, powers, require_pairs
+
+VARIANTS = ("code", "paper", "pose")
+
+
+@register
+@dataclass(frozen=True)
+class YaRN(FrequencyMethod):
+    """Fast pairs kept, slow pairs interpolated, a ramp between, and attention sharpened.
+
+    With `r_i = L / wavelength_i` the turns of pair i within the trained length, pairs above `beta_fast` turns keep
+    their frequency and pairs below `beta_slow` are divided by `s`. Cosine and sine are multiplied by
+    `0.1 ln s + 1`. Peng et al., *YaRN: Efficient Context Window Extension of Large Language Models*, 2023. Up to a
+    factor of 2.3 apart in the middle band, three YaRNs are in use:
+
+    - `code`: the ramp is linear in the pair's index. The authors' code, transformers, vLLM, every released checkpoint.
+    - `paper`: the ramp is linear in turns, `(r_i - beta_slow) / (beta_fast - beta_slow)` (eq. 18 to 20).
+    - `pose`: the ramp of the code, mixing wavelengths instead of frequencies (Zhu et al., PoSE, arXiv 2309.10400;
+      jquesnelle/yarn issue 24).
+
+    Args:
+        variant (`str`, *optional*, defaults to `"code"`): `code`, `paper` or `pose`.
+        attention_factor (`float`, *optional*): instead of `0.1 ln s + 1`. A model that ships with `mscale` and
+            `mscale_all_dim` (DeepSeek) keeps that rule unless a number is given.
+        beta_fast (`float`, *optional*, defaults to 32): turns above which a pair is kept.
+        beta_slow (`float`, *optional*, defaults to 1): turns below which a pair is interpolated.
+        truncate (`bool`, *optional*): round the ends of the ramp to whole pairs; as shipped, or `True`.
+    """
+
+    name: ClassVar[str] = "yarn"
+    title: ClassVar[str] = "YaRN"
+    url: ClassVar[str] = "https://arxiv.org/abs/2309.00071"
+
+    variant: str = "code"
+    attention_factor: float | None = None
+    beta_fast: float = 32
+    beta_slow: float = 1
+    truncate: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise InvalidParameterError(f"yarn variant {self.variant!r}; there are: {', '.join(VARIANTS)}")
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise InvalidParameterError(
+                f"beta_slow {self.beta_slow} and beta_fast {self.beta_fast}; give 0 < beta_slow < beta_fast"
+            )
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise InvalidParameterError(f"attention_factor is {self.attention_factor}; give a number above 0")
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        require_pairs(self, rotary)
+        truncate = bool(rotary.shipped.get("truncate", True)) if self.truncate is None else self.truncate
+        wavelengths = rotary.theta ** exponents(rotary)
+        kept, divided = 1.0 / wavelengths, 1.0 / (plan.factor * wavelengths)
+        keep = 1 - self._ramp(rotary, plan.original_length, truncate)
+        temperature, mscales = self._temperature(rotary, plan.factor)
+        if self.variant == "pose":
+            mixed = powers(rotary.theta, rotary) / ((1 - keep) * plan.factor + keep)
+            return as_longrope(rotary, mixed, plan, attention_factor=temperature)
+        mixed = divided * (1 - keep) + kept * keep
+        if self.variant == "paper":
+            return as_longrope(rotary, mixed, plan, attention_factor=temperature)
+        parameters = {
+            "rope_type": "yarn",
+            "factor": plan.factor,
+            "attention_factor": temperature,
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+            "original_max_position_embeddings": plan.original_length,
+            "truncate": truncate,
+            **mscales,
+        }
+        return from_tensor(rotary, mixed, attention_factor=temperature, rope_parameters=parameters)
+
+    def _ramp(self, rotary: Rotary, length: int, truncate: bool) -> torch.Tensor:
+        """0 where a pair is kept, 1 where it is interpolated; shape (pairs,)."""
+        if self.variant == "paper":
+            turns = length * powers(rotary.theta, rotary) / (2 * math.pi)
+            return 1 - torch.clamp((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
+        low, high = (
+            rotary.dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        if truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary.dim - 1)
+        if low == high:
+            high += 0.001
+        return torch.clamp((torch.arange(rotary.pairs, dtype=torch.float32) - low) / (high - low), 0, 1)
+
+    def _temperature(self, rotary: Rotary, factor: float) -> tuple[float, dict[str, float]]:
+        """The attention factor, and the shipped keys that scale the softmax besides."""
+        mscale, all_dim = (rotary.shipped.get(key) for key in ("mscale", "mscale_all_dim"))
+        if self.attention_factor is not None:
+            return self.attention_factor, {}
+        if mscale and all_dim:
+            shipped = {"mscale": mscale, "mscale_all_dim": all_dim}
+            return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim), shipped
+        return yarn_mscale(factor), {}
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """`0.1 m ln s + 1`, and 1 where nothing is extended."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

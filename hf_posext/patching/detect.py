@@ -1,0 +1,218 @@
+"""Reads from a model, or from its config alone, which positional scheme it has."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..errors import UnsupportedModelError
+from ..scheme import PositionalScheme, Rotary
+
+SINUSOID_TABLE_ROPE = ("codegen", "gptj", "roformer")
+"""Rotary families of transformers that keep a table of sines instead of frequencies."""
+
+
+@dataclass(frozen=True)
+class RotarySite:
+    """Where one set of frequencies lives: a rotary module and the prefix of its attributes."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+    @property
+    def prefix(self) -> str:
+        """What stands before `inv_freq` in the module's attribute names."""
+        return f"{self.name}_" if self.name else ""
+
+    def phases(self, positions: torch.Tensor) -> torch.Tensor:
+        """Cosine and sine (or the complex phase) that the module gives, float32, with positions on axis 0.
+
+        Args:
+            positions (`torch.LongTensor` of shape `(n,)`): the positions to ask for.
+        """
+        device = getattr(self.module, f"{self.prefix}inv_freq").device
+        wanted = inspect.signature(self.module.forward).parameters
+        extra = {"layer_type": self.name} if self.name and "layer_type" in wanted else {}
+        with torch.inference_mode():
+            out = self.module(torch.zeros(1, 1, 1, device=device), positions[None].to(device), **extra)
+        parts = [torch.view_as_real(t) if t.is_complex() else t for t in (out if isinstance(out, tuple) else (out,))]
+        return torch.cat([part.float().cpu().reshape(len(positions), -1) for part in parts], dim=-1)
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT, DDP, FSDP or `torch.compile` wrapper.
+
+    Raises:
+        UnsupportedModelError: there is no transformers model inside.
+    """
+    if hasattr(model, "_orig_mod"):
+        return unwrap(model._orig_mod)
+    if hasattr(model, "get_base_model"):
+        return unwrap(model.get_base_model())
+    if isinstance(model, PreTrainedModel):
+        return model
+    if isinstance(getattr(model, "module", None), nn.Module):
+        return unwrap(model.module)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is no transformers model; give a PreTrainedModel, or a PEFT or DDP wrapper of one"
+    )
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the text decoder: the config itself, or a part of it in multimodal models."""
+    return config.get_text_config(decoder=True)
+
+
+def rotary_sites(model: PreTrainedModel) -> Iterator[RotarySite]:
+    """Every set of rotary frequencies in the text part of a model."""
+    config = text_config(model.config)
+    for path, module in model.named_modules():
+        if getattr(module, "config", None) is not config and getattr(module, "config", None) is not model.config:
+            continue
+        for attribute in sorted({*module._buffers, *vars(module)}):
+            own = attribute.endswith("inv_freq") and not attribute.endswith(("original_inv_freq", "long_inv_freq"))
+            if own and isinstance(getattr(module, attribute), torch.Tensor):
+                yield RotarySite(path, module, attribute.removesuffix("inv_freq").removesuffix("_"))
+
+
+def detect_scheme(model_or_config: nn.Module | PreTrainedConfig) -> PositionalScheme:
+    """The positional encoding of a model, in its shipped state even while a patch is in force.
+
+    Args:
+        model_or_config (`PreTrainedModel` or `PreTrainedConfig`): a config is enough; no weights are made then.
+
+    Returns:
+        [`PositionalScheme`]: kind, generalization, trained and shipped length in tokens, rotary sets.
+
+    Raises:
+        UnsupportedModelError: neither of the two, or a config of which transformers can build no model.
+    """
+    if isinstance(model_or_config, PreTrainedConfig):
+        return _scheme(_skeleton(model_or_config))
+    model = unwrap(model_or_config)
+    patch = getattr(model, "_posext_patch", None)
+    return patch.plan.scheme if patch is not None else _scheme(model)
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The modules of a model, on the meta device: structure without numbers."""
+    import transformers
+
+    names = [*(config.architectures or []), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    names.append(modeling_auto.MODEL_MAPPING_NAMES.get(config.model_type))
+    flat = [n for name in names for n in (name if isinstance(name, tuple | list) else [name])]
+    cls = next((getattr(transformers, name) for name in flat if name and hasattr(transformers, name)), None)
+    if cls is None:
+        raise UnsupportedModelError(
+            f"transformers has no model for config type {config.model_type!r}; load the model and give that instead"
+        )
+    wanted = cls.config_class if cls.config_class is not None else type(config)
+    with torch.device("meta"):
+        return cls(copy.deepcopy(config if isinstance(config, wanted) else text_config(config)))
+
+
+def _scheme(model: PreTrainedModel) -> PositionalScheme:
+    config = text_config(model.config)
+    sites: dict[str, RotarySite] = {}
+    for site in rotary_sites(model):
+        sites.setdefault(site.name, site)
+    obstacle = None
+    rotaries: list[Rotary] = []
+    for site in sites.values():
+        rotary = _rotary(site)
+        if rotary is None:
+            obstacle = (
+                f"{config.model_type} has frequencies in {site.path} that do not follow theta ** (-2i/d); "
+                "hf_posext cannot change them"
+            )
+        else:
+            rotaries.append(rotary)
+    kind = "rotary" if sites else _other_kind(model, config)
+    if kind == "rotary" and not sites:
+        obstacle = f"{config.model_type} keeps a table of sines instead of frequencies; hf_posext cannot change it"
+    trained, source, shipped = _lengths(config, rotaries)
+    layer_types = tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    return PositionalScheme(kind, config.model_type, trained, source, shipped, tuple(rotaries), layer_types, obstacle)
+
+
+def _rotary(site: RotarySite) -> Rotary | None:
+    """What one set of frequencies is before any scaling, or `None` where it follows no base."""
+    config: Any = getattr(site.module, "config")  # noqa: B009  nn.Module types its attributes as tensors
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    if site.name:
+        parameters = dict(parameters.get(site.name) or {})
+    slots = getattr(site.module, f"{site.prefix}inv_freq").numel()
+    theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
+    if parameters.get("rope_type") == "proportional":
+        pairs = int(float(parameters.get("partial_rotary_factor", 1.0)) * slots)
+        return Rotary(site.name, theta, 2 * slots, pairs, slots, _window(config, site.name), parameters)
+    default = _default_frequencies(site, config)
+    for dim in (2 * slots, 2 * slots - 1):
+        formula = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        if default is not None and torch.allclose(formula, default, rtol=1e-6, atol=0):
+            return Rotary(site.name, theta, dim, slots, slots, _window(config, site.name), parameters)
+    return None
+
+
+def _default_frequencies(site: RotarySite, config: PreTrainedConfig) -> torch.Tensor | None:
+    """Unscaled frequencies as transformers computes them; the module's own buffer where it has no function for it."""
+    compute: Any = getattr(site.module, "compute_default_rope_parameters", None)
+    if compute is not None:
+        with torch.device("cpu"):
+            frequencies: torch.Tensor = (compute(config, layer_type=site.name) if site.name else compute(config))[0]
+            return frequencies
+    own: torch.Tensor = getattr(site.module, f"{site.prefix}inv_freq")
+    return None if own.is_meta else own.detach().float().cpu()
+
+
+def _window(config: PreTrainedConfig, layer_type: str) -> int | None:
+    """How far back the layers of a set see, where the name of the set says that this is bounded."""
+    if "sliding" in layer_type:
+        return getattr(config, "sliding_window", None)
+    return getattr(config, "attention_chunk_size", None) if "chunked" in layer_type else None
+
+
+def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | None, str, int | None]:
+    """Trained length, where it comes from, and the length that the model as shipped claims."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
+    if limit is None:
+        return None, "the config does not tell the trained length", None
+    scaled = next((rotary for rotary in rotaries if rotary.shipped_type not in ("default", "proportional")), None)
+    if scaled is None:
+        return limit, "max_position_embeddings of the config", limit
+    factor = float(scaled.shipped.get("factor") or 1.0)
+    original = getattr(config, "original_max_position_embeddings", None) or scaled.shipped.get(
+        "original_max_position_embeddings"
+    )
+    if original:
+        claimed = round(original * factor) if scaled.shipped_type != "longrope" else limit
+        return int(original), f"original_max_position_embeddings ({scaled.shipped_type})", max(limit, claimed)
+    if scaled.shipped_type == "linear":
+        return round(limit / factor), f"max_position_embeddings / {factor:g} (linear scaling shipped)", limit
+    return limit, "max_position_embeddings of the config", round(limit * factor)
+
+
+def _other_kind(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+    """The kind of a scheme without rotary frequencies, from the modules that the model has."""
+    if config.model_type in SINUSOID_TABLE_ROPE:
+        return "rotary"
+    if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
+        return "alibi"
+    names = {path.rsplit(".", 1)[-1]: module for path, module in model.named_modules()}
+    if any("Sinusoidal" in type(module).__name__ for module in names.values()):
+        return "sinusoidal"
+    tables = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "positions_embed")
+    if any(isinstance(names.get(name), nn.Embedding) for name in tables):
+        return "learned"
+    if "relative_attention_bias" in names:
+        return "relative"
+    return "none"

@@ -1,0 +1,218 @@
+"""Gives the rotary modules of a live model other frequencies, and its config the words to say so.
+
+The numbers come from the plan. Whether transformers itself would compute the same ones from the plan's
+`rope_parameters` is measured, by building the rotary module anew from the changed config and comparing phases; only
+then is the config changed, and only then does a saved checkpoint open without this package.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import NoEffectError, UnsupportedModelError
+from ..plan import ExtensionPlan, RotaryPlan
+from .detect import RotarySite, rotary_sites
+from .journal import Journal
+
+logger = logging.getLogger(__name__)
+
+
+class KeepsFrequencies(nn.Module):
+    """Mixed into the class of a patched rotary module: frequencies stay float32 whatever the model is cast to.
+
+    `model.to(torch.bfloat16)` would round them by 4e-3, which is whole turns at a few thousand tokens.
+    """
+
+    _posext_frequencies: dict[str, tuple[float, ...]]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> KeepsFrequencies:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, numbers in self._posext_frequencies.items():
+            setattr(self, name, torch.tensor(numbers, dtype=torch.float32, device=getattr(self, name).device))
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _instance, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+_keeping_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _keeping(cls: type[nn.Module]) -> type[nn.Module]:
+    """A rotary class with [`KeepsFrequencies`] mixed in, under the same name; one for all models."""
+    if cls not in _keeping_classes:
+        body = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _keeping_classes[cls] = type(cls.__name__, (KeepsFrequencies, cls), body)
+    return _keeping_classes[cls]
+
+
+def _instance(cls: type[nn.Module]) -> nn.Module:
+    """What pickle and deepcopy start from: an empty instance of the mixed class."""
+    keeping = _keeping(cls)
+    return keeping.__new__(keeping)
+
+
+@dataclass(frozen=True)
+class FixedFrequencies:
+    """Stands where a rotary module keeps a function to recompute its frequencies (PhiMoE does so in every forward)."""
+
+    inv_freq: tuple[float, ...]
+    attention_factor: float
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:
+        return torch.tensor(self.inv_freq, dtype=torch.float32), self.attention_factor
+
+
+def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str | None:
+    """Put the frequencies of a plan into a model.
+
+    Returns:
+        `str`, *optional*: `None` where the config now says the same as the live model, else why it cannot.
+
+    Raises:
+        NoEffectError: the phases that the model computes did not change.
+        UnsupportedModelError: the plan needs two sets of frequencies, and the model's own code cannot switch.
+    """
+    planned = {entry.name: entry for entry in plan.rotaries}
+    sites = [site for site in rotary_sites(model) if site.name in planned]
+    probes = _probe_positions(plan)
+    if any(getattr(site.module, f"{site.prefix}inv_freq").is_meta for site in sites):
+        raise UnsupportedModelError(f"{plan.scheme.model_type} is on the meta device; load its weights, then patch")
+    before = [[site.phases(probe) for probe in probes] for site in sites]
+
+    obstacle = _say_in_config(model, sites, planned, plan, journal)
+    if obstacle and plan.multipass:
+        raise UnsupportedModelError(
+            f"{plan.method} with two factor lists needs the model's own longrope, but {obstacle}; give one list"
+        )
+    for site in sites:
+        _write(site, planned[site.name], journal)
+
+    after = [[site.phases(probe) for probe in probes] for site in sites]
+    for site, old, new in zip(sites, before, after, strict=True):
+        if all(torch.equal(a, b) for a, b in zip(old, new, strict=True)):
+            raise NoEffectError(
+                f"{plan.describe()} leaves the phases of {site.path} ({plan.scheme.model_type}) as they are; "
+                "give a factor above 1, or method 'none' to compare with the model as it is"
+            )
+    return obstacle
+
+
+def _probe_positions(plan: ExtensionPlan) -> list[torch.Tensor]:
+    """Positions at which phases are compared: one input of the original length, one of the target length."""
+    short, long = plan.original_length, max(plan.target_length, plan.original_length + 1)
+    return [torch.tensor(sorted({1, 2, 3, last // 3, last // 2, last - 1})) for last in (short, long)]
+
+
+def _write(site: RotarySite, entry: RotaryPlan, journal: Journal) -> None:
+    """The numbers of one set into its module."""
+    module, prefix = site.module, site.prefix
+    short = entry.short_inv_freq or entry.inv_freq
+    numbers = {f"{prefix}inv_freq": short, f"{prefix}original_inv_freq": short}
+    if entry.short_inv_freq is not None:
+        numbers[f"{prefix}long_inv_freq"] = entry.inv_freq
+    device = getattr(module, f"{prefix}inv_freq").device
+    for name, values in numbers.items():
+        journal.set(module, name, torch.tensor(values, dtype=torch.float32, device=device))
+    held = getattr(module, f"{prefix}attention_scaling", None)
+    if held is not None:
+        journal.set(module, f"{prefix}attention_scaling", entry.attention_factor)
+    elif entry.attention_factor != 1.0:
+        raise UnsupportedModelError(f"{site.path} ({type(module).__name__}) has no attention scaling to set")
+    if hasattr(module, "rope_type"):
+        rope_type = "longrope" if entry.short_inv_freq is not None else "default"
+        nested = {**module.rope_type, site.name: rope_type} if isinstance(module.rope_type, dict) else rope_type
+        journal.set(module, "rope_type", nested)
+    if "rope_init_fn" in vars(module):
+        journal.set(module, "rope_init_fn", FixedFrequencies(entry.inv_freq, entry.attention_factor))
+    # every set of a module with several is kept; the two names that transformers itself overwrites are among them
+    kept = {**getattr(module, "_posext_frequencies", {}), **numbers}
+    journal.set(module, "_posext_frequencies", kept)
+    if not isinstance(module, KeepsFrequencies):
+        journal.set(module, "__class__", _keeping(type(module)))
+
+
+def _say_in_config(
+    model: PreTrainedModel,
+    sites: list[RotarySite],
+    planned: dict[str, RotaryPlan],
+    plan: ExtensionPlan,
+    journal: Journal,
+) -> str | None:
+    """Write `rope_parameters` where transformers would compute the plan's numbers from them; else say why not."""
+    module = sites[0].module
+    config: Any = module.config
+    if any(entry.rope_parameters is None for entry in plan.rotaries):
+        _rescale_softmax(model, config.rope_parameters, {}, journal)
+        return f"no rope type of transformers can say the frequencies of {plan.method}"
+    candidate = _with_parameters(config, planned, plan)
+    obstacle = _differs(module, candidate, planned, plan)
+    if obstacle:
+        _rescale_softmax(model, config.rope_parameters, {}, journal)
+        logger.info("%s: %s; the config keeps its shipped rope_parameters", plan.scheme.model_type, obstacle)
+        return obstacle
+    _rescale_softmax(model, config.rope_parameters, candidate.rope_parameters, journal)
+    journal.set(config, "rope_parameters", candidate.rope_parameters)
+    if getattr(config, "original_max_position_embeddings", None) is not None:
+        journal.set(config, "original_max_position_embeddings", plan.original_length)
+    return None
+
+
+def _with_parameters(config: Any, planned: dict[str, RotaryPlan], plan: ExtensionPlan) -> Any:
+    """A copy of a config that asks for the plan's frequencies."""
+    changed = copy.deepcopy(config)
+    for name, entry in planned.items():
+        parameters = dict(entry.rope_parameters or {})
+        if config.model_type == "phimoe" and parameters["rope_type"] != "default":
+            # its forward takes the temperature from these two, whatever the rope type
+            parameters |= {"short_mscale": entry.attention_factor, "long_mscale": entry.attention_factor}
+        if name:
+            changed.rope_parameters = {**changed.rope_parameters, name: parameters}
+        else:
+            changed.rope_parameters = parameters
+    if getattr(changed, "original_max_position_embeddings", None) is not None:
+        changed.original_max_position_embeddings = plan.original_length
+    changed.max_position_embeddings = max(changed.max_position_embeddings, plan.target_length)
+    return changed
+
+
+def _differs(module: nn.Module, candidate: Any, planned: dict[str, RotaryPlan], plan: ExtensionPlan) -> str | None:
+    """Why a rotary module built from the candidate config would not compute the plan's phases; `None` if it would."""
+    try:
+        native = type(module)(candidate)
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        return f"{type(module).__name__} refuses the config ({type(error).__name__}: {error})"
+    twin = copy.deepcopy(module).to("cpu")
+    twin.config = candidate
+    for name, entry in planned.items():
+        _write(RotarySite("", twin, name), entry, Journal())
+    for name in planned:
+        for probe in _probe_positions(plan):
+            try:
+                said = RotarySite("", native, name).phases(probe)
+            except (KeyError, RuntimeError) as error:
+                return f"{type(module).__name__} cannot run from the config ({type(error).__name__}: {error})"
+            if not torch.equal(said, RotarySite("", twin, name).phases(probe)):
+                return f"{type(module).__name__} computes other phases from the config than the plan has"
+    return None
+
+
+def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, journal: Journal) -> None:
+    """The DeepSeek family bakes the temperature of its shipped YaRN into `scaling` of every attention layer at
+    construction; a plan that replaces the shipped scaling replaces that too, by the family's own function."""
+    for module in model.modules():
+        bake = getattr(sys.modules[type(module).__module__], "yarn_apply_mscale", None)
+        if bake is None or not isinstance(getattr(module, "scaling", None), float):
+            continue
+        scaling = bake(changed, module.scaling / bake(shipped, 1.0))
+        if scaling != module.scaling:
+            journal.set(module, "scaling", scaling)

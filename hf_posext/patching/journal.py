@@ -1,0 +1,41 @@
+"""Every change that a patch makes to a live model goes through a journal, so that undo is exact and complete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ABSENT = "<absent>"
+
+
+class Journal:
+    """Changes to attributes, in order, with what was there before.
+
+    Entries are plain data (owner, name, old value) and not closures, so that a `copy.deepcopy` or a pickle of a
+    patched model can be undone on its own.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """`owner.name = value`, remembered. The name `__class__` swaps the class of an instance."""
+        held = name == "__class__" or name in vars(owner) or name in getattr(owner, "_buffers", ())
+        self._entries.append((owner, name, getattr(owner, name) if held else _ABSENT))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put everything back, last change first.
+
+        Tensors go back to the device where the model is now, with the bits and the dtype that they had.
+        """
+        while self._entries:
+            owner, name, old = self._entries.pop()
+            if isinstance(old, str) and old == _ABSENT:
+                delattr(owner, name)
+                continue
+            now = getattr(owner, name)
+            if isinstance(old, torch.Tensor) and isinstance(now, torch.Tensor):
+                old = old.to(now.device)
+            setattr(owner, name, old)

@@ -1,0 +1,77 @@
+"""Results in words: one sentence per method, computed from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .tables import Row, by_method, control_rows, format_interval, format_perplexity
+
+if TYPE_CHECKING:
+    from ..evaluation import Results
+
+# A quarter more perplexity than at the shortest length (against the control, or by itself where there is none) is
+# what these sentences call broken: past it the curves of all methods that we measured rise steeply.
+TOLERANCE = 1.25
+
+
+def describe_methods(results: Results) -> list[str]:
+    """One sentence for each method: how far it holds, what that costs, whether the longer context pays, pass keys.
+
+    Args:
+        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
+    """
+    methods = by_method(results)
+    control = control_rows(results)
+    return [_describe(name, rows, control) for name, rows in methods.items()]
+
+
+def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
+    parts = [_reach(rows, control)]
+    longest = rows[max(rows)]
+    if longest.get("gain") is not None:
+        parts.append(_against_truncation(longest))
+    if longest.get("passkey") is not None:
+        parts.append(f"it retrieves {100 * longest['passkey']:.0f} % of the pass keys at {longest['length']}")
+    return f"`{name}` {'; '.join(parts)}."
+
+
+def _levels(rows: Mapping[int, Row], control: Mapping[int, Row]) -> dict[int, float]:
+    """Tail perplexity by length, divided by the control's where all lengths have one, since text gets easier."""
+    tails = {length: row["perplexity_tail"] for length, row in rows.items() if row.get("perplexity_tail") is not None}
+    if all(length in control for length in tails):
+        return {length: tail / control[length]["perplexity_truncated_tail"] for length, tail in tails.items()}
+    return tails
+
+
+def _reach(rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
+    levels = _levels(rows, control)
+    if not levels:
+        return "was not measured"
+    lengths = list(levels)
+    first, longest = lengths[0], lengths[-1]
+    broken = next((length for length in lengths if levels[length] > TOLERANCE * levels[first]), None)
+    at_first = format_perplexity(rows[first]["perplexity_tail"])
+    price = ""
+    if first in control and levels[first] > TOLERANCE:
+        unpatched = format_perplexity(control[first]["perplexity_truncated_tail"])
+        price = f", but high from the start ({at_first} at {first}, where truncation has {unpatched})"
+    if broken is None:
+        at_longest = format_perplexity(rows[longest]["perplexity_tail"])
+        span = f"to {longest} tokens (tail perplexity {at_first} at {first}, {at_longest} at {longest})"
+        return f"keeps its perplexity level {span if len(lengths) > 1 else f'at {first} tokens ({at_first})'}{price}"
+    held = lengths[lengths.index(broken) - 1]
+    at_broken = format_perplexity(rows[broken]["perplexity_tail"])
+    return f"holds up to {held} tokens and breaks by {broken} (tail perplexity {at_first} at {first}, {at_broken} there){price}"
+
+
+def _against_truncation(row: Row) -> str:
+    gain, interval = row["gain"], row.get("gain_ci95")
+    figures = f"(gain {gain:.2f}{format_interval(interval)})"
+    length = row["length"]
+    if interval is not None and interval[0] <= 1 <= interval[1]:
+        return f"at {length} it is level with truncation {figures}"
+    if gain < 0.5:
+        return f"at {length} its perplexity is {1 / gain:.1f} times that of truncation {figures}"
+    verb, share = ("loses", 1 - gain) if gain < 1 else ("gains", gain - 1)
+    return f"at {length} it {verb} {100 * share:.0f} % {'to' if gain < 1 else 'over'} truncation {figures}"

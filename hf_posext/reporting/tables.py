@@ -1,0 +1,180 @@
+"""Results as text: the same grids on a terminal (rich, at most 80 columns) and in markdown.
+
+A *grid* is one question asked of every method at every length: how high is the perplexity, does the longer context
+pay (`gain`), are pass keys found. The truncation control is a row of the first grid: the same tokens, scored by the
+unpatched model with its context cut to the trained length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..evaluation import Results
+
+
+WIDTH = 80
+NOTHING = "-"
+# Room for "theta x128" or "truncated to 131072"; a longer name is folded over two lines.
+NAME_WIDTH = 20
+GAP = 2  # spaces between columns
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One question, answered for every method at every length.
+
+    Args:
+        title (`str`): What is shown, in words.
+        lengths (`tuple[int, ...]`): Context lengths in tokens, ascending: the columns.
+        rows (`tuple[tuple[str, tuple[str, ...]], ...]`): The name of each row and its cells, one per length.
+    """
+
+    title: str
+    lengths: tuple[int, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def row_name(row: Row) -> str:
+    """The name under which a row is shown: the method, and the factor where it has one (`"yarn x8"`)."""
+    factor = row.get("factor")
+    if row["method"] == "none" or factor is None:
+        return str(row["method"])
+    return f"{row['method']} x{factor:g}"
+
+
+def by_method(results: Results) -> dict[str, dict[int, Row]]:
+    """The rows by the name they are shown under, in the order of measurement, then by length, ascending."""
+    methods: dict[str, dict[int, Row]] = {}
+    for row in results.rows:
+        methods.setdefault(row_name(row), {})[row["length"]] = row
+    return {name: dict(sorted(rows.items())) for name, rows in methods.items()}
+
+
+def lengths_of(results: Results) -> tuple[int, ...]:
+    """Every length measured, ascending."""
+    return tuple(sorted({row["length"] for row in results.rows}))
+
+
+def control_rows(results: Results) -> dict[int, Row]:
+    """By length, a row that carries the truncation control; the control is the same for every method."""
+    return {row["length"]: row for row in reversed(results.rows) if row.get("perplexity_truncated_tail") is not None}
+
+
+def control_name(results: Results) -> str:
+    """The name of the control, with the trained length where it is known."""
+    trained = results.provenance.get("trained_length")
+    return "truncated" if trained is None else f"truncated to {trained}"
+
+
+def format_perplexity(value: float | None) -> str:
+    """Three significant digits, more only where a whole number has more."""
+    if value is None:
+        return NOTHING
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def format_interval(interval: Sequence[float] | None) -> str:
+    """A 95 % interval of a ratio, `" [0.87, 0.91]"`, or nothing."""
+    return "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _perplexity_cell(row: Row | None, suffix: str = "") -> str:
+    if row is None:
+        return NOTHING
+    return f"{format_perplexity(row[f'perplexity{suffix}'])} ({format_perplexity(row[f'perplexity{suffix}_tail'])})"
+
+
+def _gain_cell(row: Row | None, with_interval: bool) -> str:
+    if row is None or row.get("gain") is None:
+        return NOTHING
+    return f"{row['gain']:.2f}" + (format_interval(row.get("gain_ci95")) if with_interval else "")
+
+
+def _passkey_cell(row: Row | None) -> str:
+    return NOTHING if row is None or row.get("passkey") is None else f"{100 * row['passkey']:.0f} %"
+
+
+def grids(results: Results) -> list[Grid]:
+    """Every question the results can answer: perplexity always, gain and pass keys where they were measured.
+
+    Args:
+        results ([`~hf_posext.evaluation.Results`]): Rows of one comparison.
+    """
+    lengths, methods, control = lengths_of(results), by_method(results), control_rows(results)
+
+    def rows_of(cell: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return tuple((name, tuple(cell(rows.get(length)) for length in lengths)) for name, rows in methods.items())
+
+    perplexity = rows_of(_perplexity_cell)
+    if control:
+        cells = tuple(_perplexity_cell(control.get(length), "_truncated") for length in lengths)
+        perplexity = ((control_name(results), cells), *perplexity)
+    answers = [Grid("Perplexity per token (second half of the context in brackets)", lengths, perplexity)]
+    if control:
+        # The interval stands at the longest length only: four of them do not fit 80 columns.
+        gain = rows_of(lambda row: _gain_cell(row, with_interval=row is not None and row["length"] == lengths[-1]))
+        title = "Gain over truncation, second half (above 1: the longer context pays)"
+        answers.append(Grid(title, lengths, gain))
+    if any(row.get("passkey") is not None for row in results.rows):
+        trials = next((f", {row['passkey_trials']} trials" for row in results.rows if row.get("passkey_trials")), "")
+        answers.append(Grid(f"Pass keys retrieved (greedy decoding{trials})", lengths, rows_of(_passkey_cell)))
+    return answers
+
+
+def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
+    """Splits the columns of a grid into groups that fit the terminal beside the names."""
+    groups: list[list[int]] = [[]]
+    used = name_width
+    for column, length in enumerate(grid.lengths):
+        width = GAP + max(len(str(length)), *(len(cells[column]) for _, cells in grid.rows))
+        if groups[-1] and used + width > WIDTH:
+            groups.append([])
+            used = name_width
+        groups[-1].append(column)
+        used += width
+    return groups
+
+
+def _rich_table(grid: Grid, columns: list[int], name_width: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, GAP), pad_edge=False, show_edge=False)
+    table.add_column("tokens", width=name_width, overflow="fold")
+    for column in columns:
+        table.add_column(str(grid.lengths[column]), justify="right", no_wrap=True)
+    for name, cells in grid.rows:
+        table.add_row(name, *(cells[column] for column in columns))
+    return table
+
+
+def print_tables(results: Results, console: Console | None = None) -> None:
+    """Prints every grid in at most 80 columns; a grid of many lengths continues below itself.
+
+    Args:
+        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
+        console (`rich.console.Console`, *optional*): where to; standard output if not given.
+    """
+    console = console or Console(width=WIDTH, highlight=False)
+    answers = grids(results)
+    name_width = min(NAME_WIDTH, max(len(name) for grid in answers for name, _ in grid.rows))
+    for grid in answers:
+        console.print(grid.title, style="bold")
+        for columns in _column_groups(grid, name_width):
+            console.print(_rich_table(grid, columns, name_width))
+            console.print()
+
+
+def markdown_table(grid: Grid) -> str:
+    """The grid as a GitHub markdown table, without its title."""
+    header = ["tokens", *map(str, grid.lengths)]
+    lines = [header, ["---", *["---:"] * len(grid.lengths)], *([name, *cells] for name, cells in grid.rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,80 @@
+"""Models small enough to build in every test, and the shipped ones."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+torch.set_num_threads(1)
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TRAINED = 64
+"""Tokens that the random models of the tests claim to be trained on."""
+
+
+class ErrorOnDeprecation(logging.Handler):
+    """A deprecation that transformers reports about our calls fails the test (peft's idea)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage().lower():
+            raise AssertionError(f"transformers deprecation: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def deprecations_fail() -> Iterator[None]:
+    handler = ErrorOnDeprecation()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+
+
+def sharpen(model: PreTrainedModel) -> PreTrainedModel:
+    """Larger weights, so that attention depends on positions well above rounding."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+def tiny_llama(**overrides: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TRAINED}
+    config = LlamaConfig(**{**sizes, **heads, "pad_token_id": 0, **overrides})
+    return sharpen(LlamaForCausalLM(config))
+
+
+def tiny_gpt2(**overrides: object) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=TRAINED, **overrides)
+    return sharpen(GPT2LMHeadModel(config))
+
+
+BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {"rotary": tiny_llama}
+"""For each kind of scheme that a method extends, the model that the contracts run on."""
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    """Random token ids of shape (rows, count), none of them the pad token."""
+    return torch.randint(1, 128, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    return model(input_ids=ids, **kwargs).logits

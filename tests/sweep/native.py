@@ -1,0 +1,83 @@
+"""The independent reference of the sweep: the same weights in a model that transformers itself configures."""
+
+import copy
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tests.zoo import TRAINED_LENGTH
+
+SCALING_KEYS = (
+    "rope_type type factor original_max_position_embeddings attention_factor beta_fast beta_slow truncate mscale "
+    "mscale_all_dim low_freq_factor high_freq_factor short_factor long_factor"
+).split()
+
+NO_NATIVE = {
+    **dict.fromkeys(
+        "gemma4 gemma4_text gemma4_unified gemma4_unified_text lfm3".split(),
+        "transformers fails: its rope types give fewer frequencies than a proportional layer holds",
+    ),
+    "recurrent_gemma": "transformers computes plain frequencies only",
+}
+"""Types that transformers cannot run with another rope type; the position check stands alone for these."""
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The part of a model's config that speaks of its decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def rope_parameters(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """The rope parameters of each set of frequencies; the name is empty where there is one set for all layers."""
+    parameters = config.rope_parameters
+    if not any(isinstance(value, dict) for value in parameters.values()):
+        return {"": parameters}
+    return {name: value for name, value in parameters.items() if value}
+
+
+def is_shipped_scaled(model: PreTrainedModel) -> bool:
+    """Whether the model comes with its frequencies scaled already."""
+    types = {parameters.get("rope_type") for parameters in rope_parameters(text_config(model)).values()}
+    return not types <= {None, "default", "proportional"}
+
+
+def native_scaling(method: str, factor: float, long_factor: list[float]) -> dict[str, Any]:
+    """The rope parameters by which transformers is asked for a method."""
+    scaling: dict[str, Any] = {"rope_type": method, "factor": factor}
+    if method != "linear":
+        scaling["original_max_position_embeddings"] = TRAINED_LENGTH
+    if method == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if method == "longrope":
+        scaling |= {"long_factor": long_factor, "short_factor": long_factor}
+    return scaling
+
+
+def native_model(model: PreTrainedModel, method: str, factor: float, long_factor: list[float]) -> PreTrainedModel:
+    """
+    A model of the same class and weights whose config asks transformers for the method.
+
+    What else the shipped rope parameters say (`partial_rotary_factor`, `mrope_section`, `llama_4_scaling_beta`) stays.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config(decoder=True)
+    scaling = native_scaling(method, factor, long_factor)
+    if text.model_type == "phimoe" and method in ("yarn", "longrope"):
+        # Its forward takes the attention factor from keys of its own, whatever the rope type.
+        by_paper = 0.1 * math.log(factor) + 1 if method == "yarn" else math.sqrt(1 + math.log(factor, TRAINED_LENGTH))
+        scaling |= {"short_mscale": by_paper, "long_mscale": by_paper}
+    elif text.model_type == "phimoe":
+        scaling |= {"short_mscale": 1.0, "long_mscale": 1.0}
+    wanted = {
+        name: {key: value for key, value in shipped.items() if key not in SCALING_KEYS} | scaling
+        for name, shipped in rope_parameters(text).items()
+    }
+    text.rope_parameters = wanted[""] if "" in wanted else text.rope_parameters | wanted
+    if hasattr(text, "original_max_position_embeddings"):
+        text.original_max_position_embeddings = TRAINED_LENGTH  # Phi-3 believes this one, not the rope parameters
+    limit = text.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    setattr(text, limit, int(factor * TRAINED_LENGTH))
+    reference = type(model)(config).eval()
+    reference.load_state_dict(model.state_dict())
+    return reference

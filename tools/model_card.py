@@ -1,0 +1,134 @@
+"""Write `MODEL_CARD.md`, the card of the three shipped models, from `results/tiny-*.json`; `make card` calls it.
+
+    python tools/model_card.py            # write the card
+    python tools/model_card.py --check    # exit 1 where the committed card is not what the result files give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from jinja2 import Environment, StrictUndefined
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = ROOT / "tools" / "MODEL_CARD.md.jinja"
+MODELS = {
+    "tiny-rope": ("Llama, 2 key-value heads", "rotary, base 10,000"),
+    "tiny-learned": ("GPT-2", "learned table of 2,048 rows"),
+    "tiny-alibi": ("BLOOM", "ALiBi"),
+}
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """The result file of one model.
+
+    Raises:
+        ValueError: it holds anything but rows of the unextended model, one for each length.
+    """
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rows = results["rows"]
+    methods = {row["method"] for row in rows}
+    lengths = [row["length"] for row in rows]
+    if methods != {"none"} or len(set(lengths)) != len(lengths):
+        raise ValueError(f"{path} has methods {sorted(methods)} at lengths {lengths}; a card is of `--methods none`")
+    return results
+
+
+def count_parameters(model: str) -> int:
+    """Numbers in the shipped weights; tied embeddings are stored once."""
+    with safe_open(ROOT / "examples" / "tiny" / model / "model.safetensors", framework="numpy") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
+
+def eval_results(rows: list[dict[str, Any]]) -> list[EvalResult]:
+    """The Hub's form of the rows: perplexity and pass-key accuracy, one data set entry for each length."""
+    entries = []
+    for row in rows:
+        common = {
+            "task_type": "text-generation",
+            "dataset_type": "text",
+            "dataset_name": "held-out novels of 100 English Novels 1.4",
+            # Results are grouped by the config, not by the arguments: without it all lengths would fall into one entry.
+            "dataset_config": f"first {row['length']} tokens",
+            "dataset_split": "heldout",
+            "dataset_args": {key: row[key] for key in ("length", "protocol", "documents", "tokens")},
+        }
+        for kind, key, name in (
+            ("perplexity", "perplexity", "perplexity"),
+            ("perplexity", "perplexity_tail", "perplexity of the second half"),
+            ("accuracy", "passkey", "pass-key retrieval"),
+        ):
+            entries.append(EvalResult(**common, metric_type=kind, metric_name=name, metric_value=round(row[key], 2)))
+    return entries
+
+
+def metadata(results: dict[str, dict[str, Any]]) -> str:
+    """The YAML block of the card. `ModelCardData` itself keeps results of one model only, so the index is joined here."""
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["long-context", "position-encoding", "rope", "alibi", "learned-positions", "tiny"],
+        metrics=["perplexity", "accuracy"],
+    )
+    index = [entry for name in results for entry in eval_results_to_model_index(name, eval_results(results[name]["rows"]))]
+    return str(CardData(**data.to_dict(), **{"model-index": index}).to_yaml())
+
+
+def render(directory: Path) -> str:
+    """The card that the result files in a directory give, loaded back by `huggingface_hub` before it is returned."""
+    results = {name: load_results(directory / f"{name}.json") for name in MODELS}
+    models = []
+    for name, (architecture, positions) in MODELS.items():
+        rows, provenance = results[name]["rows"], results[name]["provenance"]
+        models.append(
+            {
+                "name": name,
+                "architecture": architecture,
+                "positions": positions,
+                "parameters": count_parameters(name),
+                "source": f"results/{name}.json",
+                "rows": rows,
+                "documents": rows[0]["documents"],
+                "protocol": rows[0]["protocol"],
+                "dtype": provenance["dtype"],
+                "seed": provenance["seed"],
+            }
+        )
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["figure"] = "{:.2f}".format
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(metadata=metadata(results), models=models).rstrip() + "\n"
+    loaded = ModelCard(text).data.eval_results
+    if loaded is None or len(loaded) != 3 * sum(len(model["rows"]) for model in models):
+        raise ValueError("huggingface_hub reads other results from the card than were written")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the card is out of date")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="directory of the result files")
+    parser.add_argument("--card", type=Path, default=ROOT / "MODEL_CARD.md", help="the card")
+    arguments = parser.parse_args()
+    text = render(arguments.results)
+    if arguments.check:
+        if not arguments.card.is_file() or arguments.card.read_text(encoding="utf-8") != text:
+            print(f"{arguments.card} is not what {arguments.results} gives; run `make card`", file=sys.stderr)
+            return 1
+    else:
+        arguments.card.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
