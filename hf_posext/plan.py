@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .decode import decode, short
 from .errors import PlanError
-from .scheme import PositionalScheme, Rotary
+from .scheme import GENERALIZATION, PositionalScheme
 
 SCHEMA = 1
 PLAN_FILE = "posext_plan.json"
 MAX_PLAN_BYTES = 4 * 2**20
-MAX_LENGTH = 2**40
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ExtensionPlan:
     def describe(self) -> str:
         """One line: method, lengths, parameters."""
         given = ", ".join(
-            f"{key}={_short(value)}"
+            f"{key}={short(value)}"
             for entry in self.parameters
             for key, value in entry.items()
             if key not in ("name", "factor") and value is not None
@@ -125,91 +125,43 @@ class ExtensionPlan:
         Raises:
             PlanError: a newer schema, missing or unknown keys, wrong types, or values out of bounds.
         """
-        data = dict(_typed("plan", data, Mapping))
-        schema = data.pop("schema", None)
+        schema = data.get("schema") if isinstance(data, Mapping) else None
         if schema != SCHEMA:
             raise PlanError(
-                f"plan has schema {schema!r}; this version of hf_posext reads {SCHEMA}: upgrade it, or plan again"
+                f"plan has schema {short(schema)}; this version of hf_posext reads {SCHEMA}: upgrade it, or plan again"
             )
-        _check_keys("plan", data, cls)
-        scheme = dict(_typed("scheme", data["scheme"], Mapping))
-        _check_keys("scheme", scheme, PositionalScheme)
-        scheme["rotaries"] = tuple(
-            Rotary(**_check_keys("rotary", dict(_typed("rotary", entry, Mapping)), Rotary))
-            for entry in _typed("scheme.rotaries", scheme["rotaries"], list)
-        )
-        scheme["layer_types"] = tuple(_typed("scheme.layer_types", scheme["layer_types"], list))
-        plan = cls(
-            method=_typed("method", data["method"], str),
-            parameters=tuple(
-                _typed("parameters", entry, Mapping) for entry in _typed("parameters", data["parameters"], list)
-            ),
-            scheme=PositionalScheme(**scheme),
-            factor=_number("factor", data["factor"]),
-            original_length=_length("original_length", data["original_length"]),
-            target_length=_length("target_length", data["target_length"]),
-            rotaries=tuple(_rotary_plan(entry) for entry in _typed("rotaries", data["rotaries"], list)),
-        )
-        for rotary in plan.rotaries:
-            if all(rotary.name != known.name for known in plan.scheme.rotaries):
-                raise PlanError(f"plan changes frequencies {rotary.name!r}, which its own scheme does not have")
-            slots = plan.scheme.rotary(rotary.name).slots
-            for numbers in (rotary.inv_freq, rotary.short_inv_freq):
-                if numbers is not None and len(numbers) != slots:
-                    raise PlanError(f"plan has {len(numbers)} frequencies for {rotary.name!r}; its scheme has {slots}")
+        plan = decode(cls, {key: value for key, value in data.items() if key != "schema"})
+        plan.check()
         return plan
 
+    def check(self) -> None:
+        """Refuse numbers that no method can have meant.
 
-def _rotary_plan(data: Any) -> RotaryPlan:
-    entry = _check_keys("rotaries", dict(_typed("rotaries", data, Mapping)), RotaryPlan)
-    short = entry["short_inv_freq"]
-    parameters = entry["rope_parameters"]
-    return RotaryPlan(
-        name=_typed("rotaries.name", entry["name"], str),
-        inv_freq=_frequencies(entry["inv_freq"]),
-        attention_factor=_number("attention_factor", entry["attention_factor"]),
-        short_inv_freq=None if short is None else _frequencies(short),
-        rope_parameters=None if parameters is None else _typed("rope_parameters", parameters, Mapping),
-    )
-
-
-def _frequencies(values: Any) -> tuple[float, ...]:
-    numbers = tuple(_number("inv_freq", value, minimum=0.0) for value in _typed("inv_freq", values, list))
-    if any(number > 2 * math.pi for number in numbers):
-        raise PlanError(f"inv_freq has {max(numbers)}; a pair turns by at most 2 pi radians a token")
-    return numbers
-
-
-def _number(name: str, value: Any, minimum: float = 1e-6) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= MAX_LENGTH:
-        raise PlanError(f"{name} is {_short(value)}; a plan has a number from {minimum:g} to {MAX_LENGTH:g} there")
-    return float(value)
-
-
-def _length(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_LENGTH:
-        raise PlanError(f"{name} is {_short(value)}; a plan has a number of tokens there")
-    return value
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    if not isinstance(value, kind):
-        raise PlanError(f"{name} is {_short(value)}; a plan has a {kind.__name__} there")
-    return value
-
-
-def _check_keys(name: str, data: dict[str, Any], cls: type) -> dict[str, Any]:
-    wanted = {entry.name for entry in fields(cls)}
-    if set(data) != wanted:
-        missing, unknown = sorted(wanted - set(data)), sorted(set(data) - wanted)
-        raise PlanError(f"{name} in the plan lacks {missing} and has unknown {unknown}; plan again with this version")
-    return data
+        Raises:
+            PlanError: says which.
+        """
+        if self.scheme.kind not in GENERALIZATION:
+            raise PlanError(f"plan.scheme.kind is {short(self.scheme.kind)}; there are: {', '.join(GENERALIZATION)}")
+        if not (self.factor > 0 and 1 <= self.original_length <= self.target_length):
+            raise PlanError(
+                f"plan goes from {self.original_length} to {self.target_length} tokens by factor {self.factor:g}; "
+                "lengths grow from 1 or more"
+            )
+        sets = {rotary.name: rotary for rotary in self.scheme.rotaries}
+        for entry in self.rotaries:
+            if entry.name not in sets:
+                raise PlanError(f"plan changes frequencies {short(entry.name)!r}, which its own scheme does not have")
+            for numbers in filter(None, (entry.inv_freq, entry.short_inv_freq)):
+                if len(numbers) != sets[entry.name].slots:
+                    raise PlanError(
+                        f"plan has {len(numbers)} frequencies for {entry.name!r}; its scheme has "
+                        f"{sets[entry.name].slots}"
+                    )
+                if not all(0 <= number <= 2 * math.pi for number in numbers):
+                    raise PlanError(f"plan has frequencies {min(numbers)} to {max(numbers)}; 0 to 2 pi is possible")
+            if entry.attention_factor <= 0:
+                raise PlanError(f"plan has attention_factor {entry.attention_factor}; a number above 0 belongs there")
 
 
 def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number that a plan can hold")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
+from ..decode import MAX_NUMBER
 from ..errors import InvalidParameterError, MethodNotApplicableError
-from ..plan import MAX_LENGTH, ExtensionPlan
+from ..plan import ExtensionPlan
 from ..registry import get_method, methods
 from ..scheme import PositionalScheme
 
@@ -130,7 +131,7 @@ class Method:
                 raise InvalidParameterError(f"{self.label} needs factor= or target_length=; e.g. factor=8")
             factor = 1.0
         if factor is not None:
-            if not math.isfinite(factor) or factor <= 0 or original * factor > MAX_LENGTH:
+            if not math.isfinite(factor) or factor <= 0 or original * factor > MAX_NUMBER:
                 raise InvalidParameterError(f"factor is {factor}; give a finite number above 0, e.g. factor=8")
             if target_length is not None and target_length != round(original * factor):
                 raise InvalidParameterError(

@@ -173,8 +173,9 @@ def _with_parameters(config: Any, planned: dict[str, RotaryPlan], plan: Extensio
     for name, entry in planned.items():
         parameters = dict(entry.rope_parameters or {})
         if config.model_type == "phimoe" and parameters["rope_type"] != "default":
-            # its forward takes the temperature from these two, whatever the rope type
+            # its forward takes the temperature from these, whatever the rope type
             parameters |= {"short_mscale": entry.attention_factor, "long_mscale": entry.attention_factor}
+            parameters["original_max_position_embeddings"] = plan.original_length
         if name:
             changed.rope_parameters = {**changed.rope_parameters, name: parameters}
         else:

@@ -1,0 +1,231 @@
+"""Every frequency method against golden values, transformers' own rope types, and its formula in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hf_posext import NTK, Linear, Llama3, LongRoPE, NoPE, Partial, Resonance, Theta, YaRN
+from hf_posext.errors import InvalidParameterError, MethodNotApplicableError, UnknownMethodError
+from hf_posext.methods import Method, as_method
+from hf_posext.plan import RotaryPlan
+from hf_posext.scheme import PositionalScheme, Rotary
+
+DIM, BASE, TRAINED, FACTOR = 128, 10_000.0, 4096, 8.0
+
+
+def scheme(**overrides: object) -> PositionalScheme:
+    rotary = Rotary("", BASE, DIM, DIM // 2, DIM // 2)
+    fields = {"kind": "rotary", "model_type": "llama", "trained_length": TRAINED, "trained_length_source": "config"}
+    return PositionalScheme(**{**fields, "shipped_length": TRAINED, "rotaries": (rotary,), **overrides})  # type: ignore[arg-type]
+
+
+def planned(method: str | Method, factor: float = FACTOR, **kwargs: object) -> RotaryPlan:
+    return as_method(method).plan(scheme(), factor=factor, **kwargs).rotaries[0]  # type: ignore[arg-type]
+
+
+GOLDEN = {
+    # published formulas evaluated by hand in float64 at d=128, theta=1e4, L=4096, s=8; pairs 0, 16, 32, 48, 63
+    "linear": (Linear(), [0.125, 1.25e-2, 1.25e-3, 1.25e-4, 1.443477e-5]),
+    "ntk": (NTK(), [1, 5.897173e-2, 3.477664e-3, 2.050838e-4, 1.443477e-5]),
+    "yarn": (YaRN(), [1, 0.1, 5.961539e-3, 1.25e-4, 1.443477e-5]),
+    "yarn-untruncated": (YaRN(truncate=False), [1, 0.1, 5.983133e-3, 1.25e-4, 1.443477e-5]),
+    "llama3": (Llama3(), [1, 0.1, 1e-2, 1.25e-4, 1.443477e-5]),
+    "theta": (Theta(theta=500_000), [500_000.0 ** (-i / 64) for i in (0, 16, 32, 48, 63)]),
+    "partial": (Partial(proportion=0.5), [1, 0.1, 0, 0, 0]),
+    "nope": (NoPE(), [0, 0, 0, 0, 0]),
+    "resonance": (Resonance(), [2 * math.pi / round(2 * math.pi * 10 ** (i / 16)) for i in (0, 16, 32, 48, 63)]),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_golden_values(case: str) -> None:
+    method, values = GOLDEN[case]
+    got = [planned(method).inv_freq[pair] for pair in (0, 16, 32, 48, 63)]
+    assert got == pytest.approx(values, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("variant", "values"),
+    [
+        ("code", [2.7366e-2, 1.2995e-2, 5.9615e-3, 2.5954e-3, 1.0338e-3, 3.4198e-4]),
+        ("paper", [2.1461e-2, 7.5396e-3, 2.8078e-3, 1.1261e-3, 4.9003e-4, 2.3028e-4]),
+        ("pose", [1.5226e-2, 5.6384e-3, 2.3636e-3, 1.0595e-3, 4.9530e-4, 2.3833e-4]),
+    ],
+)
+def test_the_three_yarns_differ_as_measured(variant: str, values: list[float]) -> None:
+    got = [planned(YaRN(variant=variant)).inv_freq[pair] for pair in (24, 28, 32, 36, 40, 44)]
+    assert got == pytest.approx(values, rel=3e-5)  # the table has five digits
+
+
+@pytest.mark.parametrize("variant", ["code", "paper", "pose"])
+def test_yarn_variants_equal_their_formulas_in_float64(variant: str) -> None:
+    for i, got in enumerate(planned(YaRN(variant=variant)).inv_freq):
+        wavelength = 2 * math.pi * BASE ** (2 * i / DIM)
+        if variant == "paper":
+            keep = min(max((TRAINED / wavelength - 1) / 31, 0), 1)
+        else:
+            low = math.floor(DIM * math.log(TRAINED / (32 * 2 * math.pi)) / (2 * math.log(BASE)))
+            high = math.ceil(DIM * math.log(TRAINED / (2 * math.pi)) / (2 * math.log(BASE)))
+            keep = 1 - min(max((i - low) / (high - low), 0), 1)
+        frequency = BASE ** (-2 * i / DIM)
+        if variant == "pose":
+            wanted = frequency / ((1 - keep) * FACTOR + keep)
+        else:
+            wanted = frequency / FACTOR * (1 - keep) + frequency * keep
+        assert got == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [2.0, 8.0, 33.3])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Linear(),
+        YaRN(),
+        YaRN(beta_fast=16, beta_slow=2, truncate=False, attention_factor=1.5),
+        Llama3(low_freq_factor=2, high_freq_factor=8),
+        LongRoPE(long_factor=[1 + i / 9 for i in range(DIM // 2)]),
+    ],
+    ids=lambda method: method.name,
+)
+def test_equals_the_rope_type_of_transformers_to_the_bit(method: Method, factor: float) -> None:
+    entry = planned(method, factor=factor)
+    sizes = {"hidden_size": 4 * DIM, "num_attention_heads": 4, "max_position_embeddings": round(TRAINED * factor)}
+    config = LlamaConfig(**sizes, rope_parameters=dict(entry.rope_parameters or {}))
+    native, temperature = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
+    assert entry.inv_freq == tuple(native.tolist())
+    assert entry.attention_factor == temperature
+
+
+def test_temperatures() -> None:
+    assert planned(YaRN()).attention_factor == pytest.approx(1.207944, abs=1e-6)
+    longrope = LongRoPE(long_factor=[1.0] * 64)
+    assert planned(longrope).attention_factor == pytest.approx(1.118034, abs=1e-6)
+    assert planned("linear").attention_factor == planned("ntk").attention_factor == 1.0
+
+
+def test_deepseek_keeps_its_rule_for_the_temperature() -> None:
+    shipped = {"rope_type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 0.5}
+    rotary = Rotary("", BASE, DIM, DIM // 2, DIM // 2, shipped=shipped)
+    entry = YaRN().plan(scheme(rotaries=(rotary,), shipped_length=TRAINED), factor=80).rotaries[0]
+    assert entry.attention_factor == pytest.approx((0.1 * math.log(80) + 1) / (0.05 * math.log(80) + 1))
+    assert entry.rope_parameters is not None and entry.rope_parameters["mscale_all_dim"] == 0.5
+    assert YaRN(attention_factor=1.1).plan(scheme(rotaries=(rotary,)), factor=80).rotaries[0].attention_factor == 1.1
+
+
+def test_theta_without_a_base_takes_the_critical_one() -> None:
+    """The pair that just turned once within the trained length turns once within the target."""
+    entry = planned("theta")
+    once = math.log(TRAINED / (2 * math.pi)) / math.log(BASE)  # 2i/d of that pair, as a real number
+    theta = entry.rope_parameters["rope_theta"]  # type: ignore[index]
+    assert 2 * math.pi * theta**once == pytest.approx(FACTOR * TRAINED, rel=1e-9)
+
+
+def test_composition_applies_one_after_the_other() -> None:
+    alone, both = planned("yarn"), planned("yarn+resonance")
+    wanted = [2 * math.pi / round(2 * math.pi / f) for f in alone.inv_freq]
+    assert both.inv_freq == pytest.approx(wanted, rel=2e-7)
+    assert both.attention_factor == alone.attention_factor
+    assert planned(YaRN() + Resonance()) == both
+    plan = (YaRN(factor=4) + Resonance()).plan(scheme())
+    assert (plan.method, plan.factor) == ("yarn+resonance", 4)
+    assert [entry["name"] for entry in plan.parameters] == ["yarn", "resonance"]
+    with pytest.raises(InvalidParameterError, match="disagree"):
+        YaRN(factor=4) + Linear(factor=8)
+    assert as_method("resonance+nope").plan(scheme()).factor == 1
+
+
+def test_partial_on_ntk_is_not_natively_sayable_but_planned() -> None:
+    ntk, both = planned("ntk"), planned("ntk+partial")
+    assert both.inv_freq == (*ntk.inv_freq[:48], *[0.0] * 16)
+
+
+def test_sliding_layers_are_left_alone_where_they_see_no_farther_than_trained() -> None:
+    sets = (Rotary("full_attention", 1e6, 64, 32, 32), Rotary("sliding_attention", 1e4, 64, 32, 32, window=1024))
+    names = lambda method: [entry.name for entry in as_method(method).plan(scheme(rotaries=sets), factor=2).rotaries]  # noqa: E731
+    assert names("yarn") == ["full_attention"]
+    assert names("nope") == ["full_attention", "sliding_attention"]
+    wide = (sets[0], Rotary("sliding_attention", 1e4, 64, 32, 32, window=8192))
+    assert len(YaRN().plan(scheme(rotaries=wide), factor=2).rotaries) == 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"factor": 0}, "factor is 0"),
+        ({"factor": -1}, "factor is -1"),
+        ({"factor": math.nan}, "factor is nan"),
+        ({"factor": math.inf}, "factor is inf"),
+        ({"factor": 1e12}, "factor is 1000000000000.0"),
+        ({"factor": 0.5}, "below the trained length of 4096"),
+        ({"target_length": 1024}, "below the trained length of 4096"),
+        ({}, "needs factor= or target_length="),
+        ({"factor": 2, "original_length": 0}, "original_length is 0"),
+    ],
+)
+def test_lengths_that_cannot_be(kwargs: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        YaRN().plan(scheme(), **kwargs)  # type: ignore[arg-type]
+
+
+def test_a_methods_own_factor_goes_first() -> None:
+    assert YaRN(factor=16).plan(scheme(), factor=8).factor == 16
+    assert YaRN().plan(scheme(), target_length=8 * TRAINED).factor == 8
+    with pytest.raises(InvalidParameterError, match="give one of the two"):
+        YaRN(factor=16).plan(scheme(), target_length=8 * TRAINED)
+
+
+def test_a_target_below_the_shipped_length_is_refused_with_both_numbers() -> None:
+    shipped = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    extended = scheme(
+        trained_length=8192, shipped_length=131072, rotaries=(Rotary("", 5e5, 128, 64, 64, shipped=shipped),)
+    )
+    with pytest.raises(InvalidParameterError, match=r"32768 tokens \(8192 trained x 4\) is below the 131072"):
+        YaRN().plan(extended, factor=4)
+    assert YaRN().plan(extended, factor=4, original_length=8192).target_length == 32768
+    assert YaRN().plan(extended, factor=32).target_length == 262144
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: YaRN(variant="mine"), "code, paper, pose"),
+        (lambda: YaRN(beta_fast=1, beta_slow=32), "beta_slow"),
+        (lambda: YaRN(attention_factor=0), "attention_factor"),
+        (lambda: Llama3(low_freq_factor=4, high_freq_factor=1), "low_freq_factor"),
+        (lambda: Theta(theta=0), "theta is 0"),
+        (lambda: Partial(proportion=2), "proportion is 2"),
+        (lambda: planned("longrope"), "got none; give 64 finite numbers"),
+        (lambda: planned(LongRoPE(long_factor=[1.0])), "got 1 numbers"),
+        (lambda: planned(LongRoPE(long_factor=[math.nan] * 64)), "finite numbers above 0"),
+        (lambda: as_method(8), "give a name such as 'yarn'"),  # type: ignore[arg-type]
+    ],
+)
+def test_hyper_parameters_that_cannot_be(make: object, message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_unknown_method_suggests_the_nearest() -> None:
+    with pytest.raises(UnknownMethodError, match="did you mean 'yarn'"):
+        as_method("yarm")
+
+
+def test_method_for_another_scheme_says_what_applies() -> None:
+    bert = PositionalScheme("learned", "bert", 512, "config", 512)
+    with pytest.raises(
+        MethodNotApplicableError, match="yarn extends rotary positions; bert has learned; what applies"
+    ):
+        YaRN().plan(bert, factor=2)
+    table = scheme(obstacle="gptj keeps a table of sines", rotaries=())
+    with pytest.raises(MethodNotApplicableError, match="gptj keeps a table of sines; nothing applies"):
+        YaRN().plan(table, factor=2)
+
+
+def test_trained_length_that_nobody_tells() -> None:
+    with pytest.raises(InvalidParameterError, match="give original_length="):
+        YaRN().plan(scheme(trained_length=None, trained_length_source="the config does not tell"), factor=2)

@@ -1,0 +1,95 @@
+"""A plan survives JSON; a corrupt, hostile or newer one is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_posext import ExtensionPlan, YaRN, detect_scheme
+from hf_posext.errors import PlanError
+
+from .conftest import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def plan() -> ExtensionPlan:
+    return YaRN().plan(detect_scheme(tiny_llama()), factor=8)
+
+
+def test_file_round_trip(plan: ExtensionPlan, tmp_path: Path) -> None:
+    path = plan.save(tmp_path)
+    assert ExtensionPlan.load(path) == ExtensionPlan.load(tmp_path) == plan
+
+
+def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(data: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        for key in parents:
+            data = data[int(key) if key.isdigit() else key]  # type: ignore[index]
+        data[last] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (change("schema", 2), "schema 2; this version of hf_posext reads 1"),
+        (change("surprise", 1), "unknown \\['surprise'\\]"),
+        (lambda data: data.pop("factor"), "lacks \\['factor'\\]"),
+        (change("factor", 1e300), "factor is 1e\\+300"),
+        (change("factor", True), "factor is True"),
+        (change("target_length", "4096"), "target_length is 4096"),
+        (change("target_length", 10**30), "target_length is 10000"),
+        (change("method", ["yarn"]), "method is"),
+        (change("rotaries", "x" * 99), "rotaries is xxx"),
+        (change("rotaries.0.inv_freq", [0.1]), "1 frequencies for ''; its scheme has 8"),
+        (change("rotaries.0.inv_freq", [-1.0] * 8), "frequencies -1.0"),
+        (change("rotaries.0.inv_freq", [99.0] * 8), "99.0; 0 to 2 pi"),
+        (change("rotaries.0.name", "layer"), "'layer', which its own scheme does not have"),
+        (change("scheme.rotaries.0.surprise", 1), "unknown \\['surprise'\\]"),
+        (change("scheme", []), "scheme is \\[\\]"),
+        (change("target_length", 3), "from 64 to 3 tokens"),
+        (change("rotaries.0.attention_factor", 0), "attention_factor 0"),
+        (change("scheme.kind", "magic"), "kind is magic"),
+        (change("scheme.rotaries.0.theta", "1e4"), "theta is 1e4"),
+    ],
+)
+def test_corrupt_plans_are_refused(
+    plan: ExtensionPlan, tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    data = plan.to_dict()
+    edit(data)
+    file = tmp_path / "posext_plan.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=message):
+        ExtensionPlan.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "not a plan in JSON"),
+        ("[]", "schema None"),
+        ('{"schema": NaN}', "NaN is not a number"),
+        ("[" * 100_000, "not a plan in JSON"),
+        (" " * (4 * 2**20 + 1), "at most 4194304"),
+    ],
+)
+def test_files_that_are_no_plan(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "posext_plan.json").write_text(text)
+    with pytest.raises(PlanError, match=message):
+        ExtensionPlan.load(tmp_path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no plan at"):
+        ExtensionPlan.load(tmp_path)
+
+
+def test_describe_tells_lengths_and_parameters(plan: ExtensionPlan) -> None:
+    assert plan.describe().startswith("yarn: 64 -> 512 tokens (x8), variant=code, beta_fast=32")
