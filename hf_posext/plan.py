@@ -35,6 +35,7 @@ class RotaryPlan:
             length (LongRoPE).
         rope_parameters (`Mapping`, *optional*): the config entry from which transformers computes the same numbers;
             `None` where none of its rope types can say them.
+        growth (`Growth`, *optional*): how they follow the length of each row; `inv_freq` are those of a short one.
     """
 
     name: str
@@ -42,6 +43,61 @@ class RotaryPlan:
     attention_factor: float = 1.0
     short_inv_freq: tuple[float, ...] | None = None
     rope_parameters: Mapping[str, Any] | None = None
+    growth: Growth | None = None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Frequencies that follow the length of each row: with `s = max(1, row length / original length)`, pair i turns by
+    `moving_i * s ** -power_i + kept_i` radians a token, and cosine and sine are multiplied by `1 + temperature * ln s`.
+    """
+
+    moving: tuple[float, ...]
+    power: tuple[float, ...]
+    kept: tuple[float, ...]
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class PositionMap:
+    """Position p of a token as a part of the attention sees it: `min(rate * ((p mod modulo) // group) + offset, limit)`.
+
+    `modulo` and `limit` count only where they are given.
+    """
+
+    rate: float = 1.0
+    group: int = 1
+    offset: float = 0.0
+    modulo: int | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the pairs of query i and key j, and the positions that rotary phases have there.
+
+    A pair belongs to the part when `low <= i // chunk - j // chunk < high`, and `j < keys_below` where that is given;
+    bounds that are `None` do not bound. The parts of a plan are disjoint; a pair in no part is not attended.
+    """
+
+    query: PositionMap
+    key: PositionMap
+    low: int = 0
+    high: int | None = None
+    chunk: int = 1
+    keys_below: int | None = None
+
+
+@dataclass(frozen=True)
+class QueryScale:
+    """What queries are multiplied by: `constant`, times `max(1, ln(p + 1) / ln length)` at position p where `log` is
+    set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`.
+    """
+
+    length: int
+    log: bool = False
+    temperature: float = 0.0
+    constant: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +112,8 @@ class ExtensionPlan:
         original_length (`int`): trained length that the plan counts from, in tokens.
         target_length (`int`): length that the plan is for, in tokens.
         rotaries (`tuple[RotaryPlan, ...]`): the sets of frequencies that change; the others stay as shipped.
+        parts (`tuple[Part, ...]`): which positions each pair of query and key gets; all as they are where empty.
+        query_scale (`QueryScale`, *optional*): how queries grow with their position.
     """
 
     method: str
@@ -65,17 +123,24 @@ class ExtensionPlan:
     original_length: int
     target_length: int
     rotaries: tuple[RotaryPlan, ...] = ()
+    parts: tuple[Part, ...] = ()
+    query_scale: QueryScale | None = None
+
+    @property
+    def rotates_late(self) -> bool:
+        """Whether phases depend on the pair of query and key, or on the row, so that they are applied in attention."""
+        return bool(self.parts) or self.query_scale is not None or any(entry.growth for entry in self.rotaries)
 
     @property
     def multipass(self) -> bool:
         """Whether the positions of a token depend on the length of the input, so that one forward at the longest
         length does not tell the shorter ones."""
-        return any(rotary.short_inv_freq is not None for rotary in self.rotaries)
+        return any(rotary.short_inv_freq is not None or rotary.growth is not None for rotary in self.rotaries)
 
     @property
     def changes_nothing(self) -> bool:
         """Whether the plan leaves the model as it is (the method `none`)."""
-        return not self.rotaries
+        return not self.rotaries and not self.rotates_late
 
     def describe(self) -> str:
         """One line: method, lengths, parameters."""
@@ -159,8 +224,19 @@ class ExtensionPlan:
                     )
                 if not all(0 <= number <= 2 * math.pi for number in numbers):
                     raise PlanError(f"plan has frequencies {min(numbers)} to {max(numbers)}; 0 to 2 pi is possible")
+            grown = (entry.growth.moving, entry.growth.power, entry.growth.kept) if entry.growth else ()
+            if any(len(numbers) != sets[entry.name].slots for numbers in grown):
+                raise PlanError(f"plan has a growth of another width than the frequencies of {entry.name!r}")
             if entry.attention_factor <= 0:
                 raise PlanError(f"plan has attention_factor {entry.attention_factor}; a number above 0 belongs there")
+        for part in self.parts:
+            divisors = (part.chunk, *(m for p in (part.query, part.key) for m in (p.group, p.modulo or 1)))
+            if min(divisors) < 1:
+                raise PlanError(
+                    f"plan has a part with chunk, group or modulo {min(divisors)}; 1 or more belongs there"
+                )
+        if self.query_scale is not None and self.query_scale.length < 2:
+            raise PlanError(f"plan scales queries from length {self.query_scale.length}; 2 or more belongs there")
 
 
 def _refuse_constant(text: str) -> float:

@@ -66,7 +66,7 @@ class YaRN(FrequencyMethod):
         truncate = bool(rotary.shipped.get("truncate", True)) if self.truncate is None else self.truncate
         wavelengths = rotary.theta ** exponents(rotary)
         kept, divided = 1.0 / wavelengths, 1.0 / (plan.factor * wavelengths)
-        keep = 1 - self._ramp(rotary, plan.original_length, truncate)
+        keep = 1 - self.ramp(rotary, plan.original_length, truncate)
         temperature, mscales = self._temperature(rotary, plan.factor)
         if self.variant == "pose":
             mixed = powers(rotary.theta, rotary) / ((1 - keep) * plan.factor + keep)
@@ -86,7 +86,7 @@ class YaRN(FrequencyMethod):
         }
         return from_tensor(rotary, mixed, attention_factor=temperature, rope_parameters=parameters)
 
-    def _ramp(self, rotary: Rotary, length: int, truncate: bool) -> torch.Tensor:
+    def ramp(self, rotary: Rotary, length: int, truncate: bool) -> torch.Tensor:
         """0 where a pair is kept, 1 where it is interpolated; shape (pairs,)."""
         if self.variant == "paper":
             turns = length * powers(rotary.theta, rotary) / (2 * math.pi)

@@ -22,11 +22,12 @@ from ..errors import NoEffectError, UnsupportedModelError
 from ..plan import ExtensionPlan, RotaryPlan
 from .detect import RotarySite, rotary_sites
 from .journal import Journal
+from .mixin import Mixin, mix
 
 logger = logging.getLogger(__name__)
 
 
-class KeepsFrequencies(nn.Module):
+class KeepsFrequencies(Mixin):
     """Mixed into the class of a patched rotary module: frequencies stay float32 whatever the model is cast to.
 
     `model.to(torch.bfloat16)` would round them by 4e-3, which is whole turns at a few thousand tokens.
@@ -39,26 +40,6 @@ class KeepsFrequencies(nn.Module):
         for name, numbers in self._posext_frequencies.items():
             setattr(self, name, torch.tensor(numbers, dtype=torch.float32, device=getattr(self, name).device))
         return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _instance, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[no-untyped-call]
-
-
-_keeping_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _keeping(cls: type[nn.Module]) -> type[nn.Module]:
-    """A rotary class with [`KeepsFrequencies`] mixed in, under the same name; one for all models."""
-    if cls not in _keeping_classes:
-        body = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-        _keeping_classes[cls] = type(cls.__name__, (KeepsFrequencies, cls), body)
-    return _keeping_classes[cls]
-
-
-def _instance(cls: type[nn.Module]) -> nn.Module:
-    """What pickle and deepcopy start from: an empty instance of the mixed class."""
-    keeping = _keeping(cls)
-    return keeping.__new__(keeping)
 
 
 @dataclass(frozen=True)
@@ -89,8 +70,9 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, journal: Jour
         raise UnsupportedModelError(f"{plan.scheme.model_type} is on the meta device; load its weights, then patch")
     before = [[site.phases(probe) for probe in probes] for site in sites]
 
-    obstacle = _say_in_config(model, sites, planned, plan, journal)
-    if obstacle and plan.multipass:
+    obstacle = "positions are remapped inside attention" if plan.rotates_late else None
+    obstacle = obstacle or _say_in_config(model, sites, planned, plan, journal)
+    if obstacle and any(entry.short_inv_freq is not None for entry in plan.rotaries):
         raise UnsupportedModelError(
             f"{plan.method} with two factor lists needs the model's own longrope, but {obstacle}; give one list"
         )
@@ -99,7 +81,7 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, journal: Jour
 
     after = [[site.phases(probe) for probe in probes] for site in sites]
     for site, old, new in zip(sites, before, after, strict=True):
-        if all(torch.equal(a, b) for a, b in zip(old, new, strict=True)):
+        if planned[site.name].growth is None and all(torch.equal(a, b) for a, b in zip(old, new, strict=True)):
             raise NoEffectError(
                 f"{plan.describe()} leaves the phases of {site.path} ({plan.scheme.model_type}) as they are; "
                 "give a factor above 1, or method 'none' to compare with the model as it is"
@@ -138,7 +120,7 @@ def _write(site: RotarySite, entry: RotaryPlan, journal: Journal) -> None:
     kept = {**getattr(module, "_posext_frequencies", {}), **numbers}
     journal.set(module, "_posext_frequencies", kept)
     if not isinstance(module, KeepsFrequencies):
-        journal.set(module, "__class__", _keeping(type(module)))
+        journal.set(module, "__class__", mix(KeepsFrequencies, type(module)))
 
 
 def _say_in_config(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 _ABSENT = "<absent>"
+_CALL = "<call>"
 
 
 class Journal:
@@ -25,6 +27,10 @@ class Journal:
         self._entries.append((owner, name, getattr(owner, name) if held else _ABSENT))
         setattr(owner, name, value)
 
+    def on_undo(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Remember a call to make on undo; a bound method or a module's function, so that copies call their own."""
+        self._entries.append((function, _CALL, arguments))
+
     def undo(self) -> None:
         """Put everything back, last change first.
 
@@ -32,6 +38,9 @@ class Journal:
         """
         while self._entries:
             owner, name, old = self._entries.pop()
+            if name == _CALL:
+                owner(*old)
+                continue
             if isinstance(old, str) and old == _ABSENT:
                 delattr(owner, name)
                 continue

@@ -17,6 +17,7 @@ from .checkpoint import save_patched
 from .detect import detect_scheme, unwrap
 from .frequencies import apply_frequencies
 from .journal import Journal
+from .late_setup import apply_late_rotation
 from .limits import raise_limits
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,10 @@ class Patch:
         self._journal = Journal()
         try:
             if not plan.changes_nothing:
-                self.native_obstacle = apply_frequencies(model, plan, self._journal)
+                if plan.rotaries:
+                    self.native_obstacle = apply_frequencies(model, plan, self._journal)
+                if plan.rotates_late:
+                    self.native_obstacle = apply_late_rotation(model, plan, self._journal)
                 raise_limits(model, plan.target_length, tokenizer, self._journal)
             self._journal.set(model, "_posext_patch", self)
         except BaseException:

@@ -76,16 +76,19 @@ def test_undo_is_exact_also_after_an_exception(name: str, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_cached_decoding_equals_one_forward(name: str, kind: str) -> None:
     model, method = build(name, kind)
-    patch_model(model, method, factor=FACTOR)
-    whole = logits(model, LONG)
+    patch = patch_model(model, method, factor=FACTOR)
+    # a method that follows the length of the row is exact within the trained length; what remains past it is measured
+    # in test_remapping.py
+    steps_past = 0 if patch.plan.multipass else 12
+    whole = logits(model, LONG[:, : TRAINED + steps_past])
     with torch.no_grad():
         out = model(LONG[:, : TRAINED - 4], use_cache=True)
         steps = [out.logits]
-        for i in range(TRAINED - 4, TRAINED + 12):  # across the trained length
+        for i in range(TRAINED - 4, TRAINED + steps_past):  # across the trained length
             out = model(LONG[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
             steps.append(out.logits)
     # float32 sums in another order; logits spread by 4
-    torch.testing.assert_close(torch.cat(steps, 1), whole[:, : TRAINED + 12], atol=2e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -1,0 +1,57 @@
+"""Dual chunk attention (DCA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, Part, PositionMap, QueryScale
+from ..registry import register
+from .remap import RemapMethod, default_window, require_window
+
+
+@register
+@dataclass(frozen=True)
+class DualChunk(RemapMethod):
+    """Positions counted within chunks: exact inside a chunk and into the one before, constant to older ones.
+
+    With chunks of `C` tokens and `c = C - local`, key j has position `j mod C`; query i has `i mod C` to its own chunk,
+    `min(i mod C + c, C)` to the chunk before, and `min(2 c - 1, C)` to older ones. An et al., *Training-Free
+    Long-Context Scaling of Large Language Models*, 2024. The published code multiplies attention by a temperature that
+    depends on the longest input so far; here, as an option, it depends on the query's own position.
+
+    Args:
+        chunk (`int`, *optional*): `C` in tokens; three quarters of the trained length where not given.
+        local (`int`, *optional*): tokens across a chunk's border that keep exact distances; a quarter of the trained
+            length where not given.
+        temperature (`float`, *optional*, defaults to 0): queries grow by `(1 + t ln((p + 1) / L)) ** 2` past the
+            trained length; ChunkLlama uses 0.05 and Qwen2.5-1M 0.1.
+    """
+
+    name: ClassVar[str] = "dual-chunk"
+    title: ClassVar[str] = "dual chunk attention (DCA)"
+    url: ClassVar[str] = "https://arxiv.org/abs/2402.17463"
+
+    chunk: int | None = None
+    local: int | None = None
+    temperature: float = 0.0
+
+    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+        chunk = default_window(plan, 3 / 4) if self.chunk is None else self.chunk
+        local = default_window(plan, 1 / 4) if self.local is None else self.local
+        require_window(self, "chunk", chunk, plan)
+        if not 1 <= local < chunk:
+            raise InvalidParameterError(f"dual-chunk local is {local} in chunks of {chunk}; give 1 to {chunk - 1}")
+        shift = chunk - local
+        key = PositionMap(modulo=chunk)
+        return (
+            Part(key, key, high=1, chunk=chunk),
+            Part(PositionMap(modulo=chunk, offset=shift, limit=chunk), key, low=1, high=2, chunk=chunk),
+            Part(PositionMap(rate=0, offset=min(2 * shift - 1, chunk)), key, low=2, chunk=chunk),
+        )
+
+    def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
+        if self.temperature == 0:
+            return None
+        return QueryScale(length=plan.original_length, temperature=self.temperature)

@@ -1,0 +1,34 @@
+"""Dynamic NTK: a base that follows the length of each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..plan import ExtensionPlan, Growth, RotaryPlan
+from ..registry import register
+from ..scheme import Rotary
+from .frequencies import FrequencyMethod, exponents, padded, require_pairs, unscaled
+
+
+@register
+@dataclass(frozen=True)
+class DynamicNTK(FrequencyMethod):
+    """NTK-aware interpolation by just as much as the row at hand needs.
+
+    `theta' = theta * s ** (d / (d - 2))` with `s = max(1, l / L)` for a row of l tokens. emozilla, *Dynamically Scaled
+    RoPE*, 2023, published with YaRN. Here each row has its own s and keys are cached unrotated: no state between
+    calls, nothing depends on batch-mates. What stays: in cached decoding, deeper layers keep the hidden states that
+    were computed under the smaller s of their time.
+    """
+
+    name: ClassVar[str] = "dynamic-ntk"
+    title: ClassVar[str] = "dynamic NTK-aware interpolation"
+    url: ClassVar[str] = "https://arxiv.org/abs/2309.00071"
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        require_pairs(self, rotary)
+        power = exponents(rotary) * (rotary.dim / (rotary.dim - 2))
+        short = unscaled(rotary)
+        growth = Growth(moving=short.inv_freq, power=padded(rotary, power), kept=(0.0,) * rotary.slots)
+        return replace(short, growth=growth, rope_parameters=None)

@@ -1,0 +1,46 @@
+"""Leaky ReRoPE: distances beyond a window grow slowly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, Part, PositionMap
+from ..registry import register
+from .remap import RemapMethod, default_window, near_and_far, require_window
+
+
+@register
+@dataclass(frozen=True)
+class LeakyReRoPE(RemapMethod):
+    """Distances below the window as they are, farther ones growing `stride` times slower.
+
+    Distance `d < w` gives `d`, else `w + (d - w) / k`. Su, *Rectified Rotary Position Embeddings*, 2023.
+
+    Args:
+        window (`int`, *optional*): `w` in tokens; half the trained length where not given.
+        stride (`float`, *optional*): `k`; where not given, the one that puts the target's longest distance at the
+            trained length.
+    """
+
+    name: ClassVar[str] = "leaky-rerope"
+    title: ClassVar[str] = "Leaky ReRoPE"
+    url: ClassVar[str] = "https://github.com/bojone/rerope"
+
+    window: int | None = None
+    stride: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.stride is not None and not 1 <= self.stride < math.inf:
+            raise InvalidParameterError(f"leaky-rerope stride is {self.stride}; give 1 or more")
+
+    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+        window = default_window(plan, 1 / 2) if self.window is None else self.window
+        require_window(self, "window", window, plan)
+        stride = self.stride
+        if stride is None:
+            stride = max(1.0, (plan.target_length - window) / max(plan.original_length - window, 1))
+        slow = PositionMap(rate=1 / stride)
+        return near_and_far(window, PositionMap(rate=1 / stride, offset=window - window / stride), slow)

@@ -1,0 +1,32 @@
+"""Log-n scaling of queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, QueryScale
+from ..registry import register
+from .base import Method
+
+
+@register
+@dataclass(frozen=True)
+class LogN(Method):
+    """Queries grow with the logarithm of their position, so that attention stays as sharp. On top of any other method.
+
+    Query p is multiplied by `max(1, ln(p + 1) / ln L)`. Su, *Scaled attention by log n*, 2021 (`"rerope+log-n"`); the
+    argument from entropy: Chiang and Cholak, *Overcoming a Theoretical Limitation of Self-Attention*, 2022.
+    """
+
+    name: ClassVar[str] = "log-n"
+    title: ClassVar[str] = "log-n query scaling"
+    url: ClassVar[str] = "https://arxiv.org/abs/2202.12172"
+    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
+    needs_factor: ClassVar[bool] = False
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        if plan.query_scale is not None:
+            raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
+        return replace(plan, query_scale=QueryScale(length=plan.original_length, log=True))

@@ -1,0 +1,59 @@
+"""What the methods that give each pair of query and key its own positions share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, Part, PositionMap, QueryScale
+from .base import Method
+
+SAME = PositionMap()
+"""The position that a token has."""
+
+
+@dataclass(frozen=True)
+class RemapMethod(Method):
+    """A method that remaps positions inside attention, with the frequencies of the model or of a method before it.
+
+    Subclasses implement [`~RemapMethod.parts`].
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
+
+    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+        """Disjoint parts of the causal pairs, nearest first."""
+        raise TypeError(f"{type(self).__name__} must implement parts(plan)")
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        if plan.parts:
+            raise InvalidParameterError(f"{plan.method} remaps positions twice; compose at most one such method")
+        return replace(plan, parts=self.parts(plan), query_scale=self.query_scale(plan) or plan.query_scale)
+
+    def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
+        """How queries grow with their position; not at all unless a subclass says so."""
+        return None
+
+
+def near_and_far(window: int, query: PositionMap, key: PositionMap) -> tuple[Part, ...]:
+    """Distances below `window` as they are, all others with remapped positions."""
+    return Part(SAME, SAME, high=window), Part(query, key, low=window)
+
+
+def default_window(plan: ExtensionPlan, share: float) -> int:
+    """A share of the trained length, at least one token."""
+    return max(1, round(plan.original_length * share))
+
+
+def require_window(method: Method, name: str, value: int, plan: ExtensionPlan) -> int:
+    """Refuse a window outside the trained length.
+
+    Raises:
+        InvalidParameterError: says the bounds.
+    """
+    if not 1 <= value <= plan.original_length:
+        raise InvalidParameterError(
+            f"{method.name} {name} is {value}; give 1 to {plan.original_length}, the trained length"
+        )
+    return value

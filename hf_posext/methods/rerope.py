@@ -1,0 +1,33 @@
+"""ReRoPE: distances beyond a window are all the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..plan import ExtensionPlan, Part, PositionMap
+from ..registry import register
+from .remap import RemapMethod, default_window, near_and_far, require_window
+
+
+@register
+@dataclass(frozen=True)
+class ReRoPE(RemapMethod):
+    """Distances below the window as they are, all farther ones rotated as if they were the window.
+
+    Distance `d < w` gives `d`, else `w`. Su, *Rectified Rotary Position Embeddings*, 2023. Reads any length.
+
+    Args:
+        window (`int`, *optional*): `w` in tokens; three quarters of the trained length where not given.
+    """
+
+    name: ClassVar[str] = "rerope"
+    title: ClassVar[str] = "ReRoPE"
+    url: ClassVar[str] = "https://github.com/bojone/rerope"
+
+    window: int | None = None
+
+    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+        window = default_window(plan, 3 / 4) if self.window is None else self.window
+        require_window(self, "window", window, plan)
+        return near_and_far(window, PositionMap(rate=0, offset=window), PositionMap(rate=0))

@@ -1,0 +1,44 @@
+"""Attention sinks: the first tokens and a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, Part, PositionMap
+from ..registry import register
+from .remap import SAME, RemapMethod
+
+
+@register
+@dataclass(frozen=True)
+class Sinks(RemapMethod):
+    """Each token attends to the first few and to the latest ones. Streams without end; does not extend what is read.
+
+    Pairs at distance `window` or more are not attended, except the first `sinks` keys, whose position counts as in a
+    cache that holds nothing else: query i has `min(i, sinks + window - 1)` to them. Xiao et al., *Efficient Streaming
+    Language Models with Attention Sinks*, 2023. The authors: "the context window remains unchanged".
+
+    Args:
+        sinks (`int`, *optional*, defaults to 4): first tokens that stay.
+        window (`int`, *optional*): latest tokens that stay; the rest of the trained length where not given.
+    """
+
+    name: ClassVar[str] = "sinks"
+    title: ClassVar[str] = "attention sinks (StreamingLLM)"
+    url: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
+    needs_factor: ClassVar[bool] = False
+
+    sinks: int = 4
+    window: int | None = None
+
+    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+        window = plan.original_length - self.sinks if self.window is None else self.window
+        if self.sinks < 1 or window < 1 or self.sinks + window > plan.original_length:
+            raise InvalidParameterError(
+                f"sinks {self.sinks} and window {window}; give 1 or more of each, "
+                f"{plan.original_length} (the trained length) at most together"
+            )
+        reach = PositionMap(limit=self.sinks + window - 1)
+        return Part(SAME, SAME, high=window), Part(reach, SAME, low=window, keys_below=self.sinks)

@@ -1,0 +1,54 @@
+"""STRING: shifted positions inside the trained length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, Part, PositionMap, QueryScale
+from ..registry import register
+from .remap import SAME, RemapMethod, default_window, near_and_far, require_window
+
+
+@register
+@dataclass(frozen=True)
+class StringShift(RemapMethod):
+    """Far, seldom trained distances replaced by nearer ones. Works inside the trained length; it does not extend it.
+
+    Distance `d < shift` gives `d`, else `d - shift + local`. A pair at distance `shift` is counted once (the published
+    prefill counts it twice). An et al., *Why Does the Effective Context Length of LLMs Fall Short?*, 2024.
+
+    Args:
+        shift (`int`, *optional*): in tokens; a third of the trained length where not given.
+        local (`int`, *optional*): in tokens; an eighth of the shift where not given.
+        attention_factor (`float`, *optional*, defaults to 1): queries grow by its square; the published code uses
+            `0.1 ln 2 + 1`.
+    """
+
+    name: ClassVar[str] = "string-shift"
+    title: ClassVar[str] = "STRING"
+    url: ClassVar[str] = "https://arxiv.org/abs/2410.18745"
+    needs_factor: ClassVar[bool] = False
+
+    shift: int | None = None
+    local: int | None = None
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.attention_factor < math.inf:
+            raise InvalidParameterError(f"attention_factor is {self.attention_factor}; give a number above 0")
+
+    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+        shift = default_window(plan, 1 / 3) if self.shift is None else self.shift
+        require_window(self, "shift", shift, plan)
+        local = max(1, shift // 8) if self.local is None else self.local
+        if not 1 <= local <= shift:
+            raise InvalidParameterError(f"string-shift local is {local}; give 1 to {shift}, the shift")
+        return near_and_far(shift, PositionMap(offset=local - shift), SAME)
+
+    def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
+        if self.attention_factor == 1:
+            return None
+        return QueryScale(length=plan.original_length, constant=self.attention_factor**2)

@@ -1,0 +1,154 @@
+"""Puts late rotation into a live model: swap, probe the layouts, and check that nothing else has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from ..plan import ExtensionPlan
+from .detect import RotarySite, rotary_sites, text_config
+from .journal import Journal
+from .late_rotation import LateRotation, RotatesLate, release
+from .mixin import mix
+from .rotary_layout import Angle, Captured, UnknownLayout, measure
+
+CHECK_TOKENS = 24
+
+
+def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str:
+    """Make a model rotate in its attention, at the positions of the plan.
+
+    Before the positions are remapped, the model must give the same logits as with its own rotation; a model that does
+    not is refused, not patched wrongly.
+
+    Returns:
+        `str`: why a saved checkpoint needs this package.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be reached or does not rotate as RoPE; says which.
+    """
+    kind = plan.scheme.model_type
+    if any(entry.short_inv_freq is not None for entry in plan.rotaries):
+        raise UnsupportedModelError(
+            f"{plan.method}: two LongRoPE lists cannot be combined with remapping; give one list"
+        )
+    indexed = any("Indexer" in type(module).__name__ for module in model.modules())
+    if indexed and any(entry.growth for entry in plan.rotaries):
+        raise UnsupportedModelError(
+            f"{kind} selects keys by their rotated states; {plan.method} cannot follow each row there, yarn or rerope can"
+        )
+    config = text_config(model.config)
+    late = LateRotation(plan, base=config._attn_implementation or "eager", delta=indexed)
+    journal.on_undo(release, late)
+    with evaluating(model):
+        probe = torch.arange(3, 3 + CHECK_TOKENS, device=model.device)[None] % config.vocab_size
+        wanted = _logits(model, probe)
+        _swap(model, late, journal)
+        _probe_layouts(model, late, probe[:, :5], kind)
+        got = _logits(model, probe)
+        late.unmapped = False
+    # float32 sums in another order; half precision rounds each rotated state once
+    tolerance = (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 5e-2) * wanted.float().abs().max()
+    difference = (got - wanted).float().abs().max()
+    if not difference <= tolerance:
+        raise UnsupportedModelError(
+            f"{kind} gives other logits when its attention rotates late (by {difference:.1e}, {tolerance:.1e} allowed): "
+            f"it uses rotated states elsewhere; {plan.method} cannot be applied, a frequency method such as yarn can"
+        )
+    return "positions are remapped inside attention"
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=ids, use_cache=False)[0]
+    return out
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode within, and every module's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _swap(model: PreTrainedModel, late: LateRotation, journal: Journal) -> None:
+    """Identity rotary modules, our attention function, and hooks that keep the positions of cached keys."""
+    for site in list(rotary_sites(model)):
+        late.sites.setdefault(site.name, site)
+        if not isinstance(site.module, RotatesLate):
+            journal.set(site.module, "__class__", mix(RotatesLate, type(site.module)))
+    for path, module in model.named_modules():
+        journal.set(module, "_posext_late", late)
+        journal.set(module, "_posext_path", path)
+    name = "posext-eager" if late.base == "eager" else "posext-sdpa"
+    for config in {id(config): config for config in (model.config, text_config(model.config))}.values():
+        journal.set(config, "_attn_implementation_internal", name)
+    backbone = _backbone(model, next(iter(late.sites.values())))
+    for handle in (
+        backbone.register_forward_pre_hook(late.before_forward, with_kwargs=True),
+        backbone.register_forward_hook(late.after_forward, with_kwargs=True),
+    ):
+        journal.on_undo(handle.remove)
+
+
+def _backbone(model: PreTrainedModel, site: RotarySite) -> Any:
+    """The innermost transformers model that holds the rotary module: it is handed the cache."""
+    holders = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and (site.path == path or site.path.startswith(f"{path}." if path else ""))
+    ]
+    return max(holders, key=lambda holder: len(holder[0]))[1]
+
+
+def _probe_layouts(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor, kind: str) -> None:
+    """Measure every layer's layout, and refuse a model that does not show one."""
+
+    def forward(angle: Angle) -> Captured:
+        late.captured, late.angle = {}, angle
+        try:
+            _logits(model, ids)
+        finally:
+            late.angle = None
+        return late.captured
+
+    def groups(name: str) -> torch.Tensor:
+        """Slots whose phases agree at some odd positions belong to one pair."""
+        positions = torch.tensor([[1, 7, 31, 101, 997, 4001]], device=ids.device)
+        cos, sin = late.phases(name, positions, torch.zeros(1, dtype=torch.float32, device=ids.device))
+        signature = torch.cat([cos.flatten(0, -2), sin.flatten(0, -2)]).T.double()
+        pairs: torch.Tensor = torch.unique(signature, dim=0, return_inverse=True)[1]
+        return pairs
+
+    try:
+        late.layers = measure(forward, groups)
+    except UnknownLayout as error:
+        raise UnsupportedModelError(
+            f"{kind}: {error}; remapping methods cannot turn it, frequency methods can"
+        ) from error
+    if not late.captured:
+        raise UnsupportedModelError(
+            f"{kind} does not send its attention through transformers' AttentionInterface; remapping methods cannot "
+            "reach it, frequency methods can"
+        )
+    if not late.layers:
+        raise UnsupportedModelError(f"{kind} has no attention layer that rotates; there is nothing to remap")
+    if late.plan.parts:
+        modules = dict(model.named_modules())
+        free = [path for path in late.layers if not getattr(modules[path], "is_causal", True)]
+        if free:
+            raise UnsupportedModelError(
+                f"{kind} attends to both sides ({free[0]}); {late.plan.method} is defined for causal attention"
+            )
+    late.captured = {}

@@ -1,0 +1,245 @@
+"""Every remapping and dynamic method against a float64 loop over pairs, written from its formula, many windows long."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from hf_posext import patch_model
+from hf_posext.errors import InvalidParameterError
+from hf_posext.methods import (
+    NTK,
+    DualChunk,
+    DynamicNTK,
+    DynamicYaRN,
+    LeakyReRoPE,
+    LogN,
+    Method,
+    ReRoPE,
+    SelfExtend,
+    Sinks,
+    StringShift,
+)
+
+from .conftest import TRAINED, logits, tiny_llama, tokens
+
+LENGTH = 5 * TRAINED
+Relative = Callable[[int, int], float | None]
+"""From query i and key j <= i: the distance that the phases have, or None where the pair is not attended."""
+
+
+def naive_llama(
+    model: LlamaForCausalLM,
+    ids: torch.Tensor,
+    relative: Relative,
+    *,
+    theta: float = 10_000.0,
+    inv_freq: list[float] | None = None,
+    attention_factor: float = 1.0,
+    query_factor: Callable[[int], float] = lambda i: 1.0,
+) -> torch.Tensor:
+    """Logits (tokens, vocabulary) of one row in float64: every pair of tokens rotated by its own distance."""
+    model = model.double()
+    config = model.config
+    heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    pairs = torch.tensor(inv_freq or [theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
+    count = ids.shape[-1]
+    distance = torch.full((count, count), math.nan, dtype=torch.float64)
+    for i in range(count):
+        for j in range(i + 1):
+            wanted = relative(i, j)
+            if wanted is not None:
+                distance[i, j] = wanted
+    angle = distance[..., None] * pairs
+    cos, sin = angle.cos() * attention_factor**2, angle.sin() * attention_factor**2
+    grow = torch.tensor([query_factor(i) for i in range(count)], dtype=torch.float64)
+
+    x = model.model.embed_tokens(ids.reshape(-1))
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        h = layer.input_layernorm(x)
+        q = attention.q_proj(h).view(count, heads, dim)
+        k = attention.k_proj(h).view(count, groups, dim).repeat_interleave(heads // groups, 1)
+        v = attention.v_proj(h).view(count, groups, dim).repeat_interleave(heads // groups, 1)
+        q1, q2, k1, k2 = q[..., : dim // 2], q[..., dim // 2 :], k[..., : dim // 2], k[..., dim // 2 :]
+        # Re[(q1 + i q2) conj(k1 + i k2) e^(i angle)], summed over pairs
+        same = torch.einsum("ihp,jhp->hijp", q1, k1) + torch.einsum("ihp,jhp->hijp", q2, k2)
+        cross = torch.einsum("ihp,jhp->hijp", q1, k2) - torch.einsum("ihp,jhp->hijp", q2, k1)
+        scores = ((same * cos + cross * sin).sum(-1)) * grow[:, None] / math.sqrt(dim)
+        weights = scores.masked_fill(distance.isnan(), -math.inf).softmax(-1)
+        x = x + attention.o_proj(torch.einsum("hij,jhd->ihd", weights, v).reshape(count, -1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    result: torch.Tensor = model.lm_head(model.model.norm(x))
+    return result
+
+
+def dual_chunk(i: int, j: int, chunk: int = 24, local: int = 8) -> float:
+    shift = chunk - local
+    if i // chunk == j // chunk:
+        return i - j
+    if i // chunk == j // chunk + 1:
+        return min(i % chunk + shift, chunk) - j % chunk
+    return min(2 * shift - 1, chunk) - j % chunk
+
+
+def sinks(i: int, j: int) -> float | None:
+    if i - j < 20:
+        return i - j
+    return min(i, 4 + 20 - 1) - j if j < 4 else None
+
+
+def yarn_frequencies(scale: float, dim: int = 16, base: float = 10_000.0) -> list[float]:
+    low = math.floor(dim * math.log(TRAINED / (32 * 2 * math.pi)) / (2 * math.log(base)))
+    high = math.ceil(dim * math.log(TRAINED / (2 * math.pi)) / (2 * math.log(base)))
+    low = max(low, 0)
+    ramp = [min(max((i - low) / (high - low), 0), 1) for i in range(dim // 2)]
+    return [base ** (-2 * i / dim) * (ramp[i] / scale + 1 - ramp[i]) for i in range(dim // 2)]
+
+
+CASES: dict[str, tuple[Method, Relative, dict[str, object]]] = {
+    "rerope": (ReRoPE(window=16), lambda i, j: min(i - j, 16), {}),
+    "leaky-rerope": (
+        LeakyReRoPE(window=16, stride=3.5),
+        lambda i, j: i - j if i - j < 16 else 16 + (i - j - 16) / 3.5,
+        {},
+    ),
+    "self-extend": (
+        SelfExtend(group=4, window=12),
+        lambda i, j: i - j if i - j < 12 else i // 4 + 12 - 12 // 4 - j // 4,
+        {},
+    ),
+    "dual-chunk": (DualChunk(chunk=24, local=8), dual_chunk, {}),
+    "dual-chunk with a temperature": (
+        DualChunk(chunk=24, local=8, temperature=0.1),
+        dual_chunk,
+        {"query_factor": lambda i: (1 + 0.1 * math.log(max(1, (i + 1) / TRAINED))) ** 2},
+    ),
+    "string-shift": (StringShift(shift=20, local=6), lambda i, j: i - j if i - j < 20 else i - j - 20 + 6, {}),
+    "string-shift with its published temperature": (
+        StringShift(shift=20, local=6, attention_factor=0.1 * math.log(2) + 1),
+        lambda i, j: i - j if i - j < 20 else i - j - 20 + 6,
+        {"attention_factor": 0.1 * math.log(2) + 1},
+    ),
+    "sinks": (Sinks(sinks=4, window=20), sinks, {}),
+    "log-n": (
+        LogN(),
+        lambda i, j: i - j,
+        {"query_factor": lambda i: max(1, math.log(i + 1) / math.log(TRAINED))},
+    ),
+    "rerope+log-n": (
+        ReRoPE(window=16) + LogN(),
+        lambda i, j: min(i - j, 16),
+        {"query_factor": lambda i: max(1, math.log(i + 1) / math.log(TRAINED))},
+    ),
+    "ntk+dual-chunk": (NTK() + DualChunk(chunk=24, local=8), dual_chunk, {"theta": 10_000.0 * 8 ** (16 / 14)}),
+    "dynamic-ntk": (DynamicNTK(), lambda i, j: i - j, {"theta": 10_000.0 * (LENGTH / TRAINED) ** (16 / 14)}),
+    "dynamic-yarn": (
+        DynamicYaRN(),
+        lambda i, j: i - j,
+        {
+            "inv_freq": yarn_frequencies(LENGTH / TRAINED),
+            "attention_factor": 0.1 * math.log(LENGTH / TRAINED) + 1,
+        },
+    ),
+}
+IDS = tokens(LENGTH)
+
+
+@functools.cache
+def reference(case: str, length: int = LENGTH) -> torch.Tensor:
+    _, relative, kwargs = CASES[case]
+    with torch.no_grad():
+        return naive_llama(tiny_llama(), IDS[:, :length], relative, **kwargs)  # type: ignore[arg-type]
+
+
+# the model's phases are float32, the loop's float64: 6e-8 * 320 tokens, through two layers of logits that spread by 4
+TOLERANCE = {"atol": 2e-3, "rtol": 0.0}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_a_loop_over_pairs(case: str) -> None:
+    model = tiny_llama().double()
+    patch_model(model, CASES[case][0], factor=8)
+    torch.testing.assert_close(logits(model, IDS)[0], reference(case), **TOLERANCE)
+
+
+SINGLE_PASS = [case for case in CASES if not case.startswith("dynamic")]
+
+
+@pytest.mark.parametrize("case", SINGLE_PASS)
+def test_prefill_chunk_and_decode_equal_the_loop(case: str) -> None:
+    """With a cache of unrotated keys: a prefill past several windows, a chunk, then token by token."""
+    model = tiny_llama().double()
+    patch_model(model, CASES[case][0], factor=8)
+    bounds = [0, 3 * TRAINED, 4 * TRAINED, *range(4 * TRAINED + 1, 4 * TRAINED + 20)]
+    steps, cache = [], None
+    with torch.no_grad():
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            out = model(IDS[:, start:stop], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits[0])
+    torch.testing.assert_close(torch.cat(steps), reference(case)[: bounds[-1]], **TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_left_padded_rows_of_unequal_length_equal_the_loop(case: str) -> None:
+    model = tiny_llama().double()
+    patch_model(model, CASES[case][0], factor=8)
+    short = IDS[:, : LENGTH - 70]
+    padded = torch.cat([torch.zeros(1, 70, dtype=torch.long), short], 1)
+    mask = torch.cat([padded, IDS]).ne(0).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    both = logits(model, torch.cat([padded, IDS]), attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(both[1], reference(case), **TOLERANCE)
+    if case.startswith("dynamic"):
+        alone = logits(model, short)[0]  # a row's own length counts, not its batch-mate's
+    else:
+        alone = reference(case, short.shape[1])
+    torch.testing.assert_close(both[0, 70:], alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["dynamic-ntk", "dynamic-yarn"])
+def test_dynamic_methods_leave_short_rows_alone_and_decode_with_a_small_residual(method: str) -> None:
+    """Unrotated keys make cached decoding nearly equal a fresh forward of every length: what remains is that deeper
+    layers saw the smaller scale of their time. transformers' own dynamic RoPE keeps rotated keys as well."""
+    model = tiny_llama()
+    plain = logits(model, IDS[:, :TRAINED])
+    stock = tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 1.0})
+    patch_model(model, method, factor=8)
+    assert torch.equal(logits(model, IDS[:, :TRAINED]), plain)
+
+    def residual(one: LlamaForCausalLM) -> float:
+        with torch.no_grad():
+            out = one(IDS[:, :TRAINED], use_cache=True)
+            for i in range(TRAINED, 2 * TRAINED):
+                out = one(IDS[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        return float((out.logits[0, -1] - logits(one, IDS[:, : 2 * TRAINED])[0, -1]).abs().max())
+
+    assert 0 < residual(model) < residual(stock)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (SelfExtend(group=5, window=12), "a multiple of the group, e.g. window=10"),
+        (SelfExtend(group=0, window=12), "self-extend group 0"),
+        (ReRoPE(window=0), "rerope window is 0; give 1 to 64"),
+        (ReRoPE(window=65), "rerope window is 65; give 1 to 64"),
+        (DualChunk(chunk=16, local=16), "give 1 to 15"),
+        (StringShift(shift=16, local=17), "give 1 to 16"),
+        (Sinks(sinks=60, window=5), "64 .the trained length. at most together"),
+        (ReRoPE() + SelfExtend(), "remaps positions twice"),
+        (LogN() + LogN(), "scales queries twice"),
+    ],
+)
+def test_parameters_that_cannot_be(method: Method, message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        patch_model(tiny_llama(), method, factor=8)
+    for make in (lambda: LeakyReRoPE(stride=0.5), lambda: DynamicYaRN(temperature=-1)):
+        with pytest.raises(InvalidParameterError, match="give"):
+            make()
