@@ -1,7 +1,7 @@
 """Write `MODEL_CARD.md`, the card of the three shipped models, from `results/tiny-*.json`; `make card` calls it.
 
-    python tools/model_card.py            # write the card
-    python tools/model_card.py --check    # exit 1 where the committed card is not what the result files give
+python tools/model_card.py            # write the card
+python tools/model_card.py --check    # exit 1 where the committed card is not what the result files give
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.repocard_data import eval_results_to_model_index as index_of
 from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
@@ -56,7 +56,7 @@ def eval_results(rows: list[dict[str, Any]]) -> list[EvalResult]:
             "task_type": "text-generation",
             "dataset_type": "text",
             "dataset_name": "held-out novels of 100 English Novels 1.4",
-            # Results are grouped by the config, not by the arguments: without it all lengths would fall into one entry.
+            # Results are grouped by the config, not by the arguments: without it all lengths would be one entry.
             "dataset_config": f"first {row['length']} tokens",
             "dataset_split": "heldout",
             "dataset_args": {key: row[key] for key in ("length", "protocol", "documents", "tokens")},
@@ -71,7 +71,7 @@ def eval_results(rows: list[dict[str, Any]]) -> list[EvalResult]:
 
 
 def metadata(results: dict[str, dict[str, Any]]) -> str:
-    """The YAML block of the card. `ModelCardData` itself keeps results of one model only, so the index is joined here."""
+    """The YAML block of the card; `ModelCardData` keeps results of one model only, so the index is joined here."""
     data = ModelCardData(
         language="en",
         license="apache-2.0",
@@ -80,7 +80,7 @@ def metadata(results: dict[str, dict[str, Any]]) -> str:
         tags=["long-context", "position-encoding", "rope", "alibi", "learned-positions", "tiny"],
         metrics=["perplexity", "accuracy"],
     )
-    index = [entry for name in results for entry in eval_results_to_model_index(name, eval_results(results[name]["rows"]))]
+    index = [entry for name in results for entry in index_of(name, eval_results(results[name]["rows"]))]
     return str(CardData(**data.to_dict(), **{"model-index": index}).to_yaml())
 
 

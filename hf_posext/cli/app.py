@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -10,15 +11,21 @@ from typer.core import TyperGroup
 
 from ..errors import PosExtError
 
+# typer used click up to 0.2x and has carried its own copy since; this is the class of whichever it raises.
+ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
 
 class _Group(TyperGroup):
     """Commands whose foreseen errors are one line; an unforeseen one keeps its traceback."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
         try:
-            code = super().main(*args, **{**kwargs, "standalone_mode": False})
-        except typer.TyperException as error:
+            code = super().main(words or ["--help"], **{**kwargs, "standalone_mode": False})
+        except ClickException as error:
             code = fail(error.format_message())
+        except typer.Abort:
+            code = 130
         except (PosExtError, OSError) as error:
             code = fail(str(error))
         sys.exit(code)
@@ -28,7 +35,6 @@ app = typer.Typer(
     name="hf-posext",
     cls=_Group,
     help="Read longer than trained: change how a transformers model encodes position, and measure what that did.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -106,7 +106,7 @@ def compare(
 
 @contextmanager
 def _output_directory(path: Path) -> Iterator[None]:
-    """Makes sure, before any work, that the report can be written; leaves no empty directory behind."""
+    """Makes sure, before any work, that the report can be written; leaves no empty one behind."""
     if path.is_dir() and any(path.iterdir()):
         raise InvalidParameterError(f"output {path} holds files already; give another --output, or move them away")
     try:

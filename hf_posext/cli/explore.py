@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -65,11 +66,9 @@ def inspect(
     facts.add_column()
     for name, value in _facts(model, scheme):
         facts.add_row(name, escape(value))
-    facts.add_row("applies", ", ".join(name for name, reason in refusals.items() if reason is None))
+    for reason, names in _by_reason(refusals).items():
+        facts.add_row("not" if reason else "applies", escape(", ".join(names) + (f": {reason}" if reason else "")))
     console.print(facts)
-    refused = {name: reason for name, reason in refusals.items() if reason is not None}
-    for name, reason in refused.items():
-        console.print(f"[dim]not {name}: {escape(reason)}[/dim]")
 
 
 def _refusals(scheme: PositionalScheme) -> dict[str, str | None]:
@@ -80,7 +79,15 @@ def _refusals(scheme: PositionalScheme) -> dict[str, str | None]:
     return {method.name: as_method(method.name).applies_to(scheme) for method in list_methods()}
 
 
-def _facts(model: str, scheme: PositionalScheme) -> list[tuple[str, Any]]:
+def _by_reason(refusals: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """The methods that share a reason, those that apply (no reason) first."""
+    groups: dict[str, list[str]] = {"": []}
+    for name, reason in refusals.items():
+        groups.setdefault((reason or "").removeprefix(f"{name} "), []).append(name)
+    return groups
+
+
+def _facts(model: str, scheme: PositionalScheme) -> list[tuple[str, str]]:
     def tokens(length: int | None) -> str:
         return "unknown" if length is None else f"{length} tokens"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
 
 
 def quiet_libraries() -> None:
-    """Keeps transformers and datasets from writing between the lines of a table; errors still show."""
+    """Keeps transformers and datasets from writing between the lines of a table.
+
+    What datasets logs as an error it also raises, and is told then; transformers' errors still show.
+    """
     import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)
 
 
 def load_config(name: str) -> PreTrainedConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from ..methods.base import Method
     from .documents import Document
 
-logger = logging.getLogger(__name__)
-
 
 def compare(
     model: nn.Module,
@@ -50,16 +47,16 @@ def compare(
     """
     Perplexity, gain over the control, and pass-key retrieval of several methods on one model.
 
-    All methods are planned before anything is measured, so that a mistake costs no hours. The control is measured once;
-    `none`, where it is asked for, is measured first, since the others are compared with it. The model is restored after
-    each method, also by an exception or Ctrl-C.
+    All methods are planned before anything is measured, so that a mistake costs no hours. The control is measured
+    once; `none`, where it is asked for, is measured first, since the others are compared with it. The model is
+    restored after each method, also after an exception or Ctrl-C.
 
     | column | meaning |
     |---|---|
     | `perplexity`, `perplexity_tail` | of all tokens that the protocol scores, and of the second half of them |
     | `nll_sum`, `tokens`, `documents` | what the perplexity comes from; sums in nats |
     | `ci95` | 95 % bootstrap interval of `perplexity` over documents |
-    | `perplexity_truncated`, `perplexity_truncated_tail` | the same tokens, unpatched, context cut to the trained length |
+    | `perplexity_truncated`, `perplexity_truncated_tail` | the same, unpatched, context cut to the trained length |
     | `gain`, `gain_ci95` | `perplexity_truncated_tail / perplexity_tail`, paired: above 1 the longer context helps |
     | `change`, `change_ci95` | `perplexity / unpatched perplexity - 1` at the same length, paired |
     | `passkey`, `passkey_trials` | share of pass keys found, of how many |
@@ -103,34 +100,25 @@ def compare(
     setup = prepare(
         model, tokenizer, documents, lengths, scheme, protocol=protocol, stride=stride, start=start, seed=seed
     )
-    lengths_given = {"factor": factor, "target_length": target_length, "original_length": original_length}
-    planned = _plan_all(base, methods, tokenizer, lengths_given)
-    for _, plan in planned:
+    planned = _plan_all(base, methods, factor=factor, target_length=target_length, original_length=original_length)
+    for plan in planned:
         check_positions(scheme, plan, setup.lengths[-1])
     if passkey:
         for length in setup.lengths:
             passkey_prompts(tokenizer, length, 1, seed)
-    trained_length = original_length or scheme.trained_length
+    trained_length = planned[0].original_length
     results = Results({**setup.provenance, "trained_length": trained_length})
-    control: list[Record] = []
     baseline: list[Record] = []
-    steps = work(setup) * (len(planned) + (trained_length is not None))
-    steps += len(planned) * len(setup.lengths) * (passkey > 0)
-    with evaluation_mode(base), tqdm(total=steps, unit="doc", disable=None) as progress:
-        if trained_length is None:
-            logger.warning(
-                "the trained length of %s is unknown, so there is no control and no gain; give original_length=",
-                scheme.model_type,
-            )
-        else:
-            progress.set_description("control")
-            truncated = measure_control(setup.scorer, setup.documents, setup.lengths, setup.protocol, trained_length)
-            control = collect(truncated, setup, CONTROL, 1.0, progress.update)
-            results.per_document += control
-        for method, plan in planned:
+    steps = work(setup) * (1 + len(planned)) + len(planned) * len(setup.lengths) * (passkey > 0)
+    with evaluation_mode(base), tqdm(total=steps, desc="control", unit="doc", disable=None) as progress:
+        truncated = measure_control(setup.scorer, setup.documents, setup.lengths, setup.protocol, trained_length)
+        control = collect(truncated, setup, CONTROL, 1.0, progress.update)
+        results.per_document += control
+        for plan in planned:
             progress.set_description(plan.method)
-            with patch_model(base, method, tokenizer=tokenizer, **lengths_given):
-                records = measure_method(setup, plan.method, plan.factor, is_multipass(scheme, plan), progress.update)
+            with patch_model(base, plan, tokenizer=tokenizer):
+                times = 1.0 if plan.changes_nothing else plan.factor
+                records = measure_method(setup, plan.method, times, is_multipass(scheme, plan), progress.update)
                 found = {}
                 if passkey:
                     found = passkey_accuracy(
@@ -147,21 +135,19 @@ def compare(
     return results
 
 
-def _plan_all(
-    model: nn.Module, methods: Sequence[str | Method], tokenizer: Any, lengths_given: dict[str, Any]
-) -> list[tuple[str | Method, ExtensionPlan]]:
-    """Every method with its plan, `none` first; each is patched and undone once, so that mistakes show at once."""
+def _plan_all(model: nn.Module, methods: Sequence[str | Method], **lengths: Any) -> list[ExtensionPlan]:
+    """The plan of every method, `none` first; each is patched and undone once, so that mistakes show at once."""
     if isinstance(methods, str) or not methods:
         raise InvalidParameterError(f"methods is {methods!r}; give a list, as in methods=['none', 'yarn']")
-    planned: list[tuple[str | Method, ExtensionPlan]] = []
+    plans = []
     for method in methods:
-        with patch_model(model, method, tokenizer=tokenizer, **lengths_given) as patch:
-            planned.append((method, patch.plan))
-    labels = [(plan.method, plan.factor) for _, plan in planned]
+        with patch_model(model, method, **lengths) as patch:
+            plans.append(patch.plan)
+    labels = [(plan.method, plan.factor) for plan in plans]
     for name, times in labels:
         if labels.count((name, times)) > 1:
             raise InvalidParameterError(
-                f"{name!r} at factor {times:g} is among the methods more than once, and rows are told apart by these two; "
-                "compare them in two runs"
+                f"{name!r} at factor {times:g} is among the methods more than once, and rows are told apart by these "
+                "two; compare them in two runs"
             )
-    return sorted(planned, key=lambda entry: not entry[1].changes_nothing)
+    return sorted(plans, key=lambda plan: not plan.changes_nothing)

@@ -32,8 +32,8 @@ def measure_control(
     The tokens that `protocol` scores, each given at most `trained_length` tokens of context.
 
     Tokens inside the first `trained_length` come from one forward over them, later ones from windows of that length
-    that end every [`control_stride`] tokens. Where the tokenizer adds BOS, every window begins with it: without it many
-    models collapse, and the control would be unfairly weak.
+    that end every [`control_stride`] tokens. Where the tokenizer adds BOS, every window begins with it: without it
+    many models collapse, and the control would be unfairly weak.
 
     Args:
         scorer ([`TokenScorer`]): of the unpatched model.

@@ -91,7 +91,9 @@ def load_documents(
             raise DocumentError(f"document {id!r} of {name} is {type(text).__name__}, not text; drop or convert it")
         documents.append(Document(id, text))
     if not documents:
-        raise DocumentError(f"{name} has no documents; give a data set with at least one row, or a folder of .txt files")
+        raise DocumentError(
+            f"{name} has no documents; give a data set with one row or more, or a folder of .txt files"
+        )
     where = {"dataset": name, "split": split, "revision": revision, "text_column": text_column}
     return Documents(_with_unique_ids(documents), where)
 
@@ -112,7 +114,9 @@ def _from_path(path: Path, text_column: str, split: str | None, revision: str | 
     found = _load_dataset(str(path), name, split=split, revision=revision)
     if isinstance(found, dict):
         if len(found) > 1:
-            raise DocumentError(f"{path} has the splits {', '.join(found)}; choose one with split={next(iter(found))!r}")
+            raise DocumentError(
+                f"{path} has the splits {', '.join(found)}; choose one, as split={next(iter(found))!r}"
+            )
         (found,) = found.values()
     return _from_rows(found, text_column, str(path))
 

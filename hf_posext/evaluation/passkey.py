@@ -1,4 +1,7 @@
-"""Pass-key retrieval: a number hidden in filler, asked for at the end (Mohtashami and Jaggi, 2023, arXiv:2305.16300)."""
+"""Pass-key retrieval: a number hidden in filler, asked for at the end.
+
+Mohtashami and Jaggi, 2023: Landmark Attention, https://arxiv.org/abs/2305.16300.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from ..errors import InvalidParameterError
 from .scoring import BATCH_TOKENS, TokenScorer, evaluation_mode
 from .tokens import adds_bos, check_lengths, token_ids
 
-FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = " What is the pass key? The pass key is"
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "What is the pass key? The pass key is"
 SLACK = 2
 """Tokens left beside the answer's own, for a tokenizer that writes it otherwise after a text than alone."""
 
@@ -42,8 +45,8 @@ def passkey_prompts(tokenizer: Any, length: int, trials: int, seed: int) -> list
     """
     Prompts of equal size, so that a batch needs no padding; the same for every model and method.
 
-    The key and its depth follow from `(seed, length, trial)` alone. The filler is a text that begins somewhere in a
-    sentence and ends with a whole one; the key stands between two whole rounds of it.
+    The key and its depth follow from `(seed, length, trial)` alone. The filler is cut at its beginning to fit, and the
+    key stands on a line of its own between two whole lines of it.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's.
@@ -65,13 +68,13 @@ def passkey_prompts(tokenizer: Any, length: int, trials: int, seed: int) -> list
         room = length - len(prefix) - len(needle) - len(question) - answer
         if room < 0:
             raise InvalidParameterError(
-                f"pass keys need at least {length - room} tokens, and one length is {length}; leave it out, or ask for "
-                "no pass keys"
+                f"pass keys need at least {length - room} tokens, and one length is {length}; "
+                "leave it out, or ask for no pass keys"
             )
-        rounds, rest = divmod(room, len(filler))
-        before = draw.randint(0, rounds)
+        lines, rest = divmod(room, len(filler))
+        before = draw.randint(0, lines)
         cut = filler[len(filler) - rest :]
-        tokens = [*prefix, *cut, *filler * before, *needle, *filler * (rounds - before), *question]
+        tokens = [*prefix, *cut, *filler * before, *needle, *filler * (lines - before), *question]
         prompts.append(PasskeyPrompt(key, tokens, (rest + before * len(filler)) / max(1, room)))
     return prompts
 
@@ -89,7 +92,7 @@ def passkey_accuracy(
     seed: int = 0,
     *,
     max_new_tokens: int | None = None,
-    on_length: Callable[[], None] | None = None,
+    on_length: Callable[[], Any] | None = None,
 ) -> dict[int, float]:
     """
     Share of pass keys that greedy decoding gives back, by length.
@@ -121,7 +124,7 @@ def passkey_accuracy(
             answers: list[str] = []
             per_batch = max(1, BATCH_TOKENS // length)
             for at in range(0, trials, per_batch):
-                batch = torch.tensor([prompt.tokens for prompt in prompts[at : at + per_batch]], device=unwrapped.device)
+                batch = torch.tensor([p.tokens for p in prompts[at : at + per_batch]], device=unwrapped.device)
                 output = generate_greedily(unwrapped, batch, new_tokens)
                 answers += tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
             right = sum(

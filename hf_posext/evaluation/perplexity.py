@@ -34,19 +34,19 @@ def evaluate_perplexity(
     """
     Perplexity of a model by context length, on the same documents at every length.
 
-    Every document is cut to `[BOS, if the tokenizer adds one] + its tokens from start on`, first `max(lengths)` tokens;
-    shorter ones are left out and listed in the provenance. Log-softmax is float32 whatever the model's dtype, sums are
-    float64, and every token weighs the same. Logits are projected in slices, so that the memory of the vocabulary side
-    does not depend on the length.
+    Every document is cut to `[BOS, if the tokenizer adds one] + its tokens from start on`, first `max(lengths)`
+    tokens; shorter ones are left out and listed in the provenance. Log-softmax is float32 whatever the model's dtype,
+    sums are float64, and every token weighs the same. Logits are projected in slices, so that the memory of the
+    vocabulary side does not depend on the length.
 
     Args:
         model (`PreTrainedModel`): a causal language model, patched or not, also inside a PEFT or DDP wrapper.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         documents (`list[Document]`, or what [`load_documents`] takes): the texts.
         lengths (`Sequence[int]`): context lengths in tokens.
-        protocol (`str`, *optional*, defaults to `"prefix"`): `"prefix"` or `"sliding"`; see [`Prefix`] and [`Sliding`].
+        protocol (`str`, *optional*, defaults to `"prefix"`): `"prefix"` ([`Prefix`]) or `"sliding"` ([`Sliding`]).
         stride (`int`, *optional*): of the sliding window, in tokens; required there, refused elsewhere.
-        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
+        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each (front matter).
 
     Returns:
         [`Results`]: one row per length, labelled with the patch in force (`"none"` without one). The columns of the

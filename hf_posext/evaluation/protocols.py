@@ -44,9 +44,9 @@ class Prefix:
     """
     Perplexity of the first `L` tokens of each document, for every length `L`.
 
-    Token `t` is scored given all tokens before it. Where positions do not depend on the length of the input, one forward
-    over the longest length gives all lengths, since a causal token does not see what follows. A method whose positions
-    do (`multipass`: LongRoPE with two lists, dynamic NTK) gets a fresh forward for each length.
+    Token `t` is scored given all tokens before it. Where positions do not depend on the length of the input, one
+    forward over the longest length gives all lengths, since a causal token does not see what follows. A method whose
+    positions do (`multipass`: LongRoPE with two lists, dynamic NTK) gets a fresh forward for each length.
     """
 
     name: ClassVar[str] = "prefix"
@@ -78,8 +78,8 @@ class Sliding:
 
     The window moves by `stride`; each scores the tokens that no earlier one has scored, given what it holds of the
     tokens before them: all in the first window, the last `stride` in the others. Where the tokenizer adds BOS, every
-    window begins with it and holds `L - 1` tokens more. These are the windows of PoSE, weighted by token (YaRN's script
-    has the same windows and averages their means).
+    window begins with it and holds `L - 1` tokens more. These are the windows of PoSE, weighted by token (YaRN's
+    script has the same windows and averages their means).
 
     Args:
         stride (`int`): tokens that the window moves by, at most `L - 1`, since a longer one would skip tokens.
@@ -199,9 +199,9 @@ def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dt
     allowed = max(1e-4, 4 * torch.finfo(dtype).eps)
     if deviation > allowed:
         raise EvaluationError(
-            f"one forward over {lengths[-1]} tokens and a fresh one over {lengths[0]} disagree by {deviation:.2g} nats a "
-            f"token (allowed {allowed:.2g}): the positions of this model depend on the length of its input, so its "
-            "method must say multipass, or measure one length at a time"
+            f"one forward over {lengths[-1]} tokens and a fresh one over {lengths[0]} disagree by {deviation:.2g} "
+            f"nats a token (allowed {allowed:.2g}): the positions of this model depend on the length of its input, "
+            "so its method must say multipass; measure one length at a time"
         )
 
 

@@ -102,7 +102,8 @@ class Results:
             raise EvaluationError("no results of hf_posext: a JSON object with the key 'schema' is expected")
         if data["schema"] != SCHEMA:
             raise EvaluationError(
-                f"results have schema {data['schema']!r}; this version of hf_posext reads {SCHEMA}: upgrade it, or measure again"
+                f"results have schema {data['schema']!r}; this version of hf_posext reads {SCHEMA}: "
+                "upgrade it, or measure again"
             )
         _check_keys("results", data, ("schema", "provenance", "rows", "per_document"))
         if not isinstance(data["provenance"], Mapping):
@@ -142,8 +143,9 @@ class Results:
     def save_csv(self, path: str | Path) -> Path:
         """Write the rows as a table; an interval takes two columns, `_low` and `_high`."""
         rows = self._flat_rows()
+        columns = list(dict.fromkeys(key for row in rows or [dict.fromkeys(ROW_KEYS)] for key in row))
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else list(ROW_KEYS), lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return _write_atomic(Path(path), text.getvalue())

@@ -48,7 +48,7 @@ def make_rows(
     Args:
         records (`Sequence[dict]`): of the method, every document at every length.
         protocol (`str`): name of the protocol that measured them.
-        control (`Sequence[dict]`, *optional*): of the truncated control on the same tokens; without it `gain` is `None`.
+        control (`Sequence[dict]`, *optional*): of the control on the same tokens; without it `gain` is `None`.
         baseline (`Sequence[dict]`, *optional*): of the unpatched model; without it `change` is `None`.
         seed (`int`, *optional*, defaults to 0): of the bootstrap.
     """

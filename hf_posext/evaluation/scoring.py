@@ -1,8 +1,8 @@
 """Negative log-likelihood of every token, exact, with constant memory on the vocabulary side.
 
 A naive loop holds logits of shape `(length, vocabulary)`, several times: 168 GB at 128k tokens of Llama-3. Here the
-trunk (everything below the head) runs once, and the model's own `forward` is replayed on slices of what the trunk gave,
-so that the head and whatever follows it (logit scaling, softcaps) are the model's own code, slice by slice.
+trunk (everything below the head) runs once, and the model's own `forward` is replayed on slices of what the trunk
+gave, so that the head and whatever follows it (logit scaling, softcaps) are the model's own code, slice by slice.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class TokenScorer:
     """
     Scores tokens with a causal language model, for as long as a measurement lasts.
 
-    On first use it checks, on a prefix of 16 tokens, that the model is causal and that slices give the logits of a full
-    forward; where they do not, it says so in the log and keeps full logits from then on.
+    On first use it checks, on a prefix of 16 tokens, that the model is causal and that slices give the logits of a
+    full forward; where they do not, it says so in the log and keeps full logits from then on.
 
     Args:
         model (`torch.nn.Module`): a causal language model of transformers, also inside a PEFT or DDP wrapper.
@@ -134,7 +134,7 @@ class TokenScorer:
         finite = bool(torch.isfinite(full).all())
         tolerance = max(1e-4, 8 * torch.finfo(full.dtype).eps) * float(full.abs().max())
         changed = input_ids.clone()
-        changed[:, -1] = input_ids[:, 0] if input_ids[0, -1] != input_ids[0, 0] else (input_ids[:, 0] + 1) % full.shape[-1]
+        changed[:, -1] = (changed[:, -1] + 1) % full.shape[-1]
         other = self.model(input_ids=changed, use_cache=False).logits
         if finite and (full - other)[:, :-1].abs().max() > tolerance:
             raise UnsupportedModelError(
@@ -150,7 +150,7 @@ class TokenScorer:
             reason = f"{type(error).__name__}: {error}"
         if reason is not None:
             logger.warning(
-                "%s keeps its logits in full, which takes memory (length x vocabulary): its head cannot run in slices (%s)",
+                "%s keeps its logits in full (memory: length x vocabulary), since its head cannot run in slices: %s",
                 type(self.model).__name__,
                 reason,
             )

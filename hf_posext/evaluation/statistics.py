@@ -31,8 +31,8 @@ def bootstrap_interval(nll_sums: Sequence[float], tokens: Sequence[int], seed: i
     """
     95 % interval of [`pooled_perplexity`] when documents are drawn anew, with replacement.
 
-    Documents are the independent unit; tokens of one document are not. Give differences of NLL sums for the interval of
-    a ratio of two perplexities on the same tokens: it is paired by document, which takes out how hard each document is.
+    Documents are the independent unit; tokens of one document are not. Give differences of NLL sums for the interval
+    of a ratio of two perplexities on the same tokens: it is paired by document, which takes out how hard each one is.
     Percentile, not BCa: BCa estimates an acceleration from a jackknife over documents, which is noise at the usual
     eight and undefined where documents agree. With few documents the interval is somewhat too narrow.
 

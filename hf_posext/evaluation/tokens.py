@@ -90,7 +90,8 @@ def tokenize_documents(
         raise InvalidParameterError(f"start is {start}; give the number of tokens to leave out, 0 or more")
     bos = adds_bos(tokenizer)
     prefix = [tokenizer.bos_token_id] if bos else []
-    ids, rows, counts, left_out = [], [], [], []
+    ids, rows, counts = [], [], []
+    left_out: list[dict[str, Any]] = []
     for document in documents:
         tokens = token_ids(tokenizer, document.text)
         count = len(prefix) + len(tokens)
@@ -105,9 +106,11 @@ def tokenize_documents(
         longest = max((entry["tokens"] for entry in left_out), default=0)
         usable = max(0, longest - start)
         raise DocumentError(
-            f"all {len(documents)} documents are too short: the longest has {longest} tokens, and the measurement needs "
-            f"start + length = {start} + {length}; use lengths up to {usable}, or longer documents"
+            f"all {len(documents)} documents are too short: the longest has {longest} tokens, and start + length is "
+            f"{start} + {length}; use lengths up to {usable}, or longer documents"
         )
     if left_out:
-        logger.warning("%d of %d documents are shorter than %d tokens and left out", len(left_out), len(documents), length)
+        logger.warning(
+            "%d of %d documents are too short for %d tokens; left out", len(left_out), len(documents), length
+        )
     return TokenizedDocuments(ids, torch.tensor(rows, dtype=torch.long), bos, counts, left_out)

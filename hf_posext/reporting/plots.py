@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from ..evaluation.statistics import bootstrap_interval
 from .files import write_atomically
 from .tables import Row, by_method, control_name, control_rows, format_perplexity, lengths_of
 
@@ -32,7 +35,7 @@ Style = Mapping[str, Any]
 
 
 def plot_perplexity(results: Results, path: str | Path) -> None:
-    """Draws the perplexity of the second half of the context by length, beside the truncation control, the gain over
+    """Draws the perplexity of the second half of the text by length, beside the truncation control, the gain over
     that control, and pass-key accuracy where it was measured.
 
     Args:
@@ -42,10 +45,13 @@ def plot_perplexity(results: Results, path: str | Path) -> None:
     methods, control = by_method(results), control_rows(results)
     has_passkey = any(row.get("passkey") is not None for row in results.rows)
     small = ([["gain"]] if control else []) + ([["passkey"]] if has_passkey else [])
-    figure = Figure(figsize=(WIDTH, HEIGHT if len(small) == 2 else 4.2), dpi=DPI, layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH, HEIGHT if len(small) == 2 else 4.2),
+        dpi=DPI,
+        layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, hspace=0.04),
+    )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, hspace=0.04)  # type: ignore[union-attr]
-    layout = [["perplexity", *panel] for panel in small] or [["perplexity"]]
+    layout: list[Any] = [["perplexity", *panel] for panel in small] or [["perplexity"]]
     axes = figure.subplot_mosaic(layout, width_ratios=[1.35, 1] if small else None)
 
     styles = _styles(list(methods))
@@ -79,51 +85,64 @@ def _styles(names: list[str]) -> dict[str, Style]:
     return {"none": {**shared, "color": BEFORE, "marker": "X"}, **styles}
 
 
-def _draw(panel: Axes, name: str, rows: Mapping[int, Row], key: str, interval: str | None, style: Style) -> None:
-    """One line over the lengths at which the value was measured, with bars where all of them have an interval."""
-    points = {length: row for length, row in rows.items() if row.get(key) is not None}
-    values = [row[key] for row in points.values()]
-    bars = None
-    if interval and points and all(row.get(interval) is not None for row in points.values()):
-        # A bootstrap interval can miss its own estimate by a hair; a bar of negative length is refused by matplotlib.
-        bars = [
-            [max(value - row[interval][0], 0.0) for value, row in zip(values, points.values(), strict=True)],
-            [max(row[interval][1] - value, 0.0) for value, row in zip(values, points.values(), strict=True)],
+def _draw(
+    panel: Axes, name: str, rows: Mapping[int, Row], key: str, intervals: Mapping[int, Any], style: Style
+) -> None:
+    """One line over the lengths at which the value is finite, with bars where there is an interval."""
+    values = {length: row[key] for length, row in rows.items() if row.get(key) is not None and math.isfinite(row[key])}
+    # A bootstrap interval can miss its own estimate by a hair, and matplotlib refuses a bar of negative length.
+    ends = {length: intervals.get(length) or (value, value) for length, value in values.items()}
+    below = [max(value - ends[length][0], 0.0) for length, value in values.items()]
+    above = [max(ends[length][1] - value, 0.0) for length, value in values.items()]
+    bars = [below, above] if any(intervals.values()) else None
+    panel.errorbar(list(values), list(values.values()), yerr=bars, label=name, elinewidth=1.0, **style)
+
+
+def _tail_intervals(results: Results, rows: Mapping[int, Row]) -> dict[int, list[float] | None]:
+    """95 % intervals of the tail perplexity by length, over documents; rows have those of the whole perplexity."""
+    intervals = {}
+    for length, row in rows.items():
+        own = [
+            record
+            for record in results.per_document
+            if (record["method"], record["factor"], record["length"]) == (row["method"], row["factor"], length)
         ]
-    panel.errorbar(list(points), values, yerr=bars, label=name, elinewidth=1.0, **style)
+        nll, tokens = [record["tail_nll_sum"] for record in own], [record["tail_tokens"] for record in own]
+        intervals[length] = bootstrap_interval(nll, tokens, results.provenance.get("seed", 0))
+    return intervals
 
 
 def _draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style]) -> None:
     control = control_rows(results)
     if control:
         values = [row["perplexity_truncated_tail"] for row in control.values()]
-        panel.plot(
-            list(control), values, label=f"none, {control_name(results)}", color=CONTROL, linestyle="--", lw=1.9
-        )
+        line: Style = {"color": CONTROL, "linestyle": "--", "linewidth": 1.9, "marker": "."}
+        panel.plot(list(control), values, label=f"none, {control_name(results)}", **line)
     for name, rows in by_method(results).items():
-        _draw(panel, name, rows, "perplexity_tail", "ci95_tail", styles[name])
+        _draw(panel, name, rows, "perplexity_tail", _tail_intervals(results, rows), styles[name])
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_perplexity(value).removesuffix(".0")))
     panel.set_ylim(top=1.15 * panel.get_ylim()[1])  # room for the words beside the trained length
-    panel.set_title("Perplexity of the second half of the context")
+    panel.set_title("Perplexity of the second half of the text")
     panel.set_ylabel("perplexity per token (log scale; lower is better)")
 
 
 def _draw_gain(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Mapping[str, Style]) -> None:
     panel.axhline(1.0, color=CONTROL, linestyle="--", linewidth=1.5)
     for name, rows in methods.items():
-        _draw(panel, name, rows, "gain", "gain_ci95", styles[name])
+        intervals = {length: row.get("gain_ci95") for length, row in rows.items()}
+        _draw(panel, name, rows, "gain", intervals, styles[name])
     panel.set_title("Gain over truncation")
     panel.set_ylabel("gain (above 1: context pays)")
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, max(1.12, panel.get_ylim()[1]))
     _note(panel, "truncation", 1.0, 1.0, ("axes fraction", "data"), ha="right", va="bottom")
 
 
 def _draw_passkey(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Mapping[str, Style]) -> None:
     for name, rows in methods.items():
-        _draw(panel, name, rows, "passkey", None, styles[name])
+        _draw(panel, name, rows, "passkey", {}, styles[name])
     panel.set_title("Pass keys retrieved")
     panel.set_ylabel("accuracy (%)")
     panel.set_ylim(-0.06, 1.06)

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .files import write_atomically
 from .plots import plot_perplexity
 from .sentences import describe_methods
-from .tables import control_name, control_rows, grids, markdown_table
+from .tables import NOTHING, control_name, control_rows, grids, markdown_table
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -56,7 +56,7 @@ def render_report(results: Results) -> str:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
     """
     # Markdown, not HTML: a name cannot break out of a table cell (see `_cell`), and there is nothing else to escape.
-    environment = Environment(  # noqa: S701
+    environment = Environment(
         loader=PackageLoader("hf_posext.reporting", "."), undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters.update(table=markdown_table, cell=_cell)
@@ -90,5 +90,8 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _cell(value: Any) -> str:
     """A value as the text of one markdown cell: on one line, its pipes escaped."""
-    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return " ".join(text.split()).replace("|", r"\|")
+    if isinstance(value, Mapping):  # of a list of them: {"document": "a", "tokens": 10} is "a: 10"
+        value = ": ".join(map(str, value.values()))
+    elif isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value)) or NOTHING
+    return NOTHING if value is None else " ".join(str(value).split()).replace("|", r"\|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -23,16 +24,20 @@ def describe_methods(results: Results) -> list[str]:
     """
     methods = by_method(results)
     control = control_rows(results)
-    return [_describe(name, rows, control) for name, rows in methods.items()]
+    trained_length = results.provenance.get("trained_length") or 0
+    return [_describe(name, rows, control, trained_length) for name, rows in methods.items()]
 
 
-def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
+def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row], trained_length: int) -> str:
     parts = [_reach(rows, control)]
+    inside = [row for length, row in rows.items() if length <= trained_length and row.get("change") is not None]
+    if inside and name != "none":
+        parts.append(_inside(inside[-1]))
     longest = rows[max(rows)]
     if longest.get("gain") is not None:
         parts.append(_against_truncation(longest))
     if longest.get("passkey") is not None:
-        parts.append(f"it retrieves {100 * longest['passkey']:.0f} % of the pass keys at {longest['length']}")
+        parts.append(f"it retrieves {100 * longest['passkey']:.0f} % of the pass keys there")
     return f"`{name}` {'; '.join(parts)}."
 
 
@@ -47,22 +52,28 @@ def _levels(rows: Mapping[int, Row], control: Mapping[int, Row]) -> dict[int, fl
 def _reach(rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
     levels = _levels(rows, control)
     if not levels:
-        return "was not measured"
+        return "gave no finite perplexity"
     lengths = list(levels)
     first, longest = lengths[0], lengths[-1]
     broken = next((length for length in lengths if levels[length] > TOLERANCE * levels[first]), None)
     at_first = format_perplexity(rows[first]["perplexity_tail"])
-    price = ""
-    if first in control and levels[first] > TOLERANCE:
-        unpatched = format_perplexity(control[first]["perplexity_truncated_tail"])
-        price = f", but high from the start ({at_first} at {first}, where truncation has {unpatched})"
     if broken is None:
         at_longest = format_perplexity(rows[longest]["perplexity_tail"])
         span = f"to {longest} tokens (tail perplexity {at_first} at {first}, {at_longest} at {longest})"
-        return f"keeps its perplexity level {span if len(lengths) > 1 else f'at {first} tokens ({at_first})'}{price}"
+        return f"keeps its perplexity level {span if len(lengths) > 1 else f'at {first} tokens ({at_first})'}"
     held = lengths[lengths.index(broken) - 1]
     at_broken = format_perplexity(rows[broken]["perplexity_tail"])
-    return f"holds up to {held} tokens and breaks by {broken} (tail perplexity {at_first} at {first}, {at_broken} there){price}"
+    figures = f"(tail perplexity {at_first} at {first}, {at_broken} there)"
+    return f"holds up to {held} tokens and breaks by {broken} {figures}"
+
+
+def _inside(row: Row) -> str:
+    """What the extension costs where the model needed none."""
+    change = row["change"]
+    interval = row.get("change_ci95")
+    span = "" if interval is None else f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+    verb = "costs" if change >= 0 else "saves"
+    return f"inside the trained length, at {row['length']}, it {verb} {100 * abs(change):.0f} %{span} of perplexity"
 
 
 def _against_truncation(row: Row) -> str:
@@ -72,6 +83,6 @@ def _against_truncation(row: Row) -> str:
     if interval is not None and interval[0] <= 1 <= interval[1]:
         return f"at {length} it is level with truncation {figures}"
     if gain < 0.5:
-        return f"at {length} its perplexity is {1 / gain:.1f} times that of truncation {figures}"
+        return f"at {length} its perplexity is {1 / gain if gain else math.inf:.1f} times that of truncation {figures}"
     verb, share = ("loses", 1 - gain) if gain < 1 else ("gains", gain - 1)
     return f"at {length} it {verb} {100 * share:.0f} % {'to' if gain < 1 else 'over'} truncation {figures}"

@@ -23,7 +23,7 @@ WIDTH = 80
 NOTHING = "-"
 # Room for "theta x128" or "truncated to 131072"; a longer name is folded over two lines.
 NAME_WIDTH = 20
-GAP = 2  # spaces between columns
+GAP = 3  # spaces between columns, one of which is the rule that rich's box leaves blank
 
 Row = Mapping[str, Any]
 
@@ -66,7 +66,8 @@ def lengths_of(results: Results) -> tuple[int, ...]:
 
 def control_rows(results: Results) -> dict[int, Row]:
     """By length, a row that carries the truncation control; the control is the same for every method."""
-    return {row["length"]: row for row in reversed(results.rows) if row.get("perplexity_truncated_tail") is not None}
+    found = {row["length"]: row for row in results.rows if row.get("perplexity_truncated_tail") is not None}
+    return dict(sorted(found.items()))
 
 
 def control_name(results: Results) -> str:
@@ -120,7 +121,7 @@ def grids(results: Results) -> list[Grid]:
     if control:
         cells = tuple(_perplexity_cell(control.get(length), "_truncated") for length in lengths)
         perplexity = ((control_name(results), cells), *perplexity)
-    answers = [Grid("Perplexity per token (second half of the context in brackets)", lengths, perplexity)]
+    answers = [Grid("Perplexity per token (second half of the text in brackets)", lengths, perplexity)]
     if control:
         # The interval stands at the longest length only: four of them do not fit 80 columns.
         gain = rows_of(lambda row: _gain_cell(row, with_interval=row is not None and row["length"] == lengths[-1]))
@@ -147,7 +148,7 @@ def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
 
 
 def _rich_table(grid: Grid, columns: list[int], name_width: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, GAP), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, GAP - 1), pad_edge=False, show_edge=False)
     table.add_column("tokens", width=name_width, overflow="fold")
     for column in columns:
         table.add_column(str(grid.lengths[column]), justify="right", no_wrap=True)

@@ -9,9 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tests.zoo import TRAINED_LENGTH
 
 SCALING_KEYS = (
-    "rope_type type factor original_max_position_embeddings attention_factor beta_fast beta_slow truncate mscale "
-    "mscale_all_dim low_freq_factor high_freq_factor short_factor long_factor"
+    "rope_type type factor original_max_position_embeddings attention_factor beta_fast beta_slow "
+    "low_freq_factor high_freq_factor short_factor long_factor"
 ).split()
+MSCALE_KEYS = ("mscale", "mscale_all_dim")
 
 NO_NATIVE = {
     **dict.fromkeys(
@@ -45,8 +46,8 @@ def is_shipped_scaled(model: PreTrainedModel) -> bool:
 def native_scaling(method: str, factor: float, long_factor: list[float]) -> dict[str, Any]:
     """The rope parameters by which transformers is asked for a method."""
     scaling: dict[str, Any] = {"rope_type": method, "factor": factor}
-    if method != "linear":
-        scaling["original_max_position_embeddings"] = TRAINED_LENGTH
+    # Linear scaling does not need the last one; the forward of some models does (phimoe, ministral3).
+    scaling["original_max_position_embeddings"] = TRAINED_LENGTH
     if method == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     if method == "longrope":
@@ -58,7 +59,7 @@ def native_model(model: PreTrainedModel, method: str, factor: float, long_factor
     """
     A model of the same class and weights whose config asks transformers for the method.
 
-    What else the shipped rope parameters say (`partial_rotary_factor`, `mrope_section`, `llama_4_scaling_beta`) stays.
+    What else the shipped rope parameters say (`partial_rotary_factor`, `truncate`, `llama_4_scaling_beta`) stays.
     """
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
@@ -69,8 +70,10 @@ def native_model(model: PreTrainedModel, method: str, factor: float, long_factor
         scaling |= {"short_mscale": by_paper, "long_mscale": by_paper}
     elif text.model_type == "phimoe":
         scaling |= {"short_mscale": 1.0, "long_mscale": 1.0}
+    # DeepSeek's rule for the attention factor is a part of the YaRN that a model ships with, and of no other method.
+    replaced = {*SCALING_KEYS, *(() if method == "yarn" else MSCALE_KEYS)}
     wanted = {
-        name: {key: value for key, value in shipped.items() if key not in SCALING_KEYS} | scaling
+        name: {key: value for key, value in shipped.items() if key not in replaced} | scaling
         for name, shipped in rope_parameters(text).items()
     }
     text.rope_parameters = wanted[""] if "" in wanted else text.rope_parameters | wanted
