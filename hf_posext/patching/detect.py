@@ -22,16 +22,21 @@ SINUSOID_TABLE_ROPE = ("codegen", "gptj", "roformer")
 
 @dataclass(frozen=True)
 class RotarySite:
-    """Where one set of frequencies lives: a rotary module and the prefix of its attributes."""
+    """Where one set of frequencies lives: a rotary module and the prefix of its attributes.
+
+    The set is called after its layer type, or, where a module has a config of its own (Granite SWA: one for each
+    base), after the path of the module.
+    """
 
     path: str
     module: nn.Module
     name: str
+    layer_type: str
 
     @property
     def prefix(self) -> str:
         """What stands before `inv_freq` in the module's attribute names."""
-        return f"{self.name}_" if self.name else ""
+        return f"{self.layer_type}_" if self.layer_type else ""
 
     def phases(self, positions: torch.Tensor) -> torch.Tensor:
         """Cosine and sine (or the complex phase) that the module gives, float32, with positions on axis 0.
@@ -41,7 +46,7 @@ class RotarySite:
         """
         device = getattr(self.module, f"{self.prefix}inv_freq").device
         wanted = inspect.signature(self.module.forward).parameters
-        extra = {"layer_type": self.name} if self.name and "layer_type" in wanted else {}
+        extra = {"layer_type": self.layer_type} if self.layer_type and "layer_type" in wanted else {}
         with torch.inference_mode():
             out = self.module(torch.zeros(1, 1, 1, device=device), positions[None].to(device), **extra)
         parts = [torch.view_as_real(t) if t.is_complex() else t for t in (out if isinstance(out, tuple) else (out,))]
@@ -76,12 +81,15 @@ def rotary_sites(model: PreTrainedModel) -> Iterator[RotarySite]:
     """Every set of rotary frequencies in the text part of a model."""
     config = text_config(model.config)
     for path, module in model.named_modules():
-        if getattr(module, "config", None) is not config and getattr(module, "config", None) is not model.config:
+        its_config: Any = getattr(module, "config", None)
+        if its_config is not model.config and type(its_config) is not type(config):
             continue
         for attribute in sorted({*module._buffers, *vars(module)}):
             own = attribute.endswith("inv_freq") and not attribute.endswith(("original_inv_freq", "long_inv_freq"))
             if own and isinstance(getattr(module, attribute), torch.Tensor):
-                yield RotarySite(path, module, attribute.removesuffix("inv_freq").removesuffix("_"))
+                layer_type = attribute.removesuffix("inv_freq").removesuffix("_")
+                shared = its_config is config or its_config is model.config
+                yield RotarySite(path, module, layer_type if shared else path, layer_type)
 
 
 def detect_scheme(model_or_config: nn.Module | PreTrainedConfig) -> PositionalScheme:
@@ -148,27 +156,30 @@ def _rotary(site: RotarySite) -> Rotary | None:
     """What one set of frequencies is before any scaling, or `None` where it follows no base."""
     config: Any = getattr(site.module, "config")  # noqa: B009  nn.Module types its attributes as tensors
     parameters = dict(getattr(config, "rope_parameters", None) or {})
-    if site.name:
-        parameters = dict(parameters.get(site.name) or {})
+    if site.layer_type:
+        parameters = dict(parameters.get(site.layer_type) or {})
     slots = getattr(site.module, f"{site.prefix}inv_freq").numel()
     theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
     if parameters.get("rope_type") == "proportional":
         pairs = int(float(parameters.get("partial_rotary_factor", 1.0)) * slots)
-        return Rotary(site.name, theta, 2 * slots, pairs, slots, _window(config, site.name), parameters)
+        return Rotary(site.name, theta, 2 * slots, pairs, slots, _window(config, site.layer_type), parameters)
     default = _default_frequencies(site, config)
     for dim in (2 * slots, 2 * slots - 1):
         formula = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
         if default is not None and torch.allclose(formula, default, rtol=1e-6, atol=0):
-            return Rotary(site.name, theta, dim, slots, slots, _window(config, site.name), parameters)
+            return Rotary(site.name, theta, dim, slots, slots, _window(config, site.layer_type), parameters)
     return None
 
 
-def _default_frequencies(site: RotarySite, config: PreTrainedConfig) -> torch.Tensor | None:
+def _default_frequencies(site: RotarySite, config: Any) -> torch.Tensor | None:
     """Unscaled frequencies as transformers computes them; the module's own buffer where it has no function for it."""
     compute: Any = getattr(site.module, "compute_default_rope_parameters", None)
     if compute is not None:
         with torch.device("cpu"):
-            frequencies: torch.Tensor = (compute(config, layer_type=site.name) if site.name else compute(config))[0]
+            if site.layer_type and getattr(config, "is_heterogeneous", False):  # Gemma-4, Dots-3: widths by layer type
+                config = config.per_layer_config[site.layer_type]
+            extra = {"layer_type": site.layer_type} if site.layer_type else {}
+            frequencies: torch.Tensor = compute(config, **extra)[0]
             return frequencies
     own: torch.Tensor = getattr(site.module, f"{site.prefix}inv_freq")
     return None if own.is_meta else own.detach().float().cpu()

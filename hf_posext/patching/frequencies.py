@@ -112,7 +112,7 @@ def _write(site: RotarySite, entry: RotaryPlan, journal: Journal) -> None:
         raise UnsupportedModelError(f"{site.path} ({type(module).__name__}) has no attention scaling to set")
     if hasattr(module, "rope_type"):
         rope_type = "longrope" if entry.short_inv_freq is not None else "default"
-        nested = {**module.rope_type, site.name: rope_type} if isinstance(module.rope_type, dict) else rope_type
+        nested = {**module.rope_type, site.layer_type: rope_type} if isinstance(module.rope_type, dict) else rope_type
         journal.set(module, "rope_type", nested)
     if "rope_init_fn" in vars(module):
         journal.set(module, "rope_init_fn", FixedFrequencies(entry.inv_freq, entry.attention_factor))
@@ -136,6 +136,8 @@ def _say_in_config(
     if any(entry.rope_parameters is None for entry in plan.rotaries):
         _rescale_softmax(model, config.rope_parameters, {}, journal)
         return f"no rope type of transformers can say the frequencies of {plan.method}"
+    if any(site.module.config is not config for site in sites):
+        return f"{plan.scheme.model_type} keeps several bases, each in a config of its own"
     candidate = _with_parameters(config, planned, plan)
     obstacle = _differs(module, candidate, planned, plan)
     if obstacle:
@@ -164,7 +166,8 @@ def _with_parameters(config: Any, planned: dict[str, RotaryPlan], plan: Extensio
             changed.rope_parameters = parameters
     if getattr(changed, "original_max_position_embeddings", None) is not None:
         changed.original_max_position_embeddings = plan.original_length
-    changed.max_position_embeddings = max(changed.max_position_embeddings, plan.target_length)
+    if getattr(changed, "max_position_embeddings", None) is not None:  # recurrent_gemma names no limit
+        changed.max_position_embeddings = max(changed.max_position_embeddings, plan.target_length)
     return changed
 
 
@@ -177,14 +180,14 @@ def _differs(module: nn.Module, candidate: Any, planned: dict[str, RotaryPlan], 
     twin = copy.deepcopy(module).to("cpu")
     twin.config = candidate
     for name, entry in planned.items():
-        _write(RotarySite("", twin, name), entry, Journal())
+        _write(RotarySite("", twin, name, name), entry, Journal())
     for name in planned:
         for probe in _probe_positions(plan):
             try:
-                said = RotarySite("", native, name).phases(probe)
+                said = RotarySite("", native, name, name).phases(probe)
             except (KeyError, RuntimeError) as error:
                 return f"{type(module).__name__} cannot run from the config ({type(error).__name__}: {error})"
-            if not torch.equal(said, RotarySite("", twin, name).phases(probe)):
+            if not torch.equal(said, RotarySite("", twin, name, name).phases(probe)):
                 return f"{type(module).__name__} computes other phases from the config than the plan has"
     return None
 

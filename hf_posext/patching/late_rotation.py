@@ -112,13 +112,14 @@ class RotatesLate(Mixin):
     """Mixed into the class of a rotary module: notes the positions and returns the identity."""
 
     _posext_late: LateRotation
-    _posext_path: str
+    _posext_sets: dict[str, str]
+    """The set of frequencies that each layer type asks for."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         late = self._posext_late
         extra = {} if layer_type is None else {"layer_type": layer_type}
         out = super().forward(x, position_ids, **extra)
-        name = layer_type if layer_type in late.sites else ""
+        name = self._posext_sets[layer_type or ""]
         if late.angle is not None:
             return _identity_or(out, late.angle, name)
         late.note(name, position_ids)
@@ -142,7 +143,7 @@ def _parts(out: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _phases(site: RotarySite, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the module's own forward gives at positions, below the mixin."""
     module: Any = site.module
-    extra = {"layer_type": site.name} if site.name else {}
+    extra = {"layer_type": site.layer_type} if site.layer_type else {}
     return _parts(super(RotatesLate, module).forward(like, positions, **extra))
 
 

@@ -85,6 +85,8 @@ def _swap(model: PreTrainedModel, late: LateRotation, journal: Journal) -> None:
     """Identity rotary modules, our attention function, and hooks that keep the positions of cached keys."""
     for site in list(rotary_sites(model)):
         late.sites.setdefault(site.name, site)
+        sets = {**getattr(site.module, "_posext_sets", {}), site.layer_type: site.name}
+        journal.set(site.module, "_posext_sets", sets)
         if not isinstance(site.module, RotatesLate):
             journal.set(site.module, "__class__", mix(RotatesLate, type(site.module)))
     for path, module in model.named_modules():

@@ -1,0 +1,49 @@
+"""What the tests of the evaluation share: a character tokenizer, texts, and the naive loops that all must equal."""
+
+from __future__ import annotations
+
+import random
+import string
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+BOS, UNKNOWN = 1, 2
+CHARACTERS = string.ascii_letters + string.digits + " .?\n"
+
+
+def character_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per character, below 128; with a BOS that it adds by itself, or has but does not add."""
+    vocabulary = {"<pad>": 0, "<s>": BOS, "<unk>": UNKNOWN, **{c: 3 + i for i, c in enumerate(CHARACTERS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>", pad_token="<pad>")
+
+
+def random_texts(count: int, size: int) -> list[str]:
+    """Texts of that many characters, the same on every call."""
+    draw = random.Random(0)
+    return ["".join(draw.choices(CHARACTERS, k=size)) for _ in range(count)]
+
+
+@torch.no_grad()
+def naive_nll(model: nn.Module, ids: torch.Tensor) -> np.ndarray:
+    """NLL of tokens 1, 2, ... of one row, from full logits, in float64."""
+    log_probabilities = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+    return -log_probabilities[:-1].gather(1, ids[1:, None])[:, 0].numpy()
+
+
+def naive_windowed_nll(model: nn.Module, ids: torch.Tensor, window: int, stride: int, bos: bool) -> np.ndarray:
+    """NLL of tokens 1, 2, ..., each by a forward of its own over exactly the context that the protocol defines."""
+    nll = []
+    for token in range(1, len(ids)):
+        moves = max(0, -(-(token + 1 - window) // stride))  # how often the window moved until it held the token
+        begin = moves * stride
+        context = torch.cat([ids[:1], ids[1 + begin : token + 1]]) if bos else ids[begin : token + 1]
+        nll.append(naive_nll(model, context)[-1])
+    return np.array(nll)

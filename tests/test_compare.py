@@ -1,0 +1,204 @@
+"""Before and after on the same tokens, against the control."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from hf_posext import YaRN, patch_model
+from hf_posext.errors import AlreadyPatchedError, InvalidParameterError, PosExtError, UnknownMethodError
+from hf_posext.evaluation import Results, compare, evaluate_perplexity
+from hf_posext.evaluation import compare as compare_function
+from hf_posext.evaluation.control import control_stride
+from hf_posext.evaluation.results import DOCUMENT_KEYS, PASSKEY_KEYS, ROW_KEYS
+
+from .conftest import TRAINED, logits, tiny_gpt2, tiny_llama, tokens
+from .evaluation_helpers import BOS, character_tokenizer, naive_nll, naive_windowed_nll, random_texts
+from .zoo import build
+
+TEXTS = random_texts(3, 140)
+LENGTHS = [48, 128]
+
+
+def run(model: Any, methods: Any = ("none", "linear"), bos: bool = False, **options: Any) -> Results:
+    return compare(
+        model, character_tokenizer(bos), TEXTS, list(methods), **{"lengths": LENGTHS, "factor": 2.0, **options}
+    )
+
+
+def texts_as_tokens(bos: bool) -> list[torch.Tensor]:
+    tokenizer = character_tokenizer(bos)
+    return [torch.tensor(tokenizer(text)["input_ids"][: max(LENGTHS)]) for text in TEXTS]
+
+
+def pooled(pieces: list[np.ndarray]) -> float:
+    return math.exp(sum(piece.sum() for piece in pieces) / sum(len(piece) for piece in pieces))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_control_equals_a_forward_per_token(llama: LlamaForCausalLM, bos: bool) -> None:
+    results = run(llama, bos=bos)
+    rows = texts_as_tokens(bos)
+    assert (int(rows[0][0]) == BOS) is bos
+    nll = [naive_windowed_nll(llama, row, TRAINED, TRAINED // 8, bos) for row in rows]
+    for length in LENGTHS:
+        row = results.row("linear", length)
+        cut = [piece[: length - 1] for piece in nll]
+        assert row["perplexity_truncated"] == pytest.approx(pooled(cut), rel=1e-6)
+        tail = pooled([piece[length // 2 - 1 :] for piece in cut])
+        assert row["perplexity_truncated_tail"] == pytest.approx(tail, rel=1e-6)
+
+
+def test_gain_and_change(llama: LlamaForCausalLM) -> None:
+    results = run(llama)
+    before = [naive_nll(llama, row) for row in texts_as_tokens(bos=False)]
+    with patch_model(llama, "linear", factor=2):
+        after = [naive_nll(llama, row) for row in texts_as_tokens(bos=False)]
+    for length in LENGTHS:
+        row, none = results.row("linear", length), results.row("none", length)
+        assert row["perplexity"] == pytest.approx(pooled([nll[: length - 1] for nll in after]), rel=1e-6)
+        change = row["perplexity"] / pooled([nll[: length - 1] for nll in before]) - 1
+        assert row["change"] == pytest.approx(change, abs=1e-6)
+        assert row["change_ci95"][0] <= row["change"] <= row["change_ci95"][1]
+        assert row["gain"] == pytest.approx(row["perplexity_truncated_tail"] / row["perplexity_tail"], rel=1e-9)
+        assert row["gain_ci95"][0] <= row["gain"] <= row["gain_ci95"][1]
+        assert none["change"] == 0.0 and none["factor"] == 1.0
+    inside = results.row("none", 48)
+    assert inside["gain"] == pytest.approx(1, rel=1e-6), "inside the trained length nothing is truncated"
+
+
+def test_rows_have_what_the_schema_says(llama: LlamaForCausalLM) -> None:
+    results = run(llama)
+    assert [list(row) for row in results.rows] == [list(ROW_KEYS)] * 4
+    assert [list(record) for record in results.per_document] == [list(DOCUMENT_KEYS)] * (3 * 2 * 3)
+    assert {record["method"] for record in results.per_document} == {"truncated", "none", "linear"}
+    provenance = results.provenance
+    assert provenance["trained_length"] == TRAINED and provenance["protocol"] == "prefix"
+    assert provenance["documents"] == [{"document": str(index), "tokens": 140} for index in range(3)]
+    assert set(provenance["versions"]) == {"hf_posext", "transformers", "torch", "python"}
+    assert Results.from_dict(results.to_dict()) == results
+
+
+def test_pass_keys_are_the_same_prompts_for_every_method(llama: LlamaForCausalLM) -> None:
+    seen: list[torch.Tensor] = []
+    generate = llama.generate
+    llama.generate = lambda ids, **kwargs: seen.append(ids) or generate(ids, **kwargs)  # type: ignore[method-assign]
+    results = run(llama, lengths=[120, 128], passkey=3)
+    assert [list(row) for row in results.rows] == [[*ROW_KEYS, *PASSKEY_KEYS]] * 4
+    assert {row["passkey_trials"] for row in results.rows} == {3}
+    assert len(seen) == 4 and all(torch.equal(seen[i], seen[i + 2]) for i in (0, 1))
+
+
+def test_equals_evaluate_perplexity(llama: LlamaForCausalLM) -> None:
+    compared = run(llama, protocol="sliding", stride=16)
+    with patch_model(llama, "linear", factor=2):
+        alone = evaluate_perplexity(llama, character_tokenizer(), TEXTS, LENGTHS, protocol="sliding", stride=16)
+    for length in LENGTHS:
+        for key in ("nll_sum", "tokens", "perplexity", "perplexity_tail", "ci95"):
+            assert compared.row("linear", length)[key] == alone.row("linear", length)[key]
+    control = {row["perplexity_truncated"] for row in compared.rows}
+    assert len(control) == 1, "sliding scores the same tokens at every window length"
+
+
+def test_none_comes_first_and_objects_keep_their_factor(llama: LlamaForCausalLM) -> None:
+    results = run(llama, ["linear", YaRN(factor=4), "none"])
+    assert [(row["method"], row["factor"]) for row in results.rows[::2]] == [
+        ("none", 1.0),
+        ("linear", 2.0),
+        ("yarn", 4.0),
+    ]
+    assert all(row["change"] is not None for row in results.rows)
+    assert all(row["change"] is None for row in run(llama, ["linear"]).rows)
+
+
+def test_control_follows_original_length(llama: LlamaForCausalLM) -> None:
+    results = run(llama, ["none", "linear"], original_length=32)
+    nll = [naive_windowed_nll(llama, row, 32, 4, bos=False) for row in texts_as_tokens(bos=False)]
+    assert results.provenance["trained_length"] == 32
+    assert results.row("none", 128)["perplexity_truncated"] == pytest.approx(pooled(nll), rel=1e-6)
+    assert control_stride(32) == 4 and control_stride(3) == 1
+
+
+def test_longrope_with_two_lists_gets_a_forward_per_length(llama: LlamaForCausalLM) -> None:
+    from hf_posext import LongRoPE
+
+    pairs = llama.config.head_dim // 2
+    method = LongRoPE(factor=2, short_factor=(1.0,) * pairs, long_factor=(2.0,) * pairs)
+    results = run(llama, ["none", method])
+    with patch_model(llama, method):
+        for length in LENGTHS:
+            expected = pooled([naive_nll(llama, row[:length]) for row in texts_as_tokens(bos=False)])
+            assert results.row("longrope", length)["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_interrupted_model_is_restored_and_finished_rows_kept(llama: LlamaForCausalLM) -> None:
+    before, delivered = logits(llama, tokens(128)), []
+    tokenizer = character_tokenizer()
+    tokenizer.model_max_length = TRAINED
+    llama.train()
+
+    def interrupt(*args: Any) -> None:
+        if len(delivered) == 2:  # in the third method, which is in force now
+            assert llama._posext_patch.plan.method == "yarn"
+            raise KeyboardInterrupt
+
+    handle = llama.model.layers[-1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compare(
+            llama, tokenizer, TEXTS, ["none", "linear", "yarn"], lengths=LENGTHS, factor=2,
+            on_method=lambda results: delivered.append(copy.deepcopy(results)),
+        )  # fmt: skip
+    handle.remove()
+    assert [row["method"] for row in delivered[-1].rows] == ["none"] * 2 + ["linear"] * 2
+    assert len(delivered) == 2
+    assert all(module.training for module in llama.modules()) and "forward" not in vars(llama.model)
+    assert getattr(llama, "_posext_patch", None) is None
+    assert tokenizer.model_max_length == TRAINED and llama.config.max_position_embeddings == TRAINED
+    assert torch.equal(logits(llama.eval(), tokens(128)), before)
+
+
+def test_mistakes_show_before_anything_is_measured(llama: LlamaForCausalLM) -> None:
+    llama.model.layers[0].register_forward_pre_hook(lambda *args: pytest.fail("nothing may be measured"))
+    mistakes: list[tuple[type[PosExtError], str, dict[str, Any]]] = [
+        (UnknownMethodError, "yarm", {"methods": ["none", "yarm"]}),
+        (InvalidParameterError, "factor is -1", {"methods": ["linear"], "factor": -1.0}),
+        (
+            InvalidParameterError,
+            "'linear' at factor 2 is among the methods more than once",
+            {"methods": ["linear"] * 2},
+        ),
+        (InvalidParameterError, "give a list", {"methods": []}),
+        (InvalidParameterError, "pass keys need at least", {"lengths": [32, 128], "passkey": 2}),
+        (InvalidParameterError, "passkey is -1", {"passkey": -1}),
+        (InvalidParameterError, "protocol is 'rolling'", {"protocol": "rolling"}),
+    ]
+    for error, message, options in mistakes:
+        with pytest.raises(error, match=message):
+            run(llama, **options)
+    with pytest.raises(InvalidParameterError, match="methods is 'none'"):
+        compare_function(llama, character_tokenizer(), TEXTS, "none", lengths=LENGTHS)
+    assert getattr(llama, "_posext_patch", None) is None
+
+
+def test_a_patched_model_is_refused(llama: LlamaForCausalLM) -> None:
+    with patch_model(llama, "linear", factor=2), pytest.raises(AlreadyPatchedError, match="'linear' in force"):
+        run(llama)
+
+
+def test_other_schemes_are_measured_unpatched() -> None:
+    assert run(tiny_gpt2(), ["none"], lengths=[32, 64]).rows[-1]["perplexity"] > 1
+    assert run(build("bloom"), ["none"], original_length=64).rows[-1]["gain"] > 0
+
+
+def test_peft_model_is_compared_as_it_is() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    results = run(model)
+    expected = pooled([naive_nll(model, row) for row in texts_as_tokens(bos=False)])
+    assert results.row("none", 128)["perplexity"] == pytest.approx(expected, rel=1e-6)

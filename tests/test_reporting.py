@@ -1,0 +1,247 @@
+"""Tables, sentences, the picture and the report, from rows made by hand after the measured figures of tiny-rope."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from rich.console import Console
+
+from hf_posext.evaluation import Results
+from hf_posext.reporting import markdown_table, plot_perplexity, print_tables, render_report, write_report
+from hf_posext.reporting.files import write_atomically
+from hf_posext.reporting.sentences import describe_methods
+from hf_posext.reporting.tables import format_perplexity, grids
+
+LENGTHS = (512, 1024, 2048, 4096)
+# Perplexity, its tail, share of pass keys, at each length.
+MEASURED = {
+    "none": [(40.1, 40.0, 1.0), (65.0, 105.6, 0.0), (103, 164, 0.0), (138, 185, 0.0)],
+    "linear": [(132.7, 128.6, 0.0), (125.8, 119.5, 0.0), (117.9, 110.6, 0.0), (117.2, 116.3, 0.0)],
+    "ntk": [(42.7, 42.4, 0.8), (41.9, 41.3, 0.6), (39.6, 37.4, 0.05), (72.8, 134, 0.0)],
+    "yarn": [(43.9, 43.4, 0.85), (43.2, 42.6, 1.0), (39.2, 35.5, 1.0), (38.4, 37.6, 0.9)],
+}
+TRUNCATED = [(40.1, 40.0), (39.7, 39.3), (36.0, 32.7), (34.8, 33.6)]
+
+
+def make_results(*, control: bool = True, passkey: bool = True, lengths: tuple[int, ...] = LENGTHS) -> Results:
+    rows: list[dict[str, Any]] = []
+    per_document = []
+    for method, measured in MEASURED.items():
+        factor = 1.0 if method == "none" else 8.0
+        for i, length in enumerate(lengths):
+            whole, tail, found = measured[i % 4]
+            whole_truncated, tail_truncated = TRUNCATED[i % 4]
+            gain = tail_truncated / tail
+            change = whole / MEASURED["none"][i % 4][0] - 1
+            row = {"method": method, "factor": factor, "protocol": "prefix", "length": length}
+            row |= {"perplexity": whole, "perplexity_tail": tail, "nll_sum": 1.0, "tokens": 8 * (length - 1)}
+            row |= {"documents": 8, "ci95": [0.9 * whole, 1.1 * whole]}
+            row |= {"perplexity_truncated": whole_truncated if control else None}
+            row |= {"perplexity_truncated_tail": tail_truncated if control else None}
+            row |= {"gain": gain if control else None, "gain_ci95": [gain - 0.02, gain + 0.02] if control else None}
+            row |= {"change": change, "change_ci95": [change - 0.01, change + 0.01]}
+            rows.append(row | ({"passkey": found, "passkey_trials": 20} if passkey else {}))
+            for document, share in (("a", 0.9), ("b", 1.1)):  # two documents, one easier than the other
+                record = {"document": document, "method": method, "factor": factor, "length": length}
+                record |= {"nll_sum": share * length * math.log(whole), "tokens": length}
+                record |= {"tail_nll_sum": share * length / 2 * math.log(tail), "tail_tokens": length // 2}
+                per_document.append(record)
+    provenance = {"model": "tiny|rope", "trained_length": 512, "seed": 0, "versions": {"torch": "2.13"}}
+    provenance |= {"documents": [{"document": "a", "tokens": 9000}, {"document": "b", "tokens": 8000}], "left_out": []}
+    return Results(provenance | {"command": "hf-posext compare --model tiny"}, rows, per_document)
+
+
+def printed(results: Results) -> list[str]:
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_tables(results, console)
+    return console.export_text().splitlines()
+
+
+def panels(results: Results, path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    """The axes of the figure that `plot_perplexity` saves."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (saved.append(self), save(self, *args, **kw))[1])
+    plot_perplexity(results, path)
+    return saved[0].axes
+
+
+def test_the_table_has_the_control_as_a_row_of_its_own_and_gain_with_its_interval_at_the_longest_length() -> None:
+    perplexity, gain, passkey = grids(make_results())
+    assert dict(perplexity.rows)["truncated to 512"] == ("40.1 (40.0)", "39.7 (39.3)", "36.0 (32.7)", "34.8 (33.6)")
+    assert dict(perplexity.rows)["yarn x8"][3] == "38.4 (37.6)"
+    assert dict(perplexity.rows)["none"][3] == "138 (185)"
+    assert dict(gain.rows)["yarn x8"] == ("0.92", "0.92", "0.92", "0.89 [0.87, 0.91]")
+    assert dict(passkey.rows)["ntk x8"] == ("80 %", "60 %", "5 %", "0 %")
+    assert "20 trials" in passkey.title
+
+
+def test_questions_that_were_not_asked_are_left_out() -> None:
+    (only,) = grids(make_results(control=False, passkey=False))
+    assert [name for name, _ in only.rows] == ["none", "linear x8", "ntk x8", "yarn x8"]
+
+
+@pytest.mark.parametrize("lengths", [(512,), LENGTHS, tuple(2**n for n in range(7, 21))], ids=len)
+def test_tables_fit_80_columns_whatever_the_number_of_lengths(lengths: tuple[int, ...]) -> None:
+    results = make_results(lengths=lengths)
+    for row in results.rows:
+        row["method"] = row["method"].replace("ntk", "a-method-with-quite-a-long-name+resonance")
+    lines = printed(results)
+    assert max(map(len, lines)) <= 80
+    headings = " ".join(line for line in lines if line.startswith("tokens"))
+    assert all(headings.split().count(str(length)) == 3 for length in lengths), "a length was lost in one of 3 grids"
+    assert "…" not in "".join(lines)
+
+
+def test_a_method_measured_at_two_factors_has_two_rows() -> None:
+    results = make_results()
+    results.rows += [{**row, "factor": 16.0} for row in results.rows if row["method"] == "yarn"]
+    assert [name for name, _ in grids(results)[0].rows][-2:] == ["yarn x8", "yarn x16"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(2.514, "2.51"), (40.06, "40.1"), (138.4, "138"), (51017.2, "51017"), (3e9, "3.0e+09"), (None, "-")],
+)
+def test_perplexities_show_three_digits(value: float | None, shown: str) -> None:
+    assert format_perplexity(value) == shown
+
+
+def test_markdown_is_the_same_table() -> None:
+    results = make_results()
+    lines = markdown_table(grids(results)[0]).splitlines()
+    assert lines[:2] == ["| tokens | 512 | 1024 | 2048 | 4096 |", "| --- | ---: | ---: | ---: | ---: |"]
+    assert lines[-1] == "| yarn x8 | 43.9 (43.4) | 43.2 (42.6) | 39.2 (35.5) | 38.4 (37.6) |"
+
+
+def test_each_method_gets_its_sentence() -> None:
+    none, linear, ntk, yarn = describe_methods(make_results())
+    assert none == (
+        "`none` holds up to 512 tokens and breaks by 1024 (tail perplexity 40.0 at 512, 106 there); "
+        "at 4096 its perplexity is 5.5 times that of truncation (gain 0.18 [0.16, 0.20]); "
+        "it retrieves 0 % of the pass keys there."
+    )
+    assert "keeps its perplexity level to 4096" in linear and "it costs 231 % [230, 232] of perplexity" in linear
+    assert "holds up to 2048 tokens and breaks by 4096" in ntk
+    assert yarn == (
+        "`yarn x8` keeps its perplexity level to 4096 tokens (tail perplexity 43.4 at 512, 37.6 at 4096); "
+        "inside the trained length, at 512, it costs 9 % [8, 10] of perplexity; "
+        "at 4096 it loses 11 % to truncation (gain 0.89 [0.87, 0.91]); it retrieves 90 % of the pass keys there."
+    )
+
+
+@pytest.mark.parametrize(
+    ("gain", "interval", "words"),
+    [
+        (1.08, [1.02, 1.11], "it gains 8 % over truncation (gain 1.08 [1.02, 1.11])"),
+        (0.99, [0.97, 1.01], "it is level with truncation (gain 0.99 [0.97, 1.01])"),
+        (0.9, None, "it loses 10 % to truncation (gain 0.90)"),
+        (0.0, [0.0, 0.0], "its perplexity is inf times that of truncation (gain 0.00 [0.00, 0.00])"),
+    ],
+)
+def test_a_sentence_says_which_side_of_truncation_it_is(gain: float, interval: Any, words: str) -> None:
+    results = make_results()
+    results.rows[-1] |= {"gain": gain, "gain_ci95": interval}
+    assert f"at 4096 {words}" in describe_methods(results)[-1]
+
+
+def test_sentences_without_control_judge_the_curve_by_itself() -> None:
+    none, _, _, yarn = describe_methods(make_results(control=False, passkey=False))
+    assert none == "`none` holds up to 512 tokens and breaks by 1024 (tail perplexity 40.0 at 512, 106 there)."
+    assert yarn.startswith("`yarn x8` keeps its perplexity level to 4096 tokens") and "truncation" not in yarn
+
+
+def test_the_picture_is_as_wide_as_a_readme_and_replaces_in_one_step(tmp_path: Path) -> None:
+    plot_perplexity(make_results(), tmp_path / "perplexity.png")
+    assert imread(tmp_path / "perplexity.png").shape[1] == 1800
+    assert [path.name for path in tmp_path.iterdir()] == ["perplexity.png"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "titles"),
+    [
+        ({}, ["Perplexity of the second half of the text", "Gain over truncation", "Pass keys retrieved"]),
+        ({"passkey": False}, ["Perplexity of the second half of the text", "Gain over truncation"]),
+        ({"passkey": False, "control": False}, ["Perplexity of the second half of the text"]),
+    ],
+)
+def test_the_picture_has_a_panel_for_each_question(
+    asked: dict[str, bool], titles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = panels(make_results(**asked), tmp_path / "p.png", monkeypatch)
+    assert [panel.get_title() for panel in drawn] == titles
+
+
+def test_the_picture_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    perplexity, gain, passkey = panels(make_results(), tmp_path / "p.png", monkeypatch)
+    assert perplexity.get_yscale() == "log"
+    assert all(panel.get_xscale() == "log" for panel in (perplexity, gain, passkey))
+    assert [label.get_text() for label in passkey.get_xticklabels()] == ["512", "1024", "2048", "4096"]
+    assert "trained length 512" in [text.get_text() for text in perplexity.texts]
+    curves = [list(map(float, line.get_ydata())) for line in perplexity.lines]
+    assert [tail for _, tail, _ in MEASURED["yarn"]] in curves
+    assert [tail for _, tail in TRUNCATED] in curves
+    # Of two documents, a bootstrap's 95 % interval goes from the easier to the harder one.
+    assert any(low == pytest.approx([tail**0.9 for _, tail, _ in MEASURED["yarn"]], rel=1e-12) for low in curves)
+    assert any(high == pytest.approx([tail**1.1 for _, tail, _ in MEASURED["yarn"]], rel=1e-12) for high in curves)
+    assert any(list(line.get_ydata()) == [1.0, 1.0] for line in gain.lines), "the line of truncation is missing"
+    labels = perplexity.get_legend_handles_labels()[1]
+    assert labels == ["none, truncated to 512", "none", "linear x8", "ntk x8", "yarn x8"]
+
+
+def test_values_that_are_missing_or_infinite_leave_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = make_results()
+    results.rows[1] |= {"perplexity_tail": float("inf"), "passkey": None}
+    results.rows[2] |= {"perplexity_tail": None, "gain": None, "gain_ci95": None}
+    perplexity, *_ = panels(results, tmp_path / "p.png", monkeypatch)
+    assert [40.0, 185.0] in [list(map(float, line.get_ydata())) for line in perplexity.lines]
+    assert dict(grids(results)[0].rows)["none"][1:3] == ("65.0 (inf)", "103 (-)")
+    assert "breaks by 1024" in describe_methods(results)[0]
+
+
+def test_the_report_is_complete_and_can_be_read_back(tmp_path: Path) -> None:
+    results = make_results()
+    readme = write_report(results, tmp_path / "new" / "out")
+    names = {path.name for path in readme.parent.iterdir()}
+    assert names == {"README.md", "perplexity.png", "results.csv", "results.json"}
+    assert Results.load_json(readme.parent / "results.json") == results
+    assert json.loads((readme.parent / "results.json").read_text())["provenance"]["trained_length"] == 512
+    with open(readme.parent / "results.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(results.rows)
+    text = readme.read_text()
+    assert all(sentence in text for sentence in describe_methods(results))
+    assert all(markdown_table(grid) in text for grid in grids(results))
+    assert "**Protocol `prefix`**: each document is read once" in text
+    assert "```console\nhf-posext compare --model tiny\n```" in text
+    assert r"| model | tiny\|rope |" in text, "a pipe in a name must not break the table"
+    assert "| documents | a: 9000, b: 8000 |" in text and "| versions.torch | 2.13 |" in text
+
+
+def test_a_report_without_control_does_not_speak_of_it() -> None:
+    text = render_report(make_results(control=False, passkey=False))
+    assert "runcat" not in text.replace("gain over truncation and pass keys by context length", "")
+    assert "pass keys ask" not in text.lower()
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "README.md"
+    write_atomically(path, b"old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]

@@ -1,0 +1,124 @@
+"""Results to and from files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from hf_posext.errors import EvaluationError, InvalidParameterError
+from hf_posext.evaluation import Results
+from hf_posext.evaluation.results import DOCUMENT_KEYS, ROW_KEYS
+
+
+def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **more: Any) -> dict[str, Any]:
+    row = dict.fromkeys(ROW_KEYS)
+    return {
+        **row,
+        "method": method,
+        "length": length,
+        "factor": factor,
+        "perplexity": 40.5,
+        "ci95": [38.0, 43.0],
+        **more,
+    }
+
+
+def some_results() -> Results:
+    rows = [a_row("none", factor=1.0, gain=1.0), a_row(passkey=0.9, passkey_trials=10), a_row(factor=16.0)]
+    record = dict(zip(DOCUMENT_KEYS, ["Emma", "none", 1.0, 512, 10.5, 5, 4.5, 2], strict=True))
+    return Results({"model": "tiny", "versions": {"python": "3.11"}}, rows, [record])
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    results = some_results()
+    path = results.save_json(tmp_path / "results.json")
+    assert Results.load_json(path) == results
+    assert json.loads(path.read_text())["schema"] == 1
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path: Path) -> None:
+    results = some_results()
+    results.rows[0] |= {"perplexity": math.inf, "ci95": [math.nan, 1.0]}
+    text = results.save_json(tmp_path / "results.json").read_text()
+    assert "Infinity" not in text and "NaN" not in text
+    row = Results.load_json(tmp_path / "results.json").rows[0]
+    assert row["perplexity"] is None and row["ci95"] == [None, 1.0]
+
+
+def test_the_old_file_stays_whole_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = some_results()
+    path = results.save_json(tmp_path / "results.json")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        Results().save_json(path)
+    assert Results.load_json(path) == results
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": 1, "rows": [', "is not JSON"),
+        ("[]", "no results of hf_posext"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"schema": 2}', "schema 2; this version of hf_posext reads 1: upgrade it"),
+        ('{"schema": 1, "provenance": {}, "rows": []}', r"lacks \['per_document'\]"),
+        ('{"schema": 1, "provenance": [], "rows": [], "per_document": []}', "provenance"),
+        ('{"schema": 1, "provenance": {}, "rows": {}, "per_document": []}', "rows of the results is dict"),
+        ('{"schema": 1, "provenance": {}, "rows": [3], "per_document": []}', r"rows\[0\] is int"),
+        (
+            '{"schema": 1, "provenance": {}, "rows": [{"method": "x"}], "per_document": []}',
+            r"rows\[0\] lacks \['factor'",
+        ),
+    ],
+)
+def test_corrupt_files_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(EvaluationError, match=message) as error:
+        Results.load_json(path)
+    assert "results.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_key_is_refused() -> None:
+    data = some_results().to_dict()
+    data["rows"][0]["colour"] = "red"
+    with pytest.raises(EvaluationError, match=r"unknown \['colour'\]"):
+        Results.from_dict(data)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="No such file"):
+        Results.load_json(tmp_path / "nothing.json")
+
+
+def test_csv_and_frame_have_an_interval_in_two_columns(tmp_path: Path) -> None:
+    results = some_results()
+    frame = results.to_frame()
+    table = pandas.read_csv(results.save_csv(tmp_path / "results.csv"))
+    assert list(table.columns) == list(frame.columns)
+    assert table["ci95_low"].tolist() == [38.0] * 3 and table["ci95_high"].tolist() == [43.0] * 3
+    assert table["gain_ci95_low"].isna().all()
+    assert table["passkey"].tolist()[1] == 0.9
+    assert Results().save_csv(tmp_path / "empty.csv").read_text().startswith("method,factor")
+
+
+def test_row_is_found_or_the_choice_named() -> None:
+    results = some_results()
+    assert results.row("none", 512) is results.rows[0]
+    assert results.row("yarn", 512, factor=16) is results.rows[2]
+    with pytest.raises(InvalidParameterError, match="2 rows are 'yarn' at 512.*yarn x8 at 512, yarn x16 at 512"):
+        results.row("yarn", 512)
+    with pytest.raises(InvalidParameterError, match="0 rows are 'ntk'.*none x1 at 512"):
+        results.row("ntk", 512)

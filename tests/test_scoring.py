@@ -1,0 +1,206 @@
+"""NLL of tokens: equal to full logits for every kind of head, without ever making them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaModel
+
+from hf_posext.errors import EvaluationError, UnsupportedModelError
+from hf_posext.evaluation import scoring
+from hf_posext.evaluation.scoring import TokenScorer, evaluation_mode, require_finite
+
+from .conftest import tiny_llama, tokens
+from .evaluation_helpers import naive_nll
+from .zoo import build
+
+HEADS = {
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "granite": {"logits_scaling": 8.0},
+    "cohere": {"logit_scale": 0.25},
+    "gpt2": {},
+    "bloom": {},
+}
+"""Plain heads, and what follows the head in others: a softcap, a division, a factor."""
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Seven rows of logits at a time, so that 50 tokens take eight slices, the last a shorter one."""
+    monkeypatch.setattr(scoring, "LOGITS_BUDGET", 7 * 4 * 128)
+    yield 7
+
+
+def head_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Grows by the shape of every output of the head."""
+    shapes: list[tuple[int, ...]] = []
+    model.get_output_embeddings().register_forward_hook(lambda *args: shapes.append(tuple(args[2].shape)))
+    return shapes
+
+
+@pytest.mark.parametrize("model_type", HEADS)
+def test_equals_full_logits(model_type: str, small_slices: int, caplog: pytest.LogCaptureFixture) -> None:
+    model = build(model_type, **HEADS[model_type])
+    ids = tokens(50)
+    nll = TokenScorer(model).token_nll(ids)[0].double().numpy()
+    expected = naive_nll(model, ids[0])
+    # The only difference is the float32 softmax: a few eps (1.2e-7) of each value; sums are closer.
+    assert nll == pytest.approx(expected, rel=2e-6, abs=2e-6)
+    assert nll.sum() == pytest.approx(expected.sum(), rel=1e-6)
+    assert not caplog.records, "the head runs in slices"
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "granite", "cohere"])
+def test_what_follows_the_head_matters(model_type: str) -> None:
+    """The parameter of each head changes the NLL, so that the test above would see it forgotten."""
+    (name,) = HEADS[model_type]
+    one, other = (build(model_type, **{name: HEADS[model_type][name] * times}) for times in (1, 2))
+    assert abs(naive_nll(one, tokens(50)[0]) - naive_nll(other, tokens(50)[0])).mean() > 1e-3
+
+
+def test_scores_from_the_first_token_asked_for_and_in_batches(llama: LlamaForCausalLM, small_slices: int) -> None:
+    ids = tokens(50, rows=3)
+    nll = TokenScorer(llama).token_nll(ids, first=20)
+    assert nll.shape == (3, 30) and nll.dtype == torch.float32
+    for row in range(3):
+        assert nll[row].numpy() == pytest.approx(naive_nll(llama, ids[row])[19:], rel=2e-6, abs=2e-6)
+
+
+def test_peft_model(small_slices: int) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    ids = tokens(50)
+    nll = TokenScorer(model).token_nll(ids)[0].numpy()
+    assert nll == pytest.approx(naive_nll(model, ids[0]), rel=2e-6, abs=2e-6)
+    assert abs(nll - naive_nll(tiny_llama(), ids[0])).mean() > 1e-3, "the adapter counts"
+
+
+def test_large_logits_are_never_made(llama: LlamaForCausalLM, small_slices: int) -> None:
+    shapes = head_shapes(llama)
+    TokenScorer(llama).token_nll(tokens(50))
+    in_full = [shape for shape in shapes if shape[1] > small_slices]
+    assert in_full == [(1, scoring.PROBE_LENGTH, 128)] * 2, "only the check of the first 16 tokens"
+    assert sum(shape[1] for shape in shapes if shape[1] == small_slices) == 49
+
+
+def test_leaves_no_trace(llama: LlamaForCausalLM) -> None:
+    before = {name: dict(vars(module)) for name, module in llama.named_modules()}
+    TokenScorer(llama).token_nll(tokens(20))
+    assert {name: dict(vars(module)) for name, module in llama.named_modules()} == before
+
+
+def test_a_forward_set_on_the_instance_survives(llama: LlamaForCausalLM) -> None:
+    """As accelerate's hooks set one."""
+    original = llama.model.forward
+    calls: list[int] = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    llama.model.forward = counting
+    TokenScorer(llama).token_nll(tokens(20))
+    assert llama.model.forward is counting
+    assert len(calls) == 4, "two checks, the trunk of the check in slices, and the trunk itself: once each"
+
+
+def test_trunk_is_restored_when_the_model_raises(llama: LlamaForCausalLM) -> None:
+    scorer = TokenScorer(llama)
+    scorer.token_nll(tokens(20))
+
+    def broken(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = llama.lm_head.register_forward_hook(broken)
+    with pytest.raises(KeyboardInterrupt):
+        scorer.token_nll(tokens(20))
+    handle.remove()
+    assert "forward" not in vars(llama.model)
+
+
+class PositionBias(LlamaForCausalLM):
+    """Adds to the logits what only the whole input tells."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        output = super().forward(input_ids=input_ids, **kwargs)
+        bias = torch.arange(input_ids.shape[1])[:, None] * torch.linspace(0, 0.1, output.logits.shape[-1])
+        output.logits = output.logits + bias
+        return output
+
+
+class NoTrunk(LlamaForCausalLM):
+    """A model of one piece."""
+
+    base_model_prefix = ""
+
+
+@pytest.mark.parametrize(("cls", "reason"), [(PositionBias, "slices differ"), (NoTrunk, "no base model")])
+def test_other_heads_keep_full_logits_and_say_so(
+    cls: type[LlamaForCausalLM], reason: str, small_slices: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = cls(tiny_llama().config).eval()
+    ids = tokens(50)
+    scorer = TokenScorer(model)
+    nll = [scorer.token_nll(ids)[0].numpy() for _ in range(2)][1]
+    assert nll == pytest.approx(naive_nll(model, ids[0]), rel=2e-6, abs=2e-6)
+    assert [reason in record.getMessage() for record in caplog.records] == [True], "said once"
+
+
+def test_softmax_is_float32_in_a_bfloat16_model() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    nll = TokenScorer(model).token_nll(tokens(50))[0].numpy()
+    # The naive loop takes the same bfloat16 logits to float64; a bfloat16 softmax would be off by 1e-2.
+    assert nll == pytest.approx(naive_nll(model, tokens(50)[0]), rel=2e-6, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: build("bert", task="masked-lm"),
+        lambda: build("t5", task="seq2seq-lm"),
+        lambda: LlamaModel(tiny_llama().config),
+    ],
+    ids=["encoder", "encoder-decoder", "no head"],
+)
+def test_models_without_causal_loss_are_refused(model: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="no causal language-model loss.*AutoModelForCausalLM") as error:
+        TokenScorer(model())
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_with_a_language_model_head_is_refused() -> None:
+    config = BertConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(UnsupportedModelError, match="is not causal"):
+        TokenScorer(BertLMHeadModel(config).eval()).token_nll(tokens(20))
+
+
+def test_prompt_tuning_is_refused() -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
+        TokenScorer(get_peft_model(tiny_llama(), config))
+
+
+def test_not_finite_logits_name_document_and_token(llama: LlamaForCausalLM) -> None:
+    def spoil(module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
+        hidden[:, 30:31] = float("nan")  # behind the attention, which would spread it to earlier tokens
+
+    llama.model.norm.register_forward_hook(spoil)
+    nll = TokenScorer(llama).token_nll(tokens(50))[0].numpy()
+    with pytest.raises(EvaluationError, match="document 'Emma', first at token 31;"):
+        require_finite(nll, "Emma")
+
+
+def test_evaluation_mode_restores_every_module(llama: LlamaForCausalLM) -> None:
+    llama.train()
+    llama.lm_head.eval()
+    with pytest.raises(KeyboardInterrupt), evaluation_mode(llama):
+        assert not any(module.training for module in llama.modules())
+        raise KeyboardInterrupt
+    assert [name for name, module in llama.named_modules() if not module.training] == ["lm_head"]
