@@ -48,8 +48,10 @@ class RotaryPlan:
 
 @dataclass(frozen=True)
 class Growth:
-    """Frequencies that follow the length of each row: with `s = max(1, row length / original length)`, pair i turns by
-    `moving_i * s ** -power_i + kept_i` radians a token, and cosine and sine are multiplied by `1 + temperature * ln s`.
+    """Frequencies that follow the length of each row.
+
+    With `s = max(1, row length / original length)`, pair i turns by `moving_i * s ** -power_i + kept_i` radians a
+    token, and cosine and sine are multiplied by `1 + temperature * ln s`.
     """
 
     moving: tuple[float, ...]
@@ -60,9 +62,9 @@ class Growth:
 
 @dataclass(frozen=True)
 class PositionMap:
-    """Position p of a token as a part of the attention sees it: `min(rate * ((p mod modulo) // group) + offset, limit)`.
+    """Position p of a token as a part of the attention sees it.
 
-    `modulo` and `limit` count only where they are given.
+    `min(rate * ((p mod modulo) // group) + offset, limit)`; `modulo` and `limit` count only where they are given.
     """
 
     rate: float = 1.0

@@ -1,4 +1,4 @@
-"""Every remapping and dynamic method against a float64 loop over pairs, written from its formula, many windows long."""
+"""Every remapping and dynamic method against a float64 loop over pairs, from its formula, many windows long."""
 
 from __future__ import annotations
 
@@ -196,10 +196,8 @@ def test_left_padded_rows_of_unequal_length_equal_the_loop(case: str) -> None:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     both = logits(model, torch.cat([padded, IDS]), attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(both[1], reference(case), **TOLERANCE)
-    if case.startswith("dynamic"):
-        alone = logits(model, short)[0]  # a row's own length counts, not its batch-mate's
-    else:
-        alone = reference(case, short.shape[1])
+    # of a dynamic method a row's own length counts, not its batch-mate's
+    alone = logits(model, short)[0] if case.startswith("dynamic") else reference(case, short.shape[1])
     torch.testing.assert_close(both[0, 70:], alone, **TOLERANCE)
 
 

@@ -16,8 +16,8 @@ from .remap import RemapMethod, default_window, require_window
 class DualChunk(RemapMethod):
     """Positions counted within chunks: exact inside a chunk and into the one before, constant to older ones.
 
-    With chunks of `C` tokens and `c = C - local`, key j has position `j mod C`; query i has `i mod C` to its own chunk,
-    `min(i mod C + c, C)` to the chunk before, and `min(2 c - 1, C)` to older ones. An et al., *Training-Free
+    With chunks of `C` tokens and `c = C - local`, key j has position `j mod C`; query i has `i mod C` to its own
+    chunk, `min(i mod C + c, C)` to the chunk before, and `min(2 c - 1, C)` to older ones. An et al., *Training-Free
     Long-Context Scaling of Large Language Models*, 2024. The published code multiplies attention by a temperature that
     depends on the longest input so far; here, as an option, it depends on the query's own position.
 

@@ -23,8 +23,8 @@ class SelfExtend(RemapMethod):
     Tuning*, 2024.
 
     Args:
-        group (`int`, *optional*): `g`; where not given, twice the smallest that reaches the target, since the positions
-            near the trained length are the least trained.
+        group (`int`, *optional*): `g`; where not given, twice the smallest that reaches the target, since the
+            positions near the trained length are the least trained.
         window (`int`, *optional*): `w` in tokens; where not given, a quarter of the trained length, rounded down to a
             multiple of the group.
     """

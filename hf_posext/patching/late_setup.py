@@ -40,7 +40,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Jo
     indexed = any("Indexer" in type(module).__name__ for module in model.modules())
     if indexed and any(entry.growth for entry in plan.rotaries):
         raise UnsupportedModelError(
-            f"{kind} selects keys by their rotated states; {plan.method} cannot follow each row there, yarn or rerope can"
+            f"{kind} selects keys by their rotated states; {plan.method} cannot follow each row there, yarn can"
         )
     config = text_config(model.config)
     late = LateRotation(plan, base=config._attn_implementation or "eager", delta=indexed)
@@ -57,8 +57,8 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Jo
     difference = (got - wanted).float().abs().max()
     if not difference <= tolerance:
         raise UnsupportedModelError(
-            f"{kind} gives other logits when its attention rotates late (by {difference:.1e}, {tolerance:.1e} allowed): "
-            f"it uses rotated states elsewhere; {plan.method} cannot be applied, a frequency method such as yarn can"
+            f"{kind} gives other logits when its attention rotates late (by {difference:.1e}, {tolerance:.1e} allowed)"
+            f": it uses rotated states elsewhere; {plan.method} cannot be applied, a frequency method such as yarn can"
         )
     return "positions are remapped inside attention"
 
