@@ -27,8 +27,10 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST) tests
 
+# Then writes what it found to results/ and docs/architectures.md.
 sweep: $(READY)
 	$(PYTEST) -m sweep tests
+	.venv/bin/python tools/sweep_table.py --collect
 
 test-floor: $(FLOOR)
 	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .decode import decode, short
+from .decode import MAX_NUMBER, decode, short
 from .errors import PlanError
 from .scheme import GENERALIZATION, PositionalScheme
 
@@ -103,6 +103,35 @@ class QueryScale:
 
 
 @dataclass(frozen=True)
+class TablePlan:
+    """Where the rows of a longer table of positions come from.
+
+    Position p gets the trained table at `position`, between two rows by `interpolation`; where `coarse` is given, plus
+    `alpha / (1 - alpha)` times the difference of its rows at `coarse` and at 0. Rows before the table's offset stay.
+
+    Args:
+        position (`PositionMap`): from a position of the new table to one of the trained table.
+        interpolation (`str`, *optional*, defaults to `"linear"`): or `"cubic"`, a natural spline.
+        coarse (`PositionMap`, *optional*): of a hierarchical table.
+        alpha (`float`, *optional*, defaults to 0): its share, 0 up to but not including 1.
+    """
+
+    position: PositionMap
+    interpolation: str = "linear"
+    coarse: PositionMap | None = None
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """What is done to a relative distance before it is sorted into a bucket: its size is divided by `factor` and
+    rounded up, and buckets reach to `max_distance` where that is given."""
+
+    factor: float = 1.0
+    max_distance: int | None = None
+
+
+@dataclass(frozen=True)
 class ExtensionPlan:
     """What shall be done to one positional scheme by one method.
 
@@ -116,6 +145,10 @@ class ExtensionPlan:
         rotaries (`tuple[RotaryPlan, ...]`): the sets of frequencies that change; the others stay as shipped.
         parts (`tuple[Part, ...]`): which positions each pair of query and key gets; all as they are where empty.
         query_scale (`QueryScale`, *optional*): how queries grow with their position.
+        table (`TablePlan`, *optional*): how the learned table is stretched to `target_length` positions.
+        slopes (`tuple[float, ...]`): the slope of ALiBi of each head; as they are where empty.
+        buckets (`BucketPlan`, *optional*): how distances are sorted into buckets.
+        sinusoids (`PositionMap`, *optional*): the position of which each token gets the sines.
     """
 
     method: str
@@ -127,6 +160,10 @@ class ExtensionPlan:
     rotaries: tuple[RotaryPlan, ...] = ()
     parts: tuple[Part, ...] = ()
     query_scale: QueryScale | None = None
+    table: TablePlan | None = None
+    slopes: tuple[float, ...] = ()
+    buckets: BucketPlan | None = None
+    sinusoids: PositionMap | None = None
 
     @property
     def rotates_late(self) -> bool:
@@ -135,14 +172,18 @@ class ExtensionPlan:
 
     @property
     def multipass(self) -> bool:
-        """Whether the positions of a token depend on the length of the input, so that one forward at the longest
-        length does not tell the shorter ones."""
-        return any(rotary.short_inv_freq is not None or rotary.growth is not None for rotary in self.rotaries)
+        """Whether the positions of a token depend on the length of the input, by the plan or in what it leaves as
+        shipped, so that one forward at the longest length does not tell the shorter ones."""
+        planned = {rotary.name: rotary for rotary in self.rotaries}
+        left = (rotary for rotary in self.scheme.rotaries if rotary.name not in planned)
+        return any(rotary.multipass for rotary in left) or any(
+            rotary.short_inv_freq is not None or rotary.growth is not None for rotary in planned.values()
+        )
 
     @property
     def changes_nothing(self) -> bool:
         """Whether the plan leaves the model as it is (the method `none`)."""
-        return not self.rotaries and not self.rotates_late
+        return not (self.rotaries or self.rotates_late or self.slopes or self.table or self.buckets or self.sinusoids)
 
     def describe(self) -> str:
         """One line: method, lengths, parameters."""
@@ -239,6 +280,35 @@ class ExtensionPlan:
                 )
         if self.query_scale is not None and self.query_scale.length < 2:
             raise PlanError(f"plan scales queries from length {self.query_scale.length}; 2 or more belongs there")
+        self._check_other_schemes()
+
+    def _check_other_schemes(self) -> None:
+        """As `check`, for what is not rotary."""
+        table, buckets = self.table, self.buckets
+        if table is not None:
+            usable = self.scheme.table.usable if self.scheme.table else 0
+            if self.original_length > usable:
+                raise PlanError(f"plan stretches {self.original_length} rows of a table that has {usable}")
+            if table.interpolation not in ("linear", "cubic") or not 0 <= table.alpha < 1:
+                raise PlanError(
+                    f"plan interpolates a table by {short(table.interpolation)!r} with alpha {table.alpha:g}; "
+                    "'linear' or 'cubic', and 0 <= alpha < 1 are possible"
+                )
+        maps = (table and table.position, table and table.coarse, self.sinusoids)
+        if any(min(entry.group, entry.modulo or 1) < 1 for entry in maps if entry):
+            raise PlanError("plan maps positions by a group or modulo below 1")
+        if self.slopes and (len(self.slopes) != len(self.scheme.slopes) or min(self.slopes) < 0):
+            raise PlanError(
+                f"plan has {len(self.slopes)} slopes, the least {min(self.slopes):g}; its scheme has "
+                f"{len(self.scheme.slopes)} heads, and slopes are not below 0"
+            )
+        if buckets is not None:
+            shipped = self.scheme.buckets.max_distance if self.scheme.buckets else MAX_NUMBER
+            if buckets.factor <= 0 or (buckets.max_distance or shipped) < shipped or self.scheme.buckets is None:
+                raise PlanError(
+                    f"plan divides distances by {buckets.factor:g} and has buckets up to {buckets.max_distance}; a "
+                    f"number above 0, and the {shipped} of its scheme or more are possible"
+                )
 
 
 def _refuse_constant(text: str) -> float:

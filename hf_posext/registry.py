@@ -27,14 +27,14 @@ def register(method: M) -> M:
     """Class decorator: make a method known by its `name`.
 
     Raises:
-        InvalidParameterError: the name is taken by another class, or holds a `+`, which joins methods.
+        InvalidParameterError: the name is taken by another class, or holds one of `+,(`, which no name may.
     """
     name = method.name
     taken = _methods.get(name)
     if taken is not None and taken is not method:
         raise InvalidParameterError(f"method {name!r} is registered as {taken.__module__}; choose another name")
-    if not name or "+" in name:
-        raise InvalidParameterError(f"method name {name!r} is empty or holds '+', which joins methods")
+    if not name or set(name) & set("+,("):
+        raise InvalidParameterError(f"method name {name!r} is empty or holds one of '+,('; choose another name")
     _methods[name] = method
     return method
 

@@ -23,6 +23,9 @@ GENERALIZATION = {
 *interpolation*: positions can be squeezed back into the trained range.
 """
 
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Rope types of transformers whose frequencies depend on the length of the input."""
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -53,6 +56,46 @@ class Rotary:
         """The `rope_type` that the model came with; `"default"` is plain, unscaled RoPE."""
         return str(self.shipped.get("rope_type", "default"))
 
+    @property
+    def multipass(self) -> bool:
+        """Whether the frequencies, as shipped, depend on the length of the input."""
+        return self.shipped_type in LENGTH_DEPENDENT
+
+
+@dataclass(frozen=True)
+class Table:
+    """A learned table of positions; encoder and decoder have one of the same shape each.
+
+    Position p is read in row `offset + p`. The rows before `offset` mean something else (padding, or nothing).
+
+    Args:
+        rows (`int`): all rows.
+        offset (`int`): 2 in OPT and BART, `padding_idx + 1` in RoBERTa, 0 in most others.
+        width (`int`): numbers in a row.
+    """
+
+    rows: int
+    offset: int
+    width: int
+
+    @property
+    def usable(self) -> int:
+        """How many positions the table has."""
+        return self.rows - self.offset
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Relative distances, sorted into buckets that have a learned bias each (T5).
+
+    Args:
+        count (`int`): number of buckets; half of them, in either direction, are for one distance each.
+        max_distance (`int`): all distances from here on share the last bucket.
+    """
+
+    count: int
+    max_distance: int
+
 
 @dataclass(frozen=True)
 class PositionalScheme:
@@ -68,6 +111,9 @@ class PositionalScheme:
         rotaries (`tuple[Rotary, ...]`): the sets of rotary frequencies; empty for the other kinds.
         layer_types (`tuple[str, ...]`): the distinct layer types of the config, in order of appearance.
         obstacle (`str`, *optional*): why this package cannot change the scheme of this model.
+        table (`Table`, *optional*): the learned table.
+        slopes (`tuple[float, ...]`): of ALiBi, one for each head: a distance of d tokens costs `slope * d`.
+        buckets (`Buckets`, *optional*): of relative distances; MPNet has them beside its learned table.
     """
 
     kind: str
@@ -78,6 +124,9 @@ class PositionalScheme:
     rotaries: tuple[Rotary, ...] = ()
     layer_types: tuple[str, ...] = ()
     obstacle: str | None = None
+    table: Table | None = None
+    slopes: tuple[float, ...] = ()
+    buckets: Buckets | None = None
 
     @property
     def generalization(self) -> str:
@@ -89,11 +138,12 @@ class PositionalScheme:
         return next(rotary for rotary in self.rotaries if rotary.name == name)
 
     def same_positions(self, other: PositionalScheme) -> bool:
-        """Whether a plan made for `other` fits a model of this scheme: the same sets of the same frequencies."""
+        """Whether a plan made for `other` fits a model of this scheme: the same frequencies, table, slopes and
+        buckets."""
 
         def shape(scheme: PositionalScheme) -> tuple[Any, ...]:
             rotaries = tuple((r.name, r.theta, r.dim, r.pairs, r.slots) for r in scheme.rotaries)
-            return scheme.kind, scheme.model_type, rotaries
+            return scheme.kind, scheme.model_type, rotaries, scheme.table, scheme.slopes, scheme.buckets
 
         return shape(self) == shape(other)
 
@@ -109,4 +159,11 @@ class PositionalScheme:
         for rotary in self.rotaries:
             label = f"{rotary.name}: " if rotary.name else ""
             parts.append(f"{label}theta {rotary.theta:g}, {rotary.pairs} pairs, rope_type {rotary.shipped_type}")
+        if self.table:
+            beside = f" after {self.table.offset} of another use" if self.table.offset else ""
+            parts.append(f"table of {self.table.usable} positions{beside}")
+        if self.slopes:
+            parts.append(f"{len(self.slopes)} slopes from {max(self.slopes):g} down to {min(self.slopes):g}")
+        if self.buckets:
+            parts.append(f"{self.buckets.count} buckets up to distance {self.buckets.max_distance}")
         return "; ".join(parts)

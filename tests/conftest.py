@@ -12,7 +12,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 
 torch.set_num_threads(1)
 
@@ -57,11 +69,41 @@ def tiny_llama(**overrides: object) -> LlamaForCausalLM:
 
 def tiny_gpt2(**overrides: object) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=TRAINED, **overrides)
-    return sharpen(GPT2LMHeadModel(config))
+    sizes = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": TRAINED}
+    return sharpen(GPT2LMHeadModel(GPT2Config(**{**sizes, **overrides})))
 
 
-BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {"rotary": tiny_llama}
+def tiny_bloom(**overrides: object) -> BloomForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+    return sharpen(BloomForCausalLM(BloomConfig(**{**sizes, **overrides})))
+
+
+def tiny_t5(**overrides: object) -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = T5Config(**{**sizes, "relative_attention_max_distance": 32, "decoder_start_token_id": 0, **overrides})
+    return sharpen(T5ForConditionalGeneration(config))
+
+
+def tiny_xglm(**overrides: object) -> XGLMForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "d_model": 64, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "pad_token_id": 0}
+    return sharpen(XGLMForCausalLM(XGLMConfig(**{**sizes, "max_position_embeddings": TRAINED, **overrides})))
+
+
+def longer_gpt2() -> GPT2LMHeadModel:
+    """With rows past the trained length, so that the model runs there before it is patched."""
+    return tiny_gpt2(n_positions=3 * TRAINED)
+
+
+BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "rotary": tiny_llama,
+    "learned": longer_gpt2,
+    "alibi": tiny_bloom,
+    "relative": tiny_t5,
+    "sinusoidal": tiny_xglm,
+}
 """For each kind of scheme that a method extends, the model that the contracts run on."""
 
 
@@ -75,6 +117,13 @@ def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 128, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
+def arguments(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a forward takes: the ids, or always the same text to encode and the ids to decode."""
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids}
+    return {"input_ids": tokens(3 * TRAINED, seed=9).expand(len(ids), -1), "decoder_input_ids": ids}
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-    return model(input_ids=ids, **kwargs).logits
+    return model(**arguments(model, ids), **kwargs).logits

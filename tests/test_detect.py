@@ -6,19 +6,34 @@ import pytest
 import torch
 from transformers import (
     ApertusConfig,
+    BartConfig,
     BertConfig,
     BloomConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
+    LongformerConfig,
     MambaConfig,
+    MarianConfig,
+    MPNetConfig,
+    MptConfig,
+    OPTConfig,
     Phi3Config,
     PreTrainedConfig,
+    RobertaConfig,
     T5Config,
+    WhisperConfig,
     XGLMConfig,
+    XLMRobertaConfig,
 )
 
 from hf_posext import detect_scheme, patch_model
@@ -145,3 +160,54 @@ def test_a_config_that_transformers_has_no_model_for() -> None:
 
     with pytest.raises(UnsupportedModelError, match="no model for config type 'strange'"):
         detect_scheme(Strange())
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "offset", "trained"),
+    [
+        (small(RobertaConfig, max_position_embeddings=514), 514, 2, 512),
+        (small(XLMRobertaConfig, max_position_embeddings=514, pad_token_id=1), 514, 2, 512),
+        (small(MPNetConfig, max_position_embeddings=514), 514, 2, 512),
+        (small(OPTConfig), 2050, 2, 2048),
+        (BartConfig(encoder_layers=1, decoder_layers=1), 1026, 2, 1024),
+        (small(GPTNeoConfig, attention_types=[[["global", "local"], 1]]), 2048, 0, 2048),
+        (DistilBertConfig(n_layers=1), 512, 0, 512),
+        (CLIPTextConfig(num_hidden_layers=1), 77, 0, 77),
+        (CLIPConfig(), 77, 0, 77),  # the image part has a table of its own, which is no concern of ours
+        (small(LongformerConfig, max_position_embeddings=4098), 4098, 2, 4096),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)  # fmt: skip
+def test_tables(config: PreTrainedConfig, rows: int, offset: int, trained: int) -> None:
+    scheme = detect_scheme(config)
+    assert (scheme.kind, scheme.trained_length, scheme.shipped_length) == ("learned", trained, trained)
+    assert scheme.table is not None and (scheme.table.rows, scheme.table.offset) == (rows, offset)
+    assert f"table of {trained} positions" in scheme.describe()
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "trained"),
+    [
+        (small(FalconConfig, alibi=True), "alibi", None),
+        (small(FalconConfig, alibi=False), "rotary", 2048),
+        (MptConfig(n_layers=1), "alibi", 2048),
+        (small(BloomConfig, seq_length=2048), "alibi", 2048),
+        (small(T5Config, n_positions=512), "relative", 512),
+        (MarianConfig(encoder_layers=1, decoder_layers=1, vocab_size=99, pad_token_id=98), "sinusoidal", 1024),
+        (small(DebertaV2Config, relative_attention=True, position_biased_input=False), "relative", 512),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_other_kinds(config: PreTrainedConfig, kind: str, trained: int | None) -> None:
+    scheme = detect_scheme(config)
+    assert (scheme.kind, scheme.trained_length) == (kind, trained)
+    assert len(scheme.slopes) == (config.num_attention_heads if kind == "alibi" else 0)
+    assert (scheme.buckets is not None) == (config.model_type == "t5")
+
+
+def test_a_speech_model_is_refused_for_its_two_tables() -> None:
+    scheme = detect_scheme(WhisperConfig(encoder_layers=1, decoder_layers=1))
+    assert scheme.obstacle == (
+        "whisper cannot be changed: its encoder and decoder have position tables of 1500 and 448 rows, and a plan has "
+        "one length"
+    )

@@ -134,8 +134,10 @@ def test_composition_applies_one_after_the_other() -> None:
     plan = (YaRN(factor=4) + Resonance()).plan(scheme())
     assert (plan.method, plan.factor) == ("yarn+resonance", 4)
     assert [entry["name"] for entry in plan.parameters] == ["yarn", "resonance"]
-    with pytest.raises(InvalidParameterError, match="disagree"):
-        YaRN(factor=4) + Linear(factor=8)
+    each = (NTK(factor=2) + Resonance(factor=8)).plan(scheme())
+    assert (each.factor, each.target_length) == (8, 8 * TRAINED)
+    twice = (NTK() + Resonance()).plan(scheme(), factor=2)
+    assert each.rotaries[0].inv_freq == twice.rotaries[0].inv_freq
     assert as_method("resonance+nope").plan(scheme()).factor == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -32,3 +33,10 @@ def test_importing_loads_nothing_heavy_and_patches_nothing() -> None:
 def test_methods_need_no_transformers() -> None:
     code = "import sys; sys.modules['transformers'] = None; from hf_posext import YaRN, list_methods; list_methods()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_methods_are_known_to_a_fresh_process() -> None:
+    """Also where nothing but the table of methods was asked for."""
+    command = [sys.executable, "-m", "hf_posext", "methods", "--json"]
+    listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert [method["name"] for method in listed] == [method.name for method in hf_posext.list_methods()] != []

@@ -79,12 +79,15 @@ def naive_llama(
 
 
 def dual_chunk(i: int, j: int, chunk: int = 24, local: int = 8) -> float:
-    shift = chunk - local
-    if i // chunk == j // chunk:
+    """Chunks are `chunk - local` long; distances stay exact for `local` tokens into the last."""
+    size = chunk - local
+    if i // size == j // size:
         return i - j
-    if i // chunk == j // chunk + 1:
-        return min(i % chunk + shift, chunk) - j % chunk
-    return min(2 * shift - 1, chunk) - j % chunk
+    if i // size == j // size + 1:
+        distance = min(i % size + size, chunk) - j % size
+        assert distance == i - j or i - j > local
+        return distance
+    return min(2 * size - 1, chunk) - j % size
 
 
 def sinks(i: int, j: int) -> float | None:

@@ -1,8 +1,8 @@
-"""Write `docs/architectures.md`, which rotary models can be patched, from `results/sweep-frequencies.json`.
+"""Write `docs/architectures.md`, which rotary models can be patched, from the results of the two sweeps.
 
-python tools/sweep_table.py --collect   # first make the result file from the last `make sweep`
+python tools/sweep_table.py --collect   # first make the result files from the last `make sweep`
 python tools/sweep_table.py             # write the table
-python tools/sweep_table.py --check     # exit 1 where the committed table is not what the result file gives
+python tools/sweep_table.py --check     # exit 1 where the committed table is not what the result files give
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROOT = Path(__file__).resolve().parent.parent
 # Where pytest's cache keeps what the sweep sets under "sweep/...".
 CACHE = ROOT / ".pytest_cache" / "v" / "sweep"
-RESULTS = ROOT / "results" / "sweep-frequencies.json"
+FREQUENCIES = ROOT / "results" / "sweep-frequencies.json"
+LATE = ROOT / "results" / "sweep-late.json"
 TABLE = ROOT / "docs" / "architectures.md"
 METHODS = ("linear", "yarn", "llama3", "longrope")
+CHECKS = ("full", "padded", "decode", "doubled", "remapped", "undo")
 
 HEAD = """\
 # Architectures
 
-Made by `make sweep` and `python tools/sweep_table.py --collect`; not edited by hand.
+Made by `make sweep`; not edited by hand.
+
+## Frequency methods
 
 transformers {transformers}: of {causal} causal-LM types, {rotary} have rotary frequencies. Of these {works} work,
 {refused} are refused and {fails} fail. {other} have another scheme, and the frequency methods are refused by name;
@@ -45,29 +49,45 @@ layers see less than that is left as it is, and needs no list of longrope.
 |---|---|---|---|---|---|---|
 """
 
+LATE_HEAD = """
+## Remapping methods
 
-def collect() -> dict[str, Any]:
-    """The records of the last sweep.
+These rotate inside attention: rerope, self-extend, dual-chunk and their kin. transformers {transformers}: of {all}
+rotary causal-LM types, {works} work, {refused} are refused by name and {fails} fail. Checked on the same tiny models,
+with sliding windows smaller than the input where a model has them:
+
+- full, padded, decode: with a window beyond the input, the logits equal the unpatched model's in a full forward, in a
+  left-padded batch of three lengths, and in cached decoding token by token.
+- doubled: with every position doubled inside attention, they equal those of the unpatched model at doubled positions.
+- remapped: with a window within the input they change, and cached decoding agrees with the full forward.
+- undo: restores every bit, and leaves nothing on the model or in the registries of transformers.
+
+Equal is within 1e-5 of the largest logit. Indexers (DeepSeek's sparse attention) go on selecting keys by the
+positions that the model has.
+
+| type | full | padded | decode | doubled | remapped | undo | note |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def collect() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The records of the last sweep: of frequency methods, and of remapping methods.
 
     Raises:
         ValueError: types are missing, or were swept under another version of transformers.
     """
-    rotary, other, not_built = (
-        {path.name: json.loads(path.read_text(encoding="utf-8")) for path in (CACHE / kind).glob("*")}
-        for kind in ("rotary", "other", "not_built")
+    rotary, late, other, not_built = (
+        {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted((CACHE / kind).glob("*"))}
+        for kind in ("rotary", "late", "other", "not_built")
     )
     missing = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - rotary.keys() - other.keys() - not_built.keys()
-    stale = [name for name, record in rotary.items() if record["transformers"] != transformers.__version__]
+    missing |= rotary.keys() ^ late.keys()
+    records = [*rotary.values(), *late.values()]
+    stale = sum(record.pop("transformers") != transformers.__version__ for record in records)
     if missing or stale:
-        raise ValueError(f"{len(missing)} types not swept, {len(stale)} under another transformers; run make sweep")
-    for record in rotary.values():
-        del record["transformers"]
-    return {
-        "transformers": transformers.__version__,
-        "rotary": dict(sorted(rotary.items())),
-        "other": dict(sorted(other.items())),
-        "not_built": dict(sorted(not_built.items())),
-    }
+        raise ValueError(f"{len(missing)} types not swept, {stale} under another transformers; run make sweep")
+    version = {"transformers": transformers.__version__}
+    return version | {"rotary": rotary, "other": other, "not_built": not_built}, version | {"rotary": late}
 
 
 def verdict(record: dict[str, Any]) -> str:
@@ -88,8 +108,20 @@ def show_sets(sets: list[dict[str, Any]]) -> str:
     return "; ".join(words)
 
 
-def render(results: dict[str, Any]) -> str:
-    """The table as Markdown."""
+def render_late(results: dict[str, Any]) -> str:
+    """The table of the remapping methods as Markdown."""
+    cells = {name: [record["verdicts"][check] for check in CHECKS] for name, record in results["rotary"].items()}
+    fails = sum("fails" in row for row in cells.values())
+    refused = sum("refused" in row and "fails" not in row for row in cells.values())
+    counts = {"all": len(cells), "works": len(cells) - fails - refused, "refused": refused, "fails": fails}
+    text = LATE_HEAD.format(transformers=results["transformers"], **counts)
+    for name, row in cells.items():
+        text += f"| {name} | {' | '.join(row)} | {results['rotary'][name]['reason']} |\n"
+    return text
+
+
+def render(results: dict[str, Any], late: dict[str, Any]) -> str:
+    """Both tables as Markdown."""
     verdicts = [verdict(record) for record in results["rotary"].values()]
     counts = {word: verdicts.count(word) for word in ("works", "refused", "fails")}
     sizes = {kind: len(results[kind]) for kind in ("rotary", "other", "not_built")}
@@ -100,6 +132,7 @@ def render(results: dict[str, Any]) -> str:
         reasons = dict.fromkeys(cell["reason"] for cell in outcomes if "reason" in cell)
         notes = "; ".join([*filter(None, [record["note"]]), *reasons])
         text += f"| {name} | {show_sets(record['sets'])} | {cells} | {notes} |\n"
+    text += render_late(late)
     text += "\n## Other schemes\n\n"
     schemes = sorted(set(results["other"].values()))
     for scheme in schemes:
@@ -117,12 +150,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()
     if arguments.collect:
-        RESULTS.write_text(json.dumps(collect(), indent=1) + "\n", encoding="utf-8")
-    text = render(json.loads(RESULTS.read_text(encoding="utf-8")))
+        for file, results in zip((FREQUENCIES, LATE), collect(), strict=True):
+            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    text = render(*(json.loads(file.read_text(encoding="utf-8")) for file in (FREQUENCIES, LATE)))
     if arguments.check:
         if TABLE.read_text(encoding="utf-8") == text:
             return 0
-        print(f"{TABLE.name} is not what {RESULTS.name} gives; run python tools/sweep_table.py", file=sys.stderr)
+        print(f"{TABLE.name} is not what the files in results/ give; run python tools/sweep_table.py", file=sys.stderr)
         return 1
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(text, encoding="utf-8")

@@ -3,5 +3,6 @@
 from .app import app, main
 from .compare import compare
 from .explore import inspect, methods
+from .report import report
 
-__all__ = ["app", "compare", "inspect", "main", "methods"]
+__all__ = ["app", "compare", "inspect", "main", "methods", "report"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +10,7 @@ import typer
 
 from ..errors import InvalidParameterError, PosExtError
 from .app import app
+from .output import output_directory
 from .settings import use_config
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ def compare(
     model: Annotated[str, typer.Option(help="Model folder or Hub id.")],
     dataset: Annotated[str, typer.Option(help="Folder of .txt; .jsonl, .json, .csv or .parquet file; or Hub id.")],
     output: Annotated[Path, typer.Option(help="Directory for the report; must not exist yet, or be empty.")],
-    methods: Annotated[str, typer.Option(help="Names with commas between them; see `hf-posext methods`.")],
+    methods: Annotated[str, typer.Option(help="Names with commas between them, as 'none,yarn(beta_fast=16)'.")],
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, with commas between them.")],
     factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
     target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
@@ -53,11 +51,12 @@ def compare(
 ) -> None:
     """Measure perplexity by context length before and after, against truncation, and write a report.
 
-    OUTPUT gets results.json, results.csv, perplexity.png and README.md. They are written after every method, so that
-    an interrupted run keeps what it has finished.
+    OUTPUT gets results.json, results.csv, perplexity.png, gain_by_position.png and README.md. They are written after
+    every method, so that an interrupted run keeps what it has finished. Methods that do not apply to the model are
+    left out, and listed with the reason.
     """
-    with _output_directory(output):
-        chosen = _check_plans(model, methods, factor, target_length, original_length)
+    with output_directory(output):
+        chosen = _check_methods(model, methods, factor, target_length, original_length)
         sizes = _numbers(lengths)
 
         # The imports that take seconds come after the checks that need none of them.
@@ -104,44 +103,25 @@ def compare(
         typer.echo(f"report: {output / 'README.md'}")
 
 
-@contextmanager
-def _output_directory(path: Path) -> Iterator[None]:
-    """Makes sure, before any work, that the report can be written; leaves no empty one behind."""
-    if path.is_dir() and any(path.iterdir()):
-        raise InvalidParameterError(f"output {path} holds files already; give another --output, or move them away")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise InvalidParameterError(
-            f"cannot write to output {path}: {error.strerror or error}; give an --output that can be written"
-        ) from error
-    try:
-        yield
-    finally:
-        if not any(path.iterdir()):
-            path.rmdir()
-
-
-def _check_plans(
+def _check_methods(
     model: str, methods: str, factor: float | None, target_length: int | None, original_length: int | None
 ) -> list[Method]:
     """The methods by name, each planned once for the model's config, so that what cannot be is told before weights
     are read."""
     from ..methods import as_method
+    from ..methods.base import split_outside_brackets
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = [name for name in split_outside_brackets(methods, ",") if name]
     if not names:
         raise InvalidParameterError(f"methods is {methods!r}; give at least one name, as in --methods none,yarn")
     chosen = [as_method(name) for name in names]
 
+    from ..evaluation.selection import plan_methods
     from ..patching import detect_scheme
     from .loading import load_config
 
     scheme = detect_scheme(load_config(model))
-    for method in chosen:
-        method.plan(scheme, factor=factor, target_length=target_length, original_length=original_length)
+    plan_methods(scheme, chosen, factor=factor, target_length=target_length, original_length=original_length)
     return chosen
 
 
@@ -154,11 +134,13 @@ def _numbers(lengths: str) -> list[int]:
 
 def _command(context: typer.Context) -> str:
     """The command that does the same again: every setting that is not the default, wherever it came from."""
+    from ..evaluation.files import portable
+
     words = ["hf-posext", "compare"]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
         if parameter.name != "config" and value is not None and value != parameter.default:
-            words += [parameter.opts[0], str(value)]
+            words += [parameter.opts[0], portable(str(value))]
     return shlex.join(words)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,7 +28,7 @@ def methods(as_json: AsJson = False) -> None:
     """List the methods, with the paper of each."""
     from dataclasses import asdict
 
-    from ..registry import list_methods
+    from ..methods import list_methods
 
     found = list_methods()
     if as_json:
@@ -52,6 +51,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show how a model encodes position, the length it was trained on, and which methods apply."""
+    from ..evaluation.selection import by_reason
     from ..patching import detect_scheme
     from .loading import load_config
 
@@ -66,7 +66,7 @@ def inspect(
     facts.add_column()
     for name, value in _facts(model, scheme):
         facts.add_row(name, escape(value))
-    for reason, names in _by_reason(refusals).items():
+    for reason, names in by_reason(refusals).items():
         facts.add_row("not" if reason else "applies", escape(", ".join(names) + (f": {reason}" if reason else "")))
     console.print(facts)
 
@@ -74,17 +74,9 @@ def inspect(
 def _refusals(scheme: PositionalScheme) -> dict[str, str | None]:
     """Why each method does not apply; `None` for one that does."""
     from ..methods import as_method
-    from ..registry import list_methods
+    from ..methods import list_methods
 
     return {method.name: as_method(method.name).applies_to(scheme) for method in list_methods()}
-
-
-def _by_reason(refusals: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """The methods that share a reason, those that apply (no reason) first."""
-    groups: dict[str, list[str]] = {"": []}
-    for name, reason in refusals.items():
-        groups.setdefault((reason or "").removeprefix(f"{name} "), []).append(name)
-    return groups
 
 
 def _facts(model: str, scheme: PositionalScheme) -> list[tuple[str, str]]:

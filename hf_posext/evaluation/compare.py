@@ -11,14 +11,15 @@ from tqdm.auto import tqdm
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..patching import detect_scheme, patch_model
 from ..patching.detect import unwrap
-from ..plan import ExtensionPlan
 from .control import CONTROL, measure_control
 from .passkey import passkey_accuracy, passkey_prompts
 from .perplexity import collect, measure_method, work
+from .protocols import Prefix
 from .results import Results
-from .rows import Record, make_rows
+from .rows import make_rows
 from .scoring import evaluation_mode
-from .setup import check_positions, is_multipass, prepare
+from .selection import plan_methods, try_plans
+from .setup import check_positions, prepare
 
 if TYPE_CHECKING:
     import datasets
@@ -47,9 +48,10 @@ def compare(
     """
     Perplexity, gain over the control, and pass-key retrieval of several methods on one model.
 
-    All methods are planned before anything is measured, so that a mistake costs no hours. The control is measured
-    once; `none`, where it is asked for, is measured first, since the others are compared with it. The model is
-    restored after each method, also after an exception or Ctrl-C.
+    All methods are planned before anything is measured, so that a mistake costs no hours; those that do not apply to
+    the model are left out, with the reason in `provenance["not_applicable"]`. The control is measured once; `none`,
+    where it is asked for, is measured first, since the others are compared with it. The model is restored after each
+    method, also after an exception or Ctrl-C.
 
     | column | meaning |
     |---|---|
@@ -58,14 +60,15 @@ def compare(
     | `ci95` | 95 % bootstrap interval of `perplexity` over documents |
     | `perplexity_truncated`, `perplexity_truncated_tail` | the same, unpatched, context cut to the trained length |
     | `gain`, `gain_ci95` | `perplexity_truncated_tail / perplexity_tail`, paired: above 1 the longer context helps |
-    | `change`, `change_ci95` | `perplexity / unpatched perplexity - 1` at the same length, paired |
+    | `change`, `change_ci95` | `perplexity / unpatched perplexity - 1`, paired; beyond that if `none` is measured |
     | `passkey`, `passkey_trials` | share of pass keys found, of how many |
 
     Args:
         model (`PreTrainedModel`): a causal language model without a patch.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         documents (`list[Document]`, or what [`load_documents`] takes): the texts.
-        methods (`Sequence[str | Method]`): names, or method objects with hyper-parameters of their own.
+        methods (`Sequence[str | Method]`): names, with hyper-parameters or without (`"rerope(window=384)"`), or method
+            objects; of any schemes.
         lengths (`Sequence[int]`): context lengths in tokens.
         factor (`float`, *optional*): of methods that do not say their own.
         target_length (`int`, *optional*): in tokens, instead of a factor.
@@ -85,7 +88,8 @@ def compare(
         AlreadyPatchedError: the model has a patch.
         InvalidParameterError: lengths, protocol, stride or methods that cannot be.
         DocumentError, UnsupportedModelError, EvaluationError: as [`evaluate_perplexity`].
-        PosExtError: as `patch_model`, for a method that does not fit the model.
+        UnknownMethodError: no such method.
+        MethodNotApplicableError: no method applies to the model, or none but `none`.
     """
     base = unwrap(model)
     present = getattr(base, "_posext_patch", None)
@@ -100,25 +104,30 @@ def compare(
     setup = prepare(
         model, tokenizer, documents, lengths, scheme, protocol=protocol, stride=stride, start=start, seed=seed
     )
-    planned = _plan_all(base, methods, factor=factor, target_length=target_length, original_length=original_length)
+    plans, not_applicable = plan_methods(
+        scheme, methods, factor=factor, target_length=target_length, original_length=original_length
+    )
+    planned = try_plans(base, plans, not_applicable)
     for plan in planned:
         check_positions(scheme, plan, setup.lengths[-1])
     if passkey:
         for length in setup.lengths:
             passkey_prompts(tokenizer, length, 1, seed)
     trained_length = planned[0].original_length
-    results = Results({**setup.provenance, "trained_length": trained_length})
-    baseline: list[Record] = []
+    results = Results({**setup.provenance, "trained_length": trained_length, "not_applicable": not_applicable})
     steps = work(setup) * (1 + len(planned)) + len(planned) * len(setup.lengths) * (passkey > 0)
     with evaluation_mode(base), tqdm(total=steps, desc="control", unit="doc", disable=None) as progress:
         truncated = measure_control(setup.scorer, setup.documents, setup.lengths, setup.protocol, trained_length)
         control = collect(truncated, setup, CONTROL, 1.0, progress.update)
         results.per_document += control
+        # Inside the trained length the control is the unpatched model itself, whether or not `none` is asked for.
+        read_whole = isinstance(setup.protocol, Prefix)
+        baseline = [record for record in control if read_whole and record["length"] <= trained_length]
         for plan in planned:
             progress.set_description(plan.method)
             with patch_model(base, plan, tokenizer=tokenizer):
                 times = 1.0 if plan.changes_nothing else plan.factor
-                records = measure_method(setup, plan.method, times, is_multipass(scheme, plan), progress.update)
+                records = measure_method(setup, plan.method, times, plan.multipass, progress.update)
                 found = {}
                 if passkey:
                     found = passkey_accuracy(
@@ -133,21 +142,3 @@ def compare(
             if on_method is not None:
                 on_method(results)
     return results
-
-
-def _plan_all(model: nn.Module, methods: Sequence[str | Method], **lengths: Any) -> list[ExtensionPlan]:
-    """The plan of every method, `none` first; each is patched and undone once, so that mistakes show at once."""
-    if isinstance(methods, str) or not methods:
-        raise InvalidParameterError(f"methods is {methods!r}; give a list, as in methods=['none', 'yarn']")
-    plans = []
-    for method in methods:
-        with patch_model(model, method, **lengths) as patch:
-            plans.append(patch.plan)
-    labels = [(plan.method, plan.factor) for plan in plans]
-    for name, times in labels:
-        if labels.count((name, times)) > 1:
-            raise InvalidParameterError(
-                f"{name!r} at factor {times:g} is among the methods more than once, and rows are told apart by these "
-                "two; compare them in two runs"
-            )
-    return sorted(plans, key=lambda plan: not plan.changes_nothing)

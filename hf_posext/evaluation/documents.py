@@ -1,16 +1,18 @@
-"""Documents from files, from `datasets` objects, from lists of strings, or from the Hub."""
+"""Documents from files, from `datasets` objects, from lists of strings, from the Hub, or by the name of a recipe."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DocumentError
+from .recipes import RECIPES, Recipe
 
 if TYPE_CHECKING:
     import datasets
@@ -42,7 +44,8 @@ class Documents(list[Document]):
 
     Args:
         documents (`Iterable[Document]`): the documents.
-        source (`Mapping`): `dataset`, `split`, `revision` and `text_column`, for the provenance of results.
+        source (`Mapping`): `dataset`, `split`, `revision` and `text_column`, for the provenance of results; `recipe`,
+            `config` and `minimum_characters` where there are such.
     """
 
     def __init__(self, documents: Iterable[Document], source: Mapping[str, Any]) -> None:
@@ -51,24 +54,32 @@ class Documents(list[Document]):
 
 
 def load_documents(
-    source: str | Path | Iterable[str] | datasets.Dataset | datasets.IterableDataset,
+    source: str | Path | Recipe | Iterable[str] | datasets.Dataset | datasets.IterableDataset,
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     split: str | None = None,
     revision: str | None = None,
     limit: int | None = None,
+    minimum_characters: int | None = None,
 ) -> Documents:
     """
     Load texts to measure on.
 
     Args:
-        source (`str`, `Path`, `datasets.Dataset`, `datasets.IterableDataset` or `list[str]`):
-            a folder of `.txt` files or one such file (a document each); a `.jsonl`, `.json`, `.csv` or `.parquet` file
-            (a document a row); a folder or Hub id that `datasets.load_dataset` reads, streamed; or the data itself.
-        text_column (`str`, *optional*, defaults to `"text"`): column of the text; a column `id` names the documents.
-        split (`str`, *optional*): for a data set folder or Hub id; may be left out where there is only one.
-        revision (`str`, *optional*): branch, tag or commit of a Hub data set.
+        source (`str`, `Path`, [`Recipe`], `datasets.Dataset`, `datasets.IterableDataset` or `list[str]`):
+            the name of a recipe (`"pg19"`, `"proof-pile"`, `"govreport"`, `"arxiv"`, `"booksum"`); a folder of `.txt`
+            files or one such file (a document each); a `.jsonl`, `.json`, `.csv` or `.parquet` file (a document a
+            row); a folder or Hub id that `datasets.load_dataset` reads, streamed; or the data itself. The name of a
+            recipe means the recipe, whatever lies in the working directory, so that a command means the same
+            everywhere: a folder of that name is `"./pg19"`.
+        text_column (`str`, *optional*): column of the text, by default the recipe's, or `"text"`; a column `id` names
+            the documents.
+        split (`str`, *optional*): for a data set folder or Hub id; may be left out where there is only one. By default
+            the recipe's.
+        revision (`str`, *optional*): branch, tag or commit of a Hub data set; by default the recipe's.
         limit (`int`, *optional*): how many documents to read, from the first on; all of them by default.
+        minimum_characters (`int`, *optional*): leave out shorter documents; `limit` counts those that stay. By default
+            the recipe's, or 0.
 
     Returns:
         [`Documents`]: a list of [`Document`], with its source.
@@ -78,24 +89,73 @@ def load_documents(
     """
     if limit is not None and limit < 1:
         raise DocumentError(f"limit is {limit}; give the number of documents to read, 1 or more, or leave it out")
-    name = str(source) if isinstance(source, str | Path) else type(source).__name__
-    if isinstance(source, str | Path):
+    if minimum_characters is not None and minimum_characters < 0:
+        raise DocumentError(f"minimum_characters is {minimum_characters}; give 0 or more, or leave it out")
+    recipe = _recipe(source)
+    extra: dict[str, Any] = {}
+    if recipe is not None:
+        text_column = text_column or recipe.text_column
+        split, revision = split or recipe.split, revision or recipe.revision
+        if minimum_characters is None:
+            minimum_characters = recipe.minimum_characters
+        extra = {"recipe": recipe.name, "config": recipe.config}
+    text_column = text_column or "text"
+    if minimum_characters is not None:
+        extra["minimum_characters"] = minimum_characters
+
+    if recipe is not None:
+        name = recipe.path
+        texts = _from_recipe(recipe, text_column, split or recipe.split, revision)
+    elif isinstance(source, str | Path):
+        name = str(source)
         texts = _from_path(Path(source), text_column, split, revision)
     elif hasattr(source, "column_names"):
+        name = type(source).__name__
         texts = _from_rows(source, text_column, name)
     else:
-        texts = ((str(index), text) for index, text in enumerate(source))
+        name = type(source).__name__
+        texts = ((str(index), text) for index, text in enumerate(cast("Iterable[str]", source)))
+    kept = _long_enough(_one_line_errors(texts, name), minimum_characters or 0)
     documents: list[Document] = []
-    for id, text in _one_line_errors(itertools.islice(texts, limit), name):
+    for id, text in itertools.islice(kept, limit):
         if not isinstance(text, str):
             raise DocumentError(f"document {id!r} of {name} is {type(text).__name__}, not text; drop or convert it")
         documents.append(Document(id, text))
+    if not documents and minimum_characters:
+        raise DocumentError(
+            f"{name} has no document of {minimum_characters:,} characters or more; give a lower minimum_characters"
+        )
     if not documents:
         raise DocumentError(
             f"{name} has no documents; give a data set with one row or more, or a folder of .txt files"
         )
-    where = {"dataset": name, "split": split, "revision": revision, "text_column": text_column}
+    where = {"dataset": name, "split": split, "revision": revision, "text_column": text_column, **extra}
     return Documents(_with_unique_ids(documents), where)
+
+
+def _recipe(source: Any) -> Recipe | None:
+    if isinstance(source, Recipe):
+        return source
+    if not isinstance(source, str) or source not in RECIPES:
+        return None
+    if Path(source).exists():
+        logger.warning("%r is read by its recipe; for what lies here under this name, write ./%s", source, source)
+    return RECIPES[source]
+
+
+def _from_recipe(recipe: Recipe, text_column: str, split: str, revision: str | None) -> Iterable[tuple[str, Any]]:
+    if recipe.files is not None and split not in recipe.files:
+        raise DocumentError(
+            f"the recipe {recipe.name!r} has no split {split!r}; choose one of {', '.join(recipe.files)}"
+        )
+    rows = _load_dataset(recipe.path, **recipe.request(split, revision))
+    if recipe.files is not None:
+        rows = (json.loads(line["text"]) for line in rows)
+    return _from_rows(rows, text_column, recipe.path)
+
+
+def _long_enough(texts: Iterable[tuple[str, Any]], minimum: int) -> Iterable[tuple[str, Any]]:
+    return (pair for pair in texts if not isinstance(pair[1], str) or len(pair[1]) >= minimum)
 
 
 def _from_path(path: Path, text_column: str, split: str | None, revision: str | None) -> Iterable[tuple[str, Any]]:
@@ -121,12 +181,12 @@ def _from_path(path: Path, text_column: str, split: str | None, revision: str | 
     return _from_rows(found, text_column, str(path))
 
 
-def _load_dataset(shown: str, *args: Any, **kwargs: Any) -> Any:
+def _load_dataset(shown: str, *args: Any, streaming: bool = True, **kwargs: Any) -> Any:
     import datasets
 
     # Streamed, so that a limit reads no more than it needs and nothing is copied into a cache.
     try:
-        return datasets.load_dataset(*args, streaming=True, **kwargs)
+        return datasets.load_dataset(*args, streaming=streaming, **kwargs)
     except Exception as error:
         raise _unreadable(shown, error) from error
 

@@ -73,10 +73,27 @@ def passkey_prompts(tokenizer: Any, length: int, trials: int, seed: int) -> list
             )
         lines, rest = divmod(room, len(filler))
         before = draw.randint(0, lines)
-        cut = filler[len(filler) - rest :]
-        tokens = [*prefix, *cut, *filler * before, *needle, *filler * (lines - before), *question]
+        tokens = [*prefix, *haystack(filler, room, [(before, needle)]), *question]
         prompts.append(PasskeyPrompt(key, tokens, (rest + before * len(filler)) / max(1, room)))
     return prompts
+
+
+def haystack(filler: list[int], room: int, needles: Sequence[tuple[int, list[int]]]) -> list[int]:
+    """
+    Filler with needles in it: `room` tokens of filler, cut at its beginning to fit, and all of the needles' own.
+
+    Args:
+        filler (`list[int]`): tokens of one line.
+        room (`int`): tokens that filler takes in all.
+        needles (`Sequence[tuple[int, list[int]]]`): whole lines of filler before each needle, ascending, and its
+            tokens.
+    """
+    lines, rest = divmod(room, len(filler))
+    tokens, written = filler[len(filler) - rest :], 0
+    for before, needle in needles:
+        tokens += [*filler * (before - written), *needle]
+        written = before
+    return tokens + filler * (lines - written)
 
 
 def answer_size(tokenizer: Any, keys: Sequence[str]) -> int:
@@ -121,12 +138,7 @@ def passkey_accuracy(
         for length in check_lengths(lengths):
             prompts = passkey_prompts(tokenizer, length, trials, seed)
             new_tokens = max_new_tokens or answer_size(tokenizer, [prompt.key for prompt in prompts])
-            answers: list[str] = []
-            per_batch = max(1, BATCH_TOKENS // length)
-            for at in range(0, trials, per_batch):
-                batch = torch.tensor([p.tokens for p in prompts[at : at + per_batch]], device=unwrapped.device)
-                output = generate_greedily(unwrapped, batch, new_tokens)
-                answers += tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
+            answers = ask(unwrapped, tokenizer, [prompt.tokens for prompt in prompts], new_tokens)
             right = sum(
                 answer.lstrip().startswith(prompt.key) for answer, prompt in zip(answers, prompts, strict=True)
             )
@@ -134,6 +146,17 @@ def passkey_accuracy(
             if on_length is not None:
                 on_length()
     return accuracy
+
+
+def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+    """What greedy decoding answers to prompts of equal size, without special tokens."""
+    answers: list[str] = []
+    per_batch = max(1, BATCH_TOKENS // (len(prompts[0]) + new_tokens))
+    for at in range(0, len(prompts), per_batch):
+        batch = torch.tensor(prompts[at : at + per_batch], device=model.device)
+        output = generate_greedily(model, batch, new_tokens)
+        answers += tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
+    return answers
 
 
 def generate_greedily(model: Any, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .protocols import Measurement
 from .results import Results
 from .rows import Record, document_record, make_rows
 from .scoring import evaluation_mode
-from .setup import Setup, check_positions, is_multipass, prepare
+from .setup import Setup, check_positions, prepare
 
 if TYPE_CHECKING:
     import datasets
@@ -66,11 +66,12 @@ def evaluate_perplexity(
     )
     check_positions(scheme, plan, setup.lengths[-1])
     method, factor = ("none", 1.0) if plan is None else (plan.method, plan.factor)
+    multipass = any(rotary.multipass for rotary in scheme.rotaries) if plan is None else plan.multipass
     with (
         evaluation_mode(setup.scorer.model),
         tqdm(total=work(setup), desc=method, unit="doc", disable=None) as progress,
     ):
-        records = measure_method(setup, method, factor, is_multipass(scheme, plan), progress.update)
+        records = measure_method(setup, method, factor, multipass, progress.update)
     return Results(setup.provenance, make_rows(records, protocol=protocol), records)
 
 
@@ -93,6 +94,7 @@ def collect(
     """Measurements as records, one step of the progress bar each."""
     records = []
     for measurement in measurements:
-        records.append(document_record(measurement, setup.documents, method, factor))
+        is_longest = measurement.length == setup.lengths[-1]
+        records.append(document_record(measurement, setup.documents, method, factor, with_positions=is_longest))
         on_step(1)
     return records

@@ -6,13 +6,15 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..decode import short
 from ..errors import EvaluationError, InvalidParameterError
+from .files import write_atomically
+from .positions import STRETCHES
 
 if TYPE_CHECKING:
     import pandas
@@ -40,8 +42,20 @@ ROW_KEYS = (
 """What every row has, in this order; `passkey` and `passkey_trials` follow where pass keys were asked for."""
 
 PASSKEY_KEYS = ("passkey", "passkey_trials")
-DOCUMENT_KEYS = ("document", "method", "factor", "length", "nll_sum", "tokens", "tail_nll_sum", "tail_tokens")
+DOCUMENT_KEYS = (
+    "document",
+    "method",
+    "factor",
+    "length",
+    "nll_sum",
+    "tokens",
+    "tail_nll_sum",
+    "tail_tokens",
+    "position_nll_sums",
+)
 INTERVALS = ("ci95", "gain_ci95", "change_ci95")
+TEXTS = ("document", "method", "protocol")
+COUNTS = ("length", "tokens", "documents", "tail_tokens", "passkey_trials")
 
 
 @dataclass
@@ -53,7 +67,8 @@ class Results:
         provenance (`dict`): versions, model, data, seed, protocol, lengths: what is needed to measure again.
         rows (`list[dict]`): one per method and length; see the table in [`compare`].
         per_document (`list[dict]`): sums of NLL and counts of tokens of every document, method and length, the control
-            (`"truncated"`) included, so that every perplexity and interval can be computed again.
+            (`"truncated"`) included, so that every perplexity and interval can be computed again; at the longest
+            length also the NLL of sixteen equally long stretches of the document, for the gain by position.
     """
 
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -84,9 +99,30 @@ class Results:
             )
         return found[0]
 
+    def short_context(self) -> list[dict[str, Any]]:
+        """
+        What each method changes where the model needed no extension: at the longest length that was measured and is
+        not above the trained one. Empty where there is none.
+
+        Returns:
+            `list[dict]`: `method`, `factor`, `length`, `change` and `change_ci95` of the rows.
+        """
+        trained = self.provenance.get("trained_length") or 0
+        longest = max((row["length"] for row in self.rows if row["length"] <= trained), default=None)
+        return [
+            {key: row[key] for key in ("method", "factor", "length", "change", "change_ci95")}
+            for row in self.rows
+            if row["length"] == longest and row["method"] != "none" and row["change"] is not None
+        ]
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; a number that is not finite becomes `None`."""
-        content = {"provenance": self.provenance, "rows": self.rows, "per_document": self.per_document}
+        """Plain JSON types, what happens inside the trained length first; a number that is not finite is `None`."""
+        content = {
+            "provenance": self.provenance,
+            "short_context": self.short_context(),
+            "rows": self.rows,
+            "per_document": self.per_document,
+        }
         plain: dict[str, Any] = {"schema": SCHEMA, **_finite(content)}
         return plain
 
@@ -96,7 +132,7 @@ class Results:
         The results that `to_dict` gave.
 
         Raises:
-            EvaluationError: another schema, or keys missing or unknown.
+            EvaluationError: another schema, keys missing or unknown, or values of another type.
         """
         if not isinstance(data, Mapping) or "schema" not in data:
             raise EvaluationError("no results of hf_posext: a JSON object with the key 'schema' is expected")
@@ -105,21 +141,23 @@ class Results:
                 f"results have schema {data['schema']!r}; this version of hf_posext reads {SCHEMA}: "
                 "upgrade it, or measure again"
             )
-        _check_keys("results", data, ("schema", "provenance", "rows", "per_document"))
-        if not isinstance(data["provenance"], Mapping):
-            raise EvaluationError("provenance of the results is no JSON object")
+        _check_keys("results", data, ("schema", "provenance", "rows", "per_document"), ("short_context",))
+        _check_provenance(data["provenance"])
         for name, keys, optional in (("rows", ROW_KEYS, PASSKEY_KEYS), ("per_document", DOCUMENT_KEYS, ())):
             if not isinstance(data[name], list):
                 raise EvaluationError(f"{name} of the results is {type(data[name]).__name__}, not a list")
             for index, entry in enumerate(data[name]):
                 _check_keys(f"{name}[{index}]", entry, keys, optional)
+                for key, value in entry.items():
+                    if not _fits(key, value):
+                        raise EvaluationError(f"{name}[{index}] has {key} {short(value)}; measure again")
         return cls(
             dict(data["provenance"]), [dict(row) for row in data["rows"]], [dict(row) for row in data["per_document"]]
         )
 
     def save_json(self, path: str | Path) -> Path:
         """Write the results; a file that is there stays whole until the new one is (atomic replacement)."""
-        return _write_atomic(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load_json(cls, path: str | Path) -> Results:
@@ -148,7 +186,7 @@ class Results:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        return _write_atomic(Path(path), text.getvalue())
+        return write_atomically(path, text.getvalue())
 
     def to_frame(self) -> pandas.DataFrame:
         """The rows as a `pandas.DataFrame`, with the columns of `save_csv`."""
@@ -178,6 +216,36 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _check_provenance(provenance: Any) -> None:
+    """Refuse what the reports could not read; they need no more of it than these."""
+    if not isinstance(provenance, Mapping):
+        raise EvaluationError("provenance of the results is no JSON object")
+    wanted = {"model": str, "trained_length": int, "seed": int, "not_applicable": dict, "documents": list}
+    for key, kind in wanted.items():
+        value = provenance.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise EvaluationError(f"provenance has {key} {short(value)}; measure again")
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a row or a document may have this value."""
+    if key in TEXTS:
+        return isinstance(value, str)
+    if key in COUNTS:
+        return isinstance(value, int) and _is_number(value)
+    if value is None:
+        return True
+    if key in INTERVALS:  # an end that is not finite was written as null
+        return isinstance(value, list) and len(value) == 2 and all(end is None or _is_number(end) for end in value)
+    if key == "position_nll_sums":
+        return isinstance(value, list) and len(value) == STRETCHES and all(map(_is_number, value))
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_keys(name: str, entry: Any, keys: Iterable[str], optional: Iterable[str] = ()) -> None:
     if not isinstance(entry, Mapping):
         raise EvaluationError(f"{name} is {type(entry).__name__}, not a JSON object")
@@ -185,13 +253,3 @@ def _check_keys(name: str, entry: Any, keys: Iterable[str], optional: Iterable[s
     unknown = sorted(set(entry) - {*keys, *optional})
     if missing or unknown:
         raise EvaluationError(f"{name} lacks {missing} and has unknown {unknown}; measure again with this version")
-
-
-def _write_atomic(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .positions import position_sums
 from .protocols import Measurement
 from .statistics import bootstrap_interval, pooled_perplexity
 from .tokens import TokenizedDocuments
@@ -13,12 +14,15 @@ from .tokens import TokenizedDocuments
 Record = dict[str, Any]
 
 
-def document_record(measurement: Measurement, documents: TokenizedDocuments, method: str, factor: float) -> Record:
+def document_record(
+    measurement: Measurement, documents: TokenizedDocuments, method: str, factor: float, *, with_positions: bool
+) -> Record:
     """
     What one document gave at one length, as float64 sums.
 
     The tail is the second half of the tokens: of `n` tokens, those at positions `n/2 + 1` to `n`. The sum over all
-    tokens averages in the easy early positions, and so hides a break.
+    tokens averages in the easy early positions, and so hides a break. `position_nll_sums` are told only where
+    `with_positions` is set: at the longest length, which covers the others.
     """
     nll = measurement.nll
     tail = nll[(len(nll) + 1) // 2 - 1 :]  # nll[0] is of the second token
@@ -31,6 +35,7 @@ def document_record(measurement: Measurement, documents: TokenizedDocuments, met
         "tokens": len(nll),
         "tail_nll_sum": math.fsum(tail),
         "tail_tokens": len(tail),
+        "position_nll_sums": position_sums(nll) if with_positions else None,
     }
 
 

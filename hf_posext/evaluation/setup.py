@@ -18,12 +18,10 @@ from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .documents import Document, Documents, load_documents
+from .files import portable
 from .protocols import PerplexityProtocol, make_protocol
 from .scoring import TokenScorer
 from .tokens import TokenizedDocuments, check_lengths, tokenize_documents
-
-LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rope types of transformers whose frequencies depend on the length of the input."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,14 @@ def prepare(
     source = texts.source if isinstance(texts, Documents) else {"dataset": None, "split": None, "revision": None}
     provenance = {
         "versions": _versions(),
-        "model": scorer.model.config.name_or_path or type(scorer.model).__name__,
+        "model": portable(scorer.model.config.name_or_path) or type(scorer.model).__name__,
+        "model_type": scheme.model_type,
+        "kind": scheme.kind,
+        "generalization": scheme.generalization,
         "dtype": str(scorer.model.dtype).removeprefix("torch."),
         "device": str(scorer.model.device),
         **source,
+        "dataset": source["dataset"] and portable(source["dataset"]),
         "seed": seed,
         "start": start,
         "protocol": chosen.name,
@@ -90,7 +92,7 @@ def prepare(
             {"document": id, "tokens": count} for id, count in zip(tokenized.ids, tokenized.counts, strict=True)
         ],
         "left_out": tokenized.left_out,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(portable, sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return Setup(scorer, tokenized, ascending, chosen, provenance)
@@ -109,13 +111,6 @@ def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longes
             f"{scheme.model_type} has a learned table of {rows} positions, and {longest} tokens were asked for; "
             f"give lengths up to {rows}"
         )
-
-
-def is_multipass(scheme: PositionalScheme, plan: ExtensionPlan | None) -> bool:
-    """Whether positions depend on the length of the input, by the plan in force or as the model was shipped."""
-    if plan is not None and not plan.changes_nothing:
-        return plan.multipass
-    return any(rotary.shipped_type in LENGTH_DEPENDENT for rotary in scheme.rotaries)
 
 
 def _versions() -> dict[str, str]:

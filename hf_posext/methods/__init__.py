@@ -1,7 +1,12 @@
 """The methods: pure maths, one paper = one file. To add one, write its file and name it here."""
 
 from ..registry import get_method, list_methods, methods, register
+from .alibi_linear import ALiBiLinear
+from .alibi_ntk import ALiBiNTK
 from .base import Composition, Method, as_method, hyper_parameters
+from .bucket import BucketMethod
+from .bucket_linear import BucketLinear
+from .bucket_max_distance import BucketMaxDistance
 from .dual_chunk import DualChunk
 from .dynamic_ntk import DynamicNTK
 from .dynamic_yarn import DynamicYaRN
@@ -20,12 +25,24 @@ from .rerope import ReRoPE
 from .resonance import Resonance
 from .self_extend import SelfExtend
 from .sinks import Sinks
+from .sinusoid_linear import SinusoidLinear
 from .string_shift import StringShift
+from .table import TableMethod
+from .table_cubic import TableCubic
+from .table_group import TableGroup
+from .table_hierarchical import TableHierarchical
+from .table_linear import TableLinear
+from .table_repeat import TableRepeat
 from .theta import Theta
 from .yarn import YaRN
 
 __all__ = [
     "NTK",
+    "ALiBiLinear",
+    "ALiBiNTK",
+    "BucketLinear",
+    "BucketMaxDistance",
+    "BucketMethod",
     "Composition",
     "DualChunk",
     "DynamicNTK",
@@ -45,7 +62,14 @@ __all__ = [
     "Resonance",
     "SelfExtend",
     "Sinks",
+    "SinusoidLinear",
     "StringShift",
+    "TableCubic",
+    "TableGroup",
+    "TableHierarchical",
+    "TableLinear",
+    "TableMethod",
+    "TableRepeat",
     "Theta",
     "YaRN",
     "as_method",

@@ -2,15 +2,18 @@
 
 A method never sees a model. It gets a plan (at first an empty one, which leaves the scheme as it is) and returns the
 plan changed, so that methods compose by applying one after the other: `"yarn+resonance"`, or
-`YaRN(factor=8) + Resonance()`.
+`YaRN(factor=8) + Resonance()`. Hyper-parameters can be written into the name: `"rerope(window=384)+log-n"`.
 """
 
 from __future__ import annotations
 
+import ast
+import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from ..decode import MAX_NUMBER
 from ..errors import InvalidParameterError, MethodNotApplicableError
@@ -54,8 +57,19 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The name by which tables and plans speak of the method."""
-        return self.name
+        """What tables and plans call the method, and [`as_method`] reads: its name, and what is not as by default.
+
+        Lists are left out, since they fill pages: `LongRoPE(long_factor=[...])` is `longrope`. So is the factor, which
+        tables have a column for.
+        """
+        given = [
+            f"{entry.name}={value!r}"
+            for entry in fields(self)
+            if (value := getattr(self, entry.name)) != entry.default
+            and entry.name != "factor"
+            and isinstance(value, str | int | float)
+        ]
+        return f"{self.name}({', '.join(given)})" if given else self.name
 
     def parameters(self) -> tuple[Mapping[str, Any], ...]:
         """Name and hyper-parameters of each method in the composition, as plain JSON."""
@@ -158,16 +172,18 @@ class Method:
 
 @dataclass(frozen=True)
 class Composition(Method):
-    """Several methods, each applied on top of the one before."""
+    """Several methods, each applied on top of the one before.
+
+    A part keeps its own factor where it has one (`NTK(factor=2) + DualChunk(factor=8)`: a base for twice the length
+    under chunks that read eight times it); the plan's is the largest of them.
+    """
 
     parts: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
-        factors = {part.factor for part in self.parts if part.factor is not None}
-        if len(factors) > 1:
-            raise InvalidParameterError(f"composed methods disagree on the factor: {sorted(factors)}; give one")
-        if factors and self.factor is None:
-            object.__setattr__(self, "factor", factors.pop())
+        own = [part.factor for part in self.parts if part.factor is not None]
+        if own and self.factor is None:
+            object.__setattr__(self, "factor", max(own))
 
     @property
     def label(self) -> str:
@@ -184,20 +200,27 @@ class Composition(Method):
         return super().plan(scheme, **lengths) if needy else super().plan(scheme, **{"factor": 1.0, **lengths})
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        factor, target = plan.factor, plan.target_length
         for part in self.parts:
-            plan = part.extend(plan)
-        return plan
+            own = factor if part.factor is None else part.factor
+            length = target if part.factor is None else round(plan.original_length * own)
+            plan = part.extend(replace(plan, factor=own, target_length=length))
+        return replace(plan, factor=factor, target_length=target)
 
     def __add__(self, other: Method) -> Method:
         return Composition(parts=(*self.parts, other))
 
 
 def as_method(method: str | Method) -> Method:
-    """A method object from a name such as `"yarn"` or `"yarn+resonance"`, or the object itself.
+    """A method object from its name, or the object itself.
+
+    A name may have hyper-parameters in brackets, and several are composed by `+`: `"yarn"`, `"yarn+resonance"`,
+    `"rerope(window=384)"`, `"yarn(beta_fast=16, variant='paper')+log-n"`. Values are Python literals.
 
     Raises:
         UnknownMethodError: no such name.
-        InvalidParameterError: neither a name nor a method object.
+        InvalidParameterError: neither a name nor a method object, or a hyper-parameter that the method does not have
+            or whose value cannot be.
     """
     if isinstance(method, Method):
         return method
@@ -205,8 +228,67 @@ def as_method(method: str | Method) -> Method:
         raise InvalidParameterError(
             f"method is {method!r}; give a name such as 'yarn' or an object such as YaRN(factor=8)"
         )
-    parts = tuple(get_method(name.strip())() for name in method.split("+"))
+    parts = tuple(_from_text(text) for text in split_outside_brackets(method, "+"))
     return parts[0] if len(parts) == 1 else Composition(parts=parts)
+
+
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """The pieces of a text between separators that stand in no bracket, stripped.
+
+    Args:
+        text (`str`): as in `"none, yarn(beta_fast=16, beta_slow=2)"`.
+        separator (`str`): one character.
+    """
+    pieces, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == separator and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return [piece.strip() for piece in pieces]
+
+
+def _from_text(text: str) -> Method:
+    name, bracket, _ = text.partition("(")
+    cls = get_method(name.strip())
+    if not bracket:
+        return cls()
+    example = f"{cls.name}({next(iter(hyper_parameters(cls)), 'factor')}=...)"
+    try:
+        call = ast.parse(f"method{text[len(name) :]}", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("not a call with named parameters")
+        given = {entry.arg: ast.literal_eval(entry.value) for entry in call.keywords if entry.arg}
+        if len(given) < len(call.keywords):
+            raise ValueError("a parameter twice, or **")
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise InvalidParameterError(
+            f"cannot read the parameters of {text!r}; give names and plain values, as in {example!r}"
+        ) from error
+    hints = get_type_hints(cls)
+    known = ("factor", *hyper_parameters(cls))
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise InvalidParameterError(f"{cls.name} has no parameter {key!r}; {guess}there are: {', '.join(known)}")
+        if not _fits(value, hints[key]):
+            wanted = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
+            raise InvalidParameterError(f"{cls.name} {key} is {value!r}; give a value of type {wanted}")
+    return cls(**given)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a literal is of a type such as `float | None` or `Sequence[float]`, whatever the list holds."""
+    if get_origin(hint) in (types.UnionType, Union):
+        return any(_fits(value, option) for option in get_args(hint))
+    wanted = get_origin(hint) or hint
+    if isinstance(value, bool) or wanted is bool:
+        return isinstance(value, bool) and wanted is bool
+    if isinstance(value, str) and wanted is Sequence:
+        return False
+    return isinstance(value, (int, float) if wanted is float else wanted)
 
 
 def hyper_parameters(method: type[Method]) -> tuple[str, ...]:

@@ -16,13 +16,14 @@ from .remap import RemapMethod, default_window, require_window
 class DualChunk(RemapMethod):
     """Positions counted within chunks: exact inside a chunk and into the one before, constant to older ones.
 
-    With chunks of `C` tokens and `c = C - local`, key j has position `j mod C`; query i has `i mod C` to its own
-    chunk, `min(i mod C + c, C)` to the chunk before, and `min(2 c - 1, C)` to older ones. An et al., *Training-Free
+    Chunks have `c = C - local` tokens. Key j has position `j mod c`; query i has `i mod c` to its own chunk,
+    `min(i mod c + c, C)` to the chunk before, and `min(2 c - 1, C)` to older ones. An et al., *Training-Free
     Long-Context Scaling of Large Language Models*, 2024. The published code multiplies attention by a temperature that
     depends on the longest input so far; here, as an option, it depends on the query's own position.
 
     Args:
-        chunk (`int`, *optional*): `C` in tokens; three quarters of the trained length where not given.
+        chunk (`int`, *optional*): `C`, the farthest position used; where not given, three quarters of the trained
+            length.
         local (`int`, *optional*): tokens across a chunk's border that keep exact distances; a quarter of the trained
             length where not given.
         temperature (`float`, *optional*, defaults to 0): queries grow by `(1 + t ln((p + 1) / L)) ** 2` past the
@@ -43,12 +44,12 @@ class DualChunk(RemapMethod):
         require_window(self, "chunk", chunk, plan)
         if not 1 <= local < chunk:
             raise InvalidParameterError(f"dual-chunk local is {local} in chunks of {chunk}; give 1 to {chunk - 1}")
-        shift = chunk - local
-        key = PositionMap(modulo=chunk)
+        step = chunk - local
+        key = PositionMap(modulo=step)
         return (
-            Part(key, key, high=1, chunk=chunk),
-            Part(PositionMap(modulo=chunk, offset=shift, limit=chunk), key, low=1, high=2, chunk=chunk),
-            Part(PositionMap(rate=0, offset=min(2 * shift - 1, chunk)), key, low=2, chunk=chunk),
+            Part(key, key, high=1, chunk=step),
+            Part(PositionMap(modulo=step, offset=step, limit=chunk), key, low=1, high=2, chunk=step),
+            Part(PositionMap(rate=0, offset=min(2 * step - 1, chunk)), key, low=2, chunk=step),
         )
 
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Part, PositionMap
 from ..registry import register
-from .remap import RemapMethod, near_and_far, require_window
+from .remap import RemapMethod, default_window, near_and_far, require_window
 
 
 @register
@@ -23,10 +23,10 @@ class SelfExtend(RemapMethod):
     Tuning*, 2024.
 
     Args:
-        group (`int`, *optional*): `g`; where not given, twice the smallest that reaches the target, since the
-            positions near the trained length are the least trained.
-        window (`int`, *optional*): `w` in tokens; where not given, a quarter of the trained length, rounded down to a
-            multiple of the group.
+        group (`int`, *optional*): `g`; where not given, the power of two that puts the target's farthest position at
+            three quarters of the trained length or before, since positions near its end are the least trained.
+        window (`int`, *optional*): `w` in tokens; where not given, half the trained length, rounded down to a multiple
+            of the group.
     """
 
     name: ClassVar[str] = "self-extend"
@@ -37,10 +37,13 @@ class SelfExtend(RemapMethod):
     window: int | None = None
 
     def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
-        quarter = plan.original_length // 4 if self.window is None else self.window
-        room = max(plan.original_length - quarter, 1)
-        group = self.group if self.group is not None else 2 * math.ceil((plan.target_length - quarter) / room)
-        window = quarter if self.window is not None else max(quarter // max(group, 1), 1) * group
+        window = default_window(plan, 1 / 2) if self.window is None else self.window
+        group = self.group
+        if group is None:
+            room = max(default_window(plan, 3 / 4) - window, 1)
+            group = 2 ** math.ceil(math.log2(max((plan.target_length - window) / room, 1)))
+        if self.window is None and group > 0:
+            window = max(window // group, 1) * group
         if group < 1 or window % group:
             raise InvalidParameterError(
                 f"self-extend group {group} and window {window}; give a window that is a multiple of the group, "

@@ -1,19 +1,25 @@
 """Attention in which near and far pairs see different positions.
 
-The parts of a plan are disjoint, so each block of queries scores the keys of each part once and one softmax runs over
-all of them: exact, and of memory linear in length. Plain PyTorch, with gradients, on any device.
+The parts of a plan are disjoint. Each block of queries scores the keys of each part once, and one softmax runs over all
+of them: exact, and of memory linear in length, forward and backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import dropout as drop
+from torch.utils.checkpoint import checkpoint
 
 from ..plan import Part, PositionMap
 
-SCORE_BYTES = 64 * 2**20
-"""Float32 scores that are held at a time; smaller was slower on CPU, larger no faster."""
+SCORE_BYTES = 16 * 2**20
+"""Float32 scores that are held at a time."""
+
+FUSED_ROWS = 256
+"""Queries in a block where a fused kernel holds no scores: shorter blocks have less at their edges, but more calls."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,20 @@ class Branch:
     part: Part
     query: torch.Tensor
     key: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of scores: the queries of one block against keys `low` to `high - 1`.
+
+    `bias` (batch or 1, heads or 1, queries, keys) is added to the scores: 0, or the least number where a pair is not
+    attended. It is `None` where all pairs are.
+    """
+
+    branch: Branch
+    low: int
+    high: int
+    bias: torch.Tensor | None
 
 
 def mapped(positions: torch.Tensor, rule: PositionMap) -> torch.Tensor:
@@ -80,60 +100,165 @@ def banded_attention(
     Returns:
         `torch.Tensor` of shape `(batch, queries, heads, dim)`.
     """
-    batch, heads, queries, _ = branches[0].query.shape
-    key_heads, keys = value.shape[1], value.shape[2]
-    rows = max(16, SCORE_BYTES // (4 * batch * heads * keys))
-    out = value.new_empty(batch, queries, heads, value.shape[-1]) if not torch.is_grad_enabled() else None
+    batch, heads, queries, width = branches[0].query.shape
+    keys = value.shape[2]
+    learning = torch.is_grad_enabled() and any(t.requires_grad for b in branches for t in (b.query, b.key, value))
+    fused = value.device.type == "cpu" and value.shape[-1] == width and not (learning or softcap or dropout)
+    rows = FUSED_ROWS if fused else max(16, SCORE_BYTES // (4 * batch * heads * keys))
+
+    def attend(start: int, stop: int) -> torch.Tensor:
+        bounds = (keys - queries + start, keys - queries + stop)
+        here = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
+        places = query_positions[:, start:stop], key_positions
+        pieces = [
+            piece for branch in branches for piece in _pieces(branch, bounds, places, here, aligned, value.dtype)
+        ]
+        if fused:
+            return _fused(pieces, (start, stop), value, scaling, sinks)
+        return _plain(pieces, (start, stop), value, scaling, sinks, softcap, dropout)
+
+    out = None if learning else value.new_empty(batch, queries, heads, value.shape[-1])
     blocks = []
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
-        first, last = keys - queries + start, keys - queries + stop
-        scores, values = [], []
-        for branch in branches:
-            low, high = _extent(branch.part, first, last, keys, aligned, causal=mask is None)
-            if low >= high:
-                continue
-            query = branch.query[:, :, start:stop].reshape(batch, key_heads, -1, branch.query.shape[-1])
-            score = query @ branch.key[:, :, low:high].transpose(-1, -2)
-            score = score.view(batch, heads, stop - start, high - low).float() * scaling
-            if softcap is not None:
-                score = softcap * torch.tanh(score / softcap)
-            allowed = belongs(branch.part, query_positions[:, start:stop], key_positions[:, low:high])[:, None]
-            if mask is None:
-                index = torch.arange(low, high, device=score.device)
-                allowed = allowed & (index <= torch.arange(first, last, device=score.device)[:, None])
-            else:
-                here = mask[:, :, start:stop, low:high] if mask.shape[2] > 1 else mask[:, :, :, low:high]
-                if here.dtype == torch.bool:
-                    allowed = allowed & here
-                else:
-                    score = score + here
-            scores.append(score.masked_fill(~allowed, -torch.inf))
-            values.append(value[:, :, low:high])
-        if sinks is not None:
-            scores.append(sinks.float().reshape(1, -1, 1, 1).expand(batch, -1, stop - start, 1))
-        # a query that may attend to nothing (left padding) gets 0, as no one reads it
-        weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0).to(value.dtype)
-        if sinks is not None:
-            weights = weights[..., :-1]
-        if dropout:
-            weights = torch.nn.functional.dropout(weights, dropout)
-        grouped = weights.reshape(batch, key_heads, -1, weights.shape[-1]) @ torch.cat(values, 2)
-        block = grouped.view(batch, heads, stop - start, -1).transpose(1, 2)
-        if out is None:
-            blocks.append(block)
+        if out is not None:
+            out[:, start:stop] = attend(start, stop)
+        elif rows < queries:  # the weights of all blocks together are of quadratic size: compute them again in backward
+            blocks.append(checkpoint(attend, start, stop, use_reentrant=False))
         else:
-            out[:, start:stop] = block
+            blocks.append(attend(start, stop))
     return torch.cat(blocks, 1) if out is None else out
 
 
-def _extent(part: Part, first: int, last: int, keys: int, aligned: bool, causal: bool) -> tuple[int, int]:
-    """The range of keys that a part can hold for queries `first` to `last - 1`."""
-    end = min(last, keys) if causal or aligned else keys
-    if not aligned:
-        return 0, end
+def _pieces(
+    branch: Branch,
+    bounds: tuple[int, int],
+    places: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    aligned: bool,
+    dtype: torch.dtype,
+) -> Iterator[Piece]:
+    """The keys of a part for a block of queries, which are numbers `bounds` among the keys.
+
+    Where parts are bands, keys that no query of the block sees are left out, and those that all of them see need no
+    bias: on a long input nearly all scores are there.
+    """
+    part, keys = branch.part, branch.key.shape[2]
+    low, high = _band(part, *bounds, keys) if aligned else (0, min(bounds[1], keys) if mask is None else keys)
+    inner = _inner(part, *bounds, low, high) if aligned and mask is None else (high, high)
+    if inner[1] - inner[0] <= bounds[1] - bounds[0]:  # not worth a rectangle of its own
+        inner = (high, high)
+    for start, stop in ((low, inner[0]), inner, (inner[1], high)):
+        if start < stop:
+            needed = (start, stop) != inner
+            yield Piece(branch, start, stop, _bias(part, bounds, start, stop, places, mask, dtype) if needed else None)
+
+
+def _band(part: Part, first: int, last: int, keys: int) -> tuple[int, int]:
+    """The range of keys that some of the queries `first` to `last - 1` see in a part."""
     oldest = 0 if part.high is None else (first // part.chunk - part.high + 1) * part.chunk
     newest = ((last - 1) // part.chunk - part.low + 1) * part.chunk
-    if part.keys_below is not None:
-        newest = min(newest, part.keys_below)
-    return max(oldest, 0), min(newest, end)
+    return max(oldest, 0), min(newest, last, keys, keys if part.keys_below is None else part.keys_below)
+
+
+def _inner(part: Part, first: int, last: int, low: int, high: int) -> tuple[int, int]:
+    """The range of keys, within `low` to `high - 1`, that all of the queries `first` to `last - 1` see in a part."""
+    oldest = low if part.high is None else ((last - 1) // part.chunk - part.high + 1) * part.chunk
+    newest = min((first // part.chunk - part.low + 1) * part.chunk, first + 1)
+    return max(oldest, low), min(newest, high)
+
+
+def _bias(
+    part: Part,
+    bounds: tuple[int, int],
+    low: int,
+    high: int,
+    places: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """0 or the mask's own number where a pair is attended, the least number elsewhere.
+
+    That number is finite, so that a query that attends to nothing (padding, which no one reads) gets no NaN.
+    """
+    allowed = belongs(part, places[0], places[1][:, low:high])[:, None]
+    dtype = torch.promote_types(dtype, torch.float32)
+    bias = torch.zeros((), dtype=dtype, device=allowed.device)
+    if mask is None:
+        index = torch.arange(low, high, device=allowed.device)
+        allowed = allowed & (index <= torch.arange(*bounds, device=allowed.device)[:, None])
+    elif mask.dtype == torch.bool:
+        allowed = allowed & mask[..., low:high]
+    else:
+        bias = mask[..., low:high].to(dtype)
+    return torch.where(allowed, bias, torch.finfo(dtype).min)
+
+
+def _plain(
+    pieces: list[Piece],
+    rows: tuple[int, int],
+    value: torch.Tensor,
+    scaling: float,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """One softmax over the pieces of a block, in plain PyTorch, with gradients."""
+    batch, heads = pieces[0].branch.query.shape[:2]
+    count = rows[1] - rows[0]
+    scores = []
+    for piece in pieces:
+        query, key = _grouped(piece, rows, value)
+        score = (query @ key.transpose(-1, -2)).view(batch, heads, count, -1)
+        score = score.to(torch.promote_types(score.dtype, torch.float32)) * scaling
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        scores.append(score if piece.bias is None else score + piece.bias)
+    if sinks is not None:
+        scores.append(sinks.to(scores[0].dtype).reshape(1, -1, 1, 1).expand(batch, -1, count, 1))
+    weights = torch.cat(scores, -1).softmax(-1).to(value.dtype)
+    if dropout:
+        weights = drop(weights, dropout)
+    weights = weights.view(batch, value.shape[1], -1, weights.shape[-1])
+    parts = weights.split([score.shape[-1] for score in scores], -1)  # the sink, if any, is left over: it has no value
+    out = sum(part @ value[:, :, p.low : p.high] for part, p in zip(parts, pieces, strict=False))
+    assert isinstance(out, torch.Tensor)
+    return out.view(batch, heads, count, -1).transpose(1, 2)
+
+
+def _fused(
+    pieces: list[Piece],
+    rows: tuple[int, int],
+    value: torch.Tensor,
+    scaling: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same by PyTorch's own flash kernel for CPUs, which tells the log-sum-exp by which pieces are merged."""
+    batch, heads = pieces[0].branch.query.shape[:2]
+    outs, sums = [], []
+    for piece in pieces:
+        query, key = _grouped(piece, rows, value)
+        bias = piece.bias
+        if bias is not None:
+            bias = bias.expand(-1, heads, -1, -1).reshape(bias.shape[0], value.shape[1], -1, bias.shape[-1])
+            bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value[:, :, piece.low : piece.high], attn_mask=bias, scale=scaling
+        )
+        outs.append(out)
+        sums.append(total)
+    if sinks is not None:
+        sink = sinks.to(sums[0].dtype).view(1, value.shape[1], -1, 1).expand(batch, -1, -1, rows[1] - rows[0])
+        sums.append(sink.reshape(sums[0].shape))
+    shares = torch.stack(sums).softmax(0)[..., None]
+    merged = sum(out * share for out, share in zip(outs, shares, strict=False))  # the sink has no value
+    assert isinstance(merged, torch.Tensor)
+    return merged.to(value.dtype).view(batch, heads, rows[1] - rows[0], -1).transpose(1, 2)
+
+
+def _grouped(piece: Piece, rows: tuple[int, int], value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of a block, those of one key head behind each other, and the keys of a piece."""
+    query = piece.branch.query[:, :, rows[0] : rows[1]]
+    return query.reshape(query.shape[0], value.shape[1], -1, query.shape[-1]), piece.branch.key[
+        :, :, piece.low : piece.high
+    ]

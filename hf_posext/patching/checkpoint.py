@@ -1,20 +1,40 @@
-"""Carries a patched model through a directory: safetensors and JSON, no pickle, no code."""
+"""Carries a patched model through a directory: safetensors and JSON, no pickle, no code.
+
+A patch that replaces a table of positions saves the longer table as the model's weights, so that plain transformers
+opens the checkpoint, or what fine-tuning made of it. The rows that it replaced cannot be computed back from the longer
+table. They are saved beside the weights, in a folder of their own where nothing that reads all safetensors of a
+checkpoint finds them, and put in again when the model is loaded: only then can that patch be undone, too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..errors import PlanMismatchError, UnsupportedModelError
+from ..errors import PlanError, PlanMismatchError, UnsupportedModelError
 from ..plan import ExtensionPlan
 from .detect import text_config
+from .journal import Journal
+from .learned_table import set_rows, tables_of
+from .sites import LENGTH_FIELDS, table_offset
+
+REPLACED_FILE = "posext_replaced/tables.safetensors"
 
 
-def save_patched(model: PreTrainedModel, plan: ExtensionPlan, tokenizer: Any | None, directory: str | Path) -> None:
-    """Weights, config, plan and tokenizer into a new directory.
+def save_patched(
+    model: PreTrainedModel,
+    plan: ExtensionPlan,
+    tokenizer: Any | None,
+    replaced: Mapping[str, torch.Tensor],
+    directory: str | Path,
+) -> None:
+    """Weights, config, plan, tokenizer and replaced tables into a new directory.
 
     Raises:
         FileExistsError: the directory holds files.
@@ -27,6 +47,9 @@ def save_patched(model: PreTrainedModel, plan: ExtensionPlan, tokenizer: Any | N
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     plan.save(path)
+    if replaced:
+        (path / REPLACED_FILE).parent.mkdir()
+        save_file({name: rows.detach().contiguous() for name, rows in replaced.items()}, path / REPLACED_FILE)
 
 
 def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -56,16 +79,59 @@ def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"the plan in {directory} is for {plan.scheme.model_type}, the weights are {config.model_type}; "
             "put back the plan that was saved with them"
         )
-    _restore_shipped(text_config(config), plan)
+    if not (plan.table or plan.sinusoids):  # the saved rows are as many as the saved config says
+        _restore_shipped(config, plan)
     model: PreTrainedModel = cls.from_pretrained(directory, config=config, use_safetensors=True, **kwargs)
+    longer = _put_back(model, plan, Path(directory))
     patch_model(model, plan)
+    if plan.table:
+        for path, weight in longer.items():
+            tables_of(model)[path].weight.data = weight.data  # as saved: it may have been trained since
     return model
 
 
-def _restore_shipped(config: Any, plan: ExtensionPlan) -> None:
+def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> dict[str, torch.Tensor]:
+    """The tables of before the patch into a model, as they were replaced; returns those that the model came with."""
+    if not (plan.table or (plan.sinusoids and tables_of(model))):
+        _restore_shipped(model.config, plan)
+        return {}
+    file = directory / REPLACED_FILE
+    if not file.is_file():
+        raise PlanError(
+            f"{directory} lacks {REPLACED_FILE}, the table that the patch replaced, without which it cannot be "
+            f"undone; put it back, or open the longer model alone: {type(model).__name__}.from_pretrained(...)"
+        )
+    replaced, tables = load_file(file), tables_of(model)
+    rows = {len(table) for table in replaced.values()}
+    fits = replaced.keys() == tables.keys() and all(
+        table.shape[1:] == tables[path].weight.shape[1:] for path, table in replaced.items()
+    )
+    if not fits or len(rows) != 1:
+        raise PlanMismatchError(
+            f"{file} holds other tables than the weights beside it; put back the one that was saved with them"
+        )
+    longer: dict[str, torch.Tensor] = {path: module.weight for path, module in tables.items()}
+    first = next(iter(tables.values()))
+    if first.num_embeddings != plan.target_length + table_offset(first):
+        raise PlanMismatchError(
+            f"the plan in {directory} is for {plan.target_length} positions, the weights have a table of "
+            f"{first.num_embeddings} rows; put back the plan that was saved with them"
+        )
+    set_rows(model, {path: table.to(longer[path]) for path, table in replaced.items()}, Journal())
+    return longer
+
+
+def _restore_shipped(config: PreTrainedConfig, plan: ExtensionPlan) -> None:
     """The positions of a config as they were before the model was patched, so that the plan can be applied anew."""
+    text: Any = text_config(config)
     for entry in plan.rotaries:
         shipped = dict(plan.scheme.rotary(entry.name).shipped)
-        config.rope_parameters = {**config.rope_parameters, entry.name: shipped} if entry.name else shipped
+        text.rope_parameters = {**text.rope_parameters, entry.name: shipped} if entry.name else shipped
     if plan.rotaries and plan.scheme.shipped_length is not None:
-        config.max_position_embeddings = plan.scheme.shipped_length
+        text.max_position_embeddings = plan.scheme.shipped_length
+    for part in (config, text):  # the second is a copy in encoder-decoder models
+        for name in LENGTH_FIELDS:
+            if plan.scheme.shipped_length is not None and getattr(part, name, None) == plan.target_length:
+                setattr(part, name, plan.scheme.shipped_length)
+        if plan.scheme.buckets is not None and hasattr(part, "relative_attention_max_distance"):
+            part.relative_attention_max_distance = plan.scheme.buckets.max_distance

@@ -15,6 +15,17 @@ from transformers.models.auto import modeling_auto
 
 from ..errors import UnsupportedModelError
 from ..scheme import PositionalScheme, Rotary
+from .sites import (
+    LENGTH_FIELDS,
+    OBSTACLES,
+    alibi_slopes,
+    bucket_modules,
+    has_alibi,
+    position_tables,
+    read_buckets,
+    read_table,
+    sinusoids,
+)
 
 SINUSOID_TABLE_ROPE = ("codegen", "gptj", "roformer")
 """Rotary families of transformers that keep a table of sines instead of frequencies."""
@@ -133,9 +144,9 @@ def _scheme(model: PreTrainedModel) -> PositionalScheme:
     sites: dict[str, RotarySite] = {}
     for site in rotary_sites(model):
         sites.setdefault(site.name, site)
-    obstacle = None
+    kind, obstacle = _kind(model, config, bool(sites))
     rotaries: list[Rotary] = []
-    for site in sites.values():
+    for site in sites.values() if kind == "rotary" else ():
         rotary = _rotary(site)
         if rotary is None:
             obstacle = (
@@ -144,12 +155,26 @@ def _scheme(model: PreTrainedModel) -> PositionalScheme:
             )
         else:
             rotaries.append(rotary)
-    kind = "rotary" if sites else _other_kind(model, config)
-    if kind == "rotary" and not sites:
-        obstacle = f"{config.model_type} keeps a table of sines instead of frequencies; hf_posext cannot change it"
+    table, no_table = read_table(model) if kind == "learned" and position_tables(model) else (None, None)
+    buckets, no_buckets = read_buckets(model) if kind != "rotary" and bucket_modules(model) else (None, None)
+    if no_table or (no_buckets and kind == "relative"):
+        obstacle = f"{config.model_type} cannot be changed: {no_table or no_buckets}"
     trained, source, shipped = _lengths(config, rotaries)
-    layer_types = tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    return PositionalScheme(kind, config.model_type, trained, source, shipped, tuple(rotaries), layer_types, obstacle)
+    if table is not None:
+        trained, source, shipped = table.usable, "positions in the learned table", table.usable
+    return PositionalScheme(
+        kind,
+        config.model_type,
+        trained,
+        source,
+        shipped,
+        tuple(rotaries),
+        layer_types=tuple(dict.fromkeys(getattr(config, "layer_types", None) or ())),
+        obstacle=obstacle,
+        table=table,
+        slopes=alibi_slopes(model) if kind == "alibi" else (),
+        buckets=buckets,
+    )
 
 
 def _rotary(site: RotarySite) -> Rotary | None:
@@ -194,12 +219,13 @@ def _window(config: PreTrainedConfig, layer_type: str) -> int | None:
 
 def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | None, str, int | None]:
     """Trained length, where it comes from, and the length that the model as shipped claims."""
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
+    held = {name: getattr(config, name, None) for name in LENGTH_FIELDS}
+    field, limit = next(((name, value) for name, value in held.items() if value), ("", None))
     if limit is None:
         return None, "the config does not tell the trained length", None
     scaled = next((rotary for rotary in rotaries if rotary.shipped_type not in ("default", "proportional")), None)
     if scaled is None:
-        return limit, "max_position_embeddings of the config", limit
+        return limit, f"{field} of the config", limit
     factor = float(scaled.shipped.get("factor") or 1.0)
     original = getattr(config, "original_max_position_embeddings", None) or scaled.shipped.get(
         "original_max_position_embeddings"
@@ -212,18 +238,21 @@ def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | No
     return limit, "max_position_embeddings of the config", round(limit * factor)
 
 
-def _other_kind(model: PreTrainedModel, config: PreTrainedConfig) -> str:
-    """The kind of a scheme without rotary frequencies, from the modules that the model has."""
-    if config.model_type in SINUSOID_TABLE_ROPE:
-        return "rotary"
-    if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
-        return "alibi"
-    names = {path.rsplit(".", 1)[-1]: module for path, module in model.named_modules()}
-    if any("Sinusoidal" in type(module).__name__ for module in names.values()):
-        return "sinusoidal"
-    tables = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "positions_embed")
-    if any(isinstance(names.get(name), nn.Embedding) for name in tables):
-        return "learned"
-    if "relative_attention_bias" in names:
-        return "relative"
-    return "none"
+def _kind(model: PreTrainedModel, config: PreTrainedConfig, rotates: bool) -> tuple[str, str | None]:
+    """The kind of a scheme, from the modules that the model has, and why it cannot be changed where that is so."""
+    family = config.model_type
+    if family in SINUSOID_TABLE_ROPE:
+        return "rotary", f"{family} keeps a table of sines instead of frequencies; hf_posext cannot change it"
+    if family in OBSTACLES:
+        kind, reason = OBSTACLES[family]
+        return kind, f"{family} cannot be changed: {reason}"
+    if has_alibi(model):  # before rotary: Falcon has rotary modules in either case
+        return "alibi", None
+    if rotates:
+        return "rotary", None
+    for kind, found in (("sinusoidal", sinusoids), ("learned", position_tables), ("relative", bucket_modules)):
+        if found(model):
+            return kind, None
+    if getattr(config, "relative_attention", False):
+        return "relative", f"{family} cannot be changed: its attention is relative by itself (disentangled)"
+    return "none", None

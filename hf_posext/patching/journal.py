@@ -23,9 +23,17 @@ class Journal:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """`owner.name = value`, remembered. The name `__class__` swaps the class of an instance."""
-        held = name == "__class__" or name in vars(owner) or name in getattr(owner, "_buffers", ())
+        held = name in ("__class__", *vars(owner), *getattr(owner, "_buffers", ()), *getattr(owner, "_parameters", ()))
         self._entries.append((owner, name, getattr(owner, name) if held else _ABSENT))
         setattr(owner, name, value)
+
+    def knows(self, owner: Any, name: str) -> bool:
+        """Whether `owner.name` was changed."""
+        return any(changed is owner and entry == name for changed, entry, _ in self._entries)
+
+    def before(self, owner: Any, name: str) -> Any:
+        """What `owner.name` was before the first change to it."""
+        return next(old for changed, entry, old in self._entries if changed is owner and entry == name)
 
     def on_undo(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Remember a call to make on undo; a bound method or a module's function, so that copies call their own."""
@@ -45,6 +53,8 @@ class Journal:
                 delattr(owner, name)
                 continue
             now = getattr(owner, name)
-            if isinstance(old, torch.Tensor) and isinstance(now, torch.Tensor):
+            if isinstance(old, torch.nn.Parameter):
+                old.data = old.data.to(now.device)  # the same object, which an optimizer may hold
+            elif isinstance(old, torch.Tensor) and isinstance(now, torch.Tensor):
                 old = old.to(now.device)
             setattr(owner, name, old)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..plan import ExtensionPlan
+from ..plan import ExtensionPlan, Part, PositionMap
 from .detect import RotarySite, rotary_sites, text_config
 from .journal import Journal
-from .late_rotation import LateRotation, RotatesLate, release
+from .late_state import LateRotation, RotatesLate, own_phases
 from .mixin import mix
 from .rotary_layout import Angle, Captured, UnknownLayout, measure
 
 CHECK_TOKENS = 24
+
+SELECTED = ("index_topk", "indexer_budget")
+"""What configs call the number of keys that an indexer selects. The check is no longer than that, since selection
+follows the positions of the model."""
+
+TWICE = PositionMap(rate=2)
 
 
 def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str:
@@ -43,15 +50,27 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Jo
             f"{kind} selects keys by their rotated states; {plan.method} cannot follow each row there, yarn can"
         )
     config = text_config(model.config)
-    late = LateRotation(plan, base=config._attn_implementation or "eager", delta=indexed)
-    journal.on_undo(release, late)
+    base = config._attn_implementation or "eager"
+    if base not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"{kind} runs with {base!r} attention; {plan.method} needs 'sdpa' or 'eager': "
+            "model.set_attn_implementation('sdpa')"
+        )
+    late = LateRotation(plan, base, delta=indexed)
+    journal.on_undo(_release, late)
     with evaluating(model):
-        probe = torch.arange(3, 3 + CHECK_TOKENS, device=model.device)[None] % config.vocab_size
-        wanted = _logits(model, probe)
+        selected = [getattr(config, name, CHECK_TOKENS) for name in SELECTED]
+        probe = torch.arange(3, 3 + min(CHECK_TOKENS, *selected), device=model.device)[None] % config.vocab_size
+        strides = (1, 2) if indexed else (1,)
+        wanted = torch.cat([_logits(model, probe, stride) for stride in strides])
         _swap(model, late, journal)
-        _probe_layouts(model, late, probe[:, :5], kind)
+        _probe_layouts(model, late, probe[:, :5], kind, journal)
         got = _logits(model, probe)
         late.unmapped = False
+        if indexed:  # so far nothing was turned there; the model must also give what it gives at doubled positions
+            late.plan = replace(plan, parts=(Part(TWICE, TWICE),), query_scale=None)
+            got = torch.cat([got, _logits(model, probe)])
+            late.plan = plan
     # float32 sums in another order; half precision rounds each rotated state once
     tolerance = (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 5e-2) * wanted.float().abs().max()
     difference = (got - wanted).float().abs().max()
@@ -63,9 +82,16 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Jo
     return "positions are remapped inside attention"
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def _release(late: LateRotation) -> None:
+    late.release()
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """Logits of tokens at positions 0, stride, ...; positions with gaps need a mask, or are taken for a pack."""
+    gaps = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None] * stride}
+    gaps["attention_mask"] = torch.ones_like(ids)
     with torch.no_grad():
-        out: torch.Tensor = model(input_ids=ids, use_cache=False)[0]
+        out: torch.Tensor = model(input_ids=ids, use_cache=False, **(gaps if stride > 1 else {}))[0]
     return out
 
 
@@ -114,7 +140,9 @@ def _backbone(model: PreTrainedModel, site: RotarySite) -> Any:
     return max(holders, key=lambda holder: len(holder[0]))[1]
 
 
-def _probe_layouts(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor, kind: str) -> None:
+def _probe_layouts(
+    model: PreTrainedModel, late: LateRotation, ids: torch.Tensor, kind: str, journal: Journal
+) -> None:
     """Measure every layer's layout, and refuse a model that does not show one."""
 
     def forward(angle: Angle) -> Captured:
@@ -128,7 +156,7 @@ def _probe_layouts(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor
     def groups(name: str) -> torch.Tensor:
         """Slots whose phases agree at some odd positions belong to one pair."""
         positions = torch.tensor([[1, 7, 31, 101, 997, 4001]], device=ids.device)
-        cos, sin = late.phases(name, positions, torch.zeros(1, dtype=torch.float32, device=ids.device))
+        cos, sin = own_phases(late.sites[name], positions, torch.zeros(1, device=ids.device))
         signature = torch.cat([cos.flatten(0, -2), sin.flatten(0, -2)]).T.double()
         pairs: torch.Tensor = torch.unique(signature, dim=0, return_inverse=True)[1]
         return pairs
@@ -153,4 +181,7 @@ def _probe_layouts(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor
             raise UnsupportedModelError(
                 f"{kind} attends to both sides ({free[0]}); {late.plan.method} is defined for causal attention"
             )
+    for path in late.layers:
+        handle = model.get_submodule(path).register_forward_pre_hook(late.before_layer, with_kwargs=True)
+        journal.on_undo(handle.remove)
     late.captured = {}

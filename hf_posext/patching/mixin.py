@@ -1,4 +1,4 @@
-"""Changes the behaviour of one module by swapping its class for a subclass, so that copies and pickles carry it."""
+"""Changes the behaviour of one object by swapping its class for a subclass, so that copies and pickles carry it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from typing import Any
 
 from torch import nn
 
-_mixed: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+_mixed: dict[tuple[type, type], type] = {}
 
 
-class Mixin(nn.Module):
-    """Base of the classes that are mixed into a module's own class by [`mix`]."""
+class Carried:
+    """Base of the classes that are mixed into an object's own class by [`mix`]."""
 
-    _posext_mixins: tuple[type[nn.Module], ...] = ()
-    _posext_base: type[nn.Module]
+    _posext_mixins: tuple[type, ...] = ()
+    _posext_base: type
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = self.__getstate__()  # type: ignore[no-untyped-call]
-        return _instance, (self._posext_mixins, self._posext_base), state
+        return _instance, (self._posext_mixins, self._posext_base), self.__getstate__()
 
 
-def mix(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+class Mixin(Carried, nn.Module):
+    """The same for modules."""
+
+
+def mix(mixin: type, cls: type) -> type:
     """A subclass of `mixin` and `cls` under the name of `cls`; the same one every time."""
     if (mixin, cls) not in _mixed:
         body = {
@@ -33,7 +36,7 @@ def mix(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     return _mixed[mixin, cls]
 
 
-def _instance(mixins: tuple[type[nn.Module], ...], base: type[nn.Module]) -> nn.Module:
+def _instance(mixins: tuple[type, ...], base: type) -> Any:
     """What pickle and deepcopy start from: an empty instance of the mixed class."""
     cls = base
     for mixin in mixins:

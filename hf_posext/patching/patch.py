@@ -13,12 +13,16 @@ from transformers import PreTrainedModel
 from ..errors import AlreadyPatchedError, InvalidParameterError, NotPatchedError, PlanMismatchError
 from ..methods import Method, as_method
 from ..plan import ExtensionPlan
+from .alibi import apply_slopes
 from .checkpoint import save_patched
 from .detect import detect_scheme, unwrap
 from .frequencies import apply_frequencies
 from .journal import Journal
 from .late_setup import apply_late_rotation
+from .learned_table import apply_table, replaced_tables
 from .limits import raise_limits
+from .relative_bias import apply_buckets
+from .sinusoidal import apply_sinusoids
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +47,16 @@ class Patch:
         self._journal = Journal()
         try:
             if not plan.changes_nothing:
-                if plan.rotaries:
-                    self.native_obstacle = apply_frequencies(model, plan, self._journal)
-                if plan.rotates_late:
-                    self.native_obstacle = apply_late_rotation(model, plan, self._journal)
+                for planned, apply in (
+                    (plan.rotaries, apply_frequencies),
+                    (plan.rotates_late, apply_late_rotation),
+                    (plan.table, apply_table),
+                    (plan.slopes, apply_slopes),
+                    (plan.buckets, apply_buckets),
+                    (plan.sinusoids, apply_sinusoids),
+                ):
+                    if planned:
+                        self.native_obstacle = apply(model, plan, self._journal) or self.native_obstacle
                 raise_limits(model, plan.target_length, tokenizer, self._journal)
             self._journal.set(model, "_posext_patch", self)
         except BaseException:
@@ -94,7 +104,7 @@ class Patch:
         """
         if not self.active:
             raise NotPatchedError(f"the patch {self.plan.method!r} is undone; patch again before saving")
-        save_patched(self.model, self.plan, self.tokenizer, directory)
+        save_patched(self.model, self.plan, self.tokenizer, replaced_tables(self.model, self._journal), directory)
 
     def __enter__(self) -> Self:
         return self
@@ -117,8 +127,9 @@ def patch_model(
 ) -> Patch:
     """Change how a model encodes position, in place, so that it reads longer than it was trained to.
 
-    Weights are neither changed nor copied. Limits that would cap the longer input are raised
-    (`max_position_embeddings`, generation, and the tokenizer's if given). `undo` restores all of it to the bit.
+    Weights are neither changed nor copied, but tables of positions, which are replaced by longer ones. Limits that
+    would cap the longer input are raised (`max_position_embeddings`, generation, and the tokenizer's if given).
+    `undo` restores all of it to the bit.
 
     Args:
         model (`PreTrainedModel`): or a PEFT, DDP or `torch.compile` wrapper of one.
@@ -139,7 +150,7 @@ def patch_model(
         MethodNotApplicableError: the method is for another scheme; says what applies.
         InvalidParameterError: a factor or length that cannot be, or a target below the trained or shipped length.
         AlreadyPatchedError: the model carries a patch.
-        NoEffectError: the phases of the model would not change.
+        NoEffectError: the positions of the model would not change.
         PlanMismatchError: a plan made for a model with another scheme.
         UnsupportedModelError: not a transformers model, or one that cannot be patched; says why.
     """

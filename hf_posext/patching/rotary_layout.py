@@ -26,21 +26,25 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Layout:
-    """How the channels of queries or keys turn; index tensors of shape (dim,), on the CPU."""
+    """How the channels of queries or keys turn; tensors of shape (dim,). `turns` is `None` where all channels do."""
 
     slots: torch.Tensor
     partners: torch.Tensor
     weights: torch.Tensor
-    turns: torch.Tensor
+    turns: torch.Tensor | None
 
     def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Queries or keys (batch, heads, tokens, dim) turned by phases (batch, tokens, slots)."""
-        device = states.device
-        slots, weights = self.slots.to(device), self.weights.to(device=device, dtype=states.dtype)
-        turned = states * cos[..., slots].unsqueeze(1)
-        turned = turned + states[..., self.partners.to(device)] * (sin[..., slots] * weights).unsqueeze(1)
+        turned = states * cos[..., self.slots].unsqueeze(1)
+        weights = self.weights.to(states.dtype)
+        turned = turned + states[..., self.partners] * (sin[..., self.slots] * weights).unsqueeze(1)
         turned = turned.to(states.dtype)
-        return turned if bool(self.turns.all()) else torch.where(self.turns.to(device), turned, states)
+        return turned if self.turns is None else torch.where(self.turns, turned, states)
+
+    def to(self, device: torch.device) -> Layout:
+        """The same on a device."""
+        turns = None if self.turns is None else self.turns.to(device)
+        return Layout(self.slots.to(device), self.partners.to(device), self.weights.to(device), turns)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,12 @@ class LayerLayout:
     rotary: str
     query: Layout
     key: Layout
+
+    def to(self, device: torch.device) -> LayerLayout:
+        """The same on a device."""
+        if self.query.slots.device == device:
+            return self
+        return LayerLayout(self.rotary, self.query.to(device), self.key.to(device))
 
 
 class UnknownLayout(Exception):
@@ -98,7 +108,12 @@ def measure(forward: Callable[[Angle], Captured], groups: Callable[[str], torch.
             raise UnknownLayout(f"{layer} is turned by {len(sets)} sets of frequencies")
         slot_of = {int(c): slot for slot, c in reversed(list(enumerate(codes[sets[0]].tolist())))}
         layouts = [
-            Layout(torch.tensor([slot_of.get(int(c), 0) for c in code]), partners, weights, turns)
+            Layout(
+                torch.tensor([slot_of.get(int(c), 0) for c in code]),
+                partners,
+                weights,
+                None if bool(turns.all()) else turns,
+            )
             for partners, weights, turns, code in found
         ]
         layers[layer] = LayerLayout(sets[0], *layouts)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .files import write_atomically
-from .plots import plot_perplexity
+from ..evaluation.files import write_atomically
+from .merge import differences, merge_runs, merged_grids, run_titles
+from .plots import plot_gain_by_position, plot_perplexity, plot_side_by_side
 from .sentences import describe_methods
-from .tables import NOTHING, control_name, control_rows, grids, markdown_table
+from .tables import NOTHING, control_name, control_rows, grids, markdown_table, notes, scheme_name
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -26,7 +27,8 @@ PROTOCOLS = {
 
 
 def write_report(results: Results, directory: str | Path) -> Path:
-    """Writes `results.json`, `results.csv`, `perplexity.png` and `README.md`, each in one step.
+    """Writes `results.json`, `results.csv`, `perplexity.png`, `gain_by_position.png` where there is a control, and
+    `README.md`, each in one step.
 
     Args:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison; may be of a run that was interrupted.
@@ -44,9 +46,9 @@ def write_report(results: Results, directory: str | Path) -> Path:
     results.save_json(directory / "results.json")
     results.save_csv(directory / "results.csv")
     plot_perplexity(results, directory / "perplexity.png")
-    readme = directory / "README.md"
-    write_atomically(readme, render_report(results).encode())
-    return readme
+    if control_rows(results):
+        plot_gain_by_position(results, directory / "gain_by_position.png")
+    return write_atomically(directory / "README.md", render_report(results))
 
 
 def render_report(results: Results) -> str:
@@ -55,25 +57,80 @@ def render_report(results: Results) -> str:
     Args:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
     """
+    provenance = dict(results.provenance)
+    return _render(
+        "report.md.jinja",
+        [results],
+        model=provenance.get("model", "a model"),
+        sentences=describe_methods(results),
+        grids=grids(results),
+        notes=notes(results),
+        control=control_name(results),
+        trained_length=provenance.get("trained_length"),
+        command=provenance.pop("command", None),
+        provenance=_flatten(provenance),
+    )
+
+
+def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> Path:
+    """Writes several runs side by side: `README.md`, `perplexity.png`, and `results.csv` with the rows of all.
+
+    Runs of one model that were measured in the same way become one; all others stay apart, and the report says by
+    what they differ.
+
+    Args:
+        runs (`Mapping[str, Results]`): the runs by the name under which the report speaks of them (their file).
+        directory (`str` or `Path`): made if it does not exist; files of those names are replaced.
+
+    Returns:
+        `Path`: the `README.md`.
+
+    Raises:
+        InvalidParameterError: two runs contradict each other.
+        OSError: the directory cannot be written.
+    """
+    import pandas
+
+    merged = merge_runs(runs)
+    titles = run_titles(merged)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    frames = [run.to_frame().assign(model=title) for run, title in zip(merged, titles, strict=True)]
+    table = pandas.concat([frame.dropna(axis="columns", how="all") for frame in frames])
+    columns = [*frames[0].columns, *(name for name in table.columns if name not in frames[0].columns)]
+    table = table.reindex(columns=["model", *(name for name in columns if name != "model")])
+    write_atomically(directory / "results.csv", table.to_csv(index=False))
+    plot_side_by_side(merged, titles, directory / "perplexity.png")
+    text = _render(
+        "merged.md.jinja",
+        merged,
+        titles=titles,
+        schemes=[scheme_name(run) for run in merged],
+        sentences=[describe_methods(run) for run in merged],
+        notes=[notes(run) for run in merged],
+        grids=merged_grids(merged, titles),
+        differences=differences(merged),
+        files={name: run.provenance for name, run in runs.items()},
+        control="truncated",
+        trained_length=None,
+    )
+    return write_atomically(directory / "README.md", text)
+
+
+def _render(template: str, runs: Sequence[Results], **values: Any) -> str:
     # Markdown, not HTML: a name cannot break out of a table cell (see `_cell`), and there is nothing else to escape.
     environment = Environment(
         loader=PackageLoader("hf_posext.reporting", "."), undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters.update(table=markdown_table, cell=_cell)
-    provenance = dict(results.provenance)
-    used = dict.fromkeys(row["protocol"] for row in results.rows)
-    return environment.get_template("report.md.jinja").render(
-        model=provenance.get("model", "a model"),
-        sentences=describe_methods(results),
-        grids=grids(results),
-        documents=max(row["documents"] for row in results.rows),
-        has_control=bool(control_rows(results)),
-        has_passkey=any(row.get("passkey") is not None for row in results.rows),
-        control=control_name(results),
-        trained_length=provenance.get("trained_length"),
+    used = dict.fromkeys(row["protocol"] for run in runs for row in run.rows)
+    return environment.get_template(template).render(
+        documents=", ".join(str(max(row["documents"] for row in run.rows)) for run in runs),
+        has_control=any(control_rows(run) for run in runs),
+        has_passkey=any(row.get("passkey") is not None for run in runs for row in run.rows),
+        has_short_context=any(run.short_context() for run in runs),
         protocols={protocol: PROTOCOLS.get(protocol, "see its documentation.") for protocol in used},
-        command=provenance.pop("command", None),
-        provenance=_flatten(provenance),
+        **values,
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .tables import Row, by_method, control_rows, format_interval, format_perplexity
+from .tables import Row, by_method, control_rows, finite_interval, format_interval, format_perplexity
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -70,14 +70,14 @@ def _reach(rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
 def _inside(row: Row) -> str:
     """What the extension costs where the model needed none."""
     change = row["change"]
-    interval = row.get("change_ci95")
+    interval = finite_interval(row, "change_ci95")
     span = "" if interval is None else f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
     verb = "costs" if change >= 0 else "saves"
     return f"inside the trained length, at {row['length']}, it {verb} {100 * abs(change):.0f} %{span} of perplexity"
 
 
 def _against_truncation(row: Row) -> str:
-    gain, interval = row["gain"], row.get("gain_ci95")
+    gain, interval = row["gain"], finite_interval(row, "gain_ci95")
     figures = f"(gain {gain:.2f}{format_interval(interval)})"
     length = row["length"]
     if interval is not None and interval[0] <= 1 <= interval[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from hf_posext import detect_scheme, load_patched, patch_model, unpatch_model
 from hf_posext.methods import Method, methods
 from hf_posext.plan import ExtensionPlan
 
-from ..conftest import BUILDERS, TRAINED, logits, tokens
+from ..conftest import BUILDERS, TRAINED, arguments, logits, tokens
 
-FACTOR = 8
+LENGTHS = {"factor": 8, "original_length": TRAINED}
+"""Not every config tells the trained length, and a table may have more rows than were trained."""
 CASES = [
     pytest.param(name, kind, id=f"{name}-{kind}")
     for name, cls in methods().items()
@@ -41,18 +43,18 @@ def test_plan_is_pure_and_survives_json(name: str, kind: str) -> None:
     model, method = build(name, kind)
     scheme = detect_scheme(model)
     before = logits(model, LONG)
-    plan = method.plan(scheme, factor=FACTOR)
-    assert plan == method.plan(scheme, factor=FACTOR)
+    plan = method.plan(scheme, **LENGTHS)
+    assert plan == method.plan(scheme, **LENGTHS)
     assert torch.equal(logits(model, LONG), before), "planning touched the model"
     assert ExtensionPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
-    assert (plan.original_length, plan.target_length) == (TRAINED, FACTOR * TRAINED)
+    assert (plan.original_length, plan.target_length) == (TRAINED, 8 * TRAINED)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_changes_logits_past_the_trained_length(name: str, kind: str) -> None:
     model, method = build(name, kind)
     before = logits(model, LONG)
-    patch_model(model, method, factor=FACTOR)
+    patch_model(model, method, **LENGTHS)
     change = (logits(model, LONG) - before)[:, TRAINED:].abs().max()
     # the weakest effect measured on this model is above 0.1 of logits that spread by 4; rounding is 1e-6
     assert change > 1e-2 * before.std()
@@ -63,10 +65,10 @@ def test_undo_is_exact_also_after_an_exception(name: str, kind: str) -> None:
     model, method = build(name, kind)
     before, config = logits(model, LONG), model.config.to_json_string(use_diff=False)
     attributes = {path: {*vars(module), type(module)} for path, module in model.named_modules()}
-    patch_model(model, method, factor=FACTOR).undo()
-    with pytest.raises(KeyError), patch_model(model, method, factor=FACTOR):
+    patch_model(model, method, **LENGTHS).undo()
+    with pytest.raises(KeyError), patch_model(model, method, **LENGTHS):
         raise KeyError("in the middle")
-    patch_model(model, method, factor=FACTOR)
+    patch_model(model, method, **LENGTHS)
     unpatch_model(model)
     assert torch.equal(logits(model, LONG), before)
     assert model.config.to_json_string(use_diff=False) == config
@@ -76,16 +78,17 @@ def test_undo_is_exact_also_after_an_exception(name: str, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_cached_decoding_equals_one_forward(name: str, kind: str) -> None:
     model, method = build(name, kind)
-    patch = patch_model(model, method, factor=FACTOR)
+    patch = patch_model(model, method, **LENGTHS)
     # a method that follows the length of the row is exact within the trained length; what remains past it is measured
     # in test_remapping.py
     steps_past = 0 if patch.plan.multipass else 12
     whole = logits(model, LONG[:, : TRAINED + steps_past])
     with torch.no_grad():
-        out = model(LONG[:, : TRAINED - 4], use_cache=True)
+        out = model(**arguments(model, LONG[:, : TRAINED - 4]), use_cache=True)
         steps = [out.logits]
         for i in range(TRAINED - 4, TRAINED + steps_past):  # across the trained length
-            out = model(LONG[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            step = arguments(model, LONG[:, i : i + 1])
+            out = model(**step, past_key_values=out.past_key_values, use_cache=True)
             steps.append(out.logits)
     # float32 sums in another order; logits spread by 4
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=2e-4, rtol=0)
@@ -95,7 +98,7 @@ def test_cached_decoding_equals_one_forward(name: str, kind: str) -> None:
 def test_a_row_depends_on_nothing_but_itself(name: str, kind: str) -> None:
     """Not on earlier calls, not on its batch-mates, not on padding at its left."""
     model, method = build(name, kind)
-    patch_model(model, method, factor=FACTOR)
+    patch_model(model, method, **LENGTHS)
     short = tokens(2 * TRAINED, seed=1)
     alone = logits(model, short)
     logits(model, LONG)
@@ -104,8 +107,11 @@ def test_a_row_depends_on_nothing_but_itself(name: str, kind: str) -> None:
     width = LONG.shape[1]
     padded = torch.cat([torch.zeros(1, width - short.shape[1], dtype=torch.long), short], 1)
     mask = (torch.cat([padded, LONG]) != 0).long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    both = logits(model, torch.cat([padded, LONG]), attention_mask=mask, position_ids=positions)
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    if model.config.is_encoder_decoder:
+        given = {"decoder_attention_mask": mask}
+    taken = inspect.signature(model.forward).parameters
+    both = logits(model, torch.cat([padded, LONG]), **{name: value for name, value in given.items() if name in taken})
     # float32 sums in another order; logits spread by 4
     torch.testing.assert_close(both[:1, -short.shape[1] :], alone, atol=2e-4, rtol=0)
     torch.testing.assert_close(both[1:], logits(model, LONG), atol=2e-4, rtol=0)
@@ -118,10 +124,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case in CASES:
         name, kind = case.values
         model, method = build(str(name), str(kind))
-        patch = patch_model(model, method, factor=FACTOR)
+        patch = patch_model(model, method, **LENGTHS)
         directory = root / f"{name}-{kind}"
         patch.save_pretrained(directory)
-        answer = {"native": patch.native_obstacle is None, "ids": LONG, "logits": logits(model, LONG)}
+        answer = {"native": patch.native_obstacle is None, "logits": logits(model, LONG)}
+        answer |= {"class": type(model).__name__, "arguments": arguments(model, LONG)}
         torch.save(answer, root / f"{name}-{kind}.pt")
     for reader in (PLAIN_READER, OUR_READER):
         subprocess.run([sys.executable, "-c", reader, str(root)], check=True)
@@ -130,13 +137,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PLAIN_READER = """
 import sys; sys.modules["hf_posext"] = None  # importing it would raise
-import pathlib, torch
-from transformers import AutoModelForCausalLM
+import pathlib, torch, transformers
 for answer in pathlib.Path(sys.argv[1]).glob("*.pt"):
     wanted = torch.load(answer)
     if wanted["native"]:
+        model = getattr(transformers, wanted["class"]).from_pretrained(answer.with_suffix(""))
         with torch.no_grad():
-            wanted["plain"] = AutoModelForCausalLM.from_pretrained(answer.with_suffix(""))(wanted["ids"]).logits
+            wanted["plain"] = model(**wanted["arguments"]).logits
         torch.save(wanted, answer)
 """
 OUR_READER = """
@@ -145,7 +152,7 @@ from hf_posext import load_patched
 for answer in pathlib.Path(sys.argv[1]).glob("*.pt"):
     wanted = torch.load(answer)
     with torch.no_grad():
-        wanted["ours"] = load_patched(answer.with_suffix(""))(wanted["ids"]).logits
+        wanted["ours"] = load_patched(answer.with_suffix(""))(**wanted["arguments"]).logits
     torch.save(wanted, answer)
 """
 
@@ -157,7 +164,7 @@ def test_saved_model_is_equal_in_a_new_process(name: str, kind: str, saved: Path
     assert answer["native"] == ("plain" in answer)
     if answer["native"]:
         assert torch.equal(answer["plain"], answer["logits"])
-    files = {path.suffix for path in (saved / f"{name}-{kind}").iterdir()}
+    files = {path.suffix for path in (saved / f"{name}-{kind}").rglob("*") if path.is_file()}
     assert files <= {".json", ".safetensors"}
 
     model = load_patched(saved / f"{name}-{kind}")

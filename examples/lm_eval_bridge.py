@@ -1,0 +1,56 @@
+"""Tasks of lm-evaluation-harness on a model, as it is and patched; `pip install 'hf_posext[lm-eval]'` first.
+
+python examples/lm_eval_bridge.py --limit 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_posext import patch_model
+
+
+def evaluate(
+    model: Any, tokenizer: Any, tasks: list[str], include_path: str, max_length: int, limit: int | None
+) -> dict[str, Any]:
+    """Results of lm-eval by task, for the model as it is now."""
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=1)
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    found = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)
+    results: dict[str, Any] = found["results"]
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Evaluate without and with the patch, and print both."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="examples/tiny/tiny-rope", help="Hub id or folder")
+    parser.add_argument("--method", default="yarn")
+    parser.add_argument("--factor", type=float, default=8)
+    parser.add_argument("--max-length", type=int, default=4096, help="tokens of a window, with and without the patch")
+    parser.add_argument("--tasks", nargs="+", default=["heldout_novels"])
+    parser.add_argument("--include-path", default="examples/lm_eval_tasks", help="folder of task YAML files")
+    parser.add_argument("--limit", type=int, help="documents of each task; all by default")
+    options = parser.parse_args(arguments)
+
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    what = (tokenizer, options.tasks, options.include_path, options.max_length, options.limit)
+    results = {"none": evaluate(model, *what)}
+    with patch_model(model, options.method, factor=options.factor, tokenizer=tokenizer):
+        results[options.method] = evaluate(model, *what)
+    print(json.dumps(results, indent=1, default=str))
+    return results
+
+
+if __name__ == "__main__":
+    main()

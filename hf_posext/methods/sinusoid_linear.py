@@ -1,0 +1,31 @@
+"""Position interpolation of absolute sinusoids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, PositionMap
+from ..registry import register
+from .base import Method
+
+
+@register
+@dataclass(frozen=True)
+class SinusoidLinear(Method):
+    """Each token gets the sines of a position squeezed back into the trained range.
+
+    Those of `p / s` instead of `p`. Position interpolation (Chen et al., *Extending Context Window of Large Language
+    Models via Positional Interpolation*, 2023) of the sinusoids of Vaswani et al., 2017.
+    """
+
+    name: ClassVar[str] = "sinusoid-linear"
+    title: ClassVar[str] = "interpolated sinusoids"
+    url: ClassVar[str] = "https://arxiv.org/abs/2306.15595"
+    kinds: ClassVar[tuple[str, ...]] = ("sinusoidal",)
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        if plan.sinusoids is not None:
+            raise InvalidParameterError(f"{plan.method} squeezes positions twice; give {self.name} once")
+        return replace(plan, sinusoids=PositionMap(rate=1 / plan.factor))

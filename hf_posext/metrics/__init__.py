@@ -1,0 +1,5 @@
+"""Modules for `evaluate`: `evaluate.load(path)` reads each from its folder, and each is a class to import."""
+
+from .long_document_perplexity import LongDocumentPerplexity
+
+__all__ = ["LongDocumentPerplexity"]

@@ -1,0 +1,5 @@
+"""Perplexity of documents from NLL sums and token counts, as a module for `evaluate`."""
+
+from .long_document_perplexity import LongDocumentPerplexity
+
+__all__ = ["LongDocumentPerplexity"]

@@ -1,0 +1,224 @@
+"""What the parts of a late rotation share: where the tokens of a forward are, and the phases there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import EvaluationError
+from ..plan import ExtensionPlan, RotaryPlan
+from .detect import RotarySite, text_config
+from .late_cache import close_cache, find_cache, open_cache
+from .late_rotation import MASKS, lease
+from .mixin import Mixin
+from .rotary_layout import Angle, Captured, LayerLayout
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of one forward are, as one rotary module was asked.
+
+    Args:
+        name (`str`): the set of frequencies.
+        given (`torch.Tensor` of shape `(batch or 1, tokens)`, or with leading axes in multimodal models): as asked.
+        keys (`torch.Tensor` of shape `(batch or 1, keys)`): of all keys, those in the cache first.
+        aligned (`bool`): several tokens, and the positions of all keys are their indices.
+        task (`int`): the backward pass in which this was asked; -1 outside.
+    """
+
+    name: str
+    given: torch.Tensor
+    keys: torch.Tensor
+    aligned: bool
+    task: int
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """Positions (batch or 1, tokens); those on the first axis in multimodal models."""
+        return self.given if self.given.ndim == 2 else self.given[0]
+
+
+class LateRotation:
+    """What the rotary modules, the attention function and the hooks of one patched model share.
+
+    Plain data and tensors, so that copies and pickles of the model carry their own.
+    """
+
+    def __init__(self, plan: ExtensionPlan, base: str, delta: bool) -> None:
+        self.plan = plan
+        self.base = base
+        self.delta = delta
+        self.sites: dict[str, RotarySite] = {}
+        self.layers: dict[str, LayerLayout] = {}
+        self.angle: Angle | None = None
+        self.captured: Captured = {}
+        self.unmapped = True  # until the layouts are known and checked
+        self.latest: dict[str, Positions] = {}
+        self.carried: dict[str, Positions] = {}
+        self.past: torch.Tensor | None = None
+        self.release = lease(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to the forward at hand or to this process."""
+        fresh = {"latest": {}, "carried": {}, "past": None}
+        return {name: value for name, value in vars(self).items() if name != "release"} | fresh
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.release = lease(self)
+
+    def note(self, name: str, given: torch.Tensor) -> Positions:
+        """Remember where the tokens are, as a rotary module is asked for their phases."""
+        keys = given if given.ndim == 2 else given[0]
+        several = keys.shape[1] > 1
+        if self.past is not None:
+            rows = max(keys.shape[0], self.past.shape[0])
+            keys = torch.cat([self.past.expand(rows, -1).to(keys.device), keys.expand(rows, -1)], -1)
+        # a compiled graph cannot look; it attends to masked rectangles where bands would do
+        seen = several and not torch.compiler.is_compiling()
+        aligned = seen and bool((keys == torch.arange(keys.shape[1], device=keys.device)).all())
+        self.latest[name] = Positions(name, given, keys, aligned, _backward_task())
+        return self.latest[name]
+
+    def positions(self, name: str) -> Positions:
+        """Where the tokens are that a layer attends from.
+
+        Those that came with its phases, as a gradient checkpoint may run the layer after another forward; the latest
+        where phases did not pass through its arguments (compiled graphs, and layers with a rotary module inside).
+        """
+        found = self.carried.get(name) or self.latest[name]
+        if found.task != _backward_task() and name not in self.carried:
+            raise EvaluationError(
+                "a gradient checkpoint runs a layer again whose phases came without their positions; "
+                "turn gradient checkpointing off for this model: model.gradient_checkpointing_disable()"
+            )
+        return found
+
+    def phases(
+        self, at: Positions, wanted: torch.Tensor, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine (batch, tokens, slots) at wanted positions (batch, tokens), in the dtype and on the device
+        of `like`."""
+        site = self.sites[at.name]
+        entry = next((rotary for rotary in self.plan.rotaries if rotary.name == at.name), None)
+        if entry is None or entry.growth is None or self.unmapped:
+            return own_phases(site, wanted, like)
+        lengths = _document_lengths(at.queries)
+        if wanted.shape[-1] != lengths.shape[-1]:  # keys from a cache are of the document that goes on
+            lengths = lengths[:, -1:]
+        scales = (lengths / self.plan.original_length).clamp(min=1.0).expand(*wanted.shape[-2:])
+        cos = sin = None
+        for scale in scales.unique():
+            new_cos, new_sin = _grown_phases(site, entry, wanted, scale, like)
+            here = (scales == scale)[..., None].to(like.device)
+            cos = new_cos if cos is None else torch.where(here, new_cos, cos)
+            sin = new_sin if sin is None else torch.where(here, new_sin, sin)
+        assert cos is not None and sin is not None
+        return cos, sin
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook of the model: find the positions of the keys in the cache."""
+        chosen = text_config(module.config)._attn_implementation
+        if chosen not in MASKS:
+            raise EvaluationError(
+                f"the attention was set to {chosen!r} while a patch that rotates in it is in force; "
+                "undo the patch, set the attention, then patch again"
+            )
+        cache = find_cache((*args, *kwargs.values()))
+        self.past = None if cache is None else open_cache(cache)
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hook of the model: leave the positions of the keys with the cache that holds them."""
+        values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
+        cache = find_cache((*values, *args, *kwargs.values()))
+        if cache is not None and self.latest:
+            close_cache(cache, next(iter(self.latest.values())).keys)
+        self.past = None
+
+    def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook of an attention layer: find the positions that came with its phases."""
+        if not torch.compiler.is_compiling():
+            self.carried = {found.name: found for found in _carried((*args, *kwargs.values()))}
+
+
+def _carried(values: Iterable[Any]) -> list[Positions]:
+    flat = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    return [one._posext_at for one in flat if hasattr(one, "_posext_at")]
+
+
+def _backward_task() -> int:
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+class RotatesLate(Mixin):
+    """Mixed into the class of a rotary module: notes the positions and returns the identity."""
+
+    _posext_late: LateRotation
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
+        late = self._posext_late
+        extra = {} if layer_type is None else {"layer_type": layer_type}
+        out = super().forward(x, position_ids, **extra)
+        name = layer_type if layer_type in late.sites else ""
+        if late.angle is not None:
+            return _turned(out, late.angle, name)
+        at = late.note(name, position_ids)
+        if not late.delta:
+            out = _turned(out, lambda _, cos: torch.zeros_like(cos), name)
+        if not torch.compiler.is_compiling():
+            (out if isinstance(out, torch.Tensor) else out[0])._posext_at = at
+        return out
+
+
+def _turned(out: Any, angle: Angle, name: str) -> Any:
+    """A rotary module's output with quarter turns in place of its phases."""
+    cos, _ = _parts(out)
+    quarters = angle(name, cos)
+    if isinstance(out, torch.Tensor):
+        return torch.complex((1 - quarters).float(), quarters.float())
+    return type(out)((1 - quarters, quarters))
+
+
+def _parts(out: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of a rotary module's output, which may be complex."""
+    return (out.real, out.imag) if isinstance(out, torch.Tensor) else (out[0], out[1])
+
+
+def own_phases(site: RotarySite, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the module's own forward gives at positions, below the mixin; layers may be on other devices than it."""
+    module: Any = site.module
+    extra = {"layer_type": site.name} if site.name else {}
+    device = getattr(module, f"{site.prefix}inv_freq").device
+    x = torch.empty(0, dtype=like.dtype, device=device)
+    cos, sin = _parts(super(RotatesLate, module).forward(x, positions.to(device), **extra))
+    return cos.to(like.device), sin.to(like.device)
+
+
+def _document_lengths(positions: torch.Tensor) -> torch.Tensor:
+    """For each token, the length of the document it is in: its highest position + 1. Several documents may be packed
+    into a row; one ends where positions fall."""
+    document = (positions.diff(prepend=positions[:, :1]) < 0).cumsum(-1)
+    highest = torch.zeros_like(positions).scatter_reduce(-1, document, positions, "amax")
+    return highest.gather(-1, document) + 1
+
+
+def _grown_phases(
+    site: RotarySite, entry: RotaryPlan, positions: torch.Tensor, scale: torch.Tensor, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Phases with the frequencies that a document of one length has."""
+    assert entry.growth is not None
+    name = f"{site.prefix}inv_freq"
+    held: torch.Tensor = getattr(site.module, name)
+    moving, power, kept = (held.new_tensor(n) for n in (entry.growth.moving, entry.growth.power, entry.growth.kept))
+    scale = scale.to(held.device)
+    try:
+        setattr(site.module, name, moving * scale ** (-power) + kept)
+        cos, sin = own_phases(site, positions, like)
+    finally:
+        setattr(site.module, name, held)
+    sharper = (1 + entry.growth.temperature * scale.log()).to(cos)
+    return cos * sharper, sin * sharper

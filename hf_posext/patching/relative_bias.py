@@ -1,0 +1,67 @@
+"""Sorts relative distances into other buckets than a model was trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import NoEffectError
+from ..plan import BucketPlan, ExtensionPlan
+from .journal import Journal
+from .mixin import Mixin, mix
+from .sites import bucket_modules
+
+
+class OtherBuckets(Mixin):
+    """Mixed into a module that sorts distances into buckets, by a method of either name."""
+
+    _posext_buckets: BucketPlan
+
+    def _relative_position_bucket(self, relative_position: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        squeezed = _squeezed(relative_position, self._posext_buckets.factor)
+        out: torch.Tensor = super()._relative_position_bucket(squeezed, *args, **kwargs)  # type: ignore[misc]
+        return out
+
+    def relative_position_bucket(self, relative_position: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """MPNet's, which has no maximum distance of its own to set."""
+        if self._posext_buckets.max_distance is not None:
+            kwargs["max_distance"] = self._posext_buckets.max_distance
+        squeezed = _squeezed(relative_position, self._posext_buckets.factor)
+        out: torch.Tensor = super().relative_position_bucket(squeezed, *args, **kwargs)  # type: ignore[misc]
+        return out
+
+
+def _squeezed(distance: torch.Tensor, factor: float) -> torch.Tensor:
+    """`sign(d) ceil(|d| / s)`, whole numbers, since the nearest distances have a bucket each."""
+    return distance.sign() * (distance.abs() / factor).ceil().to(distance.dtype)
+
+
+def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str | None:
+    """Put the buckets of a plan into a model.
+
+    Returns:
+        `str`, *optional*: `None` where the config now says the same as the live model, else why it cannot.
+
+    Raises:
+        NoEffectError: distances are sorted as before.
+    """
+    assert plan.buckets is not None and plan.scheme.buckets is not None
+    reach, shipped = plan.buckets.max_distance, plan.scheme.buckets.max_distance
+    if plan.buckets.factor == 1 and reach in (None, shipped):
+        raise NoEffectError(
+            f"{plan.describe()} leaves the buckets as they are; give a factor above 1, or method 'none'"
+        )
+    sites = bucket_modules(model).values()
+    said = all(hasattr(module, "relative_attention_max_distance") for module in sites)
+    if reach is not None and said:
+        for module in sites:
+            journal.set(module, "relative_attention_max_distance", reach)
+        journal.set(model.config, "relative_attention_max_distance", reach)
+    if plan.buckets.factor == 1 and said:
+        return None
+    for module in sites:
+        journal.set(module, "_posext_buckets", plan.buckets)
+        journal.set(module, "__class__", mix(OtherBuckets, type(module)))
+    return "no config of transformers can say that distances are divided before they are sorted into buckets"

@@ -1,0 +1,91 @@
+"""Gives the positions of a sinusoidal model the sines of other positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import NoEffectError, UnsupportedModelError
+from ..plan import ExtensionPlan, PositionMap
+from .banded_attention import mapped
+from .journal import Journal
+from .learned_table import set_rows
+from .mixin import Mixin, mix
+from .sites import sinusoids
+from .stretch import sines
+
+
+class OtherSines(Mixin):
+    """Mixed into a module that makes a table of sines, and makes it anew when the input is longer (XGLM, M2M-100)."""
+
+    _posext_positions: PositionMap
+    _posext_radians: tuple[float, ...]
+
+    def get_embedding(self, num_embeddings: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        table: torch.Tensor = super().get_embedding(num_embeddings, *args, **kwargs)  # type: ignore[misc]
+        first = getattr(self, "offset", 0)  # rows before position 0 are padding
+        positions = mapped(torch.arange(num_embeddings - first), self._posext_positions)
+        frequencies = torch.tensor(self._posext_radians, dtype=torch.float64)
+        other = sines(first + positions.double(), frequencies)
+        return torch.cat([table[:first], other.to(table)])
+
+
+def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str | None:
+    """Put the positions of a plan into a model.
+
+    Returns:
+        `str`, *optional*: `None` where the sines are saved with the weights, else why a saved checkpoint needs this
+        package.
+
+    Raises:
+        NoEffectError: positions stay as they are.
+        UnsupportedModelError: the sines of the model follow no formula that is known here.
+    """
+    assert plan.sinusoids is not None
+    if plan.sinusoids == PositionMap():
+        raise NoEffectError(f"{plan.describe()} leaves positions as they are; give a factor above 1, or method 'none'")
+    found = sinusoids(model)
+    rows: dict[str, torch.Tensor] = {}
+    for path, module in found.items():
+        table: Any = module.weight if isinstance(module, nn.Embedding) else module.weights
+        frequencies = _frequencies(table, f"{path} of {plan.scheme.model_type}")
+        if isinstance(module, nn.Embedding):
+            at = mapped(torch.arange(plan.target_length), plan.sinusoids)
+            rows[path] = sines(at, frequencies).to(table)
+            continue
+        journal.set(module, "_posext_positions", plan.sinusoids)
+        journal.set(module, "_posext_radians", tuple(frequencies.tolist()))
+        journal.set(module, "__class__", mix(OtherSines, type(module)))
+        make: Any = module
+        longer = make.get_embedding(len(table), table.shape[1], getattr(module, "padding_idx", None))
+        journal.set(module, "weights", longer.to(table))
+    if rows:
+        set_rows(model, rows, journal)
+    ignored = model._keys_to_ignore_on_save or ()
+    if rows.keys() == found.keys() and not any(f"{path}.weight" in ignored for path in rows):
+        return None
+    return "transformers makes the sines anew when it opens a checkpoint"
+
+
+def _frequencies(table: torch.Tensor, name: str) -> torch.Tensor:
+    """Radians per position, float64 of shape `(width / 2,)`: the formula whose row 3 is that of the table.
+
+    Raises:
+        UnsupportedModelError: neither formula is.
+    """
+    half = table.shape[1] // 2
+    steps = torch.arange(half, dtype=torch.float64)
+    candidates = [10_000 ** (-steps / half), 10_000 ** (-steps / max(half - 1, 1))]
+    row = table[3].detach().to("cpu", torch.float64)
+    if table.shape[1] == 2 * half:
+        three = torch.tensor([3])
+        errors = [float((sines(three, candidate)[0] - row).abs().max()) for candidate in candidates]
+        # half a unit in the last place of sines near 1, and a float32 angle
+        if min(errors) <= 1e-6 + torch.finfo(table.dtype).eps:
+            return candidates[errors.index(min(errors))]
+    raise UnsupportedModelError(
+        f"{name} does not hold sines of 10000 ** (-i / n); hf_posext cannot move its positions"
+    )

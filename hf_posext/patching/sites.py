@@ -1,0 +1,140 @@
+"""Where a model keeps positions that are not rotary: tables, sinusoids, relative biases, ALiBi."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..scheme import Buckets, Table
+
+TABLE_NAMES = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "positions_embed")
+"""What the modeling files of transformers call a learned table of positions."""
+
+LENGTH_FIELDS = (
+    "max_position_embeddings",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+    "max_target_positions",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+)
+"""What the configs call the longest input, most common first."""
+
+OBSTACLES = {
+    "reformer": ("learned", "its table is a sum of two (axial positions), which fixes the length"),
+    "cpmant": ("relative", "it sorts distances of segments into buckets of its own"),
+    "xlnet": ("relative", "its attention is relative to sinusoids (Transformer-XL)"),
+    "inkling_text": ("relative", "its distances are logits of their own, not buckets"),
+    "inkling2_text": ("relative", "its distances are logits of their own, not buckets"),
+    "fsmt": ("sinusoidal", "its sines are made anew when the input is longer"),
+    "ctrl": ("sinusoidal", "its sines are made inside the model"),
+    "pegasus_x": ("sinusoidal", "its sines are made anew in every forward"),
+}
+"""Families that no structure below tells: their kind, and why they cannot be changed."""
+
+_BUCKET_FUNCTIONS = ("_relative_position_bucket", "relative_position_bucket")
+
+
+def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with their paths, but those of the image or audio part of a model."""
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    parts = (getattr(config, name, None) for name in config.sub_configs or {})
+    foreign = {id(part) for part in parts if part is not None and part is not text}
+    outside: list[str] = []
+    for path, module in model.named_modules():
+        if id(getattr(module, "config", None)) in foreign:
+            outside.append(f"{path}.")
+        if not f"{path}.".startswith(tuple(outside)):
+            yield path, module
+
+
+def position_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
+    """The learned tables of positions by path: none, one, or one of the encoder and one of the decoder."""
+    return {
+        path: module
+        for path, module in text_modules(model)
+        if isinstance(module, nn.Embedding)
+        and path.rsplit(".", 1)[-1] in TABLE_NAMES
+        and "Sinusoidal" not in type(module).__name__
+    }
+
+
+def table_offset(module: nn.Embedding) -> int:
+    """The row of position 0: BART and OPT say it, and RoBERTa counts from behind the padding row."""
+    offset: Any = getattr(module, "offset", None)
+    if isinstance(offset, int):
+        return offset
+    return 0 if module.padding_idx is None else module.padding_idx + 1
+
+
+def sinusoids(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that keep sines of positions by path: embeddings that are not trained, or a table that grows."""
+    return {path: module for path, module in text_modules(model) if "Sinusoidal" in type(module).__name__}
+
+
+def bucket_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that hold a learned bias for each bucket of relative distances, by path."""
+    return {
+        path: module
+        for path, module in text_modules(model)
+        if any(name.endswith("relative_attention_bias") for name in module._modules)
+    }
+
+
+def bucket_function(module: nn.Module) -> str | None:
+    """The name of the method by which a module sorts distances into buckets; `None` where it has none."""
+    return next((name for name in _BUCKET_FUNCTIONS if hasattr(module, name)), None)
+
+
+def read_table(model: PreTrainedModel) -> tuple[Table | None, str | None]:
+    """Size of the learned tables, and why they cannot be stretched where that is so."""
+    tables = position_tables(model)
+    sizes = {Table(m.num_embeddings, table_offset(m), m.embedding_dim) for m in tables.values()}
+    if len(sizes) > 1:
+        rows = " and ".join(str(module.num_embeddings) for module in tables.values())
+        return None, f"its encoder and decoder have position tables of {rows} rows, and a plan has one length"
+    return next(iter(sizes)), None
+
+
+def read_buckets(model: PreTrainedModel) -> tuple[Buckets | None, str | None]:
+    """Count and reach of the buckets, and why they cannot be changed where that is so."""
+    found = set()
+    for path, module in bucket_modules(model).items():
+        name = bucket_function(module)
+        if name is None:
+            return None, f"{path} sorts distances of more than one kind into buckets"
+        bias: Any = next(part for key, part in module._modules.items() if key.endswith("relative_attention_bias"))
+        reach = getattr(module, "relative_attention_max_distance", None)
+        if reach is None:
+            reach = inspect.signature(getattr(type(module), name)).parameters["max_distance"].default
+        found.add(Buckets(bias.num_embeddings, reach))
+    return (None, "its layers have different buckets") if len(found) > 1 else (next(iter(found)), None)
+
+
+def has_alibi(model: PreTrainedModel) -> bool:
+    """Whether attention is biased by ALiBi: always in BLOOM and MPT, by an option in Falcon."""
+    config = model.config.get_text_config(decoder=True)
+    return config.model_type in ("bloom", "mpt") or bool(getattr(config, "alibi", False))
+
+
+def alibi_slopes(model: PreTrainedModel) -> tuple[float, ...]:
+    """The slope of each head, as the modeling file computes its biases: from position 0 to position 1."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    file = sys.modules[type(model).__module__]
+    build: Callable[..., torch.Tensor] | None = getattr(file, "build_mpt_alibi_tensor", None)
+    with torch.device("cpu"):
+        if build is not None:
+            biases = build(heads, 2)
+        else:
+            biases = file.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)
+    slopes = biases.reshape(heads, 2).float().diff(dim=1).flatten()
+    return tuple(slopes.tolist())

@@ -1,0 +1,180 @@
+"""What the pictures share: colours, lines with intervals, axes, and how a figure is saved."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from ..evaluation.files import write_atomically
+from ..evaluation.statistics import bootstrap_interval
+from .tables import Row, by_method, control_rows, finite_interval, format_perplexity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ..evaluation import Results
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; the marker says it a second time. The unpatched
+# model is black and its truncated control grey, so that the eye finds "before" at once.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+BEFORE, CONTROL, GRID, INK = "#000000", "#757575", "#E6E6E6", "#333333"
+
+# 9 inches at 200 dots are 1800 pixels: sharp at the width of a README (900), where 9 points are 12 pixels high.
+WIDTH, DPI = 9.0, 200
+LEGEND_COLUMNS, LEGEND_WIDTH = 6, 120  # columns at most, and letters that fit beside each other
+HANDLE = 8  # letters that the line before a name and the gap after it are worth
+
+Style = Mapping[str, Any]
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure, as wide as all the others, `height` inches high."""
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, hspace=0.04)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes the PNG in one step."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_atomically(path, png.getvalue())
+
+
+def legend_below(figure: Figure, *panels: Axes) -> None:
+    """One legend of all panels, each name once, in as many columns as its names leave room for."""
+    handles: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(str(label), handle)
+    names = list(handles)
+    fitting = (n for n in range(min(LEGEND_COLUMNS, len(names)), 1, -1) if _legend_width(names, n) <= LEGEND_WIDTH)
+    place: Any = {"loc": "outside lower center", "ncols": next(fitting, 1)}
+    figure.legend(list(handles.values()), names, frameon=False, fontsize=9.5, **place)
+
+
+def _legend_width(names: list[str], columns: int) -> int:
+    """Letters that a legend takes, its columns filled one after the other as matplotlib does."""
+    return sum(max(map(len, column)) + HANDLE for column in np.array_split(names, columns))
+
+
+def method_styles(names: list[str]) -> dict[str, Style]:
+    """A colour and a marker for each method; their numbers are coprime, so that a pair returns after 42 methods."""
+    shared = {"markersize": 6, "linewidth": 1.9, "markeredgecolor": "white", "markeredgewidth": 0.8}
+    patched = [name for name in names if name != "none"]
+    styles: dict[str, Style] = {
+        name: {**shared, "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, name in enumerate(patched)
+    }
+    return {"none": {**shared, "color": BEFORE, "marker": "X"}, **styles}
+
+
+def draw_line(
+    panel: Axes, name: str, rows: Mapping[int, Row], key: str, intervals: Mapping[int, Any], style: Style
+) -> None:
+    """One line over the lengths at which the value is finite, with bars where there is an interval."""
+    values = {length: row[key] for length, row in rows.items() if row.get(key) is not None and math.isfinite(row[key])}
+    # A bootstrap interval can miss its own estimate by a hair, and matplotlib refuses a bar of negative length.
+    ends = {length: intervals.get(length) or (value, value) for length, value in values.items()}
+    below = [max(value - ends[length][0], 0.0) for length, value in values.items()]
+    above = [max(ends[length][1] - value, 0.0) for length, value in values.items()]
+    bars = [below, above] if any(intervals.values()) else None
+    panel.errorbar(list(values), list(values.values()), yerr=bars, label=name, elinewidth=1.0, capsize=2.5, **style)
+
+
+def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], control: str) -> None:
+    """Tail perplexity of every method by length, and of the control under the name that is given."""
+    truncated = control_rows(results)
+    if truncated:
+        values = [row["perplexity_truncated_tail"] for row in truncated.values()]
+        line: Style = {"color": CONTROL, "linestyle": "--", "linewidth": 1.9, "marker": "."}
+        panel.plot(list(truncated), values, label=control, **line)
+    for name, rows in by_method(results).items():
+        draw_line(panel, name, rows, "perplexity_tail", _tail_intervals(results, rows), styles[name])
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_perplexity(value).removesuffix(".0")))
+    panel.set_ylim(top=1.15 * panel.get_ylim()[1])  # room for the words beside the trained length
+
+
+def draw_gain(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Mapping[str, Style]) -> None:
+    """Gain over the control by length, and the line at 1."""
+    draw_truncation(panel)
+    for name, rows in methods.items():
+        intervals = {length: finite_interval(row, "gain_ci95") for length, row in rows.items()}
+        draw_line(panel, name, rows, "gain", intervals, styles[name])
+    panel.set_ylim(0, max(1.12, panel.get_ylim()[1]))
+
+
+def draw_truncation(panel: Axes) -> None:
+    """The line of a gain of 1: as good as truncation."""
+    panel.axhline(1.0, color=CONTROL, linestyle="--", linewidth=1.5)
+    note(panel, "truncation", 1.0, 1.0, ("axes fraction", "data"), ha="right", va="bottom")
+
+
+def _tail_intervals(results: Results, rows: Mapping[int, Row]) -> dict[int, list[float] | None]:
+    """95 % intervals of the tail perplexity by length, over documents; rows have those of the whole perplexity."""
+    intervals = {}
+    for length, row in rows.items():
+        own = [
+            record
+            for record in results.per_document
+            if (record["method"], record["factor"], record["length"]) == (row["method"], row["factor"], length)
+        ]
+        nll, tokens = [record["tail_nll_sum"] for record in own], [record["tail_tokens"] for record in own]
+        intervals[length] = bootstrap_interval(nll, tokens, results.provenance.get("seed", 0))
+    return intervals
+
+
+def note(
+    panel: Axes, text: str, x: float, y: float, coordinates: tuple[str, str], ha: Any = "left", va: Any = "top"
+) -> None:
+    """Words beside a line, a little off it."""
+    offset = (3 if ha == "left" else 0, -3 if va == "top" else 3)
+    place = {"xycoords": coordinates, "xytext": offset, "textcoords": "offset points"}
+    panel.annotate(text, (x, y), **place, ha=ha, va=va, fontsize=8, color=INK)  # type: ignore[arg-type]
+
+
+def note_trained_length(panel: Axes, results: Results) -> None:
+    """The words at the line where training ended."""
+    trained = results.provenance.get("trained_length")
+    if trained:
+        note(panel, f"trained length {trained}", trained, 1.0, ("data", "axes fraction"))
+
+
+def dress(panel: Axes, results: Results) -> None:
+    """What all panels share: fonts, colours, the grid, and where training ended."""
+    trained = results.provenance.get("trained_length")
+    if trained:
+        panel.axvline(trained, color=INK, linewidth=1.0, linestyle=":", zorder=0)
+    panel.grid(axis="y", color=GRID, linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8.5, colors=INK)
+    panel.title.set(fontsize=10.5, fontweight="bold", color=INK)
+    panel.yaxis.label.set(fontsize=9, color=INK)
+    panel.xaxis.label.set(fontsize=9, color=INK)
+
+
+def lengths_as_ticks(panel: Axes, lengths: tuple[int, ...], trained_length: int | None, *, labelled: bool) -> None:
+    """The lengths as ticks on a log2 axis, with their numbers where the panel is the lowest of its column."""
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_locator(FixedLocator(list(lengths)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    panel.xaxis.set_minor_locator(NullLocator())
+    shown = [*lengths, *([trained_length] if trained_length else [])]
+    panel.set_xlim(min(shown) / 1.2, max(shown) * 1.2)
+    panel.tick_params(labelbottom=labelled)
+    panel.set_xlabel("context length (tokens)" if labelled else "")

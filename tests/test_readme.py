@@ -1,0 +1,54 @@
+"""README.md is what its template, the registry and the demo's result files give; its Python runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import readme  # noqa: E402
+
+from hf_posext import compare, detect_scheme, list_methods, load_documents, patch_model  # noqa: E402
+from hf_posext.cli import app  # noqa: E402
+
+from .conftest import tiny_llama  # noqa: E402
+
+
+def test_the_committed_readme_is_up_to_date() -> None:
+    assert readme.README.read_text(encoding="utf-8") == readme.render(), "run: python tools/readme.py"
+
+
+def test_every_method_is_in_the_table() -> None:
+    table = readme.methods_table()
+    assert all(f"| `{method.name}` |" in table for method in list_methods())
+
+
+def test_every_link_and_picture_is_there() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", readme.README.read_text(encoding="utf-8"))
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    named = set(re.findall(r"^hf-posext (\w+)", text, flags=re.MULTILINE))
+    assert named and named <= {command.name or command.callback.__name__ for command in app.registered_commands}
+
+
+def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Line by line on a tiny model, with the measurement stubbed: it is tested elsewhere."""
+    code = re.search(r"```python\n(.*?)```", readme.README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "novels.jsonl").write_text('{"text": "Once upon a time."}\n', encoding="utf-8")
+    seen: dict[str, object] = {}
+    names = {"model": tiny_llama(), "tokenizer": None, "print": lambda text: seen.update(described=text)}
+    body = code[1].replace("from hf_posext import patch_model, compare, load_documents\n", "")
+    fake = lambda *args, **kwargs: seen.update(methods=args[3])  # noqa: E731
+    exec(body, {**names, "patch_model": patch_model, "load_documents": load_documents, "compare": fake})
+    assert seen["methods"] == ["none", "yarn", "rerope"] and "yarn" in str(seen["described"])
+    assert detect_scheme(names["model"]).kind == "rotary" and callable(compare)  # type: ignore[arg-type]

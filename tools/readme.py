@@ -1,0 +1,99 @@
+"""Write `README.md` from its template, the registry of methods, and the result files of the demo.
+
+python tools/readme.py --collect   # first take result files and picture from the last `make demo`
+python tools/readme.py             # write README.md
+python tools/readme.py --check     # exit 1 where the committed README is not what these give
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from safetensors import safe_open
+
+from hf_posext import Results, list_methods
+from hf_posext.reporting.sentences import describe_methods
+from hf_posext.reporting.tables import grids, markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = ROOT / "tools" / "README.md.jinja"
+README = ROOT / "README.md"
+DEMO = ROOT / "reports" / "demo"
+RESULTS = ROOT / "results" / "demo"
+PICTURE = ROOT / "docs" / "images" / "demo.png"
+MODEL = "tiny-rope"
+
+
+def collect() -> None:
+    """Copy the demo's result files and its picture to where they are committed."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    for run in sorted(DEMO.glob("*/results.json")):
+        shutil.copy(run, RESULTS / f"{run.parent.name}.json")
+    shutil.copy(DEMO / "perplexity.png", PICTURE)
+
+
+def methods_table() -> str:
+    """Every registered method: name, what it extends, what it is, and its paper."""
+    lines = ["| method | extends | what it does | paper |", "|---|---|---|---|"]
+    for method in list_methods():
+        extends = "any" if method.name == "none" else ", ".join(method.kinds)
+        paper = f"[{method.title}]({method.url})" if method.url else method.title
+        lines.append(f"| `{method.name}` | {extends} | {method.summary} | {paper} |")
+    return "\n".join(lines)
+
+
+def million_parameters(model: str) -> str:
+    """Size of the shipped weights, in words."""
+    with safe_open(ROOT / "examples" / "tiny" / model / "model.safetensors", framework="numpy") as weights:
+        count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return f"{count / 1e6:.1f} M parameter"
+
+
+def render() -> str:
+    """The README that the template, the registry and the result files give."""
+    path = RESULTS / f"{MODEL}.json"
+    results = Results.load_json(path)
+    provenance = results.provenance
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    return template.render(
+        picture=PICTURE.relative_to(ROOT).as_posix(),
+        model=MODEL,
+        trained=provenance["trained_length"],
+        documents=len(provenance["documents"]),
+        trials=max(row.get("passkey_trials") or 0 for row in results.rows),
+        demo_table="\n\n".join(f"{grid.title}\n\n{markdown_table(grid)}" for grid in grids(results)),
+        sentences=describe_methods(results),
+        results_path=path.relative_to(ROOT).as_posix(),
+        command=provenance["command"],
+        methods_table=methods_table(),
+        transformers=next(d for d in dependencies if d.startswith("transformers")).removeprefix("transformers"),
+        parameters=million_parameters(MODEL),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collect", action="store_true", help="take result files and picture from reports/demo")
+    parser.add_argument("--check", action="store_true", help="compare with the committed README instead of writing")
+    arguments = parser.parse_args()
+    if arguments.collect:
+        collect()
+    text = render()
+    if arguments.check:
+        return int(not README.exists() or README.read_text(encoding="utf-8") != text)
+    README.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
