@@ -12,11 +12,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from hf_posext import YaRN, patch_model
-from hf_posext.errors import AlreadyPatchedError, InvalidParameterError, PosExtError, UnknownMethodError
+from hf_posext import LongRoPE, Method, ReRoPE, YaRN, patch_model
+from hf_posext.errors import (
+    AlreadyPatchedError,
+    InvalidParameterError,
+    MethodNotApplicableError,
+    PosExtError,
+    UnknownMethodError,
+)
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
 from hf_posext.evaluation import compare as compare_function
 from hf_posext.evaluation.control import control_stride
+from hf_posext.evaluation.positions import STRETCHES, gain_by_position, position_sums
 from hf_posext.evaluation.results import DOCUMENT_KEYS, PASSKEY_KEYS, ROW_KEYS
 
 from .conftest import TRAINED, logits, tiny_gpt2, tiny_llama, tokens
@@ -31,6 +38,12 @@ def run(model: Any, methods: Any = ("none", "linear"), bos: bool = False, **opti
     return compare(
         model, character_tokenizer(bos), TEXTS, list(methods), **{"lengths": LENGTHS, "factor": 2.0, **options}
     )
+
+
+def unpatchable(model: LlamaForCausalLM) -> Method:
+    """A method that applies by its scheme; that the model cannot take it shows when it is patched."""
+    pairs = (1.0,) * (model.config.head_dim // 2)
+    return LongRoPE(factor=2, short_factor=pairs, long_factor=tuple(2 * pair for pair in pairs)) + ReRoPE()
 
 
 def texts_as_tokens(bos: bool) -> list[torch.Tensor]:
@@ -115,7 +128,70 @@ def test_none_comes_first_and_objects_keep_their_factor(llama: LlamaForCausalLM)
         ("yarn", 4.0),
     ]
     assert all(row["change"] is not None for row in results.rows)
-    assert all(row["change"] is None for row in run(llama, ["linear"]).rows)
+
+
+def test_inside_the_trained_length_the_control_is_the_unpatched_model(llama: LlamaForCausalLM) -> None:
+    alone, beside = run(llama, ["linear"]), run(llama, ["none", "linear"])
+    inside = alone.row("linear", 48)
+    assert inside["change"] == pytest.approx(beside.row("linear", 48)["change"], abs=1e-6)
+    assert inside["change_ci95"] == pytest.approx(beside.row("linear", 48)["change_ci95"], abs=1e-6)
+    assert alone.row("linear", 128)["change"] is None
+    assert alone.short_context() == [
+        {key: inside[key] for key in ("method", "factor", "length", "change", "change_ci95")}
+    ]
+    windows = run(llama, ["linear"], protocol="sliding", stride=16)
+    assert all(row["change"] is None for row in windows.rows), "its windows are not the control's"
+    assert windows.short_context() == []
+
+
+def test_gain_by_position_equals_a_loop_over_tokens(llama: LlamaForCausalLM) -> None:
+    results = run(llama, ["linear"])
+    rows = texts_as_tokens(bos=False)
+    control = np.array([naive_windowed_nll(llama, row, TRAINED, TRAINED // 8, bos=False) for row in rows])
+    with patch_model(llama, "linear", factor=2):
+        after = np.array([naive_nll(llama, row) for row in rows])
+    longest = [record for record in results.per_document if record["length"] == 128]
+    own, cut = ([record for record in longest if record["method"] == name] for name in ("linear", "truncated"))
+    found = gain_by_position(own, cut, seed=0)
+    assert [(stretch.begin, stretch.end) for stretch in found] == [(8 * i, 8 * i + 8) for i in range(16)]
+    for stretch in found:
+        tokens = [t - 1 for t in range(stretch.begin, stretch.end) if t > 0]  # nll[0] is of token 1
+        saved = (control - after)[:, tokens]
+        assert stretch.gain == pytest.approx(math.exp(saved.mean()), rel=1e-6)
+        assert stretch.gain_ci95 is not None and stretch.gain_ci95[0] <= stretch.gain <= stretch.gain_ci95[1]
+    shorter = [record for record in results.per_document if record["length"] != 128]
+    assert {record["position_nll_sums"] for record in shorter} == {None}, "the longest length covers the others"
+
+
+def test_a_text_shorter_than_the_stretches_has_fewer_of_them() -> None:
+    nll = np.array([1.0, 2.0, 4.0])  # four tokens, of which the first is not scored
+    sums = position_sums(nll)
+    assert len(sums) == STRETCHES and sum(sums) == 7.0
+    found = gain_by_position([{"tokens": 3, "position_nll_sums": sums}], [{"position_nll_sums": sums}], seed=0)
+    assert [(stretch.end, stretch.gain, stretch.gain_ci95) for stretch in found] == [
+        (2, 1.0, None), (3, 1.0, None), (4, 1.0, None)
+    ]  # fmt: skip
+
+
+def test_methods_that_do_not_apply_are_left_out_with_the_reason(
+    llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = run(llama, ["table-linear", "yarn", unpatchable(llama), "linear(factor=1)"])
+    assert [row["method"] for row in results.rows] == ["yarn"] * 2
+    reasons = results.provenance["not_applicable"]
+    assert reasons["table-linear"] == "table-linear extends learned positions; llama has rotary"
+    assert reasons["longrope+rerope"].startswith("cannot be patched: longrope+rerope with two factor lists")
+    assert reasons["linear"].startswith("cannot be patched: ") and "give a factor above 1" in reasons["linear"]
+    assert len([message for message in caplog.messages if message.startswith("left out: ")]) == 3
+    assert getattr(llama, "_posext_patch", None) is None
+
+
+def test_nothing_that_applies_is_an_error(llama: LlamaForCausalLM) -> None:
+    llama.model.layers[0].register_forward_pre_hook(lambda *args: pytest.fail("nothing may be measured"))
+    with pytest.raises(MethodNotApplicableError, match="nothing but none applies: table-linear: extends learned posi"):
+        run(llama, ["none", "table-linear"])
+    with pytest.raises(MethodNotApplicableError, match=r"nothing applies: longrope\+rerope: cannot be patched"):
+        run(llama, [unpatchable(llama)])
 
 
 def test_control_follows_original_length(llama: LlamaForCausalLM) -> None:
@@ -127,8 +203,6 @@ def test_control_follows_original_length(llama: LlamaForCausalLM) -> None:
 
 
 def test_longrope_with_two_lists_gets_a_forward_per_length(llama: LlamaForCausalLM) -> None:
-    from hf_posext import LongRoPE
-
     pairs = llama.config.head_dim // 2
     method = LongRoPE(factor=2, short_factor=(1.0,) * pairs, long_factor=(2.0,) * pairs)
     results = run(llama, ["none", method])

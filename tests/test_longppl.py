@@ -106,6 +106,22 @@ def test_an_evaluator_of_another_tokenizer_marks_the_same_characters(
     assert measured.keys == keys and measured.key_tokens == total
 
 
+def test_the_first_token_of_a_row_is_never_key(documents: list[Document], llama: LlamaForCausalLM) -> None:
+    """It has no NLL, though an evaluator whose rows begin with BOS has one. Below any gain, every token is key."""
+    settings = {**SETTINGS, "alpha": -1e9, "beta": -1e9}
+    found = longppl(
+        llama,
+        character_tokenizer(),
+        documents,
+        length=LENGTH,
+        evaluator=llama,
+        evaluator_tokenizer=character_tokenizer(bos=True),
+        **settings,
+    )
+    assert all(indices == list(range(1, LENGTH)) for indices in found.keys.indices.values())
+    assert found.value == pytest.approx(found.perplexity, rel=1e-12)
+
+
 @given(
     text=st.text(alphabet="ab \n", min_size=1, max_size=12),
     tokens=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), max_size=6),

@@ -246,7 +246,7 @@ def test_dividing_slopes_is_dividing_positions(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
-def test_biases_are_float32_in_a_bfloat16_model(family: str) -> None:
+def test_biases_are_not_rounded_with_a_bfloat16_model(family: str) -> None:
     """Rounded biases tell far neighbours apart no more; with the weights the same, only biases differ here."""
     model = make(family, CAUSAL).to(torch.bfloat16)
     exact = make(family, CAUSAL)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from hf_posext.evaluation import Results
 from hf_posext.reporting import markdown_table, plot_perplexity, print_tables, render_report, write_report
-from hf_posext.reporting.files import write_atomically
+from hf_posext.evaluation.files import portable, write_atomically
 from hf_posext.reporting.sentences import describe_methods
 from hf_posext.reporting.tables import format_perplexity, grids
 
@@ -55,8 +55,13 @@ def make_results(*, control: bool = True, passkey: bool = True, lengths: tuple[i
                 record = {"document": document, "method": method, "factor": factor, "length": length}
                 record |= {"nll_sum": share * length * math.log(whole), "tokens": length}
                 record |= {"tail_nll_sum": share * length / 2 * math.log(tail), "tail_tokens": length // 2}
+                record |= {"position_nll_sums": [share * length / 16 * math.log(whole)] * 16}
                 per_document.append(record)
-    provenance = {"model": "tiny|rope", "trained_length": 512, "seed": 0, "versions": {"torch": "2.13"}}
+                if control and method == "none":
+                    sums = [share * length / 16 * math.log(whole_truncated)] * 16
+                    per_document.append(record | {"method": "truncated", "factor": 1.0, "position_nll_sums": sums})
+    provenance: dict[str, Any] = {"model": "tiny|rope", "kind": "rotary", "generalization": "interpolation"}
+    provenance |= {"protocol": "prefix", "start": 0, "dtype": "float32", "dataset": "novels.jsonl", "trained_length": 512, "seed": 0, "versions": {"torch": "2.13"}}
     provenance |= {"documents": [{"document": "a", "tokens": 9000}, {"document": "b", "tokens": 8000}], "left_out": []}
     return Results(provenance | {"command": "hf-posext compare --model tiny"}, rows, per_document)
 
@@ -77,7 +82,7 @@ def panels(results: Results, path: Path, monkeypatch: pytest.MonkeyPatch) -> lis
 
 
 def test_the_table_has_the_control_as_a_row_of_its_own_and_gain_with_its_interval_at_the_longest_length() -> None:
-    perplexity, gain, passkey = grids(make_results())
+    _, perplexity, gain, passkey = grids(make_results())
     assert dict(perplexity.rows)["truncated to 512"] == ("40.1 (40.0)", "39.7 (39.3)", "36.0 (32.7)", "34.8 (33.6)")
     assert dict(perplexity.rows)["yarn x8"][3] == "38.4 (37.6)"
     assert dict(perplexity.rows)["none"][3] == "138 (185)"
@@ -87,7 +92,7 @@ def test_the_table_has_the_control_as_a_row_of_its_own_and_gain_with_its_interva
 
 
 def test_questions_that_were_not_asked_are_left_out() -> None:
-    (only,) = grids(make_results(control=False, passkey=False))
+    _, only = grids(make_results(control=False, passkey=False))
     assert [name for name, _ in only.rows] == ["none", "linear x8", "ntk x8", "yarn x8"]
 
 
@@ -99,14 +104,15 @@ def test_tables_fit_80_columns_whatever_the_number_of_lengths(lengths: tuple[int
     lines = printed(results)
     assert max(map(len, lines)) <= 80
     headings = " ".join(line for line in lines if line.startswith("tokens"))
-    assert all(headings.split().count(str(length)) == 3 for length in lengths), "a length was lost in one of 3 grids"
+    in_grids = {length: 4 if length == min(512, lengths[-1]) else 3 for length in lengths}  # 4: short-context check
+    assert {length: headings.split().count(str(length)) for length in lengths} == in_grids
     assert "…" not in "".join(lines)
 
 
 def test_a_method_measured_at_two_factors_has_two_rows() -> None:
     results = make_results()
     results.rows += [{**row, "factor": 16.0} for row in results.rows if row["method"] == "yarn"]
-    assert [name for name, _ in grids(results)[0].rows][-2:] == ["yarn x8", "yarn x16"]
+    assert [name for name, _ in grids(results)[1].rows][-2:] == ["yarn x8", "yarn x16"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +125,7 @@ def test_perplexities_show_three_digits(value: float | None, shown: str) -> None
 
 def test_markdown_is_the_same_table() -> None:
     results = make_results()
-    lines = markdown_table(grids(results)[0]).splitlines()
+    lines = markdown_table(grids(results)[1]).splitlines()
     assert lines[:2] == ["| tokens | 512 | 1024 | 2048 | 4096 |", "| --- | ---: | ---: | ---: | ---: |"]
     assert lines[-1] == "| yarn x8 | 43.9 (43.4) | 43.2 (42.6) | 39.2 (35.5) | 38.4 (37.6) |"
 
@@ -205,7 +211,7 @@ def test_values_that_are_missing_or_infinite_leave_a_gap(tmp_path: Path, monkeyp
     results.rows[2] |= {"perplexity_tail": None, "gain": None, "gain_ci95": None}
     perplexity, *_ = panels(results, tmp_path / "p.png", monkeypatch)
     assert [40.0, 185.0] in [list(map(float, line.get_ydata())) for line in perplexity.lines]
-    assert dict(grids(results)[0].rows)["none"][1:3] == ("65.0 (inf)", "103 (-)")
+    assert dict(grids(results)[1].rows)["none"][1:3] == ("65.0 (inf)", "103 (-)")
     assert "breaks by 1024" in describe_methods(results)[0]
 
 
@@ -213,7 +219,7 @@ def test_the_report_is_complete_and_can_be_read_back(tmp_path: Path) -> None:
     results = make_results()
     readme = write_report(results, tmp_path / "new" / "out")
     names = {path.name for path in readme.parent.iterdir()}
-    assert names == {"README.md", "perplexity.png", "results.csv", "results.json"}
+    assert names == {"README.md", "gain_by_position.png", "perplexity.png", "results.csv", "results.json"}
     assert Results.load_json(readme.parent / "results.json") == results
     assert json.loads((readme.parent / "results.json").read_text())["provenance"]["trained_length"] == 512
     with open(readme.parent / "results.csv") as file:

@@ -21,7 +21,10 @@ def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **more: 
     return {
         **row,
         "method": method,
+        "protocol": "prefix",
         "length": length,
+        "tokens": 511,
+        "documents": 1,
         "factor": factor,
         "perplexity": 40.5,
         "ci95": [38.0, 43.0],
@@ -31,8 +34,15 @@ def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **more: 
 
 def some_results() -> Results:
     rows = [a_row("none", factor=1.0, gain=1.0), a_row(passkey=0.9, passkey_trials=10), a_row(factor=16.0)]
-    record = dict(zip(DOCUMENT_KEYS, ["Emma", "none", 1.0, 512, 10.5, 5, 4.5, 2], strict=True))
+    record = dict(zip(DOCUMENT_KEYS, ["Emma", "none", 1.0, 512, 10.5, 5, 4.5, 2, [0.5] * 16], strict=True))
     return Results({"model": "tiny", "versions": {"python": "3.11"}}, rows, [record])
+
+
+def torn(part: str, **values: Any) -> str:
+    """Results as a file would hold them, with some values of a row, a document or the provenance changed."""
+    data = some_results().to_dict()
+    (data[part] if part == "provenance" else data[part][0]).update(values)
+    return json.dumps(data)
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -81,6 +91,15 @@ def test_the_old_file_stays_whole_when_writing_fails(tmp_path: Path, monkeypatch
             '{"schema": 1, "provenance": {}, "rows": [{"method": "x"}], "per_document": []}',
             r"rows\[0\] lacks \['factor'",
         ),
+        (torn("rows", length="512"), r"rows\[0\] has length 512; measure again"),
+        (torn("rows", length=True), r"rows\[0\] has length True"),
+        (torn("rows", method=None), r"rows\[0\] has method None"),
+        (torn("rows", gain="high"), r"rows\[0\] has gain high"),
+        (torn("rows", gain_ci95=[1.0]), r"rows\[0\] has gain_ci95 \[1.0\]"),
+        (torn("rows", ci95=0.5), r"rows\[0\] has ci95 0.5"),
+        (torn("per_document", position_nll_sums=[1.0]), r"per_document\[0\] has position_nll_sums \[1.0\]"),
+        (torn("provenance", trained_length="512"), "provenance has trained_length 512"),
+        (torn("provenance", not_applicable=["yarn"]), r"provenance has not_applicable \['yarn'\]"),
     ],
 )
 def test_corrupt_files_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -89,6 +108,24 @@ def test_corrupt_files_are_refused_in_one_line(tmp_path: Path, text: str, messag
     with pytest.raises(EvaluationError, match=message) as error:
         Results.load_json(path)
     assert "results.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(EvaluationError, match=r"results\.json is not JSON"):
+        Results.load_json(tmp_path / "results.json")
+
+
+def test_what_happens_inside_the_trained_length_is_told_first(tmp_path: Path) -> None:
+    changes = {"change": 0.095, "change_ci95": [0.09, 0.101]}
+    rows = [a_row("none", factor=1.0), a_row(length=256, **changes), a_row(**changes), a_row(length=1024, **changes)]
+    results = Results({"trained_length": 600}, rows)
+    (told,) = results.short_context()
+    assert told == {"method": "yarn", "factor": 8.0, "length": 512, **changes}
+    written = json.loads(results.save_json(tmp_path / "results.json").read_text())
+    assert written["short_context"] == [told] and list(written).index("short_context") < list(written).index("rows")
+    assert Results.load_json(tmp_path / "results.json") == results
+    assert Results({}, rows).short_context() == [] == Results({"trained_length": 100}, rows).short_context()
 
 
 def test_an_unknown_key_is_refused() -> None:

@@ -25,7 +25,7 @@ def compare(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Model folder or Hub id.")],
     dataset: Annotated[str, typer.Option(help="Folder of .txt; .jsonl, .json, .csv or .parquet file; or Hub id.")],
-    output: Annotated[Path, typer.Option(help="Directory for the report; must not exist yet, or be empty.")],
+    output: Annotated[Path, typer.Option(help="Directory for the report; new, or without files in it.")],
     methods: Annotated[str, typer.Option(help="Names with commas between them, as 'none,yarn(beta_fast=16)'.")],
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, with commas between them.")],
     factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,

@@ -1,4 +1,4 @@
-"""Where a report goes: a directory that is new, or empty."""
+"""Where a report goes: a directory that is new, or has no files in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def output_directory(path: Path) -> Iterator[None]:
     Raises:
         InvalidParameterError: it holds files, or cannot be written.
     """
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and not all(entry.is_dir() for entry in path.iterdir()):
         raise InvalidParameterError(f"output {path} holds files already; give another --output, or move them away")
     try:
         path.mkdir(parents=True, exist_ok=True)

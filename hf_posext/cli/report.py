@@ -14,7 +14,7 @@ from .output import output_directory
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="The results.json of each run.")],
-    output: Annotated[Path, typer.Option(help="Directory for the report; must not exist yet, or be empty.")],
+    output: Annotated[Path, typer.Option(help="Directory for the report; new, or without files in it.")],
 ) -> None:
     """Merge the results of several runs into one table, one picture and one report.
 

@@ -150,9 +150,9 @@ def find_in_rows(
             found += len(keys)
             mapped = np.flatnonzero(tokens_inside(own, others[keys - int(bos)], text)) + first
             indices.append(mapped[mapped > 0])  # token 0 of a row is never scored
-    by_document = {id: keys.tolist() for id, keys in zip(rows.ids, indices, strict=True)}
-    keys = KeyTokens(by_document, rows.length, found, _name(evaluator), criterion)
-    return keys, [contrast.long for contrast in contrasts]
+    by_document = {id: index.tolist() for id, index in zip(rows.ids, indices, strict=True)}
+    result = KeyTokens(by_document, rows.length, found, _name(evaluator), criterion)
+    return result, [contrast.long for contrast in contrasts]
 
 
 def contrast_rows(

@@ -49,7 +49,8 @@ class Material(NamedTuple):
     answers: tuple[str, ...]
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """How to write a task's material at a depth, and what it is answered with: so many of such items."""
 
     write: Callable[[Random, float], Material]

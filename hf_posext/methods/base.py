@@ -60,13 +60,16 @@ class Method:
         """What tables and plans call the method, and [`as_method`] reads: its name, and what is not as by default.
 
         Lists are left out, since they fill pages: `LongRoPE(long_factor=[...])` is `longrope`. So is the factor, which
-        tables have a column for.
+        tables have a column for; only in a composition a part tells its own where it is not the plan's.
         """
+        return self._text(hidden="factor")
+
+    def _text(self, hidden: str = "") -> str:
         given = [
             f"{entry.name}={value!r}"
             for entry in fields(self)
             if (value := getattr(self, entry.name)) != entry.default
-            and entry.name != "factor"
+            and entry.name != hidden
             and isinstance(value, str | int | float)
         ]
         return f"{self.name}({', '.join(given)})" if given else self.name
@@ -187,7 +190,7 @@ class Composition(Method):
 
     @property
     def label(self) -> str:
-        return "+".join(part.label for part in self.parts)
+        return "+".join(part.label if part.factor in (None, self.factor) else part._text() for part in self.parts)
 
     def parameters(self) -> tuple[Mapping[str, Any], ...]:
         return tuple(entry for part in self.parts for entry in part.parameters())

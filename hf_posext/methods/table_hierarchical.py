@@ -17,7 +17,8 @@ class TableHierarchical(TableMethod):
     """Two digits for each position: which stretch of L tokens, and where in it. The first L rows stay as they are.
 
     `q_(iL+j) = alpha u_i + (1 - alpha) u_j` with `u_i = (e_i - alpha e_0) / (1 - alpha)`, up to `L ** 2` positions.
-    Su, *Hierarchical decomposition of position embeddings*, 2020.
+    The rows past L are a start for fine-tuning, and little use before it. Su, *Hierarchical decomposition of
+    position embeddings*, 2020.
 
     Args:
         alpha (`float`, *optional*, defaults to 0.4): weight of the stretch, above 0 and below 1, other than one half,

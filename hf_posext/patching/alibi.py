@@ -1,7 +1,7 @@
-"""Gives the heads of an ALiBi model other slopes, in float32 whatever the model computes in.
+"""Gives the heads of an ALiBi model other slopes, exact whatever dtype the model computes in.
 
 transformers rounds the biases of BLOOM and Falcon to the dtype of the model, which in bfloat16 is whole positions a
-few hundred tokens on; here they are added to the mask instead, which keeps them float32.
+few hundred tokens on. Here they are computed in float32 and added to the mask.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ class BloomSlopes(_Slopes):
 
 
 class FalconSlopes(_Slopes):
-    """Mixed into the attention layers of Falcon, whose mask has the biases already, over the root of the width."""
+    """Mixed into the attention layers of Falcon, whose mask has the biases already, over the root of the head width.
+
+    Kernels of SDPA want the mask in the dtype of the states. What each query adds to all of its keys alike counts for
+    nothing, so that the mask gets distances, which are small, and so exact, where attention is.
+    """
 
     num_heads: int
     hidden_size: int
@@ -53,9 +57,11 @@ class FalconSlopes(_Slopes):
         self, hidden_states: torch.Tensor, *, alibi: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any
     ) -> Any:
         biases = self._posext_biases(attention_mask)
-        unseen = attention_mask < torch.finfo(attention_mask.dtype).min / 2
-        scaled = biases / math.sqrt(self.hidden_size // self.num_heads)
-        mask = scaled.masked_fill(unseen, torch.finfo(attention_mask.dtype).min)
+        lowest = torch.finfo(attention_mask.dtype).min
+        unseen = attention_mask < lowest / 2
+        own = biases.masked_fill(unseen, 0).amax(-1, keepdim=True)  # that of the last token that a query sees
+        scaled = (biases - own) / math.sqrt(self.hidden_size // self.num_heads)
+        mask = scaled.masked_fill(unseen, lowest).to(attention_mask.dtype)
         return super().forward(hidden_states, alibi=biases, attention_mask=mask, **kwargs)
 
 

@@ -114,8 +114,13 @@ def banded_attention(
             piece for branch in branches for piece in _pieces(branch, bounds, places, here, aligned, value.dtype)
         ]
         if fused:
-            return _fused(pieces, (start, stop), value, scaling, sinks)
-        return _plain(pieces, (start, stop), value, scaling, sinks, softcap, dropout)
+            block = _fused(pieces, (start, stop), value, scaling, sinks)
+        else:
+            block = _plain(pieces, (start, stop), value, scaling, sinks, softcap, dropout)
+        if here is None or here.dtype != torch.bool:
+            return block
+        # as SDPA: 0 where a query attends to nothing. Recurrent Gemma's convolution reads such padding
+        return block.masked_fill(~here.any(-1).transpose(1, 2)[..., None], 0)
 
     out = None if learning else value.new_empty(batch, queries, heads, value.shape[-1])
     blocks = []
@@ -123,7 +128,9 @@ def banded_attention(
         stop = min(start + rows, queries)
         if out is not None:
             out[:, start:stop] = attend(start, stop)
-        elif rows < queries:  # the weights of all blocks together are of quadratic size: compute them again in backward
+        elif (
+            rows < queries
+        ):  # the weights of all blocks together are of quadratic size: compute them again in backward
             blocks.append(checkpoint(attend, start, stop, use_reentrant=False))
         else:
             blocks.append(attend(start, stop))
@@ -179,7 +186,7 @@ def _bias(
 ) -> torch.Tensor:
     """0 or the mask's own number where a pair is attended, the least number elsewhere.
 
-    That number is finite, so that a query that attends to nothing (padding, which no one reads) gets no NaN.
+    That number is finite, so that a query that attends to nothing (padding) gets no NaN.
     """
     allowed = belongs(part, places[0], places[1][:, low:high])[:, None]
     dtype = torch.promote_types(dtype, torch.float32)

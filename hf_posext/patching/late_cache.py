@@ -22,11 +22,13 @@ class UnrotatedCache(Carried):
     _posext_open: bool
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._posext_open and self.get_seq_length() > 0:  # type: ignore[attr-defined]
-            raise EvaluationError(
-                "the cache holds the unrotated keys of a patched model, which no other model can read; "
-                "start with an empty cache"
-            )
+        if not self._posext_open:
+            if self.get_seq_length() > 0:  # type: ignore[attr-defined]
+                raise EvaluationError(
+                    "the cache holds the unrotated keys of a patched model, which no other model can read; "
+                    "start with an empty cache"
+                )
+            self._posext_positions, self._posext_open = self._posext_positions[:, :0], True  # it was reset
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..errors import EvaluationError, UnsupportedModelError
-from ..plan import QueryScale
+from ..plan import Part, PositionMap, QueryScale
 from .banded_attention import Branch, banded_attention, mapped
 from .rotary_layout import LayerLayout
 
@@ -57,6 +57,10 @@ def late_attention(
     if late.angle is not None:
         late.captured[path] = (query.detach(), key.detach())
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+    selected = kwargs.pop("indices", None)
+    if selected is not None:
+        assert attention_mask is not None  # the indexer has read it
+        attention_mask = _only(attention_mask, selected)
     if path not in late.layers:
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
     layout = late.layers[path] = late.layers[path].to(query.device)
@@ -73,7 +77,7 @@ def late_attention(
     parts = () if late.unmapped else late.plan.parts
     scale = None if late.unmapped else late.plan.query_scale
     window = kwargs.get("sliding_window")
-    if not parts or (window is not None and parts[0].chunk == 1 and window <= (parts[0].high or window)):
+    if not parts or (window is not None and _all_near(parts[0], window)):
         given, given_key = at_query, at_key
         if at.given.ndim == 3:  # the axes of a multimodal model; text has one position on all of them
             given = at.given.to(query.device)
@@ -106,6 +110,23 @@ def late_attention(
         dropout=kwargs.get("dropout") or 0.0,
     )
     return out, None
+
+
+def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+    """A mask (batch, 1, queries, keys) less the keys that an indexer did not select (batch, queries, selected).
+
+    Its own attention does so by itself only if that is called eager or sdpa.
+    """
+    batch, queries, _ = selected.shape
+    chosen = torch.zeros(batch, 1, queries, mask.shape[-1], dtype=torch.bool, device=mask.device)
+    chosen = chosen.scatter(-1, selected[:, None].long(), True)
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
+def _all_near(part: Part, window: int) -> bool:
+    """Whether a sliding window holds only pairs of a part that leaves positions as they are."""
+    unmoved = part.query == part.key == PositionMap()
+    return unmoved and part.chunk == 1 and (part.high is None or window <= part.high)
 
 
 def _turn(

@@ -140,9 +140,7 @@ def _backbone(model: PreTrainedModel, site: RotarySite) -> Any:
     return max(holders, key=lambda holder: len(holder[0]))[1]
 
 
-def _probe_layouts(
-    model: PreTrainedModel, late: LateRotation, ids: torch.Tensor, kind: str, journal: Journal
-) -> None:
+def _probe_layouts(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor, kind: str, journal: Journal) -> None:
     """Measure every layer's layout, and refuse a model that does not show one."""
 
     def forward(angle: Angle) -> Captured:

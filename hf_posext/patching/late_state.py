@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,10 @@ class LateRotation:
         vars(self).update(state)
         self.release = lease(self)
 
-    def note(self, name: str, given: torch.Tensor) -> Positions:
+    def note(self, name: str, given: torch.Tensor, tokens: int) -> Positions:
         """Remember where the tokens are, as a rotary module is asked for their phases."""
+        if self.past is not None and given.shape[-1] == self.past.shape[-1] + tokens:
+            given = given[..., -tokens:]  # Qwen4's indexer wants the phases of the cached keys again
         keys = given if given.ndim == 2 else given[0]
         several = keys.shape[1] > 1
         if self.past is not None:
@@ -98,9 +100,7 @@ class LateRotation:
             )
         return found
 
-    def phases(
-        self, at: Positions, wanted: torch.Tensor, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def phases(self, at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine (batch, tokens, slots) at wanted positions (batch, tokens), in the dtype and on the device
         of `like`."""
         site = self.sites[at.name]
@@ -141,13 +141,16 @@ class LateRotation:
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of an attention layer: find the positions that came with its phases."""
-        if not torch.compiler.is_compiling():
-            self.carried = {found.name: found for found in _carried((*args, *kwargs.values()))}
+        found = () if torch.compiler.is_compiling() else _carried((*args, *kwargs.values()))
+        self.carried = {at.name: at for at in found}
 
 
-def _carried(values: Iterable[Any]) -> list[Positions]:
-    flat = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
-    return [one._posext_at for one in flat if hasattr(one, "_posext_at")]
+def _carried(values: Iterable[Any]) -> Iterator[Positions]:
+    for value in values:
+        for one in value if isinstance(value, tuple) else (value,):
+            at = getattr(one, "_posext_at", None)
+            if at is not None:
+                yield at
 
 
 def _backward_task() -> int:
@@ -158,15 +161,17 @@ class RotatesLate(Mixin):
     """Mixed into the class of a rotary module: notes the positions and returns the identity."""
 
     _posext_late: LateRotation
+    _posext_sets: dict[str, str]
+    """The set of frequencies that each layer type asks for."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         late = self._posext_late
         extra = {} if layer_type is None else {"layer_type": layer_type}
         out = super().forward(x, position_ids, **extra)
-        name = layer_type if layer_type in late.sites else ""
+        name = self._posext_sets[layer_type or ""]
         if late.angle is not None:
             return _turned(out, late.angle, name)
-        at = late.note(name, position_ids)
+        at = late.note(name, position_ids, x.shape[-2])
         if not late.delta:
             out = _turned(out, lambda _, cos: torch.zeros_like(cos), name)
         if not torch.compiler.is_compiling():
@@ -191,7 +196,7 @@ def _parts(out: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def own_phases(site: RotarySite, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the module's own forward gives at positions, below the mixin; layers may be on other devices than it."""
     module: Any = site.module
-    extra = {"layer_type": site.name} if site.name else {}
+    extra = {"layer_type": site.layer_type} if site.layer_type else {}
     device = getattr(module, f"{site.prefix}inv_freq").device
     x = torch.empty(0, dtype=like.dtype, device=device)
     cos, sin = _parts(super(RotatesLate, module).forward(x, positions.to(device), **extra))

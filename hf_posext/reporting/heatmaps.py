@@ -80,7 +80,7 @@ def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], trained_length: int | 
     panel.spines[:].set_visible(False)
     if trained_length:
         inside = sum(length <= trained_length for length in lengths)
-        for style in ({"color": "white", "linewidth": 4.0}, {"color": INK, "linewidth": 1.5, "linestyle": ":"}):
-            panel.axvline(inside, clip_on=False, **style)
+        panel.axvline(inside, color="white", linewidth=4.0, clip_on=False)
+        panel.axvline(inside, color=INK, linewidth=1.5, linestyle=":", clip_on=False)
         panel.set_xlabel(f"length (tokens); dots: trained on {trained_length}", fontsize=9, color=INK)
     return image

@@ -1,0 +1,140 @@
+"""Bad input to `compare`: one clear line, exit code 2, nothing written, nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from ..conftest import EXAMPLES
+from .helpers import MODEL, compare, error_of
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"methods": "none,yran"}, "unknown method 'yran'; did you mean 'yarn'?"),
+        ({"methods": ","}, "methods is ','; give at least one name"),
+        ({"methods": "yarn,yarn"}, "more than once"),
+        ({"methods": "yarn(beta_fast=16),yarn( beta_fast = 16 )"}, "'yarn(beta_fast=16)' at factor 2 is among"),
+        ({"methods": "rerope(windw=32)"}, "rerope has no parameter 'windw'; did you mean 'window'?"),
+        ({"methods": "rerope(window=32"}, "cannot read the parameters of 'rerope(window=32'"),
+        ({"methods": "rerope(window=640)"}, "rerope window is 640; give 1 to 64"),
+        ({"factor": 0}, "factor is 0"),
+        ({"factor": "nan"}, "factor is nan"),
+        ({"factor": "inf"}, "factor is inf"),
+        ({"factor": "eight"}, "Invalid value for '--factor': "),
+        ({"factor": None}, "needs factor= or target_length="),
+        ({"factor": 0.5}, "below the trained length of 64"),
+        ({"factor": None, "target_length": 32}, "below the trained length of 64"),
+        (
+            {"model": EXAMPLES / "tiny" / "tiny-alibi"},
+            "of the methods given nothing but none applies: linear, yarn: extends rotary positions; bloom has alibi; "
+            "for alibi positions there are: alibi-linear",
+        ),
+        ({"model": "./no/such/model"}, "no such folder: ./no/such/model"),
+        ({"model": EXAMPLES / "data"}, "cannot load"),
+        ({"dataset": "no/such.jsonl"}, "no such path: no/such.jsonl"),
+        ({"text_column": "body"}, "no column 'body'; it has id, source, text"),
+        ({"documents": 0}, "limit is 0"),
+        ({"lengths": "64,128k"}, "lengths is '64,128k'"),
+        ({"lengths": "1"}, "2 or more"),
+        ({"lengths": "64,10000000"}, "10000000"),
+        ({"protocol": "prefixx"}, "protocol is 'prefixx'; choose one of prefix, sliding"),
+        ({"stride": 8}, "protocol 'prefix' has none"),
+        ({"protocol": "sliding", "stride": 64}, "stride"),
+        ({"passkey": -1}, "'--passkey'"),
+        ({"passkey": 1, "lengths": "16"}, "pass keys need at least"),
+        ({"start": -1}, "start is -1"),
+        ({"dtype": "int8"}, "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"metods": "none"}, "--metods"),
+        ({"model": None}, "Missing option '--model'"),
+        ({"config": "no.yaml"}, "no.yaml"),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_wrong_input_is_one_line_and_exit_code_2(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out"
+    assert message in error_of(compare(output, **changed))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("metods: none", "unknown setting 'metods' in"),
+        ("metods: none", "did you mean 'methods'?"),
+        ("config: other.yaml", "unknown setting 'config'"),
+        ("factor: [2, 4]", "factor in"),
+        ("lengths: [64, [128]]", "give a list of plain values"),
+        ("methods: {yarn: 8}", "give a list of plain values"),
+        ("passkey: true", "passkey in"),
+        ("factor: eight", "Invalid value for '--factor': "),
+        ("documents: 2.5", "Invalid value for '--documents': "),
+        ("- none", "holds list; give settings, a line each"),
+        ("", "holds NoneType; give settings, a line each"),
+        ("factor: [2", "is not YAML"),
+    ],
+)
+def test_wrong_config_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    result = compare(tmp_path / "out", config=config, factor=None, documents=None)
+    assert message in error_of(result)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("empty.jsonl", "", "empty.jsonl"),
+        ("number.jsonl", '{"text": 3}\n', "not text"),
+        ("torn.jsonl", '{"text": "a b', "cannot read"),
+        ("short.jsonl", '{"text": "Call me Ishmael."}\n', "128"),
+        ("notes.docx", "text", "ends in '.docx'"),
+    ],
+)
+def test_data_that_cannot_be_measured_is_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert message in error_of(compare(tmp_path / "out", dataset=tmp_path / name))
+
+
+def test_broken_weights_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "cannot load" in error_of(compare(tmp_path / "out", model=tmp_path / "model"))
+
+
+def test_an_encoder_is_refused_with_what_it_has(tmp_path: Path) -> None:
+    transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    assert "nothing applies: yarn: extends rotary positions; bert has learned" in error_of(
+        compare(tmp_path / "out", model=tmp_path, methods="yarn")
+    )
+
+
+def test_an_output_with_files_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("precious")
+    assert "holds files already" in error_of(compare(tmp_path))
+    assert (tmp_path / "results.json").read_text() == "precious"
+
+
+def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot write to output" in error_of(compare(tmp_path / "file" / "out"))
+
+
+def test_an_output_without_write_permission_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:  # a mode would not do: tests may run as root, who may write anywhere
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    # The model does not exist either: the output is looked at first.
+    message = error_of(compare(tmp_path / "out", model="./no/such/model"))
+    assert "cannot write to output" in message and "Permission denied" in message

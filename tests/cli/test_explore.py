@@ -1,0 +1,67 @@
+"""`inspect`, `methods`, and the command as a whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ..conftest import EXAMPLES
+from .helpers import MODEL, error_of, run
+
+
+def test_inspect_needs_the_config_alone(tmp_path: Path) -> None:
+    shutil.copy(MODEL / "config.json", tmp_path)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    assert "positions rotary (generalization: interpolation)" in words
+    assert "trained length 512 tokens (max_position_embeddings of the config)" in words
+    assert "theta 10000, 32 pairs, rope type default" in words and "yarn" in words
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_inspect_says_which_methods_do_not_apply_and_why() -> None:
+    result = run("inspect", EXAMPLES / "tiny" / "tiny-alibi")
+    assert "yarn: extends rotary positions; bloom has alibi" in " ".join(result.stdout.split())
+    found = json.loads(run("inspect", EXAMPLES / "tiny" / "tiny-alibi", "--json").stdout)
+    assert found["scheme"]["kind"] == "alibi" and found["scheme"]["generalization"] == "extrapolation"
+    assert found["methods"]["none"] is None and "bloom has alibi" in found["methods"]["yarn"]
+
+
+def test_methods_are_listed_with_their_papers() -> None:
+    listed = json.loads(run("methods", "--json").stdout)
+    table = run("methods").stdout
+    assert {"none", "linear", "ntk", "yarn", "longrope", "llama3"} <= {method["name"] for method in listed}
+    for method in listed:
+        assert f"\n{method['name']} " in table and method["url"] in table, "the whole link must be there to be copied"
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    result = run()
+    assert result.exit_code == 0 and all(name in result.stdout for name in ("compare", "inspect", "methods", "report"))
+
+
+def test_a_mistyped_command_is_one_line() -> None:
+    assert "No such command 'compar'" in error_of(run("compar"))
+
+
+def test_the_module_runs_and_its_help_loads_no_torch() -> None:
+    shown = subprocess.run([sys.executable, "-m", "hf_posext", "compare", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--original-length" in shown.stdout
+    heavy = "{'torch', 'transformers', 'datasets', 'matplotlib'}"
+    code = f"import sys; import hf_posext.cli; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_module_refuses_wrong_input_with_exit_code_2() -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "hf_posext", "inspect", "./no/such/model"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert (
+        refused.stderr == "error: no such folder: ./no/such/model; give a model folder or a Hub id such as org/name\n"
+    )
