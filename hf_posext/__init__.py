@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import PosExtError as PosExtError
-    from .evaluation import Results, compare, evaluate_perplexity, load_documents
+    from .evaluation import Results, compare, evaluate_perplexity, load_documents, longppl, retrieval
     from .methods import (
         NTK,
+        ALiBiLinear,
+        ALiBiNTK,
+        BucketLinear,
+        BucketMaxDistance,
         DualChunk,
         DynamicNTK,
         DynamicYaRN,
@@ -30,7 +34,13 @@ if TYPE_CHECKING:
         Resonance,
         SelfExtend,
         Sinks,
+        SinusoidLinear,
         StringShift,
+        TableCubic,
+        TableGroup,
+        TableHierarchical,
+        TableLinear,
+        TableRepeat,
         Theta,
         YaRN,
         list_methods,
@@ -44,9 +54,13 @@ __version__ = version("hf_posext")
 
 _HOMES = {
     "errors": ("PosExtError",),
-    "evaluation": ("Results", "compare", "evaluate_perplexity", "load_documents"),
+    "evaluation": ("Results", "compare", "evaluate_perplexity", "load_documents", "longppl", "retrieval"),
     "methods": (
         "NTK",
+        "ALiBiLinear",
+        "ALiBiNTK",
+        "BucketLinear",
+        "BucketMaxDistance",
         "DualChunk",
         "DynamicNTK",
         "DynamicYaRN",
@@ -63,7 +77,13 @@ _HOMES = {
         "Resonance",
         "SelfExtend",
         "Sinks",
+        "SinusoidLinear",
         "StringShift",
+        "TableCubic",
+        "TableGroup",
+        "TableHierarchical",
+        "TableLinear",
+        "TableRepeat",
         "Theta",
         "YaRN",
         "list_methods",

@@ -38,7 +38,7 @@ def measured(
     protocol: PerplexityProtocol, model: LlamaForCausalLM, documents: TokenizedDocuments, multipass: bool = False
 ) -> dict[tuple[int, int], np.ndarray]:
     found = protocol.measure(TokenScorer(model), documents, LENGTHS, multipass)
-    return {(length, index): nll for length, index, nll in found}
+    return {(measurement.length, measurement.document): measurement.nll for measurement in found}
 
 
 def assert_equal_sums(found: dict[Any, np.ndarray], expected: dict[Any, np.ndarray]) -> None:
@@ -234,7 +234,7 @@ def test_a_learned_table_has_an_end() -> None:
         evaluate_perplexity(tiny_gpt2(), tokenizer, texts, [65])
 
 
-def test_an_encoder_is_refused_in_one_line() -> None:
+def test_an_encoder_without_head_is_refused_in_one_line() -> None:
     with pytest.raises(UnsupportedModelError, match="no causal language-model loss") as error:
-        evaluate_perplexity(build("bert", task="masked-lm"), character_tokenizer(), random_texts(1, 50), [8])
+        evaluate_perplexity(build("bert", task="base"), character_tokenizer(), random_texts(1, 50), [8])
     assert "\n" not in str(error.value)

@@ -5,80 +5,35 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
 from hf_posext.evaluation import Results
-from hf_posext.reporting import markdown_table, plot_perplexity, print_tables, render_report, write_report
 from hf_posext.evaluation.files import portable, write_atomically
+from hf_posext.reporting import (
+    markdown_table,
+    notes,
+    plot_gain_by_position,
+    plot_perplexity,
+    print_tables,
+    render_report,
+    write_report,
+)
 from hf_posext.reporting.sentences import describe_methods
 from hf_posext.reporting.tables import format_perplexity, grids
 
-LENGTHS = (512, 1024, 2048, 4096)
-# Perplexity, its tail, share of pass keys, at each length.
-MEASURED = {
-    "none": [(40.1, 40.0, 1.0), (65.0, 105.6, 0.0), (103, 164, 0.0), (138, 185, 0.0)],
-    "linear": [(132.7, 128.6, 0.0), (125.8, 119.5, 0.0), (117.9, 110.6, 0.0), (117.2, 116.3, 0.0)],
-    "ntk": [(42.7, 42.4, 0.8), (41.9, 41.3, 0.6), (39.6, 37.4, 0.05), (72.8, 134, 0.0)],
-    "yarn": [(43.9, 43.4, 0.85), (43.2, 42.6, 1.0), (39.2, 35.5, 1.0), (38.4, 37.6, 0.9)],
-}
-TRUNCATED = [(40.1, 40.0), (39.7, 39.3), (36.0, 32.7), (34.8, 33.6)]
-
-
-def make_results(*, control: bool = True, passkey: bool = True, lengths: tuple[int, ...] = LENGTHS) -> Results:
-    rows: list[dict[str, Any]] = []
-    per_document = []
-    for method, measured in MEASURED.items():
-        factor = 1.0 if method == "none" else 8.0
-        for i, length in enumerate(lengths):
-            whole, tail, found = measured[i % 4]
-            whole_truncated, tail_truncated = TRUNCATED[i % 4]
-            gain = tail_truncated / tail
-            change = whole / MEASURED["none"][i % 4][0] - 1
-            row = {"method": method, "factor": factor, "protocol": "prefix", "length": length}
-            row |= {"perplexity": whole, "perplexity_tail": tail, "nll_sum": 1.0, "tokens": 8 * (length - 1)}
-            row |= {"documents": 8, "ci95": [0.9 * whole, 1.1 * whole]}
-            row |= {"perplexity_truncated": whole_truncated if control else None}
-            row |= {"perplexity_truncated_tail": tail_truncated if control else None}
-            row |= {"gain": gain if control else None, "gain_ci95": [gain - 0.02, gain + 0.02] if control else None}
-            row |= {"change": change, "change_ci95": [change - 0.01, change + 0.01]}
-            rows.append(row | ({"passkey": found, "passkey_trials": 20} if passkey else {}))
-            for document, share in (("a", 0.9), ("b", 1.1)):  # two documents, one easier than the other
-                record = {"document": document, "method": method, "factor": factor, "length": length}
-                record |= {"nll_sum": share * length * math.log(whole), "tokens": length}
-                record |= {"tail_nll_sum": share * length / 2 * math.log(tail), "tail_tokens": length // 2}
-                record |= {"position_nll_sums": [share * length / 16 * math.log(whole)] * 16}
-                per_document.append(record)
-                if control and method == "none":
-                    sums = [share * length / 16 * math.log(whole_truncated)] * 16
-                    per_document.append(record | {"method": "truncated", "factor": 1.0, "position_nll_sums": sums})
-    provenance: dict[str, Any] = {"model": "tiny|rope", "kind": "rotary", "generalization": "interpolation"}
-    provenance |= {"protocol": "prefix", "start": 0, "dtype": "float32", "dataset": "novels.jsonl", "trained_length": 512, "seed": 0, "versions": {"torch": "2.13"}}
-    provenance |= {"documents": [{"document": "a", "tokens": 9000}, {"document": "b", "tokens": 8000}], "left_out": []}
-    return Results(provenance | {"command": "hf-posext compare --model tiny"}, rows, per_document)
+from .reporting_helpers import LENGTHS, MEASURED, TRUNCATED, make_results, panels
 
 
 def printed(results: Results) -> list[str]:
     console = Console(width=80, record=True, file=io.StringIO())
     print_tables(results, console)
     return console.export_text().splitlines()
-
-
-def panels(results: Results, path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
-    """The axes of the figure that `plot_perplexity` saves."""
-    saved: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (saved.append(self), save(self, *args, **kw))[1])
-    plot_perplexity(results, path)
-    return saved[0].axes
 
 
 def test_the_table_has_the_control_as_a_row_of_its_own_and_gain_with_its_interval_at_the_longest_length() -> None:
@@ -184,12 +139,12 @@ def test_the_picture_is_as_wide_as_a_readme_and_replaces_in_one_step(tmp_path: P
 def test_the_picture_has_a_panel_for_each_question(
     asked: dict[str, bool], titles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = panels(make_results(**asked), tmp_path / "p.png", monkeypatch)
+    drawn = panels(lambda: plot_perplexity(make_results(**asked), tmp_path / "p.png"), monkeypatch)
     assert [panel.get_title() for panel in drawn] == titles
 
 
 def test_the_picture_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    perplexity, gain, passkey = panels(make_results(), tmp_path / "p.png", monkeypatch)
+    perplexity, gain, passkey = panels(lambda: plot_perplexity(make_results(), tmp_path / "p.png"), monkeypatch)
     assert perplexity.get_yscale() == "log"
     assert all(panel.get_xscale() == "log" for panel in (perplexity, gain, passkey))
     assert [label.get_text() for label in passkey.get_xticklabels()] == ["512", "1024", "2048", "4096"]
@@ -209,7 +164,7 @@ def test_values_that_are_missing_or_infinite_leave_a_gap(tmp_path: Path, monkeyp
     results = make_results()
     results.rows[1] |= {"perplexity_tail": float("inf"), "passkey": None}
     results.rows[2] |= {"perplexity_tail": None, "gain": None, "gain_ci95": None}
-    perplexity, *_ = panels(results, tmp_path / "p.png", monkeypatch)
+    perplexity, *_ = panels(lambda: plot_perplexity(results, tmp_path / "p.png"), monkeypatch)
     assert [40.0, 185.0] in [list(map(float, line.get_ydata())) for line in perplexity.lines]
     assert dict(grids(results)[1].rows)["none"][1:3] == ("65.0 (inf)", "103 (-)")
     assert "breaks by 1024" in describe_methods(results)[0]
@@ -233,6 +188,51 @@ def test_the_report_is_complete_and_can_be_read_back(tmp_path: Path) -> None:
     assert "| documents | a: 9000, b: 8000 |" in text and "| versions.torch | 2.13 |" in text
 
 
+def test_what_happens_inside_the_trained_length_comes_first() -> None:
+    results = make_results()
+    first = grids(results)[0]
+    assert first.title.startswith("Short-context check") and first.lengths == (512,)
+    assert dict(first.rows)["yarn x8"] == ("+9.5 % [+8.5, +10.5]",) and "none" not in dict(first.rows)
+    assert notes(results) == []
+    text = render_report(results)
+    assert text.index("+9.5 % [+8.5, +10.5]") < text.index("### Perplexity per token")
+
+
+def test_what_no_table_shows_is_said() -> None:
+    results = make_results(lengths=(1024, 2048))
+    reason = "extends learned positions; llama has rotary"
+    results.provenance["not_applicable"] = {
+        name: f"{name} {reason}" for name in ("table-linear", "table-cubic")
+    }  # fmt: skip
+    told = f"Left out: table-linear, table-cubic ({reason})."
+    assert notes(results) == [told, "No short-context check: no length up to 512 was measured."]
+    assert told in " ".join(" ".join(printed(results)).split()) and told in render_report(results)
+    for row in results.rows:
+        row |= {"length": row["length"] // 4, "change": None, "change_ci95": None}
+    assert notes(results)[1] == "No short-context check: `none` is not among the methods."
+    assert notes(Results({"trained_length": 512}, [row for row in results.rows if row["method"] == "none"])) == []
+
+
+def test_the_gain_by_position_is_drawn_for_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (panel,) = panels(lambda: plot_gain_by_position(make_results(), tmp_path / "p.png"), monkeypatch)
+    assert imread(tmp_path / "p.png").shape[1] == 1800
+    lines = {line.get_label(): line for line in panel.lines}
+    assert set(MEASURED) - {"none"} <= {str(label).removesuffix(" x8") for label in lines}
+    for name, measured in MEASURED.items():
+        line = lines[name if name == "none" else f"{name} x8"]
+        # 1 %: these records count 256 tokens to each stretch, and the first token of a document is never scored
+        assert list(line.get_ydata()) == pytest.approx([TRUNCATED[3][0] / measured[3][0]] * 16, rel=0.01)
+        assert len(line.get_xdata()) == 16 and 120 < line.get_xdata()[0] < 136
+
+
+def test_intervals_that_were_infinite_are_left_out() -> None:
+    results = make_results()
+    results.rows[-1] |= {"gain_ci95": [None, 1.0], "change_ci95": [None, 0.1]}
+    results.rows[-4] |= {"change_ci95": [None, 0.1]}
+    assert dict(grids(results)[2].rows)["yarn x8"][3] == "0.89"
+    assert dict(grids(results)[0].rows)["yarn x8"] == ("+9.5 %",)
+
+
 def test_a_report_without_control_does_not_speak_of_it() -> None:
     text = render_report(make_results(control=False, passkey=False))
     assert "runcat" not in text.replace("gain over truncation and pass keys by context length", "")
@@ -251,3 +251,10 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: p
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_paths_inside_the_working_directory_become_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert portable(str(tmp_path / "a" / "b")) == "a/b"
+    for name in ("org/name", "none,linear", "", str(tmp_path.parent / "other")):
+        assert portable(name) == name

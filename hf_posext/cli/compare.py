@@ -35,7 +35,9 @@ def compare(
     ] = None,
     documents: Annotated[int | None, typer.Option(help="How many documents to read; all if not given.")] = None,
     passkey: Annotated[int, typer.Option(min=0, help="Pass-key trials at each length; 0 for none.")] = 0,
-    protocol: Annotated[str, typer.Option(help="prefix or sliding.")] = "prefix",
+    protocol: Annotated[
+        Text, typer.Option(help="prefix or sliding (decoders), pseudo (encoders), seq2seq; by the model if not given.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a sliding window moves by.")] = None,
     start: Annotated[int, typer.Option(help="Tokens to leave out at the beginning of each document.")] = 0,
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",

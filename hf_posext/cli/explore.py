@@ -73,8 +73,7 @@ def inspect(
 
 def _refusals(scheme: PositionalScheme) -> dict[str, str | None]:
     """Why each method does not apply; `None` for one that does."""
-    from ..methods import as_method
-    from ..methods import list_methods
+    from ..methods import as_method, list_methods
 
     return {method.name: as_method(method.name).applies_to(scheme) for method in list_methods()}
 

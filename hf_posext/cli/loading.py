@@ -43,7 +43,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer.
+    """A language model (causal, masked or encoder-decoder, as its config says) and its tokenizer.
 
     Args:
         name (`str`): a folder or Hub id.
@@ -51,15 +51,26 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
         device (`str`): what torch calls it, e.g. `cpu` or `cuda:0`.
 
     Raises:
-        InvalidParameterError: no such model, no causal language model, no tokenizer, or no such device.
+        InvalidParameterError: no such model, no language model, no tokenizer, or no such device.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )
 
+    from ..evaluation.noncausal import model_kind
+
+    classes = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
     quiet_libraries()
     with _one_line_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        config = AutoConfig.from_pretrained(name)
+        cls = classes[model_kind(config.architectures or (), config)]
+        model = cls.from_pretrained(name, dtype=getattr(torch, dtype))
     try:
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:  # torch says so of a device unknown, or not compiled in

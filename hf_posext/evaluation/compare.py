@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..patching import detect_scheme, patch_model
 from ..patching.detect import unwrap
-from .control import CONTROL, measure_control
+from .control import CONTROL
 from .passkey import passkey_accuracy, passkey_prompts
 from .perplexity import collect, measure_method, work
-from .protocols import Prefix
+from .protocols import DECODER_PROTOCOLS
 from .results import Results
 from .rows import make_rows
 from .scoring import evaluation_mode
@@ -38,7 +38,7 @@ def compare(
     factor: float | None = None,
     target_length: int | None = None,
     original_length: int | None = None,
-    protocol: str = "prefix",
+    protocol: str | None = None,
     stride: int | None = None,
     start: int = 0,
     passkey: int = 0,
@@ -64,7 +64,7 @@ def compare(
     | `passkey`, `passkey_trials` | share of pass keys found, of how many |
 
     Args:
-        model (`PreTrainedModel`): a causal language model without a patch.
+        model (`PreTrainedModel`): a language model (causal, masked or encoder-decoder) without a patch.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         documents (`list[Document]`, or what [`load_documents`] takes): the texts.
         methods (`Sequence[str | Method]`): names, with hyper-parameters or without (`"rerope(window=384)"`), or method
@@ -73,7 +73,7 @@ def compare(
         factor (`float`, *optional*): of methods that do not say their own.
         target_length (`int`, *optional*): in tokens, instead of a factor.
         original_length (`int`, *optional*): trained length, where the config is wrong about it; the control's, too.
-        protocol (`str`, *optional*, defaults to `"prefix"`): see [`evaluate_perplexity`].
+        protocol (`str`, *optional*): see [`evaluate_perplexity`].
         stride (`int`, *optional*): see [`evaluate_perplexity`].
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document.
         passkey (`int`, *optional*, defaults to 0): pass-key trials per method and length; 0 for none.
@@ -110,6 +110,10 @@ def compare(
     planned = try_plans(base, plans, not_applicable)
     for plan in planned:
         check_positions(scheme, plan, setup.lengths[-1])
+    if passkey and setup.protocol.name not in DECODER_PROTOCOLS:
+        raise InvalidParameterError(
+            f"passkey is {passkey}, and {type(base).__name__} does not continue a text as a decoder does; give passkey=0"
+        )
     if passkey:
         for length in setup.lengths:
             passkey_prompts(tokenizer, length, 1, seed)
@@ -117,11 +121,11 @@ def compare(
     results = Results({**setup.provenance, "trained_length": trained_length, "not_applicable": not_applicable})
     steps = work(setup) * (1 + len(planned)) + len(planned) * len(setup.lengths) * (passkey > 0)
     with evaluation_mode(base), tqdm(total=steps, desc="control", unit="doc", disable=None) as progress:
-        truncated = measure_control(setup.scorer, setup.documents, setup.lengths, setup.protocol, trained_length)
+        truncated = setup.protocol.measure_control(setup.scorer, setup.documents, setup.lengths, trained_length)
         control = collect(truncated, setup, CONTROL, 1.0, progress.update)
         results.per_document += control
         # Inside the trained length the control is the unpatched model itself, whether or not `none` is asked for.
-        read_whole = isinstance(setup.protocol, Prefix)
+        read_whole = setup.protocol.name != "sliding"
         baseline = [record for record in control if read_whole and record["length"] <= trained_length]
         for plan in planned:
             progress.set_description(plan.method)
@@ -134,7 +138,7 @@ def compare(
                         base, tokenizer, setup.lengths, passkey, seed, on_length=lambda: progress.update(1)
                     )
             baseline = records if plan.changes_nothing else baseline
-            rows = make_rows(records, protocol=protocol, control=control, baseline=baseline, seed=seed)
+            rows = make_rows(records, protocol=setup.protocol.name, control=control, baseline=baseline, seed=seed)
             for row in rows if passkey else ():
                 row |= {"passkey": found[row["length"]], "passkey_trials": passkey}
             results.rows += rows

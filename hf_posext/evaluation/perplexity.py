@@ -27,7 +27,7 @@ def evaluate_perplexity(
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     lengths: Sequence[int],
     *,
-    protocol: str = "prefix",
+    protocol: str | None = None,
     stride: int | None = None,
     start: int = 0,
 ) -> Results:
@@ -40,11 +40,14 @@ def evaluate_perplexity(
     vocabulary side does not depend on the length.
 
     Args:
-        model (`PreTrainedModel`): a causal language model, patched or not, also inside a PEFT or DDP wrapper.
+        model (`PreTrainedModel`): a language model (causal, masked or encoder-decoder), patched or not, also inside a
+            PEFT or DDP wrapper.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         documents (`list[Document]`, or what [`load_documents`] takes): the texts.
         lengths (`Sequence[int]`): context lengths in tokens.
-        protocol (`str`, *optional*, defaults to `"prefix"`): `"prefix"` ([`Prefix`]) or `"sliding"` ([`Sliding`]).
+        protocol (`str`, *optional*): `"prefix"` ([`Prefix`]) or `"sliding"` ([`Sliding`]) for a causal language model,
+            `"pseudo"` ([`Pseudo`]) for an encoder, `"seq2seq"` ([`Seq2Seq`]) for an encoder-decoder; the first that
+            fits the model if not given.
         stride (`int`, *optional*): of the sliding window, in tokens; required there, refused elsewhere.
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each (front matter).
 
@@ -55,7 +58,7 @@ def evaluate_perplexity(
     Raises:
         InvalidParameterError: lengths, protocol or stride that cannot be.
         DocumentError: no documents, or all of them too short.
-        UnsupportedModelError: an encoder, or another model without a causal loss.
+        UnsupportedModelError: a model without a language-model head.
         EvaluationError: logits that are not finite, or two ways of measuring that disagree.
     """
     patch = getattr(unwrap(model), "_posext_patch", None)
@@ -72,7 +75,7 @@ def evaluate_perplexity(
         tqdm(total=work(setup), desc=method, unit="doc", disable=None) as progress,
     ):
         records = measure_method(setup, method, factor, multipass, progress.update)
-    return Results(setup.provenance, make_rows(records, protocol=protocol), records)
+    return Results(setup.provenance, make_rows(records, protocol=setup.protocol.name), records)
 
 
 def work(setup: Setup) -> int:

@@ -5,42 +5,86 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..errors import EvaluationError, InvalidParameterError
+from .control import control_stride
 from .scoring import BATCH_TOKENS, TokenScorer, require_finite
 from .tokens import TokenizedDocuments
 
 
 class Measurement(NamedTuple):
-    """NLL of tokens 1, 2, ... of one document (float64, in nats), measured for one context length."""
+    """
+    NLL of tokens of one document (float64, in nats), measured for one context length.
+
+    They are tokens 1, 2, ... unless `tail` is given: then they are some, in order, and the last `tail` of them lie in
+    the second half of the text.
+    """
 
     length: int
     document: int
     nll: np.ndarray
+    tail: int | None = None
 
 
 class PerplexityProtocol(Protocol):
-    """What a protocol is: a name, the tokens that it scores, and how it measures them."""
+    """What a protocol is: a name, what scores tokens for it, how it measures them, and what it compares them with."""
 
     @property
     def name(self) -> str:
         """Name in results and on the command line."""
 
-    def span(self, length: int, longest: int) -> int:
-        """How many tokens of a document count at a context length, the first one (which is never scored) included."""
+    def scorer(self, model: nn.Module, tokenizer: Any) -> Any:
+        """What scores tokens for this protocol; it has the bare model as `model`, and is handed to the methods below.
+
+        Raises:
+            UnsupportedModelError: the protocol means nothing for such a model.
+        """
 
     def measure(
-        self, scorer: TokenScorer, documents: TokenizedDocuments, lengths: list[int], multipass: bool
+        self, scorer: Any, documents: TokenizedDocuments, lengths: list[int], multipass: bool
     ) -> Iterator[Measurement]:
         """Every document at every length, in any order."""
 
+    def measure_control(
+        self, scorer: Any, documents: TokenizedDocuments, lengths: list[int], trained_length: int
+    ) -> Iterator[Measurement]:
+        """The same tokens, each given at most `trained_length` tokens (2 or more) of context."""
+
+
+class _OfDecoders:
+    """What the protocols of causal language models share."""
+
+    def scorer(self, model: nn.Module, tokenizer: Any) -> TokenScorer:
+        return TokenScorer(model)
+
+    def span(self, length: int, longest: int) -> int:
+        """How many tokens of a document count at a context length, the first one (which is never scored) included."""
+        return length
+
+    def measure_control(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, lengths: list[int], trained_length: int
+    ) -> Iterator[Measurement]:
+        """
+        The tokens that the protocol scores, each given at most `trained_length` tokens of context.
+
+        Tokens inside the first `trained_length` come from one forward over them, later ones from windows of that
+        length that end every [`control_stride`] tokens. Where the tokenizer adds BOS, every window begins with it:
+        without it many models collapse, and the control would be unfairly weak.
+        """
+        for index, row in enumerate(documents.tokens):
+            nll = windowed_nll(scorer, row, trained_length, control_stride(trained_length), documents.bos)
+            require_finite(nll, documents.ids[index])
+            for length in lengths:
+                yield Measurement(length, index, nll[: self.span(length, documents.length) - 1])
+
 
 @dataclass(frozen=True)
-class Prefix:
+class Prefix(_OfDecoders):
     """
     Perplexity of the first `L` tokens of each document, for every length `L`.
 
@@ -50,9 +94,6 @@ class Prefix:
     """
 
     name: ClassVar[str] = "prefix"
-
-    def span(self, length: int, longest: int) -> int:
-        return length
 
     def measure(
         self, scorer: TokenScorer, documents: TokenizedDocuments, lengths: list[int], multipass: bool
@@ -72,7 +113,7 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class Sliding:
+class Sliding(_OfDecoders):
     """
     Perplexity of the first `max(lengths)` tokens of each document, read through a window of `L` tokens.
 
@@ -100,12 +141,12 @@ class Sliding:
             yield Measurement(length, index, nll)
 
 
-PROTOCOLS = ("prefix", "sliding")
+DECODER_PROTOCOLS = ("prefix", "sliding")
 
 
 def make_protocol(name: str, lengths: list[int], stride: int | None) -> PerplexityProtocol:
     """
-    The protocol of that name.
+    The protocol of that name, for a causal language model.
 
     Raises:
         InvalidParameterError: no such protocol, a stride where none is used, none where one is, or one that skips
@@ -121,7 +162,7 @@ def make_protocol(name: str, lengths: list[int], stride: int | None) -> Perplexi
         for length in lengths:
             check_stride(length, stride)
         return Sliding(stride)
-    raise InvalidParameterError(f"protocol is {name!r}; choose one of {', '.join(PROTOCOLS)}")
+    raise InvalidParameterError(f"protocol is {name!r}; choose one of {', '.join(DECODER_PROTOCOLS)}")
 
 
 class Window(NamedTuple):

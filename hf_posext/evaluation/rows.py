@@ -22,10 +22,12 @@ def document_record(
 
     The tail is the second half of the tokens: of `n` tokens, those at positions `n/2 + 1` to `n`. The sum over all
     tokens averages in the easy early positions, and so hides a break. `position_nll_sums` are told only where
-    `with_positions` is set: at the longest length, which covers the others.
+    `with_positions` is set (at the longest length, which covers the others), and every token was scored.
     """
     nll = measurement.nll
-    tail = nll[(len(nll) + 1) // 2 - 1 :]  # nll[0] is of the second token
+    every = measurement.tail is None
+    size = len(nll) // 2 + 1 if measurement.tail is None else measurement.tail
+    tail = nll[-size:]
     return {
         "document": documents.ids[measurement.document],
         "method": method,
@@ -35,7 +37,7 @@ def document_record(
         "tokens": len(nll),
         "tail_nll_sum": math.fsum(tail),
         "tail_tokens": len(tail),
-        "position_nll_sums": position_sums(nll) if with_positions else None,
+        "position_nll_sums": position_sums(nll) if with_positions and every else None,
     }
 
 

@@ -8,7 +8,7 @@ gave, so that the head and whatever follows it (logit scaling, softcaps) are the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,12 +47,7 @@ class TokenScorer:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise UnsupportedModelError(
-                "the model has a PEFT adapter of the prompt-learning kind, whose virtual tokens would be scored; "
-                "measure a model with LoRA or merged weights, or without the adapter"
-            )
-        self.model: Any = unwrap(model)
+        self.model: Any = scored_model(model)
         name = type(self.model).__name__
         if getattr(self.model.config, "is_encoder_decoder", False) or not self.model.can_generate():
             raise UnsupportedModelError(
@@ -100,16 +95,16 @@ class TokenScorer:
         def run_and_keep(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             captured.append(output)
-            return _with_hidden(output, _hidden(output)[:, -1:])  # one row, so that no large logits come out
+            return with_hidden_states(output, hidden_states(output)[:, -1:])  # one row, so that no large logits come out
 
         with _forward_replaced(trunk, run_and_keep):
             last = self.model(input_ids=input_ids, use_cache=False).logits
         (output,) = captured
-        hidden = _hidden(output)
+        hidden = hidden_states(output)
         size = size or self._slice_size(input_ids, last.shape[-1])
         for begin in range(rows.start, rows.stop, size):
             end = min(begin + size, rows.stop)
-            piece = _with_hidden(output, hidden[:, begin:end])
+            piece = with_hidden_states(output, hidden[:, begin:end])
             with _forward_replaced(trunk, lambda *args, piece=piece, **kwargs: piece):
                 logits = self.model(input_ids=input_ids[:, begin:end], use_cache=False).logits
             yield begin, logits
@@ -157,20 +152,36 @@ class TokenScorer:
         return reason is None
 
 
-def require_finite(nll: Any, document: str) -> None:
+def scored_model(model: nn.Module) -> Any:
+    """The transformers model inside a wrapper, if what it gives to a token is of this token.
+
+    Raises:
+        UnsupportedModelError: prompt tuning, which puts virtual tokens before the others.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            "the model has a PEFT adapter of the prompt-learning kind, whose virtual tokens would be scored; "
+            "measure a model with LoRA or merged weights, or without the adapter"
+        )
+    return unwrap(model)
+
+
+def require_finite(nll: Any, document: str, tokens: Sequence[int] | None = None) -> None:
     """Refuse NLL that is not finite, naming the document and the position.
 
     Args:
-        nll (`numpy.ndarray` of shape `(tokens - 1,)`): of tokens 1, 2, ... of one document.
+        nll (`numpy.ndarray` of shape `(scored tokens,)`): of one document.
         document (`str`): its id.
+        tokens (`Sequence[int]`, *optional*): which tokens they are of; 1, 2, ... if not given.
 
     Raises:
         EvaluationError: a value is NaN or infinite.
     """
     bad = (~torch.isfinite(torch.as_tensor(nll))).nonzero()
     if len(bad):
+        first = tokens[int(bad[0])] if tokens else int(bad[0]) + 1
         raise EvaluationError(
-            f"logits are not finite in document {document!r}, first at token {int(bad[0]) + 1}; "
+            f"logits are not finite in document {document!r}, first at token {first}; "
             "load the model with dtype=torch.float32 or bfloat16, or choose a smaller factor"
         )
 
@@ -201,12 +212,14 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.__dict__["forward"] = own
 
 
-def _hidden(output: Any) -> torch.Tensor:
+def hidden_states(output: Any) -> torch.Tensor:
+    """What a trunk gives to the head."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
     return hidden
 
 
-def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
+    """The same output of a trunk with other hidden states."""
     if isinstance(output, tuple):
         return (hidden, *output[1:])
     return type(output)(**{**output, "last_hidden_state": hidden})

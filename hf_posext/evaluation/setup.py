@@ -19,8 +19,8 @@ from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .documents import Document, Documents, load_documents
 from .files import portable
-from .protocols import PerplexityProtocol, make_protocol
-from .scoring import TokenScorer
+from .noncausal import choose_protocol
+from .protocols import DECODER_PROTOCOLS, PerplexityProtocol
 from .tokens import TokenizedDocuments, check_lengths, tokenize_documents
 
 
@@ -29,14 +29,14 @@ class Setup:
     """A model and documents, checked and ready to be measured.
 
     Args:
-        scorer ([`TokenScorer`]): of the model.
+        scorer (`Any`): of the model, as the protocol needs it.
         documents ([`TokenizedDocuments`]): rows of `max(lengths)` tokens.
         lengths (`list[int]`): ascending, in tokens.
         protocol ([`PerplexityProtocol`]): how to measure.
         provenance (`dict`): what is needed to measure the same again.
     """
 
-    scorer: TokenScorer
+    scorer: Any
     documents: TokenizedDocuments
     lengths: list[int]
     protocol: PerplexityProtocol
@@ -50,15 +50,15 @@ def prepare(
     lengths: Sequence[int],
     scheme: PositionalScheme,
     *,
-    protocol: str,
+    protocol: str | None,
     stride: int | None,
     start: int,
     seed: int,
 ) -> Setup:
     """Check all that was asked for before anything long begins; arguments as in [`evaluate_perplexity`]."""
-    scorer = TokenScorer(model)
     ascending = check_lengths(lengths)
-    chosen = make_protocol(protocol, ascending, stride)
+    chosen = choose_protocol(protocol, model, ascending, stride)
+    scorer = chosen.scorer(model, tokenizer)
     texts = documents
     if not isinstance(documents, list) or not all(isinstance(document, Document) for document in documents):
         texts = load_documents(documents)
@@ -85,7 +85,7 @@ def prepare(
         "protocol": chosen.name,
         "stride": stride,
         "lengths": ascending,
-        "bos": "added by the tokenizer, kept" if tokenized.bos else "none: the tokenizer adds none",
+        "bos": _bos(chosen, tokenized),
         "trained_length": scheme.trained_length,
         "shipped_length": scheme.shipped_length,
         "documents": [
@@ -111,6 +111,12 @@ def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longes
             f"{scheme.model_type} has a learned table of {rows} positions, and {longest} tokens were asked for; "
             f"give lengths up to {rows}"
         )
+
+
+def _bos(protocol: PerplexityProtocol, documents: TokenizedDocuments) -> str:
+    if protocol.name not in DECODER_PROTOCOLS:
+        return "special tokens of the tokenizer around each text, counted"
+    return "added by the tokenizer, kept" if documents.bos else "none: the tokenizer adds none"
 
 
 def _versions() -> dict[str, str]:

@@ -106,21 +106,26 @@ def banded_attention(
     fused = value.device.type == "cpu" and value.shape[-1] == width and not (learning or softcap or dropout)
     rows = FUSED_ROWS if fused else max(16, SCORE_BYTES // (4 * batch * heads * keys))
 
+    edges: dict[tuple[int, ...], torch.Tensor] = {}
+
     def attend(start: int, stop: int) -> torch.Tensor:
-        bounds = (keys - queries + start, keys - queries + stop)
+        first, last = keys - queries + start, keys - queries + stop
         here = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
-        places = query_positions[:, start:stop], key_positions
-        pieces = [
-            piece for branch in branches for piece in _pieces(branch, bounds, places, here, aligned, value.dtype)
-        ]
+        pieces = []
+        for number, branch in enumerate(branches):
+            for low, high, inner in _rectangles(branch.part, first, last, keys, aligned, causal=mask is None):
+                # edges of bands look alike in all blocks, but for where chunks begin
+                alike = (number, first % branch.part.chunk, last - first, low - first, high - first)
+                bias = edges.get(alike) if aligned and mask is None else None
+                if bias is None and not inner:
+                    places = query_positions[:, start:stop], key_positions[:, low:high]
+                    bias = _bias(branch.part, *places, value.dtype, here, (first, last), (low, high))
+                    if aligned and mask is None:
+                        edges[alike] = bias = bias[:1]
+                pieces.append(Piece(branch, low, high, bias))
         if fused:
-            block = _fused(pieces, (start, stop), value, scaling, sinks)
-        else:
-            block = _plain(pieces, (start, stop), value, scaling, sinks, softcap, dropout)
-        if here is None or here.dtype != torch.bool:
-            return block
-        # as SDPA: 0 where a query attends to nothing. Recurrent Gemma's convolution reads such padding
-        return block.masked_fill(~here.any(-1).transpose(1, 2)[..., None], 0)
+            return _fused(pieces, (start, stop), value, scaling, sinks)
+        return _plain(pieces, (start, stop), value, scaling, sinks, softcap, dropout)
 
     out = None if learning else value.new_empty(batch, queries, heads, value.shape[-1])
     blocks = []
@@ -137,28 +142,21 @@ def banded_attention(
     return torch.cat(blocks, 1) if out is None else out
 
 
-def _pieces(
-    branch: Branch,
-    bounds: tuple[int, int],
-    places: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | None,
-    aligned: bool,
-    dtype: torch.dtype,
-) -> Iterator[Piece]:
-    """The keys of a part for a block of queries, which are numbers `bounds` among the keys.
+def _rectangles(
+    part: Part, first: int, last: int, keys: int, aligned: bool, causal: bool
+) -> Iterator[tuple[int, int, bool]]:
+    """The keys of a part for queries `first` to `last - 1`: from, to, and whether each query sees all of them.
 
     Where parts are bands, keys that no query of the block sees are left out, and those that all of them see need no
     bias: on a long input nearly all scores are there.
     """
-    part, keys = branch.part, branch.key.shape[2]
-    low, high = _band(part, *bounds, keys) if aligned else (0, min(bounds[1], keys) if mask is None else keys)
-    inner = _inner(part, *bounds, low, high) if aligned and mask is None else (high, high)
-    if inner[1] - inner[0] <= bounds[1] - bounds[0]:  # not worth a rectangle of its own
+    low, high = _band(part, first, last, keys) if aligned else (0, min(last, keys) if causal else keys)
+    inner = _inner(part, first, last, low, high) if aligned and causal else (high, high)
+    if inner[1] - inner[0] <= last - first:  # not worth a rectangle of its own
         inner = (high, high)
     for start, stop in ((low, inner[0]), inner, (inner[1], high)):
         if start < stop:
-            needed = (start, stop) != inner
-            yield Piece(branch, start, stop, _bias(part, bounds, start, stop, places, mask, dtype) if needed else None)
+            yield start, stop, (start, stop) == inner
 
 
 def _band(part: Part, first: int, last: int, keys: int) -> tuple[int, int]:
@@ -177,27 +175,26 @@ def _inner(part: Part, first: int, last: int, low: int, high: int) -> tuple[int,
 
 def _bias(
     part: Part,
-    bounds: tuple[int, int],
-    low: int,
-    high: int,
-    places: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | None,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
     dtype: torch.dtype,
+    mask: torch.Tensor | None,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
 ) -> torch.Tensor:
-    """0 or the mask's own number where a pair is attended, the least number elsewhere.
+    """0 or the mask's own number where a pair is attended, the least number of a dtype elsewhere; float32 or float64.
 
-    That number is finite, so that a query that attends to nothing (padding) gets no NaN.
+    That number is finite, so that a query that attends to nothing (padding, which no one reads) gets no NaN.
     """
-    allowed = belongs(part, places[0], places[1][:, low:high])[:, None]
-    dtype = torch.promote_types(dtype, torch.float32)
-    bias = torch.zeros((), dtype=dtype, device=allowed.device)
+    allowed = belongs(part, query_positions, key_positions)[:, None]
+    bias = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=allowed.device)
     if mask is None:
-        index = torch.arange(low, high, device=allowed.device)
-        allowed = allowed & (index <= torch.arange(*bounds, device=allowed.device)[:, None])
+        index = torch.arange(*columns, device=allowed.device)
+        allowed = allowed & (index <= torch.arange(*rows, device=allowed.device)[:, None])
     elif mask.dtype == torch.bool:
-        allowed = allowed & mask[..., low:high]
+        allowed = allowed & mask[..., slice(*columns)]
     else:
-        bias = mask[..., low:high].to(dtype)
+        bias = mask[..., slice(*columns)].to(bias.dtype)
     return torch.where(allowed, bias, torch.finfo(dtype).min)
 
 
@@ -247,8 +244,12 @@ def _fused(
         query, key = _grouped(piece, rows, value)
         bias = piece.bias
         if bias is not None:
-            bias = bias.expand(-1, heads, -1, -1).reshape(bias.shape[0], value.shape[1], -1, bias.shape[-1])
-            bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+            groups = heads // value.shape[1]
+            if bias.shape[1] > 1:
+                bias = bias.reshape(bias.shape[0], value.shape[1], -1, bias.shape[-1])
+            else:
+                bias = bias.repeat(1, 1, groups, 1)
+            bias = bias.to(query.dtype)
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value[:, :, piece.low : piece.high], attn_mask=bias, scale=scaling
         )

@@ -21,7 +21,8 @@ Angle = Callable[[str, torch.Tensor], torch.Tensor]
 """From the name of a set and its cosines: 0 or 1 (quarter turns) for each slot."""
 
 TOLERANCE = 1e-5
-"""Of the largest value: probes are exact rotations by 0 or 90 degrees, so that only a norm after them rounds."""
+"""Of the largest value, in float32: probes are exact rotations by 0 or 90 degrees, so that only a norm after them
+rounds. In half precision that rounds by up to one unit in the last place."""
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,17 @@ def _layout(
     """Partners, weights, which channels turn, and the code of the pair that drives each; all of shape (dim,)."""
     dim = still.shape[-1]
     before, after = (t.reshape(-1, dim).double() for t in (still, turned))
-    scale = TOLERANCE * before.abs().max()
+    rounding = torch.finfo(still.dtype).eps
+    scale = max(TOLERANCE, rounding) * before.abs().max()
     turns = (before - after).abs().amax(0) > scale
     # every channel after the turn as a multiple of every channel before it; the partner is the one that leaves least
     weights = (after.T @ before) / (before.square().sum(0) + 1e-300)
     residual = torch.stack([(after[:, c : c + 1] - weights[c] * before).abs().amax(0) for c in range(dim)])
     partners = torch.where(turns, residual.argmin(1), torch.arange(dim))
-    if bool((residual.min(1).values[turns] > 20 * scale).any()):
+    if bool((residual.min(1).values[turns] > max(20 * TOLERANCE, 4 * rounding) * before.abs().max()).any()):
         raise UnknownLayout(f"{layer} mixes more than two channels")
     weights = weights[torch.arange(dim), partners]
-    weights = torch.where((weights.abs() - 1).abs() < 1e-4, weights.sign(), weights)
+    weights = torch.where((weights.abs() - 1).abs() < max(1e-4, rounding), weights.sign(), weights)
     code = torch.zeros(dim, dtype=torch.int64)
     for bit, states in enumerate(bits):
         probe = states.reshape(-1, dim).double()

