@@ -1,8 +1,8 @@
 """How long attention takes on the CPU when near and far pairs see different positions, against plain attention.
 
-One attention layer (1 sequence, 8 heads, 2 key heads, 64 channels, float32, no gradients) of a Llama, as it is and with
-each remapping method: the layer with its projections and rotations, and the attention alone. The ways are timed in
-turns, so that whatever else the machine does hits all of them.
+One attention layer of a Llama (1 sequence, 8 heads, 2 key heads, 64 channels, float32, no gradients), as it is and
+with each remapping method: the layer with its projections and rotations, and the attention alone. The ways are timed
+in turns, so that whatever else the machine does hits all of them.
 
     python benchmarks/remapping_cpu.py --length 8192 --output benchmarks/results/remapping_cpu.json
 """
@@ -76,44 +76,51 @@ def kernel(length: int, plan: ExtensionPlan | None) -> Callable[[], object]:
 
 
 @torch.no_grad()
-def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each, on the clock and of the processor."""
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "cpu_seconds": []} for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             run()
             if turn:  # the first is for warming up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+                found[name]["seconds"].append(time.perf_counter() - start)
+                found[name]["cpu_seconds"].append(time.process_time() - cpu)
+    return {name: {kind: statistics.median(each) for kind, each in kinds.items()} for name, kinds in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=8192, help="tokens")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    load = os.getloadavg()[0]
+    loads, rows = [os.getloadavg()[0]], []
     layers: dict[str, Callable[[], object]] = {}
     kernels: dict[str, Callable[[], object]] = {}
     for name, method in {"plain": None, **methods(args.length)}.items():
         layers[name], plan = layer(args.length, method)
         kernels[name] = kernel(args.length, plan)
-    rows = []
-    for what, runs in (("attention layer", layers), ("attention alone", kernels)):
-        found = measure(runs, args.repeats)
-        for name, value in found.items():
-            rows.append({"what": what, "method": name, "seconds": value, "times_plain": value / found["plain"]})
-    print(f"{args.length} tokens, {args.threads} threads, load average before {load:.1f}")
-    for row in rows:
-        print(f"{row['what']:16} {row['method']:12} {row['seconds']:8.3f} s {row['times_plain']:6.2f} x plain")
+    print(f"{args.length} tokens; on a busy machine, compare the processor's seconds with 1 thread")
+    print("threads  what             method        seconds  x plain   cpu seconds  x plain")
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for what, runs in (("attention layer", layers), ("attention alone", kernels)):
+            found = measure(runs, args.repeats)
+            for name, each in found.items():
+                times = {f"{kind}_x_plain": value / found["plain"][kind] for kind, value in each.items()}
+                rows.append({"threads": threads, "what": what, "method": name, **each, **times})
+                print(
+                    f"{threads:7}  {what:15}  {name:12} {each['seconds']:8.3f} {times['seconds_x_plain']:8.2f}"
+                    f" {each['cpu_seconds']:13.3f} {times['cpu_seconds_x_plain']:8.2f}"
+                )
+    loads.append(os.getloadavg()[0])
+    print(f"load average before and after: {loads[0]:.1f}, {loads[1]:.1f} on {os.cpu_count()} cores")
     if args.output:
         versions = {one.__name__: one.__version__ for one in (torch, transformers, hf_posext)}
-        machine = {"processor": platform.machine(), "cores": os.cpu_count(), "load_average_before": load}
-        settings = {"length": args.length, "threads": args.threads, "repeats": args.repeats}
+        machine = {"processor": platform.machine(), "cores": os.cpu_count(), "load_average": loads}
+        settings = {"length": args.length, "repeats": args.repeats}
         result = {"settings": settings, "machine": machine, "versions": versions, "rows": rows}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -57,16 +57,19 @@ def measure(
     passages = torch.stack([texts[:, at : at + passage] for at in starts], dim=1)
     late = torch.tensor([at >= TRAINED for at in starts])
 
-    def rows(reader: str, documents: torch.Tensor) -> list[dict[str, Any]]:
-        queries = embed(model, tokenizer, passages.flatten(0, 1)).view(len(texts), len(starts), -1)
-        found = ranks(queries, documents)
-        return [_row(length, reader, region, found[:, chosen]) for region, chosen in (("before", ~late), ("after", late))]
+    def embed_passages() -> torch.Tensor:
+        return embed(model, tokenizer, passages.flatten(0, 1)).view(len(texts), len(starts), -1)
 
-    out = rows("none, truncated to 512", embed(model, tokenizer, texts[:, : TRAINED - 2]))
-    out += rows("none, mean of chunks of 512", embed_chunks(model, tokenizer, texts))
+    def rows(reader: str, queries: torch.Tensor, documents: torch.Tensor) -> list[dict[str, Any]]:
+        found = ranks(queries, documents)
+        return [_row(length, reader, name, found[:, chosen]) for name, chosen in (("before", ~late), ("after", late))]
+
+    queries = embed_passages()
+    out = rows("none, truncated to 512", queries, embed(model, tokenizer, texts[:, : TRAINED - 2]))
+    out += rows("none, mean of chunks of 512", queries, embed_chunks(model, tokenizer, texts))
     for method in methods:
         with patch_model(model, method, target_length=length):
-            out += rows(f"{method} x{length / TRAINED:g}", embed(model, tokenizer, texts))
+            out += rows(f"{method} x{length / TRAINED:g}", embed_passages(), embed(model, tokenizer, texts))
     return out
 
 
@@ -81,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(";")[0])
     parser.add_argument("--dataset", default="examples/data/heldout.jsonl")
     parser.add_argument("--novels", type=int, help="how many; all by default")
-    parser.add_argument("--per-novel", type=int, default=4, help="documents that are cut from each, one after another")
+    parser.add_argument("--per-novel", type=int, default=2, help="documents that are cut from each, one after another")
     parser.add_argument("--start", type=int, default=2000, help="tokens to leave out at the beginning of each novel")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="of documents, in tokens")
     parser.add_argument("--passage", type=int, default=128, help="tokens of a query")

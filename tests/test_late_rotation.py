@@ -1,4 +1,4 @@
-"""Rotation in attention under everything that a model meets: generation, caches, packs, training, copies, compilers."""
+"""Rotation in attention under all that a model meets: generation, caches, packs, training, copies, compilers."""
 
 from __future__ import annotations
 

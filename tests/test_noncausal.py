@@ -73,6 +73,14 @@ def seq2seq_nll(model: nn.Module, ids: list[int], length: int, window: int) -> l
     return nll
 
 
+def tiny_pegasus() -> PreTrainedModel:
+    """The zoo scales all matrices by 4, the sines among them, which no longer are what the method moves then."""
+    model = build("pegasus", task="seq2seq-lm")
+    for stack in (model.model.encoder, model.model.decoder):
+        stack.embed_positions.weight.data /= 4
+    return model
+
+
 def perplexity(pieces: list[list[float]]) -> float:
     return math.exp(np.concatenate(pieces).mean())
 
@@ -127,9 +135,9 @@ def test_an_encoder_from_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "methods", "options"),
     [
-        (lambda: tiny_t5(), ["none", "bucket-linear"], {"original_length": TRAINED}),
+        (tiny_t5, ["none", "bucket-linear"], {"original_length": TRAINED}),
         (lambda: build("bart", task="seq2seq-lm"), ["table-linear"], {}),
-        (lambda: build("pegasus", task="seq2seq-lm"), ["sinusoid-linear"], {}),
+        (tiny_pegasus, ["sinusoid-linear"], {}),
     ],
     ids=["t5", "bart", "pegasus"],
 )

@@ -112,7 +112,7 @@ def compare(
         check_positions(scheme, plan, setup.lengths[-1])
     if passkey and setup.protocol.name not in DECODER_PROTOCOLS:
         raise InvalidParameterError(
-            f"passkey is {passkey}, and {type(base).__name__} does not continue a text as a decoder does; give passkey=0"
+            f"passkey is {passkey}, and {type(base).__name__} does not continue a text as a decoder does; give 0"
         )
     if passkey:
         for length in setup.lengths:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -41,7 +40,9 @@ def model_kind(classes: Iterable[str], config: PreTrainedConfig) -> str:
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq" if known & _names(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) else "causal"
     # XLM and Flaubert have one class for both, and a config that tells which it is.
-    is_masked = known & _names(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES) and not getattr(config, "causal", False)
+    is_masked = known & _names(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES) and not getattr(
+        config, "causal", False
+    )
     return "masked" if is_masked else "causal"
 
 
@@ -60,8 +61,7 @@ def choose_protocol(name: str | None, model: nn.Module, lengths: list[int], stri
         raise InvalidParameterError(f"protocol is {name!r}; choose one of {', '.join(known)}")
     if name not in fitting:
         raise InvalidParameterError(
-            f"protocol {name!r} does not fit {type(base).__name__}; choose {' or '.join(map(repr, fitting))}, or leave "
-            "it out"
+            f"protocol {name!r} does not fit {type(base).__name__}; choose {' or '.join(map(repr, fitting))}"
         )
     if name in DECODER_PROTOCOLS:
         return make_protocol(name, lengths, stride)
@@ -213,7 +213,7 @@ class Seq2SeqScorer(_Scorer):
 @dataclass(frozen=True)
 class Pseudo:
     """
-    Pseudo-perplexity of an encoder: masked tokens given all others, before and after (Salazar et al. 2020, 1910.14659).
+    Pseudo-perplexity of an encoder (Salazar et al. 2020, arXiv 1910.14659): masked tokens given all others.
 
     A text of length `L` is the first `n = L - specials` tokens of a document, with the tokenizer's special tokens
     around it. Of its tokens, `S = min(samples, n)` are scored, the middle one of each of `S` equal stretches (token

@@ -95,7 +95,9 @@ class TokenScorer:
         def run_and_keep(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             captured.append(output)
-            return with_hidden_states(output, hidden_states(output)[:, -1:])  # one row, so that no large logits come out
+            return with_hidden_states(
+                output, hidden_states(output)[:, -1:]
+            )  # one row, so that no large logits come out
 
         with _forward_replaced(trunk, run_and_keep):
             last = self.model(input_ids=input_ids, use_cache=False).logits

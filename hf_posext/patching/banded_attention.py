@@ -1,7 +1,7 @@
 """Attention in which near and far pairs see different positions.
 
-The parts of a plan are disjoint. Each block of queries scores the keys of each part once, and one softmax runs over all
-of them: exact, and of memory linear in length, forward and backward.
+The parts of a plan are disjoint. Each block of queries scores the keys of each part once, and one softmax runs over
+all of them: exact, and of memory linear in length, forward and backward.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def _plain(
     if dropout:
         weights = drop(weights, dropout)
     weights = weights.view(batch, value.shape[1], -1, weights.shape[-1])
-    parts = weights.split([score.shape[-1] for score in scores], -1)  # the sink, if any, is left over: it has no value
+    widths = [score.shape[-1] for score in scores]
+    parts = torch.split(weights, widths, -1)  # the sink, if any, is left over: it has no value
     out = sum(part @ value[:, :, p.low : p.high] for part, p in zip(parts, pieces, strict=False))
     assert isinstance(out, torch.Tensor)
     return out.view(batch, heads, count, -1).transpose(1, 2)

@@ -14,8 +14,8 @@ from .mixin import Carried, mix
 class UnrotatedCache(Carried):
     """Mixed into the class of a cache that a patched model has filled.
 
-    Positions of shape (batch or 1, keys) follow what happens to rows. A crop needs nothing: the length of the cache says
-    how many of them count.
+    Positions of shape (batch or 1, keys) follow what happens to rows. A crop needs nothing: the length of the cache
+    says how many of them count.
     """
 
     _posext_positions: torch.Tensor
@@ -68,7 +68,7 @@ def open_cache(cache: Any) -> torch.Tensor | None:
         )
     if known is not None:
         cache._posext_open = True
-    return known[..., :length] if length else None
+    return known[..., :length] if known is not None and length else None
 
 
 def close_cache(cache: Any, positions: torch.Tensor) -> None:

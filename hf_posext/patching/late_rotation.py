@@ -1,8 +1,9 @@
 """Rotates late: queries and keys reach the attention function, and the cache, unrotated.
 
-Rotary modules return the identity (cosine 1, sine 0); a function in transformers' `AttentionInterface` rotates with the
-positions that the plan wants for each pair, then attends. No model's forward is copied. Where an indexer selects keys by
-their rotated states (DeepSeek's sparse attention), the model rotates as ever and the function turns by the difference.
+Rotary modules return the identity (cosine 1, sine 0); a function in transformers' `AttentionInterface` rotates with
+the positions that the plan wants for each pair, then attends. No model's forward is copied. Where an indexer selects
+keys by their rotated states (DeepSeek's sparse attention), the model rotates as ever and the function turns by the
+difference.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ MASKS = {"posext-sdpa": sdpa_mask, "posext-eager": eager_mask}
 """Names under which the attention function is registered, by the masks that the model shall build for it."""
 
 HARMLESS = frozenset(
-    "position_ids cache_position use_cache output_attentions output_hidden_states return_dict is_causal scaling dropout "
-    "softcap s_aux sliding_window position_embeddings past_key_values num_items_in_batch cu_seq_lens_q cu_seq_lens_k "
-    "max_length_q max_length_k output_router_logits logits_to_keep".split()
+    "position_ids cache_position use_cache output_attentions output_hidden_states return_dict is_causal scaling "
+    "dropout softcap s_aux sliding_window position_embeddings past_key_values num_items_in_batch cu_seq_lens_q "
+    "cu_seq_lens_k max_length_q max_length_k output_router_logits logits_to_keep".split()
 )
 """Arguments of attention functions that `banded_attention` honours, or that do not change what is attended."""
 
@@ -109,6 +110,9 @@ def late_attention(
         sinks=kwargs.get("s_aux"),
         dropout=kwargs.get("dropout") or 0.0,
     )
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        # as SDPA: 0 where a query attends to nothing. Recurrent Gemma's convolutions read such padding
+        out = out.masked_fill(~attention_mask.any(-1).transpose(1, 2)[..., None], 0)
     return out, None
 
 

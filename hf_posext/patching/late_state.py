@@ -64,8 +64,8 @@ class LateRotation:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the forward at hand or to this process."""
-        fresh = {"latest": {}, "carried": {}, "past": None}
-        return {name: value for name, value in vars(self).items() if name != "release"} | fresh
+        lasting = {name: value for name, value in vars(self).items() if name != "release"}
+        return lasting | {"latest": {}, "carried": {}, "past": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -112,7 +112,7 @@ class LateRotation:
             lengths = lengths[:, -1:]
         scales = (lengths / self.plan.original_length).clamp(min=1.0).expand(*wanted.shape[-2:])
         cos = sin = None
-        for scale in scales.unique():
+        for scale in torch.unique(scales):
             new_cos, new_sin = _grown_phases(site, entry, wanted, scale, like)
             here = (scales == scale)[..., None].to(like.device)
             cos = new_cos if cos is None else torch.where(here, new_cos, cos)
@@ -175,7 +175,7 @@ class RotatesLate(Mixin):
         if not late.delta:
             out = _turned(out, lambda _, cos: torch.zeros_like(cos), name)
         if not torch.compiler.is_compiling():
-            (out if isinstance(out, torch.Tensor) else out[0])._posext_at = at
+            setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", at)  # noqa: B010  no such field
         return out
 
 

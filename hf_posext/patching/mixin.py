@@ -41,4 +41,4 @@ def _instance(mixins: tuple[type, ...], base: type) -> Any:
     cls = base
     for mixin in mixins:
         cls = mix(mixin, cls)
-    return cls.__new__(cls)
+    return object.__new__(cls)
