@@ -15,7 +15,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_EVALUATE_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test sweep test-floor lint format card clean
+.PHONY: demo test sweep test-floor test-lm-eval lint format card clean
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
@@ -40,6 +40,14 @@ test: $(READY)
 sweep: $(READY)
 	$(PYTEST) -m sweep tests
 	.venv/bin/python tools/sweep_table.py --collect
+
+# Apart from the suite, as lm-eval brings 200 MB.
+test-lm-eval: .venv/.lm-eval
+	$(PYTEST) -m lm_eval tests
+
+.venv/.lm-eval: $(READY)
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[lm-eval]'
+	touch $@
 
 test-floor: $(FLOOR)
 	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract

@@ -24,7 +24,7 @@ Text = str | None
 def compare(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Model folder or Hub id.")],
-    dataset: Annotated[str, typer.Option(help="Folder of .txt; .jsonl, .json, .csv or .parquet file; or Hub id.")],
+    dataset: Annotated[str, typer.Option(help="Folder of .txt; .jsonl, .json, .csv, .parquet; recipe; Hub id.")],
     output: Annotated[Path, typer.Option(help="Directory for the report; new, or without files in it.")],
     methods: Annotated[str, typer.Option(help="Names with commas between them, as 'none,yarn(beta_fast=16)'.")],
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, with commas between them.")],
@@ -40,7 +40,7 @@ def compare(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a sliding window moves by.")] = None,
     start: Annotated[int, typer.Option(help="Tokens to leave out at the beginning of each document.")] = 0,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    text_column: Annotated[Text, typer.Option(help="Column that holds the text; `text`, or the recipe's.")] = None,
     split: Annotated[Text, typer.Option(help="Split of the data set.")] = None,
     revision: Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub data set.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "float32",
