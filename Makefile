@@ -25,7 +25,7 @@ demo: $(READY)
 	$(COMPARE) --model examples/tiny/tiny-learned --methods none,table-linear --factor 4 --original-length 512 \
 		--lengths 512,1024,2048 --documents 4 --start 2000 --output reports/demo/tiny-learned
 	$(COMPARE) --model examples/tiny/tiny-alibi --methods none,alibi-linear --factor 8 --original-length 512 \
-		--lengths 512,1024,2048,4096 --documents 4 --start 2000 --output reports/demo/tiny-alibi
+		--lengths 512,1024,2048 --documents 4 --start 2000 --output reports/demo/tiny-alibi
 	$(COMPARE) --model examples/tiny/tiny-rope --methods none,linear,ntk,yarn,rerope --factor 8 \
 		--lengths 512,1024,2048,4096 --documents 8 --start 2000 --passkey 5 --output reports/demo/tiny-rope
 	.venv/bin/hf-posext report reports/demo/tiny-learned/results.json reports/demo/tiny-alibi/results.json \
@@ -66,13 +66,14 @@ format: $(READY)
 card: $(READY) $(CARDS:%=results/%.json)
 	.venv/bin/python tools/model_card.py
 
-# All three were trained on 512 tokens; only the rotary one's config says so. The learned table ends at 2048 rows.
-results/tiny-learned.json: LENGTHS := 512,1024,2048
+# All three were trained on 512 tokens; only the rotary one's config says so. The learned table ends at 2048 rows,
+# and BLOOM's generation is slow past that.
+results/tiny-learned.json results/tiny-alibi.json: LENGTHS := 512,1024,2048
 results/%.json: LENGTHS ?= 512,1024,2048,4096
 results/%.json: | $(READY)
 	rm -rf reports/card/$*
 	$(COMPARE) --model examples/tiny/$* --methods none --original-length 512 --lengths $(LENGTHS) --documents 8 \
-		--passkey 20 --output reports/card/$*
+		--start 2000 --passkey 20 --output reports/card/$*
 	mkdir -p results
 	cp reports/card/$*/results.json $@
 

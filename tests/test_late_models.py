@@ -4,119 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-import hf_posext.patching.banded_attention as banded
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError, UnsupportedModelError
-from hf_posext.methods import DualChunk, DynamicNTK, LogN, ReRoPE, SelfExtend, Sinks
-from hf_posext.patching.banded_attention import Branch, banded_attention, belongs
-from hf_posext.plan import Part, PositionMap
+from hf_posext.methods import DynamicNTK, LogN, ReRoPE, Sinks
 from hf_posext.scheme import PositionalScheme
 
-from .conftest import EXAMPLES, TRAINED, logits, tiny_llama, tokens
+from .conftest import TRAINED, logits, tiny_llama, tokens
 from .zoo import build
 
 KEEPS = ReRoPE(window=TRAINED) + LogN()
 """Within the trained length this is the identity."""
-
-PLAIN, FAR = PositionMap(), PositionMap(rate=0)
-BANDS: dict[str, tuple[Part, ...]] = {
-    "window": (Part(PLAIN, PLAIN, high=16), Part(FAR, FAR, low=16)),
-    "chunks": (
-        Part(PLAIN, PLAIN, high=1, chunk=24),
-        Part(PLAIN, PLAIN, low=1, high=2, chunk=24),
-        Part(FAR, FAR, low=2, chunk=24),
-    ),
-    "sinks": (Part(PLAIN, PLAIN, high=20), Part(PLAIN, PLAIN, low=20, keys_below=4)),
-}
-
-
-def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, **kw: Any) -> Any:
-    """The whole matrix of scores at once."""
-    groups = branches[0].query.shape[1] // value.shape[1]
-    scores = torch.tensor(-torch.inf, dtype=value.dtype)
-    for branch in branches:
-        score = branch.query @ branch.key.repeat_interleave(groups, 1).transpose(-1, -2) * kw["scaling"]
-        if kw.get("softcap"):
-            score = kw["softcap"] * torch.tanh(score / kw["softcap"])
-        scores = torch.where(belongs(branch.part, queries, keys)[:, None], score, scores)
-    scores = scores.masked_fill(~kw["mask"], -torch.inf)
-    if kw.get("sinks") is not None:
-        scores = torch.cat([scores, kw["sinks"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
-    weights = scores.softmax(-1)[..., : keys.shape[1]]
-    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
-
-
-@pytest.mark.parametrize("learning", [False, True])
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sinks": torch.randn(4).double()}])
-@pytest.mark.parametrize("bands", BANDS)
-@pytest.mark.parametrize("counts", [(300, 300), (90, 300), (1, 300)])
-def test_banded_attention_equals_dense(
-    counts: tuple[int, int], bands: str, options: dict[str, Any], learning: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Values, and gradients with blocks computed again in backward; with a mask or not, known bands or not."""
-    monkeypatch.setattr(banded, "SCORE_BYTES", 2**17)  # several blocks
-    monkeypatch.setattr(banded, "FUSED_ROWS", 40)
-    torch.manual_seed(0)
-    queries, keys = counts
-
-    def states(heads: int, count: int) -> torch.Tensor:
-        return torch.randn(2, heads, count, 8, dtype=torch.float64, requires_grad=learning)
-
-    branches = [Branch(part, states(4, queries), states(2, keys)) for part in BANDS[bands]]
-    value = states(2, keys)
-    leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
-    at_key = torch.arange(keys).expand(2, -1)
-    at_query, causal = at_key[:, keys - queries :], torch.ones(queries, keys).tril(keys - queries).bool()[None, None]
-    weights = torch.randn(2, queries, 4, 8, dtype=torch.float64)
-
-    def run(function: Any, **kwargs: Any) -> list[torch.Tensor]:
-        out = function(branches, value, at_query, at_key, scaling=0.3, **options, **kwargs)
-        return [out, *torch.autograd.grad((out * weights).sum(), leaves)] if learning else [out]
-
-    wanted = run(dense, mask=causal)
-    additive = torch.zeros(2, 4, queries, keys).masked_fill(~causal, torch.finfo(torch.float32).min)
-    for mask in (None, causal, additive):
-        for aligned in (True, False):
-            found = run(banded_attention, mask=mask, aligned=aligned)
-            torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
-
-
-class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else (out,):
-            self.elements = max(self.elements, one.numel() if isinstance(one, torch.Tensor) else 0)
-        return out
-
-
-@pytest.mark.parametrize("method", [ReRoPE(window=64), SelfExtend(group=8, window=32), DualChunk(chunk=48, local=16)])
-@pytest.mark.parametrize("learning", [False, True])
-def test_memory_is_linear(learning: bool, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor of length x length, without padding; in backward neither. What is held for scores is a constant."""
-    monkeypatch.setattr(banded, "SCORE_BYTES", 2**20)
-    model = tiny_llama(num_hidden_layers=1)
-    patch_model(model, method, factor=64)
-    sizes = []
-    for length in (2048, 4096):
-        with Largest() as largest, torch.set_grad_enabled(learning):
-            out = model(tokens(length), use_cache=False).logits
-            if learning:
-                out.sum().backward()
-        sizes.append(largest.elements)
-    assert sizes[0] < 2048 * 256 and sizes[1] == 4096 * 128, "at 4096 tokens the logits are the largest"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "cohere2", "deepseek_v3", "hunyuan_v1_dense"])
@@ -302,12 +206,3 @@ def test_saved_config_does_not_name_our_attention(llama: LlamaForCausalLM, tmp_p
     for directory in ("patched", "plain"):
         assert "posext" not in (tmp_path / directory / "config.json").read_text()
     assert isinstance(patch_model(llama.__class__(llama.config), "none", factor=8).plan.scheme, PositionalScheme)
-
-
-def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    result = tmp_path / "remapping_cpu.json"
-    monkeypatch.setattr("sys.argv", ["remapping_cpu.py", "--length", "64", "--threads", "1", "--output", str(result)])
-    runpy.run_path(str(EXAMPLES.parent / "benchmarks" / "remapping_cpu.py"), run_name="__main__")
-    rows = json.loads(result.read_text())["rows"]
-    assert {row["method"] for row in rows} == {"plain", "rerope", "self-extend", "dual-chunk"}
-    assert all(row["seconds"] > 0 for row in rows) and "rerope" in capsys.readouterr().out

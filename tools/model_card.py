@@ -48,7 +48,7 @@ def count_parameters(model: str) -> int:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
-def eval_results(rows: list[dict[str, Any]]) -> list[EvalResult]:
+def eval_results(rows: list[dict[str, Any]], start: int) -> list[EvalResult]:
     """The Hub's form of the rows: perplexity and pass-key accuracy, one data set entry for each length."""
     entries = []
     for row in rows:
@@ -57,7 +57,7 @@ def eval_results(rows: list[dict[str, Any]]) -> list[EvalResult]:
             "dataset_type": "text",
             "dataset_name": "held-out novels of 100 English Novels 1.4",
             # Results are grouped by the config, not by the arguments: without it all lengths would be one entry.
-            "dataset_config": f"first {row['length']} tokens",
+            "dataset_config": f"{row['length']} tokens from token {start} on",
             "dataset_split": "heldout",
             "dataset_args": {key: row[key] for key in ("length", "protocol", "documents", "tokens")},
         }
@@ -80,7 +80,11 @@ def metadata(results: dict[str, dict[str, Any]]) -> str:
         tags=["long-context", "position-encoding", "rope", "alibi", "learned-positions", "tiny"],
         metrics=["perplexity", "accuracy"],
     )
-    index = [entry for name in results for entry in index_of(name, eval_results(results[name]["rows"]))]
+    index = [
+        entry
+        for name in results
+        for entry in index_of(name, eval_results(results[name]["rows"], results[name]["provenance"]["start"]))
+    ]
     return str(CardData(**data.to_dict(), **{"model-index": index}).to_yaml())
 
 
@@ -102,6 +106,7 @@ def render(directory: Path) -> str:
                 "protocol": rows[0]["protocol"],
                 "dtype": provenance["dtype"],
                 "seed": provenance["seed"],
+                "start": provenance["start"],
             }
         )
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
