@@ -99,6 +99,7 @@ class Largest(TorchDispatchMode):
 def test_memory_is_linear(learning: bool, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of length x length, without padding; in backward neither. What is held for scores is a constant."""
     monkeypatch.setattr(banded, "SCORE_BYTES", 2**20)
+    monkeypatch.setattr(banded, "FUSED_ROWS", 64)
     model = tiny_llama(num_hidden_layers=1)
     patch_model(model, method, factor=64)
     sizes = []

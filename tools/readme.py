@@ -28,6 +28,7 @@ DEMO = ROOT / "reports" / "demo"
 RESULTS = ROOT / "results" / "demo"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 MODEL = "tiny-rope"
+REMAPPING = ROOT / "results" / "remapping" / "tiny-rope.json"
 
 
 def collect() -> None:
@@ -49,6 +50,11 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
+def tables_of(results: Results) -> str:
+    """The tables of one comparison, each under its title."""
+    return "\n\n".join(f"{grid.title}\n\n{markdown_table(grid)}" for grid in grids(results))
+
+
 def million_parameters(model: str) -> str:
     """Size of the shipped weights, in words."""
     with safe_open(ROOT / "examples" / "tiny" / model / "model.safetensors", framework="numpy") as weights:
@@ -60,6 +66,7 @@ def render() -> str:
     """The README that the template, the registry and the result files give."""
     path = RESULTS / f"{MODEL}.json"
     results = Results.load_json(path)
+    remapping = Results.load_json(REMAPPING)
     provenance = results.provenance
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
@@ -71,10 +78,13 @@ def render() -> str:
         trained=provenance["trained_length"],
         documents=len(provenance["documents"]),
         trials=max(row.get("passkey_trials") or 0 for row in results.rows),
-        demo_table="\n\n".join(f"{grid.title}\n\n{markdown_table(grid)}" for grid in grids(results)),
+        demo_table=tables_of(results),
         sentences=describe_methods(results),
         results_path=path.relative_to(ROOT).as_posix(),
         command=provenance["command"],
+        remapping_table=tables_of(remapping),
+        remapping_path=REMAPPING.relative_to(ROOT).as_posix(),
+        remapping_command=remapping.provenance["command"],
         methods_table=methods_table(),
         transformers=next(d for d in dependencies if d.startswith("transformers")).removeprefix("transformers"),
         parameters=million_parameters(MODEL),

@@ -33,15 +33,16 @@ class Branch:
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of scores: the queries of one block against keys `low` to `high - 1`.
+    """A rectangle of scores: the queries of one block against some keys.
 
-    `bias` (batch or 1, heads or 1, queries, keys) is added to the scores: 0, or the least number where a pair is not
-    attended. It is `None` where all pairs are.
+    Queries (batch, key heads, rows, dim) of all heads that share a key head are behind each other. `bias` (batch or 1,
+    key heads or 1, rows, keys) is added to the scores: 0, or the least number where a pair is not attended. It is
+    `None` where all pairs are.
     """
 
-    branch: Branch
-    low: int
-    high: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
     bias: torch.Tensor | None
 
 
@@ -101,11 +102,11 @@ def banded_attention(
         `torch.Tensor` of shape `(batch, queries, heads, dim)`.
     """
     batch, heads, queries, width = branches[0].query.shape
-    keys = value.shape[2]
-    learning = torch.is_grad_enabled() and any(t.requires_grad for b in branches for t in (b.query, b.key, value))
+    key_heads, keys = value.shape[1:3]
+    states = [value, *(states for branch in branches for states in (branch.query, branch.key))]
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (sinks, *states))
     fused = value.device.type == "cpu" and value.shape[-1] == width and not (learning or softcap or dropout)
     rows = FUSED_ROWS if fused else max(16, SCORE_BYTES // (4 * batch * heads * keys))
-
     edges: dict[tuple[int, ...], torch.Tensor] = {}
 
     def attend(start: int, stop: int) -> torch.Tensor:
@@ -113,19 +114,26 @@ def banded_attention(
         here = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
         pieces = []
         for number, branch in enumerate(branches):
+            query = branch.query[:, :, start:stop].reshape(batch, key_heads, -1, width)
             for low, high, inner in _rectangles(branch.part, first, last, keys, aligned, causal=mask is None):
-                # edges of bands look alike in all blocks, but for where chunks begin
                 alike = (number, first % branch.part.chunk, last - first, low - first, high - first)
-                bias = edges.get(alike) if aligned and mask is None else None
-                if bias is None and not inner:
+                bias = None if inner else edges.get(alike)
+                if not inner and bias is None:
                     places = query_positions[:, start:stop], key_positions[:, low:high]
                     bias = _bias(branch.part, *places, value.dtype, here, (first, last), (low, high))
-                    if aligned and mask is None:
-                        edges[alike] = bias = bias[:1]
-                pieces.append(Piece(branch, low, high, bias))
-        if fused:
-            return _fused(pieces, (start, stop), value, scaling, sinks)
-        return _plain(pieces, (start, stop), value, scaling, sinks, softcap, dropout)
+                    # a row of scores for each head behind the same key head
+                    shape = (bias.shape[0], key_heads, -1, high - low)
+                    bias = bias.repeat(1, 1, heads // key_heads, 1) if bias.shape[1] == 1 else bias.reshape(shape)
+                    if aligned and mask is None:  # all blocks have the same edges, but for where chunks begin
+                        edges[alike] = bias
+                pieces.append(Piece(query, branch.key[:, :, low:high], value[:, :, low:high], bias))
+        sink = None
+        if sinks is not None:
+            sink = (
+                sinks.reshape(1, key_heads, -1, 1).expand(batch, -1, -1, stop - start).reshape(batch, key_heads, -1, 1)
+            )
+        block = _fused(pieces, scaling, sink) if fused else _plain(pieces, scaling, sink, softcap, dropout)
+        return block.view(batch, heads, stop - start, -1).transpose(1, 2)
 
     out = None if learning else value.new_empty(batch, queries, heads, value.shape[-1])
     blocks = []
@@ -133,9 +141,7 @@ def banded_attention(
         stop = min(start + rows, queries)
         if out is not None:
             out[:, start:stop] = attend(start, stop)
-        elif (
-            rows < queries
-        ):  # the weights of all blocks together are of quadratic size: compute them again in backward
+        elif rows < queries:  # the weights of all blocks are of quadratic size: they are computed again in backward
             blocks.append(checkpoint(attend, start, stop, use_reentrant=False))
         else:
             blocks.append(attend(start, stop))
@@ -152,7 +158,7 @@ def _rectangles(
     """
     low, high = _band(part, first, last, keys) if aligned else (0, min(last, keys) if causal else keys)
     inner = _inner(part, first, last, low, high) if aligned and causal else (high, high)
-    if inner[1] - inner[0] <= last - first:  # not worth a rectangle of its own
+    if inner[1] - inner[0] <= 4 * (last - first):  # not worth a rectangle of its own
         inner = (high, high)
     for start, stop in ((low, inner[0]), inner, (inner[1], high)):
         if start < stop:
@@ -199,75 +205,40 @@ def _bias(
 
 
 def _plain(
-    pieces: list[Piece],
-    rows: tuple[int, int],
-    value: torch.Tensor,
-    scaling: float,
-    sinks: torch.Tensor | None,
-    softcap: float | None,
-    dropout: float,
+    pieces: list[Piece], scaling: float, sink: torch.Tensor | None, softcap: float | None, dropout: float
 ) -> torch.Tensor:
     """One softmax over the pieces of a block, in plain PyTorch, with gradients."""
-    batch, heads = pieces[0].branch.query.shape[:2]
-    count = rows[1] - rows[0]
     scores = []
     for piece in pieces:
-        query, key = _grouped(piece, rows, value)
-        score = (query @ key.transpose(-1, -2)).view(batch, heads, count, -1)
+        score = piece.query @ piece.key.transpose(-1, -2)
         score = score.to(torch.promote_types(score.dtype, torch.float32)) * scaling
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
         scores.append(score if piece.bias is None else score + piece.bias)
-    if sinks is not None:
-        scores.append(sinks.to(scores[0].dtype).reshape(1, -1, 1, 1).expand(batch, -1, count, 1))
-    weights = torch.cat(scores, -1).softmax(-1).to(value.dtype)
+    if sink is not None:
+        scores.append(sink.to(scores[0].dtype))
+    weights = torch.cat(scores, -1).softmax(-1).to(pieces[0].value.dtype)
     if dropout:
         weights = drop(weights, dropout)
-    weights = weights.view(batch, value.shape[1], -1, weights.shape[-1])
-    widths = [score.shape[-1] for score in scores]
-    parts = torch.split(weights, widths, -1)  # the sink, if any, is left over: it has no value
-    out = sum(part @ value[:, :, p.low : p.high] for part, p in zip(parts, pieces, strict=False))
-    assert isinstance(out, torch.Tensor)
-    return out.view(batch, heads, count, -1).transpose(1, 2)
+    parts = torch.split(weights, [score.shape[-1] for score in scores], -1)  # that of the sink has no value
+    out = parts[0] @ pieces[0].value
+    for part, piece in zip(parts[1:], pieces[1:], strict=False):
+        out = out + part @ piece.value
+    return out
 
 
-def _fused(
-    pieces: list[Piece],
-    rows: tuple[int, int],
-    value: torch.Tensor,
-    scaling: float,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+def _fused(pieces: list[Piece], scaling: float, sink: torch.Tensor | None) -> torch.Tensor:
     """The same by PyTorch's own flash kernel for CPUs, which tells the log-sum-exp by which pieces are merged."""
-    batch, heads = pieces[0].branch.query.shape[:2]
     outs, sums = [], []
     for piece in pieces:
-        query, key = _grouped(piece, rows, value)
-        bias = piece.bias
-        if bias is not None:
-            groups = heads // value.shape[1]
-            if bias.shape[1] > 1:
-                bias = bias.reshape(bias.shape[0], value.shape[1], -1, bias.shape[-1])
-            else:
-                bias = bias.repeat(1, 1, groups, 1)
-            bias = bias.to(query.dtype)
+        bias = None if piece.bias is None else piece.bias.to(piece.query.dtype)
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value[:, :, piece.low : piece.high], attn_mask=bias, scale=scaling
+            piece.query, piece.key, piece.value, attn_mask=bias, scale=scaling
         )
         outs.append(out)
-        sums.append(total)
-    if sinks is not None:
-        sink = sinks.to(sums[0].dtype).view(1, value.shape[1], -1, 1).expand(batch, -1, -1, rows[1] - rows[0])
-        sums.append(sink.reshape(sums[0].shape))
-    shares = torch.stack(sums).softmax(0)[..., None]
-    merged = sum(out * share for out, share in zip(outs, shares, strict=False))  # the sink has no value
-    assert isinstance(merged, torch.Tensor)
-    return merged.to(value.dtype).view(batch, heads, rows[1] - rows[0], -1).transpose(1, 2)
-
-
-def _grouped(piece: Piece, rows: tuple[int, int], value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries of a block, those of one key head behind each other, and the keys of a piece."""
-    query = piece.branch.query[:, :, rows[0] : rows[1]]
-    return query.reshape(query.shape[0], value.shape[1], -1, query.shape[-1]), piece.branch.key[
-        :, :, piece.low : piece.high
-    ]
+        sums.append(total[..., None])
+    if sink is not None:  # it has no value
+        outs.append(torch.zeros_like(outs[0]))
+        sums.append(sink.to(sums[0].dtype))
+    shares = torch.stack(sums).softmax(0)
+    return (torch.stack(outs) * shares).sum(0).to(pieces[0].value.dtype)
