@@ -86,6 +86,32 @@ def test_padding_gives_what_it_gives_without_the_patch() -> None:
     torch.testing.assert_close(logits(model, ids, **given)[mask.bool()], before[mask.bool()], atol=1e-4, rtol=0)
 
 
+def test_device_map_with_a_layer_on_disk(tmp_path: Path) -> None:
+    """accelerate's hooks replace the forward of every module, and load weights as they are needed."""
+    ids, parts = tokens(60), ("embed_tokens", "layers.0", "norm", "rotary_emb")
+    tiny_llama().save_pretrained(tmp_path)
+    places = {"lm_head": "cpu", "model.layers.1": "disk", **{f"model.{part}": "cpu" for part in parts}}
+    model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    before, was, whole = logits(model, ids), trace(model), tiny_llama()
+    assert any(parameter.is_meta for parameter in model.parameters())
+    patch_model(whole, ReRoPE(window=8), factor=8)
+    patch = patch_model(model, ReRoPE(window=8), factor=8)
+    assert torch.equal(logits(model, ids), logits(whole, ids))
+    patch.undo()
+    assert trace(model) == was and torch.equal(logits(model, ids), before)
+
+
+def test_eight_bit_weights_stay(llama: LlamaForCausalLM) -> None:
+    model = torch.ao.quantization.quantize_dynamic(llama, {torch.nn.Linear}, dtype=torch.qint8)
+    weights = {path: module._packed_params for path, module in model.named_modules() if hasattr(module, "scale")}
+    before = logits(model, tokens(60))
+    with patch_model(model, KEEPS, factor=8):
+        # the scale of 8-bit activations is their own, which differ in the last bit
+        torch.testing.assert_close(logits(model, tokens(60)), before, atol=0.1, rtol=0)
+        assert len(weights) > 10 and all(model.get_submodule(path)._packed_params is w for path, w in weights.items())
+    assert torch.equal(logits(model, tokens(60)), before)
+
+
 def registries() -> list[dict[str, Any]]:
     return [dict(interface._global_mapping) for interface in (AttentionInterface, AttentionMaskInterface)]
 

@@ -115,6 +115,8 @@ def _swap(model: PreTrainedModel, late: LateRotation, journal: Journal) -> None:
         journal.set(site.module, "_posext_sets", sets)
         if not isinstance(site.module, RotatesLate):
             journal.set(site.module, "__class__", mix(RotatesLate, type(site.module)))
+            if "_old_forward" in vars(site.module):  # with a device_map, accelerate calls the method that it found
+                journal.set(site.module, "_old_forward", type(site.module).forward.__get__(site.module))
     for path, module in model.named_modules():
         journal.set(module, "_posext_late", late)
         journal.set(module, "_posext_path", path)
