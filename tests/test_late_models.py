@@ -92,15 +92,21 @@ def test_device_map_with_a_layer_on_disk(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     places = {"lm_head": "cpu", "model.layers.1": "disk", **{f"model.{part}": "cpu" for part in parts}}
     model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
-    before, was, whole = logits(model, ids), trace(model), tiny_llama()
+
+    def kept() -> dict[str, Any]:
+        found = trace(model)  # without what accelerate makes anew for each forward
+        return found | {"numbers": {name: one for name, one in found["numbers"].items() if "layers.1" not in name}}
+
+    before, was, whole = logits(model, ids), kept(), tiny_llama()
     assert any(parameter.is_meta for parameter in model.parameters())
     patch_model(whole, ReRoPE(window=8), factor=8)
     patch = patch_model(model, ReRoPE(window=8), factor=8)
     assert torch.equal(logits(model, ids), logits(whole, ids))
     patch.undo()
-    assert trace(model) == was and torch.equal(logits(model, ids), before)
+    assert kept() == was and torch.equal(logits(model, ids), before)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torchao has a successor, but is another package
 def test_eight_bit_weights_stay(llama: LlamaForCausalLM) -> None:
     model = torch.ao.quantization.quantize_dynamic(llama, {torch.nn.Linear}, dtype=torch.qint8)
     weights = {path: module._packed_params for path, module in model.named_modules() if hasattr(module, "scale")}
