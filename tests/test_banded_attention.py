@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import runpy
 from pathlib import Path
@@ -97,19 +98,26 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("method", [ReRoPE(window=64), SelfExtend(group=8, window=32), DualChunk(chunk=48, local=16)])
 @pytest.mark.parametrize("learning", [False, True])
 def test_memory_is_linear(learning: bool, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor of length x length, without padding; in backward neither. What is held for scores is a constant."""
+    """Without padding, no tensor of length x length, nor are there so many that backward holds as much."""
     monkeypatch.setattr(banded, "SCORE_BYTES", 2**20)
     monkeypatch.setattr(banded, "FUSED_ROWS", 64)
     model = tiny_llama(num_hidden_layers=1)
     patch_model(model, method, factor=64)
-    sizes = []
-    for length in (2048, 4096):
-        with Largest() as largest, torch.set_grad_enabled(learning):
+    sizes, held = [], [0, 0]
+
+    def hold(index: int, one: torch.Tensor) -> torch.Tensor:
+        held[index] += one.numel()
+        return one
+
+    for index, length in enumerate((2048, 4096)):
+        holding = torch.autograd.graph.saved_tensors_hooks(functools.partial(hold, index), lambda one: one)
+        with Largest() as largest, torch.set_grad_enabled(learning), holding:
             out = model(tokens(length), use_cache=False).logits
             if learning:
                 out.sum().backward()
         sizes.append(largest.elements)
     assert sizes[0] < 2048 * 256 and sizes[1] == 4096 * 128, "at 4096 tokens the logits are the largest"
+    assert held[1] <= 2.1 * held[0]
 
 
 def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def test_device_map_with_a_layer_on_disk(tmp_path: Path) -> None:
     assert kept() == was and torch.equal(logits(model, ids), before)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torchao has a successor, but is another package
+@pytest.mark.filterwarnings("ignore:.*quantiz")  # its successor, torchao, is a package of its own
 def test_eight_bit_weights_stay(llama: LlamaForCausalLM) -> None:
     model = torch.ao.quantization.quantize_dynamic(llama, {torch.nn.Linear}, dtype=torch.qint8)
     weights = {path: module._packed_params for path, module in model.named_modules() if hasattr(module, "scale")}

@@ -91,6 +91,18 @@ def test_generation(mode: str, kind: str, caplog: pytest.LogCaptureFixture) -> N
     assert same(generate(model, **MODES[mode]), plain)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_pieces_of_a_prompt_without_padding(kind: str, static: bool) -> None:
+    """Parts are bands there, also where a static cache has free slots, or a sliding one has dropped keys."""
+    model, ids = MODELS[kind](), tokens(60)
+    for method in ACTIVE.values():
+        with patch_model(model, method, factor=8, original_length=16):
+            cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
+            steps = [logits(model, piece, past_key_values=cache) for piece in ids.split([21, 19, 17, 1, 1, 1], 1)]
+            torch.testing.assert_close(torch.cat(steps, 1), logits(model, ids, use_cache=False), atol=1e-4, rtol=0)
+
+
 class Lossless(QuantizedLayer):
     """The bookkeeping of a quantised cache without its loss."""
 

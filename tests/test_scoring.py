@@ -13,7 +13,8 @@ from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaMod
 
 from hf_posext.errors import EvaluationError, UnsupportedModelError
 from hf_posext.evaluation import scoring
-from hf_posext.evaluation.scoring import TokenScorer, evaluation_mode, require_finite
+from hf_posext.evaluation.scoring import TokenScorer, require_finite
+from hf_posext.patching.modes import evaluation_mode
 
 from .conftest import tiny_llama, tokens
 from .evaluation_helpers import naive_nll

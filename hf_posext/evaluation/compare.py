@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..patching import detect_scheme, patch_model
 from ..patching.detect import unwrap
+from ..patching.modes import evaluation_mode
 from .control import CONTROL
 from .passkey import passkey_accuracy, passkey_prompts
 from .perplexity import collect, measure_method, work
 from .protocols import DECODER_PROTOCOLS
 from .results import Results
 from .rows import make_rows
-from .scoring import evaluation_mode
 from .selection import plan_methods, try_plans
 from .setup import check_positions, prepare
 

@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from ..errors import InvalidParameterError
 from ..patching.detect import detect_scheme
+from ..patching.modes import evaluation_mode
 from .documents import Document, load_documents
 from .protocols import windowed_nll
-from .scoring import TokenScorer, evaluation_mode, require_finite
+from .scoring import TokenScorer, require_finite
 from .setup import check_positions
 from .tokens import TokenizedDocuments, adds_bos, tokenize_documents
 

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..errors import InvalidParameterError
-from .scoring import BATCH_TOKENS, TokenScorer, evaluation_mode
+from ..patching.modes import evaluation_mode
+from .scoring import BATCH_TOKENS, TokenScorer
 from .tokens import adds_bos, check_lengths, token_ids
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"

@@ -9,10 +9,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..patching.detect import detect_scheme, unwrap
+from ..patching.modes import evaluation_mode
 from .protocols import Measurement
 from .results import Results
 from .rows import Record, document_record, make_rows
-from .scoring import evaluation_mode
 from .setup import Setup, check_positions, prepare
 
 if TYPE_CHECKING:

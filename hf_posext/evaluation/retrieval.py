@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import InvalidParameterError
+from ..patching.modes import evaluation_mode
 from .passkey import ask
-from .scoring import TokenScorer, evaluation_mode
+from .scoring import TokenScorer
 from .tasks import TASKS, answer_room, score, task_prompt
 from .tokens import check_lengths
 

@@ -189,18 +189,6 @@ def require_finite(nll: Any, document: str, tokens: Sequence[int] | None = None)
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside; afterwards every module trains, or not, as it did before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another `forward` on one instance, inside; without a trace afterwards."""
     own = vars(module).get("forward")  # accelerate's hooks set one on the instance

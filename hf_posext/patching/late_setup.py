@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +14,7 @@ from .detect import RotarySite, rotary_sites, text_config
 from .journal import Journal
 from .late_state import LateRotation, RotatesLate, own_phases
 from .mixin import mix
+from .modes import evaluation_mode
 from .rotary_layout import Angle, Captured, UnknownLayout, measure
 
 CHECK_TOKENS = 24
@@ -58,7 +57,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Jo
         )
     late = LateRotation(plan, base, delta=indexed)
     journal.on_undo(_release, late)
-    with evaluating(model):
+    with evaluation_mode(model):
         selected = [getattr(config, name, CHECK_TOKENS) for name in SELECTED]
         probe = torch.arange(3, 3 + min(CHECK_TOKENS, *selected), device=model.device)[None] % config.vocab_size
         strides = (1, 2) if indexed else (1,)
@@ -93,18 +92,6 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, stride: int = 1) -> torch
     with torch.no_grad():
         out: torch.Tensor = model(input_ids=ids, use_cache=False, **(gaps if stride > 1 else {}))[0]
     return out
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode within, and every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _swap(model: PreTrainedModel, late: LateRotation, journal: Journal) -> None:

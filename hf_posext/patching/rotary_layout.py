@@ -128,7 +128,7 @@ def _layout(
     dim = still.shape[-1]
     before, after = (t.reshape(-1, dim).double() for t in (still, turned))
     rounding = torch.finfo(still.dtype).eps
-    scale = max(TOLERANCE, rounding) * before.abs().max()
+    scale = TOLERANCE * before.abs().max()
     turns = (before - after).abs().amax(0) > scale
     # every channel after the turn as a multiple of every channel before it; the partner is the one that leaves least
     weights = (after.T @ before) / (before.square().sum(0) + 1e-300)

@@ -78,6 +78,11 @@ def test_undo_is_exact_also_after_an_exception(name: str, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_cached_decoding_equals_one_forward(name: str, kind: str) -> None:
     model, method = build(name, kind)
+    # ALiBi's biases and XGLM's sines are float32 whatever the model is; the others are compared in float64, since T5's
+    # float32 sums differ by up to 1e-3 here where the float64 ones differ by 1e-14
+    tolerance = 2e-4 if kind in ("alibi", "sinusoidal") else 1e-9
+    if tolerance == 1e-9:
+        model.double()
     patch = patch_model(model, method, **LENGTHS)
     # a method that follows the length of the row is exact within the trained length; what remains past it is measured
     # in test_remapping.py
@@ -90,8 +95,8 @@ def test_cached_decoding_equals_one_forward(name: str, kind: str) -> None:
             step = arguments(model, LONG[:, i : i + 1])
             out = model(**step, past_key_values=out.past_key_values, use_cache=True)
             steps.append(out.logits)
-    # float32 sums in another order; logits spread by 4
-    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=2e-4, rtol=0)
+    # sums in another order; logits spread by 4
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
