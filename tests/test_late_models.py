@@ -118,6 +118,24 @@ def test_eight_bit_weights_stay(llama: LlamaForCausalLM) -> None:
     assert torch.equal(logits(model, tokens(60)), before)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name came in 5.2x
+def test_positions_that_get_lost_are_missed_in_backward(llama: LlamaForCausalLM) -> None:
+    """As where phases are copied to another device on their way: only a layer that runs again needs them."""
+
+    def copies(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"position_embeddings": tuple(one.clone() for one in kwargs["position_embeddings"])}
+
+    patch_model(llama, ReRoPE(window=8), factor=8)
+    wanted = logits(llama, tokens(40))
+    for layer in llama.model.layers:
+        layer.self_attn.register_forward_pre_hook(copies, with_kwargs=True, prepend=True)
+    assert torch.equal(logits(llama, tokens(40)), wanted)
+    llama(tokens(40), use_cache=False).logits.sum().backward()
+    llama.train().gradient_checkpointing_enable()
+    with pytest.raises(EvaluationError, match="phases came without their positions.*gradient_checkpointing_disable"):
+        llama(tokens(40), use_cache=False).logits.sum().backward()
+
+
 def registries() -> list[dict[str, Any]]:
     return [dict(interface._global_mapping) for interface in (AttentionInterface, AttentionMaskInterface)]
 
