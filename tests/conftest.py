@@ -124,6 +124,18 @@ def arguments(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tens
     return {"input_ids": tokens(3 * TRAINED, seed=9).expand(len(ids), -1), "decoder_input_ids": ids}
 
 
+def realigned(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    The weights at addresses of torch's own choice, a multiple of 64 bytes, as those of a model built in memory are.
+
+    Weights that were read are mapped from the file, at any multiple of 8; on some processors a product of matrices
+    rounds differently there, and two models that are equal to the bit would give other last digits.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
     return model(**arguments(model, ids), **kwargs).logits

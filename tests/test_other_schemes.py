@@ -14,7 +14,7 @@ from hf_posext import detect_scheme, load_patched, patch_model, unpatch_model
 from hf_posext.errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, PlanError
 from hf_posext.methods import as_method
 
-from .conftest import TRAINED, logits, tiny_bloom, tiny_gpt2, tiny_t5, tiny_xglm, tokens
+from .conftest import TRAINED, logits, realigned, tiny_bloom, tiny_gpt2, tiny_t5, tiny_xglm, tokens
 from .zoo import TRAINED_LENGTH, build, token_ids
 
 CAUSAL, MASKED, SEQ2SEQ, BASE = "causal-lm", "masked-lm", "seq2seq-lm", "base"
@@ -101,7 +101,7 @@ def test_a_family_reads_longer_and_is_undone(kind: str, family: str, task: str, 
 
     patch = patch_model(model, METHODS[kind], factor=2, original_length=original)
     patch.save_pretrained(tmp_path / "saved")
-    loaded = load_patched(tmp_path / "saved")
+    loaded = realigned(load_patched(tmp_path / "saved"))
     assert torch.equal(forward(loaded, long), longer)
     unpatch_model(loaded)
     assert torch.equal(forward(loaded, short), before)
@@ -109,7 +109,7 @@ def test_a_family_reads_longer_and_is_undone(kind: str, family: str, task: str, 
     if kind == "learned":
         assert patch.native_obstacle is None
     if patch.native_obstacle is None:
-        assert torch.equal(forward(type(model).from_pretrained(tmp_path / "saved"), long), longer)
+        assert torch.equal(forward(realigned(type(model).from_pretrained(tmp_path / "saved")), long), longer)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_disentangled_attention_keeps_its_relative_positions(tmp_path: Path) -> 
         long = token_ids(100)
         longer = forward(model, long)
         patch.save_pretrained(tmp_path / family)
-        assert torch.equal(forward(type(model).from_pretrained(tmp_path / family), long), longer)
+        assert torch.equal(forward(realigned(type(model).from_pretrained(tmp_path / family)), long), longer)
 
 
 def test_limits_follow_the_table() -> None:
@@ -185,7 +185,7 @@ def test_a_trained_table_survives_saving(tmp_path: Path) -> None:
         model.transformer.wpe.weight += 0.1
     trained = logits(model, tokens(2 * TRAINED))
     patch.save_pretrained(tmp_path / "saved")
-    loaded = load_patched(tmp_path / "saved")
+    loaded = realigned(load_patched(tmp_path / "saved"))
     assert torch.equal(logits(loaded, tokens(2 * TRAINED)), trained)
     unpatch_model(loaded)
     assert torch.equal(logits(loaded, tokens(TRAINED)), before)
@@ -330,8 +330,8 @@ def test_a_raised_maximum_distance_is_said_in_the_config(tmp_path: Path) -> None
         ids = token_ids(300)
         wanted = forward(model, ids)
         patch.save_pretrained(tmp_path / family)
-        assert torch.equal(forward(type(model).from_pretrained(tmp_path / family), ids), wanted)
-        loaded = load_patched(tmp_path / family)
+        assert torch.equal(forward(realigned(type(model).from_pretrained(tmp_path / family)), ids), wanted)
+        loaded = realigned(load_patched(tmp_path / family))
         assert torch.equal(forward(loaded, ids), wanted)
         unpatch_model(loaded)
         assert loaded.config.relative_attention_max_distance == 128
