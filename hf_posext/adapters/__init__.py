@@ -1,0 +1,7 @@
+"""Adapters that remember the positions they were trained with."""
+
+from .hub import push_to_hub
+from .load import AdapterFit, load_adapter, verify_adapter
+from .save import save_adapter
+
+__all__ = ["AdapterFit", "load_adapter", "push_to_hub", "save_adapter", "verify_adapter"]

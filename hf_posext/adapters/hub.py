@@ -1,0 +1,95 @@
+"""Adapters and plans on the Hub."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..plan import ExtensionPlan
+from .directory import CARD_FILE, CONFIG_FILE, FILES, AdapterDirectory
+
+logger = logging.getLogger(__name__)
+
+
+def push_to_hub(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Upload an adapter, or a plan alone, with its card.
+
+    The files that [`save_adapter`], [`ExtensionPlan.save`] and [`~hf_posext.reporting.write_model_card`] write are
+    uploaded in one commit, and no others. An adapter is read first, as it is when it is opened.
+
+    Args:
+        directory (`str` or `Path`): that holds them.
+        repo_id (`str`): `user/name`; the repository is made if it does not exist.
+        private (`bool`, *optional*): whether a new repository is private; by default as the organisation has it.
+        revision (`str`, *optional*): branch to commit to.
+        commit_message (`str`, *optional*): by default it names the plan.
+        token (`str` or `bool`, *optional*): by default the one of `hf auth login`.
+
+    Returns:
+        `str`: URL of the commit.
+
+    Raises:
+        CheckpointError: an adapter that is incomplete or corrupt.
+        PlanError: the directory holds no plan, or a corrupt one.
+    """
+    from huggingface_hub import HfApi
+
+    path = Path(directory)
+    if (path / CONFIG_FILE).exists():
+        adapter = AdapterDirectory.read(path)
+        plan = adapter.plan
+        if adapter.base_name is None or Path(adapter.base_name).is_absolute():
+            logger.warning(
+                "%s names %s as its base model, which others do not have; they will have to give it: "
+                "load_adapter(%r, base=model)",
+                path,
+                adapter.base_name,
+                repo_id,
+            )
+    else:
+        plan = ExtensionPlan.load(path)
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=path,
+        allow_patterns=list(FILES),
+        revision=revision,
+        commit_message=commit_message or f"Upload {plan.method} {plan.original_length} -> {plan.target_length}",
+    )
+    return str(commit.commit_url)
+
+
+def local_directory(name: str | Path) -> Path:
+    """The directory of an adapter: a local one, or a download from the Hub of the files that an adapter has.
+
+    Args:
+        name (`str` or `Path`): a directory, or a Hub id (`user/name`, `user/name@revision`).
+
+    Raises:
+        CheckpointError: no such directory, and no such repository.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    path = Path(name)
+    if path.is_dir():
+        return path
+    repo_id, _, revision = str(name).partition("@")
+    if path.is_absolute() or str(name).startswith(".") or repo_id.count("/") != 1:
+        raise CheckpointError(f"no such directory: {name}; give the directory of an adapter, or a Hub id (user/name)")
+    patterns = [pattern for pattern in FILES if pattern != CARD_FILE]
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"neither a directory nor a repository that can be read: {name} ({reason})") from error

@@ -1,0 +1,85 @@
+"""`export` and `gguf`: a patched model for a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import InvalidParameterError
+from ..plan import PLAN_FILE
+from .app import app
+from .output import output_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(help="Patched model as saved, adapter directory, or with --method a model folder or Hub id."),
+    ],
+    to: Annotated[Literal["transformers", "vllm", "sglang", "llama.cpp"], typer.Option(help="What will run it.")],
+    output: Annotated[Path, typer.Option(help="Directory for the checkpoint; new, or without files in it.")],
+    method: Annotated[str | None, typer.Option(help="For a plain model: method, as 'yarn(beta_fast=16)'.")] = None,
+    factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
+    target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
+    original_length: Annotated[
+        int | None, typer.Option(help="Trained length, if the config is wrong about it.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: as they are.")
+    ] = "auto",
+) -> None:
+    """Write a checkpoint whose positions a server computes, and say how to start it and what it does otherwise.
+
+    An adapter is merged into its base. A plan that the server cannot run is refused before anything is written.
+    """
+    lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
+    with output_directory(output):
+        from ..export import export_checkpoint
+
+        network, tokenizer = _open(model, method, lengths, dtype)
+        serving = export_checkpoint(network, output, to, tokenizer=tokenizer)
+        typer.echo(f"{serving.plan.describe()} for {serving.server}, as read from {serving.read_from}")
+        for line in serving.command_lines(str(output)):
+            typer.echo(f"  {line}")
+        for sentence in serving.differences:
+            typer.echo(f"- {sentence}")
+        typer.echo(f"instructions: {output / 'SERVING.md'}")
+
+
+@app.command()
+def gguf(
+    plan: Annotated[Path, typer.Argument(help="Plan, or the directory that holds it, as `export` wrote it.")],
+    source: Annotated[Path, typer.Argument(help="GGUF file that convert_hf_to_gguf.py made of the export.")],
+    output: Annotated[Path, typer.Argument(help="GGUF file to write; must not exist.")],
+) -> None:
+    """Copy a GGUF file and give it the positions of a plan."""
+    from ..export import write_gguf
+
+    typer.echo(f"wrote {write_gguf(plan, source, output)}")
+
+
+def _open(model: str, method: str | None, lengths: dict[str, Any], dtype: str) -> tuple[PreTrainedModel, Any]:
+    """A patched model without an adapter, and its tokenizer."""
+    from ..patching import find_patch, patch_model
+    from .loading import load_config, load_model
+
+    if dtype == "auto":
+        dtype = str(load_config(model).dtype or "float32").removeprefix("torch.")
+    network, tokenizer = load_model(model, dtype, "cpu")
+    if getattr(network, "peft_config", None):
+        network = network.merge_and_unload()
+    given = method is not None or any(value is not None for value in lengths.values())
+    if find_patch(network) is not None:
+        if given:
+            raise InvalidParameterError(f"{model} has a plan of its own; leave --method and lengths out")
+        return network, tokenizer
+    if method is None:
+        raise InvalidParameterError(f"{model} has no {PLAN_FILE}; give the method, as in --method yarn --factor 4")
+    patch_model(network, method, tokenizer=tokenizer, **lengths)
+    return network, tokenizer

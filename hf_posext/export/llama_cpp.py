@@ -1,0 +1,179 @@
+"""llama.cpp: keys and tensors of a GGUF file.
+
+Read from llama.cpp 0c1e57098 as vendored by llama-cpp-python 0.3.36: `src/llama-{model,context,arch}.cpp`,
+`src/models/*.cpp`, `ggml/src/ggml-cpu/ops.cpp`, `common/arg.cpp`, `conversion/{base,llama}.py`,
+`tools/{server,completion}/*.cpp`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..patching.detect import text_config
+from ..plan import ExtensionPlan, RotaryPlan
+from ..scheme import Rotary
+from .serving import DIRECTORY, Serving, refuse
+
+SERVER = "llama.cpp"
+READ_FROM = "llama.cpp 0c1e57098"
+
+LLAMA_LIKE = (
+    "llama apertus deci granite granitemoe granite_swa minicpm mistral3 pangu-embedded refact step35"  # two lists too
+).split()
+WITH_FREQUENCIES = [
+    *LLAMA_LIKE,
+    *"arcee exaone exaone4 exaone-moe falcon-h1 granitehybrid llada llama4 nanbeige".split(),
+]
+"""Architectures (as GGUF calls them) that load a divisor for each frequency. A file of another architecture that has
+the tensor is refused by llama.cpp."""
+
+BETA_FAST, BETA_SLOW = 32.0, 1.0
+"""What llama.cpp takes for YaRN's bounds where no flag says otherwise."""
+
+
+@dataclass(frozen=True)
+class RopeKeys:
+    """What a GGUF file says of positions.
+
+    Attributes:
+        keys (`Mapping[str, Any]`): metadata without the architecture in front (`"rope.freq_base"`).
+        tensors (`Mapping[str, tuple[float, ...]]`): divisors of each frequency, by the name of the tensor.
+        flags (`tuple[str, ...]`): what only the command line can say.
+        by_converter (`bool`): whether llama.cpp's `convert_hf_to_gguf.py` writes the same from the exported config.
+    """
+
+    keys: Mapping[str, Any]
+    tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    by_converter: bool = True
+
+
+def rope_keys(plan: ExtensionPlan) -> RopeKeys:
+    """What a GGUF file is to say so that llama.cpp gives every token the positions of a plan.
+
+    Raises:
+        ExportError: it cannot.
+    """
+    limit = {"context_length": plan.target_length}
+    if not plan.rotaries:
+        return RopeKeys(limit)
+    if len(plan.rotaries) > 1:
+        raise refuse(SERVER, plan, "a GGUF file says one set of frequencies, the plan changes several")
+    entry = plan.rotaries[0]
+    rotary = plan.scheme.rotary(entry.name)
+    if rotary.dim != 2 * rotary.pairs or rotary.pairs != rotary.slots:
+        raise refuse(SERVER, plan, "frequencies that are padded with zeros have another form there")
+    parameters = dict(entry.rope_parameters or {})
+    kind, base = parameters.get("rope_type"), {"rope.freq_base": float(rotary.theta)}
+    if kind == "default" and entry.attention_factor == 1.0:
+        return RopeKeys(limit | {"rope.freq_base": float(parameters["rope_theta"])})
+    if kind == "linear" and entry.attention_factor == 1.0:
+        scale = {"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])}
+        return RopeKeys(limit | base | scale)
+    if kind == "yarn" and parameters.get("truncate", True):
+        return _yarn(plan, entry, parameters, limit | base)
+    return _divisors(plan, entry, rotary, limit | base)
+
+
+def _yarn(plan: ExtensionPlan, entry: RotaryPlan, parameters: Mapping[str, Any], keys: dict[str, Any]) -> RopeKeys:
+    factor = float(parameters["factor"])
+    keys |= {"rope.scaling.type": "yarn", "rope.scaling.factor": factor}
+    keys["rope.scaling.original_context_length"] = int(parameters["original_max_position_embeddings"])
+    own = 0.1 * math.log(factor) + 1.0  # which it multiplies by, whatever yarn_attn_factor says
+    usual = math.isclose(entry.attention_factor, own, rel_tol=1e-6)
+    if not usual:
+        keys["rope.scaling.attn_factor"] = entry.attention_factor / own
+    bounds = ("--yarn-beta-fast", "beta_fast", BETA_FAST), ("--yarn-beta-slow", "beta_slow", BETA_SLOW)
+    flags = [(flag, f"{parameters[name]:g}") for flag, name, held in bounds if parameters.get(name, held) != held]
+    return RopeKeys(keys, flags=tuple(word for pair in flags for word in pair), by_converter=usual)
+
+
+def _divisors(plan: ExtensionPlan, entry: RotaryPlan, rotary: Rotary, keys: dict[str, Any]) -> RopeKeys:
+    """Any frequencies: those of the base, each divided by a number of its own."""
+    if entry.attention_factor != 1.0:
+        keys["rope.scaling.attn_factor"] = entry.attention_factor
+
+    def divisors(wanted: tuple[float, ...]) -> tuple[float, ...]:
+        shipped = [rotary.theta ** (-2 * i / rotary.dim) for i in range(rotary.pairs)]
+        # a pair that does not turn at all: 1e30 leaves less than float32 can add to a cosine of 1
+        return tuple(old / new if new else 1e30 for old, new in zip(shipped, wanted, strict=True))
+
+    if entry.short_inv_freq is None:
+        return RopeKeys(keys, {"rope_freqs.weight": divisors(entry.inv_freq)}, by_converter=False)
+    keys |= {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": plan.original_length}
+    lists = {
+        "rope_factors_long.weight": divisors(entry.inv_freq),
+        "rope_factors_short.weight": divisors(entry.short_inv_freq),
+    }
+    return RopeKeys(keys, lists, by_converter=False)
+
+
+def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
+    """
+    Raises:
+        ExportError: llama.cpp cannot compute the positions.
+    """
+    if plan.rotates_late or plan.slopes or plan.buckets or plan.sinusoids:
+        instead = "a plan that only changes frequencies can be exported"
+        if plan.method.startswith("self-extend"):
+            instead += (
+                "; its own form of self-extend (--grp-attn-n, --grp-attn-w) is in llama-completion, not in the server"
+            )
+        raise refuse(SERVER, plan, obstacle or "it has no key for this", instead)
+    said = rope_keys(plan)
+    differences = [
+        "The server cuts every slot at the context length of the file, which is the target length here.",
+    ]
+    if "rope.scaling.attn_factor" in said.keys and said.keys.get("rope.scaling.type") == "yarn":
+        differences.append(
+            "`attention_factor`: YaRN multiplies by `0.1 ln(factor) + 1`, whatever `yarn_attn_factor` and "
+            "`--yarn-attn-factor` say; the key `rope.scaling.attn_factor` makes up for it."
+        )
+    if said.tensors:
+        differences.append(
+            "Frequencies that no key can say are in a tensor of divisors. These architectures load it: "
+            f"{', '.join(LLAMA_LIKE if len(said.tensors) > 1 else WITH_FREQUENCIES)}. Others refuse the file."
+        )
+        differences.append(
+            "The converter alone does not write that tensor: a file without the second step has the positions of the "
+            "base model, and says nothing of it."
+        )
+    if len(said.tensors) > 1:
+        differences.append(
+            f"Which of the two lists is used is decided by `-c` when the server starts: above {plan.original_length} "
+            "the long one, for short inputs too."
+        )
+    if said.flags:
+        differences.append("YaRN's bounds are not in the file: without the flags it uses 32 and 1.")
+    convert: tuple[str, ...] = (
+        "python",
+        "convert_hf_to_gguf.py",
+        DIRECTORY,
+        "--outfile",
+        "converted.gguf",
+        "--outtype",
+        "auto",
+    )
+    file, commands = "converted.gguf", [convert]
+    if not said.by_converter:
+        file = "model.gguf"
+        commands.append(("hf-posext", "gguf", DIRECTORY, "converted.gguf", "model.gguf"))
+    commands.append(("llama-server", "-m", file, "-c", str(plan.target_length), *said.flags))
+    return Serving(SERVER, READ_FROM, plan, tuple(commands), _config(config, plan, said), (), tuple(differences))
+
+
+def _config(config: PreTrainedConfig, plan: ExtensionPlan, said: RopeKeys) -> dict[str, Any]:
+    """What the converter reads: the plain base where it would write a type without its numbers."""
+    text: Any = text_config(config)
+    if text.model_type == "gpt2":
+        return {"n_ctx": plan.target_length}  # the one place where it looks for the length of GPT-2's table
+    if said.by_converter:
+        return {}
+    entry = plan.rotaries[0]
+    plain = {"rope_type": "default", "rope_theta": plan.scheme.rotary(entry.name).theta}
+    return {"rope_parameters": {**text.rope_parameters, entry.name: plain} if entry.name else plain}

@@ -1,0 +1,94 @@
+"""Writes a checkpoint for one server, with the words and flags that go with it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import nn
+
+from ..errors import InvalidParameterError, NotPatchedError
+from ..patching import find_patch
+from ..patching.checkpoint import new_directory, refuse_adapter
+from . import llama_cpp, sglang, transformers, vllm
+from .serving import Serving, text_path
+
+SERVERS = {
+    "transformers": transformers.serve,
+    "vllm": vllm.serve,
+    "sglang": sglang.serve,
+    "llama.cpp": llama_cpp.serve,
+}
+INSTRUCTIONS = "SERVING.md"
+
+
+def export_checkpoint(
+    model: nn.Module, directory: str | Path, to: str = "transformers", *, tokenizer: Any | None = None
+) -> Serving:
+    """Save a patched model so that a server gives every token the positions of its plan.
+
+    The directory gets weights, config and tokenizer in the form that the server reads, the plan, and `SERVING.md`: the
+    commands, and what the server ignores or does in another way. A plan that the server cannot run is refused before
+    anything is written.
+
+    Args:
+        model (`PreTrainedModel`): with a patch in force, and without an adapter.
+        directory (`str` or `Path`): must not exist yet, or be empty.
+        to (`str`, *optional*, defaults to `"transformers"`): or `"vllm"`, `"sglang"`, `"llama.cpp"`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): saved with the model, its limit raised; by default the one
+            that [`patch_model`] was given.
+
+    Returns:
+        [`Serving`]: commands, changed config entries, differences.
+
+    Raises:
+        ExportError: the server cannot compute the positions; says why, and what it can.
+        NotPatchedError: the model carries no patch.
+        UnsupportedModelError: the model has an adapter; merge it first.
+        InvalidParameterError: no such server.
+        FileExistsError: the directory holds files.
+    """
+    if to not in SERVERS:
+        raise InvalidParameterError(f"cannot export to {to!r}; there are: {', '.join(SERVERS)}")
+    patch = find_patch(model)
+    if patch is None:
+        raise NotPatchedError("the model carries no patch; patch_model(model, ...) makes one, load_patched opens one")
+    refuse_adapter(patch.model)
+    serving = SERVERS[to](patch.model.config, patch.plan, patch.native_obstacle)
+    path = new_directory(directory)
+    patch.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    _edit_config(path / "config.json", text_path(patch.model.config), serving)
+    _raise_tokenizer(path / "tokenizer_config.json", patch.plan.target_length)
+    (path / INSTRUCTIONS).write_text(_instructions(serving, path.name), encoding="utf-8")
+    return serving
+
+
+def _edit_config(path: Path, part: str, serving: Serving) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    (config[part] if part else config).update(serving.text)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _raise_tokenizer(path: Path, length: int) -> None:
+    """The limit of a tokenizer that was not given when the model was patched."""
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("model_max_length", length) < length:
+        config["model_max_length"] = length
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _instructions(serving: Serving, directory: str) -> str:
+    environment = Environment(
+        loader=PackageLoader("hf_posext.export", "."), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters["shell"] = shlex.join
+    return environment.get_template("serving.md.jinja").render(
+        serving=serving, commands=serving.command_lines(directory), override=serving.override
+    )

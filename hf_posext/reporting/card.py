@@ -1,0 +1,127 @@
+"""The model card of an extended or fine-tuned model, written from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapters.directory import CARD_FILE, CONFIG_FILE, AdapterDirectory
+from ..adapters.instructions import card_data, how_to_open, public_name, tags
+from ..evaluation.files import write_atomically
+from ..evaluation.results import Results
+from ..plan import ExtensionPlan
+from .before_after import THIS_MODEL, before_after
+from .model_index import results_to_model_index
+from .plots import plot_perplexity
+from .report import flatten, render_template
+from .sentences import describe_methods
+from .tables import by_method, control_name, grids, lengths_of, notes
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard, ModelCardData
+
+PICTURE = "before_after.png"
+MEASURED = ("model", "dataset", "split", "revision", "protocol", "start", "dtype", "seed", "versions")
+"""What a card tells of how the figures were measured."""
+
+
+def write_model_card(
+    directory: str | Path, before: Results, after: Results, *, training: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes the card of a saved adapter or checkpoint: `README.md` and `before_after.png`.
+
+    Args:
+        directory (`str` or `Path`): that [`save_adapter`] or `patch.save_pretrained` wrote; those two files are
+            replaced.
+        before ([`~hf_posext.evaluation.Results`]): of the base model, with the control where there is to be a gain.
+        after ([`~hf_posext.evaluation.Results`]): of this model, measured in the same way.
+        training (`Mapping`, *optional*): provenance of its training; any nesting.
+
+    Returns:
+        `Path`: the `README.md`.
+
+    Raises:
+        InvalidParameterError: before and after cannot be compared.
+        PlanError, CheckpointError: the directory holds no adapter and no plan, or corrupt ones.
+        OSError: the directory cannot be written.
+    """
+    directory = Path(directory)
+    card = model_card(directory, before, after, training=training)
+    plot_perplexity(before_after(before, after), directory / PICTURE)
+    return write_atomically(directory / CARD_FILE, str(card))
+
+
+def model_card(
+    directory: str | Path, before: Results, after: Results, *, training: Mapping[str, Any] | None = None
+) -> ModelCard:
+    """The text of the card, with its metadata and the `model-index` of the measured values.
+
+    Args:
+        directory, before, after, training: as in [`write_model_card`].
+
+    Returns:
+        `huggingface_hub.ModelCard`: it can be pushed as it is; its picture is not in it.
+    """
+    from huggingface_hub import ModelCard
+
+    directory = Path(directory)
+    results = before_after(before, after)
+    adapter = AdapterDirectory.read(directory) if (directory / CONFIG_FILE).is_file() else None
+    plan = ExtensionPlan.load(directory)
+    data = _metadata(adapter, plan)
+    data.model_name = directory.name
+    own = [row | {"method": plan.method} for row in results.rows if row["method"] == THIS_MODEL]
+    data.eval_results = results_to_model_index(Results(results.provenance, own))
+    said = zip(by_method(results), describe_methods(results), strict=True)
+    text = render_template(
+        "card.md.jinja",
+        [results],
+        name=directory.name,
+        base=public_name((adapter and adapter.base_name) or results.provenance.get("model")),
+        plan=plan,
+        adapter=adapter is not None,
+        sentences=[sentence for name, sentence in said if name == "none" or name.startswith(THIS_MODEL)],
+        notes=notes(results),
+        grids=grids(results),
+        picture=PICTURE,
+        control=control_name(results),
+        trained_length=results.provenance.get("trained_length"),
+        how_to_open=how_to_open(directory),
+        training=flatten(training or {}),
+        limits=_limits(results, plan),
+        measured=flatten(
+            {key: results.provenance.get(key) for key in MEASURED if results.provenance.get(key) is not None}
+        ),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _metadata(adapter: AdapterDirectory | None, plan: ExtensionPlan) -> ModelCardData:
+    """What the Hub files the model under."""
+    from huggingface_hub import ModelCardData
+
+    if adapter is not None:
+        return card_data(adapter)
+    return ModelCardData(library_name="transformers", tags=tags(plan), pipeline_tag="text-generation")
+
+
+def _limits(results: Results, plan: ExtensionPlan) -> list[str]:
+    """What was not measured, and what the figures do not tell."""
+    longest = lengths_of(results)[-1]
+    own = [row for row in results.rows if row["method"] == THIS_MODEL]
+    said = []
+    if longest < plan.target_length:
+        said.append(f"The positions are for {plan.target_length} tokens; nothing above {longest} was measured.")
+    else:
+        said.append(f"Nothing above {longest} tokens was measured.")
+    if not results.short_context():
+        said.append("What it costs inside the trained length was not measured.")
+    if all(row.get("passkey") is None for row in own) and not results.retrieval:
+        said.append("Whether it finds what stands far back was not measured; perplexity does not tell.")
+    if all(row.get("gain") is None for row in own):
+        said.append("There is no control, so whether the longer context is of use at all was not measured.")
+    documents = max(row["documents"] for row in own)
+    said.append(f"The figures are of {documents} documents of one kind; other texts, other languages may differ.")
+    said.append("All that holds of the base model holds of this one: what it was trained on, its licence, its biases.")
+    return said

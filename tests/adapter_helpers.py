@@ -1,0 +1,39 @@
+"""Tiny adapters of the three kinds that issue reports speak of, trained for a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from tests.conftest import tokens
+
+NORMS = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]
+KINDS: dict[str, dict[str, Any]] = {"lora": {}, "lora-plus": {"modules_to_save": NORMS}, "dora": {"use_dora": True}}
+
+
+def with_adapter(model: PreTrainedModel, **options: Any) -> PeftModel:
+    """An adapter that is not the identity."""
+    torch.manual_seed(1)
+    given = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    return get_peft_model(model, LoraConfig(**{**given, **options})).eval()
+
+
+def train(model: PeftModel, length: int, steps: int = 3) -> None:
+    """A few steps of gradient descent on random tokens."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model.train()
+    for step in range(steps):
+        ids = tokens(length, seed=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, with its content."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
