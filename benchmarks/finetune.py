@@ -1,0 +1,219 @@
+"""What a few hundred rows of fine-tuning do for a model of 512 tokens that reads 4096: methods x what is trained.
+
+Each run patches the shipped model, trains on the novels of `examples/data/train.jsonl`, and is measured on the novels
+that it never saw: perplexity by length, pass keys, gain over a context truncated to the trained length, and what
+changed inside that. All runs read the same tokens; PoSE reads them in rows of 512 with skipped positions. A run that
+is finished is kept in the result file and not made again, and one that is killed goes on from its last checkpoint:
+
+    python benchmarks/finetune.py --output benchmarks/results/finetune.json --work reports/finetune
+    python benchmarks/finetune.py --output ... --work ... --runs yarn/lora,yarn/full --threads 2
+
+The first use of a result file writes the settings into it; later ones must have the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_posext import Results, compare, evaluate_perplexity, load_patched, patch_model
+from hf_posext.adapters import load_adapter
+from hf_posext.evaluation import passkey_accuracy
+from hf_posext.evaluation.files import write_atomically
+from hf_posext.training import PRESETS, Preset, finetune
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+LENGTHS = [512, 1024, 2048, 4096]
+FACTOR = 8
+METHODS = ("none", "linear", "ntk", "theta", "yarn")
+
+LORA = replace(PRESETS["lora"], learning_rate=3e-3)
+TRAININGS: dict[str, tuple[Preset, int | None]] = {
+    "lora": (LORA, None),
+    "lora-plus": (replace(PRESETS["lora-plus"], learning_rate=2e-3), None),
+    "full": (replace(PRESETS["full"], learning_rate=6e-4), None),
+    "pose-lora": (LORA, 2),
+}
+"""Preset and PoSE's chunks, for every method; learning rates are those of the reference run on a GPU."""
+
+CANDIDATES: dict[str, tuple[Preset, int | None]] = {
+    "dora": (replace(PRESETS["dora"], learning_rate=3e-3), None),
+    "lora-lr1e-3": (replace(LORA, learning_rate=1e-3), None),
+    "lora-lr6e-3": (replace(LORA, learning_rate=6e-3), None),
+    "lora-alpha32": (replace(LORA, alpha=32), None),
+    "lora-rslora": (replace(LORA, options={"use_rslora": True}), None),
+    "lora-ratio4": (replace(LORA, learning_rate=1.5e-3, ratio=4.0), None),
+    "lora-ratio16": (replace(LORA, learning_rate=1e-3, ratio=16.0), None),
+    "lora-orthogonal": (replace(LORA, options={"init_lora_weights": "orthogonal"}), None),
+    "lora-norms": (replace(LORA, norms=True), None),
+    "lora-qk-r16": (replace(LORA, rank=16, targets=("q_proj", "k_proj")), None),
+    "lora-all-r3": (replace(LORA, rank=3, alpha=6, targets="all-linear"), None),
+    "lora-all-r3-norms": (replace(LORA, rank=3, alpha=6, targets="all-linear", norms=True), None),
+    "dora-norms": (replace(PRESETS["dora"], learning_rate=3e-3, norms=True), None),
+}
+"""Adapters of at most 2 % of the parameters, tried with YaRN: what comes closest to training all weights."""
+
+RUNS = (
+    *(f"{method}/untrained" for method in METHODS),
+    *(f"{method}/{training}" for method in METHODS for training in TRAININGS),
+)
+
+
+def load(model: Path, device: str) -> tuple[Any, Any]:
+    """The model in float32, as it was shipped, and its tokenizer."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return network.to(device).eval(), AutoTokenizer.from_pretrained(model)
+
+
+def measure_control(args: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """By length, the untouched model: whole, and with its context truncated to the trained length."""
+    network, tokenizer = load(args.model, args.device)
+    results = compare(network, tokenizer, str(args.documents), ["none"], lengths=LENGTHS, start=args.start)
+    wanted = ("perplexity", "perplexity_tail", "perplexity_truncated", "perplexity_truncated_tail")
+    return {row["length"]: {key: row[key] for key in wanted} for row in results.rows}
+
+
+def measure(network: Any, tokenizer: Any, args: argparse.Namespace, control: dict[str, Any]) -> dict[str, Any]:
+    """Rows by length, and the sums of each document, of a model with its patch in force."""
+    began = time.monotonic()
+    results: Results = evaluate_perplexity(network, tokenizer, str(args.documents), LENGTHS, start=args.start)
+    keys = passkey_accuracy(network, tokenizer, LENGTHS, args.passkey) if args.passkey else {}
+    rows = []
+    for row in results.rows:
+        known = control[str(row["length"])]
+        rows.append(
+            {
+                "length": row["length"],
+                "perplexity": row["perplexity"],
+                "perplexity_tail": row["perplexity_tail"],
+                "gain": known["perplexity_truncated_tail"] / row["perplexity_tail"],
+                "passkey": keys.get(row["length"]),
+            }
+        )
+    inside = rows[0]["perplexity"] / control[str(LENGTHS[0])]["perplexity"] - 1
+    kept = ("document", "length", "nll_sum", "tokens", "tail_nll_sum", "tail_tokens")
+    documents = [{key: record[key] for key in kept} for record in results.per_document]
+    seconds = round(time.monotonic() - began, 1)
+    return {"rows": rows, "short_context_change": inside, "per_document": documents, "measure_seconds": seconds}
+
+
+def make(name: str, args: argparse.Namespace, control: dict[str, Any]) -> dict[str, Any]:
+    """Train and measure one run."""
+    method, _, training = name.partition("/")
+    network, tokenizer = load(args.model, args.device)
+    if training == "untrained":
+        with patch_model(network, method, factor=FACTOR):
+            return measure(network, tokenizer, args, control)
+    preset, pose = {**TRAININGS, **CANDIDATES}[training]
+    output = args.work / name.replace("/", "-")
+    if ended(output):  # killed while it was measured
+        adapter = (output / "adapter").is_dir()
+        trained = load_adapter(output / "adapter", network) if adapter else load_patched(output / "model")
+        return {**measure(trained, tokenizer, args, control), **told(output)}
+    rows = args.batch * (1 if pose is None else FACTOR)  # rows of PoSE are as much shorter
+    at_once = min(rows, FACTOR) if pose else 1
+    result = finetune(
+        network,
+        tokenizer,
+        str(args.train),
+        method,
+        factor=FACTOR,
+        output=output,
+        preset=preset,
+        pose=pose,
+        steps=args.steps,
+        batch_size=at_once,
+        accumulation=rows // at_once,
+        warmup=args.warmup,
+        bf16=args.bf16,
+        save_every=max(1, args.steps // 4),
+        resume=True,
+        seed=args.seed,
+    )
+    return {**measure(result.model, tokenizer, args, control), **told(output)}
+
+
+def ended(output: Path) -> bool:
+    """Whether the training in a directory is over."""
+    path = output / "provenance.json"
+    return path.is_file() and "result" in json.loads(path.read_text(encoding="utf-8"))
+
+
+def told(output: Path) -> dict[str, Any]:
+    """What the provenance of a training says for the result file."""
+    provenance = json.loads((output / "provenance.json").read_text(encoding="utf-8"))
+    facts = {key: provenance["result"][key] for key in ("parameters", "loss", "resumed_from", "device")}
+    seconds = provenance["result"]["seconds"]
+    return {**facts, "train_seconds": seconds, "preset": provenance["run"]["preset"]}
+
+
+def show(name: str, run: dict[str, Any]) -> None:
+    cells = ""
+    for row in run["rows"]:
+        key = "-" if row["passkey"] is None else f"{row['passkey']:.2f}"
+        cells += f"  {row['perplexity']:7.2f} {row['gain']:.3f} {key}"
+    trained = run.get("parameters", {}).get("trained", 0)
+    print(
+        f"{name:24} {trained:>9,} {cells}  {run['short_context_change']:+.2%}  {run.get('train_seconds', 0):.0f} s",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the result file; finished runs in it are kept")
+    parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints and adapters")
+    parser.add_argument("--runs", help=f"with commas: {', '.join(RUNS)}, or yarn/ with one of {', '.join(CANDIDATES)}")
+    parser.add_argument("--model", type=Path, default=EXAMPLES / "tiny" / "tiny-rope")
+    parser.add_argument("--train", type=Path, default=EXAMPLES / "data" / "train.jsonl", help="novels to train on")
+    parser.add_argument("--documents", type=Path, default=EXAMPLES / "data" / "heldout.jsonl", help="to measure on")
+    parser.add_argument("--start", type=int, default=2000, help="tokens to leave out of each, as front matter")
+    parser.add_argument("--passkey", type=int, default=20, help="trials per length")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=4, help="rows of 4096 tokens per step")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train by autocast")
+    parser.add_argument("--device", default="cpu", help="where untrained runs are measured; the Trainer takes a GPU")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+
+    names = args.runs.split(",") if args.runs else RUNS
+    known = {*RUNS, *(f"{method}/{training}" for method in METHODS for training in CANDIDATES)}
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no such runs: {', '.join(unknown)}")
+    same = ("steps", "batch", "warmup", "seed", "bf16", "start", "passkey")
+    files = {name: getattr(args, name).name for name in ("model", "train", "documents")}
+    settings = {**files, **{name: getattr(args, name) for name in same}, "factor": FACTOR, "lengths": LENGTHS}
+    found = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"settings": settings}
+    if found["settings"] != settings:
+        parser.error(f"{args.output} is of other settings: {found['settings']}; this is {settings}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if "control" not in found:
+        packages = ("hf_posext", "torch", "transformers", "peft")
+        found["versions"] = {name: version(name) for name in packages}
+        found["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": args.threads}
+        found["control"] = json.loads(json.dumps(measure_control(args)))
+        found["runs"] = {}
+    for name in names:
+        if name not in found["runs"]:
+            found["runs"][name] = make(name, args, found["control"])
+            write_atomically(args.output, json.dumps(found, indent=1) + "\n")
+        show(name, found["runs"][name])
+
+
+if __name__ == "__main__":
+    main()

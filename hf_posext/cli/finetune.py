@@ -1,0 +1,206 @@
+"""`finetune`: train an adapter, or all weights, under a patch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InvalidParameterError, UnsupportedModelError
+from . import options
+from .app import app
+from .processes import rank as process_rank
+
+if TYPE_CHECKING:
+    from ..plan import ExtensionPlan
+    from ..training import Finetuned, Preset
+
+
+@app.command()
+def finetune(
+    model: options.Model,
+    dataset: options.Dataset,
+    output: Annotated[Path, typer.Option(help="Directory of the run; new, or that of one to go on with.")],
+    method: Annotated[str | None, typer.Option(help="As 'yarn(beta_fast=16)'; preset nope has its own.")] = None,
+    factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
+    target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
+    original_length: options.OriginalLength = None,
+    preset: Annotated[str, typer.Option(help="lora, lora-plus (and embeddings, norms), dora, full, nope.")] = "lora",
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak; the preset's if not given.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of LoRA; the preset's if not given.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA is scaled by alpha / rank.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="What gets LoRA: attention, all-linear, or names with commas between them.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per row; the target's if not given.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Rows per process and forward.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Forwards per step.")] = 8,
+    warmup: Annotated[int, typer.Option(help="Steps until the learning rate is reached.")] = 20,
+    pack: Annotated[bool, typer.Option("--pack", help="Short texts share rows, without seeing each other.")] = False,
+    pose: Annotated[
+        int | None, typer.Option(help="Short rows with skipped positions (PoSE): chunks in a row, such as 2.")
+    ] = None,
+    shifted: Annotated[
+        int | None, typer.Option(help="Attend within groups while training (S2): groups in a row, such as 4.")
+    ] = None,
+    longce: Annotated[
+        int | None, typer.Option(help="Weigh tokens by what the long context tells (LongCE): tokens of the short one.")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 by autocast.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+    ] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The base, by bitsandbytes.")] = False,
+    evaluate: Annotated[str | None, typer.Option(help="Texts to measure on while training; as --dataset.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Of --evaluate: context lengths in tokens; the trained and the target if not given."),
+    ] = None,
+    every: Annotated[int, typer.Option(help="Of --evaluate: steps between two measurements.")] = 100,
+    start: Annotated[int, typer.Option(help="Of --evaluate: tokens to leave out at the beginning of each.")] = 0,
+    passkey: Annotated[int, typer.Option(min=0, help="Of --evaluate: pass-key trials at each length.")] = 0,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations that are no better.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth if not given.")] = None,
+    documents: options.Documents = None,
+    text_column: options.TextColumn = None,
+    split: options.Split = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Of the adapter, the order of rows, and skips.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT, if any.")] = False,
+    config: options.Config = None,
+) -> None:
+    """Patch a model, put an adapter on it, train it on long texts, and save the adapter with its plan.
+
+    OUTPUT gets adapter (or model, where all weights are trained), checkpoints, training_log.json and provenance.json.
+    A run that was stopped goes on with --resume. Several processes train together under accelerate launch, with the
+    configurations in examples/accelerate_configs.
+    """
+    _check_method(model, method, preset, factor, target_length, original_length)
+    sizes = None if lengths is None else options.numbers(lengths)
+
+    # The imports that take seconds come after the checks that need none of them.
+    from ..evaluation import load_documents
+    from ..training import Evaluation
+    from ..training import finetune as train
+    from .loading import load_model
+
+    chosen = _preset(preset, {"learning_rate": learning_rate, "rank": rank, "alpha": alpha, "targets": targets})
+    texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
+    network, tokenizer = _load_4bit(model) if load_in_4bit else load_model(model, dtype, "cpu")
+    plan = _check_method(model, method, preset, factor, target_length, original_length)
+    evaluation = None
+    if evaluate is not None:
+        ends = sizes or sorted({plan.original_length, plan.target_length})
+        evaluation = Evaluation(load_documents(evaluate), ends, every, start, passkey)
+    try:
+        result = train(
+            network,
+            tokenizer,
+            texts,
+            method,
+            output=output,
+            factor=factor,
+            target_length=target_length,
+            original_length=original_length,
+            preset=chosen,
+            length=length,
+            steps=steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            warmup=warmup,
+            pack=pack,
+            pose=pose,
+            shifted=shifted,
+            longce=longce,
+            bf16=bf16,
+            gradient_checkpointing=gradient_checkpointing,
+            evaluation=evaluation,
+            patience=patience,
+            save_every=save_every,
+            resume=resume,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        kept = "go on with --resume" if output.exists() else "nothing was saved"
+        typer.echo(f"interrupted; {kept}", err=True)
+        raise typer.Exit(130) from None
+    if not process_rank():
+        _tell(result)
+
+
+def _check_method(
+    model: str,
+    method: str | None,
+    preset: str,
+    factor: float | None,
+    target_length: int | None,
+    original_length: int | None,
+) -> ExtensionPlan:
+    """The plan by the model's config alone, so that what cannot be is told before weights are read."""
+    from ..methods import as_method
+    from ..patching import detect_scheme
+    from .loading import load_config
+
+    if method is None and preset != "nope":
+        raise InvalidParameterError("no method is given; give one, as in --method yarn --factor 8")
+    lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
+    return as_method(method or preset).plan(detect_scheme(load_config(model)), **lengths)  # type: ignore[arg-type]
+
+
+def _preset(name: str, given: dict[str, Any]) -> Preset:
+    """A preset with the options that were given."""
+    from ..training.presets import as_preset
+
+    preset = as_preset(name)
+    given = {option: value for option, value in given.items() if value is not None}
+    of_adapters = sorted(given.keys() - {"learning_rate"})
+    if preset.rank is None and of_adapters:
+        raise InvalidParameterError(
+            f"preset {name!r} trains all weights, and {', '.join(of_adapters)} is of an adapter; give --preset lora"
+        )
+    if "targets" in given and given["targets"] not in ("attention", "all-linear"):
+        given["targets"] = [name.strip() for name in given["targets"].split(",") if name.strip()]
+    return replace(preset, **given)
+
+
+def _load_4bit(name: str) -> tuple[Any, Any]:
+    """A model whose weights are quantized as it is read, on the GPU of this process, and its tokenizer."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UnsupportedModelError(
+            "4-bit weights need bitsandbytes, which is not installed here; pip install bitsandbytes, or leave "
+            "--load-in-4bit out"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from .loading import _one_line_errors
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    place = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    with _one_line_errors(name):
+        network = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, device_map=place)
+        return network, AutoTokenizer.from_pretrained(name)
+
+
+def _tell(result: Finetuned) -> None:
+    """What was trained, in how long, and what became of the perplexities."""
+    told = result.provenance["result"]
+    trained, whole = told["parameters"]["trained"], told["parameters"]["model"]
+    typer.echo(
+        f"trained {trained:,} parameters ({trained / whole:.2%}), {told['steps']} steps, {told['seconds']:.0f} s"
+    )
+    losses = [entry["loss"] for entry in result.log if "loss" in entry]
+    typer.echo(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    measured = [entry for entry in result.log if any(name.startswith("eval_") for name in entry)]
+    for name in (key for key in (measured[0] if measured else {}) if key.startswith("eval_")):
+        what, _, tokens = name.removeprefix("eval_").rpartition("_")
+        typer.echo(f"{what} at {tokens}: {measured[0][name]:.2f} -> {measured[-1][name]:.2f}")
+    typer.echo(f"{result.path.name}: {result.path}")

@@ -1,0 +1,155 @@
+"""Shifted sparse attention (S2): trains a long context at the price of a short one, for dense attention afterwards.
+
+Chen et al., 2023: LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models,
+https://arxiv.org/abs/2309.12307. The reference code rolls half the heads, so that the first half-group and the last
+attend as one, the beginning of a text to its end. Here each of them is a group of its own, and nothing of the future
+is seen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..errors import InvalidParameterError, UnsupportedModelError
+from .detect import text_config
+from .journal import Journal
+from .late_rotation import HARMLESS
+from .modes import evaluation_mode
+
+_in_use: Counter[str] = Counter()
+"""How many models run under each name; the last one to end takes the name out of transformers' registries."""
+
+
+@contextmanager
+def shifted_sparse_attention(model: PreTrainedModel, groups: int = 4) -> Iterator[None]:
+    """
+    Inside, a model in training mode attends within groups of tokens, half of its heads within groups that are shifted
+    by half their size; in evaluation mode, and afterwards, it attends to everything. Layers with a sliding window do
+    so in any case.
+
+    Args:
+        model (`PreTrainedModel`): a decoder with `sdpa` attention, without a patch that rotates late.
+        groups (`int`, *optional*, defaults to 4): of a row, whose length must be a multiple of twice this number.
+
+    Raises:
+        InvalidParameterError: fewer than two groups.
+        UnsupportedModelError: attention that cannot be replaced, or that needs what S2 does not have; says what.
+    """
+    if groups < 2:
+        raise InvalidParameterError(
+            f"shifted is {groups}; give the number of groups in a row, 2 or more (the paper: 4)"
+        )
+    config = text_config(model.config)
+    base, name = config._attn_implementation, f"posext-shifted-{groups}"
+    if base != "sdpa":
+        raise UnsupportedModelError(
+            f"{config.model_type} runs with {base!r} attention, and shifted sparse attention replaces 'sdpa' alone: "
+            "model.set_attn_implementation('sdpa'), and a method that does not remap positions"
+        )
+    reached: list[str] = []
+
+    def probe(module: nn.Module, query: Any, key: Any, value: Any, mask: Any = None, **kwargs: Any) -> Any:
+        _refuse(module, query, mask, kwargs)
+        reached.append(type(module).__name__)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    with _attention(model, "posext-shifted-probe", probe), evaluation_mode(model), torch.no_grad():
+        model(input_ids=torch.arange(3, 11, device=model.device)[None] % config.vocab_size, use_cache=False)
+    if not reached:
+        raise UnsupportedModelError(
+            f"{config.model_type} does not send its attention through transformers' AttentionInterface; "
+            "train it without shifted sparse attention"
+        )
+    with _attention(model, name, partial(shifted_attention, groups=groups)):
+        yield
+
+
+def shifted_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    groups: int,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The function in `AttentionInterface`."""
+    if not module.training or kwargs.get("sliding_window") is not None:
+        dense: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return dense
+    length = query.shape[2]
+    if attention_mask is not None or key.shape[2] != length or length % (2 * groups):
+        raise InvalidParameterError(
+            f"shifted sparse attention takes rows of one document, without padding, whose length is a multiple of "
+            f"{2 * groups}; got {length} tokens" + (" with a mask" if attention_mask is not None else "")
+        )
+    repeats = query.shape[1] // key.shape[1]
+    states = query, repeat_kv(key, repeats), repeat_kv(value, repeats)
+    options = {"is_causal": True, "dropout_p": kwargs.get("dropout") or 0.0, "scale": kwargs.get("scaling")}
+    size, heads = length // groups, query.shape[1] // 2
+    plain = [state[:, : query.shape[1] - heads] for state in states]
+    moved = [state[:, query.shape[1] - heads :] for state in states]
+    cuts = (slice(None, size // 2), slice(size // 2, -size // 2), slice(-size // 2, None))
+    pieces = [
+        _within([state[:, :, cut] for state in moved], width, options)
+        for cut, width in zip(cuts, (size // 2, size, size // 2), strict=True)
+    ]
+    out = torch.cat([_within(plain, size, options), torch.cat(pieces, 2)], 1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _within(states: list[torch.Tensor], size: int, options: dict[str, Any]) -> torch.Tensor:
+    """Causal attention (batch, heads, tokens, dim) within groups of `size` tokens."""
+    batch, heads, length, _ = states[0].shape
+    query, key, value = (
+        state.reshape(batch, heads, length // size, size, -1).transpose(1, 2).flatten(0, 1) for state in states
+    )
+    out: torch.Tensor = scaled_dot_product_attention(query, key, value, **options)
+    return out.view(batch, length // size, heads, size, -1).transpose(1, 2).reshape(batch, heads, length, -1)
+
+
+def _refuse(module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, given: dict[str, Any]) -> None:
+    honoured = HARMLESS - {"softcap", "s_aux"}
+    unknown = sorted(name for name, value in given.items() if value is not None and name not in honoured)
+    if mask is not None and given.get("sliding_window") is None:
+        unknown.append("a mask where all of a text is seen")
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which shifted sparse attention "
+            "cannot honour; train without it"
+        )
+    if query.shape[1] < 2:
+        raise UnsupportedModelError(f"{type(module).__name__} has one head, and half of them are to be shifted")
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
+    """The model's attention under a name of transformers' registries, which forget it afterwards."""
+    journal = Journal()
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    _in_use[name] += 1
+    try:
+        for config in {id(config): config for config in (model.config, text_config(model.config))}.values():
+            journal.set(config, "_attn_implementation_internal", name)
+        yield
+    finally:
+        journal.undo()
+        _in_use[name] -= 1
+        if not _in_use[name]:
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)

@@ -1,0 +1,7 @@
+"""Fine-tuning for length: presets, rows, PoSE, shifted sparse attention and LongCE on `transformers.Trainer`."""
+
+from .callbacks import Evaluation
+from .finetune import Finetuned, finetune
+from .presets import PRESETS, Preset
+
+__all__ = ["PRESETS", "Evaluation", "Finetuned", "Preset", "finetune"]

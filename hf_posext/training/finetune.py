@@ -1,0 +1,262 @@
+"""Fine-tune a model whose positions were extended: patch, adapter, train, and save what a fresh process can load."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from ..errors import InvalidParameterError, TrainingError
+from ..evaluation import Document
+from ..evaluation.files import portable
+from ..methods import Method
+from ..patching import Patch, patch_model
+from ..patching.modes import activation_checkpointing
+from ..patching.shifted_attention import shifted_sparse_attention
+from ..plan import ExtensionPlan
+from .callbacks import Evaluation, newest_checkpoint
+from .prepare import check_fit, check_model, count, trainable
+from .presets import Preset, as_preset
+from .record import CHECKPOINTS, begin, check_output, finish, forget
+from .rows import as_documents, make_rows
+from .save import save
+from .settings import Settings
+from .trainer import Run, make_trainer, training_arguments
+
+if TYPE_CHECKING:
+    import datasets
+
+
+NOT_MEASURED = {"eval_runtime", "train_runtime"}
+"""Entries of the Trainer's log that hold speeds, of an evaluation without rows and of the whole training."""
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """
+    What a run gives.
+
+    Args:
+        model (`PeftModel` or `PreTrainedModel`): trained, its patch in force, in evaluation mode.
+        patch (`Patch`): the patch.
+        path (`Path`): the saved adapter or model, with its plan.
+        log (`list[dict]`): one entry per step, and one per evaluation.
+        provenance (`dict`): as in `provenance.json`.
+    """
+
+    model: nn.Module
+    patch: Patch
+    path: Path
+    log: list[dict[str, Any]]
+    provenance: dict[str, Any]
+
+
+def finetune(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
+    method: str | Method | ExtensionPlan | None = None,
+    *,
+    output: str | Path,
+    factor: float | None = None,
+    target_length: int | None = None,
+    original_length: int | None = None,
+    preset: str | Preset = "lora",
+    length: int | None = None,
+    steps: int = 1000,
+    batch_size: int = 1,
+    accumulation: int = 8,
+    warmup: int = 20,
+    pack: bool = False,
+    pose: int | None = None,
+    shifted: int | None = None,
+    longce: int | None = None,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    evaluation: Evaluation | None = None,
+    patience: int | None = None,
+    save_every: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    callbacks: Iterable[TrainerCallback] = (),
+    report_to: str = "none",
+) -> Finetuned:
+    """
+    Patch a model, put an adapter on it where the preset has one, and train it on long rows with transformers' Trainer.
+
+    The patch comes first and the adapter second; both stay in force when training ends, and the model as it was is
+    restored when it does not. What each sample is depends on the seed and its number alone, so that a run that is
+    resumed from a checkpoint gives the weights of one that was never stopped, to the bit where the arithmetic of the
+    device repeats itself. Runs on several processes under `accelerate launch`; see `examples/accelerate_configs`.
+
+    Args:
+        model (`PreTrainedModel`): a decoder without a patch or an adapter. Weights that are trained are kept in
+            float32; a model in half precision needs `bf16=True`.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        documents (`list[Document]`, or what [`load_documents`] takes): texts to train on.
+        method (`str`, `Method` or `ExtensionPlan`): as [`patch_model`] takes it; only the preset `nope` has its own.
+        output (`str` or `Path`): directory of the run; new, or one to resume.
+        factor, target_length, original_length: as [`patch_model`] takes them.
+        preset (`str` or `Preset`, *optional*, defaults to `"lora"`): what is trained, and how fast: `"lora"`,
+            `"lora-plus"`, `"dora"`, `"full"`, `"nope"`, or a [`Preset`]: `replace(PRESETS["lora"], rank=32)`.
+        length (`int`, *optional*): tokens per row; by default the length that the plan is for, with `pose` the one
+            that the model was trained at.
+        steps (`int`, *optional*, defaults to 1000): optimizer steps.
+        batch_size (`int`, *optional*, defaults to 1): rows per process and forward.
+        accumulation (`int`, *optional*, defaults to 8): forwards per step.
+        warmup (`int`, *optional*, defaults to 20): steps until the learning rate is reached; it falls to 0 at the end.
+        pack (`bool`, *optional*, defaults to `False`): use texts that are shorter than a row, several in a row, none
+            of which sees another; otherwise a row is a part of one document.
+        pose (`int`, *optional*): train on short rows whose positions skip, for the length of the plan: the number of
+            chunks in a row, 2 in the paper. See [`Skips`].
+        shifted (`int`, *optional*): attend within groups while training (S2): the number of groups in a row, 4 in the
+            paper. See [`shifted_sparse_attention`].
+        longce (`int`, *optional*): weigh the loss of each token by what the long context tells about it: the tokens
+            of the short context that it is compared with. See [`LongCE`].
+        bf16 (`bool`, *optional*, defaults to `False`): compute in bfloat16 by autocast.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): less memory for a third more time.
+        evaluation ([`Evaluation`], *optional*): what to measure before the first step and every so many.
+        patience (`int`, *optional*): stop after so many evaluations without a lower perplexity at the longest length,
+            and go back to the best.
+        save_every (`int`, *optional*): steps between checkpoints, of which the newest two are kept; by default a
+            tenth of the steps, with `patience` one at each evaluation.
+        resume (`bool`, *optional*, defaults to `False`): go on from the newest whole checkpoint in `output`, if there
+            is one; the settings must be the same.
+        seed (`int`, *optional*, defaults to 0): of the adapter, of the order of rows, and of skips.
+        callbacks (`Iterable[TrainerCallback]`, *optional*): more of them.
+        report_to (`str`, *optional*, defaults to `"none"`): a tracker, as `TrainingArguments` names it.
+
+    Returns:
+        [`Finetuned`]
+
+    Raises:
+        TrainingError: a loss that is not finite (the last good checkpoint stays), or another run to resume.
+        DocumentError: texts that do not fill a row.
+        InvalidParameterError: settings that cannot be, or an output that holds files.
+        UnsupportedModelError: no causal language model, one that does not honour what `pack`, `pose` or `shifted`
+            ask for, or 4-bit weights that are to be trained.
+        AlreadyPatchedError, MethodNotApplicableError, UnknownMethodError, NoEffectError: as [`patch_model`].
+    """
+    preset, output = as_preset(preset), Path(output)
+    check_model(model, preset, bf16)
+    if preset.method is not None and method not in (None, preset.method):
+        raise InvalidParameterError(f"the preset is for method {preset.method!r}; leave out method")
+    if method is None and preset.method is None:
+        raise InvalidParameterError("method is None; give a name such as 'yarn', a method object or a plan")
+    if patience is not None and evaluation is None:
+        raise InvalidParameterError("patience counts evaluations, and there are none; give evaluation=")
+    texts = as_documents(documents)
+    lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
+    patch = patch_model(model, method or preset.method, tokenizer=tokenizer, **lengths)  # type: ignore[arg-type]
+    network: nn.Module = model
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        plan = patch.plan
+        settings = Settings(
+            length=length or (plan.target_length if pose is None else plan.original_length),
+            steps=steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            warmup=warmup,
+            pack=pack,
+            pose=pose,
+            shifted=shifted,
+            longce=longce,
+            bf16=bf16,
+            gradient_checkpointing=gradient_checkpointing,
+            patience=patience,
+            save_every=save_every or (evaluation.every if patience and evaluation else max(1, steps // 10)),
+            seed=seed,
+        )
+        settings.check(plan)
+        rows = make_rows(texts, tokenizer, settings.length, pack=pack)
+        check_fit(model, rows, settings)
+        network = trainable(model, preset, settings)
+        run = Run(tokenizer, rows, patch, preset, settings, evaluation, output)
+        facts = {"base": portable(model.config.name_or_path) or type(model).__name__, **_facts(run, texts)}
+        return _train(run, network, facts, resume, callbacks, report_to)
+    except BaseException:
+        if isinstance(network, PeftModel):
+            network.unload()
+        patch.undo()
+        raise
+    finally:
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # the Trainer turns it off
+        model.eval()
+
+
+def _facts(run: Run, texts: Any) -> dict[str, Any]:
+    """All that decides which weights come out."""
+    source = getattr(texts, "source", {})
+    if source.get("dataset"):
+        source = {**source, "dataset": portable(source["dataset"])}
+    return {
+        "method": run.patch.plan.method,
+        "plan": run.patch.plan.describe(),
+        "preset": asdict(run.preset),
+        "settings": asdict(run.settings),
+        "data": {**source, **run.rows.facts},
+    }
+
+
+def _train(
+    run: Run,
+    network: nn.Module,
+    facts: dict[str, Any],
+    resume: bool,
+    callbacks: Iterable[TrainerCallback],
+    report_to: str,
+) -> Finetuned:
+    checkpoints = run.output / CHECKPOINTS
+    checkpoint = newest_checkpoint(checkpoints) if resume else None
+    arguments = training_arguments(run, resumed=checkpoint is not None, report_to=report_to)
+    with arguments.main_process_first(desc="output"):
+        if arguments.should_save:
+            check_output(run.output, resume)
+            begin(run.output, {**facts, "processes": arguments.world_size})
+    counts, began = count(network), time.monotonic()
+    try:
+        trainer = make_trainer(run, network, arguments, callbacks)
+        with ExitStack() as modes:
+            # accelerate leaves autocast around the model's forward
+            modes.callback(trainer.accelerator.unwrap_model, network, keep_fp32_wrapper=False)
+            if run.settings.shifted is not None:
+                modes.enter_context(shifted_sparse_attention(run.patch.model, run.settings.shifted))
+            if run.settings.gradient_checkpointing:
+                modes.enter_context(activation_checkpointing(run.patch.model))
+            trained = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except pickle.UnpicklingError as error:  # torch reads no code
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"{checkpoint} cannot be read: {reason}; remove it to go on from the one before"
+        ) from error
+    except BaseException:
+        if arguments.should_save and newest_checkpoint(checkpoints) is None:
+            forget(run.output)
+        raise
+    network.eval()
+    path = save(network, run.patch, trainer, run.output)
+    log = [entry for entry in trainer.state.log_history if not entry.keys() & NOT_MEASURED]
+    provenance: dict[str, Any] = {}
+    if arguments.should_save:
+        result = {
+            "path": path.name,
+            "steps": trainer.state.global_step,
+            "resumed_from": checkpoint and checkpoint.name,
+            "seconds": round(time.monotonic() - began, 1),
+            "parameters": counts,
+            "loss": trained.training_loss,
+            "device": str(arguments.device),
+        }
+        provenance = finish(run.output, result, log)
+    arguments.distributed_state.wait_for_everyone()
+    return Finetuned(network, run.patch, path, log, provenance)

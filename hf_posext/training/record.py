@@ -1,0 +1,113 @@
+"""What a run leaves in its directory: where each thing is, and a provenance from which the run can be made again.
+
+| path in `output` | what |
+|---|---|
+| `adapter` or `model` | what was trained, with its plan |
+| `checkpoints` | the Trainer's; the newest two |
+| `training_log.json` | loss, gradient norm and learning rate of each step, and every evaluation |
+| `provenance.json` | base, method, plan, preset, settings, data, seeds, versions, trainable parameters, time |
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidParameterError, TrainingError
+from ..evaluation.files import portable, write_atomically
+
+CHECKPOINTS = "checkpoints"
+LOG = "training_log.json"
+PROVENANCE = "provenance.json"
+
+PACKAGES = ("hf_posext", "transformers", "peft", "accelerate", "datasets", "torch")
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """
+    Refuse a directory in which something would be lost.
+
+    Raises:
+        InvalidParameterError: it holds files, and the run is not one to resume; or the run there has ended.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not resume:
+        raise InvalidParameterError(
+            f"output {output} holds files already; give another, or resume=True to go on with the run that is there"
+        )
+    if not (output / PROVENANCE).is_file():
+        raise InvalidParameterError(f"output {output} holds files and no {PROVENANCE}, so there is no run to resume")
+    if "result" in _read(output):
+        raise InvalidParameterError(f"the run in {output} has ended; there is nothing to resume")
+
+
+def begin(output: Path, run: dict[str, Any]) -> None:
+    """
+    Write what a run is, or compare it with what is there.
+
+    Args:
+        output (`Path`): of the run.
+        run (`dict`): all that decides which weights come out.
+
+    Raises:
+        TrainingError: the run there is another one; says in what.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    run = json.loads(json.dumps(run))
+    if not (output / PROVENANCE).is_file():
+        _write(output, {"run": run, "versions": _versions(), "command": _command()})
+        return
+    before = _read(output).get("run", {})
+    changed = [
+        f"{name}: {json.dumps(before.get(name))} -> {json.dumps(value)}"
+        for name, value in run.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise TrainingError(
+            f"the run in {output} is another one ({'; '.join(changed)}); give the same settings, or another output"
+        )
+
+
+def forget(output: Path) -> None:
+    """Leave nothing of a run that ended before its first checkpoint, so that it can be started again."""
+    (output / PROVENANCE).unlink(missing_ok=True)
+    for directory in (output / CHECKPOINTS, output):
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def finish(output: Path, result: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the log and what came out; returns the whole provenance."""
+    write_atomically(output / LOG, json.dumps(log, indent=1) + "\n")
+    provenance = {**_read(output), "result": result}
+    _write(output, provenance)
+    return provenance
+
+
+def _write(output: Path, provenance: dict[str, Any]) -> None:
+    write_atomically(output / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
+
+
+def _read(output: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TrainingError(f"{output / PROVENANCE} is not JSON: {error}; give another output") from error
+    if not isinstance(found, dict):
+        raise TrainingError(f"{output / PROVENANCE} holds no object; give another output")
+    return found
+
+
+def _versions() -> dict[str, str]:
+    return {**{name: metadata.version(name) for name in PACKAGES}, "python": platform.python_version()}
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *map(portable, sys.argv[1:])])

@@ -1,0 +1,146 @@
+"""From documents to rows of equally many tokens, none of which reads across the border of two documents."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..errors import DocumentError
+from ..evaluation import Document, load_documents
+from ..evaluation.tokens import adds_bos, token_ids
+
+logger = logging.getLogger(__name__)
+
+NO_LABEL = -100
+"""Label of a token that is not to be predicted."""
+
+Tokens = list[int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """
+    Rows to train on.
+
+    Args:
+        dataset (`datasets.Dataset`): `input_ids` of each row; where documents are packed, `position_ids`, which begin
+            anew with each of them, and `labels`, which leave out the first token of each.
+        facts (`dict`): what they are made of, for the provenance.
+    """
+
+    dataset: datasets.Dataset
+    facts: dict[str, Any]
+
+
+def as_documents(texts: Any) -> list[Document]:
+    """The texts, loaded where they are not yet."""
+    if isinstance(texts, list) and all(isinstance(text, Document) for text in texts):
+        return texts
+    return load_documents(texts)
+
+
+def make_rows(documents: Sequence[Document], tokenizer: Any, length: int, *, pack: bool = False) -> Rows:
+    """
+    Cut documents into rows of `length` tokens, each with BOS before it if the tokenizer adds one.
+
+    A row is of one document, and what is left at the end of each document is not used. With `pack`, these ends and
+    the documents that are shorter than a row share rows: whole, side by side, and told apart by their positions.
+
+    Args:
+        documents (`Sequence[Document]`): the texts.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        length (`int`): tokens per row, BOS included.
+        pack (`bool`, *optional*, defaults to `False`): use what does not fill a row.
+
+    Raises:
+        DocumentError: no document fills a row; packed, all of them together do not.
+    """
+    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    room = length - len(prefix)
+    whole: list[Tokens] = []
+    ends: list[Tokens] = []
+    sizes = {}
+    for document in documents:
+        tokens = token_ids(tokenizer, document.text)
+        sizes[document.id] = len(prefix) + len(tokens)
+        pieces = [prefix + tokens[at : at + room] for at in range(0, len(tokens), room)]
+        whole += [piece for piece in pieces if len(piece) == length]
+        ends += [piece for piece in pieces if 1 < len(piece) < length]  # of one token there is nothing to predict
+    packs = _pack(ends, length) if pack else []
+    short = [id for id, size in sizes.items() if size < length]
+    if not whole and (not pack or sum(map(len, ends)) < length):
+        have = f"all of them together have {sum(map(len, ends))}" if pack else f"the longest has {max(sizes.values())}"
+        raise DocumentError(
+            f"the {len(sizes)} documents do not fill a row of {length} tokens: {have}; give longer documents or a "
+            "smaller length" + ("" if pack else ", or pack them")
+        )
+    if short and not pack:
+        logger.warning(
+            "%d of %d documents are shorter than %d tokens; left out, unless they are packed",
+            len(short),
+            len(sizes),
+            length,
+        )
+    used = sum(map(len, whole)) + (sum(map(len, ends)) if pack else 0)
+    dataset = _packed(whole, packs, length, _padding(tokenizer)) if pack else _columns(input_ids=np.array(whole))
+    facts = {
+        "documents": sizes,
+        "left_out": [] if pack else short,
+        "rows": len(dataset),
+        "length": length,
+        "tokens": used,
+        "bos": bool(prefix),
+        "pack": pack,
+        "sha256": hashlib.sha256(np.array(dataset.with_format("numpy")["input_ids"][:]).tobytes()).hexdigest(),
+    }
+    return Rows(dataset, facts)
+
+
+def _pack(pieces: list[Tokens], length: int) -> list[list[Tokens]]:
+    """Pieces in as few rows as best fit needs: the longest first, each into the fullest row that still holds it."""
+    rows: list[list[Tokens]] = []
+    spaces: list[tuple[int, int]] = []  # what is free in each row, ascending, and its index
+    for piece in sorted(pieces, key=len, reverse=True):
+        at = bisect.bisect_left(spaces, (len(piece), -1))
+        if at == len(spaces):
+            rows.append([])
+            space, index = length, len(rows) - 1
+        else:
+            space, index = spaces.pop(at)
+        rows[index].append(piece)
+        bisect.insort(spaces, (space - len(piece), index))
+    return rows
+
+
+def _packed(whole: list[Tokens], packs: list[list[Tokens]], length: int, padding: int) -> datasets.Dataset:
+    count = len(whole) + len(packs)
+    ids = np.full((count, length), padding)
+    labels = np.full((count, length), NO_LABEL)
+    positions = np.zeros((count, length), dtype=np.int64)
+    for row, pieces in enumerate([*([piece] for piece in whole), *packs]):
+        at = 0
+        for piece in pieces:
+            end = at + len(piece)
+            ids[row, at:end] = piece
+            labels[row, at + 1 : end] = piece[1:]
+            positions[row, at:end] = range(len(piece))
+            at = end
+        positions[row, at:] = range(length - at)  # padding is a document of its own, which nobody is asked about
+    return _columns(input_ids=ids, position_ids=positions, labels=labels)
+
+
+def _columns(**columns: np.ndarray) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(columns).with_format("torch")
+
+
+def _padding(tokenizer: Any) -> int:
+    """Any token does: it is neither attended to nor predicted."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)

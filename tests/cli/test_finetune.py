@@ -1,0 +1,120 @@
+"""`finetune`: what it writes and says, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_posext.adapters import load_adapter, verify_adapter
+
+from ..conftest import EXAMPLES, logits, tokens
+from .helpers import MODEL, NOVELS, error_of, run
+
+OPTIONS: dict[str, Any] = {
+    "model": MODEL,
+    "dataset": EXAMPLES / "data" / "train.jsonl",
+    "documents": 1,
+    "method": "yarn",
+    "original-length": 64,
+    "factor": 2,
+    "steps": 2,
+    "accumulation": 1,
+    "warmup": 0,
+    "learning-rate": 1e-3,
+}
+
+
+def finetune(output: Path, *flags: str, **changed: Any) -> Any:
+    options = {**OPTIONS, **{name.replace("_", "-"): value for name, value in changed.items()}, "output": output}
+    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+    return run("finetune", *words, *flags)
+
+
+def test_an_adapter_is_trained_and_what_it_did_is_told(tmp_path: Path) -> None:
+    texts = tmp_path / "held.txt"
+    texts.write_text(json.loads(NOVELS.read_text().splitlines()[0])["text"][:2000])
+    result = finetune(tmp_path / "out", evaluate=texts, every=1, passkey=1, lengths="96,128", rank=4)
+    assert result.exit_code == 0, result.output
+    told = result.stdout.splitlines()
+    assert told[0].startswith("trained 43,008 parameters (0.75%), 2 steps, ")
+    assert [line.partition(":")[0] for line in told[1:]] == [
+        told[1].partition(":")[0],
+        "perplexity at 96",
+        "perplexity at 128",
+        "passkey at 96",
+        "passkey at 128",
+        "adapter",
+    ]
+    assert told[1].startswith("loss ") and told[-1] == f"adapter: {tmp_path / 'out' / 'adapter'}"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "provenance.json",
+        "training_log.json",
+    }
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    plain = logits(base.eval(), tokens(96))
+    adapted = load_adapter(tmp_path / "out" / "adapter", base).eval()
+    assert verify_adapter(adapted, tmp_path / "out" / "adapter")
+    assert not torch.equal(logits(adapted, tokens(96)), plain)
+
+
+def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_again(tmp_path: Path) -> None:
+    settings = tmp_path / "run.yaml"
+    settings.write_text("preset: full\nlearning_rate: 1.0e-4\nbf16: true\ngradient-checkpointing: true\nsteps: 1\n")
+    result = finetune(tmp_path / "out", config=settings, learning_rate=None, steps=None)
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "out" / "provenance.json").read_text())["run"]
+    assert made["preset"]["rank"] is None and made["preset"]["learning_rate"] == 1e-4
+    assert made["settings"]["bf16"] and made["settings"]["gradient_checkpointing"] and made["settings"]["steps"] == 1
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+    again = finetune(tmp_path / "out", "--resume", config=settings, learning_rate=None, steps=None)
+    assert "has ended; there is nothing to resume" in error_of(again)
+
+
+@pytest.mark.parametrize(
+    ("changed", "flags", "message"),
+    [
+        ({"method": None}, (), "no method is given; give one, as in --method yarn --factor 8"),
+        ({"method": "yran"}, (), "unknown method 'yran'; did you mean 'yarn'?"),
+        ({"method": "alibi-linear"}, (), "alibi-linear extends alibi positions; llama has rotary"),
+        ({"factor": None}, (), "needs factor= or target_length="),
+        ({"preset": "lora+"}, (), "preset is 'lora+'; did you mean 'lora'?"),
+        ({"preset": "full", "rank": 8}, (), "preset 'full' trains all weights, and rank is of an adapter"),
+        ({"rank": 0}, (), "rank is 0; give 1 or more"),
+        ({"targets": "query"}, (), "peft cannot put the adapter on LlamaForCausalLM"),
+        ({"learning_rate": "nan"}, (), "learning_rate is nan"),
+        ({"length": 4096}, (), "length is 4096, and yarn reads 64 -> 128 tokens"),
+        ({"steps": 0}, (), "steps is 0"),
+        ({"pose": 2, "length": 128}, (), "give a length below 128"),
+        ({"dtype": "bfloat16"}, (), "LlamaForCausalLM is bfloat16; give bf16=True"),
+        ({"patience": 2}, (), "patience counts evaluations"),
+        ({"dataset": "no/such.jsonl"}, (), "no such path: no/such.jsonl"),
+        ({"lengths": "64,x"}, (), "lengths is '64,x'"),
+        ({"model": EXAMPLES / "tiny" / "tiny-alibi"}, (), "yarn extends rotary positions; bloom has alibi"),
+        ({}, ("--load-in-4bit",), "4-bit weights need bitsandbytes, which is not installed here"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line(changed: dict[str, Any], flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    assert message in error_of(finetune(tmp_path / "out", *flags, **changed))
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_are_too_short_say_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    told = error_of(finetune(tmp_path / "out", dataset=tmp_path / "short.txt"))
+    assert (
+        "do not fill a row of 128 tokens" in told and "give longer documents or a smaller length, or pack them" in told
+    )
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds files already" in error_of(finetune(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,110 @@
+"""Two processes on the CPU (gloo) read what one reads, and give the same weights; shards are put together again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+from hf_posext.training import Evaluation
+
+from ..evaluation_helpers import random_texts
+from .helpers import train
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = ROOT / "examples" / "accelerate_configs"
+
+TRAIN = """
+import sys
+from tests.evaluation_helpers import random_texts
+from tests.training.helpers import train
+from tests.training.test_resume import Stops
+from hf_posext.training import Evaluation
+
+given = {"steps": 4, "save_every": 2, "accumulation": 2, "pose": 2}
+given["evaluation"] = Evaluation(random_texts(2, 200), [128], every=2)
+try:
+    train(sys.argv[1], **given, callbacks=[Stops(2)])
+except KeyboardInterrupt:
+    result = train(sys.argv[1], **given, resume=True)
+measured = [entry["eval_perplexity_128"] for entry in result.log if "eval_perplexity_128" in entry]
+print(f"measured {measured}")
+"""
+
+GATHER = """
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from hf_posext.training.save import _gather
+from tests.conftest import tiny_llama
+from tests.training.helpers import adapted, preset, weights
+
+network = adapted(tiny_llama(tie_word_embeddings=True), preset("lora-plus"))
+whole, mesh = weights(network), init_device_mesh("cpu", (2,))
+for layer in network.get_base_model().model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(network, mesh=mesh)
+inputs = network.get_input_embeddings().modules_to_save["default"]
+assert len(inputs.weight.to_local()) == 64, "half of 128 rows"
+_gather(network)
+again = weights(network)
+assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+assert network.get_output_embeddings().modules_to_save["default"].weight is inputs.weight
+print("gathered")
+"""
+
+
+def two_processes(code: str, *words: object) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python"]
+    command = [*launch, sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One launch for both, since starting takes longest: the directory of the run, and what was printed."""
+    output = tmp_path_factory.mktemp("two") / "run"
+    return output, two_processes(TRAIN + GATHER, output)
+
+
+def test_two_processes_give_the_weights_of_one_with_twice_the_rows(told: tuple[Path, str], tmp_path: Path) -> None:
+    output, printed = told
+    evaluation = Evaluation(random_texts(2, 200), [128], every=2)
+    one = train(tmp_path, steps=4, save_every=2, accumulation=4, pose=2, evaluation=evaluation)
+    weights = load_file(output / "adapter" / "adapter_model.safetensors")
+    expected = load_file(one.path / "adapter_model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        # gradients are summed in another order; Adam's first steps divide by their size
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    provenance = json.loads((output / "provenance.json").read_text())
+    assert provenance["run"]["processes"] == 2 and provenance["result"]["resumed_from"] == "checkpoint-2"
+    measured = [entry["eval_perplexity_128"] for entry in one.log if "eval_perplexity_128" in entry]
+    seen = [json.loads(numbers) for numbers in re.findall(r"measured (\[.*?\])", printed)]
+    assert len(seen) == 2 and seen[0] == seen[1] == pytest.approx(measured, rel=1e-5)
+
+
+def test_shards_are_put_together_and_ties_are_kept(told: tuple[Path, str]) -> None:
+    """As FSDP2 leaves them, which accelerate itself starts on GPUs alone."""
+    assert told[1].count("gathered") == 2
+
+
+@pytest.mark.parametrize("name", ["train_ddp", "train_fsdp2"])
+def test_the_shipped_configurations_are_read_by_accelerate(name: str) -> None:
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    given = yaml.safe_load(path.read_text())
+    assert config.distributed_type == given["distributed_type"] and config.num_processes == 4
+    assert config.fsdp_config == given.get("fsdp_config", {})
