@@ -1,0 +1,7 @@
+"""See why: how a model encodes position, how far that was trained, and what becomes of longer input."""
+
+from .diagnose import diagnose
+from .diagnosis import Diagnosis
+from .signals import Signal, position_signal
+
+__all__ = ["Diagnosis", "Signal", "diagnose", "position_signal"]

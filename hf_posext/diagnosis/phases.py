@@ -1,0 +1,132 @@
+"""What rotary phases training has shown, and which ones a longer input asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+
+from ..methods.frequencies import powers
+from ..patching.banded_attention import belongs, mapped
+from ..plan import ExtensionPlan
+from ..scheme import PositionalScheme, Rotary
+
+QUERIES = 64
+"""Queries, evenly over the target, of which the largest relative position is taken."""
+
+Frequencies = Mapping[str, torch.Tensor]
+"""Radians per token by the name of the set, float32 of shape `(slots,)`."""
+
+
+def frequency_table(scheme: PositionalScheme, in_force: Frequencies, trained_length: int) -> pd.DataFrame:
+    """A line for each rotary pair of each set.
+
+    Columns: `set`, `pair`, `wavelength` (tokens for a turn, as trained), `turns` (within the trained length), and
+    `slowed` (by how much the shipped scaling slows the pair in an input of the shipped length; 1 without any).
+    """
+    lines = []
+    for rotary in scheme.rotaries:
+        trained = powers(rotary.theta, rotary).double()
+        for pair, (radians, now) in enumerate(zip(trained.tolist(), in_force[rotary.name].tolist(), strict=False)):
+            wavelength = 2 * math.pi / radians
+            lines.append(
+                {
+                    "set": rotary.name,
+                    "pair": pair,
+                    "wavelength": wavelength,
+                    "turns": trained_length / wavelength,
+                    "slowed": radians / now if now else math.inf,
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def critical_dimension(rotary: Rotary, trained_length: int) -> int:
+    """How many channels of a head make a whole turn within the trained length: `2 ceil(d / 2 log_theta(L / 2 pi))`.
+
+    Liu et al., *Scaling Laws of RoPE-based Extrapolation*, 2023. All phases of the others are not seen in training.
+    """
+    if trained_length <= 2 * math.pi:
+        return 0
+    pairs = math.ceil(rotary.dim / 2 * math.log(trained_length / (2 * math.pi)) / math.log(rotary.theta))
+    return 2 * min(pairs, rotary.pairs)
+
+
+def phase_table(
+    scheme: PositionalScheme,
+    in_force: Frequencies,
+    plans: Mapping[str, ExtensionPlan | None],
+    trained_length: int,
+    target_length: int,
+) -> pd.DataFrame:
+    """Which phases a text of the target length needs, a line for each plan, set and pair.
+
+    Columns: `method`, `set`, `pair`, `turns` (that the farthest pair of tokens is apart), `new` (whether that is more
+    than training has shown: past the phase of the trained length, and not a whole turn).
+
+    Args:
+        scheme (`PositionalScheme`): rotary.
+        in_force (`Mapping`): frequencies of the model as it is.
+        plans (`Mapping[str, ExtensionPlan or None]`): by what they shall be called; `None` is the model as it is.
+        trained_length (`int`): tokens.
+        target_length (`int`): tokens.
+    """
+    lines = []
+    for method, plan in plans.items():
+        farthest = target_length - 1 if plan is None else farthest_position(plan, target_length)
+        for rotary in scheme.rotaries:
+            reach = min(farthest, rotary.window - 1) if rotary.window else farthest
+            radians = planned_frequencies(rotary, in_force, plan, target_length)[: rotary.pairs].double()
+            phases = radians * reach
+            new = is_new(phases, powers(rotary.theta, rotary).double() * trained_length)
+            for pair, (turns, unseen) in enumerate(zip((phases / (2 * math.pi)).tolist(), new.tolist(), strict=True)):
+                lines.append({"method": method, "set": rotary.name, "pair": pair, "turns": turns, "new": unseen})
+    return pd.DataFrame(lines)
+
+
+def is_new(phases: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """Whether training has shown nothing of a phase: past all it has shown, where that is less than a turn.
+
+    Args:
+        phases (`torch.Tensor`): radians.
+        shown (`torch.Tensor`): radians of the trained length, of the same pairs.
+    """
+    return (phases > shown) & (shown < 2 * math.pi)
+
+
+def planned_frequencies(
+    rotary: Rotary, in_force: Frequencies, plan: ExtensionPlan | None, length: int
+) -> torch.Tensor:
+    """Radians per token of one set in an input of `length` tokens, float32 of shape `(slots,)`."""
+    entry = None if plan is None else next((entry for entry in plan.rotaries if entry.name == rotary.name), None)
+    if plan is None or entry is None:
+        return in_force[rotary.name]
+    if entry.growth is None:
+        return torch.tensor(entry.inv_freq)
+    scale = max(1.0, length / plan.original_length)
+    moving, power, kept = (
+        torch.tensor(numbers) for numbers in (entry.growth.moving, entry.growth.power, entry.growth.kept)
+    )
+    return moving * scale**-power + kept
+
+
+def relative_positions(plan: ExtensionPlan | None, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """How many tokens apart a plan makes each pair of query and key; float64 of shape `(queries, keys)`.
+
+    NaN where the query does not attend to the key: it comes later, or no part of the plan has the pair.
+    """
+    apart = (queries[:, None] - keys[None]).double()
+    wanted = apart.clone() if plan is None or not plan.parts else torch.full_like(apart, math.nan)
+    for part in plan.parts if plan is not None else ():
+        moved = mapped(queries, part.query).double()[:, None] - mapped(keys, part.key).double()[None]
+        wanted = torch.where(belongs(part, queries, keys), moved, wanted)
+    return wanted.masked_fill(apart < 0, math.nan)
+
+
+def farthest_position(plan: ExtensionPlan, length: int) -> float:
+    """The largest relative position that a plan gives to any pair of a text."""
+    queries = torch.linspace(0, length - 1, min(QUERIES, length)).round().long()
+    apart = relative_positions(plan, queries, torch.arange(length))
+    return float(apart.nan_to_num(0.0).max())

@@ -1,0 +1,142 @@
+"""What documents tell: the loss by position, where it departs, and how sharp attention is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import DocumentError, InvalidParameterError, UnsupportedModelError
+from ..evaluation.documents import Document, Documents, load_documents
+from ..evaluation.files import portable
+from ..evaluation.scoring import TokenScorer
+from ..evaluation.tokens import TokenizedDocuments, tokenize_documents
+from ..patching import patch_model
+from ..patching.modes import evaluation_mode
+from ..plan import ExtensionPlan
+from .attention import attention_table
+from .change_point import departure
+from .diagnosis import Diagnosis
+from .loss_curve import curve_table, require_skill, short_context_losses, token_losses
+
+BEYOND = 1.25
+"""How many times the trained length documents must have, or there is nothing to see."""
+
+
+def read_documents(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Any,
+    found: Diagnosis,
+    plans: Mapping[str, ExtensionPlan],
+    start: int,
+    seed: int,
+    *,
+    exactly: bool,
+) -> Diagnosis:
+    """A diagnosis with what documents tell.
+
+    Args:
+        model (`torch.nn.Module`): causal, without a patch.
+        tokenizer (`PreTrainedTokenizerBase`): its own.
+        documents (`list[Document]`, or what [`load_documents`] takes): texts.
+        found ([`Diagnosis`]): without them.
+        plans (`Mapping[str, ExtensionPlan]`): to measure too, by name.
+        start (`int`): tokens to leave out at the beginning of each document.
+        seed (`int`): of bootstrap intervals.
+        exactly (`bool`): whether documents shorter than the target are refused or read as far as they go.
+    """
+    try:
+        scorer = TokenScorer(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{error}; or leave the documents out: what the weights tell of its positions needs none"
+        ) from error
+    texts = documents
+    if not isinstance(documents, list) or not all(isinstance(document, Document) for document in documents):
+        texts = load_documents(documents)
+    tokenized = _tokenize(texts, tokenizer, found, start, exactly)
+    vocabulary = scorer.model.get_input_embeddings().num_embeddings
+    if int(tokenized.tokens.max()) >= vocabulary:
+        raise InvalidParameterError(
+            f"the tokenizer gave token {int(tokenized.tokens.max())}, and the model has {vocabulary}; "
+            "load both from the same checkpoint"
+        )
+    context = _context(found.trained_length, tokenized.length)
+    own = _within_table(tokenized, found)
+    with (
+        evaluation_mode(scorer.model),
+        tqdm(total=2 + len(plans), desc="reading", unit="pass", disable=None) as progress,
+    ):
+        level = short_context_losses(scorer, tokenized, context)
+        require_skill(level, vocabulary, found.model)
+        progress.update()
+        losses = token_losses(scorer, own)
+        progress.update()
+        curves = [("none", losses), (f"last {context} tokens", level)]
+        for name, plan in plans.items():
+            with patch_model(model, plan):
+                curves.append((name, token_losses(TokenScorer(model), tokenized)))
+            progress.update()
+    place = departure(losses - level[:, : losses.shape[1]], seed)
+    tables = {**found.tables, "losses": curve_table(curves, seed)}
+    notes = found.notes
+    try:
+        tables["attention"] = attention_table(scorer.model, own, scorer.model.device)
+    except UnsupportedModelError as error:
+        notes = (*notes, str(error))
+    source = texts.source if isinstance(texts, Documents) else {}
+    read = {
+        "documents": tokenized.ids,
+        "left_out": tokenized.left_out,
+        "dataset": source.get("dataset") and portable(source["dataset"]),
+        "start": start,
+        "read": own.length,
+        "context": context,
+        "seed": seed,
+        "dtype": str(scorer.model.dtype).removeprefix("torch."),
+    }
+    return dataclasses.replace(
+        found,
+        departure=None if place is None else place.token,
+        departure_interval=None if place is None else place.interval,
+        rise=None if place is None else place.rise,
+        tables=tables,
+        notes=notes,
+        provenance={**found.provenance, **read},
+    )
+
+
+def _tokenize(
+    texts: list[Document], tokenizer: Any, found: Diagnosis, start: int, exactly: bool
+) -> TokenizedDocuments:
+    """Rows of the target length; where that was not asked for, as long as half of the documents are."""
+    length, least = found.target_length, math.ceil(BEYOND * (found.trained_length or 0))
+    if not exactly:
+        counts = sorted(tokenize_documents(texts, tokenizer, 2, start).counts, reverse=True)
+        length = min(length, counts[(len(counts) - 1) // 2] - start)
+    if length < least:
+        raise DocumentError(
+            f"the documents would be read up to token {length}, and the model was trained on {found.trained_length}: "
+            f"nothing past that would be seen; give documents of {least} tokens and more (four times the trained "
+            "length is best), or original_length= if the model was trained on less"
+        )
+    return tokenize_documents(texts, tokenizer, length, start)
+
+
+def _context(trained_length: int | None, length: int) -> int:
+    """Tokens of the short context, even: a quarter of the trained length, or a sixteenth of what is read."""
+    wanted = trained_length // 4 if trained_length else length // 16
+    return max(2, min(wanted, length // 2) // 2 * 2)
+
+
+def _within_table(tokenized: TokenizedDocuments, found: Diagnosis) -> TokenizedDocuments:
+    """What the model can read as it is: a learned table has an end."""
+    table = found.scheme.table
+    if table is None or tokenized.length <= table.usable:
+        return tokenized
+    return dataclasses.replace(tokenized, tokens=tokenized.tokens[:, : table.usable])

@@ -1,0 +1,114 @@
+"""What the positions of a live model are, in numbers: read, never changed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from ..plan import BucketPlan
+from .detect import rotary_sites, text_config
+from .sites import bucket_function, bucket_modules, position_tables, sinusoids, table_offset, text_modules
+
+
+def table_rows(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The learned tables by path, without the rows before position 0; float32 on the CPU.
+
+    Raises:
+        UnsupportedModelError: the model is on the meta device.
+    """
+    found = {}
+    for path, module in position_tables(model).items():
+        if module.weight.is_meta:
+            raise UnsupportedModelError(f"{path} is on the meta device; load the weights of the model, then diagnose")
+        found[path] = module.weight.detach()[table_offset(module) :].float().cpu()
+    return found
+
+
+def frequencies_in_force(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
+    """Radians per token of each set of rotary frequencies, as the model turns in an input of `length` tokens.
+
+    Rope types that follow the length keep what the last input gave them; a copy of the module is asked here.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for site in rotary_sites(model):
+        if site.name in found:
+            continue
+        if getattr(site.module, f"{site.prefix}inv_freq").is_meta:
+            raise UnsupportedModelError(f"{site.path} is on the meta device; load the weights of the model first")
+        twin = replace(site, module=copy.deepcopy(site.module))
+        twin.phases(torch.tensor([0, length - 1]))
+        frequencies: torch.Tensor = getattr(twin.module, f"{site.prefix}inv_freq")
+        found[site.name] = frequencies.detach().float().cpu()
+    return found
+
+
+def attends_both_ways(model: PreTrainedModel) -> bool:
+    """Whether some self-attention of the text part sees later tokens: an encoder, alone or before a decoder."""
+    modules = model.named_modules() if model.config.is_encoder_decoder else text_modules(model)
+    attentions = (module for _, module in modules if "Attention" in type(module).__name__)
+    return any(
+        getattr(module, "is_causal", True) is False and "Cross" not in type(module).__name__ for module in attentions
+    )
+
+
+def slope_scale(model: PreTrainedModel) -> float:
+    """What ALiBi's slopes are multiplied by before the softmax: Falcon divides its biases with the scores."""
+    config = text_config(model.config)
+    return 1 / math.sqrt(config.hidden_size // config.num_attention_heads) if config.model_type == "falcon" else 1.0
+
+
+def buckets_of(model: PreTrainedModel, distances: torch.Tensor, plan: BucketPlan) -> torch.Tensor:
+    """The bucket of keys that stand `distances` tokens before the query, int64 of the same shape.
+
+    Args:
+        model (`PreTrainedModel`): with buckets of relative distances that hf_posext can read.
+        distances (`torch.LongTensor`): 0 or more.
+        plan (`BucketPlan`): what is done to distances first; `BucketPlan()` for the model as it is.
+    """
+    module: Any = next(iter(bucket_modules(model).values()))
+    name = bucket_function(module)
+    if name is None:
+        raise UnsupportedModelError(f"{type(model).__name__} sorts distances of more than one kind into buckets")
+    sort = getattr(module, name)
+    bias = _bias_table(module)
+    known = {
+        "bidirectional": not getattr(module, "is_decoder", False),
+        "num_buckets": bias.num_embeddings,
+        "max_distance": plan.max_distance or getattr(module, "relative_attention_max_distance", None),
+    }
+    taken = inspect.signature(sort).parameters
+    arguments = {key: value for key, value in known.items() if key in taken and value is not None}
+    out: torch.Tensor = sort(-torch.ceil(distances / plan.factor).long(), **arguments)
+    return out
+
+
+def bucket_biases(model: PreTrainedModel) -> torch.Tensor:
+    """The learned bias of each bucket and head, float32 of shape `(buckets, heads)`."""
+    module = next(iter(bucket_modules(model).values()))
+    return _bias_table(module).weight.detach().float().cpu()
+
+
+def _bias_table(module: nn.Module) -> nn.Embedding:
+    found: Any = next(part for name, part in module._modules.items() if name.endswith("relative_attention_bias"))
+    table: nn.Embedding = found
+    return table
+
+
+def sinusoid_rows(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """The sines of the first positions, float32 of shape `(count, width)`; fewer where the model's table ends."""
+    module: Any = next(iter(sinusoids(model).values()))
+    if isinstance(module, nn.Embedding):
+        return module.weight.detach()[:count].float().cpu()
+    first = getattr(module, "offset", 0)
+    taken = inspect.signature(module.get_embedding).parameters
+    extra = {"padding_idx": getattr(module, "padding_idx", None)} if "padding_idx" in taken else {}
+    table: torch.Tensor = module.get_embedding(count + first, module.weights.shape[1], **extra)
+    return table[first:].detach().float().cpu()

@@ -1,0 +1,69 @@
+"""`explain`: words, JSON and a picture, with and without documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ..conftest import EXAMPLES
+from .helpers import LEARNED, MODEL, NOVELS, error_of, run
+
+ALIBI = EXAMPLES / "tiny" / "tiny-alibi"
+
+
+def words(result: object) -> str:
+    return " ".join(result.stdout.split())
+
+
+def test_a_model_is_explained_without_documents() -> None:
+    result = run("explain", LEARNED)
+    assert result.exit_code == 0, result.output
+    assert "trained length 511 tokens (statistics of the table" in words(result)
+    assert "untrained rows 511 to 2047" in words(result)
+    assert "Try table-cubic, table-group, table-hierarchical, table-linear, table-repeat" in words(result)
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_json_holds_the_tables() -> None:
+    found = json.loads(run("explain", MODEL, "--json").stdout)
+    assert found["critical_dimension"] == 32 and len(found["tables"]["frequencies"]) == 32
+    assert [one["generalization"] for one in json.loads(run("explain", MODEL, ALIBI, "--json").stdout)] == [
+        "interpolation",
+        "extrapolation",
+    ]
+
+
+def test_documents_and_a_method_are_read_and_drawn(tmp_path: Path) -> None:
+    text = json.loads(NOVELS.read_text(encoding="utf-8").splitlines()[0])["text"][8000:13_000]
+    (tmp_path / "novel.txt").write_text(text, encoding="utf-8")
+    picture = tmp_path / "pictures" / "found.png"
+    options = ["--dataset", tmp_path / "novel.txt", "--methods", "yarn", "--target-length", "900", "--plot", picture]
+    result = run("explain", MODEL, *options)
+    assert result.exit_code == 0, result.output
+    assert "loss departs token" in words(result) and "new phases as it is 16" in words(result)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_models_take_the_methods_that_apply(tmp_path: Path) -> None:
+    options = ["--methods", "yarn,table-linear", "--original-length", "512", "--plot", tmp_path / "all.png"]
+    result = run("explain", MODEL, LEARNED, ALIBI, *options)
+    assert result.exit_code == 0, result.output
+    assert words(result).count("positions ") >= 3 and (tmp_path / "all.png").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["./no/such/model"], "no such folder"),
+        ([MODEL, "--methods", "yarm"], "did you mean 'yarn'"),
+        ([MODEL, "--methods", "table-linear"], "table-linear extends learned positions"),
+        ([MODEL, "--plot", "found.pdf"], "give the name of a PNG"),
+        ([MODEL, "--original-length", "0"], "original_length is 0"),
+        ([MODEL, "--dataset", "no.jsonl"], "no such path"),
+        ([], "Missing argument"),
+    ],
+)
+def test_wrong_input_is_one_line(options: list[object], message: str) -> None:
+    assert message in error_of(run("explain", *options))
