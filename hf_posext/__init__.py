@@ -10,8 +10,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters import load_adapter, save_adapter, verify_adapter
     from .errors import PosExtError as PosExtError
     from .evaluation import Results, compare, evaluate_perplexity, load_documents, longppl, retrieval
+    from .export import export_checkpoint
     from .methods import (
         NTK,
         ALiBiLinear,
@@ -46,15 +48,18 @@ if TYPE_CHECKING:
         list_methods,
         register,
     )
-    from .patching import Patch, detect_scheme, load_patched, patch_model, unpatch_model
+    from .patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unpatch_model
     from .plan import ExtensionPlan
     from .scheme import PositionalScheme
+    from .training import finetune
 
 __version__ = version("hf_posext")
 
 _HOMES = {
+    "adapters": ("load_adapter", "save_adapter", "verify_adapter"),
     "errors": ("PosExtError",),
     "evaluation": ("Results", "compare", "evaluate_perplexity", "load_documents", "longppl", "retrieval"),
+    "export": ("export_checkpoint",),
     "methods": (
         "NTK",
         "ALiBiLinear",
@@ -89,9 +94,10 @@ _HOMES = {
         "list_methods",
         "register",
     ),
-    "patching": ("Patch", "detect_scheme", "load_patched", "patch_model", "unpatch_model"),
+    "patching": ("Patch", "detect_scheme", "find_patch", "load_patched", "patch_model", "unpatch_model"),
     "plan": ("ExtensionPlan",),
     "scheme": ("PositionalScheme",),
+    "training": ("finetune",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -11,8 +11,14 @@ PosExtError
 ├── NoEffectError                          the patch would change nothing
 ├── PlanError (ValueError)                 a plan that is corrupt, hostile or of a newer schema
 ├── PlanMismatchError                      a plan made for another model
+├── CheckpointError (ValueError)           a checkpoint or adapter directory that is incomplete, corrupt or hostile
+├── ExportError                            positions that a server cannot compute
 ├── DocumentError (ValueError)             an empty data set, a missing column, a text that is too short
-└── EvaluationError                        non-finite logits, or two ways of measuring that disagree
+├── EvaluationError                        two ways of measuring that disagree, results that cannot be read
+│   ├── NonFiniteError                     logits that are not finite in one document
+│   └── OutOfMemoryError                   a text that does not fit, however little of it is read at a time
+├── JournalError                           the journal of another run, a corrupt one, or a full disk
+└── TrainingError                          a loss that is not finite, a run to resume that was another one
 ```
 
 Each message says what was got, what is allowed, and what to type next.
@@ -59,9 +65,33 @@ class PlanMismatchError(PosExtError):
     """A plan made for a model with another positional scheme."""
 
 
+class CheckpointError(PosExtError, ValueError):
+    """A checkpoint or adapter directory that is incomplete, corrupt or hostile; nothing of it was executed."""
+
+
+class ExportError(PosExtError):
+    """Positions that a server, or plain transformers, cannot compute; the message says what it can."""
+
+
 class DocumentError(PosExtError, ValueError):
     """Documents that cannot be evaluated: none, without the text column, or too short."""
 
 
 class EvaluationError(PosExtError):
     """A measurement that cannot be trusted: non-finite logits, or two ways of measuring that disagree."""
+
+
+class NonFiniteError(EvaluationError):
+    """Logits of one document are not finite; others may still be measured."""
+
+
+class OutOfMemoryError(EvaluationError):
+    """A text that does not fit into memory, however little of it is read at a time; shorter ones may."""
+
+
+class JournalError(PosExtError):
+    """The journal of a run cannot be continued or written: it is of another run, corrupt, or the disk is full."""
+
+
+class TrainingError(PosExtError):
+    """A training that cannot go on: a loss that is not finite, or a run to resume that was another one."""

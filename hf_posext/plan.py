@@ -20,6 +20,10 @@ from .scheme import GENERALIZATION, PositionalScheme
 SCHEMA = 1
 PLAN_FILE = "posext_plan.json"
 MAX_PLAN_BYTES = 4 * 2**20
+MAX_TABLE_ROWS = 2**24
+"""Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
+MAX_PARTS = 64
+"""Each part is one more pass over keys in every attention layer; no method here has more than a handful."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,14 @@ class ExtensionPlan:
                 f"plan goes from {self.original_length} to {self.target_length} tokens by factor {self.factor:g}; "
                 "lengths grow from 1 or more"
             )
+        if abs(self.original_length * self.factor - self.target_length) > 1:
+            raise PlanError(
+                f"plan has factor {self.factor:g}, but goes from {self.original_length} to {self.target_length} tokens"
+            )
+        if (self.table or self.sinusoids) and self.target_length > MAX_TABLE_ROWS:
+            raise PlanError(f"plan has a table of {self.target_length} positions; at most {MAX_TABLE_ROWS} are made")
+        if len(self.parts) > MAX_PARTS:
+            raise PlanError(f"plan has {len(self.parts)} parts; at most {MAX_PARTS} are possible")
         sets = {rotary.name: rotary for rotary in self.scheme.rotaries}
         for entry in self.rotaries:
             if entry.name not in sets:

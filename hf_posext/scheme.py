@@ -26,6 +26,9 @@ GENERALIZATION = {
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types of transformers whose frequencies depend on the length of the input."""
 
+TABULATED = ("codegen", "ctrl", "gptj", "marian", "mpt", "pegasus", "roformer")
+"""Model types of transformers that keep sines or biases in a table of fixed length, past which they cannot read."""
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -132,6 +135,11 @@ class PositionalScheme:
     def generalization(self) -> str:
         """`none`, `extrapolation` or `interpolation`: what the scheme does past its trained length."""
         return GENERALIZATION[self.kind]
+
+    @property
+    def ends(self) -> bool:
+        """Whether the model cannot run past its length at all: its positions are in a table, learned or not."""
+        return self.kind == "learned" or self.model_type in TABULATED
 
     def rotary(self, name: str) -> Rotary:
         """The set of frequencies of that name."""

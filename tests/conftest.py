@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,11 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+
+CACHE = tempfile.TemporaryDirectory(prefix="hf_posext-tests-")
+"""Instead of the user's; goes when the tests end."""
+
+os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing above imports datasets
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAINED = 64

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,3 +49,29 @@ def naive_windowed_nll(model: nn.Module, ids: torch.Tensor, window: int, stride:
         context = torch.cat([ids[:1], ids[1 + begin : token + 1]]) if bos else ids[begin : token + 1]
         nll.append(naive_nll(model, context)[-1])
     return np.array(nll)
+
+
+def naive_contexts(protocol: Any, row: torch.Tensor, length: int, bos: bool) -> Iterator[tuple[int, torch.Tensor]]:
+    """The definition: each token that a protocol scores, and the tokens that it is given."""
+    total = len(row)
+    if protocol.name in ("prefix", "tail"):
+        for token in range(1 if protocol.name == "prefix" else length - protocol.tokens, length):
+            yield token, row[:token]
+    elif protocol.name in ("sliding", "legacy-yarn"):
+        for token in range(1, total):
+            begin = max(0, -(-(token + 1 - length) // protocol.stride)) * protocol.stride
+            yield token, torch.cat([row[:1], row[1 + begin : token]]) if bos else row[begin:token]
+    elif protocol.name == "rolling":
+        for token in range(1, total):
+            end = min((token - 1) // length * length + 1 + length, total)
+            yield token, row[max(0, end - 1 - length) : token]
+    else:
+        for begin in list(range(0, total - length, protocol.stride))[:-1]:
+            for token in range(begin + 1, begin + length):
+                yield token, row[begin:token]
+
+
+def naive_protocol_nll(protocol: Any, model: nn.Module, row: torch.Tensor, length: int, bos: bool) -> np.ndarray:
+    """NLL of each token that a protocol scores, by a forward of its own over exactly the context that it defines."""
+    pairs = naive_contexts(protocol, row, length, bos)
+    return np.array([naive_nll(model, torch.tensor([*given, row[token]]))[-1] for token, given in pairs])

@@ -33,7 +33,8 @@ def make_results(*, control: bool = True, passkey: bool = True, lengths: tuple[i
             whole_truncated, tail_truncated = TRUNCATED[i % 4]
             gain = tail_truncated / tail
             change = whole / MEASURED["none"][i % 4][0] - 1
-            row = {"method": method, "factor": factor, "protocol": "prefix", "length": length}
+            row = {"method": method, "factor": factor, "protocol": "prefix", "bos": "none", "dtype": "float32"}
+            row |= {"length": length, "bits_per_byte": None}
             row |= {"perplexity": whole, "perplexity_tail": tail, "nll_sum": 1.0, "tokens": 8 * (length - 1)}
             row |= {"documents": 8, "ci95": [0.9 * whole, 1.1 * whole]}
             row |= {"perplexity_truncated": whole_truncated if control else None}
@@ -42,7 +43,8 @@ def make_results(*, control: bool = True, passkey: bool = True, lengths: tuple[i
             row |= {"change": change, "change_ci95": [change - 0.01, change + 0.01]}
             rows.append(row | ({"passkey": found, "passkey_trials": 20} if passkey else {}))
             for document, share in (("a", 0.9), ("b", 1.1)):  # two documents, one easier than the other
-                record = {"document": document, "method": method, "factor": factor, "length": length}
+                record = {"document": document, "method": method, "factor": factor, "length": length, "first": 1}
+                record |= {"bytes": None, "groups": None, "group_mean_sum": None}
                 record |= {"nll_sum": share * length * math.log(whole), "tokens": length}
                 record |= {"tail_nll_sum": share * length / 2 * math.log(tail), "tail_tokens": length // 2}
                 record |= {"position_nll_sums": [share * length / 16 * math.log(whole)] * 16}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,23 @@ from transformers import LlamaForCausalLM
 from hf_posext import LongRoPE, Method, ReRoPE, YaRN, patch_model
 from hf_posext.errors import (
     AlreadyPatchedError,
+    EvaluationError,
     InvalidParameterError,
+    JournalError,
     MethodNotApplicableError,
+    NonFiniteError,
     PosExtError,
     UnknownMethodError,
 )
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
 from hf_posext.evaluation import compare as compare_function
 from hf_posext.evaluation.control import control_stride
+from hf_posext.evaluation.decoders import Prefix
+from hf_posext.evaluation.documents import Document
 from hf_posext.evaluation.positions import STRETCHES, gain_by_position, position_sums
 from hf_posext.evaluation.results import DOCUMENT_KEYS, PASSKEY_KEYS, ROW_KEYS
+from hf_posext.patching import find_patch
+from hf_posext.reporting import notes
 
 from .conftest import TRAINED, logits, tiny_gpt2, tiny_llama, tokens
 from .evaluation_helpers import BOS, character_tokenizer, naive_nll, naive_windowed_nll, random_texts
@@ -116,8 +125,8 @@ def test_equals_evaluate_perplexity(llama: LlamaForCausalLM) -> None:
     for length in LENGTHS:
         for key in ("nll_sum", "tokens", "perplexity", "perplexity_tail", "ci95"):
             assert compared.row("linear", length)[key] == alone.row("linear", length)[key]
-    control = {row["perplexity_truncated"] for row in compared.rows}
-    assert len(control) == 1, "sliding scores the same tokens at every window length"
+    none = compared.row("none", 48)
+    assert none["perplexity_truncated"] == pytest.approx(none["perplexity"], rel=1e-6), "such windows are not cut"
 
 
 def test_none_comes_first_and_objects_keep_their_factor(llama: LlamaForCausalLM) -> None:
@@ -139,9 +148,9 @@ def test_inside_the_trained_length_the_control_is_the_unpatched_model(llama: Lla
     assert alone.short_context() == [
         {key: inside[key] for key in ("method", "factor", "length", "change", "change_ci95")}
     ]
-    windows = run(llama, ["linear"], protocol="sliding", stride=16)
-    assert all(row["change"] is None for row in windows.rows), "its windows are not the control's"
-    assert windows.short_context() == []
+    options = {"protocol": "sliding", "stride": 16}
+    alone, beside = run(llama, ["linear"], **options), run(llama, ["none", "linear"], **options)
+    assert alone.short_context()[0]["change"] == pytest.approx(beside.short_context()[0]["change"], abs=1e-6)
 
 
 def test_gain_by_position_equals_a_loop_over_tokens(llama: LlamaForCausalLM) -> None:
@@ -167,7 +176,9 @@ def test_a_text_shorter_than_the_stretches_has_fewer_of_them() -> None:
     nll = np.array([1.0, 2.0, 4.0])  # four tokens, of which the first is not scored
     sums = position_sums(nll)
     assert len(sums) == STRETCHES and sum(sums) == 7.0
-    found = gain_by_position([{"tokens": 3, "position_nll_sums": sums}], [{"position_nll_sums": sums}], seed=0)
+    found = gain_by_position(
+        [{"first": 1, "tokens": 3, "position_nll_sums": sums}], [{"position_nll_sums": sums}], seed=0
+    )
     assert [(stretch.end, stretch.gain, stretch.gain_ci95) for stretch in found] == [
         (2, 1.0, None), (3, 1.0, None), (4, 1.0, None)
     ]  # fmt: skip
@@ -251,7 +262,8 @@ def test_mistakes_show_before_anything_is_measured(llama: LlamaForCausalLM) -> N
         (InvalidParameterError, "give a list", {"methods": []}),
         (InvalidParameterError, "pass keys need at least", {"lengths": [32, 128], "passkey": 2}),
         (InvalidParameterError, "passkey is -1", {"passkey": -1}),
-        (InvalidParameterError, "protocol is 'rolling'", {"protocol": "rolling"}),
+        (InvalidParameterError, "protocol is 'rollin'", {"protocol": "rollin"}),
+        (InvalidParameterError, "tail is 8, and protocol 'prefix' has none", {"tail": 8}),
     ]
     for error, message, options in mistakes:
         with pytest.raises(error, match=message):
@@ -276,3 +288,116 @@ def test_peft_model_is_compared_as_it_is() -> None:
     results = run(model)
     expected = pooled([naive_nll(model, row) for row in texts_as_tokens(bos=False)])
     assert results.row("none", 128)["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def break_reading(monkeypatch: pytest.MonkeyPatch, *broken: tuple[str, int]) -> None:
+    """Makes documents fail, by their index, while a method is in force; `truncated` is the control."""
+    kinds = {"measure": lambda model: find_patch(model).plan.method, "measure_control": lambda model: "truncated"}  # type: ignore[union-attr]
+    for name, method_of in kinds.items():
+
+        def read(self: Any, scorer: Any, documents: Any, index: int, *rest: Any, own: Any, method_of: Any) -> Any:
+            if (method_of(scorer.model), index) in broken:
+                raise NonFiniteError(f"document {index} is broken")
+            return own(self, scorer, documents, index, *rest)
+
+        monkeypatch.setattr(Prefix, name, partialmethod(read, own=getattr(Prefix, name), method_of=method_of))
+
+
+def test_a_document_that_fails_is_left_out_of_every_row(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = compare(
+        llama, character_tokenizer(), [Document("0", TEXTS[0]), Document("2", TEXTS[2])], ["none", "linear"],
+        lengths=LENGTHS, factor=2,
+    )  # fmt: skip
+    break_reading(monkeypatch, ("linear", 1))
+    told: list[int] = []
+    results = run(llama, on_method=lambda so_far: told.append(so_far.rows[0]["documents"]))
+    assert told == [3, 2], "`none` could measure all three"
+    assert results.rows == expected.rows and results.per_document == expected.per_document
+    assert results.provenance["left_out"] == [
+        {"document": "1", "tokens": 140, "reason": "linear x2: document 1 is broken"}
+    ]
+    assert [entry["document"] for entry in results.provenance["documents"]] == ["0", "2"]
+    assert Results.from_dict(results.to_dict()) == results
+
+
+def test_a_method_that_fails_on_every_document_is_left_out(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_reading(monkeypatch, ("none", 0), ("none", 1), ("none", 2), ("yarn", 2))
+    results = run(llama, ["none", "linear", "yarn"])
+    assert [(row["method"], row["documents"]) for row in results.rows] == [("linear", 2)] * 2 + [("yarn", 2)] * 2
+    assert results.provenance["not_applicable"] == {"none": "failed on every document: document 0 is broken"}
+    assert [entry["document"] for entry in results.provenance["left_out"]] == ["2"]
+    assert results.row("linear", 48)["change"] is not None, "inside the trained length from the control"
+    assert results.row("linear", 128)["change"] is None
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ([("truncated", i) for i in range(3)], "every document failed: truncated: document 0 is broken"),
+        (
+            [(name, i) for name in ("none", "linear") for i in range(3)],
+            "every document failed: none: document 0 is broken; linear x2: document 0 is broken",
+        ),
+        (
+            [("truncated", 0), ("none", 1), ("linear", 2)],
+            r"no document is left that all could measure: 0 \(truncated: .*\); 1 \(none: .*\); 2 \(linear x2: ",
+        ),
+    ],
+    ids=["control", "methods", "documents"],
+)
+def test_where_nothing_is_left_is_an_error(
+    broken: list[tuple[str, int]], message: str, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_reading(monkeypatch, *broken)
+    with pytest.raises(EvaluationError, match=message):
+        run(llama)
+
+
+def test_pass_keys_that_fail_leave_their_cell_empty(llama: LlamaForCausalLM) -> None:
+    generate = llama.generate
+
+    def fail_or_generate(ids: torch.Tensor, **options: Any) -> Any:
+        if ids.shape[1] < 118 and find_patch(llama).plan.method == "linear":  # type: ignore[union-attr]
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(ids, **options)
+
+    llama.generate = fail_or_generate  # type: ignore[method-assign]
+    results = run(llama, lengths=[120, 128], passkey=2)
+    assert results.row("linear", 120)["passkey"] is None and results.row("linear", 128)["passkey"] is not None
+    assert results.provenance["left_out"] == [{"passkey": "linear x2 at 120", "reason": "out of memory"}]
+    assert {row["documents"] for row in results.rows} == {3}
+    assert Results.from_dict(results.to_dict()) == results
+    assert "Left out: passkey linear x2 at 120 (out of memory)." in notes(results)
+
+
+def test_a_journal_is_continued_by_the_same_run_only(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    whole = run(llama, journal=journal, passkey=0)
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("lengths.1 is 128 there and 64 here", {"lengths": [48, 64]}),
+        ("plans is .* there", {"methods": ("none", "linear", "yarn")}),
+        ("plans.1.factor is 2.0 there and 4.0 here", {"factor": 4.0}),
+        ("protocol is prefix there and tail here", {"protocol": "tail", "tail": 8}),
+        ("start is 0 there and 5 here", {"start": 5}),
+        ("seed is 0 there and 1 here", {"seed": 1}),
+        ("tokens is .* there", {"bos": True}),
+        ("trained_length is 64 there and 32 here", {"original_length": 32}),
+        ("passkey is 0 there and 1 here", {"passkey": 1, "lengths": [120, 128]}),
+    ]
+    for message, change in changes:
+        with pytest.raises(JournalError, match=message):
+            run(llama, journal=journal, **change)
+    moved = copy.deepcopy(llama)
+    with torch.no_grad():
+        moved.model.layers[1].mlp.up_proj.weight.mul_(1.0001)
+    with pytest.raises(JournalError, match=r"models\.0\.weights is .* there and .* here"):
+        run(moved, journal=journal)
+    with pytest.raises(JournalError, match=r"models\.0\.dtype is float32 there and bfloat16 here"):
+        run(copy.deepcopy(llama).bfloat16(), journal=journal)
+    llama.register_forward_pre_hook(lambda *_: pytest.fail("everything is in the journal"))
+    assert run(llama, journal=journal).rows == whole.rows
+    assert run(llama, journal=journal, prefill_chunk=32).rows == whole.rows, "a run may go on with less memory"

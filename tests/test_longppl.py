@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from hf_posext.errors import EvaluationError, InvalidParameterError
 from hf_posext.evaluation import Document
-from hf_posext.evaluation.key_tokens import Criterion, contrast_rows, find_key_tokens, tokens_inside
+from hf_posext.evaluation.alignment import tokens_inside
+from hf_posext.evaluation.key_tokens import Criterion, contrast_row, find_key_tokens
 from hf_posext.evaluation.longppl import longce_weights, longppl
 from hf_posext.evaluation.passkey import passkey_prompts
+from hf_posext.evaluation.scoring import TokenScorer
 from hf_posext.patching import patch_model
 
 from .conftest import EXAMPLES, tiny_gpt2, tiny_llama
@@ -48,11 +50,12 @@ def naive_keys(model: PreTrainedModel, ids: torch.Tensor, bos: bool) -> list[int
     return keys
 
 
-@pytest.mark.parametrize("bos", [False, True])
-def test_key_tokens_and_their_perplexity_are_the_definition(documents: list[Document], bos: bool) -> None:
+@pytest.mark.parametrize(("bos", "start"), [(False, 0), (True, 0), (True, 7)])
+def test_key_tokens_and_their_perplexity_are_the_definition(documents: list[Document], bos: bool, start: int) -> None:
     model, tokenizer = tiny_llama(), character_tokenizer(bos)
-    found = longppl(model, tokenizer, documents, length=LENGTH, **SETTINGS)
-    rows = {d.id: torch.tensor(tokenizer(d.text)["input_ids"][:LENGTH]) for d in documents}
+    found = longppl(model, tokenizer, documents, length=LENGTH, start=start, **SETTINGS)
+    plain = {d.id: character_tokenizer()(d.text)["input_ids"][start:] for d in documents}
+    rows = {id: torch.tensor(([BOS] * bos + ids)[:LENGTH]) for id, ids in plain.items()}
     expected = {id: naive_keys(model, ids, bos) for id, ids in rows.items()}
     assert found.keys.indices == expected
     nll = np.concatenate([naive_nll(model, rows[id])[np.array(keys, int) - 1] for id, keys in expected.items()])
@@ -68,9 +71,11 @@ def test_key_tokens_and_their_perplexity_are_the_definition(documents: list[Docu
     assert found.ci95 is not None and found.ci95[0] <= found.value <= found.ci95[1]
 
 
-@pytest.mark.parametrize(("bos", "evaluator_bos"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("bos", "evaluator_bos", "start"), [(False, False, 0), (True, False, 0), (False, True, 0), (False, True, 2)]
+)
 def test_an_evaluator_of_another_tokenizer_marks_the_same_characters(
-    documents: list[Document], bos: bool, evaluator_bos: bool
+    documents: list[Document], bos: bool, evaluator_bos: bool, start: int
 ) -> None:
     """The evaluator has single characters; the measured model has pieces of several, and its tokens carry spaces."""
     pieces, characters = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope"), character_tokenizer(bos)
@@ -81,28 +86,28 @@ def test_an_evaluator_of_another_tokenizer_marks_the_same_characters(
     model, tokenizer = (tiny_llama(vocab_size=4096), pieces) if not bos else (tiny_llama(), characters)
     length = length if not bos else 60
     settings = {**SETTINGS, "alpha": 0.05, "beta": -9.0}
-    keys = find_key_tokens(evaluator, tokenizer, documents, length=length, evaluator_tokenizer=letters, **settings)
+    others = {"length": length, "start": start, "evaluator_tokenizer": letters, **settings}
+    keys = find_key_tokens(evaluator, tokenizer, documents, **others)
     expected = {}
     for document in documents:
-        encoded = tokenizer(document.text, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"][:length]
-        covered = document.text[: offsets[-1][1]]
-        ids = torch.tensor(letters(covered)["input_ids"])
-        (contrast,) = contrast_rows(evaluator, [ids], ["x"], evaluator_bos, Criterion(**settings))
-        marked = {int(key) - evaluator_bos for key in contrast.keys(Criterion(**settings))}  # a character a token
+        every = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
+        offsets, skipped = every[start : start + length], every[start - 1][1] if start else 0
+        ids = torch.tensor(letters(document.text[skipped : offsets[-1][1]])["input_ids"])
+        contrast = contrast_row(TokenScorer(evaluator), ids, "x", evaluator_bos, Criterion(**settings))
+        marked = {
+            skipped + int(key) - evaluator_bos for key in contrast.keys(Criterion(**settings))
+        }  # a character a token
         expected[document.id] = [
             index
             for index, (begin, end) in enumerate(offsets)
             if index > 0
             and marked & set(range(begin, end))
-            and all(at in marked or covered[at].isspace() for at in range(begin, end))
+            and all(at in marked or document.text[at].isspace() for at in range(begin, end))
         ]
     assert keys.indices == expected
     total = sum(map(len, expected.values()))
     assert 2 < total <= keys.found
-    measured = longppl(
-        model, tokenizer, documents, length=length, evaluator=evaluator, evaluator_tokenizer=letters, **settings
-    )
+    measured = longppl(model, tokenizer, documents, evaluator=evaluator, **others)
     assert measured.keys == keys and measured.key_tokens == total
 
 
@@ -120,6 +125,18 @@ def test_the_first_token_of_a_row_is_never_key(documents: list[Document], llama:
     )
     assert all(indices == list(range(1, LENGTH)) for indices in found.keys.indices.values())
     assert found.value == pytest.approx(found.perplexity, rel=1e-12)
+
+
+def test_a_copy_of_the_tokenizer_is_no_other_tokenizer() -> None:
+    """Nothing is carried over characters, by which the tokens of one character are key together."""
+    one, copy = (AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope") for _ in range(2))
+    document = Document("a", "\u4f60\u597d\u4e16\u754c\u5929\u5730\u7384\u9ec4\u5b87\u5b99\u6d2a\u8352")
+    settings = {**SETTINGS, "alpha": 0.05, "beta": -9.0, "length": 36}
+    evaluator = tiny_llama(vocab_size=4096)
+    copy("He said", truncation=True, max_length=1)  # what an earlier call of somebody else leaves
+    keys = find_key_tokens(evaluator, one, [document], evaluator_tokenizer=copy, **settings)
+    assert keys == find_key_tokens(evaluator, one, [document], **settings)
+    assert len({index // 3 for index in keys.indices["a"]}) > len(keys.indices["a"]) / 3, "some of a character's three"
 
 
 @given(
@@ -189,8 +206,10 @@ def test_what_cannot_be_is_refused(documents: list[Document], llama: LlamaForCau
         measure(keys=keys, evaluator=llama)
     with pytest.raises(InvalidParameterError, match="without a model"):
         measure(evaluator_tokenizer=tokenizer)
-    with pytest.raises(InvalidParameterError, match="of length 48 .* and length is 40"):
+    with pytest.raises(InvalidParameterError, match="of length 48 from token 0 on .* and length is 40, start 0"):
         measure(keys=keys, length=40)
+    with pytest.raises(InvalidParameterError, match="from token 0 on .* and length is 48, start 3"):
+        measure(keys=keys, start=3)
     with pytest.raises(InvalidParameterError, match=r"lack the documents \['new'\]"):
         longppl(llama, tokenizer, [Document("new", documents[0].text)], length=LENGTH, keys=keys)
     with pytest.raises(InvalidParameterError, match="gave token .* give each model its own tokenizer"):
@@ -237,7 +256,7 @@ def test_longce_weights() -> None:
 def test_weights_of_the_contrast_train_a_model(llama: LlamaForCausalLM) -> None:
     ids = torch.randint(3, 60, (LENGTH,), generator=torch.Generator().manual_seed(0))
     ids[0] = BOS
-    (contrast,) = contrast_rows(llama, [ids], ["x"], True, Criterion(short_length=SHORT, stride=STRIDE))
+    contrast = contrast_row(TokenScorer(llama), ids, "x", True, Criterion(short_length=SHORT, stride=STRIDE))
     log_probabilities = llama(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
     nll = -log_probabilities.gather(1, ids[1:, None])[:, 0]
     weights = longce_weights(nll, torch.from_numpy(contrast.short).float())

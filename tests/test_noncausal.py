@@ -18,7 +18,10 @@ from hf_posext import patch_model
 from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.noncausal import MaskedScorer, Pseudo, model_kind, special_tokens
+from hf_posext.evaluation.choice import model_kind
+from hf_posext.evaluation.pseudo import MaskedScorer, Pseudo
+from hf_posext.evaluation.scoring import Memory
+from hf_posext.evaluation.special_tokens import special_tokens
 from hf_posext.evaluation.tokens import TokenizedDocuments
 from hf_posext.reporting import write_report
 
@@ -101,15 +104,16 @@ def test_pseudo_perplexity_and_its_control_equal_the_loop(samples: int) -> None:
     documents = [*map(torch.tensor, texts())]
     rows = TokenizedDocuments(["a", "b"], torch.stack(documents)[:, :120], bos=False)
     protocol = Pseudo(samples)
-    scorer = protocol.scorer(model, tokenizer())
-    for window, found in (
-        (120, protocol.measure(scorer, rows, LENGTHS, False)),
-        (30, protocol.measure_control(scorer, rows, LENGTHS, 30)),
-    ):
-        for measurement in found:
-            nll = pseudo_nll(model, texts()[measurement.document], measurement.length, window, samples)
-            assert measurement.nll == pytest.approx(nll, rel=1e-5, abs=1e-5)
-            assert measurement.tail == (len(nll) + 1) // 2
+    scorer = protocol.scorer(model, tokenizer(), Memory())
+    for index, ids in enumerate(texts()):
+        for window, found in (
+            (120, [protocol.measure(scorer, rows, index, [length])[0] for length in LENGTHS]),
+            (30, protocol.measure_control(scorer, rows, index, LENGTHS, 30)),
+        ):
+            for measurement in found:
+                nll = pseudo_nll(model, ids, measurement.length, window, samples)
+                assert measurement.nll == pytest.approx(nll, rel=1e-5, abs=1e-5)
+                assert measurement.tail == (len(nll) + 1) // 2 and measurement.first is None
 
 
 def test_an_encoder_from_end_to_end(tmp_path: Path) -> None:
@@ -180,8 +184,9 @@ def test_an_unknown_trained_length_is_asked_for() -> None:
         ("bert", {"protocol": "prefix"}, "protocol 'prefix' does not fit BertForMaskedLM; choose 'pseudo'"),
         ("bert", {"protocol": "seq2seq"}, "'seq2seq' does not fit BertForMaskedLM"),
         ("t5", {"protocol": "sliding", "stride": 8}, "'sliding' does not fit T5ForConditional.*choose 'seq2seq'"),
-        ("llama", {"protocol": "pseudo"}, "does not fit LlamaForCausalLM; choose 'prefix' or 'sliding'"),
-        ("bert", {"protocol": "rolling"}, "choose one of prefix, sliding, pseudo, seq2seq"),
+        ("llama", {"protocol": "pseudo"}, "does not fit LlamaForCausalLM; choose 'prefix' or 'sliding' or"),
+        ("bert", {"protocol": "rolling"}, "protocol 'rolling' does not fit BertForMaskedLM"),
+        ("bert", {"protocol": "suffix"}, "choose one of prefix, sliding, .*, pseudo, seq2seq"),
         ("bert", {"stride": 8}, "protocol 'pseudo' has none"),
         ("bert", {"lengths": [2]}, "a text of 2 tokens is too short to score; give 3 or more"),
         ("t5", {"lengths": [3]}, "a text of 3 tokens is too short"),

@@ -1,4 +1,4 @@
-"""Protocols against naive loops, and evaluate_perplexity from end to end."""
+"""evaluate_perplexity from end to end."""
 
 from __future__ import annotations
 
@@ -8,120 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from hf_posext.errors import DocumentError, EvaluationError, InvalidParameterError, UnsupportedModelError
-from hf_posext.evaluation import Document, evaluate_perplexity
-from hf_posext.evaluation.protocols import PerplexityProtocol, Prefix, Sliding, make_protocol, sliding_windows
-from hf_posext.evaluation.scoring import TokenScorer
-from hf_posext.evaluation.tokens import TokenizedDocuments, tokenize_documents
+from hf_posext.errors import DocumentError, InvalidParameterError, UnsupportedModelError
+from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity
+from hf_posext.evaluation.choice import DECODER_PROTOCOLS
+from hf_posext.evaluation.protocols import is_legacy
+from hf_posext.evaluation.tokens import tokenize_documents
 from hf_posext.patching import patch_model
 
-from .conftest import tiny_gpt2, tiny_llama, tokens
-from .evaluation_helpers import BOS, character_tokenizer, naive_nll, naive_windowed_nll, random_texts
+from .conftest import tiny_gpt2, tiny_llama
+from .evaluation_helpers import BOS, character_tokenizer, naive_nll, random_texts
 from .zoo import build
 
 LENGTHS = [10, 25, 40]
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 32.0}
-
-
-def rows(count: int = 3, length: int = 40, bos: bool = False) -> TokenizedDocuments:
-    ids = tokens(length, rows=count)
-    if bos:
-        ids[:, 0] = BOS
-    return TokenizedDocuments([f"document {index}" for index in range(count)], ids, bos)
-
-
-def measured(
-    protocol: PerplexityProtocol, model: LlamaForCausalLM, documents: TokenizedDocuments, multipass: bool = False
-) -> dict[tuple[int, int], np.ndarray]:
-    found = protocol.measure(TokenScorer(model), documents, LENGTHS, multipass)
-    return {(measurement.length, measurement.document): measurement.nll for measurement in found}
-
-
-def assert_equal_sums(found: dict[Any, np.ndarray], expected: dict[Any, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for key, nll in expected.items():
-        assert found[key] == pytest.approx(nll, rel=1e-5, abs=1e-5)  # float32 attention over another shape
-        assert found[key].sum() == pytest.approx(nll.sum(), rel=1e-6)
-
-
-@pytest.mark.parametrize("multipass", [False, True])
-def test_prefix_equals_a_forward_per_length(llama: LlamaForCausalLM, multipass: bool) -> None:
-    documents = rows()
-    expected = {(n, i): naive_nll(llama, row[:n]) for n in LENGTHS for i, row in enumerate(documents.tokens)}
-    assert_equal_sums(measured(Prefix(), llama, documents, multipass), expected)
-
-
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("stride", [1, 4, 9])
-def test_sliding_equals_a_forward_per_token(llama: LlamaForCausalLM, bos: bool, stride: int) -> None:
-    documents = rows(count=2, bos=bos)
-    expected = {
-        (n, i): naive_windowed_nll(llama, row, n, stride, bos)
-        for n in LENGTHS
-        for i, row in enumerate(documents.tokens)
-    }
-    assert_equal_sums(measured(Sliding(stride), llama, documents), expected)
-
-
-def test_passes_over_the_trunk(llama: LlamaForCausalLM) -> None:
-    """One per document for a static method, and the guard's; one per document and length for a multipass one."""
-    calls: list[tuple[int, ...]] = []
-    llama.model.layers[0].register_forward_pre_hook(lambda *args: calls.append(tuple(args[1][0].shape[:2])))
-    scorer = TokenScorer(llama)
-    scorer.token_nll(tokens(10))
-    calls.clear()
-    list(Prefix().measure(scorer, rows(), LENGTHS, False))
-    assert calls == [(1, 10), (1, 40), (1, 40), (1, 40)]
-    calls.clear()
-    list(Prefix().measure(scorer, rows(), LENGTHS, True))
-    assert calls == [(1, 10)] * 3 + [(1, 25)] * 3 + [(1, 40)] * 3
-    calls.clear()
-    list(Sliding(5).measure(scorer, rows(count=1), [10], False))
-    assert calls == [(1, 10), (6, 10)], "windows of equal shape are one batch"
-
-
-@given(total=st.integers(2, 300), window=st.integers(2, 80), data=st.data(), bos=st.booleans())
-def test_windows_score_every_token_once(total: int, window: int, data: st.DataObject, bos: bool) -> None:
-    stride = data.draw(st.integers(1, window - 1))
-    windows = sliding_windows(total, window, stride, bos)
-    assert [token for w in windows for token in range(w.first, w.end)] == list(range(1, total))
-    for w in windows:
-        held = w.end - w.begin + bos
-        assert 2 <= held <= window and w.end > w.first
-        assert w.first - w.begin + bos >= (1 if w is windows[0] else window - stride), "context of its first token"
-
-
-@pytest.mark.parametrize("stride", [0, 10, 25])
-def test_a_stride_that_skips_tokens_is_refused(stride: int) -> None:
-    with pytest.raises(InvalidParameterError, match=f"stride is {stride} for windows of 10 tokens; give 1 to 9"):
-        make_protocol("sliding", LENGTHS, stride)
-
-
-@pytest.mark.parametrize(
-    ("name", "stride", "message"),
-    [("prefix", 5, "'prefix' has none"), ("sliding", None, "needs a stride"), ("rolling", None, "prefix, sliding")],
-)
-def test_protocols_that_cannot_be(name: str, stride: int | None, message: str) -> None:
-    with pytest.raises(InvalidParameterError, match=message):
-        make_protocol(name, LENGTHS, stride)
-
-
-def test_guard_refuses_a_model_whose_positions_depend_on_the_length() -> None:
-    model = tiny_llama(max_position_embeddings=16, rope_parameters=DYNAMIC)
-    with pytest.raises(EvaluationError, match="40 tokens and a fresh one over 10 disagree.*multipass"):
-        measured(Prefix(), model, rows())
-
-
-def test_guard_holds_for_bfloat16() -> None:
-    static = tiny_llama().to(torch.bfloat16)
-    assert len(measured(Prefix(), static, rows())) == 9
-    dynamic = tiny_llama(max_position_embeddings=16, rope_parameters=DYNAMIC).to(torch.bfloat16)
-    with pytest.raises(EvaluationError, match="disagree"):
-        measured(Prefix(), dynamic, rows())
+OPTIONS: dict[str, dict[str, int]] = {
+    "tail": {"tail": 8},
+    **{name: {"stride": 4} for name in ("sliding", "legacy-yarn", "legacy-longlora")},
+}
 
 
 def test_shipped_dynamic_scaling_gets_a_fresh_forward_per_length() -> None:
@@ -151,17 +56,40 @@ def test_rows_equal_the_naive_loop(llama: LlamaForCausalLM, bos: bool) -> None:
         assert row["perplexity"] == pytest.approx(math.exp(np.mean(pieces)), rel=1e-6)
         assert row["perplexity_tail"] == pytest.approx(math.exp(np.mean(tail)), rel=1e-6)
         assert row["ci95"][0] < row["perplexity"] < row["ci95"][1]
+        text_bytes = sum(len(text[start + (not bos) : start + length - bos].encode()) for text in texts)
+        assert row["bits_per_byte"] == pytest.approx(np.sum(pieces) / math.log(2) / text_bytes, rel=1e-6)
         assert row["gain"] is None and row["perplexity_truncated"] is None and "passkey" not in row
-    assert results.provenance["bos"].startswith("added" if bos else "none")
+        assert row["bos"] == ("first token of each document" if bos else "none: the tokenizer adds none")
+        assert (row["protocol"], row["dtype"]) == ("prefix", "float32")
 
 
-def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(llama: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("name", DECODER_PROTOCOLS)
+def test_every_protocol_from_end_to_end(llama: LlamaForCausalLM, name: str) -> None:
+    """A uniform model has the perplexity of its vocabulary, and nothing to gain; of ASCII a token is a byte."""
     with torch.no_grad():
         llama.lm_head.weight.zero_()
-    results = evaluate_perplexity(llama, character_tokenizer(), random_texts(2, 50), LENGTHS)
+    options = {"lengths": LENGTHS, "factor": 2.0, "original_length": 16, "protocol": name, **OPTIONS.get(name, {})}
+    results = compare(llama, character_tokenizer(bos=True), random_texts(3, 50), ["none", "linear"], **options)
+    assert [row["length"] for row in results.rows] == 2 * LENGTHS
+    assert (results.provenance["protocol"], results.provenance["legacy"]) == (name, is_legacy(name))
     for row in results.rows:
-        assert row["perplexity"] == pytest.approx(128, rel=1e-6)
-        assert row["perplexity_tail"] == pytest.approx(128, rel=1e-6)
+        assert (row["protocol"], row["documents"], row["dtype"]) == (name, 3, "float32")
+        assert row["bos"] == results.provenance["bos"]
+        for key in ("perplexity", "perplexity_tail", "perplexity_truncated", "perplexity_truncated_tail"):
+            assert row[key] == pytest.approx(128, rel=1e-6)
+        assert row["gain"] == pytest.approx(1, rel=1e-6) and row["change"] == pytest.approx(0, abs=1e-6)
+        assert row["bits_per_byte"] == (None if is_legacy(name) else pytest.approx(7, rel=1e-6))
+    with_positions = {record["length"] for record in results.per_document if record["position_nll_sums"]}
+    assert with_positions == (set() if is_legacy(name) else {40}), "the longest length covers the others"
+    assert Results.from_dict(results.to_dict()) == results
+
+
+def test_bits_are_per_byte_of_the_text(llama: LlamaForCausalLM) -> None:
+    """A character has one token and one to four bytes; the first of them is not scored."""
+    text = "né 漢字 and 😀 " * 5
+    row = evaluate_perplexity(llama, character_tokenizer(), [text], [30]).row("none", 30)
+    size = len(text[1:30].encode())
+    assert size > 29 and row["bits_per_byte"] == pytest.approx(row["nll_sum"] / math.log(2) / size, rel=1e-12)
 
 
 def test_tokens_weigh_the_same_whichever_window_they_are_in(llama: LlamaForCausalLM) -> None:

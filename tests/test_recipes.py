@@ -118,6 +118,26 @@ def test_limit_counts_what_is_long_enough(name: str) -> None:
     assert [document.text[-1] for document in load_documents(name, limit=1, minimum_characters=100)] == ["0"]
 
 
+def test_no_more_is_read_than_the_limit_needs(name: str) -> None:
+    """What follows cannot be read, as is seen where it is asked for."""
+    copy = Path(RECIPES[name].path)
+    files = RECIPES[name].files
+    if files is not None:
+        with gzip.open(copy / files["test"], "at", encoding="utf-8") as file:
+            file.write("torn\n")
+    else:
+        first = copy / LAYOUTS[name].format(split="test")
+        last = first.with_name(first.name.replace("test", "test-last"))
+        last.write_bytes(b"torn\n")
+        card = (copy / "README.md").read_text(encoding="utf-8")
+        both = f"[{first.relative_to(copy)}, {last.relative_to(copy)}]"
+        (copy / "README.md").write_text(card.replace(f'"{first.relative_to(copy)}"', both), encoding="utf-8")
+    documents = load_documents(name, limit=2, minimum_characters=100)
+    assert [document.text[-1] for document in documents] == ["0", "2"]
+    with pytest.raises(DocumentError, match="cannot read"):
+        load_documents(name, limit=3, minimum_characters=100)
+
+
 def test_not_streamed_it_is_kept_in_the_cache_of_datasets(name: str, tmp_path: Path) -> None:
     assert load_documents(replace(RECIPES[name], streaming=False)) == load_documents(name)
     assert list((tmp_path / "cache").rglob("*.arrow"))

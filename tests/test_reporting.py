@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hf_posext.reporting import (
     render_report,
     write_report,
 )
+from hf_posext.reporting.model_index import results_to_model_index
 from hf_posext.reporting.sentences import describe_methods
 from hf_posext.reporting.tables import format_perplexity, grids
 
@@ -258,3 +260,54 @@ def test_paths_inside_the_working_directory_become_relative(tmp_path: Path, monk
     assert portable(str(tmp_path / "a" / "b")) == "a/b"
     for name in ("org/name", "none,linear", "", str(tmp_path.parent / "other")):
         assert portable(name) == name
+
+
+def test_bits_per_byte_are_a_table_of_their_own(tmp_path: Path) -> None:
+    results = make_results()
+    assert "Bits per byte" not in render_report(results)
+    for row in results.rows:
+        row["bits_per_byte"] = row["length"] / 1000
+    (grid,) = (grid for grid in grids(results) if grid.title.startswith("Bits per byte"))
+    assert dict(grid.rows)["yarn x8"] == ("0.512", "1.024", "2.048", "4.096")
+    assert render_report(results).count("Bits per byte") == 2, "the table, and what it means"
+
+
+def legacy_results(name: str = "legacy-yarn") -> Results:
+    """As a legacy protocol gives them: means of groups, of which there is no second half."""
+    results = make_results()
+    for row in results.rows:
+        row |= {"protocol": name, "perplexity_tail": row["perplexity"]}
+        row["perplexity_truncated_tail"] = row["perplexity_truncated"]
+    for record in results.per_document:
+        record |= {"first": None, "position_nll_sums": None, "groups": 2, "group_mean_sum": 7.0}
+    return results
+
+
+def test_every_output_marks_a_legacy_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, mark = legacy_results(), "(legacy-yarn: a published average, not per token)"
+    titles = [grid.title for grid in grids(results)]
+    assert titles == [
+        f"Short-context check: change of perplexity inside the trained length {mark}",
+        f"Perplexity {mark}",
+        f"Gain over truncation {mark} (above 1: the longer context pays)",
+        "Pass keys retrieved (greedy decoding, 20 trials)",
+    ]
+    assert dict(grids(results)[1].rows)["yarn x8"][3] == "38.4", "without a second half"
+    assert mark in " ".join(line.strip() for line in printed(results))
+    for sentence in describe_methods(results):
+        assert f"` {mark} " in sentence and "tail" not in sentence
+    text = render_report(results)
+    assert "except where it is marked as legacy" in text and "**Protocol `legacy-yarn`**: legacy" in text
+    panel = panels(lambda: plot_perplexity(results, tmp_path / "perplexity.png"), monkeypatch)[0]
+    assert panel.get_title() == f"Perplexity\n{mark}" and "per token" not in panel.get_ylabel()
+    write_report(results, tmp_path)
+    assert not (tmp_path / "gain_by_position.png").exists()
+    assert {entry.metric_name.endswith(" (legacy-yarn)") for entry in results_to_model_index(results)} == {True}
+    assert "legacy" not in render_report(make_results())
+
+
+def test_intervals_of_a_legacy_average_are_of_its_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven nats in two groups, in both documents: the interval has no width there."""
+    panel = panels(lambda: plot_perplexity(legacy_results(), tmp_path / "perplexity.png"), monkeypatch)[0]
+    low, high = panel.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((math.exp(3.5), MEASURED["none"][0][0]))

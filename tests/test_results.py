@@ -22,6 +22,8 @@ def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **more: 
         **row,
         "method": method,
         "protocol": "prefix",
+        "bos": "none",
+        "dtype": "float32",
         "length": length,
         "tokens": 511,
         "documents": 1,
@@ -34,7 +36,9 @@ def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **more: 
 
 def some_results() -> Results:
     rows = [a_row("none", factor=1.0, gain=1.0), a_row(passkey=0.9, passkey_trials=10), a_row(factor=16.0)]
-    record = dict(zip(DOCUMENT_KEYS, ["Emma", "none", 1.0, 512, 10.5, 5, 4.5, 2, [0.5] * 16], strict=True))
+    record = dict(
+        zip(DOCUMENT_KEYS, ["Emma", "none", 1.0, 512, 1, 10.5, 5, 21, 4.5, 2, None, None, [0.5] * 16], strict=True)
+    )
     return Results({"model": "tiny", "versions": {"python": "3.11"}}, rows, [record])
 
 
@@ -49,7 +53,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
     results = some_results()
     path = results.save_json(tmp_path / "results.json")
     assert Results.load_json(path) == results
-    assert json.loads(path.read_text())["schema"] == 1
+    assert json.loads(path.read_text())["schema"] == 2
     assert os.listdir(tmp_path) == ["results.json"]
 
 
@@ -79,21 +83,24 @@ def test_the_old_file_stays_whole_when_writing_fails(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema": 1, "rows": [', "is not JSON"),
+        ('{"schema": 2, "rows": [', "is not JSON"),
         ("[]", "no results of hf_posext"),
         ("[" * 100_000, "is not JSON"),
-        ('{"schema": 2}', "schema 2; this version of hf_posext reads 1: upgrade it"),
-        ('{"schema": 1, "provenance": {}, "rows": []}', r"lacks \['per_document'\]"),
-        ('{"schema": 1, "provenance": [], "rows": [], "per_document": []}', "provenance"),
-        ('{"schema": 1, "provenance": {}, "rows": {}, "per_document": []}', "rows of the results is dict"),
-        ('{"schema": 1, "provenance": {}, "rows": [3], "per_document": []}', r"rows\[0\] is int"),
+        ('{"schema": 1}', "schema 1; this version of hf_posext reads 2: upgrade it, or measure again"),
+        ('{"schema": 2, "provenance": {}, "rows": []}', r"lacks \['per_document'\]"),
+        ('{"schema": 2, "provenance": [], "rows": [], "per_document": []}', "provenance"),
+        ('{"schema": 2, "provenance": {}, "rows": {}, "per_document": []}', "rows of the results is dict"),
+        ('{"schema": 2, "provenance": {}, "rows": [3], "per_document": []}', r"rows\[0\] is int"),
         (
-            '{"schema": 1, "provenance": {}, "rows": [{"method": "x"}], "per_document": []}',
+            '{"schema": 2, "provenance": {}, "rows": [{"method": "x"}], "per_document": []}',
             r"rows\[0\] lacks \['factor'",
         ),
         (torn("rows", length="512"), r"rows\[0\] has length 512; measure again"),
         (torn("rows", length=True), r"rows\[0\] has length True"),
         (torn("rows", method=None), r"rows\[0\] has method None"),
+        (torn("rows", dtype=None), r"rows\[0\] has dtype None"),
+        (torn("rows", bits_per_byte="2"), r"rows\[0\] has bits_per_byte 2"),
+        (torn("per_document", groups=1.5), r"per_document\[0\] has groups 1.5"),
         (torn("rows", gain="high"), r"rows\[0\] has gain high"),
         (torn("rows", gain_ci95=[1.0]), r"rows\[0\] has gain_ci95 \[1.0\]"),
         (torn("rows", ci95=0.5), r"rows\[0\] has ci95 0.5"),

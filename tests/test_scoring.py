@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,13 +10,18 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_posext.errors import EvaluationError, UnsupportedModelError
-from hf_posext.evaluation import scoring
-from hf_posext.evaluation.scoring import TokenScorer, require_finite
+from hf_posext import patch_model
+from hf_posext.errors import InvalidParameterError, UnsupportedModelError
+from hf_posext.evaluation import heads, scoring
+from hf_posext.evaluation.scoring import TokenScorer
+from hf_posext.evaluation.setup import check_positions
+from hf_posext.patching.detect import detect_scheme
 from hf_posext.patching.modes import evaluation_mode
+from hf_posext.patching.sites import sinusoids
 
-from .conftest import tiny_llama, tokens
+from .conftest import TRAINED, tiny_bloom, tiny_llama, tiny_xglm, tokens
 from .evaluation_helpers import naive_nll
 from .zoo import build
 
@@ -27,8 +32,11 @@ HEADS = {
     "cohere": {"logit_scale": 0.25},
     "gpt2": {},
     "bloom": {},
+    "opt": {},
+    "llama4_text": {},
 }
-"""Plain heads, and what follows the head in others: a softcap, a division, a factor."""
+"""Plain heads, what follows the head in others (a softcap, a division, a factor), and trunks that are not called as
+the model's prefix has it: a decoder inside, or under another name."""
 
 
 @pytest.fixture
@@ -85,7 +93,7 @@ def test_large_logits_are_never_made(llama: LlamaForCausalLM, small_slices: int)
     shapes = head_shapes(llama)
     TokenScorer(llama).token_nll(tokens(50))
     in_full = [shape for shape in shapes if shape[1] > small_slices]
-    assert in_full == [(1, scoring.PROBE_LENGTH, 128)] * 2, "only the check of the first 16 tokens"
+    assert in_full == [(1, heads.PROBE_LENGTH, 128)] * 2, "only the check of the first 16 tokens"
     assert sum(shape[1] for shape in shapes if shape[1] == small_slices) == 49
 
 
@@ -134,13 +142,15 @@ class PositionBias(LlamaForCausalLM):
         return output
 
 
-class NoTrunk(LlamaForCausalLM):
-    """A model of one piece."""
+class OnePiece(LlamaForCausalLM):
+    """What the model inside would give is computed without it."""
 
-    base_model_prefix = ""
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutputWithPast:
+        hidden = LlamaModel.forward(self.model, input_ids=input_ids, use_cache=False).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
 
-@pytest.mark.parametrize(("cls", "reason"), [(PositionBias, "slices differ"), (NoTrunk, "no base model")])
+@pytest.mark.parametrize(("cls", "reason"), [(PositionBias, "slices differ"), (OnePiece, "LlamaModel runs 0 times")])
 def test_other_heads_keep_full_logits_and_say_so(
     cls: type[LlamaForCausalLM], reason: str, small_slices: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,14 +198,49 @@ def test_prompt_tuning_is_refused() -> None:
         TokenScorer(get_peft_model(tiny_llama(), config))
 
 
-def test_not_finite_logits_name_document_and_token(llama: LlamaForCausalLM) -> None:
-    def spoil(module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
-        hidden[:, 30:31] = float("nan")  # behind the attention, which would spread it to earlier tokens
+def test_large_vocabulary_and_tokens_at_both_ends() -> None:
+    """Token ids above 65,535, which two bytes do not hold; 300 tokens take three slices of 119 rows."""
+    vocabulary = 70_000
+    model = tiny_llama(vocab_size=vocabulary, hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
+    ids = torch.randint(0, vocabulary, (1, 300), generator=torch.Generator().manual_seed(0))
+    ids[0, [0, 7, 200, 299]] = torch.tensor([vocabulary - 1, 0, 65_536, vocabulary - 1])
+    shapes = head_shapes(model)
+    nll = TokenScorer(model).token_nll(ids)[0].double().numpy()
+    assert [shape[1] for shape in shapes[-3:]] == [119, 119, 61]
+    expected = naive_nll(model, ids[0])
+    assert nll == pytest.approx(expected, rel=2e-6, abs=2e-6)
+    assert nll.sum() == pytest.approx(expected.sum(), rel=1e-6)
 
-    llama.model.norm.register_forward_hook(spoil)
-    nll = TokenScorer(llama).token_nll(tokens(50))[0].numpy()
-    with pytest.raises(EvaluationError, match="document 'Emma', first at token 31;"):
-        require_finite(nll, "Emma")
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bloom, tiny_xglm], ids=["rotary", "alibi", "sinusoidal"])
+def test_texts_beyond_the_limit_of_the_model(make: Callable[[], nn.Module]) -> None:
+    model, ids = make(), tokens(2 * TRAINED + 9)
+    nll = TokenScorer(model).token_nll(ids)[0].double().numpy()
+    assert nll == pytest.approx(naive_nll(model, ids[0]), rel=2e-6, abs=2e-6)
+
+
+@pytest.mark.parametrize("model_type", ["codegen", "ctrl", "gptj", "marian", "mpt", "pegasus", "roformer"])
+def test_texts_beyond_a_table_are_refused(model_type: str) -> None:
+    """Where the model itself would read past the end of something."""
+    model, scheme = build(model_type), detect_scheme(build(model_type))
+    assert scheme.kind != "learned" and scheme.ends and scheme.shipped_length == TRAINED
+    check_positions(scheme, None, TRAINED)
+    model(input_ids=tokens(TRAINED), use_cache=False)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=tokens(TRAINED + 1), use_cache=False)
+    with pytest.raises(InvalidParameterError, match=f"{model_type} has a table of 64 positions, and 65 tokens"):
+        check_positions(scheme, None, TRAINED + 1)
+
+
+@pytest.mark.parametrize(("model_type", "method"), [("mpt", "alibi-ntk"), ("pegasus", "sinusoid-linear")])
+def test_a_patch_makes_a_longer_table(model_type: str, method: str) -> None:
+    model, ids = build(model_type), tokens(2 * TRAINED)
+    for table in sinusoids(model).values():
+        table.weight.data.div_(4)  # the zoo sharpens what are no weights, but sines
+    with patch_model(model, method, factor=2) as patch:
+        check_positions(patch.plan.scheme, patch.plan, 2 * TRAINED)
+        nll = TokenScorer(model).token_nll(ids)[0].double().numpy()
+        assert nll == pytest.approx(naive_nll(model, ids[0]), rel=2e-6, abs=2e-6)
 
 
 def test_evaluation_mode_restores_every_module(llama: LlamaForCausalLM) -> None:

@@ -22,7 +22,7 @@ from hf_posext.reporting.model_index import results_to_model_index
 
 def a_row(method: str, factor: float, length: int, perplexity: float, **more: Any) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(ROW_KEYS)
-    counts = {"protocol": "prefix", "tokens": 8 * (length - 1), "documents": 8}
+    counts = {"protocol": "prefix", "bos": "none", "dtype": "float32", "tokens": 8 * (length - 1), "documents": 8}
     return {**row, "method": method, "factor": factor, "length": length, "perplexity": perplexity, **counts, **more}
 
 
@@ -86,6 +86,15 @@ def test_other_trackers_get_ascending_steps_of_plain_numbers(results: Results) -
         "change/yarn-x8": -0.9,
         "passkey/yarn-x8": 0.75,
     }
+
+
+def test_curves_of_a_legacy_protocol_say_so() -> None:
+    recorder = Recorder()
+    accelerator = Accelerator(log_with=recorder, cpu=True)
+    accelerator.init_trackers("runs")
+    row = a_row("none", 1.0, 512, 30.0, protocol="legacy-yarn", passkey=0.5, passkey_trials=4)
+    log_results(Results({}, [row]), accelerator)
+    assert recorder.logged[0][1] == {"perplexity-legacy-yarn/none-x1": 30.0, "passkey/none-x1": 0.5}
 
 
 def test_without_a_tracker_nothing_is_lost_silently(results: Results) -> None:

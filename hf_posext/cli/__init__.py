@@ -2,7 +2,23 @@
 
 from .app import app, main
 from .compare import compare
+from .evaluate import evaluate
+from .explain import explain
 from .explore import inspect, methods
+from .export import export, gguf
+from .finetune import finetune
 from .report import report
 
-__all__ = ["app", "compare", "inspect", "main", "methods", "report"]
+__all__ = [
+    "app",
+    "compare",
+    "evaluate",
+    "explain",
+    "export",
+    "finetune",
+    "gguf",
+    "inspect",
+    "main",
+    "methods",
+    "report",
+]

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import PosExtError
+from .processes import rank
 
 # typer used click up to 0.2x and has carried its own copy since; this is the class of whichever it raises.
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -44,7 +45,8 @@ app = typer.Typer(
 
 def fail(message: str) -> int:
     """Says what is wrong, on one line, and gives the exit code of wrong input."""
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    who = f"process {rank()}: " if rank() else ""
+    typer.echo(f"error: {who}{' '.join(message.split())}", err=True)
     return 2
 
 

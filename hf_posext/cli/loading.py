@@ -6,11 +6,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, PosExtError
+from ..plan import PLAN_FILE
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -42,8 +45,10 @@ def load_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name)
 
 
-def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A language model (causal, masked or encoder-decoder, as its config says) and its tokenizer.
+
+    A folder that was saved with a patch, or with an adapter trained under one, is opened with the patch in force.
 
     Args:
         name (`str`): a folder or Hub id.
@@ -52,29 +57,72 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
 
     Raises:
         InvalidParameterError: no such model, no language model, no tokenizer, or no such device.
+        PosExtError: of a folder with a patch or an adapter: see [`load_patched`] and [`load_adapter`].
     """
     import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoModelForSeq2SeqLM,
-        AutoTokenizer,
-    )
+    from transformers import AutoTokenizer
 
-    from ..evaluation.noncausal import model_kind
-
-    classes = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
     quiet_libraries()
     with _one_line_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name)
-        cls = classes[model_kind(config.architectures or (), config)]
-        model = cls.from_pretrained(name, dtype=getattr(torch, dtype))
+        model = _open(name, getattr(torch, dtype))
+    return _placed(model, device), tokenizer
+
+
+def load_body(name: str, dtype: str, device: str) -> PreTrainedModel:
+    """A model without its head, and without a tokenizer: enough to look at its positions.
+
+    Args:
+        name (`str`): a folder or Hub id.
+        dtype (`str`): `float32`, `bfloat16` or `float16`.
+        device (`str`): what torch calls it, e.g. `cpu` or `cuda:0`.
+
+    Raises:
+        InvalidParameterError: no such model, or no such device.
+    """
+    import torch
+    from transformers import AutoModel
+
+    quiet_libraries()
+    with _one_line_errors(name):
+        return _placed(AutoModel.from_pretrained(name, dtype=getattr(torch, dtype)), device)
+
+
+def _placed(model: Any, device: str) -> Any:
     try:
-        return model.to(device).eval(), tokenizer
+        return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch says so of a device unknown, or not compiled in
         raise InvalidParameterError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+
+
+def load_evaluator(name: str | None, dtype: str, device: str) -> str | tuple[Any, Any] | None:
+    """What finds key tokens: a model and its tokenizer where the name has a slash in it, else the label as it is.
+
+    Args:
+        name (`str`, *optional*): as of `--longppl`.
+        dtype, device: as of [`load_model`].
+
+    Raises:
+        InvalidParameterError, PosExtError: as [`load_model`].
+    """
+    return load_model(name, dtype, device) if name is not None and ("/" in name or "\\" in name) else name
+
+
+def _open(name: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    from ..adapters import load_adapter
+    from ..evaluation.choice import model_kind
+    from ..patching import load_patched
+
+    if (Path(name) / "adapter_config.json").is_file():
+        return load_adapter(name, dtype=dtype)
+    if (Path(name) / PLAN_FILE).is_file():
+        return load_patched(name, dtype=dtype)
+    classes = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
+    config = AutoConfig.from_pretrained(name)
+    cls = classes[model_kind(config.architectures or (), config)]
+    return cls.from_pretrained(name, dtype=dtype)
 
 
 @contextmanager
@@ -86,6 +134,8 @@ def _one_line_errors(name: str) -> Iterator[None]:
         raise InvalidParameterError(f"no such folder: {name}; give a model folder or a Hub id such as org/name")
     try:
         yield
+    except PosExtError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InvalidParameterError(f"cannot load {name}: {_first_line(error)}") from error
 

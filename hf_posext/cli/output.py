@@ -1,24 +1,52 @@
-"""Where a report goes: a directory that is new, or has no files in it."""
+"""Where a report goes: a directory that is new, has no files in it, or has the journal of a run to go on with."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import InvalidParameterError
+import typer
+
+from ..errors import InvalidParameterError, JournalError, PosExtError
+from .processes import rank
+
+if TYPE_CHECKING:
+    from ..evaluation import Results
+
+JOURNAL = "journal.jsonl"
 
 
 @contextmanager
-def output_directory(path: Path) -> Iterator[None]:
+def output_directory(path: Path, resume: bool = False) -> Iterator[None]:
     """Makes sure, before any work, that a report can be written; leaves no empty directory behind.
 
+    Of several processes the first one looks; a launcher stops the others if it refuses.
+
+    Args:
+        path (`Path`): the directory.
+        resume (`bool`, *optional*, defaults to `False`): whether it may hold a journal, and beside it other files.
+
     Raises:
-        InvalidParameterError: it holds files, or cannot be written.
+        InvalidParameterError: it holds files, or a journal and no `resume`, or cannot be written.
     """
-    if path.is_dir() and not all(entry.is_dir() for entry in path.iterdir()):
-        raise InvalidParameterError(f"output {path} holds files already; give another --output, or move them away")
+    if rank():
+        yield
+        return
+    files = path.is_dir() and not all(entry.is_dir() for entry in path.iterdir())
+    has_journal = files and (path / JOURNAL).exists()
+    if has_journal and not resume:
+        raise InvalidParameterError(
+            f"output {path} holds the journal of a run; to go on with it type the same with --resume, else give "
+            "another --output"
+        )
+    if files and not has_journal:
+        raise InvalidParameterError(
+            f"output {path} holds files already{', and no journal to go on with' if resume else ''}; give another "
+            "--output, or move them away"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -32,3 +60,43 @@ def output_directory(path: Path) -> Iterator[None]:
     finally:
         if not any(path.iterdir()):
             path.rmdir()
+
+
+@contextmanager
+def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]:
+    """Writes the report of results, as often as there are new ones; says what is kept where measuring ends early.
+
+    Args:
+        output (`Path`): its directory, with the journal.
+        command (`str`): for the provenance.
+    """
+    from ..reporting import write_report
+
+    finished: list[str] = []
+
+    def write(results: Results) -> None:
+        results.provenance["command"] = command
+        if not rank():
+            write_report(results, output)
+        finished[:] = dict.fromkeys(row["method"] for row in results.rows)
+
+    try:
+        yield write
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {_kept(finished, output)}", err=True)
+        raise typer.Exit(130) from None
+    except (PosExtError, OSError) as error:
+        if isinstance(error, JournalError) or not _has_journal(output):
+            raise
+        raise InvalidParameterError(f"{error}; {_kept(finished, output)}") from error
+
+
+def _has_journal(output: Path) -> bool:
+    return any(output.glob("journal*.jsonl"))
+
+
+def _kept(finished: list[str], output: Path) -> str:
+    if not _has_journal(output):
+        return "nothing was finished, nothing was written"
+    what = f"finished and kept in {output}: {', '.join(finished)}" if finished else f"a part is kept in {output}"
+    return f"{what}; go on with --resume"

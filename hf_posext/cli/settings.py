@@ -12,8 +12,14 @@ import yaml
 
 from ..errors import InvalidParameterError
 
-LISTS = ("methods", "lengths")
+LISTS = ("methods", "lengths", "tasks", "depths", "targets")
 """Settings that hold several values: a YAML list, or text with commas as on the command line."""
+
+FLAGS = ("offload_cache", "pack", "bf16", "gradient_checkpointing", "load_in_4bit")
+"""Settings that are true or false."""
+
+NEVER = ("config", "resume")
+"""Options that say something of one call, and nothing of the run."""
 
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -23,7 +29,7 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     stand on the command line, so that both are checked by the same code.
     """
     if path is not None:
-        known = {parameter.name for parameter in context.command.params if parameter.name} - {"config"}
+        known = {parameter.name for parameter in context.command.params if parameter.name} - set(NEVER)
         context.default_map = {**(context.default_map or {}), **read_config(path, known)}
     return path
 
@@ -63,7 +69,9 @@ def read_config(path: str | Path, known: Collection[str]) -> dict[str, str]:
 def _as_text(path: str | Path, name: str, value: Any) -> str:
     items = value if isinstance(value, list) and name in LISTS else [value]
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, str | int | float):
-            kind = "a list of plain values" if name in LISTS else "one plain value"
+        if isinstance(item, bool) != (name in FLAGS) or not isinstance(item, str | int | float):
+            kind = (
+                "a list of plain values" if name in LISTS else "true or false" if name in FLAGS else "one plain value"
+            )
             raise InvalidParameterError(f"{name} in {path} is {item!r}; give {kind}")
     return ",".join(map(str, items))

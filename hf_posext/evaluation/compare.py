@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..errors import AlreadyPatchedError, InvalidParameterError
-from ..patching import detect_scheme, patch_model
-from ..patching.detect import unwrap
+from ..errors import AlreadyPatchedError
+from ..patching import detect_scheme, find_patch, patch_model, unwrap
 from ..patching.modes import evaluation_mode
-from .control import CONTROL
-from .passkey import passkey_accuracy, passkey_prompts
-from .perplexity import collect, measure_method, work
-from .protocols import DECODER_PROTOCOLS
+from .asking import check_asking
+from .assembly import Assembly
+from .context_parallel import memory_for
+from .engine import Outcomes, State, measure
+from .identity import run_identity
+from .key_search import Evaluator, key_search
+from .prefill import check_prefill
+from .readings import control_reading, method_reading
 from .results import Results
-from .rows import make_rows
+from .run_journal import open_journal
 from .selection import plan_methods, try_plans
-from .setup import check_positions, prepare
+from .setup import Options, check_positions, prepare
 
 if TYPE_CHECKING:
     import datasets
+    from accelerate import Accelerator
 
     from ..methods.base import Method
     from .documents import Document
@@ -40,28 +47,45 @@ def compare(
     original_length: int | None = None,
     protocol: str | None = None,
     stride: int | None = None,
+    tail: int | None = None,
     start: int = 0,
     passkey: int = 0,
+    retrieval: int = 0,
+    tasks: Sequence[str] | None = None,
+    depths: Sequence[float] | None = None,
+    longppl: Evaluator | None = None,
+    short_length: int | None = None,
+    prefill_chunk: int | None = None,
+    offload_cache: bool = False,
+    journal: str | Path | None = None,
+    accelerator: Accelerator | None = None,
     seed: int = 0,
     on_method: Callable[[Results], None] | None = None,
 ) -> Results:
     """
-    Perplexity, gain over the control, and pass-key retrieval of several methods on one model.
+    Perplexity, gain over the control, and what is retrieved, of several methods on one model.
 
     All methods are planned before anything is measured, so that a mistake costs no hours; those that do not apply to
     the model are left out, with the reason in `provenance["not_applicable"]`. The control is measured once; `none`,
-    where it is asked for, is measured first, since the others are compared with it. The model is restored after each
-    method, also after an exception or Ctrl-C.
+    where it is asked for, is measured first, since the others are compared with it. A document that fails under one
+    method (logits that are not finite, a lack of memory) is left out of all, with the reason in
+    `provenance["left_out"]`. The model is restored after each method, also after an exception or Ctrl-C.
 
     | column | meaning |
     |---|---|
     | `perplexity`, `perplexity_tail` | of all tokens that the protocol scores, and of the second half of them |
+    | `bits_per_byte` | NLL in bits by bytes of the scored text: comparable across tokenizers |
     | `nll_sum`, `tokens`, `documents` | what the perplexity comes from; sums in nats |
+    | `protocol`, `bos`, `dtype` | how it was measured |
     | `ci95` | 95 % bootstrap interval of `perplexity` over documents |
     | `perplexity_truncated`, `perplexity_truncated_tail` | the same, unpatched, context cut to the trained length |
     | `gain`, `gain_ci95` | `perplexity_truncated_tail / perplexity_tail`, paired: above 1 the longer context helps |
     | `change`, `change_ci95` | `perplexity / unpatched perplexity - 1`, paired; beyond that if `none` is measured |
+    | `longppl`, `longppl_ci95`, `key_tokens` | perplexity of the key tokens at the longest length; how many they are |
+    | `longppl_truncated` | of the same tokens, unpatched, context cut to the trained length |
     | `passkey`, `passkey_trials` | share of pass keys found, of how many |
+
+    What `retrieval` asked for is in `results.retrieval`, by method, task, length and depth.
 
     Args:
         model (`PreTrainedModel`): a language model (causal, masked or encoder-decoder) without a patch.
@@ -73,76 +97,69 @@ def compare(
         factor (`float`, *optional*): of methods that do not say their own.
         target_length (`int`, *optional*): in tokens, instead of a factor.
         original_length (`int`, *optional*): trained length, where the config is wrong about it; the control's, too.
-        protocol (`str`, *optional*): see [`evaluate_perplexity`].
-        stride (`int`, *optional*): see [`evaluate_perplexity`].
-        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document.
-        passkey (`int`, *optional*, defaults to 0): pass-key trials per method and length; 0 for none.
+        protocol, stride, tail, start, passkey, retrieval, tasks, depths (*optional*): see [`evaluate_perplexity`].
+        longppl (`str`, `PreTrainedModel` or `tuple`, *optional*): what finds the key tokens of LongPPL
+            ([`find_key_tokens`]): once, at the longest length, for all methods and the control. The label of one of
+            the methods (`"yarn"`, or `"yarn x8"` where it has several factors), which is thereby favoured; or another
+            model that reads this length well; or `(model, tokenizer)`, if its tokenizer is another.
+        short_length (`int`, *optional*): tokens of LongPPL's short context, which moves by a quarter of it; by default
+            half of the trained length, or of the longest if that is less, at most the paper's 4096.
+        prefill_chunk, offload_cache, journal, accelerator (*optional*): see [`evaluate_perplexity`].
         seed (`int`, *optional*, defaults to 0): of the bootstrap and of the pass keys.
         on_method (`Callable[[Results], None]`, *optional*): called with the results so far after each method, so that
-            what is finished can be saved.
+            what is finished can be saved; on several processes once, on each, at the end.
 
     Returns:
-        [`Results`]: one row per method and length.
+        [`Results`]: one row per method and length, on every process.
 
     Raises:
         AlreadyPatchedError: the model has a patch.
-        InvalidParameterError: lengths, protocol, stride or methods that cannot be.
-        DocumentError, UnsupportedModelError, EvaluationError: as [`evaluate_perplexity`].
+        InvalidParameterError: lengths, protocol, its options or methods that cannot be.
+        DocumentError, UnsupportedModelError, EvaluationError, JournalError: as [`evaluate_perplexity`].
         UnknownMethodError: no such method.
         MethodNotApplicableError: no method applies to the model, or none but `none`.
     """
     base = unwrap(model)
-    present = getattr(base, "_posext_patch", None)
+    present = find_patch(base)
     if present is not None:
         raise AlreadyPatchedError(
             f"the model has the patch {present.plan.method!r} in force, and a comparison begins unpatched; "
             "call unpatch_model(model) first"
         )
-    if passkey < 0:
-        raise InvalidParameterError(f"passkey is {passkey}; give the number of trials per length, or 0 for none")
     scheme = detect_scheme(base)
-    setup = prepare(
-        model, tokenizer, documents, lengths, scheme, protocol=protocol, stride=stride, start=start, seed=seed
-    )
+    options = Options(protocol, stride, tail, start, memory_for(accelerator, prefill_chunk, offload_cache), seed)
+    setup = prepare(model, tokenizer, documents, lengths, scheme, options)
+    questions = check_asking(setup, passkey, retrieval, tasks, depths)
     plans, not_applicable = plan_methods(
         scheme, methods, factor=factor, target_length=target_length, original_length=original_length
     )
     planned = try_plans(base, plans, not_applicable)
     for plan in planned:
         check_positions(scheme, plan, setup.lengths[-1])
-    if passkey and setup.protocol.name not in DECODER_PROTOCOLS:
-        raise InvalidParameterError(
-            f"passkey is {passkey}, and {type(base).__name__} does not continue a text as a decoder does; give 0"
-        )
-    if passkey:
-        for length in setup.lengths:
-            passkey_prompts(tokenizer, length, 1, seed)
+        check_prefill(scheme, plan, setup.lengths[-1], prefill_chunk)
+
     trained_length = planned[0].original_length
-    results = Results({**setup.provenance, "trained_length": trained_length, "not_applicable": not_applicable})
-    steps = work(setup) * (1 + len(planned)) + len(planned) * len(setup.lengths) * (passkey > 0)
-    with evaluation_mode(base), tqdm(total=steps, desc="control", unit="doc", disable=None) as progress:
-        truncated = setup.protocol.measure_control(setup.scorer, setup.documents, setup.lengths, trained_length)
-        control = collect(truncated, setup, CONTROL, 1.0, progress.update)
-        results.per_document += control
-        # Inside the trained length the control is the unpatched model itself, whether or not `none` is asked for.
-        read_whole = setup.protocol.name != "sliding"
-        baseline = [record for record in control if read_whole and record["length"] <= trained_length]
-        for plan in planned:
-            progress.set_description(plan.method)
-            with patch_model(base, plan, tokenizer=tokenizer):
-                times = 1.0 if plan.changes_nothing else plan.factor
-                records = measure_method(setup, plan.method, times, plan.multipass, progress.update)
-                found = {}
-                if passkey:
-                    found = passkey_accuracy(
-                        base, tokenizer, setup.lengths, passkey, seed, on_length=lambda: progress.update(1)
-                    )
-            baseline = records if plan.changes_nothing else baseline
-            rows = make_rows(records, protocol=setup.protocol.name, control=control, baseline=baseline, seed=seed)
-            for row in rows if passkey else ():
-                row |= {"passkey": found[row["length"]], "passkey_trials": passkey}
-            results.rows += rows
-            results.per_document += records
-            if on_method is not None:
-                on_method(results)
-    return results
+    provenance = {"trained_length": trained_length, "not_applicable": not_applicable, **questions.facts}
+    control = control_reading(setup, setup.scorer, trained_length)
+    readings = [method_reading(setup, plan, passkey, questions) for plan in planned]
+    patches = [partial(patch_model, base, plan, tokenizer=tokenizer) for plan in planned]
+    search = key_search(setup, longppl, short_length, trained_length, list(zip(readings, patches, strict=True)))
+    beside = {"passkey": passkey, **questions.facts, **(search.identity if search else {})}
+    models = [base, *(search.others if search else [])]
+    identity = run_identity(setup, models, planned, trained_length=trained_length, **beside)
+    with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
+        if search is not None:
+            found = search.run(accelerator, written)
+            control, *readings = (replace(reading, keys=found.keys) for reading in (control, *readings))
+            provenance |= found.facts
+        unpatched = readings[0] if planned[0].changes_nothing else None
+        assembly = Assembly(readings, control, unpatched, provenance)
+
+        def tell(outcomes: Outcomes) -> None:
+            so_far = assembly.results(outcomes)
+            if on_method is not None and so_far.rows:
+                on_method(so_far)
+
+        states = [State(control.name, nullcontext, control.units())]
+        states += [State(one.name, enter, one.units()) for one, enter in zip(readings, patches, strict=True)]
+        return assembly.results(measure(states, accelerator=accelerator, journal=written, on_state=tell))

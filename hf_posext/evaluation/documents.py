@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""File endings and the builders of `datasets` that read them; `.txt` files are one document each."""
+BUILDERS: dict[str, dict[str, Any]] = {
+    ".csv": {"path": "csv", "keep_default_na": False},  # an empty cell is an empty text, and "NA" is a word
+    ".parquet": {"path": "parquet"},
+}
+"""File endings, and the builders of `datasets` that read them."""
+
+SUFFIXES = (".txt", ".jsonl", ".json", *BUILDERS)
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -30,6 +35,8 @@ class Document:
     """
     A text to measure on.
 
+    Lone surrogates, which UTF-8 cannot hold and tokenizers refuse, become U+FFFD, the replacement character.
+
     Args:
         id (`str`): a name for messages and result files: file name, `id` column, or index.
         text (`str`): the text.
@@ -37,6 +44,16 @@ class Document:
 
     id: str
     text: str
+
+    def __post_init__(self) -> None:
+        for name in ("id", "text"):
+            value = getattr(self, name)
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                logger.warning("the %s of document %r has lone surrogates; they become U+FFFD", name, self.id)
+                paired = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+                object.__setattr__(self, name, paired)
 
 
 class Documents(list[Document]):
@@ -69,7 +86,9 @@ def load_documents(
         source (`str`, `Path`, [`Recipe`], `datasets.Dataset`, `datasets.IterableDataset` or `list[str]`):
             the name of a recipe (`"pg19"`, `"proof-pile"`, `"govreport"`, `"arxiv"`, `"booksum"`); a folder of `.txt`
             files or one such file (a document each); a `.jsonl`, `.json`, `.csv` or `.parquet` file (a document a
-            row); a folder or Hub id that `datasets.load_dataset` reads, streamed; or the data itself. The name of a
+            row); a folder or Hub id that `datasets.load_dataset` reads, streamed; or the data itself. Files are
+            UTF-8; of `.txt` files a byte order mark is no text, and line ends are `\\n`; all other text stays as it
+            is. The name of a
             recipe means the recipe, whatever lies in the working directory, so that a command means the same
             everywhere: a folder of that name is `"./pg19"`.
         text_column (`str`, *optional*): column of the text, by default the recipe's, or `"text"`; a column `id` names
@@ -150,7 +169,7 @@ def _from_recipe(recipe: Recipe, text_column: str, split: str, revision: str | N
         )
     rows = _load_dataset(recipe.path, **recipe.request(split, revision))
     if recipe.files is not None:
-        rows = (json.loads(line["text"]) for line in rows)
+        rows = _json_lines((line["text"] for line in rows), recipe.path)
     return _from_rows(rows, text_column, recipe.path)
 
 
@@ -161,15 +180,17 @@ def _long_enough(texts: Iterable[tuple[str, Any]], minimum: int) -> Iterable[tup
 def _from_path(path: Path, text_column: str, split: str | None, revision: str | None) -> Iterable[tuple[str, Any]]:
     if path.is_file() and path.suffix == ".txt":
         return _from_text_files([path])
+    if path.is_file() and path.suffix in (".jsonl", ".json"):
+        return _from_rows(_json_rows(path), text_column, str(path))
     if path.is_file() and path.suffix in BUILDERS:
-        rows = _load_dataset(str(path), BUILDERS[path.suffix], data_files=str(path.absolute()), split="train")
+        rows = _load_dataset(str(path), **BUILDERS[path.suffix], data_files=str(path.absolute()), split="train")
         return _from_rows(rows, text_column, str(path))
     if path.is_file():
-        raise DocumentError(f"{path} ends in {path.suffix!r}; give a file of .txt, {', '.join(BUILDERS)}, or a folder")
+        raise DocumentError(f"{path} ends in {path.suffix!r}; give a file of {', '.join(SUFFIXES)}, or a folder")
     if path.is_dir() and (files := sorted(path.glob("*.txt"))):
         return _from_text_files(files)
-    if not path.is_dir() and (path.suffix in (".txt", *BUILDERS) or not HUB_ID.fullmatch(str(path))):
-        raise DocumentError(f"no such path: {path}; give a folder, a file of .txt, {', '.join(BUILDERS)}, or a Hub id")
+    if not path.is_dir() and (path.suffix in SUFFIXES or not HUB_ID.fullmatch(str(path))):
+        raise DocumentError(f"no such path: {path}; give a folder, a file of {', '.join(SUFFIXES)}, or a Hub id")
     name = str(path.absolute()) if path.is_dir() else str(path)
     found = _load_dataset(str(path), name, split=split, revision=revision)
     if isinstance(found, dict):
@@ -193,11 +214,31 @@ def _load_dataset(shown: str, *args: Any, streaming: bool = True, **kwargs: Any)
 
 def _from_text_files(paths: Iterable[Path]) -> Iterable[tuple[str, str]]:
     for path in paths:
-        yield path.name, path.read_text(encoding="utf-8")
+        yield path.name, path.read_text(encoding="utf-8-sig")
+
+
+def _json_rows(path: Path) -> Iterable[Any]:
+    """Rows of a list or of lines. Not by `datasets`, which wants one type in a column, and drops lone surrogates."""
+    if path.suffix == ".json" and (content := path.read_text(encoding="utf-8-sig")).lstrip().startswith("["):
+        yield from json.loads(content)
+        return
+    with path.open(encoding="utf-8-sig") as lines:
+        yield from _json_lines(lines, str(path))
+
+
+def _json_lines(lines: Iterable[str], name: str) -> Iterable[Any]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DocumentError(f"cannot read {name}: line {number} is not JSON ({error})") from error
 
 
 def _from_rows(rows: Any, text_column: str, name: str) -> Iterable[tuple[str, Any]]:
     for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DocumentError(f"row {index} of {name} is {type(row).__name__}, not an object with a column of text")
         if text_column not in row:
             raise DocumentError(
                 f"{name} has no column {text_column!r}; it has {', '.join(row)}: choose one with text_column="

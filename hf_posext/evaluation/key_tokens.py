@@ -15,13 +15,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import InvalidParameterError
-from ..patching.detect import detect_scheme
+from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode
+from .alignment import TokensRead, read_by
 from .documents import Document, load_documents
-from .protocols import windowed_nll
 from .scoring import TokenScorer, require_finite
-from .setup import check_positions
-from .tokens import TokenizedDocuments, adds_bos, tokenize_documents
+from .setup import check_positions, model_name
+from .tokens import TokenizedDocuments, tokenize_documents
+from .windows import windowed_nll
 
 if TYPE_CHECKING:
     import datasets
@@ -55,6 +56,7 @@ class KeyTokens:
         found (`int`): key tokens of all documents, counted in the evaluator's own tokens.
         evaluator (`str`): its name, and its patch where it had one.
         criterion ([`Criterion`]): what made them key.
+        start (`int`, *optional*, defaults to 0): tokens that were left out at the beginning of each document.
     """
 
     indices: dict[str, list[int]]
@@ -62,6 +64,7 @@ class KeyTokens:
     found: int
     evaluator: str
     criterion: Criterion
+    start: int = 0
 
 
 class Contrast(NamedTuple):
@@ -82,6 +85,7 @@ def find_key_tokens(
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     *,
     length: int,
+    start: int = 0,
     evaluator_tokenizer: Any = None,
     alpha: float = 2.0,
     beta: float = -2.0,
@@ -109,6 +113,7 @@ def find_key_tokens(
         tokenizer (`PreTrainedTokenizerBase`): of the models to measure, in whose tokens the key tokens are given.
         documents (`list[Document]`, or what [`load_documents`] takes): the texts.
         length (`int`): tokens per document, BOS included where the tokenizer adds one.
+        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
         evaluator_tokenizer (`PreTrainedTokenizerBase`, *optional*): where it is another than `tokenizer`.
         alpha, beta, short_length, stride: see [`Criterion`]; `short_length + stride` is below `length`.
 
@@ -117,106 +122,101 @@ def find_key_tokens(
         DocumentError, UnsupportedModelError, EvaluationError: as [`evaluate_perplexity`].
     """
     texts = as_documents(documents)
-    rows = tokenize_documents(texts, tokenizer, length)
-    criterion = Criterion(alpha, beta, short_length, stride)
-    return find_in_rows(evaluator, tokenizer, texts, rows, evaluator_tokenizer, criterion)[0]
+    rows = tokenize_documents(texts, tokenizer, length, start)
+    given = read_by(evaluator_tokenizer, tokenizer, texts, rows)
+    return find_in_rows(evaluator, given, rows, Criterion(alpha, beta, short_length, stride))[0]
+
+
+class Found(NamedTuple):
+    """Indices in its row of the key tokens of a document; how many those are in the evaluator's tokens; and the NLL of
+    the evaluator's tokens 1, 2, ... given the long context."""
+
+    indices: list[int]
+    found: int
+    nll: np.ndarray
+
+
+def find_in_row(scorer: TokenScorer, given: TokensRead, index: int, criterion: Criterion) -> Found:
+    """
+    The key tokens of one document.
+
+    Args:
+        scorer ([`TokenScorer`]): of the evaluator.
+        given ([`TokensRead`]): what it reads.
+        index (`int`): of the document.
+        criterion ([`Criterion`]): what makes a token key.
+
+    Raises:
+        NonFiniteError: logits are not finite.
+    """
+    contrast = contrast_row(scorer, given.rows[index], given.ids[index], given.bos, criterion)
+    keys = contrast.keys(criterion)
+    return Found(given.carry(index, keys).tolist(), len(keys), contrast.long)
 
 
 def find_in_rows(
-    evaluator: nn.Module,
-    tokenizer: Any,
-    texts: Sequence[Document],
-    rows: TokenizedDocuments,
-    evaluator_tokenizer: Any,
-    criterion: Criterion,
+    evaluator: nn.Module, given: TokensRead, rows: TokenizedDocuments, criterion: Criterion
 ) -> tuple[KeyTokens, list[np.ndarray]]:
-    """The same over rows that are there already; also the evaluator's NLL of its own tokens given the long context."""
-    if evaluator_tokenizer in (None, tokenizer):
-        contrasts = contrast_rows(evaluator, list(rows.tokens), rows.ids, rows.bos, criterion)
-        indices = [contrast.keys(criterion) for contrast in contrasts]
-        found = sum(len(keys) for keys in indices)
-    else:
-        text_of = {document.id: document.text for document in texts}
-        bos, first = adds_bos(evaluator_tokenizer), int(rows.bos)
-        prefix = [evaluator_tokenizer.bos_token_id] if bos else []
-        offsets = [_encode(tokenizer, text_of[id])[1][: rows.length - first] for id in rows.ids]
-        covered = [text_of[id][: own[-1, 1]] for id, own in zip(rows.ids, offsets, strict=True)]
-        encoded = [_encode(evaluator_tokenizer, text) for text in covered]
-        contrasts = contrast_rows(
-            evaluator, [torch.tensor(prefix + ids) for ids, _ in encoded], rows.ids, bos, criterion
-        )
-        indices, found = [], 0
-        for text, own, (_, others), contrast in zip(covered, offsets, encoded, contrasts, strict=True):
-            keys = contrast.keys(criterion)
-            found += len(keys)
-            mapped = np.flatnonzero(tokens_inside(own, others[keys - int(bos)], text)) + first
-            indices.append(mapped[mapped > 0])  # token 0 of a row is never scored
-    by_document = {id: index.tolist() for id, index in zip(rows.ids, indices, strict=True)}
-    result = KeyTokens(by_document, rows.length, found, _name(evaluator), criterion)
-    return result, [contrast.long for contrast in contrasts]
+    """The key tokens of all documents; also the evaluator's NLL of its own tokens given the long context."""
+    check_criterion(criterion, max(len(row) for row in given.rows))
+    check_reads(evaluator, given.rows)
+    scorer = TokenScorer(evaluator)
+    with evaluation_mode(scorer.model):
+        indices = tqdm(range(len(given.ids)), desc="key tokens", unit="doc", disable=None)
+        found = [find_in_row(scorer, given, index, criterion) for index in indices]
+    by_document = {id: one.indices for id, one in zip(given.ids, found, strict=True)}
+    total = sum(one.found for one in found)
+    keys = KeyTokens(by_document, rows.length, total, evaluator_name(scorer.model), criterion, rows.start)
+    return keys, [one.nll for one in found]
 
 
-def contrast_rows(
-    model: nn.Module, rows: list[torch.Tensor], ids: list[str], bos: bool, criterion: Criterion
-) -> list[Contrast]:
+def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: bool, criterion: Criterion) -> Contrast:
     """
     NLL of every token with the long and with the short context.
 
     Args:
-        model (`PreTrainedModel`): a causal language model, patched or not.
-        rows (`list[torch.LongTensor]`): of shape `(tokens,)` each, of any lengths.
-        ids (`list[str]`): of their documents, for messages.
-        bos (`bool`): whether each row begins with BOS.
+        scorer ([`TokenScorer`]): of a causal language model, patched or not.
+        row (`torch.LongTensor` of shape `(tokens,)`): the document.
+        id (`str`): its name in messages.
+        bos (`bool`): whether the row begins with BOS.
         criterion ([`Criterion`]): its `short_length` and `stride`.
+
+    Raises:
+        NonFiniteError: logits are not finite.
     """
+    short = windowed_nll(scorer, row, criterion.short_length + criterion.stride, criterion.stride, bos)
+    require_finite(short, id, culprit=scorer.culprit)
+    return Contrast(whole_nll(scorer, row, id), short)
+
+
+def whole_nll(scorer: TokenScorer, row: torch.Tensor, id: str) -> np.ndarray:
+    """NLL of tokens 1, 2, ... of a row given all tokens before them, float64, in nats."""
+    nll = scorer.token_nll(row[None])[0].double().numpy()
+    require_finite(nll, id, culprit=scorer.culprit)
+    return nll
+
+
+def check_criterion(criterion: Criterion, longest: int) -> None:
+    """Refuse windows with which no context of a row of `longest` tokens is short."""
     _, _, short_length, stride = criterion
-    longest = max(len(row) for row in rows)
     if short_length < 1 or stride < 1 or short_length + stride >= longest:
         raise InvalidParameterError(
             f"short_length is {short_length} and stride {stride}, and rows have up to {longest} tokens, so no context "
             "is short; give positive numbers whose sum is below that, as in short_length=length // 8"
         )
-    _check_rows(model, rows)
-    scorer, short = TokenScorer(model), []
-    # All short windows first: transformers' dynamic NTK keeps the largest base that it has ever needed.
-    with evaluation_mode(scorer.model):
-        for id, row in zip(ids, tqdm(rows, desc="short context", unit="doc", disable=None), strict=True):
-            short.append(windowed_nll(scorer, row, short_length + stride, stride, bos))
-            require_finite(short[-1], id)
-    return [Contrast(*pair) for pair in zip(long_nll(model, rows, ids), short, strict=True)]
 
 
-def long_nll(model: nn.Module, rows: list[torch.Tensor], ids: list[str]) -> list[np.ndarray]:
-    """NLL of tokens 1, 2, ... of each row given all tokens before them, float64, in nats."""
-    _check_rows(model, rows)
-    scorer, nll = TokenScorer(model), []
-    with evaluation_mode(scorer.model):
-        for id, row in zip(ids, tqdm(rows, desc="long context", unit="doc", disable=None), strict=True):
-            nll.append(scorer.token_nll(row[None])[0].double().numpy())
-            require_finite(nll[-1], id)
-    return nll
-
-
-def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarray:
-    """
-    Which tokens lie, but for white space, inside spans of characters.
-
-    Args:
-        offsets (`numpy.ndarray` of shape `(tokens, 2)`): first character and one past the last, of each token.
-        spans (`numpy.ndarray` of shape `(spans, 2)`): the same, of the spans; in any order, also overlapping.
-        text (`str`): what the characters are of.
-
-    Returns:
-        `numpy.ndarray` of shape `(tokens,)`, bool. A token that shares no character with the spans is in none of them.
-    """
-    covered = np.zeros(len(text), dtype=bool)
-    for begin, end in spans:
-        covered[begin:end] = True
-    is_space = np.fromiter((character.isspace() for character in text), dtype=bool, count=len(text))
-    inside, outside = (np.concatenate([[0], np.cumsum(mask)]) for mask in (covered, ~covered & ~is_space))
-    begins, ends = offsets[:, 0], offsets[:, 1]
-    result: np.ndarray = (inside[ends] > inside[begins]) & (outside[ends] == outside[begins])
-    return result
+def check_reads(model: nn.Module, rows: Sequence[torch.Tensor]) -> None:
+    """Refuse tokens that the model does not have, and positions past the end of a learned table."""
+    unwrapped = TokenScorer(model).model
+    largest, vocabulary = max(int(row.max()) for row in rows), unwrapped.get_input_embeddings().num_embeddings
+    if largest >= vocabulary:
+        raise InvalidParameterError(
+            f"the tokenizer gave token {largest}, and {evaluator_name(model)} has {vocabulary}; give each model its "
+            "own tokenizer, the evaluator's as evaluator_tokenizer="
+        )
+    patch = find_patch(model)
+    check_positions(detect_scheme(model), None if patch is None else patch.plan, max(len(row) for row in rows))
 
 
 def as_documents(documents: Any) -> list[Document]:
@@ -226,32 +226,7 @@ def as_documents(documents: Any) -> list[Document]:
     return load_documents(documents)
 
 
-def _encode(tokenizer: Any, text: str) -> tuple[list[int], np.ndarray]:
-    """Tokens of a text without special ones, and their characters, `(tokens, 2)`."""
-    if not tokenizer.is_fast:
-        raise InvalidParameterError(
-            f"{type(tokenizer).__name__} gives no character offsets, so key tokens cannot be carried between it and "
-            "another tokenizer; use a fast tokenizer, or an evaluator with the same tokenizer"
-        )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-
-
-def _check_rows(model: nn.Module, rows: list[torch.Tensor]) -> None:
-    """Refuse tokens that the model does not have, and positions past the end of a learned table."""
-    unwrapped = TokenScorer(model).model
-    largest, vocabulary = max(int(row.max()) for row in rows), unwrapped.get_input_embeddings().num_embeddings
-    if largest >= vocabulary:
-        raise InvalidParameterError(
-            f"the tokenizer gave token {largest}, and {_name(model)} has {vocabulary}; give each model its own "
-            "tokenizer, the evaluator's as evaluator_tokenizer="
-        )
-    patch = getattr(unwrapped, "_posext_patch", None)
-    check_positions(detect_scheme(model), None if patch is None else patch.plan, max(len(row) for row in rows))
-
-
-def _name(model: nn.Module) -> str:
-    unwrapped = TokenScorer(model).model
-    name = unwrapped.config.name_or_path or type(unwrapped).__name__
-    patch = getattr(unwrapped, "_posext_patch", None)
+def evaluator_name(model: nn.Module) -> str:
+    """What results call a model that finds key tokens: its name, and its patch where it has one."""
+    patch, name = find_patch(model), model_name(TokenScorer(model).model)
     return name if patch is None else f"{name}, {patch.plan.method} x{patch.plan.factor:g}"

@@ -7,17 +7,21 @@ Perplexity over all tokens is mostly that of tokens which a short context predic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..errors import EvaluationError, InvalidParameterError
+from ..patching.modes import evaluation_mode
+from .alignment import read_by
 from .documents import Document
-from .key_tokens import Criterion, KeyTokens, as_documents, find_in_rows, long_nll
+from .key_tokens import Criterion, KeyTokens, as_documents, check_reads, find_in_rows, whole_nll
+from .scoring import TokenScorer
 from .statistics import bootstrap_interval, pooled_perplexity
 from .tokens import TokenizedDocuments, tokenize_documents
 
@@ -60,6 +64,7 @@ def longppl(
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     *,
     length: int,
+    start: int = 0,
     evaluator: nn.Module | None = None,
     evaluator_tokenizer: Any = None,
     keys: KeyTokens | None = None,
@@ -83,9 +88,10 @@ def longppl(
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         documents (`list[Document]`, or what [`load_documents`] takes): the texts.
         length (`int`): tokens per document, BOS included where the tokenizer adds one.
+        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
         evaluator (`PreTrainedModel`, *optional*): the model that finds the key tokens; by default `model`.
-        keys ([`KeyTokens`], *optional*): found before with the same tokenizer, documents and length, instead of an
-            evaluator and the arguments below.
+        keys ([`KeyTokens`], *optional*): found before with the same tokenizer, documents, length and start,
+            instead of an evaluator and the arguments below.
         evaluator_tokenizer, alpha, beta, short_length, stride: see [`find_key_tokens`].
         seed (`int`, *optional*, defaults to 0): of the bootstrap.
 
@@ -100,19 +106,25 @@ def longppl(
     if evaluator is None and evaluator_tokenizer is not None:
         raise InvalidParameterError("evaluator_tokenizer is given without a model; give evaluator=, too, or neither")
     texts = as_documents(documents)
-    rows = tokenize_documents(texts, tokenizer, length)
+    rows = tokenize_documents(texts, tokenizer, length, start)
     if keys is None:
+        given = read_by(evaluator_tokenizer, tokenizer, texts, rows)
         criterion = Criterion(alpha, beta, short_length, stride)
-        keys, nll = find_in_rows(evaluator or model, tokenizer, texts, rows, evaluator_tokenizer, criterion)
+        keys, nll = find_in_rows(evaluator or model, given, rows, criterion)
         if evaluator is None:
             return _pool(rows, nll, keys, seed)
     missing = [id for id in rows.ids if id not in keys.indices]
-    if keys.length != length or missing:
+    if (keys.length, keys.start) != (length, start) or missing:
         raise InvalidParameterError(
-            f"the key tokens are of length {keys.length} and lack the documents {missing}, and length is {length}; "
-            "find them for the same documents and length"
+            f"the key tokens are of length {keys.length} from token {keys.start} on and lack the documents {missing}, "
+            f"and length is {length}, start {start}; find them for the same documents, length and start"
         )
-    return _pool(rows, long_nll(model, list(rows.tokens), rows.ids), keys, seed)
+    check_reads(model, list(rows.tokens))
+    scorer = TokenScorer(model)
+    with evaluation_mode(scorer.model):
+        read = tqdm(zip(rows.tokens, rows.ids, strict=True), total=len(rows.ids), unit="doc", disable=None)
+        nll = [whole_nll(scorer, row, id) for row, id in read]
+    return _pool(rows, nll, keys, seed)
 
 
 def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: float = 5.0) -> torch.Tensor:
@@ -121,7 +133,7 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
 
     Args:
         long_nll (`torch.Tensor`): NLL of each token given the long context, in nats: the losses of the training step.
-        short_nll (`torch.Tensor` of the same shape): NLL given the short context ([`contrast_rows`] has both); where
+        short_nll (`torch.Tensor` of the same shape): NLL given the short context; where
             no context is shorter, the value of `long_nll`, which weighs 1.
         cap (`float`, *optional*, defaults to 5.0): the largest weight, the paper's gamma.
 
@@ -141,18 +153,68 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
     return (short_nll.detach() - long_nll.detach()).exp().clamp(max=cap)
 
 
+def key_sums(nll: np.ndarray, indices: Sequence[int]) -> dict[str, Any]:
+    """
+    What the key tokens of a document give.
+
+    Args:
+        nll (`numpy.ndarray` of shape `(tokens - 1,)`): of tokens 1, 2, ... of its row, in nats.
+        indices (`Sequence[int]`): of the key tokens in the row.
+
+    Returns:
+        `dict`: `key_nll_sum`, float64, and `key_tokens`, how many they are.
+    """
+    return {"key_nll_sum": math.fsum(nll[index - 1] for index in indices), "key_tokens": len(indices)}
+
+
+def longppl_cells(
+    records: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]], length: int, seed: int
+) -> dict[str, Any]:
+    """
+    What the row of a length says of LongPPL.
+
+    Args:
+        records (`Sequence[Mapping]`): of a method, with the [`key_sums`] of each document at the longest length, and
+            `None` at the others, and where key tokens are not known.
+        control (`Sequence[Mapping]`): of the control, with those of the same key tokens; or none.
+        length (`int`): of the row.
+        seed (`int`): of the bootstrap.
+
+    Returns:
+        `dict`: `longppl`, `longppl_ci95`, `longppl_truncated` and `key_tokens`; `None` at a
+        length where they are not known, and all but the last without key tokens.
+    """
+    own, truncated = ([record for record in each if record["length"] == length] for each in (records, control))
+    known = any(record["key_tokens"] is not None for record in own)
+    sums, counts = _key_columns(own)
+    control_sums, _ = _key_columns(truncated)
+    return {
+        "longppl": float(pooled_perplexity(sums, counts)) if counts else None,
+        "longppl_ci95": bootstrap_interval(sums, counts, seed) if counts else None,
+        "longppl_truncated": float(pooled_perplexity(control_sums, counts)) if control_sums else None,
+        "key_tokens": sum(counts) if known else None,
+    }
+
+
+def _key_columns(records: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[int]]:
+    """Sums and counts of the documents that have key tokens."""
+    counted = [record for record in records if record["key_tokens"]]
+    return [record["key_nll_sum"] for record in counted], [record["key_tokens"] for record in counted]
+
+
 def _pool(rows: TokenizedDocuments, nll: list[np.ndarray], keys: KeyTokens, seed: int) -> LongPPL:
     per_document: list[dict[str, Any]] = []
     for id, values in zip(rows.ids, nll, strict=True):
-        chosen = values[np.array(keys.indices[id], dtype=np.int64) - 1]  # the first value is that of token 1
+        own = key_sums(values, keys.indices[id])
+        sums, counts = [own["key_nll_sum"]], [own["key_tokens"]]
         per_document.append(
             {
                 "document": id,
-                "nll_sum": float(chosen.sum()),
-                "key_tokens": len(chosen),
-                "longppl": float(pooled_perplexity(chosen, np.ones(len(chosen)))) if len(chosen) else None,
+                "nll_sum": own["key_nll_sum"],
+                "key_tokens": own["key_tokens"],
+                "longppl": float(pooled_perplexity(sums, counts)) if own["key_tokens"] else None,
                 "tokens": len(values),
-                "all_nll_sum": float(values.sum()),
+                "all_nll_sum": math.fsum(values),
             }
         )
     counted = [record for record in per_document if record["key_tokens"]]

@@ -1,4 +1,4 @@
-"""Where in the document the longer context pays: the gain in sixteen equally long stretches of it."""
+"""Where in the document the longer context pays: the gain in sixteen equally long stretches of what is scored."""
 
 from __future__ import annotations
 
@@ -22,18 +22,27 @@ class StretchGain(NamedTuple):
     gain_ci95: list[float] | None
 
 
-def stretch_bounds(length: int) -> np.ndarray:
-    """The tokens at which the stretches of a document of `length` tokens begin, and its end; shape (17,)."""
-    return np.arange(STRETCHES + 1) * length // STRETCHES
+def stretch_bounds(first: int, scored: int) -> np.ndarray:
+    """
+    The tokens at which the stretches begin, and their end; shape (17,).
+
+    They divide the tokens from the one before the first that is scored, which is where its context ends: where all of
+    a document is scored that is token 0, and they divide the document.
+
+    Args:
+        first (`int`): index of the first token that is scored.
+        scored (`int`): how many are.
+    """
+    return first - 1 + np.arange(STRETCHES + 1) * (scored + 1) // STRETCHES
 
 
 def position_sums(nll: np.ndarray) -> list[float]:
-    """NLL summed over each stretch of a document.
+    """NLL summed over each stretch.
 
     Args:
-        nll (`numpy.ndarray` of shape `(tokens - 1,)`): of tokens 1, 2, ... (the first one is never scored).
+        nll (`numpy.ndarray` of shape `(scored tokens,)`): of tokens without a gap.
     """
-    bounds = np.maximum(stretch_bounds(len(nll) + 1) - 1, 0)
+    bounds = np.maximum(stretch_bounds(0, len(nll)), 0)
     return [float(nll[begin:end].sum()) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
@@ -46,18 +55,18 @@ def gain_by_position(
     It is `exp` of the NLL that the longer context saves, averaged over the tokens of a stretch in all documents.
 
     Args:
-        records (`Sequence[dict]`): of the method at the longest length, a document each.
+        records (`Sequence[dict]`): of the method at the longest length, a document each, with `position_nll_sums`.
         control (`Sequence[dict]`): of the control, the same documents in the same order.
         seed (`int`): of the bootstrap.
     """
-    length = records[0]["tokens"] + 1
-    bounds = stretch_bounds(length)
-    scored = np.diff(np.maximum(bounds, 1))
+    first, scored = records[0]["first"], records[0]["tokens"]
+    bounds = stretch_bounds(first, scored)
+    counts = np.diff(np.maximum(bounds, first))
     saved = np.array([record["position_nll_sums"] for record in control]) - [
         record["position_nll_sums"] for record in records
     ]
     found = []
-    for begin, end, count, sums in zip(bounds[:-1], bounds[1:], scored, saved.T, strict=True):
+    for begin, end, count, sums in zip(bounds[:-1], bounds[1:], counts, saved.T, strict=True):
         if count:
             tokens = [int(count)] * len(records)
             interval = bootstrap_interval(list(sums), tokens, seed)

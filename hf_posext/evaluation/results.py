@@ -19,15 +19,18 @@ from .positions import STRETCHES
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA = 1
+SCHEMA = 2
 
 ROW_KEYS = (
     "method",
     "factor",
     "protocol",
+    "bos",
+    "dtype",
     "length",
     "perplexity",
     "perplexity_tail",
+    "bits_per_byte",
     "nll_sum",
     "tokens",
     "documents",
@@ -39,23 +42,40 @@ ROW_KEYS = (
     "change",
     "change_ci95",
 )
-"""What every row has, in this order; `passkey` and `passkey_trials` follow where pass keys were asked for."""
+"""What every row has, in this order; those of LongPPL and of pass keys follow where they were asked for."""
 
+LONGPPL_KEYS = ("longppl", "longppl_ci95", "longppl_truncated", "key_tokens")
 PASSKEY_KEYS = ("passkey", "passkey_trials")
 DOCUMENT_KEYS = (
     "document",
     "method",
     "factor",
     "length",
+    "first",
     "nll_sum",
     "tokens",
+    "bytes",
     "tail_nll_sum",
     "tail_tokens",
+    "groups",
+    "group_mean_sum",
     "position_nll_sums",
 )
-INTERVALS = ("ci95", "gain_ci95", "change_ci95")
-TEXTS = ("document", "method", "protocol")
-COUNTS = ("length", "tokens", "documents", "tail_tokens", "passkey_trials")
+KEY_TOKEN_KEYS = ("key_nll_sum", "key_tokens")
+"""What documents have beside, where LongPPL was asked for."""
+
+RETRIEVAL_KEYS = ("method", "factor", "task", "length", "depth", "accuracy", "trials")
+TABLES = {
+    "rows": (ROW_KEYS, (*LONGPPL_KEYS, *PASSKEY_KEYS)),
+    "per_document": (DOCUMENT_KEYS, KEY_TOKEN_KEYS),
+    "retrieval": (RETRIEVAL_KEYS, ()),
+}
+"""What the entries of each list have, and may have."""
+
+INTERVALS = ("ci95", "gain_ci95", "change_ci95", "longppl_ci95")
+TEXTS = ("document", "method", "protocol", "bos", "dtype", "task")
+COUNTS = ("length", "tokens", "documents", "tail_tokens", "passkey_trials", "trials")
+OPTIONAL_COUNTS = ("first", "bytes", "groups", "key_tokens")
 
 
 @dataclass
@@ -69,11 +89,14 @@ class Results:
         per_document (`list[dict]`): sums of NLL and counts of tokens of every document, method and length, the control
             (`"truncated"`) included, so that every perplexity and interval can be computed again; at the longest
             length also the NLL of sixteen equally long stretches of the document, for the gain by position.
+        retrieval (`list[dict]`): one per method, task, length and depth, where that was asked for: `accuracy` from 0
+            to 1 (`None` where it failed) and `trials`, as [`retrieval`] gives them.
     """
 
     provenance: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     per_document: list[dict[str, Any]] = field(default_factory=list)
+    retrieval: list[dict[str, Any]] = field(default_factory=list)
 
     def row(self, method: str, length: int, factor: float | None = None) -> dict[str, Any]:
         """
@@ -122,6 +145,7 @@ class Results:
             "short_context": self.short_context(),
             "rows": self.rows,
             "per_document": self.per_document,
+            **({"retrieval": self.retrieval} if self.retrieval else {}),
         }
         plain: dict[str, Any] = {"schema": SCHEMA, **_finite(content)}
         return plain
@@ -141,19 +165,19 @@ class Results:
                 f"results have schema {data['schema']!r}; this version of hf_posext reads {SCHEMA}: "
                 "upgrade it, or measure again"
             )
-        _check_keys("results", data, ("schema", "provenance", "rows", "per_document"), ("short_context",))
+        _check_keys("results", data, ("schema", "provenance", "rows", "per_document"), ("short_context", "retrieval"))
         _check_provenance(data["provenance"])
-        for name, keys, optional in (("rows", ROW_KEYS, PASSKEY_KEYS), ("per_document", DOCUMENT_KEYS, ())):
-            if not isinstance(data[name], list):
-                raise EvaluationError(f"{name} of the results is {type(data[name]).__name__}, not a list")
-            for index, entry in enumerate(data[name]):
+        tables = {name: data.get(name, []) for name in ("rows", "per_document", "retrieval")}
+        for name, table in tables.items():
+            if not isinstance(table, list):
+                raise EvaluationError(f"{name} of the results is {type(table).__name__}, not a list")
+            keys, optional = TABLES[name]
+            for index, entry in enumerate(table):
                 _check_keys(f"{name}[{index}]", entry, keys, optional)
                 for key, value in entry.items():
                     if not _fits(key, value):
                         raise EvaluationError(f"{name}[{index}] has {key} {short(value)}; measure again")
-        return cls(
-            dict(data["provenance"]), [dict(row) for row in data["rows"]], [dict(row) for row in data["per_document"]]
-        )
+        return cls(dict(data["provenance"]), **{name: [dict(row) for row in table] for name, table in tables.items()})
 
     def save_json(self, path: str | Path) -> Path:
         """Write the results; a file that is there stays whole until the new one is (atomic replacement)."""
@@ -181,12 +205,11 @@ class Results:
     def save_csv(self, path: str | Path) -> Path:
         """Write the rows as a table; an interval takes two columns, `_low` and `_high`."""
         rows = self._flat_rows()
-        columns = list(dict.fromkeys(key for row in rows or [dict.fromkeys(ROW_KEYS)] for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return write_atomically(path, text.getvalue())
+        return _save_table(path, rows, dict.fromkeys(key for row in rows or [dict.fromkeys(ROW_KEYS)] for key in row))
+
+    def save_retrieval_csv(self, path: str | Path) -> Path:
+        """Write what was retrieved as a table."""
+        return _save_table(path, self.retrieval, RETRIEVAL_KEYS)
 
     def to_frame(self) -> pandas.DataFrame:
         """The rows as a `pandas.DataFrame`, with the columns of `save_csv`."""
@@ -205,6 +228,14 @@ class Results:
                     cells[key] = value
             flat.append(cells)
         return flat
+
+
+def _save_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> Path:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_atomically(path, text.getvalue())
 
 
 def _finite(value: Any) -> Any:
@@ -231,10 +262,10 @@ def _fits(key: str, value: Any) -> bool:
     """Whether a row or a document may have this value."""
     if key in TEXTS:
         return isinstance(value, str)
-    if key in COUNTS:
-        return isinstance(value, int) and _is_number(value)
-    if value is None:
+    if value is None and key not in COUNTS:
         return True
+    if key in (*COUNTS, *OPTIONAL_COUNTS):
+        return isinstance(value, int) and _is_number(value)
     if key in INTERVALS:  # an end that is not finite was written as null
         return isinstance(value, list) and len(value) == 2 and all(end is None or _is_number(end) for end in value)
     if key == "position_nll_sums":

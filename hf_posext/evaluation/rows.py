@@ -3,48 +3,111 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .positions import position_sums
-from .protocols import Measurement
+from .protocols import Measurement, PerplexityProtocol
 from .statistics import bootstrap_interval, pooled_perplexity
 from .tokens import TokenizedDocuments
 
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """
+    How all rows of a run were measured: `Conditions.of(protocol, documents, dtype)`, once for a run.
+
+    Args:
+        protocol (`str`): name of the protocol.
+        bos (`str`): where BOS stands, in words.
+        dtype (`str`): of the model's weights, `"bfloat16"`.
+        joined (`int`, *optional*, defaults to 1): documents behind each record; more where the protocol joins them.
+    """
+
+    protocol: str
+    bos: str
+    dtype: str
+    joined: int = 1
+
+    @classmethod
+    def of(cls, protocol: PerplexityProtocol, documents: TokenizedDocuments, dtype: str) -> Conditions:
+        """
+        Args:
+            protocol ([`PerplexityProtocol`]): what measures.
+            documents ([`TokenizedDocuments`]): before `protocol.arrange`.
+            dtype (`str`): of the model's weights.
+        """
+        joined = len(documents.ids) // len(protocol.arrange(documents).ids)
+        return cls(protocol.name, protocol.bos_rule(documents.bos), dtype, joined)
+
+
 def document_record(
-    measurement: Measurement, documents: TokenizedDocuments, method: str, factor: float, *, with_positions: bool
+    measurement: Measurement,
+    documents: TokenizedDocuments,
+    index: int,
+    method: str,
+    factor: float,
+    *,
+    with_positions: bool,
 ) -> Record:
     """
     What one document gave at one length, as float64 sums.
 
     The tail is the second half of the tokens: of `n` tokens, those at positions `n/2 + 1` to `n`. The sum over all
-    tokens averages in the easy early positions, and so hides a break. `position_nll_sums` are told only where
-    `with_positions` is set (at the longest length, which covers the others), and every token was scored.
+    tokens averages in the easy early positions, and so hides a break. `bytes` and `first` are told where the tokens
+    that are scored follow each other, and `position_nll_sums` there where `with_positions` is set (at the longest
+    length, which covers the others). Where a legacy protocol averages means, `groups` of them have the sum
+    `group_mean_sum`, and all of them are the tail.
+
+    Args:
+        measurement ([`Measurement`]): of the document.
+        documents ([`TokenizedDocuments`]): as the protocol arranged them.
+        index (`int`): which of them it is.
+        method (`str`): label.
+        factor (`float`): of the method.
+        with_positions (`bool`): whether this is the longest length.
     """
-    nll = measurement.nll
-    every = measurement.tail is None
+    nll, first, groups = measurement.nll, measurement.first, measurement.groups
     size = len(nll) // 2 + 1 if measurement.tail is None else measurement.tail
-    tail = nll[-size:]
+    tail = nll if groups else nll[-size:]
+    means = [] if groups is None else [part.mean() for part in np.split(nll, np.cumsum(groups)[:-1])]
     return {
-        "document": documents.ids[measurement.document],
+        "document": documents.ids[index],
         "method": method,
         "factor": factor,
         "length": measurement.length,
+        "first": first,
         "nll_sum": math.fsum(nll),
         "tokens": len(nll),
+        "bytes": _bytes(documents, index, first, len(nll)),
         "tail_nll_sum": math.fsum(tail),
         "tail_tokens": len(tail),
-        "position_nll_sums": position_sums(nll) if with_positions and every else None,
+        "groups": groups and len(groups),
+        "group_mean_sum": groups and math.fsum(means),
+        "position_nll_sums": position_sums(nll) if with_positions and first is not None else None,
     }
+
+
+def averaged(record: Mapping[str, Any], tail: bool = False) -> tuple[float, int]:
+    """A sum of NLL and its weight: the pooled quotient of these is the logarithm of the perplexity.
+
+    They are the sum over the tokens (of the tail) and their number; of a legacy protocol that of its groups' means.
+    """
+    if record["groups"] is not None:
+        return record["group_mean_sum"], record["groups"]
+    part = "tail_" if tail else ""
+    return record[f"{part}nll_sum"], record[f"{part}tokens"]
 
 
 def make_rows(
     records: Sequence[Record],
     *,
-    protocol: str,
+    conditions: Conditions,
     control: Sequence[Record] = (),
     baseline: Sequence[Record] = (),
     seed: int = 0,
@@ -54,48 +117,57 @@ def make_rows(
 
     Args:
         records (`Sequence[dict]`): of the method, every document at every length.
-        protocol (`str`): name of the protocol that measured them.
+        conditions ([`Conditions`]): how they were measured.
         control (`Sequence[dict]`, *optional*): of the control on the same tokens; without it `gain` is `None`.
         baseline (`Sequence[dict]`, *optional*): of the unpatched model; without it `change` is `None`.
         seed (`int`, *optional*, defaults to 0): of the bootstrap.
     """
     lengths = sorted({record["length"] for record in records})
     return [
-        _row(_at(records, length), _at(control, length), _at(baseline, length), length, protocol, seed)
+        _row(_at(records, length), _at(control, length), _at(baseline, length), length, conditions, seed)
         for length in lengths
     ]
 
 
 def _row(
-    own: list[Record], control: list[Record], baseline: list[Record], length: int, protocol: str, seed: int
+    own: list[Record],
+    control: list[Record],
+    baseline: list[Record],
+    length: int,
+    conditions: Conditions,
+    seed: int,
 ) -> dict[str, Any]:
-    nll, tokens = _column(own, "nll_sum"), _column(own, "tokens")
-    tail_nll, tail_tokens = _column(own, "tail_nll_sum"), _column(own, "tail_tokens")
+    nll, weights = _averaged(own)
+    tail_nll, tail_weights = _averaged(own, tail=True)
     row: dict[str, Any] = {
         "method": own[0]["method"],
         "factor": own[0]["factor"],
-        "protocol": protocol,
+        "protocol": conditions.protocol,
+        "bos": conditions.bos,
+        "dtype": conditions.dtype,
         "length": length,
-        "perplexity": float(pooled_perplexity(nll, tokens)),
-        "perplexity_tail": float(pooled_perplexity(tail_nll, tail_tokens)),
-        "nll_sum": math.fsum(nll),
-        "tokens": sum(tokens),
-        "documents": len(own),
-        "ci95": bootstrap_interval(nll, tokens, seed),
+        "perplexity": float(pooled_perplexity(nll, weights)),
+        "perplexity_tail": float(pooled_perplexity(tail_nll, tail_weights)),
+        "bits_per_byte": _bits_per_byte(own),
+        "nll_sum": math.fsum(record["nll_sum"] for record in own),
+        "tokens": sum(record["tokens"] for record in own),
+        "documents": len(own) * conditions.joined,
+        "ci95": bootstrap_interval(nll, weights, seed),
         **dict.fromkeys(
             ("perplexity_truncated", "perplexity_truncated_tail", "gain", "gain_ci95", "change", "change_ci95")
         ),
     }
     if control:
-        row["perplexity_truncated"] = float(pooled_perplexity(_column(control, "nll_sum"), tokens))
-        row["perplexity_truncated_tail"] = float(pooled_perplexity(_column(control, "tail_nll_sum"), tail_tokens))
-        saved = _difference(_column(control, "tail_nll_sum"), tail_nll)
-        row["gain"] = float(pooled_perplexity(saved, tail_tokens))
-        row["gain_ci95"] = bootstrap_interval(saved, tail_tokens, seed)
+        row["perplexity_truncated"] = float(pooled_perplexity(_averaged(control)[0], weights))
+        truncated_tail = _averaged(control, tail=True)[0]
+        row["perplexity_truncated_tail"] = float(pooled_perplexity(truncated_tail, tail_weights))
+        saved = _difference(truncated_tail, tail_nll)
+        row["gain"] = float(pooled_perplexity(saved, tail_weights))
+        row["gain_ci95"] = bootstrap_interval(saved, tail_weights, seed)
     if baseline:
-        added = _difference(nll, _column(baseline, "nll_sum"))
-        row["change"] = float(pooled_perplexity(added, tokens)) - 1
-        interval = bootstrap_interval(added, tokens, seed)
+        added = _difference(nll, _averaged(baseline)[0])
+        row["change"] = float(pooled_perplexity(added, weights)) - 1
+        interval = bootstrap_interval(added, weights, seed)
         row["change_ci95"] = interval and [end - 1 for end in interval]
     return row
 
@@ -104,8 +176,26 @@ def _at(records: Iterable[Record], length: int) -> list[Record]:
     return [record for record in records if record["length"] == length]
 
 
-def _column(records: Iterable[Record], key: str) -> list[Any]:
-    return [record[key] for record in records]
+def _averaged(records: Iterable[Record], tail: bool = False) -> tuple[list[float], list[int]]:
+    """Sums and weights of several documents."""
+    sums, weights = zip(*(averaged(record, tail) for record in records), strict=True)
+    return list(sums), list(weights)
+
+
+def _bytes(documents: TokenizedDocuments, index: int, first: int | None, count: int) -> int | None:
+    """UTF-8 bytes of the text of tokens that follow each other."""
+    if documents.byte_ends is None or first is None:
+        return None
+    ends = documents.byte_ends[index]
+    return int(ends[first + count - 1] - ends[first - 1])
+
+
+def _bits_per_byte(records: Sequence[Record]) -> float | None:
+    """NLL in bits divided by the bytes of the text that is scored: comparable between tokenizers."""
+    if any(record["bytes"] is None for record in records):
+        return None
+    size: int = sum(record["bytes"] for record in records)
+    return math.fsum(record["nll_sum"] for record in records) / math.log(2) / size if size else None
 
 
 def _difference(left: Iterable[float], right: Iterable[float]) -> list[float]:

@@ -1,25 +1,30 @@
 """Negative log-likelihood of every token, exact, with constant memory on the vocabulary side.
 
 A naive loop holds logits of shape `(length, vocabulary)`, several times: 168 GB at 128k tokens of Llama-3. Here the
-trunk (everything below the head) runs once, and the model's own `forward` is replayed on slices of what the trunk
-gave, so that the head and whatever follows it (logit scaling, softcaps) are the model's own code, slice by slice.
+trunk (everything below the head) runs once, in chunks where it is asked to, and the head on slices of what it gave.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import EvaluationError, UnsupportedModelError
+from ..errors import InvalidParameterError, NonFiniteError, UnsupportedModelError
 from ..patching.detect import unwrap
+from ..patching.input_length import forget_length
+from .heads import PROBE_LENGTH, Head, deviation, find_head
+from .nonfinite import Scorer
+from .prefill import Chunk, Prefill
+from .room import Room, first_line, ran_out
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LOGITS_BUDGET = 32 * 2**20
 """Bytes of float32 logits that exist at a time; 32 MiB measured fastest between 16 MiB and 2 GiB."""
@@ -27,131 +32,150 @@ LOGITS_BUDGET = 32 * 2**20
 BATCH_TOKENS = 16_384
 """Tokens that go through the trunk together where windows of equal shape are batched."""
 
-PROBE_LENGTH = 16
-PROBE_SLICE = 5
-"""The check of a new model runs on this many tokens, in slices of this many (the last slice is a shorter one)."""
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    How a model is to read texts for which it has too little memory otherwise.
+
+    Args:
+        prefill_chunk (`int`, *optional*): tokens that go through the model at a time, with those before them in a KV
+            cache; a text goes through as a whole where not given.
+        offload_cache (`bool`, *optional*, defaults to `False`): keep the cache in main memory, except for the layer at
+            work and the next; for models on a CUDA device.
+        accelerator (`Accelerator`, *optional*): whose processes work on each text together, by context parallelism.
+
+    Raises:
+        InvalidParameterError: a chunk without tokens, or a cache to be offloaded where there is none.
+    """
+
+    prefill_chunk: int | None = None
+    offload_cache: bool = False
+    accelerator: Accelerator | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise InvalidParameterError(
+                f"prefill_chunk is {self.prefill_chunk}; give tokens, as in prefill_chunk=2048"
+            )
+        if self.offload_cache and self.prefill_chunk is None:
+            raise InvalidParameterError(
+                "offload_cache needs a cache, and there is none without chunks; give prefill_chunk=2048, too"
+            )
 
 
-class TokenScorer:
+WHOLE = Memory()
+"""Texts go through the model as a whole."""
+
+
+class TokenScorer(Scorer):
     """
     Scores tokens with a causal language model, for as long as a measurement lasts.
 
     On first use it checks, on a prefix of 16 tokens, that the model is causal and that slices give the logits of a
-    full forward; where they do not, it says so in the log and keeps full logits from then on.
+    full forward; where they do not, it says so in the log and keeps full logits from then on. Chunks are checked in
+    the same way, for each patch anew; a model that gives other logits in chunks is refused.
+
+    Where memory runs out, half as many logits, windows in a batch or tokens in a chunk are tried, which the log says;
+    the smaller amount stays. Values are the same up to rounding.
 
     Args:
         model (`torch.nn.Module`): a causal language model of transformers, also inside a PEFT or DDP wrapper.
+        memory ([`Memory`], *optional*): by default texts go through the model as a whole.
 
     Raises:
-        UnsupportedModelError: an encoder, an encoder-decoder, a model without head, or one with prompt tuning.
+        InvalidParameterError: the cache is to be offloaded from a device that is not CUDA.
+        UnsupportedModelError: an encoder, an encoder-decoder, a model without head, or one with prompt tuning; or one
+            without a cache where `memory` asks for chunks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = scored_model(model)
+    def __init__(self, model: nn.Module, memory: Memory = WHOLE) -> None:
+        self.model = scored_model(model)
         name = type(self.model).__name__
         if getattr(self.model.config, "is_encoder_decoder", False) or not self.model.can_generate():
             raise UnsupportedModelError(
                 f"{name} has no causal language-model loss, so it has no perplexity; "
                 "load a decoder with AutoModelForCausalLM.from_pretrained(...)"
             )
-        self._sliced: bool | None = None
+        self._prefill = Prefill(self.model, memory.prefill_chunk, memory.offload_cache)
+        self._windows = Room("windows in a batch", sys.maxsize)
+        self._logits = Room("rows of logits", LOGITS_BUDGET)
+        self._head: Head | None = None
 
     @torch.inference_mode()
-    def token_nll(self, input_ids: torch.Tensor, first: int = 1) -> torch.Tensor:
+    def token_nll(self, input_ids: torch.Tensor, first: int = 1, last_read: bool = True) -> torch.Tensor:
         """
-        NLL of each token given all tokens before it in its row.
+        NLL of each token given all tokens before it in its row, whatever the model has read before.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): rows without padding.
             first (`int`, *optional*, defaults to 1): index of the first token to score.
+            last_read (`bool`, *optional*, defaults to `True`): whether the model reads the last token, after which
+                nothing is scored; it counts where positions depend on the length of the input, or come to an end.
 
         Returns:
             `torch.FloatTensor` of shape `(batch, length - first)`, float32 on the CPU, in nats. A value that is not
             finite means that the logits there were not.
+
+        Raises:
+            OutOfMemoryError: not even the shortest chunk of one row fits.
+            UnsupportedModelError: the model is not causal, or gives other logits in chunks.
         """
         input_ids = input_ids.to(self.model.device)
-        if self._sliced is None:
-            self._sliced = self._check(input_ids[:1, :PROBE_LENGTH])
-        rows = range(first - 1, input_ids.shape[1] - 1)
-        nll = []
-        for begin, logits in self._logits(input_ids, rows, sliced=self._sliced):
-            targets = input_ids[:, begin + 1 : begin + 1 + logits.shape[1]].to(logits.device)
-            # Float32 whatever the model's dtype: in bfloat16 the sums of the softmax alone are off by a per cent.
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-            nll.append(loss.view(targets.shape))
-        return torch.cat(nll, dim=1).cpu()
+        if self._head is None:
+            self._head = self._check(input_ids[:1, :PROBE_LENGTH])
+        nll = torch.empty(len(input_ids), input_ids.shape[1] - first)
 
-    def _logits(self, input_ids: torch.Tensor, rows: range, sliced: bool, size: int = 0) -> Iterator[Any]:
-        """Pairs of the first row and logits `(batch, rows of the slice, vocabulary)`, in order."""
-        if not sliced:
-            full = self.model(input_ids=input_ids, use_cache=False).logits
-            size = size or self._slice_size(input_ids, full.shape[-1])
-            for begin in range(rows.start, rows.stop, size):
-                yield begin, full[:, begin : min(begin + size, rows.stop)]
-            return
-        trunk = self._trunk()
-        original, captured = trunk.forward, []
+        def score(begin: int, end: int) -> None:
+            nll[begin:end] = self._shrinking_nll(input_ids[begin:end], first, last_read)
 
-        def run_and_keep(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            captured.append(output)
-            return with_hidden_states(
-                output, hidden_states(output)[:, -1:]
-            )  # one row, so that no large logits come out
+        self._windows.run(score, range(len(input_ids)), cost=input_ids.shape[1])
+        self.look_at(nll, lambda row: self._shrinking_nll(input_ids[row : row + 1], first, last_read))
+        return nll
 
-        with _forward_replaced(trunk, run_and_keep):
-            last = self.model(input_ids=input_ids, use_cache=False).logits
-        (output,) = captured
-        hidden = hidden_states(output)
-        size = size or self._slice_size(input_ids, last.shape[-1])
-        for begin in range(rows.start, rows.stop, size):
-            end = min(begin + size, rows.stop)
-            piece = with_hidden_states(output, hidden[:, begin:end])
-            with _forward_replaced(trunk, lambda *args, piece=piece, **kwargs: piece):
-                logits = self.model(input_ids=input_ids[:, begin:end], use_cache=False).logits
-            yield begin, logits
+    def _shrinking_nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
+        """NLL of rows that go together, in chunks; of one row shorter ones are tried where memory runs out."""
+        while True:
+            try:
+                return self._nll(input_ids, first, last_read)
+            except RuntimeError as error:
+                if len(input_ids) > 1 or not ran_out(error):
+                    raise
+                reason = first_line(error)
+            self._prefill.shorten(input_ids, reason)
 
-    def _trunk(self) -> nn.Module:
-        trunk: nn.Module = self.model.base_model
-        if trunk is self.model:
-            raise UnsupportedModelError(f"{type(self.model).__name__} has no base model apart from its head")
-        return trunk
+    def _nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
+        assert self._head is not None
+        head, targets = self._head, input_ids[:, 1:]
+        forget_length(self.model)
+        # Not a list of pieces: they would lie between the large tensors that come and go, and keep the room of those
+        # from being used again.
+        nll = torch.empty(targets.shape[0], targets.shape[1] - first + 1, device=targets.device)
+        for chunk in self._prefill.chunks(head, input_ids if last_read else input_ids[:, :-1]):
+            rows = range(max(chunk.begin, first - 1), min(chunk.end, targets.shape[1]))
 
-    @staticmethod
-    def _slice_size(input_ids: torch.Tensor, vocabulary: int) -> int:
-        return max(1, LOGITS_BUDGET // (4 * vocabulary * input_ids.shape[0]))
+            def score(begin: int, end: int, chunk: Chunk = chunk) -> None:
+                logits = head.logits(chunk.read, begin - chunk.begin, end - chunk.begin)
+                wanted = targets[:, begin:end].to(logits.device)
+                # Float32 whatever the model's dtype: in bfloat16 the sums of the softmax alone are off by a per cent.
+                loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="none")
+                nll[:, begin - first + 1 : end - first + 1] = loss.view(wanted.shape)
 
-    def _check(self, input_ids: torch.Tensor) -> bool:
-        """Whether the head can run in slices; raises where the model is not causal.
+            self._logits.run(score, rows, cost=4 * chunk.read.vocabulary * len(input_ids))
+        return nll.cpu()
 
-        Logits are compared, relative to the largest: products of matrices of other shapes round differently, by some
-        eps of the dtype, while a head that sees other inputs than the slice is off by the size of the logits.
-        """
+    def _check(self, input_ids: torch.Tensor) -> Head:
+        """The head, once it is known that the model is causal."""
         full = self.model(input_ids=input_ids, use_cache=False).logits
-        finite = bool(torch.isfinite(full).all())
-        tolerance = max(1e-4, 8 * torch.finfo(full.dtype).eps) * float(full.abs().max())
         changed = input_ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % full.shape[-1]
         other = self.model(input_ids=changed, use_cache=False).logits
-        if finite and (full - other)[:, :-1].abs().max() > tolerance:
+        if deviation(other[:, :-1], full[:, :-1]) is not None:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} is not causal: its last token changes the logits of earlier ones, so it "
                 "has no perplexity; load a decoder with AutoModelForCausalLM.from_pretrained(...)"
             )
-        try:
-            pieces = self._logits(input_ids, range(input_ids.shape[1]), sliced=True, size=PROBE_SLICE)
-            sliced = torch.cat([logits for _, logits in pieces], dim=1)
-            deviation = float((sliced - full).abs().max())
-            reason = f"slices differ from full logits by {deviation:.2g}" if finite and deviation > tolerance else None
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-        if reason is not None:
-            logger.warning(
-                "%s keeps its logits in full (memory: length x vocabulary), since its head cannot run in slices: %s",
-                type(self.model).__name__,
-                reason,
-            )
-        return reason is None
+        return find_head(self.model, input_ids, full)
 
 
 def scored_model(model: nn.Module) -> Any:
@@ -168,48 +192,25 @@ def scored_model(model: nn.Module) -> Any:
     return unwrap(model)
 
 
-def require_finite(nll: Any, document: str, tokens: Sequence[int] | None = None) -> None:
-    """Refuse NLL that is not finite, naming the document and the position.
+def require_finite(
+    nll: Any, document: str, tokens: Sequence[int] | None = None, culprit: Callable[[], str] | None = None
+) -> None:
+    """Refuse NLL that is not finite, naming the document, the position and the layers.
 
     Args:
         nll (`numpy.ndarray` of shape `(scored tokens,)`): of one document.
         document (`str`): its id.
         tokens (`Sequence[int]`, *optional*): which tokens they are of; 1, 2, ... if not given.
+        culprit (`Callable[[], str]`, *optional*): of the scorer; called only if something is not finite.
 
     Raises:
-        EvaluationError: a value is NaN or infinite.
+        NonFiniteError: a value is NaN or infinite.
     """
     bad = (~torch.isfinite(torch.as_tensor(nll))).nonzero()
     if len(bad):
         first = tokens[int(bad[0])] if tokens else int(bad[0]) + 1
-        raise EvaluationError(
-            f"logits are not finite in document {document!r}, first at token {first}; "
+        source = "" if culprit is None else f", from {culprit()}"
+        raise NonFiniteError(
+            f"logits are not finite in document {document!r}, first at token {first}{source}; "
             "load the model with dtype=torch.float32 or bfloat16, or choose a smaller factor"
         )
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another `forward` on one instance, inside; without a trace afterwards."""
-    own = vars(module).get("forward")  # accelerate's hooks set one on the instance
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
-
-
-def hidden_states(output: Any) -> torch.Tensor:
-    """What a trunk gives to the head."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
-    return hidden
-
-
-def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
-    """The same output of a trunk with other hidden states."""
-    if isinstance(output, tuple):
-        return (hidden, *output[1:])
-    return type(output)(**{**output, "last_hidden_state": hidden})

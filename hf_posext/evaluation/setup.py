@@ -17,11 +17,35 @@ from torch import nn
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
+from .choice import choose_protocol
 from .documents import Document, Documents, load_documents
 from .files import portable
-from .noncausal import choose_protocol
-from .protocols import DECODER_PROTOCOLS, PerplexityProtocol
+from .protocols import PerplexityProtocol
+from .rows import Conditions
+from .scoring import Memory
 from .tokens import TokenizedDocuments, check_lengths, tokenize_documents
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    How documents are read; all as in [`evaluate_perplexity`].
+
+    Args:
+        protocol (`str`, *optional*): name.
+        stride (`int`, *optional*): of windows that overlap, in tokens.
+        tail (`int`, *optional*): tokens that protocol `"tail"` counts.
+        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document.
+        memory ([`Memory`], *optional*): how the trunk is read.
+        seed (`int`, *optional*, defaults to 0): of the bootstrap and of the pass keys.
+    """
+
+    protocol: str | None = None
+    stride: int | None = None
+    tail: int | None = None
+    start: int = 0
+    memory: Memory = Memory()
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -30,17 +54,36 @@ class Setup:
 
     Args:
         scorer (`Any`): of the model, as the protocol needs it.
-        documents ([`TokenizedDocuments`]): rows of `max(lengths)` tokens.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        texts (`Sequence[Document]`): the documents as they were given, or loaded.
+        documents ([`TokenizedDocuments`]): rows of `max(lengths)` tokens, as the protocol arranges them.
         lengths (`list[int]`): ascending, in tokens.
         protocol ([`PerplexityProtocol`]): how to measure.
+        options ([`Options`]): what was asked for.
+        conditions ([`Conditions`]): what every row says.
         provenance (`dict`): what is needed to measure the same again.
     """
 
     scorer: Any
+    tokenizer: Any
+    texts: Sequence[Document]
     documents: TokenizedDocuments
     lengths: list[int]
     protocol: PerplexityProtocol
+    options: Options
+    conditions: Conditions
     provenance: dict[str, Any]
+
+    def scorer_of(self, model: nn.Module) -> Any:
+        """What scores the same tokens with another model.
+
+        Raises:
+            InvalidParameterError: its vocabulary is smaller than the tokenizer's.
+            UnsupportedModelError: the protocol means nothing for it.
+        """
+        scorer = self.protocol.scorer(model, self.tokenizer, self.options.memory)
+        _check_vocabulary(scorer.model, self.documents)
+        return scorer
 
 
 def prepare(
@@ -49,43 +92,40 @@ def prepare(
     documents: Any,
     lengths: Sequence[int],
     scheme: PositionalScheme,
-    *,
-    protocol: str | None,
-    stride: int | None,
-    start: int,
-    seed: int,
+    options: Options,
 ) -> Setup:
     """Check all that was asked for before anything long begins; arguments as in [`evaluate_perplexity`]."""
     ascending = check_lengths(lengths)
-    chosen = choose_protocol(protocol, model, ascending, stride)
-    scorer = chosen.scorer(model, tokenizer)
+    protocol = choose_protocol(options.protocol, model, ascending, stride=options.stride, tail=options.tail)
+    scorer = protocol.scorer(model, tokenizer, options.memory)
     texts = documents
     if not isinstance(documents, list) or not all(isinstance(document, Document) for document in documents):
         texts = load_documents(documents)
-    tokenized = tokenize_documents(texts, tokenizer, ascending[-1], start)
-    vocabulary = scorer.model.get_input_embeddings().num_embeddings
-    if int(tokenized.tokens.max()) >= vocabulary:
-        raise InvalidParameterError(
-            f"the tokenizer gave token {int(tokenized.tokens.max())}, and the model has {vocabulary}; "
-            "load both from the same checkpoint"
-        )
+    tokenized = tokenize_documents(texts, tokenizer, ascending[-1], options.start)
+    _check_vocabulary(scorer.model, tokenized)
+    arranged = protocol.arrange(tokenized)
+    conditions = Conditions.of(protocol, tokenized, str(scorer.model.dtype).removeprefix("torch."))
     source = texts.source if isinstance(texts, Documents) else {"dataset": None, "split": None, "revision": None}
     provenance = {
         "versions": _versions(),
-        "model": portable(scorer.model.config.name_or_path) or type(scorer.model).__name__,
+        "model": model_name(scorer.model),
         "model_type": scheme.model_type,
         "kind": scheme.kind,
         "generalization": scheme.generalization,
-        "dtype": str(scorer.model.dtype).removeprefix("torch."),
+        "dtype": conditions.dtype,
         "device": str(scorer.model.device),
         **source,
         "dataset": source["dataset"] and portable(source["dataset"]),
-        "seed": seed,
-        "start": start,
-        "protocol": chosen.name,
-        "stride": stride,
+        "seed": options.seed,
+        "start": options.start,
+        "protocol": protocol.name,
+        "legacy": protocol.legacy,
+        "stride": options.stride,
+        "tail": options.tail,
+        "prefill_chunk": options.memory.prefill_chunk,
+        "offload_cache": options.memory.offload_cache,
         "lengths": ascending,
-        "bos": _bos(chosen, tokenized),
+        "bos": conditions.bos,
         "trained_length": scheme.trained_length,
         "shipped_length": scheme.shipped_length,
         "documents": [
@@ -95,28 +135,37 @@ def prepare(
         "command": shlex.join([Path(sys.argv[0]).name, *map(portable, sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    return Setup(scorer, tokenized, ascending, chosen, provenance)
+    return Setup(scorer, tokenizer, texts, arranged, ascending, protocol, options, conditions, provenance)
 
 
 def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int) -> None:
     """
-    Refuse lengths past the end of a learned table: there is nothing to read there, and a GPU would abort.
+    Refuse lengths past the end of a table: there is nothing to read there, and a GPU would abort.
 
     Raises:
         InvalidParameterError: the table, as it is or extended by the plan, is shorter than `longest`.
     """
     rows = scheme.shipped_length if plan is None or plan.changes_nothing else plan.target_length
-    if scheme.kind == "learned" and rows is not None and longest > rows:
+    if scheme.ends and rows is not None and longest > rows:
+        table = "learned table" if scheme.kind == "learned" else "table"
         raise InvalidParameterError(
-            f"{scheme.model_type} has a learned table of {rows} positions, and {longest} tokens were asked for; "
+            f"{scheme.model_type} has a {table} of {rows} positions, and {longest} tokens were asked for; "
             f"give lengths up to {rows}"
         )
 
 
-def _bos(protocol: PerplexityProtocol, documents: TokenizedDocuments) -> str:
-    if protocol.name not in DECODER_PROTOCOLS:
-        return "special tokens of the tokenizer around each text, counted"
-    return "added by the tokenizer, kept" if documents.bos else "none: the tokenizer adds none"
+def model_name(model: Any) -> str:
+    """Where a model was loaded from, or its class."""
+    return portable(model.config.name_or_path) or type(model).__name__
+
+
+def _check_vocabulary(model: Any, documents: TokenizedDocuments) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = int(documents.tokens.max())
+    if largest >= vocabulary:
+        raise InvalidParameterError(
+            f"the tokenizer gave token {largest}, and the model has {vocabulary}; load both from the same checkpoint"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidParameterError
+from .protocols import is_legacy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,8 +20,9 @@ def log_results(results: Results, accelerator: Accelerator) -> None:
     """
     Log the rows as curves over the context length: the step is the length in tokens, a curve is a method.
 
-    Curves are called `perplexity/yarn-x8`, `gain/yarn-x8` and so on; what a row does not have is left out. All methods
-    of one length are logged together and lengths in ascending order, since some trackers drop steps that go back.
+    Curves are called `perplexity/yarn-x8`, `gain/yarn-x8` and so on, those of a legacy protocol
+    `perplexity-legacy-yarn/yarn-x8`; what a row does not have is left out. All methods of one length are logged
+    together and lengths in ascending order, since some trackers drop steps that go back.
 
     ```python
     accelerator = Accelerator(log_with="tensorboard", project_dir="runs")
@@ -43,9 +45,14 @@ def log_results(results: Results, accelerator: Accelerator) -> None:
         )
     for length in sorted({row["length"] for row in results.rows}):
         values = {
-            f"{quantity}/{row['method']}-x{row['factor']:g}": row[quantity]
+            f"{_curves(quantity, row['protocol'])}/{row['method']}-x{row['factor']:g}": row[quantity]
             for row in results.rows
             for quantity in QUANTITIES
             if row["length"] == length and row.get(quantity) is not None and math.isfinite(row[quantity])
         }
         accelerator.log(values, step=length)
+
+
+def _curves(quantity: str, protocol: str) -> str:
+    """What the curves of a quantity are called; pass keys are asked for in the same way by every protocol."""
+    return f"{quantity}-{protocol}" if is_legacy(protocol) and quantity != "passkey" else quantity

@@ -2,6 +2,6 @@
 
 from .checkpoint import load_patched
 from .detect import detect_scheme, unwrap
-from .patch import Patch, patch_model, unpatch_model
+from .patch import Patch, find_patch, patch_model, unpatch_model
 
-__all__ = ["Patch", "detect_scheme", "load_patched", "patch_model", "unpatch_model", "unwrap"]
+__all__ = ["Patch", "detect_scheme", "find_patch", "load_patched", "patch_model", "unpatch_model", "unwrap"]

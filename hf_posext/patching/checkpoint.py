@@ -23,6 +23,7 @@ from .detect import text_config
 from .journal import Journal
 from .learned_table import set_rows, tables_of
 from .sites import LENGTH_FIELDS, table_offset
+from .untrusted import check_directory
 
 REPLACED_FILE = "posext_replaced/tables.safetensors"
 
@@ -39,10 +40,7 @@ def save_patched(
     Raises:
         FileExistsError: the directory holds files.
     """
-    path = Path(directory)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
-    path.mkdir(parents=True, exist_ok=True)
+    path = new_directory(directory)
     model.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
@@ -50,6 +48,31 @@ def save_patched(
     if replaced:
         (path / REPLACED_FILE).parent.mkdir()
         save_file({name: rows.detach().contiguous() for name, rows in replaced.items()}, path / REPLACED_FILE)
+
+
+def new_directory(directory: str | Path) -> Path:
+    """A directory that did not exist, or was empty.
+
+    Raises:
+        FileExistsError: it holds files.
+    """
+    path = Path(directory)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def refuse_adapter(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        UnsupportedModelError: PEFT has put adapter layers into the model, which would be saved under their names.
+    """
+    if getattr(model, "peft_config", None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an adapter: save it by save_adapter(model, path), or merge it into the "
+            "weights first, model.merge_and_unload()"
+        )
 
 
 def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -65,15 +88,14 @@ def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         PlanError: no plan there, or a corrupt one.
         PlanMismatchError: the plan does not fit the weights beside it.
+        CheckpointError: a directory that cannot be trusted.
     """
     from .patch import patch_model
 
+    check_directory(directory)
     plan = ExtensionPlan.load(directory)
-    config = AutoConfig.from_pretrained(directory)
-    name = (config.architectures or [""])[0]
-    cls = getattr(transformers, name, None)
-    if cls is None or not issubclass(cls, PreTrainedModel):
-        raise UnsupportedModelError(f"{directory} is of architecture {name!r}, which transformers does not have")
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    cls = model_class(config, directory)
     if config.model_type != plan.scheme.model_type and text_config(config).model_type != plan.scheme.model_type:
         raise PlanMismatchError(
             f"the plan in {directory} is for {plan.scheme.model_type}, the weights are {config.model_type}; "
@@ -88,6 +110,19 @@ def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         for path, weight in longer.items():
             tables_of(model)[path].weight.data = weight.data  # as saved: it may have been trained since
     return model
+
+
+def model_class(config: PreTrainedConfig, name: str | Path) -> type[PreTrainedModel]:
+    """The class that a config names as its architecture.
+
+    Raises:
+        UnsupportedModelError: transformers has no model of that name.
+    """
+    architecture = (config.architectures or [""])[0]
+    cls = getattr(transformers, architecture, None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise UnsupportedModelError(f"{name} is of architecture {architecture!r}, which transformers does not have")
+    return cls
 
 
 def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> dict[str, torch.Tensor]:

@@ -220,7 +220,7 @@ def _window(config: PreTrainedConfig, layer_type: str) -> int | None:
 def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | None, str, int | None]:
     """Trained length, where it comes from, and the length that the model as shipped claims."""
     held = {name: getattr(config, name, None) for name in LENGTH_FIELDS}
-    field, limit = next(((name, value) for name, value in held.items() if value), ("", None))
+    field, limit = next(((name, value) for name, value in held.items() if value and value > 0), ("", None))
     if limit is None:
         return None, "the config does not tell the trained length", None
     scaled = next((rotary for rotary in rotaries if rotary.shipped_type not in ("default", "proportional")), None)

@@ -31,6 +31,10 @@ class Journal:
         """Whether `owner.name` was changed."""
         return any(changed is owner and entry == name for changed, entry, _ in self._entries)
 
+    def transfer(self, owner: Any, successor: Any) -> None:
+        """Let undo put back the changes to `owner` in the object that took its place."""
+        self._entries = [(successor if entry[0] is owner else entry[0], *entry[1:]) for entry in self._entries]
+
     def before(self, owner: Any, name: str) -> Any:
         """What `owner.name` was before the first change to it."""
         return next(old for changed, entry, old in self._entries if changed is owner and entry == name)

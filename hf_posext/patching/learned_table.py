@@ -18,7 +18,7 @@ from ..errors import NoEffectError, UnsupportedModelError
 from ..plan import ExtensionPlan
 from .journal import Journal
 from .limits import length_fields, set_limit
-from .sites import position_tables, sinusoids, table_offset, text_modules
+from .sites import path_without_adapter, position_tables, sinusoids, table_offset, text_modules
 from .stretch import stretch
 
 _MODULE_LENGTHS = ("max_length", "max_seqlen", "max_source_positions", "max_target_positions", "n_positions")
@@ -72,6 +72,29 @@ def replaced_tables(model: PreTrainedModel, journal: Journal) -> dict[str, torch
     """The weights by path that tables had before a patch, of those that it replaced."""
     tables = tables_of(model).items()
     return {path: journal.before(module, "weight") for path, module in tables if journal.knows(module, "weight")}
+
+
+def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], journal: Journal) -> None:
+    """Take the tables that are in the model now for those that were replaced: merging an adapter that trained one puts
+    its copy there.
+
+    Args:
+        model (`PreTrainedModel`): as it is now.
+        replaced (`Mapping[str, nn.Embedding]`): the modules by path that got other weights when it was patched.
+        journal (`Journal`): of that patch.
+
+    Raises:
+        UnsupportedModelError: an adapter still trains a copy of one.
+    """
+    paths = {path_without_adapter(path) for path in replaced}
+    for path, module in tables_of(model).items():
+        if path in replaced and replaced[path] is not module:
+            journal.transfer(replaced[path], module)
+        if path_without_adapter(path) in paths and not journal.knows(module, "weight"):
+            raise UnsupportedModelError(
+                f"an adapter trains a copy of the table that was stretched ({path}); merge or drop the adapter first: "
+                "model.merge_and_unload() or model.unload()"
+            )
 
 
 def set_rows(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], journal: Journal) -> None:

@@ -14,12 +14,12 @@ from ..errors import AlreadyPatchedError, InvalidParameterError, NotPatchedError
 from ..methods import Method, as_method
 from ..plan import ExtensionPlan
 from .alibi import apply_slopes
-from .checkpoint import save_patched
+from .checkpoint import refuse_adapter, save_patched
 from .detect import detect_scheme, unwrap
 from .frequencies import apply_frequencies
 from .journal import Journal
 from .late_setup import apply_late_rotation
-from .learned_table import apply_table, replaced_tables
+from .learned_table import apply_table, follow_tables, replaced_tables, tables_of
 from .limits import raise_limits
 from .relative_bias import apply_buckets
 from .sinusoidal import apply_sinusoids
@@ -58,6 +58,8 @@ class Patch:
                     if planned:
                         self.native_obstacle = apply(model, plan, self._journal) or self.native_obstacle
                 raise_limits(model, plan.target_length, tokenizer, self._journal)
+            tables = tables_of(model).items()
+            self._tables = {path: module for path, module in tables if self._journal.knows(module, "weight")}
             self._journal.set(model, "_posext_patch", self)
         except BaseException:
             self._journal.undo()
@@ -84,9 +86,11 @@ class Patch:
 
         Raises:
             NotPatchedError: the patch is not in force any more.
+            UnsupportedModelError: an adapter trains a copy of a table that was stretched; merge or drop it first.
         """
         if not self.active:
             raise NotPatchedError(f"the patch {self.plan.method!r} is undone already")
+        follow_tables(self.model, self._tables, self._journal)
         self._journal.undo()
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -101,9 +105,12 @@ class Patch:
         Raises:
             NotPatchedError: the patch is undone already.
             FileExistsError: the directory holds files.
+            UnsupportedModelError: the model has an adapter; merge it first, or save it with [`save_adapter`].
         """
         if not self.active:
             raise NotPatchedError(f"the patch {self.plan.method!r} is undone; patch again before saving")
+        refuse_adapter(self.model)
+        follow_tables(self.model, self._tables, self._journal)
         save_patched(self.model, self.plan, self.tokenizer, replaced_tables(self.model, self._journal), directory)
 
     def __enter__(self) -> Self:
@@ -155,7 +162,7 @@ def patch_model(
         UnsupportedModelError: not a transformers model, or one that cannot be patched; says why.
     """
     inner = unwrap(model)
-    in_force = vars(inner).get("_posext_patch")
+    in_force = find_patch(inner)
     if in_force is not None:
         raise AlreadyPatchedError(
             f"the model carries the patch {in_force.plan.describe()!r}; undo it first: unpatch_model(model)"
@@ -178,13 +185,19 @@ def patch_model(
     return patch
 
 
+def find_patch(model: nn.Module) -> Patch | None:
+    """The patch in force on a model, whichever way it is wrapped; `None` where it carries none."""
+    patch: Patch | None = vars(unwrap(model)).get("_posext_patch")
+    return patch
+
+
 def unpatch_model(model: nn.Module) -> None:
     """Undo the patch that a model carries, whichever way the model is wrapped now.
 
     Raises:
         NotPatchedError: the model carries none.
     """
-    patch = vars(unwrap(model)).get("_posext_patch")
+    patch = find_patch(model)
     if patch is None:
         raise NotPatchedError("the model carries no patch; patch_model(model, ...) makes one")
     patch.undo()

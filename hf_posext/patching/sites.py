@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,6 +40,9 @@ OBSTACLES = {
 }
 """Families that no structure below tells: their kind, and why they cannot be changed."""
 
+_ADAPTER_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
+"""What PEFT adds to the path of a module of which an adapter trains a copy (`modules_to_save`)."""
+
 _BUCKET_FUNCTIONS = ("_relative_position_bucket", "relative_position_bucket")
 
 
@@ -57,14 +61,20 @@ def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def position_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
-    """The learned tables of positions by path: none, one, or one of the encoder and one of the decoder."""
+    """The learned tables of positions by path: none, one, or one of the encoder and one of the decoder; and the copies
+    of them that adapters train."""
     return {
         path: module
         for path, module in text_modules(model)
         if isinstance(module, nn.Embedding)
-        and path.rsplit(".", 1)[-1] in TABLE_NAMES
+        and path_without_adapter(path).rsplit(".", 1)[-1] in TABLE_NAMES
         and "Sinusoidal" not in type(module).__name__
     }
+
+
+def path_without_adapter(path: str) -> str:
+    """The path that a module has where no adapter trains a copy of it."""
+    return _ADAPTER_COPY.sub("", path)
 
 
 def table_offset(module: nn.Embedding) -> int:

@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from ..evaluation.files import write_atomically
+from ..evaluation.rows import averaged
 from ..evaluation.statistics import bootstrap_interval
 from .tables import Row, by_method, control_rows, finite_interval, format_perplexity
 
@@ -133,8 +134,9 @@ def _tail_intervals(results: Results, rows: Mapping[int, Row]) -> dict[int, list
             for record in results.per_document
             if (record["method"], record["factor"], record["length"]) == (row["method"], row["factor"], length)
         ]
-        nll, tokens = [record["tail_nll_sum"] for record in own], [record["tail_tokens"] for record in own]
-        intervals[length] = bootstrap_interval(nll, tokens, results.provenance.get("seed", 0))
+        sums = [averaged(record, tail=True) for record in own]
+        nll, weights = [nll for nll, _ in sums], [weight for _, weight in sums]
+        intervals[length] = bootstrap_interval(nll, weights, results.provenance.get("seed", 0))
     return intervals
 
 

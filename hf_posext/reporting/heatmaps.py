@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,42 @@ import numpy as np
 
 from ..errors import InvalidParameterError
 from .drawing import INK, new_figure, save_figure
+from .tables import row_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from ..evaluation import Results
 
 # Cividis rises evenly in lightness and looks the same to red-green colour-blind readers; the numbers say it again.
 COLOUR_MAP = "cividis"
 DARK = 0.4  # below this accuracy the cell is dark, and its number white
 COLUMNS = 3
+
+
+def heatmap_files(results: Results) -> dict[str, str]:
+    """The PNG of each method that was asked to retrieve, by the name that it is shown under, `"yarn x8"`.
+
+    Args:
+        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
+    """
+    names = list(dict.fromkeys(map(row_name, results.retrieval)))
+    plain = [re.sub(r"[^A-Za-z0-9.+-]+", "_", name).strip("_") for name in names]
+    numbers = [f"-{index + 1}" if plain.count(one) > 1 else "" for index, one in enumerate(plain)]
+    return {name: f"retrieval_{one}{number}.png" for name, one, number in zip(names, plain, numbers, strict=True)}
+
+
+def write_heatmaps(results: Results, directory: str | Path) -> None:
+    """Draws a heat map for each method that was asked to retrieve.
+
+    Args:
+        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
+        directory (`str` or `Path`): is there.
+    """
+    trained_length = results.provenance.get("trained_length")
+    for name, file in heatmap_files(results).items():
+        rows = [row for row in results.retrieval if row_name(row) == name]
+        plot_heatmaps(rows, Path(directory) / file, trained_length=trained_length, title=name)
 
 
 def plot_heatmaps(
@@ -64,7 +93,8 @@ def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], trained_length: int | 
     depths = sorted({row["depth"] for row in rows}, key=lambda depth: depth or 0.0)
     grid = np.full((len(depths), len(lengths)), np.nan)
     for row in rows:
-        grid[depths.index(row["depth"]), lengths.index(row["length"])] = row["accuracy"]
+        accuracy = np.nan if row["accuracy"] is None else row["accuracy"]
+        grid[depths.index(row["depth"]), lengths.index(row["length"])] = accuracy
     image = panel.pcolormesh(grid, cmap=COLOUR_MAP, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
     for (down, right), accuracy in np.ndenumerate(grid):
         text = "-" if np.isnan(accuracy) else f"{100 * accuracy:.0f}"

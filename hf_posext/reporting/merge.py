@@ -15,10 +15,14 @@ from .tables import Grid, grids, row_name
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-MEASUREMENT = ("protocol", "stride", "start", "bos", "dataset", "split", "revision", "documents", "dtype")
+MEASUREMENT = ("protocol", "stride", "tail", "start", "bos", "dataset", "split", "revision", "documents", "dtype")
 """What must be the same for two numbers to be comparable."""
 
-SAME_RUN = ("model", "trained_length", *MEASUREMENT)
+SAME_RUN = ("model", "trained_length", *MEASUREMENT, "longppl")
+
+DOCUMENT = ("document", "method", "factor", "length")
+PROMPTS = ("method", "factor", "task", "length", "depth")
+"""What tells the records of documents, and those of retrieval, apart."""
 
 AGREEMENT = 1e-6
 """Relative difference of NLL that another machine, or another number of threads, may make (float32 sums)."""
@@ -82,8 +86,8 @@ def merged_grids(runs: Sequence[Results], titles: Sequence[str]) -> list[Grid]:
         for title, grid in found:
             rows.append((title, ()))
             for name, cells in grid.rows:
-                by_length = dict(zip(grid.lengths, cells, strict=True))
-                rows.append((name, tuple(by_length.get(length, "") for length in lengths)))
+                by_length = dict(zip(grid.lengths, cells, strict=True)) if cells else {}
+                rows.append((name, tuple(by_length.get(length, "") for length in lengths) if cells else ()))
         answers.append(Grid(question, lengths, tuple(rows)))
     return answers
 
@@ -104,7 +108,12 @@ def _join(group: Mapping[str, Results]) -> Results:
     for run in group.values():
         refusals |= run.provenance.get("not_applicable") or {}
     provenance = {**first.provenance, "not_applicable": refusals}
-    return Results(provenance, [row for _, row in rows.values()], _unique(group.values()))
+    return Results(
+        provenance,
+        [row for _, row in rows.values()],
+        _unique((record for run in group.values() for record in run.per_document), DOCUMENT),
+        _unique((row for run in group.values() for row in run.retrieval), PROMPTS),
+    )
 
 
 def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -114,16 +123,17 @@ def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return same_tokens and math.isclose(row["nll_sum"], other["nll_sum"], rel_tol=AGREEMENT)
 
 
-def _unique(runs: Iterable[Results]) -> list[dict[str, Any]]:
-    """The records of all runs, each document, method and length once."""
+def _unique(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of all runs, those with the same values of the keys once."""
     found: dict[Any, dict[str, Any]] = {}
-    for run in runs:
-        for record in run.per_document:
-            found.setdefault(tuple(record[key] for key in ("document", "method", "factor", "length")), record)
+    for record in records:
+        found.setdefault(tuple(record[key] for key in keys), record)
     return list(found.values())
 
 
 def _told(run: Results, key: str) -> str:
     """A setting in a word: of the list of documents, their number."""
     value = run.provenance.get(key)
+    if key == "longppl" and value is not None:
+        return f"by {value['evaluator']}"
     return f"{len(value)} documents" if isinstance(value, list) else str(value)

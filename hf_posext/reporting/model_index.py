@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.protocols import is_legacy
+
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 METRICS = (
     ("perplexity", "perplexity", "Perplexity"),
     ("perplexity_tail", "perplexity", "Perplexity of the second half"),
+    ("bits_per_byte", "bits_per_byte", "Bits per byte"),
     ("gain", "gain", "Gain over the truncated context"),
     ("passkey", "accuracy", "Pass-key retrieval"),
 )
@@ -27,15 +30,7 @@ def results_to_model_index(results: Results, dataset_name: str | None = None) ->
     Method, length and protocol are in the configuration and the arguments of the data set: the Hub groups results by
     the former, and would otherwise take those of two lengths for one. What is missing or not finite is left out.
 
-    ```python
-    card = ModelCard.load("me/my-model")
-    card.data.model_name = "my-model"
-    card.data.eval_results = results_to_model_index(results)
-    card.push_to_hub("me/my-model")
-    ```
-
-    or, without touching the rest of the card, `metadata_update("me/my-model", {"model-index":
-    eval_results_to_model_index("my-model", results_to_model_index(results))})`, both of `huggingface_hub`.
+    [`push_results`] adds them to a card that is on the Hub, [`model_card`] puts them into a new one.
 
     Args:
         results ([`Results`]): of a comparison or of one model.
@@ -63,9 +58,34 @@ def results_to_model_index(results: Results, dataset_name: str | None = None) ->
                 key: row[key] for key in ("method", "factor", "length", "protocol", "documents", "tokens")
             },
         }
+        mark = f" ({row['protocol']})" if is_legacy(row["protocol"]) else ""
         entries += [
-            EvalResult(**common, metric_type=kind, metric_name=name, metric_value=row[key])
+            EvalResult(**common, metric_type=kind, metric_name=f"{name}{mark}", metric_value=row[key])
             for key, kind, name in METRICS
             if row.get(key) is not None and math.isfinite(row[key])
         ]
     return entries
+
+
+def push_results(results: Results, repo_id: str, *, overwrite: bool = False, token: str | bool | None = None) -> str:
+    """
+    Add results to the card of a model on the Hub, and leave the rest of the card as it is.
+
+    Args:
+        results ([`Results`]): of a comparison or of one model.
+        repo_id (`str`): `user/name`, of a model that has a card.
+        overwrite (`bool`, *optional*, defaults to `False`): replace values that the card has of the same measurement;
+            otherwise such a card is refused.
+        token (`str` or `bool`, *optional*): by default the one of `hf auth login`.
+
+    Returns:
+        `str`: URL of the commit.
+
+    Raises:
+        ValueError: the card has another value of the same measurement, and `overwrite` is not set.
+    """
+    from huggingface_hub import metadata_update
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    index = eval_results_to_model_index(repo_id.rpartition("/")[2], results_to_model_index(results))
+    return str(metadata_update(repo_id, {"model-index": index}, overwrite=overwrite, token=token))

@@ -24,7 +24,7 @@ from .drawing import (
     note_trained_length,
     save_figure,
 )
-from .tables import Row, by_method, control_name, control_rows, lengths_of, row_name, scheme_name
+from .tables import Row, by_method, control_name, control_rows, legacy_mark, lengths_of, row_name, scheme_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +52,9 @@ def plot_perplexity(results: Results, path: str | Path) -> None:
 
     styles = method_styles(list(methods))
     draw_perplexity(axes["perplexity"], results, styles, f"none, {control_name(results)}")
-    axes["perplexity"].set_title("Perplexity of the second half of the text")
-    axes["perplexity"].set_ylabel("perplexity per token (log scale; lower is better)")
+    mark = legacy_mark(results)
+    axes["perplexity"].set_title(f"Perplexity\n{mark}" if mark else "Perplexity of the second half of the text")
+    axes["perplexity"].set_ylabel(f"perplexity{'' if mark else ' per token'} (log scale; lower is better)")
     if "gain" in axes:
         draw_gain(axes["gain"], methods, styles)
         axes["gain"].set_title("Gain over truncation")
@@ -93,8 +94,9 @@ def plot_gain_by_position(results: Results, path: str | Path) -> None:
         panel.fill_between(middles, low, high, color=styles[name]["color"], alpha=0.15, linewidth=0)
         panel.plot(middles, [stretch.gain for stretch in found], label=name, **styles[name])
     panel.set_ylim(0, max(1.12, panel.get_ylim()[1]))
-    panel.set_xlim(0, control[0]["tokens"] + 1)
-    panel.xaxis.set_major_locator(FixedLocator([0, *lengths_of(results)]))
+    begin = control[0]["first"] - 1
+    panel.set_xlim(begin, begin + control[0]["tokens"] + 1)
+    panel.xaxis.set_major_locator(FixedLocator([begin, *lengths_of(results)]))
     panel.set_title(f"Gain over truncation by position in the document, at {longest} tokens")
     panel.set_xlabel("position in the document (tokens)")
     panel.set_ylabel("gain (above 1: context pays)")
@@ -122,7 +124,8 @@ def plot_side_by_side(runs: Sequence[Results], titles: Sequence[str], path: str 
     for upper, lower, run, title in zip(uppers, lowers, runs, titles, strict=False):
         draw_perplexity(upper, run, styles, "none, truncated to the trained length")
         draw_gain(lower, by_method(run), styles)
-        upper.set_title(f"{title}\n{scheme_name(run)}")
+        mark = legacy_mark(run).replace(": ", ":\n")  # three abreast leave no room for more
+        upper.set_title(f"{title}\n{scheme_name(run)}\n{mark}".rstrip())
         for panel in (upper, lower):
             lengths_as_ticks(panel, lengths_of(run), run.provenance.get("trained_length"), labelled=panel is lower)
             dress(panel, run)
@@ -135,7 +138,7 @@ def plot_side_by_side(runs: Sequence[Results], titles: Sequence[str], path: str 
     for upper, run in zip(uppers, runs, strict=False):
         note_trained_length(upper, run)
     for upper, lower in zip(axes[::2, 0], axes[1::2, 0], strict=True):
-        upper.set_ylabel("perplexity, second half (log scale)")
+        upper.set_ylabel(f"perplexity{'' if any(map(legacy_mark, runs)) else ', second half'} (log scale)")
         lower.set_ylabel("gain over truncation")
     legend_below(figure, *uppers[: len(runs)])
     save_figure(figure, path)

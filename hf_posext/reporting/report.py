@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..evaluation.files import write_atomically
+from .heatmaps import heatmap_files, write_heatmaps
 from .merge import differences, merge_runs, merged_grids, run_titles
 from .plots import plot_gain_by_position, plot_perplexity, plot_side_by_side
 from .sentences import describe_methods
-from .tables import NOTHING, control_name, control_rows, grids, markdown_table, notes, scheme_name
+from .tables import NOTHING, control_name, control_rows, grids, legacy_mark, markdown_table, notes, scheme_name
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -22,7 +23,19 @@ PROTOCOLS = {
     "length L is over the first L tokens. A token is conditioned on all tokens before it. Where positions depend on "
     "the length of the input, each length is read afresh.",
     "sliding": "a window of L tokens moves over the document by the stride, and scores the tokens that no earlier "
-    "window has scored; each is counted once.",
+    "window has scored; each is counted once. Truncated, a window is read as many tokens at a time as the trained "
+    "length has.",
+    "rolling": "disjoint windows of L tokens, those of lm-eval: each scores the L tokens after its first, the last "
+    "window begins earlier to be as long. Truncated, a window is read as many tokens at a time as the trained length "
+    "has.",
+    "tail": "each document is read as by `prefix`, and of its first L tokens only the last K count, given all tokens "
+    "before them.",
+    "legacy-yarn": "legacy, for comparison with old tables: the windows of `sliding`, and the mean over windows of "
+    "the mean in each, as YaRN's script has it. The first window weighs as much as any other, and tokens do not weigh "
+    "the same.",
+    "legacy-longlora": "legacy, for comparison with old tables: all documents in one stream, overlapping windows of L "
+    "tokens, all of their tokens scored, and the mean over batches of 32 windows of the mean in each, as LongLoRA's "
+    "script has it. Windows cross the borders of documents, and tokens do not weigh the same.",
     "pseudo": "pseudo-perplexity of an encoder. Of the first L tokens of each document, 64 that are spread evenly are "
     "scored, each masked alone and given all others before and after it; truncated, those in a window of the trained "
     "length around it.",
@@ -33,8 +46,8 @@ PROTOCOLS = {
 
 
 def write_report(results: Results, directory: str | Path) -> Path:
-    """Writes `results.json`, `results.csv`, `perplexity.png`, `gain_by_position.png` where there is a control, and
-    `README.md`, each in one step.
+    """Writes `results.json`, `results.csv`, `perplexity.png`, `gain_by_position.png` where there is a control,
+    `retrieval.csv` and a heat map for each method where retrieval was asked for, and `README.md`, each in one step.
 
     Args:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison; may be of a run that was interrupted.
@@ -54,6 +67,9 @@ def write_report(results: Results, directory: str | Path) -> Path:
     plot_perplexity(results, directory / "perplexity.png")
     if has_positions(results):
         plot_gain_by_position(results, directory / "gain_by_position.png")
+    if results.retrieval:
+        results.save_retrieval_csv(directory / "retrieval.csv")
+        write_heatmaps(results, directory)
     return write_atomically(directory / "README.md", render_report(results))
 
 
@@ -64,17 +80,18 @@ def render_report(results: Results) -> str:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
     """
     provenance = dict(results.provenance)
-    return _render(
+    return render_template(
         "report.md.jinja",
         [results],
         model=provenance.get("model", "a model"),
         sentences=describe_methods(results),
         grids=grids(results),
+        heatmaps=heatmap_files(results),
         notes=notes(results),
         control=control_name(results),
         trained_length=provenance.get("trained_length"),
         command=provenance.pop("command", None),
-        provenance=_flatten(provenance),
+        provenance=flatten(provenance),
     )
 
 
@@ -107,7 +124,7 @@ def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> P
     table = table.reindex(columns=["model", *(name for name in columns if name != "model")])
     write_atomically(directory / "results.csv", table.to_csv(index=False))
     plot_side_by_side(merged, titles, directory / "perplexity.png")
-    text = _render(
+    text = render_template(
         "merged.md.jinja",
         merged,
         titles=titles,
@@ -123,7 +140,7 @@ def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> P
     return write_atomically(directory / "README.md", text)
 
 
-def _render(template: str, runs: Sequence[Results], **values: Any) -> str:
+def render_template(template: str, runs: Sequence[Results], **values: Any) -> str:
     # Markdown, not HTML: a name cannot break out of a table cell (see `_cell`), and there is nothing else to escape.
     environment = Environment(
         loader=PackageLoader("hf_posext.reporting", "."), undefined=StrictUndefined, keep_trailing_newline=True
@@ -134,7 +151,11 @@ def _render(template: str, runs: Sequence[Results], **values: Any) -> str:
         documents=", ".join(str(max(row["documents"] for row in run.rows)) for run in runs),
         has_control=any(control_rows(run) for run in runs),
         has_positions=any(has_positions(run) for run in runs),
+        has_longppl=any(row.get("longppl") is not None for run in runs for row in run.rows),
+        has_retrieval=any(run.retrieval for run in runs),
         has_passkey=any(row.get("passkey") is not None for run in runs for row in run.rows),
+        has_legacy=any(map(legacy_mark, runs)),
+        has_bits_per_byte=any(row.get("bits_per_byte") is not None for run in runs for row in run.rows),
         has_short_context=any(run.short_context() for run in runs),
         protocols={protocol: PROTOCOLS.get(protocol, "see its documentation.") for protocol in used},
         **values,
@@ -142,16 +163,16 @@ def _render(template: str, runs: Sequence[Results], **values: Any) -> str:
 
 
 def has_positions(results: Results) -> bool:
-    """Whether there is a control, and every token was scored, so that the gain can be told by position."""
+    """Whether there is a control, and tokens without a gap were scored, so that the gain can be told by position."""
     return bool(control_rows(results)) and any(record["position_nll_sums"] for record in results.per_document)
 
 
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested provenance (versions, say) as one level of names: `versions.torch`."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .tables import Row, by_method, control_rows, finite_interval, format_interval, format_perplexity
+from ..evaluation.protocols import is_legacy
+from .tables import Row, by_method, control_rows, finite_interval, format_interval, format_perplexity, legacy_mark
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -25,7 +26,11 @@ def describe_methods(results: Results) -> list[str]:
     methods = by_method(results)
     control = control_rows(results)
     trained_length = results.provenance.get("trained_length") or 0
-    return [_describe(name, rows, control, trained_length) for name, rows in methods.items()]
+    mark = legacy_mark(results)
+    return [
+        f"`{name}` {f'{mark} ' if mark else ''}{_describe(name, rows, control, trained_length)}."
+        for name, rows in methods.items()
+    ]
 
 
 def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row], trained_length: int) -> str:
@@ -38,7 +43,7 @@ def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row], tr
         parts.append(_against_truncation(longest))
     if longest.get("passkey") is not None:
         parts.append(f"it retrieves {100 * longest['passkey']:.0f} % of the pass keys there")
-    return f"`{name}` {'; '.join(parts)}."
+    return "; ".join(parts)
 
 
 def _levels(rows: Mapping[int, Row], control: Mapping[int, Row]) -> dict[int, float]:
@@ -57,13 +62,14 @@ def _reach(rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
     first, longest = lengths[0], lengths[-1]
     broken = next((length for length in lengths if levels[length] > TOLERANCE * levels[first]), None)
     at_first = format_perplexity(rows[first]["perplexity_tail"])
+    what = "perplexity" if is_legacy(rows[first]["protocol"]) else "tail perplexity"
     if broken is None:
         at_longest = format_perplexity(rows[longest]["perplexity_tail"])
-        span = f"to {longest} tokens (tail perplexity {at_first} at {first}, {at_longest} at {longest})"
+        span = f"to {longest} tokens ({what} {at_first} at {first}, {at_longest} at {longest})"
         return f"keeps its perplexity level {span if len(lengths) > 1 else f'at {first} tokens ({at_first})'}"
     held = lengths[lengths.index(broken) - 1]
     at_broken = format_perplexity(rows[broken]["perplexity_tail"])
-    figures = f"(tail perplexity {at_first} at {first}, {at_broken} there)"
+    figures = f"({what} {at_first} at {first}, {at_broken} there)"
     return f"holds up to {held} tokens and breaks by {broken} {figures}"
 
 

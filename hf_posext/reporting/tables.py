@@ -1,4 +1,4 @@
-"""Results as text: the same grids on a terminal (rich, at most 80 columns) and in markdown.
+"""Results as text: the same grids for a terminal and in markdown.
 
 A *grid* is one question asked of every method at every length: how high is the perplexity, does the longer context
 pay (`gain`), are pass keys found. The truncation control is a row of the first grid: the same tokens, scored by the
@@ -12,21 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from ..evaluation.protocols import is_legacy
 from ..evaluation.selection import by_reason
 
 if TYPE_CHECKING:
     from ..evaluation import Results
 
-WIDTH = 80
 NOTHING = "-"
-# Room for "theta x128" or "truncated to 131072"; a longer name is folded over two lines.
-NAME_WIDTH = 20
-GAP = 3  # spaces between columns, one of which is the rule that rich's box leaves blank
 
 Row = Mapping[str, Any]
 
@@ -66,9 +58,9 @@ def scheme_name(results: Results) -> str:
 
 
 def row_name(row: Row) -> str:
-    """The name under which a row is shown: the method, and the factor where it has one (`"yarn x8"`)."""
+    """The name under which a row is shown: the method, and the factor where it is not 1 (`"yarn x8"`)."""
     factor = row.get("factor")
-    if row["method"] == "none" or factor is None:
+    if row["method"] == "none" or factor in (None, 1):
         return str(row["method"])
     return f"{row['method']} x{factor:g}"
 
@@ -84,6 +76,12 @@ def by_method(results: Results) -> dict[str, dict[int, Row]]:
 def lengths_of(results: Results) -> tuple[int, ...]:
     """Every length measured, ascending."""
     return tuple(sorted({row["length"] for row in results.rows}))
+
+
+def legacy_mark(results: Results) -> str:
+    """What stands beside every number that a legacy protocol gave; nothing for the other protocols."""
+    names = dict.fromkeys(row["protocol"] for row in results.rows if is_legacy(row["protocol"]))
+    return f"({', '.join(names)}: a published average, not per token)" if names else ""
 
 
 def control_rows(results: Results) -> dict[int, Row]:
@@ -135,18 +133,27 @@ def notes(results: Results) -> list[str]:
     """
     refusals = by_reason(results.provenance.get("not_applicable") or {})
     said = [f"Left out: {', '.join(names)} ({reason})." for reason, names in refusals.items()]
+    for entry in results.provenance.get("left_out") or ():
+        if "reason" in entry:  # the others are too short, and stand in the provenance
+            kind, name = next(iter(entry.items()))  # a document, or what was asked of a method
+            said.append(f"Left out: {kind} {name} ({entry['reason']}).")
     trained = results.provenance.get("trained_length")
     if trained and not results.short_context() and any(row["method"] != "none" for row in results.rows):
         is_measured = lengths_of(results)[0] <= trained
         missing = "`none` is not among the methods" if is_measured else f"no length up to {trained} was measured"
         said.append(f"No short-context check: {missing}.")
+    longppl = results.provenance.get("longppl")
+    if longppl and all(row.get("longppl") is None for row in results.rows):
+        evaluator, short_length = longppl["evaluator"], longppl["short_length"]
+        said.append(f"No LongPPL: {evaluator} found no token that needs more than {short_length} tokens of context.")
     return said
 
 
 def _perplexity_cell(row: Row | None, suffix: str = "") -> str:
     if row is None:
         return NOTHING
-    return f"{format_perplexity(row[f'perplexity{suffix}'])} ({format_perplexity(row[f'perplexity{suffix}_tail'])})"
+    whole, tail = (format_perplexity(row[f"perplexity{suffix}{part}"]) for part in ("", "_tail"))
+    return whole if is_legacy(row["protocol"]) else f"{whole} ({tail})"
 
 
 def _gain_cell(row: Row | None, with_interval: bool) -> str:
@@ -159,14 +166,51 @@ def _passkey_cell(row: Row | None) -> str:
     return NOTHING if row is None or row.get("passkey") is None else f"{100 * row['passkey']:.0f} %"
 
 
+def _bits_cell(row: Row | None) -> str:
+    return NOTHING if row is None or row.get("bits_per_byte") is None else f"{row['bits_per_byte']:.3f}"
+
+
+def _longppl_grid(results: Results) -> Grid:
+    rows = [row for row in results.rows if row.get("longppl") is not None]
+    cells = []
+    for row in rows:
+        interval = finite_interval(row, "longppl_ci95")
+        ends = "" if interval is None else f" [{format_perplexity(interval[0])}, {format_perplexity(interval[1])}]"
+        cells.append((row_name(row), (f"{format_perplexity(row['longppl'])}{ends}",)))
+    if rows[0].get("longppl_truncated") is not None:
+        cells.insert(0, (control_name(results), (format_perplexity(rows[0]["longppl_truncated"]),)))
+    evaluator = (results.provenance.get("longppl") or {}).get("evaluator", "an evaluator")
+    title = f"LongPPL: perplexity of the {rows[0]['key_tokens']} key tokens that {evaluator} found"
+    return Grid(title, (rows[0]["length"],), tuple(cells))
+
+
+def _retrieval_grid(results: Results, lengths: tuple[int, ...]) -> Grid:
+    tasks: dict[str, dict[str, dict[int, list[float | None]]]] = {}
+    for row in results.retrieval:
+        by_length = tasks.setdefault(row["task"], {}).setdefault(row_name(row), {})
+        by_length.setdefault(row["length"], []).append(row["accuracy"])
+    rows: list[tuple[str, tuple[str, ...]]] = []
+    for task, methods in tasks.items():
+        rows.append((task, ()))
+        rows += [(name, tuple(_share(found.get(length)) for length in lengths)) for name, found in methods.items()]
+    trials = results.retrieval[0]["trials"]
+    return Grid(f"Retrieval: share found, mean over depths (trials at each: {trials})", lengths, tuple(rows))
+
+
+def _share(accuracies: list[float | None] | None) -> str:
+    known = [accuracy for accuracy in accuracies or () if accuracy is not None]
+    return f"{100 * sum(known) / len(known):.0f} %" if known else NOTHING
+
+
 def grids(results: Results) -> list[Grid]:
     """Every question the results can answer: first what happens inside the trained length, then perplexity at every
-    length, gain and pass keys where they were measured.
+    length, then gain, LongPPL, pass keys, retrieval and bits per byte where they were measured.
 
     Args:
         results ([`~hf_posext.evaluation.Results`]): Rows of one comparison.
     """
     lengths, methods, control = lengths_of(results), by_method(results), control_rows(results)
+    mark = legacy_mark(results)
 
     def rows_of(cell: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
         return tuple((name, tuple(cell(rows.get(length)) for length in lengths)) for name, rows in methods.items())
@@ -175,74 +219,28 @@ def grids(results: Results) -> list[Grid]:
     if control:
         cells = tuple(_perplexity_cell(control.get(length), "_truncated") for length in lengths)
         perplexity = ((control_name(results), cells), *perplexity)
-    answers = [Grid("Perplexity per token (second half of the text in brackets)", lengths, perplexity)]
+    title = f"Perplexity {mark}" if mark else "Perplexity per token (second half of the text in brackets)"
+    answers = [Grid(title, lengths, perplexity)]
     short_context = results.short_context()
     if short_context:
         changes = tuple((row_name(row), (format_change(row),)) for row in short_context)
-        title = "Short-context check: change of perplexity inside the trained length"
+        title = f"Short-context check: change of perplexity inside the trained length {mark}".rstrip()
         answers.insert(0, Grid(title, (short_context[0]["length"],), changes))
     if control:
         # The interval stands at the longest length only: four of them do not fit 80 columns.
         gain = rows_of(lambda row: _gain_cell(row, with_interval=row is not None and row["length"] == lengths[-1]))
-        title = "Gain over truncation, second half (above 1: the longer context pays)"
+        title = f"Gain over truncation{f' {mark}' if mark else ', second half'} (above 1: the longer context pays)"
         answers.append(Grid(title, lengths, gain))
+    if any(row.get("longppl") is not None for row in results.rows):
+        answers.append(_longppl_grid(results))
     if any(row.get("passkey") is not None for row in results.rows):
         trials = next((f", {row['passkey_trials']} trials" for row in results.rows if row.get("passkey_trials")), "")
         answers.append(Grid(f"Pass keys retrieved (greedy decoding{trials})", lengths, rows_of(_passkey_cell)))
+    if results.retrieval:
+        answers.append(_retrieval_grid(results, lengths))
+    if any(row.get("bits_per_byte") is not None for row in results.rows):
+        answers.append(Grid("Bits per byte of text (comparable across tokenizers)", lengths, rows_of(_bits_cell)))
     return answers
-
-
-def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
-    """Splits the columns of a grid into groups that fit the terminal beside the names."""
-    groups: list[list[int]] = [[]]
-    used = name_width
-    for column, length in enumerate(grid.lengths):
-        width = GAP + max(len(str(length)), *(len(cells[column]) for _, cells in grid.rows if cells))
-        if groups[-1] and used + width > WIDTH:
-            groups.append([])
-            used = name_width
-        groups[-1].append(column)
-        used += width
-    return groups
-
-
-def _rich_table(grid: Grid, columns: list[int], name_width: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, GAP - 1), pad_edge=False, show_edge=False)
-    table.add_column("tokens", width=name_width, overflow="fold")
-    for column in columns:
-        table.add_column(str(grid.lengths[column]), justify="right", no_wrap=True)
-    for name, cells in grid.rows:
-        table.add_row(escape(name), *(cells[column] for column in columns if cells), style=None if cells else "bold")
-    return table
-
-
-def print_grids(answers: Sequence[Grid], remarks: Sequence[str], console: Console | None = None) -> None:
-    """Prints every grid in at most 80 columns, then the remarks; a grid of many lengths continues below itself.
-
-    Args:
-        answers (`Sequence[Grid]`): of one comparison, or of several.
-        remarks (`Sequence[str]`): sentences.
-        console (`rich.console.Console`, *optional*): where to; standard output if not given.
-    """
-    console = console or Console(width=WIDTH, highlight=False)
-    name_width = min(NAME_WIDTH, max(len(name) for grid in answers for name, _ in grid.rows))
-    for grid in answers:
-        console.print(grid.title, style="bold")
-        for columns in _column_groups(grid, name_width):
-            console.print(_rich_table(grid, columns, name_width))
-            console.print()
-    for remark in remarks:
-        console.print(escape(remark))
-
-
-def print_tables(results: Results, console: Console | None = None) -> None:
-    """Prints the grids and notes of one comparison.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): its rows.
-        console (`rich.console.Console`, *optional*): where to; standard output if not given.
-    """
-    print_grids(grids(results), notes(results), console)
 
 
 def markdown_table(grid: Grid) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_posext.cli import app
+from hf_posext.evaluation.decoders import Prefix
+from hf_posext.patching import find_patch
 
 from ..conftest import EXAMPLES
 
@@ -30,11 +31,11 @@ def run(*words: object) -> Any:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def compare(output: Path, **changed: Any) -> Any:
+def compare(output: Path, *flags: str, **changed: Any) -> Any:
     """`compare` with the options above, some of them changed, or left out where `None`."""
     options = {**OPTIONS, **{name.replace("_", "-"): value for name, value in changed.items()}, "output": output}
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
-    return run("compare", *words)
+    return run("compare", *words, *flags)
 
 
 def error_of(result: Any) -> str:
@@ -47,16 +48,16 @@ def error_of(result: Any) -> str:
 
 
 def break_at(monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException) -> list[Any]:
-    """Makes the measurement of one method raise; gives a list that gets the models that were measured."""
-    module = sys.modules["hf_posext.evaluation.compare"]
-    measure = module.measure_method
+    """Makes the model raise while a method is in force; gives a list that gets the models that were measured."""
+    read = Prefix.measure
     models: list[Any] = []
 
-    def break_or_measure(setup: Any, name: str, *args: Any) -> Any:
-        models.append(setup.scorer.model)
-        if name == method:
+    def break_or_read(self: Prefix, scorer: Any, *args: Any) -> Any:
+        patch = find_patch(scorer.model)
+        models.append(scorer.model)
+        if patch is not None and patch.plan.method == method:
             raise error
-        return measure(setup, name, *args)
+        return read(self, scorer, *args)
 
-    monkeypatch.setattr(module, "measure_method", break_or_measure)
+    monkeypatch.setattr(Prefix, "measure", break_or_read)
     return models

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import hf_posext.evaluation
-from hf_posext.errors import EvaluationError
+from hf_posext.errors import EvaluationError, NonFiniteError
 from hf_posext.evaluation import Results
+from hf_posext.evaluation.decoders import Prefix
+from hf_posext.patching import find_patch
 
 from .helpers import LEARNED, MODEL, NOVELS, break_at, compare, error_of, run
 
@@ -27,6 +29,7 @@ def test_compare_writes_a_report_that_parses(finished: tuple[Any, Path]) -> None
     assert {path.name for path in output.iterdir()} == {
         "README.md",
         "gain_by_position.png",
+        "journal.jsonl",
         "perplexity.png",
         "results.csv",
         "results.json",
@@ -45,7 +48,7 @@ def test_compare_ends_with_a_table_of_80_columns_and_the_path_of_the_report(fini
     assert last == f"report: {output / 'README.md'}"
     assert max(map(len, table)) <= 80
     assert table[0].startswith("Short-context check"), "what happens inside the trained length comes first"
-    assert sum(line.startswith("yarn x2") for line in table) == 4
+    assert sum(line.startswith("yarn x2") for line in table) == 5
     assert sum(line.startswith("truncated to 64") for line in table) == 1
 
 
@@ -126,25 +129,41 @@ def test_ctrl_c_keeps_what_is_finished_and_restores_the_model(tmp_path: Path, mo
     models = break_at(monkeypatch, "yarn", KeyboardInterrupt())
     result = compare(tmp_path / "out")
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == f"interrupted; finished and kept in {tmp_path / 'out'}: none, linear"
+    kept = f"interrupted; finished and kept in {tmp_path / 'out'}: none, linear; go on with --resume"
+    assert result.stderr.splitlines()[-1] == kept
     results = Results.load_json(tmp_path / "out" / "results.json")
     assert [row["method"] for row in results.rows] == ["none", "none", "linear", "linear"]
     assert "`linear x2`" in (tmp_path / "out" / "README.md").read_text()
     assert not hasattr(models[0], "_posext_patch") and models[0].config.max_position_embeddings == 512
 
 
-def test_ctrl_c_before_anything_is_finished_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_a_method_is_finished_keeps_the_part_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     break_at(monkeypatch, "none", KeyboardInterrupt())
     result = compare(tmp_path / "out")
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "interrupted; no method was finished, nothing was written"
+    kept = f"interrupted; a part is kept in {tmp_path / 'out'}; go on with --resume"
+    assert result.stderr.splitlines()[-1] == kept
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
+
+
+def test_ctrl_c_before_anything_is_finished_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Prefix, "measure_control", interrupt)
+    result = compare(tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted; nothing was finished, nothing was written"
     assert not (tmp_path / "out").exists()
 
 
 def test_an_error_on_the_way_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_at(monkeypatch, "yarn", EvaluationError("logits of 'a' are not finite"))
+    break_at(monkeypatch, "yarn", EvaluationError("two ways disagree"))
     message = error_of(compare(tmp_path / "out"))
-    assert message == f"error: logits of 'a' are not finite; finished and kept in {tmp_path / 'out'}: none, linear"
+    kept = f"finished and kept in {tmp_path / 'out'}: none, linear; go on with --resume"
+    assert message == f"error: two ways disagree; {kept}"
     assert len(Results.load_json(tmp_path / "out" / "results.json").rows) == 4
 
 
@@ -156,6 +175,70 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "No space left on device" in error_of(compare(tmp_path / "out"))
 
 
-def test_an_unforeseen_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_breaks_is_left_out_with_the_reason_and_its_traceback_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     break_at(monkeypatch, "yarn", ZeroDivisionError("a bug"))
-    assert isinstance(compare(tmp_path / "out").exception, ZeroDivisionError)
+    result = compare(tmp_path / "out")
+    assert result.exit_code == 0
+    said = "Left out: yarn x2 (failed on every document: ZeroDivisionError: a bug)."
+    assert said in " ".join(result.stdout.split()) and said in (tmp_path / "out" / "README.md").read_text()
+    rows = Results.load_json(tmp_path / "out" / "results.json").rows
+    assert [row["method"] for row in rows] == ["none", "none", "linear", "linear"]
+    assert "ZeroDivisionError: a bug" in caplog.text and "break_or_read" in caplog.text
+
+
+def test_a_run_goes_on_from_its_journal_and_ends_with_the_same_rows(
+    finished: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        break_at(patched, "yarn", KeyboardInterrupt())
+        assert compare(output, passkey=2).exit_code == 130
+    refused = error_of(compare(output, passkey=2))
+    assert refused == (
+        f"error: output {output} holds the journal of a run; to go on with it type the same with --resume, else give "
+        "another --output"
+    )
+    other = error_of(compare(output, "--resume", passkey=2, seed=1))
+    assert "journal.jsonl is the journal of another run" in other and "seed is 0 there and 1 here" in other
+    measured = break_at(monkeypatch, "no method", KeyboardInterrupt())
+    result = compare(output, "--resume", passkey=2)
+    assert result.exit_code == 0, result.output
+    assert len(measured) == 2, "the two documents of the method that was interrupted"
+    whole = Results.load_json(finished[1] / "results.json")
+    again = Results.load_json(output / "results.json")
+    assert again.rows == whole.rows and again.per_document == whole.per_document
+    assert "--resume" not in again.provenance["command"]
+    measured.clear()
+    assert compare(output, "--resume", passkey=2).exit_code == 0 and measured == []
+
+
+def test_resume_begins_a_run_that_was_never_begun(tmp_path: Path) -> None:
+    assert compare(tmp_path / "out", "--resume", methods="none", documents=1).exit_code == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("precious")
+    message = error_of(compare(tmp_path / "other", "--resume", methods="none", documents=1))
+    assert "holds files already, and no journal to go on with; give another --output" in message
+
+
+def test_a_document_that_fails_is_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Prefix.measure
+
+    def fail_or_read(self: Prefix, scorer: Any, documents: Any, index: int, lengths: Any) -> Any:
+        patch = find_patch(scorer.model)
+        if index == 1 and patch is not None and patch.plan.method == "linear":
+            raise NonFiniteError(f"logits are not finite in document {documents.ids[1]!r}")
+        return read(self, scorer, documents, index, lengths)
+
+    monkeypatch.setattr(Prefix, "measure", fail_or_read)
+    result = compare(tmp_path / "out", documents=3)
+    assert result.exit_code == 0, result.output
+    results = Results.load_json(tmp_path / "out" / "results.json")
+    assert {row["documents"] for row in results.rows} == {2} and len(results.rows) == 6
+    (entry,) = results.provenance["left_out"]
+    name = entry["document"]
+    assert entry["reason"] == f"linear x2: logits are not finite in document {name!r}" and entry["tokens"] > 128
+    assert name not in {record["document"] for record in results.per_document}
+    said = f"Left out: document {name} (linear x2: logits are not finite in document {name!r})."
+    assert said in " ".join(result.stdout.split()) and said in (tmp_path / "out" / "README.md").read_text()

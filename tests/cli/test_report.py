@@ -30,7 +30,7 @@ def test_runs_are_merged_into_one_report(runs: list[Path], tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     *table, last = result.stdout.splitlines()
     assert last == f"report: {tmp_path / 'out' / 'README.md'}" and max(map(len, table)) <= 80
-    assert sum(line.startswith(("yarn x2", "linear x2", "table-linear x2")) for line in table) == 3 * 3
+    assert sum(line.startswith(("yarn x2", "linear x2", "table-linear x2")) for line in table) == 3 * 4
     assert "tiny-learned: Left out: yarn (extends rotary positions; gpt2 has learned)." in " ".join(table)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "perplexity.png", "results.csv"}
 
@@ -57,7 +57,7 @@ def test_other_protocols_are_told_apart(runs: list[Path], tmp_path: Path) -> Non
         (None, "cannot read results at"),
         ("[", "is not JSON"),
         ("{}", "no results of hf_posext"),
-        ('{"schema": 1, "provenance": {}, "rows": [], "per_document": []}', "has no rows"),
+        ('{"schema": 2, "provenance": {}, "rows": [], "per_document": []}', "has no rows"),
     ],
 )
 def test_files_that_hold_no_results_are_refused(content: str | None, message: str, tmp_path: Path) -> None:

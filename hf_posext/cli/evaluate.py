@@ -1,0 +1,81 @@
+"""`evaluate`: one model as it is; a table here and a report in a directory."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options
+from .app import app
+from .output import JOURNAL, output_directory, report_of
+from .processes import finish, join_processes, spread
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    model: options.Model,
+    dataset: options.Dataset,
+    output: options.Output,
+    lengths: options.Lengths,
+    control: Annotated[
+        str | None,
+        typer.Option(help="Unpatched model to compare with, its context truncated; of a fine-tuned one its base."),
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="What the tables call the model.")] = None,
+    original_length: options.OriginalLength = None,
+    documents: options.Documents = None,
+    passkey: options.Passkey = 0,
+    retrieval: options.Retrieval = 0,
+    tasks: options.Tasks = None,
+    depths: options.Depths = None,
+    longppl: options.LongPPL = None,
+    short_length: options.ShortLength = None,
+    protocol: options.Protocol = None,
+    stride: options.Stride = None,
+    tail: options.Tail = None,
+    start: options.Start = 0,
+    prefill_chunk: options.PrefillChunk = None,
+    offload_cache: options.OffloadCache = False,
+    text_column: options.TextColumn = None,
+    split: options.Split = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    resume: options.Resume = False,
+    config: options.Config = None,
+) -> None:
+    """Measure perplexity by context length of one model as it is: plain, saved with a patch, or fine-tuned.
+
+    OUTPUT gets results.json, results.csv, perplexity.png, README.md, and journal.jsonl, from which an interrupted run
+    goes on with --resume. With --control there is a gain over truncation, too. Under accelerate launch or torchrun,
+    documents are shared out over the processes.
+    """
+    with output_directory(output, resume):
+        sizes, reading = options.numbers(lengths), options.reading_options(context)
+
+        # The imports that take seconds come after the checks that need none of them.
+        from ..evaluation import evaluate_perplexity, load_documents
+        from .loading import load_evaluator, load_model
+
+        device, accelerator = join_processes(device)
+        texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
+        network, tokenizer = load_model(model, dtype, device)
+        network = spread(network, accelerator)
+        with report_of(output, options.command_line(context)) as write:
+            results = evaluate_perplexity(
+                network,
+                tokenizer,
+                texts,
+                sizes,
+                label=label,
+                control=None if control is None else spread(load_model(control, dtype, device)[0], accelerator),
+                journal=output / JOURNAL,
+                accelerator=accelerator,
+                longppl=load_evaluator(longppl, dtype, device),
+                **reading,
+            )
+            write(results)
+        finish(results, output, accelerator)

@@ -1,0 +1,94 @@
+"""`evaluate`: one model as it is, plain or saved with a patch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_posext import Results, patch_model
+from hf_posext.plan import PLAN_FILE
+
+from .helpers import MODEL, NOVELS, compare, error_of, run
+
+OPTIONS = ("--dataset", NOVELS, "--lengths", "64,128", "--documents", 2)
+
+
+def evaluate(output: Path, *words: object, model: object = MODEL) -> Any:
+    return run("evaluate", "--model", model, *OPTIONS, "--output", output, *words)
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that plain transformers opens without its patch: its positions are remapped inside attention."""
+    path = tmp_path_factory.mktemp("patched") / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    with patch_model(model, "rerope(window=32)", factor=2, original_length=64, tokenizer=tokenizer) as patch:
+        patch.save_pretrained(path)
+    assert (path / PLAN_FILE).exists()
+    return path
+
+
+def test_a_plain_model_without_a_control(tmp_path: Path) -> None:
+    result = evaluate(tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"report: {tmp_path / 'out' / 'README.md'}"
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"README.md", "journal.jsonl", "perplexity.png", "results.csv", "results.json"}
+    results = Results.load_json(tmp_path / "out" / "results.json")
+    assert [(row["method"], row["length"], row["gain"]) for row in results.rows] == [
+        ("none", 64, None),
+        ("none", 128, None),
+    ]
+    assert results.provenance["command"].startswith("hf-posext evaluate --model ")
+
+
+def test_a_saved_patch_is_in_force_and_gains_what_it_gains_in_a_comparison(patched: Path, tmp_path: Path) -> None:
+    result = evaluate(tmp_path / "one", "--control", MODEL, "--original-length", 64, model=patched)
+    assert result.exit_code == 0, result.output
+    assert compare(tmp_path / "two", methods="rerope(window=32)").exit_code == 0
+    one, two = (Results.load_json(tmp_path / name / "results.json") for name in ("one", "two"))
+    for own, other in zip(one.rows, two.rows, strict=True):
+        assert own["method"] == "rerope(window=32)" and own["factor"] == 2
+        for key in ("perplexity", "perplexity_truncated", "gain"):
+            assert own[key] == pytest.approx(other[key], rel=1e-5)
+    assert one.rows[0]["change"] == pytest.approx(two.rows[0]["change"], abs=1e-5) and one.rows[1]["change"] is None
+    assert one.provenance["control"].endswith("tiny-rope")
+
+
+def test_a_comparison_of_a_patched_model_says_what_to_type(patched: Path, tmp_path: Path) -> None:
+    message = error_of(compare(tmp_path / "out", model=patched))
+    assert "was saved with a patch" in message and "hf-posext evaluate" in message
+
+
+def test_a_label_names_the_rows_and_settings_come_from_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("protocol: tail\ntail: 16\nprefill-chunk: 48\nlabel: mine\n")
+    result = evaluate(tmp_path / "out", "--config", config)
+    assert result.exit_code == 0, result.output
+    results = Results.load_json(tmp_path / "out" / "results.json")
+    assert {(row["method"], row["protocol"], row["tokens"]) for row in results.rows} == {("mine", "tail", 2 * 16)}
+    assert results.provenance["prefill_chunk"] == 48
+    command = results.provenance["command"]
+    assert "--tail 16" in command and "--prefill-chunk 48" in command and "offload" not in command
+    config.write_text("prefill-chunk: 48\noffload-cache: true\n")
+    assert "offload_cache moves the cache of a CUDA device" in error_of(evaluate(tmp_path / "x", "--config", config))
+    config.write_text("offload-cache: 1\n")
+    assert "offload_cache in" in error_of(evaluate(tmp_path / "x", "--config", config))
+    config.write_text("resume: true\n")
+    assert "unknown setting 'resume'" in error_of(evaluate(tmp_path / "x", "--config", config))
+
+
+def test_a_finished_run_can_write_its_report_again(tmp_path: Path) -> None:
+    assert evaluate(tmp_path / "out").exit_code == 0
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    for path in (tmp_path / "out").iterdir():
+        if path.name != "journal.jsonl":
+            path.unlink()
+    assert "--resume" in error_of(evaluate(tmp_path / "out"))
+    assert evaluate(tmp_path / "out", "--resume").exit_code == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["rows"] == first["rows"] and again["per_document"] == first["per_document"]

@@ -1,0 +1,78 @@
+"""The commands as processes: several of them at once, and one that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_posext import Results
+from hf_posext.cli.processes import join_processes
+from hf_posext.errors import InvalidParameterError
+
+from ..conftest import EXAMPLES
+from .helpers import OPTIONS, compare
+
+WORDS = [str(word) for name, value in OPTIONS.items() for word in (f"--{name}", value)]
+MODULE = ["-m", "hf_posext", "compare", *WORDS]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(EXAMPLES.parent),
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What one process finds that nothing happens to."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert compare(output).exit_code == 0
+    return Results.load_json(output / "results.json")
+
+
+def test_two_processes_write_one_report_of_the_same_rows(whole: Results, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, *MODULE, "--output", str(tmp_path / "out")],
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Perplexity per token") == 1 and done.stdout.count("report: ") == 1
+    found = Results.load_json(tmp_path / "out" / "results.json")
+    assert found.rows == whole.rows and found.per_document == whole.per_document
+    assert (tmp_path / "out" / "journal-1.jsonl").exists(), "else there were not two"
+    assert compare(tmp_path / "out", "--resume").exit_code == 0, "one process goes on with the journals of two"
+    assert Results.load_json(tmp_path / "out" / "results.json").rows == whole.rows
+
+
+def test_a_killed_command_goes_on_with_resume(whole: Results, tmp_path: Path) -> None:
+    command = [sys.executable, *MODULE, "--output", str(tmp_path / "out")]
+    journal = tmp_path / "out" / "journal.jsonl"
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = journal.read_bytes()
+    assert done.count(b"\n") >= 3
+    resumed = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    found = Results.load_json(tmp_path / "out" / "results.json")
+    assert found.rows == whole.rows and found.per_document == whole.per_document
+    assert journal.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
+
+
+def test_without_a_launcher_the_device_is_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert join_processes(None) == ("cpu", None) and join_processes("cuda:1") == ("cuda:1", None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidParameterError, match="device is 'cuda:1', and the launcher gives each process its own"):
+        join_processes("cuda:1")

@@ -1,0 +1,139 @@
+"""The journal of a run: what is kept of one that ends at any moment, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_posext.errors import JournalError
+from hf_posext.evaluation.run_journal import RunJournal, journal_files, key_text
+
+CONFIGURATION = {"model": "tiny", "lengths": [64, 128], "versions": {"torch": "2.13"}}
+ENTRIES: list[tuple[tuple[Any, ...], Any]] = [
+    (("nll", "yarn", 8.0, f"book {i} é\n", (64, 128)), [{"nll_sum": i / 7, "positions": None}]) for i in range(4)
+]
+
+
+def write(path: Path, entries: list[Any] = ENTRIES, rank: int = 0) -> None:
+    with RunJournal(path, CONFIGURATION, rank) as journal:
+        for key, value in entries:
+            journal.append(key, value)
+
+
+def finished(path: Path) -> dict[str, Any]:
+    return RunJournal(path, CONFIGURATION).finished
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "journal.jsonl"
+
+
+def test_what_was_written_is_read_to_the_bit(path: Path) -> None:
+    write(path)
+    assert finished(path) == {key_text(key): value for key, value in ENTRIES}
+    assert key_text((1, (2, 3))) == key_text([1, [2, 3]])
+    header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert header == {"schema": 1, "configuration": CONFIGURATION}
+    assert [list(line) for line in lines] == [["key", "value"]] * 4
+
+
+def test_nothing_is_written_before_something_is_finished(path: Path) -> None:
+    write(path, [])
+    assert not path.parent.exists() and finished(path) == {}
+
+
+def test_each_process_writes_a_file_of_its_own_and_reads_all(path: Path) -> None:
+    write(path, ENTRIES[:1])
+    write(path, ENTRIES[1:2], rank=1)
+    write(path, ENTRIES[2:3], rank=12)
+    (path.parent / "journal-old.jsonl").write_text("not of the run")
+    assert sorted(file.name for file in journal_files(path)) == [
+        "journal-1.jsonl",
+        "journal-12.jsonl",
+        "journal.jsonl",
+    ]
+    assert len(finished(path)) == 3
+    assert len(RunJournal(path, CONFIGURATION, rank=5).finished) == 3
+
+
+def test_a_file_cut_off_anywhere_loses_its_last_line_at_most(path: Path) -> None:
+    write(path)
+    data = path.read_bytes()
+    for size in range(len(data) + 1):
+        path.write_bytes(data[:size])
+        whole = max(0, data[:size].count(b"\n") - 1)
+        assert len(finished(path)) == whole, size
+        if size % 7 == 0:  # each line goes to the disk, which takes its time
+            write(path, ENTRIES[whole:])
+            assert path.read_bytes() == data, f"cut at {size}, it must end as if it had never been"
+
+
+def test_a_corrupt_line_is_refused_by_its_number(path: Path) -> None:
+    write(path)
+    whole = path.read_text().splitlines()
+    for number, line in [(1, "{"), (3, '{"key": ["nll"'), (4, "\0\0"), (5, '["key", "value"]'), (2, '{"key": 1}')]:
+        lines = [*whole]
+        lines[number - 1] = line
+        path.write_text("\n".join(lines) + "\n")
+        with pytest.raises(JournalError, match=rf"journal\.jsonl is corrupt at line {number}: .*delete that line"):
+            finished(path)
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(JournalError, match="corrupt at line 1"):
+        finished(path)
+
+
+def test_a_journal_of_another_configuration_is_refused_with_what_differs(path: Path) -> None:
+    write(path)
+    before = path.read_bytes()
+    changed: list[tuple[dict[str, Any], str]] = [
+        ({"model": "other"}, "model is tiny there and other here"),
+        ({"lengths": [64, 256]}, "lengths.1 is 128 there and 256 here"),
+        ({"lengths": [64]}, r"lengths is \[64, 128\] there and \[64\] here"),
+        ({"versions": {"torch": "2.14"}}, "versions.torch is 2.13 there and 2.14 here"),
+        ({"seed": 1}, "seed is None there and 1 here"),
+    ]
+    for change, message in changed:
+        with pytest.raises(JournalError, match=f"journal of another run, .*: {message}; give another output"):
+            RunJournal(path, {**CONFIGURATION, **change})
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    with pytest.raises(JournalError, match="schema is 2 there and 1 here"):
+        finished(path)
+    path.write_bytes(before)
+    assert len(finished(path)) == 4
+
+
+@pytest.fixture
+def limit_of_files() -> Iterator[Any]:
+    """Sets how large a file may get: as on a full disk, a write takes what fits and the next one fails."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_keeps_what_was_finished(path: Path, limit_of_files: Any) -> None:
+    write(path)
+    data = path.read_bytes()
+    path.unlink()
+    limit_of_files(len(data) - 10)
+    with pytest.raises(JournalError, match=r"cannot write .*journal\.jsonl: File too large; .* --resume") as caught:
+        write(path)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert path.read_bytes() == data[:-10] and len(finished(path)) == 3
+    limit_of_files(resource.RLIM_INFINITY)
+    write(path, ENTRIES[3:])
+    assert path.read_bytes() == data
+
+
+def test_a_journal_that_cannot_be_read_is_an_error(path: Path) -> None:
+    path.mkdir(parents=True)
+    with pytest.raises(JournalError, match="cannot read the journal"):
+        finished(path)
