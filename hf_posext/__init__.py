@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter, verify_adapter
+    from .diagnosis import Diagnosis, diagnose
     from .errors import PosExtError as PosExtError
     from .evaluation import Results, compare, evaluate_perplexity, load_documents, longppl, retrieval
     from .export import export_checkpoint
@@ -57,6 +58,7 @@ __version__ = version("hf_posext")
 
 _HOMES = {
     "adapters": ("load_adapter", "save_adapter", "verify_adapter"),
+    "diagnosis": ("Diagnosis", "diagnose"),
     "errors": ("PosExtError",),
     "evaluation": ("Results", "compare", "evaluate_perplexity", "load_documents", "longppl", "retrieval"),
     "export": ("export_checkpoint",),
