@@ -66,6 +66,12 @@ def test_tables_fit_80_columns_whatever_the_number_of_lengths(lengths: tuple[int
     assert "…" not in "".join(lines)
 
 
+def test_short_names_leave_room_for_the_head_of_their_column() -> None:
+    results = make_results(control=False, passkey=False, lengths=(300,))
+    results.rows = [row for row in results.rows if row["method"] == "none"]
+    assert any(line.split() == ["tokens", "300"] for line in printed(results))
+
+
 def test_a_method_measured_at_two_factors_has_two_rows() -> None:
     results = make_results()
     results.rows += [{**row, "factor": 16.0} for row in results.rows if row["method"] == "yarn"]

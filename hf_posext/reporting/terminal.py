@@ -19,6 +19,8 @@ WIDTH = 80
 # Room for "theta x128" or "truncated to 131072"; a longer name is folded over two lines.
 NAME_WIDTH = 20
 GAP = 3  # spaces between columns, one of which is the rule that rich's box leaves blank
+HEAD = "tokens"
+"""What stands over the names: it tells what the heads of the other columns are."""
 
 
 def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
@@ -37,7 +39,7 @@ def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
 
 def _rich_table(grid: Grid, columns: list[int], name_width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, GAP - 1), pad_edge=False, show_edge=False)
-    table.add_column("tokens", width=name_width, overflow="fold")
+    table.add_column(HEAD, width=name_width, overflow="fold")
     for column in columns:
         table.add_column(str(grid.lengths[column]), justify="right", no_wrap=True)
     for name, cells in grid.rows:
@@ -54,7 +56,8 @@ def print_grids(answers: Sequence[Grid], remarks: Sequence[str], console: Consol
         console (`rich.console.Console`, *optional*): where to; standard output if not given.
     """
     console = console or Console(width=WIDTH, highlight=False)
-    name_width = min(NAME_WIDTH, max(len(name) for grid in answers for name, _ in grid.rows))
+    names = [HEAD, *(name for grid in answers for name, _ in grid.rows)]
+    name_width = min(NAME_WIDTH, max(map(len, names)))
     for grid in answers:
         console.print(grid.title, style="bold")
         for columns in _column_groups(grid, name_width):
