@@ -1,0 +1,101 @@
+"""What comes before any forward: importing the package, and `patch_model` itself."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import models
+import torch
+from measure import Way, cpu_seconds, read_in_child
+from transformers import LlamaForCausalLM
+
+from hf_posext import patch_model
+
+BASELINE = "from transformers import AutoTokenizer, LlamaForCausalLM"
+IMPORTS = ("import hf_posext", "from hf_posext import patch_model", "from hf_posext import compare")
+TIMED = """
+import time
+start = time.process_time()
+{first}
+middle = time.process_time()
+{second}
+print(middle - start, time.process_time() - middle)
+"""
+
+Row = dict[str, Any]
+
+
+def import_rows(repeats: int) -> list[Row]:
+    """What each import takes in a fresh interpreter that has imported transformers and a model of it."""
+    found: dict[str, list[float]] = {BASELINE: [], **{statement: [] for statement in IMPORTS}}
+    for turn in range(repeats + 1):
+        for statement in IMPORTS:
+            code = TIMED.format(first=BASELINE, second=statement)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+            first, second = map(float, done.stdout.split())
+            if turn:  # the first writes the byte code
+                found[BASELINE].append(first)
+                found[statement].append(second)
+    baseline = statistics.median(found[BASELINE])
+    rows = []
+    for statement, times in found.items():
+        seconds = statistics.median(times)
+        rows.append({"what": "import", "way": statement, "cpu_seconds": seconds, "time_ratio": seconds / baseline})
+    return rows
+
+
+def patch_rows(shape: str, methods: tuple[str, ...]) -> list[Row]:
+    """`patch_model` on a model of which it may copy nothing; remapping methods run it on a few tokens, as a check."""
+    rows = []
+    for method in methods:
+        way = Way(method, patching, {"shape": shape, "method": method}, needs=6 * 10**9 if shape == "billion" else 0)
+        reading = read_in_child(way)
+        row: Row = {"what": "patch_model", "way": method}
+        if isinstance(reading, str):
+            rows.append(row | {"left_out": reading})
+            continue
+        rows.append(row | {"extra_mb": reading.extra_bytes / 1e6} | reading.value)
+    return rows
+
+
+def patching(shape: str, method: str) -> Callable[[], Row]:
+    """Patch and undo, after a small model was patched in the same way: what a first use imports does not count."""
+    small = models.llama("tiny", 100)
+    patch_model(small, method, factor=8).undo()
+    model = filled(shape)
+    weights = [parameter.data_ptr() for parameter in model.parameters()]
+
+    def run() -> Row:
+        made = []
+        seconds = cpu_seconds(lambda: made.append(patch_model(model, method, factor=8)))
+        kept = weights == [parameter.data_ptr() for parameter in model.parameters()]
+        return {
+            "cpu_seconds": seconds,
+            "undo_seconds": cpu_seconds(made[0].undo),
+            "parameters": model.num_parameters(),
+            "weights_in_place": kept,
+        }
+
+    return run
+
+
+def filled(shape: str) -> LlamaForCausalLM:
+    """A model in bfloat16 whose weights repeat a block of random numbers, as drawing a billion takes a minute."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(models.config(shape, 128_256, trained=8192), dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    block = (torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) / 50).to(torch.bfloat16)
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        if parameter.ndim == 1:
+            flat.fill_(1)
+            continue
+        for begin in range(0, len(flat), len(block)):
+            flat[begin : begin + len(block)] = block[: len(flat) - begin]
+    return model.eval()

@@ -1,0 +1,58 @@
+"""The random models and texts that are measured: random weights show equality and cost, not quality."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "initializer_range": 0.2},
+    "small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2},
+    "attention": {"hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 8}
+    | {"num_key_value_heads": 2},
+    "billion": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+}
+"""`tiny` has larger weights, so that equal numbers say something; `small` is 256 wide and 6 layers deep, `attention`
+little else than attention, and `billion` has the shape of Llama-3.2-1B."""
+
+
+BOS = "<s>"
+
+
+def config(shape: str, vocabulary: int, trained: int = 512) -> LlamaConfig:
+    return LlamaConfig(vocab_size=vocabulary, max_position_embeddings=trained, **SHAPES[shape])
+
+
+def llama(shape: str, vocabulary: int, trained: int = 512, device: str = "cpu") -> LlamaForCausalLM:
+    """A Llama of random weights: float32 on the CPU, bfloat16 on a GPU."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config(shape, vocabulary, trained), dtype=dtype)
+    return model.eval()
+
+
+def text(tokens: int, vocabulary: int) -> torch.Tensor:
+    """A row of random tokens that begins with token 0, the BOS of [`tokenizer`]."""
+    row = torch.randint(1, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+    row[0] = 0
+    return row
+
+
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Token `n` is the word `n`, and token 0 is BOS, which it does not add by itself."""
+    numbers = {str(number): number for number in range(1, vocabulary)}
+    words = Tokenizer(models.WordLevel({BOS: 0, **numbers}, unk_token=BOS))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=BOS)
+
+
+def words(row: torch.Tensor) -> str:
+    """The text of which the tokenizer makes these tokens."""
+    return " ".join(str(token) if token else BOS for token in row.tolist())
