@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import Results, compare, evaluate_perplexity, load_patched, patch_model
 from hf_posext.adapters import load_adapter
 from hf_posext.evaluation import passkey_accuracy
-from hf_posext.evaluation.files import write_atomically
+from hf_posext.evaluation.texts.files import write_atomically
 from hf_posext.training import PRESETS, Preset, finetune
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

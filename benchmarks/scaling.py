@@ -16,7 +16,7 @@ from measure import Way, read_in_turn
 from scipy.optimize import nnls
 
 from hf_posext import patch_model
-from hf_posext.evaluation.scoring import TokenScorer
+from hf_posext.evaluation.scoring.scorer import TokenScorer
 
 VOCABULARY = 32_000
 WAYS = {"forward": None, "forward, yarn": "yarn", "forward, self-extend": "self-extend", "perplexity": None}

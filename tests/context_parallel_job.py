@@ -20,8 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_posext import patch_model
 from hf_posext.errors import UnsupportedModelError
-from hf_posext.evaluation.context_parallel import ContextParallelScorer
-from hf_posext.evaluation.scoring import Memory, TokenScorer
+from hf_posext.evaluation.scoring.context_parallel import ContextParallelScorer
+from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer
 
 from .conftest import TRAINED, tiny_llama, tokens
 

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 
 from hf_posext.errors import InvalidParameterError, PosExtError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.distribution import rank_of
-from hf_posext.evaluation.engine import State, Unit, measure
+from hf_posext.evaluation.running.engine import State, Unit, measure
+from hf_posext.evaluation.scoring.distribution import rank_of
 
 from .conftest import tiny_llama
 from .evaluation_helpers import character_tokenizer, random_texts

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from hf_posext.evaluation import compare, statistics
+from hf_posext.evaluation import compare
+from hf_posext.evaluation.results import statistics
 
 from .conftest import tiny_llama
 from .evaluation_helpers import character_tokenizer, random_texts

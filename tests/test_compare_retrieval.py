@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, JournalError
-from hf_posext.evaluation import Results, asking, compare, evaluate_perplexity, load_documents, retrieval
-from hf_posext.evaluation.results import RETRIEVAL_KEYS
+from hf_posext.evaluation import Results, compare, evaluate_perplexity, load_documents, retrieval
+from hf_posext.evaluation.results.results import RETRIEVAL_KEYS
+from hf_posext.evaluation.running import asking
 from hf_posext.reporting import markdown_table, merge_runs, merged_grids, print_tables, run_titles, write_report
 from hf_posext.reporting.heatmaps import heatmap_files
 from hf_posext.reporting.tables import grids, notes
@@ -105,7 +106,7 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
     def read(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("hf_posext.evaluation.scoring.TokenScorer.token_nll", read)
+    monkeypatch.setattr("hf_posext.evaluation.scoring.scorer.TokenScorer.token_nll", read)
     with pytest.raises(InvalidParameterError, match=message):
         run(**options)
 

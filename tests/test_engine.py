@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from hf_posext.errors import InvalidParameterError, JournalError, NonFiniteError
-from hf_posext.evaluation.distribution import deal, everywhere, processes_of, rank_of
-from hf_posext.evaluation.engine import Outcome, State, Unit, measure
-from hf_posext.evaluation.run_journal import RunJournal
+from hf_posext.evaluation.running.engine import Outcome, State, Unit, measure
+from hf_posext.evaluation.running.run_journal import RunJournal
+from hf_posext.evaluation.scoring.distribution import deal, everywhere, processes_of, rank_of
 
 
 def raising(error: BaseException) -> Any:

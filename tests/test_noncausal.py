@@ -18,11 +18,11 @@ from hf_posext import patch_model
 from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.choice import model_kind
-from hf_posext.evaluation.pseudo import MaskedScorer, Pseudo
-from hf_posext.evaluation.scoring import Memory
-from hf_posext.evaluation.special_tokens import special_tokens
-from hf_posext.evaluation.tokens import TokenizedDocuments
+from hf_posext.evaluation.protocols.choice import model_kind
+from hf_posext.evaluation.protocols.pseudo import MaskedScorer, Pseudo
+from hf_posext.evaluation.protocols.special_tokens import special_tokens
+from hf_posext.evaluation.scoring.scorer import Memory
+from hf_posext.evaluation.texts.tokens import TokenizedDocuments
 from hf_posext.reporting import write_report
 
 from .conftest import TRAINED, tiny_llama, tiny_t5

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from hf_posext.errors import NonFiniteError
-from hf_posext.evaluation.nonfinite import family
-from hf_posext.evaluation.pseudo import MaskedScorer
-from hf_posext.evaluation.scoring import Memory, TokenScorer, require_finite
-from hf_posext.evaluation.seq2seq import Seq2SeqScorer
+from hf_posext.evaluation.protocols.pseudo import MaskedScorer
+from hf_posext.evaluation.protocols.seq2seq import Seq2SeqScorer
+from hf_posext.evaluation.scoring.nonfinite import family
+from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer, require_finite
 
 from .conftest import tiny_t5, tokens
 from .evaluation_helpers import character_tokenizer

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation import passkey, passkey_accuracy
-from hf_posext.evaluation.passkey import answer_size, passkey_prompts
+from hf_posext.evaluation import passkey_accuracy
+from hf_posext.evaluation.questions import passkey
+from hf_posext.evaluation.questions.passkey import answer_size, passkey_prompts
 from hf_posext.patching import patch_model
 
 from .conftest import EXAMPLES

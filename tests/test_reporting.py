@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from hf_posext.evaluation import Results
-from hf_posext.evaluation.files import portable, write_atomically
+from hf_posext.evaluation.texts.files import portable, write_atomically
 from hf_posext.reporting import (
     markdown_table,
     notes,

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation import passkey
-from hf_posext.evaluation.retrieval import DEPTHS, retrieval
-from hf_posext.evaluation.tasks import TASKS, WORDS, answer_room, score, task_prompt
+from hf_posext.evaluation.questions import passkey
+from hf_posext.evaluation.questions.retrieval import DEPTHS, retrieval
+from hf_posext.evaluation.questions.tasks import TASKS, WORDS, answer_room, score, task_prompt
 from hf_posext.patching import patch_model
 from hf_posext.reporting import heatmaps
 

@@ -14,9 +14,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
-from hf_posext.evaluation import heads, scoring
-from hf_posext.evaluation.scoring import TokenScorer
-from hf_posext.evaluation.setup import check_positions
+from hf_posext.evaluation.running.setup import check_positions
+from hf_posext.evaluation.scoring import heads, scorer
+from hf_posext.evaluation.scoring.scorer import TokenScorer
 from hf_posext.patching.detect import detect_scheme
 from hf_posext.patching.modes import evaluation_mode
 from hf_posext.patching.sites import sinusoids
@@ -42,7 +42,7 @@ the model's prefix has it: a decoder inside, or under another name."""
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Seven rows of logits at a time, so that 50 tokens take eight slices, the last a shorter one."""
-    monkeypatch.setattr(scoring, "LOGITS_BUDGET", 7 * 4 * 128)
+    monkeypatch.setattr(scorer, "LOGITS_BUDGET", 7 * 4 * 128)
     yield 7
 
 

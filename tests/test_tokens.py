@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_posext.errors import DocumentError
 from hf_posext.evaluation import Document, load_documents
-from hf_posext.evaluation.encoding import bytes_before
-from hf_posext.evaluation.tokens import tokenize_documents
+from hf_posext.evaluation.texts.encoding import bytes_before
+from hf_posext.evaluation.texts.tokens import tokenize_documents
 
 from .conftest import EXAMPLES
 from .evaluation_helpers import BOS, character_tokenizer

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hf_posext.errors import InvalidParameterError
 from hf_posext.evaluation import Results
-from hf_posext.evaluation.results import ROW_KEYS
-from hf_posext.evaluation.tracking import log_results
+from hf_posext.evaluation.results.results import ROW_KEYS
+from hf_posext.evaluation.results.tracking import log_results
 from hf_posext.reporting.model_index import results_to_model_index
 
 

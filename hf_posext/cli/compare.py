@@ -103,7 +103,7 @@ def _check_methods(
         raise InvalidParameterError(f"methods is {methods!r}; give at least one name, as in --methods none,yarn")
     chosen = [as_method(name) for name in names]
 
-    from ..evaluation.selection import plan_methods
+    from ..evaluation.running.selection import plan_methods
     from ..patching import detect_scheme
     from .loading import load_config
 

@@ -51,7 +51,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show how a model encodes position, the length it was trained on, and which methods apply."""
-    from ..evaluation.selection import by_reason
+    from ..evaluation.running.selection import by_reason
     from ..patching import detect_scheme
     from .loading import load_config
 

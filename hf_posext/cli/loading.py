@@ -113,7 +113,7 @@ def _open(name: str, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     from ..adapters import load_adapter
-    from ..evaluation.choice import model_kind
+    from ..evaluation.protocols.choice import model_kind
     from ..patching import load_patched
 
     if (Path(name) / "adapter_config.json").is_file():

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from ..evaluation.tokens import TokenizedDocuments
+from ..evaluation.texts.tokens import TokenizedDocuments
 from ..patching.attention_scores import last_query_scores
 
 LAYERS = 4

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError, UnsupportedModelError
-from ..evaluation.files import portable
+from ..evaluation.texts.files import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
 from ..patching import detect_scheme

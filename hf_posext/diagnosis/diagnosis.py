@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.files import write_atomically
+from ..evaluation.texts.files import write_atomically
 from ..scheme import PositionalScheme
 
 if TYPE_CHECKING:

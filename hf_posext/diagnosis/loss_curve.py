@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from ..errors import EvaluationError
-from ..evaluation.scoring import TokenScorer, require_finite
-from ..evaluation.tokens import TokenizedDocuments
+from ..evaluation.scoring.scorer import TokenScorer, require_finite
+from ..evaluation.texts.tokens import TokenizedDocuments
 
 STRETCHES = 32
 """Lines of a curve: at 2,048 tokens one is the mean of 64 tokens of each document."""

@@ -11,10 +11,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import DocumentError, InvalidParameterError, UnsupportedModelError
-from ..evaluation.documents import Document, Documents, load_documents
-from ..evaluation.files import portable
-from ..evaluation.scoring import TokenScorer
-from ..evaluation.tokens import TokenizedDocuments, tokenize_documents
+from ..evaluation.scoring.scorer import TokenScorer
+from ..evaluation.texts.documents import Document, Documents, load_documents
+from ..evaluation.texts.files import portable
+from ..evaluation.texts.tokens import TokenizedDocuments, tokenize_documents
 from ..patching import patch_model
 from ..patching.modes import evaluation_mode
 from ..plan import ExtensionPlan

@@ -1,15 +1,15 @@
 """Perplexity that is right: protocols, the truncation control, pass keys, intervals, and results with provenance."""
 
 from .compare import compare
-from .documents import Document, Documents, load_documents
-from .key_tokens import find_key_tokens
-from .longppl import longce_weights, longppl
-from .passkey import passkey_accuracy
+from .contrast.key_tokens import find_key_tokens
+from .contrast.longppl import longce_weights, longppl
 from .perplexity import evaluate_perplexity
-from .recipes import RECIPES
-from .results import Results
-from .retrieval import retrieval
-from .tracking import log_results
+from .questions.passkey import passkey_accuracy
+from .questions.retrieval import retrieval
+from .results.results import Results
+from .results.tracking import log_results
+from .texts.documents import Document, Documents, load_documents
+from .texts.recipes import RECIPES
 
 __all__ = [
     "RECIPES",

@@ -14,25 +14,26 @@ from torch import nn
 from ..errors import AlreadyPatchedError
 from ..patching import detect_scheme, find_patch, patch_model, unwrap
 from ..patching.modes import evaluation_mode
-from .asking import check_asking
-from .assembly import Assembly
-from .context_parallel import memory_for
-from .engine import Outcomes, State, measure
-from .identity import run_identity
-from .key_search import Evaluator, key_search
-from .prefill import check_prefill
-from .readings import control_reading, method_reading
-from .results import Results
-from .run_journal import open_journal
-from .selection import plan_methods, try_plans
-from .setup import Options, check_positions, prepare
+from .results.results import Results
+from .running.asking import check_asking
+from .running.assembly import Assembly
+from .running.engine import Outcomes, State, measure
+from .running.identity import run_identity
+from .running.key_search import Evaluator, key_search
+from .running.readings import control_reading, method_reading
+from .running.run_journal import open_journal
+from .running.selection import plan_methods, try_plans
+from .running.setup import Options, prepare
+from .scoring.boundaries import check_positions
+from .scoring.context_parallel import memory_for
+from .scoring.prefill import check_prefill
 
 if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator
 
     from ..methods.base import Method
-    from .documents import Document
+    from .texts.documents import Document
 
 
 def compare(

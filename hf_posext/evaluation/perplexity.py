@@ -13,24 +13,25 @@ from torch import nn
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode
-from .asking import Asked, check_asking
-from .assembly import Assembly
-from .boundaries import boundaries_of
-from .context_parallel import memory_for
-from .engine import State, measure
-from .identity import run_identity
-from .key_search import Evaluator, key_search
-from .prefill import check_prefill
-from .readings import Reading, control_reading
-from .results import Results
-from .run_journal import open_journal
-from .setup import Options, Setup, check_positions, model_name, prepare
+from .results.results import Results
+from .running.asking import Asked, check_asking
+from .running.assembly import Assembly
+from .running.engine import State, measure
+from .running.identity import run_identity
+from .running.key_search import Evaluator, key_search
+from .running.readings import Reading, control_reading
+from .running.run_journal import open_journal
+from .running.setup import Options, Setup, prepare
+from .scoring.boundaries import boundaries_of, check_positions
+from .scoring.context_parallel import memory_for
+from .scoring.prefill import check_prefill
+from .scoring.scorer import model_name
 
 if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator
 
-    from .documents import Document
+    from .texts.documents import Document
 
 
 def evaluate_perplexity(

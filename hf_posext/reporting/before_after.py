@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidParameterError
-from ..evaluation.control import CONTROL
-from ..evaluation.results import Results
-from ..evaluation.rows import Conditions, make_rows
+from ..evaluation.protocols.control import CONTROL
+from ..evaluation.results.results import Results
+from ..evaluation.results.rows import Conditions, make_rows
 from .merge import differences
 
 if TYPE_CHECKING:

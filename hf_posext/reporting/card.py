@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.directory import CARD_FILE, CONFIG_FILE, AdapterDirectory
 from ..adapters.instructions import card_data, how_to_open, public_name, tags
-from ..evaluation.files import write_atomically
-from ..evaluation.results import Results
+from ..evaluation.results.results import Results
+from ..evaluation.texts.files import write_atomically
 from ..plan import ExtensionPlan
 from .before_after import THIS_MODEL, before_after
 from .model_index import results_to_model_index

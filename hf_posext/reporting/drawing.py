@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from ..evaluation.files import write_atomically
-from ..evaluation.rows import averaged
-from ..evaluation.statistics import bootstrap_interval
+from ..evaluation.results.rows import averaged
+from ..evaluation.results.statistics import bootstrap_interval
+from ..evaluation.texts.files import write_atomically
 from .tables import Row, by_method, control_rows, finite_interval, format_perplexity
 
 if TYPE_CHECKING:

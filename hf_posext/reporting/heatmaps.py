@@ -55,7 +55,7 @@ def plot_heatmaps(
     """Draws accuracy by depth and length, a heat map for each task, of one model under one method.
 
     Args:
-        rows (`Sequence[Mapping]`): of [`~hf_posext.evaluation.retrieval.retrieval`], in any order.
+        rows (`Sequence[Mapping]`): of [`~hf_posext.evaluation.questions.retrieval.retrieval`], in any order.
         path (`str` or `Path`): the PNG to write, 1800 pixels wide; replaced in one step.
         trained_length (`int`, *optional*): in tokens; a dotted line parts the lengths above it from the others.
         title (`str`, *optional*): above all panels, as in `"yarn x8"`.

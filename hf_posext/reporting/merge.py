@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidParameterError
-from ..evaluation.results import Results
+from ..evaluation.results.results import Results
 from .tables import Grid, grids, row_name
 
 if TYPE_CHECKING:

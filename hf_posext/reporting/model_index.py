@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.protocols import is_legacy
+from ..evaluation.protocols.protocol import is_legacy
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from ..evaluation.results import Results
+    from ..evaluation.results.results import Results
 
 METRICS = (
     ("perplexity", "perplexity", "Perplexity"),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from ..evaluation.control import CONTROL
-from ..evaluation.positions import gain_by_position
+from ..evaluation.protocols.control import CONTROL
+from ..evaluation.results.positions import gain_by_position
 from .drawing import (
     Style,
     draw_gain,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..evaluation.files import write_atomically
+from ..evaluation.texts.files import write_atomically
 from .heatmaps import heatmap_files, write_heatmaps
 from .merge import differences, merge_runs, merged_grids, run_titles
 from .plots import plot_gain_by_position, plot_perplexity, plot_side_by_side

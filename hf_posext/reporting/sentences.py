@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..evaluation.protocols import is_legacy
+from ..evaluation.protocols.protocol import is_legacy
 from .tables import Row, by_method, control_rows, finite_interval, format_interval, format_perplexity, legacy_mark
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.protocols import is_legacy
-from ..evaluation.selection import by_reason
+from ..evaluation.protocols.protocol import is_legacy
+from ..evaluation.running.selection import by_reason
 
 if TYPE_CHECKING:
     from ..evaluation import Results

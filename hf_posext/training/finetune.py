@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document
-from ..evaluation.files import portable
+from ..evaluation.texts.files import portable
 from ..methods import Method
 from ..patching import Patch, patch_model
 from ..patching.modes import activation_checkpointing

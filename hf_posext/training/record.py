@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidParameterError, TrainingError
-from ..evaluation.files import portable, write_atomically
+from ..evaluation.texts.files import portable, write_atomically
 
 CHECKPOINTS = "checkpoints"
 LOG = "training_log.json"

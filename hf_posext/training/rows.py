@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import DocumentError
 from ..evaluation import Document, load_documents
-from ..evaluation.tokens import adds_bos, token_ids
+from ..evaluation.texts.tokens import adds_bos, token_ids
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import pytest
 import hf_posext.evaluation
 from hf_posext.errors import EvaluationError, NonFiniteError
 from hf_posext.evaluation import Results
-from hf_posext.evaluation.decoders import Prefix
+from hf_posext.evaluation.protocols.decoders import Prefix
 from hf_posext.patching import find_patch
 
 from .helpers import LEARNED, MODEL, NOVELS, break_at, compare, error_of, run

@@ -1,0 +1,1 @@
+"""Tokens that need the long context: LongPPL and LongCE."""

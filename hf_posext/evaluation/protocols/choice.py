@@ -1,0 +1,94 @@
+"""Which protocol fits a model, by name or by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from ...errors import InvalidParameterError
+from ...patching.detect import unwrap
+from .decoders import Prefix, Rolling, Sliding, Tail, check_tail
+from .legacy import LegacyLongLoRA, LegacyYaRN
+from .protocol import PerplexityProtocol
+from .pseudo import Pseudo
+from .seq2seq import Seq2Seq
+from .windows import check_stride
+
+STRIDED = {protocol.name: protocol for protocol in (Sliding, LegacyYaRN, LegacyLongLoRA)}
+DECODER_PROTOCOLS = ("prefix", "sliding", "rolling", "tail", "legacy-yarn", "legacy-longlora")
+
+FITTING = {"causal": DECODER_PROTOCOLS, "masked": ("pseudo",), "seq2seq": ("seq2seq",)}
+"""The protocols by the kind of language model, the one that is taken if none is asked for first."""
+
+
+def model_kind(classes: Iterable[str], config: PreTrainedConfig) -> str:
+    """
+    `"masked"` for an encoder with a masked-LM head, `"seq2seq"` for an encoder-decoder with a head, else `"causal"`.
+
+    Args:
+        classes (`Iterable[str]`): names of the model's classes, or the `architectures` of its config.
+        config (`PreTrainedConfig`): of the model.
+    """
+    known = set(classes)
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq" if known & _names(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) else "causal"
+    # XLM and Flaubert have one class for both, and a config that tells which it is.
+    is_masked = known & _names(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES) and not getattr(
+        config, "causal", False
+    )
+    return "masked" if is_masked else "causal"
+
+
+def choose_protocol(
+    name: str | None, model: nn.Module, lengths: list[int], *, stride: int | None = None, tail: int | None = None
+) -> PerplexityProtocol:
+    """
+    The protocol of that name, or the one that fits the model.
+
+    Args:
+        name (`str`, *optional*): by default `"prefix"`, `"pseudo"` or `"seq2seq"`, by the model.
+        model (`PreTrainedModel`): to be measured, also inside a PEFT or DDP wrapper.
+        lengths (`list[int]`): in tokens, ascending.
+        stride (`int`, *optional*): of protocols whose windows overlap; required there, refused elsewhere.
+        tail (`int`, *optional*): tokens that protocol `"tail"` counts; required there, refused elsewhere.
+
+    Raises:
+        InvalidParameterError: no such protocol, one that does not fit the model, an option where it has none, none
+            where it has one, or one that cannot be.
+    """
+    base = unwrap(model)
+    fitting = FITTING[model_kind((cls.__name__ for cls in type(base).__mro__), base.config)]
+    name = name or fitting[0]
+    known = [protocol for protocols in FITTING.values() for protocol in protocols]
+    if name not in known:
+        raise InvalidParameterError(f"protocol is {name!r}; choose one of {', '.join(known)}")
+    if name not in fitting:
+        raise InvalidParameterError(
+            f"protocol {name!r} does not fit {type(base).__name__}; choose {' or '.join(map(repr, fitting))}"
+        )
+    if stride is not None and name not in STRIDED:
+        raise InvalidParameterError(
+            f"stride is {stride}, and protocol {name!r} has none; leave it out, or choose {' or '.join(STRIDED)}"
+        )
+    if tail is not None and name != Tail.name:
+        raise InvalidParameterError(f"tail is {tail}, and protocol {name!r} has none; leave it out, or choose 'tail'")
+    if name in STRIDED:
+        if stride is None:
+            raise InvalidParameterError(f"protocol {name!r} needs a stride, as in stride=256")
+        for length in lengths:
+            check_stride(length, stride)
+        return STRIDED[name](stride)
+    if name == Tail.name:
+        if tail is None:
+            raise InvalidParameterError("protocol 'tail' needs the tokens that count, as in tail=128")
+        check_tail(tail, lengths)
+        return Tail(tail)
+    return {protocol.name: protocol for protocol in (Prefix, Rolling, Pseudo, Seq2Seq)}[name]()
+
+
+def _names(mapping: dict[str, Any]) -> set[str]:
+    return {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}

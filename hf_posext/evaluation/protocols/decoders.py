@@ -1,0 +1,222 @@
+"""The protocols of causal language models in which every token weighs the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...errors import EvaluationError, InvalidParameterError
+from ..scoring.boundaries import Boundaries
+from ..scoring.context_parallel import token_scorer
+from ..scoring.scorer import Memory, TokenScorer, require_finite
+from ..texts.tokens import TokenizedDocuments
+from .control import TruncatedReader
+from .protocol import Measurement, window_cost
+from .windows import Window, rolling_windows, sliding_windows, windows_nll
+
+NO_BOS = "none: the tokenizer adds none"
+
+
+class OfDecoders:
+    """What the protocols of causal language models share."""
+
+    legacy: ClassVar[bool] = False
+    bos_place: ClassVar[str] = "first token of each document"
+
+    def bos_rule(self, bos: bool) -> str:
+        return self.bos_place if bos else NO_BOS
+
+    def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> TokenScorer:
+        return token_scorer(model, memory)
+
+    def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
+        return documents
+
+
+@dataclass(frozen=True)
+class Prefix(OfDecoders):
+    """
+    Perplexity of the first `L` tokens of each document, for every length `L`.
+
+    Token `t` is scored given all tokens before it. Where positions do not depend on the length of the input, one
+    forward over the longest length gives all lengths, since a causal token does not see what follows. LongRoPE with
+    two lists takes two forwards, and dynamic NTK a fresh one for each length.
+    """
+
+    name: ClassVar[str] = "prefix"
+
+    def first(self, length: int) -> int:
+        """The first token that counts at a length."""
+        return 1
+
+    def tail(self, length: int) -> int | None:
+        """How many of those that count lie in the second half, where that is not half of them."""
+        return None
+
+    def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
+        return boundaries.groups(lengths)
+
+    def measure(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
+    ) -> list[Measurement]:
+        row = documents.tokens[index]
+        nll = windows_nll(scorer, row, [self._window(lengths, lengths[-1])])
+        require_finite(nll, documents.ids[index], range(self.first(lengths[0]), lengths[-1]), scorer.culprit)
+        if index == 0 and len(lengths) > 1:
+            fresh = windows_nll(scorer, row, [self._window(lengths, lengths[0])])
+            require_agreement(fresh, nll, lengths, scorer.model.dtype)
+        return self._at(lengths, nll)
+
+    def measure_control(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
+    ) -> list[Measurement]:
+        window = self._window(lengths, lengths[-1])
+        reader = TruncatedReader(scorer, documents.tokens[index], trained_length, documents.bos, window.first)
+        nll = reader.nll([window])
+        require_finite(nll, documents.ids[index], range(self.first(lengths[0]), lengths[-1]), scorer.culprit)
+        return self._at(lengths, nll)
+
+    def cost(self, lengths: list[int], longest: int) -> float:
+        return window_cost(lengths[-1])
+
+    def _window(self, lengths: list[int], end: int) -> Window:
+        return Window(0, self.first(lengths[0]), end)
+
+    def _at(self, lengths: list[int], nll: np.ndarray) -> list[Measurement]:
+        """What counts at each length, of the NLL of the tokens that count at any."""
+        begin = self.first(lengths[0])
+        return [Measurement(n, nll[self.first(n) - begin : n - begin], self.first(n), self.tail(n)) for n in lengths]
+
+
+@dataclass(frozen=True)
+class Tail(Prefix):
+    """
+    Perplexity of the last `K` of the first `L` tokens of each document, for every length `L`.
+
+    Read as by [`Prefix`]: token `t` is scored given all tokens before it, but only those count that have `L - K`
+    tokens or more before them.
+
+    Args:
+        tokens (`int`): `K`, at most `L - 1`.
+    """
+
+    tokens: int
+    name: ClassVar[str] = "tail"
+
+    def first(self, length: int) -> int:
+        return length - self.tokens
+
+    def tail(self, length: int) -> int:
+        return min(self.tokens, (length + 1) // 2)
+
+
+class ReadsWindows(OfDecoders):
+    """What protocols share that read the whole document through windows of a length."""
+
+    def windows(self, total: int, length: int, bos: bool) -> list[Window]:
+        """What is read of a row of `total` tokens."""
+        raise NotImplementedError
+
+    def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
+        """The NLL of the tokens that the windows score."""
+        return Measurement(length, nll)
+
+    def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
+        return [[length] for length in lengths]
+
+    def measure(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
+    ) -> list[Measurement]:
+        # A window of this size is read as it is.
+        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
+
+    def measure_control(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
+    ) -> list[Measurement]:
+        reader = TruncatedReader(scorer, documents.tokens[index], trained_length, documents.bos)
+        found = []
+        for length in lengths:
+            windows = self.windows(documents.length, length, documents.bos)
+            nll = reader.nll(windows)
+            if not np.isfinite(nll).all():
+                scored = [token for window in windows for token in range(window.first, window.end)]
+                require_finite(nll, documents.ids[index], scored, scorer.culprit)
+            found.append(self.measurement(length, nll, windows))
+        return found
+
+    def cost(self, lengths: list[int], longest: int) -> float:
+        return sum(window_cost(w.size) for length in lengths for w in self.windows(longest, length, False))
+
+
+@dataclass(frozen=True)
+class Sliding(ReadsWindows):
+    """
+    Perplexity of the first `max(lengths)` tokens of each document, read through a window of `L` tokens.
+
+    The window moves by `stride`; each scores the tokens that no earlier one has scored, given what it holds of the
+    tokens before them: all in the first window, the last `stride` in the others. Where the tokenizer adds BOS, every
+    window begins with it and holds `L - 1` tokens more. These are the windows of PoSE, weighted by token (YaRN's
+    script has the same windows and averages their means: [`LegacyYaRN`]).
+
+    Args:
+        stride (`int`): tokens that the window moves by, at most `L - 1`, since a longer one would skip tokens.
+    """
+
+    stride: int
+    name: ClassVar[str] = "sliding"
+    bos_place: ClassVar[str] = "first token of every window"
+
+    def windows(self, total: int, length: int, bos: bool) -> list[Window]:
+        return sliding_windows(total, length, self.stride, bos)
+
+
+@dataclass(frozen=True)
+class Rolling(ReadsWindows):
+    """
+    Perplexity of the first `max(lengths)` tokens of each document, read in disjoint windows of `L` tokens.
+
+    These are the windows of lm-eval's `loglikelihood_rolling` with `max_length = L`: the first reads tokens 0 to
+    `L - 1` and scores 1 to `L`; each later one reads the last token that was scored and the `L - 1` after it, and
+    scores the next `L`; the last window begins earlier, so that it reads `L` tokens, too. A token has from 1 to `L`
+    tokens of context, about `L / 2` on average. BOS, where the tokenizer adds one, is token 0 and in the first window
+    only (lm-eval puts one there for every tokenizer; here token 0 takes its place, and is not scored).
+    """
+
+    name: ClassVar[str] = "rolling"
+    bos_place: ClassVar[str] = "first token of the first window of each document"
+
+    def windows(self, total: int, length: int, bos: bool) -> list[Window]:
+        return rolling_windows(total, length)
+
+
+def check_tail(tokens: int, lengths: list[int]) -> None:
+    """Refuse a tail that is none, or longer than what is scored at the shortest length."""
+    if not 1 <= tokens <= lengths[0] - 1:
+        raise InvalidParameterError(
+            f"tail is {tokens} for texts of {lengths[0]} tokens; give 1 to {lengths[0] - 1} (the first is not scored)"
+        )
+
+
+def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dtype: torch.dtype) -> None:
+    """
+    The guard of measuring several lengths in one pass: a fresh forward at the shortest gives what the longest gave.
+
+    The mean absolute difference may be 1e-4 nats, a hundred times the rounding of float32 between products of other
+    shapes, or four eps of a shorter dtype (0.03 for bfloat16), whose logits are rounded to some eps of their size.
+    Positions that depend on the length move it by more: dynamic NTK by 0.1 and more.
+
+    Raises:
+        EvaluationError: they disagree.
+    """
+    deviation = float(np.abs(fresh - nll[: len(fresh)]).mean())
+    allowed = max(1e-4, 4 * torch.finfo(dtype).eps)
+    if deviation > allowed:
+        raise EvaluationError(
+            f"one forward over {lengths[-1]} tokens and a fresh one over {lengths[0]} disagree by {deviation:.2g} "
+            f"nats a token (allowed {allowed:.2g}): the positions of this model depend on the length of its input, "
+            "and neither its config nor its plan says so; measure one length at a time"
+        )

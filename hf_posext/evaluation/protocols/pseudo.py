@@ -1,0 +1,148 @@
+"""Pseudo-perplexity of encoders: masked tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...errors import InvalidParameterError, UnsupportedModelError
+from ..scoring.heads import hidden_states, with_hidden_states
+from ..scoring.room import Room
+from ..scoring.scorer import BATCH_TOKENS, WHOLE, Memory, require_finite
+from ..texts.tokens import TokenizedDocuments
+from .protocol import Measurement, window_cost
+from .special_tokens import FramedScorer, OfFramedTexts, plain_text, require_room
+
+SAMPLES = 64
+"""Tokens of a document that are masked, each in a forward of its own; eight novels give 512 of them."""
+
+
+class MaskedScorer(FramedScorer):
+    """
+    Scores masked tokens with an encoder.
+
+    Args:
+        model (`torch.nn.Module`): with a masked-LM head, also inside a PEFT or DDP wrapper.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+
+    Raises:
+        InvalidParameterError: the tokenizer has no mask token.
+        UnsupportedModelError: a model with prompt tuning.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
+        super().__init__(model, tokenizer, memory)
+        if tokenizer.mask_token_id is None:
+            raise InvalidParameterError("the tokenizer has no mask token; load the one that belongs to the encoder")
+        self.mask: int = tokenizer.mask_token_id
+        self._trunk: nn.Module = self.model.base_model
+        self._texts = Room("texts in a batch", BATCH_TOKENS)
+        self._checked = False
+
+    @torch.inference_mode()
+    def token_nll(self, texts: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """
+        NLL of one token of each text, that token masked.
+
+        Args:
+            texts (`torch.LongTensor` of shape `(texts, length)`): without special tokens.
+            at (`torch.LongTensor` of shape `(texts,)`): which token of each.
+
+        Returns:
+            `torch.FloatTensor` of shape `(texts,)`, float32 on the CPU, in nats.
+        """
+        targets = texts.gather(1, at[:, None])[:, 0]
+        masked = texts.scatter(1, at[:, None], self.mask)
+        inputs = torch.stack([self.around(text) for text in masked]).to(self.model.device)
+        at = at + len(self.before)
+        if not self._checked:
+            self._check(inputs[:1], at[:1])
+        nll = torch.empty(len(inputs))
+
+        def score(begin: int, end: int) -> None:
+            logits = self._logits(inputs[begin:end], at[begin:end]).float().cpu()
+            nll[begin:end] = F.cross_entropy(logits, targets[begin:end], reduction="none")
+
+        self._texts.run(score, range(len(inputs)), cost=inputs.shape[1])
+        self.look_at(nll[:, None], lambda row: self._logits(inputs[row : row + 1], at[row : row + 1]))
+        return nll
+
+    def _logits(self, inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Logits at one place of each row, of shape `(rows, vocabulary)`; the head is given no other."""
+
+        def keep_one(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = hidden_states(output)
+            places = at.to(hidden.device)[:, None, None].expand(-1, 1, hidden.shape[-1])
+            return with_hidden_states(output, hidden.gather(1, places))
+
+        handle = self._trunk.register_forward_hook(keep_one)
+        try:
+            logits: torch.Tensor = self.model(input_ids=inputs).logits[:, 0]
+        finally:
+            handle.remove()
+        return logits
+
+    def _check(self, inputs: torch.Tensor, at: torch.Tensor) -> None:
+        """A head that needs more than its own token is refused: it would be scored wrongly."""
+        full = self.model(input_ids=inputs).logits[0, at[0]]
+        deviation = float((self._logits(inputs, at)[0] - full).abs().max())
+        if deviation > max(1e-4, 8 * torch.finfo(full.dtype).eps) * float(full.abs().max()):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has a head that reads more than the token that it predicts (logits "
+                f"differ by {deviation:.2g}), so it has no pseudo-perplexity"
+            )
+        self._checked = True
+
+
+@dataclass(frozen=True)
+class Pseudo(OfFramedTexts):
+    """
+    Pseudo-perplexity of an encoder (Salazar et al. 2020, arXiv 1910.14659): masked tokens given all others.
+
+    A text of length `L` is the first `n = L - specials` tokens of a document, with the tokenizer's special tokens
+    around it. Of its tokens, `S = min(samples, n)` are scored, the middle one of each of `S` equal stretches (token
+    `(2 j + 1) n // (2 S)` for `j` below `S`); each is masked alone, in a forward of its own, since other masks would
+    be missing from its context. The tail is the later half of them. All methods score the same tokens.
+
+    The control scores them in a window of the trained length `T`, special tokens included: `w = T - specials` tokens
+    that begin `w // 2` before the scored one, or nearer to it where the window would stick out of the text.
+
+    Args:
+        samples (`int`, *optional*, defaults to 64): tokens of each document that are scored at each length.
+    """
+
+    samples: int = SAMPLES
+    name: ClassVar[str] = "pseudo"
+
+    def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> MaskedScorer:
+        return MaskedScorer(model, tokenizer, memory)
+
+    def measure(
+        self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
+    ) -> list[Measurement]:
+        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
+
+    def measure_control(
+        self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
+    ) -> list[Measurement]:
+        require_room(min(lengths[0], trained_length), scorer.special + 1)
+        row = plain_text(documents, index)
+        found = []
+        for length in lengths:
+            count = length - scorer.special
+            size = min(length, trained_length) - scorer.special
+            scored = min(self.samples, count)
+            places = (2 * torch.arange(scored) + 1) * count // (2 * scored)
+            begins = (places - size // 2).clamp(0, count - size)
+            texts = torch.stack([row[begin : begin + size] for begin in begins.tolist()])
+            nll = scorer.token_nll(texts, places - begins).double().numpy()
+            require_finite(nll, documents.ids[index], places.tolist(), scorer.culprit)
+            found.append(Measurement(length, nll, first=None, tail=(scored + 1) // 2))
+        return found
+
+    def cost(self, lengths: list[int], longest: int) -> float:
+        return sum(min(self.samples, length) * window_cost(length) for length in lengths)

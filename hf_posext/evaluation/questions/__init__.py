@@ -1,0 +1,1 @@
+"""What a model finds in a long text: pass keys and a small RULER-like set."""

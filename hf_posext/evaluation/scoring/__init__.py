@@ -1,0 +1,1 @@
+"""A model and a text in, the negative log-likelihood of every token out."""

@@ -1,0 +1,98 @@
+"""Several processes: which of them does what, and how all come to know what each has found.
+
+Work is dealt out whole and its results are gathered, never averaged over processes: sums that are pooled afterwards,
+in the order of the documents, are the same to the bit however many processes there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from ...errors import EvaluationError, InvalidParameterError, PosExtError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+def rank_of(accelerator: Accelerator | None) -> int:
+    """The index of this process; 0 without an accelerator."""
+    return 0 if accelerator is None else int(accelerator.process_index)
+
+
+def processes_of(accelerator: Accelerator | None) -> int:
+    """How many processes there are; 1 without an accelerator."""
+    return 1 if accelerator is None else int(accelerator.num_processes)
+
+
+def shares_texts(accelerator: Accelerator | None) -> bool:
+    """Whether the processes work on one text together, instead of on a text each.
+
+    Raises:
+        InvalidParameterError: some of them would.
+    """
+    config = getattr(accelerator, "parallelism_config", None)
+    if accelerator is None or config is None or config.cp_size == 1:
+        return False
+    if config.cp_size != accelerator.num_processes:
+        raise InvalidParameterError(
+            f"cp_size is {config.cp_size} and there are {accelerator.num_processes} processes; an evaluation shares "
+            "each text out over all processes or over none: make the two equal, or leave cp_size out"
+        )
+    return True
+
+
+def deal(costs: Sequence[float], processes: int) -> list[int]:
+    """
+    The process of each piece of work: the longest first, each to the process that has least so far.
+
+    Args:
+        costs (`Sequence[float]`): of the pieces, in any unit.
+        processes (`int`): how many share them.
+
+    Returns:
+        `list[int]`: index of a process for each piece; the same on every process. Of equal costs the first goes first.
+    """
+    loads, owners = [0.0] * processes, [0] * len(costs)
+    for piece in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        owners[piece] = min(range(processes), key=loads.__getitem__)
+        loads[owners[piece]] += costs[piece]
+    return owners
+
+
+def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T]:
+    """
+    Do a process' share of the work, and learn what all of them have got.
+
+    Every process has to call it. An error is carried to the others before it is raised, so that none of them waits for
+    a process that has stopped; Ctrl-C is not, since launchers stop all processes then.
+
+    Args:
+        work (`Callable`): what this process does; its result can be pickled.
+        accelerator (`Accelerator`, *optional*): of the processes; without one there is only this process.
+
+    Returns:
+        `list`: the results of all processes, in their order.
+
+    Raises:
+        Exception: of `work`; on the other processes the same if it is a [`PosExtError`], else an [`EvaluationError`].
+    """
+    if processes_of(accelerator) == 1:
+        return [work()]
+    from accelerate.utils import gather_object
+
+    own: Exception | None = None
+    share: tuple[T | None, PosExtError | None]
+    try:
+        share = (work(), None)
+    except Exception as error:
+        own, rank = error, rank_of(accelerator)
+        told = error if isinstance(error, PosExtError) else None
+        share = (None, told or EvaluationError(f"process {rank} failed: {type(error).__name__}: {error}"))
+    shares = gather_object([share])
+    errors = [error for _, error in shares if error is not None]
+    if errors:
+        raise own or errors[0]
+    return [result for result, _ in shares]

@@ -1,0 +1,201 @@
+"""Reads a text in chunks, each with those before it in a KV cache.
+
+What a chunk needs for its activations is free again before the next one comes, so that the longest text is bounded by
+the cache. Every token attends to the same keys as in one forward over the whole text; values differ by the rounding of
+products of other shapes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from ...errors import InvalidParameterError, OutOfMemoryError, UnsupportedModelError
+from ...patching.detect import detect_scheme
+from ...patching.patch import find_patch
+from ...plan import ExtensionPlan
+from ...scheme import PositionalScheme
+from .boundaries import Boundaries, boundaries_of
+from .heads import PROBE_LENGTH, PROBE_SLICE, FullHead, Head, Read, deviation
+from .room import halved
+
+CACHES = ("past_key_values", "cache_params")
+"""What models of transformers call the cache that they take and give back."""
+
+NO_CACHE = "it has no cache that goes from one forward to the next"
+
+SMALLEST_CHUNK = 64
+"""Tokens; shorter chunks free next to nothing, so that where this one does not fit the cache does not."""
+
+
+class Chunk(NamedTuple):
+    """Tokens `begin` to `end` of a text, and what the model made of them."""
+
+    begin: int
+    end: int
+    read: Read
+
+
+def cache_argument(model: Any) -> str | None:
+    """What a model calls its cache; `None` where it has none that goes from one forward to the next."""
+    accepted = inspect.signature(type(model).forward).parameters
+    return next((name for name in CACHES if name in accepted), None)
+
+
+def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[int, int]]:
+    """
+    Where the chunks of a text begin and end.
+
+    LongRoPE with two lists chooses one of them by the last position that a forward sees. The first chunk of a text
+    that is longer than the original length goes beyond that, so that all chunks have the same list.
+
+    Args:
+        length (`int`): tokens of the text.
+        chunk (`int`): tokens of a chunk.
+        boundaries ([`Boundaries`]): of the model.
+    """
+    first = max([chunk, *(switch + 1 for switch in boundaries.switches if switch < length)])
+    ends = [*range(min(first, length), length, chunk), length]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+class Prefill:
+    """
+    Reads texts with one model, in chunks where it is asked to.
+
+    With each patch it is checked, on a prefix of 16 tokens, that chunks give the logits of a whole forward.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        chunk (`int`, *optional*): tokens of a chunk; texts are read whole where not given.
+        offload_cache (`bool`): whether the cache lies in main memory, but for the layer at work and the next one.
+
+    Raises:
+        InvalidParameterError: the cache is to be offloaded from a device that is not CUDA.
+        UnsupportedModelError: a model without a cache is to read in chunks.
+    """
+
+    def __init__(self, model: Any, chunk: int | None, offload_cache: bool) -> None:
+        self.model = model
+        self.chunk = chunk
+        self.asked = chunk is not None
+        self.offload_cache = offload_cache
+        self._checked: tuple[Any, Boundaries, str | None] | None = None  # with which patch, and what was found
+        if chunk is not None and cache_argument(model) is None:
+            raise UnsupportedModelError(self._refusal(NO_CACHE))
+        if offload_cache and model.device.type != "cuda":
+            raise InvalidParameterError(
+                f"offload_cache moves the cache of a CUDA device to main memory, and {type(model).__name__} is on "
+                f"{model.device.type!r}; leave it out"
+            )
+
+    def chunks(self, head: Head, input_ids: torch.Tensor) -> Iterator[Chunk]:
+        """
+        The chunks of some texts, one after the other.
+
+        Args:
+            head ([`FullHead`] or [`SlicedHead`]): of the model.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): the texts.
+
+        Raises:
+            UnsupportedModelError: the model, as it is patched now, gives other logits in chunks.
+        """
+        length = input_ids.shape[1]
+        if self.chunk is not None and self.chunk < length:
+            boundaries, obstacle = self._check(input_ids)
+            if obstacle is None:
+                yield from self._read(head, input_ids, chunk_bounds(length, self.chunk, boundaries))
+                return
+            if self.asked:
+                raise UnsupportedModelError(self._refusal(obstacle))
+        yield Chunk(0, length, head.read(input_ids, use_cache=False))
+
+    def shorten(self, input_ids: torch.Tensor, reason: str) -> None:
+        """Read in chunks half as long from now on, since these did not fit.
+
+        Raises:
+            OutOfMemoryError: shorter ones would not help, or the model cannot read in chunks.
+        """
+        length = input_ids.shape[1]
+        chunk = min(self.chunk or length, length)
+        _, obstacle = self._check(input_ids)
+        if obstacle is None and chunk >= 2 * SMALLEST_CHUNK:
+            self.chunk = halved("tokens in a chunk", chunk, reason)
+            return
+        why = f"not even in chunks of {chunk}" if obstacle is None else f"and not in chunks either: {obstacle}"
+        raise OutOfMemoryError(
+            f"{length} tokens do not fit into memory ({reason}), {why}; give shorter lengths, load the model with "
+            "dtype=torch.bfloat16, or choose offload_cache=True on a CUDA device"
+        )
+
+    def _read(self, head: Head, input_ids: torch.Tensor, bounds: list[tuple[int, int]]) -> Iterator[Chunk]:
+        name = cache_argument(self.model)
+        cache = DynamicCache(config=self.model.config, offloading=True) if self.offload_cache else None
+        for begin, end in bounds:
+            past = {} if cache is None or name is None else {name: cache}
+            read = head.read(input_ids[:, begin:end], use_cache=True, **past)
+            yield Chunk(begin, end, read)
+            cache = read.output.get(name)
+            if self.offload_cache:
+                torch.cuda.synchronize()  # transformers 5.10 fetches keys without waiting until they are put away
+
+    def _check(self, input_ids: torch.Tensor) -> tuple[Boundaries, str | None]:
+        """Where positions depend on the length, and why the model, as it is patched now, cannot read in chunks."""
+        patch = find_patch(self.model)
+        if self._checked is None or self._checked[0] is not patch:
+            scheme, plan = detect_scheme(self.model), None if patch is None else patch.plan
+            boundaries = boundaries_of(scheme, plan)
+            obstacle = prefill_obstacle(scheme, plan) or self._probe(input_ids[:1, :PROBE_LENGTH], boundaries)
+            self._checked = (patch, boundaries, obstacle)
+        return self._checked[1:]
+
+    def _probe(self, input_ids: torch.Tensor, boundaries: Boundaries) -> str | None:
+        """Why chunks do not give the logits of the whole; `None` where they do."""
+        if cache_argument(self.model) is None:
+            return NO_CACHE
+        head = FullHead(self.model)
+        full = head.read(input_ids, use_cache=False).output.logits
+        bounds = chunk_bounds(input_ids.shape[1], PROBE_SLICE, boundaries)
+        try:
+            logits = [chunk.read.output.logits for chunk in self._read(head, input_ids, bounds)]
+            difference = deviation(torch.cat(logits, dim=1), full)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None if difference is None else f"its logits differ by {difference:.2g}"
+
+    def _refusal(self, obstacle: str) -> str:
+        return f"{type(self.model).__name__} cannot read a text in chunks: {obstacle}; leave prefill_chunk out"
+
+
+def prefill_obstacle(scheme: PositionalScheme, plan: ExtensionPlan | None) -> str | None:
+    """Why a model with a plan in force, or without one, would give other values in chunks; `None` where that is not
+    known: the positions of every token follow the length of the input (dynamic NTK, dynamic YaRN)."""
+    if not boundaries_of(scheme, plan).dynamic:
+        return None
+    what = scheme.model_type if plan is None or plan.changes_nothing else plan.method
+    return f"the positions of {what} follow the length of the input"
+
+
+def check_prefill(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int, chunk: int | None) -> None:
+    """
+    Refuse chunks that are known to give other values, before anything long begins.
+
+    Args:
+        scheme ([`PositionalScheme`]): of the model.
+        plan ([`ExtensionPlan`], *optional*): in force, or to be.
+        longest (`int`): tokens of the longest text.
+        chunk (`int`, *optional*): tokens of a chunk; `None` where texts are read whole.
+
+    Raises:
+        InvalidParameterError: there would be chunks, and there is an obstacle to them.
+    """
+    obstacle = prefill_obstacle(scheme, plan)
+    if chunk is not None and chunk < longest and obstacle is not None:
+        raise InvalidParameterError(
+            f"prefill_chunk is {chunk} for texts of {longest} tokens, but {obstacle}, so that chunks would give other "
+            "values; leave prefill_chunk out, or that method"
+        )

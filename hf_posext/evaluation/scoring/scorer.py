@@ -1,0 +1,222 @@
+"""Negative log-likelihood of every token, exact, with constant memory on the vocabulary side.
+
+A naive loop holds logits of shape `(length, vocabulary)`, several times: 168 GB at 128k tokens of Llama-3. Here the
+trunk (everything below the head) runs once, in chunks where it is asked to, and the head on slices of what it gave.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...errors import InvalidParameterError, NonFiniteError, UnsupportedModelError
+from ...patching.detect import unwrap
+from ...patching.input_length import forget_length
+from ..texts.files import portable
+from .heads import PROBE_LENGTH, Head, deviation, find_head
+from .nonfinite import Scorer
+from .prefill import Chunk, Prefill
+from .room import Room, first_line, ran_out
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LOGITS_BUDGET = 32 * 2**20
+"""Bytes of float32 logits that exist at a time; 32 MiB measured fastest between 16 MiB and 2 GiB."""
+
+BATCH_TOKENS = 16_384
+"""Tokens that go through the trunk together where windows of equal shape are batched."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    How a model is to read texts for which it has too little memory otherwise.
+
+    Args:
+        prefill_chunk (`int`, *optional*): tokens that go through the model at a time, with those before them in a KV
+            cache; a text goes through as a whole where not given.
+        offload_cache (`bool`, *optional*, defaults to `False`): keep the cache in main memory, except for the layer at
+            work and the next; for models on a CUDA device.
+        accelerator (`Accelerator`, *optional*): whose processes work on each text together, by context parallelism.
+
+    Raises:
+        InvalidParameterError: a chunk without tokens, or a cache to be offloaded where there is none.
+    """
+
+    prefill_chunk: int | None = None
+    offload_cache: bool = False
+    accelerator: Accelerator | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise InvalidParameterError(
+                f"prefill_chunk is {self.prefill_chunk}; give tokens, as in prefill_chunk=2048"
+            )
+        if self.offload_cache and self.prefill_chunk is None:
+            raise InvalidParameterError(
+                "offload_cache needs a cache, and there is none without chunks; give prefill_chunk=2048, too"
+            )
+
+
+WHOLE = Memory()
+"""Texts go through the model as a whole."""
+
+
+class TokenScorer(Scorer):
+    """
+    Scores tokens with a causal language model, for as long as a measurement lasts.
+
+    On first use it checks, on a prefix of 16 tokens, that the model is causal and that slices give the logits of a
+    full forward; where they do not, it says so in the log and keeps full logits from then on. Chunks are checked in
+    the same way, for each patch anew; a model that gives other logits in chunks is refused.
+
+    Where memory runs out, half as many logits, windows in a batch or tokens in a chunk are tried, which the log says;
+    the smaller amount stays. Values are the same up to rounding.
+
+    Args:
+        model (`torch.nn.Module`): a causal language model of transformers, also inside a PEFT or DDP wrapper.
+        memory ([`Memory`], *optional*): by default texts go through the model as a whole.
+
+    Raises:
+        InvalidParameterError: the cache is to be offloaded from a device that is not CUDA.
+        UnsupportedModelError: an encoder, an encoder-decoder, a model without head, or one with prompt tuning; or one
+            without a cache where `memory` asks for chunks.
+    """
+
+    def __init__(self, model: nn.Module, memory: Memory = WHOLE) -> None:
+        self.model = scored_model(model)
+        name = type(self.model).__name__
+        if getattr(self.model.config, "is_encoder_decoder", False) or not self.model.can_generate():
+            raise UnsupportedModelError(
+                f"{name} has no causal language-model loss, so it has no perplexity; "
+                "load a decoder with AutoModelForCausalLM.from_pretrained(...)"
+            )
+        self._prefill = Prefill(self.model, memory.prefill_chunk, memory.offload_cache)
+        self._windows = Room("windows in a batch", sys.maxsize)
+        self._logits = Room("rows of logits", LOGITS_BUDGET)
+        self._head: Head | None = None
+
+    @torch.inference_mode()
+    def token_nll(self, input_ids: torch.Tensor, first: int = 1, last_read: bool = True) -> torch.Tensor:
+        """
+        NLL of each token given all tokens before it in its row, whatever the model has read before.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): rows without padding.
+            first (`int`, *optional*, defaults to 1): index of the first token to score.
+            last_read (`bool`, *optional*, defaults to `True`): whether the model reads the last token, after which
+                nothing is scored; it counts where positions depend on the length of the input, or come to an end.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, length - first)`, float32 on the CPU, in nats. A value that is not
+            finite means that the logits there were not.
+
+        Raises:
+            OutOfMemoryError: not even the shortest chunk of one row fits.
+            UnsupportedModelError: the model is not causal, or gives other logits in chunks.
+        """
+        input_ids = input_ids.to(self.model.device)
+        if self._head is None:
+            self._head = self._check(input_ids[:1, :PROBE_LENGTH])
+        nll = torch.empty(len(input_ids), input_ids.shape[1] - first)
+
+        def score(begin: int, end: int) -> None:
+            nll[begin:end] = self._shrinking_nll(input_ids[begin:end], first, last_read)
+
+        self._windows.run(score, range(len(input_ids)), cost=input_ids.shape[1])
+        self.look_at(nll, lambda row: self._shrinking_nll(input_ids[row : row + 1], first, last_read))
+        return nll
+
+    def _shrinking_nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
+        """NLL of rows that go together, in chunks; of one row shorter ones are tried where memory runs out."""
+        while True:
+            try:
+                return self._nll(input_ids, first, last_read)
+            except RuntimeError as error:
+                if len(input_ids) > 1 or not ran_out(error):
+                    raise
+                reason = first_line(error)
+            self._prefill.shorten(input_ids, reason)
+
+    def _nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
+        assert self._head is not None
+        head, targets = self._head, input_ids[:, 1:]
+        forget_length(self.model)
+        # Not a list of pieces: they would lie between the large tensors that come and go, and keep the room of those
+        # from being used again.
+        nll = torch.empty(targets.shape[0], targets.shape[1] - first + 1, device=targets.device)
+        for chunk in self._prefill.chunks(head, input_ids if last_read else input_ids[:, :-1]):
+            rows = range(max(chunk.begin, first - 1), min(chunk.end, targets.shape[1]))
+
+            def score(begin: int, end: int, chunk: Chunk = chunk) -> None:
+                logits = head.logits(chunk.read, begin - chunk.begin, end - chunk.begin)
+                wanted = targets[:, begin:end].to(logits.device)
+                # Float32 whatever the model's dtype: in bfloat16 the sums of the softmax alone are off by a per cent.
+                loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="none")
+                nll[:, begin - first + 1 : end - first + 1] = loss.view(wanted.shape)
+
+            self._logits.run(score, rows, cost=4 * chunk.read.vocabulary * len(input_ids))
+        return nll.cpu()
+
+    def _check(self, input_ids: torch.Tensor) -> Head:
+        """The head, once it is known that the model is causal."""
+        full = self.model(input_ids=input_ids, use_cache=False).logits
+        changed = input_ids.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % full.shape[-1]
+        other = self.model(input_ids=changed, use_cache=False).logits
+        if deviation(other[:, :-1], full[:, :-1]) is not None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} is not causal: its last token changes the logits of earlier ones, so it "
+                "has no perplexity; load a decoder with AutoModelForCausalLM.from_pretrained(...)"
+            )
+        return find_head(self.model, input_ids, full)
+
+
+def scored_model(model: nn.Module) -> Any:
+    """The transformers model inside a wrapper, if what it gives to a token is of this token.
+
+    Raises:
+        UnsupportedModelError: prompt tuning, which puts virtual tokens before the others.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            "the model has a PEFT adapter of the prompt-learning kind, whose virtual tokens would be scored; "
+            "measure a model with LoRA or merged weights, or without the adapter"
+        )
+    return unwrap(model)
+
+
+def require_finite(
+    nll: Any, document: str, tokens: Sequence[int] | None = None, culprit: Callable[[], str] | None = None
+) -> None:
+    """Refuse NLL that is not finite, naming the document, the position and the layers.
+
+    Args:
+        nll (`numpy.ndarray` of shape `(scored tokens,)`): of one document.
+        document (`str`): its id.
+        tokens (`Sequence[int]`, *optional*): which tokens they are of; 1, 2, ... if not given.
+        culprit (`Callable[[], str]`, *optional*): of the scorer; called only if something is not finite.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+    """
+    bad = (~torch.isfinite(torch.as_tensor(nll))).nonzero()
+    if len(bad):
+        first = tokens[int(bad[0])] if tokens else int(bad[0]) + 1
+        source = "" if culprit is None else f", from {culprit()}"
+        raise NonFiniteError(
+            f"logits are not finite in document {document!r}, first at token {first}{source}; "
+            "load the model with dtype=torch.float32 or bfloat16, or choose a smaller factor"
+        )
+
+
+def model_name(model: Any) -> str:
+    """Where a model was loaded from, or its class."""
+    return portable(model.config.name_or_path) or type(model).__name__

@@ -1,0 +1,1 @@
+"""Documents, and the tokens of them that every method reads alike."""
