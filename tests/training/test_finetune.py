@@ -138,7 +138,7 @@ def test_perplexity_and_pass_keys_are_logged_at_each_evaluation(tmp_path: Path) 
 
 
 class Spoils(TrainerCallback):
-    """Multiplies the weights after a step, so that what is measured then is worse."""
+    """Multiplies all that is trained after a step, so that what is measured then is worse."""
 
     def __init__(self, step: int, times: float) -> None:
         self.step, self.times = step, times
@@ -146,8 +146,8 @@ class Spoils(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == self.step:
             with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    if "lora_B" in name:
+                for weight in model.parameters():
+                    if weight.requires_grad:
                         weight.mul_(self.times)
 
 
