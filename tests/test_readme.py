@@ -1,4 +1,4 @@
-"""README.md is what its template, the registry and the demo's result files give; its Python runs."""
+"""README.md and docs/results.md are what templates, registry and result files give; README's Python runs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from hf_posext.cli import app  # noqa: E402
 from .conftest import tiny_llama  # noqa: E402
 
 
-def test_the_committed_readme_is_up_to_date() -> None:
-    assert readme.README.read_text(encoding="utf-8") == readme.render(), "run: python tools/readme.py"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_what_is_committed_is_up_to_date(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == readme.render(page), "run: python tools/readme.py"
 
 
 def test_every_method_is_in_the_table() -> None:
@@ -28,9 +29,10 @@ def test_every_method_is_in_the_table() -> None:
     assert all(f"| `{method.name}` |" in table for method in list_methods())
 
 
-def test_every_link_and_picture_is_there() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", readme.README.read_text(encoding="utf-8"))
-    assert links and not [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize("page", [readme.README, *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+def test_every_link_and_picture_is_there(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 def test_the_commands_of_the_readme_exist() -> None:

@@ -1,8 +1,8 @@
-"""Write `README.md` from its template, the registry of methods, and the result files of the demo.
+"""Write `README.md` and `docs/results.md` from their templates, the registry of methods, and the committed results.
 
 python tools/readme.py --collect   # first take result files and picture from the last `make demo`
-python tools/readme.py             # write README.md
-python tools/readme.py --check     # exit 1 where the committed README is not what these give
+python tools/readme.py             # write both
+python tools/readme.py --check     # exit 1 where what is committed is not what these give
 """
 
 from __future__ import annotations
@@ -19,11 +19,22 @@ from safetensors import safe_open
 
 from hf_posext import Results, list_methods
 from hf_posext.reporting.sentences import describe_methods
-from hf_posext.reporting.tables import grids, markdown_table
+from hf_posext.reporting.tables import (
+    by_method,
+    control_name,
+    control_rows,
+    finite_interval,
+    format_change,
+    format_interval,
+    format_perplexity,
+    grids,
+    markdown_table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = ROOT / "tools" / "README.md.jinja"
 README = ROOT / "README.md"
+PAGES = {README: "README.md.jinja", ROOT / "docs" / "results.md": "results.md.jinja"}
+"""What is written, and its template in `tools/`."""
 DEMO = ROOT / "reports" / "demo"
 RESULTS = ROOT / "results" / "demo"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
@@ -55,6 +66,32 @@ def tables_of(results: Results) -> str:
     return "\n\n".join(f"{grid.title}\n\n{markdown_table(grid)}" for grid in grids(results))
 
 
+def summary_table(*comparisons: Results) -> str:
+    """One line a method, at the longest length: what it costs inside the trained length, and what it gives there."""
+    length = max(row["length"] for row in comparisons[0].rows)
+    trained = comparisons[0].provenance["trained_length"]
+    lines = [
+        f"| | change at {trained} | perplexity at {length} | gain over truncation | pass keys found |",
+        "|---|---:|---:|---:|---:|",
+        f"| {control_name(comparisons[0])} | | "
+        f"{format_perplexity(control_rows(comparisons[0])[length]['perplexity_truncated_tail'])} | 1 | |",
+    ]
+    known: set[str] = set()
+    for results in comparisons:
+        for name, rows in by_method(results).items():
+            if name in known:
+                continue
+            known.add(name)
+            row, inside = rows[length], rows[trained]
+            trials, found = row["passkey_trials"], row["passkey"]
+            gain = f"{row['gain']:.2f}{format_interval(finite_interval(row, 'gain_ci95'))}"
+            lines.append(
+                f"| {name} | {format_change(inside) if name != 'none' else ''} | "
+                f"{format_perplexity(row['perplexity_tail'])} | {gain} | {round(found * trials)} of {trials} |"
+            )
+    return "\n".join(lines)
+
+
 def million_parameters(model: str) -> str:
     """Size of the shipped weights, in words."""
     with safe_open(ROOT / "examples" / "tiny" / model / "model.safetensors", framework="numpy") as weights:
@@ -62,27 +99,28 @@ def million_parameters(model: str) -> str:
     return f"{count / 1e6:.1f} M parameter"
 
 
-def render() -> str:
-    """The README that the template, the registry and the result files give."""
+def render(page: Path = README) -> str:
+    """The page that its template, the registry and the result files give."""
     path = RESULTS / f"{MODEL}.json"
     results = Results.load_json(path)
     remapping = Results.load_json(REMAPPING)
     provenance = results.provenance
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
+        (ROOT / "tools" / PAGES[page]).read_text(encoding="utf-8")
     )
     return template.render(
         picture=PICTURE.relative_to(ROOT).as_posix(),
         model=MODEL,
         trained=provenance["trained_length"],
         documents=len(provenance["documents"]),
-        trials=max(row.get("passkey_trials") or 0 for row in results.rows),
-        demo_table=tables_of(results),
+        longest=max(row["length"] for row in results.rows),
+        summary_table=summary_table(results, remapping),
+        demo_tables=tables_of(results),
         sentences=describe_methods(results),
         results_path=path.relative_to(ROOT).as_posix(),
         command=provenance["command"],
-        remapping_table=tables_of(remapping),
+        remapping_tables=tables_of(remapping),
         remapping_path=REMAPPING.relative_to(ROOT).as_posix(),
         remapping_command=remapping.provenance["command"],
         methods_table=methods_table(),
@@ -98,10 +136,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.collect:
         collect()
-    text = render()
     if arguments.check:
-        return int(not README.exists() or README.read_text(encoding="utf-8") != text)
-    README.write_text(text, encoding="utf-8")
+        return int(any(not page.exists() or page.read_text(encoding="utf-8") != render(page) for page in PAGES))
+    for page in PAGES:
+        page.write_text(render(page), encoding="utf-8")
     return 0
 
 
