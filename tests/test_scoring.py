@@ -14,8 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
-from hf_posext.evaluation.scoring.boundaries import check_positions
 from hf_posext.evaluation.scoring import heads, scorer
+from hf_posext.evaluation.scoring.boundaries import check_positions
 from hf_posext.evaluation.scoring.scorer import TokenScorer
 from hf_posext.patching.detect import detect_scheme
 from hf_posext.patching.modes import evaluation_mode
