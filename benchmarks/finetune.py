@@ -48,21 +48,25 @@ TRAININGS: dict[str, tuple[Preset, int | None]] = {
 """Preset and PoSE's chunks, for every method; learning rates are those of the reference run on a GPU."""
 
 CANDIDATES: dict[str, tuple[Preset, int | None]] = {
-    "dora": (replace(PRESETS["dora"], learning_rate=3e-3), None),
+    "full-lr3e-5": (replace(PRESETS["full"], learning_rate=3e-5), None),
+    "full-lr1e-4": (replace(PRESETS["full"], learning_rate=1e-4), None),
+    "full-lr2e-4": (replace(PRESETS["full"], learning_rate=2e-4), None),
+    "full-lr6e-4": (replace(PRESETS["full"], learning_rate=6e-4), None),
     "lora-lr1e-3": (replace(LORA, learning_rate=1e-3), None),
+    "lora-lr3e-3": (replace(LORA, learning_rate=3e-3), None),
     "lora-lr6e-3": (replace(LORA, learning_rate=6e-3), None),
-    "lora-alpha32": (replace(LORA, alpha=32), None),
+    "lora-plus-lr5e-4": (replace(PRESETS["lora-plus"], learning_rate=5e-4), None),
+    "lora-plus-lr2e-3": (replace(PRESETS["lora-plus"], learning_rate=2e-3), None),
+    "dora": (replace(PRESETS["dora"], learning_rate=3e-3), None),
+    "lora-norms": (replace(LORA, norms=True), None),
     "lora-rslora": (replace(LORA, options={"use_rslora": True}), None),
     "lora-ratio4": (replace(LORA, learning_rate=1.5e-3, ratio=4.0), None),
-    "lora-ratio16": (replace(LORA, learning_rate=1e-3, ratio=16.0), None),
     "lora-orthogonal": (replace(LORA, options={"init_lora_weights": "orthogonal"}), None),
-    "lora-norms": (replace(LORA, norms=True), None),
     "lora-qk-r16": (replace(LORA, rank=16, targets=("q_proj", "k_proj")), None),
     "lora-all-r3": (replace(LORA, rank=3, alpha=6, targets="all-linear"), None),
-    "lora-all-r3-norms": (replace(LORA, rank=3, alpha=6, targets="all-linear", norms=True), None),
-    "dora-norms": (replace(PRESETS["dora"], learning_rate=3e-3, norms=True), None),
 }
-"""Adapters of at most 2 % of the parameters, tried with YaRN: what comes closest to training all weights."""
+"""Tried with YaRN on `examples/data/validation.jsonl`: learning rates for so few steps, and adapters of at most 2 % of
+the parameters, to find what comes closest to training all weights."""
 
 RUNS = (
     *(f"{method}/untrained" for method in METHODS),

@@ -98,24 +98,27 @@ def rows(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("name", ["heldout", "train"])
-def test_the_novels_are_eight_long_texts_with_their_source(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "count", "characters"), [("heldout", 8, 150_000), ("train", 8, 150_000), ("validation", 3, 40_000)]
+)
+def test_the_novels_are_long_texts_with_their_source(name: str, count: int, characters: int) -> None:
     novels = rows(name)
-    assert len({novel["id"] for novel in novels}) == len(novels) == 8
+    assert len({novel["id"] for novel in novels}) == len(novels) == count
     readme = (DATA / "README.md").read_text(encoding="utf-8").replace("*", "")
     for novel in novels:
         assert set(novel) == {"id", "source", "text"}
         assert f"`{novel['id']}`" in readme
         assert novel["source"] in readme
-        # The last word is whole, so the cut is at most one word short of 150,000 characters.
-        assert 149_900 < len(novel["text"]) <= 150_000
+        # The last word is whole, so the cut is at most one word short.
+        assert characters - 100 < len(novel["text"]) <= characters
         assert not novel["text"][-1].isspace()
 
 
-def test_no_author_is_both_held_out_and_trained_on() -> None:
-    heldout, train = ({novel["id"].split("_")[0] for novel in rows(name)} for name in ("heldout", "train"))
-    assert len(train) == 8
-    assert not heldout & train
+def test_no_author_is_in_two_of_the_files() -> None:
+    names = ("heldout", "train", "validation")
+    heldout, train, validation = ({novel["id"].split("_")[0] for novel in rows(name)} for name in names)
+    assert len(train) == 8 and len(validation) == 1
+    assert not heldout & train and not validation & (heldout | train)
 
 
 def floor(requirement: Requirement) -> str:
