@@ -55,6 +55,7 @@ CANDIDATES: dict[str, tuple[Preset, int | None]] = {
     "lora-lr1e-3": (replace(LORA, learning_rate=1e-3), None),
     "lora-lr3e-3": (replace(LORA, learning_rate=3e-3), None),
     "lora-lr6e-3": (replace(LORA, learning_rate=6e-3), None),
+    "lora-plus-lr2e-4": (replace(PRESETS["lora-plus"], learning_rate=2e-4), None),
     "lora-plus-lr5e-4": (replace(PRESETS["lora-plus"], learning_rate=5e-4), None),
     "lora-plus-lr2e-3": (replace(PRESETS["lora-plus"], learning_rate=2e-3), None),
     "dora": (replace(PRESETS["dora"], learning_rate=3e-3), None),
