@@ -41,11 +41,11 @@ METHODS = ("none", "linear", "ntk", "theta", "yarn")
 LORA = replace(PRESETS["lora"], learning_rate=3e-3)
 TRAININGS: dict[str, tuple[Preset, int | None]] = {
     "lora": (LORA, None),
-    "lora-plus": (replace(PRESETS["lora-plus"], learning_rate=2e-3), None),
-    "full": (replace(PRESETS["full"], learning_rate=6e-4), None),
+    "lora-plus": (replace(PRESETS["lora-plus"], learning_rate=5e-4), None),
+    "full": (replace(PRESETS["full"], learning_rate=1e-4), None),
     "pose-lora": (LORA, 2),
 }
-"""Preset and PoSE's chunks, for every method; learning rates are those of the reference run on a GPU."""
+"""Preset and PoSE's chunks, for every method; learning rates are the best of the candidates below, on other novels."""
 
 CANDIDATES: dict[str, tuple[Preset, int | None]] = {
     "full-lr3e-5": (replace(PRESETS["full"], learning_rate=3e-5), None),
