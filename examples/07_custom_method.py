@@ -1,7 +1,7 @@
 """A method of your own package, known to `hf_posext` by entry point.
 
-One learns that a method is one small class of pure maths, and that nothing in `hf_posext` need change for it. Here it is
-Su Jianlin's NTK-RoPE-mixed. A package names it in its `pyproject.toml`,
+One learns that a method is one small class of pure maths, and that nothing in `hf_posext` need change for it; this one
+is Su Jianlin's NTK-RoPE-mixed. A package names it in its `pyproject.toml`,
 
     [project.entry-points."hf_posext.methods"]
     ntk-mixed = "my_package.ntk_mixed:NTKMixed"
