@@ -10,6 +10,7 @@ python examples/02_patch_and_generate.py --model Qwen/Qwen3-0.6B --method yarn -
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def main() -> None:
 
     patch = patch_model(model, options.method, factor=options.factor)  # in place
     print(f"patched:   {answer(model, tokenizer, prompt)}\n")
-    print(patch.describe())
+    for line in patch.describe().splitlines():
+        print(textwrap.fill(line, width=80, subsequent_indent="  "))
 
     patch.undo()  # or: with patch_model(model, ...): ...
     with torch.inference_mode():

