@@ -85,7 +85,7 @@ def _row(length: int, reader: str, region: str, found: torch.Tensor) -> dict[str
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(";")[0])
-    parser.add_argument("--dataset", default="examples/data/heldout.jsonl")
+    parser.add_argument("--dataset", default=Path(__file__).resolve().parent / "data" / "heldout.jsonl")
     parser.add_argument("--novels", type=int, help="how many; all by default")
     parser.add_argument("--per-novel", type=int, default=2, help="documents that are cut from each, one after another")
     parser.add_argument("--start", type=int, default=2000, help="tokens to leave out at the beginning of each novel")
