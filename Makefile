@@ -79,7 +79,7 @@ results/%.json: | $(READY)
 
 # Runs the notebook from its first cell to its last, and writes its outputs.
 story: $(READY)
-	OMP_NUM_THREADS=1 .venv/bin/jupyter execute --inplace --NotebookClient.record_timing=False examples/story.ipynb
+	OMP_NUM_THREADS=1 .venv/bin/jupyter execute --inplace examples/story.ipynb
 
 clean:
 	rm -rf .venv .venv-floor reports build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
