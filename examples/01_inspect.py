@@ -1,0 +1,56 @@
+"""How does a model encode position, what was it trained for, and what can be done past that?
+
+One learns what `detect_scheme` reads from a config, what `diagnose` finds in the weights, and where the two differ:
+the config of `tiny-learned` claims 2,048 tokens, its table was trained on a quarter of them.
+
+python examples/01_inspect.py
+python examples/01_inspect.py Qwen/Qwen3-0.6B
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from hf_posext import detect_scheme, diagnose, list_methods
+
+TINY = Path(__file__).resolve().parent / "tiny"
+MODELS = [str(TINY / name) for name in ("tiny-rope", "tiny-learned", "tiny-alibi")]
+
+PAGE: dict[str, Any] = {"width": 80, "break_on_hyphens": False, "initial_indent": "  ", "subsequent_indent": " " * 18}
+
+
+def tokens(length: int | None, source: str) -> str:
+    return f"{'unknown' if length is None else f'{length} tokens'} ({source})"
+
+
+def inspect(name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    scheme = detect_scheme(model)  # its config would do: detect_scheme(AutoConfig.from_pretrained(name))
+    found = diagnose(model)  # no text runs through the model
+    facts = {
+        "scheme": scheme.kind,
+        "generalizes by": scheme.generalization,
+        "its config says": tokens(scheme.trained_length, scheme.trained_length_source),
+        "its weights say": tokens(found.trained_length, found.trained_length_source),
+        "methods": ", ".join(method.name for method in list_methods(scheme.kind) if method.name != "none"),
+        "in short": found.verdict,
+    }
+    print(f"\n{Path(name).name}")
+    for title, told in facts.items():
+        print(textwrap.fill(f"{title:<15} {told}", **PAGE))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, help="folders or Hub ids")
+    for name in parser.parse_args().models:
+        inspect(name)
+
+
+if __name__ == "__main__":
+    main()
