@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import AlreadyPatchedError, InvalidParameterError
-from ..plan import PLAN_FILE
+from ..errors import InvalidParameterError
 from . import options
 from .app import app
 from .output import JOURNAL, output_directory, report_of
@@ -105,13 +103,9 @@ def _check_methods(
 
     from ..evaluation.running.selection import plan_methods
     from ..patching import detect_scheme
-    from .loading import load_config
+    from .loading import load_config, require_unpatched
 
-    if (Path(model) / PLAN_FILE).is_file():
-        raise AlreadyPatchedError(
-            f"{model} was saved with a patch, and a comparison begins unpatched; measure it by hf-posext evaluate, or "
-            "give the model that it was made from"
-        )
+    require_unpatched(model, "a comparison begins unpatched", "measure it by hf-posext evaluate")
     scheme = detect_scheme(load_config(model))
     plan_methods(scheme, chosen, factor=factor, target_length=target_length, original_length=original_length)
     return chosen

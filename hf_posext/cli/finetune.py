@@ -145,10 +145,11 @@ def _check_method(
     """The plan by the model's config alone, so that what cannot be is told before weights are read."""
     from ..methods import as_method
     from ..patching import detect_scheme
-    from .loading import load_config
+    from .loading import load_config, require_unpatched
 
     if method is None and preset != "nope":
         raise InvalidParameterError("no method is given; give one, as in --method yarn --factor 8")
+    require_unpatched(model, "training begins unpatched", "go on with a run that was stopped by --resume")
     lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
     return as_method(method or preset).plan(detect_scheme(load_config(model)), **lengths)  # type: ignore[arg-type]
 

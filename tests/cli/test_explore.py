@@ -31,6 +31,19 @@ def test_inspect_says_which_methods_do_not_apply_and_why() -> None:
     assert found["methods"]["none"] is None and "bloom has alibi" in found["methods"]["yarn"]
 
 
+def test_inspect_tells_a_model_with_a_patch_as_it_is_without_and_the_plan(patched: Path, adapter: Path) -> None:
+    """The config beside the plan says 128 tokens, for which the plan is."""
+    assert json.loads((patched / "config.json").read_text())["max_position_embeddings"] == 128
+    for folder, method in ((patched, "rerope(window=32)"), (adapter, "yarn")):
+        words = " ".join(run("inspect", folder).stdout.split())
+        assert f"in force {method}: 64 -> 128 tokens (x2)" in words
+        assert "trained length 512 tokens (max_position_embeddings of the config)" in words
+        found = json.loads(run("inspect", folder, "--json").stdout)
+        assert found["plan"]["method"] == method and found["scheme"] == found["plan"]["scheme"]
+        assert found["base"] == (str(MODEL) if folder == adapter else None)
+    assert json.loads(run("inspect", MODEL, "--json").stdout)["plan"] is None
+
+
 def test_methods_are_listed_with_their_papers() -> None:
     listed = json.loads(run("methods", "--json").stdout)
     table = run("methods").stdout
