@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM
+
+from hf_posext import patch_model
+
 from ..conftest import EXAMPLES
 from .helpers import MODEL, error_of, run
 
@@ -31,12 +35,14 @@ def test_inspect_says_which_methods_do_not_apply_and_why() -> None:
     assert found["methods"]["none"] is None and "bloom has alibi" in found["methods"]["yarn"]
 
 
-def test_inspect_tells_a_model_with_a_patch_as_it_is_without_and_the_plan(patched: Path, adapter: Path) -> None:
-    """The config beside the plan says 128 tokens, for which the plan is."""
-    assert json.loads((patched / "config.json").read_text())["max_position_embeddings"] == 128
-    for folder, method in ((patched, "rerope(window=32)"), (adapter, "yarn")):
+def test_inspect_tells_a_model_with_a_patch_as_it_is_without_and_the_plan(tmp_path: Path, adapter: Path) -> None:
+    """The config beside the plan says 2048 tokens, which the model was not trained on."""
+    with patch_model(AutoModelForCausalLM.from_pretrained(MODEL), "rerope", factor=4) as patch:
+        patch.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 2048
+    for folder, method, lengths in ((tmp_path, "rerope", "512 -> 2048"), (adapter, "yarn", "64 -> 128")):
         words = " ".join(run("inspect", folder).stdout.split())
-        assert f"in force {method}: 64 -> 128 tokens (x2)" in words
+        assert f"in force {method}: {lengths} tokens" in words
         assert "trained length 512 tokens (max_position_embeddings of the config)" in words
         found = json.loads(run("inspect", folder, "--json").stdout)
         assert found["plan"]["method"] == method and found["scheme"] == found["plan"]["scheme"]
