@@ -39,6 +39,6 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the shipped model under a patch."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    patch_model(model, "yarn", factor=2, original_length=64)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    patch_model(model, "yarn", factor=2, original_length=64, tokenizer=tokenizer)
     return save_adapter(with_adapter(model), tmp_path_factory.mktemp("adapter") / "adapter")
