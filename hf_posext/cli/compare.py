@@ -11,6 +11,7 @@ from . import options
 from .app import app
 from .output import JOURNAL, output_directory, report_of
 from .processes import finish, join_processes, spread
+from .trackers import accelerate_trackers, check_tracker
 
 if TYPE_CHECKING:
     from ..methods import Method
@@ -46,6 +47,7 @@ def compare(
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     seed: options.Seed = 0,
+    log_with: options.LogWith = None,
     resume: options.Resume = False,
     config: options.Config = None,
 ) -> None:
@@ -66,6 +68,8 @@ def compare(
         from ..evaluation import load_documents
         from .loading import load_evaluator, load_model
 
+        if log_with is not None:
+            check_tracker("log_with", log_with, accelerate_trackers())
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
         network, tokenizer = load_model(model, dtype, device)
@@ -85,7 +89,7 @@ def compare(
                 longppl=load_evaluator(longppl, dtype, device),
                 **reading,
             )
-        finish(results, output, accelerator)
+        finish(results, output, accelerator, log_with)
 
 
 def _check_methods(
