@@ -20,7 +20,7 @@ def figures(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
     root = tmp_path_factory.mktemp("figures")
     assert compare(root / "before", documents=1, methods="none").exit_code == 0
     words = ["--model", adapter, "--dataset", NOVELS, "--documents", 1, "--lengths", "64,128"]
-    result = run("evaluate", *words, "--original-length", 64, "--output", root / "after")
+    result = run("evaluate", *words, "--output", root / "after")
     assert result.exit_code == 0, result.output
     return [word for side in ("before", "after") for word in (f"--{side}", str(root / side / "results.json"))]
 
