@@ -68,7 +68,7 @@ def spread(model: PreTrainedModel, accelerator: Accelerator | None) -> PreTraine
     return shard_weights(model, accelerator) if accelerator is not None and shares_texts(accelerator) else model
 
 
-def finish(results: Results, output: Path, accelerator: Accelerator | None, log_with: str | None) -> None:
+def finish(results: Results, output: Path, accelerator: Accelerator | None, log_with: str | None = None) -> None:
     """The first process logs, prints the tables and says where the report is; all part."""
     if log_with is not None:
         track(results, log_with, output, accelerator)
