@@ -93,10 +93,10 @@ def test_the_words_follow_the_numbers(results: Path) -> None:
     ratio = 33 / 36 - 1
     assert f"that helps with `yarn` ({100 * ratio:+.1f} % [" in verdict
     assert missing.startswith("Not measured yet: `none/untrained`") and "`yarn/" not in missing
-    for tail, tilt, words in ((39, 0.01, "harms with"), (36.5, 0.05, "makes no difference that these documents tell")):
+    for tail, tilt, words in ((39, 0.01, "harms"), (36.5, 0.05, "makes no difference that these documents tell")):
         found = finetune_table.load(results)
         found["runs"]["yarn/lora-plus"] = a_run(tail, tilt, 200)
-        assert f"that {words} with `yarn`".replace("with with", "with") in finetune_table.sentences(found)[1]
+        assert f"that {words} with `yarn`" in finetune_table.sentences(found)[1]
 
 
 def test_training_that_gains_nothing_has_no_share(results: Path) -> None:
