@@ -183,8 +183,8 @@ def embeddings_and_norms(found: Mapping[str, Any]) -> list[str]:
     told = "; ".join(f"{verdict} with {', '.join(methods)}" for verdict, methods in verdicts.items())
     return [
         "LongLoRA found, with models of billions of parameters, that LoRA needs embeddings and norms trained beside "
-        f"it. Here that {told}: `lora-plus` against `lora`, perplexity at {length} with 95 % "
-        "intervals paired by document."
+        f"it. Here, after {found['settings']['steps']} steps, that {told}: `lora-plus` against `lora`, perplexity at "
+        f"{length} with 95 % intervals paired by document."
     ]
 
 
@@ -192,12 +192,12 @@ def plot(found: Mapping[str, Any], path: Path = PICTURE) -> None:
     """A dot for each run, a line for each method: gain at the longest length, and change at the trained one."""
     runs, lengths = found["runs"], found["settings"]["lengths"]
     methods = [method for method in METHODS if any(name.startswith(f"{method}/") for name in runs)]
-    figure = new_figure(1.4 + 0.5 * len(methods))
+    figure = new_figure(1.4 + 0.8 * len(methods))
     panels = figure.subplots(1, 2, sharey=True)
     colours, markers = (BEFORE, *COLOURS), ("X", *MARKERS)
     for index, training in enumerate(TRAININGS):
         own = {row: run for row, m in enumerate(methods) if (run := runs.get(f"{m}/{training}"))}
-        heights = [row + 0.11 * (index - 2) for row in own]  # beside each other where they are equal
+        heights = [row + 0.16 * (index - 2) for row in own]  # beside each other where they are equal
         style: dict[str, Any] = {"linestyle": "none", "markersize": 7, "markeredgecolor": "white"}
         style |= {"color": colours[index], "marker": markers[index], "label": training}
         panels[0].plot([longest(run)["gain"] for run in own.values()], heights, **style)
