@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -143,7 +144,10 @@ def test_the_merged_report_is_complete(tmp_path: Path) -> None:
     runs = three_schemes()
     runs["tiny-alibi.json"].provenance["not_applicable"] = {"ntk": "ntk extends rotary positions; bloom has alibi"}
     readme = write_merged_report(runs, tmp_path / "new")
-    assert {path.name for path in readme.parent.iterdir()} == {"README.md", "perplexity.png", "results.csv"}
+    own = {f"{model}_{file}" for model in SCHEMES for file in ("results.json", "gain_by_position.png")}
+    assert {path.name for path in readme.parent.iterdir()} == {"README.md", "perplexity.png", "results.csv", *own}
+    for model, run in zip(SCHEMES, merge_runs(runs), strict=True):
+        assert Results.load_json(readme.parent / f"{model}_results.json").rows == run.rows
     text = readme.read_text()
     assert text.startswith("# Side by side: tiny-learned, tiny-alibi, tiny-rope\n")
     assert all(f"### {name} ({words})" in text for name, (*_, words) in SCHEMES.items())
@@ -155,3 +159,48 @@ def test_the_merged_report_is_complete(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["tiny-learned"] * 6 + ["tiny-alibi"] * 8 + ["tiny-rope"] * 8
     assert rows[-1]["method"] == "yarn" and float(rows[-1]["perplexity"]) == 38.4
+
+
+def retrieved(method: str) -> list[dict[str, Any]]:
+    factor = 1.0 if method == "none" else 8.0
+    found = {"method": method, "factor": factor, "task": "multi-key", "depth": 0.5, "accuracy": 0.25, "trials": 4}
+    return [found | {"length": length} for length in (512, 4096)]
+
+
+def test_runs_of_one_model_are_one_card_with_all_that_one_run_has(tmp_path: Path) -> None:
+    first, second = a_run(), a_run(methods=("none", "linear"))
+    second.provenance["command"] = "hf-posext compare --methods linear"
+    first.retrieval, second.retrieval = retrieved("none") + retrieved("yarn"), retrieved("linear")
+    readme = write_merged_report({"a.json": first, "b.json": second}, tmp_path)
+    text = readme.read_text()
+    pictures = {"gain_by_position.png", *(f"retrieval_{name}.png" for name in ("none", "yarn_x8", "linear_x8"))}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *pictures,
+        *("README.md", "perplexity.png", "results.csv", "results.json", "retrieval.csv"),
+    }
+    assert all(f"]({name})" in text for name in pictures) and "[`results.json`](results.json)." in text
+    kept = Results.load_json(tmp_path / "results.json")
+    assert [row["method"] for row in kept.rows] == ["none"] * 4 + ["yarn"] * 4 + ["linear"] * 4
+    assert len(kept.retrieval) == 6 and kept.provenance["command"].splitlines() == [
+        "hf-posext compare --model tiny",
+        "hf-posext compare --methods linear",
+    ]
+    card = ModelCard(text)
+    assert card.data.model_name == "tiny-rope" and card.text.strip().startswith("# Side by side: tiny-rope\n")
+    told = {
+        (entry.dataset_args["method"], entry.dataset_args["length"], entry.metric_name): entry.metric_value
+        for entry in card.data.eval_results
+    }
+    assert len(told) == len(card.data.eval_results)
+    for row in kept.rows:
+        assert told[row["method"], row["length"], "Perplexity"] == row["perplexity"]
+        assert told[row["method"], row["length"], "Gain over the truncated context"] == row["gain"]
+
+
+def test_what_has_no_control_at_the_longest_length_has_no_gain_by_position(tmp_path: Path) -> None:
+    alone = make_results(passkey=False, control=False, lengths=(512, 1024, 2048, 8192))
+    alone.provenance |= a_run().provenance
+    alone.rows = [row for row in alone.rows if row["method"] == "linear"]
+    alone.per_document = [record for record in alone.per_document if record["method"] == "linear"]
+    write_merged_report({"a.json": a_run(), "b.json": alone}, tmp_path)
+    assert not (tmp_path / "gain_by_position.png").exists()

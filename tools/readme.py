@@ -18,6 +18,8 @@ from jinja2 import Environment, StrictUndefined
 from safetensors import safe_open
 
 from hf_posext import Results, list_methods
+from hf_posext.evaluation.contrast.key_tokens import Criterion
+from hf_posext.evaluation.results.statistics import CONFIDENCE, RESAMPLES
 from hf_posext.reporting.sentences import describe_methods
 from hf_posext.reporting.tables import (
     by_method,
@@ -124,6 +126,11 @@ def render(page: Path = README) -> str:
         remapping_path=REMAPPING.relative_to(ROOT).as_posix(),
         remapping_command=remapping.provenance["command"],
         methods_table=methods_table(),
+        confidence=f"{100 * CONFIDENCE:g}",
+        resamples=f"{RESAMPLES:,}",
+        alpha=f"{Criterion().alpha:g}",
+        beta=f"{Criterion().beta:g}",
+        short_length=Criterion().short_length,
         transformers=next(d for d in dependencies if d.startswith("transformers")).removeprefix("transformers"),
         parameters=million_parameters(MODEL),
     )

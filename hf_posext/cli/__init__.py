@@ -1,6 +1,7 @@
 """The command line: `hf-posext`, or `python -m hf_posext`. See what a model has, what can be done, and what it did."""
 
 from .app import app, main
+from .card import card
 from .compare import compare
 from .evaluate import evaluate
 from .explain import explain
@@ -11,6 +12,7 @@ from .report import report
 
 __all__ = [
     "app",
+    "card",
     "compare",
     "evaluate",
     "explain",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import AlreadyPatchedError, InvalidParameterError
-from ..plan import PLAN_FILE
+from ..errors import InvalidParameterError
 from . import options
 from .app import app
 from .output import JOURNAL, output_directory, report_of
 from .processes import finish, join_processes, spread
+from .trackers import accelerate_trackers, check_tracker
 
 if TYPE_CHECKING:
     from ..methods import Method
@@ -48,6 +47,7 @@ def compare(
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     seed: options.Seed = 0,
+    log_with: options.LogWith = None,
     resume: options.Resume = False,
     config: options.Config = None,
 ) -> None:
@@ -68,6 +68,8 @@ def compare(
         from ..evaluation import load_documents
         from .loading import load_evaluator, load_model
 
+        if log_with is not None:
+            check_tracker("log_with", log_with, accelerate_trackers())
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
         network, tokenizer = load_model(model, dtype, device)
@@ -87,7 +89,7 @@ def compare(
                 longppl=load_evaluator(longppl, dtype, device),
                 **reading,
             )
-        finish(results, output, accelerator)
+        finish(results, output, accelerator, log_with)
 
 
 def _check_methods(
@@ -105,13 +107,9 @@ def _check_methods(
 
     from ..evaluation.running.selection import plan_methods
     from ..patching import detect_scheme
-    from .loading import load_config
+    from .loading import load_config, require_unpatched
 
-    if (Path(model) / PLAN_FILE).is_file():
-        raise AlreadyPatchedError(
-            f"{model} was saved with a patch, and a comparison begins unpatched; measure it by hf-posext evaluate, or "
-            "give the model that it was made from"
-        )
+    require_unpatched(model, "a comparison begins unpatched", "measure it by hf-posext evaluate")
     scheme = detect_scheme(load_config(model))
     plan_methods(scheme, chosen, factor=factor, target_length=target_length, original_length=original_length)
     return chosen

@@ -10,6 +10,7 @@ from . import options
 from .app import app
 from .output import JOURNAL, output_directory, report_of
 from .processes import finish, join_processes, spread
+from .trackers import accelerate_trackers, check_tracker
 
 
 @app.command()
@@ -44,6 +45,7 @@ def evaluate(
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     seed: options.Seed = 0,
+    log_with: options.LogWith = None,
     resume: options.Resume = False,
     config: options.Config = None,
 ) -> None:
@@ -60,6 +62,8 @@ def evaluate(
         from ..evaluation import evaluate_perplexity, load_documents
         from .loading import load_evaluator, load_model
 
+        if log_with is not None:
+            check_tracker("log_with", log_with, accelerate_trackers())
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
         network, tokenizer = load_model(model, dtype, device)
@@ -78,4 +82,4 @@ def evaluate(
                 **reading,
             )
             write(results)
-        finish(results, output, accelerator)
+        finish(results, output, accelerator, log_with)

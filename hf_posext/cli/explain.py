@@ -58,8 +58,10 @@ def explain(
     from ..diagnosis import diagnose
     from ..evaluation import load_documents
     from ..patching import detect_scheme
-    from .loading import load_body, load_model
+    from .loading import load_body, load_model, require_unpatched
 
+    for model in models:
+        require_unpatched(model, "explain tells what a model is without one", "see its plan by hf-posext inspect")
     texts = None
     if dataset is not None:
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)

@@ -14,6 +14,7 @@ from rich.table import Table
 from .app import app
 
 if TYPE_CHECKING:
+    from ..plan import ExtensionPlan
     from ..scheme import PositionalScheme
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -50,21 +51,27 @@ def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id; its config is enough, no weights are read.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show how a model encodes position, the length it was trained on, and which methods apply."""
+    """Show how a model encodes position, the length it was trained on, and which methods apply.
+
+    Of a folder that was saved with a patch, or with an adapter trained under one, also the plan that is in force; all
+    else is told of the model as it is without.
+    """
     from ..evaluation.running.selection import by_reason
     from ..patching import detect_scheme
-    from .loading import load_config
+    from .loading import base_of, load_config, saved_plan
 
-    scheme = detect_scheme(load_config(model))
+    plan, base = saved_plan(model), base_of(model)
+    scheme = detect_scheme(load_config(model)) if plan is None else plan.scheme
     refusals = _refusals(scheme)
     if as_json:
-        typer.echo(json.dumps({"model": model, "scheme": scheme.to_dict(), "methods": refusals}, indent=2))
+        found = {"model": model, "base": base, "plan": plan and plan.to_dict()}
+        typer.echo(json.dumps({**found, "scheme": scheme.to_dict(), "methods": refusals}, indent=2))
         return
     console = _console()
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(no_wrap=True)
     facts.add_column()
-    for name, value in _facts(model, scheme):
+    for name, value in _facts(model, base, plan, scheme):
         facts.add_row(name, escape(value))
     for reason, names in by_reason(refusals).items():
         facts.add_row("not" if reason else "applies", escape(", ".join(names) + (f": {reason}" if reason else "")))
@@ -78,12 +85,16 @@ def _refusals(scheme: PositionalScheme) -> dict[str, str | None]:
     return {method.name: as_method(method.name).applies_to(scheme) for method in list_methods()}
 
 
-def _facts(model: str, scheme: PositionalScheme) -> list[tuple[str, str]]:
+def _facts(
+    model: str, base: str | None, plan: ExtensionPlan | None, scheme: PositionalScheme
+) -> list[tuple[str, str]]:
     def tokens(length: int | None) -> str:
         return "unknown" if length is None else f"{length} tokens"
 
     facts = [
         ("model", f"{model} ({scheme.model_type})"),
+        *([("adapter of", base)] if base else []),
+        *([("in force", plan.describe())] if plan else []),
         ("positions", f"{scheme.kind} (generalization: {scheme.generalization})"),
         ("trained length", f"{tokens(scheme.trained_length)} ({scheme.trained_length_source})"),
         ("shipped length", tokens(scheme.shipped_length)),

@@ -14,6 +14,7 @@ from ..errors import InvalidParameterError, UnsupportedModelError
 from . import options
 from .app import app
 from .processes import rank as process_rank
+from .trackers import check_tracker
 
 if TYPE_CHECKING:
     from ..plan import ExtensionPlan
@@ -33,6 +34,10 @@ def finetune(
     learning_rate: Annotated[float | None, typer.Option(help="Its peak; the preset's if not given.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of LoRA; the preset's if not given.")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA is scaled by alpha / rank.")] = None,
+    lora_ratio: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of the second LoRA matrix over the first's (LoRA+), such as 16."),
+    ] = None,
     targets: Annotated[
         str | None, typer.Option(help="What gets LoRA: attention, all-linear, or names with commas between them.")
     ] = None,
@@ -57,6 +62,7 @@ def finetune(
     ] = False,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The base, by bitsandbytes.")] = False,
     evaluate: Annotated[str | None, typer.Option(help="Texts to measure on while training; as --dataset.")] = None,
+    evaluate_split: Annotated[str | None, typer.Option(help="Of --evaluate: split of that data set.")] = None,
     lengths: Annotated[
         str | None,
         typer.Option(help="Of --evaluate: context lengths in tokens; the trained and the target if not given."),
@@ -72,6 +78,9 @@ def finetune(
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Of the adapter, the order of rows, and skips.")] = 0,
+    report_to: Annotated[
+        str, typer.Option(metavar="TRACKER", help="Log training as the Trainer does: tensorboard, wandb, mlflow.")
+    ] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT, if any.")] = False,
     config: options.Config = None,
 ) -> None:
@@ -79,25 +88,37 @@ def finetune(
 
     OUTPUT gets adapter (or model, where all weights are trained), checkpoints, training_log.json and provenance.json.
     A run that was stopped goes on with --resume. Several processes train together under accelerate launch, with the
-    configurations in examples/accelerate_configs.
+    configurations in examples/accelerate_configs. Texts of --evaluate are in the column of --text-column, too, and of
+    the same --revision where they are of the same data set; they have a split of their own.
     """
     _check_method(model, method, preset, factor, target_length, original_length)
     sizes = None if lengths is None else options.numbers(lengths)
 
     # The imports that take seconds come after the checks that need none of them.
+    from transformers.integrations import get_available_reporting_integrations
+
     from ..evaluation import load_documents
     from ..training import Evaluation
     from ..training import finetune as train
     from .loading import load_model
 
-    chosen = _preset(preset, {"learning_rate": learning_rate, "rank": rank, "alpha": alpha, "targets": targets})
+    if report_to != "none":
+        check_tracker("report_to", report_to, get_available_reporting_integrations())
+    of_preset = {"learning_rate": learning_rate, "rank": rank, "alpha": alpha, "ratio": lora_ratio}
+    chosen = _preset(preset, {**of_preset, "targets": targets})
     texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
     network, tokenizer = _load_4bit(model) if load_in_4bit else load_model(model, dtype, "cpu")
     plan = _check_method(model, method, preset, factor, target_length, original_length)
     evaluation = None
     if evaluate is not None:
         ends = sizes or sorted({plan.original_length, plan.target_length})
-        evaluation = Evaluation(load_documents(evaluate), ends, every, start, passkey)
+        held_out = load_documents(
+            evaluate,
+            text_column=text_column,
+            split=evaluate_split,
+            revision=revision if evaluate == dataset else None,
+        )
+        evaluation = Evaluation(held_out, ends, every, start, passkey)
     try:
         result = train(
             network,
@@ -125,6 +146,7 @@ def finetune(
             save_every=save_every,
             resume=resume,
             seed=seed,
+            report_to=report_to,
         )
     except KeyboardInterrupt:
         kept = "go on with --resume" if output.exists() else "nothing was saved"
@@ -145,10 +167,11 @@ def _check_method(
     """The plan by the model's config alone, so that what cannot be is told before weights are read."""
     from ..methods import as_method
     from ..patching import detect_scheme
-    from .loading import load_config
+    from .loading import load_config, require_unpatched
 
     if method is None and preset != "nope":
         raise InvalidParameterError("no method is given; give one, as in --method yarn --factor 8")
+    require_unpatched(model, "training begins unpatched", "go on with a run that was stopped by --resume")
     lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
     return as_method(method or preset).plan(detect_scheme(load_config(model)), **lengths)  # type: ignore[arg-type]
 

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidParameterError, PosExtError
-from ..plan import PLAN_FILE
+from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError
+from ..plan import PLAN_FILE, ExtensionPlan
+
+ADAPTER_FILE = "adapter_config.json"
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,49 @@ def load_config(name: str) -> PreTrainedConfig:
     quiet_libraries()
     with _one_line_errors(name):
         return AutoConfig.from_pretrained(name)
+
+
+def saved_plan(name: str) -> ExtensionPlan | None:
+    """The plan in a folder that was saved with a patch, or with an adapter trained under one; `None` of any other
+    model. The config beside it says positions as they are under the plan, and not what the model was trained on.
+
+    Args:
+        name (`str`): a folder or Hub id.
+
+    Raises:
+        PlanError: an adapter without a plan, or a corrupt plan.
+    """
+    path = Path(name)
+    return ExtensionPlan.load(path) if any((path / file).is_file() for file in (PLAN_FILE, ADAPTER_FILE)) else None
+
+
+def base_of(name: str) -> str | None:
+    """The base model that the adapter in a folder names; `None` where there is no adapter, or it names none."""
+    from ..patching.untrusted import read_json
+
+    path = Path(name) / ADAPTER_FILE
+    base = read_json(path).get("base_model_name_or_path") if path.is_file() else None
+    return base if isinstance(base, str) and base else None
+
+
+def require_unpatched(name: str, why: str, instead: str) -> None:
+    """Refuses, before weights are read, a folder whose model comes with a patch; for commands that begin without one.
+
+    Args:
+        name (`str`): a folder or Hub id.
+        why (`str`): what the command does, as `"a comparison begins unpatched"`.
+        instead (`str`): what to type for such a folder, as `"measure it by hf-posext evaluate"`.
+
+    Raises:
+        AlreadyPatchedError: it was saved with a patch, or with an adapter trained under one; names the base to give.
+        PlanError: as of [`saved_plan`].
+    """
+    plan = saved_plan(name)
+    if plan is not None:
+        raise AlreadyPatchedError(
+            f"{name} was saved with a patch ({plan.describe()}), and {why}; {instead}, or give the model that it was "
+            f"made from{f', {base}' if (base := base_of(name)) else ''}"
+        )
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -116,7 +161,7 @@ def _open(name: str, dtype: torch.dtype) -> Any:
     from ..evaluation.protocols.choice import model_kind
     from ..patching import load_patched
 
-    if (Path(name) / "adapter_config.json").is_file():
+    if (Path(name) / ADAPTER_FILE).is_file():
         return load_adapter(name, dtype=dtype)
     if (Path(name) / PLAN_FILE).is_file():
         return load_patched(name, dtype=dtype)

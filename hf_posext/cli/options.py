@@ -64,6 +64,9 @@ Device = Annotated[
     typer.Option(help="As torch calls it: cuda:0, mps. If not given: cpu, or the launcher's for each process."),
 ]
 Seed = Annotated[int, typer.Option(help="Of pass keys and bootstrap intervals.")]
+LogWith = Annotated[
+    str | None, typer.Option(metavar="TRACKER", help="Also log curves over the length: tensorboard, wandb, mlflow.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run whose journal is in OUTPUT, if any.")]
 Config = Annotated[
     Path | None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import InvalidParameterError
+from .trackers import track
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,8 +68,10 @@ def spread(model: PreTrainedModel, accelerator: Accelerator | None) -> PreTraine
     return shard_weights(model, accelerator) if accelerator is not None and shares_texts(accelerator) else model
 
 
-def finish(results: Results, output: Path, accelerator: Accelerator | None) -> None:
-    """The first process prints the tables and says where the report is; all part."""
+def finish(results: Results, output: Path, accelerator: Accelerator | None, log_with: str | None = None) -> None:
+    """The first process logs, prints the tables and says where the report is; all part."""
+    if log_with is not None:
+        track(results, log_with, output, accelerator)
     if accelerator is not None:
         accelerator.end_training()
     if not rank():

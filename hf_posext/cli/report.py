@@ -19,7 +19,8 @@ def report(
     """Merge the results of several runs into one table, one picture and one report.
 
     Runs of one model that were measured in the same way become one; what was measured otherwise (another protocol,
-    other documents) stays apart, and the report says so. OUTPUT gets results.csv, perplexity.png and README.md.
+    other documents) stays apart, and the report says so. OUTPUT gets README.md, perplexity.png and results.csv of all;
+    of each model results.json, the gain by position and heat maps. A README of one model has its model-index.
     """
     with output_directory(output):
         from ..evaluation import Results

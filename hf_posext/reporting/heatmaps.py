@@ -24,27 +24,33 @@ DARK = 0.4  # below this accuracy the cell is dark, and its number white
 COLUMNS = 3
 
 
-def heatmap_files(results: Results) -> dict[str, str]:
+def file_names(titles: Sequence[str]) -> list[str]:
+    """Each title as a part of a file's name, no two alike."""
+    plain = [re.sub(r"[^A-Za-z0-9.+-]+", "_", title).strip("_") for title in titles]
+    return [f"{one}-{index + 1}" if plain.count(one) > 1 else one for index, one in enumerate(plain)]
+
+
+def heatmap_files(results: Results, prefix: str = "") -> dict[str, str]:
     """The PNG of each method that was asked to retrieve, by the name that it is shown under, `"yarn x8"`.
 
     Args:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
+        prefix (`str`, *optional*, defaults to `""`): what the names of the files begin with.
     """
     names = list(dict.fromkeys(map(row_name, results.retrieval)))
-    plain = [re.sub(r"[^A-Za-z0-9.+-]+", "_", name).strip("_") for name in names]
-    numbers = [f"-{index + 1}" if plain.count(one) > 1 else "" for index, one in enumerate(plain)]
-    return {name: f"retrieval_{one}{number}.png" for name, one, number in zip(names, plain, numbers, strict=True)}
+    return {name: f"{prefix}retrieval_{plain}.png" for name, plain in zip(names, file_names(names), strict=True)}
 
 
-def write_heatmaps(results: Results, directory: str | Path) -> None:
+def write_heatmaps(results: Results, directory: str | Path, prefix: str = "") -> None:
     """Draws a heat map for each method that was asked to retrieve.
 
     Args:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
         directory (`str` or `Path`): is there.
+        prefix (`str`, *optional*, defaults to `""`): what the names of the files begin with.
     """
     trained_length = results.provenance.get("trained_length")
-    for name, file in heatmap_files(results).items():
+    for name, file in heatmap_files(results, prefix).items():
         rows = [row for row in results.retrieval if row_name(row) == name]
         plot_heatmaps(rows, Path(directory) / file, trained_length=trained_length, title=name)
 

@@ -108,6 +108,8 @@ def _join(group: Mapping[str, Results]) -> Results:
     for run in group.values():
         refusals |= run.provenance.get("not_applicable") or {}
     provenance = {**first.provenance, "not_applicable": refusals}
+    if commands := dict.fromkeys(run.provenance["command"] for run in group.values() if "command" in run.provenance):
+        provenance["command"] = "\n".join(commands)
     return Results(
         provenance,
         [row for _, row in rows.values()],

@@ -78,7 +78,9 @@ def plot_gain_by_position(results: Results, path: str | Path) -> None:
         path (`str` or `Path`): the PNG to write, 1800 pixels wide; replaced in one step.
     """
     longest = lengths_of(results)[-1]
-    at_longest = [record for record in results.per_document if record["length"] == longest]
+    at_longest = [
+        record for record in results.per_document if record["length"] == longest and record["position_nll_sums"]
+    ]
     control = [record for record in at_longest if record["method"] == CONTROL]
     names = dict.fromkeys(row_name(record) for record in at_longest if record["method"] != CONTROL)
     styles = method_styles(list(names))

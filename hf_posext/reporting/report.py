@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..evaluation.protocols.control import CONTROL
 from ..evaluation.texts.files import write_atomically
-from .heatmaps import heatmap_files, write_heatmaps
+from .heatmaps import file_names, heatmap_files, write_heatmaps
 from .merge import differences, merge_runs, merged_grids, run_titles
+from .model_index import results_to_model_index
 from .plots import plot_gain_by_position, plot_perplexity, plot_side_by_side
 from .sentences import describe_methods
-from .tables import NOTHING, control_name, control_rows, grids, legacy_mark, markdown_table, notes, scheme_name
+from .tables import (
+    NOTHING,
+    control_name,
+    control_rows,
+    grids,
+    legacy_mark,
+    lengths_of,
+    markdown_table,
+    notes,
+    scheme_name,
+)
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -61,15 +73,9 @@ def write_report(results: Results, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    # Figures first: they are what a full disk must not cost.
-    results.save_json(directory / "results.json")
+    _write_run(results, directory)
     results.save_csv(directory / "results.csv")
     plot_perplexity(results, directory / "perplexity.png")
-    if has_positions(results):
-        plot_gain_by_position(results, directory / "gain_by_position.png")
-    if results.retrieval:
-        results.save_retrieval_csv(directory / "retrieval.csv")
-        write_heatmaps(results, directory)
     return write_atomically(directory / "README.md", render_report(results))
 
 
@@ -86,7 +92,7 @@ def render_report(results: Results) -> str:
         model=provenance.get("model", "a model"),
         sentences=describe_methods(results),
         grids=grids(results),
-        heatmaps=heatmap_files(results),
+        written=[run_files(results)],
         notes=notes(results),
         control=control_name(results),
         trained_length=provenance.get("trained_length"),
@@ -99,7 +105,10 @@ def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> P
     """Writes several runs side by side: `README.md`, `perplexity.png`, and `results.csv` with the rows of all.
 
     Runs of one model that were measured in the same way become one; all others stay apart, and the report says by
-    what they differ.
+    what they differ. What became one is written as [`write_report`] writes one: `results.json`,
+    `gain_by_position.png`, `retrieval.csv`, heat maps, whose names begin with that of the model where there are
+    several (`tiny-rope_results.json`). Where all became one, the `README.md` begins with its `model-index` and can be
+    the card of that model.
 
     Args:
         runs (`Mapping[str, Results]`): the runs by the name under which the report speaks of them (their file).
@@ -118,6 +127,9 @@ def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> P
     titles = run_titles(merged)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    prefixes = [""] if len(merged) == 1 else [f"{name}_" for name in file_names(titles)]
+    for run, prefix in zip(merged, prefixes, strict=True):
+        _write_run(run, directory, prefix)
     frames = [run.to_frame().assign(model=title) for run, title in zip(merged, titles, strict=True)]
     table = pandas.concat([frame.dropna(axis="columns", how="all") for frame in frames])
     columns = [*frames[0].columns, *(name for name in table.columns if name not in frames[0].columns)]
@@ -133,11 +145,41 @@ def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> P
         notes=[notes(run) for run in merged],
         grids=merged_grids(merged, titles),
         differences=differences(merged),
+        written=[run_files(*each) for each in zip(merged, prefixes, titles, strict=True)],
         files={name: run.provenance for name, run in runs.items()},
         control="truncated",
         trained_length=None,
     )
-    return write_atomically(directory / "README.md", text)
+    return write_atomically(directory / "README.md", f"{_front_matter(merged[0])}{text}" if len(merged) == 1 else text)
+
+
+def run_files(results: Results, prefix: str = "", title: str = "") -> dict[str, Any]:
+    """The files that a report has of one run, beside those of all runs together."""
+    return {
+        "title": title,
+        "results": f"{prefix}results.json",
+        "positions": f"{prefix}gain_by_position.png" if has_positions(results) else None,
+        "heatmaps": heatmap_files(results, prefix),
+        "retrieval": f"{prefix}retrieval.csv" if results.retrieval else None,
+    }
+
+
+def _write_run(results: Results, directory: Path, prefix: str = "") -> None:
+    files = run_files(results, prefix)
+    results.save_json(directory / files["results"])  # first: it is what a full disk must not cost
+    if files["positions"]:
+        plot_gain_by_position(results, directory / files["positions"])
+    if files["retrieval"]:
+        results.save_retrieval_csv(directory / files["retrieval"])
+        write_heatmaps(results, directory, prefix)
+
+
+def _front_matter(results: Results) -> str:
+    """What the Hub reads of the card of a model: its name and what was measured."""
+    from huggingface_hub import ModelCardData
+
+    name = PurePath(str(results.provenance.get("model", "a model"))).name
+    return f"---\n{ModelCardData(model_name=name, eval_results=results_to_model_index(results)).to_yaml()}\n---\n\n"
 
 
 def render_template(template: str, runs: Sequence[Results], **values: Any) -> str:
@@ -164,7 +206,11 @@ def render_template(template: str, runs: Sequence[Results], **values: Any) -> st
 
 def has_positions(results: Results) -> bool:
     """Whether there is a control, and tokens without a gap were scored, so that the gain can be told by position."""
-    return bool(control_rows(results)) and any(record["position_nll_sums"] for record in results.per_document)
+    longest = lengths_of(results)[-1]
+    return any(
+        record["method"] == CONTROL and record["length"] == longest and bool(record["position_nll_sums"])
+        for record in results.per_document
+    )
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

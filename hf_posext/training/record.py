@@ -91,6 +91,20 @@ def finish(output: Path, result: dict[str, Any], log: list[dict[str, Any]]) -> d
     return provenance
 
 
+def provenance_of(saved: Path) -> dict[str, Any] | None:
+    """What the run that saved an adapter or a model left of itself beside it; `None` of any other folder.
+
+    Raises:
+        TrainingError: a provenance that cannot be read.
+    """
+    saved = saved.resolve()
+    if not (saved.parent / PROVENANCE).is_file():
+        return None
+    found = _read(saved.parent)
+    result = found.get("result")
+    return found if isinstance(result, dict) and result.get("path") == saved.name else None
+
+
 def _write(output: Path, provenance: dict[str, Any]) -> None:
     write_atomically(output / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
 

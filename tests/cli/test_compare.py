@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hf_posext.evaluation
 from hf_posext.errors import EvaluationError, NonFiniteError
@@ -50,6 +52,18 @@ def test_compare_ends_with_a_table_of_80_columns_and_the_path_of_the_report(fini
     assert table[0].startswith("Short-context check"), "what happens inside the trained length comes first"
     assert sum(line.startswith("yarn x2") for line in table) == 5
     assert sum(line.startswith("truncated to 64") for line in table) == 1
+
+
+def test_results_go_to_a_tracker_that_is_there(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert compare(output, documents=1, methods="none", log_with="tensorboard").exit_code == 0
+    events = EventAccumulator(str(output / "hf_posext"))
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("perplexity/none-x1")]
+    rows = Results.load_json(output / "results.json").rows
+    assert told == [(row["length"], np.float32(row["perplexity"])) for row in rows]
+    said = error_of(compare(tmp_path / "other", log_with="tensorbord"))
+    assert "log_with is 'tensorbord'; installed here are: " in said and "tensorboard" in said.split("are: ")[1]
 
 
 def test_the_command_in_the_provenance_measures_the_same_again(finished: tuple[Any, Path], tmp_path: Path) -> None:

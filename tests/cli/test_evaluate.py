@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_posext import Results, patch_model
-from hf_posext.plan import PLAN_FILE
+from hf_posext import Results
 
 from .helpers import MODEL, NOVELS, compare, error_of, run
 
@@ -19,17 +17,6 @@ OPTIONS = ("--dataset", NOVELS, "--lengths", "64,128", "--documents", 2)
 
 def evaluate(output: Path, *words: object, model: object = MODEL) -> Any:
     return run("evaluate", "--model", model, *OPTIONS, "--output", output, *words)
-
-
-@pytest.fixture(scope="module")
-def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that plain transformers opens without its patch: its positions are remapped inside attention."""
-    path = tmp_path_factory.mktemp("patched") / "model"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
-    with patch_model(model, "rerope(window=32)", factor=2, original_length=64, tokenizer=tokenizer) as patch:
-        patch.save_pretrained(path)
-    assert (path / PLAN_FILE).exists()
-    return path
 
 
 def test_a_plain_model_without_a_control(tmp_path: Path) -> None:

@@ -67,3 +67,13 @@ def test_several_models_take_the_methods_that_apply(tmp_path: Path) -> None:
 )
 def test_wrong_input_is_one_line(options: list[object], message: str) -> None:
     assert message in error_of(run("explain", *options))
+
+
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_a_model_with_a_patch_is_refused_and_the_base_named(with_texts: bool, patched: Path, adapter: Path) -> None:
+    options = ["--dataset", NOVELS, "--documents", "1"] if with_texts else []
+    message = error_of(run("explain", patched, *options))
+    assert f"{patched} was saved with a patch (rerope(window=32): 64 -> 128 tokens (x2)" in message
+    assert "see its plan by hf-posext inspect, or give the model that it was made from" in message
+    message = error_of(run("explain", MODEL, adapter, *options))
+    assert f"{adapter} was saved with a patch (yarn: 64 -> 128" in message and message.endswith(f"from, {MODEL}")

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM
+
+from hf_posext import patch_model
+
 from ..conftest import EXAMPLES
 from .helpers import MODEL, error_of, run
 
@@ -29,6 +33,21 @@ def test_inspect_says_which_methods_do_not_apply_and_why() -> None:
     found = json.loads(run("inspect", EXAMPLES / "tiny" / "tiny-alibi", "--json").stdout)
     assert found["scheme"]["kind"] == "alibi" and found["scheme"]["generalization"] == "extrapolation"
     assert found["methods"]["none"] is None and "bloom has alibi" in found["methods"]["yarn"]
+
+
+def test_inspect_tells_a_model_with_a_patch_as_it_is_without_and_the_plan(tmp_path: Path, adapter: Path) -> None:
+    """The config beside the plan says 2048 tokens, which the model was not trained on."""
+    with patch_model(AutoModelForCausalLM.from_pretrained(MODEL), "rerope", factor=4) as patch:
+        patch.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 2048
+    for folder, method, lengths in ((tmp_path, "rerope", "512 -> 2048"), (adapter, "yarn", "64 -> 128")):
+        words = " ".join(run("inspect", folder).stdout.split())
+        assert f"in force {method}: {lengths} tokens" in words
+        assert "trained length 512 tokens (max_position_embeddings of the config)" in words
+        found = json.loads(run("inspect", folder, "--json").stdout)
+        assert found["plan"]["method"] == method and found["scheme"]["trained_length"] == 512
+        assert found["base"] == (str(MODEL) if folder == adapter else None)
+    assert json.loads(run("inspect", MODEL, "--json").stdout)["plan"] is None
 
 
 def test_methods_are_listed_with_their_papers() -> None:

@@ -38,7 +38,8 @@ def finetune(output: Path, *flags: str, **changed: Any) -> Any:
 def test_an_adapter_is_trained_and_what_it_did_is_told(tmp_path: Path) -> None:
     texts = tmp_path / "held.txt"
     texts.write_text(json.loads(NOVELS.read_text().splitlines()[0])["text"][:2000])
-    result = finetune(tmp_path / "out", evaluate=texts, every=1, passkey=1, lengths="96,128", rank=4)
+    more = {"lora_ratio": 4, "report_to": "tensorboard"}
+    result = finetune(tmp_path / "out", evaluate=texts, every=1, passkey=1, lengths="96,128", rank=4, **more)
     assert result.exit_code == 0, result.output
     told = result.stdout.splitlines()
     assert told[0].startswith("trained 43,008 parameters (0.75%), 2 steps, ")
@@ -57,6 +58,8 @@ def test_an_adapter_is_trained_and_what_it_did_is_told(tmp_path: Path) -> None:
         "provenance.json",
         "training_log.json",
     }
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["run"]["preset"]["ratio"] == 4
+    assert list((tmp_path / "out" / "checkpoints").rglob("events.out.tfevents.*"))
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     plain = logits(base.eval(), tokens(96))
     adapted = load_adapter(tmp_path / "out" / "adapter", base).eval()
@@ -86,6 +89,9 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
         ({"factor": None}, (), "needs factor= or target_length="),
         ({"preset": "lora+"}, (), "preset is 'lora+'; did you mean 'lora'?"),
         ({"preset": "full", "rank": 8}, (), "preset 'full' trains all weights, and rank is of an adapter"),
+        ({"preset": "full", "lora_ratio": 4}, (), "preset 'full' trains all weights, and ratio is of an adapter"),
+        ({"lora_ratio": 0}, (), "ratio is 0.0; give a number above 0"),
+        ({"report_to": "tensorbord"}, (), "report_to is 'tensorbord'; installed here are: "),
         ({"rank": 0}, (), "rank is 0; give 1 or more"),
         ({"targets": "query"}, (), "peft cannot put the adapter on LlamaForCausalLM"),
         ({"learning_rate": "nan"}, (), "learning_rate is nan"),
@@ -112,6 +118,24 @@ def test_texts_that_are_too_short_say_what_to_do(tmp_path: Path) -> None:
     assert (
         "do not fill a row of 128 tokens" in told and "give longer documents or a smaller length, or pack them" in told
     )
+
+
+def test_texts_to_measure_on_are_found_as_the_others_in_a_split_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+
+    def load(source: str, *, limit: int | None = None, **given: Any) -> list[str]:
+        asked.append((source, given))
+        return ["A text."]
+
+    monkeypatch.setattr("hf_posext.evaluation.load_documents", load)
+    given = {"text_column": "body", "revision": "v1", "split": "train", "evaluate_split": "test"}
+    for held_out in ("me/novels", "me/others"):
+        error_of(finetune(tmp_path / "out", dataset="me/novels", evaluate=held_out, **given))
+    trained_on = ("me/novels", {"text_column": "body", "split": "train", "revision": "v1"})
+    own, other = ({"text_column": "body", "split": "test", "revision": revision} for revision in ("v1", None))
+    assert asked == [trained_on, ("me/novels", own), trained_on, ("me/others", other)]
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from .helpers import LEARNED, compare, error_of, run
 
+FILES = {"README.md", "results.json", "gain_by_position.png"}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -32,14 +34,15 @@ def test_runs_are_merged_into_one_report(runs: list[Path], tmp_path: Path) -> No
     assert last == f"report: {tmp_path / 'out' / 'README.md'}" and max(map(len, table)) <= 80
     assert sum(line.startswith(("yarn x2", "linear x2", "table-linear x2")) for line in table) == 3 * 4
     assert "tiny-learned: Left out: yarn (extends rotary positions; gpt2 has learned)." in " ".join(table)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "perplexity.png", "results.csv"}
+    own = {f"{name}_{file}" for name in ("tiny-rope", "tiny-learned") for file in FILES - {"README.md"}}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "perplexity.png", "results.csv", *own}
 
 
 def test_the_report_may_lie_beside_the_folders_of_its_runs(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_bytes(runs[0].read_bytes())
     assert run("report", tmp_path / "run" / "results.json", "--output", tmp_path).exit_code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "README.md", "perplexity.png", "results.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "perplexity.png", "results.csv", *FILES}
 
 
 def test_other_protocols_are_told_apart(runs: list[Path], tmp_path: Path) -> None:

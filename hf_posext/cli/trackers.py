@@ -1,0 +1,57 @@
+"""Results to a tracker: TensorBoard, Weights & Biases, MLflow and what else accelerate knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..evaluation import Results
+
+
+def check_tracker(option: str, name: str, installed: list[str]) -> None:
+    """Refuses, before any work, a tracker that is not there.
+
+    Args:
+        option (`str`): that names it, as `"log_with"`.
+        name (`str`): of the tracker.
+        installed (`list[str]`): those that the library in question can use here.
+
+    Raises:
+        InvalidParameterError: another name, or one that is not installed.
+    """
+    if name not in installed:
+        there = ", ".join(sorted(installed)) or "none; pip install tensorboard"
+        raise InvalidParameterError(f"{option} is {name!r}; installed here are: {there}")
+
+
+def accelerate_trackers() -> list[str]:
+    """What `accelerate` can log to here."""
+    from accelerate.tracking import get_available_trackers
+
+    return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+
+
+def track(results: Results, name: str, output: Path, accelerator: Accelerator | None) -> None:
+    """Logs results as curves over the context length.
+
+    Args:
+        results ([`~hf_posext.evaluation.Results`]): of a run that has ended.
+        name (`str`): of the tracker, as `check_tracker` let it pass.
+        output (`Path`): where trackers that write files write theirs, into `hf_posext`.
+        accelerator (`Accelerator`, *optional*): of the run, where a launcher started it.
+    """
+    from accelerate import Accelerator
+
+    from ..evaluation import log_results
+
+    on_cpu = accelerator is None or accelerator.device.type == "cpu"
+    tracking = Accelerator(cpu=on_cpu, log_with=name, project_dir=output)
+    tracking.init_trackers("hf_posext")
+    log_results(results, tracking)
+    for tracker in tracking.trackers:
+        tracker.finish()

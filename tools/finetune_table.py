@@ -1,0 +1,279 @@
+"""Write `docs/finetune_results.md` and its picture from what `benchmarks/finetune.py` measured.
+
+python tools/finetune_table.py            # write both; runs that are not there yet are named
+python tools/finetune_table.py --check    # exit 1 where the committed page is not what the result files give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_perplexity
+from hf_posext.reporting.drawing import (
+    BEFORE,
+    COLOURS,
+    CONTROL,
+    GRID,
+    INK,
+    MARKERS,
+    legend_below,
+    new_figure,
+    note,
+    save_figure,
+)
+from hf_posext.reporting.tables import NOTHING, format_perplexity
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
+CANDIDATES = ROOT / "benchmarks" / "results" / "finetune_candidates.json"
+PAGE = ROOT / "docs" / "finetune_results.md"
+PICTURE = ROOT / "docs" / "images" / "finetune.png"
+TEMPLATE = ROOT / "tools" / "finetune_results.md.jinja"
+
+METHODS = ("none", "linear", "ntk", "theta", "yarn")
+TRAININGS = ("untrained", "lora", "lora-plus", "full", "pose-lora")
+"""What a whole result file has: `method/training` of each."""
+
+Run = Mapping[str, Any]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file of `benchmarks/finetune.py`.
+
+    Raises:
+        ValueError: it holds no runs.
+    """
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not found.get("runs"):
+        raise ValueError(f"{path} holds no runs; measure with benchmarks/finetune.py --output {path}")
+    return found
+
+
+def longest(run: Run) -> Run:
+    """The row at the longest length."""
+    row: Run = run["rows"][-1]
+    return row
+
+
+def trains_all(run: Run) -> bool:
+    return "parameters" in run and run["parameters"]["trained"] == run["parameters"]["model"]
+
+
+def share_of_full(name: str, runs: Mapping[str, Run]) -> float | None:
+    """How much of what training all weights gains a run gains, in ln of tail perplexity at the longest length.
+
+    `None` where the method as it was, or with all weights trained, is not there, or gained nothing.
+    """
+    method = name.partition("/")[0]
+    before = runs.get(f"{method}/untrained")
+    whole = [run for other, run in runs.items() if other.startswith(f"{method}/") and trains_all(run)]
+    if before is None or not whole or runs[name] is before:
+        return None
+    untrained = longest(before)["perplexity_tail"]
+    gained = math.log(untrained / min(longest(run)["perplexity_tail"] for run in whole))
+    return math.log(untrained / longest(runs[name])["perplexity_tail"]) / gained if gained > 0 else None
+
+
+def ratio(run: Run, other: Run, seed: int) -> tuple[float, list[float] | None]:
+    """Tail perplexity of a run divided by that of another at the longest length; its interval, paired by document."""
+    length = longest(run)["length"]
+    own, its = ({r["document"]: r for r in one["per_document"] if r["length"] == length} for one in (run, other))
+    difference = [own[name]["tail_nll_sum"] - its[name]["tail_nll_sum"] for name in own]
+    tokens = [record["tail_tokens"] for record in own.values()]
+    return float(pooled_perplexity(difference, tokens)), bootstrap_interval(difference, tokens, seed)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:+.1f} %"
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """One line a run, as the file has them, those of one method together."""
+    runs, trials = found["runs"], found["settings"]["passkey"]
+    first, *_, last = found["settings"]["lengths"]
+    keys = f" pass keys at {last} |" if trials else ""
+    lines = [
+        f"| | perplexity at {first} | change at {first} | perplexity at {last} | gain |{keys} of full | "
+        "trained parameters | seconds |",
+        f"|---|---:|---:|---:|---:|{'---:|' if trials else ''}---:|---:|---:|",
+    ]
+    for name in ordered(runs):
+        run, row = runs[name], longest(runs[name])
+        share, parameters = share_of_full(name, runs), run.get("parameters")
+        cells = [
+            name,
+            format_perplexity(run["rows"][0]["perplexity_tail"]),
+            percent(run["short_context_change"]),
+            format_perplexity(row["perplexity_tail"]),
+            f"{row['gain']:.3f}",
+            *([f"{round(row['passkey'] * trials)} of {trials}"] if trials else []),
+            NOTHING if share is None else f"{100 * share:.0f} %",
+            f"{parameters['trained']:,} ({parameters['trained'] / parameters['model']:.1%})"
+            if parameters
+            else NOTHING,
+            f"{run['train_seconds']:.0f}" if "train_seconds" in run else NOTHING,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ordered(runs: Mapping[str, Run]) -> list[str]:
+    """Methods and trainings as a whole file has them, then any others as they come."""
+
+    def place(name: str) -> tuple[int, int]:
+        method, _, training = name.partition("/")
+        return METHODS.index(method), TRAININGS.index(training) if training in TRAININGS else len(TRAININGS)
+
+    return sorted(runs, key=place)
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """What the runs say: the best, whether it beats truncation, embeddings and norms, and what is missing."""
+    runs, length = found["runs"], found["settings"]["lengths"][-1]
+    best = min(runs, key=lambda name: longest(runs[name])["perplexity_tail"])
+    above = [f"`{name}`" for name in ordered(runs) if longest(runs[name])["gain"] > 1]
+    gain = f"The best at {length} tokens is `{best}`, with a gain over truncation of {longest(runs[best])['gain']:.3f}"
+    said = [
+        f"{gain}; above 1, where the longer context pays, are {', '.join(above)}."
+        if above
+        else f"{gain}; none is above 1, so that by perplexity truncating the input is as good or better.",
+        *without_gain(found),
+        *embeddings_and_norms(found),
+    ]
+    missing = [f"`{m}/{t}`" for m in METHODS for t in TRAININGS if f"{m}/{t}" not in runs]
+    return [*said, f"Not measured yet: {', '.join(missing)}."] if missing else said
+
+
+def without_gain(found: Mapping[str, Any]) -> list[str]:
+    """A sentence on the methods for which training all weights made it worse, so that there is nothing to recover."""
+    runs, length = found["runs"], found["settings"]["lengths"][-1]
+    worse = [
+        f"`{name.partition('/')[0]}` ({percent(ratio(runs[name], before, found['settings']['seed'])[0] - 1)})"
+        for name in ordered(runs)
+        if name.endswith("/full") and (before := runs.get(name.replace("/full", "/untrained")))
+        if longest(runs[name])["perplexity_tail"] >= longest(before)["perplexity_tail"]
+    ]
+    return [f"Training all weights raised the perplexity at {length} of {', '.join(worse)}."] if worse else []
+
+
+def embeddings_and_norms(found: Mapping[str, Any]) -> list[str]:
+    """LongLoRA's finding as it turns out here: what training embeddings and norms beside LoRA changes."""
+    runs, length = found["runs"], found["settings"]["lengths"][-1]
+    verdicts: dict[str, list[str]] = {}
+    for method in METHODS:
+        both = [runs.get(f"{method}/{training}") for training in ("lora-plus", "lora")]
+        if both[0] is None or both[1] is None:
+            continue
+        value, interval = ratio(both[0], both[1], found["settings"]["seed"])
+        low, high = interval or (value, value)
+        verdict = "helps" if high < 1 else "harms" if low > 1 else "makes no difference that these documents tell"
+        span = f" [{percent(low - 1)}, {percent(high - 1)}]" if interval else ""
+        verdicts.setdefault(verdict, []).append(f"`{method}` ({percent(value - 1)}{span})")
+    if not verdicts:
+        return []
+    told = "; ".join(f"{verdict} with {', '.join(methods)}" for verdict, methods in verdicts.items())
+    return [
+        "LongLoRA found, with models of billions of parameters, that LoRA needs embeddings and norms trained beside "
+        f"it. Here, after {found['settings']['steps']} steps, that {told}: `lora-plus` against `lora`, perplexity at "
+        f"{length} with 95 % intervals paired by document."
+    ]
+
+
+def plot(found: Mapping[str, Any], path: Path = PICTURE) -> None:
+    """A dot for each run, a line for each method: gain at the longest length, and change at the trained one."""
+    runs, lengths = found["runs"], found["settings"]["lengths"]
+    methods = [method for method in METHODS if any(name.startswith(f"{method}/") for name in runs)]
+    figure = new_figure(1.4 + 0.8 * len(methods))
+    panels = figure.subplots(1, 2, sharey=True)
+    colours, markers = (BEFORE, *COLOURS), ("X", *MARKERS)
+    for index, training in enumerate(TRAININGS):
+        own = {row: run for row, m in enumerate(methods) if (run := runs.get(f"{m}/{training}"))}
+        heights = [row + 0.16 * (index - 2) for row in own]  # beside each other where they are equal
+        style: dict[str, Any] = {"linestyle": "none", "markersize": 7, "markeredgecolor": "white"}
+        style |= {"color": colours[index], "marker": markers[index], "label": training}
+        panels[0].plot([longest(run)["gain"] for run in own.values()], heights, **style)
+        panels[1].plot([1 + run["short_context_change"] for run in own.values()], heights, **style)
+    for panel, words, side, ticks in (
+        (panels[0], "truncation", "right", (0.2, 0.3, 0.5, 0.7, 1)),
+        (panels[1], "untouched model", "left", (0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5)),
+    ):
+        panel.axvline(1.0, color=CONTROL, linestyle="--", linewidth=1.3)
+        note(panel, words, 1.0, 1.0, ("data", "axes fraction"), ha=side)
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_locator(FixedLocator(ticks))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.grid(axis="x", color=GRID, linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8.5, colors=INK)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set_ylim(len(methods) - 0.4, -0.8)
+    panels[0].set_ylabel("method", fontsize=9, color=INK)
+    for panel, title, label in (
+        (panels[0], f"Gain over truncation at {lengths[-1]} tokens", "gain (log scale; above 1: context pays)"),
+        (
+            panels[1],
+            f"What it costs at {lengths[0]} tokens",
+            "perplexity / the untouched model's (log scale; lower is better)",
+        ),
+    ):
+        panel.set_title(title, fontsize=10.5, fontweight="bold", color=INK)
+        panel.set_xlabel(label, fontsize=9, color=INK)
+    legend_below(figure, panels[0])
+    save_figure(figure, path)
+
+
+def command(settings: Mapping[str, Any]) -> str:
+    """What measured it."""
+    given = " ".join(f"--{name} {settings[name]}" for name in ("steps", "batch", "warmup", "passkey", "seed"))
+    output = RESULTS.relative_to(ROOT).as_posix()
+    return (
+        f"python benchmarks/finetune.py --output {output} --work reports/finetune {given} "
+        f"--{'' if settings['bf16'] else 'no-'}bf16"
+    )
+
+
+def render(results: Path = RESULTS, tried: Path = CANDIDATES) -> str:
+    """The page that the result files give; the second may be missing."""
+    found = load(results)
+    candidates = load(tried) if tried.is_file() else None
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    return template.render(
+        settings=found["settings"],
+        lengths=found["settings"]["lengths"],
+        machine=found["machine"],
+        threads=found["machine"]["threads"],
+        command=command(found["settings"]),
+        sentences=sentences(found),
+        table=table(found),
+        candidates=candidates,
+        candidates_table=candidates and table(candidates),
+        results_path=RESULTS.relative_to(ROOT).as_posix(),
+        candidates_path=CANDIDATES.relative_to(ROOT).as_posix(),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the committed page instead of writing")
+    if parser.parse_args().check:
+        return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != render())
+    PAGE.write_text(render(), encoding="utf-8")
+    plot(load(RESULTS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
