@@ -81,7 +81,7 @@ PRESETS = {
 
 Learning rates are those that are usual for models of billions of parameters: 2e-5 for all weights (position
 interpolation, YaRN, LongLoRA, PoSE), 1e-4 after dropping positions (DroPE), and ten times that of `full` for adapters.
-Small models want more: the shipped ones 3e-3 for adapters, and for all weights 6e-4 with 64 rows a step, 1e-4 with one.
+Small models want more: the shipped ones 3e-3 for adapters, for all weights 6e-4 with 64 rows a step, 1e-4 with one.
 """
 
 
