@@ -150,7 +150,7 @@ def test_a_model_a_method_and_a_factor_are_seen_in_every_figure(page: Page, pict
     second = changed(page, "signal", first)
     type_in(page, "factor", "8")
     third = changed(page, "signal", second)
-    assert "yarn: 512 -> 4096 tokens (x8)" in page.locator("#about").inner_text()
+    assert "yarn: 512 → 4096 tokens (x8)" in page.locator("#about").inner_text()
     tab(page, "Frequencies")
     drawn(page, "frequency")
     page.screenshot(path=pictures / "frequencies.png")
