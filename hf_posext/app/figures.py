@@ -195,7 +195,6 @@ def _draw_last_query(panel: Axes, view: View) -> None:
     apart = np.arange(length)
     given = relative_positions(view.plan, torch.tensor([length - 1]), torch.from_numpy(length - 1 - apart))[0].numpy()
     panel.plot(apart, apart, color=CONTROL, linewidth=1.2, linestyle="--")
-    note(panel, "as it is", view.trained_length, 1.0, ("data", "axes fraction"))
     panel.plot(apart, given, color=AFTER[0], linewidth=1.9)
     panel.axhline(view.trained_length, color=INK, linewidth=1.0, linestyle=":")
     note(
@@ -212,7 +211,9 @@ def _draw_last_query(panel: Axes, view: View) -> None:
     panel.set_ylabel("relative position (tokens)")
     dress(panel, view.found)
     panel.set_xlim(0, length)
-    panel.set_ylim(0, max(1.3 * view.trained_length, 1.1 * np.nanmax(given)))
+    top = max(1.3 * view.trained_length, 1.1 * np.nanmax(given))
+    panel.set_ylim(0, top)
+    note(panel, " as it is", min(top, 0.7 * length), 1.0, ("data", "axes fraction"))
 
 
 def _dress_plain(panel: Axes) -> None:

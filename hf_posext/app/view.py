@@ -99,7 +99,7 @@ def first_look(shelf: Shelf, name: str, length: int | None = None, trained: int 
     if found.trained_length or not known:
         return found
     found = diagnose(model, methods=[], target_length=length, original_length=known)
-    return replace(found, trained_length_source="of the shipped models")
+    return replace(found, trained_length_source="as all shipped models were")
 
 
 def look(shelf: Shelf, choice: Choice) -> View:

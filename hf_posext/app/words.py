@@ -45,15 +45,12 @@ def plain(text: str) -> str:
 def facts(found: Diagnosis) -> str:
     """What a model has."""
     trained = f"{found.trained_length} tokens" if found.trained_length else "an unknown number of tokens"
+    kind = KINDS[found.scheme.kind]
     lines = (
-        (_sentence(KINDS[found.scheme.kind]), f" {CLASSES[found.generalization]}: {found.reason}."),
-        (f"Trained on {trained}.", f" {_sentence(found.trained_length_source)}"),
+        (f"{kind[:1].upper()}{kind[1:]}.", f" {CLASSES[found.generalization]}: {found.reason}."),
+        (f"Trained on {trained}", f" ({found.trained_length_source})."),
     )
     return "".join(f'<p class="plain"><b>{escape(head)}</b>{escape(rest)}</p>' for head, rest in lines)
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def about(view: View) -> str:

@@ -204,7 +204,7 @@ def test_what_cannot_be_is_told_in_one_line_and_can_be_taken_back(page: Page, pi
     for method, message in (
         ("yarm", "did you mean 'yarn'"),
         ("table-linear", "table-linear extends learned positions"),
-        ("yarn(beta_fast=0)", "yarn"),
+        ("yarn(beta_fast=0)", "give 0 < beta_slow < beta_fast"),
     ):
         type_in(page, "method", method)
         alert = page.get_by_role("alert").filter(has_text=message)
@@ -235,6 +235,18 @@ def test_no_file_is_served_even_where_gradio_was_told_to(address: str) -> None:
     assert status(address, "static/../../../../../../../etc/passwd") in (403, 404)
     assert status(address, "gradio_api/upload", data=b"x") == 404
     assert status(address, "") == 200
+
+
+def test_an_error_that_was_not_foreseen_is_one_line_too(caplog: pytest.LogCaptureFixture) -> None:
+    from hf_posext.app.page import _one_line
+
+    def broken() -> dict[str, str]:
+        raise ZeroDivisionError("of the code")
+
+    assert _one_line(lambda told: {"message": told}, broken)() == {
+        "message": "ZeroDivisionError, which was not foreseen; the terminal of hf-posext app tells more"
+    }
+    assert "of the code" in caplog.text
 
 
 def test_a_page_of_another_name_gets_nothing(address: str) -> None:

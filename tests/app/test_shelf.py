@@ -119,7 +119,7 @@ def test_a_text_longer_than_the_new_table_is_refused() -> None:
 def test_what_is_said_is_escaped() -> None:
     assert "<b>" not in words.alert("no <b>model</b>\nof that name") and "\n" not in words.alert("a\nb")
     view = look(shelf_of(tiny_bloom()), Choice("model", "alibi-linear", 4, TRAINED, TRAINED))
-    assert "ALiBi" in words.facts(view.found) and "tokens.</b> Given." in words.facts(view.found)
+    assert "ALiBi" in words.facts(view.found) and "64 tokens</b> (given)." in words.facts(view.found)
     assert 'rel="noreferrer"' in words.about(view) and "64 → 256 tokens" in words.about(view)
 
 
