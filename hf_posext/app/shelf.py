@@ -63,7 +63,8 @@ class Shelf:
         """The texts.
 
         Raises:
-            DocumentError: none was given, or they cannot be read.
+            InvalidParameterError: none were given.
+            DocumentError: they cannot be read.
         """
         if self.dataset is None:
             raise InvalidParameterError(
