@@ -15,7 +15,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_EVALUATE_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test sweep test-floor test-lm-eval lint format card story clean
+.PHONY: demo test sweep test-floor test-lm-eval test-app lint format card story clean
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
@@ -47,6 +47,18 @@ test-lm-eval: .venv/.lm-eval
 
 .venv/.lm-eval: $(READY)
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[lm-eval]'
+	touch $@
+
+# Apart from the suite, as it needs gradio and a Chromium. Screenshots go where APP_SCREENSHOTS says, to be looked at.
+test-app: .venv/.app
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || { \
+		if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+			apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
+		else echo "the browser test needs Chromium: on Debian and Ubuntu, apt install chromium" >&2; exit 1; fi; }
+	OMP_NUM_THREADS=1 .venv/bin/pytest -m browser tests/app
+
+.venv/.app: $(READY)
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[app]' playwright
 	touch $@
 
 test-floor: $(FLOOR)

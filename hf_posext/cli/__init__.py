@@ -8,6 +8,7 @@ from .explain import explain
 from .explore import inspect, methods
 from .export import export, gguf
 from .finetune import finetune
+from .page import page
 from .report import report
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "inspect",
     "main",
     "methods",
+    "page",
     "report",
 ]

@@ -37,6 +37,7 @@ def read_documents(
     seed: int,
     *,
     exactly: bool,
+    attention: bool = True,
 ) -> Diagnosis:
     """A diagnosis with what documents tell.
 
@@ -49,6 +50,7 @@ def read_documents(
         start (`int`): tokens to leave out at the beginning of each document.
         seed (`int`): of bootstrap intervals.
         exactly (`bool`): whether documents shorter than the target are refused or read as far as they go.
+        attention (`bool`, *optional*, defaults to `True`): whether attention is watched, too, in a pass of its own.
     """
     try:
         scorer = TokenScorer(model)
@@ -86,7 +88,8 @@ def read_documents(
     tables = {**found.tables, "losses": curve_table(curves, seed)}
     notes = found.notes
     try:
-        tables["attention"] = attention_table(scorer.model, own, scorer.model.device)
+        if attention:
+            tables["attention"] = attention_table(scorer.model, own, scorer.model.device)
     except UnsupportedModelError as error:
         notes = (*notes, str(error))
     source = texts.source if isinstance(texts, Documents) else {}

@@ -69,7 +69,7 @@ def plot_diagnosis(found: Diagnosis, path: str | Path) -> None:
     for index, signal in enumerate(signals):
         panel = figure.add_subplot(grid[index // columns, index % columns])
         draw_signal(panel, signal, found)
-        panel.set_ylabel(_channels(signal) if index % columns == 0 else "")
+        panel.set_ylabel(channel_label(signal) if index % columns == 0 else "")
         panel.set_xlabel(f"{signal.over} (tokens)" if index + columns >= len(signals) else "")
     lines: list[Any] = []
     if measured:
@@ -88,7 +88,8 @@ def _title(found: Diagnosis) -> str:
     return f"{Path(found.model).name}: {KINDS[found.scheme.kind]}, {length}"
 
 
-def _channels(signal: Signal) -> str:
+def channel_label(signal: Signal) -> str:
+    """What stands beside the channels of a signal."""
     return f"{signal.channel}s" if signal.channel == "head" else f"{signal.channel}s\n(fast above slow)"
 
 

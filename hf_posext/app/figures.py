@@ -1,0 +1,226 @@
+"""The figures of the page. Blue is what training has shown and orange what it has not, as in all pictures here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.lines import Line2D
+
+from ..diagnosis.phases import phase_table, planned_frequencies, relative_positions
+from ..methods.frequencies import first_rotary
+from ..patching.banded_attention import belongs
+from ..reporting.drawing import CONTROL, GRID, INK, new_figure, note
+from ..reporting.signals import (
+    AFTER,
+    MAPS,
+    NEW,
+    SHADES,
+    SHOWN,
+    channel_label,
+    colour_handles,
+    draw_losses,
+    draw_signal,
+    dress,
+    legend,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .view import View
+
+CELLS = 512
+"""Queries and keys of a mask at most; of longer texts every so many."""
+
+STEPS = 256
+"""Colours of a mask."""
+
+
+def signal_figure(view: View) -> Figure | None:
+    """The signal that tells the model where a token stands, as it is and with the method.
+
+    Returns:
+        `Figure`, *optional*: `None` where the model has none that can be drawn.
+    """
+    signals = view.found.signals
+    if not signals:
+        return None
+    figure = new_figure(3.6)
+    for panel, signal in zip(figure.subplots(1, 2, sharey=True), signals, strict=True):
+        draw_signal(panel, signal, view.found)
+        panel.set_xlabel(f"{signal.over} (tokens)")
+    figure.axes[0].set_ylabel(channel_label(signals[0]))
+    legend(figure, colour_handles(SHADES[view.found.scheme.kind]))
+    return figure
+
+
+def frequency_figure(view: View) -> Figure | None:
+    """Tokens for a turn of each rotary pair, as it is and with the method, in colours that say whether the text needs
+    phases of it that training has not shown.
+
+    Returns:
+        `Figure`, *optional*: `None` where the model has no rotary positions.
+    """
+    scheme = view.found.scheme
+    if not scheme.rotaries:
+        return None
+    rotary, length = first_rotary(scheme), view.found.target_length
+    phases = phase_table(scheme, view.in_force, {"none": None, "after": view.plan}, view.trained_length, length)
+    figure = new_figure(4.0)
+    panel = figure.subplots()
+    styles: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+        ("none", None, {"marker": "o", "markersize": 8.5, "color": CONTROL}),
+        ("after", view.plan, {"marker": "s", "markersize": 4.5, "color": INK}),
+    )
+    for name, plan, style in styles:
+        turning = planned_frequencies(rotary, view.in_force, plan, length)[: rotary.pairs].double().numpy()
+        tokens = 2 * np.pi / np.where(turning > 0, turning, np.nan)  # a pair that stands still has no wavelength
+        new = phases[(phases.method == name) & (phases.set == rotary.name)].new.to_numpy()
+        panel.plot(tokens, linewidth=1.2, label=_names(view)[name], **style | {"markersize": 0})
+        for wanted, colour in ((False, SHOWN), (True, NEW)):
+            points = np.where(new == wanted, tokens, np.nan)
+            panel.plot(points, linestyle="", markeredgecolor="white", **style | {"color": colour})
+    panel.axhline(view.trained_length, color=INK, linewidth=1.0, linestyle=":")
+    note(
+        panel,
+        f"trained length {view.trained_length}",
+        0.0,
+        view.trained_length,
+        ("axes fraction", "data"),
+        va="bottom",
+    )
+    panel.set_yscale("log")
+    panel.set_title("Wavelength of each rotary pair")
+    panel.set_xlabel("rotary pair (fast to slow)")
+    panel.set_ylabel("tokens for a turn")
+    panel.grid(axis="y", color=GRID, linewidth=0.8)
+    _dress_plain(panel)
+    series = [
+        Line2D([], [], linewidth=1.2, label=_names(view)[name], **style | {"markeredgecolor": "white"})
+        for name, _, style in styles
+    ]
+    legend(figure, [*series, *colour_handles()])
+    return figure
+
+
+def mask_figure(view: View) -> Figure | None:
+    """The relative position that each query gives to each key, as it is and with the method.
+
+    Returns:
+        `Figure`, *optional*: `None` where the method leaves every pair at its own distance.
+    """
+    plan, length, trained = view.plan, view.found.target_length, view.trained_length
+    if not plan.parts:
+        return None
+    figure = new_figure(4.1)
+    panels = figure.subplots(1, 3)
+    at = torch.from_numpy(np.unique(np.arange(CELLS) * length // CELLS)) if length > CELLS else torch.arange(length)
+    colours = {"cmap": _distance_colours(trained, length), "vmin": 0, "vmax": length}
+    ticks = np.arange(0, length + 1, trained * -(-length // (4 * trained)) if length > trained else length)
+    for panel, name, entry in zip(panels, ("none", "after"), (None, plan), strict=False):
+        grid = relative_positions(entry, at, at).numpy()
+        extent = (0.0, float(length), float(length), 0.0)
+        unseen = np.isnan(grid) & np.tri(len(at), dtype=bool)
+        panel.imshow(np.where(unseen, 0.5, np.nan), cmap="gray", vmin=-1, vmax=1, aspect="auto", extent=extent)
+        image = panel.imshow(grid, **colours, aspect="auto", interpolation="nearest", extent=extent)
+        panel.set_title(_names(view)[name])
+        panel.set_xlabel("key (token)")
+        dress(panel, replace(view.found, trained_length=None))  # a key has no distance, so none is the trained one
+        panel.set_xticks(ticks)
+        panel.set_yticks(ticks)
+    _part_borders(panels[1], view, at)
+    panels[0].set_ylabel("query (token)")
+    panels[1].tick_params(labelleft=False)
+    _draw_last_query(panels[2], view)
+    bar = figure.colorbar(image, ax=list(panels[:2]), orientation="horizontal", aspect=40)
+    bar.set_label("relative position (tokens): blue within the trained length, orange past it", fontsize=9, color=INK)
+    bar.set_ticks([0, trained, length] if trained < length else [0, length])
+    bar.ax.tick_params(labelsize=8.5, colors=INK)
+    return figure
+
+
+def loss_figure(view: View) -> Figure:
+    """The loss by position, as the model is and with the method.
+
+    Args:
+        view ([`View`]): after [`~hf_posext.app.view.read`].
+    """
+    figure = new_figure(3.8)
+    panel = figure.subplots()
+    panel.set_title("Loss by position")
+    panel.set_ylabel("loss (nats per token)")
+    draw_losses(panel, view.found)
+    legend(figure, [*panel.get_legend_handles_labels()[0], colour_handles()[-1]])
+    return figure
+
+
+def _names(view: View) -> dict[str, str]:
+    return {"none": "as it is", "after": fill(f"{view.plan.method} x{view.plan.factor:g}", 26)}
+
+
+def _distance_colours(trained: int, length: int) -> Colormap:
+    """Blue up to the trained length and orange from there on, each the darker the farther."""
+    middles = (np.arange(STEPS) + 0.5) * length / STEPS
+    inside, outside = 0.12 + 0.6 * middles / trained, 0.3 + 0.6 * (middles - trained) / max(length - trained, 1)
+    colours = np.where((middles < trained)[:, None], MAPS[0](inside), MAPS[1](outside))
+    return ListedColormap(colours).with_extremes(bad=(1.0, 1.0, 1.0, 0.0))
+
+
+def _part_borders(panel: Axes, view: View, at: torch.Tensor) -> None:
+    """White lines between the parts of a plan."""
+    number = np.zeros((len(at), len(at)))
+    for place, part in enumerate(view.plan.parts):
+        number[belongs(part, at, at).numpy()] = place
+    number[np.triu_indices(len(at), 1)] = 0
+    if number.any():
+        panel.contour(
+            at.numpy(),
+            at.numpy(),
+            number,
+            levels=np.arange(len(view.plan.parts)) + 0.5,
+            colors="white",
+            linewidths=1.0,
+        )
+
+
+def _draw_last_query(panel: Axes, view: View) -> None:
+    """What the last token of the text makes of each distance."""
+    length = view.found.target_length
+    apart = np.arange(length)
+    given = relative_positions(view.plan, torch.tensor([length - 1]), torch.from_numpy(length - 1 - apart))[0].numpy()
+    panel.plot(apart, apart, color=CONTROL, linewidth=1.2, linestyle="--")
+    panel.plot(apart, given, color=AFTER[0], linewidth=1.9)
+    panel.axhline(view.trained_length, color=INK, linewidth=1.0, linestyle=":")
+    note(
+        panel,
+        f"trained length {view.trained_length}",
+        1.0,
+        view.trained_length,
+        ("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+    )
+    panel.set_title("seen from the last token")
+    panel.set_xlabel("distance in the text (tokens)")
+    panel.set_ylabel("relative position (tokens)")
+    dress(panel, view.found)
+    panel.set_xlim(0, length)
+    top = max(1.3 * view.trained_length, 1.1 * np.nanmax(given))
+    panel.set_ylim(0, top)
+    note(panel, " as it is", min(top, 0.7 * length), 1.0, ("data", "axes fraction"))
+
+
+def _dress_plain(panel: Axes) -> None:
+    """Fonts and colours, where tokens are not on the horizontal axis."""
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8.5, colors=INK)
+    for text, size in ((panel.title, 10.5), (panel.xaxis.label, 9), (panel.yaxis.label, 9)):
+        text.set(fontsize=size, color=INK)
+    panel.title.set_fontweight("bold")

@@ -1,0 +1,107 @@
+"""Serves the page to this machine alone, and nothing but the page."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from ..errors import InvalidParameterError
+from .shelf import Shelf
+
+HOST = "127.0.0.1"
+"""The loopback address: no other machine reaches it."""
+
+NAMES = (HOST, "localhost")
+"""What a browser may call it. A page of another name that was made to lead here (DNS rebinding) gets nothing."""
+
+PATHS = ("/assets/", "/static/", "/theme.css", "/favicon.ico", "/gradio_api/queue/", "/gradio_api/startup-events")
+"""What the page asks for. Gradio can do more (serve files, take uploads, fetch addresses): that is not found here."""
+
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'"
+)
+"""Tells the browser to fetch nothing from anywhere else."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Door:
+    """ASGI middleware that lets through what the page asks for, and no more.
+
+    Args:
+        app (`Callable`): the ASGI application behind it.
+    """
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif scope["path"] == "/" or scope["path"].startswith(PATHS):
+
+            async def guarded(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+                await send(message)
+
+            await self.app(scope, receive, guarded)
+        else:
+            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"not found"})
+
+
+def serve(shelf: Shelf, port: int, opened: Callable[[str], None]) -> None:
+    """Serves the page until interrupted.
+
+    Args:
+        shelf ([`Shelf`]): what can be chosen.
+        port (`int`): of the loopback address.
+        opened (`Callable`): called with the address once the page answers.
+
+    Raises:
+        InvalidParameterError: gradio is not installed.
+        OSError: the port is taken.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    try:
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+        from .page import build_page
+        from .style import CSS, LIGHT, theme
+    except ImportError as error:
+        raise InvalidParameterError(
+            f"the page needs gradio ({error}); install it with: pip install 'hf_posext[app]'"
+        ) from error
+    page = build_page(shelf)
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES)), Middleware(Door)]
+    _, address, _ = page.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        allowed_paths=[],
+        app_kwargs={"middleware": guards},
+        theme=theme(),
+        css=CSS,
+        js=LIGHT,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    try:
+        opened(address)
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)

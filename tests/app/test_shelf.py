@@ -1,0 +1,143 @@
+"""What can be chosen, and what is told of what cannot."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_posext.app import make_shelf, words
+from hf_posext.app.shelf import Shelf
+from hf_posext.app.view import READ, Choice, applicable, first_look, look, read
+from hf_posext.cli.loading import load_model
+from hf_posext.errors import InvalidParameterError, PosExtError
+
+from ..cli.helpers import error_of, run
+from ..conftest import EXAMPLES, TRAINED, longer_gpt2, tiny_bloom, tiny_llama
+
+
+def opener(folder: str) -> tuple[Any, Any]:
+    return load_model(folder, "float32", "cpu")
+
+
+def shelf_of(model: Any, dataset: Path | None = None) -> Shelf:
+    return Shelf({"model": Path("model")}, dataset, 0, lambda _: (model, None))
+
+
+def test_the_shipped_models_come_after_those_given_and_the_novels_with_them(tmp_path: Path) -> None:
+    shelf = make_shelf([tmp_path], None, None, opener)
+    assert list(shelf.models) == [tmp_path.name, "tiny-rope", "tiny-learned", "tiny-alibi"]
+    assert shelf.dataset == EXAMPLES / "data" / "heldout.jsonl" and shelf.start == 2000
+    assert len(shelf.documents()) == 2
+    texts = tmp_path / "texts.txt"
+    texts.write_text("One text.", encoding="utf-8")
+    own = make_shelf([], texts, None, opener)
+    assert own.start == 0 and [document.text for document in own.documents()] == ["One text."]
+
+
+def test_two_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "model", tmp_path / "b" / "model"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert list(make_shelf(folders, None, None, opener).models)[:2] == [str(folder) for folder in folders]
+
+
+def test_a_model_is_opened_once() -> None:
+    opened: list[str] = []
+
+    def count(folder: str) -> tuple[Any, Any]:
+        opened.append(folder)
+        return tiny_llama(), None
+
+    shelf = Shelf({"model": Path("model")}, None, 0, count)
+    assert shelf.open("model")[0] is shelf.open("model")[0] and opened == ["model"]
+    with pytest.raises(InvalidParameterError, match="no model 'other' here; there are: model"):
+        shelf.open("other")
+
+
+def test_an_installed_package_says_where_models_come_from(tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameterError, match="--model FOLDER --dataset texts.jsonl"):
+        make_shelf([], None, None, opener, checkout=tmp_path)
+    shelf = make_shelf([tmp_path], None, None, opener, checkout=tmp_path)
+    assert shelf.dataset is None and "--dataset texts.jsonl" in words.loss(None)
+    with pytest.raises(PosExtError, match="--dataset texts.jsonl"):
+        shelf.documents()
+
+
+def test_the_trained_length_of_the_shipped_alibi_model_is_known_and_that_of_a_copy_is_not(tmp_path: Path) -> None:
+    shipped = EXAMPLES / "tiny" / "tiny-alibi"
+    shutil.copytree(shipped, tmp_path / "copy")
+    shelf = make_shelf([tmp_path / "copy"], None, None, opener)
+    found = first_look(shelf, "tiny-alibi")
+    assert (found.trained_length, found.target_length) == (512, 2048)
+    assert first_look(shelf, "copy").trained_length is None
+    with pytest.raises(InvalidParameterError, match="nothing tells the length that copy was trained on; give it"):
+        look(shelf, Choice("copy", "alibi-linear", 4, 2048))
+    assert look(shelf, Choice("copy", "alibi-linear", 4, 2048, 512)).plan.target_length == 2048
+
+
+def test_only_methods_that_need_no_more_than_a_factor_are_offered() -> None:
+    names = applicable(first_look(shelf_of(tiny_llama()), "model").scheme)
+    assert {"yarn", "self-extend", "log-n"} <= set(names)
+    assert not {"none", "longrope", "table-linear", "alibi-linear"} & set(names)
+    assert words.first_method(names) == "self-extend" and words.first_method([]) is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (Choice("model", "yarn", 4, 8 * TRAINED + 1), "length is 513; give 512 tokens at most"),
+        (Choice("model", "yarn", 17, TRAINED), "factor is 17; give 1 to 16"),
+        (Choice("model", "yarn", 4, 1), "target_length is 1"),
+        (Choice("model", "yarm", 4, TRAINED), "did you mean 'yarn'"),
+        (Choice("model", "", 4, TRAINED), "method"),
+        (Choice("model", "table-linear", 4, TRAINED), "table-linear extends learned positions"),
+        (Choice("model", "longrope", 4, TRAINED), "long_factor"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(chosen: Choice, message: str) -> None:
+    with pytest.raises(PosExtError, match=message):
+        look(shelf_of(tiny_llama()), chosen)
+
+
+def test_a_long_text_is_left_to_the_command_line() -> None:
+    model = tiny_llama(max_position_embeddings=READ)
+    with pytest.raises(InvalidParameterError, match="8192 tokens at most; choose less here, or take the command line"):
+        read(shelf_of(model), Choice("model", "yarn", 4, READ + 1))
+
+
+def test_a_text_longer_than_the_new_table_is_refused() -> None:
+    with pytest.raises(
+        InvalidParameterError, match="makes 128 positions by factor 2, and length is 129; choose a larger"
+    ):
+        read(shelf_of(longer_gpt2()), Choice("model", "table-linear", 2, 129, TRAINED))
+
+
+def test_what_is_said_is_escaped() -> None:
+    assert "<b>" not in words.alert("no <b>model</b>\nof that name") and "\n" not in words.alert("a\nb")
+    view = look(shelf_of(tiny_bloom()), Choice("model", "alibi-linear", 4, TRAINED, TRAINED))
+    assert "ALiBi" in words.facts(view.found) and "64 tokens</b> (given)." in words.facts(view.found)
+    assert 'rel="noreferrer"' in words.about(view) and "64 → 256 tokens" in words.about(view)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "org/name"], "--model is org/name, which is not there; give a folder of a model on this machine"),
+        (["--dataset", "pg19"], "--dataset is pg19, which is not there; give a file or folder of texts"),
+        (["--port", "0"], "port"),
+        (["--host", "0.0.0.0"], "No such option"),
+        (["--share"], "No such option"),
+    ],
+)
+def test_the_command_refuses_in_one_line(options: list[str], message: str) -> None:
+    assert message in error_of(run("app", *options))
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gradio", "starlette.middleware"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install 'hf_posext[app]'" in error_of(run("app"))
