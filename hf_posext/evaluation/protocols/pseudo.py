@@ -43,7 +43,7 @@ class MaskedScorer(FramedScorer):
         self._texts = Room("texts in a batch", BATCH_TOKENS)
         self._checked = False
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def token_nll(self, texts: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """
         NLL of one token of each text, that token masked.
