@@ -337,14 +337,14 @@ def test_a_method_that_fails_on_every_document_is_left_out(
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ([("truncated", i) for i in range(3)], "every document failed: truncated: document 0 is broken"),
+        ([("truncated", i) for i in range(3)], "every document failed: truncated: document 0 is broken; give smaller"),
         (
             [(name, i) for name in ("none", "linear") for i in range(3)],
-            "every document failed: none: document 0 is broken; linear x2: document 0 is broken",
+            "every document failed: none: document 0 is broken; linear x2: document 0 is broken; give smaller",
         ),
         (
             [("truncated", 0), ("none", 1), ("linear", 2)],
-            r"no document is left that all could measure: 0 \(truncated: .*\); 1 \(none: .*\); 2 \(linear x2: ",
+            r"no document is left that all could measure: 0 \(truncated: .*\); 1 \(none: .*\); 2 \(linear x2: .*\); give",
         ),
     ],
     ids=["control", "methods", "documents"],

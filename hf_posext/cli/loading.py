@@ -93,7 +93,9 @@ def _placed(model: Any, device: str) -> Any:
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch says so of a device unknown, or not compiled in
-        raise InvalidParameterError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+        raise InvalidParameterError(
+            f"device {device!r} cannot be used: {_first_line(error)}; give one that torch has here, as in --device cpu"
+        ) from error
 
 
 def load_evaluator(name: str | None, dtype: str, device: str) -> str | tuple[Any, Any] | None:
@@ -138,7 +140,10 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except PosExtError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InvalidParameterError(f"cannot load {name}: {_first_line(error)}") from error
+        raise InvalidParameterError(
+            f"cannot load {name}: {_first_line(error).rstrip('.')}; give a folder with a model and its tokenizer, or a "
+            "Hub id such as org/name"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
