@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def shards_are_measured_as_the_whole(ring: Ring) -> None:
-    """Weights dealt out by FSDP2, as context parallelism has them, give what whole ones do, and can be trained after."""
+    """Weights dealt out by FSDP2, as context parallelism does, give what whole ones do and can be trained after."""
     read = character_tokenizer(), random_texts(2, 200)
     asked: dict[str, Any] = {"methods": ["none", "yarn"], "factor": 2, "lengths": [40, 120], "original_length": 64}
     model = tiny_llama(attn_implementation="gathering")

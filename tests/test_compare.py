@@ -344,7 +344,7 @@ def test_a_method_that_fails_on_every_document_is_left_out(
         ),
         (
             [("truncated", 0), ("none", 1), ("linear", 2)],
-            r"no document is left that all could measure: 0 \(truncated: .*\); 1 \(none: .*\); 2 \(linear x2: .*\); give",
+            r"no document is left that all could measure: 0 \(truncated: .*; 1 \(none: .*; 2 \(linear x2: .*; give",
         ),
     ],
     ids=["control", "methods", "documents"],
