@@ -163,7 +163,7 @@ def render_template(template: str, runs: Sequence[Results], **values: Any) -> st
 
 
 def has_positions(results: Results) -> bool:
-    """Whether there is a control, and tokens without a gap were scored, so that the gain can be told by position."""
+    """Whether there is a control, and what was scored is told by stretches of the document, as the gain is then."""
     return bool(control_rows(results)) and any(record["position_nll_sums"] for record in results.per_document)
 
 

@@ -141,7 +141,8 @@ class Pseudo(OfFramedTexts):
             texts = torch.stack([row[begin : begin + size] for begin in begins.tolist()])
             nll = scorer.token_nll(texts, places - begins).double().numpy()
             require_finite(nll, documents.ids[index], places.tolist(), scorer.culprit)
-            found.append(Measurement(length, nll, first=None, tail=(scored + 1) // 2))
+            at = places.numpy() + documents.bos
+            found.append(Measurement(length, nll, first=None, places=at, tail=(scored + 1) // 2))
         return found
 
     def cost(self, lengths: list[int], longest: int) -> float:
