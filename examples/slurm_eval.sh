@@ -21,9 +21,10 @@ trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 main_ip=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MODEL=$model DATASET=$dataset OUTPUT=$output MAIN_IP=$main_ip
 
-# SLURM_NODEID is known on each node only, so the inner shell expands it.
+# SLURM_NODEID is known on each node only, so the inner shell expands it. Since Slurm 22.05 srun does not take
+# --cpus-per-task from the job.
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=1 bash -c 'accelerate launch \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'accelerate launch \
     --config_file examples/accelerate_configs/two_nodes.yaml \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_IP" --main_process_port 29500 \
     -m hf_posext evaluate --model "$MODEL" --dataset "$DATASET" --output "$OUTPUT" \

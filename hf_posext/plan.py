@@ -175,16 +175,6 @@ class ExtensionPlan:
         return bool(self.parts) or self.query_scale is not None or any(entry.growth for entry in self.rotaries)
 
     @property
-    def multipass(self) -> bool:
-        """Whether the positions of a token depend on the length of the input, by the plan or in what it leaves as
-        shipped, so that one forward at the longest length does not tell the shorter ones."""
-        planned = {rotary.name: rotary for rotary in self.rotaries}
-        left = (rotary for rotary in self.scheme.rotaries if rotary.name not in planned)
-        return any(rotary.multipass for rotary in left) or any(
-            rotary.short_inv_freq is not None or rotary.growth is not None for rotary in planned.values()
-        )
-
-    @property
     def changes_nothing(self) -> bool:
         """Whether the plan leaves the model as it is (the method `none`)."""
         return not (self.rotaries or self.rotates_late or self.slopes or self.table or self.buckets or self.sinusoids)

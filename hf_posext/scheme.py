@@ -23,9 +23,6 @@ GENERALIZATION = {
 *interpolation*: positions can be squeezed back into the trained range.
 """
 
-LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rope types of transformers whose frequencies depend on the length of the input."""
-
 TABULATED = ("codegen", "ctrl", "gptj", "marian", "mpt", "pegasus", "roformer")
 """Model types of transformers that keep sines or biases in a table of fixed length, past which they cannot read."""
 
@@ -58,11 +55,6 @@ class Rotary:
     def shipped_type(self) -> str:
         """The `rope_type` that the model came with; `"default"` is plain, unscaled RoPE."""
         return str(self.shipped.get("rope_type", "default"))
-
-    @property
-    def multipass(self) -> bool:
-        """Whether the frequencies, as shipped, depend on the length of the input."""
-        return self.shipped_type in LENGTH_DEPENDENT
 
 
 @dataclass(frozen=True)

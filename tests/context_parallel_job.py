@@ -9,21 +9,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_posext import patch_model
+from hf_posext import compare, patch_model
 from hf_posext.errors import UnsupportedModelError
+from hf_posext.evaluation.running.identity import weights_fingerprint
 from hf_posext.evaluation.scoring.context_parallel import ContextParallelScorer
 from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer
 
 from .conftest import TRAINED, tiny_llama, tokens
+from .evaluation_helpers import character_tokenizer, random_texts
 
 
 class Ring:
@@ -31,7 +36,10 @@ class Ring:
 
     def __init__(self) -> None:
         dist.init_process_group("gloo")
-        self.num_processes = dist.get_world_size()
+        PartialState(cpu=True)
+        self.num_processes, self.process_index = dist.get_world_size(), dist.get_rank()
+        self.is_main_process = self.process_index == 0
+        self.parallelism_config = SimpleNamespace(cp_size=self.num_processes)
         self.mesh = init_device_mesh("cpu", (self.num_processes,))
         self.places: torch.Tensor | None = None
 
@@ -91,9 +99,29 @@ def main() -> None:
         assert "leave cp_size out" in str(error)
     else:
         sys.exit("a share of a text was taken for all of it")
+    shards_are_measured_as_the_whole(ring)
     dist.barrier()
     if dist.get_rank() == 0:
         print("two processes agree")
+
+
+def shards_are_measured_as_the_whole(ring: Ring) -> None:
+    """Weights dealt out by FSDP2, as context parallelism does, give what whole ones do and can be trained after."""
+    read = character_tokenizer(), random_texts(2, 200)
+    asked: dict[str, Any] = {"methods": ["none", "yarn"], "factor": 2, "lengths": [40, 120], "original_length": 64}
+    model = tiny_llama(attn_implementation="gathering")
+    whole, fingerprint = compare(model, *read, **asked), weights_fingerprint(model)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=ring.mesh, reshard_after_forward=True)
+    assert weights_fingerprint(model) == fingerprint
+    shared = compare(model, *read, accelerator=ring, **asked)
+    for row, expected in zip(shared.rows, whole.rows, strict=True):
+        for name in ("perplexity", "gain"):
+            # float32: keys arrive in another order, so that sums round otherwise
+            torch.testing.assert_close(row[name], expected[name], rtol=1e-5, atol=0, msg=f"{name} of {row}")
+    ids = tokens(TRAINED)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from hf_posext.evaluation import Results, compare, evaluate_perplexity
 from hf_posext.evaluation import compare as compare_function
 from hf_posext.evaluation.protocols.control import control_stride
 from hf_posext.evaluation.protocols.decoders import Prefix
+from hf_posext.evaluation.protocols.protocol import Measurement
 from hf_posext.evaluation.results.positions import STRETCHES, gain_by_position, position_sums
 from hf_posext.evaluation.results.results import DOCUMENT_KEYS, PASSKEY_KEYS, ROW_KEYS
 from hf_posext.evaluation.texts.documents import Document
@@ -174,8 +175,8 @@ def test_gain_by_position_equals_a_loop_over_tokens(llama: LlamaForCausalLM) -> 
 
 def test_a_text_shorter_than_the_stretches_has_fewer_of_them() -> None:
     nll = np.array([1.0, 2.0, 4.0])  # four tokens, of which the first is not scored
-    sums = position_sums(nll)
-    assert len(sums) == STRETCHES and sum(sums) == 7.0
+    sums = position_sums(Measurement(4, nll))
+    assert sums is not None and len(sums) == STRETCHES and sum(sums) == 7.0
     found = gain_by_position(
         [{"first": 1, "tokens": 3, "position_nll_sums": sums}], [{"position_nll_sums": sums}], seed=0
     )
@@ -337,14 +338,14 @@ def test_a_method_that_fails_on_every_document_is_left_out(
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ([("truncated", i) for i in range(3)], "every document failed: truncated: document 0 is broken"),
+        ([("truncated", i) for i in range(3)], "every document failed: truncated: document 0 is broken; give smaller"),
         (
             [(name, i) for name in ("none", "linear") for i in range(3)],
-            "every document failed: none: document 0 is broken; linear x2: document 0 is broken",
+            "every document failed: none: document 0 is broken; linear x2: document 0 is broken; give smaller",
         ),
         (
             [("truncated", 0), ("none", 1), ("linear", 2)],
-            r"no document is left that all could measure: 0 \(truncated: .*\); 1 \(none: .*\); 2 \(linear x2: ",
+            r"no document is left that all could measure: 0 \(truncated: .*; 1 \(none: .*; 2 \(linear x2: .*; give",
         ),
     ],
     ids=["control", "methods", "documents"],

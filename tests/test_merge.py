@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,28 @@ def test_runs_of_one_model_become_one_and_what_both_measured_is_kept_once() -> N
     assert len(found) == len(set(found)) == 2 * 4 * 4, "two documents, four lengths, three methods and the control"
     assert merged.provenance["not_applicable"] == second.provenance["not_applicable"]
     assert first.provenance["not_applicable"] == {} and len(first.rows) == 8, "what was given stays as it was"
+
+
+@pytest.mark.parametrize("order", [("plain", "full"), ("full", "plain")])
+def test_what_only_one_run_found_is_kept_whichever_comes_first(order: tuple[str, str]) -> None:
+    full = a_run(methods=("none", "yarn"))
+    for row in full.rows:
+        row |= {"passkey": 0.75, "passkey_trials": 20}
+    full.retrieval = [{"method": "none", "factor": 1.0, "task": "needle", "length": 512, "depth": 0.5, "trials": 4}]
+    full.retrieval[0]["accuracy"] = 0.5
+    plain = a_run(methods=("none",))
+    plain.retrieval = [full.retrieval[0] | {"accuracy": None}]
+    for row in plain.rows:
+        row |= dict.fromkeys(("gain", "gain_ci95", "perplexity_truncated", "perplexity_truncated_tail"))
+    for record in plain.per_document:
+        record["position_nll_sums"] = None
+    (merged,) = merge_runs({name: {"full": full, "plain": plain}[name] for name in order})
+    key = itemgetter("method", "length")
+    assert sorted(merged.rows, key=key) == sorted(full.rows, key=key)
+    key = itemgetter("document", "method", "length")
+    assert sorted(merged.per_document, key=key) == sorted(full.per_document, key=key)
+    assert merged.retrieval == full.retrieval
+    assert plain.rows[0]["gain"] is None and "passkey" not in plain.rows[0], "what was given stays as it was"
 
 
 def test_runs_that_contradict_each_other_are_refused() -> None:
@@ -117,6 +140,13 @@ def test_one_table_has_a_block_for_each_model_and_fits_80_columns() -> None:
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80 and lines[-1] == "That is all."
     assert sum(line.strip() == "tiny-alibi" for line in lines) == 3
+
+
+def test_the_short_context_check_comes_first_also_where_the_first_run_has_none() -> None:
+    runs = [a_run("tiny-alibi", trained_length=256), a_run()]
+    titles = [grid.title for grid in merged_grids(runs, ["one", "two"])]
+    assert len(titles) == 3 and titles[0].startswith("Short-context check")
+    assert titles[1:] == [grid.title for grid in merged_grids(runs[:1], ["one"])]
 
 
 def test_the_picture_has_a_column_for_each_model_under_its_scheme(

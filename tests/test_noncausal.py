@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
 from hf_posext.evaluation.protocols.choice import model_kind
+from hf_posext.evaluation.protocols.protocol import Measurement
 from hf_posext.evaluation.protocols.pseudo import MaskedScorer, Pseudo
 from hf_posext.evaluation.protocols.special_tokens import special_tokens
+from hf_posext.evaluation.results.positions import gain_by_position
+from hf_posext.evaluation.results.rows import document_record
 from hf_posext.evaluation.scoring.scorer import Memory
 from hf_posext.evaluation.texts.tokens import TokenizedDocuments
 from hf_posext.reporting import write_report
@@ -114,6 +118,24 @@ def test_pseudo_perplexity_and_its_control_equal_the_loop(samples: int) -> None:
                 nll = pseudo_nll(model, ids, measurement.length, window, samples)
                 assert measurement.nll == pytest.approx(nll, rel=1e-5, abs=1e-5)
                 assert measurement.tail == (len(nll) + 1) // 2 and measurement.first is None
+                n = measurement.length - 2
+                assert measurement.places.tolist() == [(2 * j + 1) * n // (2 * len(nll)) for j in range(len(nll))]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_bytes_of_a_sample_are_those_of_its_tokens(bos: bool) -> None:
+    sizes = [0] * bos + [len(piece.encode()) for piece in ("a", "\u00e9", "\u4e2d\u6587", " b", "\U0001f600", "cd")]
+    ends = torch.tensor(sizes).cumsum(0)[None]
+    rows = TokenizedDocuments(["a"], torch.zeros_like(ends), bos, byte_ends=ends)
+    for places in ([2, 4], [0, 3, 5]):
+        places = np.array(places) + bos
+        sample = Measurement(8, np.ones(len(places)), first=None, places=places)
+        record = document_record(sample, rows, 0, "none", 1.0, with_positions=True)
+        assert record["bytes"] == sum(sizes[place] for place in places)
+        assert record["position_nll_sums"] is None, "not as many in each of sixteen stretches"
+    later = replace(rows, start=3)
+    record = document_record(sample, later, 0, "none", 1.0, with_positions=True)
+    assert (record["bytes"] is None) is not bos, "without BOS nothing tells where such a row begins"
 
 
 def test_an_encoder_from_end_to_end(tmp_path: Path) -> None:
@@ -129,10 +151,24 @@ def test_an_encoder_from_end_to_end(tmp_path: Path) -> None:
     gain = perplexity([nll[32:] for nll in control]) / perplexity([nll[32:] for nll in after])
     assert row["gain"] == pytest.approx(gain, rel=1e-5) and row["tokens"] == 2 * 64
     assert results.row("table-linear", 40)["change"] is not None, "within the trained length control is the model"
-    assert {record["position_nll_sums"] for record in results.per_document} == {None}
+    assert row["bits_per_byte"] == pytest.approx(np.concatenate(after).mean() / math.log(2), rel=1e-5)
+    own, cut = (
+        [record for record in results.per_document if (record["method"], record["length"]) == (name, 120)]
+        for name in ("table-linear", "truncated")
+    )
+    stretches = gain_by_position(own, cut, seed=0)
+    assert [(stretch.begin, stretch.end) for stretch in stretches] == [
+        (i * 120 // 16, (i + 1) * 120 // 16) for i in range(16)
+    ]
+    for i, stretch in enumerate(stretches):  # four of the 64 tokens lie in each
+        assert stretch.gain == pytest.approx(
+            perplexity([nll[4 * i : 4 * i + 4] for nll in control])
+            / perplexity([nll[4 * i : 4 * i + 4] for nll in after]),
+            rel=1e-5,
+        )
     write_report(results, tmp_path)
     assert "**Protocol `pseudo`**" in (tmp_path / "README.md").read_text()
-    assert not (tmp_path / "gain_by_position.png").exists(), "a sample tells no position"
+    assert (tmp_path / "gain_by_position.png").exists()
     assert Results.load_json(tmp_path / "results.json").rows == results.rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from hf_posext.diagnosis.loss_curve import short_context_losses, token_losses
 from hf_posext.errors import NonFiniteError
 from hf_posext.evaluation.protocols.pseudo import MaskedScorer
 from hf_posext.evaluation.protocols.seq2seq import Seq2SeqScorer
 from hf_posext.evaluation.scoring.nonfinite import family
 from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer, require_finite
+from hf_posext.evaluation.texts.tokens import TokenizedDocuments
 
 from .conftest import tiny_t5, tokens
 from .evaluation_helpers import character_tokenizer
@@ -103,6 +106,14 @@ def test_encoders_and_encoder_decoders_name_the_layers_too() -> None:
     nll = seq2seq.token_nll(tokens(40)[0], tokens(5)[0])
     with pytest.raises(NonFiniteError, match=r"token 41, from encoder.block.\*.layer.\*.* \(first in layer 1.1\)"):
         require_finite(nll, "Emma", range(41, 46), seq2seq.culprit)
+
+
+def test_a_diagnosis_names_the_layers(llama: LlamaForCausalLM) -> None:
+    spoil(llama.model.norm, float("nan"))
+    documents = TokenizedDocuments(["Emma"], tokens(60), bos=False)
+    for measure in (token_losses, partial(short_context_losses, context=40)):
+        with pytest.raises(NonFiniteError, match="in document 'Emma', first at token 31, from model.norm; load"):
+            measure(TokenScorer(llama), documents)
 
 
 def test_what_does_not_happen_again_is_said(llama: LlamaForCausalLM) -> None:

@@ -32,6 +32,7 @@ from hf_posext.errors import (
     PlanMismatchError,
     UnsupportedModelError,
 )
+from hf_posext.evaluation.scoring.boundaries import Boundaries, boundaries_of
 
 from .conftest import EXAMPLES, TRAINED, logits, realigned, sharpen, tiny_gpt2, tiny_llama, tokens
 
@@ -174,14 +175,14 @@ def test_a_plan_can_be_applied_and_is_refused_elsewhere(llama: LlamaForCausalLM)
 
 
 def test_longrope_with_two_lists_switches_at_the_original_length(llama: LlamaForCausalLM) -> None:
-    """Each length equals the model with that one list; the plan says that lengths need passes of their own."""
+    """Each length equals the model with that one list; lengths past it need a pass of their own."""
     long, short = [1.0 + i for i in range(8)], [1.0 + i / 8 for i in range(8)]
     with patch_model(llama, LongRoPE(long_factor=long), factor=8):
         past = logits(llama, LONG)
     with patch_model(llama, LongRoPE(long_factor=short), factor=8):
         within = logits(llama, LONG[:, :TRAINED])
     patch = patch_model(llama, LongRoPE(long_factor=long, short_factor=short), factor=8)
-    assert patch.plan.multipass and patch.native_obstacle is None
+    assert boundaries_of(patch.plan.scheme, patch.plan) == Boundaries((TRAINED,)) and patch.native_obstacle is None
     for _ in range(2):  # back and forth leaves nothing behind
         assert torch.equal(logits(llama, LONG), past)
         assert torch.equal(logits(llama, LONG[:, :TRAINED]), within)

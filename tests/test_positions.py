@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from hf_posext import patch_model
 from hf_posext.evaluation import compare
 from hf_posext.evaluation.protocols.control import control_stride
+from hf_posext.evaluation.protocols.protocol import Measurement
 from hf_posext.evaluation.results.positions import STRETCHES, gain_by_position, position_sums, stretch_bounds
 from hf_posext.reporting import plot_gain_by_position
 
@@ -78,4 +79,4 @@ def test_bounds_and_sums_agree() -> None:
     bounds = stretch_bounds(5, 20)
     assert (bounds[0], bounds[-1]) == (4, 25)
     expected = [sum(nll[token - 5] for token in range(max(5, a), b)) for a, b in zip(bounds, bounds[1:], strict=False)]
-    assert position_sums(nll) == expected and sum(expected) == nll.sum()
+    assert position_sums(Measurement(25, nll, first=5)) == expected and sum(expected) == nll.sum()

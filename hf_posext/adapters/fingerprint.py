@@ -76,7 +76,9 @@ class BaseModel:
         try:
             return decode(cls, read_json(directory / BASE_FILE), where=BASE_FILE)
         except PlanError as error:
-            raise CheckpointError(f"{directory / BASE_FILE} is corrupt: {error}") from error
+            raise CheckpointError(
+                f"{directory / BASE_FILE} is corrupt: {error}; save the adapter again: save_adapter(model, path)"
+            ) from error
 
     def save(self, directory: Path) -> None:
         """Into the directory of an adapter."""

@@ -86,7 +86,7 @@ def compare(
                 journal=output / JOURNAL,
                 accelerator=accelerator,
                 on_method=write,
-                longppl=load_evaluator(longppl, dtype, device),
+                longppl=load_evaluator(longppl, dtype, device, accelerator),
                 **reading,
             )
         finish(results, output, accelerator, log_with)

@@ -78,7 +78,7 @@ def evaluate(
                 control=None if control is None else spread(load_model(control, dtype, device)[0], accelerator),
                 journal=output / JOURNAL,
                 accelerator=accelerator,
-                longppl=load_evaluator(longppl, dtype, device),
+                longppl=load_evaluator(longppl, dtype, device, accelerator),
                 **reading,
             )
             write(results)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError
 from ..plan import PLAN_FILE, ExtensionPlan
+from .processes import spread
 
 ADAPTER_FILE = "adapter_config.json"
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -138,20 +140,28 @@ def _placed(model: Any, device: str) -> Any:
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch says so of a device unknown, or not compiled in
-        raise InvalidParameterError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+        raise InvalidParameterError(
+            f"device {device!r} cannot be used: {_first_line(error)}; give one that torch has here, as in --device cpu"
+        ) from error
 
 
-def load_evaluator(name: str | None, dtype: str, device: str) -> str | tuple[Any, Any] | None:
+def load_evaluator(
+    name: str | None, dtype: str, device: str, accelerator: Accelerator | None
+) -> str | tuple[Any, Any] | None:
     """What finds key tokens: a model and its tokenizer where the name has a slash in it, else the label as it is.
 
     Args:
         name (`str`, *optional*): as of `--longppl`.
         dtype, device: as of [`load_model`].
+        accelerator (`Accelerator`, *optional*): as of [`spread`].
 
     Raises:
         InvalidParameterError, PosExtError: as [`load_model`].
     """
-    return load_model(name, dtype, device) if name is not None and ("/" in name or "\\" in name) else name
+    if name is None or not ("/" in name or "\\" in name):
+        return name
+    model, tokenizer = load_model(name, dtype, device)
+    return spread(model, accelerator), tokenizer
 
 
 def _open(name: str, dtype: torch.dtype) -> Any:
@@ -183,7 +193,10 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except PosExtError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InvalidParameterError(f"cannot load {name}: {_first_line(error)}") from error
+        raise InvalidParameterError(
+            f"cannot load {name}: {_first_line(error).rstrip('.')}; give a folder with a model and its tokenizer, "
+            "or a Hub id such as org/name"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,11 +12,11 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError, UnsupportedModelError
+from ..errors import AlreadyPatchedError, InvalidParameterError, NoEffectError, PosExtError, UnsupportedModelError
 from ..evaluation.texts.files import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
-from ..patching import detect_scheme
+from ..patching import detect_scheme, patch_model
 from ..patching.detect import unwrap
 from ..patching.observe import attends_both_ways, frequencies_in_force, slope_scale, table_rows
 from ..plan import ExtensionPlan
@@ -36,6 +36,9 @@ FACTOR = 4
 
 UNKNOWN_TARGET = 2048
 """Tokens that are looked at where nothing tells the trained length either."""
+
+REFUSALS = (NoEffectError, UnsupportedModelError)
+"""What a model says to a method that extends its scheme, and yet cannot be put in force on it."""
 
 Plans = Mapping[str, ExtensionPlan | None]
 """What to compare by name; `None` is the model as it is."""
@@ -110,6 +113,8 @@ def diagnose(
     lengths = {"target_length": target, "original_length": found.trained_length}
     wanted = {plan.method: plan for method in asked if not (plan := method.plan(scheme, **lengths)).changes_nothing}
     found, applicable = _with_remedies(inner, found, wanted)
+    if documents is not None:  # reading takes long, and what a model refuses is known before
+        wanted, found = _accepted(inner, found, wanted)
     drawn: Plans = {"none": None, **(applicable if methods is None else wanted)}
     found = _with_signals(inner, found, drawn)
     if documents is not None:
@@ -200,16 +205,34 @@ def _with_remedies(
     return replace(found, tables={**found.tables, **tables}, remedies=kept), drawn
 
 
+def _accepted(
+    model: PreTrainedModel, found: Diagnosis, plans: Mapping[str, ExtensionPlan]
+) -> tuple[dict[str, ExtensionPlan], Diagnosis]:
+    """The plans that the model lets be put in force, and a note for each of the others."""
+    refused: dict[str, str] = {}
+    for name, plan in plans.items():
+        try:
+            with patch_model(model, plan):
+                pass
+        except REFUSALS as error:
+            refused[name] = str(error)
+    return {name: plan for name, plan in plans.items() if name not in refused}, _without(found, refused)
+
+
 def _with_signals(model: PreTrainedModel, found: Diagnosis, plans: Plans) -> Diagnosis:
-    """What is drawn; a method that the model refuses is no remedy."""
-    signals, notes, refused = [], [], []
+    """What is drawn, of the methods that the model does not refuse."""
+    signals, refused = [], {}
     for name, plan in plans.items():
         try:
             signal = position_signal(model, found.scheme, plan, found.target_length, found.trained_length)
-        except UnsupportedModelError as error:
-            notes.append(f"{name}: {error}")
-            refused.append(name)
+        except REFUSALS as error:
+            refused[name] = str(error)
         else:
             signals += [] if signal is None else [signal]
+    return replace(_without(found, refused), signals=tuple(signals))
+
+
+def _without(found: Diagnosis, refused: Mapping[str, str]) -> Diagnosis:
+    """A method that the model refuses is no remedy, and a note says why."""
     kept = tuple(name for name in found.remedies if name not in refused)
-    return replace(found, signals=tuple(signals), remedies=kept, notes=(*found.notes, *notes))
+    return replace(found, remedies=kept, notes=(*found.notes, *(f"{name}: {why}" for name, why in refused.items())))

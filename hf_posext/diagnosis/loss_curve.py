@@ -31,7 +31,7 @@ def token_losses(scorer: TokenScorer, documents: TokenizedDocuments) -> np.ndarr
     rows = []
     for name, tokens in zip(documents.ids, documents.tokens, strict=True):
         nll = scorer.token_nll(tokens[None])[0].double().numpy()
-        require_finite(nll, name)
+        require_finite(nll, name, culprit=scorer.culprit)
         rows.append(nll)
     return np.stack(rows)
 
@@ -58,7 +58,7 @@ def short_context_losses(scorer: TokenScorer, documents: TokenizedDocuments, con
         nll[: context - 1] = scorer.token_nll(tokens[None, :context])[0].numpy()
         for begin, scored in zip(begins, scorer.token_nll(windows, step).numpy(), strict=True):
             nll[begin + step - 1 : begin + context - 1] = scored
-        require_finite(nll, name)
+        require_finite(nll, name, culprit=scorer.culprit)
         rows.append(nll)
     return np.stack(rows)
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import DocumentError, InvalidParameterError, UnsupportedModelError
+from ..errors import DocumentError, UnsupportedModelError
 from ..evaluation.scoring.scorer import TokenScorer
-from ..evaluation.texts.documents import Document, Documents, load_documents
+from ..evaluation.texts.documents import Document, Documents, as_documents
 from ..evaluation.texts.files import portable
-from ..evaluation.texts.tokens import TokenizedDocuments, tokenize_documents
+from ..evaluation.texts.tokens import TokenizedDocuments, check_vocabulary, tokenize_documents
 from ..patching import patch_model
 from ..patching.modes import evaluation_mode
 from ..plan import ExtensionPlan
@@ -58,16 +58,9 @@ def read_documents(
         raise UnsupportedModelError(
             f"{error}; or leave the documents out: what the weights tell of its positions needs none"
         ) from error
-    texts = documents
-    if not isinstance(documents, list) or not all(isinstance(document, Document) for document in documents):
-        texts = load_documents(documents)
+    texts = as_documents(documents)
     tokenized = _tokenize(texts, tokenizer, found, start, exactly)
-    vocabulary = scorer.model.get_input_embeddings().num_embeddings
-    if int(tokenized.tokens.max()) >= vocabulary:
-        raise InvalidParameterError(
-            f"the tokenizer gave token {int(tokenized.tokens.max())}, and the model has {vocabulary}; "
-            "load both from the same checkpoint"
-        )
+    check_vocabulary(scorer.model, tokenized.tokens)
     context = _context(found.trained_length, tokenized.length)
     own = _within_table(tokenized, found)
     with (
@@ -75,7 +68,7 @@ def read_documents(
         tqdm(total=2 + len(plans), desc="reading", unit="pass", disable=None) as progress,
     ):
         level = short_context_losses(scorer, tokenized, context)
-        require_skill(level, vocabulary, found.model)
+        require_skill(level, scorer.model.get_input_embeddings().num_embeddings, found.model)
         progress.update()
         losses = token_losses(scorer, own)
         progress.update()

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import AlreadyPatchedError
 from ..patching import detect_scheme, find_patch, patch_model, unwrap
-from ..patching.modes import evaluation_mode
+from ..patching.modes import evaluation_mode, outer_weights
 from .results.results import Results
 from .running.asking import check_asking
 from .running.assembly import Assembly
@@ -148,7 +148,7 @@ def compare(
     beside = {"passkey": passkey, **questions.facts, **(search.identity if search else {})}
     models = [base, *(search.others if search else [])]
     identity = run_identity(setup, models, planned, trained_length=trained_length, **beside)
-    with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
+    with outer_weights(model), evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
         if search is not None:
             found = search.run(accelerator, written)
             control, *readings = (replace(reading, keys=found.keys) for reading in (control, *readings))

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..patching import detect_scheme, find_patch
-from ..patching.modes import evaluation_mode
+from ..patching.modes import evaluation_mode, outer_weights
 from .results.results import Results
 from .running.asking import Asked, check_asking
 from .running.assembly import Assembly
@@ -137,6 +137,8 @@ def evaluate_perplexity(
     beside = {"label": label, "passkey": passkey, **provenance, **(search.identity if search else {})}
     identity = run_identity(setup, [*models, *(search.others if search else [])], [plan], **beside)
     with ExitStack() as stack:
+        for sharded in (model, control):
+            stack.enter_context(outer_weights(sharded) if sharded is not None else nullcontext())
         for model_read in models:
             stack.enter_context(evaluation_mode(model_read))
         written = stack.enter_context(open_journal(journal, identity, accelerator))

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .detect import unwrap
 
 
 @contextmanager
@@ -21,6 +24,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def outer_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, a model that FSDP2 has sharded together with its PEFT wrapper can be called without that.
+
+    The forward of the wrapper would gather embeddings and head; here they are whole until the end. Layers gather their
+    own weights as ever. Every process has to come here.
+    """
+    if not isinstance(model, FSDPModule) or unwrap(model) is model:
+        yield
+        return
+    with evaluation_mode(model), torch.no_grad():  # FSDP2 wants its outermost module to run before those inside it
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=unwrap(model).device))
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 @contextmanager

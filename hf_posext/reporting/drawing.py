@@ -157,11 +157,16 @@ def note_trained_length(panel: Axes, results: Results) -> None:
 
 
 def dress(panel: Axes, results: Results) -> None:
-    """What all panels share: fonts, colours, the grid, and where training ended."""
+    """What all panels of results share: the grid, and where training ended."""
     trained = results.provenance.get("trained_length")
     if trained:
         panel.axvline(trained, color=INK, linewidth=1.0, linestyle=":", zorder=0)
     panel.grid(axis="y", color=GRID, linewidth=0.8)
+    dress_axes(panel)
+
+
+def dress_axes(panel: Axes) -> None:
+    """What all panels share: fonts and colours, lines above the grid, and no frame where there is no axis."""
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8.5, colors=INK)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidParameterError
 from ..evaluation.results.results import Results
-from .tables import Grid, grids, row_name
+from .tables import SHORT_CONTEXT, Grid, grids, row_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +32,7 @@ def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
     """
     Runs of one model that were measured in the same way, joined; the order is that of the first of each.
 
-    A method that several of them measured (`none`, most often) is kept once.
+    A method that several of them measured (`none`, most often) is kept once, with all that any of them found.
 
     Args:
         runs (`Mapping[str, Results]`): the runs by the name under which errors speak of them.
@@ -74,13 +74,18 @@ def differences(runs: Sequence[Results]) -> list[str]:
 
 
 def merged_grids(runs: Sequence[Results], titles: Sequence[str]) -> list[Grid]:
-    """The grids of all runs, one for each question, with the title of a run above its rows."""
+    """The grids of all runs, one for each question, with the title of a run above its rows.
+
+    What happens inside the trained length comes first, also where the first run does not tell it; the other questions
+    stand in the order in which runs answer them.
+    """
     questions: dict[str, list[tuple[str, Grid]]] = {}
     for run, title in zip(runs, titles, strict=True):
         for grid in grids(run):
             questions.setdefault(grid.title, []).append((title, grid))
     answers = []
-    for question, found in questions.items():
+    for question in sorted(questions, key=lambda title: not title.startswith(SHORT_CONTEXT)):
+        found = questions[question]
         lengths = tuple(sorted({length for _, grid in found for length in grid.lengths}))
         rows: list[tuple[str, tuple[str, ...]]] = []
         for title, grid in found:
@@ -104,6 +109,7 @@ def _join(group: Mapping[str, Results]) -> Results:
                     f"{other_name} and {name} contradict each other: {row_name(row)} at {row['length']} tokens has "
                     f"perplexity {other['perplexity']} and {row['perplexity']}; leave one of them out"
                 )
+            rows[key] = (other_name, _filled(other, row))
     refusals: dict[str, str] = {}
     for run in group.values():
         refusals |= run.provenance.get("not_applicable") or {}
@@ -125,11 +131,17 @@ def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return same_tokens and math.isclose(row["nll_sum"], other["nll_sum"], rel_tol=AGREEMENT)
 
 
+def _filled(row: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A row, and where it knows nothing (no pass keys were asked for, or there was no control) what another knows."""
+    return {**row, **{key: value for key, value in other.items() if row.get(key) is None}}
+
+
 def _unique(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
     """The records of all runs, those with the same values of the keys once."""
     found: dict[Any, dict[str, Any]] = {}
     for record in records:
-        found.setdefault(tuple(record[key] for key in keys), record)
+        key = tuple(record[key] for key in keys)
+        found[key] = _filled(found.get(key, record), record)
     return list(found.values())
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from ..evaluation.protocols.control import CONTROL
-from ..evaluation.results.positions import gain_by_position
+from ..evaluation.results.positions import gain_by_position, stretches
 from .drawing import (
     Style,
     draw_gain,
@@ -96,9 +96,9 @@ def plot_gain_by_position(results: Results, path: str | Path) -> None:
         panel.fill_between(middles, low, high, color=styles[name]["color"], alpha=0.15, linewidth=0)
         panel.plot(middles, [stretch.gain for stretch in found], label=name, **styles[name])
     panel.set_ylim(0, max(1.12, panel.get_ylim()[1]))
-    begin = control[0]["first"] - 1
-    panel.set_xlim(begin, begin + control[0]["tokens"] + 1)
-    panel.xaxis.set_major_locator(FixedLocator([begin, *lengths_of(results)]))
+    bounds, _ = stretches(control[0])
+    panel.set_xlim(bounds[0], bounds[-1])
+    panel.xaxis.set_major_locator(FixedLocator([bounds[0], *lengths_of(results)]))
     panel.set_title(f"Gain over truncation by position in the document, at {longest} tokens")
     panel.set_xlabel("position in the document (tokens)")
     panel.set_ylabel("gain (above 1: context pays)")

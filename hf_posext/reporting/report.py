@@ -205,7 +205,7 @@ def render_template(template: str, runs: Sequence[Results], **values: Any) -> st
 
 
 def has_positions(results: Results) -> bool:
-    """Whether there is a control, and tokens without a gap were scored, so that the gain can be told by position."""
+    """Whether there is a control, and what was scored is told by stretches of the document, as the gain is then."""
     longest = lengths_of(results)[-1]
     return any(
         record["method"] == CONTROL and record["length"] == longest and bool(record["position_nll_sums"])

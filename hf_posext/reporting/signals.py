@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch as Swatch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from .drawing import BEFORE, CONTROL, GRID, INK, new_figure, note, save_figure
+from .drawing import BEFORE, CONTROL, GRID, INK, dress_axes, new_figure, note, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,7 +139,7 @@ def draw_losses(panel: Axes, found: Diagnosis) -> None:
 
 
 def dress(panel: Axes, found: Diagnosis) -> None:
-    """Fonts, colours, ticks at multiples of the trained length, and where training ended."""
+    """Ticks at multiples of the trained length, and where training ended."""
     trained, target = found.trained_length, found.target_length
     if trained and target <= 6 * trained:
         panel.xaxis.set_major_locator(FixedLocator(list(range(0, target + trained // 8, trained))))
@@ -147,12 +147,7 @@ def dress(panel: Axes, found: Diagnosis) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(4))
     if trained:
         panel.axvline(trained, color=INK, linewidth=1.0, linestyle=":")
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.tick_params(labelsize=8.5, colors=INK)
-    panel.title.set(fontsize=10.5, fontweight="bold", color=INK)
-    panel.yaxis.label.set(fontsize=9, color=INK)
-    panel.xaxis.label.set(fontsize=9, color=INK)
+    dress_axes(panel)
 
 
 def colour_handles(shade: str = "") -> list[Any]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..evaluation import Results
 
 NOTHING = "-"
+SHORT_CONTEXT = "Short-context check"
+"""How the title begins of what is to be looked at first."""
 
 Row = Mapping[str, Any]
 
@@ -224,7 +226,7 @@ def grids(results: Results) -> list[Grid]:
     short_context = results.short_context()
     if short_context:
         changes = tuple((row_name(row), (format_change(row),)) for row in short_context)
-        title = f"Short-context check: change of perplexity inside the trained length {mark}".rstrip()
+        title = f"{SHORT_CONTEXT}: change of perplexity inside the trained length {mark}".rstrip()
         answers.insert(0, Grid(title, (short_context[0]["length"],), changes))
     if control:
         # The interval stands at the longest length only: four of them do not fit 80 columns.

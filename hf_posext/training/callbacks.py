@@ -14,8 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document, evaluate_perplexity
+from ..evaluation.texts.documents import as_documents
 from ..plan import PLAN_FILE, ExtensionPlan
-from .rows import as_documents
 
 
 @dataclass(frozen=True)

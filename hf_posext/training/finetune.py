@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document
+from ..evaluation.texts.documents import as_documents
 from ..evaluation.texts.files import portable
 from ..methods import Method
 from ..patching import Patch, patch_model
@@ -26,7 +27,7 @@ from .callbacks import Evaluation, newest_checkpoint
 from .prepare import check_fit, check_model, count, trainable
 from .presets import Preset, as_preset
 from .record import CHECKPOINTS, begin, check_output, finish, forget
-from .rows import as_documents, make_rows
+from .rows import make_rows
 from .save import save
 from .settings import Settings
 from .trainer import Run, make_trainer, training_arguments

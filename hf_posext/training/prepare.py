@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from ..errors import InvalidParameterError, UnsupportedModelError
+from ..evaluation.texts.tokens import check_vocabulary
 from ..patching.position_ids import check_packing, check_skipping
 from .presets import Preset, adapter_config, tie_again
 from .rows import Rows
@@ -58,12 +59,7 @@ def check_fit(model: PreTrainedModel, rows: Rows, settings: Settings) -> None:
         InvalidParameterError: a tokenizer of another model.
         UnsupportedModelError: the model does not honour the positions of packed or skipping rows.
     """
-    highest = max(int(row.max()) for row in rows.dataset["input_ids"])
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if highest >= vocabulary:
-        raise InvalidParameterError(
-            f"the tokenizer gave token {highest}, and the model has {vocabulary}; load both from the same checkpoint"
-        )
+    check_vocabulary(model, rows.dataset["input_ids"])
     if settings.pack:
         check_packing(model)
     if settings.pose is not None:

@@ -42,9 +42,13 @@ def check_output(output: Path, resume: bool) -> None:
             f"output {output} holds files already; give another, or resume=True to go on with the run that is there"
         )
     if not (output / PROVENANCE).is_file():
-        raise InvalidParameterError(f"output {output} holds files and no {PROVENANCE}, so there is no run to resume")
+        raise InvalidParameterError(
+            f"output {output} holds files and no {PROVENANCE}, so there is no run to resume; give another output"
+        )
     if "result" in _read(output):
-        raise InvalidParameterError(f"the run in {output} has ended; there is nothing to resume")
+        raise InvalidParameterError(
+            f"the run in {output} has ended; there is nothing to resume: give another output to train again"
+        )
 
 
 def begin(output: Path, run: dict[str, Any]) -> None:

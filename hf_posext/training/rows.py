@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from ..errors import DocumentError
-from ..evaluation import Document, load_documents
+from ..evaluation import Document
 from ..evaluation.texts.tokens import adds_bos, token_ids
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,6 @@ class Rows:
 
     dataset: datasets.Dataset
     facts: dict[str, Any]
-
-
-def as_documents(texts: Any) -> list[Document]:
-    """The texts, loaded where they are not yet."""
-    if isinstance(texts, list) and all(isinstance(text, Document) for text in texts):
-        return texts
-    return load_documents(texts)
 
 
 def make_rows(documents: Sequence[Document], tokenizer: Any, length: int, *, pack: bool = False) -> Rows:

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hf_posext import Results
+from hf_posext.cli.loading import load_evaluator
 from hf_posext.cli.processes import join_processes
 from hf_posext.errors import InvalidParameterError
 
 from ..conftest import EXAMPLES
-from .helpers import OPTIONS, compare
+from .helpers import MODEL, OPTIONS, compare
 
 WORDS = [str(word) for name, value in OPTIONS.items() for word in (f"--{name}", value)]
 MODULE = ["-m", "hf_posext", "compare", *WORDS]
@@ -76,3 +78,14 @@ def test_without_a_launcher_the_device_is_as_asked(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidParameterError, match="device is 'cuda:1', and the launcher gives each process its own"):
         join_processes("cuda:1")
+
+
+def test_the_evaluator_of_key_tokens_is_spread_like_the_model() -> None:
+    shares = SimpleNamespace(
+        parallelism_config=SimpleNamespace(cp_size=2),
+        num_processes=2,
+        prepare=lambda model, optimizer: (SimpleNamespace(share_of=model), optimizer),
+    )
+    model, _ = load_evaluator(str(MODEL), "float32", "cpu", shares)
+    assert type(model.share_of).__name__ == "LlamaForCausalLM"
+    assert load_evaluator("yarn", "float32", "cpu", shares) == "yarn", "a method is not another model"

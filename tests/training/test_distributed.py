@@ -44,17 +44,26 @@ GATHER = """
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from hf_posext import evaluate_perplexity
 from hf_posext.training.save import _gather
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, tokens
+from tests.evaluation_helpers import character_tokenizer, random_texts
 from tests.training.helpers import adapted, preset, weights
 
 network = adapted(tiny_llama(tie_word_embeddings=True), preset("lora-plus"))
 whole, mesh = weights(network), init_device_mesh("cpu", (2,))
+asked = character_tokenizer(), random_texts(1, 80), [48]
+(expected,) = evaluate_perplexity(network, *asked).rows
 for layer in network.get_base_model().model.layers:
     fully_shard(layer, mesh=mesh)
 fully_shard(network, mesh=mesh)
 inputs = network.get_input_embeddings().modules_to_save["default"]
 assert len(inputs.weight.to_local()) == 64, "half of 128 rows"
+(found,) = evaluate_perplexity(network, *asked).rows
+assert abs(found["perplexity"] / expected["perplexity"] - 1) < 1e-6
+network(input_ids=tokens(48), labels=tokens(48)).loss.backward()
+assert all(weight.grad is not None for weight in network.parameters() if weight.requires_grad)
+network.zero_grad()
 _gather(network)
 again = weights(network)
 assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)

@@ -101,7 +101,7 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="is another one \\(data: "):
         train(tmp_path, steps=4, save_every=1, resume=True, texts=random_texts(2, 300))
     train(tmp_path, steps=4, save_every=1, resume=True)
-    with pytest.raises(InvalidParameterError, match="has ended; there is nothing to resume"):
+    with pytest.raises(InvalidParameterError, match="has ended; there is nothing to resume: give another output"):
         train(tmp_path, steps=4, save_every=1, resume=True)
 
 

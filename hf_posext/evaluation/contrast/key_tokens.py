@@ -21,8 +21,8 @@ from ..protocols.windows import windowed_nll
 from ..scoring.boundaries import check_positions
 from ..scoring.scorer import TokenScorer, model_name, require_finite
 from ..texts.alignment import TokensRead, read_by
-from ..texts.documents import Document, load_documents
-from ..texts.tokens import TokenizedDocuments, tokenize_documents
+from ..texts.documents import Document, as_documents
+from ..texts.tokens import TokenizedDocuments, check_vocabulary, tokenize_documents
 
 if TYPE_CHECKING:
     import datasets
@@ -208,22 +208,10 @@ def check_criterion(criterion: Criterion, longest: int) -> None:
 
 def check_reads(model: nn.Module, rows: Sequence[torch.Tensor]) -> None:
     """Refuse tokens that the model does not have, and positions past the end of a learned table."""
-    unwrapped = TokenScorer(model).model
-    largest, vocabulary = max(int(row.max()) for row in rows), unwrapped.get_input_embeddings().num_embeddings
-    if largest >= vocabulary:
-        raise InvalidParameterError(
-            f"the tokenizer gave token {largest}, and {evaluator_name(model)} has {vocabulary}; give each model its "
-            "own tokenizer, the evaluator's as evaluator_tokenizer="
-        )
+    remedy = "give each model its own tokenizer, the evaluator's as evaluator_tokenizer="
+    check_vocabulary(TokenScorer(model).model, rows, evaluator_name(model), remedy)
     patch = find_patch(model)
     check_positions(detect_scheme(model), None if patch is None else patch.plan, max(len(row) for row in rows))
-
-
-def as_documents(documents: Any) -> list[Document]:
-    """The texts, loaded where they are not yet."""
-    if isinstance(documents, list) and all(isinstance(document, Document) for document in documents):
-        return documents
-    return load_documents(documents)
 
 
 def evaluator_name(model: nn.Module) -> str:

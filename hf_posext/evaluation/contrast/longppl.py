@@ -21,9 +21,9 @@ from ...patching.modes import evaluation_mode
 from ..results.statistics import bootstrap_interval, pooled_perplexity
 from ..scoring.scorer import TokenScorer
 from ..texts.alignment import read_by
-from ..texts.documents import Document
+from ..texts.documents import Document, as_documents
 from ..texts.tokens import TokenizedDocuments, tokenize_documents
-from .key_tokens import Criterion, KeyTokens, as_documents, check_reads, find_in_rows, whole_nll
+from .key_tokens import Criterion, KeyTokens, check_reads, find_in_rows, whole_nll
 
 if TYPE_CHECKING:
     import datasets

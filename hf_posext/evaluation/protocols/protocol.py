@@ -25,6 +25,8 @@ class Measurement(NamedTuple):
             is scored and the token before it.
         groups (`tuple[int, ...]`, *optional*): of a legacy protocol: sizes of the groups of tokens, in order, whose
             means are averaged.
+        places (`numpy.ndarray` of shape `(scored tokens,)`, *optional*): of a sample: indices in the row of its
+            tokens, one in the middle of each of equally long parts of the text.
     """
 
     length: int
@@ -32,6 +34,7 @@ class Measurement(NamedTuple):
     first: int | None = 1
     tail: int | None = None
     groups: tuple[int, ...] | None = None
+    places: np.ndarray | None = None
 
 
 class PerplexityProtocol(Protocol):

@@ -43,7 +43,7 @@ class MaskedScorer(FramedScorer):
         self._texts = Room("texts in a batch", BATCH_TOKENS)
         self._checked = False
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def token_nll(self, texts: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """
         NLL of one token of each text, that token masked.
@@ -141,7 +141,8 @@ class Pseudo(OfFramedTexts):
             texts = torch.stack([row[begin : begin + size] for begin in begins.tolist()])
             nll = scorer.token_nll(texts, places - begins).double().numpy()
             require_finite(nll, documents.ids[index], places.tolist(), scorer.culprit)
-            found.append(Measurement(length, nll, first=None, tail=(scored + 1) // 2))
+            at = places.numpy() + documents.bos
+            found.append(Measurement(length, nll, first=None, places=at, tail=(scored + 1) // 2))
         return found
 
     def cost(self, lengths: list[int], longest: int) -> float:

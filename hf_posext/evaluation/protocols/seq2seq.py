@@ -44,7 +44,7 @@ class Seq2SeqScorer(FramedScorer):
             )
         self.start = torch.cat([torch.tensor([start]), self.before])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def token_nll(self, read: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """
         NLL of each target given the encoded text and the targets before it.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..protocols.protocol import Measurement
 from .statistics import bootstrap_interval, pooled_perplexity
 
 STRETCHES = 16
@@ -36,14 +37,24 @@ def stretch_bounds(first: int, scored: int) -> np.ndarray:
     return first - 1 + np.arange(STRETCHES + 1) * (scored + 1) // STRETCHES
 
 
-def position_sums(nll: np.ndarray) -> list[float]:
-    """NLL summed over each stretch.
-
-    Args:
-        nll (`numpy.ndarray` of shape `(scored tokens,)`): of tokens without a gap.
-    """
+def position_sums(measurement: Measurement) -> list[float] | None:
+    """NLL summed over each stretch; `None` where tokens overlap, or a sample does not have as many of each stretch."""
+    nll = measurement.nll
+    if measurement.places is not None and len(nll) % STRETCHES == 0:
+        return [float(part.sum()) for part in np.split(nll, STRETCHES)]
+    if measurement.first is None:
+        return None
     bounds = np.maximum(stretch_bounds(0, len(nll)), 0)
     return [float(nll[begin:end].sum()) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def stretches(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds of the stretches of a record, shape (17,), and how many tokens of each are scored, shape (16,)."""
+    first, scored, every = record["first"], record["tokens"], np.arange(STRETCHES + 1)
+    if first is None:  # a sample, which is spread evenly
+        return every * record["length"] // STRETCHES, np.diff(every * scored // STRETCHES)
+    bounds = stretch_bounds(first, scored)
+    return bounds, np.diff(np.maximum(bounds, first))
 
 
 def gain_by_position(
@@ -59,9 +70,7 @@ def gain_by_position(
         control (`Sequence[dict]`): of the control, the same documents in the same order.
         seed (`int`): of the bootstrap.
     """
-    first, scored = records[0]["first"], records[0]["tokens"]
-    bounds = stretch_bounds(first, scored)
-    counts = np.diff(np.maximum(bounds, first))
+    bounds, counts = stretches(records[0])
     saved = np.array([record["position_nll_sums"] for record in control]) - [
         record["position_nll_sums"] for record in records
     ]

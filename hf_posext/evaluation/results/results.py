@@ -159,7 +159,9 @@ class Results:
             EvaluationError: another schema, keys missing or unknown, or values of another type.
         """
         if not isinstance(data, Mapping) or "schema" not in data:
-            raise EvaluationError("no results of hf_posext: a JSON object with the key 'schema' is expected")
+            raise EvaluationError(
+                "no results of hf_posext, which have the key 'schema'; give a results.json that compare wrote"
+            )
         if data["schema"] != SCHEMA:
             raise EvaluationError(
                 f"results have schema {data['schema']!r}; this version of hf_posext reads {SCHEMA}: "

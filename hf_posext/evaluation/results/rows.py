@@ -59,10 +59,10 @@ def document_record(
     What one document gave at one length, as float64 sums.
 
     The tail is the second half of the tokens: of `n` tokens, those at positions `n/2 + 1` to `n`. The sum over all
-    tokens averages in the easy early positions, and so hides a break. `bytes` and `first` are told where the tokens
-    that are scored follow each other, and `position_nll_sums` there where `with_positions` is set (at the longest
-    length, which covers the others). Where a legacy protocol averages means, `groups` of them have the sum
-    `group_mean_sum`, and all of them are the tail.
+    tokens averages in the easy early positions, and so hides a break. `first` is told where the tokens that are
+    scored follow each other, `bytes` there and of samples, and `position_nll_sums` like them where `with_positions` is
+    set (at the longest length, which covers the others). Where a legacy protocol averages means, `groups` of them have
+    the sum `group_mean_sum`, and all of them are the tail.
 
     Args:
         measurement ([`Measurement`]): of the document.
@@ -84,12 +84,12 @@ def document_record(
         "first": first,
         "nll_sum": math.fsum(nll),
         "tokens": len(nll),
-        "bytes": _bytes(documents, index, first, len(nll)),
+        "bytes": _bytes(documents, index, measurement),
         "tail_nll_sum": math.fsum(tail),
         "tail_tokens": len(tail),
         "groups": groups and len(groups),
         "group_mean_sum": groups and math.fsum(means),
-        "position_nll_sums": position_sums(nll) if with_positions and first is not None else None,
+        "position_nll_sums": position_sums(measurement) if with_positions else None,
     }
 
 
@@ -182,12 +182,17 @@ def _averaged(records: Iterable[Record], tail: bool = False) -> tuple[list[float
     return list(sums), list(weights)
 
 
-def _bytes(documents: TokenizedDocuments, index: int, first: int | None, count: int) -> int | None:
-    """UTF-8 bytes of the text of tokens that follow each other."""
-    if documents.byte_ends is None or first is None:
+def _bytes(documents: TokenizedDocuments, index: int, measurement: Measurement) -> int | None:
+    """UTF-8 bytes of the text of the tokens that are scored, each of them counted once."""
+    first, places = measurement.first, measurement.places
+    if documents.byte_ends is None:
         return None
-    ends = documents.byte_ends[index]
-    return int(ends[first + count - 1] - ends[first - 1])
+    ends = documents.byte_ends[index].numpy()
+    if first is not None:
+        return int(ends[first + len(measurement.nll) - 1] - ends[first - 1])
+    if places is None or (places[0] == 0 and documents.start):  # where such a row begins is not told
+        return None
+    return int((ends[places] - np.concatenate([[0], ends])[places]).sum())
 
 
 def _bits_per_byte(records: Sequence[Record]) -> float | None:

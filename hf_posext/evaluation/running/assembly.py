@@ -13,6 +13,8 @@ from ..results.rows import Record, make_rows
 from .engine import Outcomes
 from .readings import Reading
 
+REMEDY = "give smaller lengths, another dtype (--dtype float32), or leave out the methods that failed"
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -50,7 +52,7 @@ class Assembly:
         }
         if self.control in failed or all(reading in failed for reading in self.methods):
             told = "; ".join(f"{reading.name}: {reason}" for reading, reason in failed.items())
-            raise EvaluationError(f"nothing can be told, since every document failed: {told}")
+            raise EvaluationError(f"nothing can be told, since every document failed: {told}; {REMEDY}")
         left_out: dict[str, str] = {}
         for reading, (_, reasons) in found.items():
             for id, reason in reasons.items() if reading not in failed else ():
@@ -58,7 +60,7 @@ class Assembly:
         kept = [id for id in self.methods[0].documents if id not in left_out]
         if not kept:
             told = "; ".join(f"{id} ({reason})" for id, reason in left_out.items())
-            raise EvaluationError(f"no document is left that all could measure: {told}")
+            raise EvaluationError(f"no document is left that all could measure: {told}; {REMEDY}")
 
         records = {
             reading: [record for id in kept for record in by_id[id]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ...plan import ExtensionPlan
 from ..scoring.scorer import model_name
@@ -67,12 +68,14 @@ def tokens_fingerprint(documents: TokenizedDocuments) -> str:
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """Of the names, shapes and dtypes of all parameters, and of some values of each."""
+    """Of the names, shapes and dtypes of all parameters, and of some values of each; where they are sharded, every
+    process has to ask."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(repr((name, tuple(weight.shape), str(weight.dtype))).encode())
-        if not weight.is_meta:  # offloaded weights are nowhere to be looked at
-            places = torch.arange(SAMPLES, device=weight.device) * (weight.numel() - 1) // (SAMPLES - 1)
-            values = weight.reshape(-1)[places]
+        if weight.numel() and not weight.is_meta:  # offloaded weights are nowhere to be looked at
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            places = torch.arange(SAMPLES, device=whole.device) * (whole.numel() - 1) // (SAMPLES - 1)
+            values = whole.reshape(-1)[places]
             digest.update(values.to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()

@@ -98,7 +98,10 @@ class KeySearch:
         found = {id: outcomes[names[id]] for id in ids}
         failures = {id: one.failure for id, one in found.items() if one.failure is not None}
         if len(failures) == len(ids):
-            raise EvaluationError(f"no key tokens: {self.evaluator} failed on every document: {failures[ids[0]]}")
+            raise EvaluationError(
+                f"no key tokens: {self.evaluator} failed on every document: {failures[ids[0]]}; give another "
+                "evaluator, as in --longppl org/name, or leave longppl out"
+            )
         values = {id: one.value for id, one in found.items() if one.failure is None}
         total = sum(value["found"] for value in values.values())
         if not total:

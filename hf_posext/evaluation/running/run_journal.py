@@ -113,7 +113,9 @@ class RunJournal:
         try:
             *lines, _ = file.read_bytes().split(b"\n")  # what is behind the last newline is torn
         except OSError as error:
-            raise JournalError(f"cannot read the journal {file}: {error.strerror}") from error
+            raise JournalError(
+                f"cannot read the journal {file}: {error.strerror}; give another --output (in Python, journal=)"
+            ) from error
         for number, line in enumerate(lines, 1):
             entry = _parsed(line, ("key", "value") if number > 1 else ("schema", "configuration"))
             if entry is None:

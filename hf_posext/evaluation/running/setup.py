@@ -14,15 +14,14 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import InvalidParameterError
 from ...scheme import PositionalScheme
 from ..protocols.choice import choose_protocol
 from ..protocols.protocol import PerplexityProtocol
 from ..results.rows import Conditions
 from ..scoring.scorer import Memory, model_name
-from ..texts.documents import Document, Documents, load_documents
+from ..texts.documents import Document, Documents, as_documents
 from ..texts.files import portable
-from ..texts.tokens import TokenizedDocuments, check_lengths, tokenize_documents
+from ..texts.tokens import TokenizedDocuments, check_lengths, check_vocabulary, tokenize_documents
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Setup:
             UnsupportedModelError: the protocol means nothing for it.
         """
         scorer = self.protocol.scorer(model, self.tokenizer, self.options.memory)
-        _check_vocabulary(scorer.model, self.documents)
+        check_vocabulary(scorer.model, self.documents.tokens)
         return scorer
 
 
@@ -97,11 +96,9 @@ def prepare(
     ascending = check_lengths(lengths)
     protocol = choose_protocol(options.protocol, model, ascending, stride=options.stride, tail=options.tail)
     scorer = protocol.scorer(model, tokenizer, options.memory)
-    texts = documents
-    if not isinstance(documents, list) or not all(isinstance(document, Document) for document in documents):
-        texts = load_documents(documents)
+    texts = as_documents(documents)
     tokenized = tokenize_documents(texts, tokenizer, ascending[-1], options.start)
-    _check_vocabulary(scorer.model, tokenized)
+    check_vocabulary(scorer.model, tokenized.tokens)
     arranged = protocol.arrange(tokenized)
     conditions = Conditions.of(protocol, tokenized, str(scorer.model.dtype).removeprefix("torch."))
     source = texts.source if isinstance(texts, Documents) else {"dataset": None, "split": None, "revision": None}
@@ -135,15 +132,6 @@ def prepare(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return Setup(scorer, tokenizer, texts, arranged, ascending, protocol, options, conditions, provenance)
-
-
-def _check_vocabulary(model: Any, documents: TokenizedDocuments) -> None:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    largest = int(documents.tokens.max())
-    if largest >= vocabulary:
-        raise InvalidParameterError(
-            f"the tokenizer gave token {largest}, and the model has {vocabulary}; load both from the same checkpoint"
-        )
 
 
 def _versions() -> dict[str, str]:

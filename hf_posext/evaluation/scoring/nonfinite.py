@@ -38,7 +38,7 @@ class Scorer:
             self.culprit = functools.partial(first_not_finite, self.model, functools.partial(run, int(bad[0])))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
     """
     The family of the first module whose output is not finite.

@@ -103,7 +103,7 @@ class TokenScorer(Scorer):
         self._logits = Room("rows of logits", LOGITS_BUDGET)
         self._head: Head | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def token_nll(self, input_ids: torch.Tensor, first: int = 1, last_read: bool = True) -> torch.Tensor:
         """
         NLL of each token given all tokens before it in its row, whatever the model has read before.

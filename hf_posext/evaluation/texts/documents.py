@@ -152,6 +152,13 @@ def load_documents(
     return Documents(_with_unique_ids(documents), where)
 
 
+def as_documents(source: Any) -> list[Document]:
+    """Documents as they are; anything else as [`load_documents`] reads it."""
+    if isinstance(source, list) and all(isinstance(document, Document) for document in source):
+        return source
+    return load_documents(source)
+
+
 def _recipe(source: Any) -> Recipe | None:
     if isinstance(source, Recipe):
         return source

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,29 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text without special ones (`verbose=False`: no warning about the model's length)."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def check_vocabulary(
+    model: Any,
+    rows: Iterable[torch.Tensor],
+    name: str = "the model",
+    remedy: str = "load both from the same checkpoint",
+) -> None:
+    """
+    Refuse tokens that a model does not have: their tokenizer is another's.
+
+    Args:
+        model (`PreTrainedModel`): that is to read them.
+        rows (`Iterable[torch.LongTensor]`): the tokens.
+        name (`str`, *optional*): of the model, in the message.
+        remedy (`str`, *optional*): what the message says to do.
+
+    Raises:
+        InvalidParameterError: a token is not below the number of embeddings.
+    """
+    largest, vocabulary = max(int(row.max()) for row in rows), model.get_input_embeddings().num_embeddings
+    if largest >= vocabulary:
+        raise InvalidParameterError(f"the tokenizer gave token {largest}, and {name} has {vocabulary}; {remedy}")
 
 
 def tokenize_documents(
