@@ -7,6 +7,7 @@ from .explain import explain
 from .explore import inspect, methods
 from .export import export, gguf
 from .finetune import finetune
+from .recommend import recommend, search
 from .report import report
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "inspect",
     "main",
     "methods",
+    "recommend",
     "report",
+    "search",
 ]
