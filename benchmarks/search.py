@@ -22,7 +22,7 @@ from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_p
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, DATA = "examples/tiny/tiny-rope", "examples/data"
 TRAINED, TARGET, START = 512, 2048, 2000
-SEARCH_NOVELS, POPULATION, GENERATIONS = 3, 16, 10
+SEARCH_NOVELS, POPULATION, GENERATIONS = 3, 16, 6
 
 
 def novels(name: str, limit: int | None = None) -> Any:
@@ -63,7 +63,7 @@ def main() -> None:
         model,
         tokenizer,
         novels("heldout"),
-        ["none", "yarn", method],
+        ["yarn", method],
         lengths=[TRAINED, TARGET],
         target_length=TARGET,
         start=START,

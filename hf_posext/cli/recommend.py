@@ -94,7 +94,10 @@ def recommend(
         if rank():
             return
         found.save_plan(output)
-        typer.echo(json.dumps(found.to_dict(), indent=1)) if as_json else _print(found)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=1))
+        else:
+            _print(found)
         typer.echo(f"plan: {output}", err=as_json)
 
 

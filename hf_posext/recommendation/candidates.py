@@ -13,6 +13,7 @@ from torch import nn
 from ..diagnosis.phases import phase_table
 from ..errors import MethodNotApplicableError, PosExtError
 from ..evaluation.running.selection import Refusals, by_reason, try_plans
+from ..evaluation.scoring.boundaries import check_positions
 from ..methods import Method, as_method, list_methods
 from ..methods.base import hyper_parameters
 from ..patching.observe import frequencies_in_force
@@ -59,7 +60,7 @@ def candidates(
         trained_length, target_length (`int`): in tokens.
 
     Raises:
-        MethodNotApplicableError: nothing applies, or nothing is left.
+        MethodNotApplicableError: nothing applies, or nothing but `none` where others were refused.
         UnknownMethodError, InvalidParameterError: of a method that was given.
     """
     refusals: Refusals = {}
@@ -81,8 +82,12 @@ def candidates(
             found.setdefault(_effect(plan), plan)
     ends = scheme.ends and (scheme.shipped_length or 0) < target_length
     plans = [plan for plan in found.values() if not (plan.changes_nothing and ends)]
-    usable = try_plans(model, plans, refusals)
-    if not usable:
+    for plan in plans:
+        check_positions(scheme, plan, target_length)
+    tried: Refusals = {}
+    usable = try_plans(model, plans, tried)
+    refusals |= tried
+    if not usable or (refusals and all(plan.changes_nothing for plan in usable)):
         told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason(refusals).items())
         raise MethodNotApplicableError(
             f"every method is refused, so nothing can be recommended: {told or 'none was given'}; keep inputs within "

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..diagnosis.loss_curve import require_skill
+from ..errors import EvaluationError
 from ..evaluation.scoring.scorer import model_name
 from ..methods import NoExtension
 from .candidates import Candidates
@@ -26,13 +27,27 @@ PROBE = 16
 
 @dataclass
 class Halving:
-    """Spends a budget on a sweep, and says what came of it."""
+    """
+    Spends a budget on a sweep, and says what came of it.
+
+    Args:
+        sweep ([`Sweep`]): that measures.
+        short_limit (`float`): the largest increase of perplexity allowed inside the trained length.
+        budget (`int`): tokens that may go through the model.
+    """
 
     sweep: Sweep
     short_limit: float
     budget: int
 
     def run(self, choice: Candidates) -> Recommendation:
+        """
+        Rung after rung, then the control, pass keys where they decide, and what the rest of the budget pays for.
+
+        Raises:
+            InvalidParameterError: the budget does not pay for one comparison.
+            EvaluationError: the loss is no better than a guess, or every contender failed.
+        """
         sweep, names = self.sweep, [name_of(plan) for plan in choice.plans]
         plan = schedule(len(names), len(sweep.documents), sweep.prices, self.budget)
         cut = names[plan.rungs[0].contenders :]
@@ -45,6 +60,9 @@ class Halving:
                 self._require_skill(rung.documents)
             measured |= dict.fromkeys(left, rung.documents)
             left = self._ranked(left, rung.documents)
+        reason = sweep.failure(left[0])
+        if reason is not None:
+            raise EvaluationError(f"every contender failed, so nothing can be recommended: {reason}")
         control = plan.control
         sweep.read_control(sweep.documents[:control])
         count = plan.rungs[-1].documents

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import EvaluationError
 from ..evaluation.protocols.control import CONTROL, control_stride
 from ..evaluation.questions.retrieval import NO_QUESTIONS
 from ..evaluation.results.statistics import bootstrap_interval, pooled_perplexity
@@ -137,8 +138,14 @@ class Sweep:
         return Ratio(found.value - 1, found.ci95 and [end - 1 for end in found.ci95])
 
     def gain(self, name: Name, documents: Sequence[str]) -> Ratio:
-        """The control's tail perplexity over a contender's."""
+        """The control's tail perplexity over a contender's.
+
+        Raises:
+            EvaluationError: the control could not read a document.
+        """
         control = self._sums(self.control, documents, self.target, "tail_")
+        if control is None:
+            raise EvaluationError("the unpatched model failed on the control; the log says why")
         return self._ratio(control, self._sums(self.readings[name], documents, self.target, "tail_"))
 
     def worse(self, name: Name, best: Name, documents: Sequence[str]) -> Ratio:
@@ -147,8 +154,15 @@ class Sweep:
         return self._ratio(one, other)
 
     def losses_inside(self, documents: Sequence[str]) -> list[float]:
-        """Nats per token of each document inside the trained length, by the unpatched model."""
-        return [nll / tokens for nll, tokens in self._sums(self.short, documents, self.trained) or ()]
+        """Nats per token of each document inside the trained length, by the unpatched model.
+
+        Raises:
+            EvaluationError: it could not read a document.
+        """
+        sums = self._sums(self.short, documents, self.trained)
+        if sums is None:
+            raise EvaluationError("the unpatched model failed inside its trained length; the log says why")
+        return [nll / tokens for nll, tokens in sums]
 
     def failure(self, name: Name) -> str | None:
         """Why a contender could not read a document, if so."""

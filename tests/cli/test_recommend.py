@@ -22,7 +22,12 @@ SEARCH = {"population": 4, "generations": 1}
 
 def call(command: str, output: Path, *flags: str, model: object = MODEL, **changed: Any) -> Any:
     own = RECOMMEND if command == "recommend" else SEARCH
-    options = {**OPTIONS, **own, "output": output, **{name.replace("_", "-"): value for name, value in changed.items()}}
+    options = {
+        **OPTIONS,
+        **own,
+        "output": output,
+        **{name.replace("_", "-"): value for name, value in changed.items()},
+    }
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
     return run(command, model, *words, *flags)
 
