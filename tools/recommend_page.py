@@ -28,13 +28,13 @@ def recommend_table(results: list[dict[str, Any]]) -> str:
     lines = []
     for one in sorted(results, key=lambda one: (one["model"], one["target_length"])):
         best, model = one["exhaustive"]["best"], one["model"].rpartition("/")[2]
-        advice = one["recommended"]["answer"]
+        advice, count = one["recommended"]["answer"], len(one["exhaustive"]["contenders"])
         mine = _title(one["chosen_on_all_documents"])
         told = {"extend": mine, "as it is": "change nothing", "truncate": f"truncate (else {mine})"}[advice]
         name = f"{model} (held back)" if model in HELD_BACK else model
         lines.append(
-            f"| {name} | {one['target_length']} | {len(one['exhaustive']['contenders'])} | {one['documents']} | {told} | {_title(best)} | {one['gap']:.2%} | "
-            f"{one['cost']:.1%} | {best['gain']:.3f} |"
+            f"| {name} | {one['target_length']} | {count} | {one['documents']} | {told} | {_title(best)} | "
+            f"{one['gap']:.2%} | {one['cost']:.1%} | {best['gain']:.3f} |"
         )
     return head + "\n".join(lines) + "\n"
 

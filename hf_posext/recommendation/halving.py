@@ -49,7 +49,8 @@ class Halving:
             EvaluationError: the loss is no better than a guess, or every contender failed.
         """
         sweep, names = self.sweep, [name_of(plan) for plan in choice.plans]
-        plan = schedule(len(names), len(sweep.documents), sweep.prices, self.budget)
+        prices = sweep.prices(names)
+        plan = schedule(len(sweep.documents), prices, self.budget)
         cut = names[plan.rungs[0].contenders :]
         left = names[: plan.rungs[0].contenders]
         measured: dict[Name, int] = {}
@@ -68,7 +69,7 @@ class Halving:
         count = plan.rungs[-1].documents
         level = [name for name in left if self._level(name, left[0], count)]
         undecided = len(level) > 1 or sweep.gain(left[0], sweep.documents[:control]).value < 1
-        if undecided and sweep.tokens + len(level) * sweep.prices.passkeys <= self.budget:
+        if undecided and sweep.tokens + len(level) * prices.passkeys <= self.budget:
             sweep.ask(level)
             left.sort(key=lambda name: (name not in level, -(sweep.accuracy(name) or 0)))
         control, count = self._spend_the_rest(left, control, count)
@@ -94,11 +95,11 @@ class Halving:
 
     def _spend_the_rest(self, left: Sequence[Name], control: int, count: int) -> tuple[int, int]:
         """First the control reads what finalists have read; then all of them read on."""
-        sweep, prices = self.sweep, self.sweep.prices
+        sweep, prices = self.sweep, self.sweep.prices(left)
         while control < count and sweep.tokens + prices.control <= self.budget:
             control += 1
             sweep.read_control(sweep.documents[:control])
-        more = len(left) * prices.method + prices.short + prices.control
+        more = sum(prices.methods) + prices.short + prices.control
         while control == count < len(sweep.documents) and sweep.tokens + more <= self.budget:
             control, count = control + 1, count + 1
             sweep.read(left, sweep.documents[:count], "finalists")

@@ -33,14 +33,14 @@ class Prices(NamedTuple):
     Tokens that go through the model.
 
     Args:
-        method (`int`): for a document with a method in force; the most of any.
+        methods (`tuple[int, ...]`): for a document with each of the contenders in force, in their order.
         guard (`int`): beside that for the first document, which is read again to see that one pass tells two lengths.
         short (`int`): for the trained length of a document, unpatched.
         control (`int`): for a document with its context truncated.
         passkeys (`int`): for the pass keys of one method.
     """
 
-    method: int
+    methods: tuple[int, ...]
     guard: int
     short: int
     control: int
@@ -61,14 +61,16 @@ class Schedule(NamedTuple):
 
     def tokens(self, prices: Prices) -> int:
         """What it costs at most."""
-        total, before = self.rungs[0].contenders * prices.guard, 0
+        first = self.rungs[0].contenders
+        dearest = sorted(prices.methods[:first], reverse=True)
+        total, before = first * prices.guard, 0
         for rung in self.rungs:
-            total += rung.contenders * (rung.documents - before) * prices.method
+            total += sum(dearest[: rung.contenders]) * (rung.documents - before)
             before = rung.documents
         return total + before * prices.short + self.control * prices.control
 
 
-def schedule(contenders: int, documents: int, prices: Prices, budget: int) -> Schedule:
+def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
     """
     The fullest schedule within a budget.
 
@@ -76,14 +78,14 @@ def schedule(contenders: int, documents: int, prices: Prices, budget: int) -> Sc
     reads one only, and then the last contenders are given up.
 
     Args:
-        contenders (`int`): how many there are.
         documents (`int`): how many there are.
-        prices ([`Prices`]): in tokens.
+        prices ([`Prices`]): in tokens, of all contenders.
         budget (`int`): tokens.
 
     Raises:
         InvalidParameterError: it does not pay for one method and the control on one document.
     """
+    contenders = len(prices.methods)
     full = [_halved(contenders, first, documents, CONTROL_DOCUMENTS) for first in range(documents, 0, -1)]
     fewer = [_halved(count, 1, documents, 1) for count in range(contenders, 0, -1)]
     for found in (*full, *fewer):

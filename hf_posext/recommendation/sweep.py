@@ -81,18 +81,21 @@ class Sweep:
         return self.setup.documents.ids
 
     @cached_property
-    def prices(self) -> Prices:
-        """What one document costs, in tokens."""
-        most = max(sum(lengths[-1] for lengths in _passes(reading)) for reading in self.readings.values())
+    def control_tokens(self) -> int:
+        """What the control reads of a document."""
         windows = 1 + math.ceil((self.target - self.trained) / control_stride(self.trained))
-        control = (windows + 1) * self.trained
-        return Prices(most, self.trained, self.trained, control, self.passkey * self.target)
+        return (windows + 1) * self.trained
+
+    def prices(self, names: Iterable[Name]) -> Prices:
+        """What contenders cost, in tokens."""
+        methods = tuple(sum(lengths[-1] for lengths in _passes(self.readings[name])) for name in names)
+        return Prices(methods, self.trained, self.trained, self.control_tokens, self.passkey * self.target)
 
     @property
     def exhaustive_tokens(self) -> int:
         """What it costs that every contender, and the control, read every document."""
         methods = [self._tokens_of(reading, id) for reading in self.readings.values() for id in self.documents]
-        return sum(methods) + len(self.documents) * (self.prices.short + self.prices.control)
+        return sum(methods) + len(self.documents) * (self.trained + self.control_tokens)
 
     def read(self, names: Iterable[Name], documents: Sequence[str], progress: str) -> None:
         """Contenders, and the unpatched model at the trained length, read documents; what was read is not read again.
@@ -117,7 +120,7 @@ class Sweep:
         states = []
         for name in names:
             units = [unit for unit in self._asked(name).units() if unit.key not in self.outcomes]
-            self.tokens += len(units) * self.prices.passkeys
+            self.tokens += len(units) * self.passkey * self.target
             states.append(State("pass keys", partial(patch_model, self.model, self.by_name[name]), units))
         self._measure(states)
 
@@ -196,7 +199,7 @@ class Sweep:
     def _tokens_of(self, reading: Reading, document: str) -> int:
         """That go through the model for one document; of the first, the guard of a shared pass reads some again."""
         if reading.truncated:
-            return self.prices.control
+            return self.control_tokens
         guarded = [lengths for lengths in _passes(reading) if len(lengths) > 1 and document == self.documents[0]]
         return sum(lengths[-1] for lengths in _passes(reading)) + sum(lengths[0] for lengths in guarded)
 
