@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_posext
 from hf_posext import ExtensionPlan, Recommendation, recommend
 from hf_posext.errors import DocumentError, EvaluationError, InvalidParameterError, MethodNotApplicableError
+from hf_posext.evaluation import Document
 from hf_posext.evaluation.results import statistics
 from hf_posext.evaluation.scoring.scorer import TokenScorer
 from hf_posext.recommendation.schedule import Prices, Rung, schedule
@@ -24,6 +28,7 @@ from .conftest import EXAMPLES, logits, tiny_bloom, tiny_gpt2, tiny_llama, token
 from .evaluation_helpers import character_tokenizer, random_texts
 
 MODEL, NOVELS = EXAMPLES / "tiny" / "tiny-rope", EXAMPLES / "data" / "train.jsonl"
+RESULTS = EXAMPLES.parent / "results" / "recommend"
 TRAINED, TARGET = 64, 128
 """The shipped model as if trained on 64 tokens: a document takes milliseconds."""
 
@@ -33,7 +38,9 @@ METHODS = ["linear", "yarn", "rerope", "leaky-rerope", "dual-chunk"]
 @cache
 def shipped() -> tuple[Any, Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(MODEL), hf_posext.load_documents(str(NOVELS), limit=6)
+    novels = hf_posext.load_documents(str(NOVELS), limit=6)
+    texts = [Document(novel.id, novel.text[9000:11_000]) for novel in novels]  # some 500 tokens, past the front matter
+    return model, AutoTokenizer.from_pretrained(MODEL), texts
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +63,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def run(**options: Any) -> Recommendation:
-    given = {"methods": METHODS, "original_length": TRAINED, "start": 2000, "passkey": 0, **options}
+    given = {"methods": METHODS, "original_length": TRAINED, "passkey": 0, **options}
     return recommend(*shipped(), given.pop("target_length", TARGET), **given)
 
 
@@ -65,7 +72,7 @@ def reference(methods: list[str]) -> dict[tuple[str, float], tuple[float, float,
     found = {}
     for target in (TARGET, 2 * TARGET):
         lengths = {"target_length": target, "original_length": TRAINED}
-        results = hf_posext.compare(*shipped(), methods, lengths=[TRAINED, TARGET], start=2000, **lengths)
+        results = hf_posext.compare(*shipped(), methods, lengths=[TRAINED, TARGET], **lengths)
         for row in results.rows:
             if row["length"] == TARGET:
                 change = results.row(row["method"], TRAINED)["change"]
@@ -148,7 +155,7 @@ def test_a_run_goes_on_from_its_journal_also_with_more_budget(tmp_path: Path, re
 
 def test_other_schemes_and_what_needs_no_method() -> None:
     model, tokenizer, texts = shipped()
-    found = recommend(model, tokenizer, texts, 48, original_length=32, methods=["none"], start=2000, passkey=0)
+    found = recommend(model, tokenizer, texts, 48, original_length=32, methods=["none"], passkey=0)
     assert found.answer == "as it is" and "Change nothing" in found.text()  # it was trained on 512
     assert found.to_dict()["plan"]["method"] == "none" and list(found.frame().method) == ["none"]
 
@@ -202,3 +209,20 @@ def test_all_start_with_a_document_and_the_better_third_goes_on() -> None:
 def test_a_schedule_never_costs_more_than_the_budget(budget: int) -> None:
     prices = Prices((100, 150) * 10, guard=10, short=10, control=500, passkeys=0)
     assert schedule(6, prices, budget).tokens(prices) <= budget
+
+
+def test_the_page_is_what_the_result_files_give() -> None:
+    command = [sys.executable, "tools/recommend_page.py", "--check"]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_what_was_measured_is_within_a_per_cent_at_a_quarter_of_the_cost(path: Path) -> None:
+    held = json.loads(path.read_text(encoding="utf-8"))
+    kept = [line for line in held["exhaustive"]["contenders"] if line["short_change"] <= 0.01]
+    best = min(line["perplexity_tail"] for line in kept)
+    chosen = held["recommended"]["best"]
+    (mine,) = (line for line in kept if (line["method"], line["factor"]) == (chosen["method"], chosen["factor"]))
+    assert mine["perplexity_tail"] <= 1.01 * best
+    assert held["recommended"]["cost"]["tokens"] <= held["exhaustive"]["tokens"] / 4

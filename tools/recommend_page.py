@@ -69,7 +69,7 @@ def measured() -> str:
 
 
 def _title(line: dict[str, Any]) -> str:
-    return f"`{line['method']}`" if line["factor"] == 1 else f"`{line['method']}` x{line['factor']:g}"
+    return f"`{line['method']}`" if line["factor"] == 1 else f"`{line['method']}` x{line['factor']:.4g}"
 
 
 def _target(search: dict[str, Any]) -> int:

@@ -160,6 +160,8 @@ def search(
 
 
 def _print(found: Recommendation) -> None:
+    from ..recommendation.recommendation import title
+
     console = Console(width=80, highlight=False)
     console.print(escape(found.text()))
     console.print()
@@ -170,7 +172,7 @@ def _print(found: Recommendation) -> None:
     for line in found.contenders:
         keys = "" if line["passkey"] is None else f"{line['passkey']:.2f}"
         numbers = (f"{line['perplexity_tail']:.2f}", f"{line['ratio']:.3f}", f"{100 * line['short_change']:+.1f} %")
-        table.add_row(f"{line['method']} x{line['factor']:g}", str(line["documents"]), *numbers, keys)
+        table.add_row(title(line["method"], line["factor"]), str(line["documents"]), *numbers, keys)
     console.print(table)
     cost = found.cost
     console.print(

@@ -100,7 +100,9 @@ class Recommendation:
             return (
                 f"{kept} No contender keeps the change inside the trained length within {_percent(self.short_limit)}."
             )
-        return f"{kept} {best} reads {self.target_length} tokens best of all contenders, yet no better ({found})."
+        return (
+            f"{kept} Of what keeps the limit {best} reads {self.target_length} tokens best, yet no better ({found})."
+        )
 
     def _sure(self) -> str:
         others = [line for line in self.contenders if line is not self.best and line["failure"] is None]
@@ -157,11 +159,11 @@ class Recommendation:
 
 def title(method: str, factor: float) -> str:
     """What a contender is called."""
-    return method if factor == 1 else f"{method} x{factor:g}"
+    return method if factor == 1 else f"{method} x{factor:.4g}"
 
 
 def _title(line: Mapping[str, Any]) -> str:
-    return title(line["method"], line["factor"])
+    return "the model as it is" if line["method"] == "none" else title(line["method"], line["factor"])
 
 
 def _span(ends: Any) -> str:
