@@ -2,7 +2,7 @@
 
 For each model and target every contender and the control read every held-out novel, and the best is looked up. Then
 `recommend` runs with a quarter of those tokens; it finds its cells in the journal of the exhaustive sweep, since both
-would measure the same bits, and counts what it would have read. tiny-rope was looked at while the sweep was written;
+would measure the same bits, and counts what it would have read. A run that was stopped goes on from its journal. tiny-rope was looked at while the sweep was written;
 tiny-learned and tiny-alibi were held back.
 
     python benchmarks/recommend.py --model tiny-rope --target 4096
@@ -24,6 +24,7 @@ from hf_posext.recommendation.sweep import Sweep, name_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "recommend"
+JOURNALS = ROOT / "reports" / "recommend"
 NOVELS = "examples/data/heldout.jsonl"
 START, PASSKEYS, SHORT_LIMIT = 2000, 5, 0.01
 DOCUMENTS = 4
@@ -92,7 +93,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     methods = None if given.methods is None else given.methods.split(",")
     options = {"start": START, "original_length": TRAINED.get(given.model), "methods": methods}
-    found = compare(model, tokenizer, texts, given.target, output.with_suffix(".jsonl"), **options)
+    found = compare(model, tokenizer, texts, given.target, JOURNALS / f"{output.stem}.jsonl", **options)
     print({key: found[key] for key in ("gap", "cost", "truncation_agrees")})
     print(found["recommended"]["text"])
     chosen = "" if methods is None else f" --methods {given.methods}"

@@ -1,7 +1,7 @@
 """Whether searched frequencies beat YaRN's on novels that the search has not seen.
 
 The search reads three of the training novels; the result is compared with YaRN on the eight held-out ones, against the
-control. A journal beside the output lets a run that was stopped go on.
+control. A run that was stopped goes on from its journals in reports/search.
 
     python benchmarks/search.py --output results/search/tiny-rope.json
 """
@@ -20,6 +20,7 @@ import hf_posext
 from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
+JOURNALS = ROOT / "reports" / "search"
 MODEL, DATA = "examples/tiny/tiny-rope", "examples/data"
 TRAINED, TARGET, START = 512, 2048, 2000
 SEARCH_NOVELS, POPULATION, GENERATIONS = 3, 16, 6
@@ -55,7 +56,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(ROOT / MODEL, dtype=torch.float32)
     model.config.name_or_path = MODEL
     options = {"population": POPULATION, "generations": GENERATIONS, "start": START}
-    journals = [output.with_suffix(f".{part}.jsonl") for part in ("search", "heldout")]
+    journals = [JOURNALS / f"{output.stem}.{part}.jsonl" for part in ("search", "heldout")]
     found = hf_posext.search(model, tokenizer, novels("train", SEARCH_NOVELS), TARGET, journal=journals[0], **options)
     print(found.describe(), flush=True)
     method = found.method

@@ -100,9 +100,7 @@ class Recommendation:
             return (
                 f"{kept} No contender keeps the change inside the trained length within {_percent(self.short_limit)}."
             )
-        return (
-            f"{kept} Of what keeps the limit {best} reads {self.target_length} tokens best, yet no better ({found})."
-        )
+        return f"{kept} Under the limit {best} reads {self.target_length} tokens best, yet no better ({found})."
 
     def _sure(self) -> str:
         others = [line for line in self.contenders if line is not self.best and line["failure"] is None]
