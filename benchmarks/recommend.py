@@ -2,8 +2,8 @@
 
 For each model and target every contender and the control read every held-out novel, and the best is looked up. Then
 `recommend` runs with a quarter of those tokens; it finds its cells in the journal of the exhaustive sweep, since both
-would measure the same bits, and counts what it would have read. A run that was stopped goes on from its journal. tiny-rope was looked at while the sweep was written;
-tiny-learned and tiny-alibi were held back.
+would measure the same bits, and counts what it would have read. A run that was stopped goes on from its journal in
+reports/recommend. tiny-rope was looked at while the sweep was written; tiny-learned and tiny-alibi were held back.
 
     python benchmarks/recommend.py --model tiny-rope --target 4096
 """
