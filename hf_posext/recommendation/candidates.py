@@ -137,6 +137,6 @@ def _with_unseen_phases(
     if scheme.kind != "rotary" or not scheme.rotaries:
         return []
     named = {str(index): None if plan.changes_nothing else plan for index, plan in enumerate(plans)}
-    in_force = frequencies_in_force(model, target_length)  # type: ignore[arg-type]
+    in_force = frequencies_in_force(model, target_length)
     table = phase_table(scheme, in_force, named, trained_length, target_length)
     return [plans[int(index)] for index in dict.fromkeys(table[table.new].method)]

@@ -126,9 +126,8 @@ class Sweep:
 
     def accuracy(self, name: Name) -> float | None:
         """Share of pass keys found; `None` where none were asked."""
-        (unit,) = self._asked(name).units() or [None]
-        outcome = self.outcomes.get(unit.key) if unit else None
-        return None if outcome is None else outcome.value
+        found = [self.outcomes[unit.key].value for unit in self._asked(name).units() if unit.key in self.outcomes]
+        return found[0] if found else None
 
     def tail(self, name: Name, documents: Sequence[str]) -> float:
         """Perplexity of the second half of the target length; infinite where a document could not be read."""
@@ -223,7 +222,10 @@ class Sweep:
 
     @staticmethod
     def _pooled(sums: list[tuple[float, int]] | None) -> float:
-        return math.inf if sums is None else float(pooled_perplexity(*zip(*sums, strict=True)))
+        if sums is None:
+            return math.inf
+        nll, tokens = zip(*sums, strict=True)
+        return float(pooled_perplexity(nll, tokens))
 
     def _ratio(self, one: list[tuple[float, int]] | None, other: list[tuple[float, int]] | None) -> Ratio:
         if one is None or other is None:
