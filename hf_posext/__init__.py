@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import PosExtError as PosExtError
     from .evaluation import Results, compare, evaluate_perplexity, load_documents, longppl, retrieval
     from .export import export_checkpoint
+    from .frequency_search import search
     from .methods import (
         NTK,
         ALiBiLinear,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     )
     from .patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unpatch_model
     from .plan import ExtensionPlan
+    from .recommendation import Recommendation, recommend
     from .scheme import PositionalScheme
     from .training import finetune
 
@@ -62,6 +64,7 @@ _HOMES = {
     "errors": ("PosExtError",),
     "evaluation": ("Results", "compare", "evaluate_perplexity", "load_documents", "longppl", "retrieval"),
     "export": ("export_checkpoint",),
+    "frequency_search": ("search",),
     "methods": (
         "NTK",
         "ALiBiLinear",
@@ -98,6 +101,7 @@ _HOMES = {
     ),
     "patching": ("Patch", "detect_scheme", "find_patch", "load_patched", "patch_model", "unpatch_model"),
     "plan": ("ExtensionPlan",),
+    "recommendation": ("Recommendation", "recommend"),
     "scheme": ("PositionalScheme",),
     "training": ("finetune",),
 }

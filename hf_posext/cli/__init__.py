@@ -9,6 +9,7 @@ from .explore import inspect, methods
 from .export import export, gguf
 from .finetune import finetune
 from .page import page
+from .recommend import recommend, search
 from .report import report
 
 __all__ = [
@@ -24,5 +25,7 @@ __all__ = [
     "main",
     "methods",
     "page",
+    "recommend",
     "report",
+    "search",
 ]

@@ -63,6 +63,46 @@ def output_directory(path: Path, resume: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def plan_file(path: Path, resume: bool) -> Iterator[Path]:
+    """Makes sure, before any work, that a plan can be written; says what is kept where measuring ends early.
+
+    Args:
+        path (`Path`): a JSON file that is not there yet.
+        resume (`bool`): whether its journal may be there.
+
+    Yields:
+        `Path`: the journal, beside the plan.
+
+    Raises:
+        InvalidParameterError: the file is there, or its journal and no `resume`, or it cannot be written.
+    """
+    journal = path.with_suffix(".journal.jsonl")
+    if path.suffix != ".json":
+        raise InvalidParameterError(f"output is {path}; give the name of a JSON file, as in --output plan.json")
+    if path.exists() and not rank():
+        raise InvalidParameterError(f"output {path} exists; give another --output, or move it away")
+    if journal.exists() and not resume and not rank():
+        raise InvalidParameterError(
+            f"{journal} is the journal of a run; to go on with it type the same with --resume, else give another "
+            "--output"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InvalidParameterError(
+            f"cannot write to {path.parent}: {error.strerror or error}; give an --output that can be written"
+        ) from error
+    try:
+        yield journal
+    except KeyboardInterrupt:
+        kept = f"what is finished is kept in {journal}; go on with --resume" if journal.exists() else "nothing is kept"
+        typer.echo(f"interrupted; {kept}", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
 def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]:
     """Writes the report of results, as often as there are new ones; says what is kept where measuring ends early.
 

@@ -1,0 +1,181 @@
+"""`recommend` and `search`: a plan for a model, from measurements; it is printed why, and written to a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import options
+from .app import app
+from .output import plan_file
+from .processes import join_processes, rank
+
+if TYPE_CHECKING:
+    from ..recommendation import Recommendation
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")]
+TargetLength = Annotated[int, typer.Option(help="Tokens to read, above the trained length.")]
+PlanOutput = Annotated[Path, typer.Option(help="JSON file for the plan; must not exist. The journal is beside it.")]
+OriginalLength = Annotated[int | None, typer.Option(help="Trained length, if it is found wrongly, or not at all.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run whose journal is beside OUTPUT, if any.")]
+
+
+@app.command()
+def recommend(
+    model: Model,
+    dataset: options.Dataset,
+    target_length: TargetLength,
+    output: PlanOutput,
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens that may go through the model; a quarter of the exhaustive sweep if not given."),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="To choose from, with commas between them; all that apply if not given.")
+    ] = None,
+    short_limit: Annotated[
+        float, typer.Option(help="Largest increase of perplexity allowed inside the trained length; 0.01 is 1 %.")
+    ] = 0.01,
+    original_length: OriginalLength = None,
+    documents: options.Documents = None,
+    passkey: Annotated[int, typer.Option(min=0, help="Pass-key trials of contenders that are level; 0: none.")] = 5,
+    start: options.Start = 0,
+    text_column: options.TextColumn = None,
+    split: options.Split = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    resume: Resume = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the method that reads a length best, or say that truncation is better, and write the plan to use.
+
+    Methods that apply are measured on the documents by successive halving, within the budget. OUTPUT gets the plan:
+    patch_model(model, ExtensionPlan.load(OUTPUT)). An interrupted run goes on with --resume, also with more budget.
+    """
+    with plan_file(output, resume) as journal:
+        from ..methods import as_method
+        from ..methods.base import split_outside_brackets
+
+        names = None if methods is None else [name for name in split_outside_brackets(methods, ",") if name]
+        chosen = None if names is None else [as_method(name) for name in names]
+
+        # The imports that take seconds come after the checks that need none of them.
+        from ..evaluation import load_documents
+        from ..recommendation import recommend as measure
+        from .loading import load_model
+
+        device, accelerator = join_processes(device)
+        texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
+        network, tokenizer = load_model(model, dtype, device)
+        found = measure(
+            network,
+            tokenizer,
+            texts,
+            target_length,
+            budget,
+            methods=chosen,
+            short_limit=short_limit,
+            original_length=original_length,
+            passkey=passkey,
+            start=start,
+            seed=seed,
+            journal=journal,
+            accelerator=accelerator,
+        )
+        if rank():
+            return
+        found.save_plan(output)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=1))
+        else:
+            _print(found)
+        typer.echo(f"plan: {output}", err=as_json)
+
+
+@app.command()
+def search(
+    model: Model,
+    dataset: options.Dataset,
+    target_length: TargetLength,
+    output: PlanOutput,
+    objective: Annotated[
+        Literal["tail", "key-tokens"],
+        typer.Option(help="Perplexity of the second half of texts, or of the tokens that need the long context."),
+    ] = "tail",
+    population: Annotated[int, typer.Option(help="Sets of factors in a generation, 4 or more.")] = 32,
+    generations: Annotated[int, typer.Option(help="How often the worse half is replaced.")] = 20,
+    original_length: OriginalLength = None,
+    documents: options.Documents = None,
+    start: options.Start = 0,
+    text_column: options.TextColumn = None,
+    split: options.Split = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    resume: Resume = False,
+) -> None:
+    """Search a factor for every rotary pair, as LongRoPE does, and write the plan.
+
+    The plan is native longrope parameters, so that a checkpoint with it opens in plain transformers. Measure it on
+    documents that the search has not read. An interrupted search goes on with --resume, to the same result; a
+    finished one through more --generations.
+    """
+    with plan_file(output, resume) as journal:
+        from ..evaluation import load_documents
+        from ..frequency_search import search as evolve
+        from .loading import load_model
+
+        device, accelerator = join_processes(device)
+        texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
+        network, tokenizer = load_model(model, dtype, device)
+        found = evolve(
+            network,
+            tokenizer,
+            texts,
+            target_length,
+            original_length=original_length,
+            objective=objective,
+            population=population,
+            generations=generations,
+            start=start,
+            seed=seed,
+            journal=journal,
+            accelerator=accelerator,
+        )
+        if rank():
+            return
+        found.save_plan(output)
+        typer.echo(found.describe())
+        typer.echo(f"plan: {output}")
+
+
+def _print(found: Recommendation) -> None:
+    from ..recommendation.recommendation import title
+
+    console = Console(width=80, highlight=False)
+    console.print(escape(found.text()))
+    console.print()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("contender", overflow="fold")
+    for head in ("documents", "tail ppl", "x best", "short", "pass keys"):
+        table.add_column(head, justify="right")
+    for line in found.contenders:
+        keys = "" if line["passkey"] is None else f"{line['passkey']:.2f}"
+        numbers = (f"{line['perplexity_tail']:.2f}", f"{line['ratio']:.3f}", f"{100 * line['short_change']:+.1f} %")
+        table.add_row(title(line["method"], line["factor"]), str(line["documents"]), *numbers, keys)
+    console.print(table)
+    cost = found.cost
+    console.print(
+        f"read {cost['tokens']} tokens of a budget of {cost['budget']}; all contenders on all documents would be "
+        f"{cost['exhaustive_tokens']}"
+    )

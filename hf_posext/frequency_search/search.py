@@ -1,0 +1,228 @@
+"""Evolution of per-pair factors on documents, as in LongRoPE; it goes on from its journal."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from ..errors import AlreadyPatchedError, EvaluationError, InvalidParameterError, MethodNotApplicableError
+from ..evaluation.contrast.key_tokens import KeyTokens
+from ..evaluation.results.statistics import pooled_perplexity
+from ..evaluation.running.engine import State, measure
+from ..evaluation.running.identity import run_identity
+from ..evaluation.running.key_search import key_search
+from ..evaluation.running.readings import Reading
+from ..evaluation.running.run_journal import RunJournal, open_journal
+from ..evaluation.running.setup import Options, Setup, prepare
+from ..methods import LongRoPE, YaRN
+from ..methods.yarn import yarn_mscale
+from ..patching import detect_scheme, find_patch, patch_model, unwrap
+from ..patching.modes import evaluation_mode
+from ..plan import ExtensionPlan
+from ..scheme import PositionalScheme
+from .genomes import Breeding, Genome, children_of, first_generation, seeds
+from .searched import SearchedFactors
+
+if TYPE_CHECKING:
+    import datasets
+    from accelerate import Accelerator
+
+    from ..evaluation import Document
+
+OBJECTIVES = ("tail", "key-tokens")
+SMALLEST = 4
+"""Genomes that a population needs: two parents, a mutation and a crossing."""
+
+
+def search(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
+    target_length: int,
+    *,
+    original_length: int | None = None,
+    objective: str = "tail",
+    attention_factor: float | None = None,
+    population: int = 32,
+    generations: int = 20,
+    start: int = 0,
+    seed: int = 0,
+    journal: str | Path | None = None,
+    accelerator: Accelerator | None = None,
+) -> SearchedFactors:
+    """
+    Search a factor for every rotary pair that reads the target length best.
+
+    YaRN, NTK-aware interpolation and mutations of them are the first population. In each generation the better half
+    are parents, of which as many children come: half of them mutations, half crossings, with factors from 1 to
+    `1 + target / trained` that never fall from a fast pair to a slower one. Every genome reads every document once;
+    the best one is never lost, so that on these documents the result is no worse than the better seed.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model with rotary positions and without a patch; as before
+            afterwards.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        documents (`list[Document]`, or what [`load_documents`] takes): texts to search on; keep others to measure the
+            result on, as it is fitted to these.
+        target_length (`int`): tokens to read, above the trained length.
+        original_length (`int`, *optional*): trained length in tokens, where the config is wrong about it.
+        objective (`str`, *optional*, defaults to `"tail"`): `"tail"`: the perplexity of the second half of the text;
+            `"key-tokens"`: that of the tokens which need the long context ([`find_key_tokens`] with YaRN as the
+            evaluator), after the needle-driven perplexity of LongRoPE2 (arXiv 2502.20082).
+        attention_factor (`float`, *optional*): YaRN's `0.1 ln s + 1` where not given, so that the seed is YaRN.
+        population (`int`, *optional*, defaults to 32): genomes in it, 4 or more.
+        generations (`int`, *optional*, defaults to 20): how often half of it is replaced.
+        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
+        seed (`int`, *optional*, defaults to 0): of all that is drawn.
+        journal (`str` or `Path`, *optional*): a file that gets what is measured at once, and from which a search that
+            was killed goes on to the same result, or a finished one through more generations.
+        accelerator (`Accelerator`, *optional*): of the processes that share the readings.
+
+    Returns:
+        [`SearchedFactors`]: with `plan`, `method`, `frame()`, `describe()`, `save_plan(path)`.
+
+    Raises:
+        AlreadyPatchedError: the model has a patch.
+        MethodNotApplicableError: its positions are not rotary.
+        InvalidParameterError: an objective, population, or target that cannot be.
+        DocumentError, UnsupportedModelError, JournalError: as [`evaluate_perplexity`].
+        EvaluationError: no genome could read a document, or no token needs the long context.
+    """
+    base = unwrap(model)
+    present = find_patch(base)
+    if present is not None:
+        raise AlreadyPatchedError(
+            f"the model has the patch {present.plan.method!r} in force, and a search begins unpatched; "
+            "call unpatch_model(model) first"
+        )
+    if objective not in OBJECTIVES:
+        raise InvalidParameterError(f"objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+    if population < SMALLEST or generations < 1:
+        raise InvalidParameterError(
+            f"population is {population} and generations {generations}; give {SMALLEST} or more, and 1 or more"
+        )
+    scheme = detect_scheme(base)
+    if scheme.kind != "rotary" or scheme.obstacle:
+        why = scheme.obstacle or f"{scheme.model_type} has {scheme.kind} positions"
+        raise MethodNotApplicableError(f"a search is of rotary frequencies, and {why}; see hf-posext recommend")
+    lengths = {"target_length": target_length, "original_length": original_length}
+    yarn = YaRN(attention_factor=attention_factor).plan(scheme, **lengths)
+    if target_length == yarn.original_length:
+        raise InvalidParameterError(
+            f"target_length is {target_length}, the trained length, where nothing needs to be searched; give more"
+        )
+    setup = prepare(model, tokenizer, documents, [target_length], scheme, Options(None, start=start, seed=seed))
+    if setup.protocol.name != "prefix":
+        raise MethodNotApplicableError(f"a search reads causal language models; {type(base).__name__} is none")
+    temperature = attention_factor or yarn_mscale(yarn.factor)
+    trial = Trial(base, scheme, setup, yarn.original_length, target_length, temperature)
+    known = seeds(scheme, yarn.original_length, target_length)
+    told = {"objective": objective, "population": population}  # and not for how long: a search may go on
+    identity = run_identity(setup, [base], [trial.plan(one) for one in known.values()], search=told)
+    with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
+        if objective == "key-tokens":
+            trial = trial.on_key_tokens(yarn, accelerator, written)
+        run = partial(trial.perplexities, accelerator=accelerator, journal=written)
+        found, history = _evolve(run, list(known.values()), population, generations, 1 + yarn.factor, seed)
+    best = min(found, key=lambda genome: (found[genome], genome))
+    provenance = {
+        **setup.provenance,
+        "trained_length": yarn.original_length,
+        "population": population,
+        "generations": generations,
+    }
+    values = {name: found[genome] for name, genome in known.items()}
+    return SearchedFactors(trial.plan(best), objective, found[best], values, tuple(history), provenance)
+
+
+def _evolve(
+    run: Any, first: list[Genome], population: int, generations: int, largest: float, seed: int
+) -> tuple[dict[Genome, float], list[dict[str, Any]]]:
+    """All genomes that were measured with their perplexities, and the course of it."""
+    draw, breeding = np.random.default_rng(seed), Breeding(largest)
+    found: dict[Genome, float] = run(first_generation(first, population, breeding, draw), name="generation 0")
+    history = [{"generation": 0, "measured": len(found), "best": min(found.values())}]
+    for generation in range(1, generations + 1):
+        parents = sorted(found, key=lambda genome: (found[genome], genome))[: population // 2]
+        children = children_of(parents, set(found), population // 2, breeding, draw)
+        found |= run(children, name=f"generation {generation} of {generations}, best {min(found.values()):.2f}")
+        history.append({"generation": generation, "measured": len(found), "best": min(found.values())})
+    return found, history
+
+
+@dataclass(frozen=True)
+class Trial:
+    """
+    What reads the documents with the factors of a genome.
+
+    Args:
+        model (`PreTrainedModel`): without a patch.
+        scheme (`PositionalScheme`): what it has.
+        setup ([`Setup`]): the documents at the target length.
+        trained_length, target_length (`int`): in tokens.
+        attention_factor (`float`): cosine and sine are multiplied by it.
+        keys ([`KeyTokens`], *optional*): the tokens that count; those of the second half where not given.
+    """
+
+    model: Any
+    scheme: PositionalScheme
+    setup: Setup
+    trained_length: int
+    target_length: int
+    attention_factor: float
+    keys: KeyTokens | None = None
+
+    def plan(self, genome: Genome) -> ExtensionPlan:
+        """What puts the factors in force."""
+        method = LongRoPE(long_factor=genome, attention_factor=self.attention_factor)
+        lengths = {"target_length": self.target_length, "original_length": self.trained_length}
+        return method.plan(self.scheme, **lengths)
+
+    def on_key_tokens(self, yarn: ExtensionPlan, accelerator: Accelerator | None, journal: RunJournal | None) -> Trial:
+        """The same, scoring the tokens that YaRN predicts much better with the long context than with a short one."""
+        reading = Reading(self.setup, yarn.method, yarn.factor, self.setup.scorer)
+        enter = partial(patch_model, self.model, yarn)
+        finder = key_search(self.setup, reading.name, None, self.trained_length, [(reading, enter)])
+        assert finder is not None
+        keys = finder.run(accelerator, journal).keys
+        if not keys.found:
+            raise EvaluationError(
+                "no token of the documents needs the long context, so there is nothing to search by; "
+                "give more documents, or objective='tail'"
+            )
+        return replace(self, keys=keys)
+
+    def perplexities(
+        self, genomes: Sequence[Genome], *, name: str, accelerator: Accelerator | None, journal: RunJournal | None
+    ) -> dict[Genome, float]:
+        """Of the tokens that count, of each genome; infinite where a document could not be read."""
+        readings = {genome: self._reading(genome) for genome in genomes}
+        states = [
+            State(name, partial(patch_model, self.model, self.plan(genome)), reading.units())
+            for genome, reading in readings.items()
+        ]
+        outcomes = measure(states, accelerator=accelerator, journal=journal)
+        found = {}
+        for genome, reading in readings.items():
+            records, failures = reading.by_document(outcomes)
+            found[genome] = math.inf if failures else self._pooled([one for (one,) in records.values()])
+        if all(map(math.isinf, found.values())):
+            reason = next(iter(readings[genomes[0]].by_document(outcomes)[1].values()), "the loss is not finite")
+            raise EvaluationError(f"no genome could be measured on every document: {reason}")
+        return found
+
+    def _reading(self, genome: Genome) -> Reading:
+        label = hashlib.sha256(repr(genome).encode()).hexdigest()[:16]
+        return Reading(self.setup, label, 1.0, self.setup.scorer, keys=self.keys)
+
+    def _pooled(self, records: list[dict[str, Any]]) -> float:
+        nll, tokens = ("tail_nll_sum", "tail_tokens") if self.keys is None else ("key_nll_sum", "key_tokens")
+        return float(pooled_perplexity([one[nll] or 0.0 for one in records], [one[tokens] or 0 for one in records]))

@@ -1,0 +1,6 @@
+"""Which method for a model: a measured sweep that begins with the diagnosis and spends where it matters."""
+
+from .recommend import recommend
+from .recommendation import Recommendation
+
+__all__ = ["Recommendation", "recommend"]

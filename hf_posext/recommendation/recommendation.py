@@ -1,0 +1,181 @@
+"""What is recommended, why, how sure that is, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.texts.files import write_atomically
+from ..plan import ExtensionPlan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXTEND, AS_IT_IS, TRUNCATE = "extend", "as it is", "truncate"
+"""The answers: a method; the model reads the target as it is; no method is worth it."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """
+    Which method a model should read longer texts with, if any. Made by [`recommend`].
+
+    Args:
+        model (`str`): its name.
+        answer (`str`): `"extend"`, `"as it is"` or `"truncate"`.
+        plan (`ExtensionPlan`): what to put in force, for `patch_model`; with `"truncate"` one that changes nothing
+            and ends at the trained length.
+        trained_length, target_length (`int`): in tokens.
+        best (`Mapping`): the line of `contenders` that reads the target best under the limit, or of all if none keeps
+            it, also where truncation is better.
+        gain (`float`): the control's tail perplexity at the target over the best contender's: above 1 the longer
+            context helps.
+        gain_ci95 (`tuple[float, float]`, *optional*): paired, over documents; `None` of one document.
+        control_documents (`int`): documents that the gain is of.
+        short_limit (`float`): the largest change of perplexity inside the trained length that was allowed.
+        contenders (`tuple[Mapping, ...]`): a line for each that was measured, those that read most first: `method`,
+            `factor`, `documents`, `perplexity_tail`, `ratio` to the best on the same documents, `ratio_ci95`,
+            `short_change`, `short_change_ci95`, `passkey`, `failure`.
+        cost (`Mapping`): `tokens` that went through the model, the `budget`, and the `exhaustive_tokens` that
+            all contenders on all documents would have taken.
+        use (`Mapping`): what the longer input costs later: `seconds` for the target length with the best contender,
+            `seconds_trained` for the trained length without, `cache_bytes_per_token` of the KV cache, or `None`.
+        left_out (`Mapping[str, str]`): reasons of the methods and contenders that were not measured.
+        notes (`tuple[str, ...]`): what else to know.
+        provenance (`Mapping`): what is needed to measure again.
+    """
+
+    model: str
+    answer: str
+    plan: ExtensionPlan
+    trained_length: int
+    target_length: int
+    best: Mapping[str, Any]
+    gain: float
+    gain_ci95: tuple[float, float] | None
+    control_documents: int
+    short_limit: float
+    contenders: tuple[Mapping[str, Any], ...]
+    cost: Mapping[str, int]
+    use: Mapping[str, float | None]
+    left_out: Mapping[str, str]
+    notes: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+    def frame(self) -> pd.DataFrame:
+        """The contenders."""
+        import pandas
+
+        return pandas.DataFrame(self.contenders)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; a number that is not finite is `None`."""
+        whole = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        text = json.dumps({**_plain(whole | {"plan": self.plan.to_dict()}), "text": self.text()}, allow_nan=False)
+        plain: dict[str, Any] = json.loads(text)
+        return plain
+
+    def save_plan(self, path: str | Path) -> Path:
+        """Write the plan to a file, for `ExtensionPlan.load`."""
+        return write_atomically(path, json.dumps(self.plan.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    def text(self) -> str:
+        """A few sentences of plain English."""
+        told = (self._answer(), self._sure(), self._inside(), self._later(), self._finetuning(), *self.notes)
+        return " ".join(filter(None, told))
+
+    def _answer(self) -> str:
+        best, many = _title(self.best), "s" if self.control_documents > 1 else ""
+        found = f"gain over truncation {self.gain:.3f}{_span(self.gain_ci95)}, {self.control_documents} document{many}"
+        if self.answer == EXTEND:
+            return f"Use {best} to read {self.target_length} tokens ({found})."
+        if self.answer == AS_IT_IS:
+            return f"Change nothing: the model reads {self.target_length} tokens as it is ({found})."
+        kept = f"Do not extend: truncate the input to the last {self.trained_length} tokens."
+        if not self.best["short_change"] <= self.short_limit:
+            return (
+                f"{kept} No contender keeps the change inside the trained length within {_percent(self.short_limit)}."
+            )
+        return f"{kept} Under the limit {best} reads {self.target_length} tokens best, yet no better ({found})."
+
+    def _sure(self) -> str:
+        others = [line for line in self.contenders if line is not self.best and line["failure"] is None]
+        kept = [line for line in others if line["short_change"] <= self.short_limit]
+        told = [self._second([line for line in kept if line["documents"] == self.best["documents"]])]
+        beyond = min((line for line in others if line not in kept), key=lambda line: line["ratio"], default=None)
+        if beyond is not None and beyond["ratio"] < 1:
+            told.append(
+                f"{_title(beyond)} reads the target better (by {_percent(1 - beyond['ratio'])}), but is over the "
+                f"limit: inside the trained length it changes perplexity by {_percent(beyond['short_change'])}."
+            )
+        return " ".join(told)
+
+    def _second(self, finalists: list[Mapping[str, Any]]) -> str:
+        if not finalists:
+            return "No other contender came as far."
+        second = min(finalists, key=lambda line: line["ratio"])
+        span = second["ratio_ci95"]
+        sure = (
+            "clearly behind" if span is not None and span[0] > 1 else "which the documents cannot tell apart from it"
+        )
+        keys = ""
+        if second["passkey"] is not None and self.best["passkey"] is not None:
+            keys = f"; it finds {second['passkey']:.0%} of the pass keys, the first {self.best['passkey']:.0%}"
+        times = f"{second['ratio']:.3f} times its perplexity{_span(span)}"
+        return f"Next is {_title(second)} with {times}, {sure}{keys}."
+
+    def _inside(self) -> str:
+        span = self.best["short_change_ci95"]
+        ends = "" if span is None else f" [{_percent(span[0])}, {_percent(span[1])}]"
+        return (
+            f"Inside the trained {self.trained_length} tokens {_title(self.best)} changes perplexity by "
+            f"{_percent(self.best['short_change'])}{ends}."
+        )
+
+    def _later(self) -> str:
+        told = []
+        seconds, trained, size = self.use["seconds"], self.use["seconds_trained"], self.use["cache_bytes_per_token"]
+        if seconds and trained:
+            told.append(
+                f"reading {self.target_length} tokens took {seconds:.2g} s here, {self.trained_length} without it "
+                f"{trained:.2g} s"
+            )
+        if size:
+            before, after = (size * length / 2**20 for length in (self.trained_length, self.target_length))
+            told.append(f"the KV cache grows from {before:.3g} to {after:.3g} MiB")
+        return f"In use, {'; '.join(told)}." if told else ""
+
+    def _finetuning(self) -> str:
+        if self.answer == EXTEND:
+            return "What fine-tuning would add was not measured: train it by hf-posext finetune and compare the two."
+        return "What fine-tuning would add was not measured."
+
+
+def title(method: str, factor: float) -> str:
+    """What a contender is called."""
+    return method if factor == 1 else f"{method} x{factor:.4g}"
+
+
+def _title(line: Mapping[str, Any]) -> str:
+    return "the model as it is" if line["method"] == "none" else title(line["method"], line["factor"])
+
+
+def _span(ends: Any) -> str:
+    """As ` [0.98, 1.01]`; nothing where there is none."""
+    return "" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
