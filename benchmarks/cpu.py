@@ -25,7 +25,8 @@ def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     layer, model, billion = ("tiny", "tiny", "tiny") if tiny else ("attention", "small", "billion")
     short = 128 if tiny else 1024
-    rows = run.part("import", lambda: costs.import_rows(1 if tiny else 2 * repeats + 1))
+    rows: list[dict[str, Any]] = []
+    rows += run.part("import", lambda: costs.import_rows(1 if tiny else 2 * repeats + 1))
     rows += run.part("patch_model", lambda: costs.patch_rows(billion, ("yarn", "self-extend")))
     rows += run.part(
         "forward",

@@ -92,7 +92,8 @@ def prefill_rows(
         layers[f"{name}, as published"] = Layer(shape, length, trained, chosen[name], published.flash, device)
     times = seconds_in_turn(layers, repeats, device)
     return [
-        row("prefill", name, length, times[name], times["plain"], error=layer.error()) for name, layer in layers.items()
+        row("prefill", name, length, times[name], times["plain"], error=layer.error())
+        for name, layer in layers.items()
     ]
 
 
@@ -100,14 +101,14 @@ def decode_rows(
     shape: str, length: int, trained: int, chosen: dict[str, Method], steps: int, device: str = "cpu"
 ) -> list[Row]:
     """One more token of the whole model with `length` tokens in its cache, against the unpatched model."""
-    runs = {name: decoder(shape, length, trained, method, device) for name, method in {"plain": None, **chosen}.items()}
+    runs = {
+        name: decoder(shape, length, trained, method, device) for name, method in {"plain": None, **chosen}.items()
+    }
     times = seconds_in_turn(runs, steps, device)
     return [row("decode", name, length, times[name], times["plain"]) for name in runs]
 
 
-def decoder(
-    shape: str, length: int, trained: int, method: Method | None, device: str
-) -> Callable[[], torch.Tensor]:
+def decoder(shape: str, length: int, trained: int, method: Method | None, device: str) -> Callable[[], torch.Tensor]:
     """Each call reads one more token."""
     model = models.llama(shape, 1000, trained, device)
     if method is not None:
@@ -131,7 +132,9 @@ def memory_rows(shape: str, length: int, repeats: int) -> list[Row]:
     needs = 5 * 4 * models.SHAPES[shape]["num_attention_heads"] * length**2 + 10**9
     ways = [Way("plain", layer_job, settings | {"name": None, "eager": False})]
     ways += [Way(name, layer_job, settings | {"name": name, "eager": False}) for name in EAGER]
-    ways += [Way(f"{name}, as published", layer_job, settings | {"name": name, "eager": True}, needs) for name in EAGER]
+    ways += [
+        Way(f"{name}, as published", layer_job, settings | {"name": name, "eager": True}, needs) for name in EAGER
+    ]
     found = read_in_turn(ways, repeats)
     plain = found["plain"]
     rows = []
@@ -144,9 +147,7 @@ def memory_rows(shape: str, length: int, repeats: int) -> list[Row]:
     return rows
 
 
-def memory_row(
-    way: str, length: int, readings: list[Reading], plain: list[Reading], ours: list[Reading] | str
-) -> Row:
+def memory_row(way: str, length: int, readings: list[Reading], plain: list[Reading], ours: list[Reading] | str) -> Row:
     memory, plain_memory = ([float(one.extra_bytes) for one in each] for each in (readings, plain))
     more: Row = {"extra_mb": statistics.median(memory) / 1e6, "memory_ratio": ratio(memory, plain_memory)}
     if not isinstance(ours, str):

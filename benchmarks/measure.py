@@ -118,9 +118,7 @@ def read_in_turn(
     return found
 
 
-def seconds_in_turn(
-    runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu"
-) -> dict[str, list[float]]:
+def seconds_in_turn(runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each function, in this process; in turns that go forth and back, after one to warm up."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):

@@ -20,9 +20,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "billion": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
 }
-"""`tiny` has larger weights, so that equal numbers say something; `small` is 256 wide and 6 layers deep; `attention` and
-`llama-3-8b` are a layer of little else than attention, the second with the heads of that model; `billion` has the shape
-of Llama-3.2-1B."""
+"""`tiny` has larger weights, so that equal numbers say something; `small` is 256 wide and 6 layers deep; `attention`
+and `llama-3-8b` are a layer of little else than attention, the second with the heads of that model; `billion` has the
+shape of Llama-3.2-1B."""
 
 BOS = "<s>"
 
@@ -31,9 +31,7 @@ def config(shape: str, vocabulary: int, trained: int = 512, **changes: Any) -> L
     return LlamaConfig(vocab_size=vocabulary, max_position_embeddings=trained, **SHAPES[shape] | changes)
 
 
-def llama(
-    shape: str, vocabulary: int, trained: int = 512, device: str = "cpu", **changes: Any
-) -> LlamaForCausalLM:
+def llama(shape: str, vocabulary: int, trained: int = 512, device: str = "cpu", **changes: Any) -> LlamaForCausalLM:
     """A Llama of random weights: float32 on the CPU, bfloat16 on a GPU."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -46,9 +46,7 @@ def exact(method: Any, states: tuple[torch.Tensor, ...], inv_freq: torch.Tensor,
     cos, sin = angle.cos(), angle.sin()
     found = []
     for head, states_of_head in enumerate(query[:, rows]):
-        (a, b), (c, d) = (
-            each.split(half, -1) for each in (states_of_head[:, None], key[head // groups][None])
-        )
+        (a, b), (c, d) = (each.split(half, -1) for each in (states_of_head[:, None], key[head // groups][None]))
         scores = ((a * c + b * d) * cos + (a * d - b * c) * sin).sum(-1) * query.shape[-1] ** -0.5
         weights = scores.masked_fill(keys > rows[:, None], -torch.inf).softmax(-1)
         found.append(weights @ value[head // groups])
