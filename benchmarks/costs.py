@@ -52,7 +52,7 @@ def patch_rows(shape: str, methods: tuple[str, ...]) -> list[Row]:
     """`patch_model` on a model of which it may copy nothing; remapping methods run it on a few tokens, as a check."""
     rows = []
     for method in methods:
-        way = Way(method, patching, {"shape": shape, "method": method}, needs=6 * 10**9 if shape == "billion" else 0)
+        way = Way(method, patching, {"shape": shape, "method": method}, needs=7 * 10**9 if shape == "billion" else 0)
         reading = read_in_child(way)
         row: Row = {"what": "patch_model", "way": method}
         if isinstance(reading, str):
@@ -84,13 +84,13 @@ def patching(shape: str, method: str) -> Callable[[], Row]:
 
 
 def filled(shape: str) -> LlamaForCausalLM:
-    """A model in bfloat16 whose weights repeat a block of random numbers, as drawing a billion takes a minute."""
+    """A model whose weights repeat a block of random numbers, as drawing a billion takes a minute."""
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(models.config(shape, 128_256, trained=8192), dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(models.config(shape, 128_256, trained=8192), dtype=torch.float32)
     model = model.to_empty(device="cpu")
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    block = (torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) / 50).to(torch.bfloat16)
+    block = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) / 50
     for parameter in model.parameters():
         flat = parameter.data.view(-1)
         if parameter.ndim == 1:

@@ -29,7 +29,7 @@ against ours at 32k; of the whole model patched against unpatched at 32k; GiB fo
 
 
 def measure(run: Run, tiny: bool, repeats: int, device: str) -> dict[str, Any]:
-    """All parts, in order; whatever has run out of memory is left out."""
+    """All parts, in order."""
     shape, model = ("tiny", "tiny") if tiny else ("llama-3-8b", "billion")
     shrink = 64 if tiny else 1
     trained = TRAINED // shrink
@@ -44,6 +44,8 @@ def measure(run: Run, tiny: bool, repeats: int, device: str) -> dict[str, Any]:
         rows += run.part(f"decode {length}", lambda s=sizes: forwards.decode_rows(*s))
     rows += run.part("model", lambda: forwards.forward_rows(model, WHOLE // shrink, trained, chosen, repeats, device))
     console().print(rows_table(rows, f"On {run.content['machine']['gpu'] or 'no GPU'}"), "")
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what follows runs in processes of their own
     sweeps = [sweep.tiny() if tiny else sweep for sweep in GPU_SWEEPS]
     found = [run.part(f"perplexity {n}", lambda one=one: measure_sweep(one, repeats)) for n, one in enumerate(sweeps)]
     return run.finish(goals(rows, shrink) + perplexity_goals(found))

@@ -73,10 +73,10 @@ class Run:
     """
 
     def __init__(self, name: str, settings: dict[str, Any], path: Path | None) -> None:
-        flags = "".join(f" --{key} {value}" for key, value in settings.items() if value is not True)
-        switches = "".join(f" --{key}" for key, value in settings.items() if value is True)
+        given = {key: "" if value is True else f" {value}" for key, value in settings.items() if value is not False}
+        flags = "".join(f" --{key}{value}" for key, value in given.items())
         self.path = path
-        self.content = {"command": f"python benchmarks/{name}.py{flags}{switches}", "machine": machine(), "parts": {}}
+        self.content = {"command": f"python benchmarks/{name}.py{flags}", "machine": machine(), "parts": {}}
         if self._partial is not None and self._partial.exists():
             before = json.loads(self._partial.read_text(encoding="utf-8"))
             if self._key(before) == self._key(self.content):

@@ -137,6 +137,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     again.finish([])
     assert [each.name for each in tmp_path.iterdir()] == ["some.json"]
     assert json.loads(path.read_text())["command"] == "python benchmarks/some.py --repeats 1"
+    command = output.Run("some", {"tiny": True, "quick": False}, None).content["command"]
+    assert command == "python benchmarks/some.py --tiny"
 
 
 def test_page_is_what_the_results_give() -> None:
@@ -150,7 +152,9 @@ def test_page_is_what_the_results_give() -> None:
 def test_results_say_what_they_are(name: str, results: Results) -> None:
     """With goals in which nothing is amiss, and a page that shows them."""
     found = results.of(name)
-    assert found["command"].startswith(f"python benchmarks/{name}.py ") and str(results.folder) not in found["command"]
+    assert (
+        found["command"].startswith(f"python benchmarks/{name}.py --") and str(results.folder) not in found["command"]
+    )
     assert found["machine"]["date"] and found["machine"]["versions"]["torch"] and "gpu" in found["machine"]
     assert found["goals"]
     for goal in found["goals"]:
