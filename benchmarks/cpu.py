@@ -26,12 +26,12 @@ def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
     layer, model, billion = ("tiny", "tiny", "tiny") if tiny else ("attention", "small", "billion")
     short = 128 if tiny else 1024
     rows: list[dict[str, Any]] = []
-    rows += run.part("import", lambda: costs.import_rows(1 if tiny else 2 * repeats + 1))
+    rows += run.part("import", lambda: costs.import_rows(repeats))
     rows += run.part("patch_model", lambda: costs.patch_rows(billion, ("yarn", "self-extend")))
     rows += run.part(
         "forward",
         lambda: forwards.forward_rows(
-            model, short, short // 8, forwards.frequency_methods(model, short), 1 if tiny else 4 * repeats + 1
+            model, short, short // 8, forwards.frequency_methods(model, short), 1 if tiny else 2 * repeats + 1
         ),
     )
     for length in (512,) if tiny else (4096, 8192):
