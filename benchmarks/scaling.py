@@ -17,6 +17,7 @@ import models
 import numpy as np
 from forwards import FACTOR, trunk
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from measure import Way, read_in_turn
 from output import RESULTS, Run, console, figure, goal, goals_table, table
 from scipy.optimize import nnls
@@ -106,6 +107,8 @@ def plot(curves: Sequence[dict[str, Any]], path: Path) -> None:
             axes.plot(one["lengths"], one[key], mark, color=colour, markersize=5, label=one["way"])
         axes.set(xscale="log", yscale="log", xlabel="length in tokens", ylabel=label)
         axes.set_xticks(curves[0]["lengths"], [f"{n:,}" for n in curves[0]["lengths"]])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.set_title("Time: points measured, lines a L + b L²", fontsize=10)
