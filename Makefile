@@ -15,7 +15,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_EVALUATE_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test sweep test-floor test-lm-eval test-app lint format card story clean
+.PHONY: demo test sweep test-floor test-lm-eval test-app bench bench-page lint format card story clean
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
@@ -60,6 +60,17 @@ test-app: .venv/.app
 .venv/.app: $(READY)
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[app]' playwright
 	touch $@
+
+# Some 20 minutes and 14 GB, on a machine with nothing else to do; the peers are in benchmarks/requirements.txt.
+# One with a GPU runs benchmarks/gpu.py as well, and then bench-page.
+bench: $(READY)
+	.venv/bin/python benchmarks/perplexity.py
+	.venv/bin/python benchmarks/cpu.py
+	.venv/bin/python benchmarks/scaling.py
+	$(MAKE) bench-page
+
+bench-page: $(READY)
+	.venv/bin/python benchmarks/page.py
 
 test-floor: $(FLOOR)
 	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract

@@ -10,7 +10,7 @@ from typing import Any
 
 import models
 import torch
-from measure import Way, cpu_seconds, read_in_child
+from measure import Way, read_in_child, seconds
 from transformers import LlamaForCausalLM
 
 from hf_posext import patch_model
@@ -43,8 +43,8 @@ def import_rows(repeats: int) -> list[Row]:
     baseline = statistics.median(found[BASELINE])
     rows = []
     for statement, times in found.items():
-        seconds = statistics.median(times)
-        rows.append({"what": "import", "way": statement, "cpu_seconds": seconds, "time_ratio": seconds / baseline})
+        taken = statistics.median(times)
+        rows.append({"what": "import", "way": statement, "seconds": taken, "time_ratio": taken / baseline})
     return rows
 
 
@@ -52,7 +52,7 @@ def patch_rows(shape: str, methods: tuple[str, ...]) -> list[Row]:
     """`patch_model` on a model of which it may copy nothing; remapping methods run it on a few tokens, as a check."""
     rows = []
     for method in methods:
-        way = Way(method, patching, {"shape": shape, "method": method}, needs=6 * 10**9 if shape == "billion" else 0)
+        way = Way(method, patching, {"shape": shape, "method": method}, needs=7 * 10**9 if shape == "billion" else 0)
         reading = read_in_child(way)
         row: Row = {"what": "patch_model", "way": method}
         if isinstance(reading, str):
@@ -71,11 +71,11 @@ def patching(shape: str, method: str) -> Callable[[], Row]:
 
     def run() -> Row:
         made = []
-        seconds = cpu_seconds(lambda: made.append(patch_model(model, method, factor=8)))
+        taken = seconds(lambda: made.append(patch_model(model, method, factor=8)))
         kept = weights == [parameter.data_ptr() for parameter in model.parameters()]
         return {
-            "cpu_seconds": seconds,
-            "undo_seconds": cpu_seconds(made[0].undo),
+            "seconds": taken,
+            "undo_seconds": seconds(made[0].undo),
             "parameters": model.num_parameters(),
             "weights_in_place": kept,
         }
@@ -84,13 +84,13 @@ def patching(shape: str, method: str) -> Callable[[], Row]:
 
 
 def filled(shape: str) -> LlamaForCausalLM:
-    """A model in bfloat16 whose weights repeat a block of random numbers, as drawing a billion takes a minute."""
+    """A model whose weights repeat a block of random numbers, as drawing a billion takes a minute."""
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(models.config(shape, 128_256, trained=8192), dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(models.config(shape, 128_256, trained=8192), dtype=torch.float32)
     model = model.to_empty(device="cpu")
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    block = (torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) / 50).to(torch.bfloat16)
+    block = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) / 50
     for parameter in model.parameters():
         flat = parameter.data.view(-1)
         if parameter.ndim == 1:

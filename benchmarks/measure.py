@@ -39,12 +39,14 @@ class Way:
         job (`Job`): a function of a module.
         settings (`dict`): its arguments.
         needs (`int`): bytes without which it is not tried.
+        once (`bool`): whether it is read in the first turn only.
     """
 
     name: str
     job: Job
     settings: dict[str, Any] = field(default_factory=dict)
     needs: int = 0
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ class Reading:
     Args:
         cpu_seconds (`float`): user and system time of the process.
         seconds (`float`): on the clock.
-        extra_bytes (`int`): peak of memory above what was in use when the measured function began; of the GPU's own
-            memory there.
+        peak_bytes (`int`): peak of memory; of the GPU's own memory there.
+        extra_bytes (`int`): the same above what was in use when the measured function began.
         value (`Any`): what the function returned.
     """
 
     cpu_seconds: float
     seconds: float
+    peak_bytes: int
     extra_bytes: int
     value: Any
 
@@ -77,7 +80,8 @@ def read(job: Job, settings: dict[str, Any]) -> Reading | str:
         if on_gpu:
             torch.cuda.synchronize()
         cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
-        return Reading(cpu, clock, (_gpu_bytes() if on_gpu else _resident_bytes()) - before, value)
+        peak = _gpu_bytes() if on_gpu else _resident_bytes()
+        return Reading(cpu, clock, peak, peak - before, value)
     except torch.OutOfMemoryError:
         return "out of memory"
     except ModuleNotFoundError as error:
@@ -103,10 +107,10 @@ def read_in_turn(
 ) -> dict[str, list[Reading] | str]:
     """Readings of each way, one of each before the next of any; a way that cannot run is not tried again."""
     found: dict[str, list[Reading] | str] = {way.name: [] for way in ways}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for way in ways:
             so_far = found[way.name]
-            if isinstance(so_far, str):
+            if isinstance(so_far, str) or (turn and way.once):
                 continue
             reading = read_in_child(way)
             found[way.name] = reading if isinstance(reading, str) else [*so_far, reading]
@@ -114,27 +118,33 @@ def read_in_turn(
     return found
 
 
-def seconds_in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Processor seconds of each function, in this process; in turns that go forth and back, after one to warm up."""
+def seconds_in_turn(runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each function, in this process; in turns that go forth and back, after one to warm up."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name in list(runs) if turn % 2 else list(runs)[::-1]:
-            seconds = cpu_seconds(runs[name])
+            taken = seconds(runs[name], device)
             if turn:
-                found[name].append(seconds)
+                found[name].append(taken)
     return found
 
 
-def cpu_seconds(run: Callable[[], Any]) -> float:
-    """Processor seconds of one call, in this process."""
-    start = time.process_time()
+def seconds(run: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call, in this process: of the processor, or with a GPU until that has finished."""
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     run()
-    return time.process_time() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def ratio(ours: list[float], others: list[float]) -> float | None:
     """The median of the ratios of what was read in the same turn; `None` where there was nothing."""
-    pairs = [a / b for a, b in zip(ours, others, strict=True) if b > 0]
+    pairs = [a / b for a, b in zip(ours, others, strict=False) if b > 0]
     return statistics.median(pairs) if pairs else None
 
 

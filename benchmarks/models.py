@@ -13,28 +13,30 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 2, "initializer_range": 0.2},
     "small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
     | {"num_key_value_heads": 2},
-    "attention": {"hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 8}
+    "attention": {"hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 8}
     | {"num_key_value_heads": 2},
+    "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8},
     "billion": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
 }
-"""`tiny` has larger weights, so that equal numbers say something; `small` is 256 wide and 6 layers deep, `attention`
-little else than attention, and `billion` has the shape of Llama-3.2-1B."""
-
+"""`tiny` has larger weights, so that equal numbers say something; `small` is 256 wide and 6 layers deep; `attention`
+and `llama-3-8b` are a layer of little else than attention, the second with the heads of that model; `billion` has the
+shape of Llama-3.2-1B."""
 
 BOS = "<s>"
 
 
-def config(shape: str, vocabulary: int, trained: int = 512) -> LlamaConfig:
-    return LlamaConfig(vocab_size=vocabulary, max_position_embeddings=trained, **SHAPES[shape])
+def config(shape: str, vocabulary: int, trained: int = 512, **changes: Any) -> LlamaConfig:
+    return LlamaConfig(vocab_size=vocabulary, max_position_embeddings=trained, **SHAPES[shape] | changes)
 
 
-def llama(shape: str, vocabulary: int, trained: int = 512, device: str = "cpu") -> LlamaForCausalLM:
+def llama(shape: str, vocabulary: int, trained: int = 512, device: str = "cpu", **changes: Any) -> LlamaForCausalLM:
     """A Llama of random weights: float32 on the CPU, bfloat16 on a GPU."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config(shape, vocabulary, trained), dtype=dtype)
+        model = LlamaForCausalLM._from_config(config(shape, vocabulary, trained, **changes), dtype=dtype)
     return model.eval()
 
 

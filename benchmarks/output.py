@@ -6,7 +6,8 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,19 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def _commit() -> str | None:
+    """Of the working tree, where it is one."""
+    try:
+        said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return said.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:
@@ -51,9 +62,54 @@ def goal(what: str, found: float | None, *, at_most: float | None = None, at_lea
     return {"what": what, **bound, "found": found, "met": met}
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+class Run:
+    """
+    A result that is written part by part, so that a run which was killed goes on where it stopped.
+
+    Args:
+        name (`str`): of the script and of its result file.
+        settings (`dict`): a run goes on only from parts with the same, made by the same commit and versions.
+        path (`Path`, *optional*): the result file; nothing is written without one.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any], path: Path | None) -> None:
+        given = {key: "" if value is True else f" {value}" for key, value in settings.items() if value is not False}
+        flags = "".join(f" --{key}{value}" for key, value in given.items())
+        self.path = path
+        self.content = {"command": f"python benchmarks/{name}.py{flags}", "machine": machine(), "parts": {}}
+        if self._partial is not None and self._partial.exists():
+            before = json.loads(self._partial.read_text(encoding="utf-8"))
+            if self._key(before) == self._key(self.content):
+                self.content = before
+
+    @property
+    def _partial(self) -> Path | None:
+        return self.path and self.path.with_suffix(".partial.json")
+
+    def _key(self, content: dict[str, Any]) -> Any:
+        return content["command"], content["machine"]["commit"], content["machine"]["versions"]
+
+    def part(self, name: str, make: Callable[[], Any]) -> Any:
+        """What a part has found, now or before the run was killed."""
+        if name not in self.content["parts"]:
+            self.content["parts"][name] = make()
+            if self._partial is not None:
+                self._write(self._partial)
+        return self.content["parts"][name]
+
+    def finish(self, goals: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Write the result in full, with its goals."""
+        self.content["goals"] = list(goals)
+        if self.path is not None and self._partial is not None:
+            self._write(self.path)
+            self._partial.unlink(missing_ok=True)
+        return self.content
+
+    def _write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        fresh.replace(path)
 
 
 def console(stderr: bool = False) -> Console:
@@ -72,6 +128,21 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
 
 def figure(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def rows_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """What was measured of layers, models and imports."""
+    lines = []
+    for row in rows:
+        name = f"{row['what']}: {row['way']}".replace("from transformers import ", "transformers, ")
+        length = figure(row.get("length"), 0)
+        if "left_out" in row:
+            lines.append((name, length, str(row["left_out"])))
+            continue
+        error = f"{row['error']:.0e}" if "error" in row else "-"
+        figures = figure(1000 * row["seconds"], 1), figure(row.get("time_ratio"))
+        lines.append((name, length, *figures, figure(row.get("extra_mb"), 0), error))
+    return table(title, ("", "tokens", "ms", "x time", "extra MB", "error"), lines)
 
 
 def goals_table(goals: Sequence[dict[str, Any]]) -> Table:

@@ -1,8 +1,7 @@
 """What the perplexity of one long document costs, beside its peers: same model, same tokens, same windows.
 
-    python benchmarks/perplexity.py                       # CPU, some 15 minutes and 13 GB; table, and JSON in results/
-    python benchmarks/perplexity.py --suite gpu           # 1.2 B parameters, 32k and 128k tokens
-    python benchmarks/perplexity.py --suite gpu --tiny    # the same steps in seconds, on the CPU
+    python benchmarks/perplexity.py          # some 7 minutes and 14 GB; a table, and JSON in results/
+    python benchmarks/perplexity.py --tiny   # the same steps in seconds, on a model that shows nothing
 
 The peers lm_eval and longppl are optional: pip install -r benchmarks/requirements.txt
 """
@@ -11,17 +10,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from measure import Reading, Way, ratio, read_in_turn
-from output import RESULTS, console, figure, goal, goals_table, machine, table, write
+from output import RESULTS, Run, console, figure, goal, goals_table, table
 from peers import job
-from tqdm.auto import tqdm
 
 OURS = "hf_posext"
+REPEATED = (OURS, "floor")
+"""Ways that are read in every turn; the others, whose distance is large, only in the first."""
+
 COPIES = {"full logits": 2, "evaluate": 3, "longppl": 2, "docs recipe": 2, "lm_eval": 2}
 """Float32 matrices of length x vocabulary that a way holds at its peak."""
 
@@ -69,50 +69,35 @@ class Sweep:
         settings = {"way": name, "task": task, "shape": self.shape, "vocabulary": self.vocabulary}
         settings |= {"tokens": self.tokens, "device": self.device}
         needs = 4 * self.vocabulary * (COPIES.get(name, 0) * self.lengths[-1] + 2 * 256) + 10**9
-        return Way(name, job, settings, needs)
+        return Way(name, job, settings, needs, once=name not in REPEATED)
 
 
-PREFIX = ("floor", "full logits", "evaluate", "longppl")
-SUITES = {
-    "cpu": (
-        Sweep(
-            "prefix",
-            32_000,
-            16_384,
-            (512, 1024, 2048, 4096, 8192, 16_384),
-            PREFIX,
-            {"floor": (1.10,), "full logits": (1.7, 15)},
-        ),
-        Sweep(
-            "prefix",
-            128_256,
-            8192,
-            (512, 1024, 2048, 4096, 8192),
-            PREFIX,
-            {"floor": (1.10,), "full logits": (2.5, 20)},
-        ),
-        Sweep("sliding", 32_000, 4096, (512, 1024, 2048), ("docs recipe",), {}, stride=256),
-        Sweep("rolling", 32_000, 4096, (512, 1024, 2048), ("lm_eval",), {}),
-        Sweep("rolling", 128_256, 4096, (512, 1024, 2048), ("lm_eval",), {}),
-    ),
-    "gpu": tuple(
-        Sweep("prefix", 128_256, length, (length,), ("floor", "full logits"), {}, shape="billion", device="cuda")
-        for length in (32_768, 131_072)
-    ),
-}
+PEERS = ("floor", "full logits", "evaluate", "longppl")
+FLOOR = {"floor": (1.10,)}
+CPU_SWEEPS = (
+    Sweep("prefix", 32_000, 16_384, (512, 1024, 2048, 4096, 8192, 16_384), PEERS, {**FLOOR, "full logits": (1.7, 15)}),
+    Sweep("prefix", 128_256, 8192, (512, 1024, 2048, 4096, 8192), PEERS[:2], {**FLOOR, "full logits": (2.5, 20)}),
+    Sweep("sliding", 32_000, 4096, (512, 1024, 2048), ("docs recipe",), {}, stride=256),
+    Sweep("rolling", 32_000, 4096, (512, 1024, 2048), ("lm_eval",), {}),
+    Sweep("rolling", 128_256, 4096, (512, 1024, 2048), ("lm_eval",), {}),
+)
+GPU_SWEEPS = tuple(
+    Sweep("prefix", 128_256, length, (length,), PEERS[:2], {}, shape="billion", device="cuda")
+    for length in (32_768, 131_072)
+)
 
 
 def measure(sweep: Sweep, repeats: int) -> dict[str, Any]:
     """A row for each way, and the goals."""
-    ways = [sweep.way(name) for name in (OURS, *sweep.ways)]
-    with tqdm(total=repeats * len(ways), desc=sweep.name, file=sys.stderr, leave=False) as progress:
-        found = read_in_turn(ways, repeats, lambda way: progress.update())
+    found = read_in_turn([sweep.way(name) for name in (OURS, *sweep.ways)], repeats)
     time = "seconds" if sweep.device == "cuda" else "cpu_seconds"
     ours = found[OURS]
     if isinstance(ours, str):
         raise SystemExit(f"{sweep.name}: {ours}")
     rows = {name: row(readings, ours, time) for name, readings in found.items()}
-    return {"name": sweep.name, **asdict(sweep), "rows": rows, "goals": goals(sweep, rows)}
+    measured = {"name": sweep.name, **asdict(sweep), "rows": rows, "goals": goals(sweep, rows)}
+    console().print(sweep_table(measured), "")
+    return measured
 
 
 def row(readings: list[Reading] | str, ours: list[Reading], time: str) -> dict[str, Any]:
@@ -122,10 +107,11 @@ def row(readings: list[Reading] | str, ours: list[Reading], time: str) -> dict[s
     times, our_times = ([getattr(one, time) for one in each] for each in (readings, ours))
     pairs = zip(readings[0].value, ours[0].value, strict=bool(readings[0].value))
     return {
-        "runs": len(readings),
+        "readings": len(readings),
         "cpu_seconds": statistics.median(one.cpu_seconds for one in readings),
         "seconds": statistics.median(one.seconds for one in readings),
         "extra_mb": statistics.median(one.extra_bytes for one in readings) / 1e6,
+        "peak_gib": statistics.median(one.peak_bytes for one in readings) / 2**30,
         "time_ratio": ratio(times, our_times),
         "time_ratios": [a / b for a, b in zip(times, our_times, strict=False)],
         "memory_ratio": ratio([one.extra_bytes for one in readings], [one.extra_bytes for one in ours]),
@@ -147,27 +133,6 @@ def goals(sweep: Sweep, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
     return [*listed, goal(f"NLL apart: {sweep.name}", max(apart, default=None), at_most=1e-5)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, default="cpu")
-    parser.add_argument("--tiny", action="store_true", help="a small model and a short text, on the CPU")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON; results/perplexity_<suite>.json if not given")
-    args = parser.parse_args()
-    before, sweeps = machine(), []
-    screen = console()
-    for sweep in SUITES[args.suite]:
-        found = measure(sweep.tiny() if args.tiny else sweep, args.repeats)
-        sweeps.append(found)
-        screen.print(sweep_table(found), "")
-    result = {"suite": args.suite, "tiny": args.tiny, "repeats": args.repeats, "machine": before, "sweeps": sweeps}
-    result["goals"] = [one for found in sweeps for one in found["goals"]]
-    if result["goals"]:
-        screen.print(goals_table(result["goals"]))
-    if args.output or not args.tiny:
-        write(args.output or RESULTS / f"perplexity_{args.suite}.json", result)
-
-
 def sweep_table(found: dict[str, Any]) -> Any:
     lines = []
     for name, each in found["rows"].items():
@@ -179,6 +144,20 @@ def sweep_table(found: dict[str, Any]) -> Any:
         lines.append((name, *times, figure(each["time_ratio"]), figure(each["memory_ratio"], 1), far))
     heads = ("", "CPU s", "clock s", "extra MB", "x time", "x memory", "NLL apart")
     return table(found["name"], heads, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON; results/perplexity.json if not given")
+    args = parser.parse_args()
+    path = args.output or (None if args.tiny else RESULTS / "perplexity.json")
+    run = Run("perplexity", {"repeats": args.repeats, "tiny": args.tiny}, path)
+    sweeps = [sweep.tiny() if args.tiny else sweep for sweep in CPU_SWEEPS]
+    found = [run.part(str(number), lambda one=one: measure(one, args.repeats)) for number, one in enumerate(sweeps)]
+    run.finish([goal for sweep in found for goal in sweep["goals"]])
+    console().print(goals_table(run.content["goals"]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
-"""Time and memory by length: attention is quadratic in time, and all else linear, patched or not."""
+"""Time and memory by length: attention is quadratic in time, and all else linear, patched or not.
+
+python benchmarks/scaling.py          # some 4 minutes and 2 GB; a table, JSON in results/, a picture in docs/images/
+python benchmarks/scaling.py --tiny   # the same steps in seconds, on a model that shows nothing
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,41 +17,65 @@ import models
 import numpy as np
 from forwards import FACTOR, trunk
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from measure import Way, read_in_turn
+from output import RESULTS, Run, console, figure, goal, goals_table, table
 from scipy.optimize import nnls
 
 from hf_posext import patch_model
 from hf_posext.evaluation.scoring.scorer import TokenScorer
 
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "scaling.png"
 VOCABULARY = 32_000
 WAYS = {"forward": None, "forward, yarn": "yarn", "forward, self-extend": "self-extend", "perplexity": None}
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+"""Of Okabe and Ito: told apart by colour-blind readers."""
+
+MARKS = "os^D"
+FIT = 0.15
+"""Goal: how far a reading may lie from the curve."""
 
 
-def scaling(lengths: Sequence[int], shape: str, repeats: int) -> list[dict[str, Any]]:
+def measure(run: Run, tiny: bool) -> dict[str, Any]:
     """For each way its readings, and a fit of each: seconds = a L + b L^2, and megabytes = c + d L."""
-    settings = {"shape": shape, "trained": lengths[-1] // FACTOR}
-    curves = []
-    for name in WAYS:
-        ways = [Way(str(length), job, settings | {"name": name, "length": length}) for length in lengths]
-        readings = {int(length): found for length, found in read_in_turn(ways, repeats).items()}
-        seconds = [statistics.median(one.cpu_seconds for one in readings[length]) for length in lengths]
-        megabytes = [statistics.median(one.extra_bytes for one in readings[length]) / 1e6 for length in lengths]
-        curves.append(
-            {
-                "way": name,
-                "lengths": list(lengths),
-                "cpu_seconds": seconds,
-                "extra_mb": megabytes,
-                "time_fit": fit(lengths, seconds, (1, 2)),
-                "memory_fit": fit(lengths, megabytes, (0, 1)),
-            }
-        )
-    return curves
+    lengths = (128, 256, 512) if tiny else (1024, 2048, 4096, 8192, 16_384)
+    shape = "tiny" if tiny else "small"
+    curves = [run.part(name, lambda name=name: curve(name, lengths, shape)) for name in WAYS]
+    lines = [
+        (one["way"], *(figure(number) for number in one["seconds"]), figure(one["extra_mb"][-1], 0)) for one in curves
+    ]
+    heads = ("CPU seconds at", *(f"{length:,}" for length in lengths), "MB at last")
+    console().print(table("One thread", heads, lines), "")
+    fits = {"time": "a L + b L²", "memory": "c + d L"}
+    return run.finish(
+        [
+            goal(f"{kind} off {formula}", max(one[f"{kind}_fit"]["largest_residual"] for one in curves), at_most=FIT)
+            for kind, formula in fits.items()
+        ]
+    )
+
+
+def curve(name: str, lengths: Sequence[int], shape: str) -> dict[str, Any]:
+    """Short lengths are read three times."""
+    settings = {"shape": shape, "trained": lengths[-1] // FACTOR, "name": name}
+    ways = [Way(str(n), job, settings | {"length": n}, once=n > lengths[-1] // 4) for n in lengths]
+    found = read_in_turn(ways, 3)
+    readings = [found[way.name] for way in ways]
+    seconds = [statistics.median(one.cpu_seconds for one in each) for each in readings]
+    megabytes = [statistics.median(one.extra_bytes for one in each) / 1e6 for each in readings]
+    return {
+        "way": name,
+        "lengths": list(lengths),
+        "seconds": seconds,
+        "extra_mb": megabytes,
+        "time_fit": fit(lengths, seconds, (1, 2)),
+        "memory_fit": fit(lengths, megabytes, (0, 1)),
+    }
 
 
 def job(name: str, length: int, shape: str, trained: int) -> Callable[[], object]:
     """A forward of the trunk over `length` tokens, or the NLL of each of them."""
-    model = models.llama(shape, VOCABULARY, trained=trained)
+    model = models.llama(shape, VOCABULARY, trained)
     if WAYS[name] is not None:
         patch_model(model, WAYS[name], factor=FACTOR)
     run = TokenScorer(model).token_nll if name == "perplexity" else partial(trunk, model)
@@ -67,19 +96,40 @@ def fit(lengths: Sequence[int], values: Sequence[float], powers: tuple[int, int]
 
 def plot(curves: Sequence[dict[str, Any]], path: Path) -> None:
     """Readings as points, fits as lines, both axes logarithmic."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, key, label in ((left, "cpu_seconds", "processor seconds"), (right, "extra_mb", "peak memory above, MB")):
-        for number, curve in enumerate(curves):
-            found = curve["time_fit" if key == "cpu_seconds" else "memory_fit"]
-            dense = np.geomspace(curve["lengths"][0], curve["lengths"][-1], 50)
-            line = sum(c * dense**p for c, p in zip(found["coefficients"], found["powers"], strict=True))
-            axes.plot(dense, line, color=f"C{number}", linewidth=1)
-            axes.plot(curve["lengths"], curve[key], "o", color=f"C{number}", markersize=4, label=curve["way"])
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+    picture = Figure(figsize=(9.5, 4), layout="constrained")
+    left, right = picture.subplots(1, 2)
+    sides = ((left, "seconds", "time_fit", "processor seconds"), (right, "extra_mb", "memory_fit", "megabytes"))
+    for axes, key, fitted, label in sides:
+        for one, colour, mark in zip(curves, COLOURS, MARKS, strict=True):
+            dense = np.geomspace(one["lengths"][0], one["lengths"][-1], 50)
+            terms = zip(one[fitted]["coefficients"], one[fitted]["powers"], strict=True)
+            axes.plot(dense, sum(c * dense**p for c, p in terms), color=colour, linewidth=1.2)
+            axes.plot(one["lengths"], one[key], mark, color=colour, markersize=5, label=one["way"])
+        axes.set(xscale="log", yscale="log", xlabel="length in tokens", ylabel=label)
         axes.set_xticks(curves[0]["lengths"], [f"{n:,}" for n in curves[0]["lengths"]])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+    left.set_title("Time: points measured, lines a L + b L²", fontsize=10)
+    right.set_title("Extra memory: points measured, lines c + d L", fontsize=10)
     left.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    picture.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--output", type=Path, help="JSON; results/scaling.json if not given")
+    parser.add_argument("--picture", type=Path, help="PNG; docs/images/scaling.png if not given")
+    args = parser.parse_args()
+    path = args.output or (None if args.tiny else RESULTS / "scaling.json")
+    found = measure(Run("scaling", {"tiny": args.tiny}, path), args.tiny)
+    console().print(goals_table(found["goals"]))
+    if args.picture or not args.tiny:
+        plot(list(found["parts"].values()), args.picture or PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,7 @@ from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
 from hf_posext.patching.banded_attention import Branch, banded_attention, belongs
 from hf_posext.plan import Part, PositionMap
 
-from .conftest import EXAMPLES, tiny_llama, tokens
+from .conftest import tiny_llama, tokens
 
 PLAIN, FAR = PositionMap(), PositionMap(rate=0)
 BANDS: dict[str, tuple[Part, ...]] = {
@@ -118,12 +115,3 @@ def test_memory_is_linear(learning: bool, method: Any, monkeypatch: pytest.Monke
         sizes.append(largest.elements)
     assert sizes[0] < 2048 * 256 and sizes[1] == 4096 * 128, "at 4096 tokens the logits are the largest"
     assert held[1] <= 2.1 * held[0]
-
-
-def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    result = tmp_path / "remapping_cpu.json"
-    monkeypatch.setattr("sys.argv", ["remapping_cpu.py", "--length", "64", "--threads", "1", "--output", str(result)])
-    runpy.run_path(str(EXAMPLES.parent / "benchmarks" / "remapping_cpu.py"), run_name="__main__")
-    rows = json.loads(result.read_text())["rows"]
-    assert {row["method"] for row in rows} == {"plain", "rerope", "self-extend", "dual-chunk"}
-    assert all(row["seconds"] > 0 for row in rows) and "rerope" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.evaluation.scoring import heads, scorer
 from hf_posext.evaluation.scoring.boundaries import check_positions
+from hf_posext.evaluation.scoring.heads import SlicedHead
 from hf_posext.evaluation.scoring.scorer import TokenScorer
 from hf_posext.patching.detect import detect_scheme
 from hf_posext.patching.modes import evaluation_mode
@@ -42,7 +43,8 @@ the model's prefix has it: a decoder inside, or under another name."""
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Seven rows of logits at a time, so that 50 tokens take eight slices, the last a shorter one."""
-    monkeypatch.setattr(scorer, "LOGITS_BUDGET", 7 * 4 * 128)
+    monkeypatch.setattr(scorer, "LOGITS_ROWS", 7)
+    monkeypatch.setattr(scorer, "CACHED_BYTES", 3 * 4 * 128)
     yield 7
 
 
@@ -198,8 +200,21 @@ def test_prompt_tuning_is_refused() -> None:
         TokenScorer(get_peft_model(tiny_llama(), config))
 
 
-def test_large_vocabulary_and_tokens_at_both_ends() -> None:
+def test_slices_lie_in_the_same_memory(llama: LlamaForCausalLM) -> None:
+    """Unless the head is more than a product: here it has a bias, so that its own forward runs."""
+    for bias in (False, True):
+        llama.lm_head = nn.Linear(llama.config.hidden_size, llama.config.vocab_size, bias=bias)
+        trunk = SlicedHead(llama, llama.model)
+        with torch.inference_mode():
+            read = trunk.read(tokens(20), use_cache=False)
+            first, second = (trunk.logits(read, *bounds) for bounds in ((0, 12), (12, 20)))
+            assert (first.data_ptr() == second.data_ptr()) is not bias
+            assert torch.allclose(second, llama(tokens(20)).logits[:, 12:], atol=1e-6)
+
+
+def test_large_vocabulary_and_tokens_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Token ids above 65,535, which two bytes do not hold; 300 tokens take three slices of 119 rows."""
+    monkeypatch.setattr(scorer, "LOGITS_ROWS", 119)
     vocabulary = 70_000
     model = tiny_llama(vocab_size=vocabulary, hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
     ids = torch.randint(0, vocabulary, (1, 300), generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from ...errors import InvalidParameterError, UnsupportedModelError
 from ...patching import find_patch
 from .distribution import shares_texts
 from .heads import deviation
-from .scorer import Memory, TokenScorer
+from .scorer import Memory, TokenScorer, logits_nll
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -100,11 +100,9 @@ class ContextParallelScorer(TokenScorer):
 
             def score(begin: int, end: int) -> None:
                 logits = head.logits(read, begin, end)
-                wanted = targets[:, begin:end].flatten()
-                loss = F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="none")
-                own[:, begin:end] = loss.view(rows, end - begin)
+                own[:, begin:end] = logits_nll(logits, targets[:, begin:end])
 
-            self._logits.run(score, range(ids.shape[1]), cost=4 * read.vocabulary * rows)
+            self._logits.run(score, range(ids.shape[1]), cost=rows)
         nll, order = (_side_by_side(self._accelerator.gather(part), rows) for part in (own, places))
         return nll.gather(1, order.argsort(dim=1))[:, first - 1 : length - 1].cpu()
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from .projection import Projection, projection_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +32,13 @@ class Read(NamedTuple):
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens.
         trunk (`Any`): what the head is to be given, of all tokens; `None` where the head has seen them.
         output (`ModelOutput`): of the model; with logits of all tokens, or of the last one where `trunk` has the rest.
+        projection ([`Projection`], *optional*): what computes the logits of one slice where those of another lay.
     """
 
     input_ids: torch.Tensor
     trunk: Any
     output: Any
-
-    @property
-    def vocabulary(self) -> int:
-        """Logits per token."""
-        return int(self.output.logits.shape[-1])
+    projection: Projection | None = None
 
 
 class FullHead:
@@ -79,12 +78,14 @@ class SlicedHead:
         if len(kept) != 1:
             raise RuntimeError(f"{type(self.trunk).__name__} runs {len(kept)} times in a forward")
         (trunk,) = kept
-        return Read(input_ids, trunk, output)
+        return Read(input_ids, trunk, output, projection_of(self.model))
 
     def logits(self, read: Read, begin: int, end: int) -> torch.Tensor:
-        """Logits `(batch, end - begin, vocabulary)` of some of the tokens."""
+        """Logits `(batch, end - begin, vocabulary)` of some of the tokens; valid until others are asked for."""
         piece = with_hidden_states(read.trunk, hidden_states(read.trunk)[:, begin:end])
-        with _forward_replaced(self.trunk, lambda *args, **kwargs: piece):
+        project = read.projection
+        projecting = nullcontext() if project is None else _forward_replaced(project.layer, project)
+        with _forward_replaced(self.trunk, lambda *args, **kwargs: piece), projecting:
             logits: torch.Tensor = self.model(input_ids=read.input_ids[:, begin:end], use_cache=False).logits
         return logits
 
@@ -104,7 +105,8 @@ def find_head(model: Any, input_ids: torch.Tensor, full: torch.Tensor) -> Head:
         head, length = SlicedHead(model, trunk), input_ids.shape[1]
         try:
             read = head.read(input_ids, use_cache=False)
-            pieces = [head.logits(read, at, min(at + PROBE_SLICE, length)) for at in range(0, length, PROBE_SLICE)]
+            starts = range(0, length, PROBE_SLICE)
+            pieces = [head.logits(read, at, min(at + PROBE_SLICE, length)).clone() for at in starts]
             difference = deviation(torch.cat(pieces, dim=1), full)
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {error}")
