@@ -188,7 +188,7 @@ def logits_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     flat, wanted = logits.flatten(0, 1), targets.flatten()
     rows = max(1, CACHED_BYTES // (4 * flat.shape[1])) if flat.device.type == "cpu" else max(1, len(flat))
-    pieces = zip(flat.split(rows), wanted.split(rows), strict=True)
+    pieces = zip(torch.split(flat, rows), torch.split(wanted, rows), strict=True)
     return torch.cat([F.cross_entropy(a.float(), b, reduction="none") for a, b in pieces]).view(targets.shape)
 
 
