@@ -22,6 +22,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from ..errors import EvaluationError, UnsupportedModelError
 from ..plan import Part, PositionMap, QueryScale
 from .banded_attention import Branch, banded_attention, mapped
+from .late_keys import turned_keys
 from .rotary_layout import LayerLayout
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def late_attention(
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
     layout = late.layers[path] = late.layers[path].to(query.device)
     at = late.positions(layout.rotary)
-    at_query = at.queries.to(query.device).expand(query.shape[0], -1)
-    at_key = at.keys.to(query.device).expand(query.shape[0], -1)
+    at_query, at_key = at.queries.to(query.device), at.keys.to(query.device)
     if query.shape[2] > 1 and at_key.shape[1] < key.shape[2]:  # a static cache, filled in part: leave the rest out
         key, value = key[:, :, : at_key.shape[1]], value[:, :, : at_key.shape[1]]
         attention_mask = None if attention_mask is None else attention_mask[..., : at_key.shape[1]]
@@ -83,8 +83,12 @@ def late_attention(
         if at.given.ndim == 3:  # the axes of a multimodal model; text has one position on all of them
             given = at.given.to(query.device)
             given_key = given if key.shape[2] == given.shape[-1] else at_key.expand(given.shape[0], -1, -1)
+            turned = False
+        else:
+            key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
         query = _scaled(_turn(late, layout, at, query, given, given), at_query, scale)
-        key = _turn(late, layout, at, key, given_key, given_key, of_keys=True)
+        if not turned:
+            key = _turn(late, layout, at, key, given_key, given_key, of_keys=True)
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
 
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
@@ -92,10 +96,11 @@ def late_attention(
         raise UnsupportedModelError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
         )
+    key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
     branches = []
     for part in parts:
         turned_query = _turn(late, layout, at, query, mapped(at_query, part.query), at_query)
-        turned_key = _turn(late, layout, at, key, mapped(at_key, part.key), at_key, of_keys=True)
+        turned_key = key if turned else _turn(late, layout, at, key, mapped(at_key, part.key), at_key, of_keys=True)
         branches.append(Branch(part, _scaled(turned_query, at_query, scale), turned_key))
     scaling = kwargs.get("scaling")
     out = banded_attention(
@@ -104,7 +109,8 @@ def late_attention(
         at_query,
         at_key,
         mask=attention_mask,
-        aligned=at.aligned and at_key.shape[1] == at.keys.shape[1],  # not where a sliding cache has dropped keys
+        # not where a sliding cache has dropped keys; chunks are bands where rows begin at position 0, windows anywhere
+        aligned=at_key.shape[1] == at.keys.shape[1] and (at.aligned or at.regular and all(map(_slides, parts))),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
@@ -131,6 +137,11 @@ def _all_near(part: Part, window: int) -> bool:
     """Whether a sliding window holds only pairs of a part that leaves positions as they are."""
     unmoved = part.query == part.key == PositionMap()
     return unmoved and part.chunk == 1 and (part.high is None or window <= part.high)
+
+
+def _slides(part: Part) -> bool:
+    """Whether a part is a window that moves on with each query."""
+    return part.chunk == 1 and part.keys_below is None
 
 
 def _turn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class Positions:
         name (`str`): the set of frequencies.
         given (`torch.Tensor` of shape `(batch or 1, tokens)`, or with leading axes in multimodal models): as asked.
         keys (`torch.Tensor` of shape `(batch or 1, keys)`): of all keys, those in the cache first.
-        aligned (`bool`): several tokens, and the positions of all keys are their indices.
+        aligned (`bool`): the positions of all keys are their indices.
+        regular (`bool`): in each row they count up by one, but for padding before its first key.
         task (`int`): the backward pass in which this was asked; -1 outside.
     """
 
@@ -34,7 +35,10 @@ class Positions:
     given: torch.Tensor
     keys: torch.Tensor
     aligned: bool
+    regular: bool
     task: int
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
+    """What all layers of a forward ask for alike."""
 
     @property
     def queries(self) -> torch.Tensor:
@@ -57,6 +61,8 @@ class LateRotation:
         self.angle: Angle | None = None
         self.captured: Captured = {}
         self.unmapped = True  # until the layouts are known and checked
+        self.keeps_turned = False  # until it is checked that nothing else reads the cached keys
+        self.cache: Any = None
         self.latest: dict[str, Positions] = {}
         self.carried: dict[str, Positions] = {}
         self.past: torch.Tensor | None = None
@@ -65,7 +71,7 @@ class LateRotation:
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the forward at hand or to this process."""
         lasting = {name: value for name, value in vars(self).items() if name != "release"}
-        return lasting | {"latest": {}, "carried": {}, "past": None}
+        return lasting | {"latest": {}, "carried": {}, "past": None, "cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -76,15 +82,29 @@ class LateRotation:
         if self.past is not None and given.shape[-1] == self.past.shape[-1] + tokens:
             given = given[..., -tokens:]  # Qwen4's indexer wants the phases of the cached keys again
         keys = given if given.ndim == 2 else given[0]
-        several = keys.shape[1] > 1
+        single = keys.shape[1] == 1
         if self.past is not None:
             rows = max(keys.shape[0], self.past.shape[0])
             keys = torch.cat([self.past.expand(rows, -1).to(keys.device), keys.expand(rows, -1)], -1)
-        # a compiled graph cannot look; it attends to masked rectangles where bands would do
-        seen = several and not torch.compiler.is_compiling()
-        aligned = seen and bool((keys == torch.arange(keys.shape[1], device=keys.device)).all())
-        self.latest[name] = Positions(name, given, keys, aligned, _backward_task())
+        self.latest[name] = Positions(name, given, keys, *self._order(keys, single), _backward_task())
         return self.latest[name]
+
+    def _order(self, keys: torch.Tensor, single: bool) -> tuple[bool, bool]:
+        """Whether positions (rows, keys) are aligned and regular. For a single token this looks at no tensor for which
+        the host would have to wait: what holds of the cache holds on, if the token follows."""
+        if torch.compiler.is_compiling():  # it cannot look; it attends to masked rectangles where bands would do
+            return False, False
+        if single and not seen_for_free(keys) and self.past is not None:
+            aligned, regular = self.cache._posext_order
+            if regular:
+                follows = (keys[:, -1] == keys[:, -2] + 1).all()
+                torch._assert_async(follows, "the position of a single token must follow those in the cache")
+            return aligned, regular
+        index = torch.arange(keys.shape[1], device=keys.device)
+        shift = index[-1:] - keys[:, -1:]
+        padding = (index < shift) & (keys <= 1) & (keys == keys[:, :1])
+        aligned, regular = torch.stack([(keys == index).all(), ((keys == index - shift) | padding).all()]).tolist()
+        return aligned, regular
 
     def positions(self, name: str) -> Positions:
         """Where the tokens are that a layer attends from.
@@ -129,20 +149,29 @@ class LateRotation:
                 "undo the patch, set the attention, then patch again"
             )
         cache = find_cache((*args, *kwargs.values()))
-        self.past = None if cache is None else open_cache(cache)
+        self.past = None if cache is None else open_cache(cache, self.plan)
+        self.cache = cache
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the model: leave the positions of the keys with the cache that holds them."""
         values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
         cache = find_cache((*values, *args, *kwargs.values()))
         if cache is not None and self.latest:
-            close_cache(cache, next(iter(self.latest.values())).keys)
-        self.past = None
+            at = next(iter(self.latest.values()))
+            close_cache(cache, self.plan, at.keys, (at.aligned, at.regular))
+        for at in self.latest.values():
+            at.memo.clear()
+        self.past = self.cache = None
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of an attention layer: find the positions that came with its phases."""
         found = () if torch.compiler.is_compiling() else _carried((*args, *kwargs.values()))
         self.carried = {at.name: at for at in found}
+
+
+def seen_for_free(tensor: torch.Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _carried(values: Iterable[Any]) -> Iterator[Positions]:

@@ -42,6 +42,13 @@ class Layout:
         turned = turned.to(states.dtype)
         return turned if self.turns is None else torch.where(self.turns, turned, states)
 
+    def is_rotation(self) -> bool:
+        """Whether the opposite phases turn back: channels are each other's partners, with opposite weights."""
+        turns = torch.ones_like(self.slots, dtype=torch.bool) if self.turns is None else self.turns
+        mutual = self.partners[self.partners] == torch.arange(len(self.partners), device=self.partners.device)
+        opposite = (self.weights * self.weights[self.partners] + 1).abs() < 1e-2  # measured in half precision, at worst
+        return bool(((mutual & opposite) | ~turns).all())
+
     def to(self, device: torch.device) -> Layout:
         """The same on a device."""
         turns = None if self.turns is None else self.turns.to(device)
