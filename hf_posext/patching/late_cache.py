@@ -55,9 +55,12 @@ class PatchedCache(Carried):
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Change what is held of each row; where there is one it stands for all."""
-        if self._posext_positions.shape[0] > 1:
-            self._posext_positions = change(self._posext_positions)
-            self._posext_turned = {i: (change(newest), n) for i, (newest, n) in self._posext_turned.items()}
+
+        def changed(held: torch.Tensor) -> torch.Tensor:
+            return change(held) if held.shape[0] > 1 else held
+
+        self._posext_positions = changed(self._posext_positions)
+        self._posext_turned = {i: (changed(newest), count) for i, (newest, count) in self._posext_turned.items()}
 
 
 def find_cache(values: Iterable[Any]) -> Any:

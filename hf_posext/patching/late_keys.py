@@ -6,6 +6,7 @@ forward of several tokens, whose queries see the same key in both, gets the keys
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..plan import Part
 from .banded_attention import belongs, mapped
-from .rotary_layout import LayerLayout
+from .rotary_layout import LayerLayout, Layout, Phases
 
 if TYPE_CHECKING:
     from .late_state import LateRotation, Positions
@@ -59,21 +60,22 @@ def turned_keys(
     positions = at.keys.to(key.device)
     newest, held = positions[:, -1:], key.shape[2] - tokens
     if before is not None and before[1] == held and settle and tokens == 1:
-        _step(late, layout, at, key, positions)
+        _step(late, layout.key, at, key, positions)
     else:
-        plain, moved = key, None
+        plain, wrong = key, None
         if before is not None:
             old = stand(parts, before[0], positions[:, :held])
-            back = _phases(late, at, ("back", before[1], held), old, key)
-            plain = torch.cat([_turn_back(layout, key[:, :, :held], back), key[:, :, held:]], 2)
-            moved = torch.cat([old != stand(parts, newest, positions[:, :held]), positions[:, held:] >= 0], 1)
+            back = _once(at, ("back", before[1], held), layout.key, key, lambda: _back(*late.phases(at, old, key)))
+            plain = torch.cat([layout.key.rotate(key[:, :, :held], back), key[:, :, held:]], 2)
+            wrong = torch.cat([old != stand(parts, newest, positions[:, :held]), positions[:, held:] >= 0], 1)
         if not settle:
             layer.keys = plain
             return plain, False
         wanted = stand(parts, newest, positions)
-        turned = layout.key.rotate(plain, *_phases(late, at, ("settle", key.shape[2]), wanted, key))
-        # what stands right keeps its bits, so that nothing adds up from turn to turn
-        layer.keys = turned if moved is None else torch.where(moved[:, None, :, None], turned, key)
+        phases = _once(at, ("all", key.shape[2]), layout.key, key, lambda: late.phases(at, wanted, key))
+        layer.keys = layout.key.rotate(plain, phases)
+        if wrong is not None:  # what stands right keeps its bits, so that no error adds up from turn to turn
+            layer.keys = torch.where(wrong[:, None, :, None], layer.keys, key)
         key = layer.keys if tokens == 1 else plain
     known[module.layer_idx] = newest, layer.keys.shape[2]
     return key, tokens == 1
@@ -89,42 +91,40 @@ def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicL
     return layer if type(layer) is DynamicLayer and layer.keys is key else None
 
 
-def _step(late: LateRotation, layout: LayerLayout, at: Positions, key: torch.Tensor, positions: torch.Tensor) -> None:
-    """Turn the key of a new token, and those which it pushes over a border, where they are."""
+def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, positions: torch.Tensor) -> None:
+    """Turn, in place, the key of a new token and those that it pushes over a border."""
     parts, newest = late.plan.parts, positions[:, -1:]
-    new = _phases(late, at, "new", stand(parts, newest, newest), key)
-    key[:, :, -1:] = layout.key.rotate(key[:, :, -1:], *new)
-    if not (distances := borders(parts)):
-        return
-    place = at.memo.get("place")
-    if place is None:  # the latest key at each of the distances; where there is none the new key, which stays
-        index = torch.arange(positions.shape[1], device=key.device)
-        hits = positions[:, None] == newest[..., None] - torch.tensor(distances, device=key.device)[:, None]
-        place = torch.where(hits, index, -1).amax(-1)
-        place = at.memo["place"] = torch.where(place < 0, index[-1], place)
-    there = positions.gather(1, place)
-    back = _phases(late, at, "from", stand(parts, newest - 1, there), key)
-    on = _phases(late, at, "to", stand(parts, newest, there), key)
-    column = place[:, None, :, None].expand(key.shape[0], key.shape[1], -1, key.shape[3])
-    moved = layout.key.rotate(_turn_back(layout, key.gather(2, column), back), *on)
-    key.scatter_(2, column, moved)
+    # of all rows, as their positions are regular
+    places = [key.shape[2] - 1 - distance for distance in (0, *(borders(parts) or ()))]
+    places = [place for place in places if place >= 0]
+
+    def phases() -> Phases:
+        columns = [positions[:, place : place + 1] for place in places]
+        new = [stand(parts, newest, one) for one in columns]
+        old = [stand(parts, newest - 1, one) for one in columns[1:]]
+        cos, sin = late.phases(at, torch.cat(new + old, 1), key)
+        count = len(new)
+        back_cos, back_sin = _back(cos[:, count:], sin[:, count:])
+        on_cos, on_sin = cos[:, 1:count], sin[:, 1:count]
+        # angles add up
+        moved_cos, moved_sin = on_cos * back_cos - on_sin * back_sin, on_sin * back_cos + on_cos * back_sin
+        return layout.phases(torch.cat([cos[:, :1], moved_cos], 1), torch.cat([sin[:, :1], moved_sin], 1))
+
+    cos, sin = at.once(("step", layout.kind, key.dtype, key.device), phases)
+    for number, place in enumerate(places):
+        column, one = key[:, :, place : place + 1], slice(number, number + 1)
+        column.copy_(layout.rotate(column, (cos[:, :, one], sin[:, :, one])))
 
 
-def _turn_back(
-    layout: LayerLayout, states: torch.Tensor, phases: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """Keys before the turn by these phases, which may be larger than 1 by an attention factor."""
-    cos, sin = phases
-    size = cos.float().square() + sin.float().square()
-    return layout.key.rotate(states, (cos / size).to(cos.dtype), (-sin / size).to(sin.dtype))
+def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The opposite turn; phases may be larger than 1 by an attention factor."""
+    dtype = torch.promote_types(cos.dtype, torch.float32)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    size = cos.square() + sin.square()
+    return cos / size, -sin / size
 
 
-def _phases(
-    late: LateRotation, at: Positions, what: Any, wanted: torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine at wanted positions, once for all layers of a forward."""
-    memo = what, like.dtype, like.device
-    if memo not in at.memo:
-        at.memo[memo] = late.phases(at, wanted, like)
-    found: tuple[torch.Tensor, torch.Tensor] = at.memo[memo]
-    return found
+def _once(
+    at: Positions, what: Any, layout: Layout, like: torch.Tensor, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+) -> Phases:
+    return at.once((what, "kept", layout.kind, like.dtype, like.device), lambda: layout.phases(*make()))

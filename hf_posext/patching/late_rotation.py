@@ -23,13 +23,15 @@ from ..errors import EvaluationError, UnsupportedModelError
 from ..plan import Part, PositionMap, QueryScale
 from .banded_attention import Branch, banded_attention, mapped
 from .late_keys import turned_keys
-from .rotary_layout import LayerLayout
+from .rotary_layout import Layout, Phases
 
 if TYPE_CHECKING:
     from .late_state import LateRotation, Positions
 
 MASKS = {"posext-sdpa": sdpa_mask, "posext-eager": eager_mask}
 """Names under which the attention function is registered, by the masks that the model shall build for it."""
+
+SAME = PositionMap()
 
 HARMLESS = frozenset(
     "position_ids cache_position use_cache output_attentions output_hidden_states return_dict is_causal scaling "
@@ -86,9 +88,9 @@ def late_attention(
             turned = False
         else:
             key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
-        query = _scaled(_turn(late, layout, at, query, given, given), at_query, scale)
+        query = _scaled(_turns(late, layout.query, at, query, [SAME], given)[SAME], at_query, scale)
         if not turned:
-            key = _turn(late, layout, at, key, given_key, given_key, of_keys=True)
+            key = _turns(late, layout.key, at, key, [SAME], given_key)[SAME]
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
 
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
@@ -97,11 +99,11 @@ def late_attention(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
         )
     key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
-    branches = []
-    for part in parts:
-        turned_query = _turn(late, layout, at, query, mapped(at_query, part.query), at_query)
-        turned_key = key if turned else _turn(late, layout, at, key, mapped(at_key, part.key), at_key, of_keys=True)
-        branches.append(Branch(part, _scaled(turned_query, at_query, scale), turned_key))
+    queries = _turns(late, layout.query, at, query, [part.query for part in parts], at_query)
+    keys = None if turned else _turns(late, layout.key, at, key, [part.key for part in parts], at_key)
+    branches = [
+        Branch(part, _scaled(queries[part.query], at_query, scale), keys[part.key] if keys else key) for part in parts
+    ]
     scaling = kwargs.get("scaling")
     out = banded_attention(
         branches,
@@ -135,7 +137,7 @@ def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
 
 def _all_near(part: Part, window: int) -> bool:
     """Whether a sliding window holds only pairs of a part that leaves positions as they are."""
-    unmoved = part.query == part.key == PositionMap()
+    unmoved = part.query == part.key == SAME
     return unmoved and part.chunk == 1 and (part.high is None or window <= part.high)
 
 
@@ -144,22 +146,29 @@ def _slides(part: Part) -> bool:
     return part.chunk == 1 and part.keys_below is None
 
 
-def _turn(
+def _turns(
     late: LateRotation,
-    layout: LayerLayout,
+    layout: Layout,
     at: Positions,
     states: torch.Tensor,
-    wanted: torch.Tensor,
-    now: torch.Tensor,
-    of_keys: bool = False,
-) -> torch.Tensor:
-    """Queries or keys turned to the wanted positions from 0, or from where the model has turned them already."""
-    cos, sin = late.phases(at, wanted - now if late.delta else wanted, states)
-    if late.delta:
-        site = late.sites[layout.rotary]
+    maps: list[PositionMap],
+    positions: torch.Tensor,
+) -> dict[PositionMap, torch.Tensor]:
+    """Queries or keys turned to their positions under each of the maps."""
+    distinct = list(dict.fromkeys(maps))
+
+    def phases() -> Phases:
+        wanted = torch.cat([mapped(positions, rule) for rule in distinct], -1)
+        if not late.delta:
+            return layout.phases(*late.phases(at, wanted, states))
+        site = late.sites[at.name]  # the model has turned by its own positions, and factor, already
+        cos, sin = late.phases(at, wanted - torch.cat([positions] * len(distinct), -1), states)
         factor = getattr(site.module, f"{site.prefix}attention_scaling", 1.0)
-        cos, sin = cos / factor, sin / factor
-    return (layout.key if of_keys else layout.query).rotate(states, cos, sin)
+        return layout.phases(cos / factor, sin / factor)
+
+    cos, sin = at.once((*distinct, layout.kind, positions.shape, states.dtype, states.device), phases)
+    each = zip(cos.chunk(len(distinct), 2), sin.chunk(len(distinct), 2), strict=True)
+    return {rule: layout.rotate(states, phase) for rule, phase in zip(distinct, each, strict=True)}
 
 
 def _scaled(query: torch.Tensor, positions: torch.Tensor, scale: QueryScale | None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from .detect import RotarySite, text_config
 from .late_cache import close_cache, find_cache, open_cache
 from .late_rotation import MASKS, lease
 from .mixin import Mixin
-from .rotary_layout import Angle, Captured, LayerLayout
+from .rotary_layout import Angle, Captured, LayerLayout, Phases
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,18 @@ class Positions:
     aligned: bool
     regular: bool
     task: int
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
-    """What all layers of a forward ask for alike."""
+    memo: dict[Any, Phases] = field(default_factory=dict, compare=False)
 
     @property
     def queries(self) -> torch.Tensor:
         """Positions (batch or 1, tokens); those on the first axis in multimodal models."""
         return self.given if self.given.ndim == 2 else self.given[0]
+
+    def once(self, what: Any, make: Callable[[], Phases]) -> Phases:
+        """Phases that all layers of a forward need alike."""
+        if what not in self.memo:
+            self.memo[what] = make()
+        return self.memo[what]
 
 
 class LateRotation:
@@ -94,12 +99,14 @@ class LateRotation:
         the host would have to wait: what holds of the cache holds on, if the token follows."""
         if torch.compiler.is_compiling():  # it cannot look; it attends to masked rectangles where bands would do
             return False, False
-        if single and not seen_for_free(keys) and self.past is not None:
-            aligned, regular = self.cache._posext_order
-            if regular:
-                follows = (keys[:, -1] == keys[:, -2] + 1).all()
+        if single and self.past is not None:
+            order: tuple[bool, bool] = self.cache._posext_order
+            follows = (keys[:, -1] == keys[:, -2] + 1).all()
+            if not any(order) or seen_for_free(follows) and follows:
+                return order
+            if not seen_for_free(follows):
                 torch._assert_async(follows, "the position of a single token must follow those in the cache")
-            return aligned, regular
+                return order
         index = torch.arange(keys.shape[1], device=keys.device)
         shift = index[-1:] - keys[:, -1:]
         padding = (index < shift) & (keys <= 1) & (keys == keys[:, :1])
