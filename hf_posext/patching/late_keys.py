@@ -99,21 +99,21 @@ def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, 
     places = [place for place in places if place >= 0]
 
     def phases() -> Phases:
-        columns = [positions[:, place : place + 1] for place in places]
-        new = [stand(parts, newest, one) for one in columns]
-        old = [stand(parts, newest - 1, one) for one in columns[1:]]
+        there = [positions[:, place : place + 1] for place in places]
+        new = [stand(parts, newest, one) for one in there]
+        old = [stand(parts, newest - 1, one) for one in there[1:]]
         cos, sin = late.phases(at, torch.cat(new + old, 1), key)
         count = len(new)
         back_cos, back_sin = _back(cos[:, count:], sin[:, count:])
         on_cos, on_sin = cos[:, 1:count], sin[:, 1:count]
         # angles add up
         moved_cos, moved_sin = on_cos * back_cos - on_sin * back_sin, on_sin * back_cos + on_cos * back_sin
-        return layout.phases(torch.cat([cos[:, :1], moved_cos], 1), torch.cat([sin[:, :1], moved_sin], 1))
+        return layout.phases(torch.cat([cos[:, :1], moved_cos], 1), torch.cat([sin[:, :1], moved_sin], 1), key.dtype)
 
-    cos, sin = at.once(("step", layout.kind, key.dtype, key.device), phases)
-    for number, place in enumerate(places):
-        column, one = key[:, :, place : place + 1], slice(number, number + 1)
-        column.copy_(layout.rotate(column, (cos[:, :, one], sin[:, :, one])))
+    columns = [key[:, :, place : place + 1] for place in places]
+    turned = layout.rotate(torch.cat(columns, 2), at.once(("step", layout.kind, key.dtype, key.device), phases))
+    for column, one in zip(columns, turned.split(1, 2), strict=True):
+        column.copy_(one)
 
 
 def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,4 +127,4 @@ def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def _once(
     at: Positions, what: Any, layout: Layout, like: torch.Tensor, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 ) -> Phases:
-    return at.once((what, "kept", layout.kind, like.dtype, like.device), lambda: layout.phases(*make()))
+    return at.once((what, "kept", layout.kind, like.dtype, like.device), lambda: layout.phases(*make(), like.dtype))

@@ -160,13 +160,15 @@ def _turns(
     def phases() -> Phases:
         wanted = torch.cat([mapped(positions, rule) for rule in distinct], -1)
         if not late.delta:
-            return layout.phases(*late.phases(at, wanted, states))
+            return layout.phases(*late.phases(at, wanted, states), states.dtype)
         site = late.sites[at.name]  # the model has turned by its own positions, and factor, already
         cos, sin = late.phases(at, wanted - torch.cat([positions] * len(distinct), -1), states)
         factor = getattr(site.module, f"{site.prefix}attention_scaling", 1.0)
-        return layout.phases(cos / factor, sin / factor)
+        return layout.phases(cos / factor, sin / factor, states.dtype)
 
     cos, sin = at.once((*distinct, layout.kind, positions.shape, states.dtype, states.device), phases)
+    if states.shape[2] == 1:
+        return dict(zip(distinct, layout.rotate(states, (cos, sin)).split(1, 2), strict=True))
     each = zip(cos.chunk(len(distinct), 2), sin.chunk(len(distinct), 2), strict=True)
     return {rule: layout.rotate(states, phase) for rule, phase in zip(distinct, each, strict=True)}
 

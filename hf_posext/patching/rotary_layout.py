@@ -42,15 +42,15 @@ class Layout:
     weights: torch.Tensor
     swaps: tuple[tuple[slice, slice], ...] | None
 
-    def phases(self, cos: torch.Tensor, sin: torch.Tensor) -> Phases:
-        """What [`~Layout.rotate`] takes, from cosine and sine (batch, tokens, slots)."""
+    def phases(self, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> Phases:
+        """What [`~Layout.rotate`] takes for states of a dtype, from cosine and sine (batch, tokens, slots)."""
         weights = self.weights.to(sin.dtype)
         cos = torch.where(weights == 0, cos.new_ones(()), cos[..., self.slots])
-        return cos.unsqueeze(1), (sin[..., self.slots] * weights).unsqueeze(1)
+        return cos.unsqueeze(1).to(dtype), (sin[..., self.slots] * weights).unsqueeze(1).to(dtype)
 
     def rotate(self, states: torch.Tensor, phases: Phases) -> torch.Tensor:
-        """Queries or keys (batch, heads, tokens, dim) turned by the phases of their tokens."""
-        cos, sin = (phase.to(states.dtype) for phase in phases)
+        """Queries or keys (batch, heads, tokens, dim) turned by the phases of their tokens, or one by each of some."""
+        cos, sin = phases
         turned = states * cos
         if self.swaps is None:
             return turned.addcmul_(states[..., self.partners], sin)
