@@ -23,6 +23,10 @@ from hf_posext.patching.banded_attention import Branch, banded_attention
 from .conftest import logits, tiny_llama, tokens
 from .test_banded_attention import BANDS, dense
 
+SCHEMAS = {
+    name: getattr(torch.ops.aten, name).default._schema
+    for name in ("_flash_attention_forward", "_scaled_dot_product_cudnn_attention")
+}
 EXACT = {"atol": 1e-12, "rtol": 0.0}  # float64, sums in another order
 
 
@@ -86,8 +90,7 @@ class Substitutes:
 
 def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
     """Arguments by their names in the kernel's schema."""
-    schema = getattr(torch.ops.aten, name).default._schema
-    names = [argument.name for argument in schema.arguments]
+    names = [argument.name for argument in SCHEMAS[name].arguments]
     assert set(kwargs) <= set(names[len(args) :])
     return {**dict(zip(names, args, strict=False)), **kwargs}
 

@@ -40,9 +40,9 @@ def attention_kernel(name: str) -> Iterator[None]:
     bands, ...), on the plain form.
 
     Args:
-        name (`str`): `"torch"` (PyTorch's own on CUDA: the one that its attention picks, FlashAttention-2 for windows),
-            `"flash_attn"` (the package), `"flex"` (FlexAttention, with any mask; PyTorch 2.9 or newer), `"cpu"`
-            (PyTorch's own on the CPU) or `"plain"` (matrix products, everywhere).
+        name (`str`): `"torch"` (PyTorch's own on CUDA: the one that its attention picks, but FlashAttention-2 for
+            windows), `"flash_attn"` (the package), `"flex"` (FlexAttention, with any mask; PyTorch 2.9 or newer),
+            `"cpu"` (PyTorch's own on the CPU) or `"plain"` (matrix products, everywhere).
 
     Raises:
         InvalidParameterError: there is no such kernel, or its package is not installed.
