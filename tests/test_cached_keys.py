@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -109,17 +110,43 @@ def test_a_position_that_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> Non
         logits(model, IDS[:, 21:22], past_key_values=cache, **gap)
 
 
-class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a device."""
+class Waits(TorchFunctionMode):
+    """Keeps the calls that would make the host wait for a device."""
+
+    names = (
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "unique",
+        "equal",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.names:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Scalars(TorchDispatchMode):
+    """The same below Python: also where a mask is an index."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if any(one in name for one in ("_local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal.default")):
-            self.seen.append(name)
+        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "unique", "equal")):
+            self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -129,9 +156,9 @@ def test_decoding_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch
     model = patched(name)
     cache = DynamicCache(config=model.config)
     steps(model, cache, [0, 20])
-    with Waits() as waits:
+    with Waits() as waits, Scalars() as scalars:
         steps(model, cache, [20, 21, 22, 23])
-    assert not waits.seen
+    assert not waits.seen and not scalars.seen
     with Waits() as waits:
         steps(model, cache, [23, 26])
     assert waits.seen, "the count counts: several tokens are looked at"
