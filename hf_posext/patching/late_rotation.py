@@ -8,6 +8,7 @@ difference.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import weakref
@@ -157,20 +158,22 @@ def _turns(
     """Queries or keys turned to their positions under each of the maps."""
     distinct = list(dict.fromkeys(maps))
 
-    def phases() -> Phases:
-        wanted = torch.cat([mapped(positions, rule) for rule in distinct], -1)
+    def phases(*rules: PositionMap) -> Phases:
+        wanted = torch.cat([mapped(positions, rule) for rule in rules], -1)
         if not late.delta:
             return layout.phases(*late.phases(at, wanted, states), states.dtype)
         site = late.sites[at.name]  # the model has turned by its own positions, and factor, already
-        cos, sin = late.phases(at, wanted - torch.cat([positions] * len(distinct), -1), states)
+        cos, sin = late.phases(at, wanted - torch.cat([positions] * len(rules), -1), states)
         factor = getattr(site.module, f"{site.prefix}attention_scaling", 1.0)
         return layout.phases(cos / factor, sin / factor, states.dtype)
 
-    cos, sin = at.once((*distinct, layout.kind, positions.shape, states.dtype, states.device), phases)
-    if states.shape[2] == 1:
-        return dict(zip(distinct, layout.rotate(states, (cos, sin)).split(1, 2), strict=True))
-    each = zip(cos.chunk(len(distinct), 2), sin.chunk(len(distinct), 2), strict=True)
-    return {rule: layout.rotate(states, phase) for rule, phase in zip(distinct, each, strict=True)}
+    def once(*rules: PositionMap) -> Phases:
+        kind = layout.kind, positions.shape, states.dtype, states.device
+        return at.once((rules, *kind), functools.partial(phases, *rules))
+
+    if positions.shape[-1] == 1:  # a step of decoding has many small operations: all maps at once
+        return dict(zip(distinct, layout.rotate(states, once(*distinct)).split(1, 2), strict=True))
+    return {rule: layout.rotate(states, once(rule)) for rule in distinct}
 
 
 def _scaled(query: torch.Tensor, positions: torch.Tensor, scale: QueryScale | None) -> torch.Tensor:

@@ -137,7 +137,13 @@ class LateRotation:
         lengths = _document_lengths(at.queries)
         if wanted.shape[-1] != lengths.shape[-1]:  # keys from a cache are of the document that goes on
             lengths = lengths[:, -1:]
-        scales = (lengths / self.plan.original_length).clamp(min=1.0).expand(*wanted.shape[-2:])
+        scales = (lengths / self.plan.original_length).clamp(min=1.0)
+        if scales.shape[1] == 1:  # one for each row: the host need not know it
+            rows = [wanted[..., row : row + 1, :] for row in range(wanted.shape[-2])]
+            each = zip(rows, scales.expand(len(rows), 1), strict=True)
+            grown = [_grown_phases(site, entry, row, scale[0], like) for row, scale in each]
+            return torch.cat([cos for cos, _ in grown]), torch.cat([sin for _, sin in grown])
+        scales = scales.expand(*wanted.shape[-2:])
         cos = sin = None
         for scale in torch.unique(scales):
             new_cos, new_sin = _grown_phases(site, entry, wanted, scale, like)
