@@ -37,7 +37,8 @@ def attend_flex(
     """As `banded_attention`, without gradients: states are the parts with the queries and keys rotated for each."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-    attend, blocks = (flex_attention, create_block_mask) if value.device.type == "cpu" else _compiled()
+    plain: tuple[Callable[..., Any], Callable[..., Any]] = flex_attention, create_block_mask
+    attend, blocks = plain if value.device.type == "cpu" else _compiled()
     batch, heads, queries = states[0][1].shape[:3]
     keys = value.shape[2]
     at_query, at_key = query_positions.expand(batch, -1), key_positions.expand(batch, -1)

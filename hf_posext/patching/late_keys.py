@@ -112,7 +112,7 @@ def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, 
 
     columns = [key[:, :, place : place + 1] for place in places]
     turned = layout.rotate(torch.cat(columns, 2), at.once(("step", layout.kind, key.dtype, key.device), phases))
-    for column, one in zip(columns, turned.split(1, 2), strict=True):
+    for column, one in zip(columns, torch.split(turned, 1, 2), strict=True):
         column.copy_(one)
 
 

@@ -172,7 +172,7 @@ def _turns(
         return at.once((rules, *kind), functools.partial(phases, *rules))
 
     if positions.shape[-1] == 1:  # a step of decoding has many small operations: all maps at once
-        return dict(zip(distinct, layout.rotate(states, once(*distinct)).split(1, 2), strict=True))
+        return dict(zip(distinct, torch.split(layout.rotate(states, once(*distinct)), 1, 2), strict=True))
     return {rule: layout.rotate(states, once(rule)) for rule in distinct}
 
 

@@ -68,8 +68,8 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The same on a device."""
-        here = (tensor.to(device) for tensor in (self.slots, self.partners, self.weights))
-        return Layout(self.kind, *here, self.swaps)
+        slots, partners, weights = (tensor.to(device) for tensor in (self.slots, self.partners, self.weights))
+        return Layout(self.kind, slots, partners, weights, self.swaps)
 
 
 @dataclass(frozen=True)
