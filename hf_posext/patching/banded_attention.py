@@ -14,6 +14,9 @@ from torch.nn.functional import dropout as drop
 from torch.utils.checkpoint import checkpoint
 
 from ..plan import Part, PositionMap
+from .attention_bands import attend_regions, regions
+from .attention_flex import attend_flex
+from .attention_kernels import choose, forced
 
 SCORE_BYTES = 16 * 2**20
 """Float32 scores that are held at a time."""
@@ -105,7 +108,18 @@ def banded_attention(
     key_heads, keys = value.shape[1:3]
     states = [value, *(states for branch in branches for states in (branch.query, branch.key))]
     learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (sinks, *states))
+    kernel = choose(branches[0].query, value) if aligned and mask is None else None
+    if kernel is not None and not (learning or softcap or dropout):
+        places = [regions(branch.part, queries, keys) for branch in branches]
+        if all(place is not None for place in places):
+            each = [(place or [], one.query, one.key) for place, one in zip(places, branches, strict=True)]
+            return attend_regions(each, value, kernel, scaling, sinks)
+    if forced() == "flex" and not (learning or dropout):
+        parts = [(branch.part, branch.query, branch.key) for branch in branches]
+        at = query_positions, key_positions
+        return attend_flex(parts, value, *at, mask=mask, scaling=scaling, softcap=softcap, sinks=sinks)
     fused = value.device.type == "cpu" and value.shape[-1] == width and not (learning or softcap or dropout)
+    fused = fused and forced() in (None, "cpu")
     rows = FUSED_ROWS if fused else max(16, SCORE_BYTES // (4 * batch * heads * keys))
     edges: dict[tuple[int, ...], torch.Tensor] = {}
 

@@ -1,34 +1,41 @@
-"""What a cache of unrotated keys has to know: the position of each key, and that no other model may read it."""
+"""What the cache of a patched model has to know: where each key is and how it is turned, and that no other model may
+read it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from ..errors import EvaluationError
+from ..plan import ExtensionPlan
 from .mixin import Carried, mix
 
 
-class UnrotatedCache(Carried):
+class PatchedCache(Carried):
     """Mixed into the class of a cache that a patched model has filled.
 
     Positions of shape (batch or 1, keys) follow what happens to rows. A crop needs nothing: the length of the cache
-    says how many of them count.
+    says how many of them count. Keys are not rotated, but in the layers of which `_posext_turned` tells for which
+    newest position (batch or 1, 1) they are, and how many.
     """
 
+    _posext_plan: ExtensionPlan
     _posext_positions: torch.Tensor
+    _posext_order: tuple[bool, bool]
+    _posext_turned: dict[int, tuple[torch.Tensor, int]]
     _posext_open: bool
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if not self._posext_open:
             if self.get_seq_length() > 0:  # type: ignore[attr-defined]
                 raise EvaluationError(
-                    "the cache holds the unrotated keys of a patched model, which no other model can read; "
+                    "the cache holds the keys of a patched model, which no other model can read; "
                     "start with an empty cache"
                 )
             self._posext_positions, self._posext_open = self._posext_positions[:, :0], True  # it was reset
+            self._posext_turned.clear()
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -41,12 +48,19 @@ class UnrotatedCache(Carried):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self._posext_positions.shape[0] > 1:
-            self._posext_positions = self._posext_positions.repeat_interleave(repeats, dim=0)
+        self._each(lambda held: held.repeat_interleave(repeats, dim=0))
 
     def _select(self, rows: torch.Tensor) -> None:
-        if self._posext_positions.shape[0] > 1:  # one row stands for all
-            self._posext_positions = self._posext_positions[rows.to(self._posext_positions.device)]
+        self._each(lambda held: held[rows.to(held.device)])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Change what is held of each row; where there is one it stands for all."""
+
+        def changed(held: torch.Tensor) -> torch.Tensor:
+            return change(held) if held.shape[0] > 1 else held
+
+        self._posext_positions = changed(self._posext_positions)
+        self._posext_turned = {i: (changed(newest), count) for i, (newest, count) in self._posext_turned.items()}
 
 
 def find_cache(values: Iterable[Any]) -> Any:
@@ -54,11 +68,11 @@ def find_cache(values: Iterable[Any]) -> Any:
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
-def open_cache(cache: Any) -> torch.Tensor | None:
+def open_cache(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
     """Positions of the keys in a cache, or `None` where it is empty; the patched model may add to it from here on.
 
     Raises:
-        EvaluationError: it was filled before the patch.
+        EvaluationError: it was filled before the patch, or keys in it are turned for another plan.
     """
     length = int(cache.get_seq_length())
     known = getattr(cache, "_posext_positions", None)
@@ -66,13 +80,21 @@ def open_cache(cache: Any) -> torch.Tensor | None:
         raise EvaluationError(
             "the cache holds keys from before the patch, which are rotated already; start with an empty cache"
         )
+    turned = getattr(cache, "_posext_turned", {})
+    if not length:
+        turned.clear()
+    if turned and cache._posext_plan != plan:
+        raise EvaluationError("the cache was filled under another patch; start with an empty cache")
+    cache._posext_turned = turned
     if known is not None:
         cache._posext_open = True
     return known[..., :length] if known is not None and length else None
 
 
-def close_cache(cache: Any, positions: torch.Tensor) -> None:
-    """Leave the positions of all keys with the cache that holds them."""
-    if not isinstance(cache, UnrotatedCache):
-        cache.__class__ = mix(UnrotatedCache, type(cache))
-    cache._posext_positions, cache._posext_open = positions, False
+def close_cache(cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order: tuple[bool, bool]) -> None:
+    """Leave the positions of all keys, and what is known of their order, with the cache that holds them."""
+    if not isinstance(cache, PatchedCache):
+        cache.__class__ = mix(PatchedCache, type(cache))
+        cache._posext_turned = getattr(cache, "_posext_turned", {})
+    cache._posext_plan, cache._posext_positions, cache._posext_order = plan, positions, order
+    cache._posext_open = False

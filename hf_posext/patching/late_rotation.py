@@ -8,6 +8,7 @@ difference.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import weakref
@@ -22,13 +23,16 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from ..errors import EvaluationError, UnsupportedModelError
 from ..plan import Part, PositionMap, QueryScale
 from .banded_attention import Branch, banded_attention, mapped
-from .rotary_layout import LayerLayout
+from .late_keys import turned_keys
+from .rotary_layout import Layout, Phases
 
 if TYPE_CHECKING:
     from .late_state import LateRotation, Positions
 
 MASKS = {"posext-sdpa": sdpa_mask, "posext-eager": eager_mask}
 """Names under which the attention function is registered, by the masks that the model shall build for it."""
+
+SAME = PositionMap()
 
 HARMLESS = frozenset(
     "position_ids cache_position use_cache output_attentions output_hidden_states return_dict is_causal scaling "
@@ -66,8 +70,7 @@ def late_attention(
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
     layout = late.layers[path] = late.layers[path].to(query.device)
     at = late.positions(layout.rotary)
-    at_query = at.queries.to(query.device).expand(query.shape[0], -1)
-    at_key = at.keys.to(query.device).expand(query.shape[0], -1)
+    at_query, at_key = at.queries.to(query.device), at.keys.to(query.device)
     if query.shape[2] > 1 and at_key.shape[1] < key.shape[2]:  # a static cache, filled in part: leave the rest out
         key, value = key[:, :, : at_key.shape[1]], value[:, :, : at_key.shape[1]]
         attention_mask = None if attention_mask is None else attention_mask[..., : at_key.shape[1]]
@@ -83,8 +86,12 @@ def late_attention(
         if at.given.ndim == 3:  # the axes of a multimodal model; text has one position on all of them
             given = at.given.to(query.device)
             given_key = given if key.shape[2] == given.shape[-1] else at_key.expand(given.shape[0], -1, -1)
-        query = _scaled(_turn(late, layout, at, query, given, given), at_query, scale)
-        key = _turn(late, layout, at, key, given_key, given_key, of_keys=True)
+            turned = False
+        else:
+            key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
+        query = _scaled(_turns(late, layout.query, at, query, [SAME], given)[SAME], at_query, scale)
+        if not turned:
+            key = _turns(late, layout.key, at, key, [SAME], given_key)[SAME]
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
 
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
@@ -92,11 +99,12 @@ def late_attention(
         raise UnsupportedModelError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
         )
-    branches = []
-    for part in parts:
-        turned_query = _turn(late, layout, at, query, mapped(at_query, part.query), at_query)
-        turned_key = _turn(late, layout, at, key, mapped(at_key, part.key), at_key, of_keys=True)
-        branches.append(Branch(part, _scaled(turned_query, at_query, scale), turned_key))
+    key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
+    queries = _turns(late, layout.query, at, query, [part.query for part in parts], at_query)
+    keys = None if turned else _turns(late, layout.key, at, key, [part.key for part in parts], at_key)
+    branches = [
+        Branch(part, _scaled(queries[part.query], at_query, scale), keys[part.key] if keys else key) for part in parts
+    ]
     scaling = kwargs.get("scaling")
     out = banded_attention(
         branches,
@@ -104,7 +112,8 @@ def late_attention(
         at_query,
         at_key,
         mask=attention_mask,
-        aligned=at.aligned and at_key.shape[1] == at.keys.shape[1],  # not where a sliding cache has dropped keys
+        # not where a sliding cache has dropped keys; chunks are bands where rows begin at position 0, windows anywhere
+        aligned=at_key.shape[1] == at.keys.shape[1] and (at.aligned or at.regular and all(map(_slides, parts))),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
@@ -129,26 +138,42 @@ def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
 
 def _all_near(part: Part, window: int) -> bool:
     """Whether a sliding window holds only pairs of a part that leaves positions as they are."""
-    unmoved = part.query == part.key == PositionMap()
+    unmoved = part.query == part.key == SAME
     return unmoved and part.chunk == 1 and (part.high is None or window <= part.high)
 
 
-def _turn(
+def _slides(part: Part) -> bool:
+    """Whether a part is a window that moves on with each query."""
+    return part.chunk == 1 and part.keys_below is None
+
+
+def _turns(
     late: LateRotation,
-    layout: LayerLayout,
+    layout: Layout,
     at: Positions,
     states: torch.Tensor,
-    wanted: torch.Tensor,
-    now: torch.Tensor,
-    of_keys: bool = False,
-) -> torch.Tensor:
-    """Queries or keys turned to the wanted positions from 0, or from where the model has turned them already."""
-    cos, sin = late.phases(at, wanted - now if late.delta else wanted, states)
-    if late.delta:
-        site = late.sites[layout.rotary]
+    maps: list[PositionMap],
+    positions: torch.Tensor,
+) -> dict[PositionMap, torch.Tensor]:
+    """Queries or keys turned to their positions under each of the maps."""
+    distinct = list(dict.fromkeys(maps))
+
+    def phases(*rules: PositionMap) -> Phases:
+        wanted = torch.cat([mapped(positions, rule) for rule in rules], -1)
+        if not late.delta:
+            return layout.phases(*late.phases(at, wanted, states), states.dtype)
+        site = late.sites[at.name]  # the model has turned by its own positions, and factor, already
+        cos, sin = late.phases(at, wanted - torch.cat([positions] * len(rules), -1), states)
         factor = getattr(site.module, f"{site.prefix}attention_scaling", 1.0)
-        cos, sin = cos / factor, sin / factor
-    return (layout.key if of_keys else layout.query).rotate(states, cos, sin)
+        return layout.phases(cos / factor, sin / factor, states.dtype)
+
+    def once(*rules: PositionMap) -> Phases:
+        kind = layout.kind, positions.shape, states.dtype, states.device
+        return at.once((rules, *kind), functools.partial(phases, *rules))
+
+    if positions.shape[-1] == 1:  # a step of decoding has many small operations: all maps at once
+        return dict(zip(distinct, torch.split(layout.rotate(states, once(*distinct)), 1, 2), strict=True))
+    return {rule: layout.rotate(states, once(rule)) for rule in distinct}
 
 
 def _scaled(query: torch.Tensor, positions: torch.Tensor, scale: QueryScale | None) -> torch.Tensor:

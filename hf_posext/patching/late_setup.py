@@ -12,6 +12,7 @@ from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan, Part, PositionMap
 from .detect import RotarySite, rotary_sites, text_config
 from .journal import Journal
+from .late_keys import borders
 from .late_state import LateRotation, RotatesLate, own_phases
 from .mixin import mix
 from .modes import evaluation_mode
@@ -70,8 +71,8 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Jo
             late.plan = replace(plan, parts=(Part(TWICE, TWICE),), query_scale=None)
             got = torch.cat([got, _logits(model, probe)])
             late.plan = plan
-    # float32 sums in another order; half precision rounds each rotated state once
-    tolerance = (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 5e-2) * wanted.float().abs().max()
+        late.keeps_turned = not indexed and _keeps_turned(model, late, probe[:, :7])
+    tolerance = _tolerance(wanted)
     difference = (got - wanted).float().abs().max()
     if not difference <= tolerance:
         raise UnsupportedModelError(
@@ -92,6 +93,32 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, stride: int = 1) -> torch
     with torch.no_grad():
         out: torch.Tensor = model(input_ids=ids, use_cache=False, **(gaps if stride > 1 else {}))[0]
     return out
+
+
+def _keeps_turned(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor) -> bool:
+    """Whether cached keys may stay turned: the plan turns few at a time, turns can be undone, and decoding shows that
+    nothing else in the model reads them (layers that share their keys would)."""
+    growing = any(entry.growth for entry in late.plan.rotaries)
+    if growing or borders(late.plan.parts) is None or not all(at.key.is_rotation() for at in late.layers.values()):
+        return False
+    wanted, late.keeps_turned = _logits(model, ids)[:, -1], True
+    try:
+        cache, first = None, 0
+        for last in (ids.shape[1] - 3, *range(ids.shape[1] - 2, ids.shape[1] + 1)):
+            with torch.no_grad():
+                out = model(input_ids=ids[:, first:last], past_key_values=cache, use_cache=True)
+            cache, first = out.get("past_key_values"), last
+            if cache is None:
+                return False
+        difference = (out.logits[:, -1] - wanted).float().abs().max()
+        return bool(difference <= _tolerance(wanted))
+    finally:
+        late.keeps_turned = False
+
+
+def _tolerance(wanted: torch.Tensor) -> torch.Tensor:
+    """For float32 sums in another order; half precision rounds each rotated state once."""
+    return (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 5e-2) * wanted.float().abs().max()
 
 
 def _swap(model: PreTrainedModel, late: LateRotation, journal: Journal) -> None:

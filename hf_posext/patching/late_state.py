@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .detect import RotarySite, text_config
 from .late_cache import close_cache, find_cache, open_cache
 from .late_rotation import MASKS, lease
 from .mixin import Mixin
-from .rotary_layout import Angle, Captured, LayerLayout
+from .rotary_layout import Angle, Captured, LayerLayout, Phases
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Positions:
         name (`str`): the set of frequencies.
         given (`torch.Tensor` of shape `(batch or 1, tokens)`, or with leading axes in multimodal models): as asked.
         keys (`torch.Tensor` of shape `(batch or 1, keys)`): of all keys, those in the cache first.
-        aligned (`bool`): several tokens, and the positions of all keys are their indices.
+        aligned (`bool`): the positions of all keys are their indices.
+        regular (`bool`): in each row they count up by one, but for padding before its first key.
         task (`int`): the backward pass in which this was asked; -1 outside.
     """
 
@@ -34,12 +35,20 @@ class Positions:
     given: torch.Tensor
     keys: torch.Tensor
     aligned: bool
+    regular: bool
     task: int
+    memo: dict[Any, Phases] = field(default_factory=dict, compare=False)
 
     @property
     def queries(self) -> torch.Tensor:
         """Positions (batch or 1, tokens); those on the first axis in multimodal models."""
         return self.given if self.given.ndim == 2 else self.given[0]
+
+    def once(self, what: Any, make: Callable[[], Phases]) -> Phases:
+        """Phases that all layers of a forward need alike."""
+        if what not in self.memo:
+            self.memo[what] = make()
+        return self.memo[what]
 
 
 class LateRotation:
@@ -57,6 +66,8 @@ class LateRotation:
         self.angle: Angle | None = None
         self.captured: Captured = {}
         self.unmapped = True  # until the layouts are known and checked
+        self.keeps_turned = False  # until it is checked that nothing else reads the cached keys
+        self.cache: Any = None
         self.latest: dict[str, Positions] = {}
         self.carried: dict[str, Positions] = {}
         self.past: torch.Tensor | None = None
@@ -65,7 +76,7 @@ class LateRotation:
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the forward at hand or to this process."""
         lasting = {name: value for name, value in vars(self).items() if name != "release"}
-        return lasting | {"latest": {}, "carried": {}, "past": None}
+        return lasting | {"latest": {}, "carried": {}, "past": None, "cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -76,15 +87,31 @@ class LateRotation:
         if self.past is not None and given.shape[-1] == self.past.shape[-1] + tokens:
             given = given[..., -tokens:]  # Qwen4's indexer wants the phases of the cached keys again
         keys = given if given.ndim == 2 else given[0]
-        several = keys.shape[1] > 1
+        single = keys.shape[1] == 1
         if self.past is not None:
             rows = max(keys.shape[0], self.past.shape[0])
             keys = torch.cat([self.past.expand(rows, -1).to(keys.device), keys.expand(rows, -1)], -1)
-        # a compiled graph cannot look; it attends to masked rectangles where bands would do
-        seen = several and not torch.compiler.is_compiling()
-        aligned = seen and bool((keys == torch.arange(keys.shape[1], device=keys.device)).all())
-        self.latest[name] = Positions(name, given, keys, aligned, _backward_task())
+        self.latest[name] = Positions(name, given, keys, *self._order(keys, single), _backward_task())
         return self.latest[name]
+
+    def _order(self, keys: torch.Tensor, single: bool) -> tuple[bool, bool]:
+        """Whether positions (rows, keys) are aligned and regular. For a single token this looks at no tensor for which
+        the host would have to wait: what holds of the cache holds on, if the token follows."""
+        if torch.compiler.is_compiling():  # it cannot look; it attends to masked rectangles where bands would do
+            return False, False
+        if single and self.past is not None:
+            order: tuple[bool, bool] = self.cache._posext_order
+            follows = (keys[:, -1] == keys[:, -2] + 1).all()
+            if not any(order) or seen_for_free(follows) and follows:
+                return order
+            if not seen_for_free(follows):
+                torch._assert_async(follows, "the position of a single token must follow those in the cache")
+                return order
+        index = torch.arange(keys.shape[1], device=keys.device)
+        shift = index[-1:] - keys[:, -1:]
+        padding = (index < shift) & (keys <= 1) & (keys == keys[:, :1])
+        aligned, regular = torch.stack([(keys == index).all(), ((keys == index - shift) | padding).all()]).tolist()
+        return aligned, regular
 
     def positions(self, name: str) -> Positions:
         """Where the tokens are that a layer attends from.
@@ -110,7 +137,13 @@ class LateRotation:
         lengths = _document_lengths(at.queries)
         if wanted.shape[-1] != lengths.shape[-1]:  # keys from a cache are of the document that goes on
             lengths = lengths[:, -1:]
-        scales = (lengths / self.plan.original_length).clamp(min=1.0).expand(*wanted.shape[-2:])
+        scales = (lengths / self.plan.original_length).clamp(min=1.0)
+        if scales.shape[1] == 1:  # one for each row: the host need not know it
+            rows = [wanted[..., row : row + 1, :] for row in range(wanted.shape[-2])]
+            each = zip(rows, scales.expand(len(rows), 1), strict=True)
+            grown = [_grown_phases(site, entry, row, scale[0], like) for row, scale in each]
+            return torch.cat([cos for cos, _ in grown]), torch.cat([sin for _, sin in grown])
+        scales = scales.expand(*wanted.shape[-2:])
         cos = sin = None
         for scale in torch.unique(scales):
             new_cos, new_sin = _grown_phases(site, entry, wanted, scale, like)
@@ -129,20 +162,29 @@ class LateRotation:
                 "undo the patch, set the attention, then patch again"
             )
         cache = find_cache((*args, *kwargs.values()))
-        self.past = None if cache is None else open_cache(cache)
+        self.past = None if cache is None else open_cache(cache, self.plan)
+        self.cache = cache
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the model: leave the positions of the keys with the cache that holds them."""
         values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
         cache = find_cache((*values, *args, *kwargs.values()))
         if cache is not None and self.latest:
-            close_cache(cache, next(iter(self.latest.values())).keys)
-        self.past = None
+            at = next(iter(self.latest.values()))
+            close_cache(cache, self.plan, at.keys, (at.aligned, at.regular))
+        for at in self.latest.values():
+            at.memo.clear()
+        self.past = self.cache = None
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of an attention layer: find the positions that came with its phases."""
         found = () if torch.compiler.is_compiling() else _carried((*args, *kwargs.values()))
         self.carried = {at.name: at for at in found}
+
+
+def seen_for_free(tensor: torch.Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _carried(values: Iterable[Any]) -> Iterator[Positions]:

@@ -25,27 +25,51 @@ TOLERANCE = 1e-5
 rounds. In half precision that rounds by up to one unit in the last place."""
 
 
+Phases = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and signed sine (batch, 1, tokens, dim) for each channel of the queries or keys of one layout."""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How the channels of queries or keys turn; tensors of shape (dim,). `turns` is `None` where all channels do."""
+    """How the channels of queries or keys turn; tensors of shape (dim,). Channels that do not turn have weight 0.
 
+    Layouts of one `kind` are equal. `swaps` are slices of channels and of their partners, where few are enough.
+    """
+
+    kind: int
     slots: torch.Tensor
     partners: torch.Tensor
     weights: torch.Tensor
-    turns: torch.Tensor | None
+    swaps: tuple[tuple[slice, slice], ...] | None
 
-    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Queries or keys (batch, heads, tokens, dim) turned by phases (batch, tokens, slots)."""
-        turned = states * cos[..., self.slots].unsqueeze(1)
-        weights = self.weights.to(states.dtype)
-        turned = turned + states[..., self.partners] * (sin[..., self.slots] * weights).unsqueeze(1)
-        turned = turned.to(states.dtype)
-        return turned if self.turns is None else torch.where(self.turns, turned, states)
+    def phases(self, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> Phases:
+        """What [`~Layout.rotate`] takes for states of a dtype, from cosine and sine (batch, tokens, slots)."""
+        weights = self.weights.to(sin.dtype)
+        cos = torch.where(weights == 0, cos.new_ones(()), cos[..., self.slots])
+        return cos.unsqueeze(1).to(dtype), (sin[..., self.slots] * weights).unsqueeze(1).to(dtype)
+
+    def rotate(self, states: torch.Tensor, phases: Phases) -> torch.Tensor:
+        """Queries or keys (batch, heads, tokens, dim) turned by the phases of their tokens, or one by each of some."""
+        cos, sin = phases
+        turned = states * cos
+        if self.swaps is None:
+            return turned.addcmul_(states[..., self.partners], sin)
+        for here, there in self.swaps:  # in place, so that no partners of all channels are held
+            turned[..., here].addcmul_(states[..., there], sin[..., here])
+        return turned
+
+    def is_rotation(self) -> bool:
+        """Whether the opposite phases turn back: channels are each other's partners, with opposite weights."""
+        mutual = self.partners[self.partners] == torch.arange(len(self.partners), device=self.partners.device)
+        opposite = (
+            self.weights * self.weights[self.partners] + 1
+        ).abs() < 1e-2  # measured in half precision, at worst
+        return bool(((mutual & opposite) | (self.weights == 0)).all())
 
     def to(self, device: torch.device) -> Layout:
         """The same on a device."""
-        turns = None if self.turns is None else self.turns.to(device)
-        return Layout(self.slots.to(device), self.partners.to(device), self.weights.to(device), turns)
+        slots, partners, weights = (tensor.to(device) for tensor in (self.slots, self.partners, self.weights))
+        return Layout(self.kind, slots, partners, weights, self.swaps)
 
 
 @dataclass(frozen=True)
@@ -96,7 +120,8 @@ def measure(forward: Callable[[Angle], Captured], groups: Callable[[str], torch.
         bits.append(
             forward(lambda name, cos, bit=bit: ((codes[name] >> bit) & 1).to(cos).expand_as(cos))  # type: ignore[misc]
         )
-    layers = {}
+    layers: dict[str, LayerLayout] = {}
+    kinds: list[Layout] = []
     for layer in still:
         found = [
             _layout(layer, still[layer][side], turned[layer][side], [b[layer][side] for b in bits]) for side in (0, 1)
@@ -108,17 +133,35 @@ def measure(forward: Callable[[Angle], Captured], groups: Callable[[str], torch.
         if len(sets) != 1 or not bool(torch.isin(code, codes[sets[0]]).all()):
             raise UnknownLayout(f"{layer} is turned by {len(sets)} sets of frequencies")
         slot_of = {int(c): slot for slot, c in reversed(list(enumerate(codes[sets[0]].tolist())))}
-        layouts = [
-            Layout(
-                torch.tensor([slot_of.get(int(c), 0) for c in code]),
-                partners,
-                weights,
-                None if bool(turns.all()) else turns,
-            )
-            for partners, weights, turns, code in found
-        ]
+        layouts = []
+        for partners, weights, _, code in found:
+            slots = torch.tensor([slot_of.get(int(c), 0) for c in code])
+            layout = Layout(len(kinds), slots, partners, weights, _swaps(partners, weights))
+            layouts.append(next((known for known in kinds if _equal(known, layout)), layout))
+            kinds.extend([layout] if layouts[-1] is layout else [])
         layers[layer] = LayerLayout(sets[0], *layouts)
     return layers
+
+
+def _equal(one: Layout, other: Layout) -> bool:
+    pairs = ((one.slots, other.slots), (one.partners, other.partners), (one.weights, other.weights))
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def _swaps(partners: torch.Tensor, weights: torch.Tensor) -> tuple[tuple[slice, slice], ...] | None:
+    """Channels that turn and their partners as slices, where halves are paired or neighbours; otherwise `None`."""
+    count = int(weights.ne(0).sum())
+    half = count // 2
+    for swaps in (
+        ((slice(0, half), slice(half, count)), (slice(half, count), slice(0, half))),
+        ((slice(0, count, 2), slice(1, count, 2)), (slice(1, count, 2), slice(0, count, 2))),
+    ):
+        wanted = torch.arange(len(partners))
+        for here, there in swaps:
+            wanted[here] = torch.arange(len(partners))[there]
+        if torch.equal(wanted, partners):
+            return swaps
+    return None
 
 
 def _layout(

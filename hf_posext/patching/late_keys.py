@@ -1,0 +1,130 @@
+"""Keys that stay in the cache as the latest token sees them, so that a step of decoding turns a few and not all.
+
+There is one cache. A key is turned for the near part as it comes, and for the far one as it leaves the window; a
+forward of several tokens, whose queries see the same key in both, gets the keys turned back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+
+from ..plan import Part
+from .banded_attention import belongs, mapped
+from .rotary_layout import LayerLayout, Layout, Phases
+
+if TYPE_CHECKING:
+    from .late_state import LateRotation, Positions
+
+
+def borders(parts: tuple[Part, ...]) -> tuple[int, ...] | None:
+    """Distances at which a key is turned anew as tokens follow; `None` where keys of many distances are, at once."""
+    if len({part.key for part in parts}) <= 1:
+        return ()
+    if any(part.chunk > 1 for part in parts):
+        return None
+    return tuple(sorted({part.high for part in parts if part.high is not None} | {part.low for part in parts} - {0}))
+
+
+def stand(parts: tuple[Part, ...], newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """What keys at positions (rows, keys) are turned to for a query at `newest` (rows, 1); the same shape as keys."""
+    if len({part.key for part in parts}) <= 1:
+        return mapped(keys, parts[0].key) if parts else keys
+    wanted = mapped(keys, parts[0].key)
+    for part in parts[1:]:
+        wanted = torch.where(belongs(part, newest, keys)[:, 0], mapped(keys, part.key), wanted)
+    return wanted
+
+
+def turned_keys(
+    late: LateRotation, module: nn.Module, layout: LayerLayout, at: Positions, key: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, bool]:
+    """The keys (batch, heads, keys, dim) that reached the attention of some new tokens, and how they stand.
+
+    Returns:
+        `tuple[torch.Tensor, bool]`: the keys, and whether they are turned for the one token that there is; if not,
+        they are not turned at all.
+    """
+    layer = _layer(late, module, key)
+    if layer is None:
+        return key, False
+    parts, known = late.plan.parts, late.cache._posext_turned
+    before = known.pop(module.layer_idx, None)
+    settle = at.regular and not key.requires_grad
+    if before is None and not (settle and tokens == 1):
+        return key, False
+    positions = at.keys.to(key.device)
+    newest, held = positions[:, -1:], key.shape[2] - tokens
+    if before is not None and before[1] == held and settle and tokens == 1:
+        _step(late, layout.key, at, key, positions)
+    else:
+        plain, wrong = key, None
+        if before is not None:
+            old = stand(parts, before[0], positions[:, :held])
+            back = _once(at, ("back", before[1], held), layout.key, key, lambda: _back(*late.phases(at, old, key)))
+            plain = torch.cat([layout.key.rotate(key[:, :, :held], back), key[:, :, held:]], 2)
+            wrong = torch.cat([old != stand(parts, newest, positions[:, :held]), positions[:, held:] >= 0], 1)
+        if not settle:
+            layer.keys = plain
+            return plain, False
+        wanted = stand(parts, newest, positions)
+        phases = _once(at, ("all", key.shape[2]), layout.key, key, lambda: late.phases(at, wanted, key))
+        layer.keys = layout.key.rotate(plain, phases)
+        if wrong is not None:  # what stands right keeps its bits, so that no error adds up from turn to turn
+            layer.keys = torch.where(wrong[:, None, :, None], layer.keys, key)
+        key = layer.keys if tokens == 1 else plain
+    known[module.layer_idx] = newest, layer.keys.shape[2]
+    return key, tokens == 1
+
+
+def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicLayer | None:
+    """The layer of the cache that holds these very keys and nothing but keys as they came."""
+    index: Any = getattr(module, "layer_idx", None)
+    layers: list[Any] = getattr(late.cache, "layers", [])
+    if not late.keeps_turned or index is None or index >= len(layers):
+        return None
+    layer = layers[index]
+    return layer if type(layer) is DynamicLayer and layer.keys is key else None
+
+
+def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, positions: torch.Tensor) -> None:
+    """Turn, in place, the key of a new token and those that it pushes over a border."""
+    parts, newest = late.plan.parts, positions[:, -1:]
+    # of all rows, as their positions are regular
+    places = [key.shape[2] - 1 - distance for distance in (0, *(borders(parts) or ()))]
+    places = [place for place in places if place >= 0]
+
+    def phases() -> Phases:
+        there = [positions[:, place : place + 1] for place in places]
+        new = [stand(parts, newest, one) for one in there]
+        old = [stand(parts, newest - 1, one) for one in there[1:]]
+        cos, sin = late.phases(at, torch.cat(new + old, 1), key)
+        count = len(new)
+        back_cos, back_sin = _back(cos[:, count:], sin[:, count:])
+        on_cos, on_sin = cos[:, 1:count], sin[:, 1:count]
+        # angles add up
+        moved_cos, moved_sin = on_cos * back_cos - on_sin * back_sin, on_sin * back_cos + on_cos * back_sin
+        return layout.phases(torch.cat([cos[:, :1], moved_cos], 1), torch.cat([sin[:, :1], moved_sin], 1), key.dtype)
+
+    columns = [key[:, :, place : place + 1] for place in places]
+    turned = layout.rotate(torch.cat(columns, 2), at.once(("step", layout.kind, key.dtype, key.device), phases))
+    for column, one in zip(columns, torch.split(turned, 1, 2), strict=True):
+        column.copy_(one)
+
+
+def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The opposite turn; phases may be larger than 1 by an attention factor."""
+    dtype = torch.promote_types(cos.dtype, torch.float32)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    size = cos.square() + sin.square()
+    return cos / size, -sin / size
+
+
+def _once(
+    at: Positions, what: Any, layout: Layout, like: torch.Tensor, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+) -> Phases:
+    return at.once((what, "kept", layout.kind, like.dtype, like.device), lambda: layout.phases(*make(), like.dtype))

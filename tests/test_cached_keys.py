@@ -1,0 +1,175 @@
+"""Keys that stay turned in the cache: what a step does, what turns them anew, and what it must not look at."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, LlamaForCausalLM
+
+import hf_posext.patching.late_keys as late_keys
+import hf_posext.patching.late_state as late_state
+from hf_posext import patch_model
+from hf_posext.errors import EvaluationError
+from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, Sinks, StringShift, YaRN
+
+from .conftest import logits, tiny_llama, tokens
+
+METHODS: dict[str, Method] = {
+    "rerope": ReRoPE(window=8),
+    "yarn+leaky-rerope": YaRN() + LeakyReRoPE(window=8, stride=3.0),  # with an attention factor, which turns scale by
+    "self-extend": SelfExtend(group=4, window=8),
+    "dual-chunk": DualChunk(chunk=12, local=4),
+    "string-shift": StringShift(shift=8),
+    "sinks": Sinks(window=12),
+    "log-n": LogN(),
+}
+IDS = tokens(48)
+CLOSE = {"atol": 1e-5, "rtol": 0.0}  # float32 sums in another order; logits spread by 4
+
+
+def patched(name: str) -> LlamaForCausalLM:
+    model = tiny_llama()
+    patch_model(model, METHODS[name], factor=8, original_length=16)
+    return model
+
+
+def steps(model: LlamaForCausalLM, cache: DynamicCache, bounds: list[int], ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Logits of the pieces between the bounds."""
+    pairs = zip(bounds, bounds[1:], strict=False)
+    return torch.cat([logits(model, ids[:, start:stop], past_key_values=cache) for start, stop in pairs], 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_chunks_and_crops_equal_one_forward(name: str) -> None:
+    """Single tokens, a chunk between them, and tokens taken back; copies of the cache go on by themselves."""
+    model = patched(name)
+    whole = logits(model, IDS, use_cache=False)
+    cache = DynamicCache(config=model.config)
+    found = steps(model, cache, [0, 20, 21, 22, 23, 31, 32, 33])
+    torch.testing.assert_close(found, whole[:, :33], **CLOSE)
+    twin = copy.deepcopy(cache)
+    cache.crop(-5)
+    torch.testing.assert_close(steps(model, cache, [28, 29, 30, 34, 35, 36]), whole[:, 28:36], **CLOSE)
+    torch.testing.assert_close(steps(model, twin, [33, 34, 35]), whole[:, 33:35], **CLOSE)
+
+
+def test_a_step_turns_the_new_key_and_the_one_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others keep their bits, and nothing of the length of the cache is turned."""
+    model = patched("self-extend")
+    cache = DynamicCache(config=model.config)
+    steps(model, cache, [0, 30, 31])
+    before = cache.layers[1].keys.clone()
+    rotated: list[int] = []
+    rotate = late_keys.Layout.rotate
+    monkeypatch.setattr(
+        late_keys.Layout,
+        "rotate",
+        lambda self, states, phases: rotated.append(states.shape[2]) or rotate(self, states, phases),
+    )
+    steps(model, cache, [31, 32])
+    changed = (cache.layers[1].keys[:, :, :-1] != before).any(-1).flatten(0, 1).any(0).nonzero().flatten()
+    assert changed.tolist() == [31 - 8]
+    assert max(rotated) == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_padded_rows_equal_rows_alone(name: str) -> None:
+    model = patched(name)
+    short, mask = IDS[:, : 48 - 9], torch.ones(2, 48).long()
+    mask[0, :9] = 0
+    ids = torch.cat([torch.cat([torch.zeros(1, 9).long(), short], 1), IDS])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, found = DynamicCache(config=model.config), []
+    bounds = [0, 36, 37, 38, 42, 43, 44, 45, 46, 47, 48]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        inputs: dict[str, Any] = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        found.append(logits(model, ids[:, start:stop], past_key_values=cache, **inputs))
+    both = torch.cat(found, 1)
+    torch.testing.assert_close(both[1:], logits(model, IDS, use_cache=False), **CLOSE)
+    torch.testing.assert_close(both[:1, 9:], logits(model, short, use_cache=False), **CLOSE)
+
+
+def test_a_position_that_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys are turned anew; where the host would have to wait to see it, it is an error."""
+    model = patched("rerope")
+    cache = DynamicCache(config=model.config)
+    steps(model, cache, [0, 20, 21])
+    monkeypatch.setattr(late_keys, "_step", None)  # what must not be called
+    gap = {"position_ids": torch.tensor([[30]]), "attention_mask": torch.ones(1, 22).long()}
+    found = logits(model, IDS[:, 21:22], past_key_values=copy.deepcopy(cache), **gap)
+    where = torch.cat([torch.arange(21), torch.tensor([30])])[None]
+    whole = logits(model, IDS[:, :22], position_ids=where, attention_mask=gap["attention_mask"], use_cache=False)
+    torch.testing.assert_close(found, whole[:, -1:], **CLOSE)
+    monkeypatch.setattr(late_state, "seen_for_free", lambda tensor: False)
+    with pytest.raises(RuntimeError, match="must follow those in the cache"):
+        logits(model, IDS[:, 21:22], past_key_values=cache, **gap)
+
+
+class Waits(TorchFunctionMode):
+    """Keeps the calls that would make the host wait for a device."""
+
+    names = (
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "unique",
+        "equal",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.names:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Scalars(TorchDispatchMode):
+    """The same below Python: also where a mask is an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "unique", "equal")):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_decoding_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(late_state, "seen_for_free", lambda tensor: False)
+    model = patched(name)
+    cache = DynamicCache(config=model.config)
+    steps(model, cache, [0, 20])
+    with Waits() as waits, Scalars() as scalars:
+        steps(model, cache, [20, 21, 22, 23])
+    assert not waits.seen and not scalars.seen
+    with Waits() as waits:
+        steps(model, cache, [23, 26])
+    assert waits.seen, "the count counts: several tokens are looked at"
+
+
+def test_a_cache_of_another_patch_is_refused(llama: LlamaForCausalLM) -> None:
+    cache = DynamicCache(config=llama.config)
+    with patch_model(llama, ReRoPE(window=8), factor=8):
+        steps(llama, cache, [0, 20, 21])
+    with patch_model(llama, ReRoPE(window=12), factor=8), pytest.raises(EvaluationError, match="under another patch"):
+        steps(llama, cache, [21, 22])
+    with patch_model(llama, ReRoPE(window=8), factor=8):
+        found = steps(llama, cache, [21, 22])
+        torch.testing.assert_close(found, logits(llama, IDS[:, :22], use_cache=False)[:, -1:], **CLOSE)
