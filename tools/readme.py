@@ -8,6 +8,7 @@ python tools/readme.py --check     # exit 1 where what is committed is not what 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import sys
@@ -15,6 +16,7 @@ import tomllib
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+from recommend_page import RECOMMEND, recommend_table
 from safetensors import safe_open
 
 from hf_posext import Results, list_methods
@@ -125,6 +127,9 @@ def render(page: Path = README) -> str:
         remapping_tables=tables_of(remapping),
         remapping_path=REMAPPING.relative_to(ROOT).as_posix(),
         remapping_command=remapping.provenance["command"],
+        recommend_table=recommend_table(
+            [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECOMMEND.glob("*.json"))]
+        ),
         methods_table=methods_table(),
         confidence=f"{100 * CONFIDENCE:g}",
         resamples=f"{RESAMPLES:,}",
