@@ -155,7 +155,7 @@ def test_a_run_goes_on_from_its_journal_also_with_more_budget(tmp_path: Path, re
 
 def test_other_schemes_and_what_needs_no_method() -> None:
     model, tokenizer, texts = shipped()
-    found = recommend(model, tokenizer, texts, 48, original_length=32, methods=["none"], passkey=0)
+    found = recommend(model, tokenizer, texts, 256, 10**6, original_length=32, methods=["none"], passkey=0)
     assert found.answer == "as it is" and "Change nothing" in found.text()  # it was trained on 512
     assert found.to_dict()["plan"]["method"] == "none" and list(found.frame().method) == ["none"]
 

@@ -20,7 +20,8 @@ from ..patching.modes import evaluation_mode
 from .candidates import Candidates, candidates
 from .halving import Halving
 from .recommendation import Recommendation
-from .sweep import Sweep
+from .schedule import least_tokens
+from .sweep import Sweep, name_of
 
 if TYPE_CHECKING:
     import datasets
@@ -95,8 +96,9 @@ def recommend(
         model, tokenizer, documents, target_length, methods=methods, original_length=original_length,
         passkey=passkey, start=start, seed=seed, journal=journal, accelerator=accelerator,
     ) as (sweep, choice):  # fmt: skip
-        pay = round(SHARE * sweep.exhaustive_tokens) if budget is None else budget
-        return Halving(sweep, short_limit, pay).run(choice)
+        least = least_tokens(sweep.prices([name_of(plan) for plan in choice.plans]))
+        share = max(least, round(SHARE * sweep.exhaustive_tokens))  # a quarter of very little pays for nothing
+        return Halving(sweep, short_limit, share if budget is None else budget).run(choice)
 
 
 @contextmanager

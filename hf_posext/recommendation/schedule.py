@@ -91,11 +91,16 @@ def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
     for found in (*full, *fewer):
         if found.tokens(prices) <= budget:
             return found
-    least = fewer[-1].tokens(prices)
+    least = least_tokens(prices)
     raise InvalidParameterError(
         f"budget is {budget} tokens, and one comparison (a method and the control on one document) takes {least}; "
         f"give {least} or more, or a smaller target_length"
     )
+
+
+def least_tokens(prices: Prices) -> int:
+    """What one comparison costs: the first contender and the control on one document."""
+    return _halved(1, 1, 1, 1).tokens(prices)
 
 
 def _halved(contenders: int, first: int, documents: int, control: int) -> Schedule:
