@@ -188,14 +188,8 @@ def logits_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     flat, wanted = logits.flatten(0, 1), targets.flatten()
     rows = max(1, CACHED_BYTES // (4 * flat.shape[1])) if flat.device.type == "cpu" else max(1, len(flat))
-<<<<<<< HEAD
     pieces = zip(torch.split(flat, rows), torch.split(wanted, rows), strict=True)
     return torch.cat([F.cross_entropy(a.float(), b, reduction="none") for a, b in pieces]).view(targets.shape)
-=======
-    pieces = [slice(begin, begin + rows) for begin in range(0, len(flat), rows)]
-    nll = [F.cross_entropy(flat[piece].float(), wanted[piece], reduction="none") for piece in pieces]
-    return torch.cat(nll).view(targets.shape)
->>>>>>> bench
 
 
 def scored_model(model: nn.Module) -> Any:
