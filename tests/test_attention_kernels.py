@@ -142,6 +142,33 @@ def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
     assert substitutes.called in (["window", "cudnn"], ["window", "flash"], ["flash_attn", "flash_attn"])
 
 
+def test_a_kernel_is_tried_before_it_is_used(substitutes: Substitutes) -> None:
+    query, value = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
+    kernels._tried.clear()
+    assert kernels.works(kernels.torch_kernel, query, value) and kernels.works(kernels.flash_attn_kernel, query, value)
+    tried = list(substitutes.called)
+    assert kernels.works(kernels.torch_kernel, query, value) and substitutes.called == tried, "once"
+
+
+@pytest.mark.parametrize("fault", ["raises", "window", "scale"])
+def test_a_kernel_that_fails_or_computes_something_else_is_left_alone(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def kernel(query: Any, key: Any, value: Any, *, scaling: float, causal: bool, window: int | None) -> Any:
+        if fault == "raises":
+            raise RuntimeError("no kernel image\nand more")
+        scaling = 1.1 * scaling if fault == "scale" else scaling
+        left = -1 if window is None else window - (0 if fault == "window" else 1)
+        return attend(query, key, value, scaling, causal, left, -1 if window is None else 0)
+
+    query, value = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
+    with caplog.at_level("WARNING"):
+        assert not kernels.works(kernel, query, value) and not kernels.works(kernel, query, value)
+    (warning,) = caplog.messages
+    assert warning.startswith("kernel is not used on cpu in torch.float32: ") and "\n" not in warning
+    assert ("no kernel image" if fault == "raises" else "off by") in warning
+
+
 def test_what_kernels_cannot_do_goes_to_the_plain_form(substitutes: Substitutes) -> None:
     given, causal = problem("window", 30, 100)
     for options in ({"mask": causal}, {"mask": None, "softcap": 5.0}):

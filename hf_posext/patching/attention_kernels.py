@@ -5,13 +5,15 @@ attended values in the shape of the queries and a float32 log-sum-exp (batch, he
 of the last ones sees the latest `window` keys up to its own; without it, queries see all keys, or, where `causal` (as
 many queries as keys), those up to their own. Keys' heads are shared, not repeated.
 
-Which one is taken follows from the device; [`attention_kernel`] forces one.
+Which one is taken follows from the device, and from what it computes there: each is tried once on a small problem, and
+one that fails or computes something else is left alone, with a warning. [`attention_kernel`] forces one.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,8 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from ..errors import InvalidParameterError
+
+logger = logging.getLogger(__name__)
 
 Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """`kernel(query, key, value, scaling=..., causal=..., window=...)`."""
@@ -30,7 +34,11 @@ MAX_WIDTH = 256
 BLOCKS = ("cpu", "plain")
 """The forms that go through blocks of queries, with biases: they take masks, softcaps and any device."""
 
+TRIAL, TRIAL_ERROR = 256, 0.05
+"""Keys that a kernel is tried on, and how far it may be off: bfloat16 is by 0.01, a key too many by more."""
+
 _forced: list[str] = []
+_tried: dict[tuple[Any, ...], bool] = {}
 
 
 @contextmanager
@@ -75,9 +83,52 @@ def choose(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.device.type != "cuda" or not half or not query.shape[-1] == value.shape[-1] <= MAX_WIDTH:
         return None
-    if torch.backends.cuda.is_flash_attention_available():
-        return torch_kernel
-    return flash_attn_kernel if importlib.util.find_spec("flash_attn") else None
+    kernels = [torch_kernel] if torch.backends.cuda.is_flash_attention_available() else []
+    if importlib.util.find_spec("flash_attn"):
+        kernels.append(flash_attn_kernel)
+    return next((kernel for kernel in kernels if works(kernel, query, value)), None)
+
+
+def works(kernel: Kernel, query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a kernel computes what it should on the device and in the dtype of some states, with as many heads."""
+    like = query.device, query.dtype, query.shape[1], value.shape[1], query.shape[-1]
+    found = _tried.get((kernel, *like))
+    if found is None:
+        if torch.compiler.is_compiling():  # patching has tried it already, unless the model was moved since
+            return False
+        reason = _trial(kernel, *like)
+        if reason is not None:
+            logger.warning("%s is not used on %s in %s: %s", kernel.__name__, *like[:2], reason)
+        found = _tried[kernel, *like] = reason is None
+    return found
+
+
+def _trial(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int
+) -> str | None:
+    """Why a kernel cannot be used: what it raised, or how far it was off; of a square, a rectangle and a band."""
+    draw = torch.Generator(device).manual_seed(0)
+    query, key, value = (
+        torch.randn(1, count, TRIAL, width, device=device, dtype=dtype, generator=draw)
+        for count in (heads, key_heads, key_heads)
+    )
+    spread = [one.float().repeat_interleave(heads // key_heads, 1) for one in (key, value)]
+    distance = torch.arange(TRIAL, device=device)[:, None] - torch.arange(TRIAL, device=device)
+    for rows, causal, window in ((TRIAL, True, None), (TRIAL // 2, False, None), (TRIAL // 2, False, TRIAL // 4)):
+        here = distance[-rows:]
+        hidden = (here < 0) & (causal or window is not None) | (here >= (window or TRIAL))
+        scores = (query[:, :, -rows:].float() @ spread[0].mT * width**-0.5).masked_fill(hidden, -torch.inf)
+        try:
+            out, total = kernel(query[:, :, -rows:], key, value, scaling=width**-0.5, causal=causal, window=window)
+        except Exception as error:  # kernels raise whatever their library does
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"
+        off = max(
+            (out.float() - scores.softmax(-1) @ spread[1]).abs().max().item(),
+            (total.float() - scores.logsumexp(-1)).abs().max().item(),
+        )
+        if not off < TRIAL_ERROR:
+            return f"it is off by {off:.2g}"
+    return None
 
 
 def torch_kernel(
