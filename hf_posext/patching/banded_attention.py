@@ -128,7 +128,8 @@ def banded_attention(
         here = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
         pieces = []
         for number, branch in enumerate(branches):
-            query = branch.query[:, :, start:stop].reshape(batch, key_heads, -1, width)
+            query = branch.query if stop - start == queries else branch.query[:, :, start:stop]
+            query = query.reshape(batch, key_heads, -1, width)
             for low, high, inner in _rectangles(branch.part, first, last, keys, aligned, causal=mask is None):
                 alike = (number, first % branch.part.chunk, last - first, low - first, high - first)
                 bias = None if inner else edges.get(alike)
@@ -149,16 +150,16 @@ def banded_attention(
         block = _fused(pieces, scaling, sink) if fused else _plain(pieces, scaling, sink, softcap, dropout)
         return block.view(batch, heads, stop - start, -1).transpose(1, 2)
 
+    if rows >= queries:
+        return attend(0, queries)
     out = None if learning else value.new_empty(batch, queries, heads, value.shape[-1])
     blocks = []
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
         if out is not None:
             out[:, start:stop] = attend(start, stop)
-        elif rows < queries:  # the weights of all blocks are of quadratic size: they are computed again in backward
+        else:  # the weights of all blocks are of quadratic size: they are computed again in backward
             blocks.append(checkpoint(attend, start, stop, use_reentrant=False))
-        else:
-            blocks.append(attend(start, stop))
     return torch.cat(blocks, 1) if out is None else out
 
 
@@ -243,16 +244,19 @@ def _plain(
 
 def _fused(pieces: list[Piece], scaling: float, sink: torch.Tensor | None) -> torch.Tensor:
     """The same by PyTorch's own flash kernel for CPUs, which tells the log-sum-exp by which pieces are merged."""
-    outs, sums = [], []
-    for piece in pieces:
+    merged = before = None
+    for number, piece in enumerate(pieces):
         bias = None if piece.bias is None else piece.bias.to(piece.query.dtype)
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             piece.query, piece.key, piece.value, attn_mask=bias, scale=scaling
         )
-        outs.append(out)
-        sums.append(total[..., None])
+        out = out.to(total.dtype)
+        if before is None:
+            merged, before = out, total
+        else:  # the share of a piece is the sigmoid of how far it is above the others
+            merged = torch.lerp(merged, out, torch.sigmoid(total - before)[..., None])
+            if sink is not None or number + 1 < len(pieces):
+                before = torch.logaddexp(before, total)
     if sink is not None:  # it has no value
-        outs.append(torch.zeros_like(outs[0]))
-        sums.append(sink.to(sums[0].dtype))
-    shares = torch.stack(sums).softmax(0)
-    return (torch.stack(outs) * shares).sum(0).to(pieces[0].value.dtype)
+        merged = merged * torch.sigmoid(before[..., None] - sink)
+    return merged.to(pieces[0].value.dtype)

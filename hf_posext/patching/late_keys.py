@@ -94,26 +94,25 @@ def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicL
 def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, positions: torch.Tensor) -> None:
     """Turn, in place, the key of a new token and those that it pushes over a border."""
     parts, newest = late.plan.parts, positions[:, -1:]
-    # of all rows, as their positions are regular
-    places = [key.shape[2] - 1 - distance for distance in (0, *(borders(parts) or ()))]
-    places = [place for place in places if place >= 0]
 
-    def phases() -> Phases:
-        there = [positions[:, place : place + 1] for place in places]
-        new = [stand(parts, newest, one) for one in there]
-        old = [stand(parts, newest - 1, one) for one in there[1:]]
-        cos, sin = late.phases(at, torch.cat(new + old, 1), key)
-        count = len(new)
+    def columns() -> tuple[torch.Tensor, Phases]:
+        # of all rows, as their positions are regular
+        places = [key.shape[2] - 1 - distance for distance in (0, *(borders(parts) or ()))]
+        places = [place for place in places if place >= 0]
+        index = torch.cat([positions.new_full((1,), place) for place in places])  # the host waits for no device
+        there = positions[:, index]
+        new, old = stand(parts, newest, there), stand(parts, newest - 1, there[:, 1:])
+        cos, sin = late.phases(at, torch.cat([new, old], 1), key)
+        count = len(places)
         back_cos, back_sin = _back(cos[:, count:], sin[:, count:])
         on_cos, on_sin = cos[:, 1:count], sin[:, 1:count]
         # angles add up
         moved_cos, moved_sin = on_cos * back_cos - on_sin * back_sin, on_sin * back_cos + on_cos * back_sin
-        return layout.phases(torch.cat([cos[:, :1], moved_cos], 1), torch.cat([sin[:, :1], moved_sin], 1), key.dtype)
+        cos, sin = torch.cat([cos[:, :1], moved_cos], 1), torch.cat([sin[:, :1], moved_sin], 1)
+        return index, layout.phases(cos, sin, key.dtype)
 
-    columns = [key[:, :, place : place + 1] for place in places]
-    turned = layout.rotate(torch.cat(columns, 2), at.once(("step", layout.kind, key.dtype, key.device), phases))
-    for column, one in zip(columns, torch.split(turned, 1, 2), strict=True):
-        column.copy_(one)
+    index, phases = at.once(("step", layout.kind, key.shape[2], key.dtype, key.device), columns)
+    key.index_copy_(2, index, layout.rotate(key.index_select(2, index), phases))
 
 
 def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
