@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import dropout as drop
@@ -34,8 +35,7 @@ class Branch:
     key: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A rectangle of scores: the queries of one block against some keys.
 
     Queries (batch, key heads, rows, dim) of all heads that share a key head are behind each other. `bias` (batch or 1,
@@ -106,8 +106,10 @@ def banded_attention(
     """
     batch, heads, queries, width = branches[0].query.shape
     key_heads, keys = value.shape[1:3]
-    states = [value, *(states for branch in branches for states in (branch.query, branch.key))]
-    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (sinks, *states))
+    learning = torch.is_grad_enabled() and any(
+        states is not None and states.requires_grad
+        for states in (sinks, value, *(states for branch in branches for states in (branch.query, branch.key)))
+    )
     kernel = choose(branches[0].query, value) if aligned and mask is None else None
     if kernel is not None and not (learning or softcap or dropout):
         places = [regions(branch.part, queries, keys) for branch in branches]
@@ -244,19 +246,21 @@ def _plain(
 
 def _fused(pieces: list[Piece], scaling: float, sink: torch.Tensor | None) -> torch.Tensor:
     """The same by PyTorch's own flash kernel for CPUs, which tells the log-sum-exp by which pieces are merged."""
-    merged = before = None
-    for number, piece in enumerate(pieces):
+
+    def attended(piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
         bias = None if piece.bias is None else piece.bias.to(piece.query.dtype)
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             piece.query, piece.key, piece.value, attn_mask=bias, scale=scaling
         )
-        out = out.to(total.dtype)
-        if before is None:
-            merged, before = out, total
-        else:  # the share of a piece is the sigmoid of how far it is above the others
-            merged = torch.lerp(merged, out, torch.sigmoid(total - before)[..., None])
-            if sink is not None or number + 1 < len(pieces):
-                before = torch.logaddexp(before, total)
+        return out.to(total.dtype), total
+
+    merged, before = attended(pieces[0])
+    for piece in pieces[1:]:
+        out, total = attended(piece)
+        # its share is the sigmoid of how far it is above the others
+        merged = torch.lerp(merged, out, torch.sigmoid(total - before)[..., None])
+        if sink is not None or piece is not pieces[-1]:
+            before = torch.logaddexp(before, total)
     if sink is not None:  # it has no value
         merged = merged * torch.sigmoid(before[..., None] - sink)
     return merged.to(pieces[0].value.dtype)

@@ -123,7 +123,7 @@ class LateRotation:
         where phases did not pass through its arguments (compiled graphs, and layers with a rotary module inside).
         """
         found = self.carried.get(name) or self.latest[name]
-        if found.task != _backward_task() and name not in self.carried:
+        if name not in self.carried and found.task != _backward_task():
             raise EvaluationError(
                 "a gradient checkpoint runs a layer again whose phases came without their positions; "
                 "turn gradient checkpointing off for this model: model.gradient_checkpointing_disable()"
