@@ -7,7 +7,6 @@ all of them: exact, and of memory linear in length, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,8 +25,7 @@ FUSED_ROWS = 256
 """Queries in a block where a fused kernel holds no scores: shorter blocks have less at their edges, but more calls."""
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """One part with its rotated queries (batch, heads, queries, dim) and keys (batch, key heads, keys, dim)."""
 
     part: Part

@@ -106,12 +106,11 @@ def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, 
             return layout.phases(*late.phases(at, newest, key), key.dtype)
         moved = there[:, :1]
         new, old = mapped(moved, _key_map(parts, far)), mapped(moved, _key_map(parts, far - 1))
-        cos, sin = late.phases(at, torch.cat([newest, new, old], 1), key)
-        back_cos, back_sin = _back(cos[:, 2:], sin[:, 2:])
-        on_cos, on_sin = cos[:, 1:2], sin[:, 1:2]
-        # angles add up
-        moved_cos, moved_sin = on_cos * back_cos - on_sin * back_sin, on_sin * back_cos + on_cos * back_sin
-        return layout.phases(torch.cat([moved_cos, cos[:, :1]], 1), torch.cat([moved_sin, sin[:, :1]], 1), key.dtype)
+        both = late.phases(at, torch.cat([newest, new, old], 1), key)
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        turn = torch.complex(*(one.to(dtype) for one in both))
+        turn = torch.cat([turn[:, 1:2] / turn[:, 2:], turn[:, :1]], 1)  # an attention factor cancels out
+        return layout.phases(turn.real, turn.imag, key.dtype)
 
     turned = key[:, :, columns]
     turned.copy_(layout.rotate(turned, at.once(("step", layout.kind, last, key.dtype, key.device), phases)))
