@@ -7,7 +7,7 @@ all of them: exact, and of memory linear in length, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import dropout as drop
@@ -25,8 +25,7 @@ FUSED_ROWS = 256
 """Queries in a block where a fused kernel holds no scores: shorter blocks have less at their edges, but more calls."""
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """One part with its rotated queries (batch, heads, queries, dim) and keys (batch, key heads, keys, dim)."""
 
     part: Part
@@ -34,8 +33,7 @@ class Branch:
     key: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A rectangle of scores: the queries of one block against some keys.
 
     Queries (batch, key heads, rows, dim) of all heads that share a key head are behind each other. `bias` (batch or 1,
@@ -106,8 +104,10 @@ def banded_attention(
     """
     batch, heads, queries, width = branches[0].query.shape
     key_heads, keys = value.shape[1:3]
-    states = [value, *(states for branch in branches for states in (branch.query, branch.key))]
-    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (sinks, *states))
+    learning = torch.is_grad_enabled() and any(
+        states is not None and states.requires_grad
+        for states in (sinks, value, *(states for branch in branches for states in (branch.query, branch.key)))
+    )
     kernel = choose(branches[0].query, value) if aligned and mask is None else None
     if kernel is not None and not (learning or softcap or dropout):
         places = [regions(branch.part, queries, keys) for branch in branches]
@@ -128,7 +128,8 @@ def banded_attention(
         here = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
         pieces = []
         for number, branch in enumerate(branches):
-            query = branch.query[:, :, start:stop].reshape(batch, key_heads, -1, width)
+            query = branch.query if stop - start == queries else branch.query[:, :, start:stop]
+            query = query.reshape(batch, key_heads, -1, width)
             for low, high, inner in _rectangles(branch.part, first, last, keys, aligned, causal=mask is None):
                 alike = (number, first % branch.part.chunk, last - first, low - first, high - first)
                 bias = None if inner else edges.get(alike)
@@ -149,16 +150,16 @@ def banded_attention(
         block = _fused(pieces, scaling, sink) if fused else _plain(pieces, scaling, sink, softcap, dropout)
         return block.view(batch, heads, stop - start, -1).transpose(1, 2)
 
+    if rows >= queries:
+        return attend(0, queries)
     out = None if learning else value.new_empty(batch, queries, heads, value.shape[-1])
     blocks = []
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
         if out is not None:
             out[:, start:stop] = attend(start, stop)
-        elif rows < queries:  # the weights of all blocks are of quadratic size: they are computed again in backward
+        else:  # the weights of all blocks are of quadratic size: they are computed again in backward
             blocks.append(checkpoint(attend, start, stop, use_reentrant=False))
-        else:
-            blocks.append(attend(start, stop))
     return torch.cat(blocks, 1) if out is None else out
 
 
@@ -243,16 +244,21 @@ def _plain(
 
 def _fused(pieces: list[Piece], scaling: float, sink: torch.Tensor | None) -> torch.Tensor:
     """The same by PyTorch's own flash kernel for CPUs, which tells the log-sum-exp by which pieces are merged."""
-    outs, sums = [], []
-    for piece in pieces:
+
+    def attended(piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
         bias = None if piece.bias is None else piece.bias.to(piece.query.dtype)
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             piece.query, piece.key, piece.value, attn_mask=bias, scale=scaling
         )
-        outs.append(out)
-        sums.append(total[..., None])
+        return out.to(total.dtype), total
+
+    merged, before = attended(pieces[0])
+    for piece in pieces[1:]:
+        out, total = attended(piece)
+        # its share is the sigmoid of how far it is above the others
+        merged = torch.lerp(merged, out, torch.sigmoid(total - before)[..., None])
+        if sink is not None or piece is not pieces[-1]:
+            before = torch.logaddexp(before, total)
     if sink is not None:  # it has no value
-        outs.append(torch.zeros_like(outs[0]))
-        sums.append(sink.to(sums[0].dtype))
-    shares = torch.stack(sums).softmax(0)
-    return (torch.stack(outs) * shares).sum(0).to(pieces[0].value.dtype)
+        merged = merged * torch.sigmoid(before[..., None] - sink)
+    return merged.to(pieces[0].value.dtype)

@@ -1,4 +1,4 @@
-"""Keys that stay in the cache as the latest token sees them, so that a step of decoding turns a few and not all.
+"""Keys that stay in the cache as the latest token sees them, so that a step of decoding turns two and not all.
 
 There is one cache. A key is turned for the near part as it comes, and for the far one as it leaves the window; a
 forward of several tokens, whose queries see the same key in both, gets the keys turned back.
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from ..plan import Part
+from ..plan import Part, PositionMap
 from .banded_attention import belongs, mapped
 from .rotary_layout import LayerLayout, Layout, Phases
 
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from .late_state import LateRotation, Positions
 
 
-def borders(parts: tuple[Part, ...]) -> tuple[int, ...] | None:
-    """Distances at which a key is turned anew as tokens follow; `None` where keys of many distances are, at once."""
+def border(parts: tuple[Part, ...]) -> int | None:
+    """The one distance at which a key is turned anew as tokens follow; 0 where none is, `None` where several are."""
     if len({part.key for part in parts}) <= 1:
-        return ()
-    if any(part.chunk > 1 for part in parts):
+        return 0
+    if any(part.chunk > 1 or part.keys_below is not None for part in parts):
         return None
-    return tuple(sorted({part.high for part in parts if part.high is not None} | {part.low for part in parts} - {0}))
+    found = {part.high for part in parts if part.high is not None} | {part.low for part in parts if part.low > 0}
+    return found.pop() if len(found) == 1 else None
 
 
 def stand(parts: tuple[Part, ...], newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -92,28 +93,33 @@ def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicL
 
 
 def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, positions: torch.Tensor) -> None:
-    """Turn, in place, the key of a new token and those that it pushes over a border."""
-    parts, newest = late.plan.parts, positions[:, -1:]
-    # of all rows, as their positions are regular
-    places = [key.shape[2] - 1 - distance for distance in (0, *(borders(parts) or ()))]
-    places = [place for place in places if place >= 0]
+    """Turn, in place, the key of a new token and the one that it pushes over the border."""
+    parts, last = late.plan.parts, key.shape[2] - 1
+    far = at.once("border", lambda: border(parts) or 0)
+    moves = 0 < far <= last
+    columns = slice(last - far, None, far) if moves else slice(last, None)  # of all rows: their positions are regular
 
     def phases() -> Phases:
-        there = [positions[:, place : place + 1] for place in places]
-        new = [stand(parts, newest, one) for one in there]
-        old = [stand(parts, newest - 1, one) for one in there[1:]]
-        cos, sin = late.phases(at, torch.cat(new + old, 1), key)
-        count = len(new)
-        back_cos, back_sin = _back(cos[:, count:], sin[:, count:])
-        on_cos, on_sin = cos[:, 1:count], sin[:, 1:count]
-        # angles add up
-        moved_cos, moved_sin = on_cos * back_cos - on_sin * back_sin, on_sin * back_cos + on_cos * back_sin
-        return layout.phases(torch.cat([cos[:, :1], moved_cos], 1), torch.cat([sin[:, :1], moved_sin], 1), key.dtype)
+        there = positions[:, columns]
+        newest = mapped(there[:, -1:], _key_map(parts, 0))
+        if not moves:
+            return layout.phases(*late.phases(at, newest, key), key.dtype)
+        moved = there[:, :1]
+        new, old = mapped(moved, _key_map(parts, far)), mapped(moved, _key_map(parts, far - 1))
+        both = late.phases(at, torch.cat([newest, new, old], 1), key)
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        turn = torch.complex(*(one.to(dtype) for one in both))
+        turn = torch.cat([turn[:, 1:2] / turn[:, 2:], turn[:, :1]], 1)  # an attention factor cancels out
+        return layout.phases(turn.real, turn.imag, key.dtype)
 
-    columns = [key[:, :, place : place + 1] for place in places]
-    turned = layout.rotate(torch.cat(columns, 2), at.once(("step", layout.kind, key.dtype, key.device), phases))
-    for column, one in zip(columns, torch.split(turned, 1, 2), strict=True):
-        column.copy_(one)
+    turned = key[:, :, columns]
+    turned.copy_(layout.rotate(turned, at.once(("step", layout.kind, last, key.dtype, key.device), phases)))
+
+
+def _key_map(parts: tuple[Part, ...], distance: int) -> PositionMap:
+    """What a key at a distance from the newest token is turned to, where parts are windows or all turn keys alike."""
+    inside = (part for part in parts if part.low <= distance and (part.high is None or distance < part.high))
+    return next(inside, parts[0]).key if parts else PositionMap()
 
 
 def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

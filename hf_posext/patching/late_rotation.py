@@ -75,8 +75,9 @@ def late_attention(
         key, value = key[:, :, : at_key.shape[1]], value[:, :, : at_key.shape[1]]
         attention_mask = None if attention_mask is None else attention_mask[..., : at_key.shape[1]]
     # of a sliding cache the latest keys are left; free slots of a static one are masked, and the shape stays
-    at_key = at_key[:, -key.shape[2] :]
-    at_key = nn.functional.pad(at_key, (0, key.shape[2] - at_key.shape[1]))
+    if at_key.shape[1] != key.shape[2]:
+        at_key = at_key[:, -key.shape[2] :]
+        at_key = nn.functional.pad(at_key, (0, key.shape[2] - at_key.shape[1]))
 
     parts = () if late.unmapped else late.plan.parts
     scale = None if late.unmapped else late.plan.query_scale
@@ -172,7 +173,7 @@ def _turns(
         return at.once((rules, *kind), functools.partial(phases, *rules))
 
     if positions.shape[-1] == 1:  # a step of decoding has many small operations: all maps at once
-        return dict(zip(distinct, torch.split(layout.rotate(states, once(*distinct)), 1, 2), strict=True))
+        return dict(zip(distinct, layout.rotate(states, once(*distinct)).chunk(len(distinct), 2), strict=True))
     return {rule: layout.rotate(states, once(rule)) for rule in distinct}
 
 

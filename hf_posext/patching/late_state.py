@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +15,9 @@ from .detect import RotarySite, text_config
 from .late_cache import close_cache, find_cache, open_cache
 from .late_rotation import MASKS, lease
 from .mixin import Mixin
-from .rotary_layout import Angle, Captured, LayerLayout, Phases
+from .rotary_layout import Angle, Captured, LayerLayout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,19 @@ class Positions:
     aligned: bool
     regular: bool
     task: int
-    memo: dict[Any, Phases] = field(default_factory=dict, compare=False)
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @property
     def queries(self) -> torch.Tensor:
         """Positions (batch or 1, tokens); those on the first axis in multimodal models."""
         return self.given if self.given.ndim == 2 else self.given[0]
 
-    def once(self, what: Any, make: Callable[[], Phases]) -> Phases:
-        """Phases that all layers of a forward need alike."""
-        if what not in self.memo:
-            self.memo[what] = make()
-        return self.memo[what]
+    def once(self, what: Any, make: Callable[[], T]) -> T:
+        """What all layers of a forward need alike."""
+        found: T | None = self.memo.get(what)
+        if found is None:
+            found = self.memo[what] = make()
+        return found
 
 
 class LateRotation:
@@ -120,7 +123,7 @@ class LateRotation:
         where phases did not pass through its arguments (compiled graphs, and layers with a rotary module inside).
         """
         found = self.carried.get(name) or self.latest[name]
-        if found.task != _backward_task() and name not in self.carried:
+        if name not in self.carried and found.task != _backward_task():
             raise EvaluationError(
                 "a gradient checkpoint runs a layer again whose phases came without their positions; "
                 "turn gradient checkpointing off for this model: model.gradient_checkpointing_disable()"

@@ -20,6 +20,9 @@ Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Angle = Callable[[str, torch.Tensor], torch.Tensor]
 """From the name of a set and its cosines: 0 or 1 (quarter turns) for each slot."""
 
+FEW = 8
+"""Tokens up to which the partners of all channels are gathered at once, rather than by slices."""
+
 TOLERANCE = 1e-5
 """Of the largest value, in float32: probes are exact rotations by 0 or 90 degrees, so that only a norm after them
 rounds. In half precision that rounds by up to one unit in the last place."""
@@ -52,7 +55,7 @@ class Layout:
         """Queries or keys (batch, heads, tokens, dim) turned by the phases of their tokens, or one by each of some."""
         cos, sin = phases
         turned = states * cos
-        if self.swaps is None:
+        if self.swaps is None or states.shape[2] <= FEW:
             return turned.addcmul_(states[..., self.partners], sin)
         for here, there in self.swaps:  # in place, so that no partners of all channels are held
             turned[..., here].addcmul_(states[..., there], sin[..., here])
