@@ -56,9 +56,9 @@ class Layout:
         cos, sin = phases
         turned = states * cos
         if self.swaps is None or states.shape[2] <= FEW:
-            return turned.addcmul_(states[..., self.partners], sin)
+            return turned.add_(states[..., self.partners] * sin)
         for here, there in self.swaps:  # in place, so that no partners of all channels are held
-            turned[..., here].addcmul_(states[..., there], sin[..., here])
+            turned[..., here].add_(states[..., there] * sin[..., here])
         return turned
 
     def is_rotation(self) -> bool:
