@@ -99,4 +99,4 @@ def attend_regions(
             merged.add(rows, *kernel(query[:, :, rows], *pair, scaling=scaling, causal=causal, window=window))
     if sinks is not None:
         merged.add_sinks(sinks)
-    return merged.out.transpose(1, 2)
+    return merged.out.transpose(1, 2).contiguous()

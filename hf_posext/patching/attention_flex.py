@@ -79,4 +79,4 @@ def attend_flex(
         merged.add(slice(None), out, aux.lse)
     if sinks is not None:
         merged.add_sinks(sinks)
-    return merged.out.transpose(1, 2)
+    return merged.out.transpose(1, 2).contiguous()

@@ -100,7 +100,7 @@ def banded_attention(
         dropout (`float`, *optional*, defaults to 0): of attention weights.
 
     Returns:
-        `torch.Tensor` of shape `(batch, queries, heads, dim)`.
+        `torch.Tensor` of shape `(batch, queries, heads, dim)`: contiguous.
     """
     batch, heads, queries, width = branches[0].query.shape
     key_heads, keys = value.shape[1:3]
@@ -151,7 +151,7 @@ def banded_attention(
         return block.view(batch, heads, stop - start, -1).transpose(1, 2)
 
     if rows >= queries:
-        return attend(0, queries)
+        return attend(0, queries).contiguous()  # some models view it
     out = None if learning else value.new_empty(batch, queries, heads, value.shape[-1])
     blocks = []
     for start in range(0, queries, rows):
