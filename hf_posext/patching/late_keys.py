@@ -86,7 +86,7 @@ def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicL
     """The layer of the cache that holds these very keys and nothing but keys as they came."""
     index: Any = getattr(module, "layer_idx", None)
     layers: list[Any] = getattr(late.cache, "layers", [])
-    if not late.keeps_turned or index is None or index >= len(layers):
+    if not late.keeps_turned or index is None or not 0 <= index < len(layers):  # zamba2's shared one says -1
         return None
     layer = layers[index]
     return layer if type(layer) is DynamicLayer and layer.keys is key else None
