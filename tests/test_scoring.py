@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
-from hf_posext.evaluation.scoring import heads, scorer
+from hf_posext.evaluation.scoring import heads, projection, scorer
 from hf_posext.evaluation.scoring.boundaries import check_positions
 from hf_posext.evaluation.scoring.heads import SlicedHead
 from hf_posext.evaluation.scoring.scorer import TokenScorer
@@ -212,10 +212,34 @@ def test_slices_lie_in_the_same_memory(llama: LlamaForCausalLM) -> None:
             assert torch.allclose(second, llama(tokens(20)).logits[:, 12:], atol=1e-6)
 
 
+def test_logits_keep_the_float32_sums_that_a_device_gives(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No CPU gives them, so the product of one that does stands in."""
+    trunk, product = SlicedHead(llama.bfloat16(), llama.model), torch.mm
+
+    def summing(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype, **out: torch.Tensor) -> torch.Tensor:
+        return product(a.to(out_dtype), b.to(out_dtype), **out)
+
+    with torch.inference_mode():
+        read = trunk.read(tokens(20), use_cache=False)
+        rounded = trunk.logits(read, 0, 20).clone()
+        projection.sums_in_float32.cache_clear()
+        monkeypatch.setattr(torch, "mm", summing)
+        try:
+            logits = trunk.logits(trunk.read(tokens(20), use_cache=False), 0, 20)
+        finally:
+            projection.sums_in_float32.cache_clear()
+        exact = heads.hidden_states(read.trunk).double() @ llama.lm_head.weight.T.double()
+    assert (rounded.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
+    off, rounding = ((one.double() - exact).abs().max() for one in (logits, rounded))
+    assert off <= 1e-6 * exact.abs().max() < rounding  # 32 products are summed
+
+
 def test_large_vocabulary_and_tokens_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Token ids above 65,535, which two bytes do not hold; 300 tokens take three slices of 119 rows."""
-    monkeypatch.setattr(scorer, "LOGITS_ROWS", 119)
     vocabulary = 70_000
+    monkeypatch.setattr(scorer, "LOGITS_BYTES", 119 * 4 * vocabulary)
     model = tiny_llama(vocab_size=vocabulary, hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
     ids = torch.randint(0, vocabulary, (1, 300), generator=torch.Generator().manual_seed(0))
     ids[0, [0, 7, 200, 299]] = torch.tensor([vocabulary - 1, 0, 65_536, vocabulary - 1])

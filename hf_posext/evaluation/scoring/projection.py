@@ -1,11 +1,15 @@
 """The last product of a model, hidden states times vocabulary, slice after slice into the same memory.
 
-A fresh tensor for every slice costs as much as the softmax on it: 512 rows of 128,256 logits are 262 MB, which the
+A fresh tensor for every slice costs as much as the softmax on it: 392 rows of 128,256 logits are 201 MB, which the
 system hands out, and takes back, page by page.
+
+Where a device sums products of half precision in float32 and can hand those sums out, it does: logits in bfloat16 are
+off by up to 0.016 nats a token, such sums by 5e-5.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -36,10 +40,24 @@ class Projection:
         if hidden.dtype != weight.dtype or torch.is_autocast_enabled(hidden.device.type):
             return nn.functional.linear(hidden, weight)
         rows = hidden.flatten(0, -2)
+        wide = sums_in_float32(weight.device, weight.dtype)
         if self._memory is None or len(self._memory) < len(rows):
-            self._memory = rows.new_empty(len(rows), len(weight))
-        logits = torch.mm(rows, weight.T, out=self._memory[: len(rows)])
+            self._memory = rows.new_empty(len(rows), len(weight), dtype=torch.float32 if wide else weight.dtype)
+        into = self._memory[: len(rows)]
+        logits = torch.mm(rows, weight.T, out_dtype=torch.float32, out=into) if wide else torch.mm(rows, weight.T, out=into)
         return logits.view(*hidden.shape[:-1], -1)
+
+
+@functools.cache
+def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device gives products of matrices in half precision as float32; it is asked once."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    some = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        return bool((torch.mm(some, some, out_dtype=torch.float32) == 16).all())
+    except (RuntimeError, TypeError):  # not there, on this device or before PyTorch 2.8
+        return False
 
 
 def projection_of(model: Any) -> Projection | None:
