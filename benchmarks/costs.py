@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -32,10 +33,11 @@ Row = dict[str, Any]
 def import_rows(repeats: int) -> list[Row]:
     """What each import takes in a fresh interpreter that has imported transformers and a model of it."""
     found: dict[str, list[float]] = {BASELINE: [], **{statement: [] for statement in IMPORTS}}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
     for turn in range(repeats + 1):
         for statement in IMPORTS:
             code = TIMED.format(first=BASELINE, second=statement)
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True, env=kept)
             first, second = map(float, done.stdout.split())
             if turn:  # the first writes the byte code
                 found[BASELINE].append(first)

@@ -44,7 +44,8 @@ class Projection:
         if self._memory is None or len(self._memory) < len(rows):
             self._memory = rows.new_empty(len(rows), len(weight), dtype=torch.float32 if wide else weight.dtype)
         into = self._memory[: len(rows)]
-        logits = torch.mm(rows, weight.T, out_dtype=torch.float32, out=into) if wide else torch.mm(rows, weight.T, out=into)
+        kept = {"out_dtype": torch.float32} if wide else {}
+        logits = torch.mm(rows, weight.T, out=into, **kept)
         return logits.view(*hidden.shape[:-1], -1)
 
 

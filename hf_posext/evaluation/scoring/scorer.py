@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ...errors import InvalidParameterError, NonFiniteError, UnsupportedModelError
 from ...patching.detect import unwrap
