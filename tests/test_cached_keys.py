@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 import hf_posext.patching.late_keys as late_keys
 import hf_posext.patching.late_state as late_state
@@ -18,6 +18,7 @@ from hf_posext.errors import EvaluationError
 from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, Sinks, StringShift, YaRN
 
 from .conftest import logits, tiny_llama, tokens
+from .zoo import build
 
 METHODS: dict[str, Method] = {
     "rerope": ReRoPE(window=8),
@@ -58,12 +59,17 @@ def test_steps_chunks_and_crops_equal_one_forward(name: str) -> None:
     torch.testing.assert_close(steps(model, twin, [33, 34, 35]), whole[:, 33:35], **CLOSE)
 
 
-def test_a_step_turns_the_new_key_and_the_one_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All others keep their bits, and nothing of the length of the cache is turned."""
-    model = patched("self-extend")
-    cache = DynamicCache(config=model.config)
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding"])
+def test_a_step_turns_the_new_key_and_the_one_that_leaves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others keep their bits, and nothing of the length of the cache is turned; also where the cache has free
+    slots, or lets go of keys behind a window of 16 in every other layer."""
+    model = build("gemma2") if kind == "sliding" else tiny_llama()
+    patch_model(model, METHODS["self-extend"], factor=8, original_length=16)
+    static = StaticCache(config=model.config, max_cache_len=64)
+    cache = static if kind == "static" else DynamicCache(config=model.config)
+    assert any(layer.is_sliding for layer in cache.layers) is (kind == "sliding")
     steps(model, cache, [0, 30, 31])
-    before = cache.layers[1].keys.clone()
+    before = [layer.keys[:, :, :31].clone() for layer in cache.layers]
     rotated: list[int] = []
     rotate = late_keys.Layout.rotate
     monkeypatch.setattr(
@@ -72,8 +78,11 @@ def test_a_step_turns_the_new_key_and_the_one_that_leaves(monkeypatch: pytest.Mo
         lambda self, states, phases: rotated.append(states.shape[2]) or rotate(self, states, phases),
     )
     steps(model, cache, [31, 32])
-    changed = (cache.layers[1].keys[:, :, :-1] != before).any(-1).flatten(0, 1).any(0).nonzero().flatten()
-    assert changed.tolist() == [31 - 8]
+    for layer, old in zip(cache.layers, before, strict=True):
+        new = layer.keys[:, :, :32][:, :, :-1]
+        old = old[:, :, -new.shape[2] :]
+        changed = (new != old).any(-1).flatten(0, 1).any(0).nonzero().flatten()
+        assert (new.shape[2] - changed).tolist() == [8]  # so far behind the new one
     assert max(rotated) == 2
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from ..plan import Part, PositionMap
 from .banded_attention import belongs, mapped
@@ -19,6 +19,10 @@ from .rotary_layout import LayerLayout, Layout, Phases
 
 if TYPE_CHECKING:
     from .late_state import LateRotation, Positions
+
+HOLDERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+"""Layers of a cache that hold keys as they came, one behind the other. A static one that slides rolls them, and a
+quantised one holds others: there all keys are turned at every step."""
 
 
 def border(parts: tuple[Part, ...]) -> int | None:
@@ -58,38 +62,44 @@ def turned_keys(
     settle = at.regular and not key.requires_grad
     if before is None and not (settle and tokens == 1):
         return key, False
-    positions = at.keys.to(key.device)
-    newest, held = positions[:, -1:], key.shape[2] - tokens
+    count = min(key.shape[2], at.keys.shape[1])  # of a static cache some slots are free, a sliding one drops keys
+    positions, filled = at.keys[:, -count:].to(key.device), key[:, :, :count]
+    newest, held = positions[:, -1:], count - tokens
     if before is not None and before[1] == held and settle and tokens == 1:
-        _step(late, layout.key, at, key, positions)
+        _step(late, layout.key, at, filled, positions)
     else:
-        plain, wrong = key, None
+        plain, wrong = filled, None
         if before is not None:
             old = stand(parts, before[0], positions[:, :held])
             back = _once(at, ("back", before[1], held), layout.key, key, lambda: _back(*late.phases(at, old, key)))
-            plain = torch.cat([layout.key.rotate(key[:, :, :held], back), key[:, :, held:]], 2)
+            plain = torch.cat([layout.key.rotate(filled[:, :, :held], back), filled[:, :, held:]], 2)
             wrong = torch.cat([old != stand(parts, newest, positions[:, :held]), positions[:, held:] >= 0], 1)
         if not settle:
-            layer.keys = plain
+            filled.copy_(plain)
             return plain, False
         wanted = stand(parts, newest, positions)
-        phases = _once(at, ("all", key.shape[2]), layout.key, key, lambda: late.phases(at, wanted, key))
-        layer.keys = layout.key.rotate(plain, phases)
+        turned = layout.key.rotate(
+            plain, _once(at, ("all", count), layout.key, key, lambda: late.phases(at, wanted, key))
+        )
         if wrong is not None:  # what stands right keeps its bits, so that no error adds up from turn to turn
-            layer.keys = torch.where(wrong[:, None, :, None], layer.keys, key)
-        key = layer.keys if tokens == 1 else plain
-    known[module.layer_idx] = newest, layer.keys.shape[2]
+            turned = torch.where(wrong[:, None, :, None], turned, filled)
+        filled.copy_(turned)  # in place: the cache may hold a part of these keys, or must keep its memory
+        key = key if tokens == 1 else plain
+    known[module.layer_idx] = newest, min(count, layer.keys.shape[2])
     return key, tokens == 1
 
 
-def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicLayer | None:
-    """The layer of the cache that holds these very keys and nothing but keys as they came."""
+def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicLayer | StaticLayer | None:
+    """The layer of the cache whose memory these very keys lie in, if it holds nothing but keys as they came."""
     index: Any = getattr(module, "layer_idx", None)
     layers: list[Any] = getattr(late.cache, "layers", [])
     if not late.keeps_turned or index is None or not 0 <= index < len(layers):  # zamba2's shared one says -1
         return None
     layer = layers[index]
-    return layer if type(layer) is DynamicLayer and layer.keys is key else None
+    if torch.compiler.is_compiling() and index not in late.cache._posext_turned:
+        return None  # a graph keeps its shape, and cannot say how many keys there are
+    there = type(layer) in HOLDERS and layer.keys.untyped_storage()._cdata == key.untyped_storage()._cdata
+    return layer if there else None
 
 
 def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, positions: torch.Tensor) -> None:

@@ -71,10 +71,11 @@ def late_attention(
     layout = late.layers[path] = late.layers[path].to(query.device)
     at = late.positions(layout.rotary)
     at_query, at_key = at.queries.to(query.device), at.keys.to(query.device)
-    if query.shape[2] > 1 and at_key.shape[1] < key.shape[2]:  # a static cache, filled in part: leave the rest out
+    if at_key.shape[1] < key.shape[2] and not (query.shape[2] == 1 and torch.compiler.is_compiling()):
+        # a static cache, filled in part: leave the rest out
         key, value = key[:, :, : at_key.shape[1]], value[:, :, : at_key.shape[1]]
         attention_mask = None if attention_mask is None else attention_mask[..., : at_key.shape[1]]
-    # of a sliding cache the latest keys are left; free slots of a static one are masked, and the shape stays
+    # of a sliding cache the latest keys are left; a graph keeps the free slots of a static one, which are masked
     if at_key.shape[1] != key.shape[2]:
         at_key = at_key[:, -key.shape[2] :]
         at_key = nn.functional.pad(at_key, (0, key.shape[2] - at_key.shape[1]))

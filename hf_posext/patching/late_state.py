@@ -141,20 +141,11 @@ class LateRotation:
         if wanted.shape[-1] != lengths.shape[-1]:  # keys from a cache are of the document that goes on
             lengths = lengths[:, -1:]
         scales = (lengths / self.plan.original_length).clamp(min=1.0)
-        if scales.shape[1] == 1:  # one for each row: the host need not know it
-            rows = [wanted[..., row : row + 1, :] for row in range(wanted.shape[-2])]
-            each = zip(rows, scales.expand(len(rows), 1), strict=True)
-            grown = [_grown_phases(site, entry, row, scale[0], like) for row, scale in each]
-            return torch.cat([cos for cos, _ in grown]), torch.cat([sin for _, sin in grown])
-        scales = scales.expand(*wanted.shape[-2:])
-        cos = sin = None
-        for scale in torch.unique(scales):
-            new_cos, new_sin = _grown_phases(site, entry, wanted, scale, like)
-            here = (scales == scale)[..., None].to(like.device)
-            cos = new_cos if cos is None else torch.where(here, new_cos, cos)
-            sin = new_sin if sin is None else torch.where(here, new_sin, sin)
-        assert cos is not None and sin is not None
-        return cos, sin
+        wanted, scales = torch.broadcast_tensors(wanted, scales.to(wanted.device))
+        # each token has its own frequencies, and neither the host nor a graph need know which
+        grown = torch.vmap(lambda position, scale: _grown_phases(site, entry, position.view(1, 1), scale, like))
+        cos, sin = grown(wanted.flatten(), scales.flatten())
+        return cos.view(*wanted.shape, -1), sin.view(*wanted.shape, -1)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of the model: find the positions of the keys in the cache."""
