@@ -59,8 +59,8 @@ def late_attention(
     if late is None:
         raise EvaluationError(f"{type(module).__name__} was made after the patch; undo the patch, then patch again")
     path: str = module._posext_path  # type: ignore[assignment]
-    if late.angle is not None:
-        late.captured[path] = (query.detach(), key.detach())
+    if late.quarters is not None:
+        late.captured[path] = (query.detach().cpu(), key.detach().cpu())
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     selected = kwargs.pop("indices", None)
     if selected is not None:

@@ -16,7 +16,7 @@ from .late_keys import border
 from .late_state import LateRotation, RotatesLate, own_phases
 from .mixin import mix
 from .modes import evaluation_mode
-from .rotary_layout import Angle, Captured, UnknownLayout, measure
+from .rotary_layout import Captured, Quarters, UnknownLayout, measure
 
 CHECK_TOKENS = 24
 
@@ -159,12 +159,12 @@ def _backbone(model: PreTrainedModel, site: RotarySite) -> Any:
 def _probe_layouts(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor, kind: str, journal: Journal) -> None:
     """Measure every layer's layout, and refuse a model that does not show one."""
 
-    def forward(angle: Angle) -> Captured:
-        late.captured, late.angle = {}, angle
+    def forward(quarters: Quarters) -> Captured:
+        late.captured, late.quarters = {}, quarters
         try:
-            _logits(model, ids)
+            _logits(model, ids.expand(len(next(iter(quarters.values()))), -1))
         finally:
-            late.angle = None
+            late.quarters = None
         return late.captured
 
     def groups(name: str) -> torch.Tensor:
@@ -173,10 +173,10 @@ def _probe_layouts(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor
         cos, sin = own_phases(late.sites[name], positions, torch.zeros(1, device=ids.device))
         signature = torch.cat([cos.flatten(0, -2), sin.flatten(0, -2)]).T.double()
         pairs: torch.Tensor = torch.unique(signature, dim=0, return_inverse=True)[1]
-        return pairs
+        return pairs.cpu()
 
     try:
-        late.layers = measure(forward, groups)
+        late.layers = measure(forward, {name: groups(name) for name in late.sites})
     except UnknownLayout as error:
         raise UnsupportedModelError(
             f"{kind}: {error}; remapping methods cannot turn it, frequency methods can"

@@ -15,7 +15,7 @@ from .detect import RotarySite, text_config
 from .late_cache import close_cache, find_cache, open_cache
 from .late_rotation import MASKS, lease
 from .mixin import Mixin
-from .rotary_layout import Angle, Captured, LayerLayout
+from .rotary_layout import Captured, LayerLayout, Quarters
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class LateRotation:
         self.delta = delta
         self.sites: dict[str, RotarySite] = {}
         self.layers: dict[str, LayerLayout] = {}
-        self.angle: Angle | None = None
+        self.quarters: Quarters | None = None
         self.captured: Captured = {}
         self.unmapped = True  # until the layouts are known and checked
         self.keeps_turned = False  # until it is checked that nothing else reads the cached keys
@@ -141,7 +141,8 @@ class LateRotation:
         if wanted.shape[-1] != lengths.shape[-1]:  # keys from a cache are of the document that goes on
             lengths = lengths[:, -1:]
         scales = (lengths / self.plan.original_length).clamp(min=1.0)
-        wanted, scales = torch.broadcast_tensors(wanted, scales.to(wanted.device))
+        shape = torch.broadcast_shapes(wanted.shape, scales.shape)  # type: ignore[no-untyped-call]
+        wanted, scales = wanted.expand(shape), scales.to(wanted.device).expand(shape)
         # each token has its own frequencies, and neither the host nor a graph need know which
         grown = torch.vmap(lambda position, scale: _grown_phases(site, entry, position.view(1, 1), scale, like))
         cos, sin = grown(wanted.flatten(), scales.flatten())
@@ -205,20 +206,22 @@ class RotatesLate(Mixin):
         extra = {} if layer_type is None else {"layer_type": layer_type}
         out = super().forward(x, position_ids, **extra)
         name = self._posext_sets[layer_type or ""]
-        if late.angle is not None:
-            return _turned(out, late.angle, name)
+        if late.quarters is not None:
+            return _turned(out, late.quarters[name])
         at = late.note(name, position_ids, x.shape[-2])
         if not late.delta:
-            out = _turned(out, lambda _, cos: torch.zeros_like(cos), name)
+            out = _turned(out)
         if not torch.compiler.is_compiling():
             setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", at)  # noqa: B010  no such field
         return out
 
 
-def _turned(out: Any, angle: Angle, name: str) -> Any:
-    """A rotary module's output with quarter turns in place of its phases."""
+def _turned(out: Any, rows: torch.Tensor | None = None) -> Any:
+    """A rotary module's output with quarter turns (rows, slots) in place of its phases; without turns if not given."""
     cos, _ = _parts(out)
-    quarters = angle(name, cos)
+    quarters = torch.zeros_like(cos)
+    if rows is not None:
+        quarters = rows[:, None].to(cos).expand(*cos.shape[:-3], -1, *cos.shape[-2:])
     if isinstance(out, torch.Tensor):
         return torch.complex((1 - quarters).float(), quarters.float())
     return type(out)((1 - quarters, quarters))

@@ -1,10 +1,10 @@
 """Measures how each attention layer of a model rotates its queries and keys.
 
 transformers has nineteen different functions that apply rotary phases: halves or interleaved, part of the head or all
-of it, one that permutes its output, one that turns the other way, a weighted norm after it. None is looked at. A few
-five-token forwards, with the attention's output zeroed and every phase at 0 or 90 degrees, tell for each channel of
-the queries and keys that reach the attention function: `out_c = x_c cos[s] + g x_p sin[s]`, with its partner p, sign
-and weight g, and the slot s of the rotary module's output that drives it.
+of it, one that permutes its output, one that turns the other way, a weighted norm after it. None is looked at. One
+forward of a few rows of the same five tokens, with the attention's output zeroed and every phase at 0 or 90 degrees,
+tells for each channel of the queries and keys that reach the attention function: `out_c = x_c cos[s] + g x_p sin[s]`,
+with its partner p, sign and weight g, and the slot s of the rotary module's output that drives it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Queries and keys (batch, heads, tokens, dim) that reached the attention function, by layer."""
+"""Queries and keys (rows, heads, tokens, dim) that reached the attention function, by layer."""
 
-Angle = Callable[[str, torch.Tensor], torch.Tensor]
-"""From the name of a set and its cosines: 0 or 1 (quarter turns) for each slot."""
+Quarters = dict[str, torch.Tensor]
+"""By the name of a set: 0 or 1 (quarter turns) for each row of a forward and each slot, of shape (rows, slots)."""
 
 FEW = 8
 """Tokens up to which the partners of all channels are gathered at once, rather than by slices."""
@@ -94,50 +94,42 @@ class UnknownLayout(Exception):
     """A layer whose queries and keys do not turn as rotary phases do."""
 
 
-def measure(forward: Callable[[Angle], Captured], groups: Callable[[str], torch.Tensor]) -> dict[str, LayerLayout]:
+def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tensor]) -> dict[str, LayerLayout]:
     """The layouts of all layers that turn; layers without rotary phases are not in the answer.
 
     Args:
-        forward: runs the model with the given quarter turns in place of phases and tells what reached attention.
-        groups: for a set, the pair of each slot (slots of one pair have the same phase), int64 of shape (slots,).
+        forward: runs the model on as many equal rows as it is given quarter turns for, in place of phases, and tells
+            what reached attention.
+        pairs: for each set, the pair of each slot (slots of one pair have the same phase), int64 of shape (slots,).
 
     Raises:
         UnknownLayout: names the layer.
     """
-    names: list[str] = []
-
-    def none(name: str, cos: torch.Tensor) -> torch.Tensor:
-        if name not in names:
-            names.append(name)
-        return torch.zeros_like(cos)
-
-    still = forward(none)
-    turned = forward(lambda name, cos: torch.ones_like(cos))
-    pairs = {name: groups(name) for name in names}
     codes, first = {}, 1
-    for name in names:
+    for name in pairs:
         codes[name] = pairs[name] + first
         first += int(pairs[name].max()) + 1
-    bits = []
-    for bit in range(max(first - 1, 1).bit_length()):
-        bits.append(
-            forward(lambda name, cos, bit=bit: ((codes[name] >> bit) & 1).to(cos).expand_as(cos))  # type: ignore[misc]
-        )
+    count = max(first - 1, 1).bit_length()
+
+    def rows(code: torch.Tensor) -> torch.Tensor:
+        """One that does not turn, one that turns throughout, and one for each binary digit of the code of a slot."""
+        digits = [code >> bit & 1 for bit in range(count)]
+        return torch.stack([torch.zeros_like(code), torch.ones_like(code), *digits])
+
+    found = forward({name: rows(code) for name, code in codes.items()})
     layers: dict[str, LayerLayout] = {}
     kinds: list[Layout] = []
-    for layer in still:
-        found = [
-            _layout(layer, still[layer][side], turned[layer][side], [b[layer][side] for b in bits]) for side in (0, 1)
-        ]
-        if not any(bool(turns.any()) for _, _, turns, _ in found):
+    for layer, states in found.items():
+        sides = [_layout(layer, side[0], side[1], side[2:]) for side in states]
+        if not any(bool(turns.any()) for _, _, turns, _ in sides):
             continue
-        code = torch.cat([code[turns] for _, _, turns, code in found])
-        sets = [name for name in names if bool(torch.isin(code, codes[name]).any())]
+        code = torch.cat([code[turns] for _, _, turns, code in sides])
+        sets = [name for name in codes if bool(torch.isin(code, codes[name]).any())]
         if len(sets) != 1 or not bool(torch.isin(code, codes[sets[0]]).all()):
             raise UnknownLayout(f"{layer} is turned by {len(sets)} sets of frequencies")
         slot_of = {int(c): slot for slot, c in reversed(list(enumerate(codes[sets[0]].tolist())))}
         layouts = []
-        for partners, weights, _, code in found:
+        for partners, weights, _, code in sides:
             slots = torch.tensor([slot_of.get(int(c), 0) for c in code])
             layout = Layout(len(kinds), slots, partners, weights, _swaps(partners, weights))
             layouts.append(next((known for known in kinds if _equal(known, layout)), layout))
@@ -168,7 +160,7 @@ def _swaps(partners: torch.Tensor, weights: torch.Tensor) -> tuple[tuple[slice, 
 
 
 def _layout(
-    layer: str, still: torch.Tensor, turned: torch.Tensor, bits: list[torch.Tensor]
+    layer: str, still: torch.Tensor, turned: torch.Tensor, bits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Partners, weights, which channels turn, and the code of the pair that drives each; all of shape (dim,)."""
     dim = still.shape[-1]
