@@ -39,6 +39,20 @@ def test_half_precision_is_within_its_own_noise(kind: str) -> None:
     assert (late - plain).square().mean() <= (plain - exact).square().mean()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5_text"])
+def test_growing_frequencies_are_those_of_the_length(kind: str) -> None:
+    """As if the model had been given them; also where it wants positions on three axes."""
+    model, ids = build(kind), tokens(60)
+    with patch_model(model, DynamicNTK(), factor=8, original_length=16) as patch:
+        grown = logits(model, ids, use_cache=False)
+        (entry,) = patch.plan.rotaries
+    assert entry.growth is not None
+    (rotary,) = [module for module in model.modules() if hasattr(module, "inv_freq")]
+    moving, kept = (torch.tensor(one, dtype=torch.float64) for one in (entry.growth.moving, entry.growth.kept))
+    rotary.inv_freq = (moving * (60 / 16) ** -torch.tensor(entry.growth.power, dtype=torch.float64) + kept).float()
+    torch.testing.assert_close(grown, logits(model, ids, use_cache=False), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["smollm3", "cohere2"])
 def test_layers_without_positions_are_left_alone(kind: str) -> None:
     model, ids = build(kind), tokens(60)

@@ -131,8 +131,8 @@ class LateRotation:
         return found
 
     def phases(self, at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine (batch, tokens, slots) at wanted positions (batch, tokens), in the dtype and on the device
-        of `like`."""
+        """Cosine and sine (batch, tokens, slots) at wanted positions (batch, tokens), or (axes, batch, tokens) in
+        multimodal models; in the dtype and on the device of `like`."""
         site = self.sites[at.name]
         entry = next((rotary for rotary in self.plan.rotaries if rotary.name == at.name), None)
         if entry is None or entry.growth is None or self.unmapped:
@@ -141,12 +141,14 @@ class LateRotation:
         if wanted.shape[-1] != lengths.shape[-1]:  # keys from a cache are of the document that goes on
             lengths = lengths[:, -1:]
         scales = (lengths / self.plan.original_length).clamp(min=1.0)
-        shape = torch.broadcast_shapes(wanted.shape, scales.shape)  # type: ignore[no-untyped-call]
-        wanted, scales = wanted.expand(shape), scales.to(wanted.device).expand(shape)
+        shape = torch.broadcast_shapes(wanted.shape[-2:], scales.shape)  # type: ignore[no-untyped-call]
+        wanted, scales = wanted.expand(*wanted.shape[:-2], *shape), scales.to(wanted.device).expand(shape)
         # each token has its own frequencies, and neither the host nor a graph need know which
-        grown = torch.vmap(lambda position, scale: _grown_phases(site, entry, position.view(1, 1), scale, like))
-        cos, sin = grown(wanted.flatten(), scales.flatten())
-        return cos.view(*wanted.shape, -1), sin.view(*wanted.shape, -1)
+        grown = torch.vmap(
+            lambda position, scale: _grown_phases(site, entry, position[..., None, None], scale, like), (-1, 0)
+        )
+        cos, sin = grown(wanted.flatten(-2), scales.flatten())
+        return cos.view(*shape, -1), sin.view(*shape, -1)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of the model: find the positions of the keys in the cache."""
