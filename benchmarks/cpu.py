@@ -19,25 +19,28 @@ FREQUENCY, PREFILL, DECODE, IMPORT, PATCH = 1.02, 1.35, 1.25, 0.150, 0.100
 """Goals: a forward with other frequencies takes at most so many times what it took; so do the attention layer over a
 text and a token with a cache, against SDPA; seconds that imports and `patch_model` may take."""
 
+SHORT = 128
+"""Tokens of a forward with other frequencies: what it costs to choose them shows most in short ones, and turns that are
+over soon are disturbed alike."""
+
 
 def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
     """All parts, in order."""
     torch.set_num_threads(1)
-    layer, model, billion = ("tiny", "tiny", "tiny") if tiny else ("attention", "small", "billion")
-    short = 128 if tiny else 1024
+    attention, model, layer, billion = ["tiny"] * 4 if tiny else ["attention", "small", "layer", "billion"]
     rows: list[dict[str, Any]] = []
     rows += run.part("import", lambda: costs.import_rows(repeats))
     rows += run.part("patch_model", lambda: costs.patch_rows(billion, ("yarn", "self-extend")))
     rows += run.part(
         "forward",
         lambda: forwards.forward_rows(
-            model, short, short // 8, forwards.frequency_methods(model, short), 1 if tiny else 2 * repeats + 1
+            layer, SHORT, SHORT // 8, forwards.frequency_methods(layer, SHORT), 1 if tiny else 8 * repeats
         ),
     )
     for length in (512,) if tiny else (4096, 8192):
         sizes = length, length // forwards.FACTOR, forwards.cpu_methods(length)
-        rows += run.part(f"prefill {length}", lambda s=sizes: forwards.prefill_rows(layer, *s, repeats))
-        rows += run.part(f"memory {length}", lambda n=length: forwards.memory_rows(layer, n, 1))
+        rows += run.part(f"prefill {length}", lambda s=sizes: forwards.prefill_rows(attention, *s, repeats))
+        rows += run.part(f"memory {length}", lambda n=length: forwards.memory_rows(attention, n, 1))
         rows += run.part(f"decode {length}", lambda s=sizes: forwards.decode_rows(model, *s, 8 * repeats))
     console().print(rows_table(rows, "One thread; time of the processor"), "")
     return run.finish(goals(rows))

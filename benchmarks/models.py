@@ -20,9 +20,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "billion": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
 }
+SHAPES["layer"] = SHAPES["billion"] | {"num_hidden_layers": 1, "tie_word_embeddings": False}
 """`tiny` has larger weights, so that equal numbers say something; `small` is 256 wide and 6 layers deep; `attention`
 and `llama-3-8b` are a layer of little else than attention, the second with the heads of that model; `billion` has the
-shape of Llama-3.2-1B."""
+shape of Llama-3.2-1B, and `layer` is one of its layers."""
 
 BOS = "<s>"
 

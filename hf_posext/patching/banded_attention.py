@@ -21,8 +21,9 @@ from .attention_kernels import choose, forced
 SCORE_BYTES = 16 * 2**20
 """Float32 scores that are held at a time."""
 
-FUSED_ROWS = 256
-"""Queries in a block where a fused kernel holds no scores: shorter blocks have less at their edges, but more calls."""
+FUSED_ROWS = 192
+"""Queries in a block where a fused kernel holds no scores: shorter blocks have less at their edges, but more calls.
+This divides chunks of three quarters of a power of two, so that no block lies in two of them."""
 
 
 class Branch(NamedTuple):
