@@ -75,7 +75,7 @@ def compare(
     | column | meaning |
     |---|---|
     | `perplexity`, `perplexity_tail` | of all tokens that the protocol scores, and of the second half of them |
-    | `bits_per_byte` | NLL in bits by bytes of the scored text: comparable across tokenizers |
+    | `bits_per_byte` | NLL in bits by bytes of the scored text, across tokenizers; not of `legacy-longlora` |
     | `nll_sum`, `tokens`, `documents` | what the perplexity comes from; sums in nats |
     | `protocol`, `bos`, `dtype` | how it was measured |
     | `ci95` | 95 % bootstrap interval of `perplexity` over documents |
