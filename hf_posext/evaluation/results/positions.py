@@ -38,8 +38,8 @@ def stretch_bounds(first: int, scored: int) -> np.ndarray:
 
 
 def position_sums(measurement: Measurement) -> list[float] | None:
-    """NLL summed over each stretch; `None` where tokens overlap, a sample does not have as many of each stretch, or the
-    protocol does not weigh tokens equally, as the gain by stretch does."""
+    """NLL summed over each stretch; `None` where tokens overlap, a sample does not have as many of each stretch, or
+    the protocol does not weigh tokens equally, as the gain by stretch does."""
     nll = measurement.nll
     if measurement.places is not None and len(nll) % STRETCHES == 0:
         return [float(part.sum()) for part in np.split(nll, STRETCHES)]
