@@ -113,7 +113,9 @@ def _join(group: Mapping[str, Results]) -> Results:
     refusals: dict[str, str] = {}
     for run in group.values():
         refusals |= run.provenance.get("not_applicable") or {}
-    provenance = {**first.provenance, "not_applicable": refusals}
+    entries = [entry for run in group.values() for entry in run.provenance.get("left_out") or ()]
+    left_out = list({json.dumps(entry, sort_keys=True): entry for entry in entries}.values())
+    provenance = {**first.provenance, "not_applicable": refusals, "left_out": left_out}
     if commands := dict.fromkeys(run.provenance["command"] for run in group.values() if "command" in run.provenance):
         provenance["command"] = "\n".join(commands)
     return Results(
@@ -149,5 +151,6 @@ def _told(run: Results, key: str) -> str:
     """A setting in a word: of the list of documents, their number."""
     value = run.provenance.get(key)
     if key == "longppl" and value is not None:
-        return f"by {value['evaluator']}"
+        settings = (f"{name} {value[name]:g}" for name in ("alpha", "beta", "short_length") if name in value)
+        return f"by {value['evaluator']} ({', '.join(settings)})"
     return f"{len(value)} documents" if isinstance(value, list) else str(value)
