@@ -71,18 +71,20 @@ def test_other_key_tokens_are_another_run() -> None:
     ]
 
 
-def test_what_any_run_left_out_is_told_once(tmp_path: Path) -> None:
+def test_what_any_run_left_out_is_told_once_with_its_run(tmp_path: Path) -> None:
     short, broken = {"document": "s", "tokens": 7}, {"document": "c", "tokens": 900, "reason": "yarn: not finite"}
     unread = {"passkey": "linear at 4096", "reason": "out of memory"}
     first = a_run(methods=("none", "yarn"), left_out=[short, broken])
     second = a_run(methods=("none", "linear"), left_out=[short, unread])
-    third = a_run(methods=("none",))
+    third = a_run(methods=("none",), left_out=[short])
     (merged,) = merge_runs({"a": third, "b": first, "c": second})
-    assert merged.provenance["left_out"] == [short, broken, unread]
-    assert third.provenance["left_out"] == [], "what was given stays as it was"
+    assert merged.provenance["left_out"] == [short, {**broken, "run": "b"}, {**unread, "run": "c"}]
+    assert third.provenance["left_out"] == [short], "what was given stays as it was"
+    (alike,) = merge_runs({"b": first, "again": a_run(methods=("yarn",), left_out=[short, broken])})
+    assert alike.provenance["left_out"] == [short, broken], "nothing is ambiguous"
     text = write_merged_report({"a": third, "b": first, "c": second}, tmp_path).read_text()
-    assert text.count("Left out: document c (yarn: not finite)") == 1
-    assert text.count("Left out: passkey linear at 4096 (out of memory)") == 1
+    assert text.count("Left out: document c in b (yarn: not finite)") == 1
+    assert text.count("Left out: passkey linear at 4096 in c (out of memory)") == 1
 
 
 @pytest.mark.parametrize("order", [("plain", "full"), ("full", "plain")])

@@ -32,7 +32,8 @@ def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
     """
     Runs of one model that were measured in the same way, joined; the order is that of the first of each.
 
-    A method that several of them measured (`none`, most often) is kept once, with all that any of them found.
+    A method that several of them measured (`none`, most often) is kept once, with all that any of them found. What was
+    left out is that of all of them, with the name of its run as `run` where not every run has left it out.
 
     Args:
         runs (`Mapping[str, Results]`): the runs by the name under which errors speak of them.
@@ -113,9 +114,7 @@ def _join(group: Mapping[str, Results]) -> Results:
     refusals: dict[str, str] = {}
     for run in group.values():
         refusals |= run.provenance.get("not_applicable") or {}
-    entries = [entry for run in group.values() for entry in run.provenance.get("left_out") or ()]
-    left_out = list({json.dumps(entry, sort_keys=True): entry for entry in entries}.values())
-    provenance = {**first.provenance, "not_applicable": refusals, "left_out": left_out}
+    provenance = {**first.provenance, "not_applicable": refusals, "left_out": _left_out(group)}
     if commands := dict.fromkeys(run.provenance["command"] for run in group.values() if "command" in run.provenance):
         provenance["command"] = "\n".join(commands)
     return Results(
@@ -124,6 +123,17 @@ def _join(group: Mapping[str, Results]) -> Results:
         _unique((record for run in group.values() for record in run.per_document), DOCUMENT),
         _unique((row for run in group.values() for row in run.retrieval), PROMPTS),
     )
+
+
+def _left_out(group: Mapping[str, Results]) -> list[dict[str, Any]]:
+    """What all runs have left out once, the rest with the name of its run: another may have measured it."""
+    by_run = {name: run.provenance.get("left_out") or [] for name, run in group.items()}
+    told: list[dict[str, Any]] = []
+    for name, entries in by_run.items():
+        for entry in entries:
+            own = entry if all(entry in others for others in by_run.values()) else {**entry, "run": name}
+            told += [] if own in told else [own]
+    return told
 
 
 def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
