@@ -7,23 +7,19 @@ and drawn where the method that made it is not installed.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .decode import MAX_NUMBER, decode, short
+from .decode import decode, short
 from .errors import PlanError
-from .scheme import GENERALIZATION, PositionalScheme
+from .plan_bounds import check_bounds
+from .scheme import PositionalScheme
 
 SCHEMA = 1
 PLAN_FILE = "posext_plan.json"
 MAX_PLAN_BYTES = 4 * 2**20
-MAX_TABLE_ROWS = 2**24
-"""Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
-MAX_PARTS = 64
-"""Each part is one more pass over keys in every attention layer; no method here has more than a handful."""
 
 
 @dataclass(frozen=True)
@@ -233,84 +229,8 @@ class ExtensionPlan:
                 f"plan has schema {short(schema)}; this version of hf_posext reads {SCHEMA}: upgrade it, or plan again"
             )
         plan = decode(cls, {key: value for key, value in data.items() if key != "schema"})
-        plan.check()
+        check_bounds(plan)
         return plan
-
-    def check(self) -> None:
-        """Refuse numbers that no method can have meant.
-
-        Raises:
-            PlanError: says which.
-        """
-        if self.scheme.kind not in GENERALIZATION:
-            raise PlanError(f"plan.scheme.kind is {short(self.scheme.kind)}; there are: {', '.join(GENERALIZATION)}")
-        if not (self.factor > 0 and 1 <= self.original_length <= self.target_length):
-            raise PlanError(
-                f"plan goes from {self.original_length} to {self.target_length} tokens by factor {self.factor:g}; "
-                "lengths grow from 1 or more"
-            )
-        if abs(self.original_length * self.factor - self.target_length) > 1:
-            raise PlanError(
-                f"plan has factor {self.factor:g}, but goes from {self.original_length} to {self.target_length} tokens"
-            )
-        if (self.table or self.sinusoids) and self.target_length > MAX_TABLE_ROWS:
-            raise PlanError(f"plan has a table of {self.target_length} positions; at most {MAX_TABLE_ROWS} are made")
-        if len(self.parts) > MAX_PARTS:
-            raise PlanError(f"plan has {len(self.parts)} parts; at most {MAX_PARTS} are possible")
-        sets = {rotary.name: rotary for rotary in self.scheme.rotaries}
-        for entry in self.rotaries:
-            if entry.name not in sets:
-                raise PlanError(f"plan changes frequencies {short(entry.name)!r}, which its own scheme does not have")
-            for numbers in filter(None, (entry.inv_freq, entry.short_inv_freq)):
-                if len(numbers) != sets[entry.name].slots:
-                    raise PlanError(
-                        f"plan has {len(numbers)} frequencies for {entry.name!r}; its scheme has "
-                        f"{sets[entry.name].slots}"
-                    )
-                if not all(0 <= number <= 2 * math.pi for number in numbers):
-                    raise PlanError(f"plan has frequencies {min(numbers)} to {max(numbers)}; 0 to 2 pi is possible")
-            grown = (entry.growth.moving, entry.growth.power, entry.growth.kept) if entry.growth else ()
-            if any(len(numbers) != sets[entry.name].slots for numbers in grown):
-                raise PlanError(f"plan has a growth of another width than the frequencies of {entry.name!r}")
-            if entry.attention_factor <= 0:
-                raise PlanError(f"plan has attention_factor {entry.attention_factor}; a number above 0 belongs there")
-        for part in self.parts:
-            divisors = (part.chunk, *(m for p in (part.query, part.key) for m in (p.group, p.modulo or 1)))
-            if min(divisors) < 1:
-                raise PlanError(
-                    f"plan has a part with chunk, group or modulo {min(divisors)}; 1 or more belongs there"
-                )
-        if self.query_scale is not None and self.query_scale.length < 2:
-            raise PlanError(f"plan scales queries from length {self.query_scale.length}; 2 or more belongs there")
-        self._check_other_schemes()
-
-    def _check_other_schemes(self) -> None:
-        """As `check`, for what is not rotary."""
-        table, buckets = self.table, self.buckets
-        if table is not None:
-            usable = self.scheme.table.usable if self.scheme.table else 0
-            if self.original_length > usable:
-                raise PlanError(f"plan stretches {self.original_length} rows of a table that has {usable}")
-            if table.interpolation not in ("linear", "cubic") or not 0 <= table.alpha < 1:
-                raise PlanError(
-                    f"plan interpolates a table by {short(table.interpolation)!r} with alpha {table.alpha:g}; "
-                    "'linear' or 'cubic', and 0 <= alpha < 1 are possible"
-                )
-        maps = (table and table.position, table and table.coarse, self.sinusoids)
-        if any(min(entry.group, entry.modulo or 1) < 1 for entry in maps if entry):
-            raise PlanError("plan maps positions by a group or modulo below 1")
-        if self.slopes and (len(self.slopes) != len(self.scheme.slopes) or min(self.slopes) < 0):
-            raise PlanError(
-                f"plan has {len(self.slopes)} slopes, the least {min(self.slopes):g}; its scheme has "
-                f"{len(self.scheme.slopes)} heads, and slopes are not below 0"
-            )
-        if buckets is not None:
-            shipped = self.scheme.buckets.max_distance if self.scheme.buckets else MAX_NUMBER
-            if buckets.factor <= 0 or (buckets.max_distance or shipped) < shipped or self.scheme.buckets is None:
-                raise PlanError(
-                    f"plan divides distances by {buckets.factor:g} and has buckets up to {buckets.max_distance}; a "
-                    f"number above 0, and the {shipped} of its scheme or more are possible"
-                )
 
 
 def _refuse_constant(text: str) -> float:

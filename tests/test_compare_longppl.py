@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,20 @@ def test_every_method_and_the_control_on_the_same_key_tokens(texts: list[str], b
     }  # fmt: skip
 
 
+def test_the_thresholds_that_were_asked_for(texts: list[str]) -> None:
+    model, tokenizer = decided_llama(), character_tokenizer(bos=True)
+    windows = {"short_length": SHORT, "stride": SHORT // 4}
+    usual = run(texts, longppl="none").row("linear", 128)["key_tokens"]
+    counts = set()
+    for thresholds in ({"alpha": 0.5}, {"beta": -0.5}, {"alpha": 3.0, "beta": -4.0}):
+        keys = find_key_tokens(model, tokenizer, documents_of(texts), length=128, start=START, **windows, **thresholds)
+        found = run(texts, longppl="none", **thresholds)
+        assert found.row("linear", 128)["key_tokens"] == keys.found
+        assert thresholds.items() <= found.provenance["longppl"].items()
+        counts.add(keys.found)
+    assert len(counts | {usual}) == 4, "each of them finds other tokens"
+
+
 def test_results_say_it_and_are_read_again(texts: list[str], tmp_path: Path) -> None:
     found = run(texts, longppl="linear x2")
     assert [list(row) for row in found.rows] == [[*ROW_KEYS, *LONGPPL_KEYS]] * 4
@@ -156,7 +171,7 @@ def test_one_model_beside_its_control(texts: list[str]) -> None:
     ],
 )
 def test_the_short_context(asked: int | None, trained: int | None, longest: int, expected: tuple[int, int]) -> None:
-    assert default_criterion(asked, trained, longest) == Criterion(2.0, -2.0, *expected)
+    assert default_criterion({"short_length": asked}, trained, longest) == Criterion(2.0, -2.0, *expected)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +179,10 @@ def test_the_short_context(asked: int | None, trained: int | None, longest: int,
     [
         ({"longppl": "yarn"}, "longppl is 'yarn', which none of the methods are: none, linear x2; give one of these"),
         ({"longppl": None}, "short_length is 24, and there is no LongPPL; give longppl="),
+        ({"longppl": None, "short_length": None, "beta": -1.0}, "beta is -1.0, and there is no LongPPL"),
+        ({"longppl": None, "short_length": None, "alpha": 1.0}, "alpha is 1.0, and there is no LongPPL"),
+        ({"longppl": "none", "beta": 2.0}, "alpha is 2.0 and beta 2.0, in nats; .*beta below 0"),
+        ({"longppl": "none", "alpha": math.nan}, "alpha is nan and beta -2.0"),
         ({"longppl": "none", "short_length": 120}, "short_length is 120 and stride 30, and rows have up to 128"),
         ({"longppl": "none", "short_length": 0}, "short_length is 0"),
         ({"longppl": "none", "protocol": "tail", "tail": 8}, "protocol 'tail' does not give; choose prefix, sliding"),
@@ -245,6 +264,8 @@ def test_a_run_goes_on_with_the_key_tokens_of_its_journal(
     others: list[dict[str, Any]] = [
         {"longppl": "none"},
         {"longppl": "linear", "short_length": 16},
+        {"longppl": "linear", "alpha": 1.5},
+        {"longppl": "linear", "beta": -1.5},
         {"longppl": decided_llama()},
         {"longppl": None, "short_length": None},
     ]

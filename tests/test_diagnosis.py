@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,9 @@ from .zoo import build
 NOVELS = EXAMPLES / "data" / "heldout.jsonl"
 PASSAGE = json.loads(NOVELS.read_text(encoding="utf-8").splitlines()[0])["text"][8000:16_000]
 """Some 2,000 tokens of a novel, past its front matter."""
+
+
+FARTHEST = 2**40
 
 
 def shipped(name: str) -> PreTrainedModel:
@@ -224,11 +228,33 @@ def test_half_of_what_reading_needs_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"original_length": 0}, "original_length is 0"), ({"target_length": 1}, "target_length is 1")],
+    [
+        ({"original_length": 0}, "original_length is 0"),
+        ({"target_length": 1}, "target_length is 1"),
+        ({"target_length": FARTHEST + 1}, "target_length is .*, 2 to 1099511627776"),
+    ],
 )
 def test_lengths_that_cannot_be_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         diagnose(tiny_llama(), **options)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bloom, tiny_t5, tiny_xglm])
+def test_a_target_of_any_length_is_looked_at_where_it_is_drawn(make: Callable[[], PreTrainedModel]) -> None:
+    """A number for each of these tokens would take terabytes, which no machine gives."""
+    found = diagnose(make(), target_length=FARTHEST, original_length=TRAINED)
+    assert found.target_length == FARTHEST and {"none", *found.remedies} <= {signal.method for signal in found.signals}
+    assert len(found.signals) > 1
+    for signal in found.signals:
+        assert signal.values.shape[1] == 2048 and signal.at[-1] > 0.999 * FARTHEST
+        assert np.isfinite(signal.values[:, 0]).all(), "of what a column holds, the mean of what the model has"
+
+
+def test_documents_are_too_short_before_a_table_of_the_target_is_made() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-learned")
+    options = {"methods": ["table-linear"], "target_length": FARTHEST}
+    with pytest.raises(DocumentError, match="all 1 documents are too short"):
+        diagnose(shipped("tiny-learned"), tokenizer, [PASSAGE], **options)
 
 
 def test_a_method_of_another_scheme_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from hf_posext.methods import DualChunk, LeakyReRoPE, ReRoPE, SelfExtend, as_met
 from hf_posext.patching.attention_scores import last_query_scores
 from hf_posext.patching.detect import rotary_sites
 from hf_posext.patching.observe import bucket_biases, buckets_of, frequencies_in_force, slope_scale
-from hf_posext.plan import BucketPlan
+from hf_posext.plan import BucketPlan, Part, PositionMap
 from hf_posext.scheme import Rotary
 
 from .conftest import TRAINED, longer_gpt2, tiny_bloom, tiny_llama, tiny_t5, tiny_xglm, tokens
@@ -61,6 +62,32 @@ def test_remapped_positions_are_those_of_the_papers(method: object, wanted: obje
     torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-6, atol=0)  # float32 of leaky distances
     # queries are sampled, so that it may miss the largest by as much as they are apart
     assert farthest_position(plan, LONG) == pytest.approx(float(expected.nan_to_num(0).max()), abs=LONG / 63)
+
+
+SAME = PositionMap()
+PARTS = {
+    "a window": (Part(SAME, SAME, high=32),),
+    "chunks in a window": (Part(SAME, SAME, low=1, high=4, chunk=9),),
+    "keys that begin anew": (Part(PositionMap(rate=0, offset=90), PositionMap(modulo=40), high=45),),
+    "keys that do not yet": (Part(SAME, PositionMap(modulo=2000), high=32),),
+    "begin anew in groups": (
+        Part(PositionMap(modulo=200), PositionMap(modulo=50, group=3, limit=9), high=9, chunk=8),
+    ),
+    "a window and the first keys": (
+        Part(SAME, SAME, high=32),
+        Part(PositionMap(limit=50), SAME, low=32, keys_below=4),
+    ),
+}
+
+
+@pytest.mark.parametrize("length", [LONG, 1000, 1001])
+@pytest.mark.parametrize("name", [*PARTS, "self-extend(group=8, window=32)", "dual-chunk(chunk=48, local=16)", "yarn"])
+def test_the_farthest_of_few_keys_is_the_farthest_of_all(name: str, length: int) -> None:
+    plan = as_method("yarn" if name in PARTS else name).plan(detect_scheme(tiny_llama()), target_length=length)
+    plan = replace(plan, parts=PARTS.get(name, plan.parts))
+    queries = torch.linspace(0, length - 1, 64, dtype=torch.float64).round().long()
+    all_keys = relative_positions(plan, queries, torch.arange(length))
+    assert farthest_position(plan, length) == float(all_keys.nan_to_num(0).max()) > 0
 
 
 @pytest.mark.parametrize("method", ["none", "linear", "yarn", "ntk", "llama3"])
@@ -124,9 +151,24 @@ def test_sines_are_squeezed() -> None:
     own = position_signal(model, scheme, None, LONG, TRAINED)
     other = position_signal(model, scheme, plan, LONG, TRAINED)
     assert own is not None and other is not None
-    # position 4 p of the squeezed sines is position p of the others; angles are float32 in the one
-    np.testing.assert_allclose(other.values[:, ::4], own.values[:, :TRAINED], atol=1e-5)
+    # position 4 p of the squeezed sines is position p of the others
+    np.testing.assert_allclose(other.values[:, ::4], own.values[:, :TRAINED], atol=1e-7)
     assert own.new.any() and not other.new.any()
+    sines = model.model.embed_positions
+    for signal, method in ((own, "none"), (other, plan)):
+        with patch_model(model, method):
+            rows = sines.get_embedding(LONG + sines.offset, sines.embedding_dim, sines.padding_idx)[sines.offset :]
+        # angles of up to 256 radians are float32 in the model
+        np.testing.assert_allclose(signal.values, rows[:, signal.channels].T.numpy(), rtol=0, atol=256 * 2**-24)
+
+
+def test_sines_of_another_order_are_those_that_the_model_makes() -> None:
+    model = build("musicgen")  # cosines first
+    sines = model.model.decoder.embed_positions
+    own, far = (position_signal(model, detect_scheme(model), None, length, TRAINED) for length in (LONG, 10**8))
+    assert own is not None and far is not None
+    np.testing.assert_array_equal(own.values, sines.get_embedding(LONG, sines.embedding_dim).T[own.channels])
+    assert np.isfinite(far.values[:, 0]).all() and np.isnan(far.values[:, 1:]).all(), "no such table is made"
 
 
 def test_bucket_signals_are_the_biases_of_the_model() -> None:

@@ -61,6 +61,32 @@ def test_runs_of_one_model_become_one_and_what_both_measured_is_kept_once() -> N
     assert first.provenance["not_applicable"] == {} and len(first.rows) == 8, "what was given stays as it was"
 
 
+def test_other_key_tokens_are_another_run() -> None:
+    usual = {"evaluator": "yarn x8", "alpha": 2.0, "beta": -2.0, "short_length": 256, "stride": 64, "left_out": []}
+    first, second = (a_run(longppl=criterion) for criterion in (usual, {**usual, "alpha": 1.5}))
+    runs = merge_runs({"a": first, "b": second})
+    assert len(runs) == 2
+    assert run_titles(runs) == [
+        f"tiny-rope (longppl by yarn x8 (alpha {alpha}, beta -2, short_length 256))" for alpha in ("2", "1.5")
+    ]
+
+
+def test_what_any_run_left_out_is_told_once_with_its_run(tmp_path: Path) -> None:
+    short, broken = {"document": "s", "tokens": 7}, {"document": "c", "tokens": 900, "reason": "yarn: not finite"}
+    unread = {"passkey": "linear at 4096", "reason": "out of memory"}
+    first = a_run(methods=("none", "yarn"), left_out=[short, broken])
+    second = a_run(methods=("none", "linear"), left_out=[short, unread])
+    third = a_run(methods=("none",), left_out=[short])
+    (merged,) = merge_runs({"a": third, "b": first, "c": second})
+    assert merged.provenance["left_out"] == [short, {**broken, "run": "b"}, {**unread, "run": "c"}]
+    assert third.provenance["left_out"] == [short], "what was given stays as it was"
+    (alike,) = merge_runs({"b": first, "again": a_run(methods=("yarn",), left_out=[short, broken])})
+    assert alike.provenance["left_out"] == [short, broken], "nothing is ambiguous"
+    text = write_merged_report({"a": third, "b": first, "c": second}, tmp_path).read_text()
+    assert text.count("Left out: document c in b (yarn: not finite)") == 1
+    assert text.count("Left out: passkey linear at 4096 in c (out of memory)") == 1
+
+
 @pytest.mark.parametrize("order", [("plain", "full"), ("full", "plain")])
 def test_what_only_one_run_found_is_kept_whichever_comes_first(order: tuple[str, str]) -> None:
     full = a_run(methods=("none", "yarn"))

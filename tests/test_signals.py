@@ -35,6 +35,20 @@ def llama() -> Diagnosis:
     return diagnose(tiny_llama(), methods=["yarn", "ntk"])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_target_far_away_keeps_the_shades_of_its_values() -> None:
+    """All of the trained length is then in one column, by which no dimension can be measured."""
+    found = diagnose(longer_gpt2(), methods=["table-linear"], target_length=10**7)
+    pictures = []
+    for signal in found.signals:
+        panel = new_figure(2).subplots()
+        draw_signal(panel, signal, found)
+        pictures.append(np.asarray(panel.images[0].get_array()))
+    own, longer = pictures
+    assert (own[:, 1:, :3] == 0.93).all() and (own[:, 0, :3] != 0.93).any(), "grey where the table has ended"
+    assert len(np.unique(longer.reshape(-1, 4), axis=0)) > 50, "and not all of them the lightest or the darkest"
+
+
 def test_orange_is_what_training_has_not_shown(llama: Diagnosis) -> None:
     for signal, beyond in zip(llama.signals, (True, False, True), strict=True):
         panel = new_figure(2).subplots()

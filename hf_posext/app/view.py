@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..diagnosis import Diagnosis, diagnose, position_signal
-from ..diagnosis.reading import read_documents
+from ..diagnosis.reading import long_rows, read_documents
 from ..diagnosis.verdict import verdict
 from ..errors import InvalidParameterError, PosExtError
 from ..methods import as_method, list_methods
@@ -147,9 +147,9 @@ def read(shelf: Shelf, choice: Choice) -> View:
         )
     model, tokenizer = shelf.open(choice.model)
     plans = {} if view.plan.changes_nothing else {view.plan.method: view.plan}
-    found = read_documents(
-        model, tokenizer, shelf.documents(), view.found, plans, shelf.start, 0, exactly=True, attention=False
-    )
+    texts = shelf.documents()
+    rows = long_rows(texts, tokenizer, view.found, shelf.start, exactly=True)
+    found = read_documents(model, texts, rows, view.found, plans, 0, attention=False)
     return replace(view, found=replace(found, verdict=verdict(found)))
 
 

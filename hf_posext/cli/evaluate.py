@@ -32,6 +32,8 @@ def evaluate(
     tasks: options.Tasks = None,
     depths: options.Depths = None,
     longppl: options.LongPPL = None,
+    alpha: options.Alpha = None,
+    beta: options.Beta = None,
     short_length: options.ShortLength = None,
     protocol: options.Protocol = None,
     stride: options.Stride = None,

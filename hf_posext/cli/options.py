@@ -39,6 +39,14 @@ LongPPL = Annotated[
         "with a slash in it).",
     ),
 ]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="Of --longppl: nats that the long context gains on a key token; the paper's 2 if not given."),
+]
+Beta = Annotated[
+    float | None,
+    typer.Option(help="Of --longppl: log-probability of a key token at the least, nats; the paper's -2 if not given."),
+]
 ShortLength = Annotated[
     int | None,
     typer.Option(help="Of --longppl: tokens of the short context; by default half the trained length, at most 4096."),
@@ -74,8 +82,8 @@ Config = Annotated[
 ]
 
 READING = (
-    *("original_length", "protocol", "stride", "tail", "start", "passkey", "retrieval", "short_length"),
-    *("prefill_chunk", "offload_cache", "seed"),
+    *("original_length", "protocol", "stride", "tail", "start", "passkey", "retrieval"),
+    *("alpha", "beta", "short_length", "prefill_chunk", "offload_cache", "seed"),
 )
 """Options that `compare` and `evaluate_perplexity` take under the same names."""
 

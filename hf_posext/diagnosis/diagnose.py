@@ -12,7 +12,9 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..decode import MAX_NUMBER
 from ..errors import AlreadyPatchedError, InvalidParameterError, NoEffectError, PosExtError, UnsupportedModelError
+from ..evaluation.texts.documents import as_documents
 from ..evaluation.texts.files import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
@@ -24,7 +26,7 @@ from ..scheme import PositionalScheme
 from .diagnosis import Diagnosis
 from .distances import bucket_table, reach_table
 from .phases import critical_dimension, frequency_table, phase_table
-from .reading import read_documents
+from .reading import long_rows, read_documents
 from .signals import position_signal
 from .table_rows import has_pattern, row_statistics, untrained_from
 from .verdict import reason, verdict
@@ -74,7 +76,8 @@ def diagnose(
         methods (`Sequence[str | Method]`, *optional*): to draw beside the model as it is, and to measure if there are
             documents. Without it, all that apply are drawn, and none is measured.
         target_length (`int`, *optional*): tokens to look at; by default the length that the model ships for by its own
-            scaling, else four times the trained length, or less where documents are shorter.
+            scaling, else four times the trained length, or less where documents are shorter. Without documents what it
+            takes does not grow with the target: signals are samples of at most 2,048 columns.
         original_length (`int`, *optional*): trained length in tokens, overriding what is found.
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
         seed (`int`, *optional*, defaults to 0): of bootstrap intervals.
@@ -106,21 +109,21 @@ def diagnose(
     scheme = detect_scheme(inner)
     found = _structure(inner, scheme, original_length)
     target = target_length or _target(found)
-    if target < 2:
-        raise InvalidParameterError(f"target_length is {target}; give a number of tokens, 2 or more")
+    if not 2 <= target <= MAX_NUMBER:
+        raise InvalidParameterError(f"target_length is {target}; give a number of tokens, 2 to {MAX_NUMBER}")
     found = replace(found, target_length=target)
     asked = [as_method(method) for method in methods or ()]
     lengths = {"target_length": target, "original_length": found.trained_length}
     wanted = {plan.method: plan for method in asked if not (plan := method.plan(scheme, **lengths)).changes_nothing}
     found, applicable = _with_remedies(inner, found, wanted)
-    if documents is not None:  # reading takes long, and what a model refuses is known before
+    if documents is not None:  # no table is made that is longer; and reading takes long, so that refusals come before
+        texts = as_documents(documents)
+        rows = long_rows(texts, tokenizer, found, start, exactly=target_length is not None)
         wanted, found = _accepted(inner, found, wanted)
     drawn: Plans = {"none": None, **(applicable if methods is None else wanted)}
     found = _with_signals(inner, found, drawn)
     if documents is not None:
-        found = read_documents(
-            model, tokenizer, documents, found, wanted, start, seed, exactly=target_length is not None
-        )
+        found = read_documents(model, texts, rows, found, wanted, seed)
     return replace(found, verdict=verdict(found))
 
 

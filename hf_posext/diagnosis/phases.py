@@ -126,7 +126,16 @@ def relative_positions(plan: ExtensionPlan | None, queries: torch.Tensor, keys: 
 
 
 def farthest_position(plan: ExtensionPlan, length: int) -> float:
-    """The largest relative position that a plan gives to any pair of a text."""
-    queries = torch.linspace(0, length - 1, min(QUERIES, length)).round().long()
-    apart = relative_positions(plan, queries, torch.arange(length))
+    """The largest relative position that a plan gives to any pair of a text.
+
+    The keys that a query has in a part lie side by side, and their positions grow but where they begin anew
+    (`modulo`): the farthest is the first of them, or the first after that. No other keys are looked at.
+    """
+    queries = torch.linspace(0, length - 1, min(QUERIES, length), dtype=torch.float64).round().long()
+    keys = torch.zeros(1, dtype=torch.long)
+    for part in plan.parts:
+        chunks = 0 * queries if part.high is None else (queries // part.chunk - part.high + 1).clamp(min=0)
+        first, step = chunks * part.chunk, part.key.modulo or 1
+        keys = torch.cat([keys, first, (first + step - 1) // step * step])
+    apart = relative_positions(plan, queries, keys)
     return float(apart.nan_to_num(0.0).max())

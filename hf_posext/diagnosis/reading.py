@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..errors import DocumentError, UnsupportedModelError
 from ..evaluation.scoring.scorer import TokenScorer
-from ..evaluation.texts.documents import Document, Documents, as_documents
+from ..evaluation.texts.documents import Document, Documents
 from ..evaluation.texts.files import portable
 from ..evaluation.texts.tokens import TokenizedDocuments, check_vocabulary, tokenize_documents
 from ..patching import patch_model
@@ -29,27 +29,23 @@ BEYOND = 1.25
 
 def read_documents(
     model: nn.Module,
-    tokenizer: Any,
-    documents: Any,
+    texts: list[Document],
+    tokenized: TokenizedDocuments,
     found: Diagnosis,
     plans: Mapping[str, ExtensionPlan],
-    start: int,
     seed: int,
     *,
-    exactly: bool,
     attention: bool = True,
 ) -> Diagnosis:
     """A diagnosis with what documents tell.
 
     Args:
         model (`torch.nn.Module`): causal, without a patch.
-        tokenizer (`PreTrainedTokenizerBase`): its own.
-        documents (`list[Document]`, or what [`load_documents`] takes): texts.
+        texts (`list[Document]`): the documents.
+        tokenized ([`TokenizedDocuments`]): what [`long_rows`] made of them.
         found ([`Diagnosis`]): without them.
         plans (`Mapping[str, ExtensionPlan]`): to measure too, by name.
-        start (`int`): tokens to leave out at the beginning of each document.
         seed (`int`): of bootstrap intervals.
-        exactly (`bool`): whether documents shorter than the target are refused or read as far as they go.
         attention (`bool`, *optional*, defaults to `True`): whether attention is watched, too, in a pass of its own.
     """
     try:
@@ -58,8 +54,6 @@ def read_documents(
         raise UnsupportedModelError(
             f"{error}; or leave the documents out: what the weights tell of its positions needs none"
         ) from error
-    texts = as_documents(documents)
-    tokenized = _tokenize(texts, tokenizer, found, start, exactly)
     check_vocabulary(scorer.model, tokenized.tokens)
     context = _context(found.trained_length, tokenized.length)
     own = _within_table(tokenized, found)
@@ -90,7 +84,7 @@ def read_documents(
         "documents": tokenized.ids,
         "left_out": tokenized.left_out,
         "dataset": source.get("dataset") and portable(source["dataset"]),
-        "start": start,
+        "start": tokenized.start,
         "read": own.length,
         "context": context,
         "seed": seed,
@@ -107,10 +101,21 @@ def read_documents(
     )
 
 
-def _tokenize(
-    texts: list[Document], tokenizer: Any, found: Diagnosis, start: int, exactly: bool
+def long_rows(
+    texts: list[Document], tokenizer: Any, found: Diagnosis, start: int, *, exactly: bool
 ) -> TokenizedDocuments:
-    """Rows of the target length; where that was not asked for, as long as half of the documents are."""
+    """Rows of the target length, past the trained one.
+
+    Args:
+        texts (`list[Document]`): the documents.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        found ([`Diagnosis`]): without them.
+        start (`int`): tokens to leave out at the beginning of each document.
+        exactly (`bool`): whether the target was asked for; else rows are no longer than half of the documents are.
+
+    Raises:
+        DocumentError: no document is as long, or as long as there is something to see.
+    """
     length, least = found.target_length, math.ceil(BEYOND * (found.trained_length or 0))
     if not exactly:
         counts = sorted(tokenize_documents(texts, tokenizer, 2, start).counts, reverse=True)

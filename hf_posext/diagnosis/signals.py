@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ..methods.frequencies import first_rotary, powers
-from ..patching import patch_model
 from ..patching.banded_attention import mapped
 from ..patching.observe import (
     bucket_biases,
@@ -21,7 +20,7 @@ from ..patching.observe import (
     table_rows,
 )
 from ..patching.stretch import stretch
-from ..plan import BucketPlan, ExtensionPlan
+from ..plan import BucketPlan, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
 from .phases import is_new, planned_frequencies, relative_positions
 from .table_rows import power_spectrum
@@ -93,7 +92,7 @@ def position_signal(
     places = begins[:, None] + np.arange(SAMPLES)[None] * steps[:, None] // SAMPLES
     tokens = torch.from_numpy(places.ravel())
     values, new = draw(model, scheme, plan, tokens, length, trained_length or length)
-    means = values.numpy().astype(np.float64).reshape(len(values), *places.shape).mean(-1)
+    means = values.double().reshape(len(values), *places.shape).nanmean(-1).numpy()
     order = _order(model, scheme, length, trained_length)
     return Signal(
         "none" if plan is None else plan.method,
@@ -113,7 +112,8 @@ def _order(model: PreTrainedModel, scheme: PositionalScheme, length: int, traine
         return np.argsort(-np.array(scheme.slopes), kind="stable")
     if scheme.kind == "relative":
         return np.arange(bucket_biases(model).shape[1])
-    rows = _rows_as_they_are(model, scheme, length)[:trained_length].numpy()
+    own = sinusoid_rows(model, torch.arange(min(length, CELLS))) if scheme.kind == "sinusoidal" else _table(model)
+    rows = own[own.isfinite().all(1)][:trained_length].numpy()
     power = power_spectrum(rows)
     frequency = (power * np.arange(1, len(power) + 1)[:, None]).sum(0) / np.maximum(power.sum(0), 1e-30)
     order = np.argsort(-frequency, kind="stable")
@@ -133,10 +133,11 @@ def _learned(
     length: int,
     trained: int,
 ) -> Drawn:
-    rows = _rows_as_they_are(model, scheme, length)
+    rows = _table(model)
     if plan is None or plan.table is None:
-        return _rows_at(rows, places), (places >= trained).expand(rows.shape[1], -1)
-    values = _rows_at(stretch(rows[: plan.original_length], plan.table, length), places)
+        held = rows[places.clamp(max=len(rows) - 1)].masked_fill(places[:, None] >= len(rows), torch.nan)
+        return held.T.double(), (places >= trained).expand(rows.shape[1], -1)
+    values = stretch(rows[: plan.original_length], plan.table, places).T
     return values, torch.zeros_like(values, dtype=torch.bool)
 
 
@@ -148,23 +149,14 @@ def _sinusoidal(
     length: int,
     trained: int,
 ) -> Drawn:
-    if plan is None or plan.sinusoids is None:
-        values = _rows_at(_rows_as_they_are(model, scheme, length), places)
-        return values, (places >= trained).expand(len(values), -1)
-    with patch_model(model, plan):
-        values = _rows_at(sinusoid_rows(model, length), places)
-    return values, (mapped(places, plan.sinusoids) >= trained).expand(len(values), -1)
+    rule = None if plan is None else plan.sinusoids
+    values = sinusoid_rows(model, places, rule).T.double()
+    return values, (mapped(places, rule or PositionMap()) >= trained).expand(len(values), -1)
 
 
-def _rows_as_they_are(model: PreTrainedModel, scheme: PositionalScheme, length: int) -> torch.Tensor:
-    """Of the only table of a model, or the first of two."""
-    return next(iter(table_rows(model).values())) if scheme.kind == "learned" else sinusoid_rows(model, length)
-
-
-def _rows_at(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Channels over places, NaN where the table has ended."""
-    found = rows[places.clamp(max=len(rows) - 1)].T.double()
-    return found.masked_fill(places >= len(rows), torch.nan)
+def _table(model: PreTrainedModel) -> torch.Tensor:
+    """The only learned table of a model, or the first of two."""
+    return next(iter(table_rows(model).values()))
 
 
 def _rotary(

@@ -55,6 +55,8 @@ def compare(
     tasks: Sequence[str] | None = None,
     depths: Sequence[float] | None = None,
     longppl: Evaluator | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
     short_length: int | None = None,
     prefill_chunk: int | None = None,
     offload_cache: bool = False,
@@ -75,7 +77,7 @@ def compare(
     | column | meaning |
     |---|---|
     | `perplexity`, `perplexity_tail` | of all tokens that the protocol scores, and of the second half of them |
-    | `bits_per_byte` | NLL in bits by bytes of the scored text: comparable across tokenizers |
+    | `bits_per_byte` | NLL in bits by bytes of the scored text, across tokenizers; not of `legacy-longlora` |
     | `nll_sum`, `tokens`, `documents` | what the perplexity comes from; sums in nats |
     | `protocol`, `bos`, `dtype` | how it was measured |
     | `ci95` | 95 % bootstrap interval of `perplexity` over documents |
@@ -103,6 +105,10 @@ def compare(
             ([`find_key_tokens`]): once, at the longest length, for all methods and the control. The label of one of
             the methods (`"yarn"`, or `"yarn x8"` where it has several factors), which is thereby favoured; or another
             model that reads this length well; or `(model, tokenizer)`, if its tokenizer is another.
+        alpha (`float`, *optional*): nats that the long context must gain for a token to be key; the paper's 2 if not
+            given.
+        beta (`float`, *optional*): log-probability, in nats, that a key token must have given the long context; the
+            paper's -2 if not given.
         short_length (`int`, *optional*): tokens of LongPPL's short context, which moves by a quarter of it; by default
             half of the trained length, or of the longest if that is less, at most the paper's 4096.
         prefill_chunk, offload_cache, journal, accelerator (*optional*): see [`evaluate_perplexity`].
@@ -144,7 +150,8 @@ def compare(
     control = control_reading(setup, setup.scorer, trained_length)
     readings = [method_reading(setup, plan, passkey, questions) for plan in planned]
     patches = [partial(patch_model, base, plan, tokenizer=tokenizer) for plan in planned]
-    search = key_search(setup, longppl, short_length, trained_length, list(zip(readings, patches, strict=True)))
+    criterion = {"alpha": alpha, "beta": beta, "short_length": short_length}
+    search = key_search(setup, longppl, criterion, trained_length, list(zip(readings, patches, strict=True)))
     beside = {"passkey": passkey, **questions.facts, **(search.identity if search else {})}
     models = [base, *(search.others if search else [])]
     identity = run_identity(setup, models, planned, trained_length=trained_length, **beside)

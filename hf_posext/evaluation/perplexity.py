@@ -52,6 +52,8 @@ def evaluate_perplexity(
     tasks: Sequence[str] | None = None,
     depths: Sequence[float] | None = None,
     longppl: Evaluator | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
     short_length: int | None = None,
     prefill_chunk: int | None = None,
     offload_cache: bool = False,
@@ -93,7 +95,7 @@ def evaluate_perplexity(
         depths (`Sequence[float]`, *optional*): of retrieval, from 0 (beginning) to 1 (end); by default five, evenly.
         longppl (`str`, `PreTrainedModel` or `tuple`, *optional*): what finds the key tokens of LongPPL: another model,
             or one with its tokenizer, or the label of this one; see [`compare`].
-        short_length (`int`, *optional*): of LongPPL, see [`compare`].
+        alpha, beta, short_length (*optional*): of LongPPL, see [`compare`].
         prefill_chunk (`int`, *optional*): tokens that go through the model at a time, the ones before them in a KV
             cache; bounds memory. All at once if not given.
         offload_cache (`bool`, *optional*, defaults to `False`): keep that cache on the CPU.
@@ -132,7 +134,8 @@ def evaluate_perplexity(
     if truncated is not None:
         provenance |= {"control": model_name(truncated.scorer.model), "trained_length": truncated.truncated}
     trained_length = truncated.truncated if truncated is not None else scheme.trained_length
-    search = key_search(setup, longppl, short_length, trained_length, [(reading, nullcontext)])
+    criterion = {"alpha": alpha, "beta": beta, "short_length": short_length}
+    search = key_search(setup, longppl, criterion, trained_length, [(reading, nullcontext)])
     models = [one.scorer.model for one in (truncated, reading) if one is not None]
     beside = {"label": label, "passkey": passkey, **provenance, **(search.identity if search else {})}
     identity = run_identity(setup, [*models, *(search.others if search else [])], [plan], **beside)

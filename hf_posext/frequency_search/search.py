@@ -190,7 +190,7 @@ class Trial:
         """The same, scoring the tokens that YaRN predicts much better with the long context than with a short one."""
         reading = Reading(self.setup, yarn.method, yarn.factor, self.setup.scorer)
         enter = partial(patch_model, self.model, yarn)
-        finder = key_search(self.setup, reading.name, None, self.trained_length, [(reading, enter)])
+        finder = key_search(self.setup, reading.name, {}, self.trained_length, [(reading, enter)])
         assert finder is not None
         keys = finder.run(accelerator, journal).keys
         if not keys.found:

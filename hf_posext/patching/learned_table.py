@@ -42,7 +42,7 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -
             )
         offset, old = table_offset(module), module.weight.detach()
         trained = old[offset : offset + plan.original_length]
-        longer = stretch(trained, plan.table, plan.target_length).to(old)
+        longer = stretch(trained, plan.table, torch.arange(plan.target_length)).to(old)
         rows[path] = torch.cat([old[:offset], longer])
     refuse_no_effect(plan, {path: module.weight for path, module in tables.items()}, rows)
     set_rows(model, rows, journal)

@@ -13,9 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..plan import BucketPlan
+from ..plan import BucketPlan, PositionMap
+from .banded_attention import mapped
 from .detect import rotary_sites, text_config
 from .sites import bucket_function, bucket_modules, position_tables, sinusoids, table_offset, text_modules
+from .stretch import radians, sines
+
+OWN_ROWS = 2**14
+"""Sines that a model is asked to make at once: 128 MB where they are 2048 wide."""
 
 
 def table_rows(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -102,13 +107,39 @@ def _bias_table(module: nn.Module) -> nn.Embedding:
     return table
 
 
-def sinusoid_rows(model: PreTrainedModel, count: int) -> torch.Tensor:
-    """The sines of the first positions, float32 of shape `(count, width)`; fewer where the model's table ends."""
-    module: Any = next(iter(sinusoids(model).values()))
-    if isinstance(module, nn.Embedding):
-        return module.weight.detach()[:count].float().cpu()
-    first = getattr(module, "offset", 0)
+def sinusoid_rows(model: PreTrainedModel, positions: torch.Tensor, rule: PositionMap | None = None) -> torch.Tensor:
+    """The sines that a model gives to positions, float32 of shape `(positions, width)`; NaN where its table ends.
+
+    A table that the model makes longer by itself has no end, so that these are computed where they are asked for; of
+    one that follows no formula known here (MusicGen's cosines come first) the model makes the first `OWN_ROWS`.
+
+    Args:
+        model (`PreTrainedModel`): with sinusoids, without a patch.
+        positions (`torch.LongTensor` of shape `(positions,)`): tokens counted from 0.
+        rule (`PositionMap`, *optional*): as a plan moves them; then no table ends.
+
+    Raises:
+        UnsupportedModelError: a rule, and the sines of the model follow no formula that is known here.
+    """
+    path, module = next(iter(sinusoids(model).items()))
+    table: Any = module.weight if isinstance(module, nn.Embedding) else module.weights
+    first: int = getattr(module, "offset", 0)
+    if rule is not None or not isinstance(module, nn.Embedding):
+        try:
+            frequencies = radians(table, f"{path} of {model.config.model_type}")
+        except UnsupportedModelError:
+            if rule is not None:
+                raise
+            table = _made_rows(module, min(int(positions.max()) + 1, OWN_ROWS) + first)[first:]
+        else:
+            return sines(first + mapped(positions, rule or PositionMap()).double(), frequencies).float()
+    held = table.detach().float().cpu()[positions.clamp(max=len(table) - 1)]
+    rows: torch.Tensor = held.masked_fill(positions[:, None] >= len(table), torch.nan)
+    return rows
+
+
+def _made_rows(module: Any, count: int) -> torch.Tensor:
     taken = inspect.signature(module.get_embedding).parameters
     extra = {"padding_idx": getattr(module, "padding_idx", None)} if "padding_idx" in taken else {}
-    table: torch.Tensor = module.get_embedding(count + first, module.weights.shape[1], **extra)
-    return table[first:].detach().float().cpu()
+    rows: torch.Tensor = module.get_embedding(count, module.weights.shape[1], **extra)
+    return rows

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import NoEffectError, UnsupportedModelError
+from ..errors import NoEffectError
 from ..plan import ExtensionPlan, PositionMap
 from .banded_attention import mapped
 from .journal import Journal
 from .learned_table import set_rows
 from .mixin import Mixin, mix
 from .sites import sinusoids
-from .stretch import sines
+from .stretch import radians, sines
 
 
 class OtherSines(Mixin):
@@ -51,7 +51,7 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, journal: Journa
     rows: dict[str, torch.Tensor] = {}
     for path, module in found.items():
         table: Any = module.weight if isinstance(module, nn.Embedding) else module.weights
-        frequencies = _frequencies(table, f"{path} of {plan.scheme.model_type}")
+        frequencies = radians(table, f"{path} of {plan.scheme.model_type}")
         if isinstance(module, nn.Embedding):
             at = mapped(torch.arange(plan.target_length), plan.sinusoids)
             rows[path] = sines(at, frequencies).to(table)
@@ -68,24 +68,3 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, journal: Journa
     if rows.keys() == found.keys() and not any(f"{path}.weight" in ignored for path in rows):
         return None
     return "transformers makes the sines anew when it opens a checkpoint"
-
-
-def _frequencies(table: torch.Tensor, name: str) -> torch.Tensor:
-    """Radians per position, float64 of shape `(width / 2,)`: the formula whose row 3 is that of the table.
-
-    Raises:
-        UnsupportedModelError: neither formula is.
-    """
-    half = table.shape[1] // 2
-    steps = torch.arange(half, dtype=torch.float64)
-    candidates = [10_000 ** (-steps / half), 10_000 ** (-steps / max(half - 1, 1))]
-    row = table[3].detach().to("cpu", torch.float64)
-    if table.shape[1] == 2 * half:
-        three = torch.tensor([3])
-        errors = [float((sines(three, candidate)[0] - row).abs().max()) for candidate in candidates]
-        # half a unit in the last place of sines near 1, and a float32 angle
-        if min(errors) <= 1e-6 + torch.finfo(table.dtype).eps:
-            return candidates[errors.index(min(errors))]
-    raise UnsupportedModelError(
-        f"{name} does not hold sines of 10000 ** (-i / n); hf_posext cannot move its positions"
-    )

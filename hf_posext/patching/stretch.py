@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import UnsupportedModelError
 from ..plan import TablePlan
 from .banded_attention import mapped
 
 
-def stretch(table: torch.Tensor, plan: TablePlan, count: int) -> torch.Tensor:
-    """The rows that a plan gives to positions 0 to `count - 1`.
+def stretch(table: torch.Tensor, plan: TablePlan, positions: torch.Tensor) -> torch.Tensor:
+    """The rows that a plan gives to positions.
 
     Args:
         table (`torch.Tensor` of shape `(trained positions, width)`): any dtype.
         plan (`TablePlan`): which rows.
-        count (`int`): positions of the new table.
+        positions (`torch.LongTensor` of shape `(positions,)`): of the new table.
 
     Returns:
-        `torch.Tensor` of shape `(count, width)`: float64, on the CPU.
+        `torch.Tensor` of shape `(positions, width)`: float64, on the CPU.
     """
     rows = table.detach().to("cpu", torch.float64)
-    positions = torch.arange(count)
     curves = _second_derivatives(rows) if plan.interpolation == "cubic" else None
     out = _between(rows, mapped(positions, plan.position), curves)
     if plan.coarse is not None:
@@ -68,3 +68,24 @@ def sines(angles: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
     """Sines of all frequencies, then cosines, float64 of shape `(positions, 2 * frequencies)`."""
     phases = angles.double()[:, None] * frequencies[None]
     return torch.cat([phases.sin(), phases.cos()], dim=-1)
+
+
+def radians(table: torch.Tensor, name: str) -> torch.Tensor:
+    """Radians per position, float64 of shape `(width / 2,)`: the formula whose row 3 is that of the table.
+
+    Raises:
+        UnsupportedModelError: neither formula is.
+    """
+    half = table.shape[1] // 2
+    steps = torch.arange(half, dtype=torch.float64)
+    candidates = [10_000 ** (-steps / half), 10_000 ** (-steps / max(half - 1, 1))]
+    row = table[3].detach().to("cpu", torch.float64)
+    if table.shape[1] == 2 * half:
+        three = torch.tensor([3])
+        errors = [float((sines(three, candidate)[0] - row).abs().max()) for candidate in candidates]
+        # half a unit in the last place of sines near 1, and a float32 angle
+        if min(errors) <= 1e-6 + torch.finfo(table.dtype).eps:
+            return candidates[errors.index(min(errors))]
+    raise UnsupportedModelError(
+        f"{name} does not hold sines of 10000 ** (-i / n); hf_posext cannot move its positions"
+    )

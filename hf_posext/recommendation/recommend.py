@@ -119,7 +119,7 @@ def prepared(
     """All that is checked before anything long begins, and a sweep that has measured nothing yet; as [`recommend`]."""
     base = unwrap(model)
     scheme = detect_scheme(base)
-    found = diagnose(base, methods=[], original_length=original_length)  # its signals grow with a target
+    found = diagnose(base, methods=[], original_length=original_length)
     trained = _trained_length(found, target_length)
     setup = prepare(model, tokenizer, documents, [trained, target_length], scheme, Options(start=start, seed=seed))
     if setup.protocol.name != "prefix":

@@ -32,7 +32,8 @@ def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
     """
     Runs of one model that were measured in the same way, joined; the order is that of the first of each.
 
-    A method that several of them measured (`none`, most often) is kept once, with all that any of them found.
+    A method that several of them measured (`none`, most often) is kept once, with all that any of them found. What was
+    left out is that of all of them, with the name of its run as `run` where not every run has left it out.
 
     Args:
         runs (`Mapping[str, Results]`): the runs by the name under which errors speak of them.
@@ -113,7 +114,7 @@ def _join(group: Mapping[str, Results]) -> Results:
     refusals: dict[str, str] = {}
     for run in group.values():
         refusals |= run.provenance.get("not_applicable") or {}
-    provenance = {**first.provenance, "not_applicable": refusals}
+    provenance = {**first.provenance, "not_applicable": refusals, "left_out": _left_out(group)}
     if commands := dict.fromkeys(run.provenance["command"] for run in group.values() if "command" in run.provenance):
         provenance["command"] = "\n".join(commands)
     return Results(
@@ -122,6 +123,17 @@ def _join(group: Mapping[str, Results]) -> Results:
         _unique((record for run in group.values() for record in run.per_document), DOCUMENT),
         _unique((row for run in group.values() for row in run.retrieval), PROMPTS),
     )
+
+
+def _left_out(group: Mapping[str, Results]) -> list[dict[str, Any]]:
+    """What all runs have left out once, the rest with the name of its run: another may have measured it."""
+    by_run = {name: run.provenance.get("left_out") or [] for name, run in group.items()}
+    told: list[dict[str, Any]] = []
+    for name, entries in by_run.items():
+        for entry in entries:
+            own = entry if all(entry in others for others in by_run.values()) else {**entry, "run": name}
+            told += [] if own in told else [own]
+    return told
 
 
 def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -149,5 +161,6 @@ def _told(run: Results, key: str) -> str:
     """A setting in a word: of the list of documents, their number."""
     value = run.provenance.get(key)
     if key == "longppl" and value is not None:
-        return f"by {value['evaluator']}"
+        settings = (f"{name} {value[name]:g}" for name in ("alpha", "beta", "short_length") if name in value)
+        return f"by {value['evaluator']} ({', '.join(settings)})"
     return f"{len(value)} documents" if isinstance(value, list) else str(value)

@@ -97,7 +97,8 @@ def draw_signal(panel: Axes, signal: Signal, found: Diagnosis) -> None:
     """Channels downwards, tokens to the right; blue where training has shown it, the darker the larger."""
     values = signal.values
     if signal.channel == "dimension":  # each has a size of its own
-        own = values if found.trained_length is None else values[:, signal.at < found.trained_length]
+        shown = signal.at < (found.trained_length or found.target_length)
+        own = values[:, shown] if shown.sum() > 1 else values  # far from the target, one column holds all of them
         values = (values - np.nanmean(own, 1, keepdims=True)) / np.maximum(np.nanstd(own, 1, keepdims=True), 1e-12)
         values = values.clip(-2, 2)
     elif found.scheme.kind == "alibi":  # the weight of an equal score, beside that of the nearest token

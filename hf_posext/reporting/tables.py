@@ -138,7 +138,8 @@ def notes(results: Results) -> list[str]:
     for entry in results.provenance.get("left_out") or ():
         if "reason" in entry:  # the others are too short, and stand in the provenance
             kind, name = next(iter(entry.items()))  # a document, or what was asked of a method
-            said.append(f"Left out: {kind} {name} ({entry['reason']}).")
+            where = f" in {entry['run']}" if "run" in entry else ""  # of runs that were merged
+            said.append(f"Left out: {kind} {name}{where} ({entry['reason']}).")
     trained = results.provenance.get("trained_length")
     if trained and not results.short_context() and any(row["method"] != "none" for row in results.rows):
         is_measured = lengths_of(results)[0] <= trained

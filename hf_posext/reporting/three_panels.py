@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import InvalidParameterError
 from .drawing import INK, new_figure, save_figure
 from .signals import AFTER, KINDS, NEW, SHOWN, colour_handles, draw_losses, dress, legend
 
@@ -46,6 +47,9 @@ def plot_classes(runs: Sequence[Diagnosis], path: str | Path) -> None:
         runs (`Sequence[Diagnosis]`): one or more; three make the textbook's figure. Models without positions that can
             be drawn are left out.
         path (`str` or `Path`): the PNG to write, 1800 pixels wide; replaced in one step.
+
+    Raises:
+        InvalidParameterError: the target is so long that a table's trained rows are fewer than ten columns.
     """
     runs = [found for found in runs if found.signals]
     measured = ["losses" in found.tables for found in runs]
@@ -134,6 +138,11 @@ def _slow_pairs(found: Diagnosis) -> list[int]:
 def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
     """The dimensions whose power within the trained length is most at one frequency; the panel is zoomed to them."""
     rows = signal.values[:, signal.at < trained]
+    if rows.shape[1] < 2 * (SLOWEST + 1):
+        raise InvalidParameterError(
+            f"a picture up to token {signal.at[-1]} shows no wave of the {trained} tokens of training, which are "
+            f"{rows.shape[1]} of its {len(signal.at)} columns; give a shorter target_length, as {32 * trained}"
+        )
     steps = np.vander(np.linspace(-1, 1, rows.shape[1]), 3)
     rows = rows - (steps @ np.linalg.lstsq(steps, rows.T, rcond=None)[0]).T  # without its trend
     power = np.abs(np.fft.rfft(rows * np.hanning(rows.shape[1]), axis=1)) ** 2

@@ -53,6 +53,17 @@ def test_several_models_take_the_methods_that_apply(tmp_path: Path) -> None:
     assert words(result).count("positions ") >= 3 and (tmp_path / "all.png").stat().st_size > 50_000
 
 
+def test_ten_million_tokens_are_drawn_where_a_picture_can_show_them(tmp_path: Path) -> None:
+    options = ["--target-length", "10000000", "--plot", tmp_path / "far.png"]
+    for model in (MODEL, LEARNED):
+        result = run("explain", model, *options)
+        assert result.exit_code == 0 and "looked at 10000000 tokens" in words(result), result.output
+    both = run("explain", MODEL, LEARNED, *options)
+    assert both.exit_code == 2 and words(both).count("looked at 10000000 tokens") == 2, "what was found is told"
+    assert "no wave of the 511 tokens of training, which are 1 of its 2048 columns" in both.stderr
+    assert "give a shorter target_length, as 16352" in both.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,7 +11,7 @@ from hf_posext.evaluation import Results
 
 from .helpers import MODEL, NOVELS, OPTIONS, compare, error_of, run
 
-ASKED = {"retrieval": 1, "tasks": "passkey", "depths": "0,1", "longppl": "yarn", "short_length": 8}
+ASKED = {"retrieval": 1, "tasks": "passkey", "depths": "0,1", "longppl": "yarn", "short_length": 8, "beta": -3}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def test_a_run_with_both(finished: tuple[Any, Path]) -> None:
     places = [(row["method"], row["length"], row["depth"]) for row in results.retrieval]
     assert places == [(m, n, d) for m in ("none", "linear", "yarn") for n in (64, 128) for d in (0.0, 1.0)]
     assert results.provenance["longppl"]["evaluator"] == "yarn x2"
-    assert results.provenance["longppl"]["short_length"] == 8
+    criterion = results.provenance["longppl"]
+    assert (criterion["alpha"], criterion["beta"], criterion["short_length"]) == (2, -3, 8)
     assert all((row["key_tokens"] is not None) == (row["length"] == 128) for row in results.rows)
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
     assert "Retrieval: share found" in result.stdout
@@ -46,22 +47,39 @@ def test_the_command_in_the_provenance_measures_the_same_again(finished: tuple[A
 
 def test_evaluate_with_a_folder_as_evaluator(tmp_path: Path) -> None:
     words = ["--model", MODEL, "--dataset", NOVELS, "--lengths", "128", "--documents", 1, "--output", tmp_path / "out"]
-    asked = ["--longppl", MODEL, "--short-length", 8, "--retrieval", 1, "--tasks", "passkey", "--depths", "0.5"]
+    asked = [
+        "--longppl",
+        MODEL,
+        "--short-length",
+        8,
+        "--alpha",
+        1.5,
+        "--retrieval",
+        1,
+        "--tasks",
+        "passkey",
+        "--depths",
+        "0.5",
+    ]
     result = run("evaluate", *words, *asked)
     assert result.exit_code == 0, result.output
     results = Results.load_json(tmp_path / "out" / "results.json")
     assert results.provenance["longppl"]["evaluator"].endswith("tiny-rope")
+    assert results.provenance["longppl"]["alpha"] == 1.5
     assert [row["depth"] for row in results.retrieval] == [0.5]
 
 
 def test_settings_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("retrieval: 1\ntasks: [passkey]\ndepths: [0, 0.5]\nlongppl: none\nshort-length: 8\n")
+    file.write_text(
+        "retrieval: 1\ntasks: [passkey]\ndepths: [0, 0.5]\nlongppl: none\nshort-length: 8\nalpha: 1\nbeta: -2.5\n"
+    )
     result = compare(tmp_path / "out", methods="none", documents=1, config=file)
     assert result.exit_code == 0, result.output
     results = Results.load_json(tmp_path / "out" / "results.json")
     assert {row["depth"] for row in results.retrieval} == {0.0, 0.5}
-    assert results.provenance["longppl"]["evaluator"] == "none"
+    criterion = results.provenance["longppl"]
+    assert (criterion["evaluator"], criterion["alpha"], criterion["beta"]) == ("none", 1, -2.5)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +90,8 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
         ({"tasks": "passkey,multi-key"}, "a prompt of the task 'multi-key' needs"),
         ({"longppl": "ntk"}, "longppl is 'ntk', which none of the methods are: none, linear x2, yarn x2"),
         ({"longppl": "./no/such"}, "no such folder: ./no/such"),
-        ({"longppl": None}, "short_length is 8, and there is no LongPPL"),
+        ({"longppl": None}, "beta is -3.0, and there is no LongPPL"),
+        ({"beta": 3}, "alpha is 2.0 and beta 3.0, in nats; give numbers, beta below 0"),
         ({"short_length": 126}, "short_length is 126 and stride 31, and rows have up to 128 tokens"),
         ({"retrieval": None}, "tasks is ['passkey'], and retrieval is 0"),
     ],

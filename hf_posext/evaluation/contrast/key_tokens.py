@@ -5,6 +5,7 @@ Fang et al., 2024: What is Wrong with Perplexity for Long-context Language Model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -197,8 +198,13 @@ def whole_nll(scorer: TokenScorer, row: torch.Tensor, id: str) -> np.ndarray:
 
 
 def check_criterion(criterion: Criterion, longest: int) -> None:
-    """Refuse windows with which no context of a row of `longest` tokens is short."""
-    _, _, short_length, stride = criterion
+    """Refuse thresholds that no token passes, and windows with which no context of `longest` tokens is short."""
+    alpha, beta, short_length, stride = criterion
+    if not (math.isfinite(alpha) and math.isfinite(beta) and beta < 0):
+        raise InvalidParameterError(
+            f"alpha is {alpha} and beta {beta}, in nats; give numbers, beta below 0 since it is a log-probability, "
+            "as in alpha=2, beta=-2"
+        )
     if short_length < 1 or stride < 1 or short_length + stride >= longest:
         raise InvalidParameterError(
             f"short_length is {short_length} and stride {stride}, and rows have up to {longest} tokens, so no context "

@@ -1,6 +1,7 @@
 """Protocols that reproduce published averages, so that old tables can be compared; every output marks them.
 
-They do not weigh tokens equally. What they compare the methods with, the control, is averaged in the same way.
+They do not weigh tokens equally. What they compare the methods with, the control, is averaged in the same way. Bits
+per byte are not from their average: they are the sum of NLL over the bytes where a token counts once, else `None`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class LegacyYaRN(Sliding):
 
     The windows are those of [`Sliding`]. The first scores `L - 1` tokens and weighs as much as any other, which scores
     `stride`, and as the last, which may score one. The text is the first `max(lengths)` tokens of each document (the
-    script reads whole documents). With `--truncate` the script gives what [`Prefix`] does.
+    script reads whole documents). With `--truncate` the script gives what [`Prefix`] does. Each token is scored once,
+    so that bits per byte are those of [`Sliding`].
 
     Args:
         stride (`int`): the script's `--sliding-window`; 256 in the paper's tables.
@@ -38,7 +40,7 @@ class LegacyYaRN(Sliding):
     legacy: ClassVar[bool] = True
 
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
-        return Measurement(length, nll, first=None, groups=tuple(w.end - w.first for w in windows))
+        return Measurement(length, nll, groups=tuple(w.end - w.first for w in windows))
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class LegacyLongLoRA(ReadsWindows):
     All documents (the first `max(lengths)` tokens of each, without BOS) are one stream. Windows of `L` tokens begin
     at its tokens 0, `stride`, 2 `stride`, ... as long as a token follows them, all but the last of these windows; each
     scores its tokens 1 to `L - 1`, so that a token counts up to `L / stride` times. Batches have 32 windows, the last
-    one what is left, and weigh the same. (The script's base of the exponential is 2.71828.)
+    one what is left, and weigh the same. (The script's base of the exponential is 2.71828.) There are no bits per
+    byte: the sum counts a token as often as windows hold it, and no text has those bytes; [`Sliding`] gives them.
 
     Args:
         stride (`int`): tokens that the window moves by; 256 in the script.

@@ -24,7 +24,7 @@ class Measurement(NamedTuple):
         tail (`int`, *optional*): how many of the last lie in the second half of the text; by default the text is what
             is scored and the token before it.
         groups (`tuple[int, ...]`, *optional*): of a legacy protocol: sizes of the groups of tokens, in order, whose
-            means are averaged.
+            means are averaged; such an average is told of no stretch of the text.
         places (`numpy.ndarray` of shape `(scored tokens,)`, *optional*): of a sample: indices in the row of its
             tokens, one in the middle of each of equally long parts of the text.
     """

@@ -38,11 +38,12 @@ def stretch_bounds(first: int, scored: int) -> np.ndarray:
 
 
 def position_sums(measurement: Measurement) -> list[float] | None:
-    """NLL summed over each stretch; `None` where tokens overlap, or a sample does not have as many of each stretch."""
+    """NLL summed over each stretch; `None` where tokens overlap, a sample does not have as many of each stretch, or
+    the protocol does not weigh tokens equally, as the gain by stretch does."""
     nll = measurement.nll
     if measurement.places is not None and len(nll) % STRETCHES == 0:
         return [float(part.sum()) for part in np.split(nll, STRETCHES)]
-    if measurement.first is None:
+    if measurement.first is None or measurement.groups is not None:
         return None
     bounds = np.maximum(stretch_bounds(0, len(nll)), 0)
     return [float(nll[begin:end].sum()) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]

@@ -62,7 +62,7 @@ def document_record(
     tokens averages in the easy early positions, and so hides a break. `first` is told where the tokens that are
     scored follow each other, `bytes` there and of samples, and `position_nll_sums` like them where `with_positions` is
     set (at the longest length, which covers the others). Where a legacy protocol averages means, `groups` of them have
-    the sum `group_mean_sum`, and all of them are the tail.
+    the sum `group_mean_sum`, all of them are the tail, and there are no `position_nll_sums`.
 
     Args:
         measurement ([`Measurement`]): of the document.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -129,7 +129,7 @@ class KeySearch:
 def key_search(
     setup: Setup,
     evaluator: Evaluator | None,
-    short_length: int | None,
+    asked: Mapping[str, float | None],
     trained_length: int | None,
     methods: Sequence[tuple[Reading, Enter]],
 ) -> KeySearch | None:
@@ -139,24 +139,25 @@ def key_search(
     Args:
         setup ([`Setup`]): what is measured.
         evaluator (*optional*): as `longppl` of [`compare`]; there is no search without one.
-        short_length (`int`, *optional*): as of [`compare`].
+        asked (`Mapping[str, float or None]`): `alpha`, `beta` and `short_length` of [`compare`], as far as given.
         trained_length (`int`, *optional*): of the measured model.
         methods (`Sequence[tuple[Reading, Callable]]`): what may be meant by a label, and what puts it in force.
 
     Raises:
         InvalidParameterError: a label that none has or several have, a protocol that does not score every token, or
-            an evaluator or a short length that cannot be.
+            an evaluator or a criterion that cannot be.
     """
     if evaluator is None:
-        if short_length is not None:
-            raise InvalidParameterError(f"short_length is {short_length}, and there is no LongPPL; give longppl=, too")
+        for name, value in asked.items():
+            if value is not None:
+                raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL; give longppl=, too")
         return None
     if setup.protocol.name not in WHOLE:
         raise InvalidParameterError(
             f"longppl needs the NLL of every token given all tokens before it, which protocol {setup.protocol.name!r} "
             f"does not give; choose {', '.join(WHOLE)}, or leave longppl out"
         )
-    criterion = default_criterion(short_length, trained_length, setup.documents.length)
+    criterion = default_criterion(asked, trained_length, setup.documents.length)
     if isinstance(evaluator, str):
         reading, enter = _method(evaluator, methods)
         given = read_by(None, setup.tokenizer, setup.texts, setup.documents)
@@ -172,21 +173,22 @@ def key_search(
     return search
 
 
-def default_criterion(short_length: int | None, trained_length: int | None, longest: int) -> Criterion:
+def default_criterion(asked: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
     """
-    The paper's thresholds, with windows that fit.
+    What was asked for, else the paper's thresholds and windows that fit.
 
     The paper's short context of 4096 tokens is one that its models were all trained on, and well below the lengths
     that it measures. Here it is half of the trained length, so that windows lie inside that, or half of the longest
     length if that is less; at most 4096. It moves by a quarter of itself, as in the paper.
 
     Args:
-        short_length (`int`, *optional*): in tokens, if it was asked for.
+        asked (`Mapping[str, float or None]`): as of [`key_search`].
         trained_length (`int`, *optional*): of the model, if there is one.
         longest (`int`): tokens of the rows.
     """
-    short = min(4096, (trained_length or longest) // 2, longest // 2) if short_length is None else short_length
-    return Criterion(short_length=short, stride=max(1, short // 4))
+    given = {name: value for name, value in asked.items() if value is not None}
+    short = given.setdefault("short_length", min(4096, (trained_length or longest) // 2, longest // 2))
+    return Criterion(**given, stride=max(1, short // 4))
 
 
 def _method(label: str, methods: Sequence[tuple[Reading, Enter]]) -> tuple[Reading, Enter]:
