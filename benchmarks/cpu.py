@@ -1,6 +1,6 @@
 """What a patch costs on one CPU core: frequency methods nothing, remapped positions little more than attention.
 
-python benchmarks/cpu.py          # some 6 minutes and 12 GB; a table, and JSON in results/
+python benchmarks/cpu.py          # some 7 minutes and 12 GB; a table, and JSON in results/
 python benchmarks/cpu.py --tiny   # the same steps in seconds, on models that show nothing
 """
 
@@ -37,11 +37,14 @@ def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
             layer, SHORT, SHORT // 8, forwards.frequency_methods(layer, SHORT), 1 if tiny else 8 * repeats
         ),
     )
-    for length in (512,) if tiny else (4096, 8192):
+    lengths = (512,) if tiny else (4096, 8192)
+    for length in lengths:
         sizes = length, length // forwards.FACTOR, forwards.cpu_methods(length)
         rows += run.part(f"prefill {length}", lambda s=sizes: forwards.prefill_rows(attention, *s, repeats))
         rows += run.part(f"memory {length}", lambda n=length: forwards.memory_rows(attention, n, 1))
         rows += run.part(f"decode {length}", lambda s=sizes: forwards.decode_rows(model, *s, 8 * repeats))
+    sizes = lengths[0], lengths[0] // forwards.FACTOR, forwards.cpu_methods(lengths[0])
+    rows += run.part("training", lambda: forwards.training_rows(layer, *sizes, repeats))
     console().print(rows_table(rows, "One thread; time of the processor"), "")
     return run.finish(goals(rows))
 

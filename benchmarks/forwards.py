@@ -86,8 +86,7 @@ def prefill_rows(
 
     `flash` names the methods whose published code for FlashAttention takes its turn as well.
     """
-    layers = {"plain": Layer(shape, length, trained, device=device)}
-    layers |= {name: Layer(shape, length, trained, method, device=device) for name, method in chosen.items()}
+    layers = plain_and(chosen, shape, length, trained, device)
     for name in flash:
         layers[f"{name}, as published"] = Layer(shape, length, trained, chosen[name], published.flash, device)
     times = seconds_in_turn(layers, repeats, device)
@@ -95,6 +94,20 @@ def prefill_rows(
         row("prefill", name, length, times[name], times["plain"], error=layer.error())
         for name, layer in layers.items()
     ]
+
+
+def plain_and(
+    chosen: dict[str, Method], shape: str, length: int, trained: int, device: str = "cpu"
+) -> dict[str, Layer]:
+    ways = {"plain": None, **chosen}
+    return {name: Layer(shape, length, trained, method, device=device) for name, method in ways.items()}
+
+
+def training_rows(shape: str, length: int, trained: int, chosen: dict[str, Method], repeats: int) -> list[Row]:
+    """Forward and backward of rotation and attention of a layer, against the same unpatched (SDPA)."""
+    layers = plain_and(chosen, shape, length, trained)
+    times = seconds_in_turn({name: layer.train for name, layer in layers.items()}, repeats)
+    return [row("training", name, length, times[name], times["plain"]) for name in layers]
 
 
 def decode_rows(

@@ -12,6 +12,8 @@ from torch import nn
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, LeakyReRoPE, Method, ReRoPE, SelfExtend, StringShift
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
 ROWS = 8
 """Queries of which the exact output is computed."""
 
@@ -71,7 +73,7 @@ class Layer:
         given = {"dtype": model.dtype, "device": device, "generator": generator}
         heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
         self.states = tuple(torch.randn(1, count, length, self.attention.head_dim, **given) for count in heads)
-        for name, states in zip(("q_proj", "k_proj", "v_proj"), self.states, strict=True):
+        for name, states in zip(PROJECTIONS, self.states, strict=True):
             setattr(self.attention, name, Given(states))
         self.attention.o_proj = nn.Identity()
         self.hidden = torch.zeros(1, length, 1, dtype=model.dtype, device=device)
@@ -82,6 +84,14 @@ class Layer:
         """The output of all heads, `(tokens, heads, dim)`."""
         if self.code is not None:
             return self.code(self.method, self.states, self.rotary)[0]
+        return self._attend()
+
+    def train(self) -> tuple[torch.Tensor, ...]:
+        """Forward and backward: gradients of the given states, where all of the output counts alike."""
+        given = [getattr(self.attention, name).states.requires_grad_() for name in PROJECTIONS]
+        return torch.autograd.grad(self._attend().sum(), given)
+
+    def _attend(self) -> torch.Tensor:
         angles = self.rotary(self.hidden, self.positions)
         found: torch.Tensor = self.attention(self.hidden, position_embeddings=angles, attention_mask=None)[0]
         return found.view(self.hidden.shape[1], self.states[0].shape[1], -1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations import hub_kernels
 
 import hf_posext.patching.attention_kernels as kernels
 from hf_posext import patch_model
@@ -95,20 +96,24 @@ def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-@pytest.fixture(params=["cudnn", "flash", "flash_attn"])
+@pytest.fixture(params=["cudnn", "flash", "flash_attn", "kernels"])
 def substitutes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Substitutes:
-    """The kernels of one machine: with cuDNN, without, and with the package alone."""
+    """The kernels of one machine: with cuDNN, without, with the package alone, and with that of the Hub."""
     those = Substitutes()
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", those.flash)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", those.cudnn)
     picked = kernels.SDPBackend.CUDNN_ATTENTION if request.param == "cudnn" else kernels.SDPBackend.FLASH_ATTENTION
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: picked.value)
-    package = types.ModuleType("flash_attn")
-    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
-    package.flash_attn_func = those.flash_attn_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    with attention_kernel("flash_attn" if request.param == "flash_attn" else "torch"):
+    for name in ("flash_attn", "kernels"):
+        package = types.ModuleType(name)
+        package.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        package.flash_attn_func = those.flash_attn_func  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setattr(hub_kernels, "load_and_register_attn_kernel", {"kernels-community/flash-attn2": package}.get)
+    kernels._from_hub.cache_clear()
+    with attention_kernel(request.param if request.param in ("flash_attn", "kernels") else "torch"):
         yield those
+    kernels._from_hub.cache_clear()
 
 
 def problem(bands: str, queries: int, keys: int) -> tuple[tuple[Any, ...], torch.Tensor]:
@@ -211,8 +216,9 @@ def test_a_model_on_each_kernel_that_runs_here(method: Any) -> None:
 
 def test_kernels_that_cannot_be() -> None:
     for name, message in (
-        ("sdpa", "give one of torch, flash_attn, flex, cpu, plain"),
-        ("flash_attn", "not installed"),
+        ("sdpa", "give one of torch, flash_attn, kernels, flex, cpu, plain"),
+        ("flash_attn", "not installed: pip install flash-attn"),
+        ("kernels", "not installed: pip install kernels"),
     ):
         with pytest.raises(InvalidParameterError, match=message), attention_kernel(name):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_posext.patching.banded_attention as banded
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
+from hf_posext.patching.attention_kernels import attention_kernel
 from hf_posext.patching.banded_attention import Branch, banded_attention, belongs
 from hf_posext.plan import Part, PositionMap
 
@@ -52,7 +54,8 @@ def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, ke
 def test_banded_attention_equals_dense(
     counts: tuple[int, int], bands: str, options: dict[str, Any], learning: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values, and gradients with blocks computed again in backward; with a mask or not, known bands or not."""
+    """Values and gradients, by the fused kernel or with blocks computed again in backward; with a mask or not, known
+    bands or not."""
     monkeypatch.setattr(banded, "SCORE_BYTES", 2**17)  # several blocks
     monkeypatch.setattr(banded, "FUSED_ROWS", 40)
     torch.manual_seed(0)
@@ -64,6 +67,9 @@ def test_banded_attention_equals_dense(
     branches = [Branch(part, states(4, queries), states(2, keys)) for part in BANDS[bands]]
     value = states(2, keys)
     leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
+    if "sinks" in options:
+        options = {"sinks": options["sinks"].clone().requires_grad_(learning)}
+        leaves.append(options["sinks"])
     at_key = torch.arange(keys).expand(2, -1)
     at_query, causal = at_key[:, keys - queries :], torch.ones(queries, keys).tril(keys - queries).bool()[None, None]
     weights = torch.randn(2, queries, 4, 8, dtype=torch.float64)
@@ -75,8 +81,9 @@ def test_banded_attention_equals_dense(
     wanted = run(dense, mask=causal)
     additive = torch.zeros(2, 4, queries, keys).masked_fill(~causal, torch.finfo(torch.float32).min)
     for mask in (None, causal, additive):
-        for aligned in (True, False):
-            found = run(banded_attention, mask=mask, aligned=aligned)
+        for aligned, kernel in itertools.product((True, False), ("cpu", "plain")):
+            with attention_kernel(kernel):
+                found = run(banded_attention, mask=mask, aligned=aligned)
             torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
             assert found[0].is_contiguous(), "some models view it"
 
@@ -94,8 +101,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", [ReRoPE(window=64), SelfExtend(group=8, window=32), DualChunk(chunk=48, local=16)])
+@pytest.mark.parametrize("kernel", ["cpu", "plain"])
 @pytest.mark.parametrize("learning", [False, True])
-def test_memory_is_linear(learning: bool, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_linear(learning: bool, kernel: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without padding, no tensor of length x length, nor are there so many that backward holds as much."""
     monkeypatch.setattr(banded, "SCORE_BYTES", 2**20)
     monkeypatch.setattr(banded, "FUSED_ROWS", 64)
@@ -109,7 +117,7 @@ def test_memory_is_linear(learning: bool, method: Any, monkeypatch: pytest.Monke
 
     for index, length in enumerate((2048, 4096)):
         holding = torch.autograd.graph.saved_tensors_hooks(functools.partial(hold, index), lambda one: one)
-        with Largest() as largest, torch.set_grad_enabled(learning), holding:
+        with Largest() as largest, torch.set_grad_enabled(learning), holding, attention_kernel(kernel):
             out = model(tokens(length), use_cache=False).logits
             if learning:
                 out.sum().backward()

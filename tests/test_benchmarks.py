@@ -92,12 +92,23 @@ def test_docs_recipe_weighs_windows_by_one_token_less() -> None:
 def test_cpu(results: Results) -> None:
     found = results.of("cpu")
     rows = [row for part in found["parts"].values() for row in part]
-    assert {row["what"] for row in rows} == {"import", "patch_model", "forward", "prefill", "memory", "decode"}
+    kinds = {"import", "patch_model", "forward", "prefill", "memory", "decode", "training"}
+    assert {row["what"] for row in rows} == kinds
+    ways = {kind: [row["way"] for row in rows if row["what"] == kind] for kind in ("prefill", "training")}
+    assert ways["training"] == ways["prefill"] and "plain" in ways["training"]
     assert all(row["seconds"] > 0 for row in rows if row["what"] != "import")
     assert all(row["error"] < 1e-6 for row in rows if row["what"] == "prefill"), "float32 against float64"
     published = [row for row in rows if row["way"].endswith("as published")]
     assert len(published) == 2 and all(row["apart"] < 1e-5 for row in published)
     assert all(row["weights_in_place"] for row in rows if row["what"] == "patch_model")
+
+
+def test_a_layer_is_trained_by_its_given_states() -> None:
+    """The sum of its output is that of the values, each times its weights: what they are worth together is known."""
+    layers = script("layers")
+    grads = layers.Layer("tiny", 64, 8, layers.remapping(window=8, chunk=12, group=4)["self-extend"]).train()
+    assert [grad.abs().max() > 0 for grad in grads] == [True] * 3
+    assert grads[2].sum().item() == pytest.approx(64 * 4 * 8, rel=1e-5)
 
 
 def test_gpu_script_on_the_cpu(results: Results) -> None:

@@ -55,7 +55,7 @@ def naive_llama(
             wanted = relative(i, j)
             if wanted is not None:
                 distance[i, j] = wanted
-    angle = distance[..., None] * pairs
+    angle = distance.nan_to_num()[..., None] * pairs
     cos, sin = angle.cos() * attention_factor**2, angle.sin() * attention_factor**2
     grow = torch.tensor([query_factor(i) for i in range(count)], dtype=torch.float64)
 

@@ -11,6 +11,7 @@ one that fails or computes something else is left alone, with a warning. [`atten
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -49,8 +50,9 @@ def attention_kernel(name: str) -> Iterator[None]:
 
     Args:
         name (`str`): `"torch"` (PyTorch's own on CUDA: the one that its attention picks, but FlashAttention-2 for
-            windows), `"flash_attn"` (the package), `"flex"` (FlexAttention, with any mask; PyTorch 2.9 or newer),
-            `"cpu"` (PyTorch's own on the CPU) or `"plain"` (matrix products, everywhere).
+            windows), `"flash_attn"` (the package), `"kernels"` (the same from the Hub, by the package `kernels`, which
+            downloads it at first), `"flex"` (FlexAttention, with any mask; PyTorch 2.9 or newer), `"cpu"` (PyTorch's
+            own on the CPU, with gradients) or `"plain"` (matrix products, everywhere).
 
     Raises:
         InvalidParameterError: there is no such kernel, or its package is not installed.
@@ -58,8 +60,8 @@ def attention_kernel(name: str) -> Iterator[None]:
     known = (*KERNELS, "flex", *BLOCKS)
     if name not in known:
         raise InvalidParameterError(f"attention kernel is {name!r}; give one of {', '.join(known)}")
-    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-        raise InvalidParameterError("attention kernel 'flash_attn' is not installed: pip install flash-attn")
+    if name in PACKAGES and importlib.util.find_spec(name) is None:
+        raise InvalidParameterError(f"attention kernel {name!r} is not installed: pip install {PACKAGES[name]}")
     _forced.append(name)
     try:
         yield
@@ -75,7 +77,8 @@ def forced() -> str | None:
 def choose(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
     """The kernel for bands on the device of the states, without a mask and gradients; `None` where there is none.
 
-    FlexAttention is never chosen by itself: it compiles, and where it would win has not been measured.
+    FlexAttention is never chosen by itself: it compiles, and where it would win has not been measured. Nor is the
+    Hub's kernel, which is downloaded.
     """
     name = forced()
     if name is not None:
@@ -153,18 +156,44 @@ def _picks_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sc
     return bool(picked == SDPBackend.CUDNN_ATTENTION.value)
 
 
-def flash_attn_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, causal: bool, window: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def flash_attn_kernel(*states: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The package flash-attn, version 2."""
+    return _flash_attn(importlib.import_module("flash_attn"), *states, **options)
+
+
+def hub_kernel(*states: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as the Hub has it, in the version that transformers takes."""
+    return _flash_attn(_from_hub(), *states, **options)
+
+
+@functools.cache
+def _from_hub() -> Any:
+    loaders: Any = importlib.import_module("transformers.integrations.hub_kernels")
+    return loaders.load_and_register_attn_kernel(HUB_KERNEL)
+
+
+def _flash_attn(
+    package: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    causal: bool,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     states = (one.transpose(1, 2) for one in (query, key, value))
     sides = (-1, -1) if window is None else (window - 1, 0)
-    package: Any = importlib.import_module("flash_attn")
     out, total, _ = package.flash_attn_func(
         *states, softmax_scale=scaling, causal=causal, window_size=sides, return_attn_probs=True
     )
     return out.transpose(1, 2), total
 
 
-KERNELS: dict[str, Kernel] = {"torch": torch_kernel, "flash_attn": flash_attn_kernel}
+KERNELS: dict[str, Kernel] = {"torch": torch_kernel, "flash_attn": flash_attn_kernel, "kernels": hub_kernel}
 """Those for bands and rectangles without biases."""
+
+PACKAGES = {"flash_attn": "flash-attn", "kernels": "kernels"}
+"""What to install for those that are modules of their own."""
+
+HUB_KERNEL = "kernels-community/flash-attn2"

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..plan import Part, PositionMap
 from .attention_bands import attend_regions, regions
 from .attention_flex import attend_flex
+from .attention_fused import Edges, FusedAttention, Piece, fused_attention, grouped, grouped_sinks, has_fused_gradients
 from .attention_kernels import choose, forced
 
 SCORE_BYTES = 16 * 2**20
@@ -32,20 +33,6 @@ class Branch(NamedTuple):
     part: Part
     query: torch.Tensor
     key: torch.Tensor
-
-
-class Piece(NamedTuple):
-    """A rectangle of scores: the queries of one block against some keys.
-
-    Queries (batch, key heads, rows, dim) of all heads that share a key head are behind each other. `bias` (batch or 1,
-    key heads or 1, rows, keys) is added to the scores: 0, or the least number where a pair is not attended. It is
-    `None` where all pairs are.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    bias: torch.Tensor | None
 
 
 def mapped(positions: torch.Tensor, rule: PositionMap) -> torch.Tensor:
@@ -103,6 +90,8 @@ def banded_attention(
     Returns:
         `torch.Tensor` of shape `(batch, queries, heads, dim)`: contiguous.
     """
+    # under autocast, rotation leaves float32 beside bfloat16; as SDPA does, the narrower is taken
+    branches = [Branch(part, *(one.to(value.dtype) for one in states)) for part, *states in branches]
     batch, heads, queries, width = branches[0].query.shape
     key_heads, keys = value.shape[1:3]
     learning = torch.is_grad_enabled() and any(
@@ -116,52 +105,57 @@ def banded_attention(
             each = [(place or [], one.query, one.key) for place, one in zip(places, branches, strict=True)]
             return attend_regions(each, value, kernel, scaling, sinks)
     if forced() == "flex" and not (learning or dropout):
-        parts = [(branch.part, branch.query, branch.key) for branch in branches]
+        triples = [(branch.part, branch.query, branch.key) for branch in branches]
         at = query_positions, key_positions
-        return attend_flex(parts, value, *at, mask=mask, scaling=scaling, softcap=softcap, sinks=sinks)
-    fused = value.device.type == "cpu" and value.shape[-1] == width and not (learning or softcap or dropout)
-    fused = fused and forced() in (None, "cpu")
-    rows = FUSED_ROWS if fused else max(16, SCORE_BYTES // (4 * batch * heads * keys))
-    edges: dict[tuple[int, ...], torch.Tensor] = {}
+        return attend_flex(triples, value, *at, mask=mask, scaling=scaling, softcap=softcap, sinks=sinks)
+    parts = [branch.part for branch in branches]
+    dtype = value.dtype
 
-    def attend(start: int, stop: int) -> torch.Tensor:
+    def pieces(start: int, stop: int, edges: Edges) -> list[Piece]:
         first, last = keys - queries + start, keys - queries + stop
         here = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
-        pieces = []
-        for number, branch in enumerate(branches):
-            query = branch.query if stop - start == queries else branch.query[:, :, start:stop]
-            query = query.reshape(batch, key_heads, -1, width)
-            for low, high, inner in _rectangles(branch.part, first, last, keys, aligned, causal=mask is None):
-                alike = (number, first % branch.part.chunk, last - first, low - first, high - first)
+        found = []
+        for number, part in enumerate(parts):
+            for low, high, inner in _rectangles(part, first, last, keys, aligned, causal=mask is None):
+                alike = (number, first % part.chunk, last - first, low - first, high - first)
                 bias = None if inner else edges.get(alike)
                 if not inner and bias is None:
                     places = query_positions[:, start:stop], key_positions[:, low:high]
-                    bias = _bias(branch.part, *places, value.dtype, here, (first, last), (low, high))
+                    bias = _bias(part, *places, dtype, here, (first, last), (low, high))
                     # a row of scores for each head behind the same key head
                     shape = (bias.shape[0], key_heads, -1, high - low)
                     bias = bias.repeat(1, 1, heads // key_heads, 1) if bias.shape[1] == 1 else bias.reshape(shape)
                     if aligned and mask is None:  # all blocks have the same edges, but for where chunks begin
                         edges[alike] = bias
-                pieces.append(Piece(query, branch.key[:, :, low:high], value[:, :, low:high], bias))
-        sink = None
-        if sinks is not None:
-            sink = (
-                sinks.reshape(1, key_heads, -1, 1).expand(batch, -1, -1, stop - start).reshape(batch, key_heads, -1, 1)
-            )
-        block = _fused(pieces, scaling, sink) if fused else _plain(pieces, scaling, sink, softcap, dropout)
+                found.append(Piece(number, low, high, bias))
+        return found
+
+    states = [branch.query for branch in branches], [branch.key for branch in branches]
+    fused = value.device.type == "cpu" and value.shape[-1] == width and not (softcap or dropout)
+    if fused and forced() in (None, "cpu"):
+        if not learning:
+            return fused_attention(pieces, *states, value, sinks, scaling, FUSED_ROWS)[0]
+        if has_fused_gradients(mask):
+            given = pieces, scaling, FUSED_ROWS, sinks, value
+            learned: torch.Tensor = FusedAttention.apply(*given, *states[0], *states[1])  # type: ignore[no-untyped-call]
+            return learned
+
+    def attend(start: int, stop: int) -> torch.Tensor:
+        query = [one[:, :, start:stop] for one in states[0]]
+        block = _plain(pieces(start, stop, edges), query, states[1], value, scaling, sinks, softcap, dropout)
         return block.view(batch, heads, stop - start, -1).transpose(1, 2)
 
+    edges: Edges = {}
+    rows = max(16, SCORE_BYTES // (4 * batch * heads * keys))
     if rows >= queries:
         return attend(0, queries).contiguous()  # some models view it
-    out = None if learning else value.new_empty(batch, queries, heads, value.shape[-1])
-    blocks = []
-    for start in range(0, queries, rows):
-        stop = min(start + rows, queries)
-        if out is not None:
-            out[:, start:stop] = attend(start, stop)
-        else:  # the weights of all blocks are of quadratic size: they are computed again in backward
-            blocks.append(checkpoint(attend, start, stop, use_reentrant=False))
-    return torch.cat(blocks, 1) if out is None else out
+    spans = [(start, min(start + rows, queries)) for start in range(0, queries, rows)]
+    if learning:  # the weights of all blocks are of quadratic size: they are computed again in backward
+        return torch.cat([checkpoint(attend, *span, use_reentrant=False) for span in spans], 1)
+    out = value.new_empty(batch, queries, heads, value.shape[-1])
+    for start, stop in spans:
+        out[:, start:stop] = attend(start, stop)
+    return out
 
 
 def _rectangles(
@@ -209,6 +203,7 @@ def _bias(
     That number is finite, so that a query that attends to nothing (padding, which no one reads) gets no NaN.
     """
     allowed = belongs(part, query_positions, key_positions)[:, None]
+    least = torch.finfo(dtype).min
     bias = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=allowed.device)
     if mask is None:
         index = torch.arange(*columns, device=allowed.device)
@@ -216,50 +211,36 @@ def _bias(
     elif mask.dtype == torch.bool:
         allowed = allowed & mask[..., slice(*columns)]
     else:
-        bias = mask[..., slice(*columns)].to(bias.dtype)
-    return torch.where(allowed, bias, torch.finfo(dtype).min)
+        bias = mask[..., slice(*columns)].to(bias.dtype).clamp(min=least)
+    return torch.where(allowed, bias, least)
 
 
 def _plain(
-    pieces: list[Piece], scaling: float, sink: torch.Tensor | None, softcap: float | None, dropout: float
+    pieces: list[Piece],
+    queries: list[torch.Tensor],
+    keys: list[torch.Tensor],
+    value: torch.Tensor,
+    scaling: float,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+    dropout: float,
 ) -> torch.Tensor:
     """One softmax over the pieces of a block, in plain PyTorch, with gradients."""
+    queries = [grouped(query, value.shape[1]) for query in queries]
     scores = []
-    for piece in pieces:
-        score = piece.query @ piece.key.transpose(-1, -2)
+    for part, low, high, bias in pieces:
+        score = queries[part] @ keys[part][:, :, low:high].transpose(-1, -2)
         score = score.to(torch.promote_types(score.dtype, torch.float32)) * scaling
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        scores.append(score if piece.bias is None else score + piece.bias)
-    if sink is not None:
-        scores.append(sink.to(scores[0].dtype))
-    weights = torch.cat(scores, -1).softmax(-1).to(pieces[0].value.dtype)
+        scores.append(score if bias is None else score + bias)
+    if sinks is not None:
+        scores.append(grouped_sinks(sinks, queries[0]).to(scores[0].dtype))
+    weights = torch.cat(scores, -1).softmax(-1).to(value.dtype)
     if dropout:
         weights = drop(weights, dropout)
     parts = torch.split(weights, [score.shape[-1] for score in scores], -1)  # that of the sink has no value
-    out = parts[0] @ pieces[0].value
-    for part, piece in zip(parts[1:], pieces[1:], strict=False):
-        out = out + part @ piece.value
+    out = parts[0] @ value[:, :, pieces[0].low : pieces[0].high]
+    for weight, piece in zip(parts[1:], pieces[1:], strict=False):
+        out = out + weight @ value[:, :, piece.low : piece.high]
     return out
-
-
-def _fused(pieces: list[Piece], scaling: float, sink: torch.Tensor | None) -> torch.Tensor:
-    """The same by PyTorch's own flash kernel for CPUs, which tells the log-sum-exp by which pieces are merged."""
-
-    def attended(piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        bias = None if piece.bias is None else piece.bias.to(piece.query.dtype)
-        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            piece.query, piece.key, piece.value, attn_mask=bias, scale=scaling
-        )
-        return out.to(total.dtype), total
-
-    merged, before = attended(pieces[0])
-    for piece in pieces[1:]:
-        out, total = attended(piece)
-        # its share is the sigmoid of how far it is above the others
-        merged = torch.lerp(merged, out, torch.sigmoid(total - before)[..., None])
-        if sink is not None or piece is not pieces[-1]:
-            before = torch.logaddexp(before, total)
-    if sink is not None:  # it has no value
-        merged = merged * torch.sigmoid(before[..., None] - sink)
-    return merged.to(pieces[0].value.dtype)

@@ -1,0 +1,163 @@
+"""Attention by PyTorch's flash kernel for CPUs, piece by piece, forward and backward.
+
+The pieces of one softmax are merged by their log-sum-exp. Backward gives the kernel the output and the log-sum-exp of
+all pieces: from these it finds the weights `exp(scores - total)` of the pairs of one piece again, and what a row's
+gradients have in common. So the gradients of each piece are exact, and nothing of quadratic size is kept (Dao et al.,
+*FlashAttention*, 2022, https://arxiv.org/abs/2205.14135, appendix B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+NOTHING = -1e30
+"""A log-sum-exp below it is that of a query which attends to nothing: its scores are lost in the least number."""
+
+
+class Piece(NamedTuple):
+    """A rectangle of scores: the queries of a block against the keys `low` to `high - 1` of a part.
+
+    `bias` (batch or 1, key heads or 1, rows, keys) is added to the scores: 0, or the least number where a pair is not
+    attended. It is `None` where all pairs are.
+    """
+
+    part: int
+    low: int
+    high: int
+    bias: torch.Tensor | None
+
+
+Edges = dict[tuple[int, ...], torch.Tensor]
+"""Biases of a forward or a backward that are met again: by their part and their place in its blocks."""
+
+Pieces = Callable[[int, int, Edges], list[Piece]]
+"""The pieces of the queries `start` to `stop - 1`. It holds no states, which autograd and checkpoints are to keep."""
+
+
+def grouped(states: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """Heads (batch, heads, rows, dim) that share a key head, behind each other: (batch, key heads, all rows, dim)."""
+    return states.reshape(states.shape[0], key_heads, -1, states.shape[-1])
+
+
+def grouped_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The score (heads,) that is in each row of such queries: (batch, key heads, all rows, 1)."""
+    batch, key_heads, rows, _ = query.shape
+    return (
+        sinks.reshape(key_heads, -1, 1)
+        .expand(batch, -1, -1, rows * key_heads // len(sinks))
+        .reshape(batch, key_heads, rows, 1)
+    )
+
+
+def has_fused_gradients(mask: torch.Tensor | None) -> bool:
+    """Whether [`FusedAttention`] can be differentiated here: not for a bias, nor by what traces or transforms it."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (traced or (mask is not None and mask.requires_grad))
+
+
+def fused_attention(
+    pieces: Pieces,
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    rows: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values (batch, queries, heads, dim), and the log-sum-exp of all pieces (batch, heads, queries); see
+    [`banded_attention`]. Blocks have `rows` queries."""
+    batch, heads, count, _ = queries[0].shape
+    edges: Edges = {}
+
+    def attend(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        here = [grouped(query[:, :, start:stop], value.shape[1]) for query in queries]
+
+        def attended(piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+            span = slice(piece.low, piece.high)
+            states = here[piece.part], keys[piece.part][:, :, span], value[:, :, span]
+            out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *states, attn_mask=piece.bias, scale=scaling
+            )
+            return out.to(total.dtype), total
+
+        first, *others = pieces(start, stop, edges)
+        merged, total = attended(first)
+        for piece in others:
+            out, added = attended(piece)
+            # its share is the sigmoid of how far it is above the others
+            merged = torch.lerp(merged, out, torch.sigmoid(added - total)[..., None])
+            total = torch.logaddexp(total, added)
+        if sinks is not None:  # they have no value
+            sink = grouped_sinks(sinks, here[0]).to(total.dtype)
+            merged = merged * torch.sigmoid(total[..., None] - sink)
+            total = torch.logaddexp(total, sink[..., 0])
+        merged = merged.to(value.dtype).view(batch, heads, stop - start, -1)
+        return merged.transpose(1, 2), total.reshape(batch, heads, -1)
+
+    if rows >= count:
+        out, total = attend(0, count)
+        return out.contiguous(), total  # some models view it
+    out = value.new_empty(batch, count, heads, value.shape[-1])
+    total = value.new_empty(batch, heads, count, dtype=torch.promote_types(value.dtype, torch.float32))
+    for start in range(0, count, rows):
+        block = slice(start, start + rows)
+        out[:, block], total[:, :, block] = attend(start, min(start + rows, count))
+    return out, total
+
+
+class FusedAttention(torch.autograd.Function):
+    """`FusedAttention.apply(pieces, scaling, rows, sinks, value, *queries, *keys)`, with a query and a key for each
+    part: [`fused_attention`] with gradients of all but biases, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pieces: Pieces,
+        scaling: float,
+        rows: int,
+        sinks: torch.Tensor | None,
+        value: torch.Tensor,
+        *states: torch.Tensor,
+    ) -> torch.Tensor:
+        parts = len(states) // 2
+        out, total = fused_attention(pieces, states[:parts], states[parts:], value, sinks, scaling, rows)
+        ctx.given = pieces, scaling, rows
+        ctx.save_for_backward(out, total, sinks, value, *states)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        pieces, scaling, rows = ctx.given
+        out, total, sinks, value, *states = ctx.saved_tensors
+        queries, keys = states[: len(states) // 2], states[len(states) // 2 :]
+        # sums over many blocks
+        value_grad, *grads = (torch.zeros_like(one, dtype=total.dtype) for one in (value, *states))
+        # their weights would not sum to 1
+        total = total.masked_fill(total < NOTHING, torch.inf)
+        edges: Edges = {}
+        for start in range(0, out.shape[1], rows):
+            block = slice(start, min(start + rows, out.shape[1]))
+            given, merged = (grouped(one[:, block].transpose(1, 2), value.shape[1]) for one in (grad, out))
+            sums = grouped(total[:, :, block, None], value.shape[1])[..., 0]
+            for part, low, high, bias in pieces(block.start, block.stop, edges):
+                span = slice(low, high)
+                query = grouped(queries[part][:, :, block], value.shape[1])
+                pair = keys[part][:, :, span], value[:, :, span]
+                found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    given, query, *pair, merged, sums, 0.0, False, attn_mask=bias, scale=scaling
+                )
+                of_query = grads[part][:, :, block]
+                of_query += found[0].reshape(of_query.shape)
+                grads[len(queries) + part][:, :, span] += found[1]
+                value_grad[:, :, span] += found[2]
+        sinks_grad = None
+        if sinks is not None:
+            weights = (sinks[:, None] - total).exp()
+            sinks_grad = -(weights * (grad * out).sum(-1).transpose(1, 2)).sum((0, 2)).to(sinks.dtype)
+        rounded = (one.to(like.dtype) for one, like in zip((value_grad, *grads), (value, *states), strict=True))
+        return None, None, None, sinks_grad, *rounded
