@@ -1,6 +1,6 @@
 """What a patch costs on one CPU core: frequency methods nothing, remapped positions little more than attention.
 
-python benchmarks/cpu.py          # some 7 minutes and 12 GB; a table, and JSON in results/
+python benchmarks/cpu.py          # some 12 minutes and 12 GB; a table, and JSON in results/
 python benchmarks/cpu.py --tiny   # the same steps in seconds, on models that show nothing
 """
 
@@ -20,8 +20,8 @@ FREQUENCY, PREFILL, DECODE, IMPORT, PATCH = 1.02, 1.35, 1.25, 0.150, 0.100
 text and a token with a cache, against SDPA; seconds that imports and `patch_model` may take."""
 
 SHORT = 128
-"""Tokens of a forward with other frequencies: what it costs to choose them shows most in short ones, and turns that are
-over soon are disturbed alike."""
+"""Tokens of a forward with other frequencies: what it costs to choose them shows most in short ones, and turns that
+are over soon are disturbed alike."""
 
 
 def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
         rows += run.part(f"memory {length}", lambda n=length: forwards.memory_rows(attention, n, 1))
         rows += run.part(f"decode {length}", lambda s=sizes: forwards.decode_rows(model, *s, 8 * repeats))
     sizes = lengths[0], lengths[0] // forwards.FACTOR, forwards.cpu_methods(lengths[0])
-    rows += run.part("training", lambda: forwards.training_rows(layer, *sizes, repeats))
+    rows += run.part("training", lambda: forwards.training_rows(attention, *sizes, repeats))
     console().print(rows_table(rows, "One thread; time of the processor"), "")
     return run.finish(goals(rows))
 
