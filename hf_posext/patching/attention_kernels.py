@@ -83,8 +83,9 @@ def choose(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
     name = forced()
     if name is not None:
         return KERNELS.get(name)
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.device.type != "cuda" or not half or not query.shape[-1] == value.shape[-1] <= MAX_WIDTH:
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if not query.shape[-1] == value.shape[-1] <= MAX_WIDTH:
         return None
     kernels = [torch_kernel] if torch.backends.cuda.is_flash_attention_available() else []
     if importlib.util.find_spec("flash_attn"):

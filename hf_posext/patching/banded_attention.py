@@ -90,8 +90,9 @@ def banded_attention(
     Returns:
         `torch.Tensor` of shape `(batch, queries, heads, dim)`: contiguous.
     """
-    # under autocast, rotation leaves float32 beside bfloat16; as SDPA does, the narrower is taken
-    branches = [Branch(part, *(one.to(value.dtype) for one in states)) for part, *states in branches]
+    if any(states.dtype != value.dtype for branch in branches for states in (branch.query, branch.key)):
+        # under autocast, rotation leaves float32 beside bfloat16; as SDPA does, the narrower is taken
+        branches = [Branch(part, *(one.to(value.dtype) for one in states)) for part, *states in branches]
     batch, heads, queries, width = branches[0].query.shape
     key_heads, keys = value.shape[1:3]
     learning = torch.is_grad_enabled() and any(
@@ -117,9 +118,12 @@ def banded_attention(
         found = []
         for number, part in enumerate(parts):
             for low, high, inner in _rectangles(part, first, last, keys, aligned, causal=mask is None):
+                if inner:
+                    found.append(Piece(number, low, high, None))
+                    continue
                 alike = (number, first % part.chunk, last - first, low - first, high - first)
-                bias = None if inner else edges.get(alike)
-                if not inner and bias is None:
+                bias = edges.get(alike)
+                if bias is None:
                     places = query_positions[:, start:stop], key_positions[:, low:high]
                     bias = _bias(part, *places, dtype, here, (first, last), (low, high))
                     # a row of scores for each head behind the same key head

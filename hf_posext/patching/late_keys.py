@@ -63,8 +63,10 @@ def turned_keys(
     if before is None and not (settle and tokens == 1):
         return key, False
     count = min(key.shape[2], at.keys.shape[1])  # of a static cache some slots are free, a sliding one drops keys
-    positions, filled = at.keys[:, -count:].to(key.device), key[:, :, :count]
-    newest, held = positions[:, -1:], count - tokens
+    filled = key if count == key.shape[2] else key[:, :, :count]
+    positions = at.once(("held", count, key.device), lambda: at.keys[:, -count:].to(key.device))
+    newest = at.once(("newest", key.device), lambda: positions[:, -1:])
+    held = count - tokens
     if before is not None and before[1] == held and settle and tokens == 1:
         _step(late, layout.key, at, filled, positions)
     else:
@@ -98,7 +100,9 @@ def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicL
     layer = layers[index]
     if torch.compiler.is_compiling() and index not in late.cache._posext_turned:
         return None  # a graph keeps its shape, and cannot say how many keys there are
-    there = type(layer) in HOLDERS and layer.keys.untyped_storage()._cdata == key.untyped_storage()._cdata
+    if type(layer) not in HOLDERS:
+        return None
+    there = layer.keys is key or layer.keys.untyped_storage()._cdata == key.untyped_storage()._cdata
     return layer if there else None
 
 
