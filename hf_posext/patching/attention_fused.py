@@ -85,7 +85,7 @@ def fused_attention(
             span = slice(piece.low, piece.high)
             states = here[piece.part], keys[piece.part][:, :, span], value[:, :, span]
             out, total = FORWARD(*states, attn_mask=piece.bias, scale=scaling)
-            return out.to(total.dtype), total
+            return out if out.dtype == total.dtype else out.to(total.dtype), total
 
         first, *others = pieces(start, stop, edges)
         merged, total = attended(first)
@@ -98,8 +98,8 @@ def fused_attention(
             sink = grouped_sinks(sinks, here[0]).to(total.dtype)
             merged = merged * torch.sigmoid(total[..., None] - sink)
             total = torch.logaddexp(total, sink[..., 0])
-        merged = merged.to(value.dtype).view(batch, heads, stop - start, -1)
-        return merged.transpose(1, 2), total.reshape(batch, heads, -1)
+        merged = merged if merged.dtype == value.dtype else merged.to(value.dtype)
+        return merged.view(batch, heads, stop - start, -1).transpose(1, 2), total.reshape(batch, heads, -1)
 
     if rows >= count:
         out, total = attend(0, count)

@@ -70,7 +70,8 @@ def late_attention(
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
     layout = late.layers[path] = late.layers[path].to(query.device)
     at = late.positions(layout.rotary)
-    at_query, at_key = at.queries.to(query.device), at.keys.to(query.device)
+    there = query.device
+    at_query, at_key = at.once(("there", there), lambda: (at.queries.to(there), at.keys.to(there)))
     if at_key.shape[1] < key.shape[2] and not (query.shape[2] == 1 and torch.compiler.is_compiling()):
         # a static cache, filled in part: leave the rest out
         key, value = key[:, :, : at_key.shape[1]], value[:, :, : at_key.shape[1]]
