@@ -1,0 +1,77 @@
+"""A device that pretends to be a GPU: it computes on the CPU, and refuses what a GPU refuses.
+
+Tensors on it are of a class of their own. A function that gets some of them beside tensors of the CPU raises, except
+where it copies or indexes, and for single numbers. What makes the host wait for the device is kept. Kernels of a GPU,
+half precision, streams and its memory it cannot show.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE = torch.device("cuda", 0)
+WAITS = frozenset("item tolist __bool__ __int__ __float__ __index__ nonzero unique equal cpu numpy".split())
+COPIES = frozenset("copy_ __getitem__ __setitem__ to index_put_ __get__ __set__".split())
+
+
+class OnDevice(torch.Tensor):
+    """A tensor on the device."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.clone()
+
+
+class PretendDevice(TorchFunctionMode):
+    """Inside, tensors are made on the device where they are asked for, and what comes of some on it is there, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        here = any(isinstance(one, OnDevice) for one in tensors)
+        with torch._C.DisableTorchFunction():
+            strangers = [one for one in tensors if not isinstance(one, OnDevice) and one.ndim]
+        if func == torch.Tensor.device.__get__ and here:
+            return DEVICE
+        if here and strangers and name not in COPIES:
+            raise RuntimeError(f"Expected all tensors to be on the same device, in {name}")
+        stays = here
+        for asked in filter(is_device, tree_leaves((args, kwargs))):
+            stays = torch.device(asked).type == DEVICE.type
+        if name == "to" and isinstance(args[-1], torch.Tensor) and len(args) > 1:
+            stays = isinstance(args[-1], OnDevice)
+        stays &= name not in ("cpu", "numpy")
+        if here and (name in WAITS or (name == "to" and not stays)):
+            self.waits.append(name)
+        args, kwargs = tree_map(lambda one: "cpu" if is_device(one) else one, (args, kwargs))
+        kind = OnDevice if stays else torch.Tensor
+
+        def put(one: Any) -> Any:
+            return one.as_subclass(kind) if isinstance(one, torch.Tensor) and type(one) is not kind else one
+
+        with torch._C.DisableTorchFunction():
+            return tree_map(put, func(*args, **kwargs))
+
+
+def is_device(given: Any) -> bool:
+    return isinstance(given, torch.device) or (isinstance(given, str) and given in ("cpu", "cuda", "cuda:0"))
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """A model whose parameters, buffers and other tensors are on the device, in place."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in held.items():
+                if isinstance(tensor, torch.Tensor) and not isinstance(tensor, OnDevice):
+                    parameter = isinstance(tensor, nn.Parameter)
+                    held[name] = tensor.detach().as_subclass(OnDevice)
+                    held[name]._is_param = parameter  # what isinstance(..., nn.Parameter) asks for
+    return model
