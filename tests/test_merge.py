@@ -67,7 +67,7 @@ def test_other_key_tokens_are_another_run() -> None:
     runs = merge_runs({"a": first, "b": second})
     assert len(runs) == 2
     assert run_titles(runs) == [
-        f"tiny-rope (longppl by yarn x8 (alpha {alpha}, beta -2, short_length 256))" for alpha in ("2", "1.5")
+        f"tiny-rope (longppl by yarn x8 with alpha {alpha}, beta -2, short_length 256)" for alpha in ("2", "1.5")
     ]
 
 

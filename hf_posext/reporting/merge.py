@@ -162,5 +162,5 @@ def _told(run: Results, key: str) -> str:
     value = run.provenance.get(key)
     if key == "longppl" and value is not None:
         settings = (f"{name} {value[name]:g}" for name in ("alpha", "beta", "short_length") if name in value)
-        return f"by {value['evaluator']} ({', '.join(settings)})"
+        return f"by {value['evaluator']} with {', '.join(settings)}"
     return f"{len(value)} documents" if isinstance(value, list) else str(value)
