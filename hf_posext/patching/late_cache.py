@@ -34,9 +34,17 @@ class PatchedCache(Carried):
                     "the cache holds the keys of a patched model, which no other model can read; "
                     "start with an empty cache"
                 )
-            self._posext_positions, self._posext_open = self._posext_positions[:, :0], True  # it was reset
-            self._posext_turned.clear()
+            self._forget()  # it was emptied
+            self._posext_open = True
         return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._posext_positions = self._posext_positions[:, :0]
+        self._posext_turned.clear()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -74,8 +82,8 @@ def open_cache(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
     Raises:
         EvaluationError: it was filled before the patch, or keys in it are turned for another plan.
     """
-    length = int(cache.get_seq_length())
     known = getattr(cache, "_posext_positions", None)
+    length = _length(cache, known)
     if length and (known is None or known.shape[-1] < length):
         raise EvaluationError(
             "the cache holds keys from before the patch, which are rotated already; start with an empty cache"
@@ -89,6 +97,22 @@ def open_cache(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
     if known is not None:
         cache._posext_open = True
     return known[..., :length] if known is not None and length else None
+
+
+def _length(cache: Any, known: torch.Tensor | None) -> int:
+    """How many keys are in a cache. A static one counts on its device, for which the host does not wait where the last
+    forward has left their positions."""
+    count = cache.get_seq_length()
+    left = 0 if known is None or cache._posext_open else known.shape[-1]
+    if not left or not isinstance(count, torch.Tensor) or seen_for_free(count):
+        return int(count)
+    torch._assert_async(count == left, "the keys in the cache must be those that the last forward has left there")
+    return left
+
+
+def seen_for_free(tensor: torch.Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def close_cache(cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order: tuple[bool, bool]) -> None:

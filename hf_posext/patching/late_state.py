@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import EvaluationError
-from ..plan import ExtensionPlan, RotaryPlan
+from ..plan import ExtensionPlan
 from .detect import RotarySite, text_config
-from .late_cache import close_cache, find_cache, open_cache
+from .late_cache import close_cache, find_cache, open_cache, seen_for_free
 from .late_rotation import MASKS, lease
 from .mixin import Mixin
 from .rotary_layout import Captured, LayerLayout, Quarters
@@ -66,6 +66,11 @@ class LateRotation:
         self.delta = delta
         self.sites: dict[str, RotarySite] = {}
         self.layers: dict[str, LayerLayout] = {}
+        grown = ((entry.name, entry.growth) for entry in plan.rotaries)
+        # on the device from the first forward on: the host would wait for it to get them in each
+        self.grown = {
+            name: torch.tensor((own.moving, own.power, own.kept), dtype=torch.float32) for name, own in grown if own
+        }
         self.quarters: Quarters | None = None
         self.captured: Captured = {}
         self.unmapped = True  # until the layouts are known and checked
@@ -143,11 +148,16 @@ class LateRotation:
         scales = (lengths / self.plan.original_length).clamp(min=1.0)
         shape = torch.broadcast_shapes(wanted.shape[-2:], scales.shape)  # type: ignore[no-untyped-call]
         wanted, scales = wanted.expand(*wanted.shape[:-2], *shape), scales.to(wanted.device).expand(shape)
+        device, temperature = getattr(site.module, f"{site.prefix}inv_freq").device, entry.growth.temperature
+        numbers = self.grown[at.name]
+        if numbers.device != device:
+            numbers = self.grown[at.name] = numbers.to(device)
         # each token has its own frequencies, and neither the host nor a graph need know which
         grown = torch.vmap(
-            lambda position, scale: _grown_phases(site, entry, position[..., None, None], scale, like), (-1, 0)
+            lambda position, scale: _grown_phases(site, numbers, temperature, position[..., None, None], scale, like),
+            (-1, 0),
         )
-        cos, sin = grown(wanted.flatten(-2), scales.flatten())
+        cos, sin = grown(wanted.flatten(-2), scales.flatten().to(device))
         return cos.view(*shape, -1), sin.view(*shape, -1)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -177,11 +187,6 @@ class LateRotation:
         """Hook of an attention layer: find the positions that came with its phases."""
         found = () if torch.compiler.is_compiling() else _carried((*args, *kwargs.values()))
         self.carried = {at.name: at for at in found}
-
-
-def seen_for_free(tensor: torch.Tensor) -> bool:
-    """Whether the host can read a tensor without waiting for a device."""
-    return tensor.device.type == "cpu"
 
 
 def _carried(values: Iterable[Any]) -> Iterator[Positions]:
@@ -253,18 +258,22 @@ def _document_lengths(positions: torch.Tensor) -> torch.Tensor:
 
 
 def _grown_phases(
-    site: RotarySite, entry: RotaryPlan, positions: torch.Tensor, scale: torch.Tensor, like: torch.Tensor
+    site: RotarySite,
+    numbers: torch.Tensor,
+    temperature: float,
+    positions: torch.Tensor,
+    scale: torch.Tensor,
+    like: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Phases with the frequencies that a document of one length has."""
-    assert entry.growth is not None
+    """Phases with the frequencies that a document of one length has: `numbers` (3, slots) and `temperature` are those
+    of [`Growth`]."""
     name = f"{site.prefix}inv_freq"
     held: torch.Tensor = getattr(site.module, name)
-    moving, power, kept = (held.new_tensor(n) for n in (entry.growth.moving, entry.growth.power, entry.growth.kept))
-    scale = scale.to(held.device)
+    moving, power, kept = numbers
     try:
         setattr(site.module, name, moving * scale ** (-power) + kept)
         cos, sin = own_phases(site, positions, like)
     finally:
         setattr(site.module, name, held)
-    sharper = (1 + entry.growth.temperature * scale.log()).to(cos)
+    sharper = (1 + temperature * scale.log()).to(cos)
     return cos * sharper, sin * sharper
