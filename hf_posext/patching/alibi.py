@@ -21,7 +21,13 @@ from .mixin import Mixin, mix
 class _Slopes(Mixin):
     """What the classes below share: the slopes of a plan, and the biases that they make."""
 
-    _posext_slopes: tuple[float, ...]
+    _posext_slopes: torch.Tensor
+
+    def _posext_slopes_on(self, device: torch.device) -> torch.Tensor:
+        """The slopes, float32; they stay on the device, as the host would wait for it to get them in every layer."""
+        if self._posext_slopes.device != device:
+            self._posext_slopes = self._posext_slopes.to(device)
+        return self._posext_slopes
 
     def _posext_biases(self, mask: torch.Tensor) -> torch.Tensor:
         """Slope times position of each key, float32 of shape (batch, heads, 1, keys).
@@ -31,8 +37,7 @@ class _Slopes(Mixin):
         """
         real = (mask[:, 0, -1] > torch.finfo(mask.dtype).min / 2).long()
         positions = (real.cumsum(-1) - 1) * real
-        slopes = torch.tensor(self._posext_slopes, dtype=torch.float32, device=mask.device)
-        return slopes[None, :, None, None] * positions[:, None, None]
+        return self._posext_slopes_on(mask.device)[None, :, None, None] * positions[:, None, None]
 
 
 class BloomSlopes(_Slopes):
@@ -72,8 +77,7 @@ class MptSlopes(_Slopes):
         self, num_heads: int, sequence_length: int, alibi_bias_max: int = 8, device: Any = None
     ) -> torch.Tensor:
         distances = torch.arange(1 - sequence_length, 1, dtype=torch.float32, device=device)
-        slopes = torch.tensor(self._posext_slopes, dtype=torch.float32, device=device)
-        return slopes[:, None, None] * distances
+        return self._posext_slopes_on(distances.device)[:, None, None] * distances
 
 
 _MIXINS = {"BloomAttention": BloomSlopes, "FalconAttention": FalconSlopes, "MptModel": MptSlopes}
@@ -102,6 +106,6 @@ def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) 
             "load it with attn_implementation='sdpa' or 'eager'"
         )
     for module, mixin in sites:
-        journal.set(module, "_posext_slopes", plan.slopes)
+        journal.set(module, "_posext_slopes", torch.tensor(plan.slopes, dtype=torch.float32))
         journal.set(module, "__class__", mix(mixin, type(module)))
     return "no config of transformers can say the slopes of ALiBi"
