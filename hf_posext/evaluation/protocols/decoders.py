@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -120,12 +121,12 @@ class Tail(Prefix):
         return min(self.tokens, (length + 1) // 2)
 
 
-class ReadsWindows(OfDecoders):
+class ReadsWindows(OfDecoders, ABC):
     """What protocols share that read the whole document through windows of a length."""
 
+    @abstractmethod
     def windows(self, total: int, length: int, bos: bool) -> list[Window]:
         """What is read of a row of `total` tokens."""
-        raise NotImplementedError
 
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
         """The NLL of the tokens that the windows score."""
