@@ -7,15 +7,20 @@ half precision, streams and its memory it cannot show.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
 WAITS = frozenset("item tolist __bool__ __int__ __float__ __index__ nonzero unique equal cpu numpy".split())
+UPLOADS = frozenset("to tensor new_tensor as_tensor".split())
 COPIES = frozenset("copy_ __getitem__ __setitem__ to index_put_ __get__ __set__".split())
 
 
@@ -33,15 +38,27 @@ class PretendDevice(TorchFunctionMode):
         super().__init__()
         self.waits: list[str] = []
 
+    def __enter__(self) -> PretendDevice:
+        self._patch = mock.patch.object(torch, "vmap", functools.partial(vmap_here, torch.vmap))
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._patch.stop()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if func in _device_constructors() and kwargs.get("device") is None:
+            kwargs["device"] = torch.get_default_device()
         tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
         here = any(isinstance(one, OnDevice) for one in tensors)
         with torch._C.DisableTorchFunction():
             strangers = [one for one in tensors if not isinstance(one, OnDevice) and one.ndim]
         if func == torch.Tensor.device.__get__ and here:
             return DEVICE
-        if here and strangers and name not in COPIES:
+        foreign = name == "__getitem__" and not isinstance(args[0], OnDevice)  # the CPU takes no index of a GPU
+        if here and strangers and (foreign or name not in COPIES):
             raise RuntimeError(f"Expected all tensors to be on the same device, in {name}")
         stays = here
         for asked in filter(is_device, tree_leaves((args, kwargs))):
@@ -49,7 +66,8 @@ class PretendDevice(TorchFunctionMode):
         if name == "to" and isinstance(args[-1], torch.Tensor) and len(args) > 1:
             stays = isinstance(args[-1], OnDevice)
         stays &= name not in ("cpu", "numpy")
-        if here and (name in WAITS or (name == "to" and not stays)):
+        brings = stays and name in UPLOADS and not (name == "to" and is_here(args[0]))
+        if brings or (here and (name in WAITS or (name == "to" and not stays))):
             self.waits.append(name)
         args, kwargs = tree_map(lambda one: "cpu" if is_device(one) else one, (args, kwargs))
         kind = OnDevice if stays else torch.Tensor
@@ -59,6 +77,16 @@ class PretendDevice(TorchFunctionMode):
 
         with torch._C.DisableTorchFunction():
             return tree_map(put, func(*args, **kwargs))
+
+
+def vmap_here(vmap: Callable[..., Any], func: Callable[..., Any], in_dims: Any) -> Callable[..., Any]:
+    """`torch.vmap`, in which tensors lose their class."""
+    return lambda *args: tree_map(lambda one: one.as_subclass(type(args[0])), vmap(func, in_dims)(*args))
+
+
+def is_here(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on the device; inside vmap they lose their class, and none comes from the host there."""
+    return isinstance(tensor, OnDevice) or torch._C._functorch.is_batchedtensor(tensor)
 
 
 def is_device(given: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
 
-from hf_posext import compare, patch_model
+from hf_posext import compare, diagnose, patch_model
 from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, Sinks, StringShift
 
 from .conftest import tiny_bloom, tiny_gpt2, tiny_llama, tiny_xglm, tokens
-from .pretend_device import OnDevice, PretendDevice, moved
+from .pretend_device import DEVICE, OnDevice, PretendDevice, moved
 from .zoo import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,32 +79,56 @@ def test_patched_models_give_what_they_give_on_the_cpu(
     assert not torch.equal(wanted[0], wanted[-1]), "the patch does something"
 
 
-@pytest.mark.parametrize("method", ["yarn", "dynamic-ntk", *REMAPPING])
-def test_a_step_of_decoding_waits_for_no_device(method: str | Method) -> None:
-    model = moved(tiny_llama())
-    with PretendDevice() as device, torch.no_grad():
-        patch_model(model, method, factor=8, original_length=16)
-        cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-        for piece in IDS[:, :32].as_subclass(OnDevice).split([30, 1, 1], 1):
+@pytest.mark.parametrize(("make", "method"), [CASES[0], CASES[1], CASES[2], *CASES[-3:]])
+def test_a_default_device_is_not_that_of_a_plan(make: Callable[[], PreTrainedModel], method: str | Method) -> None:
+    """`torch.set_default_device` says where tensors are made that are on none."""
+    there = moved(make())
+    with DEVICE, PretendDevice():
+        found = readings(there, method, on_device=True)  # type: ignore[arg-type]
+    for one, other in zip(found, readings(make(), method, on_device=False), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("make", "method"), [*((tiny_llama, method) for method in ("yarn", "dynamic-ntk", *REMAPPING)), CASES[-3]]
+)
+def test_a_step_of_decoding_waits_as_often_as_without_a_patch(
+    make: Callable[[], PreTrainedModel], method: str | Method, static: bool
+) -> None:
+    def waits(model: Any) -> list[str]:
+        cache = StaticCache(config=model.config, max_cache_len=48) if static else DynamicCache(config=model.config)
+        for piece in IDS[:, :33].as_subclass(OnDevice).split([30, 1, 1, 1], 1):
             device.waits.clear()
             model(piece, past_key_values=cache)
-    assert not device.waits
+        return sorted(device.waits)
+
+    model: Any = moved(make())
+    with PretendDevice() as device, torch.no_grad():
+        unpatched = waits(model)
+        patch_model(model, method, factor=8, original_length=16)
+        assert waits(model) == unpatched
 
 
-def test_measurements_give_what_they_give_on_the_cpu() -> None:
+@pytest.mark.parametrize("default", [False, True])
+def test_measurements_give_what_they_give_on_the_cpu(default: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_ROPE)
     text = (ROOT / "examples" / "data" / "heldout.jsonl").read_text().splitlines()[0][20_000:24_000]
+    given = {"factor": 2, "lengths": [64, 600], "prefill_chunk": 200, "passkey": 1}
     found = []
-    for device in (PretendDevice(), nullcontext()):
+    for on_device in (True, False):
         model = AutoModelForCausalLM.from_pretrained(TINY_ROPE, dtype=torch.float32)
-        if isinstance(device, PretendDevice):
-            moved(model)
-        with device:
-            given = {"factor": 2, "lengths": [64, 600], "prefill_chunk": 200, "passkey": 1}
+        with ExitStack() as stack:
+            if on_device:
+                moved(model)
+                stack.enter_context(DEVICE if default else nullcontext())
+                stack.enter_context(PretendDevice())
             results = compare(model, tokenizer, [text], ["none", "self-extend"], **given)
-        found.append([row[name] for row in results.rows for name in ("perplexity", "gain", "passkey")])
-    there, here = found
-    assert there == pytest.approx(here, rel=1e-5) and len(there) == 12
+            verdict = diagnose(model, target_length=2048).verdict
+        numbers = [row[name] for row in results.rows for name in ("perplexity", "gain", "passkey")]
+        found.append((numbers, verdict))
+    (there, told_there), (here, told_here) = found
+    assert there == pytest.approx(here, rel=1e-5) and len(there) == 12 and told_there == told_here
 
 
 def test_the_device_refuses_what_a_gpu_refuses() -> None:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -107,7 +108,8 @@ def diagnose(
     if original_length is not None and original_length < 1:
         raise InvalidParameterError(f"original_length is {original_length}; give a number of tokens, 1 or more")
     scheme = detect_scheme(inner)
-    found = _structure(inner, scheme, original_length)
+    with torch.device("cpu"):  # where numbers are drawn, whatever the default device of the process is
+        found = _structure(inner, scheme, original_length)
     target = target_length or _target(found)
     if not 2 <= target <= MAX_NUMBER:
         raise InvalidParameterError(f"target_length is {target}; give a number of tokens, 2 to {MAX_NUMBER}")
@@ -115,13 +117,15 @@ def diagnose(
     asked = [as_method(method) for method in methods or ()]
     lengths = {"target_length": target, "original_length": found.trained_length}
     wanted = {plan.method: plan for method in asked if not (plan := method.plan(scheme, **lengths)).changes_nothing}
-    found, applicable = _with_remedies(inner, found, wanted)
+    with torch.device("cpu"):
+        found, applicable = _with_remedies(inner, found, wanted)
     if documents is not None:  # no table is made that is longer; and reading takes long, so that refusals come before
         texts = as_documents(documents)
         rows = long_rows(texts, tokenizer, found, start, exactly=target_length is not None)
         wanted, found = _accepted(inner, found, wanted)
     drawn: Plans = {"none": None, **(applicable if methods is None else wanted)}
-    found = _with_signals(inner, found, drawn)
+    with torch.device("cpu"):
+        found = _with_signals(inner, found, drawn)
     if documents is not None:
         found = read_documents(model, texts, rows, found, wanted, seed)
     return replace(found, verdict=verdict(found))

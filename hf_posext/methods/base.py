@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 from ..decode import MAX_NUMBER
 from ..errors import InvalidParameterError, MethodNotApplicableError
 from ..plan import ExtensionPlan
@@ -120,7 +122,8 @@ class Method:
             original_length=original,
             target_length=target,
         )
-        return self.extend(start)
+        with torch.device("cpu"):  # whatever the default device of the process is
+            return self.extend(start)
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         """The plan with this method applied on top."""

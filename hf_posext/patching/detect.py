@@ -115,11 +115,12 @@ def detect_scheme(model_or_config: nn.Module | PreTrainedConfig) -> PositionalSc
     Raises:
         UnsupportedModelError: neither of the two, or a config of which transformers can build no model.
     """
-    if isinstance(model_or_config, PreTrainedConfig):
-        return _scheme(_skeleton(model_or_config))
-    model = unwrap(model_or_config)
-    patch = getattr(model, "_posext_patch", None)
-    return patch.plan.scheme if patch is not None else _scheme(model)
+    with torch.device("cpu"):  # whatever the default device of the process is
+        if isinstance(model_or_config, PreTrainedConfig):
+            return _scheme(_skeleton(model_or_config))
+        model = unwrap(model_or_config)
+        patch = getattr(model, "_posext_patch", None)
+        return patch.plan.scheme if patch is not None else _scheme(model)
 
 
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -180,7 +181,8 @@ def patch_model(
     else:
         lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
         plan = as_method(method).plan(scheme, **lengths)  # type: ignore[arg-type]
-    patch = Patch(inner, plan, tokenizer)
+    with torch.device("cpu"):  # not the default device of the process, which may be another than the model's, too
+        patch = Patch(inner, plan, tokenizer)
     logger.info("patched: %s", plan.describe())
     return patch
 

@@ -61,7 +61,7 @@ class MaskedScorer(FramedScorer):
         at = at + len(self.before)
         if not self._checked:
             self._check(inputs[:1], at[:1])
-        nll = torch.empty(len(inputs))
+        nll = torch.empty(len(inputs), device="cpu")
 
         def score(begin: int, end: int) -> None:
             logits = self._logits(inputs[begin:end], at[begin:end]).float().cpu()
@@ -136,7 +136,7 @@ class Pseudo(OfFramedTexts):
             count = length - scorer.special
             size = min(length, trained_length) - scorer.special
             scored = min(self.samples, count)
-            places = (2 * torch.arange(scored) + 1) * count // (2 * scored)
+            places = (2 * torch.arange(scored, device="cpu") + 1) * count // (2 * scored)
             begins = (places - size // 2).clamp(0, count - size)
             texts = torch.stack([row[begin : begin + size] for begin in begins.tolist()])
             nll = scorer.token_nll(texts, places - begins).double().numpy()

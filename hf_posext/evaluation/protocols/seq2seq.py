@@ -42,7 +42,7 @@ class Seq2SeqScorer(FramedScorer):
                 f"{type(self.model).__name__} does not say what its decoder starts with; set "
                 "model.generation_config.decoder_start_token_id (mBART: the token of the language)"
             )
-        self.start = torch.cat([torch.tensor([start]), self.before])
+        self.start = torch.cat([torch.tensor([start], device="cpu"), self.before])
 
     @torch.no_grad()
     def token_nll(self, read: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,8 @@ class FramedScorer(Scorer):
                 "leave it out"
             )
         before, after = special_tokens(tokenizer)
-        self.before, self.after = torch.tensor(before, dtype=torch.long), torch.tensor(after, dtype=torch.long)
+        # on the CPU, as texts are, whatever the default device of the process is
+        self.before, self.after = (torch.tensor(ids, dtype=torch.long, device="cpu") for ids in (before, after))
 
     @property
     def special(self) -> int:

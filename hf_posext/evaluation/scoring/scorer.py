@@ -131,7 +131,7 @@ class TokenScorer(Scorer):
         input_ids = input_ids.to(self.model.device)
         if self._head is None:
             self._head = self._check(input_ids[:1, :PROBE_LENGTH])
-        nll = torch.empty(len(input_ids), input_ids.shape[1] - first)
+        nll = torch.empty(len(input_ids), input_ids.shape[1] - first, device="cpu")
 
         def score(begin: int, end: int) -> None:
             nll[begin:end] = self._shrinking_nll(input_ids[begin:end], first, last_read)

@@ -61,7 +61,7 @@ def read_by(
         spans = np.maximum(spans[skipped : skipped + rows.length - first] - begin, 0)
         covered = text_of[id][begin : begin + spans[-1, 1]]
         others, other_spans = _offsets(evaluator_tokenizer, covered)
-        own_rows.append(torch.tensor([*prefix, *others.tolist()]))
+        own_rows.append(torch.tensor([*prefix, *others.tolist()], device="cpu"))
         aligned.append((covered, spans, other_spans))
 
     def carry(index: int, keys: np.ndarray) -> np.ndarray:
