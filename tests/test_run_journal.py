@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 from collections.abc import Iterator
@@ -42,6 +43,15 @@ def test_what_was_written_is_read_to_the_bit(path: Path) -> None:
     header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert header == {"schema": 1, "configuration": CONFIGURATION}
     assert [list(line) for line in lines] == [["key", "value"]] * 4
+
+
+def test_each_line_is_on_the_disk_before_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed leaves what the system still has in memory; a machine that is, does not."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    write(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert synced == [sum(map(len, lines[: count + 1])) for count in range(5)]
 
 
 def test_nothing_is_written_before_something_is_finished(path: Path) -> None:
