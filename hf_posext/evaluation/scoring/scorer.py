@@ -106,7 +106,6 @@ class TokenScorer(Scorer):
             )
         self._prefill = Prefill(self.model, memory.prefill_chunk, memory.offload_cache)
         self._windows = Room("windows in a batch", sys.maxsize)
-        self._logits = Room("rows of logits", LOGITS_ROWS)
         self._head: Head | None = None
 
     @torch.no_grad()
@@ -130,7 +129,7 @@ class TokenScorer(Scorer):
         """
         input_ids = input_ids.to(self.model.device)
         if self._head is None:
-            self._head = self._check(input_ids[:1, :PROBE_LENGTH])
+            self._find_head(input_ids[:1, :PROBE_LENGTH])
         nll = torch.empty(len(input_ids), input_ids.shape[1] - first, device="cpu")
 
         def score(begin: int, end: int) -> None:
@@ -169,10 +168,9 @@ class TokenScorer(Scorer):
             self._logits.run(score, rows, cost=len(input_ids))
         return nll.cpu()
 
-    def _check(self, input_ids: torch.Tensor) -> Head:
-        """The head, once it is known that the model is causal, and how many rows of its logits may exist."""
+    def _find_head(self, input_ids: torch.Tensor) -> None:
+        """The head, once it is known that the model is causal, and room for as many of its logits as are worth it."""
         full = self.model(input_ids=input_ids, use_cache=False).logits
-        self._logits.amount = max(1, min(LOGITS_ROWS, LOGITS_BYTES // (4 * full.shape[-1])))
         changed = input_ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % full.shape[-1]
         other = self.model(input_ids=changed, use_cache=False).logits
@@ -181,7 +179,8 @@ class TokenScorer(Scorer):
                 f"{type(self.model).__name__} is not causal: its last token changes the logits of earlier ones, so it "
                 "has no perplexity; load a decoder with AutoModelForCausalLM.from_pretrained(...)"
             )
-        return find_head(self.model, input_ids, full)
+        self._head = find_head(self.model, input_ids, full)
+        self._logits = Room("rows of logits", max(1, min(LOGITS_ROWS, LOGITS_BYTES // (4 * full.shape[-1]))))
 
 
 def logits_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
