@@ -51,6 +51,7 @@ class Layer:
         method (`Method`, *optional*): what positions to see.
         code (`Callable`, *optional*): of `published`, to be called in place of a patched model.
         device (`str`): `"cpu"`, in float32, or `"cuda"`, in bfloat16.
+        depth (`int`): how many such layers there are, one behind the other; phases are made once, as in a model.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class Layer:
         method: Method | None = None,
         code: Callable[..., torch.Tensor] | None = None,
         device: str = "cpu",
+        depth: int = 1,
     ) -> None:
-        self.method, self.code = method, code
+        self.method, self.code, self.depth = method, code, depth
         model = models.llama(shape, 64, trained, device, num_hidden_layers=1)
         self.inv_freq = model.model.rotary_emb.inv_freq.clone()
         if method is not None and code is None:
@@ -81,10 +83,12 @@ class Layer:
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:
-        """The output of all heads, `(tokens, heads, dim)`."""
-        if self.code is not None:
-            return self.code(self.method, self.states, self.rotary)[0]
-        return self._attend()
+        """The output of all heads, `(tokens, heads, dim)`; the same of each layer."""
+        if self.code is None:
+            return self._attend()
+        for _ in range(self.depth):
+            found: torch.Tensor = self.code(self.method, self.states, self.rotary)[0]
+        return found
 
     def train(self) -> tuple[torch.Tensor, ...]:
         """Forward and backward: gradients of the given states, where all of the output counts alike."""
@@ -93,7 +97,8 @@ class Layer:
 
     def _attend(self) -> torch.Tensor:
         angles = self.rotary(self.hidden, self.positions)
-        found: torch.Tensor = self.attention(self.hidden, position_embeddings=angles, attention_mask=None)[0]
+        for _ in range(self.depth):
+            found: torch.Tensor = self.attention(self.hidden, position_embeddings=angles, attention_mask=None)[0]
         return found.view(self.hidden.shape[1], self.states[0].shape[1], -1)
 
     def error(self) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..plan import Part
-from .attention_kernels import Kernel
+from .attention_kernels import Kernel, one_pass
 
 
 class Region(NamedTuple):
@@ -61,18 +61,30 @@ class Merged:
     """One softmax from pieces of it: values (batch, heads, queries, dim) and their log-sum-exp in float32."""
 
     def __init__(self, query: torch.Tensor, value: torch.Tensor) -> None:
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        self.out = value.new_zeros(*query.shape[:3], value.shape[-1])
-        self.total = torch.full(query.shape[:3], -torch.inf, dtype=dtype, device=query.device)
+        self.query, self.value = query, value
+        self.empty = True
 
     def add(self, rows: slice, out: torch.Tensor, total: torch.Tensor) -> None:
-        """A piece for some of the queries."""
-        before, held = self.total[:, :, rows], self.out[:, :, rows]
-        both = torch.logaddexp(before, total.to(before.dtype))
-        # 0 - 0 where nothing has been attended so far, nor is here
-        kept, new = ((one - both).exp().nan_to_num(0)[..., None] for one in (before, total))
-        held.copy_((held * kept).addcmul_(out.to(kept.dtype), new))
-        before.copy_(both)
+        """A piece for some of the queries, all of which attend to some of its keys; its tensors are not used again."""
+        if self.empty:
+            self.empty = False
+            if out.shape[2] == self.query.shape[2]:
+                self.out, self.total = out, total
+                return
+            self.out, self.total = self._nothing(total.dtype)
+        held, held_sum = self.out[:, :, rows], self.total[:, :, rows]
+        fused = one_pass(held)
+        if fused is not None:
+            fused.merge(held, held_sum, out, total)
+            return
+        share = torch.sigmoid(total - held_sum)[..., None]
+        held.copy_(torch.lerp(held.to(share.dtype), out.to(share.dtype), share))
+        held_sum.copy_(torch.logaddexp(held_sum, total))
+
+    def _nothing(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, heads, queries, _ = self.query.shape
+        out = self.value.new_zeros(batch, queries, heads, self.value.shape[-1]).transpose(1, 2)
+        return out, torch.full((batch, heads, queries), -torch.inf, dtype=dtype, device=self.query.device)
 
     def add_sinks(self, sinks: torch.Tensor) -> None:
         """Scores (heads,) of attending to nothing."""

@@ -8,6 +8,7 @@ gradients have in common. So the gradients of each piece are exact, and nothing 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,13 +72,16 @@ def fused_attention(
     sinks: torch.Tensor | None,
     scaling: float,
     rows: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (batch, queries, heads, dim), and the log-sum-exp of all pieces (batch, heads, queries); see
-    [`banded_attention`]. Blocks have `rows` queries."""
+    total: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Values (batch, queries, heads, dim); see [`banded_attention`]. Blocks have `rows` queries.
+
+    The log-sum-exp of all pieces is written into `total` (batch, heads, queries), if given.
+    """
     batch, heads, count, _ = queries[0].shape
     edges: Edges = {}
 
-    def attend(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(start: int, stop: int) -> torch.Tensor:
         whole = stop - start == count
         here = [grouped(query if whole else query[:, :, start:stop], value.shape[1]) for query in queries]
 
@@ -88,28 +92,28 @@ def fused_attention(
             return out if out.dtype == total.dtype else out.to(total.dtype), total
 
         first, *others = pieces(start, stop, edges)
-        merged, total = attended(first)
+        merged, *sums = attended(first)
         for piece in others:
             out, added = attended(piece)
+            before = functools.reduce(torch.logaddexp, sums)
             # its share is the sigmoid of how far it is above the others
-            merged = torch.lerp(merged, out, torch.sigmoid(added - total)[..., None])
-            total = torch.logaddexp(total, added)
+            merged = torch.lerp(merged, out, (added - before).sigmoid_().unsqueeze(-1))
+            sums = [before, added]
         if sinks is not None:  # they have no value
-            sink = grouped_sinks(sinks, here[0]).to(total.dtype)
-            merged = merged * torch.sigmoid(total[..., None] - sink)
-            total = torch.logaddexp(total, sink[..., 0])
+            sink = grouped_sinks(sinks, here[0]).to(merged.dtype)
+            merged = merged * torch.sigmoid(functools.reduce(torch.logaddexp, sums).unsqueeze(-1) - sink)
+            sums.append(sink[..., 0])
+        if total is not None:  # a step of decoding is over before this is
+            total[:, :, start:stop] = functools.reduce(torch.logaddexp, sums).reshape(batch, heads, -1)
         merged = merged if merged.dtype == value.dtype else merged.to(value.dtype)
-        return merged.view(batch, heads, stop - start, -1).transpose(1, 2), total.reshape(batch, heads, -1)
+        return merged.view(batch, heads, stop - start, -1).transpose(1, 2)
 
     if rows >= count:
-        out, total = attend(0, count)
-        return out.contiguous(), total  # some models view it
+        return attend(0, count).contiguous()  # some models view it
     out = value.new_empty(batch, count, heads, value.shape[-1])
-    total = value.new_empty(batch, heads, count, dtype=torch.promote_types(value.dtype, torch.float32))
     for start in range(0, count, rows):
-        block = slice(start, start + rows)
-        out[:, block], total[:, :, block] = attend(start, min(start + rows, count))
-    return out, total
+        out[:, start : start + rows] = attend(start, min(start + rows, count))
+    return out
 
 
 class FusedAttention(torch.autograd.Function):
@@ -127,7 +131,9 @@ class FusedAttention(torch.autograd.Function):
         *states: torch.Tensor,
     ) -> torch.Tensor:
         parts = len(states) // 2
-        out, total = fused_attention(pieces, states[:parts], states[parts:], value, sinks, scaling, rows)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        total = value.new_empty(*states[0].shape[:3], dtype=dtype)
+        out = fused_attention(pieces, states[:parts], states[parts:], value, sinks, scaling, rows, total)
         ctx.given = pieces, scaling, rows
         ctx.save_for_backward(out, total, sinks, value, *states)
         return out

@@ -32,11 +32,17 @@ Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 MAX_WIDTH = 256
 """Channels of a head that FlashAttention-2 takes at most."""
 
+PLANNED = 128
+"""Queries from which cuDNN is worth the plan that it makes."""
+
 BLOCKS = ("cpu", "plain")
 """The forms that go through blocks of queries, with biases: they take masks, softcaps and any device."""
 
 TRIAL, TRIAL_ERROR = 256, 0.05
 """Keys that a kernel is tried on, and how far it may be off: bfloat16 is by 0.01, a key too many by more."""
+
+ONE_PASS, ONE_PASS_ERROR = (torch.float16, torch.bfloat16, torch.float32), 1e-4
+"""Dtypes that are rotated and merged by Triton, and how far that may be off in float32."""
 
 _forced: list[str] = []
 _tried: dict[tuple[Any, ...], bool] = {}
@@ -107,6 +113,40 @@ def works(kernel: Kernel, query: torch.Tensor, value: torch.Tensor) -> bool:
     return found
 
 
+def one_pass(states: torch.Tensor) -> Any:
+    """The module of kernels by which states are rotated and merged in one pass; `None` where that is left to PyTorch:
+    without Triton, on other devices, and in graphs and under autograd, which fuse and differentiate by themselves."""
+    if states.device.type != "cuda" or states.stride(-1) != 1 or states.dtype not in ONE_PASS:
+        return None
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and states.requires_grad):
+        return None
+    return _one_pass(states.device)
+
+
+@functools.cache
+def _one_pass(device: torch.device) -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    draw = torch.Generator(device).manual_seed(0)
+    states, cos, sin = (torch.randn(1, 1, TRIAL, 8, device=device, generator=draw) for _ in range(3))
+    sums = torch.randn(1, 1, TRIAL, device=device, generator=draw)
+    partners = torch.arange(8, device=device).roll(4)
+    wanted = states * cos + states[..., partners] * sin
+    share = torch.sigmoid(sums)[..., None]
+    try:
+        kernels: Any = importlib.import_module(".triton_kernels", __package__)
+        off = (kernels.rotate(states, cos, sin, partners) - wanted).abs().max().item()
+        kernels.merge(held := states.clone(), torch.zeros_like(sums), cos, sums)
+        off = max(off, (held - torch.lerp(states, cos, share)).abs().max().item())
+    except Exception as error:  # a compiler that is missing, among others
+        logger.warning("Triton is not used on %s: %s: %s", device, type(error).__name__, error)
+        return None
+    if not off < ONE_PASS_ERROR:
+        logger.warning("Triton is not used on %s: it is off by %.2g", device, off)
+        return None
+    return kernels
+
+
 def _trial(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int
 ) -> str | None:
@@ -138,8 +178,11 @@ def _trial(
 def torch_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, causal: bool, window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PyTorch's kernels for CUDA: cuDNN where its attention would pick that, FlashAttention-2 otherwise."""
-    if window is None and _picks_cudnn(query, key, value, scaling, causal):
+    """PyTorch's kernels for CUDA: cuDNN where its attention would pick that, FlashAttention-2 otherwise.
+
+    cuDNN plans each shape anew, for some 17 ms: not for a few queries, whose keys are more at each step.
+    """
+    if window is None and query.shape[2] >= PLANNED and _picks_cudnn(query, key, value, scaling, causal):
         out, total = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, causal, False, scale=scaling
         )[:2]

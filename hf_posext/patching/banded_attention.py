@@ -138,7 +138,7 @@ def banded_attention(
     fused = value.device.type == "cpu" and value.shape[-1] == width and not (softcap or dropout)
     if fused and forced() in (None, "cpu"):
         if not learning:
-            return fused_attention(pieces, *states, value, sinks, scaling, FUSED_ROWS)[0]
+            return fused_attention(pieces, *states, value, sinks, scaling, FUSED_ROWS)
         if has_fused_gradients(mask):
             given = pieces, scaling, FUSED_ROWS, sinks, value
             learned: torch.Tensor = FusedAttention.apply(*given, *states[0], *states[1])  # type: ignore[no-untyped-call]

@@ -16,6 +16,7 @@ from .late_cache import close_cache, find_cache, open_cache, seen_for_free
 from .late_rotation import MASKS, lease
 from .mixin import Mixin
 from .rotary_layout import Captured, LayerLayout, Quarters
+from .unturned import unturned, worth_it
 
 T = TypeVar("T")
 
@@ -226,6 +227,8 @@ class RotatesLate(Mixin):
 def _turned(out: Any, rows: torch.Tensor | None = None) -> Any:
     """A rotary module's output with quarter turns (rows, slots) in place of its phases; without turns if not given."""
     cos, _ = _parts(out)
+    if rows is None and not isinstance(out, torch.Tensor) and worth_it(cos):
+        return type(out)(unturned(cos))
     quarters = torch.zeros_like(cos)
     if rows is not None:
         quarters = rows[:, None].to(cos).expand(*cos.shape[:-3], -1, *cos.shape[-2:])

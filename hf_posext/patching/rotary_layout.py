@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .attention_kernels import one_pass
+
 Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Queries and keys (rows, heads, tokens, dim) that reached the attention function, by layer."""
 
@@ -54,11 +56,15 @@ class Layout:
     def rotate(self, states: torch.Tensor, phases: Phases) -> torch.Tensor:
         """Queries or keys (batch, heads, tokens, dim) turned by the phases of their tokens, or one by each of some."""
         cos, sin = phases
+        fused = one_pass(states) if states.shape[2] > FEW else None
+        if fused is not None:
+            rotated: torch.Tensor = fused.rotate(states, cos, sin, self.partners)
+            return rotated
         turned = states * cos
         if self.swaps is None or states.shape[2] <= FEW:
             return turned.add_(states[..., self.partners] * sin)
         for here, there in self.swaps:  # in place, so that no partners of all channels are held
-            turned[..., here].add_(states[..., there] * sin[..., here])
+            turned[..., here].addcmul_(states[..., there], sin[..., here])
         return turned
 
     def is_rotation(self) -> bool:
