@@ -19,9 +19,9 @@ import hf_posext.patching.attention_bands as attention_bands
 import hf_posext.patching.rotary_layout as rotary_layout
 from hf_posext.patching import attention_kernels
 from hf_posext.patching.rotary_layout import Layout
+from hf_posext.patching.rotary_layout import _swaps as swaps
 
 NAME = "hf_posext.patching.triton_kernels"
-HALVES = torch.arange(24).roll(12)
 
 
 @pytest.fixture
@@ -40,19 +40,41 @@ def states(heads: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(2, tokens, heads, 30, dtype=dtype)[..., :24].transpose(1, 2)
 
 
+def spy(fused: Any) -> list[int]:
+    """What is rotated from now on, by the widths of halves."""
+    halves: list[int] = []
+    rotate = fused.rotate
+    fused.rotate = lambda states, cos, sin, half: (halves.append(half), rotate(states, cos, sin, half))[1]
+    return halves
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("partners", [HALVES, torch.arange(24) ^ 1, torch.randperm(24)])
+@pytest.mark.parametrize("half", [12, 7, 8, 3])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_rotation(fused: ModuleType, partners: torch.Tensor, dtype: torch.dtype, rows: int) -> None:
-    given = states(3, 37, dtype)  # not a multiple of the block, nor of a power of two
-    phases = torch.randn(2, rows, 1, 37, 24).to(dtype).unbind()
-    layout = Layout(0, HALVES, partners, torch.ones(24), None)
-    found = layout.rotate(given, phases)
-    cos, sin = (one.double() for one in phases)
-    wanted = given.double() * cos + given[..., partners].double() * sin
+def test_rotation(fused: ModuleType, half: int, dtype: torch.dtype, rows: int) -> None:
+    """Of all channels or some of them; of a number of tokens that is no multiple of a block."""
+    given, partners = states(3, 37, dtype), torch.arange(24)
+    partners[: 2 * half] = partners[: 2 * half].roll(half)
+    weights = (torch.arange(24) < 2 * half).float()
+    layout = Layout(0, partners, partners, weights, swaps(partners, weights))
+    cos, sin = layout.phases(*torch.randn(2, rows, 37, 24).unbind(), dtype)
+    called = spy(fused)
+    found = layout.rotate(given, (cos, sin))
+    wanted = given.double() * cos.double() + given[..., partners].double() * sin.double()
     # rounded once, at the end
     torch.testing.assert_close(found, wanted.to(dtype), atol=2e-6, rtol=torch.finfo(dtype).eps)
-    assert found.dtype == dtype and not torch.equal(found, given)
+    assert called and found.dtype == dtype and torch.equal(found[..., 2 * half :], given[..., 2 * half :])
+
+
+def test_other_layouts_are_rotated_by_pytorch(fused: ModuleType) -> None:
+    """Neighbours in pairs, and one that is not regular."""
+    for partners in (torch.arange(24) ^ 1, torch.arange(24).flip(0)):
+        given, weights = states(3, 37, torch.float32), torch.ones(24)
+        layout = Layout(0, partners, partners, weights, swaps(partners, weights))
+        cos, sin = layout.phases(*torch.randn(2, 1, 37, 24).unbind(), torch.float32)
+        called = spy(fused)
+        torch.testing.assert_close(layout.rotate(given, (cos, sin)), given * cos + given[..., partners] * sin)
+        assert not called
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,8 +109,9 @@ def test_kernels_compile(name: str, wide: int, generation: int, monkeypatch: pyt
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     kernel = getattr(importlib.import_module(NAME), name)
-    sizes = {"WIDTH": 128, "COLUMNS": 128, "ROWS": 16}
-    of_sums = {"held_sum": "*fp32", "out_sum": "*fp32", "partners": "*i64"}
+    sizes = {"WIDTH": 128, "HALF": 48, "COLUMNS": 128, "ROWS": 16}
+    sizes = {size: sizes[size] for size in kernel.arg_names if size in sizes}
+    of_sums = {"held_sum": "*fp32", "out_sum": "*fp32"}
     states = dict.fromkeys(("out", "states", "cos", "sin", "held"), "*bf16")
     kinds = of_sums | states | dict.fromkeys(sizes, "constexpr")
     aligned = [number for number, given in enumerate(kernel.arg_names) if given != "heads" and given not in sizes]
@@ -118,7 +141,7 @@ def test_a_kernel_that_is_off(fused: Any, monkeypatch: pytest.MonkeyPatch, caplo
     attention_kernels._one_pass.cache_clear()
     assert attention_kernels._one_pass(torch.device("cpu")) is fused
     attention_kernels._one_pass.cache_clear()
-    monkeypatch.setattr(fused, "rotate", lambda states, cos, sin, partners: states)
+    monkeypatch.setattr(fused, "rotate", lambda states, cos, sin, half: states)
     with caplog.at_level(logging.WARNING):
         assert attention_kernels._one_pass(torch.device("cpu")) is None
     assert "it is off by" in caplog.text

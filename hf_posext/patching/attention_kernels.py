@@ -127,17 +127,14 @@ def one_pass(states: torch.Tensor) -> Any:
 def _one_pass(device: torch.device) -> Any:
     if importlib.util.find_spec("triton") is None:
         return None
-    draw = torch.Generator(device).manual_seed(0)
-    states, cos, sin = (torch.randn(1, 1, TRIAL, 8, device=device, generator=draw) for _ in range(3))
-    sums = torch.randn(1, 1, TRIAL, device=device, generator=draw)
-    partners = torch.arange(8, device=device).roll(4)
-    wanted = states * cos + states[..., partners] * sin
-    share = torch.sigmoid(sums)[..., None]
     try:
         kernels: Any = importlib.import_module(".triton_kernels", __package__)
-        off = (kernels.rotate(states, cos, sin, partners) - wanted).abs().max().item()
+        draw = torch.Generator(device).manual_seed(0)  # the user's numbers stay what they are
+        states, cos, sin = torch.randn(3, 1, 1, TRIAL, 8, device=device, generator=draw).unbind()
+        off = kernels.rotate(states, cos, sin, 4) - (states * cos + states.roll(4, -1) * sin)
+        sums = states.sum(-1)
         kernels.merge(held := states.clone(), torch.zeros_like(sums), cos, sums)
-        off = max(off, (held - torch.lerp(states, cos, share)).abs().max().item())
+        off = torch.cat([off, held - torch.lerp(states, cos, torch.sigmoid(sums)[..., None])]).abs().max().item()
     except Exception as error:  # a compiler that is missing, among others
         logger.warning("Triton is not used on %s: %s: %s", device, type(error).__name__, error)
         return None

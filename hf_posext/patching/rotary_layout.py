@@ -56,13 +56,14 @@ class Layout:
     def rotate(self, states: torch.Tensor, phases: Phases) -> torch.Tensor:
         """Queries or keys (batch, heads, tokens, dim) turned by the phases of their tokens, or one by each of some."""
         cos, sin = phases
-        fused = one_pass(states) if states.shape[2] > FEW else None
+        if self.swaps is None or states.shape[2] <= FEW:
+            return (states * cos).add_(states[..., self.partners] * sin)
+        first, second = self.swaps[0]
+        fused = one_pass(states) if first.stop == second.start else None
         if fused is not None:
-            rotated: torch.Tensor = fused.rotate(states, cos, sin, self.partners)
+            rotated: torch.Tensor = fused.rotate(states, cos, sin, first.stop)
             return rotated
         turned = states * cos
-        if self.swaps is None or states.shape[2] <= FEW:
-            return turned.add_(states[..., self.partners] * sin)
         for here, there in self.swaps:  # in place, so that no partners of all channels are held
             turned[..., here].addcmul_(states[..., there], sin[..., here])
         return turned

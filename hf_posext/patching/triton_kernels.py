@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 ROWS = 16
-"""Tokens in a program: 16 of 128 channels are 4 KB in half precision, a few loads for each thread."""
+"""Tokens in a program. With 128 channels each thread reads 16 bytes at a time, once or twice."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -20,7 +20,6 @@ def _rotate(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     states,
     cos,
     sin,
-    partners,
     heads,
     tokens,
     out_batch,
@@ -31,6 +30,7 @@ def _rotate(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     token_stride,
     phase_batch,
     phase_token,
+    HALF: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -38,44 +38,47 @@ def _rotate(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     row, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    here = (token < tokens) & (column < WIDTH)
-    states += row * batch_stride + head * head_stride
+    out += row * out_batch + head * out_head + token * out_token
+    states += row * batch_stride + head * head_stride + token * token_stride
     phase = row * phase_batch + token * phase_token + column
-    partner = tl.load(partners + column, mask=column < WIDTH, other=0)
-    own = tl.load(states + token * token_stride + column, mask=here).to(tl.float32)
-    other = tl.load(states + token * token_stride + partner, mask=here).to(tl.float32)
-    turned = own * tl.load(cos + phase, mask=here).to(tl.float32)
-    turned += other * tl.load(sin + phase, mask=here).to(tl.float32)
-    out += row * out_batch + head * out_head
-    tl.store(out + token * out_token + column, turned.to(out.dtype.element_ty), mask=here)
+    here = (token < tokens) & (column < HALF)
+    first = tl.load(states + column, mask=here).to(tl.float32)
+    second = tl.load(states + HALF + column, mask=here).to(tl.float32)
+    turned = first * tl.load(cos + phase, mask=here).to(tl.float32)
+    turned += second * tl.load(sin + phase, mask=here).to(tl.float32)
+    tl.store(out + column, turned.to(out.dtype.element_ty), mask=here)
+    turned = second * tl.load(cos + HALF + phase, mask=here).to(tl.float32)
+    turned += first * tl.load(sin + HALF + phase, mask=here).to(tl.float32)
+    tl.store(out + HALF + column, turned.to(out.dtype.element_ty), mask=here)
+    for start in tl.static_range(2 * HALF, WIDTH, COLUMNS):  # channels that do not turn
+        rest = (token < tokens) & (start + column < WIDTH)
+        tl.store(out + start + column, tl.load(states + start + column, mask=rest), mask=rest)
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> torch.Tensor:
     """Each channel times its cosine, plus its partner times its signed sine, in float32.
 
     Args:
         states (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): channels one behind the other.
         cos (`torch.Tensor` of shape `(batch or 1, 1, tokens, dim)`): of each channel; `sin` the same.
-        partners (`torch.LongTensor` of shape `(dim,)`): the other channel of each one's pair.
+        half (`int`): channels that have their partners as many channels further on; the others past those do not turn.
     """
     batch, heads, tokens, width = states.shape
     out = torch.empty_like(states)
-    phase_batch = cos.stride(0) if cos.shape[0] > 1 else 0
-    grid = batch * heads, triton.cdiv(tokens, ROWS)  # heads next to each other: they read the same phases
-    _rotate[grid](
+    _rotate[batch * heads, triton.cdiv(tokens, ROWS)](  # heads next to each other: they read the same phases
         out,
         states,
         cos,
         sin,
-        partners,
         heads,
         tokens,
         *out.stride()[:3],
         *states.stride()[:3],
-        phase_batch,
+        cos.stride(0) if cos.shape[0] > 1 else 0,
         cos.stride(2),
+        HALF=half,
         WIDTH=width,
-        COLUMNS=triton.next_power_of_2(width),
+        COLUMNS=triton.next_power_of_2(half),
         ROWS=ROWS,
     )
     return out
