@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import costs
+import decoding
 import forwards
 import torch
 from output import RESULTS, Run, console, goal, goals_table, rows_table
@@ -42,7 +43,7 @@ def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
         sizes = length, length // forwards.FACTOR, forwards.cpu_methods(length)
         rows += run.part(f"prefill {length}", lambda s=sizes: forwards.prefill_rows(attention, *s, repeats))
         rows += run.part(f"memory {length}", lambda n=length: forwards.memory_rows(attention, n, 1))
-        rows += run.part(f"decode {length}", lambda s=sizes: forwards.decode_rows(model, *s, 8 * repeats))
+        rows += run.part(f"decode {length}", lambda s=sizes: decoding.decode_rows(model, *s, 8 * repeats))
     sizes = lengths[0], lengths[0] // forwards.FACTOR, forwards.cpu_methods(lengths[0])
     rows += run.part("training", lambda: forwards.training_rows(attention, *sizes, repeats))
     console().print(rows_table(rows, "One thread; time of the processor"), "")

@@ -16,7 +16,7 @@ import published
 import torch
 from layers import Layer, remapping
 from measure import Reading, Way, ratio, read_in_turn, seconds, seconds_in_turn
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_posext import patch_model
 from hf_posext.methods import FrequencyMethod, Method, methods
@@ -25,8 +25,8 @@ from hf_posext.patching import detect_scheme
 FACTOR = 8
 """Models claim to be trained on an eighth of what they read."""
 
-DEPTH = 8
-"""Layers that a GPU gets at once, so that it need not wait for the host."""
+AT_ONCE = 2**18
+"""Tokens that a GPU gets at once, in layers one behind the other, so that it need not wait for the host."""
 
 EAGER = ("self-extend", "rerope")
 """Methods whose published code scores all pairs once for each kind of position, and selects."""
@@ -91,7 +91,7 @@ def prefill_rows(
 
     `flash` names the methods whose published code for FlashAttention takes its turn as well.
     """
-    depth = DEPTH if device == "cuda" else 1
+    depth = max(1, AT_ONCE // length) if device == "cuda" else 1
     layers = plain_and(chosen, shape, length, trained, device=device, depth=depth)
     for name in flash:
         layers[f"{name}, as published"] = Layer(shape, length, trained, chosen[name], published.flash, device, depth)
@@ -113,35 +113,6 @@ def training_rows(shape: str, length: int, trained: int, chosen: dict[str, Metho
     layers = plain_and(chosen, shape, length, trained)
     times = seconds_in_turn({name: layer.train for name, layer in layers.items()}, repeats)
     return [row("training", name, length, times[name], times["plain"]) for name in layers]
-
-
-def decode_rows(
-    shape: str, length: int, trained: int, chosen: dict[str, Method], steps: int, device: str = "cpu"
-) -> list[Row]:
-    """One more token of the whole model with `length` tokens in its cache, against the unpatched model."""
-    runs = {
-        name: decoder(shape, length, trained, method, device) for name, method in {"plain": None, **chosen}.items()
-    }
-    times = seconds_in_turn(runs, steps, device)
-    return [row("decode", name, length, times[name], times["plain"]) for name in runs]
-
-
-def decoder(shape: str, length: int, trained: int, method: Method | None, device: str) -> Callable[[], torch.Tensor]:
-    """Each call reads one more token."""
-    model = models.llama(shape, 1000, trained, device)
-    if method is not None:
-        patch_model(model, method, factor=max(2, length // trained))
-    cache = DynamicCache(config=model.config)
-    ids = models.text(length, 1000)[None].to(device)
-    with torch.inference_mode():
-        model(ids, past_key_values=cache, logits_to_keep=1)
-
-    @torch.inference_mode()
-    def run() -> torch.Tensor:
-        logits: torch.Tensor = model(ids[:, :1], past_key_values=cache).logits
-        return logits
-
-    return run
 
 
 def memory_rows(shape: str, length: int, repeats: int) -> list[Row]:

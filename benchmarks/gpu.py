@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import decoding
 import forwards
 import torch
 from layers import remapping
@@ -39,15 +40,16 @@ def measure(run: Run, tiny: bool, repeats: int, device: str) -> dict[str, Any]:
     for length in LENGTHS[: 3 if tiny else None]:
         sizes = (shape, length // shrink, trained, chosen, repeats, device, ("self-extend",))
         rows += run.part(f"prefill {length}", lambda s=sizes: forwards.prefill_rows(*s))
-    for length in DECODED[: 1 if tiny else None]:
-        sizes = (shape, length // shrink, trained, chosen, 8 * repeats, device)
-        rows += run.part(f"decode {length}", lambda s=sizes: forwards.decode_rows(*s))
     rows += run.part("model", lambda: forwards.forward_rows(model, WHOLE // shrink, trained, chosen, repeats, device))
+    for length in DECODED[: 1 if tiny else None]:
+        sizes = (model, length // shrink, trained, chosen, 8 * repeats, device)
+        rows += run.part(f"decode {length}", lambda s=sizes: decoding.decode_rows(*s))
+        rows += run.part(f"graph {length}", lambda s=sizes: decoding.graph_rows(*s))
     console().print(rows_table(rows, f"On {run.content['machine']['gpu'] or 'no GPU'}"), "")
     if device == "cuda":
         torch.cuda.empty_cache()  # what follows runs in processes of their own
     sweeps = [sweep.tiny() if tiny else sweep for sweep in GPU_SWEEPS]
-    found = [run.part(f"perplexity {n}", lambda one=one: measure_sweep(one, repeats)) for n, one in enumerate(sweeps)]
+    found = [run.part(f"perplexity {n}", lambda one=one: measure_sweep(one, 1)) for n, one in enumerate(sweeps)]
     return run.finish(goals(rows, shrink) + perplexity_goals(found))
 
 
@@ -64,8 +66,9 @@ def goals(rows: list[dict[str, Any]], shrink: int) -> list[dict[str, Any]]:
         goal(f"prefill / SDPA at {WHOLE:,}: dual-chunk", ratio("prefill", "dual-chunk", WHOLE), at_most=DUAL_CHUNK)
     )
     for length in DECODED:
-        for way in METHODS:
-            listed.append(goal(f"decode / SDPA at {length:,}: {way}", ratio("decode", way, length), at_most=DECODE))
+        for what, said in (("graph", "decode in a graph"), ("decode", "decode step by step")):
+            for way in METHODS:
+                listed.append(goal(f"{said} / SDPA at {length:,}: {way}", ratio(what, way, length), at_most=DECODE))
     ours, theirs = (ratio("prefill", way, WHOLE) for way in ("self-extend", "self-extend, as published"))
     gained = theirs / ours if ours and theirs else None
     listed.append(goal(f"published / ours at {WHOLE:,}: self-extend", gained, at_least=PUBLISHED))

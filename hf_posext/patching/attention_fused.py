@@ -106,7 +106,7 @@ def fused_attention(
         if total is not None:  # a step of decoding is over before this is
             total[:, :, start:stop] = functools.reduce(torch.logaddexp, sums).reshape(batch, heads, -1)
         merged = merged if merged.dtype == value.dtype else merged.to(value.dtype)
-        return merged.view(batch, heads, stop - start, -1).transpose(1, 2)
+        return merged.reshape(batch, heads, stop - start, -1).transpose(1, 2)
 
     if rows >= count:
         return attend(0, count).contiguous()  # some models view it

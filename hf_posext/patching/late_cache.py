@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from transformers.cache_utils import StaticLayer
 
 from ..errors import EvaluationError
 from ..plan import ExtensionPlan
@@ -26,6 +27,10 @@ class PatchedCache(Carried):
     _posext_order: tuple[bool, bool]
     _posext_turned: dict[int, tuple[torch.Tensor, int]]
     _posext_open: bool
+    _posext_newest: torch.Tensor | None = None
+    """Of a static cache: the newest position (batch or 1, 1), in one place, where compiled steps keep it."""
+    _posext_stepped = False
+    """Whether such steps have added keys since; what is told of the keys above is of before."""
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if not self._posext_open:
@@ -45,6 +50,7 @@ class PatchedCache(Carried):
     def _forget(self) -> None:
         self._posext_positions = self._posext_positions[:, :0]
         self._posext_turned.clear()
+        self._posext_stepped = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -67,6 +73,9 @@ class PatchedCache(Carried):
         def changed(held: torch.Tensor) -> torch.Tensor:
             return change(held) if held.shape[0] > 1 else held
 
+        catch_up(self)
+        if self._posext_newest is not None:
+            keep_newest(self, changed(self._posext_newest))
         self._posext_positions = changed(self._posext_positions)
         self._posext_turned = {i: (changed(newest), count) for i, (newest, count) in self._posext_turned.items()}
 
@@ -82,6 +91,7 @@ def open_cache(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
     Raises:
         EvaluationError: it was filled before the patch, or keys in it are turned for another plan.
     """
+    catch_up(cache)
     known = getattr(cache, "_posext_positions", None)
     length = _length(cache, known)
     if length and (known is None or known.shape[-1] < length):
@@ -122,3 +132,59 @@ def close_cache(cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order:
         cache._posext_turned = getattr(cache, "_posext_turned", {})
     cache._posext_plan, cache._posext_positions, cache._posext_order = plan, positions, order
     cache._posext_open = False
+    if _is_static(cache):
+        keep_newest(cache, positions[:, -1:])
+
+
+def _is_static(cache: Any) -> bool:
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and all(type(layer) is StaticLayer for layer in layers)
+
+
+def open_slot(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
+    """In a compiled graph, the slot of a static cache that the key of a single token gets, as a tensor; `None` where
+    positions do not follow from it.
+
+    Slots and the newest position are all that such a step looks at: tensors that stay in their places, of shapes that
+    stay the same, so that one graph does for all steps, and a CUDA graph for all replays.
+    """
+    if not torch.compiler.is_compiling() or not isinstance(cache, PatchedCache) or not _is_static(cache):
+        return None
+    if cache._posext_newest is None or not cache._posext_order[1] or cache._posext_plan != plan:
+        return None
+    cache._posext_open = True
+    layers: Any = cache.layers  # type: ignore[attr-defined]
+    slot: torch.Tensor = layers[0].cumulative_length.clone()  # layers count on in place
+    return slot
+
+
+def close_slot(cache: PatchedCache, newest: torch.Tensor) -> None:
+    """Leave the position (batch or 1, 1) of the token with the cache that holds its key."""
+    assert cache._posext_newest is not None
+    follows = (newest == cache._posext_newest + 1).all()
+    torch._assert_async(follows, "the position of a single token must follow those in the cache")
+    cache._posext_newest.copy_(newest.expand_as(cache._posext_newest))
+    cache._posext_open, cache._posext_stepped = False, True
+
+
+def keep_newest(cache: PatchedCache, newest: torch.Tensor) -> None:
+    """Keep the newest position of a static cache where it was kept so far, if there is such a place."""
+    held = cache._posext_newest
+    if held is not None and held.shape == newest.shape and held.device == newest.device:
+        held.copy_(newest)
+    elif not torch.compiler.is_compiling():
+        with torch.inference_mode(False):
+            cache._posext_newest = torch.empty_like(newest).copy_(newest)
+        torch._dynamo.mark_static_address(cache._posext_newest)
+
+
+def catch_up(cache: Any) -> None:
+    """Find what compiled steps have not told of the keys: rows count up by one, and all are turned for the newest."""
+    if not getattr(cache, "_posext_stepped", False):
+        return
+    newest, count = cache._posext_newest.clone(), int(cache.get_seq_length())
+    index = torch.arange(1 - count, 1, device=newest.device)
+    cache._posext_positions = (newest + index).clamp(min=0)
+    for layer in cache._posext_turned:
+        cache._posext_turned[layer] = newest, count
+    cache._posext_stepped = False

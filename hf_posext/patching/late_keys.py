@@ -57,20 +57,25 @@ def turned_keys(
     layer = _layer(late, module, key)
     if layer is None:
         return key, False
+    if at.slot is not None:
+        _step(late, layout.key, at, key, at.given.to(key.device))
+        return key, True
     parts, known = late.plan.parts, late.cache._posext_turned
     before = known.pop(module.layer_idx, None)
     settle = at.regular and not key.requires_grad
-    if before is None and not (settle and tokens == 1):
-        return key, False
+    if before is None and not (settle and (tokens == 1 or type(layer) is StaticLayer)):
+        return key, False  # static ones are turned at once: in a compiled step there is no first time
     count = min(key.shape[2], at.keys.shape[1])  # of a static cache some slots are free, a sliding one drops keys
     filled = key if count == key.shape[2] else key[:, :, :count]
     positions = at.once(("held", count, key.device), lambda: at.keys[:, -count:].to(key.device))
     newest = at.once(("newest", key.device), lambda: positions[:, -1:])
     held = count - tokens
     if before is not None and before[1] == held and settle and tokens == 1:
-        _step(late, layout.key, at, filled, positions)
+        _step(late, layout.key, at, filled, newest)
     else:
         plain, wrong = filled, None
+        if before is None and tokens > 1:
+            plain = filled.clone()
         if before is not None:
             old = stand(parts, before[0], positions[:, :held])
             back = _once(at, ("back", before[1], held), layout.key, key, lambda: _back(*late.phases(at, old, key)))
@@ -102,32 +107,46 @@ def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicL
         return None  # a graph keeps its shape, and cannot say how many keys there are
     if type(layer) not in HOLDERS:
         return None
+    if late.slot is not None:
+        return layer
     there = layer.keys is key or layer.keys.untyped_storage()._cdata == key.untyped_storage()._cdata
     return layer if there else None
 
 
-def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, positions: torch.Tensor) -> None:
-    """Turn, in place, the key of a new token and the one that it pushes over the border."""
+def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
+    """Turn, in place, the key of a new token and the one that it pushes over the border; it is at `newest` (rows, 1).
+
+    Positions are regular, so that the same columns of all rows are turned. In a compiled step these are a tensor, and
+    whether a key has come to the border yet must not be asked.
+    """
     parts, last = late.plan.parts, key.shape[2] - 1
     far = at.once("border", lambda: border(parts) or 0)
-    moves = 0 < far <= last
-    columns = slice(last - far, None, far) if moves else slice(last, None)  # of all rows: their positions are regular
+    moves = far > 0 and (at.slot is not None or far <= last)
 
     def phases() -> Phases:
-        there = positions[:, columns]
-        newest = mapped(there[:, -1:], _key_map(parts, 0))
+        ahead = mapped(newest, _key_map(parts, 0))
         if not moves:
-            return layout.phases(*late.phases(at, newest, key), key.dtype)
-        moved = there[:, :1]
+            return layout.phases(*late.phases(at, ahead, key), key.dtype)
+        moved = (newest - far).clamp(min=0)
         new, old = mapped(moved, _key_map(parts, far)), mapped(moved, _key_map(parts, far - 1))
-        both = late.phases(at, torch.cat([newest, new, old], 1), key)
-        dtype = torch.promote_types(key.dtype, torch.float32)
-        turn = torch.complex(*(one.to(dtype) for one in both))
-        turn = torch.cat([turn[:, 1:2] / turn[:, 2:], turn[:, :1]], 1)  # an attention factor cancels out
-        return layout.phases(turn.real, turn.imag, key.dtype)
+        cos, sin = late.phases(at, torch.cat([ahead, new, old], 1), key)
+        back_cos, back_sin = _back(cos[:, 2:], sin[:, 2:])  # an attention factor cancels out
+        on_cos, on_sin = (
+            cos[:, 1:2] * back_cos - sin[:, 1:2] * back_sin,
+            sin[:, 1:2] * back_cos + cos[:, 1:2] * back_sin,
+        )
+        if at.slot is not None:
+            there = at.slot >= far
+            on_cos, on_sin = torch.where(there, on_cos, 1.0), torch.where(there, on_sin, 0.0)
+        return layout.phases(torch.cat([on_cos, cos[:, :1]], 1), torch.cat([on_sin, sin[:, :1]], 1), key.dtype)
 
-    turned = key[:, :, columns]
-    turned.copy_(layout.rotate(turned, at.once(("step", layout.kind, last, key.dtype, key.device), phases)))
+    turn = at.once(("step", layout.kind, last, key.dtype, key.device), phases)
+    if at.slot is None:
+        turned = key[:, :, last - far :: far] if moves else key[:, :, last:]
+        turned.copy_(layout.rotate(turned, turn))
+        return
+    columns = torch.stack([(at.slot - far).clamp(min=0), at.slot] if moves else [at.slot]).to(key.device)
+    key.index_copy_(2, columns, layout.rotate(key.index_select(2, columns), turn))
 
 
 def _key_map(parts: tuple[Part, ...], distance: int) -> PositionMap:

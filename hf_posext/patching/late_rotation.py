@@ -116,7 +116,9 @@ def late_attention(
         at_key,
         mask=attention_mask,
         # not where a sliding cache has dropped keys; chunks are bands where rows begin at position 0, windows anywhere
-        aligned=at_key.shape[1] == at.keys.shape[1] and (at.aligned or at.regular and all(map(_slides, parts))),
+        aligned=at.slot is None
+        and at_key.shape[1] == at.keys.shape[1]
+        and (at.aligned or at.regular and all(map(_slides, parts))),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),

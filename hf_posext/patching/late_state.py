@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import EvaluationError
 from ..plan import ExtensionPlan
 from .detect import RotarySite, text_config
-from .late_cache import close_cache, find_cache, open_cache, seen_for_free
+from .late_cache import close_cache, close_slot, find_cache, open_cache, open_slot, seen_for_free
 from .late_rotation import MASKS, lease
 from .mixin import Mixin
 from .rotary_layout import Captured, LayerLayout, Quarters
@@ -32,6 +32,8 @@ class Positions:
         aligned (`bool`): the positions of all keys are their indices.
         regular (`bool`): in each row they count up by one, but for padding before its first key.
         task (`int`): the backward pass in which this was asked; -1 outside.
+        slot (`torch.Tensor`, *optional*): in a compiled step with a static cache, where its key is. Keys are all slots
+            then; those that are free come after it, and are masked.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Positions:
     aligned: bool
     regular: bool
     task: int
+    slot: torch.Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -80,12 +83,13 @@ class LateRotation:
         self.latest: dict[str, Positions] = {}
         self.carried: dict[str, Positions] = {}
         self.past: torch.Tensor | None = None
+        self.slot: torch.Tensor | None = None
         self.release = lease(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the forward at hand or to this process."""
         lasting = {name: value for name, value in vars(self).items() if name != "release"}
-        return lasting | {"latest": {}, "carried": {}, "past": None, "cache": None}
+        return lasting | {"latest": {}, "carried": {}, "past": None, "slot": None, "cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -93,6 +97,13 @@ class LateRotation:
 
     def note(self, name: str, given: torch.Tensor, tokens: int) -> Positions:
         """Remember where the tokens are, as a rotary module is asked for their phases."""
+        if self.slot is not None and given.shape[-1] == 1 and given.ndim == 2:
+            slots = torch.arange(self.cache.get_max_length(), device=given.device)
+            keys = (given + slots - self.slot.to(given.device)).clamp(min=0)
+            self.latest[name] = Positions(name, given, keys, False, True, _backward_task(), self.slot)
+            return self.latest[name]
+        if self.slot is not None:
+            self.past, self.slot = open_cache(self.cache, self.plan), None
         if self.past is not None and given.shape[-1] == self.past.shape[-1] + tokens:
             given = given[..., -tokens:]  # Qwen4's indexer wants the phases of the cached keys again
         keys = given if given.ndim == 2 else given[0]
@@ -170,19 +181,23 @@ class LateRotation:
                 "undo the patch, set the attention, then patch again"
             )
         cache = find_cache((*args, *kwargs.values()))
-        self.past = None if cache is None else open_cache(cache, self.plan)
-        self.cache = cache
+        self.slot = open_slot(cache, self.plan)
+        self.past = None if cache is None or self.slot is not None else open_cache(cache, self.plan)
+        self.cache, self.latest = cache, {}
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the model: leave the positions of the keys with the cache that holds them."""
         values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
         cache = find_cache((*values, *args, *kwargs.values()))
-        if cache is not None and self.latest:
+        if self.slot is not None and self.latest:
+            close_slot(cache, next(iter(self.latest.values())).given)
+            self.latest = {}  # or its tensors would outlive the graph
+        elif cache is not None and self.latest:
             at = next(iter(self.latest.values()))
             close_cache(cache, self.plan, at.keys, (at.aligned, at.regular))
         for at in self.latest.values():
             at.memo.clear()
-        self.past = self.cache = None
+        self.past = self.slot = self.cache = None
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook of an attention layer: find the positions that came with its phases."""

@@ -65,7 +65,7 @@ class Layout:
             return rotated
         turned = states * cos
         for here, there in self.swaps:  # in place, so that no partners of all channels are held
-            turned[..., here].addcmul_(states[..., there], sin[..., here])
+            turned[..., here].add_(states[..., there] * sin[..., here])
         return turned
 
     def is_rotation(self) -> bool:
