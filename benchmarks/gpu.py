@@ -7,6 +7,7 @@ python benchmarks/gpu.py --tiny --device cpu   # the same steps in seconds, anyw
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,23 @@ def measure(run: Run, tiny: bool, repeats: int, device: str) -> dict[str, Any]:
         sizes = (shape, length // shrink, trained, chosen, repeats, device, ("self-extend",))
         rows += run.part(f"prefill {length}", lambda s=sizes: forwards.prefill_rows(*s))
     rows += run.part("model", lambda: forwards.forward_rows(model, WHOLE // shrink, trained, chosen, repeats, device))
-    for length in DECODED[: 1 if tiny else None]:
-        sizes = (model, length // shrink, trained, chosen, 8 * repeats, device)
-        rows += run.part(f"decode {length}", lambda s=sizes: decoding.decode_rows(*s))
-        rows += run.part(f"graph {length}", lambda s=sizes: decoding.graph_rows(*s))
-    console().print(rows_table(rows, f"On {run.content['machine']['gpu'] or 'no GPU'}"), "")
-    if device == "cuda":
-        torch.cuda.empty_cache()  # what follows runs in processes of their own
+    free(device)  # what follows runs in processes of their own
     sweeps = [sweep.tiny() if tiny else sweep for sweep in GPU_SWEEPS]
     found = [run.part(f"perplexity {n}", lambda one=one: measure_sweep(one, 1)) for n, one in enumerate(sweeps)]
+    for length in DECODED[: 1 if tiny else None]:
+        sizes = (model, length // shrink, trained, chosen, 8 * repeats, device)
+        for name, measured in (("decode", decoding.decode_rows), ("graph", decoding.graph_rows)):
+            rows += run.part(f"{name} {length}", lambda of=measured, s=sizes: of(*s))
+            free(device)
+    console().print(rows_table(rows, f"On {run.content['machine']['gpu'] or 'no GPU'}"), "")
     return run.finish(goals(rows, shrink) + perplexity_goals(found))
+
+
+def free(device: str) -> None:
+    """Give memory of the GPU that is not in use to others."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def goals(rows: list[dict[str, Any]], shrink: int) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class Reader:
 
     def __init__(self, model: LlamaForCausalLM, cache: Any, padding: int) -> None:
         self.model, self.cache, self.padding, self.count = model, cache, padding, 0
-        self.ids = tokens(64)
+        self.ids = tokens(64).to(model.device)
         self.mask = torch.ones_like(self.ids)
         self.mask[:, :padding] = 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
 
 from hf_posext import compare, patch_model
@@ -21,6 +22,7 @@ from hf_posext.patching.banded_attention import Branch, banded_attention
 
 from .conftest import tiny_llama
 from .test_banded_attention import BANDS, dense
+from .test_compiled_decoding import METHODS, two
 from .test_other_device import CASES, IDS, REMAPPING, ROOT, TINY_ROPE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -106,6 +108,20 @@ def test_no_step_of_decoding_waits(
         for step in steps[1:]:
             with no_waiting():
                 model(step, past_key_values=cache)
+
+
+@pytest.mark.parametrize("method", [METHODS[1], METHODS[3], METHODS[5]])
+def test_steps_as_a_cuda_graph(method: str | Method) -> None:
+    """One graph, recorded and replayed."""
+    model: Any = tiny_llama().cuda()
+    patch_model(model, method, factor=8, original_length=16)
+    static, growing = two(model, 0)
+    torch._dynamo.reset()
+    counters.clear()
+    forward = torch.compile(model.__call__, mode="reduce-overhead", fullgraph=True)
+    for _ in range(10):
+        torch.testing.assert_close(static.read(1, forward), growing.read(1), atol=1e-4, rtol=0)  # float32
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["inductor"]["cudagraph_skips"]
 
 
 @pytest.mark.parametrize("method", REMAPPING[:4])
