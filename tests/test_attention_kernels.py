@@ -44,9 +44,10 @@ def attend(query: Any, key: Any, value: Any, scaling: float, causal: bool, left:
 
 
 class Substitutes:
-    """In place of kernels; keeps which were called."""
+    """In place of the kernels of a machine; keeps which were called."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: str) -> None:
+        self.machine = machine
         self.called: list[str] = []
 
     def flash(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,9 +100,10 @@ def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
 @pytest.fixture(params=["cudnn", "flash", "flash_attn", "kernels"])
 def substitutes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Substitutes:
     """The kernels of one machine: with cuDNN, without, with the package alone, and with that of the Hub."""
-    those = Substitutes()
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", those.flash)
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", those.cudnn)
+    those = Substitutes(request.param)
+    monkeypatch.setattr(kernels, "FLASH", those.flash)
+    monkeypatch.setattr(kernels, "CUDNN", those.cudnn)
+    monkeypatch.setattr(kernels, "PLANNED", 12)
     picked = kernels.SDPBackend.CUDNN_ATTENTION if request.param == "cudnn" else kernels.SDPBackend.FLASH_ATTENTION
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: picked.value)
     for name in ("flash_attn", "kernels"):
@@ -141,10 +143,15 @@ def test_pieces_of_kernels_equal_dense(
 
 
 def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
-    """The window is FlashAttention's; what is far is one causal call of whatever attention would pick."""
-    given, _ = problem("window", 100, 100)
-    banded_attention(*given, mask=None, aligned=True, scaling=0.3)
-    assert substitutes.called in (["window", "cudnn"], ["window", "flash"], ["flash_attn", "flash_attn"])
+    """The window is FlashAttention's; what is far is one causal call of whatever attention would pick, but for a few
+    queries not cuDNN, which plans each number of keys anew."""
+    for queries, far in ((100, "cudnn"), (5, "flash")):
+        given, _ = problem("window", queries, 100)
+        banded_attention(*given, mask=None, aligned=True, scaling=0.3)
+        torch_has = ["window", far if substitutes.machine == "cudnn" else "flash"]
+        wanted = {"cudnn": torch_has, "flash": torch_has}.get(substitutes.machine, ["flash_attn", "flash_attn"])
+        assert substitutes.called[:2] == wanted
+        substitutes.called.clear()
 
 
 def test_a_kernel_is_tried_before_it_is_used(substitutes: Substitutes) -> None:

@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """`kernel(query, key, value, scaling=..., causal=..., window=...)`."""
 
+CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+FLASH = torch.ops.aten._flash_attention_forward.default
+"""Without a look at their overloads, which takes longer than to start them."""
+
 MAX_WIDTH = 256
 """Channels of a head that FlashAttention-2 takes at most."""
 
@@ -94,9 +98,15 @@ def choose(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
     if not query.shape[-1] == value.shape[-1] <= MAX_WIDTH:
         return None
     kernels = [torch_kernel] if torch.backends.cuda.is_flash_attention_available() else []
-    if importlib.util.find_spec("flash_attn"):
+    if _has("flash_attn"):
         kernels.append(flash_attn_kernel)
     return next((kernel for kernel in kernels if works(kernel, query, value)), None)
+
+
+@functools.cache
+def _has(package: str) -> bool:
+    """Whether a package is installed; to look takes as long as a step of decoding does in a layer."""
+    return importlib.util.find_spec(package) is not None
 
 
 def works(kernel: Kernel, query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -125,7 +135,7 @@ def one_pass(states: torch.Tensor) -> Any:
 
 @functools.cache
 def _one_pass(device: torch.device) -> Any:
-    if importlib.util.find_spec("triton") is None:
+    if not _has("triton"):
         return None
     try:
         kernels: Any = importlib.import_module(".triton_kernels", __package__)
@@ -180,15 +190,13 @@ def torch_kernel(
     cuDNN plans each shape anew, for some 17 ms: not for a few queries, whose keys are more at each step.
     """
     if window is None and query.shape[2] >= PLANNED and _picks_cudnn(query, key, value, scaling, causal):
-        out, total = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, causal, False, scale=scaling
-        )[:2]
+        out, total = CUDNN(query, key, value, None, True, 0.0, causal, False, scale=scaling)[:2]
         return out, total.reshape(query.shape[:3])
     states = (one.transpose(1, 2) for one in (query, key, value))
     sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    out, total = torch.ops.aten._flash_attention_forward(
-        *states, None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scaling, **sides
-    )[:2]
+    out, total = FLASH(*states, None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scaling, **sides)[
+        :2
+    ]
     return out.transpose(1, 2), total
 
 

@@ -138,7 +138,7 @@ def close_cache(cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order:
 
 def _is_static(cache: Any) -> bool:
     layers = getattr(cache, "layers", [])
-    return bool(layers) and all(type(layer) is StaticLayer for layer in layers)
+    return len(layers) > 0 and all(type(layer) is StaticLayer for layer in layers)
 
 
 def open_slot(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
@@ -150,7 +150,7 @@ def open_slot(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
     """
     if not torch.compiler.is_compiling() or not isinstance(cache, PatchedCache) or not _is_static(cache):
         return None
-    if cache._posext_newest is None or not cache._posext_order[1] or cache._posext_plan != plan:
+    if cache._posext_newest is None or not cache._posext_order[1] or cache._posext_plan is not plan:
         return None
     cache._posext_open = True
     layers: Any = cache.layers  # type: ignore[attr-defined]
