@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import DualChunk, DynamicNTK, LeakyReRoPE, Method, ReRoPE, SelfExtend, StringShift
+from hf_posext.patching import late_rotation
 
 from .conftest import tiny_llama, tokens
 
@@ -140,6 +141,23 @@ def test_another_model_cannot_read_the_cache_in_a_graph() -> None:
         static.read(1, one_graph(model)[0])
     with pytest.raises(EvaluationError, match="no other model can read"):
         static.read(1)
+
+
+@pytest.mark.parametrize("method", METHODS[3:5])
+def test_attention_outside_of_graphs(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not known to be right inside, a graph breaks at it; one that must not break is refused."""
+    monkeypatch.setattr(late_rotation, "UNPROVEN_ON", "cpu")
+    model = tiny_llama()
+    patch_model(model, method, factor=8, original_length=16)
+    static, growing = two(model, 0)
+    whole, _ = one_graph(model)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="_late_attention"):
+        static.read(1, whole)
+    static, _ = two(model, 0)
+    torch._dynamo.reset()
+    pieces = torch.compile(model.__call__, backend="eager")
+    for _ in range(STEPS):
+        torch.testing.assert_close(static.read(1, pieces), growing.read(1), **CLOSE)
 
 
 @pytest.mark.parametrize("method", [METHODS[1], METHODS[3]])

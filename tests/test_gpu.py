@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
 
 from hf_posext import compare, patch_model
-from hf_posext.methods import Method
+from hf_posext.methods import DualChunk, Method, StringShift
 from hf_posext.patching.attention_kernels import attention_kernel, choose, one_pass
 from hf_posext.patching.banded_attention import Branch, banded_attention
 
@@ -110,18 +110,19 @@ def test_no_step_of_decoding_waits(
                 model(step, past_key_values=cache)
 
 
-@pytest.mark.parametrize("method", [METHODS[1], METHODS[3], METHODS[5]])
+@pytest.mark.parametrize("method", METHODS[:-1])
 def test_steps_as_a_cuda_graph(method: str | Method) -> None:
-    """One graph, recorded and replayed."""
+    """One graph, recorded and replayed; several for methods whose attention is not proven in one."""
     model: Any = tiny_llama().cuda()
     patch_model(model, method, factor=8, original_length=16)
     static, growing = two(model, 0)
     torch._dynamo.reset()
     counters.clear()
-    forward = torch.compile(model.__call__, mode="reduce-overhead", fullgraph=True)
+    whole = not isinstance(method, (DualChunk, StringShift))
+    forward = torch.compile(model.__call__, mode="reduce-overhead", fullgraph=whole)
     for _ in range(10):
         torch.testing.assert_close(static.read(1, forward), growing.read(1), atol=1e-4, rtol=0)  # float32
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["inductor"]["cudagraph_skips"]
+    assert not counters["inductor"]["cudagraph_skips"] and (counters["stats"]["unique_graphs"] == 1) == whole
 
 
 @pytest.mark.parametrize("method", REMAPPING[:4])

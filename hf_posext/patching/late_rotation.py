@@ -23,7 +23,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from ..errors import EvaluationError, UnsupportedModelError
 from ..plan import Part, PositionMap, QueryScale
 from .banded_attention import Branch, banded_attention, mapped
-from .late_keys import turned_keys
+from .late_keys import border, turned_keys
 from .rotary_layout import Layout, Phases
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ MASKS = {"posext-sdpa": sdpa_mask, "posext-eager": eager_mask}
 
 SAME = PositionMap()
 
+UNPROVEN_ON = "cuda"
+"""Where plans that turn all keys alike, as dual-chunk's, attend outside of compiled graphs: on an H200, with torch
+2.11, a compiled step of dual-chunk gave wrong logits, for a reason that has not been found. The same kernels give the
+right ones one by one, and the graphs of rerope and dynamic-ntk did on that GPU (`tests/test_gpu.py`)."""
+
 HARMLESS = frozenset(
     "position_ids cache_position use_cache output_attentions output_hidden_states return_dict is_causal scaling "
     "dropout softcap s_aux sliding_window position_embeddings past_key_values num_items_in_batch cu_seq_lens_q "
@@ -42,7 +47,19 @@ HARMLESS = frozenset(
 """Arguments of attention functions that `banded_attention` honours, or that do not change what is attended."""
 
 
-def late_attention(
+def late_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The function in `AttentionInterface`: rotate as the plan says, then attend."""
+    late: LateRotation | None = getattr(module, "_posext_late", None)
+    if late is None:
+        raise EvaluationError(f"{type(module).__name__} was made after the patch; undo the patch, then patch again")
+    unproven = bool(late.plan.parts) and border(late.plan.parts) == 0 and args[0].device.type == UNPROVEN_ON
+    attend = _outside_of_graphs if unproven and torch.compiler.is_compiling() else _late_attention
+    found: tuple[torch.Tensor, torch.Tensor | None] = attend(late, module, *args, **kwargs)
+    return found
+
+
+def _late_attention(
+    late: LateRotation,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -50,14 +67,8 @@ def late_attention(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The function in `AttentionInterface`: rotate as the plan says, then attend.
-
-    Layers that do not rotate, and sliding-window layers that see only the nearest part, attend as in the unpatched
-    model.
-    """
-    late: LateRotation | None = getattr(module, "_posext_late", None)
-    if late is None:
-        raise EvaluationError(f"{type(module).__name__} was made after the patch; undo the patch, then patch again")
+    """Layers that do not rotate, and sliding-window layers that see only the nearest part, attend as in the unpatched
+    model."""
     path: str = module._posext_path  # type: ignore[assignment]
     if late.quarters is not None:
         late.captured[path] = (query.detach().cpu(), key.detach().cpu())
@@ -124,10 +135,13 @@ def late_attention(
         sinks=kwargs.get("s_aux"),
         dropout=kwargs.get("dropout") or 0.0,
     )
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
+    if attention_mask is not None and attention_mask.dtype == torch.bool and at.slot is None:
         # as SDPA: 0 where a query attends to nothing. Recurrent Gemma's convolutions read such padding
         out = out.masked_fill(~attention_mask.any(-1).transpose(1, 2)[..., None], 0)
     return out, None
+
+
+_outside_of_graphs: Any = torch.compiler.disable(_late_attention)  # type: ignore[no-untyped-call]
 
 
 def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
