@@ -21,6 +21,8 @@ from hf_posext.patching import attention_kernels
 from hf_posext.patching.rotary_layout import Layout
 from hf_posext.patching.rotary_layout import _swaps as swaps
 
+from .pretend_device import PretendDevice
+
 NAME = "hf_posext.patching.triton_kernels"
 
 
@@ -149,7 +151,17 @@ def test_a_kernel_that_is_off(fused: Any, monkeypatch: pytest.MonkeyPatch, caplo
 
 
 def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, outside of autograd, where channels lie one behind the other."""
+    """On a GPU, outside of autograd and transforms, where channels lie one behind the other."""
     monkeypatch.setattr(attention_kernels, "_one_pass", lambda device: "kernels")
-    given = torch.zeros(1, 1, 4, 8)
-    assert attention_kernels.one_pass(given) is None, "on the CPU"
+    assert attention_kernels.one_pass(torch.zeros(1, 1, 4, 8)) is None
+    with PretendDevice():
+        given = torch.zeros(1, 1, 4, 8, device="cuda")
+        assert attention_kernels.one_pass(given) == "kernels"
+        assert attention_kernels.one_pass(given.mT) is None and attention_kernels.one_pass(given.double()) is None
+        learning = torch.zeros(1, 1, 4, 8, device="cuda").requires_grad_()
+        assert attention_kernels.one_pass(learning) is None
+        with torch.no_grad():
+            assert attention_kernels.one_pass(learning) == "kernels"
+        asked = []
+        torch.func.vmap(lambda each: asked.append(attention_kernels.one_pass(each)) or each)(given)
+        assert asked == [None]

@@ -125,10 +125,12 @@ def works(kernel: Kernel, query: torch.Tensor, value: torch.Tensor) -> bool:
 
 def one_pass(states: torch.Tensor) -> Any:
     """The module of kernels by which states are rotated and merged in one pass; `None` where that is left to PyTorch:
-    without Triton, on other devices, and in graphs and under autograd, which fuse and differentiate by themselves."""
+    without Triton, on other devices, and in graphs, transforms and under autograd, which fuse and differentiate."""
     if states.device.type != "cuda" or states.stride(-1) != 1 or states.dtype not in ONE_PASS:
         return None
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and states.requires_grad):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if torch.is_grad_enabled() and states.requires_grad:
         return None
     return _one_pass(states.device)
 
@@ -187,7 +189,7 @@ def torch_kernel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PyTorch's kernels for CUDA: cuDNN where its attention would pick that, FlashAttention-2 otherwise.
 
-    cuDNN plans each shape anew, for some 17 ms: not for a few queries, whose keys are more at each step.
+    cuDNN plans each shape anew, which takes longer than a step: not for a few queries, whose keys grow in number.
     """
     if window is None and query.shape[2] >= PLANNED and _picks_cudnn(query, key, value, scaling, causal):
         out, total = CUDNN(query, key, value, None, True, 0.0, causal, False, scale=scaling)[:2]

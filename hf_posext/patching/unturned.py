@@ -1,7 +1,7 @@
 """Phases that turn nothing, by which a model multiplies at no cost.
 
 Every family applies its phases as `x * cos + rotate_half(x) * sin` or much like it: ten passes over memory, on a GPU a
-seventh of the time of attention over 32k tokens, in order to leave queries and keys as they are. These cosines and
+sixth of the time of attention over 32k tokens, in order to leave queries and keys as they are. These cosines and
 sines are tensors of ones and zeros, but products with ones, and sums with such zeros, are not computed.
 """
 
