@@ -15,6 +15,7 @@ from hf_posext.methods import DualChunk, DynamicNTK, LeakyReRoPE, Method, ReRoPE
 from hf_posext.patching import late_rotation
 
 from .conftest import tiny_llama, tokens
+from .zoo import build
 
 METHODS: list[str | Method] = [
     SelfExtend(group=4, window=8),
@@ -86,6 +87,18 @@ def test_steps_in_one_graph(method: str | Method, padding: int) -> None:
         for _ in range(3):
             torch.testing.assert_close(static.read(1, forward), growing.read(1), **CLOSE)
         assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5_text"])
+def test_other_caches(family: str) -> None:
+    """Layers that slide roll their keys, and some have none: graphs may break, and all keys are turned."""
+    model: Any = build(family)
+    patch_model(model, METHODS[1], factor=8, original_length=16)
+    static, growing = two(model, 0)
+    torch._dynamo.reset()
+    forward = torch.compile(model.__call__, backend="eager")
+    for _ in range(6):
+        torch.testing.assert_close(static.read(1, forward), growing.read(1), **CLOSE)
 
 
 @pytest.mark.parametrize("method", METHODS[:5])

@@ -132,11 +132,12 @@ def close_cache(cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order:
         cache._posext_turned = getattr(cache, "_posext_turned", {})
     cache._posext_plan, cache._posext_positions, cache._posext_order = plan, positions, order
     cache._posext_open = False
-    if _is_static(cache):
+    if is_static(cache):
         keep_newest(cache, positions[:, -1:])
 
 
-def _is_static(cache: Any) -> bool:
+def is_static(cache: Any) -> bool:
+    """Whether all layers of a cache have slots that stay in their places."""
     layers = getattr(cache, "layers", [])
     return len(layers) > 0 and all(type(layer) is StaticLayer for layer in layers)
 
@@ -148,7 +149,7 @@ def open_slot(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
     Slots and the newest position are all that such a step looks at: tensors that stay in their places, of shapes that
     stay the same, so that one graph does for all steps, and a CUDA graph for all replays.
     """
-    if not torch.compiler.is_compiling() or not isinstance(cache, PatchedCache) or not _is_static(cache):
+    if not torch.compiler.is_compiling() or not isinstance(cache, PatchedCache) or not is_static(cache):
         return None
     if cache._posext_newest is None or not cache._posext_order[1] or cache._posext_plan is not plan:
         return None

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from ..plan import Part, PositionMap
 from .banded_attention import belongs, mapped
+from .late_cache import is_static
 from .rotary_layout import LayerLayout, Layout, Phases
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def turned_keys(
     parts, known = late.plan.parts, late.cache._posext_turned
     before = known.pop(module.layer_idx, None)
     settle = at.regular and not key.requires_grad
-    if before is None and not (settle and (tokens == 1 or type(layer) is StaticLayer)):
+    if before is None and not (settle and (tokens == 1 or is_static(late.cache))):
         return key, False  # static ones are turned at once: in a compiled step there is no first time
     count = min(key.shape[2], at.keys.shape[1])  # of a static cache some slots are free, a sliding one drops keys
     filled = key if count == key.shape[2] else key[:, :, :count]
