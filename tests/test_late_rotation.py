@@ -268,6 +268,17 @@ def test_copies_live_on_their_own(copied: Callable[[PreTrainedModel], PreTrained
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.modules())
 
 
+def test_a_step_leaves_nothing_that_cannot_be_learned_from(llama: LlamaForCausalLM) -> None:
+    """What rotary modules return in a step is kept; of inference mode, autograd takes no tensor."""
+    patch_model(llama, ReRoPE(window=8), factor=8)
+    token = tokens(1)
+    with torch.inference_mode():
+        wanted = llama(token).logits
+    found = llama(token).logits
+    found.sum().backward()
+    assert torch.equal(found, wanted) and llama.model.layers[0].self_attn.v_proj.weight.grad.any()
+
+
 class Scored(Dataset[torch.Tensor]):
     """A data set that asks a patched model, in the worker."""
 

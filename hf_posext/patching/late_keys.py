@@ -125,13 +125,18 @@ def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, 
     moves = far > 0 and (at.slot is not None or far <= last)
 
     def phases() -> Phases:
-        ahead = mapped(newest, _key_map(parts, 0))
-        if not moves:
-            return layout.phases(*late.phases(at, ahead, key), key.dtype)
         moved = (newest - far).clamp(min=0)
-        new, old = mapped(moved, _key_map(parts, far)), mapped(moved, _key_map(parts, far - 1))
-        cos, sin = late.phases(at, torch.cat([ahead, new, old], 1), key)
-        back_cos, back_sin = _back(cos[:, 2:], sin[:, 2:])  # an attention factor cancels out
+        turns = [(newest, 0), (moved, far), (moved, far - 1)] if moves else [(newest, 0)]
+        wanted = [mapped(there, _key_map(parts, distance)) for there, distance in turns]
+        rules = tuple(dict.fromkeys(part.query for part in parts)) or (PositionMap(),)
+        cos, sin = late.phases(at, torch.cat([*wanted, *(mapped(newest, rule) for rule in rules)], 1), key)
+        at.memo["phases", rules, key.dtype, key.device] = (
+            cos[:, len(turns) :],
+            sin[:, len(turns) :],
+        )  # the query's, which comes after its key
+        if not moves:
+            return layout.phases(cos[:, :1], sin[:, :1], key.dtype)
+        back_cos, back_sin = _back(cos[:, 2:3], sin[:, 2:3])  # an attention factor cancels out
         on_cos, on_sin = (
             cos[:, 1:2] * back_cos - sin[:, 1:2] * back_sin,
             sin[:, 1:2] * back_cos + cos[:, 1:2] * back_sin,

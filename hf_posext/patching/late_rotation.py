@@ -52,10 +52,10 @@ def late_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.
     late: LateRotation | None = getattr(module, "_posext_late", None)
     if late is None:
         raise EvaluationError(f"{type(module).__name__} was made after the patch; undo the patch, then patch again")
-    unproven = bool(late.plan.parts) and border(late.plan.parts) == 0 and args[0].device.type == UNPROVEN_ON
-    attend = _outside_of_graphs if unproven and torch.compiler.is_compiling() else _late_attention
-    found: tuple[torch.Tensor, torch.Tensor | None] = attend(late, module, *args, **kwargs)
-    return found
+    if torch.compiler.is_compiling() and args[0].device.type == UNPROVEN_ON and _turns_alike(late):
+        found: tuple[torch.Tensor, torch.Tensor | None] = _outside_of_graphs(late, module, *args, **kwargs)
+        return found
+    return _late_attention(late, module, *args, **kwargs)
 
 
 def _late_attention(
@@ -144,6 +144,10 @@ def _late_attention(
 _outside_of_graphs: Any = torch.compiler.disable(_late_attention)  # type: ignore[no-untyped-call]
 
 
+def _turns_alike(late: LateRotation) -> bool:
+    return bool(late.plan.parts) and border(late.plan.parts) == 0
+
+
 def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
     """A mask (batch, 1, queries, keys) less the keys that an indexer did not select (batch, queries, selected).
 
@@ -178,6 +182,9 @@ def _turns(
     distinct = list(dict.fromkeys(maps))
 
     def phases(*rules: PositionMap) -> Phases:
+        known: tuple[torch.Tensor, torch.Tensor] | None = at.memo.get(("phases", rules, states.dtype, states.device))
+        if known is not None and positions.shape[-1] == 1:  # a step, whose key was turned before
+            return layout.phases(*known, states.dtype)
         wanted = torch.cat([mapped(positions, rule) for rule in rules], -1)
         if not late.delta:
             return layout.phases(*late.phases(at, wanted, states), states.dtype)

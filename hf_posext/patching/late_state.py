@@ -82,6 +82,7 @@ class LateRotation:
         self.cache: Any = None
         self.latest: dict[str, Positions] = {}
         self.carried: dict[str, Positions] = {}
+        self.identities: dict[Any, Any] = {}  # what rotary modules return in a step, which is the same in each
         self.past: torch.Tensor | None = None
         self.slot: torch.Tensor | None = None
         self.release = lease(self)
@@ -89,7 +90,8 @@ class LateRotation:
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the forward at hand or to this process."""
         lasting = {name: value for name, value in vars(self).items() if name != "release"}
-        return lasting | {"latest": {}, "carried": {}, "past": None, "slot": None, "cache": None}
+        here: dict[str, Any] = {"latest": {}, "carried": {}, "identities": {}}
+        return lasting | here | dict.fromkeys(("past", "slot", "cache"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -226,16 +228,25 @@ class RotatesLate(Mixin):
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         late = self._posext_late
-        extra = {} if layer_type is None else {"layer_type": layer_type}
-        out = super().forward(x, position_ids, **extra)
         name = self._posext_sets[layer_type or ""]
-        if late.quarters is not None:
-            return _turned(out, late.quarters[name])
+        step = x.shape[-2] == 1 and not torch.compiler.is_compiling() and late.quarters is None and not late.delta
+        kind = (name, position_ids.shape, x.dtype, x.device, torch.is_inference_mode_enabled()) if step else None
+        out = late.identities.get(kind)
+        if out is None:
+            extra = {} if layer_type is None else {"layer_type": layer_type}
+            out = super().forward(x, position_ids, **extra)
+            if late.quarters is not None:
+                return _turned(out, late.quarters[name])
+            if not late.delta:
+                out = _turned(out)
+            if step:
+                late.identities[kind] = out
         at = late.note(name, position_ids, x.shape[-2])
-        if not late.delta:
-            out = _turned(out)
-        if not torch.compiler.is_compiling():
-            setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", at)  # noqa: B010  no such field
+        if torch.compiler.is_compiling():
+            return out
+        if step:  # a tensor of its own, to carry its positions
+            out = out.detach() if isinstance(out, torch.Tensor) else type(out)((out[0].detach(), out[1]))
+        setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", at)  # noqa: B010  no such field
         return out
 
 
