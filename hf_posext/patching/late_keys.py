@@ -19,7 +19,8 @@ from .late_cache import is_static
 from .rotary_layout import LayerLayout, Layout, Phases
 
 if TYPE_CHECKING:
-    from .late_state import LateRotation, Positions
+    from .late_positions import Positions
+    from .late_state import LateRotation
 
 HOLDERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
 """Layers of a cache that hold keys as they came, one behind the other. A static one that slides rolls them, and a
@@ -128,19 +129,15 @@ def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, 
         moved = (newest - far).clamp(min=0)
         turns = [(newest, 0), (moved, far), (moved, far - 1)] if moves else [(newest, 0)]
         wanted = [mapped(there, _key_map(parts, distance)) for there, distance in turns]
-        rules = tuple(dict.fromkeys(part.query for part in parts)) or (PositionMap(),)
+        rules = late.query_maps[0] or (PositionMap(),)
         cos, sin = late.phases(at, torch.cat([*wanted, *(mapped(newest, rule) for rule in rules)], 1), key)
-        at.memo["phases", rules, key.dtype, key.device] = (
-            cos[:, len(turns) :],
-            sin[:, len(turns) :],
-        )  # the query's, which comes after its key
+        # those of the query, which comes after its key
+        at.memo["phases", key.dtype, key.device] = cos[:, len(turns) :], sin[:, len(turns) :]
         if not moves:
             return layout.phases(cos[:, :1], sin[:, :1], key.dtype)
+        on_cos, on_sin = cos[:, 1:2], sin[:, 1:2]
         back_cos, back_sin = _back(cos[:, 2:3], sin[:, 2:3])  # an attention factor cancels out
-        on_cos, on_sin = (
-            cos[:, 1:2] * back_cos - sin[:, 1:2] * back_sin,
-            sin[:, 1:2] * back_cos + cos[:, 1:2] * back_sin,
-        )
+        on_cos, on_sin = on_cos * back_cos - on_sin * back_sin, on_sin * back_cos + on_cos * back_sin
         if at.slot is not None:
             there = at.slot >= far
             on_cos, on_sin = torch.where(there, on_cos, 1.0), torch.where(there, on_sin, 0.0)

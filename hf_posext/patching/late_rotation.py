@@ -27,7 +27,8 @@ from .late_keys import border, turned_keys
 from .rotary_layout import Layout, Phases
 
 if TYPE_CHECKING:
-    from .late_state import LateRotation, Positions
+    from .late_positions import Positions
+    from .late_state import LateRotation
 
 MASKS = {"posext-sdpa": sdpa_mask, "posext-eager": eager_mask}
 """Names under which the attention function is registered, by the masks that the model shall build for it."""
@@ -103,9 +104,9 @@ def _late_attention(
             turned = False
         else:
             key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
-        query = _scaled(_turns(late, layout.query, at, query, [SAME], given)[SAME], at_query, scale)
+        query = _scaled(_turns(late, layout.query, at, query, "same", (SAME,), given)[0], at_query, scale)
         if not turned:
-            key = _turns(late, layout.key, at, key, [SAME], given_key)[SAME]
+            key = _turns(late, layout.key, at, key, "same", (SAME,), given_key)[0]
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
 
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
@@ -114,10 +115,13 @@ def _late_attention(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
         )
     key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
-    queries = _turns(late, layout.query, at, query, [part.query for part in parts], at_query)
-    keys = None if turned else _turns(late, layout.key, at, key, [part.key for part in parts], at_key)
+    (rules, which), (key_rules, which_key) = late.query_maps, late.key_maps
+    queries = [
+        _scaled(one, at_query, scale) for one in _turns(late, layout.query, at, query, "query", rules, at_query)
+    ]
+    keys = None if turned else _turns(late, layout.key, at, key, "key", key_rules, at_key)
     branches = [
-        Branch(part, _scaled(queries[part.query], at_query, scale), keys[part.key] if keys else key) for part in parts
+        Branch(part, queries[i], keys[j] if keys else key) for part, i, j in zip(parts, which, which_key, strict=True)
     ]
     scaling = kwargs.get("scaling")
     out = banded_attention(
@@ -175,31 +179,30 @@ def _turns(
     layout: Layout,
     at: Positions,
     states: torch.Tensor,
-    maps: list[PositionMap],
+    what: str,
+    rules: tuple[PositionMap, ...],
     positions: torch.Tensor,
-) -> dict[PositionMap, torch.Tensor]:
-    """Queries or keys turned to their positions under each of the maps."""
-    distinct = list(dict.fromkeys(maps))
+) -> list[torch.Tensor]:
+    """Queries or keys turned to their positions under each of the maps, which are the same wherever `what` is."""
 
-    def phases(*rules: PositionMap) -> Phases:
-        known: tuple[torch.Tensor, torch.Tensor] | None = at.memo.get(("phases", rules, states.dtype, states.device))
-        if known is not None and positions.shape[-1] == 1:  # a step, whose key was turned before
+    def phases(some: tuple[PositionMap, ...]) -> Phases:
+        known: tuple[torch.Tensor, torch.Tensor] | None = at.memo.get(("phases", states.dtype, states.device))
+        if known is not None and what == "query":  # of a step, whose key was turned before
             return layout.phases(*known, states.dtype)
-        wanted = torch.cat([mapped(positions, rule) for rule in rules], -1)
+        wanted = torch.cat([mapped(positions, rule) for rule in some], -1)
         if not late.delta:
             return layout.phases(*late.phases(at, wanted, states), states.dtype)
         site = late.sites[at.name]  # the model has turned by its own positions, and factor, already
-        cos, sin = late.phases(at, wanted - torch.cat([positions] * len(rules), -1), states)
+        cos, sin = late.phases(at, wanted - torch.cat([positions] * len(some), -1), states)
         factor = getattr(site.module, f"{site.prefix}attention_scaling", 1.0)
         return layout.phases(cos / factor, sin / factor, states.dtype)
 
-    def once(*rules: PositionMap) -> Phases:
-        kind = layout.kind, positions.shape, states.dtype, states.device
-        return at.once((rules, *kind), functools.partial(phases, *rules))
-
-    if positions.shape[-1] == 1:  # a step of decoding has many small operations: all maps at once
-        return dict(zip(distinct, layout.rotate(states, once(*distinct)).chunk(len(distinct), 2), strict=True))
-    return {rule: layout.rotate(states, once(rule)) for rule in distinct}
+    step = positions.shape[-1] == 1  # it has many small operations: all maps at once
+    turned = []
+    for number, some in enumerate([rules] if step else [(rule,) for rule in rules]):
+        kind = what, number, layout.kind, positions.shape, states.dtype, states.device
+        turned.append(layout.rotate(states, at.once(kind, functools.partial(phases, some))))
+    return list(turned[0].chunk(len(rules), 2)) if step else turned
 
 
 def _scaled(query: torch.Tensor, positions: torch.Tensor, scale: QueryScale | None) -> torch.Tensor:

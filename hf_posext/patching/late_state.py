@@ -1,61 +1,22 @@
-"""What the parts of a late rotation share: where the tokens of a forward are, and the phases there."""
+"""What the parts of a late rotation share, and the phases where the tokens of a forward are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import EvaluationError
-from ..plan import ExtensionPlan
+from ..plan import ExtensionPlan, PositionMap
 from .detect import RotarySite, text_config
 from .late_cache import close_cache, close_slot, find_cache, open_cache, open_slot, seen_for_free
+from .late_positions import Positions
 from .late_rotation import MASKS, lease
 from .mixin import Mixin
 from .rotary_layout import Captured, LayerLayout, Quarters
 from .unturned import unturned, worth_it
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Where the tokens of one forward are, as one rotary module was asked.
-
-    Args:
-        name (`str`): the set of frequencies.
-        given (`torch.Tensor` of shape `(batch or 1, tokens)`, or with leading axes in multimodal models): as asked.
-        keys (`torch.Tensor` of shape `(batch or 1, keys)`): of all keys, those in the cache first.
-        aligned (`bool`): the positions of all keys are their indices.
-        regular (`bool`): in each row they count up by one, but for padding before its first key.
-        task (`int`): the backward pass in which this was asked; -1 outside.
-        slot (`torch.Tensor`, *optional*): in a compiled step with a static cache, where its key is. Keys are all slots
-            then; those that are free come after it, and are masked.
-    """
-
-    name: str
-    given: torch.Tensor
-    keys: torch.Tensor
-    aligned: bool
-    regular: bool
-    task: int
-    slot: torch.Tensor | None = None
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
-
-    @property
-    def queries(self) -> torch.Tensor:
-        """Positions (batch or 1, tokens); those on the first axis in multimodal models."""
-        return self.given if self.given.ndim == 2 else self.given[0]
-
-    def once(self, what: Any, make: Callable[[], T]) -> T:
-        """What all layers of a forward need alike."""
-        found: T | None = self.memo.get(what)
-        if found is None:
-            found = self.memo[what] = make()
-        return found
 
 
 class LateRotation:
@@ -86,6 +47,17 @@ class LateRotation:
         self.past: torch.Tensor | None = None
         self.slot: torch.Tensor | None = None
         self.release = lease(self)
+
+    @property
+    def plan(self) -> ExtensionPlan:
+        """What is in force."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: ExtensionPlan) -> None:
+        self._plan = plan
+        self.query_maps = _distinct([part.query for part in plan.parts])
+        self.key_maps = _distinct([part.key for part in plan.parts])
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the forward at hand or to this process."""
@@ -205,6 +177,12 @@ class LateRotation:
         """Hook of an attention layer: find the positions that came with its phases."""
         found = () if torch.compiler.is_compiling() else _carried((*args, *kwargs.values()))
         self.carried = {at.name: at for at in found}
+
+
+def _distinct(maps: list[PositionMap]) -> tuple[tuple[PositionMap, ...], list[int]]:
+    """Each map once, and which of these each part has."""
+    distinct = tuple(dict.fromkeys(maps))
+    return distinct, [distinct.index(one) for one in maps]
 
 
 def _carried(values: Iterable[Any]) -> Iterator[Positions]:
