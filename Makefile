@@ -73,7 +73,7 @@ bench-page: $(READY)
 	.venv/bin/python benchmarks/page.py
 
 test-floor: $(FLOOR)
-	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract
+	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract tests/test_compiled_decoding.py
 
 lint: $(READY)
 	.venv/bin/ruff check .

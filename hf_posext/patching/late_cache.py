@@ -155,7 +155,7 @@ def open_slot(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
         return None
     cache._posext_open = True
     layers: Any = cache.layers  # type: ignore[attr-defined]
-    slot: torch.Tensor = layers[0].cumulative_length.clone()  # layers count on in place
+    slot: torch.Tensor = layers[0].cumulative_length.clone().reshape(())  # layers count on in place
     return slot
 
 

@@ -72,7 +72,7 @@ class LateRotation:
     def note(self, name: str, given: torch.Tensor, tokens: int) -> Positions:
         """Remember where the tokens are, as a rotary module is asked for their phases."""
         if self.slot is not None and given.shape[-1] == 1 and given.ndim == 2:
-            slots = torch.arange(self.cache.get_max_length(), device=given.device)
+            slots = torch.arange(self.cache.layers[0].max_cache_len, device=given.device)
             keys = (given + slots - self.slot.to(given.device)).clamp(min=0)
             self.latest[name] = Positions(name, given, keys, False, True, _backward_task(), self.slot)
             return self.latest[name]
