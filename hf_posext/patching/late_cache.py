@@ -27,6 +27,8 @@ class PatchedCache(Carried):
     _posext_order: tuple[bool, bool]
     _posext_turned: dict[int, tuple[torch.Tensor, int]]
     _posext_open: bool
+    _posext_standing: tuple[frozenset[str], int] = frozenset(), 0
+    """The sets of frequencies of layers whose keys are all turned, and how many keys the cache held then."""
     _posext_newest: torch.Tensor | None = None
     """Of a static cache: the newest position (batch or 1, 1), in one place, where compiled steps keep it."""
     _posext_stepped = False
@@ -125,13 +127,16 @@ def seen_for_free(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def close_cache(cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order: tuple[bool, bool]) -> None:
-    """Leave the positions of all keys, and what is known of their order, with the cache that holds them."""
+def close_cache(
+    cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order: tuple[bool, bool], standing: frozenset[str]
+) -> None:
+    """Leave the positions of all keys, what is known of their order, and which sets' keys are turned, with the cache
+    that holds them."""
     if not isinstance(cache, PatchedCache):
         cache.__class__ = mix(PatchedCache, type(cache))
         cache._posext_turned = getattr(cache, "_posext_turned", {})
     cache._posext_plan, cache._posext_positions, cache._posext_order = plan, positions, order
-    cache._posext_open = False
+    cache._posext_open, cache._posext_standing = False, (standing, positions.shape[-1])
     if is_static(cache):
         keep_newest(cache, positions[:, -1:])
 
@@ -185,7 +190,7 @@ def catch_up(cache: Any) -> None:
         return
     newest, count = cache._posext_newest.clone(), int(cache.get_seq_length())
     index = torch.arange(1 - count, 1, device=newest.device)
-    cache._posext_positions = (newest + index).clamp(min=0)
+    cache._posext_positions, cache._posext_standing = (newest + index).clamp(min=0), (cache._posext_standing[0], count)
     for layer in cache._posext_turned:
         cache._posext_turned[layer] = newest, count
     cache._posext_stepped = False

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from ..plan import Part, PositionMap
-from .banded_attention import belongs, mapped
+from ..errors import EvaluationError
+from .banded_attention import mapped
 from .late_cache import is_static
+from .late_positions import stand
+from .late_step import step_keys
 from .rotary_layout import LayerLayout, Layout, Phases
 
 if TYPE_CHECKING:
@@ -25,26 +27,6 @@ if TYPE_CHECKING:
 HOLDERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
 """Layers of a cache that hold keys as they came, one behind the other. A static one that slides rolls them, and a
 quantised one holds others: there all keys are turned at every step."""
-
-
-def border(parts: tuple[Part, ...]) -> int | None:
-    """The one distance at which a key is turned anew as tokens follow; 0 where none is, `None` where several are."""
-    if len({part.key for part in parts}) <= 1:
-        return 0
-    if any(part.chunk > 1 or part.keys_below is not None for part in parts):
-        return None
-    found = {part.high for part in parts if part.high is not None} | {part.low for part in parts if part.low > 0}
-    return found.pop() if len(found) == 1 else None
-
-
-def stand(parts: tuple[Part, ...], newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """What keys at positions (rows, keys) are turned to for a query at `newest` (rows, 1); the same shape as keys."""
-    if len({part.key for part in parts}) <= 1:
-        return mapped(keys, parts[0].key) if parts else keys
-    wanted = mapped(keys, parts[0].key)
-    for part in parts[1:]:
-        wanted = torch.where(belongs(part, newest, keys)[:, 0], mapped(keys, part.key), wanted)
-    return wanted
 
 
 def turned_keys(
@@ -57,15 +39,18 @@ def turned_keys(
         they are not turned at all.
     """
     layer = _layer(late, module, key)
-    if layer is None:
-        return key, False
-    if at.slot is not None:
-        _step(late, layout.key, at, key, at.given.to(key.device))
+    if layer is not None and at.slot is not None:
+        step_keys(late, layout.key, at, key, at.given.to(key.device))
         return key, True
-    parts, known = late.plan.parts, late.cache._posext_turned
+    parts, known = late.plan.parts, late.cache._posext_turned if layer is not None else {}
     before = known.pop(module.layer_idx, None)
     settle = at.regular and not key.requires_grad
-    if before is None and not (settle and (tokens == 1 or is_static(late.cache))):
+    if before is None and at.turned:
+        raise EvaluationError(
+            "the cache gave a layer other keys than those that the last forward left there; start with an empty one"
+        )
+    if layer is None or before is None and not (settle and (tokens == 1 or is_static(late.cache))):
+        late.loose.add(layout.rotary)
         return key, False  # static ones are turned at once: in a compiled step there is no first time
     count = min(key.shape[2], at.keys.shape[1])  # of a static cache some slots are free, a sliding one drops keys
     filled = key if count == key.shape[2] else key[:, :, :count]
@@ -73,18 +58,22 @@ def turned_keys(
     newest = at.once(("newest", key.device), lambda: positions[:, -1:])
     held = count - tokens
     if before is not None and before[1] == held and settle and tokens == 1:
-        _step(late, layout.key, at, filled, newest)
+        step_keys(late, layout.key, at, filled, newest)
     else:
         plain, wrong = filled, None
         if before is None and tokens > 1:
             plain = filled.clone()
         if before is not None:
             old = stand(parts, before[0], positions[:, :held])
+            if at.turned:  # a single token's, by the model
+                old = torch.cat([old, mapped(newest, late.nearest)], 1)
+            came = old.shape[1]
             back = _once(at, ("back", before[1], held), layout.key, key, lambda: _back(*late.phases(at, old, key)))
-            plain = torch.cat([layout.key.rotate(filled[:, :, :held], back), filled[:, :, held:]], 2)
-            wrong = torch.cat([old != stand(parts, newest, positions[:, :held]), positions[:, held:] >= 0], 1)
+            plain = torch.cat([layout.key.rotate(filled[:, :, :came], back), filled[:, :, came:]], 2)
+            wrong = torch.cat([old != stand(parts, newest, positions[:, :came]), positions[:, came:] >= 0], 1)
         if not settle:
             filled.copy_(plain)
+            late.loose.add(layout.rotary)
             return plain, False
         wanted = stand(parts, newest, positions)
         turned = layout.key.rotate(
@@ -113,49 +102,6 @@ def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicL
         return layer
     there = layer.keys is key or layer.keys.untyped_storage()._cdata == key.untyped_storage()._cdata
     return layer if there else None
-
-
-def _step(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
-    """Turn, in place, the key of a new token and the one that it pushes over the border; it is at `newest` (rows, 1).
-
-    Positions are regular, so that the same columns of all rows are turned. In a compiled step these are a tensor, and
-    whether a key has come to the border yet must not be asked.
-    """
-    parts, last = late.plan.parts, key.shape[2] - 1
-    far = at.once("border", lambda: border(parts) or 0)
-    moves = far > 0 and (at.slot is not None or far <= last)
-
-    def phases() -> Phases:
-        moved = (newest - far).clamp(min=0)
-        turns = [(newest, 0), (moved, far), (moved, far - 1)] if moves else [(newest, 0)]
-        wanted = [mapped(there, _key_map(parts, distance)) for there, distance in turns]
-        rules = late.query_maps[0] or (PositionMap(),)
-        cos, sin = late.phases(at, torch.cat([*wanted, *(mapped(newest, rule) for rule in rules)], 1), key)
-        # those of the query, which comes after its key
-        at.memo["phases", key.dtype, key.device] = cos[:, len(turns) :], sin[:, len(turns) :]
-        if not moves:
-            return layout.phases(cos[:, :1], sin[:, :1], key.dtype)
-        on_cos, on_sin = cos[:, 1:2], sin[:, 1:2]
-        back_cos, back_sin = _back(cos[:, 2:3], sin[:, 2:3])  # an attention factor cancels out
-        on_cos, on_sin = on_cos * back_cos - on_sin * back_sin, on_sin * back_cos + on_cos * back_sin
-        if at.slot is not None:
-            there = at.slot >= far
-            on_cos, on_sin = torch.where(there, on_cos, 1.0), torch.where(there, on_sin, 0.0)
-        return layout.phases(torch.cat([on_cos, cos[:, :1]], 1), torch.cat([on_sin, sin[:, :1]], 1), key.dtype)
-
-    turn = at.once(("step", layout.kind, last, key.dtype, key.device), phases)
-    if at.slot is None:
-        turned = key[:, :, last - far :: far] if moves else key[:, :, last:]
-        turned.copy_(layout.rotate(turned, turn))
-        return
-    columns = torch.stack([(at.slot - far).clamp(min=0), at.slot] if moves else [at.slot]).to(key.device)
-    key.index_copy_(2, columns, layout.rotate(key.index_select(2, columns), turn))
-
-
-def _key_map(parts: tuple[Part, ...], distance: int) -> PositionMap:
-    """What a key at a distance from the newest token is turned to, where parts are windows or all turn keys alike."""
-    inside = (part for part in parts if part.low <= distance and (part.high is None or distance < part.high))
-    return next(inside, parts[0]).key if parts else PositionMap()
 
 
 def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

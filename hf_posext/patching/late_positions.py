@@ -1,4 +1,4 @@
-"""Where the tokens of a forward are, and what all layers make of that alike."""
+"""Where the tokens of a forward are, what all layers make of that alike, and where keys stand that stay turned."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+
+from ..plan import Part, PositionMap
+from .banded_attention import belongs, mapped
 
 T = TypeVar("T")
 
@@ -24,6 +27,8 @@ class Positions:
         task (`int`): the backward pass in which this was asked; -1 outside.
         slot (`torch.Tensor`, *optional*): in a compiled step with a static cache, where its key is. Keys are all slots
             then; those that are free come after it, and are masked.
+        turned (`bool`): the model itself turns the query and the key of a single token, to where keys see the nearest
+            pairs, as those in the cache stand.
     """
 
     name: str
@@ -33,6 +38,7 @@ class Positions:
     regular: bool
     task: int
     slot: torch.Tensor | None = None
+    turned: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -46,3 +52,29 @@ class Positions:
         if found is None:
             found = self.memo[what] = make()
         return found
+
+
+def border(parts: tuple[Part, ...]) -> int | None:
+    """The one distance at which a key is turned anew as tokens follow; 0 where none is, `None` where several are."""
+    if len({part.key for part in parts}) <= 1:
+        return 0
+    if any(part.chunk > 1 or part.keys_below is not None for part in parts):
+        return None
+    found = {part.high for part in parts if part.high is not None} | {part.low for part in parts if part.low > 0}
+    return found.pop() if len(found) == 1 else None
+
+
+def stand(parts: tuple[Part, ...], newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """What keys at positions (rows, keys) are turned to for a query at `newest` (rows, 1); the same shape as keys."""
+    if len({part.key for part in parts}) <= 1:
+        return mapped(keys, parts[0].key) if parts else keys
+    wanted = mapped(keys, parts[0].key)
+    for part in parts[1:]:
+        wanted = torch.where(belongs(part, newest, keys)[:, 0], mapped(keys, part.key), wanted)
+    return wanted
+
+
+def key_map(parts: tuple[Part, ...], distance: int) -> PositionMap:
+    """What a key at a distance from the newest token is turned to, where parts are windows or all turn keys alike."""
+    inside = (part for part in parts if part.low <= distance and (part.high is None or distance < part.high))
+    return next(inside, parts[0]).key if parts else PositionMap()

@@ -23,7 +23,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from ..errors import EvaluationError, UnsupportedModelError
 from ..plan import Part, PositionMap, QueryScale
 from .banded_attention import Branch, banded_attention, mapped
-from .late_keys import border, turned_keys
+from .late_keys import turned_keys
+from .late_step import step_queries
 from .rotary_layout import Layout, Phases
 
 if TYPE_CHECKING:
@@ -104,7 +105,9 @@ def _late_attention(
             turned = False
         else:
             key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
-        query = _scaled(_turns(late, layout.query, at, query, "same", (SAME,), given)[0], at_query, scale)
+        if not at.turned:
+            query = _turns(late, layout.query, at, query, "same", (SAME,), given)[0]
+        query = _scaled(query, at_query, scale)
         if not turned:
             key = _turns(late, layout.key, at, key, "same", (SAME,), given_key)[0]
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
@@ -116,9 +119,11 @@ def _late_attention(
         )
     key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
     (rules, which), (key_rules, which_key) = late.query_maps, late.key_maps
-    queries = [
-        _scaled(one, at_query, scale) for one in _turns(late, layout.query, at, query, "query", rules, at_query)
-    ]
+    if at.turned:
+        queries = step_queries(late, layout.query, at, query)
+    else:
+        queries = _turns(late, layout.query, at, query, "query", rules, at_query)
+    queries = [_scaled(one, at_query, scale) for one in queries]
     keys = None if turned else _turns(late, layout.key, at, key, "key", key_rules, at_key)
     branches = [
         Branch(part, queries[i], keys[j] if keys else key) for part, i, j in zip(parts, which, which_key, strict=True)
@@ -149,7 +154,7 @@ _outside_of_graphs: Any = torch.compiler.disable(_late_attention)  # type: ignor
 
 
 def _turns_alike(late: LateRotation) -> bool:
-    return bool(late.plan.parts) and border(late.plan.parts) == 0
+    return bool(late.plan.parts) and late.border == 0
 
 
 def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
@@ -186,9 +191,6 @@ def _turns(
     """Queries or keys turned to their positions under each of the maps, which are the same wherever `what` is."""
 
     def phases(some: tuple[PositionMap, ...]) -> Phases:
-        known: tuple[torch.Tensor, torch.Tensor] | None = at.memo.get(("phases", states.dtype, states.device))
-        if known is not None and what == "query":  # of a step, whose key was turned before
-            return layout.phases(*known, states.dtype)
         wanted = torch.cat([mapped(positions, rule) for rule in some], -1)
         if not late.delta:
             return layout.phases(*late.phases(at, wanted, states), states.dtype)

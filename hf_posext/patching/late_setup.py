@@ -12,7 +12,6 @@ from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan, Part, PositionMap
 from .detect import RotarySite, rotary_sites, text_config
 from .journal import Journal
-from .late_keys import border
 from .late_state import LateRotation, RotatesLate, own_phases
 from .mixin import mix
 from .modes import evaluation_mode
@@ -99,7 +98,7 @@ def _keeps_turned(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor)
     """Whether cached keys may stay turned: the plan turns one at a time, turns can be undone, and decoding shows that
     nothing else in the model reads them (layers that share their keys would)."""
     growing = any(entry.growth for entry in late.plan.rotaries)
-    if growing or border(late.plan.parts) is None or not all(at.key.is_rotation() for at in late.layers.values()):
+    if growing or late.border is None or not all(at.key.is_rotation() for at in late.layers.values()):
         return False
     wanted, late.keeps_turned = _logits(model, ids)[:, -1], True
     try:

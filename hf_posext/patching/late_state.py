@@ -12,8 +12,9 @@ from ..errors import EvaluationError
 from ..plan import ExtensionPlan, PositionMap
 from .detect import RotarySite, text_config
 from .late_cache import close_cache, close_slot, find_cache, open_cache, open_slot, seen_for_free
-from .late_positions import Positions
+from .late_positions import Positions, border, key_map
 from .late_rotation import MASKS, lease
+from .late_step import step_positions
 from .mixin import Mixin
 from .rotary_layout import Captured, LayerLayout, Quarters
 from .unturned import unturned, worth_it
@@ -43,7 +44,7 @@ class LateRotation:
         self.cache: Any = None
         self.latest: dict[str, Positions] = {}
         self.carried: dict[str, Positions] = {}
-        self.identities: dict[Any, Any] = {}  # what rotary modules return in a step, which is the same in each
+        self.loose: set[str] = set()  # sets of frequencies of layers whose cached keys are not turned
         self.past: torch.Tensor | None = None
         self.slot: torch.Tensor | None = None
         self.release = lease(self)
@@ -58,11 +59,16 @@ class LateRotation:
         self._plan = plan
         self.query_maps = _distinct([part.query for part in plan.parts])
         self.key_maps = _distinct([part.key for part in plan.parts])
+        self.border = border(plan.parts)
+        self.nearest = key_map(plan.parts, 0)
+        maps = self.query_maps[0]
+        self.stays = maps.index(self.nearest) if self.nearest in maps else None
+        self.onward = tuple(rule for rule in maps if rule != self.nearest)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the forward at hand or to this process."""
         lasting = {name: value for name, value in vars(self).items() if name != "release"}
-        here: dict[str, Any] = {"latest": {}, "carried": {}, "identities": {}}
+        here: dict[str, Any] = {"latest": {}, "carried": {}, "loose": set()}
         return lasting | here | dict.fromkeys(("past", "slot", "cache"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -74,7 +80,8 @@ class LateRotation:
         if self.slot is not None and given.shape[-1] == 1 and given.ndim == 2:
             slots = torch.arange(self.cache.layers[0].max_cache_len, device=given.device)
             keys = (given + slots - self.slot.to(given.device)).clamp(min=0)
-            self.latest[name] = Positions(name, given, keys, False, True, _backward_task(), self.slot)
+            turned = name in self.cache._posext_standing[0]
+            self.latest[name] = Positions(name, given, keys, False, True, _backward_task(), self.slot, turned)
             return self.latest[name]
         if self.slot is not None:
             self.past, self.slot = open_cache(self.cache, self.plan), None
@@ -85,7 +92,12 @@ class LateRotation:
         if self.past is not None:
             rows = max(keys.shape[0], self.past.shape[0])
             keys = torch.cat([self.past.expand(rows, -1).to(keys.device), keys.expand(rows, -1)], -1)
-        self.latest[name] = Positions(name, given, keys, *self._order(keys, single), _backward_task())
+        aligned, regular = self._order(keys, single)
+        turned = False
+        if single and regular and self.past is not None:
+            standing, count = self.cache._posext_standing
+            turned = name in standing and count == self.past.shape[-1]
+        self.latest[name] = Positions(name, given, keys, aligned, regular, _backward_task(), None, turned)
         return self.latest[name]
 
     def _order(self, keys: torch.Tensor, single: bool) -> tuple[bool, bool]:
@@ -157,7 +169,7 @@ class LateRotation:
         cache = find_cache((*args, *kwargs.values()))
         self.slot = open_slot(cache, self.plan)
         self.past = None if cache is None or self.slot is not None else open_cache(cache, self.plan)
-        self.cache, self.latest = cache, {}
+        self.cache, self.latest, self.loose = cache, {}, set()
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the model: leave the positions of the keys with the cache that holds them."""
@@ -168,7 +180,8 @@ class LateRotation:
             self.latest = {}  # or its tensors would outlive the graph
         elif cache is not None and self.latest:
             at = next(iter(self.latest.values()))
-            close_cache(cache, self.plan, at.keys, (at.aligned, at.regular))
+            standing = frozenset(self.latest) - self.loose if self.keeps_turned else frozenset()
+            close_cache(cache, self.plan, at.keys, (at.aligned, at.regular), standing)
         for at in self.latest.values():
             at.memo.clear()
         self.past = self.slot = self.cache = None
@@ -207,24 +220,20 @@ class RotatesLate(Mixin):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         late = self._posext_late
         name = self._posext_sets[layer_type or ""]
-        step = x.shape[-2] == 1 and not torch.compiler.is_compiling() and late.quarters is None and not late.delta
-        kind = (name, position_ids.shape, x.dtype, x.device, torch.is_inference_mode_enabled()) if step else None
-        out = late.identities.get(kind)
-        if out is None:
-            extra = {} if layer_type is None else {"layer_type": layer_type}
+        extra = {} if layer_type is None else {"layer_type": layer_type}
+        if late.quarters is not None:
+            return _turned(super().forward(x, position_ids, **extra), late.quarters[name])
+        at = late.note(name, position_ids, x.shape[-2])
+        if at.turned:
+            out = super().forward(x, step_positions(late, at), **extra)
+            at.memo["asked"] = _parts(out)
+            out = out[:, :1] if isinstance(out, torch.Tensor) else type(out)((out[0][:, :1], out[1][:, :1]))
+        else:
             out = super().forward(x, position_ids, **extra)
-            if late.quarters is not None:
-                return _turned(out, late.quarters[name])
             if not late.delta:
                 out = _turned(out)
-            if step:
-                late.identities[kind] = out
-        at = late.note(name, position_ids, x.shape[-2])
-        if torch.compiler.is_compiling():
-            return out
-        if step:  # a tensor of its own, to carry its positions
-            out = out.detach() if isinstance(out, torch.Tensor) else type(out)((out[0].detach(), out[1]))
-        setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", at)  # noqa: B010  no such field
+        if not torch.compiler.is_compiling():
+            setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", at)  # noqa: B010  no such field
         return out
 
 

@@ -57,7 +57,7 @@ class Layout:
         """Queries or keys (batch, heads, tokens, dim) turned by the phases of their tokens, or one by each of some."""
         cos, sin = phases
         if self.swaps is None or states.shape[2] <= FEW:
-            return (states * cos).add_(states[..., self.partners] * sin)
+            return (states * cos).add_(states.index_select(-1, self.partners) * sin)  # rounded as models do
         first, second = self.swaps[0]
         fused = one_pass(states) if first.stop == second.start else None
         if fused is not None:
@@ -67,6 +67,12 @@ class Layout:
         for here, there in self.swaps:  # in place, so that no partners of all channels are held
             turned[..., here].add_(states[..., there] * sin[..., here])
         return turned
+
+    def rotate_(self, states: torch.Tensor, phases: Phases) -> None:
+        """The same for a few tokens, in place."""
+        cos, sin = phases
+        partners = states.index_select(-1, self.partners) * sin
+        states.mul_(cos).add_(partners)
 
     def is_rotation(self) -> bool:
         """Whether the opposite phases turn back: channels are each other's partners, with opposite weights."""

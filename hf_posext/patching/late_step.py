@@ -1,0 +1,106 @@
+"""What a step of decoding turns: the query, on to where other parts see it, and the key that leaves the window.
+
+The model itself turns query and key of the token, to where keys see the nearest pairs, by the phases that its rotary
+module gives it. Those of all that is left are found in the same call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .banded_attention import mapped
+from .late_positions import Positions, key_map
+from .rotary_layout import Layout, Phases
+
+if TYPE_CHECKING:
+    from .late_state import LateRotation
+
+
+def step_positions(late: LateRotation, at: Positions) -> torch.Tensor:
+    """All positions (batch or 1, turns) of which a step asks its rotary module: the nearest, which is for the model,
+    and the key's within the border; where it turns on from these, the query for each other part and the key."""
+    newest = at.queries
+    nearest, *others = (mapped(newest, rule) for rule in (late.nearest, *late.onward))
+    within, behind = _crossing(late, newest)
+    return torch.cat([nearest, *within, *others, *behind], -1)
+
+
+def step_queries(late: LateRotation, layout: Layout, at: Positions, query: torch.Tensor) -> list[torch.Tensor]:
+    """A query (batch, heads, 1, dim) under each of the maps, as the model has turned it to the nearest."""
+    count = len(late.onward)
+    turned = list(layout.rotate(query, _onward(late, at, layout, query)[0]).chunk(count, 2)) if count else []
+    if late.stays is not None:
+        turned.insert(late.stays, query)
+    return turned
+
+
+def _onward(late: LateRotation, at: Positions, layout: Layout, like: torch.Tensor) -> tuple[Phases, Phases]:
+    """How the query is turned on for each other part, and the key at the border; for states like some."""
+    count, moves = len(late.onward), int(bool(late.border))
+
+    def make() -> tuple[Phases, Phases]:
+        asked = torch.stack([one.to(like.device) for one in at.memo["asked"]])
+        nearest, within, onto = asked.split_with_sizes([1, moves, count + moves], 2)
+        turn = _between(torch.cat([nearest.expand(-1, -1, count, -1), within], 2), onto)
+        cos, sin = layout.phases(*turn, like.dtype)
+        return (cos[:, :, :count], sin[:, :, :count]), (cos[:, :, count:], sin[:, :, count:])
+
+    return at.once(("onward", layout.kind, like.dtype, like.device), make)
+
+
+def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
+    """Turn, in place, the key of a new token at `newest` (rows, 1), unless the model has, and the one that it pushes
+    over the border.
+
+    Positions are regular, so that the same columns of all rows are turned. In a compiled step these are a tensor, and
+    whether a key has come to the border yet must not be asked.
+    """
+    last, far = key.shape[2] - 1, late.border or 0
+    moves = far > 0 and (at.slot is not None or far <= last)
+    if at.turned and not moves:
+        return
+
+    def phases() -> Phases:
+        turns = []
+        if at.turned:
+            turns.append(_onward(late, at, layout, key)[1])
+        elif moves:
+            within, behind = _crossing(late, newest)
+            asked = torch.stack(late.phases(at, torch.cat([*within, *behind], -1), key))
+            turns.append(layout.phases(*_between(asked[:, :, :1], asked[:, :, 1:]), key.dtype))
+        if at.slot is not None and moves:
+            there, (cos, sin) = at.slot >= far, turns[0]
+            turns = [(torch.where(there, cos, 1.0), torch.where(there, sin, 0.0))]
+        if not at.turned:
+            turns.append(layout.phases(*late.phases(at, mapped(newest, late.nearest), key), key.dtype))
+        cos, sin = turns[0] if len(turns) == 1 else (torch.cat(one, 2) for one in zip(*turns, strict=True))
+        return cos, sin
+
+    turn = at.once(("step", layout.kind, last, key.dtype, key.device), phases)
+    if at.slot is None:
+        columns = key[:, :, last - far :: far] if moves else key[:, :, last:]
+        layout.rotate_(columns[:, :, :1] if at.turned else columns, turn)
+        return
+    slots = [(at.slot - far).clamp(min=0)] * moves + [at.slot] * (not at.turned)
+    index = torch.stack(slots).to(key.device)
+    key.index_copy_(2, index, layout.rotate(key.index_select(2, index), turn))
+
+
+def _crossing(late: LateRotation, newest: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Where the key is turned within the border, and where behind it, which the token at `newest` pushes over it."""
+    if not late.border:
+        return [], []
+    there = (newest - late.border).clamp(min=0)
+    within, behind = (mapped(there, key_map(late.plan.parts, late.border - near)) for near in (1, 0))
+    return [within], [behind]
+
+
+def _between(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The turn from old to new ones, cosines and sines of shape (2, batch, turns, slots): in float32 or above; an
+    attention factor, by which they are larger than 1, cancels out."""
+    dtype = torch.promote_types(old.dtype, torch.float32)
+    old, new = old.to(dtype), new.to(dtype)
+    size = old.square().sum(0)
+    return (new * old).sum(0) / size, (new[1] * old[0] - new[0] * old[1]) / size
