@@ -58,7 +58,7 @@ def test_rotation(fused: ModuleType, half: int, dtype: torch.dtype, rows: int) -
     given, partners = states(3, 37, dtype), torch.arange(24)
     partners[: 2 * half] = partners[: 2 * half].roll(half)
     weights = (torch.arange(24) < 2 * half).float()
-    layout = Layout(0, partners, partners, weights, swaps(partners, weights))
+    layout = Layout(0, partners, partners, weights, swaps(partners, weights), bool(weights.all()))
     cos, sin = layout.phases(*torch.randn(2, rows, 37, 24).unbind(), dtype)
     called = spy(fused)
     found = layout.rotate(given, (cos, sin))
@@ -72,7 +72,7 @@ def test_other_layouts_are_rotated_by_pytorch(fused: ModuleType) -> None:
     """Neighbours in pairs, and one that is not regular."""
     for partners in (torch.arange(24) ^ 1, torch.arange(24).flip(0)):
         given, weights = states(3, 37, torch.float32), torch.ones(24)
-        layout = Layout(0, partners, partners, weights, swaps(partners, weights))
+        layout = Layout(0, partners, partners, weights, swaps(partners, weights), bool(weights.all()))
         cos, sin = layout.phases(*torch.randn(2, 1, 37, 24).unbind(), torch.float32)
         called = spy(fused)
         torch.testing.assert_close(layout.rotate(given, (cos, sin)), given * cos + given[..., partners] * sin)

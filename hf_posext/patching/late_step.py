@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 def step_positions(late: LateRotation, at: Positions) -> torch.Tensor:
     """All positions (batch or 1, turns) of which a step asks its rotary module: the nearest, which is for the model,
-    and the key's within the border; where it turns on from these, the query for each other part and the key."""
+    and how far from it each other part sees the query, and from where it stood the key behind the border.
+
+    To turn on by a distance is to turn from one position to the other.
+    """
     newest = at.queries
-    nearest, *others = (mapped(newest, rule) for rule in (late.nearest, *late.onward))
-    within, behind = _crossing(late, newest)
-    return torch.cat([nearest, *within, *others, *behind], -1)
+    nearest = mapped(newest, late.nearest)
+    others = [mapped(newest, rule) - nearest for rule in late.onward]
+    return torch.cat([nearest, *others, *_crossing(late, newest)], -1)
 
 
 def step_queries(late: LateRotation, layout: Layout, at: Positions, query: torch.Tensor) -> list[torch.Tensor]:
@@ -38,16 +41,26 @@ def step_queries(late: LateRotation, layout: Layout, at: Positions, query: torch
 
 def _onward(late: LateRotation, at: Positions, layout: Layout, like: torch.Tensor) -> tuple[Phases, Phases]:
     """How the query is turned on for each other part, and the key at the border; for states like some."""
-    count, moves = len(late.onward), int(bool(late.border))
 
     def make() -> tuple[Phases, Phases]:
-        asked = torch.stack([one.to(like.device) for one in at.memo["asked"]])
-        nearest, within, onto = asked.split_with_sizes([1, moves, count + moves], 2)
-        turn = _between(torch.cat([nearest.expand(-1, -1, count, -1), within], 2), onto)
-        cos, sin = layout.phases(*turn, like.dtype)
+        cos, sin = distance_phases(late, at, layout, like, at.memo["asked"])
+        count = len(late.onward)
         return (cos[:, :, :count], sin[:, :, :count]), (cos[:, :, count:], sin[:, :, count:])
 
     return at.once(("onward", layout.kind, like.dtype, like.device), make)
+
+
+def distance_phases(
+    late: LateRotation, at: Positions, layout: Layout, like: torch.Tensor, phases: tuple[torch.Tensor, torch.Tensor]
+) -> Phases:
+    """What turns states like some on, from a rotary module's cosine and sine at distances; states have its attention
+    factor already."""
+    site = late.sites[at.name]
+    factor = getattr(site.module, f"{site.prefix}attention_scaling", 1.0)
+    cos, sin = (one.to(like.device) for one in phases)
+    if factor != 1:
+        cos, sin = cos / factor, sin / factor
+    return layout.phases(cos, sin, like.dtype)
 
 
 def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
@@ -67,9 +80,8 @@ def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tens
         if at.turned:
             turns.append(_onward(late, at, layout, key)[1])
         elif moves:
-            within, behind = _crossing(late, newest)
-            asked = torch.stack(late.phases(at, torch.cat([*within, *behind], -1), key))
-            turns.append(layout.phases(*_between(asked[:, :, :1], asked[:, :, 1:]), key.dtype))
+            (distance,) = _crossing(late, newest)
+            turns.append(distance_phases(late, at, layout, key, late.phases(at, distance, key)))
         if at.slot is not None and moves:
             there, (cos, sin) = at.slot >= far, turns[0]
             turns = [(torch.where(there, cos, 1.0), torch.where(there, sin, 0.0))]
@@ -88,19 +100,10 @@ def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tens
     key.index_copy_(2, index, layout.rotate(key.index_select(2, index), turn))
 
 
-def _crossing(late: LateRotation, newest: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Where the key is turned within the border, and where behind it, which the token at `newest` pushes over it."""
+def _crossing(late: LateRotation, newest: torch.Tensor) -> list[torch.Tensor]:
+    """How far the key is turned on that the token at `newest` pushes over the border, if there is one."""
     if not late.border:
-        return [], []
+        return []
     there = (newest - late.border).clamp(min=0)
     within, behind = (mapped(there, key_map(late.plan.parts, late.border - near)) for near in (1, 0))
-    return [within], [behind]
-
-
-def _between(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The turn from old to new ones, cosines and sines of shape (2, batch, turns, slots): in float32 or above; an
-    attention factor, by which they are larger than 1, cancels out."""
-    dtype = torch.promote_types(old.dtype, torch.float32)
-    old, new = old.to(dtype), new.to(dtype)
-    size = old.square().sum(0)
-    return (new * old).sum(0) / size, (new[1] * old[0] - new[0] * old[1]) / size
+    return [behind - within]

@@ -39,6 +39,7 @@ class Layout:
     """How the channels of queries or keys turn; tensors of shape (dim,). Channels that do not turn have weight 0.
 
     Layouts of one `kind` are equal. `swaps` are slices of channels and of their partners, where few are enough.
+    `whole` says that all channels turn.
     """
 
     kind: int
@@ -46,12 +47,15 @@ class Layout:
     partners: torch.Tensor
     weights: torch.Tensor
     swaps: tuple[tuple[slice, slice], ...] | None
+    whole: bool
 
     def phases(self, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> Phases:
         """What [`~Layout.rotate`] takes for states of a dtype, from cosine and sine (batch, tokens, slots)."""
         weights = self.weights.to(sin.dtype)
-        cos = torch.where(weights == 0, cos.new_ones(()), cos[..., self.slots])
-        return cos.unsqueeze(1).to(dtype), (sin[..., self.slots] * weights).unsqueeze(1).to(dtype)
+        cos, sin = cos.index_select(-1, self.slots), sin.index_select(-1, self.slots) * weights
+        if not self.whole:
+            cos = torch.where(weights == 0, 1.0, cos)
+        return cos.unsqueeze(1).to(dtype), sin.unsqueeze(1).to(dtype)
 
     def rotate(self, states: torch.Tensor, phases: Phases) -> torch.Tensor:
         """Queries or keys (batch, heads, tokens, dim) turned by the phases of their tokens, or one by each of some."""
@@ -85,7 +89,7 @@ class Layout:
     def to(self, device: torch.device) -> Layout:
         """The same on a device."""
         slots, partners, weights = (tensor.to(device) for tensor in (self.slots, self.partners, self.weights))
-        return Layout(self.kind, slots, partners, weights, self.swaps)
+        return Layout(self.kind, slots, partners, weights, self.swaps, self.whole)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tens
         layouts = []
         for partners, weights, _, code in sides:
             slots = torch.tensor([slot_of.get(int(c), 0) for c in code])
-            layout = Layout(len(kinds), slots, partners, weights, _swaps(partners, weights))
+            swaps = _swaps(partners, weights)
+            layout = Layout(len(kinds), slots, partners, weights, swaps, bool(weights.ne(0).all()))
             layouts.append(next((known for known in kinds if _equal(known, layout)), layout))
             kinds.extend([layout] if layouts[-1] is layout else [])
         layers[layer] = LayerLayout(sets[0], *layouts)
