@@ -103,6 +103,7 @@ def _late_attention(
             given = at.given.to(query.device)
             given_key = given if key.shape[2] == given.shape[-1] else at_key.expand(given.shape[0], -1, -1)
             turned = False
+            late.loose.add(layout.rotary)
         else:
             key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
         if not at.turned:

@@ -94,7 +94,7 @@ class LateRotation:
             keys = torch.cat([self.past.expand(rows, -1).to(keys.device), keys.expand(rows, -1)], -1)
         aligned, regular = self._order(keys, single)
         turned = False
-        if single and regular and self.past is not None:
+        if single and regular and given.ndim == 2 and self.past is not None:
             standing, count = self.cache._posext_standing
             turned = name in standing and count == self.past.shape[-1]
         self.latest[name] = Positions(name, given, keys, aligned, regular, _backward_task(), None, turned)
