@@ -24,7 +24,7 @@ from ..errors import EvaluationError, UnsupportedModelError
 from ..plan import Part, PositionMap, QueryScale
 from .banded_attention import Branch, banded_attention, mapped
 from .late_keys import turned_keys
-from .late_step import distance_phases, step_queries
+from .late_step import step_queries
 from .rotary_layout import Layout, Phases
 
 if TYPE_CHECKING:
@@ -193,10 +193,12 @@ def _turns(
 
     def phases(some: tuple[PositionMap, ...]) -> Phases:
         wanted = torch.cat([mapped(positions, rule) for rule in some], -1)
-        if late.delta:  # the model has turned by its own positions already
-            distances = late.phases(at, wanted - torch.cat([positions] * len(some), -1), states)
-            return distance_phases(late, at, layout, states, distances)
-        return layout.phases(*late.phases(at, wanted, states), states.dtype)
+        if not late.delta:
+            return layout.phases(*late.phases(at, wanted, states), states.dtype)
+        site = late.sites[at.name]  # the model has turned by its own positions, and factor, already
+        cos, sin = late.phases(at, wanted - torch.cat([positions] * len(some), -1), states)
+        factor = getattr(site.module, f"{site.prefix}attention_scaling", 1.0)
+        return layout.phases(cos / factor, sin / factor, states.dtype)
 
     step = positions.shape[-1] == 1  # it has many small operations: all maps at once
     turned = []

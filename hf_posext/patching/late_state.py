@@ -226,7 +226,7 @@ class RotatesLate(Mixin):
         at = late.note(name, position_ids, x.shape[-2])
         if at.turned:
             out = super().forward(x, step_positions(late, at), **extra)
-            at.memo["asked"] = tuple(one[:, 1:] for one in _parts(out))
+            at.memo["asked"] = _parts(out)
             out = out[:, :1] if isinstance(out, torch.Tensor) else type(out)((out[0][:, :1], out[1][:, :1]))
         else:
             out = super().forward(x, position_ids, **extra)

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 def step_positions(late: LateRotation, at: Positions) -> torch.Tensor:
-    """All positions (batch or 1, turns) of which a step asks its rotary module: the nearest, which is for the model,
-    and how far from it each other part sees the query, and from where it stood the key behind the border.
+    """All positions (batch or 1, 1 + turns + turns) of which a step asks its rotary module: the nearest, which is for
+    the model; then from where each of the turns goes, and then to where.
 
-    To turn on by a distance is to turn from one position to the other.
+    The query is turned on for each other part, and the key over the border. Not by phases at the distance between: a
+    module rounds angles to float32, so that these would be another turn at far positions.
     """
     newest = at.queries
-    nearest = mapped(newest, late.nearest)
-    others = [mapped(newest, rule) - nearest for rule in late.onward]
-    return torch.cat([nearest, *others, *_crossing(late, newest)], -1)
+    nearest, *others = (mapped(newest, rule) for rule in (late.nearest, *late.onward))
+    within, behind = _crossing(late, newest)
+    return torch.cat([nearest, *[nearest] * len(others), *within, *others, *behind], -1)
 
 
 def step_queries(late: LateRotation, layout: Layout, at: Positions, query: torch.Tensor) -> list[torch.Tensor]:
@@ -43,24 +44,12 @@ def _onward(late: LateRotation, at: Positions, layout: Layout, like: torch.Tenso
     """How the query is turned on for each other part, and the key at the border; for states like some."""
 
     def make() -> tuple[Phases, Phases]:
-        cos, sin = distance_phases(late, at, layout, like, at.memo["asked"])
+        cos, sin = (one[:, 1:].to(like.device) for one in at.memo["asked"])
+        cos, sin = layout.phases(*_between(cos, sin), like.dtype)
         count = len(late.onward)
         return (cos[:, :, :count], sin[:, :, :count]), (cos[:, :, count:], sin[:, :, count:])
 
     return at.once(("onward", layout.kind, like.dtype, like.device), make)
-
-
-def distance_phases(
-    late: LateRotation, at: Positions, layout: Layout, like: torch.Tensor, phases: tuple[torch.Tensor, torch.Tensor]
-) -> Phases:
-    """What turns states like some on, from a rotary module's cosine and sine at distances; states have its attention
-    factor already."""
-    site = late.sites[at.name]
-    factor = getattr(site.module, f"{site.prefix}attention_scaling", 1.0)
-    cos, sin = (one.to(like.device) for one in phases)
-    if factor != 1:
-        cos, sin = cos / factor, sin / factor
-    return layout.phases(cos, sin, like.dtype)
 
 
 def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
@@ -80,8 +69,8 @@ def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tens
         if at.turned:
             turns.append(_onward(late, at, layout, key)[1])
         elif moves:
-            (distance,) = _crossing(late, newest)
-            turns.append(distance_phases(late, at, layout, key, late.phases(at, distance, key)))
+            asked = late.phases(at, torch.cat([one for side in _crossing(late, newest) for one in side], -1), key)
+            turns.append(layout.phases(*_between(*asked), key.dtype))
         if at.slot is not None and moves:
             there, (cos, sin) = at.slot >= far, turns[0]
             turns = [(torch.where(there, cos, 1.0), torch.where(there, sin, 0.0))]
@@ -100,10 +89,22 @@ def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tens
     key.index_copy_(2, index, layout.rotate(key.index_select(2, index), turn))
 
 
-def _crossing(late: LateRotation, newest: torch.Tensor) -> list[torch.Tensor]:
-    """How far the key is turned on that the token at `newest` pushes over the border, if there is one."""
+def _crossing(late: LateRotation, newest: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Where the key is turned within the border, and where behind it, which the token at `newest` pushes over it."""
     if not late.border:
-        return []
+        return [], []
     there = (newest - late.border).clamp(min=0)
     within, behind = (mapped(there, key_map(late.plan.parts, late.border - near)) for near in (1, 0))
-    return [behind - within]
+    return [within], [behind]
+
+
+def _between(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The turns from the first half of cosines and sines (batch, turns + turns, slots) to the other: in float32 or
+    above; an attention factor, by which they are larger than 1, cancels out."""
+    dtype = torch.promote_types(cos.dtype, torch.float32)
+    old_cos, new_cos = cos.to(dtype).chunk(2, 1)
+    old_sin, new_sin = sin.to(dtype).chunk(2, 1)
+    size = (old_cos * old_cos).addcmul_(old_sin, old_sin)
+    along = (new_cos * old_cos).addcmul_(new_sin, old_sin)
+    across = (new_sin * old_cos).addcmul_(new_cos, old_sin, value=-1)
+    return along.div_(size), across.div_(size)
