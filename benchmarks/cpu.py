@@ -43,7 +43,7 @@ def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
         sizes = length, length // forwards.FACTOR, forwards.cpu_methods(length)
         rows += run.part(f"prefill {length}", lambda s=sizes: forwards.prefill_rows(attention, *s, repeats))
         rows += run.part(f"memory {length}", lambda n=length: forwards.memory_rows(attention, n, 1))
-        rows += run.part(f"decode {length}", lambda s=sizes: decoding.decode_rows(model, *s, 8 * repeats))
+        rows += run.part(f"decode {length}", lambda s=sizes: decoding.decode_rows(model, *s, 32 * repeats))
     sizes = lengths[0], lengths[0] // forwards.FACTOR, forwards.cpu_methods(lengths[0])
     rows += run.part("training", lambda: forwards.training_rows(attention, *sizes, repeats))
     console().print(rows_table(rows, "One thread; time of the processor"), "")

@@ -113,7 +113,7 @@ def _late_attention(
             key = _turns(late, layout.key, at, key, "same", (SAME,), given_key)[0]
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
 
-    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
+    unknown = sorted(name for name in kwargs.keys() - HARMLESS if kwargs[name] is not None)
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"

@@ -187,8 +187,10 @@ class LateRotation:
         self.past = self.slot = self.cache = None
 
     def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook of an attention layer: find the positions that came with its phases."""
-        found = () if torch.compiler.is_compiling() else _carried((*args, *kwargs.values()))
+        """Hook of an attention layer: find the positions that came with its phases. Without gradients there is no
+        checkpoint that runs it again after another forward."""
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        found = _carried((*args, *kwargs.values())) if again else ()
         self.carried = {at.name: at for at in found}
 
 

@@ -75,8 +75,8 @@ class Layout:
     def rotate_(self, states: torch.Tensor, phases: Phases) -> None:
         """The same for a few tokens, in place."""
         cos, sin = phases
-        partners = states.index_select(-1, self.partners) * sin
-        states.mul_(cos).add_(partners)
+        partners = states.index_select(-1, self.partners)
+        states.mul_(cos).addcmul_(partners, sin)
 
     def is_rotation(self) -> bool:
         """Whether the opposite phases turn back: channels are each other's partners, with opposite weights."""
