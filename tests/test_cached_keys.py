@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 import hf_posext.patching.late_keys as late_keys
 import hf_posext.patching.late_state as late_state
@@ -184,3 +185,31 @@ def test_a_cache_of_another_patch_is_refused(llama: LlamaForCausalLM) -> None:
     with patch_model(llama, ReRoPE(window=8), factor=8):
         found = steps(llama, cache, [21, 22])
         torch.testing.assert_close(found, logits(llama, IDS[:, :22], use_cache=False)[:, -1:], **CLOSE)
+
+
+def test_a_layer_that_lost_its_turned_keys_is_refused() -> None:
+    """The model has turned the new key by then, so that nothing else would be right."""
+    model = patched("rerope")
+    cache = DynamicCache(config=model.config)
+    steps(model, cache, [0, 20, 21])
+
+    class Other(DynamicLayer):
+        pass
+
+    cache.layers[0].__class__ = Other
+    with pytest.raises(EvaluationError, match="start with an empty one"):
+        logits(model, IDS[:, 21:22], past_key_values=cache)
+
+
+def test_a_set_whose_keys_stay_as_they_are_is_turned_in_attention() -> None:
+    """A layer that keeps its keys in another kind of cache is not turned by the model, in any step."""
+    model = patched("rerope")
+    cache = DynamicCache(config=model.config)
+
+    class Other(DynamicLayer):
+        pass
+
+    steps(model, cache, [0, 20])
+    cache.layers[0].__class__ = Other
+    found = steps(model, cache, list(range(20, 34)))
+    torch.testing.assert_close(found, logits(model, IDS, use_cache=False)[:, 20:33], **CLOSE)

@@ -1,9 +1,10 @@
-"""Rotates late: queries and keys reach the attention function, and the cache, unrotated.
+"""Rotates late: queries and keys reach the attention function unrotated.
 
 Rotary modules return the identity (cosine 1, sine 0); a function in transformers' `AttentionInterface` rotates with
-the positions that the plan wants for each pair, then attends. No model's forward is copied. Where an indexer selects
-keys by their rotated states (DeepSeek's sparse attention), the model rotates as ever and the function turns by the
-difference.
+the positions that the plan wants for each pair, then attends. No model's forward is copied. In a step of decoding
+whose cached keys stand turned, the model turns for the nearest pairs, and the function only what differs
+(`late_step.py`). Where an indexer selects keys by their rotated states (DeepSeek's sparse attention), the model
+rotates as ever and the function turns by the difference.
 """
 
 from __future__ import annotations

@@ -213,7 +213,8 @@ def _backward_task() -> int:
 
 
 class RotatesLate(Mixin):
-    """Mixed into the class of a rotary module: notes the positions and returns the identity."""
+    """Mixed into the class of a rotary module: notes the positions, and returns the identity; where cached keys stand
+    turned, the phases of a step's nearest pairs."""
 
     _posext_late: LateRotation
     _posext_sets: dict[str, str]
