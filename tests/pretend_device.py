@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -39,13 +40,17 @@ class PretendDevice(TorchFunctionMode):
         self.waits: list[str] = []
 
     def __enter__(self) -> PretendDevice:
-        self._patch = mock.patch.object(torch, "vmap", functools.partial(vmap_here, torch.vmap))
-        self._patch.start()
+        self._patches = ExitStack()
+        for where, name, new in (
+            (torch, "vmap", functools.partial(vmap_here, torch.vmap)),
+            (torch.cuda, "current_device", lambda: DEVICE.index),
+        ):
+            self._patches.enter_context(mock.patch.object(where, name, new))
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        self._patch.stop()
+        self._patches.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")

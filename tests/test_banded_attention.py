@@ -100,6 +100,34 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sinks": torch.randn(4).double()}])
+@pytest.mark.parametrize("bands", BANDS)
+def test_a_single_query_equals_dense(bands: str, options: dict[str, Any], learning: bool) -> None:
+    """Keys that stand the same for all parts are scored once; values and gradients, with each kind of mask."""
+    torch.manual_seed(0)
+    query = [torch.randn(2, 4, 1, 8, dtype=torch.float64, requires_grad=learning) for _ in BANDS[bands]]
+    key, value = (torch.randn(2, 2, 90, 8, dtype=torch.float64, requires_grad=learning) for _ in range(2))
+    branches = [Branch(part, one, key) for part, one in zip(BANDS[bands], query, strict=True)]
+    at_key = torch.arange(90).expand(2, -1)
+    padded = torch.ones(2, 1, 1, 90, dtype=torch.bool)
+    padded[0, ..., :7] = padded[..., 83:] = False
+    heads = padded & (torch.rand(2, 4, 1, 90) < 0.8)
+    additive = torch.zeros_like(padded, dtype=torch.float64).masked_fill(~padded, torch.finfo(torch.float64).min)
+    for mask, wanted in ((None, padded | True), (padded, padded), (heads, heads), (additive, padded)):
+        with attention_kernel("plain"):
+            found = banded_attention(
+                branches, value, at_key[:, 80:81], at_key, mask=mask, aligned=False, scaling=0.3, **options
+            )
+        exact = dense(branches, value, at_key[:, 80:81], at_key, mask=wanted, scaling=0.3, **options)
+        torch.testing.assert_close(found, exact, atol=1e-12, rtol=0)  # float64, sums in another order
+        assert found.shape == (2, 1, 4, 8) and found.is_contiguous()
+        if learning:
+            ours, theirs = (torch.autograd.grad(one.square().sum(), [*query, key, value]) for one in (found, exact))
+            for one, two in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("method", [ReRoPE(window=64), SelfExtend(group=8, window=32), DualChunk(chunk=48, local=16)])
 @pytest.mark.parametrize("kernel", ["cpu", "plain"])
 @pytest.mark.parametrize("learning", [False, True])

@@ -16,14 +16,17 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
 
 from hf_posext import compare, patch_model
-from hf_posext.methods import DualChunk, Method, StringShift
+from hf_posext.methods import Method
+from hf_posext.patching import attention_step
 from hf_posext.patching.attention_kernels import attention_kernel, choose, one_pass
+from hf_posext.patching.attention_step import one_step
 from hf_posext.patching.banded_attention import Branch, banded_attention
 
 from .conftest import tiny_llama
 from .test_banded_attention import BANDS, dense
 from .test_compiled_decoding import METHODS, two
 from .test_other_device import CASES, IDS, REMAPPING, ROOT, TINY_ROPE
+from .test_triton_decoding import by_products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -81,6 +84,45 @@ def test_kernels_in_half_precision(bands: str, queries: int) -> None:
     torch.testing.assert_close(found.double().cpu(), wanted, **HALF)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "key_heads", "dim", "parts"), [(8, 2, 64, 2), (32, 8, 128, 3), (6, 6, 80, 1)])
+def test_a_step_in_one_kernel(heads: int, key_heads: int, dim: int, parts: int, dtype: torch.dtype) -> None:
+    """Against matrix products in float64, with keys of several pieces."""
+    torch.manual_seed(0)
+    like = {"device": "cuda", "dtype": dtype}
+    query = torch.randn(2, heads, 1, dim, **like)
+    key, value = (torch.randn(2, key_heads, 3000, dim, **like) for _ in range(2))
+    partners = torch.stack([torch.arange(dim, device="cuda").roll(dim // 2)] * 2)
+    phases, starts = torch.randn(2, 2, parts + 1, dim, device="cuda"), (2500, 900, 0)[3 - parts :]
+    given = [one.cpu() for one in (query, key, value, partners, phases)]
+    wanted, wanted_key = by_products(*given, starts, 2499)
+    found = one_step(query, key, value, parts)(query, key, partners, phases, starts, 1 / 7)(query, key, value, 2499)
+    eps = torch.finfo(dtype).eps  # turned states and weights are rounded to the dtype
+    torch.testing.assert_close(found.double().cpu(), wanted, atol=40 * eps, rtol=0)
+    torch.testing.assert_close(key.double().cpu(), wanted_key, atol=2e-6, rtol=eps)
+
+
+@pytest.mark.parametrize("method", REMAPPING[:5])
+def test_steps_of_a_model_in_one_kernel(method: Method) -> None:
+    """Steps with Triton against steps by matrix products, in float32; and that Triton is used."""
+    model: Any = tiny_llama(head_dim=64).cuda()
+    pieces = IDS[:, :40].cuda().split([20] + [1] * 20, 1)
+
+    @torch.no_grad()
+    def steps() -> list[torch.Tensor]:
+        cache = DynamicCache(config=model.config)
+        return [model(piece, past_key_values=cache).logits for piece in pieces]
+
+    attention_step._step_of.cache_clear()
+    with patch_model(model, method, factor=8, original_length=16):
+        found, tried = steps(), attention_step._step_of.cache_info().hits
+        with attention_kernel("plain"):
+            wanted = steps()
+    assert tried and attention_step._step_of.cache_info().hits == tried
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("method", REMAPPING)
 def test_patched_models_in_half_precision(method: Method) -> None:
     """Kernels against matrix products, in a whole model."""
@@ -112,17 +154,16 @@ def test_no_step_of_decoding_waits(
 
 @pytest.mark.parametrize("method", METHODS[:-1])
 def test_steps_as_a_cuda_graph(method: str | Method) -> None:
-    """One graph, recorded and replayed; several for methods whose attention is not proven in one."""
+    """One graph, recorded and replayed."""
     model: Any = tiny_llama().cuda()
     patch_model(model, method, factor=8, original_length=16)
     static, growing = two(model, 0)
     torch._dynamo.reset()
     counters.clear()
-    whole = not isinstance(method, (DualChunk, StringShift))
-    forward = torch.compile(model.__call__, mode="reduce-overhead", fullgraph=whole)
+    forward = torch.compile(model.__call__, mode="reduce-overhead", fullgraph=True)
     for _ in range(10):
         torch.testing.assert_close(static.read(1, forward), growing.read(1), atol=1e-4, rtol=0)  # float32
-    assert not counters["inductor"]["cudagraph_skips"] and (counters["stats"]["unique_graphs"] == 1) == whole
+    assert not counters["inductor"]["cudagraph_skips"] and counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("method", REMAPPING[:4])

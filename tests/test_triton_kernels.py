@@ -151,7 +151,7 @@ def test_a_kernel_that_is_off(fused: Any, monkeypatch: pytest.MonkeyPatch, caplo
 
 
 def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, outside of autograd and transforms, where channels lie one behind the other."""
+    """On the current GPU, outside of autograd and transforms, where channels lie one behind the other."""
     monkeypatch.setattr(attention_kernels, "_one_pass", lambda device: "kernels")
     assert attention_kernels.one_pass(torch.zeros(1, 1, 4, 8)) is None
     with PretendDevice():
@@ -163,5 +163,8 @@ def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             assert attention_kernels.one_pass(learning) == "kernels"
         asked = []
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        assert attention_kernels.one_pass(given) is None
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         torch.func.vmap(lambda each: asked.append(attention_kernels.one_pass(each)) or each)(given)
         assert asked == [None]

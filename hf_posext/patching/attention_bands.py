@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,13 +31,28 @@ def regions(part: Part, queries: int, keys: int) -> list[Region] | None:
     first = keys - queries
     if part.high is not None and part.high < keys:
         start = max(first - part.high + 1, 0)
-        return [Region(slice(0, queries), slice(start, keys), window=part.high)]
+        return [Region(slice(0, queries), slice(start, keys), window=part.high if queries > 1 else None)]
     return list(_triangle(slice(max(part.low - first, 0), queries), 0, keys - part.low))
+
+
+def starts(parts: Sequence[Part], keys: int) -> tuple[int, ...] | None:
+    """The first key that the newest token sees in each part, where each ends at the start of the one before it."""
+    found, stop = [], keys
+    for part in parts:
+        for one in regions(part, 1, keys) or [Region(slice(0, 1), slice(0, 0))]:
+            if one.columns.stop != stop:
+                return None
+            stop = one.columns.start
+        found.append(stop)
+    return tuple(found) if stop == 0 else None
 
 
 def _triangle(rows: slice, low: int, high: int) -> Iterator[Region]:
     """Keys `low` to `high - 1` for queries of which the last sees all and each one before it one less."""
     if rows.start >= rows.stop:
+        return
+    if rows.stop - rows.start == 1:
+        yield Region(rows, slice(low, high))
         return
     square = high - (rows.stop - rows.start)
     if square > low:

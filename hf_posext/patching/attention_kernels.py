@@ -125,12 +125,13 @@ def works(kernel: Kernel, query: torch.Tensor, value: torch.Tensor) -> bool:
 
 def one_pass(states: torch.Tensor) -> Any:
     """The module of kernels by which states are rotated and merged in one pass; `None` where that is left to PyTorch:
-    without Triton, on other devices, and in graphs, transforms and under autograd, which fuse and differentiate."""
+    without Triton, on other devices than the current one, where it would start them, and in graphs, transforms and
+    under autograd, which fuse and differentiate."""
     if states.device.type != "cuda" or states.stride(-1) != 1 or states.dtype not in ONE_PASS:
         return None
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    if torch.is_grad_enabled() and states.requires_grad:
+    if torch.is_grad_enabled() and states.requires_grad or states.device.index != torch.cuda.current_device():
         return None
     return _one_pass(states.device)
 

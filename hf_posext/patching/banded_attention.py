@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import dropout as drop
 from torch.utils.checkpoint import checkpoint
 
 from ..plan import Part, PositionMap
 from .attention_bands import attend_regions, regions
 from .attention_flex import attend_flex
-from .attention_fused import Edges, FusedAttention, Piece, fused_attention, grouped, grouped_sinks, has_fused_gradients
+from .attention_fused import Edges, FusedAttention, Piece, fused_attention, has_fused_gradients
 from .attention_kernels import choose, forced
+from .attention_plain import attend_pieces, attend_single
 
 SCORE_BYTES = 16 * 2**20
 """Float32 scores that are held at a time."""
@@ -144,9 +144,14 @@ def banded_attention(
             learned: torch.Tensor = FusedAttention.apply(*given, *states[0], *states[1])  # type: ignore[no-untyped-call]
             return learned
 
+    key = states[1][0]
+    if queries == 1 and all(one is key for one in states[1]):
+        seen = [belongs(part, query_positions, key_positions) for part in parts]
+        return attend_single(states[0], key, value, seen, mask, scaling, sinks, softcap, dropout)
+
     def attend(start: int, stop: int) -> torch.Tensor:
         query = [one[:, :, start:stop] for one in states[0]]
-        block = _plain(pieces(start, stop, edges), query, states[1], value, scaling, sinks, softcap, dropout)
+        block = attend_pieces(pieces(start, stop, edges), query, states[1], value, scaling, sinks, softcap, dropout)
         return block.view(batch, heads, stop - start, -1).transpose(1, 2)
 
     edges: Edges = {}
@@ -217,34 +222,3 @@ def _bias(
     else:
         bias = mask[..., slice(*columns)].to(bias.dtype).clamp(min=least)
     return torch.where(allowed, bias, least)
-
-
-def _plain(
-    pieces: list[Piece],
-    queries: list[torch.Tensor],
-    keys: list[torch.Tensor],
-    value: torch.Tensor,
-    scaling: float,
-    sinks: torch.Tensor | None,
-    softcap: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    """One softmax over the pieces of a block, in plain PyTorch, with gradients."""
-    queries = [grouped(query, value.shape[1]) for query in queries]
-    scores = []
-    for part, low, high, bias in pieces:
-        score = queries[part] @ keys[part][:, :, low:high].transpose(-1, -2)
-        score = score.to(torch.promote_types(score.dtype, torch.float32)) * scaling
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        scores.append(score if bias is None else score + bias)
-    if sinks is not None:
-        scores.append(grouped_sinks(sinks, queries[0]).to(scores[0].dtype))
-    weights = torch.cat(scores, -1).softmax(-1).to(value.dtype)
-    if dropout:
-        weights = drop(weights, dropout)
-    parts = torch.split(weights, [score.shape[-1] for score in scores], -1)  # that of the sink has no value
-    out = parts[0] @ value[:, :, pieces[0].low : pieces[0].high]
-    for weight, piece in zip(parts[1:], pieces[1:], strict=False):
-        out = out + weight @ value[:, :, piece.low : piece.high]
-    return out

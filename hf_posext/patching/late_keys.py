@@ -17,7 +17,7 @@ from ..errors import EvaluationError
 from .banded_attention import mapped
 from .late_cache import is_static
 from .late_positions import stand
-from .late_step import step_keys
+from .late_step import leaving, step_keys
 from .rotary_layout import LayerLayout, Layout, Phases
 
 if TYPE_CHECKING:
@@ -30,18 +30,24 @@ quantised one holds others: there all keys are turned at every step."""
 
 
 def turned_keys(
-    late: LateRotation, module: nn.Module, layout: LayerLayout, at: Positions, key: torch.Tensor, tokens: int
-) -> tuple[torch.Tensor, bool]:
+    late: LateRotation,
+    module: nn.Module,
+    layout: LayerLayout,
+    at: Positions,
+    key: torch.Tensor,
+    tokens: int,
+    leave: bool = False,
+) -> tuple[torch.Tensor, bool, int]:
     """The keys (batch, heads, keys, dim) that reached the attention of some new tokens, and how they stand.
 
     Returns:
-        `tuple[torch.Tensor, bool]`: the keys, and whether they are turned for the one token that there is; if not,
-        they are not turned at all.
+        `tuple[torch.Tensor, bool, int]`: the keys; whether they are turned for the one token that there is, or not at
+        all; and which one has yet to be, as it goes over the border, if that shall be left to who asks; -1 for none.
     """
     layer = _layer(late, module, key)
     if layer is not None and at.slot is not None:
         step_keys(late, layout.key, at, key, at.given.to(key.device))
-        return key, True
+        return key, True, -1
     parts, known = late.plan.parts, late.cache._posext_turned if layer is not None else {}
     before = known.pop(module.layer_idx, None)
     settle = at.regular and not key.requires_grad
@@ -51,14 +57,17 @@ def turned_keys(
         )
     if layer is None or before is None and not (settle and (tokens == 1 or is_static(late.cache))):
         late.loose.add(layout.rotary)
-        return key, False  # static ones are turned at once: in a compiled step there is no first time
+        return key, False, -1  # static ones are turned at once: in a compiled step there is no first time
     count = min(key.shape[2], at.keys.shape[1])  # of a static cache some slots are free, a sliding one drops keys
     filled = key if count == key.shape[2] else key[:, :, :count]
     positions = at.once(("held", count, key.device), lambda: at.keys[:, -count:].to(key.device))
     newest = at.once(("newest", key.device), lambda: positions[:, -1:])
-    held = count - tokens
+    held, last = count - tokens, -1
     if before is not None and before[1] == held and settle and tokens == 1:
-        step_keys(late, layout.key, at, filled, newest)
+        if leave:
+            last = leaving(late, count)
+        else:
+            step_keys(late, layout.key, at, filled, newest)
     else:
         plain, wrong = filled, None
         if before is None and tokens > 1:
@@ -74,7 +83,7 @@ def turned_keys(
         if not settle:
             filled.copy_(plain)
             late.loose.add(layout.rotary)
-            return plain, False
+            return plain, False, -1
         wanted = stand(parts, newest, positions)
         turned = layout.key.rotate(
             plain, _once(at, ("all", count), layout.key, key, lambda: late.phases(at, wanted, key))
@@ -84,7 +93,7 @@ def turned_keys(
         filled.copy_(turned)  # in place: the cache may hold a part of these keys, or must keep its memory
         key = key if tokens == 1 else plain
     known[module.layer_idx] = newest, min(count, layer.keys.shape[2])
-    return key, tokens == 1
+    return key, tokens == 1, last
 
 
 def _layer(late: LateRotation, module: nn.Module, key: torch.Tensor) -> DynamicLayer | StaticLayer | None:

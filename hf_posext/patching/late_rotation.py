@@ -25,7 +25,7 @@ from ..errors import EvaluationError, UnsupportedModelError
 from ..plan import Part, PositionMap, QueryScale
 from .banded_attention import Branch, banded_attention, mapped
 from .late_keys import turned_keys
-from .late_step import step_queries
+from .late_step import step_queries, whole_step
 from .rotary_layout import Layout, Phases
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ MASKS = {"posext-sdpa": sdpa_mask, "posext-eager": eager_mask}
 SAME = PositionMap()
 
 UNPROVEN_ON = "cuda"
-"""Where plans that turn all keys alike, as dual-chunk's, attend outside of compiled graphs: on an H200, with torch
-2.11, a compiled step of dual-chunk gave wrong logits, for a reason that has not been found. The same kernels give the
-right ones one by one, and the graphs of rerope and dynamic-ntk did on that GPU (`tests/test_gpu.py`)."""
+"""Where a text attends outside of compiled graphs, if parts are chunks: on an H100 and an H200, torch 2.11 fused the
+biases of three parts and their softmax into one kernel that was wrong, though each alone is right. Steps of decoding
+compute no such thing, and their graphs are right there (`tests/test_gpu.py`)."""
 
 HARMLESS = frozenset(
     "position_ids cache_position use_cache output_attentions output_hidden_states return_dict is_causal scaling "
@@ -55,7 +55,8 @@ def late_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.
     late: LateRotation | None = getattr(module, "_posext_late", None)
     if late is None:
         raise EvaluationError(f"{type(module).__name__} was made after the patch; undo the patch, then patch again")
-    if torch.compiler.is_compiling() and args[0].device.type == UNPROVEN_ON and _turns_alike(late):
+    text = torch.compiler.is_compiling() and args[0].shape[2] > 1
+    if text and args[0].device.type == UNPROVEN_ON and any(part.chunk > 1 for part in late.plan.parts):
         found: tuple[torch.Tensor, torch.Tensor | None] = _outside_of_graphs(late, module, *args, **kwargs)
         return found
     return _late_attention(late, module, *args, **kwargs)
@@ -106,7 +107,7 @@ def _late_attention(
             turned = False
             late.loose.add(layout.rotary)
         else:
-            key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
+            key, turned, _ = turned_keys(late, module, layout, at, key, query.shape[2])
         if not at.turned:
             query = _turns(late, layout.query, at, query, "same", (SAME,), given)[0]
         query = _scaled(query, at_query, scale)
@@ -114,12 +115,26 @@ def _late_attention(
             key = _turns(late, layout.key, at, key, "same", (SAME,), given_key)[0]
         return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
 
-    unknown = sorted(name for name in kwargs.keys() - HARMLESS if kwargs[name] is not None)
+    unknown = sorted(name for name, given in kwargs.items() if name not in HARMLESS and given is not None)
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
         )
-    key, turned = turned_keys(late, module, layout, at, key, query.shape[2])
+    # not where a sliding cache has dropped keys; chunks are bands where rows begin at position 0, windows anywhere
+    aligned = (
+        at.slot is None
+        and at_key.shape[1] == at.keys.shape[1]
+        and (at.aligned or at.regular and all(map(_slides, parts)))
+    )
+    scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    banded = (
+        aligned and attention_mask is None and not any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+    )
+    whole = at.turned and banded and not kwargs.get("dropout")
+    step = whole_step(late, layout, at, query, key, value, scaling) if whole else None
+    key, turned, last = turned_keys(late, module, layout, at, key, query.shape[2], leave=step is not None)
+    if step is not None:
+        return step(_scaled(query, at_query, scale), key, value, last), None
     (rules, which), (key_rules, which_key) = late.query_maps, late.key_maps
     if at.turned:
         queries = step_queries(late, layout.query, at, query)
@@ -130,18 +145,14 @@ def _late_attention(
     branches = [
         Branch(part, queries[i], keys[j] if keys else key) for part, i, j in zip(parts, which, which_key, strict=True)
     ]
-    scaling = kwargs.get("scaling")
     out = banded_attention(
         branches,
         value,
         at_query,
         at_key,
         mask=attention_mask,
-        # not where a sliding cache has dropped keys; chunks are bands where rows begin at position 0, windows anywhere
-        aligned=at.slot is None
-        and at_key.shape[1] == at.keys.shape[1]
-        and (at.aligned or at.regular and all(map(_slides, parts))),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        aligned=aligned,
+        scaling=scaling,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         dropout=kwargs.get("dropout") or 0.0,
@@ -153,10 +164,6 @@ def _late_attention(
 
 
 _outside_of_graphs: Any = torch.compiler.disable(_late_attention)  # type: ignore[no-untyped-call]
-
-
-def _turns_alike(late: LateRotation) -> bool:
-    return bool(late.plan.parts) and late.border == 0
 
 
 def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,15 @@ module gives it. Those of all that is left are found in the same call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .attention_bands import starts
+from .attention_step import one_step
 from .banded_attention import mapped
 from .late_positions import Positions, key_map
-from .rotary_layout import Layout, Phases
+from .rotary_layout import LayerLayout, Layout, Phases
 
 if TYPE_CHECKING:
     from .late_state import LateRotation
@@ -50,6 +52,53 @@ def _onward(late: LateRotation, at: Positions, layout: Layout, like: torch.Tenso
         return (cos[:, :, :count], sin[:, :, :count]), (cos[:, :, count:], sin[:, :, count:])
 
     return at.once(("onward", layout.kind, like.dtype, like.device), make)
+
+
+def whole_step(
+    late: LateRotation,
+    layer: LayerLayout,
+    at: Positions,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+) -> Any:
+    """What attends from a query that the model has turned to the nearest, in one kernel, which turns it on for each
+    part and turns the key that leaves the nearest; `None` where that is left to others."""
+    parts = late.plan.parts
+    step = one_step(query, key, value, len(parts))
+    if step is None:
+        return None
+
+    def make() -> Any:
+        begins = starts(parts, key.shape[2])
+        return begins and step(query, key, *_turns(late, layer, at, query), begins, scaling)
+
+    like = "whole", layer.query.kind, layer.key.kind, query.shape, key.shape, query.dtype, query.device, scaling
+    return at.once(like, make)
+
+
+def _turns(
+    late: LateRotation, layer: LayerLayout, at: Positions, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The partners (2, dim) of all channels of queries and keys, and phases (batch or 1, 2, parts + 1, dim) in float32
+    of the turns of a query for each part, and of the key at the border."""
+    like = like.new_empty(0, dtype=torch.float32)
+    onward, border = _onward(late, at, layer.query, like)[0], _onward(late, at, layer.key, like)[1]
+    sides = []
+    for side, still in enumerate((1.0, 0.0)):  # cosines, then sines
+        turns = list(onward[side].unbind(2))
+        if late.stays is not None:
+            rows, *_, dim = onward[side].shape
+            turns.insert(late.stays, onward[side].new_full((rows, 1, dim), still))
+        chosen = [turns[number] for number in late.query_maps[1]]
+        sides.append(torch.stack([*chosen, *(border[side].unbind(2) or turns[:1])], 2))
+    return torch.stack([layer.query.partners, layer.key.partners]), torch.cat(sides, 1)
+
+
+def leaving(late: LateRotation, count: int) -> int:
+    """Which of some keys the newest pushes over the border; -1 for none."""
+    return max(count - 1 - late.border, -1) if late.border else -1
 
 
 def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
