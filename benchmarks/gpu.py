@@ -1,42 +1,48 @@
-"""The same on one GPU, in bfloat16: attention with the heads of Llama-3-8B, decoding, and a whole model of 1.2 B.
+"""The same on one GPU, in bfloat16: attention with the heads of Llama-3-8B, and a whole model of 1.2 B.
 
-python benchmarks/gpu.py                       # 8k to 128k tokens; some 10 minutes and 60 GB of GPU memory
+python benchmarks/gpu.py                       # 8k to 128k tokens; some 5 minutes and 60 GB of GPU memory
 python benchmarks/gpu.py --tiny --device cpu   # the same steps in seconds, anywhere
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 from pathlib import Path
 from typing import Any
 
-import decoding
 import forwards
 import torch
 from layers import remapping
+from measure import free
 from output import RESULTS, Run, console, goal, goals_table, rows_table
 from perplexity import GPU_SWEEPS
 from perplexity import measure as measure_sweep
+
+from hf_posext.methods import Method
 
 TRAINED, WINDOW, CHUNK, GROUP = 8192, 1024, 6144, 32
 """Llama-3's trained length; the window of Self-Extend's paper; chunks of dual-chunk's paper; a group for 128k."""
 
 METHODS = ("self-extend", "rerope", "dual-chunk")
-LENGTHS, DECODED, WHOLE = (8192, 16_384, 32_768, 65_536, 131_072), (32_768, 131_072), 32_768
+LENGTHS, WHOLE = (8192, 16_384, 32_768, 65_536, 131_072), 32_768
 PREFILL = {8192: 1.35, 32_768: 1.10, 131_072: 1.05}
-DUAL_CHUNK, DECODE, PUBLISHED, MODEL, PERPLEXITY = 1.15, 1.10, 1.8, 1.06, 40.0
-"""Goals: time against SDPA with rotation, of dual-chunk at 32k and of a token with a cache; of the published code
-against ours at 32k; of the whole model patched against unpatched at 32k; GiB for the perplexity of 128k tokens."""
+DUAL_CHUNK, PUBLISHED, MODEL, PERPLEXITY = 1.15, 1.8, 1.06, 40.0
+"""Goals: time against SDPA with rotation, of dual-chunk at 32k; of the published code against ours at 32k; of the
+whole model patched against unpatched at 32k; GiB for the perplexity of 128k tokens."""
+
+
+def setting(tiny: bool) -> tuple[int, dict[str, Method]]:
+    """What lengths are divided by, and the methods, for a model that claims to be trained on `TRAINED` tokens."""
+    shrink = 64 if tiny else 1
+    every = remapping(WINDOW // shrink, CHUNK // shrink, GROUP // (8 if tiny else 1))
+    return shrink, {name: every[name] for name in METHODS}
 
 
 def measure(run: Run, tiny: bool, repeats: int, device: str) -> dict[str, Any]:
     """All parts, in order."""
     shape, model = ("tiny", "tiny") if tiny else ("llama-3-8b", "billion")
-    shrink = 64 if tiny else 1
+    shrink, chosen = setting(tiny)
     trained = TRAINED // shrink
-    every = remapping(WINDOW // shrink, CHUNK // shrink, GROUP // (8 if tiny else 1))
-    chosen = {name: every[name] for name in METHODS}
     rows: list[dict[str, Any]] = []
     for length in LENGTHS[: 3 if tiny else None]:
         sizes = (shape, length // shrink, trained, chosen, repeats, device, ("self-extend",))
@@ -45,20 +51,8 @@ def measure(run: Run, tiny: bool, repeats: int, device: str) -> dict[str, Any]:
     free(device)  # what follows runs in processes of their own
     sweeps = [sweep.tiny() if tiny else sweep for sweep in GPU_SWEEPS]
     found = [run.part(f"perplexity {n}", lambda one=one: measure_sweep(one, 1)) for n, one in enumerate(sweeps)]
-    for length in DECODED[: 1 if tiny else None]:
-        sizes = (model, length // shrink, trained, chosen, 8 * repeats, device)
-        for name, measured in (("decode", decoding.decode_rows), ("graph", decoding.graph_rows)):
-            rows += run.part(f"{name} {length}", lambda of=measured, s=sizes: of(*s))
-            free(device)
     console().print(rows_table(rows, f"On {run.content['machine']['gpu'] or 'no GPU'}"), "")
     return run.finish(goals(rows, shrink) + perplexity_goals(found))
-
-
-def free(device: str) -> None:
-    """Give memory of the GPU that is not in use to others."""
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def goals(rows: list[dict[str, Any]], shrink: int) -> list[dict[str, Any]]:
@@ -73,10 +67,6 @@ def goals(rows: list[dict[str, Any]], shrink: int) -> list[dict[str, Any]]:
     listed.append(
         goal(f"prefill / SDPA at {WHOLE:,}: dual-chunk", ratio("prefill", "dual-chunk", WHOLE), at_most=DUAL_CHUNK)
     )
-    for length in DECODED:
-        for what, said in (("graph", "decode in a graph"), ("decode", "decode step by step")):
-            for way in METHODS:
-                listed.append(goal(f"{said} / SDPA at {length:,}: {way}", ratio(what, way, length), at_most=DECODE))
     ours, theirs = (ratio("prefill", way, WHOLE) for way in ("self-extend", "self-extend, as published"))
     gained = theirs / ours if ours and theirs else None
     listed.append(goal(f"published / ours at {WHOLE:,}: self-extend", gained, at_least=PUBLISHED))

@@ -162,3 +162,10 @@ def _gpu_bytes(forget_peak: bool = False) -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     return torch.cuda.max_memory_allocated()
+
+
+def free(device: str) -> None:
+    """Give memory of a GPU that is not in use to others."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

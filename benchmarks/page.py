@@ -16,7 +16,7 @@ from output import RESULTS, figure
 HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "benchmarks.md.jinja"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
-NAMES = ("perplexity", "cpu", "scaling", "gpu")
+NAMES = ("perplexity", "cpu", "scaling", "gpu", "gpu_decoding")
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

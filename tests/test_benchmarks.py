@@ -56,7 +56,8 @@ class Results:
 
     def _more(self, name: str) -> list[str]:
         picture = ["--picture", str(self.folder / "scaling.png")]
-        return {"scaling": picture, "gpu": ["--repeats", "1", "--device", "cpu"]}.get(name, ["--repeats", "2"])
+        on_cpu = ["--repeats", "1", "--device", "cpu"]
+        return {"scaling": picture, "gpu": on_cpu, "gpu_decoding": on_cpu}.get(name, ["--repeats", "2"])
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,17 @@ def test_gpu_script_on_the_cpu(results: Results) -> None:
     assert [goal["found"] is not None for goal in found["goals"] if goal["what"].startswith("1.2 B")] == [True] * 3
 
 
+def test_gpu_decoding_on_the_cpu(results: Results) -> None:
+    """Steps of all ways are timed, and steps of the shorter length alone."""
+    found = results.of("gpu_decoding")
+    ways = ["plain", *script("gpu").METHODS]
+    assert {name: [row["way"] for row in part] for name, part in found["parts"].items()} == {
+        "graph 32768": ways,
+        "decode 32768": ways,
+    }
+    assert [goal["found"] is None for goal in found["goals"]] == [False] * 6 + [True] * 6
+
+
 def test_scaling(results: Results) -> None:
     found = results.of("scaling")
     assert [curve["way"] for curve in found["parts"].values()] == list(script("scaling").WAYS)
@@ -159,7 +171,7 @@ def test_page_is_what_the_results_give() -> None:
     assert "not measured" in page.render(FOLDER / "none")
 
 
-@pytest.mark.parametrize("name", ["perplexity", "cpu", "scaling", "gpu"])
+@pytest.mark.parametrize("name", ["perplexity", "cpu", "scaling", "gpu", "gpu_decoding"])
 def test_results_say_what_they_are(name: str, results: Results) -> None:
     """With goals in which nothing is amiss, and a page that shows them."""
     found = results.of(name)
