@@ -23,6 +23,8 @@ def one_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts:
     strides = key.stride()
     if strides != value.stride() or strides[2:] != (width, 1) or key.shape != value.shape or width > MAX_WIDTH:
         return None
+    if not query.dtype == key.dtype == value.dtype:  # under autocast, rotation leaves float32 beside bfloat16
+        return None
     if query.stride(1) != width or query.shape[0] > 1 and query.stride(0) != width * query.shape[1]:
         return None
     return _step_of(query.device, query.dtype, query.shape[1], key.shape[1], width, parts)

@@ -192,7 +192,7 @@ class Step:
             "COLUMNS": columns,
             "ROWS": rows,
             "BLOCK": block,
-            "PIECES": min(_power_of_two(splits * parts), PIECES),
+            "PIECES": PIECES,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # of float32 alone
         }
 
