@@ -193,6 +193,7 @@ def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask(query, key, key[..., :4], 2) is None and ask(query, key, key[:, :, ::2], 2) is None
         assert ask(query.repeat(1, 2, 1, 1)[:, ::2], key, key, 2) is None
         assert ask(query, key, key.half(), 2) is None and ask(query.half(), key, key, 2) is None
+        assert ask(query, key, key.clone().requires_grad_(), 2) is None
         with attention_kernel("torch"):
             assert ask(query, key, key, 2) is None
         monkeypatch.setattr(attention_step, "one_pass", lambda states: None)

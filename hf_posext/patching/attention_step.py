@@ -25,6 +25,8 @@ def one_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts:
         return None
     if not query.dtype == key.dtype == value.dtype:  # under autocast, rotation leaves float32 beside bfloat16
         return None
+    if key.requires_grad or value.requires_grad:
+        return None
     if query.stride(1) != width or query.shape[0] > 1 and query.stride(0) != width * query.shape[1]:
         return None
     return _step_of(query.device, query.dtype, query.shape[1], key.shape[1], width, parts)
