@@ -69,6 +69,7 @@ again = weights(network)
 assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 assert network.get_output_embeddings().modules_to_save["default"].weight is inputs.weight
 print("gathered")
+torch.distributed.destroy_process_group()  # or its threads may outlive what they need
 """
 
 
