@@ -7,6 +7,7 @@ python benchmarks/gpu.py --tiny --device cpu   # the same steps in seconds, anyw
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +82,23 @@ def perplexity_goals(sweeps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*listed, goal(f"GiB: {last['name']}", last["rows"]["hf_posext"]["peak_gib"], at_most=PERPLEXITY)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_on_gpu(name: str, description: str | None, measure: Callable[[Run, bool, int, str], dict[str, Any]]) -> None:
+    """The command line of a script that measures on a GPU, or, to try its steps, anywhere."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON; results/gpu.json if not given")
+    parser.add_argument("--output", type=Path, help=f"JSON; results/{name}.json if not given")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; to try the steps: --tiny --device cpu")
-    path = args.output or (None if args.tiny else RESULTS / "gpu.json")
-    run = Run("gpu", {"repeats": args.repeats, "tiny": args.tiny, "device": args.device}, path)
+    path = args.output or (None if args.tiny else RESULTS / f"{name}.json")
+    run = Run(name, {"repeats": args.repeats, "tiny": args.tiny, "device": args.device}, path)
     console().print(goals_table(measure(run, args.tiny, args.repeats, args.device)["goals"]))
+
+
+def main() -> None:
+    run_on_gpu("gpu", __doc__, measure)
 
 
 if __name__ == "__main__":

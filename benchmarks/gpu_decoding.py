@@ -6,15 +6,12 @@ python benchmarks/gpu_decoding.py --tiny --device cpu   # the same steps in seco
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import decoding
-import torch
-from gpu import METHODS, TRAINED, setting
+from gpu import METHODS, TRAINED, run_on_gpu, setting
 from measure import free, ratio
-from output import RESULTS, Run, console, goal, goals_table, rows_table
+from output import Run, console, goal, rows_table
 
 LENGTHS = (32_768, 131_072)
 AT_MOST = 1.10
@@ -58,17 +55,7 @@ def goals(rows: list[dict[str, Any]], shrink: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON; results/gpu_decoding.json if not given")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here; to try the steps: --tiny --device cpu")
-    path = args.output or (None if args.tiny else RESULTS / "gpu_decoding.json")
-    run = Run("gpu_decoding", {"repeats": args.repeats, "tiny": args.tiny, "device": args.device}, path)
-    console().print(goals_table(measure(run, args.tiny, args.repeats, args.device)["goals"]))
+    run_on_gpu("gpu_decoding", __doc__, measure)
 
 
 if __name__ == "__main__":

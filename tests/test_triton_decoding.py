@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 from transformers import DynamicCache
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.language import standard
 
 from hf_posext import patch_model
@@ -25,6 +22,7 @@ from hf_posext.patching.attention_kernels import attention_kernel
 
 from .conftest import tiny_llama, tokens
 from .pretend_device import PretendDevice
+from .test_triton_kernels import compiled_for
 
 NAME = "hf_posext.patching.triton_decoding"
 
@@ -150,15 +148,7 @@ def test_it_compiles(dtype: str, generation: int, monkeypatch: pytest.MonkeyPatc
     sizes["PIECES"] = kernels.PIECES
     kinds = dict.fromkeys(("out", "query", "key", "value"), f"*{dtype}") | dict.fromkeys(sizes, "constexpr")
     kinds |= {"pieces": "*fp32", "phases": "*fp32", "partners": "*i64", "finished": "*i32", "scaling": "fp32"}
-    grown = (*kernels.COUNTS, *sizes, "scaling")
-    known = [number for number, given in enumerate(kernel.arg_names) if given not in grown]
-    source = ASTSource(
-        fn=kernel,
-        signature={given: kinds.get(given, "i32") for given in kernel.arg_names},
-        constexprs=sizes,
-        attrs={(number,): [["tt.divisibility", 16]] for number in known},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32))
+    compiled = compiled_for(generation, kernel, kinds, sizes, [*kernels.COUNTS, "scaling"])
     assert compiled.asm["cubin"] and compiled.metadata.shared < 100 * 2**10, "what a small GPU has"
     assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
 

@@ -104,6 +104,18 @@ def test_merge(fused: ModuleType, dtype: torch.dtype) -> None:
     torch.testing.assert_close(merged.total, total, atol=0, rtol=1e-6)
 
 
+def compiled_for(generation: int, kernel: Any, kinds: dict[str, str], sizes: dict[str, Any], odd: list[str]) -> Any:
+    """A kernel as such a GPU would get it: all that it is given are multiples of 16, but for sizes and what is odd."""
+    even = [number for number, given in enumerate(kernel.arg_names) if given not in (*odd, *sizes)]
+    source = ASTSource(
+        fn=kernel,
+        signature={given: kinds.get(given, "i32") for given in kernel.arg_names},
+        constexprs=sizes,
+        attrs={(number,): [["tt.divisibility", 16]] for number in even},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", generation, 32))
+
+
 @pytest.mark.parametrize("generation", [80, 90])
 @pytest.mark.parametrize(("name", "wide"), [("_rotate", 4), ("_merge", 2)])
 def test_kernels_compile(name: str, wide: int, generation: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,14 +128,7 @@ def test_kernels_compile(name: str, wide: int, generation: int, monkeypatch: pyt
     of_sums = {"held_sum": "*fp32", "out_sum": "*fp32"}
     states = dict.fromkeys(("out", "states", "cos", "sin", "held"), "*bf16")
     kinds = of_sums | states | dict.fromkeys(sizes, "constexpr")
-    aligned = [number for number, given in enumerate(kernel.arg_names) if given != "heads" and given not in sizes]
-    source = ASTSource(
-        fn=kernel,
-        signature={given: kinds.get(given, "i32") for given in kernel.arg_names},
-        constexprs=sizes,
-        attrs={(number,): [["tt.divisibility", 16]] for number in aligned},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32))
+    compiled = compiled_for(generation, kernel, kinds, sizes, ["heads"])
     assert compiled.asm["cubin"] and compiled.asm["ptx"].count("ld.global.v4.b32") >= wide
 
 

@@ -72,13 +72,13 @@ def whole_step(
 
     def make() -> Any:
         begins = starts(parts, key.shape[2])
-        return begins and step(query, key, *_turns(late, layer, at, query), begins, scaling)
+        return begins and step(query, key, *_turns_of_parts(late, layer, at, query), begins, scaling)
 
     like = "whole", layer.query.kind, layer.key.kind, query.shape, key.shape, query.dtype, query.device, scaling
     return at.once(like, make)
 
 
-def _turns(
+def _turns_of_parts(
     late: LateRotation, layer: LayerLayout, at: Positions, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The partners (2, dim) of all channels of queries and keys, and phases (batch or 1, 2, parts + 1, dim) in float32
@@ -108,8 +108,8 @@ def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tens
     Positions are regular, so that the same columns of all rows are turned. In a compiled step these are a tensor, and
     whether a key has come to the border yet must not be asked.
     """
-    last, far = key.shape[2] - 1, late.border or 0
-    moves = far > 0 and (at.slot is not None or far <= last)
+    last, far, gone = key.shape[2] - 1, late.border or 0, leaving(late, key.shape[2])
+    moves = gone >= 0 or (at.slot is not None and far > 0)
     if at.turned and not moves:
         return
 
@@ -130,7 +130,7 @@ def step_keys(late: LateRotation, layout: Layout, at: Positions, key: torch.Tens
 
     turn = at.once(("step", layout.kind, last, key.dtype, key.device), phases)
     if at.slot is None:
-        columns = key[:, :, last - far :: far] if moves else key[:, :, last:]
+        columns = key[:, :, gone::far] if moves else key[:, :, last:]
         layout.rotate_(columns[:, :, :1] if at.turned else columns, turn)
         return
     slots = [(at.slot - far).clamp(min=0)] * moves + [at.slot] * (not at.turned)
