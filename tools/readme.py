@@ -1,4 +1,4 @@
-"""Write `README.md` and `docs/results.md` from their templates, the registry of methods, and the committed results.
+"""Write `README.md` and generated pages of `docs/` from templates, the registry of methods and committed results.
 
 python tools/readme.py --collect   # first take result files and picture from the last `make demo`
 python tools/readme.py             # write both
@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -37,8 +38,16 @@ from hf_posext.reporting.tables import (
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = {README: "README.md.jinja", ROOT / "docs" / "results.md": "results.md.jinja"}
-"""What is written, and its template in `tools/`."""
+DOCS = ROOT / "docs"
+PAGES = {
+    README: "README.md.jinja",
+    DOCS / "results.md": "results.md.jinja",
+    DOCS / "methods.md": "methods.md.jinja",
+    DOCS / "protocols.md": "protocols.md.jinja",
+}
+"""Generated pages and their templates in `tools/`."""
+FIRST_METHODS = "linear yarn dynamic-yarn longrope rerope self-extend dual-chunk alibi-linear table-linear".split()
+"""Methods that README names; `docs/methods.md` has them all."""
 DEMO = ROOT / "reports" / "demo"
 RESULTS = ROOT / "results" / "demo"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
@@ -55,10 +64,16 @@ def collect() -> None:
     shutil.copy(DEMO / "perplexity.png", PICTURE)
 
 
-def methods_table() -> str:
-    """Every registered method: name, what it extends, what it is, and its paper."""
+def methods_table(names: Sequence[str] | None = None) -> str:
+    """Table of methods: name, scheme, summary and paper.
+
+    Args:
+        names (`Sequence[str]`, *optional*): methods to list; every registered one by default.
+    """
     lines = ["| method | extends | what it does | paper |", "|---|---|---|---|"]
     for method in list_methods():
+        if names is not None and method.name not in names:
+            continue
         extends = "any" if method.name == "none" else ", ".join(method.kinds)
         paper = f"[{method.title}]({method.url})" if method.url else method.title
         lines.append(f"| `{method.name}` | {extends} | {method.summary} | {paper} |")
@@ -131,6 +146,8 @@ def render(page: Path = README) -> str:
             [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECOMMEND.glob("*.json"))]
         ),
         methods_table=methods_table(),
+        methods_short=methods_table(FIRST_METHODS),
+        methods_count=len(list_methods()),
         confidence=f"{100 * CONFIDENCE:g}",
         resamples=f"{RESAMPLES:,}",
         alpha=f"{Criterion().alpha:g}",
