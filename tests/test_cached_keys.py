@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-import hf_posext.patching.late_keys as late_keys
-import hf_posext.patching.late_state as late_state
+import hf_posext.patching.remap.rotated_keys as rotated_keys
+import hf_posext.patching.remap.state as state_module
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, Sinks, StringShift, YaRN
-from hf_posext.patching.rotary_layout import Layout
+from hf_posext.patching.remap.layout import Layout
 
 from .conftest import logits, tiny_llama, tokens
 from .zoo import build
@@ -111,13 +111,13 @@ def test_a_position_that_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> Non
     model = patched("rerope")
     cache = DynamicCache(config=model.config)
     steps(model, cache, [0, 20, 21])
-    monkeypatch.setattr(late_keys, "step_keys", None)  # what must not be called
+    monkeypatch.setattr(rotated_keys, "step_keys", None)  # what must not be called
     gap = {"position_ids": torch.tensor([[30]]), "attention_mask": torch.ones(1, 22).long()}
     found = logits(model, IDS[:, 21:22], past_key_values=copy.deepcopy(cache), **gap)
     where = torch.cat([torch.arange(21), torch.tensor([30])])[None]
     whole = logits(model, IDS[:, :22], position_ids=where, attention_mask=gap["attention_mask"], use_cache=False)
     torch.testing.assert_close(found, whole[:, -1:], **CLOSE)
-    monkeypatch.setattr(late_state, "seen_for_free", lambda tensor: False)
+    monkeypatch.setattr(state_module, "seen_for_free", lambda tensor: False)
     with pytest.raises(RuntimeError, match="must follow those in the cache"):
         logits(model, IDS[:, 21:22], past_key_values=cache, **gap)
 
@@ -164,7 +164,7 @@ class Scalars(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_decoding_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(late_state, "seen_for_free", lambda tensor: False)
+    monkeypatch.setattr(state_module, "seen_for_free", lambda tensor: False)
     model = patched(name)
     cache = DynamicCache(config=model.config)
     steps(model, cache, [0, 20])

@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import DualChunk, DynamicNTK, LeakyReRoPE, Method, ReRoPE, SelfExtend, StringShift
-from hf_posext.patching import late_rotation
+from hf_posext.patching.remap import attention as attention_module
 
 from .conftest import tiny_llama, tokens
 from .zoo import build
@@ -158,7 +158,7 @@ def test_another_model_cannot_read_the_cache_in_a_graph() -> None:
 
 def test_a_text_outside_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where chunks are not known to be right inside, a graph breaks at them; one that must not break is refused."""
-    monkeypatch.setattr(late_rotation, "UNPROVEN_ON", "cpu")
+    monkeypatch.setattr(attention_module, "UNPROVEN_ON", "cpu")
     model, ids = tiny_llama(), tokens(30)
     patch_model(model, METHODS[3], factor=8, original_length=16)
     with torch.no_grad():

@@ -17,8 +17,9 @@ from triton.language import standard
 
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, StringShift
-from hf_posext.patching import attention_step, late_step
+from hf_posext.patching import attention_step
 from hf_posext.patching.attention_kernels import attention_kernel
+from hf_posext.patching.remap import decoding_step
 
 from .conftest import tiny_llama, tokens
 from .pretend_device import PretendDevice
@@ -125,7 +126,7 @@ def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, met
 
     with patch_model(model, method, factor=8, original_length=16):
         wanted, cache = steps()
-        monkeypatch.setattr(late_step, "one_step", lambda *given: interpreted.Step)
+        monkeypatch.setattr(decoding_step, "one_step", lambda *given: interpreted.Step)
         found, other = steps()
     for one, two in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0)  # float32, sums in another order

@@ -16,10 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import hf_posext.patching.attention_bands as attention_bands
-import hf_posext.patching.rotary_layout as rotary_layout
+import hf_posext.patching.remap.layout as layout_module
 from hf_posext.patching import attention_kernels
-from hf_posext.patching.rotary_layout import Layout
-from hf_posext.patching.rotary_layout import _swaps as swaps
+from hf_posext.patching.remap.layout import Layout
+from hf_posext.patching.remap.layout import _swaps as swaps
 
 from .pretend_device import PretendDevice
 
@@ -32,7 +32,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     found = importlib.import_module(NAME)
-    for module in (attention_bands, rotary_layout):
+    for module in (attention_bands, layout_module):
         monkeypatch.setattr(module, "one_pass", lambda states: found)
     return found
 

@@ -9,10 +9,10 @@ import torch
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
 
-import hf_posext.patching.unturned as module
+import hf_posext.patching.remap.identity_phases as module
 from hf_posext import patch_model
 from hf_posext.methods import ReRoPE
-from hf_posext.patching.unturned import Ones, Unturned, Zeros, unturned
+from hf_posext.patching.remap.identity_phases import Ones, Unturned, Zeros, unturned
 
 from .conftest import tokens
 from .zoo import build

@@ -19,10 +19,10 @@ from .checkpoint import refuse_adapter, save_patched
 from .detect import detect_scheme, unwrap
 from .frequencies import apply_frequencies
 from .journal import Journal
-from .late_setup import apply_late_rotation
 from .learned_table import apply_table, follow_tables, replaced_tables, tables_of
 from .limits import raise_limits
 from .relative_bias import apply_buckets
+from .remap.probe import apply_late_rotation
 from .sinusoidal import apply_sinusoids
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from transformers.masking_utils import sdpa_mask
 from ..errors import InvalidParameterError, UnsupportedModelError
 from .detect import text_config
 from .journal import Journal
-from .late_rotation import HARMLESS
 from .modes import evaluation_mode
+from .remap.attention import HARMLESS
 
 _in_use: Counter[str] = Counter()
 """How many models run under each name; the last one to end takes the name out of transformers' registries."""

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..plan import Part, PositionMap
-from .banded_attention import belongs, mapped
+from ...plan import Part, PositionMap
+from ..banded_attention import belongs, mapped
 
 T = TypeVar("T")
 

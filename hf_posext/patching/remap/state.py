@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import EvaluationError
-from ..plan import ExtensionPlan, PositionMap
-from .detect import RotarySite, text_config
-from .late_cache import close_cache, close_slot, find_cache, open_cache, open_slot, seen_for_free
-from .late_positions import Positions, border, key_map
-from .late_rotation import MASKS, lease
-from .late_step import step_positions
-from .mixin import Mixin
-from .rotary_layout import Captured, LayerLayout, Quarters
-from .unturned import unturned, worth_it
+from ...errors import EvaluationError
+from ...plan import ExtensionPlan, PositionMap
+from ..detect import RotarySite, text_config
+from ..mixin import Mixin
+from .attention import MASKS, lease
+from .cache import close_cache, close_slot, find_cache, open_cache, open_slot, seen_for_free
+from .decoding_step import step_positions
+from .identity_phases import unturned, worth_it
+from .layout import Captured, LayerLayout, Quarters
+from .positions import Positions, border, key_map
 
 
 class LateRotation:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import StaticLayer
 
-from ..errors import EvaluationError
-from ..plan import ExtensionPlan
-from .mixin import Carried, mix
+from ...errors import EvaluationError
+from ...plan import ExtensionPlan
+from ..mixin import Carried, mix
 
 
 class PatchedCache(Carried):

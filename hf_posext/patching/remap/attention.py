@@ -3,7 +3,7 @@
 Rotary modules return the identity (cosine 1, sine 0); a function in transformers' `AttentionInterface` rotates with
 the positions that the plan wants for each pair, then attends. No model's forward is copied. In a step of decoding
 whose cached keys stand turned, the model turns for the nearest pairs, and the function only what differs
-(`late_step.py`). Where an indexer selects keys by their rotated states (DeepSeek's sparse attention), the model
+(`decoding_step.py`). Where an indexer selects keys by their rotated states (DeepSeek's sparse attention), the model
 rotates as ever and the function turns by the difference.
 """
 
@@ -21,16 +21,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from ..errors import EvaluationError, UnsupportedModelError
-from ..plan import Part, PositionMap, QueryScale
-from .banded_attention import Branch, banded_attention, mapped
-from .late_keys import turned_keys
-from .late_step import step_queries, whole_step
-from .rotary_layout import Layout, Phases
+from ...errors import EvaluationError, UnsupportedModelError
+from ...plan import Part, PositionMap, QueryScale
+from ..banded_attention import Branch, banded_attention, mapped
+from .decoding_step import step_queries, whole_step
+from .layout import Layout, Phases
+from .rotated_keys import turned_keys
 
 if TYPE_CHECKING:
-    from .late_positions import Positions
-    from .late_state import LateRotation
+    from .positions import Positions
+    from .state import LateRotation
 
 MASKS = {"posext-sdpa": sdpa_mask, "posext-eager": eager_mask}
 """Names under which the attention function is registered, by the masks that the model shall build for it."""

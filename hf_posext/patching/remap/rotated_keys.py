@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from ..errors import EvaluationError
-from .banded_attention import mapped
-from .late_cache import is_static
-from .late_positions import stand
-from .late_step import leaving, step_keys
-from .rotary_layout import LayerLayout, Layout, Phases
+from ...errors import EvaluationError
+from ..banded_attention import mapped
+from .cache import is_static
+from .decoding_step import leaving, step_keys
+from .layout import LayerLayout, Layout, Phases
+from .positions import stand
 
 if TYPE_CHECKING:
-    from .late_positions import Positions
-    from .late_state import LateRotation
+    from .positions import Positions
+    from .state import LateRotation
 
 HOLDERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
 """Layers of a cache that hold keys as they came, one behind the other. A static one that slides rolls them, and a

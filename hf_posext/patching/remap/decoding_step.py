@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .attention_bands import starts
-from .attention_step import one_step
-from .banded_attention import mapped
-from .late_positions import Positions, key_map
-from .rotary_layout import LayerLayout, Layout, Phases
+from ..attention_bands import starts
+from ..attention_step import one_step
+from ..banded_attention import mapped
+from .layout import LayerLayout, Layout, Phases
+from .positions import Positions, key_map
 
 if TYPE_CHECKING:
-    from .late_state import LateRotation
+    from .state import LateRotation
 
 
 def step_positions(late: LateRotation, at: Positions) -> torch.Tensor:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
-from ..plan import ExtensionPlan, Part, PositionMap
-from .detect import RotarySite, rotary_sites, text_config
-from .journal import Journal
-from .late_state import LateRotation, RotatesLate, own_phases
-from .mixin import mix
-from .modes import evaluation_mode
-from .rotary_layout import Captured, Quarters, UnknownLayout, measure
+from ...errors import UnsupportedModelError
+from ...plan import ExtensionPlan, Part, PositionMap
+from ..detect import RotarySite, rotary_sites, text_config
+from ..journal import Journal
+from ..mixin import mix
+from ..modes import evaluation_mode
+from .layout import Captured, Quarters, UnknownLayout, measure
+from .state import LateRotation, RotatesLate, own_phases
 
 CHECK_TOKENS = 24
 
