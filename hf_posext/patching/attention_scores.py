@@ -20,6 +20,7 @@ from ..errors import UnsupportedModelError
 from .detect import text_config
 from .journal import Journal
 from .modes import evaluation_mode
+from .signatures import cache_of, with_cache
 
 _SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax)
 
@@ -68,8 +69,8 @@ def last_query_scores(
             watch = _Watch()
             watch.queries = chunk
             with watch:
-                out = trunk(input_ids[None, begin : begin + chunk], past_key_values=cache, use_cache=True)
-            cache = getattr(out, "past_key_values", None)
+                out = trunk(input_ids[None, begin : begin + chunk], use_cache=True, **with_cache(trunk.forward, cache))
+            cache = cache_of(out)
             if cache is None or not watch.seen:
                 what = "keeps no cache of keys" if cache is None else "hands no attention scores to a softmax"
                 raise UnsupportedModelError(f"{type(model).__name__} {what}, so its attention cannot be watched")

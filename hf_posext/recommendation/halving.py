@@ -13,6 +13,7 @@ from ..diagnosis.loss_curve import require_skill
 from ..errors import EvaluationError
 from ..evaluation.scoring.scorer import model_name
 from ..methods import NoExtension
+from ..patching.signatures import cache_of
 from .candidates import Candidates
 from .recommendation import AS_IT_IS, EXTEND, TRUNCATE, Recommendation, title
 from .schedule import schedule
@@ -182,7 +183,7 @@ def _ends(ratio: Ratio) -> tuple[float, float] | None:
 def cache_bytes_per_token(model: Any) -> float | None:
     """Of keys and values in all layers; nothing where the model keeps no such cache."""
     ids = torch.zeros(1, PROBE, dtype=torch.long, device=model.device)
-    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    cache = cache_of(model(input_ids=ids, use_cache=True))
     tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", []) for name in ("keys", "values")]
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor)]
     return sum(sizes) / PROBE if sizes else None

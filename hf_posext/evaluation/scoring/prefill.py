@@ -7,7 +7,6 @@ products of other shapes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,14 +16,12 @@ from transformers import DynamicCache
 from ...errors import InvalidParameterError, OutOfMemoryError, UnsupportedModelError
 from ...patching.detect import detect_scheme
 from ...patching.patch import find_patch
+from ...patching.signatures import cache_argument, cache_of, with_cache
 from ...plan import ExtensionPlan
 from ...scheme import PositionalScheme
 from .boundaries import Boundaries, boundaries_of
 from .heads import PROBE_LENGTH, PROBE_SLICE, FullHead, Head, Read, deviation
 from .room import halved
-
-CACHES = ("past_key_values", "cache_params")
-"""What models of transformers call the cache that they take and give back."""
 
 NO_CACHE = "it has no cache that goes from one forward to the next"
 
@@ -38,12 +35,6 @@ class Chunk(NamedTuple):
     begin: int
     end: int
     read: Read
-
-
-def cache_argument(model: Any) -> str | None:
-    """What a model calls its cache; `None` where it has none that goes from one forward to the next."""
-    accepted = inspect.signature(type(model).forward).parameters
-    return next((name for name in CACHES if name in accepted), None)
 
 
 def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[int, int]]:
@@ -85,7 +76,7 @@ class Prefill:
         self.asked = chunk is not None
         self.offload_cache = offload_cache
         self._checked: tuple[Any, Boundaries, str | None] | None = None  # with which patch, and what was found
-        if chunk is not None and cache_argument(model) is None:
+        if chunk is not None and cache_argument(type(model).forward) is None:
             raise UnsupportedModelError(self._refusal(NO_CACHE))
         if offload_cache and model.device.type != "cuda":
             raise InvalidParameterError(
@@ -133,13 +124,12 @@ class Prefill:
         )
 
     def _read(self, head: Head, input_ids: torch.Tensor, bounds: list[tuple[int, int]]) -> Iterator[Chunk]:
-        name = cache_argument(self.model)
+        forward = type(self.model).forward
         cache = DynamicCache(config=self.model.config, offloading=True) if self.offload_cache else None
         for begin, end in bounds:
-            past = {} if cache is None or name is None else {name: cache}
-            read = head.read(input_ids[:, begin:end], use_cache=True, **past)
+            read = head.read(input_ids[:, begin:end], use_cache=True, **with_cache(forward, cache))
             yield Chunk(begin, end, read)
-            cache = read.output.get(name)
+            cache = cache_of(read.output)
             if self.offload_cache:
                 torch.cuda.synchronize()  # transformers 5.10 fetches keys without waiting until they are put away
 
@@ -155,7 +145,7 @@ class Prefill:
 
     def _probe(self, input_ids: torch.Tensor, boundaries: Boundaries) -> str | None:
         """Why chunks do not give the logits of the whole; `None` where they do."""
-        if cache_argument(self.model) is None:
+        if cache_argument(type(self.model).forward) is None:
             return NO_CACHE
         head = FullHead(self.model)
         full = head.read(input_ids, use_cache=False).output.logits
