@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from hf_posext import patch_model
 from hf_posext.methods import Method
+from hf_posext.patching.signatures import with_cache
 
 FREE = 256
 """Slots of a static cache for the tokens that are timed."""
@@ -100,12 +101,12 @@ def patched(
 def reader(model: LlamaForCausalLM, forward: Any, ids: torch.Tensor, cache: Any) -> Step:
     """Reads the text into the cache, then a token at each call."""
     with torch.no_grad():
-        model(ids, past_key_values=cache, logits_to_keep=1)
-    token = ids[:, :1].clone()
+        model(ids, logits_to_keep=1, **with_cache(model.forward, cache))
+    token, given = ids[:, :1].clone(), with_cache(model.forward, cache)
 
     @torch.no_grad()
     def run() -> torch.Tensor:
-        logits: torch.Tensor = forward(input_ids=token, past_key_values=cache).logits
+        logits: torch.Tensor = forward(input_ids=token, **given).logits
         return logits
 
     return run

@@ -27,6 +27,8 @@ from transformers import (
     XGLMForCausalLM,
 )
 
+from hf_posext.patching.signatures import with_cache
+
 torch.set_num_threads(1)
 
 CACHE = tempfile.TemporaryDirectory(prefix="hf_posext-tests-")
@@ -143,5 +145,5 @@ def realigned(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-    return model(**arguments(model, ids), **kwargs).logits
+def logits(model: PreTrainedModel, ids: torch.Tensor, cache: object = None, **kwargs: object) -> torch.Tensor:
+    return model(**arguments(model, ids), **with_cache(model.forward, cache), **kwargs).logits

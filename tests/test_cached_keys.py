@@ -44,7 +44,7 @@ def patched(name: str) -> LlamaForCausalLM:
 def steps(model: LlamaForCausalLM, cache: DynamicCache, bounds: list[int], ids: torch.Tensor = IDS) -> torch.Tensor:
     """Logits of the pieces between the bounds."""
     pairs = zip(bounds, bounds[1:], strict=False)
-    return torch.cat([logits(model, ids[:, start:stop], past_key_values=cache) for start, stop in pairs], 1)
+    return torch.cat([logits(model, ids[:, start:stop], cache=cache) for start, stop in pairs], 1)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -100,7 +100,7 @@ def test_padded_rows_equal_rows_alone(name: str) -> None:
     bounds = [0, 36, 37, 38, 42, 43, 44, 45, 46, 47, 48]
     for start, stop in zip(bounds, bounds[1:], strict=False):
         inputs: dict[str, Any] = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        found.append(logits(model, ids[:, start:stop], past_key_values=cache, **inputs))
+        found.append(logits(model, ids[:, start:stop], cache=cache, **inputs))
     both = torch.cat(found, 1)
     torch.testing.assert_close(both[1:], logits(model, IDS, use_cache=False), **CLOSE)
     torch.testing.assert_close(both[:1, 9:], logits(model, short, use_cache=False), **CLOSE)
@@ -113,13 +113,13 @@ def test_a_position_that_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> Non
     steps(model, cache, [0, 20, 21])
     monkeypatch.setattr(rotated_keys, "step_keys", None)  # what must not be called
     gap = {"position_ids": torch.tensor([[30]]), "attention_mask": torch.ones(1, 22).long()}
-    found = logits(model, IDS[:, 21:22], past_key_values=copy.deepcopy(cache), **gap)
+    found = logits(model, IDS[:, 21:22], cache=copy.deepcopy(cache), **gap)
     where = torch.cat([torch.arange(21), torch.tensor([30])])[None]
     whole = logits(model, IDS[:, :22], position_ids=where, attention_mask=gap["attention_mask"], use_cache=False)
     torch.testing.assert_close(found, whole[:, -1:], **CLOSE)
     monkeypatch.setattr(state_module, "seen_for_free", lambda tensor: False)
     with pytest.raises(RuntimeError, match="must follow those in the cache"):
-        logits(model, IDS[:, 21:22], past_key_values=cache, **gap)
+        logits(model, IDS[:, 21:22], cache=cache, **gap)
 
 
 class Waits(TorchFunctionMode):
@@ -198,7 +198,7 @@ def test_a_layer_that_lost_its_turned_keys_is_refused() -> None:
 
     cache.layers[0].__class__ = Other
     with pytest.raises(EvaluationError, match="start with an empty one"):
-        logits(model, IDS[:, 21:22], past_key_values=cache)
+        logits(model, IDS[:, 21:22], cache=cache)
 
 
 def test_a_set_whose_keys_stay_as_they_are_is_turned_in_attention() -> None:

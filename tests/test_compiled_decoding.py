@@ -13,6 +13,7 @@ from hf_posext import patch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import DualChunk, DynamicNTK, LeakyReRoPE, Method, ReRoPE, SelfExtend, StringShift
 from hf_posext.patching.remap import attention as attention_module
+from hf_posext.patching.signatures import with_cache
 
 from .conftest import tiny_llama, tokens
 from .zoo import build
@@ -47,9 +48,9 @@ class Reader:
         known = SLOTS if isinstance(self.cache, StaticCache) else self.count  # free slots are masked as later ones are
         logits: torch.Tensor = (forward or self.model)(
             input_ids=self.ids[:, given],
-            past_key_values=self.cache,
             position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, given],
             attention_mask=self.mask[:, :known] if self.padding else None,
+            **with_cache(self.model.forward, self.cache),
         ).logits[:, -1]
         return logits
 
@@ -144,7 +145,11 @@ def test_a_token_that_does_not_follow() -> None:
     forward, _ = one_graph(model)
     static.read(1, forward)
     with pytest.raises(RuntimeError, match="must follow"), torch.no_grad():
-        forward(input_ids=static.ids[:, :1], past_key_values=static.cache, position_ids=torch.tensor([[40]]))
+        forward(
+            input_ids=static.ids[:, :1],
+            position_ids=torch.tensor([[40]]),
+            **with_cache(model.forward, static.cache),
+        )
 
 
 def test_another_model_cannot_read_the_cache_in_a_graph() -> None:

@@ -21,6 +21,7 @@ from hf_posext.patching import attention_step
 from hf_posext.patching.attention_kernels import attention_kernel, choose, one_pass
 from hf_posext.patching.attention_step import one_step
 from hf_posext.patching.banded_attention import Branch, banded_attention
+from hf_posext.patching.signatures import with_cache
 
 from .conftest import tiny_llama
 from .test_banded_attention import BANDS, dense
@@ -51,7 +52,10 @@ def readings(model: PreTrainedModel, method: str | Method) -> list[torch.Tensor]
     with torch.no_grad():
         with patch_model(model, method, factor=8, original_length=16):
             found = [model(ids).logits, model(ids, attention_mask=mask).logits[:, 5:]]
-            found += [model(piece, past_key_values=cache).logits for piece in ids[:, :34].split([30, 1, 1, 1, 1], 1)]
+            found += [
+                model(piece, **with_cache(model.forward, cache)).logits
+                for piece in ids[:, :34].split([30, 1, 1, 1, 1], 1)
+            ]
         found.append(model(ids).logits)
     return [one.cpu() for one in found]
 
@@ -111,7 +115,7 @@ def test_steps_of_a_model_in_one_kernel(method: Method) -> None:
     @torch.no_grad()
     def steps() -> list[torch.Tensor]:
         cache = DynamicCache(config=model.config)
-        return [model(piece, past_key_values=cache).logits for piece in pieces]
+        return [model(piece, **with_cache(model.forward, cache)).logits for piece in pieces]
 
     attention_step._step_of.cache_clear()
     with patch_model(model, method, factor=8, original_length=16):
@@ -145,11 +149,11 @@ def test_no_step_of_decoding_waits(
     cache = StaticCache(config=model.config, max_cache_len=48) if static else DynamicCache(config=model.config)
     prompt, *steps = IDS[:, :36].cuda().split([30, 1, 1, 1, 1, 1, 1], 1)
     with patch_model(model, method, factor=8, original_length=16), torch.no_grad():
-        model(prompt, past_key_values=cache)
-        model(steps[0], past_key_values=cache)  # kernels are tried at the first
+        model(prompt, **with_cache(model.forward, cache))
+        model(steps[0], **with_cache(model.forward, cache))  # kernels are tried at the first
         for step in steps[1:]:
             with no_waiting():
-                model(step, past_key_values=cache)
+                model(step, **with_cache(model.forward, cache))
 
 
 @pytest.mark.parametrize("method", METHODS[:-1])

@@ -74,7 +74,7 @@ def test_sparse_attention_selects_as_the_model_does(kind: str) -> None:
 
     def steps() -> torch.Tensor:
         cache = DynamicCache(config=model.config)
-        return torch.cat([logits(model, piece, past_key_values=cache) for piece in ids.split([30, *[1] * 30], 1)], 1)
+        return torch.cat([logits(model, piece, cache=cache) for piece in ids.split([30, *[1] * 30], 1)], 1)
 
     before, decoded = logits(model, ids), steps()
     assert (logits(build(kind), ids) - before).abs().max() > 0.1, "the selection shows"

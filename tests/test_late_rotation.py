@@ -20,6 +20,7 @@ import hf_posext.patching.banded_attention as banded
 from hf_posext import patch_model, unpatch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import DualChunk, DynamicNTK, LogN, Method, ReRoPE, SelfExtend
+from hf_posext.patching.signatures import cache_of, with_cache
 
 from .conftest import TRAINED, logits, tiny_llama, tokens
 from .zoo import build
@@ -99,9 +100,7 @@ def test_pieces_of_a_prompt_without_padding(kind: str, static: bool) -> None:
     for method in ACTIVE.values():
         with patch_model(model, method, factor=8, original_length=16):
             cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
-            steps = [
-                logits(model, piece, past_key_values=cache) for piece in ids.split([21, 19, 12, 1, 1, 4, 1, 1], 1)
-            ]
+            steps = [logits(model, piece, cache=cache) for piece in ids.split([21, 19, 12, 1, 1, 4, 1, 1], 1)]
             torch.testing.assert_close(torch.cat(steps, 1), logits(model, ids, use_cache=False), atol=1e-4, rtol=0)
 
 
@@ -120,7 +119,7 @@ def test_quantised_cache(beams: int) -> None:
     model = tiny_llama()
     patch_model(model, ReRoPE(window=8), factor=8)
     cache = Cache(layers=[Lossless(residual_length=5) for _ in range(2)])
-    found = generate(model, past_key_values=cache, num_beams=beams)
+    found = generate(model, **with_cache(model.forward, cache), num_beams=beams)
     assert same(found, generate(model, cached=False, num_beams=beams))
 
 
@@ -129,7 +128,7 @@ def test_fp8_cache_loses_no_more_than_unpatched(llama: LlamaForCausalLM) -> None
 
     def loss(ids: torch.Tensor) -> float:
         cache = QuantizedCache(backend="fp8", config=llama.config)
-        steps = [logits(llama, piece, past_key_values=cache) for piece in ids.split([60, 1, 1, 1, 1], 1)]
+        steps = [logits(llama, piece, cache=cache) for piece in ids.split([60, 1, 1, 1, 1], 1)]
         return float((torch.cat(steps, 1) - logits(llama, ids)).abs().max())
 
     ids = tokens(64)
@@ -144,7 +143,7 @@ def test_caches_do_not_pass_between_patched_and_unpatched(llama: LlamaForCausalL
     def steps(cache: Cache | None, count: int = 2) -> Cache:
         with torch.no_grad():
             for i in range(count):
-                cache = llama(ids[:, i : i + 1], past_key_values=cache, use_cache=True).past_key_values
+                cache = cache_of(llama(ids[:, i : i + 1], use_cache=True, **with_cache(llama.forward, cache)))
         assert cache is not None
         return cache
 
@@ -173,7 +172,7 @@ def test_a_cache_follows_its_rows(llama: LlamaForCausalLM) -> None:
 
     def run(rows: list[int], start: int, stop: int) -> torch.Tensor:
         inputs = {"attention_mask": mask[rows, :stop], "position_ids": positions[rows, start:stop]}
-        return logits(llama, ids[rows, start:stop], past_key_values=cache, **inputs)[:, -1]
+        return logits(llama, ids[rows, start:stop], cache=cache, **inputs)[:, -1]
 
     run([0, 1], 0, 20)
     cache.batch_repeat_interleave(2)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from hf_posext import compare, diagnose, patch_model
 from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, Sinks, StringShift
+from hf_posext.patching.signatures import with_cache
 
 from .conftest import tiny_bloom, tiny_gpt2, tiny_llama, tiny_xglm, tokens
 from .pretend_device import DEVICE, OnDevice, PretendDevice, moved
@@ -62,7 +63,9 @@ def readings(model: PreTrainedModel, method: str | Method, on_device: bool) -> l
         if model._can_compile_fullgraph and not model.config.model_type.startswith("qwen3_5"):
             caches.append(StaticCache(config=model.config, max_cache_len=48))
         for cache in caches:
-            found += [read(piece, past_key_values=cache) for piece in IDS[:, :34].split([30, 1, 1, 1, 1], 1)]
+            found += [
+                read(piece, **with_cache(model.forward, cache)) for piece in IDS[:, :34].split([30, 1, 1, 1, 1], 1)
+            ]
     return [*found, read(IDS)]
 
 
@@ -100,7 +103,7 @@ def test_a_step_of_decoding_waits_as_often_as_without_a_patch(
         cache = StaticCache(config=model.config, max_cache_len=48) if static else DynamicCache(config=model.config)
         for piece in IDS[:, :33].as_subclass(OnDevice).split([30, 1, 1, 1], 1):
             device.waits.clear()
-            model(piece, past_key_values=cache)
+            model(piece, **with_cache(model.forward, cache))
         return sorted(device.waits)
 
     model: Any = moved(make())

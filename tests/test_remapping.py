@@ -25,6 +25,7 @@ from hf_posext.methods import (
     Sinks,
     StringShift,
 )
+from hf_posext.patching.signatures import cache_of, with_cache
 
 from .conftest import TRAINED, logits, tiny_llama, tokens
 
@@ -183,8 +184,8 @@ def test_prefill_chunk_and_decode_equal_the_loop(case: str) -> None:
     steps, cache = [], None
     with torch.no_grad():
         for start, stop in zip(bounds, bounds[1:], strict=False):
-            out = model(IDS[:, start:stop], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(IDS[:, start:stop], use_cache=True, **with_cache(model.forward, cache))
+            cache = cache_of(out)
             steps.append(out.logits[0])
     torch.testing.assert_close(torch.cat(steps), reference(case)[: bounds[-1]], **TOLERANCE)
 
@@ -218,7 +219,7 @@ def test_dynamic_methods_leave_short_rows_alone_and_decode_with_a_small_residual
         with torch.no_grad():
             out = one(IDS[:, :TRAINED], use_cache=True)
             for i in range(TRAINED, 2 * TRAINED):
-                out = one(IDS[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+                out = one(IDS[:, i : i + 1], use_cache=True, **with_cache(one.forward, cache_of(out)))
         return float((out.logits[0, -1] - logits(one, IDS[:, : 2 * TRAINED])[0, -1]).abs().max())
 
     assert 0 < residual(model) < residual(stock)

@@ -20,6 +20,7 @@ from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, Self
 from hf_posext.patching import attention_step
 from hf_posext.patching.attention_kernels import attention_kernel
 from hf_posext.patching.remap import decoding_step
+from hf_posext.patching.signatures import with_cache
 
 from .conftest import tiny_llama, tokens
 from .pretend_device import PretendDevice
@@ -122,7 +123,9 @@ def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, met
     @torch.no_grad()
     def steps() -> tuple[list[torch.Tensor], DynamicCache]:
         cache = DynamicCache(config=model.config)
-        return [model(piece, past_key_values=cache).logits for piece in ids.split([10] + [1] * 20, 1)], cache
+        return [
+            model(piece, **with_cache(model.forward, cache)).logits for piece in ids.split([10] + [1] * 20, 1)
+        ], cache
 
     with patch_model(model, method, factor=8, original_length=16):
         wanted, cache = steps()

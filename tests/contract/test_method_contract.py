@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_posext import detect_scheme, load_patched, patch_model, unpatch_model
 from hf_posext.evaluation.scoring.boundaries import Boundaries, boundaries_of
 from hf_posext.methods import Method, methods
+from hf_posext.patching.signatures import cache_of, with_cache
 from hf_posext.plan import ExtensionPlan
 
 from ..conftest import BUILDERS, TRAINED, arguments, logits, tokens
@@ -94,7 +95,7 @@ def test_cached_decoding_equals_one_forward(name: str, kind: str) -> None:
         steps = [out.logits]
         for i in range(TRAINED - 4, TRAINED + steps_past):  # across the trained length
             step = arguments(model, LONG[:, i : i + 1])
-            out = model(**step, past_key_values=out.past_key_values, use_cache=True)
+            out = model(**step, use_cache=True, **with_cache(model.forward, cache_of(out)))
             steps.append(out.logits)
     # sums in another order; logits spread by 4
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=tolerance, rtol=0)

@@ -20,6 +20,7 @@ from transformers import __version__ as transformers_version
 from hf_posext import detect_scheme, patch_model
 from hf_posext.errors import PosExtError
 from hf_posext.methods import LogN, Method, ReRoPE, SelfExtend
+from hf_posext.patching.signatures import cache_of, with_cache
 from hf_posext.plan import Part, PositionMap
 from tests.zoo import TRAINED_LENGTH, build, candidate_types, token_ids
 
@@ -92,10 +93,10 @@ def decoded_logits(model: PreTrainedModel, length: int) -> torch.Tensor:
             input_ids=ids[:, start:stop],
             attention_mask=torch.ones(1, stop, dtype=torch.long),
             position_ids=torch.arange(start, stop)[None],
-            past_key_values=cache,
             use_cache=True,
+            **with_cache(model.forward, cache),
         )
-        cache = step.get("past_key_values", cache)
+        cache = cache_of(step) or cache
         out.append(step.logits[0])
     return torch.cat(out)
 
