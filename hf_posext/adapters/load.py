@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import CheckpointError, PlanMismatchError, UnsupportedModelError
 from ..patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unwrap
 from ..patching.checkpoint import model_class
+from ..patching.loading import check_loaded
 from ..patching.untrusted import check_directory
 from ..plan import PLAN_FILE, ExtensionPlan
 from .directory import AdapterDirectory
@@ -158,8 +159,9 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         cls = model_class(config, name)
-        base: PreTrainedModel = cls.from_pretrained(
-            name, config=config, revision=revision, use_safetensors=True, **kwargs
+        base: PreTrainedModel
+        base, loaded = cls.from_pretrained(
+            name, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -167,6 +169,7 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
             f"the base model of the adapter, {name}, cannot be opened ({reason}); give it: "
             "load_adapter(path, base=model)"
         ) from error
+    check_loaded(loaded, name)
     return base
 
 

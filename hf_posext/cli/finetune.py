@@ -202,13 +202,13 @@ def _load_4bit(name: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from .loading import _one_line_errors
+    from .loading import one_line_errors
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
     place = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    with _one_line_errors(name):
+    with one_line_errors(name):
         network = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, device_map=place)
         return network, AutoTokenizer.from_pretrained(name)
 

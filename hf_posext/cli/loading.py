@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError
 from ..plan import PLAN_FILE, ExtensionPlan
-from .processes import spread
+from .processes import rank, spread
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..patching.loading import Source
 
 
 def quiet_libraries() -> None:
@@ -43,11 +47,11 @@ def load_config(name: str) -> PreTrainedConfig:
     Raises:
         InvalidParameterError: no such model, or a config that transformers cannot read.
     """
-    from transformers import AutoConfig
+    from ..patching.loading import locate, open_config
 
     quiet_libraries()
-    with _one_line_errors(name):
-        return AutoConfig.from_pretrained(name)
+    with one_line_errors(name):
+        return open_config(locate(name))
 
 
 def saved_plan(name: str) -> ExtensionPlan | None:
@@ -108,12 +112,14 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel | Pe
         PosExtError: of a folder with a patch or an adapter: see [`load_patched`] and [`load_adapter`].
     """
     import torch
-    from transformers import AutoTokenizer
+
+    from ..patching.loading import locate, open_tokenizer
 
     quiet_libraries()
-    with _one_line_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = _open(name, getattr(torch, dtype))
+    with one_line_errors(name):
+        source = locate(name)
+        tokenizer = open_tokenizer(source)
+        model = _open(source, getattr(torch, dtype))
     return _placed(model, device), tokenizer
 
 
@@ -129,11 +135,14 @@ def load_body(name: str, dtype: str, device: str) -> PreTrainedModel:
         InvalidParameterError: no such model, or no such device.
     """
     import torch
-    from transformers import AutoModel
+
+    from ..patching.loading import locate, open_body
 
     quiet_libraries()
-    with _one_line_errors(name):
-        return _placed(AutoModel.from_pretrained(name, dtype=getattr(torch, dtype)), device)
+    with one_line_errors(name):
+        source = locate(name)
+        _announce(source, dtype)
+        return _placed(open_body(source, dtype=getattr(torch, dtype)), device)
 
 
 def _placed(model: Any, device: str) -> Any:
@@ -164,29 +173,44 @@ def load_evaluator(
     return spread(model, accelerator), tokenizer
 
 
-def _open(name: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+def _open(source: Source, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     from ..adapters import load_adapter
     from ..evaluation.protocols.choice import model_kind
     from ..patching import load_patched
+    from ..patching.loading import open_config, open_weights
 
-    if (Path(name) / ADAPTER_FILE).is_file():
-        return load_adapter(name, dtype=dtype)
-    if (Path(name) / PLAN_FILE).is_file():
-        return load_patched(name, dtype=dtype)
+    folder = Path(source.name)
+    if (folder / ADAPTER_FILE).is_file():
+        return load_adapter(folder, dtype=dtype)
+    if (folder / PLAN_FILE).is_file():
+        return load_patched(folder, dtype=dtype)
     classes = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
-    config = AutoConfig.from_pretrained(name)
-    cls = classes[model_kind(config.architectures or (), config)]
-    return cls.from_pretrained(name, dtype=dtype)
+    config = open_config(source)
+    _announce(source, str(dtype).removeprefix("torch."))
+    return open_weights(classes[model_kind(config.architectures or (), config)], source, config, dtype=dtype)
+
+
+def _announce(source: Source, dtype: str) -> None:
+    """Say, before the minutes that it takes, that a GGUF file is being dequantised."""
+    if source.gguf is None or rank():
+        return
+    from ..patching.gguf_header import GGUFHeader
+
+    path = source.gguf_path()
+    types = GGUFHeader.read(path).types
+    what = f"{path.stat().st_size / 2**20:,.0f} MiB{f' of {types[0]}' if types else ''}"
+    typer.echo(f"dequantising {source.name} ({what}) to {dtype}", err=True)
 
 
 @contextmanager
-def _one_line_errors(name: str) -> Iterator[None]:
+def one_line_errors(name: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     path = Path(name)
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    gguf = name.lower().endswith(".gguf")  # `locate` says what is wrong with it
+    if not path.exists() and not gguf and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise InvalidParameterError(f"no such folder: {name}; give a model folder or a Hub id such as org/name")
     try:
         yield

@@ -22,6 +22,7 @@ from ..plan import ExtensionPlan
 from .detect import text_config
 from .journal import Journal
 from .learned_table import set_rows, tables_of
+from .loading import check_loaded, serializable
 from .sites import LENGTH_FIELDS, table_offset
 from .untrusted import check_directory
 
@@ -41,7 +42,8 @@ def save_patched(
         FileExistsError: the directory holds files.
     """
     path = new_directory(directory)
-    model.save_pretrained(path)
+    with serializable(model):
+        model.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     plan.save(path)
@@ -103,7 +105,9 @@ def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     if not (plan.table or plan.sinusoids):  # the saved rows are as many as the saved config says
         _restore_shipped(config, plan)
-    model: PreTrainedModel = cls.from_pretrained(directory, config=config, use_safetensors=True, **kwargs)
+    kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+    model, loaded = cls.from_pretrained(directory, config=config, **kwargs)
+    check_loaded(loaded, directory)
     longer = _put_back(model, plan, Path(directory))
     patch_model(model, plan)
     if plan.table:

@@ -52,6 +52,22 @@ def check_directory(directory: str | Path, weights: str = "model*.safetensors") 
     path = Path(directory)
     if not path.is_dir():
         raise CheckpointError(f"no such directory: {directory}")
+    check_shards(path)
+    if not any(path.glob(weights)):
+        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        held = f"only {', '.join(pickles)}, which could execute code when opened" if pickles else "no weights"
+        raise CheckpointError(f"{directory} holds {held}; save the weights as safetensors ({weights})")
+
+
+def check_shards(path: Path) -> None:
+    """Refuse a directory whose configs are not JSON, or whose index names files outside of it.
+
+    Args:
+        path (`Path`): the directory.
+
+    Raises:
+        CheckpointError: says which file, and why.
+    """
     for name in ("config.json", "generation_config.json", "adapter_config.json"):
         if (path / name).exists():
             read_json(path / name)
@@ -62,7 +78,3 @@ def check_directory(directory: str | Path, weights: str = "model*.safetensors") 
         for name in shards.values():
             if not isinstance(name, str) or Path(name).name != name or "\\" in name:
                 raise CheckpointError(f"{index} names the file {short(name)}, which is outside of the directory")
-    if not any(path.glob(weights)):
-        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-        held = f"only {', '.join(pickles)}, which could execute code when opened" if pickles else "no weights"
-        raise CheckpointError(f"{directory} holds {held}; save the weights as safetensors ({weights})")
