@@ -153,9 +153,10 @@ def load_documents(
 
 
 def as_documents(source: Any) -> list[Document]:
-    """Documents as they are; anything else as [`load_documents`] reads it."""
+    """Documents as they are, numbered if ids repeat; anything else as [`load_documents`] reads it."""
     if isinstance(source, list) and all(isinstance(document, Document) for document in source):
-        return source
+        documents = _with_unique_ids(source)
+        return Documents(documents, source.source) if isinstance(source, Documents) else documents
     return load_documents(source)
 
 

@@ -42,6 +42,10 @@ class TokenizedDocuments:
     byte_ends: torch.Tensor | None = None
     start: int = 0
 
+    def __post_init__(self) -> None:
+        if len(set(self.ids)) != len(self.ids):  # tasks, journals and results are keyed by them
+            raise ValueError(f"Expected unique document ids, got {self.ids}. Pass documents through as_documents().")
+
     @property
     def length(self) -> int:
         """Tokens per row."""
