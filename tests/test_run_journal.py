@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from hf_posext.errors import JournalError
-from hf_posext.evaluation.running.run_journal import RunJournal, journal_files, key_text
+from hf_posext.evaluation.running.run_journal import RunJournal, key_text
+from hf_posext.locks import journal_files
 
 CONFIGURATION = {"model": "tiny", "lengths": [64, 128], "versions": {"torch": "2.13"}}
 ENTRIES: list[tuple[tuple[Any, ...], Any]] = [

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import InvalidParameterError, JournalError, PosExtError
-from .processes import rank
+from ..locks import WriterLock, journal_files
+from .processes import rank, world_size
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -21,22 +22,28 @@ JOURNAL = "journal.jsonl"
 
 @contextmanager
 def output_directory(path: Path, resume: bool = False) -> Iterator[None]:
-    """Makes sure, before any work, that a report can be written; leaves no empty directory behind.
+    """Make sure, before any work, that a report can be written, and that nobody else writes it meanwhile.
 
-    Of several processes the first one looks; a launcher stops the others if it refuses.
+    Of several processes the first one looks; a launcher stops the others if it refuses. A directory that was made and
+    stays empty is removed.
 
     Args:
         path (`Path`): the directory.
         resume (`bool`, *optional*, defaults to `False`): whether it may hold a journal, and beside it other files.
 
     Raises:
+        JournalError: another run writes to it.
         InvalidParameterError: it holds files, or a journal and no `resume`, or cannot be written.
     """
-    if rank():
+    with WriterLock(path / JOURNAL, rank(), world_size()):
+        if not rank():
+            _require_writable(path, resume)
         yield
-        return
-    files = path.is_dir() and not all(entry.is_dir() for entry in path.iterdir())
-    has_journal = files and (path / JOURNAL).exists()
+
+
+def _require_writable(path: Path, resume: bool) -> None:
+    files = path.is_dir() and any(not entry.is_dir() and entry.suffix != ".lock" for entry in path.iterdir())
+    has_journal = bool(journal_files(path / JOURNAL))
     if has_journal and not resume:
         raise InvalidParameterError(
             f"output {path} holds the journal of a run; to go on with it type the same with --resume, else give "
@@ -55,33 +62,47 @@ def output_directory(path: Path, resume: bool = False) -> Iterator[None]:
         raise InvalidParameterError(
             f"cannot write to output {path}: {error.strerror or error}; give an --output that can be written"
         ) from error
-    try:
-        yield
-    finally:
-        if not any(path.iterdir()):
-            path.rmdir()
 
 
 @contextmanager
 def plan_file(path: Path, resume: bool) -> Iterator[Path]:
-    """Makes sure, before any work, that a plan can be written; says what is kept where measuring ends early.
+    """Make sure, before any work, that a plan can be written, and that nobody else writes it meanwhile.
+
+    Where measuring ends early, what is kept is said.
 
     Args:
-        path (`Path`): a JSON file that is not there yet.
-        resume (`bool`): whether its journal may be there.
+        path (`Path`): a JSON file that does not exist yet.
+        resume (`bool`): whether its journal may exist.
 
     Yields:
         `Path`: the journal, beside the plan.
 
     Raises:
-        InvalidParameterError: the file is there, or its journal and no `resume`, or it cannot be written.
+        JournalError: another run writes the journal.
+        InvalidParameterError: the file exists, or its journal and no `resume`, or it cannot be written.
     """
     journal = path.with_suffix(".journal.jsonl")
     if path.suffix != ".json":
         raise InvalidParameterError(f"output is {path}; give the name of a JSON file, as in --output plan.json")
-    if path.exists() and not rank():
+    with WriterLock(journal, rank(), world_size()):
+        if not rank():
+            _require_new(path, journal, resume)
+        try:
+            yield journal
+        except KeyboardInterrupt:
+            kept = (
+                f"what is finished is kept in {journal}; go on with --resume"
+                if journal_files(journal)
+                else "nothing is kept"
+            )
+            typer.echo(f"interrupted; {kept}", err=True)
+            raise typer.Exit(130) from None
+
+
+def _require_new(path: Path, journal: Path, resume: bool) -> None:
+    if path.exists():
         raise InvalidParameterError(f"output {path} exists; give another --output, or move it away")
-    if journal.exists() and not resume and not rank():
+    if journal_files(journal) and not resume:
         raise InvalidParameterError(
             f"{journal} is the journal of a run; to go on with it type the same with --resume, else give another "
             "--output"
@@ -94,12 +115,6 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
         raise InvalidParameterError(
             f"cannot write to {path.parent}: {error.strerror or error}; give an --output that can be written"
         ) from error
-    try:
-        yield journal
-    except KeyboardInterrupt:
-        kept = f"what is finished is kept in {journal}; go on with --resume" if journal.exists() else "nothing is kept"
-        typer.echo(f"interrupted; {kept}", err=True)
-        raise typer.Exit(130) from None
 
 
 @contextmanager
@@ -126,17 +141,13 @@ def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]
         typer.echo(f"interrupted; {_kept(finished, output)}", err=True)
         raise typer.Exit(130) from None
     except (PosExtError, OSError) as error:
-        if isinstance(error, JournalError) or not _has_journal(output):
+        if isinstance(error, JournalError) or not journal_files(output / JOURNAL):
             raise
         raise InvalidParameterError(f"{error}; {_kept(finished, output)}") from error
 
 
-def _has_journal(output: Path) -> bool:
-    return any(output.glob("journal*.jsonl"))
-
-
 def _kept(finished: list[str], output: Path) -> str:
-    if not _has_journal(output):
+    if not journal_files(output / JOURNAL):
         return "nothing was finished, nothing was written"
     what = f"finished and kept in {output}: {', '.join(finished)}" if finished else f"a part is kept in {output}"
     return f"{what}; go on with --resume"

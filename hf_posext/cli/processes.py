@@ -23,19 +23,35 @@ PATIENCE = datetime.timedelta(days=7)
 """How long a process waits for the others, which may have the longer documents; launchers end all if one dies."""
 
 
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""What torch and the kinds of MPI call the index of a process and their number, in the order of accelerate."""
+
+
 def rank() -> int:
-    """The index of this process among those of its launcher; only the first one writes and prints."""
-    return int(os.environ.get("RANK", 0))
+    """Index of this process among those of its launcher. Only the first one writes and prints."""
+    return _from_launcher(RANKS, 0)
+
+
+def world_size() -> int:
+    """Number of processes that the launcher has started; 1 without a launcher."""
+    return _from_launcher(SIZES, 1)
 
 
 def is_launched() -> bool:
-    """Whether a launcher of accelerate or torch has started this process."""
-    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    """Whether a launcher of accelerate, torch or MPI has started this process."""
+    return world_size() > 1 or "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _from_launcher(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
     """
-    Where this process computes, and what it shares the work by.
+    Device of this process, and the accelerator by which it shares the work with the others of its launcher.
+
+    Processes of a launcher compute on CPUs where there is no accelerator device, also without `ACCELERATE_USE_CPU`.
 
     Args:
         device (`str`, *optional*): what was asked for.
@@ -44,7 +60,8 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
         `tuple[str, Accelerator | None]`: without a launcher the device that was asked for, or the CPU, and nothing.
 
     Raises:
-        InvalidParameterError: a launcher gives the devices, and one was asked for.
+        InvalidParameterError: a launcher gives the devices, and one was asked for; or accelerate has not joined all
+            processes of the launcher.
     """
     if not is_launched():
         return device or "cpu", None
@@ -54,10 +71,25 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
         )
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    on_cpu = device == "cpu" or not _has_device()
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    joined = accelerator.process_index, accelerator.num_processes
+    if joined != (rank(), world_size()):
+        raise InvalidParameterError(
+            f"the launcher started process {rank()} of {world_size()}, and accelerate made it {joined[0]} of "
+            f"{joined[1]}, so that work would be done twice; start processes by accelerate launch or torchrun, or one "
+            "process without a launcher"
+        )
     if not accelerator.is_main_process:
         logging.getLogger("hf_posext").setLevel(logging.ERROR)  # the first process says the rest
     return str(accelerator.device), accelerator
+
+
+def _has_device() -> bool:
+    """Whether a device other than the CPU is there, as accelerate would take one."""
+    import torch
+
+    return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
 
 
 def spread(model: PreTrainedModel, accelerator: Accelerator | None) -> PreTrainedModel:
@@ -78,4 +110,11 @@ def finish(results: Results, output: Path, accelerator: Accelerator | None, log_
         from ..reporting import print_tables
 
         print_tables(results)
+        typer.echo(f"measured by {_processes(results)}")
         typer.echo(f"report: {output / 'README.md'}")
+
+
+def _processes(results: Results) -> str:
+    """As "2 processes on cuda:0, cuda:1"."""
+    count, devices = results.provenance["processes"], results.provenance["devices"]
+    return f"{count} process{'es' if count > 1 else ''} on {', '.join(dict.fromkeys(devices))}"

@@ -134,7 +134,8 @@ def compare(
             "call unpatch_model(model) first"
         )
     scheme = detect_scheme(base)
-    options = Options(protocol, stride, tail, start, memory_for(accelerator, prefill_chunk, offload_cache), seed)
+    memory = memory_for(accelerator, prefill_chunk, offload_cache)
+    options = Options(protocol, stride, tail, start, memory, seed, accelerator)
     setup = prepare(model, tokenizer, documents, lengths, scheme, options)
     questions = check_asking(setup, passkey, retrieval, tasks, depths)
     plans, not_applicable = plan_methods(

@@ -119,7 +119,8 @@ def evaluate_perplexity(
     patch = find_patch(model)
     plan = None if patch is None else patch.plan
     scheme = detect_scheme(model)
-    options = Options(protocol, stride, tail, start, memory_for(accelerator, prefill_chunk, offload_cache), seed)
+    memory = memory_for(accelerator, prefill_chunk, offload_cache)
+    options = Options(protocol, stride, tail, start, memory, seed, accelerator)
     setup = prepare(model, tokenizer, documents, lengths, scheme, options)
     check_positions(scheme, plan, setup.lengths[-1])
     check_prefill(scheme, plan, setup.lengths[-1], prefill_chunk)

@@ -119,7 +119,8 @@ def search(
         raise InvalidParameterError(
             f"target_length is {target_length}, the trained length, where nothing needs to be searched; give more"
         )
-    setup = prepare(model, tokenizer, documents, [target_length], scheme, Options(None, start=start, seed=seed))
+    options = Options(start=start, seed=seed, accelerator=accelerator)
+    setup = prepare(model, tokenizer, documents, [target_length], scheme, options)
     if setup.protocol.name != "prefix":
         raise MethodNotApplicableError(f"a search reads causal language models; {type(base).__name__} is none")
     temperature = attention_factor or yarn_mscale(yarn.factor)

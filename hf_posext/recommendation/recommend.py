@@ -121,7 +121,8 @@ def prepared(
     scheme = detect_scheme(base)
     found = diagnose(base, methods=[], original_length=original_length)
     trained = _trained_length(found, target_length)
-    setup = prepare(model, tokenizer, documents, [trained, target_length], scheme, Options(start=start, seed=seed))
+    options = Options(start=start, seed=seed, accelerator=accelerator)
+    setup = prepare(model, tokenizer, documents, [trained, target_length], scheme, options)
     if setup.protocol.name != "prefix":
         raise UnsupportedModelError(
             f"{type(base).__name__} is no causal language model, and recommend measures those; use hf-posext compare"

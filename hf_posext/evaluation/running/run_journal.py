@@ -6,14 +6,13 @@ One JSON object a line. The first says what is being measured, all others hold a
     {"key": ["nll", "yarn", 8.0, "book-1", [512, 4096]], "value": [...]}
 
 Process 0 writes `journal.jsonl`, process n `journal-n.jsonl` beside it. A run that continues reads all of them, so
-that it may have another number of processes.
+that it may have another number of processes. A journal has one writer: while a run lives, a second one is refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ...decode import short
 from ...errors import JournalError
-from ..scoring.distribution import everywhere, rank_of
+from ...locks import WriterLock, journal_file, journal_files
+from ..scoring.distribution import everywhere, processes_of, rank_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,22 +42,29 @@ class RunJournal:
         path (`str` or `Path`): the file of process 0; those of others are named after it.
         configuration (`Mapping`): plain JSON types; all that the measurements depend on.
         rank (`int`, *optional*, defaults to 0): the index of this process.
+        processes (`int`, *optional*, defaults to 1): how many processes the run has.
 
     Attributes:
         finished (`dict[str, Any]`): the values that were found, of all processes, by `key_text`.
 
     Raises:
-        JournalError: a journal of another configuration, a corrupt line, or a file that cannot be read.
+        JournalError: a journal of another configuration or that another run is writing, a corrupt line, or a file
+            that cannot be read.
     """
 
-    def __init__(self, path: str | Path, configuration: Mapping[str, Any], rank: int = 0) -> None:
-        path = Path(path)
-        self.path = path.with_name(f"{path.stem}-{rank}{path.suffix}") if rank else path
+    def __init__(self, path: str | Path, configuration: Mapping[str, Any], rank: int = 0, processes: int = 1) -> None:
+        self.path = journal_file(path, rank)
         self._header = {"schema": SCHEMA, "configuration": json.loads(json.dumps(configuration))}
         self._file: FileIO | None = None
+        self._size = 0  # bytes of whole lines, as this process knows them
         self.finished: dict[str, Any] = {}
-        for file in journal_files(path):
-            self.finished |= dict(self._read(file))
+        self._lock = WriterLock(path, rank, processes)
+        try:
+            for file in journal_files(path):
+                self.finished |= dict(self._read(file))
+        except JournalError:
+            self.close()
+            raise
 
     def append(self, key: Any, value: Any) -> None:
         """
@@ -81,9 +88,10 @@ class RunJournal:
             ) from error
 
     def close(self) -> None:
-        """Nothing is written after it."""
+        """Nothing is written after it, and others may write."""
         if self._file is not None:
             self._file.close()
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -96,26 +104,37 @@ class RunJournal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = FileIO(self.path, "a+")
         file.seek(0)
-        whole = file.readall().rfind(b"\n") + 1
-        file.truncate(whole)
-        if not whole:
+        self._require_unchanged(file.readall().rfind(b"\n") + 1)
+        file.truncate(self._size)
+        if not self._size:
             self._write(file, self._header)
         return file
 
-    @staticmethod
-    def _write(file: FileIO, entry: Mapping[str, Any]) -> None:
+    def _write(self, file: FileIO, entry: Mapping[str, Any]) -> None:
+        self._require_unchanged(os.fstat(file.fileno()).st_size)
         data = memoryview(json.dumps(entry).encode() + b"\n")
+        self._size += len(data)
         while data:  # a disk that is getting full takes a part of it
             data = data[file.write(data) :]
         os.fsync(file.fileno())
 
+    def _require_unchanged(self, size: int) -> None:
+        """Every line of the file is one that this process has read or written, whatever the file system locks."""
+        if size != self._size:
+            raise JournalError(
+                f"{self.path} has {size} bytes where this run left {self._size}: another run writes it; end that one, "
+                "and go on with --resume (in Python, with the same journal=), or give another output"
+            )
+
     def _read(self, file: Path) -> Iterator[tuple[str, Any]]:
         try:
-            *lines, _ = file.read_bytes().split(b"\n")  # what is behind the last newline is torn
+            *lines, torn = (data := file.read_bytes()).split(b"\n")  # behind the last newline
         except OSError as error:
             raise JournalError(
                 f"cannot read the journal {file}: {error.strerror}; give another --output (in Python, journal=)"
             ) from error
+        if file == self.path:
+            self._size = len(data) - len(torn)
         for number, line in enumerate(lines, 1):
             entry = _parsed(line, ("key", "value") if number > 1 else ("schema", "configuration"))
             if entry is None:
@@ -146,25 +165,25 @@ def open_journal(
     if path is None:
         yield None
         return
-    rank = rank_of(accelerator)
-    opened = everywhere(lambda: RunJournal(path, configuration, rank), accelerator)
-    with opened[rank] as journal:
-        for other in opened:  # machines may have no directory in common
-            journal.finished |= other.finished
-        yield journal
+    rank, processes = rank_of(accelerator), processes_of(accelerator)
+    journals: list[RunJournal] = []  # a lock is of its process, so that journals do not travel
+
+    def read() -> dict[str, Any]:
+        journals.append(RunJournal(path, configuration, rank, processes))
+        return journals[0].finished
+
+    try:
+        for finished in everywhere(read, accelerator):  # machines may have no directory in common
+            journals[0].finished |= finished
+        yield journals[0]
+    finally:
+        for journal in journals:
+            journal.close()
 
 
 def key_text(key: Any) -> str:
     """The name of a measurement as text; tuples and lists are the same."""
     return json.dumps(key)
-
-
-def journal_files(path: str | Path) -> list[Path]:
-    """The files of a journal that are there, of all processes."""
-    path = Path(path)
-    pattern = re.compile(rf"{re.escape(path.stem)}(-\d+)?{re.escape(path.suffix)}")
-    found = path.parent.iterdir() if path.parent.is_dir() else ()
-    return sorted(file for file in found if pattern.fullmatch(file.name))
 
 
 def _parsed(line: bytes, keys: tuple[str, ...]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,10 +18,14 @@ from ...scheme import PositionalScheme
 from ..protocols.choice import choose_protocol
 from ..protocols.protocol import PerplexityProtocol
 from ..results.rows import Conditions
-from ..scoring.scorer import Memory, model_name
+from ..scoring.distribution import process_facts
+from ..scoring.scorer import Memory, autocast_dtype, model_name
 from ..texts.documents import Document, Documents, as_documents
 from ..texts.files import portable
 from ..texts.tokens import TokenizedDocuments, check_lengths, check_vocabulary, tokenize_documents
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Options:
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document.
         memory ([`Memory`], *optional*): how the trunk is read.
         seed (`int`, *optional*, defaults to 0): of the bootstrap and of the pass keys.
+        accelerator (`Accelerator`, *optional*): of the processes that share the work.
     """
 
     protocol: str | None = None
@@ -44,6 +49,7 @@ class Options:
     start: int = 0
     memory: Memory = Memory()
     seed: int = 0
+    accelerator: Accelerator | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,8 @@ def prepare(
     tokenized = tokenize_documents(texts, tokenizer, ascending[-1], options.start)
     check_vocabulary(scorer.model, tokenized.tokens)
     arranged = protocol.arrange(tokenized)
-    conditions = Conditions.of(protocol, tokenized, str(scorer.model.dtype).removeprefix("torch."))
+    dtype, autocast = str(scorer.model.dtype).removeprefix("torch."), autocast_dtype(scorer.model)
+    conditions = Conditions.of(protocol, tokenized, dtype if autocast is None else f"{dtype}, autocast to {autocast}")
     source = texts.source if isinstance(texts, Documents) else {"dataset": None, "split": None, "revision": None}
     provenance = {
         "versions": _versions(),
@@ -110,6 +117,7 @@ def prepare(
         "generalization": scheme.generalization,
         "dtype": conditions.dtype,
         "device": str(scorer.model.device),
+        **process_facts(options.accelerator, str(scorer.model.device)),
         **source,
         "dataset": source["dataset"] and portable(source["dataset"]),
         "seed": options.seed,

@@ -6,8 +6,9 @@ in the order of the documents, are the same to the bit however many processes th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import EvaluationError, InvalidParameterError, PosExtError
 
@@ -23,8 +24,35 @@ def rank_of(accelerator: Accelerator | None) -> int:
 
 
 def processes_of(accelerator: Accelerator | None) -> int:
-    """How many processes there are; 1 without an accelerator."""
-    return 1 if accelerator is None else int(accelerator.num_processes)
+    """Number of processes; 1 without an accelerator.
+
+    Raises:
+        InvalidParameterError: the launcher has started more processes than the accelerator has joined, each of which
+            would do all of the work.
+    """
+    if accelerator is None:
+        return 1
+    started, joined = int(os.environ.get("WORLD_SIZE", 1)), int(accelerator.num_processes)
+    if started > joined:
+        raise InvalidParameterError(
+            f"WORLD_SIZE is {started}, and the accelerator has joined {joined}, so that each process would do all of "
+            "the work; pass Accelerator(cpu=True) on a machine without a GPU, or set ACCELERATE_USE_CPU=true"
+        )
+    return joined
+
+
+def process_facts(accelerator: Accelerator | None, device: str) -> dict[str, Any]:
+    """
+    What results say of the processes that measured. Every process has to call it.
+
+    Args:
+        accelerator (`Accelerator`, *optional*): of the processes.
+        device (`str`): of the model on this process.
+
+    Returns:
+        `dict`: `processes`, their number, and `devices`, one for each.
+    """
+    return {"processes": processes_of(accelerator), "devices": everywhere(lambda: device, accelerator)}
 
 
 def shares_texts(accelerator: Accelerator | None) -> bool:

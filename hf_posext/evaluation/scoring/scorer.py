@@ -240,3 +240,9 @@ def require_finite(
 def model_name(model: Any) -> str:
     """Where a model was loaded from, or its class."""
     return portable(model.config.name_or_path) or type(model).__name__
+
+
+def autocast_dtype(model: Any) -> str | None:
+    """The dtype to which `torch.autocast` makes a model compute now; `None` outside of it."""
+    kind = model.device.type
+    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None
