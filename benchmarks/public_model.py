@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
+import random
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -28,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import patch_model
 from hf_posext.errors import PosExtError
 from hf_posext.evaluation import Document, evaluate_perplexity, load_documents
+from hf_posext.evaluation.questions.passkey import ask
 
 SCHEMA = 1
 RESULT = RESULTS / "public_model.json"
@@ -58,6 +61,15 @@ class Cell(NamedTuple):
     length: int
 
 
+ASKED = (BASELINE, "yarn", "rerope(window=7680)", "self-extend")
+"""Methods that answer the long question."""
+
+QUESTION = "What is the pass key in the text above? Then say in one sentence what the text is about."
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+QUESTION_TOKENS, DEPTH, NEW_TOKENS = 12_000, 0.25, 64
+"""Tokens of the prompt with the chat template; where in the excerpt the pass key stands; tokens of an answer."""
+
+
 class Book:
     """
     The result file. Several processes may add cells to it; each addition reads, extends and replaces the file.
@@ -79,7 +91,11 @@ class Book:
         content = self._read()
         return {Cell(each["document"], each["asked"], each["length"]) for each in content["cells"]}
 
-    def add(self, cells: Iterable[dict[str, Any]]) -> None:
+    def answered(self) -> set[Cell]:
+        """The answers that the file contains; the length is that of the prompt."""
+        return {Cell(each["document"], each["asked"], each["tokens"]) for each in self._read()["answers"]}
+
+    def add(self, cells: Iterable[dict[str, Any]], table: str = "cells") -> None:
         """Write cells to the file, each with the number of the run (machine, versions, commit) that measured it."""
         with self._lock:
             content = self._read()
@@ -87,7 +103,7 @@ class Book:
             if not same:
                 content["runs"].append(self.run)
             number = same[0] if same else len(content["runs"]) - 1
-            content["cells"] += [{**cell, "run": number} for cell in cells]
+            content[table] += [{**cell, "run": number} for cell in cells]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             fresh = self.path.with_suffix(".tmp")
             fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -95,11 +111,12 @@ class Book:
 
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():
-            return {"schema": SCHEMA, "model": self.model, "runs": [], "cells": []}
+            return {"schema": SCHEMA, "model": self.model, "runs": [], "cells": [], "answers": []}
         content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         for key, expected in (("schema", SCHEMA), ("model", self.model)):
             if content.get(key) != expected:
                 raise SystemExit(f"Expected {key} {expected} in {self.path}, got {content.get(key)}. Pass --output.")
+        content.setdefault("answers", [])
         return content
 
 
@@ -142,6 +159,38 @@ def measure(
     return [{"asked": asked.get(each["method"], method), **each, **seconds} for each in results.per_document]
 
 
+def prompt(tokenizer: Any, document: Document, key: str, tokens: int, start: int = START) -> list[int]:
+    """A question about an excerpt that hides a pass key, in the model's chat template: exactly so many tokens."""
+
+    def chat(text: str) -> list[int]:
+        said = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]
+        ids: list[int] = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        return ids
+
+    novel = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"][start:]
+    mark = "\u2603"  # stands for the excerpt, whose tokens are put in its place
+    around, middle = chat(mark), tokenizer(mark, add_special_tokens=False)["input_ids"]
+    at = next(i for i in range(len(around)) if around[i : i + len(middle)] == middle)
+    needle = tokenizer(NEEDLE.format(key=key), add_special_tokens=False)["input_ids"]
+    room = tokens - len(around) + len(middle) - len(needle)
+    before = int(DEPTH * room)
+    return [*around[:at], *novel[:before], *needle, *novel[before:room], *around[at + len(middle) :]]
+
+
+def answer(
+    model: Any, tokenizer: Any, document: Document, method: str, tokens: int, factor: float, start: int = START
+) -> dict[str, Any]:
+    """What greedy decoding answers to the long question."""
+    key = str(random.Random(document.id).randint(10_000, 99_999))
+    ids = prompt(tokenizer, document, key, tokens, start)
+    began, busy = time.perf_counter(), time.process_time()
+    with nullcontext() if method == BASELINE else patch_model(model, method, factor=factor):
+        (text,) = ask(model, tokenizer, [ids], NEW_TOKENS)
+    seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+    told = {"document": document.id, "asked": method, "factor": factor, "tokens": len(ids), "question": QUESTION}
+    return {**told, "expected": key, "answer": text, "right": key in text, **seconds}
+
+
 def open_model(path: str) -> tuple[Any, Any, dict[str, Any]]:
     """A model and its tokenizer, in float32, from a GGUF file, a folder or the Hub; and what the file says of it."""
     file = Path(path)
@@ -162,14 +211,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16_384], help="in tokens")
     parser.add_argument("--methods", nargs="+", default=[BASELINE, *METHODS])
     parser.add_argument("--start", type=int, default=START, help="tokens left out at the beginning of each document")
+    parser.add_argument("--answers", nargs="*", metavar="METHOD", help="ask the long question instead of measuring")
     parser.add_argument("--output", type=Path, default=RESULT)
     given = parser.parse_args(arguments)
     documents = load_documents(given.dataset)
     model, tokenizer, facts = open_model(given.model)
     trained = model.config.max_position_embeddings
     book = Book(given.output, {**facts, "trained_length": trained, "start": given.start})
+    chosen = [documents[number] for number in given.documents]
+    if given.answers is not None:
+        for document, method in itertools.product(chosen, given.answers or ASKED):
+            if Cell(document.id, method, QUESTION_TOKENS) not in book.answered():
+                book.add([answer(model, tokenizer, document, method, QUESTION_TOKENS, 2.0, given.start)], "answers")
+        return
     for length in given.lengths:
-        for document in (documents[number] for number in given.documents):
+        for document in chosen:
             for method in given.methods:
                 if Cell(document.id, method, length) in book.cells():
                     continue

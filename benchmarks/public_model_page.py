@@ -1,0 +1,184 @@
+"""Write `docs/public_model.md` from its template and `benchmarks/results/public_model.json`.
+
+python benchmarks/public_model_page.py            # write the page; cells that the file lacks are named in it
+python benchmarks/public_model_page.py --check    # exit 1 where the committed page is not what the file gives
+python benchmarks/public_model_page.py --print reports/public_model.json    # prints the tables of another file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from page import markdown
+from public_model import BASELINE, CONTROL, METHODS, RESULT, SCHEMA
+
+from hf_posext.evaluation.results.positions import STRETCHES
+from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_perplexity
+
+HERE = Path(__file__).resolve().parent
+TEMPLATE = HERE / "public_model.md.jinja"
+PAGE = HERE.parent / "docs" / "public_model.md"
+HELD_OUT, VALIDATION = "heldout.jsonl", "train.jsonl"
+GOALS = {16_384: 4, 32_768: 2}
+"""Held-out documents that the page promises, by length; what lacks of them is listed as missing."""
+
+LACKS = "not measured"
+SEED = 0
+
+
+class Cells:
+    """
+    The cells of one data set at one length.
+
+    Args:
+        content (`dict`): of the result file.
+        dataset (`str`): file name of the documents.
+        length (`int`): in tokens.
+    """
+
+    def __init__(self, content: dict[str, Any], dataset: str, length: int) -> None:
+        self.length, self.trained = length, content["model"]["trained_length"]
+        kept = [each for each in content["cells"] if (each["dataset"], each["length"]) == (dataset, length)]
+        self.cells = {(each["document"], each["asked"]): each for each in kept}
+        self.documents = list(dict.fromkeys(each["document"] for each in kept))
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods that the cells contain, the unpatched model first and those of `METHODS` in their order."""
+        known = [method for method in (BASELINE, *METHODS) if any((d, method) in self.cells for d in self.documents)]
+        others = sorted({method for _, method in self.cells} - {*known, CONTROL})
+        return known + others
+
+    def gain(
+        self, method: str, documents: Sequence[str] | None = None
+    ) -> tuple[float, list[float] | None, int] | None:
+        """Gain over truncation on the second half, its interval over documents, and their number; `None` of none."""
+        pairs = [
+            (self.cells[document, CONTROL], self.cells[document, method])
+            for document in documents or self.documents
+            if (document, CONTROL) in self.cells and (document, method) in self.cells
+        ]
+        if not pairs:
+            return None
+        saved = [control["tail_nll_sum"] - cell["tail_nll_sum"] for control, cell in pairs]
+        tokens = [cell["tail_tokens"] for _, cell in pairs]
+        return float(pooled_perplexity(saved, tokens)), bootstrap_interval(saved, tokens, SEED), len(pairs)
+
+    def change(self, method: str) -> float | None:
+        """Change of perplexity of the row's first `trained_length` tokens against the unpatched model."""
+        stretches = STRETCHES * self.trained // self.length
+        pairs = [
+            (self.cells[document, method], self.cells[document, BASELINE])
+            for document in self.documents
+            if (document, method) in self.cells and (document, BASELINE) in self.cells
+        ]
+        if not pairs:
+            return None
+        added = [
+            sum(cell["position_nll_sums"][:stretches]) - sum(base["position_nll_sums"][:stretches])
+            for cell, base in pairs
+        ]
+        return float(pooled_perplexity(added, [self.trained - 1] * len(pairs))) - 1
+
+    def seconds(self, method: str) -> float:
+        """Mean CPU seconds of a cell."""
+        found = [cell["cpu_seconds"] for (_, asked), cell in self.cells.items() if asked == method]
+        return float(sum(found) / len(found))
+
+    def table(self) -> str:
+        """A line for each method: gain by document, pooled with its interval, change inside the trained length."""
+        lines = []
+        for method in self.methods:
+            single = [self.gain(method, [document]) for document in self.documents]
+            pooled, change = self.gain(method), self.change(method)
+            lines.append(
+                (
+                    f"`{method}`",
+                    *(LACKS if each is None else f"{each[0]:.4f}" for each in single),
+                    LACKS if pooled is None else _pooled(*pooled),
+                    LACKS if change is None else f"{change:+.2%}",
+                    f"{self.seconds(method):.0f}" + (" with the control" if method == BASELINE else ""),
+                )
+            )
+        shorts = [document.rpartition("_")[0].replace("_", " ") for document in self.documents]
+        return markdown(("method", *shorts, "all", f"first {self.trained:,}", "CPU s"), lines)
+
+    def missing(self, documents: int) -> list[str]:
+        """What lacks of so many documents, in words: methods by how many documents they lack."""
+        lacks: dict[int, list[str]] = {}
+        for method in (CONTROL, BASELINE, *METHODS):
+            count = sum((document, method) in self.cells for document in self.documents)
+            lacks.setdefault(max(0, documents - count), []).append(f"`{method}`")
+        return [
+            f"{count} of {documents} novels: {', '.join(names)}" for count, names in sorted(lacks.items()) if count
+        ]
+
+
+def _pooled(gain: float, interval: list[float] | None, documents: int) -> str:
+    if interval is None:
+        return f"{gain:.4f}"
+    return f"{gain:.4f} [{interval[0]:.4f}, {interval[1]:.4f}] ({documents})"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file of `benchmarks/public_model.py`."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("schema") != SCHEMA:
+        raise SystemExit(f"Expected schema {SCHEMA} in {path}, got {content.get('schema')}. Measure again.")
+    return content
+
+
+def origins(content: dict[str, Any]) -> str:
+    """The machines, commits and versions of all runs, and how many cells each measured."""
+    lines = []
+    for number, run in enumerate(content["runs"]):
+        cells = sum(each["run"] == number for each in [*content["cells"], *content.get("answers", [])])
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        commit = (run["commit"] or "no commit")[:7] + (" and changes" if run["dirty"] else "")
+        device = run["gpu"] or f"{run['processor']}, {run['cores']} cores"
+        lines.append((run["date"], commit, device, f"Python {run['python']}, {versions}", str(cells)))
+    return markdown(("date", "commit", "on", "versions", "cells"), lines)
+
+
+def render(path: Path = RESULT) -> str:
+    content = load(path)
+    held_out = {length: Cells(content, HELD_OUT, length) for length in GOALS}
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        model=content["model"],
+        held_out=held_out,
+        goals=GOALS,
+        missing={length: cells.missing(GOALS[length]) for length, cells in held_out.items()},
+        validation=Cells(content, VALIDATION, 16_384),
+        answers=content.get("answers", []),
+        origins=origins(content),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--print", type=Path, metavar="RESULT", help="print the tables of this file instead")
+    given = parser.parse_args()
+    if given.print:
+        content = load(given.print)
+        for length in sorted({each["length"] for each in content["cells"]}):
+            print(f"{length:,} tokens: gain over truncation\n{Cells(content, HELD_OUT, length).table()}\n")
+        return 0
+    text = render()
+    if not given.check:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
+        print(f"{PAGE.name} differs from what the result file gives. Run {Path(__file__).name}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
