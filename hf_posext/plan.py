@@ -17,7 +17,8 @@ from .errors import PlanError
 from .plan_bounds import check_bounds
 from .scheme import PositionalScheme
 
-SCHEMA = 1
+SCHEMA = 2
+"""Schema 1, which is read as well, had no `fade` and no `decay` in its parts."""
 PLAN_FILE = "posext_plan.json"
 MAX_PLAN_BYTES = 4 * 2**20
 
@@ -75,11 +76,45 @@ class PositionMap:
 
 
 @dataclass(frozen=True)
+class CountFade:
+    """Logits of a band that fall with the number of its keys.
+
+    The query at position p loses `strength * ln(max(1, n / reference))`. The band of a query holds
+    `n = (p // chunk - low + 1) * chunk` keys.
+
+    Args:
+        strength (`float`): above 0. At 1 the band weighs no more than `reference` keys did.
+        reference (`int`): number of keys up to which nothing changes.
+    """
+
+    strength: float
+    reference: int
+
+
+@dataclass(frozen=True)
+class DistanceDecay:
+    """Logits of a band that fall with distance, by the same amount within each octave of distances.
+
+    A pair at distance d loses `strength * ln(2) * (k + 1/2)`, where `start * 2 ** k <= d < start * 2 ** (k + 1)`.
+    That is `strength * ln(d / start)` at the geometric middle of the octave, and at most `0.35 * strength` off
+    elsewhere. Pairs nearer than `start` lose nothing.
+
+    Args:
+        strength (`float`): above 0.
+        start (`int`): first distance that loses, in tokens.
+    """
+
+    strength: float
+    start: int
+
+
+@dataclass(frozen=True)
 class Part:
-    """Some of the pairs of query i and key j, and the positions that rotary phases have there.
+    """A band: some of the pairs of query i and key j, and the positions that rotary phases have there.
 
     A pair belongs to the part when `low <= i // chunk - j // chunk < high`, and `j < keys_below` where that is given;
-    bounds that are `None` do not bound. The parts of a plan are disjoint; a pair in no part is not attended.
+    bounds that are `None` do not bound. The parts of a plan are disjoint; a pair in no part is not attended. What
+    `fade` and `decay` take is taken from the logits that reach the softmax, after a softcap.
     """
 
     query: PositionMap
@@ -88,6 +123,13 @@ class Part:
     high: int | None = None
     chunk: int = 1
     keys_below: int | None = None
+    fade: CountFade | None = None
+    decay: DistanceDecay | None = None
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the band holds all farther keys, so that it grows without end."""
+        return self.low > 0 and self.high is None and self.keys_below is None
 
 
 @dataclass(frozen=True)
@@ -224,11 +266,17 @@ class ExtensionPlan:
             PlanError: a newer schema, missing or unknown keys, wrong types, or values out of bounds.
         """
         schema = data.get("schema") if isinstance(data, Mapping) else None
-        if schema != SCHEMA:
+        if schema not in (1, SCHEMA):
             raise PlanError(
-                f"plan has schema {short(schema)}; this version of hf_posext reads {SCHEMA}: upgrade it, or plan again"
+                f"plan has schema {short(schema)}; this version of hf_posext reads 1 to {SCHEMA}: "
+                "upgrade it, or plan again"
             )
-        plan = decode(cls, {key: value for key, value in data.items() if key != "schema"})
+        data = {key: value for key, value in data.items() if key != "schema"}
+        if schema == 1 and isinstance(data.get("parts"), list):
+            data["parts"] = [
+                {**part, "fade": None, "decay": None} if isinstance(part, Mapping) else part for part in data["parts"]
+            ]
+        plan = decode(cls, data)
         check_bounds(plan)
         return plan
 

@@ -10,7 +10,7 @@ from .errors import PlanError
 from .scheme import GENERALIZATION
 
 if TYPE_CHECKING:
-    from .plan import ExtensionPlan
+    from .plan import ExtensionPlan, Part
 
 MAX_TABLE_ROWS = 2**24
 """Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
@@ -59,9 +59,25 @@ def check_bounds(plan: ExtensionPlan) -> None:
         divisors = (part.chunk, *(m for p in (part.query, part.key) for m in (p.group, p.modulo or 1)))
         if min(divisors) < 1:
             raise PlanError(f"plan has a part with chunk, group or modulo {min(divisors)}; 1 or more belongs there")
+        _check_fading(part)
     if plan.query_scale is not None and plan.query_scale.length < 2:
         raise PlanError(f"plan scales queries from length {plan.query_scale.length}; 2 or more belongs there")
     _check_other_schemes(plan)
+
+
+def _check_fading(part: Part) -> None:
+    """As `check_bounds`, for what is taken from the logits of a part."""
+    fade, decay = part.fade, part.decay
+    if fade is not None and not (fade.strength > 0 and fade.reference >= 1 and part.is_far):
+        raise PlanError(
+            f"plan fades a part by strength {fade.strength:g} from {fade.reference} keys on; a strength above 0, 1 "
+            "key or more, and a part of all farther keys belong there"
+        )
+    if decay is not None and not (decay.strength > 0 and decay.start >= 1 and part.is_far and part.chunk == 1):
+        raise PlanError(
+            f"plan lets a part decay by strength {decay.strength:g} from distance {decay.start} on; a strength above "
+            "0, 1 token or more, and a part of all farther keys, not of chunks, belong there"
+        )
 
 
 def _check_other_schemes(plan: ExtensionPlan) -> None:

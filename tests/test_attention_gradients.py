@@ -52,7 +52,7 @@ def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padding", [0, 9])
-@pytest.mark.parametrize("case", ["self-extend", "rerope", "dual-chunk", "string-shift"])
+@pytest.mark.parametrize("case", ["self-extend", "rerope", "dual-chunk", "string-shift", "rerope+log-n+decay+fade"])
 def test_gradients_of_a_model_equal_the_formula(case: str, padding: int) -> None:
     """Of all weights, with two query heads to each key head; of a text, or of two of which one is padded."""
     method, relative, options = CASES[case]

@@ -131,7 +131,7 @@ def problem(bands: str, queries: int, keys: int) -> tuple[tuple[Any, ...], torch
 
 
 @pytest.mark.parametrize("sinks", [None, torch.randn(4).double()])
-@pytest.mark.parametrize("bands", ["window", "chunks"])
+@pytest.mark.parametrize("bands", ["window", "chunks", "fading", "fading chunks"])
 @pytest.mark.parametrize("counts", [(100, 100), (30, 100), (1, 100), (10, 12), (1, 1), (25, 49)])
 def test_pieces_of_kernels_equal_dense(
     counts: tuple[int, int], bands: str, sinks: torch.Tensor | None, substitutes: Substitutes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hf_posext import patch_model
 from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
 from hf_posext.patching.attention_kernels import attention_kernel
 from hf_posext.patching.banded_attention import Branch, banded_attention, belongs
-from hf_posext.plan import Part, PositionMap
+from hf_posext.plan import CountFade, DistanceDecay, Part, PositionMap
 
 from .conftest import tiny_llama, tokens
 
@@ -28,7 +29,27 @@ BANDS: dict[str, tuple[Part, ...]] = {
         Part(FAR, FAR, low=2, chunk=24),
     ),
     "sinks": (Part(PLAIN, PLAIN, high=20), Part(PLAIN, PLAIN, low=20, keys_below=4)),
+    "fading": (
+        Part(PLAIN, PLAIN, high=16),
+        Part(FAR, FAR, low=16, fade=CountFade(0.7, 20), decay=DistanceDecay(1.0, 5)),
+    ),
+    "fading chunks": (
+        Part(PLAIN, PLAIN, high=2, chunk=12),
+        Part(FAR, FAR, low=2, chunk=12, fade=CountFade(1.5, 30)),
+    ),
 }
+
+
+def bias(part: Part, i: int, j: int) -> float:
+    """What a part adds to the logit of a pair."""
+    added = 0.0
+    if part.fade is not None:
+        far = sum(i // part.chunk - key // part.chunk >= part.low for key in range((i // part.chunk + 1) * part.chunk))
+        added -= part.fade.strength * math.log(max(1, far / part.fade.reference))
+    if part.decay is not None and i - j >= part.decay.start:
+        octave = math.floor(math.log2((i - j) / part.decay.start))
+        added -= part.decay.strength * math.log(2) * (octave + 0.5)
+    return added
 
 
 def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, **kw: Any) -> Any:
@@ -39,6 +60,9 @@ def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, ke
         score = branch.query @ branch.key.repeat_interleave(groups, 1).transpose(-1, -2) * kw["scaling"]
         if kw.get("softcap"):
             score = kw["softcap"] * torch.tanh(score / kw["softcap"])
+        if branch.part.fade or branch.part.decay:
+            added = [[bias(branch.part, i, j) for j in keys[0].tolist()] for i in queries[0].tolist()]
+            score = score + torch.tensor(added, dtype=score.dtype)
         scores = torch.where(belongs(branch.part, queries, keys)[:, None], score, scores)
     scores = scores.masked_fill(~kw["mask"], -torch.inf)
     if kw.get("sinks") is not None:

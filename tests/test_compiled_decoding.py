@@ -11,7 +11,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError
-from hf_posext.methods import DualChunk, DynamicNTK, LeakyReRoPE, Method, ReRoPE, SelfExtend, StringShift
+from hf_posext.methods import Decay, DualChunk, DynamicNTK, Fade, LeakyReRoPE, Method, ReRoPE, SelfExtend, StringShift
 from hf_posext.patching.remap import attention as attention_module
 from hf_posext.patching.signatures import with_cache
 
@@ -24,6 +24,9 @@ METHODS: list[str | Method] = [
     LeakyReRoPE(window=8, stride=3.0),
     DualChunk(chunk=12, local=4),
     StringShift(shift=8),
+    ReRoPE(window=14) + Fade(reference=6),
+    LeakyReRoPE(window=8) + Decay(start=9) + Fade(reference=4, strength=0.5),
+    DualChunk(chunk=12, local=4) + Fade(reference=3),
     DynamicNTK(),
     "yarn",
 ]

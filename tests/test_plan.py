@@ -11,6 +11,7 @@ import pytest
 
 from hf_posext import ExtensionPlan, YaRN, detect_scheme
 from hf_posext.errors import PlanError
+from hf_posext.methods import as_method
 
 from .conftest import tiny_llama
 
@@ -18,6 +19,39 @@ from .conftest import tiny_llama
 @pytest.fixture(scope="module")
 def plan() -> ExtensionPlan:
     return YaRN().plan(detect_scheme(tiny_llama()), factor=8)
+
+
+def test_a_plan_of_schema_1_is_read() -> None:
+    plan = as_method("rerope").plan(detect_scheme(tiny_llama()), factor=8)
+    data = {**plan.to_dict(), "schema": 1}
+    for part in data["parts"]:
+        del part["fade"], part["decay"]
+    assert ExtensionPlan.from_dict(data) == plan
+    data["parts"] = [1]
+    with pytest.raises(PlanError, match="parts.0 is 1"):
+        ExtensionPlan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"fade": {"strength": 0, "reference": 9}}, "fades a part by strength 0 from 9 keys"),
+        ({"fade": {"strength": 1, "reference": 0}}, "fades a part by strength 1 from 0 keys"),
+        ({"fade": {"strength": 1, "reference": 9}, "high": 99}, "of all farther keys"),
+        ({"fade": {"strength": 1, "reference": 9}, "low": 0}, "of all farther keys"),
+        ({"fade": {"strength": 1}}, "parts.1.fade lacks \\['reference'\\]"),
+        ({"decay": {"strength": -1, "start": 9}}, "decay by strength -1 from distance 9"),
+        ({"decay": {"strength": 1, "start": 0}}, "decay by strength 1 from distance 0"),
+        ({"decay": {"strength": 1, "start": 9}, "chunk": 4}, "not of chunks"),
+        ({"decay": {"strength": 1, "start": 1.5}}, "decay.start is 1.5"),
+    ],
+)
+def test_what_is_taken_from_logits_is_checked(edit: dict[str, Any], message: str) -> None:
+    plan = as_method("rerope+fade").plan(detect_scheme(tiny_llama()), factor=8)
+    data = plan.to_dict()
+    data["parts"][1] |= edit
+    with pytest.raises(PlanError, match=message):
+        ExtensionPlan.from_dict(data)
 
 
 def test_file_round_trip(plan: ExtensionPlan, tmp_path: Path) -> None:
@@ -38,7 +72,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", 2), "schema 2; this version of hf_posext reads 1"),
+        (change("schema", 3), "schema 3; this version of hf_posext reads 1 to 2"),
         (change("surprise", 1), "unknown \\['surprise'\\]"),
         (lambda data: data.pop("factor"), "lacks \\['factor'\\]"),
         (change("factor", 1e300), "factor is 1e\\+300"),

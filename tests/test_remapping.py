@@ -14,9 +14,11 @@ from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError
 from hf_posext.methods import (
     NTK,
+    Decay,
     DualChunk,
     DynamicNTK,
     DynamicYaRN,
+    Fade,
     LeakyReRoPE,
     LogN,
     Method,
@@ -43,6 +45,7 @@ def naive_llama(
     inv_freq: list[float] | None = None,
     attention_factor: float = 1.0,
     query_factor: Callable[[int], float] = lambda i: 1.0,
+    bias: Callable[[int, int], float] = lambda i, j: 0.0,
 ) -> torch.Tensor:
     """Logits (tokens, vocabulary) of one row in float64: every pair of tokens rotated by its own distance."""
     model = model.double()
@@ -58,6 +61,10 @@ def naive_llama(
                 distance[i, j] = wanted
     angle = distance.nan_to_num()[..., None] * pairs
     cos, sin = angle.cos() * attention_factor**2, angle.sin() * attention_factor**2
+    added = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(i + 1):
+            added[i, j] = bias(i, j)
     grow = torch.tensor([query_factor(i) for i in range(count)], dtype=torch.float64)
 
     x = model.model.embed_tokens(ids.reshape(-1))
@@ -71,7 +78,7 @@ def naive_llama(
         # Re[(q1 + i q2) conj(k1 + i k2) e^(i angle)], summed over pairs
         same = torch.einsum("ihp,jhp->hijp", q1, k1) + torch.einsum("ihp,jhp->hijp", q2, k2)
         cross = torch.einsum("ihp,jhp->hijp", q1, k2) - torch.einsum("ihp,jhp->hijp", q2, k1)
-        scores = ((same * cos + cross * sin).sum(-1)) * grow[:, None] / math.sqrt(dim)
+        scores = ((same * cos + cross * sin).sum(-1)) * grow[:, None] / math.sqrt(dim) + added
         weights = scores.masked_fill(distance.isnan(), -math.inf).softmax(-1)
         x = x + attention.o_proj(torch.einsum("hij,jhd->ihd", weights, v).reshape(count, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -95,6 +102,19 @@ def sinks(i: int, j: int) -> float | None:
     if i - j < 20:
         return i - j
     return min(i, 4 + 20 - 1) - j if j < 4 else None
+
+
+def fade(count: int, reference: int, strength: float = 1.0) -> float:
+    """What a count fade adds to the logits of a query with so many far keys."""
+    return -strength * math.log(max(1, count / reference))
+
+
+def decay(distance: int, start: int, strength: float = 1.0) -> float:
+    """What a decay adds: the same for all distances of an octave, of which the geometric middle is exact."""
+    for octave in range(40):
+        if start * 2**octave <= distance < start * 2 ** (octave + 1):
+            return -strength * math.log(math.sqrt(2) * 2**octave)
+    return 0.0
 
 
 def yarn_frequencies(scale: float, dim: int = 16, base: float = 10_000.0) -> list[float]:
@@ -139,6 +159,39 @@ CASES: dict[str, tuple[Method, Relative, dict[str, object]]] = {
         ReRoPE(window=16) + LogN(),
         lambda i, j: min(i - j, 16),
         {"query_factor": lambda i: max(1, math.log(i + 1) / math.log(TRAINED))},
+    ),
+    "rerope+fade": (
+        ReRoPE(window=16) + Fade(reference=20, strength=1.5),
+        lambda i, j: min(i - j, 16),
+        {"bias": lambda i, j: fade(i + 1 - 16, 20, 1.5) if i - j >= 16 else 0.0},
+    ),
+    "self-extend+fade": (
+        SelfExtend(group=4, window=12) + Fade(),
+        lambda i, j: i - j if i - j < 12 else i // 4 + 12 - 12 // 4 - j // 4,
+        {"bias": lambda i, j: fade(i + 1 - 12, TRAINED) if i - j >= 12 else 0.0},
+    ),
+    "dual-chunk+fade": (
+        DualChunk(chunk=24, local=8) + Fade(reference=20),
+        dual_chunk,
+        {"bias": lambda i, j: fade((i // 16 - 1) * 16, 20) if i // 16 - j // 16 > 1 else 0.0},
+    ),
+    "leaky-rerope+decay": (
+        LeakyReRoPE(window=16, stride=3.5) + Decay(),
+        lambda i, j: i - j if i - j < 16 else 16 + (i - j - 16) / 3.5,
+        {"bias": lambda i, j: decay(i - j, 16) if i - j >= 16 else 0.0},
+    ),
+    "string-shift+decay": (
+        StringShift(shift=20, local=6) + Decay(strength=1.5, start=25),
+        lambda i, j: i - j if i - j < 20 else i - j - 20 + 6,
+        {"bias": lambda i, j: decay(i - j, 25, 1.5)},
+    ),
+    "rerope+log-n+decay+fade": (
+        ReRoPE(window=16) + LogN() + Decay(strength=0.3, start=TRAINED) + Fade(strength=0.2),
+        lambda i, j: min(i - j, 16),
+        {
+            "query_factor": lambda i: max(1, math.log(i + 1) / math.log(TRAINED)),
+            "bias": lambda i, j: decay(i - j, TRAINED, 0.3) + fade(i - 15, TRAINED, 0.2) if i - j >= 16 else 0.0,
+        },
     ),
     "ntk+dual-chunk": (NTK() + DualChunk(chunk=24, local=8), dual_chunk, {"theta": 10_000.0 * 8 ** (16 / 14)}),
     "dynamic-ntk": (DynamicNTK(), lambda i, j: i - j, {"theta": 10_000.0 * (LENGTH / TRAINED) ** (16 / 14)}),
@@ -237,6 +290,14 @@ def test_dynamic_methods_leave_short_rows_alone_and_decode_with_a_small_residual
         (Sinks(sinks=60, window=5), "64 .the trained length. at most together"),
         (ReRoPE() + SelfExtend(), "remaps positions twice"),
         (LogN() + LogN(), "scales queries twice"),
+        (Fade(), "after a method with a band of far keys, got 'fade'. Pass e.g. 'rerope\\+fade'"),
+        (Fade() + ReRoPE(), "after a method with a band of far keys"),
+        (NTK() + Decay(), "after a method with a band of far keys"),
+        (Sinks(sinks=4, window=20) + Fade(), "after a method with a band of far keys"),
+        (DualChunk() + Decay(), "a far band that begins at a distance, got the chunks of dual-chunk"),
+        (ReRoPE() + Fade() + Fade(), "one fade, got two"),
+        (ReRoPE() + Decay() + Decay(), "one decay, got two"),
+        (ReRoPE(window=20) + Decay(start=19), "a decay start of 20 .the window. or more, got 19"),
     ],
 )
 def test_parameters_that_cannot_be(method: Method, message: str) -> None:
@@ -245,3 +306,9 @@ def test_parameters_that_cannot_be(method: Method, message: str) -> None:
     for make in (lambda: LeakyReRoPE(stride=0.5), lambda: DynamicYaRN(temperature=-1)):
         with pytest.raises(InvalidParameterError, match="give"):
             make()
+    for fades in (Fade, Decay):
+        for strength in (0, -1, math.nan, math.inf):
+            with pytest.raises(InvalidParameterError, match=f"Expected a {fades.name} strength above 0"):
+                fades(strength=strength)
+    with pytest.raises(InvalidParameterError, match="1 token or more, got 0"):
+        Fade(reference=0)

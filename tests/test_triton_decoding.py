@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from triton.language import standard
 
 from hf_posext import patch_model
-from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, StringShift
+from hf_posext.methods import Decay, DualChunk, Fade, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, StringShift
 from hf_posext.patching import attention_step
 from hf_posext.patching.attention_kernels import attention_kernel
 from hf_posext.patching.remap import decoding_step
@@ -109,6 +109,9 @@ METHODS: list[Method] = [
     LeakyReRoPE(window=8, stride=3.0),
     DualChunk(chunk=12, local=4),
     StringShift(shift=8),
+    ReRoPE(window=14) + Fade(reference=6),
+    LeakyReRoPE(window=8) + Decay(start=9) + Fade(reference=4, strength=0.5),
+    DualChunk(chunk=12, local=4) + Fade(reference=3),
 ]
 
 

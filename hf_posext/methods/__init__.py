@@ -7,9 +7,11 @@ from .base import Composition, Method, as_method, hyper_parameters
 from .bucket import BucketMethod
 from .bucket_linear import BucketLinear
 from .bucket_max_distance import BucketMaxDistance
+from .decay import Decay
 from .dual_chunk import DualChunk
 from .dynamic_ntk import DynamicNTK
 from .dynamic_yarn import DynamicYaRN
+from .fade import Fade
 from .frequencies import FrequencyMethod
 from .leaky_rerope import LeakyReRoPE
 from .linear import Linear
@@ -44,9 +46,11 @@ __all__ = [
     "BucketMaxDistance",
     "BucketMethod",
     "Composition",
+    "Decay",
     "DualChunk",
     "DynamicNTK",
     "DynamicYaRN",
+    "Fade",
     "FrequencyMethod",
     "LeakyReRoPE",
     "Linear",

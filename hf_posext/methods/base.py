@@ -13,7 +13,7 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -50,10 +50,10 @@ class Method:
         return (cls.__doc__ or "").strip().splitlines()[0]
 
     @classmethod
-    def example(cls, scheme: PositionalScheme) -> Self:
-        """An instance that works on the scheme at factor 8, for tests and documentation.
+    def example(cls, scheme: PositionalScheme) -> Method:
+        """An instance, or a composition with one, that works on the scheme at factor 8, for tests and documentation.
 
-        To be overridden by a method whose parameters have no defaults.
+        To be overridden by a method whose parameters have no defaults, or that needs another before it.
         """
         return cls()
 

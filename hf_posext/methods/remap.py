@@ -57,3 +57,17 @@ def require_window(method: Method, name: str, value: int, plan: ExtensionPlan) -
             f"{method.name} {name} is {value}; give 1 to {plan.original_length}, the trained length"
         )
     return value
+
+
+def require_far_band(method: Method, plan: ExtensionPlan) -> Part:
+    """Return the band of all farther keys, which remapping methods have last.
+
+    Raises:
+        InvalidParameterError: the methods before have none.
+    """
+    if not plan.parts or not plan.parts[-1].is_far:
+        raise InvalidParameterError(
+            f"Expected {method.name} after a method with a band of far keys, got {plan.method!r}. "
+            f"Pass e.g. 'rerope+{method.name}'."
+        )
+    return plan.parts[-1]

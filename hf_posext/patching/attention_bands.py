@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from ..plan import Part
 from .attention_kernels import Kernel, one_pass
+from .fading import octaves
 
 
 class Region(NamedTuple):
     """Queries `rows` against `columns` of keys: all of them, or with `causal` up to the own one (a square), or with
-    `window` the latest of those (the last query sees the last key)."""
+    `window` the latest of those (the last query sees the last key). `constant` is added to all logits."""
 
     rows: slice
     columns: slice
     causal: bool = False
     window: int | None = None
+    constant: float = 0.0
 
 
 def regions(part: Part, queries: int, keys: int) -> list[Region] | None:
     """The pairs of a part, whose positions are their indices, for the last `queries` of some keys; `None` where they
     are no such regions."""
-    if part.keys_below is not None or (part.chunk == 1 and part.high is not None and part.low > 0):
+    if part.keys_below is not None:
         return None
     if part.chunk > 1:
         return list(_chunks(part, queries, keys))
-    first = keys - queries
-    if part.high is not None and part.high < keys:
-        start = max(first - part.high + 1, 0)
-        return [Region(slice(0, queries), slice(start, keys), window=part.high if queries > 1 else None)]
-    return list(_triangle(slice(max(part.low - first, 0), queries), 0, keys - part.low))
+    return [
+        region._replace(constant=constant)
+        for octave, constant in octaves(part, keys)
+        for region in _distances(octave, queries, keys)
+    ]
+
+
+def _distances(part: Part, queries: int, keys: int) -> Iterator[Region]:
+    """The pairs of a part that is bounded by distances."""
+    first, newest = keys - queries, keys - part.low  # the last query sees keys up to but not `newest`
+    rows = slice(max(part.low - first, 0), queries)
+    if part.high is None or part.high >= keys:
+        yield from _triangle(rows, 0, newest)
+    elif rows.start < rows.stop:
+        start = max(first + rows.start - part.high + 1, 0)
+        yield Region(rows, slice(start, newest), window=part.high - part.low if rows.stop - rows.start > 1 else None)
 
 
 def starts(parts: Sequence[Part], keys: int) -> tuple[int, ...] | None:
     """The first key that the newest token sees in each part, where each ends at the start of the one before it."""
     found, stop = [], keys
     for part in parts:
-        for one in regions(part, 1, keys) or [Region(slice(0, 1), slice(0, 0))]:
+        for one in regions(replace(part, decay=None), 1, keys) or [Region(slice(0, 1), slice(0, 0))]:
             if one.columns.stop != stop:
                 return None
             stop = one.columns.start
@@ -108,22 +122,28 @@ class Merged:
 
 
 def attend_regions(
-    states: list[tuple[list[Region], torch.Tensor, torch.Tensor]],
+    states: list[tuple[list[Region], torch.Tensor, torch.Tensor, torch.Tensor | None]],
     value: torch.Tensor,
     kernel: Kernel,
     scaling: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention over the regions of some parts, each with the queries and keys that are rotated for it.
+    """Attention over the regions of some parts, each with the queries and keys that are rotated for it, and with what
+    is added to the logits of each query (batch or 1, queries), if anything is.
 
     Returns:
         `torch.Tensor` of shape `(batch, queries, heads, dim)`.
     """
     merged = Merged(states[0][1], value)
-    for places, query, key in states:
-        for rows, columns, causal, window in places:
+    for places, query, key, shift in states:
+        for rows, columns, causal, window, constant in places:
             pair = key[:, :, columns], value[:, :, columns]
-            merged.add(rows, *kernel(query[:, :, rows], *pair, scaling=scaling, causal=causal, window=window))
+            out, total = kernel(query[:, :, rows], *pair, scaling=scaling, causal=causal, window=window)
+            if constant:
+                total = total + constant
+            if shift is not None:
+                total = total + shift[:, None, rows]
+            merged.add(rows, out, total)
     if sinks is not None:
         merged.add_sinks(sinks)
     return merged.out.transpose(1, 2).contiguous()

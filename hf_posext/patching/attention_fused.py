@@ -27,13 +27,15 @@ class Piece(NamedTuple):
     """A rectangle of scores: the queries of a block against the keys `low` to `high - 1` of a part.
 
     `bias` (batch or 1, key heads or 1, rows, keys) is added to the scores: 0, or the least number where a pair is not
-    attended. It is `None` where all pairs are.
+    attended. It is `None` where all pairs are. `shift` is added as well: a number, or one for each row, of shape
+    (batch or 1, 1, rows).
     """
 
     part: int
     low: int
     high: int
     bias: torch.Tensor | None
+    shift: torch.Tensor | float | None = None
 
 
 Edges = dict[tuple[int, ...], torch.Tensor]
@@ -89,6 +91,8 @@ def fused_attention(
             span = slice(piece.low, piece.high)
             states = here[piece.part], keys[piece.part][:, :, span], value[:, :, span]
             out, total = FORWARD(*states, attn_mask=piece.bias, scale=scaling)
+            if piece.shift is not None:
+                total = total + piece.shift
             return out if out.dtype == total.dtype else out.to(total.dtype), total
 
         first, *others = pieces(start, stop, edges)
@@ -153,11 +157,13 @@ class FusedAttention(torch.autograd.Function):
             block = slice(start, min(start + rows, out.shape[1]))
             given, merged = (grouped(one[:, block].transpose(1, 2), value.shape[1]) for one in (grad, out))
             sums = grouped(total[:, :, block, None], value.shape[1])[..., 0]
-            for part, low, high, bias in pieces(block.start, block.stop, edges):
+            for part, low, high, bias, shift in pieces(block.start, block.stop, edges):
                 span = slice(low, high)
                 query = grouped(queries[part][:, :, block], value.shape[1])
                 pair = keys[part][:, :, span], value[:, :, span]
-                found = BACKWARD(given, query, *pair, merged, sums, 0.0, False, attn_mask=bias, scale=scaling)
+                # exp(scores + shift - sums) are the weights, and the kernel knows nothing of the shift
+                level = sums if shift is None else sums - shift
+                found = BACKWARD(given, query, *pair, merged, level, 0.0, False, attn_mask=bias, scale=scaling)
                 of_query = grads[part][:, :, block]
                 of_query += found[0].reshape(of_query.shape)
                 grads[len(queries) + part][:, :, span] += found[1]

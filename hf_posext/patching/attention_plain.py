@@ -24,11 +24,13 @@ def attend_pieces(
     """One softmax over the pieces of a block, in plain PyTorch, with gradients."""
     queries = [grouped(query, value.shape[1]) for query in queries]
     scores = []
-    for part, low, high, bias in pieces:
+    for part, low, high, bias, shift in pieces:
         score = queries[part] @ keys[part][:, :, low:high].transpose(-1, -2)
         score = score.to(torch.promote_types(score.dtype, torch.float32)) * scaling
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
+        if shift is not None:
+            score = score + (shift[..., None] if isinstance(shift, torch.Tensor) else shift)
         scores.append(score if bias is None else score + bias)
     if sinks is not None:
         scores.append(grouped_sinks(sinks, queries[0]).to(scores[0].dtype))
@@ -47,6 +49,7 @@ def attend_single(
     key: torch.Tensor,
     value: torch.Tensor,
     seen: list[torch.Tensor],
+    shifts: list[torch.Tensor | None],
     mask: torch.Tensor | None,
     scaling: float,
     sinks: torch.Tensor | None,
@@ -56,7 +59,7 @@ def attend_single(
     """A single query (batch, heads, 1, dim), turned for each part, to keys that stand the same for all parts.
 
     Each key is scored by the queries of all parts at once, so that it is read once, and `seen`, bool (batch, 1, keys)
-    for each part, tells which of the scores counts.
+    for each part, tells which of the scores counts. `shifts` (batch or 1, 1, keys or 1) are added to them.
 
     Returns:
         `torch.Tensor` of shape `(batch, 1, heads, dim)`.
@@ -69,8 +72,8 @@ def attend_single(
     least = torch.finfo(value.dtype).min  # finite, so that a query that attends to nothing gets no NaN
     each = scores.chunk(len(queries), 2)
     chosen = torch.full((), least, dtype=scores.dtype, device=scores.device)
-    for here, score in zip(seen, each, strict=True):
-        chosen = torch.where(here[:, None], score, chosen)
+    for here, shift, score in zip(seen, shifts, each, strict=True):
+        chosen = torch.where(here[:, None], score if shift is None else score + shift[:, None], chosen)
     if mask is not None:
         mask = mask if mask.shape[1] == 1 else mask.reshape(batch, value.shape[1], -1, mask.shape[-1])
         is_bool = mask.dtype == torch.bool

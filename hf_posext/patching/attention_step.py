@@ -70,8 +70,12 @@ def _trial(
         asked[:, :, part, None] @ spread[0][:, :, start:stop].mT * width**-0.5
         for part, start, stop in zip(range(parts), starts, (TRIAL, *starts), strict=False)
     ]
+    fading = torch.tensor([[0.0, 0.0, 1.0]] * (parts - 1) + [[-0.5, -0.3, 8.0]], device=device)[None]
+    distance = torch.arange(TRIAL - 1, TRIAL - 1 - starts[-2] if parts > 1 else -1, -1, device=device)
+    octave = torch.frexp((distance // 8).float()).exponent
+    scores[-1] += -0.5 - 0.3 * (octave - 0.5).clamp(min=0)
     weights = torch.cat(scores[::-1], -1).softmax(-1)
-    made = step(query, key, torch.stack([partners, partners]), phases, starts, width**-0.5)
+    made = step(query, key, torch.stack([partners, partners]), phases, starts, width**-0.5, fading)
     found = made(query, key, value, leaving)
     off = (found.float() - (weights @ spread[1]).transpose(1, 2)).abs().max(), (key.float() - wanted).abs().max()
     return max(float(one) for one in off)

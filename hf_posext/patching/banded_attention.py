@@ -7,7 +7,7 @@ all of them: exact, and of memory linear in length, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +18,7 @@ from .attention_flex import attend_flex
 from .attention_fused import Edges, FusedAttention, Piece, fused_attention, has_fused_gradients
 from .attention_kernels import choose, forced
 from .attention_plain import attend_pieces, attend_single
+from .fading import decay, fade, octaves
 
 SCORE_BYTES = 16 * 2**20
 """Float32 scores that are held at a time."""
@@ -99,13 +100,19 @@ def banded_attention(
         states is not None and states.requires_grad
         for states in (sinks, value, *(states for branch in branches for states in (branch.query, branch.key)))
     )
+    wide = torch.promote_types(value.dtype, torch.float32)
+    fades = [fade(branch.part, query_positions, wide) for branch in branches]
     kernel = choose(branches[0].query, value) if aligned and mask is None else None
     if kernel is not None and not (learning or softcap or dropout):
         places = [regions(branch.part, queries, keys) for branch in branches]
         if all(place is not None for place in places):
-            each = [(place or [], one.query, one.key) for place, one in zip(places, branches, strict=True)]
+            each = [
+                (place or [], one.query, one.key, shift)
+                for place, one, shift in zip(places, branches, fades, strict=True)
+            ]
             return attend_regions(each, value, kernel, scaling, sinks)
-    if forced() == "flex" and not (learning or dropout):
+    plain = all(branch.part.fade is None and branch.part.decay is None for branch in branches)
+    if forced() == "flex" and plain and not (learning or dropout):
         triples = [(branch.part, branch.query, branch.key) for branch in branches]
         at = query_positions, key_positions
         return attend_flex(triples, value, *at, mask=mask, scaling=scaling, softcap=softcap, sinks=sinks)
@@ -116,10 +123,12 @@ def banded_attention(
         first, last = keys - queries + start, keys - queries + stop
         here = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
         found = []
-        for number, part in enumerate(parts):
-            for low, high, inner in _rectangles(part, first, last, keys, aligned, causal=mask is None):
-                if inner:
-                    found.append(Piece(number, low, high, None))
+        for number, (part, faded) in enumerate(zip(parts, fades, strict=True)):
+            # a row of them for each head behind the same key head
+            shift = None if faded is None else faded[:, None, start:stop].repeat(1, 1, heads // key_heads)
+            for low, high, constant in _rectangles(part, first, last, keys, aligned, causal=mask is None):
+                if constant is not None:
+                    found.append(Piece(number, low, high, None, shift if not constant else _summed(shift, constant)))
                     continue
                 alike = (number, first % part.chunk, last - first, low - first, high - first)
                 bias = edges.get(alike)
@@ -131,7 +140,7 @@ def banded_attention(
                     bias = bias.repeat(1, 1, heads // key_heads, 1) if bias.shape[1] == 1 else bias.reshape(shape)
                     if aligned and mask is None:  # all blocks have the same edges, but for where chunks begin
                         edges[alike] = bias
-                found.append(Piece(number, low, high, bias))
+                found.append(Piece(number, low, high, bias, shift))
         return found
 
     states = [branch.query for branch in branches], [branch.key for branch in branches]
@@ -147,7 +156,11 @@ def banded_attention(
     key = states[1][0]
     if queries == 1 and all(one is key for one in states[1]):
         seen = [belongs(part, query_positions, key_positions) for part in parts]
-        return attend_single(states[0], key, value, seen, mask, scaling, sinks, softcap, dropout)
+        shifts = [
+            _summed(None if faded is None else faded[..., None], _decay(part, query_positions, key_positions, wide))
+            for part, faded in zip(parts, fades, strict=True)
+        ]
+        return attend_single(states[0], key, value, seen, shifts, mask, scaling, sinks, softcap, dropout)
 
     def attend(start: int, stop: int) -> torch.Tensor:
         query = [one[:, :, start:stop] for one in states[0]]
@@ -169,19 +182,25 @@ def banded_attention(
 
 def _rectangles(
     part: Part, first: int, last: int, keys: int, aligned: bool, causal: bool
-) -> Iterator[tuple[int, int, bool]]:
-    """The keys of a part for queries `first` to `last - 1`: from, to, and whether each query sees all of them.
+) -> Iterator[tuple[int, int, float | None]]:
+    """The keys of a part for queries `first` to `last - 1`: from, to, and what its decay adds to all of these logits;
+    `None` where that is not the same for all, or where some of the queries do not see some of the keys.
 
     Where parts are bands, keys that no query of the block sees are left out, and those that all of them see need no
     bias: on a long input nearly all scores are there.
     """
     low, high = _band(part, first, last, keys) if aligned else (0, min(last, keys) if causal else keys)
-    inner = _inner(part, first, last, low, high) if aligned and causal else (high, high)
-    if inner[1] - inner[0] <= 4 * (last - first):  # not worth a rectangle of its own
-        inner = (high, high)
-    for start, stop in ((low, inner[0]), inner, (inner[1], high)):
-        if start < stop:
-            yield start, stop, (start, stop) == inner
+    # from the farthest octave of a decay to the nearest, which is from the first key to the last
+    for octave, constant in reversed(list(octaves(part, last)) if aligned and causal else []):
+        start, stop = _inner(octave, first, last, low, high)
+        if stop - start <= 4 * (last - first):  # not worth a rectangle of its own
+            continue
+        if low < start:
+            yield low, start, None
+        yield start, stop, constant
+        low = stop
+    if low < high:
+        yield low, high, None
 
 
 def _band(part: Part, first: int, last: int, keys: int) -> tuple[int, int]:
@@ -198,6 +217,21 @@ def _inner(part: Part, first: int, last: int, low: int, high: int) -> tuple[int,
     return max(oldest, low), min(newest, high)
 
 
+def _decay(
+    part: Part, query_positions: torch.Tensor, key_positions: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """What the decay of a part adds to logits (batch, queries, keys); `None` where it has none."""
+    if part.decay is None:
+        return None
+    return decay(part, query_positions[..., :, None] - key_positions[..., None, :], dtype)
+
+
+def _summed(one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
 def _bias(
     part: Part,
     query_positions: torch.Tensor,
@@ -207,7 +241,8 @@ def _bias(
     rows: tuple[int, int],
     columns: tuple[int, int],
 ) -> torch.Tensor:
-    """0 or the mask's own number where a pair is attended, the least number of a dtype elsewhere; float32 or float64.
+    """The decay and the mask's own number where a pair is attended, the least number of a dtype elsewhere; float32 or
+    float64.
 
     That number is finite, so that a query that attends to nothing (padding, which no one reads) gets no NaN.
     """
@@ -221,4 +256,7 @@ def _bias(
         allowed = allowed & mask[..., slice(*columns)]
     else:
         bias = mask[..., slice(*columns)].to(bias.dtype).clamp(min=least)
+    decayed = _decay(part, query_positions, key_positions, bias.dtype)
+    if decayed is not None:
+        bias = bias + decayed[:, None]
     return torch.where(allowed, bias, least)

@@ -40,6 +40,7 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     value,
     partners,
     phases,
+    fading,
     scaling,
     keys,
     share,
@@ -49,6 +50,7 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     batch_stride,
     head_stride,
     phase_stride,
+    fading_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -58,6 +60,7 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
+    FADES: tl.constexpr,
 ):
     batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
     splits = tl.num_programs(1)
@@ -94,6 +97,11 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
 
     low = tl.where(part == 0, first, tl.where(part == 1, second, 0))  # keys that a row sees, up to but not `high`
     high = tl.where(part == 0, keys, tl.where(part == 1, first, second))
+    if FADES:  # what a part adds to all of its logits, and by which octave of distances
+        place = fading + batch * fading_stride + part * 3
+        shift = tl.load(place, mask=part < PARTS, other=0)
+        rate = tl.load(place + 1, mask=part < PARTS, other=0)
+        nearest = tl.load(place + 2, mask=part < PARTS, other=1).to(tl.int32)
     highest = tl.full((ROWS,), -float("inf"), tl.float32)
     weight = tl.full((ROWS,), 0, tl.float32)
     held = tl.full((ROWS, COLUMNS), 0, tl.float32)
@@ -103,6 +111,10 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
         offset = token.to(tl.int64)[:, None] * WIDTH + column[None, :]
         states = tl.load(key + offset, mask=here, other=0)
         scores = tl.dot(asked, states.trans(), input_precision=PRECISION) * scaling
+        if FADES:  # the exponent of a float is the octave of a whole number below 2 ** 24
+            octave = (keys - 1 - token)[None, :] // nearest[:, None]
+            exponent = (octave.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            scores += shift[:, None] + tl.where(octave > 0, rate[:, None] * (exponent + 0.5), 0.0)
         seen = (token[None, :] >= low[:, None]) & (token[None, :] < high[:, None]) & (token < end)[None, :]
         scores = tl.where(seen, scores, -float("inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
@@ -156,6 +168,9 @@ class Step:
             queries are turned for each part, and last, the key that leaves.
         starts (`tuple[int, ...]`): the first key of each part, the nearest first; it ends where the one before begins.
         scaling (`float`): scores are multiplied by it.
+        fading (`torch.FloatTensor` of shape `(batch or 1, parts, 3)`, *optional*): what is added to the logits of each
+            part, what is added for each octave of distances, half of it for the first, and the distance from which
+            octaves count, a whole number up to 2 ** 24.
     """
 
     def __init__(
@@ -166,6 +181,7 @@ class Step:
         phases: torch.Tensor,
         starts: tuple[int, ...],
         scaling: float,
+        fading: torch.Tensor | None = None,
     ) -> None:
         batch, heads, _, width = query.shape
         key_heads, keys = key.shape[1:3]
@@ -181,9 +197,9 @@ class Step:
         self.pieces = query.new_empty(batch * key_heads * splits * rows * (columns + 1), dtype=torch.float32)
         self.finished = query.new_zeros(batch * key_heads, dtype=torch.int32)
         first, second = (*starts, 0, 0)[:2]
-        self.turns = partners, phases
+        self.turns = partners, phases, phases if fading is None else fading
         self.numbers = scaling, keys, share, first, second
-        self.phase_stride = phases.stride(0) if phases.shape[0] > 1 else 0
+        self.phase_strides = [one.stride(0) if one is not None and one.shape[0] > 1 else 0 for one in (phases, fading)]
         self.sizes: dict[str, Any] = {
             "HEADS": key_heads,
             "GROUP": group,
@@ -194,6 +210,7 @@ class Step:
             "BLOCK": block,
             "PIECES": PIECES,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # of float32 alone
+            "FADES": fading is not None,
         }
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaving: int) -> torch.Tensor:
@@ -211,7 +228,7 @@ class Step:
         """
         out = query.new_empty(self.shape)
         states = out, self.pieces, self.finished, query, key, value
-        strides = key.stride(0), key.stride(1), self.phase_stride
+        strides = key.stride(0), key.stride(1), *self.phase_strides
         _attend[self.grid](*states, *self.turns, *self.numbers, leaving, *strides, **self.sizes)
         return out
 

@@ -13,6 +13,7 @@ import torch
 from ..attention_bands import starts
 from ..attention_step import one_step
 from ..banded_attention import mapped
+from ..fading import step_fading
 from .layout import LayerLayout, Layout, Phases
 from .positions import Positions, key_map
 
@@ -72,7 +73,8 @@ def whole_step(
 
     def make() -> Any:
         begins = starts(parts, key.shape[2])
-        return begins and step(query, key, *_turns_of_parts(late, layer, at, query), begins, scaling)
+        fading = step_fading(parts, at.queries.to(query.device))
+        return begins and step(query, key, *_turns_of_parts(late, layer, at, query), begins, scaling, fading)
 
     like = "whole", layer.query.kind, layer.key.kind, query.shape, key.shape, query.dtype, query.device, scaling
     return at.once(like, make)

@@ -1,0 +1,79 @@
+"""What is taken from the logits of a band: by how many keys it holds, and by their distance.
+
+Both are piecewise constant where kernels need them to be. A fade is one number for each query, so it shifts the
+log-sum-exp of the whole band. A decay is constant within an octave of distances, so it shifts that of each octave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from ..plan import Part
+
+
+def fade(part: Part, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return what a band's count fade adds to the logits of queries.
+
+    Args:
+        part (`Part`): the band.
+        positions (`torch.LongTensor` of shape `(batch, queries)`): positions of the queries before any remapping.
+        dtype (`torch.dtype`): floating-point dtype of the result.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, queries)`, 0 or less; `None` for a band without a fade.
+    """
+    if part.fade is None:
+        return None
+    count = (positions // part.chunk - part.low + 1) * part.chunk
+    return (count.to(dtype) / part.fade.reference).clamp(min=1).log() * -part.fade.strength
+
+
+def decay(part: Part, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return what a band's decay adds to the logits of pairs at integer distances: 0 or less, of the same shape;
+    `None` for a band without a decay. Distances below 0 get 0."""
+    if part.decay is None:
+        return None
+    # the exponent of frexp is the bit length of a whole number below 2 ** 24
+    octave = torch.frexp((distance // part.decay.start).clamp(min=0).to(torch.float32)).exponent
+    return (octave.to(dtype) - 0.5).clamp(min=0) * (-part.decay.strength * math.log(2))
+
+
+def octaves(part: Part, reach: int) -> Iterator[tuple[Part, float]]:
+    """Yield the bands into which a decay cuts a band, nearest first, and what it adds to their logits.
+
+    Args:
+        part (`Part`): the band; one without a decay is yielded as it is.
+        reach (`int`): distances from here on do not occur.
+    """
+    if part.decay is None:
+        yield part, 0.0
+        return
+    low, last = part.low, reach if part.high is None else min(reach, part.high)
+    while low < last:
+        count = (low // part.decay.start).bit_length()
+        edge = part.decay.start << count
+        constant = -part.decay.strength * math.log(2) * max(count - 0.5, 0)
+        yield replace(part, low=low, high=part.high if edge >= last else edge, decay=None), constant
+        low = edge
+
+
+def step_fading(parts: Sequence[Part], positions: torch.Tensor) -> torch.Tensor | None:
+    """Return what a kernel of a step adds to logits, for queries at positions (batch, 1).
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, parts, 3)`: for each band its fade, what its decay adds in an octave, and
+        where that starts; `None` where no band has either.
+    """
+    if all(part.fade is None and part.decay is None for part in parts):
+        return None
+    nothing = torch.zeros_like(positions, dtype=torch.float32)
+    rows = []
+    for part in parts:
+        shift = fade(part, positions, torch.float32)
+        rate, start = (0.0, 1) if part.decay is None else (-part.decay.strength * math.log(2), part.decay.start)
+        rows.append([nothing if shift is None else shift, nothing + rate, nothing + min(start, 2**24)])
+    return torch.stack([torch.cat(row, -1) for row in rows], 1)
