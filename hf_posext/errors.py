@@ -9,6 +9,7 @@ PosExtError
 ├── AlreadyPatchedError                    a second patch on a patched model
 ├── NotPatchedError                        nothing to undo
 ├── NoEffectError                          the patch would change nothing
+├── UndoError                              a change that could not be put back; the others were
 ├── PlanError (ValueError)                 a plan that is corrupt, hostile or of a newer schema
 ├── PlanMismatchError                      a plan made for another model
 ├── CheckpointError (ValueError)           a checkpoint or adapter directory that is incomplete, corrupt or hostile
@@ -54,7 +55,11 @@ class NotPatchedError(PosExtError):
 
 
 class NoEffectError(PosExtError):
-    """The patch would leave every phase of the model as it is."""
+    """The patch would leave the positions of the model as they are."""
+
+
+class UndoError(PosExtError):
+    """A change of a patch that could not be put back; it stays in the undo log, and all others were undone."""
 
 
 class PlanError(PosExtError, ValueError):

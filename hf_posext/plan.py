@@ -217,6 +217,14 @@ class ExtensionPlan:
         """Whether the plan leaves the model as it is (the method `none`)."""
         return not (self.rotaries or self.rotates_late or self.slopes or self.table or self.buckets or self.sinusoids)
 
+    def check(self) -> None:
+        """Refuse a plan that asks for more than can be made, or for what no method can have meant.
+
+        Raises:
+            PlanError: says what, and the bound.
+        """
+        check_bounds(self)
+
     def describe(self) -> str:
         """One line: method, lengths, parameters."""
         given = ", ".join(
@@ -277,7 +285,7 @@ class ExtensionPlan:
                 {**part, "fade": None, "decay": None} if isinstance(part, Mapping) else part for part in data["parts"]
             ]
         plan = decode(cls, data)
-        check_bounds(plan)
+        plan.check()
         return plan
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MAX_TABLE_ROWS = 2**24
 """Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
+MAX_TABLE_BYTES = 2**31
+"""Largest table of positions that a plan may ask for, at 4 bytes a number."""
 MAX_PARTS = 64
 """Each part is one more pass over keys in every attention layer; no method here has more than a handful."""
 
@@ -26,6 +28,14 @@ def check_bounds(plan: ExtensionPlan) -> None:
     """
     if plan.scheme.kind not in GENERALIZATION:
         raise PlanError(f"plan.scheme.kind is {short(plan.scheme.kind)}; there are: {', '.join(GENERALIZATION)}")
+    numbers = {"factor": plan.factor, "original_length": plan.original_length, "target_length": plan.target_length}
+    for name, number in numbers.items():
+        whole = isinstance(number, int) or name == "factor"
+        if not whole or not math.isfinite(number) or number > MAX_NUMBER:
+            raise PlanError(
+                f"plan.{name} is {short(number)}; a {'number' if name == 'factor' else 'whole number'} of at most "
+                f"{MAX_NUMBER} belongs there"
+            )
     if not (plan.factor > 0 and 1 <= plan.original_length <= plan.target_length):
         raise PlanError(
             f"plan goes from {plan.original_length} to {plan.target_length} tokens by factor {plan.factor:g}; "
@@ -84,6 +94,7 @@ def _check_other_schemes(plan: ExtensionPlan) -> None:
     """As `check_bounds`, for what is not rotary."""
     table, buckets = plan.table, plan.buckets
     if table is not None:
+        check_table_size(plan.target_length, plan.scheme.table.width if plan.scheme.table else 1)
         usable = plan.scheme.table.usable if plan.scheme.table else 0
         if plan.original_length > usable:
             raise PlanError(f"plan stretches {plan.original_length} rows of a table that has {usable}")
@@ -107,3 +118,22 @@ def _check_other_schemes(plan: ExtensionPlan) -> None:
                 f"plan divides distances by {buckets.factor:g} and has buckets up to {buckets.max_distance}; a "
                 f"number above 0, and the {shipped} of its scheme or more are possible"
             )
+
+
+def check_table_size(rows: int, width: int, count: int = 1) -> None:
+    """Refuse a table that would not fit into memory, before it is made.
+
+    Args:
+        rows (`int`): of the table.
+        width (`int`): numbers in a row.
+        count (`int`, *optional*, defaults to 1): tables of this size.
+
+    Raises:
+        PlanError: with the most positions that are possible.
+    """
+    if rows * width * count * 4 > MAX_TABLE_BYTES:
+        raise PlanError(
+            f"a table of {rows} positions x {width} numbers has {rows * width * count * 4} bytes; at most "
+            f"{MAX_TABLE_BYTES} are made, which is {MAX_TABLE_BYTES // (4 * width * count)} positions: "
+            "pass a smaller factor or target_length"
+        )

@@ -6,6 +6,8 @@ The methods of this package register themselves when `hf_posext.methods` is impo
 from __future__ import annotations
 
 import difflib
+import re
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
@@ -27,9 +29,11 @@ def register(method: M) -> M:
     """Class decorator: make a method known by its `name`.
 
     Raises:
-        InvalidParameterError: the name is taken by another class, or holds one of `+,(`, which no name may.
+        InvalidParameterError: not a class of methods, or its name is taken by another class or contains one of `+,(`.
     """
-    name = method.name
+    name = getattr(method, "name", None)
+    if not (isinstance(method, type) and isinstance(name, str) and callable(getattr(method, "plan", None))):
+        raise InvalidParameterError(f"expected a subclass of Method with a name, got {method!r}")
     taken = _methods.get(name)
     if taken is not None and taken is not method:
         raise InvalidParameterError(f"method {name!r} is registered as {taken.__module__}; choose another name")
@@ -45,12 +49,20 @@ def methods() -> dict[str, type[Method]]:
     if _pending:
         _pending = False
         for entry in entry_points(group=ENTRY_POINT_GROUP):
-            register(entry.load())
+            try:
+                register(entry.load())
+            except (Exception, SystemExit) as error:  # whatever somebody else's module raises when it is imported
+                package = entry.dist.name if entry.dist is not None else "an unknown package"
+                warnings.warn(
+                    f"the method {entry.name!r} of {package} is left out: its entry point {entry.value!r} raised "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
     return dict(sorted(_methods.items()))
 
 
 def get_method(name: str) -> type[Method]:
-    """The method of that name.
+    """The method of that name; case, hyphens and underscores do not count.
 
     Raises:
         UnknownMethodError: no such method; the message suggests the nearest names.
@@ -58,6 +70,10 @@ def get_method(name: str) -> type[Method]:
     known = methods()
     if name in known:
         return known[name]
+    plain = {re.sub("[-_ ]", "", spelled.lower()): method for spelled, method in known.items()}
+    method = plain.get(re.sub("[-_ ]", "", name.lower()))  # "YaRN", "DynamicNTK", "self_extend"
+    if method is not None:
+        return method
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     guess = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     raise UnknownMethodError(f"unknown method {name!r}; {guess}there are: {', '.join(known)}")

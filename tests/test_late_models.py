@@ -34,7 +34,7 @@ def test_half_precision_is_within_its_own_noise(kind: str) -> None:
             if name.endswith("inv_freq"):
                 setattr(module, name, dict(build(kind).named_buffers())[f"{path}.{name}"])
     plain = logits(model, ids).float()
-    patch_model(model, KEEPS, factor=8, original_length=TRAINED)
+    patch_model(model, KEEPS, factor=8, trained_length=TRAINED)
     late = logits(model, ids).float()
     assert (late - plain).square().mean() <= (plain - exact).square().mean()
 
@@ -43,7 +43,7 @@ def test_half_precision_is_within_its_own_noise(kind: str) -> None:
 def test_growing_frequencies_are_those_of_the_length(kind: str) -> None:
     """As if the model had been given them; also where it wants positions on three axes."""
     model, ids = build(kind), tokens(60)
-    with patch_model(model, DynamicNTK(), factor=8, original_length=16) as patch:
+    with patch_model(model, DynamicNTK(), factor=8, trained_length=16) as patch:
         grown = logits(model, ids, use_cache=False)
         (entry,) = patch.plan.rotaries
     assert entry.growth is not None
@@ -95,7 +95,7 @@ def test_padding_gives_what_it_gives_without_the_patch() -> None:
     mask[1, :9] = 0
     given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     before = logits(model, ids, **given)
-    patch_model(model, KEEPS, factor=8, original_length=TRAINED)
+    patch_model(model, KEEPS, factor=8, trained_length=TRAINED)
     # float32 sums in another order
     torch.testing.assert_close(logits(model, ids, **given)[mask.bool()], before[mask.bool()], atol=1e-4, rtol=0)
 

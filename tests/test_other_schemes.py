@@ -83,7 +83,7 @@ def test_a_family_reads_longer_and_is_undone(kind: str, family: str, task: str, 
     state = {path: {*vars(module), type(module)} for path, module in model.named_modules()}
     weights = {name: id(weight) for name, weight in model.named_parameters(remove_duplicate=False)}
 
-    patch = patch_model(model, METHODS[kind], factor=2, original_length=original)
+    patch = patch_model(model, METHODS[kind], factor=2, trained_length=original)
     longer = forward(model, long)
     assert longer.isfinite().all()
     twin = copy.deepcopy(model)
@@ -99,7 +99,7 @@ def test_a_family_reads_longer_and_is_undone(kind: str, family: str, task: str, 
         unpatch_model(other)
         assert torch.equal(forward(other, short), before)
 
-    patch = patch_model(model, METHODS[kind], factor=2, original_length=original)
+    patch = patch_model(model, METHODS[kind], factor=2, trained_length=original)
     patch.save_pretrained(tmp_path / "saved")
     loaded = realigned(load_patched(tmp_path / "saved"))
     assert torch.equal(forward(loaded, long), longer)
@@ -129,7 +129,7 @@ def test_a_family_is_refused_by_name(family: str, task: str, reason: str) -> Non
     model = build(family, task=task)
     method = METHODS[detect_scheme(model).kind]
     with pytest.raises(MethodNotApplicableError, match=f"{family} cannot be changed.*{reason}.*nothing applies"):
-        patch_model(model, method, factor=2, original_length=TRAINED)
+        patch_model(model, method, factor=2, trained_length=TRAINED)
 
 
 @pytest.mark.parametrize("family", "deberta deberta-v2".split())
@@ -211,12 +211,12 @@ def reference_slopes(heads: int) -> list[float]:
 def test_slopes_equal_the_formulas() -> None:
     scheme = detect_scheme(tiny_bloom())
     assert scheme.slopes == pytest.approx(reference_slopes(4), rel=1e-7)  # powers of two, in float32
-    linear = as_method("alibi-linear").plan(scheme, factor=8, original_length=TRAINED)
+    linear = as_method("alibi-linear").plan(scheme, factor=8, trained_length=TRAINED)
     assert linear.slopes == pytest.approx([slope / 8 for slope in reference_slopes(4)])
-    ntk = as_method("alibi-ntk").plan(scheme, factor=8, original_length=TRAINED)
+    ntk = as_method("alibi-ntk").plan(scheme, factor=8, trained_length=TRAINED)
     assert ntk.slopes == pytest.approx([2 ** (-8 * h / 4) / 8 ** ((h - 1) / 3) for h in range(1, 5)])
     odd = detect_scheme(tiny_bloom(n_head=6, hidden_size=48))
-    ntk = as_method("alibi-ntk").plan(odd, factor=8, original_length=TRAINED)
+    ntk = as_method("alibi-ntk").plan(odd, factor=8, trained_length=TRAINED)
     assert max(ntk.slopes) == max(odd.slopes) and min(ntk.slopes) == pytest.approx(min(odd.slopes) / 8)
 
 
@@ -227,7 +227,7 @@ def test_dividing_slopes_is_dividing_positions(family: str) -> None:
     if family == "mpt":
         model.config.max_seq_len = 128  # its own biases end here
     slopes = detect_scheme(model).slopes
-    patch = patch_model(model, "alibi-linear", factor=2, original_length=TRAINED)
+    patch = patch_model(model, "alibi-linear", factor=2, trained_length=TRAINED)
     ids = token_ids(100)
     patched = forward(model, ids)
     patch.undo()
@@ -252,7 +252,7 @@ def test_biases_are_not_rounded_with_a_bfloat16_model(family: str) -> None:
     exact = make(family, CAUSAL)
     for own, rounded in zip(exact.parameters(), model.parameters(), strict=True):
         own.data = rounded.data.float()
-    plan = as_method("alibi-linear").plan(detect_scheme(exact), factor=1.001, original_length=TRAINED)
+    plan = as_method("alibi-linear").plan(detect_scheme(exact), factor=1.001, trained_length=TRAINED)
     ids = token_ids(1500)
     native = forward(model, ids).float()
     patch_model(model, plan)
@@ -264,7 +264,7 @@ def test_biases_are_not_rounded_with_a_bfloat16_model(family: str) -> None:
 def test_left_padding_changes_nothing_under_other_slopes() -> None:
     for family in ("bloom", "mpt", "falcon"):
         model = make(family, CAUSAL)
-        patch_model(model, "alibi-ntk", factor=4, original_length=TRAINED)
+        patch_model(model, "alibi-ntk", factor=4, trained_length=TRAINED)
         ids = token_ids(40)
         padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], 1)
         mask = torch.cat([torch.zeros(1, 9, dtype=torch.long), torch.ones_like(ids)], 1)
@@ -296,7 +296,7 @@ def test_buckets_equal_the_formula(both: bool) -> None:
     attention = stack.block[0].layer[0].SelfAttention
     distances = range(-300, 301)
     for method, divisor, reach in (("bucket-linear", 8, 32), ("bucket-max-distance", 1, 256)):
-        with patch_model(model, method, factor=8, original_length=TRAINED):
+        with patch_model(model, method, factor=8, trained_length=TRAINED):
             got = attention.compute_bias(301, 301)[0].permute(1, 2, 0)
         for distance in distances:
             size = -(-abs(distance) // divisor)
@@ -325,7 +325,7 @@ def test_mpnet_has_a_table_and_buckets() -> None:
 def test_a_raised_maximum_distance_is_said_in_the_config(tmp_path: Path) -> None:
     for family in "t5 mt5 umt5 longt5 switch_transformers".split():
         model = make(family, SEQ2SEQ)
-        patch = patch_model(model, "bucket-max-distance", factor=4, original_length=TRAINED)
+        patch = patch_model(model, "bucket-max-distance", factor=4, trained_length=TRAINED)
         assert patch.native_obstacle is None and model.config.relative_attention_max_distance == 512
         ids = token_ids(300)
         wanted = forward(model, ids)
@@ -366,4 +366,4 @@ def test_every_fourth_token_of_a_squeezed_table_is_where_it_was() -> None:
 )
 def test_a_factor_of_one_has_no_effect(builder: type, method: str) -> None:
     with pytest.raises(NoEffectError, match="factor above 1"):
-        patch_model(builder(), method, factor=1, original_length=TRAINED)
+        patch_model(builder(), method, factor=1, trained_length=TRAINED)

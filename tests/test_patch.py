@@ -154,7 +154,7 @@ def test_compiled_model_follows_patch_and_undo(llama: LlamaForCausalLM) -> None:
 
 
 def test_only_transformers_models_are_taken() -> None:
-    with pytest.raises(UnsupportedModelError, match="Linear is no transformers model"):
+    with pytest.raises(UnsupportedModelError, match="Expected a `PreTrainedModel` .*, got `Linear`"):
         patch_model(torch.nn.Linear(2, 2), "yarn", factor=8)
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(tiny_llama().config)
@@ -212,7 +212,7 @@ def test_a_shipped_scaling_is_replaced_not_stacked(rope_type: str) -> None:
         patch_model(scaled, "ntk", factor=2)
     before = logits(scaled, LONG)
     plain = tiny_llama()
-    patch_model(plain, "ntk", factor=8, original_length=TRAINED // 4)
+    patch_model(plain, "ntk", factor=8, trained_length=TRAINED // 4)
     with patch_model(scaled, "ntk", factor=8):
         assert torch.equal(logits(scaled, LONG), logits(plain, LONG))
     assert torch.equal(logits(scaled, LONG), before)

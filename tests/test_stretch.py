@@ -101,7 +101,7 @@ def test_rows_that_were_never_trained_are_replaced() -> None:
         trained = model.transformer.wpe.weight[:TRAINED].detach().clone()
         with torch.no_grad():
             model.transformer.wpe.weight[TRAINED:] = float("nan")
-        patch_model(model, "table-repeat", target_length=target, original_length=TRAINED)
+        patch_model(model, "table-repeat", target_length=target, trained_length=TRAINED)
         assert model.config.n_positions == target
         assert torch.equal(model.transformer.wpe.weight, trained.repeat(target // TRAINED, 1))
         assert logits(model, tokens(target)).isfinite().all()
@@ -115,7 +115,7 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(InvalidParameterError, match="alpha"):
             TableHierarchical(alpha=alpha).plan(scheme, factor=2)
     with pytest.raises(InvalidParameterError, match="table of 64 positions; give 64 or less"):
-        as_method("table-linear").plan(scheme, factor=2, original_length=128)
+        as_method("table-linear").plan(scheme, factor=2, trained_length=128)
     with pytest.raises(InvalidParameterError, match="stretches the table twice"):
         as_method("table-linear+table-cubic").plan(scheme, factor=2)
     with pytest.raises(NoEffectError, match="factor above 1"):

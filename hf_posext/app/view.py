@@ -74,7 +74,7 @@ def applicable(scheme: PositionalScheme) -> list[str]:
     names = []
     for name in (info.name for info in list_methods(scheme.kind) if info.name != "none"):
         try:
-            as_method(name).plan(scheme, factor=FACTOR, original_length=scheme.trained_length or READ)
+            as_method(name).plan(scheme, factor=FACTOR, trained_length=scheme.trained_length or READ)
         except PosExtError:
             continue
         names.append(name)
@@ -119,7 +119,7 @@ def look(shelf: Shelf, choice: Choice) -> View:
         )
     if not 1 <= choice.factor <= LARGEST_FACTOR:
         raise InvalidParameterError(f"factor is {choice.factor:g}; give 1 to {LARGEST_FACTOR}")
-    plan = as_method(choice.method).plan(found.scheme, factor=choice.factor, original_length=trained)
+    plan = as_method(choice.method).plan(found.scheme, factor=choice.factor, trained_length=trained)
     model, _ = shelf.open(choice.model)
     signals = [position_signal(model, found.scheme, entry, choice.length, trained) for entry in (None, plan)]
     in_force = frequencies_in_force(model, choice.length) if found.scheme.rotaries else {}

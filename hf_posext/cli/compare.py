@@ -113,5 +113,5 @@ def _check_methods(
 
     require_unpatched(model, "a comparison begins unpatched", "measure it by hf-posext evaluate")
     scheme = detect_scheme(load_config(model))
-    plan_methods(scheme, chosen, factor=factor, target_length=target_length, original_length=original_length)
+    plan_methods(scheme, chosen, factor=factor, target_length=target_length, trained_length=original_length)
     return chosen

@@ -38,7 +38,7 @@ def export(
 
     An adapter is merged into its base. A plan that the server cannot run is refused before anything is written.
     """
-    lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
+    lengths = {"factor": factor, "target_length": target_length, "trained_length": original_length}
     with output_directory(output):
         from ..export import export_checkpoint
 

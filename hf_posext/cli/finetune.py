@@ -172,7 +172,7 @@ def _check_method(
     if method is None and preset != "nope":
         raise InvalidParameterError("no method is given; give one, as in --method yarn --factor 8")
     require_unpatched(model, "training begins unpatched", "go on with a run that was stopped by --resume")
-    lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
+    lengths = {"factor": factor, "target_length": target_length, "trained_length": original_length}
     return as_method(method or preset).plan(detect_scheme(load_config(model)), **lengths)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ from ..evaluation.texts.documents import as_documents
 from ..evaluation.texts.files import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
-from ..patching import detect_scheme, patch_model
+from ..patching import detect_scheme, find_patch, patch_model
 from ..patching.detect import unwrap
 from ..patching.observe import attends_both_ways, frequencies_in_force, slope_scale, table_rows
 from ..plan import ExtensionPlan
@@ -96,7 +96,7 @@ def diagnose(
             causal language model.
     """
     inner = unwrap(model)
-    patch = getattr(inner, "_posext_patch", None)
+    patch = find_patch(inner)
     if patch is not None:
         raise AlreadyPatchedError(
             f"the model carries the patch {patch.plan.describe()!r}, and a diagnosis is of the model as it is; undo "
@@ -115,7 +115,7 @@ def diagnose(
         raise InvalidParameterError(f"target_length is {target}; give a number of tokens, 2 to {MAX_NUMBER}")
     found = replace(found, target_length=target)
     asked = [as_method(method) for method in methods or ()]
-    lengths = {"target_length": target, "original_length": found.trained_length}
+    lengths = {"target_length": target, "trained_length": found.trained_length}
     wanted = {plan.method: plan for method in asked if not (plan := method.plan(scheme, **lengths)).changes_nothing}
     with torch.device("cpu"):
         found, applicable = _with_remedies(inner, found, wanted)
@@ -194,7 +194,7 @@ def _with_remedies(
         if not method.needs_factor:
             continue
         try:
-            plan = method.plan(scheme, target_length=goal, original_length=original)
+            plan = method.plan(scheme, target_length=goal, trained_length=original)
         except PosExtError as error:
             logger.info("left out of the diagnosis: %s", error)
         else:

@@ -139,7 +139,7 @@ def compare(
     setup = prepare(model, tokenizer, documents, lengths, scheme, options)
     questions = check_asking(setup, passkey, retrieval, tasks, depths)
     plans, not_applicable = plan_methods(
-        scheme, methods, factor=factor, target_length=target_length, original_length=original_length
+        scheme, methods, factor=factor, target_length=target_length, trained_length=original_length
     )
     planned = try_plans(base, plans, not_applicable)
     for plan in planned:

@@ -63,7 +63,7 @@ def seeds(scheme: PositionalScheme, trained_length: int, target_length: int) -> 
         scheme (`PositionalScheme`): rotary.
         trained_length, target_length (`int`): in tokens.
     """
-    lengths = {"target_length": target_length, "original_length": trained_length}
+    lengths = {"target_length": target_length, "trained_length": trained_length}
     plans = [method.plan(scheme, **lengths) for method in (YaRN(), NTK())]
     return {plan.method: factors_of(plan) for plan in plans}
 

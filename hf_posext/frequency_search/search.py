@@ -113,7 +113,7 @@ def search(
     if scheme.kind != "rotary" or scheme.obstacle:
         why = scheme.obstacle or f"{scheme.model_type} has {scheme.kind} positions"
         raise MethodNotApplicableError(f"a search is of rotary frequencies, and {why}; see hf-posext recommend")
-    lengths = {"target_length": target_length, "original_length": original_length}
+    lengths = {"target_length": target_length, "trained_length": original_length}
     yarn = YaRN(attention_factor=attention_factor).plan(scheme, **lengths)
     if target_length == yarn.original_length:
         raise InvalidParameterError(
@@ -184,7 +184,7 @@ class Trial:
     def plan(self, genome: Genome) -> ExtensionPlan:
         """What puts the factors in force."""
         method = LongRoPE(long_factor=genome, attention_factor=self.attention_factor)
-        lengths = {"target_length": self.target_length, "original_length": self.trained_length}
+        lengths = {"target_length": self.target_length, "trained_length": self.trained_length}
         return method.plan(self.scheme, **lengths)
 
     def on_key_tokens(self, yarn: ExtensionPlan, accelerator: Accelerator | None, journal: RunJournal | None) -> Trial:

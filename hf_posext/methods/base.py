@@ -10,15 +10,17 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import numbers
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..decode import MAX_NUMBER
-from ..errors import InvalidParameterError, MethodNotApplicableError
+from ..decode import MAX_NUMBER, short
+from ..errors import InvalidParameterError, MethodNotApplicableError, PlanError
 from ..plan import ExtensionPlan
 from ..registry import get_method, methods
 from ..scheme import PositionalScheme
@@ -43,6 +45,35 @@ class Method:
     needs_factor: ClassVar[bool] = True
 
     factor: float | None = None
+
+    def __init_subclass__(cls) -> None:
+        """Let the `__post_init__` of a subclass see values of the declared types only."""
+        super().__init_subclass__()
+        if "__post_init__" not in vars(cls):
+            return
+        refine = cls.__post_init__
+
+        def checked(self: Method) -> None:
+            Method.__post_init__(self)
+            refine(self)
+
+        cls.__post_init__ = checked  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InvalidParameterError: a hyper-parameter of another type than its hint, or a number that is not finite.
+        """
+        hints = get_type_hints(type(self))
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not _fits(value, hints[entry.name]):
+                raise InvalidParameterError(
+                    f"{self.name} {entry.name} is {short(repr(value))}; expected {_type_text(hints[entry.name])}"
+                )
+            if isinstance(value, numbers.Real) and not isinstance(value, bool | int | float):  # of numpy
+                plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+                object.__setattr__(self, entry.name, plain)
 
     @classmethod
     def summary(cls) -> str:
@@ -93,6 +124,7 @@ class Method:
         *,
         factor: float | None = None,
         target_length: int | None = None,
+        trained_length: int | None = None,
         original_length: int | None = None,
     ) -> ExtensionPlan:
         """Plan the extension of a scheme; pure, touches no model.
@@ -101,19 +133,24 @@ class Method:
             scheme (`PositionalScheme`): what the model has.
             factor (`float`, *optional*): used where the method has no factor of its own.
             target_length (`int`, *optional*): in tokens, instead of a factor.
-            original_length (`int`, *optional*): trained length in tokens, overriding what the scheme says.
+            trained_length (`int`, *optional*): trained length in tokens, overriding what the scheme says.
+            original_length (`int`, *optional*): deprecated name of `trained_length`.
 
         Raises:
             MethodNotApplicableError: the method is for another scheme.
-            InvalidParameterError: lengths or hyper-parameters that cannot be.
+            InvalidParameterError: lengths or hyper-parameters out of bounds, or that contradict each other; or a plan
+                that asks for more memory than is allowed.
         """
+        trained_length = _number("trained_length", renamed_length(trained_length, original_length), whole=True)
+        target_length = _number("target_length", target_length, whole=True)
+        factor = _number("factor", factor)
         reason = self.applies_to(scheme)
         if reason:
             usable = [name for name, cls in methods().items() if scheme.kind in cls.kinds]
             where = "nothing applies" if scheme.obstacle else f"what applies: {', '.join(usable)}"
             raise MethodNotApplicableError(f"{reason}; {where}")
-        own_factor = self.factor if self.factor is not None else factor if target_length is None else None
-        original, target = self._lengths(scheme, own_factor, target_length, original_length)
+        own_factor = self.factor if self.factor is not None else factor
+        original, target = self._lengths(scheme, own_factor, target_length, trained_length)
         start = ExtensionPlan(
             method=self.label,
             parameters=self.parameters(),
@@ -123,7 +160,12 @@ class Method:
             target_length=target,
         )
         with torch.device("cpu"):  # whatever the default device of the process is
-            return self.extend(start)
+            plan = self.extend(start)
+        try:
+            plan.check()
+        except PlanError as error:
+            raise InvalidParameterError(f"{self.label} on {scheme.model_type}: {error}") from error
+        return plan
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         """The plan with this method applied on top."""
@@ -137,41 +179,52 @@ class Method:
         scheme: PositionalScheme,
         factor: float | None,
         target_length: int | None,
-        original_length: int | None,
+        trained_length: int | None,
     ) -> tuple[int, int]:
-        original = original_length if original_length is not None else scheme.trained_length
+        original = trained_length if trained_length is not None else scheme.trained_length
         if original is None:
             raise InvalidParameterError(
-                f"{scheme.model_type}: {scheme.trained_length_source}; give original_length= in tokens"
+                f"{scheme.model_type}: {scheme.trained_length_source}; pass trained_length= in tokens"
             )
-        if original < 1:
-            raise InvalidParameterError(f"original_length is {original}; give a number of tokens, 1 or more")
+        if not 1 <= original <= MAX_NUMBER:
+            raise InvalidParameterError(
+                f"trained_length is {short(original)}; pass a number of tokens, from 1 to {MAX_NUMBER}"
+            )
         if factor is None and target_length is None:
             if self.needs_factor:
                 raise InvalidParameterError(f"{self.label} needs factor= or target_length=; e.g. factor=8")
             factor = 1.0
         if factor is not None:
-            if not math.isfinite(factor) or factor <= 0 or original * factor > MAX_NUMBER:
-                raise InvalidParameterError(f"factor is {factor}; give a finite number above 0, e.g. factor=8")
+            if factor <= 0:
+                raise InvalidParameterError(f"factor is {factor:g}; pass a number above 0, e.g. factor=8")
+            if original * factor > MAX_NUMBER:
+                raise InvalidParameterError(
+                    f"factor {factor:g} times the trained {original} tokens is above {MAX_NUMBER} tokens, the most "
+                    "that a plan can hold; pass a smaller factor"
+                )
             if target_length is not None and target_length != round(original * factor):
                 raise InvalidParameterError(
-                    f"factor {factor:g} means {round(original * factor)} tokens, but target_length is "
-                    f"{target_length}; give one of the two"
+                    f"factor {factor:g} means {round(original * factor)} tokens, and target_length is "
+                    f"{short(target_length)}; pass one of the two"
                 )
             target_length = round(original * factor)
         assert target_length is not None
+        if target_length > MAX_NUMBER:
+            raise InvalidParameterError(
+                f"target_length is {short(target_length)}; at most {MAX_NUMBER} tokens are possible"
+            )
         if target_length < original:
             raise InvalidParameterError(
                 f"target of {target_length} tokens is below the trained length of {original}; "
-                "give factor >= 1, or original_length= if the model was trained on less"
+                "pass factor >= 1, or trained_length= if the model was trained on less"
             )
         shipped = scheme.shipped_length
         scaled = any(rotary.shipped_type != "default" for rotary in scheme.rotaries)
-        if self.needs_factor and scaled and original_length is None and shipped and target_length < shipped:
+        if self.needs_factor and scaled and trained_length is None and shipped and target_length < shipped:
             raise InvalidParameterError(
                 f"target of {target_length} tokens ({original} trained x {target_length / original:g}) is below the "
                 f"{shipped} that the model ships with by its own scaling, which the plan would replace; "
-                f"give a target_length above {shipped}, or original_length={original} to mean it"
+                f"pass a target_length above {shipped}, or trained_length={original} to mean it"
             )
         return original, target_length
 
@@ -192,6 +245,11 @@ class Composition(Method):
             object.__setattr__(self, "factor", max(own))
 
     @property
+    def needs_factor(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts does."""
+        return any(part.needs_factor for part in self.parts)
+
+    @property
     def label(self) -> str:
         return "+".join(part.label if part.factor in (None, self.factor) else part._text() for part in self.parts)
 
@@ -202,8 +260,29 @@ class Composition(Method):
         return next((reason for part in self.parts if (reason := part.applies_to(scheme))), None)
 
     def plan(self, scheme: PositionalScheme, **lengths: Any) -> ExtensionPlan:
-        needy = [part for part in self.parts if part.needs_factor]
-        return super().plan(scheme, **lengths) if needy else super().plan(scheme, **{"factor": 1.0, **lengths})
+        plan = super().plan(scheme, **lengths)
+        self._require_traces(plan)
+        return plan
+
+    def _require_traces(self, plan: ExtensionPlan) -> None:
+        """
+        Raises:
+            InvalidParameterError: the plan would be the same without one of the parts.
+        """
+        blank = ExtensionPlan("", (), plan.scheme, plan.factor, plan.original_length, plan.target_length)
+        whole = replace(plan, method="", parameters=())
+        for index, part in enumerate(self.parts):
+            others = (*self.parts[:index], *self.parts[index + 1 :])
+            try:
+                with torch.device("cpu"):
+                    traceless = Composition(factor=self.factor, parts=others).extend(blank) == whole
+            except InvalidParameterError:
+                continue  # the others cannot do without it
+            if traceless:
+                raise InvalidParameterError(
+                    f"{part.label} leaves no trace in {self.label}: it changes nothing, or a method after it computes "
+                    "the same positions anew; leave it out, or write it last"
+                )
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         factor, target = plan.factor, plan.target_length
@@ -217,24 +296,40 @@ class Composition(Method):
         return Composition(parts=(*self.parts, other))
 
 
-def as_method(method: str | Method) -> Method:
+def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
     """A method object from its name, or the object itself.
 
     A name may have hyper-parameters in brackets, and several are composed by `+`: `"yarn"`, `"yarn+resonance"`,
-    `"rerope(window=384)"`, `"yarn(beta_fast=16, variant='paper')+log-n"`. Values are Python literals.
+    `"rerope(window=384)"`, `"yarn(beta_fast=16, variant='paper')+log-n"`. Values are Python literals. Case does not
+    count.
+
+    Args:
+        method (`str` or `Method`): a name, or an object.
+        hyper_parameters: of the method, where it is one name: `as_method("yarn", beta_fast=16)`.
 
     Raises:
         UnknownMethodError: no such name.
         InvalidParameterError: neither a name nor a method object, or a hyper-parameter that the method does not have
-            or whose value cannot be.
+            or whose value is out of bounds.
     """
     if isinstance(method, Method):
+        if hyper_parameters:
+            raise InvalidParameterError(
+                f"a method object has its hyper-parameters already, got {', '.join(hyper_parameters)}; "
+                f"pass them to {type(method).__name__}(...)"
+            )
         return method
     if not isinstance(method, str):
         raise InvalidParameterError(
             f"method is {method!r}; give a name such as 'yarn' or an object such as YaRN(factor=8)"
         )
-    parts = tuple(_from_text(text) for text in split_outside_brackets(method, "+"))
+    texts = split_outside_brackets(method, "+")
+    if hyper_parameters and len(texts) > 1:
+        raise InvalidParameterError(
+            f"{method!r} composes {len(texts)} methods, got {', '.join(hyper_parameters)}; write hyper-parameters in "
+            f"brackets behind the name of theirs, as in {texts[0].partition('(')[0]}(...)+{texts[1]}"
+        )
+    parts = tuple(_from_text(text, hyper_parameters) for text in texts)
     return parts[0] if len(parts) == 1 else Composition(parts=parts)
 
 
@@ -255,14 +350,29 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
     return [piece.strip() for piece in pieces]
 
 
-def _from_text(text: str) -> Method:
+def _from_text(text: str, more: Mapping[str, Any]) -> Method:
+    """A method from its name, the values in brackets behind it, and more hyper-parameters by name."""
     name, bracket, _ = text.partition("(")
     cls = get_method(name.strip())
-    if not bracket:
-        return cls()
-    example = f"{cls.name}({next(iter(hyper_parameters(cls)), 'factor')}=...)"
+    given = _literals(text, cls) if bracket else {}
+    twice = sorted(given.keys() & more.keys())
+    if twice:
+        raise InvalidParameterError(f"{cls.name} gets {', '.join(twice)} in brackets and by keyword; pass it once")
+    known = ("factor", *hyper_parameters(cls))
+    for key in (given := {**given, **more}):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise InvalidParameterError(f"{cls.name} has no parameter {key!r}; {guess}there are: {', '.join(known)}")
+    return cls(**given)
+
+
+def _literals(text: str, cls: type[Method]) -> dict[str, Any]:
+    """The parameters in brackets behind a name."""
+    defaults = {entry.name: entry.default for entry in fields(cls) if entry.default is not None}
+    example = next((f"{cls.name}({name}={value!r})" for name, value in defaults.items()), f"{cls.name}(factor=8)")
     try:
-        call = ast.parse(f"method{text[len(name) :]}", mode="eval").body
+        call = ast.parse(f"method{text[text.index('(') :]}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError("not a call with named parameters")
         given = {entry.arg: ast.literal_eval(entry.value) for entry in call.keywords if entry.arg}
@@ -270,31 +380,65 @@ def _from_text(text: str) -> Method:
             raise ValueError("a parameter twice, or **")
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise InvalidParameterError(
-            f"cannot read the parameters of {text!r}; give names and plain values, as in {example!r}"
+            f"cannot read the parameters of {text!r}; pass names and plain values, as in {example!r}"
         ) from error
-    hints = get_type_hints(cls)
-    known = ("factor", *hyper_parameters(cls))
-    for key, value in given.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            guess = f"did you mean {near[0]!r}? " if near else ""
-            raise InvalidParameterError(f"{cls.name} has no parameter {key!r}; {guess}there are: {', '.join(known)}")
-        if not _fits(value, hints[key]):
-            wanted = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
-            raise InvalidParameterError(f"{cls.name} {key} is {value!r}; give a value of type {wanted}")
-    return cls(**given)
+    return given
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a literal is of a type such as `float | None` or `Sequence[float]`, whatever the list holds."""
+    """Whether a value is of a type such as `float | None` or `Sequence[float]`, and every number in it is finite."""
+    arguments = get_args(hint)
     if get_origin(hint) in (types.UnionType, Union):
-        return any(_fits(value, option) for option in get_args(hint))
+        return any(_fits(value, option) for option in arguments)
     wanted = get_origin(hint) or hint
-    if isinstance(value, bool) or wanted is bool:
-        return isinstance(value, bool) and wanted is bool
-    if isinstance(value, str) and wanted is Sequence:
-        return False
-    return isinstance(value, (int, float) if wanted is float else wanted)
+    if wanted in (float, int) or isinstance(value, bool) or wanted is bool:
+        if isinstance(value, bool) or wanted is bool:
+            return isinstance(value, bool) and wanted is bool
+        if not isinstance(value, numbers.Integral if wanted is int else numbers.Real):
+            return False
+        return math.isfinite(value) if abs(value) <= MAX_NUMBER else False
+    if wanted is Sequence:
+        return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value)
+    return isinstance(value, wanted)
+
+
+def _type_text(hint: Any) -> str:
+    """A type hint in words."""
+    words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "text", type(None): "None"}
+    if get_origin(hint) in (types.UnionType, Union):
+        return " or ".join(_type_text(option) for option in get_args(hint))
+    return "a list of finite numbers" if get_origin(hint) is Sequence else words.get(hint, str(hint))
+
+
+def _number(name: str, value: Any, *, whole: bool = False) -> Any:
+    """A length or factor as a plain Python number; `None` where it is not given.
+
+    Raises:
+        InvalidParameterError: anything else than a finite number, or a whole one where tokens are counted.
+    """
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or (whole and value != value // 1) or not abs(value) < float("inf"):
+        kind = "a whole number of tokens, e.g. 4096" if whole else "a finite number, e.g. 8"
+        raise InvalidParameterError(f"{name} is {short(repr(value))}; expected {kind}")
+    if not whole and abs(value) > MAX_NUMBER:
+        raise InvalidParameterError(f"{name} is {short(value)}; at most {MAX_NUMBER} is possible")
+    return int(value) if whole else float(value)
+
+
+def renamed_length(trained_length: int | None, original_length: int | None) -> int | None:
+    """The trained length that was given, by its name or by the former one.
+
+    Raises:
+        InvalidParameterError: both were given.
+    """
+    if original_length is None:
+        return trained_length
+    if trained_length is not None:
+        raise InvalidParameterError("trained_length and original_length are the same; pass trained_length only")
+    warnings.warn("original_length is deprecated; pass trained_length=", DeprecationWarning, stacklevel=3)
+    return original_length
 
 
 def hyper_parameters(method: type[Method]) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """The only floor that knows transformers' internals: detect a scheme, apply a plan, put everything back."""
 
-from .checkpoint import load_patched
 from .detect import detect_scheme, unwrap
-from .patch import Patch, find_patch, patch_model, unpatch_model
+from .patch import Patch, find_patch, load_patched, patch_model, unpatch_model
 
 __all__ = ["Patch", "detect_scheme", "find_patch", "load_patched", "patch_model", "unpatch_model", "unwrap"]

@@ -1,7 +1,8 @@
 """Gives the heads of an ALiBi model other slopes, exact whatever dtype the model computes in.
 
 transformers rounds the biases of BLOOM and Falcon to the dtype of the model, which in bfloat16 is whole positions a
-few hundred tokens on. Here they are computed in float32 and added to the mask.
+few hundred tokens on. Here they are computed in float32 and added to the mask. Attention layers get it by hooks, which
+run whoever else has wrapped their forward (accelerate, with a `device_map`).
 """
 
 from __future__ import annotations
@@ -10,26 +11,36 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import NoEffectError, UnsupportedModelError
 from ..plan import ExtensionPlan
-from .journal import Journal
 from .mixin import Mixin, mix
+from .probe_text import logits_of_probe
+from .undo import UndoLog
 
 
-class _Slopes(Mixin):
-    """What the classes below share: the slopes of a plan, and the biases that they make."""
+class AttentionSlopes:
+    """Forward pre-hook of an attention layer: the slopes of a plan, and the biases that they make.
 
-    _posext_slopes: torch.Tensor
+    Args:
+        slopes (`torch.Tensor` of shape `(heads,)`): float32.
+    """
 
-    def _posext_slopes_on(self, device: torch.device) -> torch.Tensor:
+    def __init__(self, slopes: torch.Tensor) -> None:
+        self.slopes = slopes
+        self.used = False
+
+    def on(self, device: torch.device) -> torch.Tensor:
         """The slopes, float32; they stay on the device, as the host would wait for it to get them in every layer."""
-        if self._posext_slopes.device != device:
-            self._posext_slopes = self._posext_slopes.to(device)
-        return self._posext_slopes
+        if not self.used:
+            self.used = True
+        if self.slopes.device != device:
+            self.slopes = self.slopes.to(device)
+        return self.slopes
 
-    def _posext_biases(self, mask: torch.Tensor) -> torch.Tensor:
+    def biases(self, mask: torch.Tensor) -> torch.Tensor:
         """Slope times position of each key, float32 of shape (batch, heads, 1, keys).
 
         Positions are counted over the keys that the last query sees, as transformers counts them over the attention
@@ -37,53 +48,58 @@ class _Slopes(Mixin):
         """
         real = (mask[:, 0, -1] > torch.finfo(mask.dtype).min / 2).long()
         positions = (real.cumsum(-1) - 1) * real
-        return self._posext_slopes_on(mask.device)[None, :, None, None] * positions[:, None, None]
+        return self.on(mask.device)[None, :, None, None] * positions[:, None, None]
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the layer, with biases of these slopes."""
+        return args, kwargs | self.biased(module, kwargs["alibi"], kwargs["attention_mask"])
+
+    def biased(self, module: Any, alibi: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The arguments `alibi` and `attention_mask` in place of those that the layer was given."""
+        raise NotImplementedError
 
 
-class BloomSlopes(_Slopes):
-    """Mixed into the attention layers of BLOOM."""
+class BloomSlopes(AttentionSlopes):
+    """For the attention layers of BLOOM."""
 
-    def forward(self, *args: Any, alibi: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
-        mask = attention_mask + self._posext_biases(attention_mask)
-        return super().forward(*args, alibi=alibi.new_zeros(1, 1, 1), attention_mask=mask, **kwargs)
+    def biased(self, module: Any, alibi: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"alibi": alibi.new_zeros(1, 1, 1), "attention_mask": mask + self.biases(mask)}
 
 
-class FalconSlopes(_Slopes):
-    """Mixed into the attention layers of Falcon, whose mask has the biases already, over the root of the head width.
+class FalconSlopes(AttentionSlopes):
+    """For the attention layers of Falcon, whose mask has the biases already, over the root of the head width.
 
     Kernels of SDPA want the mask in the dtype of the states. What each query adds to all of its keys alike counts for
     nothing, so that the mask gets distances, which are small, and so exact, where attention is.
     """
 
-    num_heads: int
-    hidden_size: int
-
-    def forward(
-        self, hidden_states: torch.Tensor, *, alibi: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any
-    ) -> Any:
-        biases = self._posext_biases(attention_mask)
-        lowest = torch.finfo(attention_mask.dtype).min
-        unseen = attention_mask < lowest / 2
-        own = biases.masked_fill(unseen, 0).amax(-1, keepdim=True)  # that of the last token that a query sees
-        scaled = (biases - own) / math.sqrt(self.hidden_size // self.num_heads)
-        mask = scaled.masked_fill(unseen, lowest).to(attention_mask.dtype)
-        return super().forward(hidden_states, alibi=biases, attention_mask=mask, **kwargs)
+    def biased(self, module: Any, alibi: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        biases = self.biases(mask)
+        lowest = torch.finfo(mask.dtype).min
+        unseen = mask < lowest / 2
+        nearest = biases.masked_fill(unseen, 0).amax(-1, keepdim=True)  # that of the last token that a query sees
+        scaled = (biases - nearest) / math.sqrt(module.hidden_size // module.num_heads)
+        return {"alibi": biases, "attention_mask": scaled.masked_fill(unseen, lowest).to(mask.dtype)}
 
 
-class MptSlopes(_Slopes):
+class MptSlopes(Mixin):
     """Mixed into MPT itself, which makes float32 biases once for all layers."""
+
+    _posext_slopes: AttentionSlopes
 
     def build_mpt_alibi_tensor(
         self, num_heads: int, sequence_length: int, alibi_bias_max: int = 8, device: Any = None
     ) -> torch.Tensor:
         distances = torch.arange(1 - sequence_length, 1, dtype=torch.float32, device=device)
-        return self._posext_slopes_on(distances.device)[:, None, None] * distances
+        return self._posext_slopes.on(distances.device)[:, None, None] * distances
 
 
-_MIXINS = {"BloomAttention": BloomSlopes, "FalconAttention": FalconSlopes, "MptModel": MptSlopes}
+_HOOKS = {"BloomAttention": BloomSlopes, "FalconAttention": FalconSlopes}
 
 
-def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str:
+def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
     """Put the slopes of a plan into a model.
 
     Returns:
@@ -91,21 +107,35 @@ def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) 
 
     Raises:
         NoEffectError: the slopes are those that the model has.
-        UnsupportedModelError: no layer of the model is known to take other biases.
+        UnsupportedModelError: no layer of the model is known to take other biases, or one does not take them when the
+            model runs.
     """
     if plan.slopes == plan.scheme.slopes:
         raise NoEffectError(
             f"{plan.describe()} leaves the slopes as they are; give a factor above 1, or method 'none'"
         )
-    sites = [
-        (module, _MIXINS[type(module).__name__]) for module in model.modules() if type(module).__name__ in _MIXINS
-    ]
+    slopes = torch.tensor(plan.slopes, dtype=torch.float32)
+    sites: dict[str, AttentionSlopes] = {}
+    for path, module in model.named_modules():
+        name = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in (*_HOOKS, "MptModel")), None)
+        if name is None:
+            continue
+        sites[path] = _HOOKS.get(name, AttentionSlopes)(slopes)
+        if name == "MptModel":
+            log.set(module, "_posext_slopes", sites[path])
+            log.set(module, "__class__", mix(MptSlopes, type(module)))
+        else:
+            log.on_undo(module.register_forward_pre_hook(sites[path], with_kwargs=True).remove)
     if not sites:
         raise UnsupportedModelError(
             f"{plan.scheme.model_type} has ALiBi in attention layers of a class that hf_posext does not know; "
             "load it with attn_implementation='sdpa' or 'eager'"
         )
-    for module, mixin in sites:
-        journal.set(module, "_posext_slopes", torch.tensor(plan.slopes, dtype=torch.float32))
-        journal.set(module, "__class__", mix(mixin, type(module)))
+    logits_of_probe(model)  # by the path that users run, whoever has wrapped it
+    idle = [path for path, site in sites.items() if not site.used]
+    if idle:
+        raise UnsupportedModelError(
+            f"{idle[0]} of {plan.scheme.model_type} does not run with the slopes of {plan.method}: something calls it "
+            "past its hooks; remove what wraps it, then patch"
+        )
     return "no config of transformers can say the slopes of ALiBi"

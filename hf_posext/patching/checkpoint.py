@@ -20,10 +20,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..errors import PlanError, PlanMismatchError, UnsupportedModelError
 from ..plan import ExtensionPlan
 from .detect import text_config
-from .journal import Journal
 from .learned_table import set_rows, tables_of
 from .loading import check_loaded, serializable
-from .sites import LENGTH_FIELDS, table_offset
+from .sites import LENGTH_FIELDS
+from .undo import UndoLog
 from .untrusted import check_directory
 
 REPLACED_FILE = "posext_replaced/tables.safetensors"
@@ -77,23 +77,21 @@ def refuse_adapter(model: PreTrainedModel) -> None:
         )
 
 
-def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Open what `patch.save_pretrained` saved, with the patch in force, so that it can be described and undone.
+def open_saved(directory: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, ExtensionPlan, dict[str, torch.Tensor]]:
+    """Open what [`save_patched`] wrote as the model was before it was patched, so that the plan can be applied anew.
 
     Args:
         directory (`str` or `Path`): the saved directory.
         kwargs: passed to `from_pretrained` (`dtype`, `device_map`, ...).
 
     Returns:
-        [`PreTrainedModel`]: patched; `unpatch_model` gives the model as it was before it was patched.
+        `tuple`: the model without the patch, the plan, and the rows by path of the longer tables as they were saved.
 
     Raises:
         PlanError: no plan there, or a corrupt one.
         PlanMismatchError: the plan does not fit the weights beside it.
         CheckpointError: a directory that cannot be trusted.
     """
-    from .patch import patch_model
-
     check_directory(directory)
     plan = ExtensionPlan.load(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -108,12 +106,7 @@ def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
     model, loaded = cls.from_pretrained(directory, config=config, **kwargs)
     check_loaded(loaded, directory)
-    longer = _put_back(model, plan, Path(directory))
-    patch_model(model, plan)
-    if plan.table:
-        for path, weight in longer.items():
-            tables_of(model)[path].weight.data = weight.data  # as saved: it may have been trained since
-    return model
+    return model, plan, _put_back(model, plan, Path(directory))
 
 
 def model_class(config: PreTrainedConfig, name: str | Path) -> type[PreTrainedModel]:
@@ -151,12 +144,13 @@ def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> d
         )
     longer: dict[str, torch.Tensor] = {path: module.weight for path, module in tables.items()}
     first = next(iter(tables.values()))
-    if first.num_embeddings != plan.target_length + table_offset(first):
+    offset = plan.scheme.table.offset if plan.scheme.table else 0
+    if first.num_embeddings != plan.target_length + offset:
         raise PlanMismatchError(
             f"the plan in {directory} is for {plan.target_length} positions, the weights have a table of "
             f"{first.num_embeddings} rows; put back the plan that was saved with them"
         )
-    set_rows(model, {path: table.to(longer[path]) for path, table in replaced.items()}, Journal())
+    set_rows(model, {path: table.to(longer[path]) for path, table in replaced.items()}, offset, UndoLog())
     return longer
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
-from ..errors import UnsupportedModelError
+from ..errors import PosExtError, UnsupportedModelError
 from ..scheme import PositionalScheme, Rotary
+from .ownership import mark_of, unwrap
 from .sites import (
     LENGTH_FIELDS,
     OBSTACLES,
@@ -26,6 +29,15 @@ from .sites import (
     read_table,
     sinusoids,
 )
+
+__all__ = [
+    "RotarySite",
+    "detect_scheme",
+    "model_code",
+    "rotary_sites",
+    "text_config",
+    "unwrap",
+]
 
 SINUSOID_TABLE_ROPE = ("codegen", "gptj", "roformer")
 """Rotary families of transformers that keep a table of sines instead of frequencies."""
@@ -58,29 +70,28 @@ class RotarySite:
         device = getattr(self.module, f"{self.prefix}inv_freq").device
         wanted = inspect.signature(self.module.forward).parameters
         extra = {"layer_type": self.layer_type} if self.layer_type and "layer_type" in wanted else {}
-        with torch.inference_mode():
+        with torch.inference_mode(), model_code(f"{type(self.module).__name__} ({self.path})"):
             out = self.module(torch.zeros(1, 1, 1, device=device), positions[None].to(device), **extra)
         parts = [torch.view_as_real(t) if t.is_complex() else t for t in (out if isinstance(out, tuple) else (out,))]
         return torch.cat([part.float().cpu().reshape(len(positions), -1) for part in parts], dim=-1)
 
 
-def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT, DDP, FSDP or `torch.compile` wrapper.
+@contextmanager
+def model_code(name: str) -> Iterator[None]:
+    """Where code of a model runs to be asked for its positions: whatever it raises becomes an error that names it.
 
     Raises:
-        UnsupportedModelError: there is no transformers model inside.
+        UnsupportedModelError: the code raised anything that is not an error of this package.
     """
-    if hasattr(model, "_orig_mod"):
-        return unwrap(model._orig_mod)
-    if hasattr(model, "get_base_model"):
-        return unwrap(model.get_base_model())
-    if isinstance(model, PreTrainedModel):
-        return model
-    if isinstance(getattr(model, "module", None), nn.Module):
-        return unwrap(model.module)
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is no transformers model; give a PreTrainedModel, or a PEFT or DDP wrapper of one"
-    )
+    try:
+        yield
+    except PosExtError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"the code of {name} raised {type(error).__name__} when it was asked for its positions: {error}; "
+            "hf_posext cannot patch it. Check that the model itself runs on a short text, and report its model type"
+        ) from error
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -88,8 +99,18 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
-def rotary_sites(model: PreTrainedModel) -> Iterator[RotarySite]:
-    """Every set of rotary frequencies in the text part of a model."""
+def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
+    """Every set of rotary frequencies in the text part of a model.
+
+    MusicFlamingo rotates its audio by timestamps, in a module with the config of the whole model: where some modules
+    take positions of tokens, the others are not of text.
+    """
+    sites = list(_rotary_sites(model))
+    of_text = [site for site in sites if "position_ids" in inspect.signature(site.module.forward).parameters]
+    return of_text or sites
+
+
+def _rotary_sites(model: PreTrainedModel) -> Iterator[RotarySite]:
     config = text_config(model.config)
     for path, module in model.named_modules():
         its_config: Any = getattr(module, "config", None)
@@ -117,10 +138,14 @@ def detect_scheme(model_or_config: nn.Module | PreTrainedConfig) -> PositionalSc
     """
     with torch.device("cpu"):  # whatever the default device of the process is
         if isinstance(model_or_config, PreTrainedConfig):
-            return _scheme(_skeleton(model_or_config))
+            with model_code(f"config type {model_or_config.model_type!r}"):
+                return _scheme(_skeleton(model_or_config))
         model = unwrap(model_or_config)
-        patch = getattr(model, "_posext_patch", None)
-        return patch.plan.scheme if patch is not None else _scheme(model)
+        in_force = mark_of(model)
+        if in_force is not None:
+            return in_force.plan.scheme
+        with model_code(type(model).__name__):
+            return _scheme(model)
 
 
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -192,7 +217,7 @@ def _rotary(site: RotarySite) -> Rotary | None:
     default = _default_frequencies(site, config)
     for dim in (2 * slots, 2 * slots - 1):
         formula = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-        if default is not None and torch.allclose(formula, default, rtol=1e-6, atol=0):
+        if default is not None and len(default) == slots and torch.allclose(formula, default, rtol=1e-6, atol=0):
             return Rotary(site.name, theta, dim, slots, slots, _window(config, site.layer_type), parameters)
     return None
 
@@ -203,19 +228,30 @@ def _default_frequencies(site: RotarySite, config: Any) -> torch.Tensor | None:
     if compute is not None:
         with torch.device("cpu"):
             if site.layer_type and getattr(config, "is_heterogeneous", False):  # Gemma-4, Dots-3: widths by layer type
-                config = config.per_layer_config[site.layer_type]
+                config = config.per_layer_config[config.layer_types.index(site.layer_type)]
             extra = {"layer_type": site.layer_type} if site.layer_type else {}
             frequencies: torch.Tensor = compute(config, **extra)[0]
+            if len(frequencies) == getattr(site.module, f"{site.prefix}inv_freq").numel():
+                return frequencies
+            # Mistral 4: that function knows nothing of the part of a head that rotates; transformers' rope types do
+            unscaled = copy.deepcopy(config)
+            holder = unscaled.rope_parameters[site.layer_type] if site.layer_type else unscaled.rope_parameters
+            holder |= {"rope_type": "linear", "factor": 1.0}
+            frequencies = ROPE_INIT_FUNCTIONS["linear"](unscaled, "cpu", **extra)[0]
             return frequencies
     own: torch.Tensor = getattr(site.module, f"{site.prefix}inv_freq")
     return None if own.is_meta else own.detach().float().cpu()
 
 
-def _window(config: PreTrainedConfig, layer_type: str) -> int | None:
+def _window(config: Any, layer_type: str) -> int | None:
     """How far back the layers of a set see, where the name of the set says that this is bounded."""
-    if "sliding" in layer_type:
+    if "sliding" not in layer_type:
+        return getattr(config, "attention_chunk_size", None) if "chunked" in layer_type else None
+    if not getattr(config, "is_heterogeneous", False):
         return getattr(config, "sliding_window", None)
-    return getattr(config, "attention_chunk_size", None) if "chunked" in layer_type else None
+    layers = [index for index, kind in enumerate(config.layer_types) if kind == layer_type]
+    windows = [config.per_layer_config[index].sliding_window for index in layers]  # NeoMME: some of them are None
+    return None if None in windows else max(windows)
 
 
 def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | None, str, int | None]:

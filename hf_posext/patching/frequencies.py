@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from ..errors import NoEffectError, UnsupportedModelError
 from ..plan import ExtensionPlan, RotaryPlan
 from .detect import RotarySite, rotary_sites
-from .journal import Journal
 from .mixin import Mixin, mix
+from .undo import UndoLog
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class FixedFrequencies:
         return torch.tensor(self.inv_freq, dtype=torch.float32), self.attention_factor
 
 
-def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str | None:
+def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
     """Put the frequencies of a plan into a model.
 
     Returns:
@@ -71,17 +71,18 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, journal: Jour
     before = [[site.phases(probe) for probe in probes] for site in sites]
 
     obstacle = "positions are remapped inside attention" if plan.rotates_late else None
-    obstacle = obstacle or _say_in_config(model, sites, planned, plan, journal)
+    obstacle = obstacle or _say_in_config(model, sites, planned, plan, log)
     if obstacle and any(entry.short_inv_freq is not None for entry in plan.rotaries):
         raise UnsupportedModelError(
             f"{plan.method} with two factor lists needs the model's own longrope, but {obstacle}; give one list"
         )
     for site in sites:
-        _write(site, planned[site.name], journal)
+        _write(site, planned[site.name], log)
 
     after = [[site.phases(probe) for probe in probes] for site in sites]
     for site, old, new in zip(sites, before, after, strict=True):
-        if planned[site.name].growth is None and all(torch.equal(a, b) for a, b in zip(old, new, strict=True)):
+        same = (_same_phases(a, b, probe) for a, b, probe in zip(old, new, probes, strict=True))
+        if planned[site.name].growth is None and all(same):
             raise NoEffectError(
                 f"{plan.describe()} leaves the phases of {site.path} ({plan.scheme.model_type}) as they are; "
                 "give a factor above 1, or method 'none' to compare with the model as it is"
@@ -95,7 +96,16 @@ def _probe_positions(plan: ExtensionPlan) -> list[torch.Tensor]:
     return [torch.tensor(sorted({1, 2, 3, last // 3, last // 2, last - 1})) for last in (short, long)]
 
 
-def _write(site: RotarySite, entry: RotaryPlan, journal: Journal) -> None:
+def _same_phases(before: torch.Tensor, after: torch.Tensor, positions: torch.Tensor) -> bool:
+    """Whether phases are those of before but for the rounding of frequencies, which positions multiply.
+
+    YaRN at factor 1 computes the frequencies of the model by other operations.
+    """
+    rounding = 4 * torch.finfo(torch.float32).eps
+    return bool(((after - before).abs() <= rounding * (1 + positions[:, None])).all())
+
+
+def _write(site: RotarySite, entry: RotaryPlan, log: UndoLog) -> None:
     """The numbers of one set into its module."""
     module, prefix = site.module, site.prefix
     short = entry.short_inv_freq or entry.inv_freq
@@ -104,23 +114,23 @@ def _write(site: RotarySite, entry: RotaryPlan, journal: Journal) -> None:
         numbers[f"{prefix}long_inv_freq"] = entry.inv_freq
     device = getattr(module, f"{prefix}inv_freq").device
     for name, values in numbers.items():
-        journal.set(module, name, torch.tensor(values, dtype=torch.float32, device=device))
+        log.set(module, name, torch.tensor(values, dtype=torch.float32, device=device))
     held = getattr(module, f"{prefix}attention_scaling", None)
     if held is not None:
-        journal.set(module, f"{prefix}attention_scaling", entry.attention_factor)
+        log.set(module, f"{prefix}attention_scaling", entry.attention_factor)
     elif entry.attention_factor != 1.0:
         raise UnsupportedModelError(f"{site.path} ({type(module).__name__}) has no attention scaling to set")
     if hasattr(module, "rope_type"):
         rope_type = "longrope" if entry.short_inv_freq is not None else "default"
         nested = {**module.rope_type, site.layer_type: rope_type} if isinstance(module.rope_type, dict) else rope_type
-        journal.set(module, "rope_type", nested)
+        log.set(module, "rope_type", nested)
     if "rope_init_fn" in vars(module):
-        journal.set(module, "rope_init_fn", FixedFrequencies(entry.inv_freq, entry.attention_factor))
+        log.set(module, "rope_init_fn", FixedFrequencies(entry.inv_freq, entry.attention_factor))
     # every set of a module with several is kept; the two names that transformers itself overwrites are among them
     kept = {**getattr(module, "_posext_frequencies", {}), **numbers}
-    journal.set(module, "_posext_frequencies", kept)
+    log.set(module, "_posext_frequencies", kept)
     if not isinstance(module, KeepsFrequencies):
-        journal.set(module, "__class__", mix(KeepsFrequencies, type(module)))
+        log.set(module, "__class__", mix(KeepsFrequencies, type(module)))
 
 
 def _say_in_config(
@@ -128,26 +138,28 @@ def _say_in_config(
     sites: list[RotarySite],
     planned: dict[str, RotaryPlan],
     plan: ExtensionPlan,
-    journal: Journal,
+    log: UndoLog,
 ) -> str | None:
     """Write `rope_parameters` where transformers would compute the plan's numbers from them; else say why not."""
     module = sites[0].module
     config: Any = module.config
     if any(entry.rope_parameters is None for entry in plan.rotaries):
-        _rescale_softmax(model, config.rope_parameters, {}, journal)
+        _rescale_softmax(model, getattr(config, "rope_parameters", None) or {}, {}, log)
         return f"no rope type of transformers can say the frequencies of {plan.method}"
+    if getattr(config, "rope_parameters", None) is None:
+        return f"the config of {plan.scheme.model_type} has no rope_parameters, which transformers reads"
     if any(site.module.config is not config for site in sites):
         return f"{plan.scheme.model_type} keeps several bases, each in a config of its own"
     candidate = _with_parameters(config, planned, plan)
     obstacle = _differs(module, candidate, planned, plan)
     if obstacle:
-        _rescale_softmax(model, config.rope_parameters, {}, journal)
+        _rescale_softmax(model, getattr(config, "rope_parameters", None) or {}, {}, log)
         logger.info("%s: %s; the config keeps its shipped rope_parameters", plan.scheme.model_type, obstacle)
         return obstacle
-    _rescale_softmax(model, config.rope_parameters, candidate.rope_parameters, journal)
-    journal.set(config, "rope_parameters", candidate.rope_parameters)
+    _rescale_softmax(model, config.rope_parameters, candidate.rope_parameters, log)
+    log.set(config, "rope_parameters", candidate.rope_parameters)
     if getattr(config, "original_max_position_embeddings", None) is not None:
-        journal.set(config, "original_max_position_embeddings", plan.original_length)
+        log.set(config, "original_max_position_embeddings", plan.original_length)
     return None
 
 
@@ -180,7 +192,7 @@ def _differs(module: nn.Module, candidate: Any, planned: dict[str, RotaryPlan], 
     twin = copy.deepcopy(module).to("cpu")
     twin.config = candidate
     for name, entry in planned.items():
-        _write(RotarySite("", twin, name, name), entry, Journal())
+        _write(RotarySite("", twin, name, name), entry, UndoLog())
     for name in planned:
         for probe in _probe_positions(plan):
             try:
@@ -192,7 +204,7 @@ def _differs(module: nn.Module, candidate: Any, planned: dict[str, RotaryPlan], 
     return None
 
 
-def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, journal: Journal) -> None:
+def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, log: UndoLog) -> None:
     """The DeepSeek family bakes the temperature of its shipped YaRN into `scaling` of every attention layer at
     construction; a plan that replaces the shipped scaling replaces that too, by the family's own function."""
     for module in model.modules():
@@ -201,4 +213,4 @@ def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, journal
             continue
         scaling = bake(changed, module.scaling / bake(shipped, 1.0))
         if scaling != module.scaling:
-            journal.set(module, "scaling", scaling)
+            log.set(module, "scaling", scaling)

@@ -7,6 +7,8 @@ that plain transformers opens.
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,36 +18,68 @@ from transformers import PreTrainedModel
 
 from ..errors import NoEffectError, UnsupportedModelError
 from ..plan import ExtensionPlan
-from .journal import Journal
+from ..plan_bounds import check_table_size
 from .limits import length_fields, set_limit
-from .sites import path_without_adapter, position_tables, sinusoids, table_offset, text_modules
+from .position_zero import row_of_position_zero
+from .sites import path_without_adapter, position_tables, sinusoids, text_modules
 from .stretch import stretch
+from .undo import UndoLog
+
+logger = logging.getLogger(__name__)
 
 _MODULE_LENGTHS = ("max_length", "max_seqlen", "max_source_positions", "max_target_positions", "n_positions")
 """Attributes of modules that repeat the length of the table (ProphetNet, BigBird, BART, GPT)."""
 
 
-def apply_table(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> None:
+BLOCK = 2**14
+"""Rows that are made at once: their arithmetic takes several times the memory of the table."""
+
+
+def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
     """Stretch the learned tables of a model to the target length of a plan.
+
+    Returns:
+        `str`, *optional*: `None` where plain transformers builds a model of these sizes from the config, else why not.
 
     Raises:
         NoEffectError: every row stays as it is.
-        UnsupportedModelError: the model has no weights yet.
+        PlanError: a table, or a mask that is as long, would be larger than is allowed.
+        UnsupportedModelError: the table has no weights in memory, or the model does not read the longer one.
     """
-    assert plan.table is not None
-    tables = position_tables(model)
+    assert plan.table is not None and plan.scheme.table is not None
+    tables, offset = position_tables(model), plan.scheme.table.offset
+    check_table_size(plan.target_length, plan.scheme.table.width, len(tables))
+    masks = [buffer for part in model.modules() for buffer in part._buffers.values() if _is_mask(buffer, tables)]
+    check_table_size(plan.target_length, plan.target_length // 4, len(masks))  # a byte for each pair
     rows: dict[str, torch.Tensor] = {}
     for path, module in tables.items():
         if module.weight.is_meta:
             raise UnsupportedModelError(
-                f"{plan.scheme.model_type} is on the meta device; load its weights, then patch"
+                f"{path} of {plan.scheme.model_type} is offloaded or on the meta device; keep it in memory by "
+                f"device_map={{..., {path!r}: 'cpu'}}, then patch"
             )
-        offset, old = table_offset(module), module.weight.detach()
-        trained = old[offset : offset + plan.original_length]
-        longer = stretch(trained, plan.table, torch.arange(plan.target_length)).to(old)
+        old = module.weight.detach()
+        longer = old.new_empty(plan.target_length, old.shape[1])
+        for start in range(0, plan.target_length, BLOCK):
+            positions = torch.arange(start, min(start + BLOCK, plan.target_length))
+            longer[start : start + BLOCK] = stretch(
+                old[offset : offset + plan.original_length], plan.table, positions
+            ).to(old)
         rows[path] = torch.cat([old[:offset], longer])
     refuse_no_effect(plan, {path: module.weight for path, module in tables.items()}, rows)
-    set_rows(model, rows, journal)
+    obstacle = set_rows(model, rows, offset, log)
+    for path in tables:
+        read = row_of_position_zero(model, path)
+        if read not in (offset, None):
+            raise UnsupportedModelError(
+                f"{plan.scheme.model_type} reads position 0 in row {read} of its longer table, expected row {offset}"
+            )
+    return obstacle
+
+
+def _is_mask(buffer: torch.Tensor | None, tables: Mapping[str, nn.Embedding]) -> bool:
+    sizes = {(module.num_embeddings, module.num_embeddings) for module in tables.values()}
+    return buffer is not None and tuple(buffer.shape[-2:]) in sizes
 
 
 def refuse_no_effect(
@@ -68,20 +102,20 @@ def tables_of(model: PreTrainedModel) -> dict[str, nn.Embedding]:
     return position_tables(model) | fixed
 
 
-def replaced_tables(model: PreTrainedModel, journal: Journal) -> dict[str, torch.Tensor]:
+def replaced_tables(model: PreTrainedModel, log: UndoLog) -> dict[str, torch.Tensor]:
     """The weights by path that tables had before a patch, of those that it replaced."""
     tables = tables_of(model).items()
-    return {path: journal.before(module, "weight") for path, module in tables if journal.knows(module, "weight")}
+    return {path: log.before(module, "weight") for path, module in tables if log.knows(module, "weight")}
 
 
-def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], journal: Journal) -> None:
+def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], log: UndoLog) -> None:
     """Take the tables that are in the model now for those that were replaced: merging an adapter that trained one puts
     its copy there.
 
     Args:
         model (`PreTrainedModel`): as it is now.
         replaced (`Mapping[str, nn.Embedding]`): the modules by path that got other weights when it was patched.
-        journal (`Journal`): of that patch.
+        log (`UndoLog`): of that patch.
 
     Raises:
         UnsupportedModelError: an adapter still trains a copy of one.
@@ -89,50 +123,61 @@ def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], 
     paths = {path_without_adapter(path) for path in replaced}
     for path, module in tables_of(model).items():
         if path in replaced and replaced[path] is not module:
-            journal.transfer(replaced[path], module)
-        if path_without_adapter(path) in paths and not journal.knows(module, "weight"):
+            log.transfer(replaced[path], module)
+        if path_without_adapter(path) in paths and not log.knows(module, "weight"):
             raise UnsupportedModelError(
                 f"an adapter trains a copy of the table that was stretched ({path}); merge or drop the adapter first: "
                 "model.merge_and_unload() or model.unload()"
             )
 
 
-def set_rows(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], journal: Journal) -> None:
+def set_rows(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], offset: int, log: UndoLog) -> str | None:
     """Replace the weights of tables, and make all that is as long as they are follow.
 
     Args:
         model (`PreTrainedModel`): with its tables, all of the same size.
         rows (`Mapping[str, torch.Tensor]`): new weights by path, all of the same size.
-        journal (`Journal`): remembers what was there.
+        offset (`int`): the row of position 0.
+        log (`UndoLog`): remembers what was there.
+
+    Returns:
+        `str`, *optional*: why plain transformers does not build a model of these sizes from the config; `None` where
+        it does.
     """
     tables = tables_of(model)
-    first: nn.Embedding = next(iter(tables.values()))
-    old, offset, new = first.num_embeddings, table_offset(first), len(next(iter(rows.values())))
+    old, new = next(iter(tables.values())).num_embeddings, len(next(iter(rows.values())))
+    before = _shapes(model)
     for path, weight in rows.items():
         module = tables[path]
-        journal.set(module, "weight", nn.Parameter(weight, requires_grad=module.weight.requires_grad))
-        journal.set(module, "num_embeddings", new)
+        log.set(module, "weight", nn.Parameter(weight, requires_grad=module.weight.requires_grad))
+        log.set(module, "num_embeddings", new)
     for _, part in text_modules(model):
         for name in _MODULE_LENGTHS:
             held = vars(part).get(name)
             if held in (old, old - offset):
-                journal.set(part, name, held + new - old)
+                log.set(part, name, held + new - old)
         for name, buffer in part._buffers.items():
-            longer = _resized(name, buffer, part, old, new)
+            longer = _resized(name, buffer, part, (old, old - offset), new - old)
             if longer is not None:
-                journal.set(part, name, longer)
-    _resize_config(model, old, offset, new, journal)
+                log.set(part, name, longer)
+    _resize_config(model, old, offset, new, log)
+    return _follow_config(model, before, log)
 
 
-def _resized(name: str, buffer: torch.Tensor | None, module: nn.Module, old: int, new: int) -> torch.Tensor | None:
+def _resized(
+    name: str, buffer: torch.Tensor | None, module: nn.Module, lengths: tuple[int, int], more: int
+) -> torch.Tensor | None:
     """A buffer of the new length; `None` where it does not depend on the length of the table."""
-    if buffer is None or not buffer.ndim or buffer.shape[-1] != old:
+    if buffer is None or not buffer.ndim or buffer.shape[-1] not in lengths:
         return None
-    if name == "position_ids":
-        return torch.arange(new, dtype=buffer.dtype, device=buffer.device).expand(*buffer.shape[:-1], -1)
+    new = buffer.shape[-1] + more
+    if name == "position_ids":  # Nystromformer and its kin begin at 2, the row of position 0
+        first = int(buffer.flatten()[0])
+        counted = torch.arange(first, first + new, dtype=buffer.dtype, device=buffer.device)
+        return counted.expand(*buffer.shape[:-1], -1)
     if name == "token_type_ids":
         return buffer.new_zeros(*buffer.shape[:-1], new)
-    if name == "bias" and buffer.shape[-2:] == (old, old):
+    if name == "bias" and buffer.shape[-2:] == (buffer.shape[-1], buffer.shape[-1]):
         mask = torch.ones(new, new, dtype=torch.bool, device=buffer.device).tril()
         if getattr(module, "attention_type", None) == "local":  # GPT-Neo's layers that see a window
             config: Any = getattr(module, "config")  # noqa: B009  nn.Module types its attributes as tensors
@@ -141,12 +186,52 @@ def _resized(name: str, buffer: torch.Tensor | None, module: nn.Module, old: int
     return None
 
 
-def _resize_config(model: PreTrainedModel, old: int, offset: int, new: int, journal: Journal) -> None:
+def _resize_config(model: PreTrainedModel, old: int, offset: int, new: int, log: UndoLog) -> None:
     """Limits in the config, which count the rows before position 0 in some families and not in others."""
     for config, name, held in length_fields(model):
         if held not in (old, old - offset):
             continue
-        set_limit(model, config, name, held + new - old, journal)
+        set_limit(model, config, name, held + new - old, log)
         if getattr(config, "relative_attention", False) and getattr(config, "max_relative_positions", old) < 1:
             # DeBERTa has twice as many relative positions as rows here, unless it is told how many
-            journal.set(config, "max_relative_positions", held)
+            log.set(config, "max_relative_positions", held)
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size] | None:
+    """Shapes of the weights of a model built from the config alone, without weights; `None` where that fails."""
+    try:
+        with torch.device("meta"):
+            skeleton = type(model)(copy.deepcopy(model.config))
+    except Exception as error:
+        logger.info("%s cannot be built from its config alone: %s", type(model).__name__, error)
+        return None
+    return {name: weight.shape for name, weight in skeleton.state_dict().items()}
+
+
+def _follow_config(model: PreTrainedModel, before: dict[str, torch.Size] | None, log: UndoLog) -> str | None:
+    """Give weights the sizes that the changed config asks for, and say why a checkpoint would not open otherwise.
+
+    Raises:
+        UnsupportedModelError: a weight that a text reads would have to have another size.
+    """
+    after = _shapes(model)
+    if before is None or after is None:
+        return f"{type(model).__name__} cannot be built from its config alone"
+    live = model.state_dict()
+    for name, shape in after.items():
+        if name not in live or shape == before.get(name) or shape == live[name].shape:
+            continue
+        path = name.removesuffix(".weight")
+        module = model.get_submodule(path.rsplit(".", 1)[0]) if path == name else model.get_submodule(path)
+        if not isinstance(module, nn.Embedding) or row_of_position_zero(model, path) is not None:
+            raise UnsupportedModelError(
+                f"{name} of {type(model).__name__} is {tuple(live[name].shape)}, and {tuple(shape)} in a model built "
+                "from the changed config; hf_posext does not know how to stretch it"
+            )
+        # VisualBERT's table of positions in a picture: no text reads it, and its rows keep their places
+        held = module.weight.detach()
+        more = held[-1:].expand(max(len(held), shape[0]) - len(held), -1)
+        weight = torch.cat([held, more])[: shape[0]]
+        log.set(module, "weight", nn.Parameter(weight, requires_grad=module.weight.requires_grad))
+        log.set(module, "num_embeddings", shape[0])
+    return None

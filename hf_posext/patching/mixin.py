@@ -32,8 +32,23 @@ def mix(mixin: type, cls: type) -> type:
             "_posext_mixins": (*getattr(cls, "_posext_mixins", ()), mixin),
             "_posext_base": getattr(cls, "_posext_base", cls),
         }
-        _mixed[mixin, cls] = type(cls.__name__, (mixin, cls), body)
+        _mixed.setdefault((mixin, cls), type(cls.__name__, (mixin, cls), body))
     return _mixed[mixin, cls]
+
+
+def without(mixin: type, cls: type) -> type:
+    """The class that an object would have if a mixin had never been mixed in, whoever has subclassed it since.
+
+    FSDP2 and `torch.nn.utils.parametrize` make a subclass for one object, as [`mix`] does. Such a class is made anew
+    above the class that is left.
+    """
+    if not issubclass(cls, mixin):
+        return cls
+    if "_posext_mixins" in vars(cls):
+        last, rest = cls.__bases__
+        return rest if last is mixin else mix(last, without(mixin, rest))
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(without(mixin, base) for base in cls.__bases__), body)
 
 
 def _instance(mixins: tuple[type, ...], base: type) -> Any:

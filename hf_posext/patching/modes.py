@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .detect import unwrap
+from .ownership import unwrap
 
 
 @contextmanager

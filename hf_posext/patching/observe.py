@@ -16,7 +16,7 @@ from ..errors import UnsupportedModelError
 from ..plan import BucketPlan, PositionMap
 from .banded_attention import mapped
 from .detect import rotary_sites, text_config
-from .sites import bucket_function, bucket_modules, position_tables, sinusoids, table_offset, text_modules
+from .sites import bucket_function, bucket_modules, first_row, position_tables, sinusoids, text_modules
 from .stretch import radians, sines
 
 OWN_ROWS = 2**14
@@ -33,7 +33,7 @@ def table_rows(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     for path, module in position_tables(model).items():
         if module.weight.is_meta:
             raise UnsupportedModelError(f"{path} is on the meta device; load the weights of the model, then diagnose")
-        found[path] = module.weight.detach()[table_offset(module) :].float().cpu()
+        found[path] = module.weight.detach()[first_row(model, path, module) or 0 :].float().cpu()
     return found
 
 

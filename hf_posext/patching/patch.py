@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+import threading
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,27 +14,40 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import AlreadyPatchedError, InvalidParameterError, NotPatchedError, PlanMismatchError
+from ..errors import (
+    AlreadyPatchedError,
+    InvalidParameterError,
+    NoEffectError,
+    NotPatchedError,
+    PlanMismatchError,
+    UnsupportedModelError,
+)
 from ..methods import Method, as_method
+from ..methods.base import renamed_length
 from ..plan import ExtensionPlan
 from .alibi import apply_slopes
-from .checkpoint import refuse_adapter, save_patched
+from .checkpoint import open_saved, refuse_adapter, save_patched
 from .detect import detect_scheme, unwrap
 from .frequencies import apply_frequencies
-from .journal import Journal
 from .learned_table import apply_table, follow_tables, replaced_tables, tables_of
 from .limits import raise_limits
+from .ownership import InForce, mark_model, mark_of, own_configs
 from .relative_bias import apply_buckets
 from .remap.probe import apply_late_rotation
 from .sinusoidal import apply_sinusoids
+from .undo import Weak
 
 logger = logging.getLogger(__name__)
+
+_lock = threading.RLock()
+"""Held while any model is patched or undone: two handles of one model are two objects, and their threads must meet."""
 
 
 class Patch:
     """A plan in force on a live model, until [`~Patch.undo`].
 
-    Made by [`patch_model`]. As a context manager it is undone on exit, also after an exception.
+    Made by [`patch_model`] or [`Patch.from_pretrained`]. As a context manager it is undone on exit, also after an
+    exception. The patch stays in force when this object is dropped: the model carries it.
 
     Attributes:
         model (`PreTrainedModel`): the patched model, without PEFT or DDP wrappers.
@@ -40,36 +56,28 @@ class Patch:
             `None` where plain transformers opens it with equal logits.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: ExtensionPlan, tokenizer: Any | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, state: InForce) -> None:
         self.model = model
-        self.plan = plan
-        self.tokenizer = tokenizer
-        self.native_obstacle: str | None = None
-        self._journal = Journal()
-        try:
-            if not plan.changes_nothing:
-                for planned, apply in (
-                    (plan.rotaries, apply_frequencies),
-                    (plan.rotates_late, apply_late_rotation),
-                    (plan.table, apply_table),
-                    (plan.slopes, apply_slopes),
-                    (plan.buckets, apply_buckets),
-                    (plan.sinusoids, apply_sinusoids),
-                ):
-                    if planned:
-                        self.native_obstacle = apply(model, plan, self._journal) or self.native_obstacle
-                raise_limits(model, plan.target_length, tokenizer, self._journal)
-            tables = tables_of(model).items()
-            self._tables = {path: module for path, module in tables if self._journal.knows(module, "weight")}
-            self._journal.set(model, "_posext_patch", self)
-        except BaseException:
-            self._journal.undo()
-            raise
+        self._state = state
+
+    @property
+    def plan(self) -> ExtensionPlan:
+        """What was done to the model."""
+        return self._state.plan
+
+    @property
+    def native_obstacle(self) -> str | None:
+        """Why a checkpoint needs this package to be opened; `None` where plain transformers opens it."""
+        return self._state.native_obstacle
 
     @property
     def active(self) -> bool:
         """Whether the patch is in force."""
-        return vars(self.model).get("_posext_patch") is self
+        return self._state.active
+
+    def __repr__(self) -> str:
+        state = "in force" if self.active else "undone"
+        return f"Patch({type(self.model).__name__}, {self.plan.describe()}, {state})"
 
     def describe(self) -> str:
         """A few lines: the scheme, what was done, and how the patched model can be saved."""
@@ -85,14 +93,20 @@ class Patch:
     def undo(self) -> None:
         """Put the model back, to the bit.
 
+        Undo is exact whoever has wrapped or hooked the model since, and complete: a change that cannot be put back
+        does not stop the others, and is tried again by the next call.
+
         Raises:
             NotPatchedError: the patch is not in force any more.
             UnsupportedModelError: an adapter trains a copy of a table that was stretched; merge or drop it first.
+            UndoError: some changes could not be put back; names them.
         """
-        if not self.active:
-            raise NotPatchedError(f"the patch {self.plan.method!r} is undone already")
-        follow_tables(self.model, self._tables, self._journal)
-        self._journal.undo()
+        with _lock:
+            if not self.active:
+                raise NotPatchedError(f"the patch {self.plan.method!r} is undone already")
+            follow_tables(self.model, self._state.tables, self._state.log)
+            self._state.log.undo()
+            self._state.active = False
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save the patched model, its plan, and the tokenizer if `patch_model` was given one.
@@ -111,8 +125,72 @@ class Patch:
         if not self.active:
             raise NotPatchedError(f"the patch {self.plan.method!r} is undone; patch again before saving")
         refuse_adapter(self.model)
-        follow_tables(self.model, self._tables, self._journal)
-        save_patched(self.model, self.plan, self.tokenizer, replaced_tables(self.model, self._journal), directory)
+        follow_tables(self.model, self._state.tables, self._state.log)
+        replaced = replaced_tables(self.model, self._state.log)
+        save_patched(self.model, self.plan, self._state.tokenizer, replaced, directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload what [`~Patch.save_pretrained`] writes, in one commit.
+
+        Args:
+            repo_id (`str`): `user/name`; the repository is made if it does not exist.
+            private (`bool`, *optional*): whether a new repository is private; by default as the organisation has it.
+            revision (`str`, *optional*): branch to commit to.
+            commit_message (`str`, *optional*): by default it names the plan.
+            token (`str` or `bool`, *optional*): by default the one of `hf auth login`.
+
+        Returns:
+            `str`: URL of the commit.
+
+        Raises:
+            NotPatchedError: the patch is undone already.
+            UnsupportedModelError: the model has an adapter.
+        """
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            lengths = f"{self.plan.original_length} -> {self.plan.target_length}"
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                revision=revision,
+                commit_message=commit_message or f"Upload {self.plan.method} {lengths}",
+            )
+        return str(commit.commit_url)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Patch:
+        """Open what [`~Patch.save_pretrained`] saved, with the patch in force. [`load_patched`] returns the model.
+
+        Args:
+            directory (`str` or `Path`): the saved directory.
+            kwargs: passed to `from_pretrained` of the model (`dtype`, `device_map`, ...).
+
+        Returns:
+            [`Patch`]: its `model` is patched; `undo()` gives the model as it was before it was patched.
+
+        Raises:
+            PlanError: no plan there, or a corrupt one.
+            PlanMismatchError: the plan does not fit the weights beside it.
+            CheckpointError: a directory that cannot be trusted.
+        """
+        model, plan, rows = open_saved(directory, **kwargs)
+        patch = patch_model(model, plan)
+        if plan.table:
+            for path, weight in rows.items():
+                tables_of(model)[path].weight.data = weight.data  # as saved: it may have been trained since
+        return patch
 
     def __enter__(self) -> Self:
         return self
@@ -130,25 +208,30 @@ def patch_model(
     *,
     factor: float | None = None,
     target_length: int | None = None,
-    original_length: int | None = None,
+    trained_length: int | None = None,
     tokenizer: Any | None = None,
+    original_length: int | None = None,
+    **hyper_parameters: Any,
 ) -> Patch:
     """Change how a model encodes position, in place, so that it reads longer than it was trained to.
 
-    Weights are neither changed nor copied, but tables of positions, which are replaced by longer ones. Limits that
-    would cap the longer input are raised (`max_position_embeddings`, generation, and the tokenizer's if given).
-    `undo` restores all of it to the bit.
+    Weights are neither changed nor copied, except for tables of positions, which are replaced by longer ones. Limits
+    that would cap the longer input are raised (`max_position_embeddings`, generation, and the tokenizer's if given).
+    `undo` restores all of it to the bit. Patching and undoing are atomic, also across threads.
 
     Args:
         model (`PreTrainedModel`): or a PEFT, DDP or `torch.compile` wrapper of one.
-        method (`str`, `Method` or `ExtensionPlan`): a name (`"yarn"`, or several joined by `+`: `"yarn+resonance"`),
-            a method object with its hyper-parameters (`YaRN(factor=8, beta_fast=32)`), or a plan made before.
-        factor (`float`, *optional*): how many times the length that the model was pre-trained at. A method object's
-            own factor goes first.
+        method (`str`, `Method` or `ExtensionPlan`): a name in any case (`"yarn"`, or several joined by `+`:
+            `"yarn+resonance"`), a method object with its hyper-parameters (`YaRN(factor=8, beta_fast=32)`), or a plan
+            made before.
+        factor (`float`, *optional*): how many times the length that the model was pre-trained at. The factor of a
+            method object takes precedence.
         target_length (`int`, *optional*): the same, in tokens.
-        original_length (`int`, *optional*): trained length in tokens, overriding what the config says.
+        trained_length (`int`, *optional*): trained length in tokens, overriding what the config says.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its `model_max_length` is raised, and `save_pretrained`
             saves it with the model.
+        original_length (`int`, *optional*): deprecated name of `trained_length`.
+        hyper_parameters: of the method, where it is a name: `patch_model(model, "yarn", factor=8, beta_fast=16)`.
 
     Returns:
         [`Patch`]: with `plan`, `describe()`, `undo()`, `save_pretrained(path)`; a context manager.
@@ -156,41 +239,110 @@ def patch_model(
     Raises:
         UnknownMethodError: no such method; names the nearest.
         MethodNotApplicableError: the method is for another scheme; says what applies.
-        InvalidParameterError: a factor or length that cannot be, or a target below the trained or shipped length.
-        AlreadyPatchedError: the model carries a patch.
+        InvalidParameterError: a factor, length or hyper-parameter out of bounds, or a target below the trained or
+            shipped length.
+        AlreadyPatchedError: the model, or a part of it, carries a patch.
         NoEffectError: the positions of the model would not change.
+        PlanError: a plan that asks for more than can be made.
         PlanMismatchError: a plan made for a model with another scheme.
         UnsupportedModelError: not a transformers model, or one that cannot be patched; says why.
     """
+    trained_length = renamed_length(trained_length, original_length)
+    given = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
     inner = unwrap(model)
-    in_force = find_patch(inner)
-    if in_force is not None:
-        raise AlreadyPatchedError(
-            f"the model carries the patch {in_force.plan.describe()!r}; undo it first: unpatch_model(model)"
-        )
-    scheme = detect_scheme(inner)
-    if isinstance(method, ExtensionPlan):
-        if factor is not None or target_length is not None or original_length is not None:
-            raise InvalidParameterError("a plan has its lengths already; give a method to choose others")
-        if not scheme.same_positions(method.scheme):
-            raise PlanMismatchError(
-                f"the plan is for ({method.scheme.describe()}); the model is ({scheme.describe()}); "
-                f"plan again for this model: patch_model(model, {method.method!r}, factor={method.factor:g})"
+    with _lock, torch.device("cpu"):  # not the default device of the process, which may be another than the model's
+        in_force = find_patch(inner)
+        if in_force is not None:
+            raise AlreadyPatchedError(
+                f"the model carries the patch {in_force.plan.describe()!r}; undo it first: unpatch_model(model)"
             )
-        plan = method
-    else:
-        lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
-        plan = as_method(method).plan(scheme, **lengths)  # type: ignore[arg-type]
-    with torch.device("cpu"):  # not the default device of the process, which may be another than the model's, too
-        patch = Patch(inner, plan, tokenizer)
+        _refuse_meta(inner)
+        scheme = detect_scheme(inner)
+        if isinstance(method, ExtensionPlan):
+            plan = _checked(method, given, hyper_parameters)
+            if not scheme.same_positions(plan.scheme):
+                raise PlanMismatchError(
+                    f"the plan is for ({plan.scheme.describe()}); the model is ({scheme.describe()}); "
+                    f"plan again for this model: patch_model(model, {plan.method!r}, factor={plan.factor:g})"
+                )
+        else:
+            plan = as_method(method, **hyper_parameters).plan(scheme, **given)  # type: ignore[arg-type]
+        patch = Patch(inner, _apply(model, inner, plan, tokenizer))
+    patch._state.handle = weakref.ref(patch)
     logger.info("patched: %s", plan.describe())
     return patch
 
 
+def _checked(plan: ExtensionPlan, lengths: dict[str, Any], hyper_parameters: dict[str, Any]) -> ExtensionPlan:
+    """A plan that was made before, which takes no further arguments."""
+    given = [name for name, value in (lengths | hyper_parameters).items() if value is not None]
+    if given:
+        raise InvalidParameterError(
+            f"a plan has its lengths already, got {', '.join(given)}; pass a method to choose others"
+        )
+    plan.check()
+    return plan
+
+
+def _apply(outer: nn.Module, model: PreTrainedModel, plan: ExtensionPlan, tokenizer: Any | None) -> InForce:
+    """Put a plan into a model; whatever goes wrong, the model is then as it was."""
+    state = InForce(Weak(model), plan, tokenizer)
+    if plan.changes_nothing and any(entry["name"] != "none" for entry in plan.parameters):
+        raise NoEffectError(
+            f"{plan.describe()} leaves the positions of {plan.scheme.model_type} as they are: {_why_nothing(plan)}; "
+            "use method 'none' to compare with the model as it is"
+        )
+    try:
+        if not plan.changes_nothing:
+            own_configs(outer, state.log)
+            for planned, apply in (
+                (plan.rotaries, apply_frequencies),
+                (plan.rotates_late, apply_late_rotation),
+                (plan.table, apply_table),
+                (plan.slopes, apply_slopes),
+                (plan.buckets, apply_buckets),
+                (plan.sinusoids, apply_sinusoids),
+            ):
+                if planned:
+                    state.native_obstacle = apply(model, plan, state.log) or state.native_obstacle
+            raise_limits(model, plan.target_length, tokenizer, state.log)
+        tables = tables_of(model).items()
+        state.tables = {path: module for path, module in tables if state.log.knows(module, "weight")}
+        mark_model(model, state)
+        state.active = True
+    except BaseException:
+        state.log.undo()
+        raise
+    return state
+
+
+def _why_nothing(plan: ExtensionPlan) -> str:
+    windows = [rotary.window for rotary in plan.scheme.rotaries]
+    if windows and all(window is not None and window <= plan.original_length for window in windows):
+        reach = max(window for window in windows if window is not None)
+        return f"no layer looks back farther than {reach} tokens, which is within the trained {plan.original_length}"
+    return "the plan contains no edit"
+
+
+def _refuse_meta(model: PreTrainedModel) -> None:
+    """Refuse a model without weights. One that accelerate has offloaded gets them from its hooks."""
+    if any(weight.is_meta for weight in model.parameters()) and not any(
+        hasattr(module, "_hf_hook") for module in model.modules()
+    ):
+        raise UnsupportedModelError(f"{type(model).__name__} is on the meta device; load its weights, then patch")
+
+
 def find_patch(model: nn.Module) -> Patch | None:
-    """The patch in force on a model, whichever way it is wrapped; `None` where it carries none."""
-    patch: Patch | None = vars(unwrap(model)).get("_posext_patch")
-    return patch
+    """The patch in force on a model or a part of it, whichever way it is wrapped; `None` where there is none."""
+    inner = unwrap(model)
+    state = mark_of(inner)
+    if state is None:
+        return None
+    known: Patch | None = None if state.handle is None else state.handle()
+    if known is None:
+        known = Patch(state.root() or inner, state)
+        state.handle = weakref.ref(known)
+    return known
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -203,3 +355,21 @@ def unpatch_model(model: nn.Module) -> None:
     if patch is None:
         raise NotPatchedError("the model carries no patch; patch_model(model, ...) makes one")
     patch.undo()
+
+
+def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Open what `patch.save_pretrained` saved, with the patch in force, so that it can be described and undone.
+
+    Args:
+        directory (`str` or `Path`): the saved directory.
+        kwargs: passed to `from_pretrained` (`dtype`, `device_map`, ...).
+
+    Returns:
+        [`PreTrainedModel`]: patched; `unpatch_model` gives the model as it was before it was patched.
+
+    Raises:
+        PlanError: no plan there, or a corrupt one.
+        PlanMismatchError: the plan does not fit the weights beside it.
+        CheckpointError: a directory that cannot be trusted.
+    """
+    return Patch.from_pretrained(directory, **kwargs).model

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from ..errors import NoEffectError
 from ..plan import BucketPlan, ExtensionPlan
-from .journal import Journal
 from .mixin import Mixin, mix
 from .sites import bucket_modules
+from .undo import UndoLog
 
 
 class OtherBuckets(Mixin):
@@ -38,7 +38,7 @@ def _squeezed(distance: torch.Tensor, factor: float) -> torch.Tensor:
     return distance.sign() * (distance.abs() / factor).ceil().to(distance.dtype)
 
 
-def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str | None:
+def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
     """Put the buckets of a plan into a model.
 
     Returns:
@@ -57,11 +57,11 @@ def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal)
     said = all(hasattr(module, "relative_attention_max_distance") for module in sites)
     if reach is not None and said:
         for module in sites:
-            journal.set(module, "relative_attention_max_distance", reach)
-        journal.set(model.config, "relative_attention_max_distance", reach)
+            log.set(module, "relative_attention_max_distance", reach)
+        log.set(model.config, "relative_attention_max_distance", reach)
     if plan.buckets.factor == 1 and said:
         return None
     for module in sites:
-        journal.set(module, "_posext_buckets", plan.buckets)
-        journal.set(module, "__class__", mix(OtherBuckets, type(module)))
+        log.set(module, "_posext_buckets", plan.buckets)
+        log.set(module, "__class__", mix(OtherBuckets, type(module)))
     return "no config of transformers can say that distances are divided before they are sorted into buckets"

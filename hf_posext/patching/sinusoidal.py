@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 
 from ..errors import NoEffectError
 from ..plan import ExtensionPlan, PositionMap
+from ..plan_bounds import check_table_size
 from .banded_attention import mapped
-from .journal import Journal
 from .learned_table import set_rows
 from .mixin import Mixin, mix
 from .sites import sinusoids
 from .stretch import radians, sines
+from .undo import UndoLog
 
 
 class OtherSines(Mixin):
@@ -33,7 +34,7 @@ class OtherSines(Mixin):
         return torch.cat([table[:first], other.to(table)])
 
 
-def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str | None:
+def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
     """Put the positions of a plan into a model.
 
     Returns:
@@ -53,17 +54,20 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, journal: Journa
         table: Any = module.weight if isinstance(module, nn.Embedding) else module.weights
         frequencies = radians(table, f"{path} of {plan.scheme.model_type}")
         if isinstance(module, nn.Embedding):
+            check_table_size(plan.target_length, table.shape[1], len(found))
             at = mapped(torch.arange(plan.target_length), plan.sinusoids)
             rows[path] = sines(at, frequencies).to(table)
             continue
-        journal.set(module, "_posext_positions", plan.sinusoids)
-        journal.set(module, "_posext_radians", tuple(frequencies.tolist()))
-        journal.set(module, "__class__", mix(OtherSines, type(module)))
+        log.set(module, "_posext_positions", plan.sinusoids)
+        log.set(module, "_posext_radians", tuple(frequencies.tolist()))
+        log.set(module, "__class__", mix(OtherSines, type(module)))
         make: Any = module
         longer = make.get_embedding(len(table), table.shape[1], getattr(module, "padding_idx", None))
-        journal.set(module, "weights", longer.to(table))
+        log.set(module, "weights", longer.to(table))
     if rows:
-        set_rows(model, rows, journal)
+        obstacle = set_rows(model, rows, 0, log)
+        if obstacle:
+            return obstacle
     ignored = model._keys_to_ignore_on_save or ()
     if rows.keys() == found.keys() and not any(f"{path}.weight" in ignored for path in rows):
         return None

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..scheme import Buckets, Table
+from .position_zero import row_of_position_zero
 
 TABLE_NAMES = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "positions_embed")
 """What the modeling files of transformers call a learned table of positions."""
@@ -47,17 +48,30 @@ _BUCKET_FUNCTIONS = ("_relative_position_bucket", "relative_position_bucket")
 
 
 def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """All modules with their paths, but those of the image or audio part of a model."""
-    config = model.config
-    text = config.get_text_config(decoder=True)
-    parts = (getattr(config, name, None) for name in config.sub_configs or {})
-    foreign = {id(part) for part in parts if part is not None and part is not text}
+    """All modules with their paths, except for those of the image or audio part of a model."""
+    foreign = {id(part) for part in _parts(model)} - {id(config) for config in text_configs(model)}
     outside: list[str] = []
     for path, module in model.named_modules():
         if id(getattr(module, "config", None)) in foreign:
             outside.append(f"{path}.")
         if not f"{path}.".startswith(tuple(outside)):
             yield path, module
+
+
+def text_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs that say how long a text may be: of the model, of its text part, and of the text encoder of an
+    `EncoderDecoderModel`."""
+    configs = [model.config, model.config.get_text_config(decoder=True)]
+    encoder = getattr(model, "encoder", None)
+    if isinstance(encoder, PreTrainedModel) and encoder.main_input_name == "input_ids":
+        configs += [part for part in _parts(model) if part is encoder.config]
+    return list({id(config): config for config in configs}.values())
+
+
+def _parts(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs of the parts of a multimodal or encoder-decoder model."""
+    parts = (getattr(model.config, name, None) for name in model.config.sub_configs or {})
+    return [part for part in parts if part is not None]
 
 
 def position_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
@@ -77,12 +91,21 @@ def path_without_adapter(path: str) -> str:
     return _ADAPTER_COPY.sub("", path)
 
 
-def table_offset(module: nn.Embedding) -> int:
-    """The row of position 0: BART and OPT say it, and RoBERTa counts from behind the padding row."""
-    offset: Any = getattr(module, "offset", None)
-    if isinstance(offset, int):
-        return offset
-    return 0 if module.padding_idx is None else module.padding_idx + 1
+def first_row(model: PreTrainedModel, path: str, table: nn.Embedding) -> int | None:
+    """The row of position 0 in a table: as the model reads it, else as the names of attributes say.
+
+    BART and OPT keep an `offset`, and RoBERTa counts from behind the padding row. What names say is believed only
+    where the config then gives a length that the table has; `None` otherwise.
+    """
+    asked = row_of_position_zero(model, path)
+    if asked is not None:
+        return asked
+    named: Any = getattr(table, "offset", None)
+    if not isinstance(named, int):
+        named = 0 if table.padding_idx is None else table.padding_idx + 1
+    config: Any = model.config.get_text_config(decoder=True)
+    limits = {limit for name in LENGTH_FIELDS if isinstance(limit := getattr(config, name, None), int)}
+    return named if not limits or limits & {table.num_embeddings, table.num_embeddings - named} else None
 
 
 def sinusoids(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -107,11 +130,18 @@ def bucket_function(module: nn.Module) -> str | None:
 def read_table(model: PreTrainedModel) -> tuple[Table | None, str | None]:
     """Size of the learned tables, and why they cannot be stretched where that is so."""
     tables = position_tables(model)
-    sizes = {Table(m.num_embeddings, table_offset(m), m.embedding_dim) for m in tables.values()}
-    if len(sizes) > 1:
-        rows = " and ".join(str(module.num_embeddings) for module in tables.values())
-        return None, f"its encoder and decoder have position tables of {rows} rows, and a plan has one length"
-    return next(iter(sizes)), None
+    shapes = {path: tuple(module.weight.shape) for path, module in tables.items()}
+    if len(set(shapes.values())) > 1:
+        texts = " and ".join(f"{path} of {rows} x {width}" for path, (rows, width) in shapes.items())
+        return None, f"its tables of positions have different sizes ({texts}), and a plan has one"
+    offsets = {path: first_row(model, path, module) for path, module in tables.items()}
+    if len(set(offsets.values())) > 1:
+        return None, f"its tables of positions count from different rows ({offsets})"
+    (offset,) = set(offsets.values())
+    rows, width = next(iter(shapes.values()))
+    if offset is None:
+        return None, f"its table has {rows} rows, and which of them position 0 reads could not be asked from the model"
+    return Table(rows, offset, width), None
 
 
 def read_buckets(model: PreTrainedModel) -> tuple[Buckets | None, str | None]:

@@ -115,9 +115,9 @@ def _variants(
 
 def _plan(method: Method, scheme: PositionalScheme, trained_length: int, target_length: int) -> ExtensionPlan:
     if not method.needs_factor:
-        return method.plan(scheme, original_length=trained_length)
+        return method.plan(scheme, trained_length=trained_length)
     length = {} if method.factor is not None else {"target_length": target_length}
-    return method.plan(scheme, original_length=trained_length, **length)
+    return method.plan(scheme, trained_length=trained_length, **length)
 
 
 def _effect(plan: ExtensionPlan) -> str:

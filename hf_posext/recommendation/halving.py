@@ -122,7 +122,7 @@ class Halving:
         answer = self._decide(best, gain, lines[best])
         plan = sweep.by_name[best]
         if answer == TRUNCATE:
-            plan = NoExtension().plan(plan.scheme, original_length=sweep.trained)
+            plan = NoExtension().plan(plan.scheme, trained_length=sweep.trained)
         unseen = {title(*name_of(one)): "leaves phases that training has never shown" for one in choice.unseen}
         unpaid = {title(*name): "the budget does not pay for it" for name in cut}
         notes = (f"The budget left {len(cut)} contenders unmeasured.",) if cut else ()

@@ -155,7 +155,7 @@ def finetune(
     if patience is not None and evaluation is None:
         raise InvalidParameterError("patience counts evaluations, and there are none; give evaluation=")
     texts = as_documents(documents)
-    lengths = {"factor": factor, "target_length": target_length, "original_length": original_length}
+    lengths = {"factor": factor, "target_length": target_length, "trained_length": original_length}
     patch = patch_model(model, method or preset.method, tokenizer=tokenizer, **lengths)  # type: ignore[arg-type]
     network: nn.Module = model
     use_cache = getattr(model.config, "use_cache", None)

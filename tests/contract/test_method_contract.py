@@ -20,7 +20,7 @@ from hf_posext.plan import ExtensionPlan
 
 from ..conftest import BUILDERS, TRAINED, arguments, logits, tokens
 
-LENGTHS = {"factor": 8, "original_length": TRAINED}
+LENGTHS = {"factor": 8, "trained_length": TRAINED}
 """Not every config tells the trained length, and a table may have more rows than were trained."""
 CASES = [
     pytest.param(name, kind, id=f"{name}-{kind}")

@@ -29,7 +29,7 @@ def plan_methods(
     Args:
         scheme (`PositionalScheme`): what the model has.
         methods (`Sequence[str | Method]`): names or method objects, of any scheme.
-        lengths: `factor`, `target_length` and `original_length`, as `Method.plan` takes them.
+        lengths: `factor`, `target_length` and `trained_length`, as `Method.plan` takes them.
 
     Raises:
         UnknownMethodError: no such method.

@@ -1,0 +1,127 @@
+"""The model inside its wrappers, the patch that holds it, and the configs that it does not share while patched."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from ..plan import ExtensionPlan
+from .undo import UndoLog, Weak
+
+MARK = "_posext_patch"
+"""Attribute that marks every transformers model inside a patched one."""
+
+
+@dataclass(eq=False)
+class InForce:
+    """A plan in force: what the mark of a patched model holds.
+
+    It refers to the model weakly, since the model refers to it.
+
+    Args:
+        root (`Weak`): the model that was given to `patch_model`, unwrapped.
+        plan (`ExtensionPlan`): what was done to it.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the one whose limit was raised.
+        log (`UndoLog`): what was changed.
+        tables (`dict[str, nn.Embedding]`): the tables by path that got other weights.
+        native_obstacle (`str`, *optional*): why plain transformers does not open a checkpoint of the model.
+        active (`bool`): `False` once it is undone.
+    """
+
+    root: Weak
+    plan: ExtensionPlan
+    tokenizer: Any | None
+    log: UndoLog = field(default_factory=UndoLog)
+    tables: dict[str, nn.Embedding] = field(default_factory=dict)
+    native_obstacle: str | None = None
+    active: bool = False
+    handle: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"handle": None}
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT, DDP, FSDP or `torch.compile` wrapper.
+
+    Raises:
+        UnsupportedModelError: there is no transformers model inside.
+    """
+    if hasattr(model, "_orig_mod"):
+        return unwrap(model._orig_mod)
+    if hasattr(model, "get_base_model"):
+        return unwrap(model.get_base_model())
+    if isinstance(model, PreTrainedModel):
+        return model
+    if isinstance(getattr(model, "module", None), nn.Module):
+        return unwrap(model.module)
+    raise UnsupportedModelError(
+        f"Expected a `PreTrainedModel` (or a PEFT or DDP wrapper of one), got `{type(model).__name__}`."
+    )
+
+
+def mark_model(model: PreTrainedModel, state: InForce) -> None:
+    """Mark every transformers model inside a model, so that each of them knows of the patch."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            state.log.set(module, MARK, state)
+
+
+def mark_of(model: nn.Module) -> InForce | None:
+    """The patch in force on a model, or on a part of it; `None` where there is none."""
+    for module in model.modules():
+        state: InForce | None = vars(module).get(MARK)
+        if state is not None:
+            return state
+    return None
+
+
+def own_configs(model: nn.Module, log: UndoLog) -> None:
+    """Give a model configs of its own, as two models made from one config share the object.
+
+    Every module that held one gets the same copy. Undo puts the shared ones back, unless the copies were changed by
+    others meanwhile; then the model keeps them, so that no setting is lost.
+
+    Args:
+        model (`nn.Module`): with its wrappers, which hold the config, too.
+        log (`UndoLog`): remembers what was there.
+    """
+    memo: dict[int, Any] = {}
+    holders: list[tuple[Weak, str, Any, Any]] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig | GenerationConfig):
+                holders.append((Weak(module), name, value, copy.deepcopy(value, memo)))
+    log.on_undo(_Shared(holders).give_back)
+    for module, name, _, twin in holders:
+        setattr(module(), name, twin)
+
+
+class _Shared:
+    """The configs that a model had, and the copies that took their place."""
+
+    def __init__(self, holders: list[tuple[Weak, str, Any, Any]]) -> None:
+        self._holders = holders
+        self._at_first = [copy.deepcopy(_contents(twin)) for *_, twin in holders]
+
+    def give_back(self) -> None:
+        """Put the former configs back where the copies contain what they did at first."""
+        if [_contents(twin) for *_, twin in self._holders] != self._at_first:
+            return
+        for reference, name, former, twin in self._holders:
+            module = reference()
+            if module is not None and vars(module).get(name) is twin:
+                setattr(module, name, former)
+
+
+def _contents(config: Any) -> dict[str, Any]:
+    return {
+        name: _contents(value) if isinstance(value, PreTrainedConfig) else value
+        for name, value in vars(config).items()
+    }

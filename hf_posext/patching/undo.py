@@ -1,0 +1,165 @@
+"""The undo log: every change that a patch makes to a live model, so that undo is exact and complete.
+
+The log refers to what it changed weakly. A patched model is therefore freed as soon as its last user lets go of it,
+although it carries its log. Copies and pickles of a model carry a log of their own, which refers to the copies.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import UndoError
+from .mixin import without
+
+_ABSENT = "<absent>"
+_CALL = "<call>"
+
+
+class Weak:
+    """A weak reference that is copied and pickled as a reference to the object, or to the copy of it."""
+
+    def __init__(self, target: Any) -> None:
+        self._reference: Callable[[], Any] = type(None) if target is None else weakref.ref(target)
+
+    def __call__(self) -> Any:
+        """The object; `None` once it is gone."""
+        return self._reference()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Weak, (self(),)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One change: `owner.name` was `old`. A class swap keeps the mixin that was added, a call its arguments."""
+
+    owner: Any
+    name: str
+    old: Any
+
+    def target(self) -> Any:
+        """The object that was changed; `None` once it is gone."""
+        return self.owner() if isinstance(self.owner, Weak) else self.owner
+
+    def undo(self) -> None:
+        """Put back what was there. Undoing twice does no harm, so that an interrupted undo can be repeated."""
+        target = self.target()
+        if self.name == _CALL:
+            self.owner(*self.old)
+        elif target is None:
+            return  # whoever replaced the object has also dropped the change
+        elif self.name == "__class__":
+            _swap_class(target, without(self.old, type(target)))
+        elif not _holds(target, self.name):
+            return  # somebody removed the attribute meanwhile: hooks of accelerate, for one
+        elif isinstance(self.old, str) and self.old == _ABSENT:
+            delattr(target, self.name)
+        else:
+            setattr(target, self.name, _placed(self.old, getattr(target, self.name)))
+
+
+class UndoLog:
+    """Changes to attributes, in order, with what was there before.
+
+    Changes are plain data (owner, name, old value) and not closures, so that a `copy.deepcopy` or a pickle of a
+    patched model can be undone on its own.
+    """
+
+    def __init__(self) -> None:
+        self._changes: list[_Change] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set `owner.name` to a value and remember what it was.
+
+        The name `__class__` swaps the class of an instance for one that [`~hf_posext.patching.mixin.mix`] made. Bound
+        methods that were stored on the instance before (`_old_forward` of accelerate's hooks) follow the class.
+        """
+        if name == "__class__":
+            self._changes.append(_Change(Weak(owner), name, value._posext_mixins[-1]))
+            _swap_class(owner, value)
+            return
+        self._changes.append(_Change(Weak(owner), name, getattr(owner, name) if _holds(owner, name) else _ABSENT))
+        setattr(owner, name, value)
+
+    def knows(self, owner: Any, name: str) -> bool:
+        """Whether `owner.name` was changed."""
+        return any(change.target() is owner and change.name == name for change in self._changes)
+
+    def transfer(self, owner: Any, successor: Any) -> None:
+        """Let undo put back the changes to `owner` in the object that took its place."""
+        self._changes = [
+            _Change(Weak(successor), change.name, change.old) if change.target() is owner else change
+            for change in self._changes
+        ]
+
+    def before(self, owner: Any, name: str) -> Any:
+        """The value of `owner.name` before the first change to it."""
+        return next(change.old for change in self._changes if change.target() is owner and change.name == name)
+
+    def on_undo(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Remember a call to make on undo: a bound method or a module's function, so that copies call their own. It
+        must do no harm when called twice."""
+        self._changes.append(_Change(function, _CALL, arguments))
+
+    def undo(self) -> None:
+        """Put everything back, last change first.
+
+        Tensors go back to the device where the model is now, with the bits and the dtype that they had. A change that
+        cannot be put back does not stop the others; it stays in the log, for the next call.
+
+        Raises:
+            UndoError: some changes could not be put back; names them.
+        """
+        failed: list[tuple[_Change, Exception]] = []
+        try:
+            while self._changes:
+                change = self._changes[-1]
+                try:
+                    change.undo()
+                except Exception as error:
+                    failed.append((change, error))
+                # only now: an interrupt before this line leaves the change in the log
+                self._changes.pop()
+        finally:
+            self._changes += [change for change, _ in reversed(failed)]
+        if failed:
+            change, error = failed[0]
+            where = f"{type(change.target()).__name__}.{change.name}"
+            raise UndoError(
+                f"{len(failed)} changes could not be undone, the first at {where} ({type(error).__name__}: {error}); "
+                "everything else is as before. Remove the cause, then call undo() again."
+            ) from error
+
+
+def _holds(owner: Any, name: str) -> bool:
+    """Whether an object has an attribute of its own, as a buffer or a parameter as well."""
+    places = (vars(owner), getattr(owner, "_buffers", ()), getattr(owner, "_parameters", ()))
+    return any(name in place for place in places)
+
+
+def _placed(old: Any, now: Any) -> Any:
+    """A tensor on the device of the one that it replaces; anything else as it is."""
+    if isinstance(old, torch.Tensor) and isinstance(now, torch.Tensor):
+        if not isinstance(old, torch.nn.Parameter):
+            return old.to(now.device)
+        old.data = old.data.to(now.device)  # the same object, which an optimizer may hold
+    return old
+
+
+def _swap_class(owner: Any, cls: type) -> None:
+    """Change the class of an instance, and that of its methods which were stored on the instance."""
+    families = (type(owner).__mro__, cls.__mro__)
+    known = [vars(member) for family in families for member in family]
+    owner.__class__ = cls
+    for name, value in list(vars(owner).items()):
+        if not isinstance(value, types.MethodType) or value.__self__ is not owner:
+            continue
+        function = value.__func__
+        if any(members.get(function.__name__) is function for members in known):
+            vars(owner)[name] = types.MethodType(getattr(cls, function.__name__), owner)
