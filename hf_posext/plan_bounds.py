@@ -28,8 +28,8 @@ def check_bounds(plan: ExtensionPlan) -> None:
     """
     if plan.scheme.kind not in GENERALIZATION:
         raise PlanError(f"plan.scheme.kind is {short(plan.scheme.kind)}; there are: {', '.join(GENERALIZATION)}")
-    numbers = {"factor": plan.factor, "original_length": plan.original_length, "target_length": plan.target_length}
-    for name, number in numbers.items():
+    sizes = {"factor": plan.factor, "original_length": plan.original_length, "target_length": plan.target_length}
+    for name, number in sizes.items():
         whole = isinstance(number, int) or name == "factor"
         if not whole or not math.isfinite(number) or number > MAX_NUMBER:
             raise PlanError(

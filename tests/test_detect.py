@@ -209,6 +209,6 @@ def test_a_speech_model_is_refused_for_its_two_tables() -> None:
     config = WhisperConfig(encoder_layers=1, decoder_layers=1, architectures=["WhisperForConditionalGeneration"])
     scheme = detect_scheme(config)
     assert scheme.obstacle == (
-        "whisper cannot be changed: its encoder and decoder have position tables of 1500 and 448 rows, and a plan has "
-        "one length"
+        "whisper cannot be changed: its tables of positions have different sizes (model.encoder.embed_positions of "
+        "1500 x 384 and model.decoder.embed_positions of 448 x 384), and a plan has one"
     )

@@ -115,7 +115,7 @@ def test_a_family_reads_longer_and_is_undone(kind: str, family: str, task: str, 
 @pytest.mark.parametrize(
     ("family", "task", "reason"),
     [
-        ("led", SEQ2SEQ, "encoder and decoder have position tables of 16384 and 1024 rows"),
+        ("led", SEQ2SEQ, "encoder.embed_positions of 16384 x 64 and .* of 1024 x 64"),
         ("reformer", CAUSAL, "axial positions"),
         ("xlnet", CAUSAL, "Transformer-XL"),
         ("cpmant", CAUSAL, "segments"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import math
 import numbers
 import types
 import warnings
@@ -270,15 +269,14 @@ class Composition(Method):
             InvalidParameterError: the plan would be the same without one of the parts.
         """
         blank = ExtensionPlan("", (), plan.scheme, plan.factor, plan.original_length, plan.target_length)
-        whole = replace(plan, method="", parameters=())
         for index, part in enumerate(self.parts):
             others = (*self.parts[:index], *self.parts[index + 1 :])
             try:
                 with torch.device("cpu"):
-                    traceless = Composition(factor=self.factor, parts=others).extend(blank) == whole
+                    without = Composition(factor=self.factor, parts=others).extend(blank)
             except InvalidParameterError:
                 continue  # the others cannot do without it
-            if traceless:
+            if _numbers(without) == _numbers(plan):
                 raise InvalidParameterError(
                     f"{part.label} leaves no trace in {self.label}: it changes nothing, or a method after it computes "
                     "the same positions anew; leave it out, or write it last"
@@ -294,6 +292,12 @@ class Composition(Method):
 
     def __add__(self, other: Method) -> Method:
         return Composition(parts=(*self.parts, other))
+
+
+def _numbers(plan: ExtensionPlan) -> ExtensionPlan:
+    """A plan without its labels: the method, its parameters, and how a config says the frequencies."""
+    rotaries = tuple(replace(entry, rope_parameters=None) for entry in plan.rotaries)
+    return replace(plan, method="", parameters=(), rotaries=rotaries)
 
 
 def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
@@ -391,12 +395,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (types.UnionType, Union):
         return any(_fits(value, option) for option in arguments)
     wanted = get_origin(hint) or hint
-    if wanted in (float, int) or isinstance(value, bool) or wanted is bool:
-        if isinstance(value, bool) or wanted is bool:
-            return isinstance(value, bool) and wanted is bool
-        if not isinstance(value, numbers.Integral if wanted is int else numbers.Real):
-            return False
-        return math.isfinite(value) if abs(value) <= MAX_NUMBER else False
+    if isinstance(value, bool) or wanted is bool:
+        return isinstance(value, bool) and wanted is bool
+    if wanted in (float, int):
+        number = isinstance(value, numbers.Integral if wanted is int else numbers.Real)
+        return number and bool(abs(value) <= MAX_NUMBER)  # false of NaN, too
     if wanted is Sequence:
         return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value)
     return isinstance(value, wanted)

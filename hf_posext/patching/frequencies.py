@@ -79,6 +79,13 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
     for site in sites:
         _write(site, planned[site.name], log)
 
+    for site in sites:  # at position 0 cosines are 1, times the factor
+        factor = planned[site.name].attention_factor
+        if factor != 1.0 and site.phases(torch.tensor([0])).max() == 1:
+            raise UnsupportedModelError(
+                f"{site.path} ({type(site.module).__name__}) does not multiply its phases by {factor:g}, as "
+                f"{plan.method} asks for; pass attention_factor=1.0"
+            )
     after = [[site.phases(probe) for probe in probes] for site in sites]
     for site, old, new in zip(sites, before, after, strict=True):
         same = (_same_phases(a, b, probe) for a, b, probe in zip(old, new, probes, strict=True))

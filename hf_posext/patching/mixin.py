@@ -48,7 +48,8 @@ def without(mixin: type, cls: type) -> type:
         last, rest = cls.__bases__
         return rest if last is mixin else mix(last, without(mixin, rest))
     body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, tuple(without(mixin, base) for base in cls.__bases__), body)
+    remade: type = type(cls)(cls.__name__, tuple(without(mixin, base) for base in cls.__bases__), body)  # type: ignore[misc]
+    return remade
 
 
 def _instance(mixins: tuple[type, ...], base: type) -> Any:

@@ -31,6 +31,7 @@ class InForce:
         log (`UndoLog`): what was changed.
         tables (`dict[str, nn.Embedding]`): the tables by path that got other weights.
         native_obstacle (`str`, *optional*): why plain transformers does not open a checkpoint of the model.
+        marked (`list[Weak]`): the modules that carry the mark.
         active (`bool`): `False` once it is undone.
     """
 
@@ -40,6 +41,7 @@ class InForce:
     log: UndoLog = field(default_factory=UndoLog)
     tables: dict[str, nn.Embedding] = field(default_factory=dict)
     native_obstacle: str | None = None
+    marked: list[Weak] = field(default_factory=list)
     active: bool = False
     handle: weakref.ref[Any] | None = None
 
@@ -70,7 +72,18 @@ def mark_model(model: PreTrainedModel, state: InForce) -> None:
     """Mark every transformers model inside a model, so that each of them knows of the patch."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            state.log.set(module, MARK, state)
+            state.marked.append(Weak(module))
+            setattr(module, MARK, state)
+    state.active = True
+
+
+def unmark(state: InForce) -> None:
+    """Take the mark of a patch away, once it is undone."""
+    for reference in state.marked:
+        module = reference()
+        if module is not None and vars(module).get(MARK) is state:
+            delattr(module, MARK)
+    state.active = False
 
 
 def mark_of(model: nn.Module) -> InForce | None:
@@ -99,8 +112,8 @@ def own_configs(model: nn.Module, log: UndoLog) -> None:
             if isinstance(value, PreTrainedConfig | GenerationConfig):
                 holders.append((Weak(module), name, value, copy.deepcopy(value, memo)))
     log.on_undo(_Shared(holders).give_back)
-    for module, name, _, twin in holders:
-        setattr(module(), name, twin)
+    for holder, name, _, twin in holders:
+        setattr(holder(), name, twin)
 
 
 class _Shared:

@@ -31,7 +31,7 @@ from .detect import detect_scheme, unwrap
 from .frequencies import apply_frequencies
 from .learned_table import apply_table, follow_tables, replaced_tables, tables_of
 from .limits import raise_limits
-from .ownership import InForce, mark_model, mark_of, own_configs
+from .ownership import InForce, mark_model, mark_of, own_configs, unmark
 from .relative_bias import apply_buckets
 from .remap.probe import apply_late_rotation
 from .sinusoidal import apply_sinusoids
@@ -64,6 +64,11 @@ class Patch:
     def plan(self) -> ExtensionPlan:
         """What was done to the model."""
         return self._state.plan
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer that was given to `patch_model`."""
+        return self._state.tokenizer
 
     @property
     def native_obstacle(self) -> str | None:
@@ -106,7 +111,7 @@ class Patch:
                 raise NotPatchedError(f"the patch {self.plan.method!r} is undone already")
             follow_tables(self.model, self._state.tables, self._state.log)
             self._state.log.undo()
-            self._state.active = False
+            unmark(self._state)  # not before all is undone, so that a second try finds the patch
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save the patched model, its plan, and the tokenizer if `patch_model` was given one.
@@ -309,7 +314,6 @@ def _apply(outer: nn.Module, model: PreTrainedModel, plan: ExtensionPlan, tokeni
         tables = tables_of(model).items()
         state.tables = {path: module for path, module in tables if state.log.knows(module, "weight")}
         mark_model(model, state)
-        state.active = True
     except BaseException:
         state.log.undo()
         raise

@@ -26,11 +26,15 @@ class _Reached(Exception):
 
 
 class _Lookup(TorchFunctionMode):
-    """Notes the rows that are read from a table, and ends the forward there."""
+    """Notes the rows that are read from a table, and ends the forward there.
 
-    def __init__(self, table: nn.Embedding) -> None:
+    With hooks of accelerate the forward has to go on: they take the weights that they brought away at its end.
+    """
+
+    def __init__(self, table: nn.Embedding, goes_on: bool) -> None:
         super().__init__()
         self.table = table
+        self.goes_on = goes_on
         self.rows: torch.Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,7 +43,8 @@ class _Lookup(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             if weight is self.table.weight:
                 self.rows = args[0] if args else kwargs["input"]
-                raise _Reached
+                if not self.goes_on:
+                    raise _Reached
         return func(*args, **kwargs)
 
 
@@ -63,8 +68,7 @@ def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
         model (`PreTrainedModel`): with weights, or on the meta device, where a twin with real index buffers is asked.
         path (`str`): of the table.
     """
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
-    if model.get_submodule(path).weight.is_meta and not offloaded:
+    if model.get_submodule(path).weight.is_meta and not _hooked(model):
         try:
             with _Weightless():
                 model = type(model)(copy.deepcopy(model.config))
@@ -75,6 +79,10 @@ def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
         if rows is not None:
             return rows
     return None
+
+
+def _hooked(model: nn.Module) -> bool:
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def _holders(model: PreTrainedModel, path: str) -> list[PreTrainedModel]:
@@ -92,7 +100,7 @@ def _rows_read(model: PreTrainedModel, table: Any) -> int | None:
     ids = probe_text(model, PROBE_TOKENS)
     taken = inspect.signature(model.forward).parameters
     names = [name for name in ("input_ids", "decoder_input_ids") if name in taken]
-    lookup = _Lookup(table)
+    lookup = _Lookup(table, goes_on=_hooked(model))
     try:
         with evaluation_mode(model), torch.no_grad(), lookup:
             model(**dict.fromkeys(names, ids))

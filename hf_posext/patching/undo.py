@@ -129,12 +129,12 @@ class UndoLog:
         finally:
             self._changes += [change for change, _ in reversed(failed)]
         if failed:
-            change, error = failed[0]
+            change, cause = failed[0]
             where = f"{type(change.target()).__name__}.{change.name}"
             raise UndoError(
-                f"{len(failed)} changes could not be undone, the first at {where} ({type(error).__name__}: {error}); "
+                f"{len(failed)} changes could not be undone, the first at {where} ({type(cause).__name__}: {cause}); "
                 "everything else is as before. Remove the cause, then call undo() again."
-            ) from error
+            ) from cause
 
 
 def _holds(owner: Any, name: str) -> bool:
