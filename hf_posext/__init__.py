@@ -6,8 +6,9 @@ Importing this package patches nothing and loads neither torch nor transformers 
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter, verify_adapter
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
     from .recommendation import Recommendation, recommend
     from .scheme import PositionalScheme
     from .training import finetune
-
-__version__ = version("hf_posext")
 
 _HOMES = {
     "adapters": ("load_adapter", "save_adapter", "verify_adapter"),

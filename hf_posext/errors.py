@@ -2,6 +2,7 @@
 
 ```
 PosExtError
+├── MissingExtraError (ImportError)        a package that an extra of hf_posext installs
 ├── InvalidParameterError (ValueError)     a factor, length or option that cannot be
 ├── UnknownMethodError (ValueError)        no method of that name
 ├── MethodNotApplicableError (ValueError)  the method is for another positional scheme
@@ -28,6 +29,10 @@ Each message says what was got, what is allowed, and what to type next.
 
 class PosExtError(Exception):
     """Base class of every error raised by `hf_posext`."""
+
+
+class MissingExtraError(PosExtError, ImportError):
+    """A package is not installed; the message contains the command that installs it."""
 
 
 class InvalidParameterError(PosExtError, ValueError):

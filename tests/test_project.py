@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email import message_from_bytes
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+import hf_posext
+from hf_posext.packages import EXTRAS
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "examples" / "data"
@@ -32,12 +36,19 @@ def repository_files() -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without network from a copy, since setuptools leaves its work beside the sources."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, since setuptools leaves its work beside the sources."""
+    source = tmp_path_factory.mktemp("source")
     for name in repository_files():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built without network."""
+    out = tmp_path_factory.mktemp("wheel")
     build = [
         sys.executable,
         "-m",
@@ -59,7 +70,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    info = f"hf_posext-{PROJECT['version']}.dist-info"
+    info = f"hf_posext-{hf_posext.__version__}.dist-info"
     package = {name.as_posix() for name in repository_files() if name.parts[0] == "hf_posext"}
     assert "hf_posext/py.typed" in package
     assert {name for name in names if not name.startswith(f"{info}/")} == package
@@ -67,13 +78,32 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 def test_the_wheel_says_what_it_needs_and_installs_the_command(wheel: Path) -> None:
-    info = f"hf_posext-{PROJECT['version']}.dist-info"
+    info = f"hf_posext-{hf_posext.__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         metadata: Message = message_from_bytes(archive.read(f"{info}/METADATA"))
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     assert metadata["Requires-Python"] == PROJECT["requires-python"]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "hf-posext = hf_posext.cli:main" in entry_points
+
+
+def test_the_sdist_holds_the_package_and_nothing_that_needs_the_repository(source: Path) -> None:
+    build = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(source / "dist" / done.stdout.split()[-1]) as archive:
+        names = {Path(*Path(item.name).parts[1:]).as_posix() for item in archive.getmembers() if item.isfile()}
+    names = {name for name in names if not name.startswith("hf_posext.egg-info/")}
+    package = {name.as_posix() for name in repository_files() if name.parts[0] == "hf_posext"}
+    extra = "CHANGELOG.md CITATION.cff LICENSE MANIFEST.in PKG-INFO README.md pyproject.toml setup.cfg"
+    assert names == {*package, *extra.split()}
+
+
+@pytest.mark.parametrize("extra", sorted(EXTRAS))
+def test_extras_are_those_that_the_package_asks_for(extra: str) -> None:
+    required = {Requirement(item).name for item in PROJECT["optional-dependencies"][extra]} - {"hf_posext"}
+    assert set(EXTRAS[extra]) == required
+    assert extra in str(PROJECT["optional-dependencies"]["all"])
 
 
 def test_no_file_names_a_path_of_somebodys_machine() -> None:
@@ -133,7 +163,9 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_the_floor_that_ci_runs_is_the_one_that_is_stated() -> None:
-    required = {item.name.replace("_", "-"): item for item in map(Requirement, PROJECT["dependencies"])}
+    extras = [item for extra in ("eval", "train") for item in PROJECT["optional-dependencies"][extra]]
+    required = {item.name.replace("_", "-"): item for item in map(Requirement, [*PROJECT["dependencies"], *extras])}
+    del required["hf-posext"]  # an extra that contains another one
     lowest, newest = pins("constraints-floor.txt"), pins("constraints.txt")
     del lowest["torch"]  # pyproject.toml says why
     assert {name: lowest.get(name) for name in required if name != "torch"} == {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import CheckpointError, PlanMismatchError, UnsupportedModelError
+from ..packages import require
 from ..patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unwrap
 from ..patching.checkpoint import model_class
 from ..patching.loading import check_loaded
@@ -105,6 +106,7 @@ def load_adapter(
         PlanError: no plan there, a corrupt one, or one of a newer schema.
         UnsupportedModelError: the base has an adapter already.
     """
+    require("train")
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     path = local_directory(directory)

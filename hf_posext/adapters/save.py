@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import NotPatchedError, PlanMismatchError, UnsupportedModelError
+from ..packages import require
 from ..patching import find_patch
 from ..patching.checkpoint import new_directory
 from .directory import CARD_FILE, CONFIG_FILE, NOTICE
@@ -48,6 +49,7 @@ def save_adapter(
         PlanMismatchError: the config of `base_model` does not say the plan's positions.
         FileExistsError: the directory holds files.
     """
+    require("train")
     from peft import PeftModel
     from transformers import AutoConfig
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..errors import InvalidParameterError
+from ..packages import require
 from .shelf import Shelf
 
 HOST = "127.0.0.1"
@@ -65,20 +65,17 @@ def serve(shelf: Shelf, port: int, opened: Callable[[str], None]) -> None:
         opened (`Callable`): called with the address once the page answers.
 
     Raises:
-        InvalidParameterError: gradio is not installed.
+        MissingExtraError: gradio is not installed.
         OSError: the port is taken.
     """
+    require("app")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    try:
-        from starlette.middleware import Middleware
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        from .page import build_page
-        from .style import CSS, LIGHT, theme
-    except ImportError as error:
-        raise InvalidParameterError(
-            f"the page needs gradio ({error}); install it with: pip install 'hf_posext[app]'"
-        ) from error
+    from .page import build_page
+    from .style import CSS, LIGHT, theme
+
     page = build_page(shelf)
     guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES)), Middleware(Door)]
     _, address, _ = page.launch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,14 @@ def quiet_libraries() -> None:
 
     What datasets logs as an error it also raises, and is told then; transformers' errors still show.
     """
-    import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(logging.CRITICAL)
+    with suppress(ImportError):  # comes with the extra eval
+        import datasets
+
+        datasets.logging.set_verbosity(logging.CRITICAL)
 
 
 def load_config(name: str) -> PreTrainedConfig:

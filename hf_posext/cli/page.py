@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..packages import require
 from .app import app
 
 
@@ -28,6 +29,7 @@ def page(
 
     Needs the extra: pip install 'hf_posext[app]'. Nothing is fetched, and nothing leaves this machine.
     """
+    require("app")
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which nothing has done yet
     from ..app import make_shelf
     from ..app.server import serve

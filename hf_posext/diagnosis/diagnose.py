@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
@@ -19,6 +18,7 @@ from ..evaluation.texts.documents import as_documents
 from ..evaluation.texts.files import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
+from ..packages import versions_of
 from ..patching import detect_scheme, find_patch, patch_model
 from ..patching.detect import unwrap
 from ..patching.observe import attends_both_ways, frequencies_in_force, slope_scale, table_rows
@@ -154,7 +154,7 @@ def _structure(model: PreTrainedModel, scheme: PositionalScheme, given: int | No
     if scheme.kind == "rotary" and scheme.rotaries and trained:
         critical = critical_dimension(first_rotary(scheme), trained)
     name = portable(model.config.name_or_path) or type(model).__name__
-    versions = {package: version(package) for package in ("hf_posext", "transformers", "torch")}
+    versions = versions_of("hf_posext", "transformers", "torch")
     return Diagnosis(
         name,
         scheme,

@@ -1,5 +1,9 @@
 """Perplexity that is right: protocols, the truncation control, pass keys, intervals, and results with provenance."""
 
+from ..packages import require
+
+require("eval")
+
 from .compare import compare
 from .contrast.key_tokens import find_key_tokens
 from .contrast.longppl import longce_weights, longppl

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError, ExportError
+from ..errors import CheckpointError
+from ..packages import require
 from ..plan import ExtensionPlan
 from .llama_cpp import LLAMA_LIKE, SERVER, WITH_FREQUENCIES, RopeKeys, rope_keys
 from .serving import refuse
@@ -34,7 +35,8 @@ def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str |
         `Path`: the new file.
 
     Raises:
-        ExportError: llama.cpp cannot compute the positions for this architecture; or `gguf` is not installed.
+        ExportError: llama.cpp cannot compute the positions for this architecture.
+        MissingExtraError: `gguf` is not installed.
         CheckpointError: `source` is not a GGUF file, is one of several parts, or is of a model of another shape.
         FileExistsError: `path` exists.
     """
@@ -62,7 +64,7 @@ def read_gguf(path: str | Path) -> RopeKeys:
 
     Raises:
         CheckpointError: not a GGUF file.
-        ExportError: `gguf` is not installed.
+        MissingExtraError: `gguf` is not installed.
     """
     reader = _open(_library(), path)
     arch = f"{_value(reader, 'general.architecture')}."
@@ -97,10 +99,9 @@ def _copy(gguf: Any, reader: Any, arch: str, said: RopeKeys, path: Path) -> None
 
 
 def _library() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ExportError("writing GGUF files needs the package gguf: pip install gguf") from error
+    require("gguf")
+    import gguf
+
     return gguf
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError
+from ..packages import require
 
 DIVISORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that divide the frequencies of the rotary embedding, pair by pair."""
@@ -41,7 +42,8 @@ class GGUFHeader:
         """Read the header of a file; weights stay on disk.
 
         Raises:
-            CheckpointError: the file is not GGUF, or the package gguf is not installed.
+            CheckpointError: the file is not GGUF.
+            MissingExtraError: the package gguf is not installed.
         """
         path = Path(path)
         try:
@@ -125,10 +127,9 @@ def llama3_of(divisors: np.ndarray, theta: float) -> dict[str, Any] | None:
 @lru_cache(maxsize=4)
 def _read(path: Path, written: int) -> GGUFHeader:
     """Read a header once: a vocabulary of 100,000 tokens takes seconds."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise CheckpointError("GGUF files need the package gguf: pip install gguf") from error
+    require("gguf")
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(path)
         arch = f"{reader.fields['general.architecture'].contents()}."

@@ -1,5 +1,9 @@
 """Which method for a model: a measured sweep that begins with the diagnosis and spends where it matters."""
 
+from ..packages import require
+
+require("eval")
+
 from .recommend import recommend
 from .recommendation import Recommendation
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from ..diagnosis.phases import phase_table
 from ..errors import MethodNotApplicableError, PosExtError
-from ..evaluation.running.selection import Refusals, by_reason, try_plans
+from ..evaluation.running.selection import Refusals, try_plans
 from ..evaluation.scoring.boundaries import check_positions
 from ..methods import Method, as_method, list_methods
 from ..methods.base import hyper_parameters
+from ..methods.refusals import by_reason
 from ..patching.observe import frequencies_in_force
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme

@@ -1,5 +1,9 @@
 """Where people look: tables, the picture, the report. Everything here is computed from `Results`."""
 
+from ..packages import require
+
+require("eval")
+
 from .before_after import before_after
 from .card import model_card, write_model_card
 from .merge import differences, merge_runs, merged_grids, run_titles

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.protocols.protocol import is_legacy
-from ..evaluation.running.selection import by_reason
+from ..methods.refusals import by_reason
 
 if TYPE_CHECKING:
     from ..evaluation import Results

@@ -1,5 +1,9 @@
 """Fine-tuning for length: presets, rows, PoSE, shifted sparse attention and LongCE on `transformers.Trainer`."""
 
+from ..packages import require
+
+require("eval", "train")
+
 from .callbacks import Evaluation
 from .finetune import Finetuned, finetune
 from .presets import PRESETS, Preset

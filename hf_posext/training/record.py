@@ -14,12 +14,12 @@ import json
 import platform
 import shlex
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation.texts.files import portable, write_atomically
+from ..packages import versions_of
 
 CHECKPOINTS = "checkpoints"
 LOG = "training_log.json"
@@ -124,7 +124,7 @@ def _read(output: Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {**{name: metadata.version(name) for name in PACKAGES}, "python": platform.python_version()}
+    return {**versions_of(*PACKAGES), "python": platform.python_version()}
 
 
 def _command() -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from ...errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
 from ...methods import Method, as_method, list_methods
+from ...methods.refusals import by_reason
 from ...patching import patch_model
 from ...plan import ExtensionPlan
 from ...scheme import PositionalScheme
@@ -82,15 +83,6 @@ def try_plans(model: nn.Module, plans: Sequence[ExtensionPlan], refusals: Refusa
     for reason, names in by_reason(refusals).items():
         logger.warning("left out: %s (%s)", ", ".join(names), reason)
     return taken
-
-
-def by_reason(refusals: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """The methods that share a reason, which is told without their names; those that apply are under `""`."""
-    groups: dict[str, list[str]] = {"": []}
-    for label, reason in refusals.items():
-        first, _, rest = (reason or "").partition(" ")
-        groups.setdefault(rest if first in label else str(reason), []).append(label)
-    return {reason: names for reason, names in groups.items() if names}
 
 
 def _require_one(scheme: PositionalScheme, plans: Sequence[ExtensionPlan], refusals: Refusals) -> None:

@@ -8,12 +8,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...packages import versions_of
 from ...scheme import PositionalScheme
 from ..protocols.choice import choose_protocol
 from ..protocols.protocol import PerplexityProtocol
@@ -143,5 +143,4 @@ def prepare(
 
 
 def _versions() -> dict[str, str]:
-    packages = ("hf_posext", "transformers", "torch")
-    return {**{name: metadata.version(name) for name in packages}, "python": platform.python_version()}
+    return {**versions_of("hf_posext", "transformers", "torch"), "python": platform.python_version()}
