@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +77,7 @@ def test_a_data_set_folder_goes_through_load_dataset(tmp_path: Path) -> None:
     assert load_documents(folder, split="test").source["split"] == "test"
     with pytest.raises(DocumentError, match="has the splits .*; choose one, as split='"):
         load_documents(folder)
-    with pytest.raises(DocumentError, match="cannot read .*validation"):
+    with pytest.raises(DocumentError, match="has no split 'validation'; there are: train, test"):
         load_documents(folder, split="validation")
 
 
@@ -124,9 +129,175 @@ def test_bad_files_are_one_clear_line(tmp_path: Path) -> None:
         load_documents(tmp_path / "torn.jsonl")
     assert "\n" not in str(error.value)
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    with pytest.raises(DocumentError, match="cannot read .*latin.txt: .*utf-8"):
+    with pytest.raises(DocumentError, match="cannot read .*latin.txt: .*utf-8.*; save it as UTF-8"):
         load_documents(tmp_path / "latin.txt")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DocumentError, match="cannot read .*empty"):
+    with pytest.raises(DocumentError, match="empty contains no documents: give a folder"):
         load_documents(empty)
+
+
+# What lies in a folder
+
+
+def lay(folder: Path, *files: str) -> Path:
+    """Files in a folder; each text tells its path, a JSON line if the file is of such."""
+    for name in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) + "\n" if ".json" in name.lower() else name)
+    return folder
+
+
+def test_text_files_in_folders_are_one_document_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = lay(tmp_path, "a.txt", "haggard/Mines.TXT", "stevenson/b/Catriona.txt", "README.md", ".hidden/c.txt")
+    documents = load_documents(folder)
+    assert [document.id for document in documents] == ["a.txt", "haggard/Mines.TXT", "stevenson/b/Catriona.txt"]
+    assert all(document.id == document.text for document in documents)
+    assert documents.source["files"] == 3 and documents.source["files_left"] == ["README.md"]
+    assert f"3 files of {folder} are read, not README.md" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ("novels.jsonl", "LICENSE.txt"),
+            r"several kinds \(text: LICENSE.txt; JSON: novels.jsonl\); give one of them",
+        ),
+        (("a.csv", "sub/b.parquet"), r"several kinds \(CSV: a.csv; parquet: sub/b.parquet\)"),
+        (("a.txt", "b.TXT", "c/d.txt", "e/f.txt", "g.tsv"), r"text: a.txt, b.TXT, c/d.txt and 1 more; TSV: g.tsv"),
+        (("novels.jsonl", "test.jsonl"), "files of the splits test and besides novels.jsonl"),
+        (("notes.md", "sub/paper.pdf"), "contains no documents; it contains notes.md, sub/paper.pdf: give a folder"),
+    ],
+)
+def test_folders_of_which_a_part_would_be_read_are_refused(tmp_path: Path, files: Any, message: str) -> None:
+    with pytest.raises(DocumentError, match=message):
+        load_documents(lay(tmp_path, *files))
+
+
+def test_rows_in_folders_are_read_from_all_files(tmp_path: Path) -> None:
+    folder = lay(tmp_path, "part-1.jsonl", "more/part-2.JSONL", "README.md")
+    assert [(document.id, document.text) for document in load_documents(folder)] == [
+        ("more/part-2.JSONL:0", "more/part-2.JSONL"),
+        ("part-1.jsonl:0", "part-1.jsonl"),
+    ]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2", ".GZ"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".txt"])
+def test_compressed_files_are_read_alone_and_in_folders(tmp_path: Path, suffix: str, ending: str) -> None:
+    if suffix == ".txt":
+        plain, expected = "Emma Woodhouse,\nhandsome", ["Emma Woodhouse,\nhandsome"]
+    else:
+        expected = [str(row["text"]) for row in ROWS]
+        if suffix in (".csv", ".tsv"):
+            table = io.StringIO()
+            writer = csv.DictWriter(table, ["id", "text"], delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+            plain = table.getvalue()
+        else:
+            plain = json.dumps(ROWS) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in ROWS)
+    compress = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[ending.lower()]
+    (tmp_path / f"novels{suffix.upper()}{ending}").write_bytes(compress(plain.encode()))
+    for source in (tmp_path, tmp_path / f"novels{suffix.upper()}{ending}"):
+        assert [document.text for document in load_documents(source)] == expected
+
+
+def test_data_sets_that_were_saved_to_disk_are_read(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(tmp_path / "one")
+    both = datasets.DatasetDict({"train": table, "test": table.select([1])})
+    both.save_to_disk(tmp_path / "both")
+    assert load_documents(tmp_path / "one") == EXPECTED
+    for source in (tmp_path / "both", both):
+        assert load_documents(source, split="test") == EXPECTED[1:]
+        with pytest.raises(DocumentError, match="has the splits train, test; choose one, as split='train'"):
+            load_documents(source)
+        with pytest.raises(DocumentError, match="has no split 'dev'; there are: train, test"):
+            load_documents(source, split="dev")
+
+
+@pytest.mark.parametrize("name", ["text", "json", "csv", "parquet", "pandas"])
+def test_names_of_readers_do_not_read_the_working_directory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(lay(tmp_path, "secret.json", "x.txt"))
+    with pytest.raises(DocumentError, match=f"'{name}' is how datasets calls its reader of such files"):
+        load_documents(name)
+
+
+def test_tables_and_columns_are_rows(tmp_path: Path) -> None:
+    frame = datasets.Dataset.from_list(ROWS).to_pandas()
+    for source in (frame, {"id": ["emma", "anne"], "text": [row["text"] for row in ROWS]}, ROWS, list(EXPECTED)):
+        assert load_documents(source) == EXPECTED
+    assert load_documents(datasets.Dataset.from_list(ROWS).data.table) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"text": "one"}, "Expected lists of one length in dict, got {'text': str}"),
+        ({"text": ["a", "b"], "id": ["c"]}, "Expected lists of one length in dict"),
+        (b"bytes", "Expected texts, got bytes. Pass a path, a list of texts"),
+        (3, "Expected texts, got int"),
+    ],
+)
+def test_objects_that_are_no_texts_are_refused_by_what_they_are(source: Any, message: str) -> None:
+    with pytest.raises(DocumentError, match=message):
+        load_documents(source)
+
+
+# Rows
+
+
+def test_texts_of_tables_stay_as_they_are(tmp_path: Path) -> None:
+    """Right values: the cells as they stand in the file."""
+    path = tmp_path / "t.csv"
+    path.write_bytes('\ufefftext,id\r\n007,1\r\nNA,2\r\n"a ""b"",\r\nc",\r\n1.50,x\r\n'.encode())
+    documents = load_documents(path)
+    assert [document.text for document in documents] == ["007", "NA", 'a "b",\r\nc', "1.50"]
+    assert len({document.id for document in documents}) == 4, "the third has no id, and 2 would be another's"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "r.jsonl",
+            '{"text": "a"}\n{"body": "b"}\n',
+            "row 2 of .*r.jsonl has no 'text', which the rows before it have",
+        ),
+        ("r.jsonl", '{"body": "b"}\n', "r.jsonl has no column 'text'; it has body: choose one with text_column="),
+        ("r.jsonl", '{"text": "a"}\n3\n', "row 2 of .*r.jsonl is int, not an object"),
+        ("r.csv", "id,text\n1,a\n2\n", "row 2 has 1 cells, and the header 2"),
+        ("r.csv", "id,text\n1,a,b\n", "row 1 has 3 cells, and the header 2"),
+        ("r.csv", 'id,text\n1,"open\n', "cannot read .*r.csv"),
+        ("r.jsonl", b"\xff\xfe{\x00", "codec can't decode.*; save it as UTF-8"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named_by_their_number(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DocumentError, match=message):
+        load_documents(tmp_path / name)
+
+
+def test_ids_that_are_null_are_numbers_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"id": null, "text": "a"}\n{"id": "b", "text": "b"}\n')
+    assert [document.id for document in load_documents(tmp_path / "r.jsonl")] == ["0", "b"]
+
+
+def test_one_row_over_several_lines_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(ROWS[0], indent=2))
+    assert load_documents(tmp_path / "r.json") == EXPECTED[:1]
+
+
+def test_a_split_or_revision_that_means_nothing_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "novels.jsonl")
+    with pytest.raises(DocumentError, match="split is 'test', and .* is one file"):
+        load_documents(path, split="test")
+    with pytest.raises(DocumentError, match="revision is 'abc'.*is on this machine"):
+        load_documents(path, revision="abc")

@@ -12,7 +12,7 @@ from ..errors import CheckpointError, PlanMismatchError, UnsupportedModelError
 from ..packages import require
 from ..patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unwrap
 from ..patching.checkpoint import model_class
-from ..patching.loading import check_loaded
+from ..patching.loading import locate, open_config, open_weights
 from ..patching.untrusted import check_directory
 from ..plan import PLAN_FILE, ExtensionPlan
 from .directory import AdapterDirectory
@@ -148,7 +148,6 @@ def _apply(base: PreTrainedModel, adapter: AdapterDirectory, tokenizer: Any | No
 
 def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedModel:
     """The base model that an adapter names; with its own plan in force where it was saved with one."""
-    from transformers import AutoConfig
 
     name = adapter.base_name
     if name is None:
@@ -159,20 +158,15 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
             return load_patched(name, **kwargs)
     revision = adapter.config.get("revision") or adapter.base.revision
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        cls = model_class(config, name)
-        base: PreTrainedModel
-        base, loaded = cls.from_pretrained(
-            name, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        source = locate(name)
+        config = open_config(source, revision=revision)
+        return open_weights(model_class(config, name), source, config, revision=revision, **kwargs)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
             f"the base model of the adapter, {name}, cannot be opened ({reason}); give it: "
             "load_adapter(path, base=model)"
         ) from error
-    check_loaded(loaded, name)
-    return base
 
 
 def _both_plans(in_force: ExtensionPlan, wanted: ExtensionPlan) -> str:

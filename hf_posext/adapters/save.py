@@ -66,7 +66,9 @@ def save_adapter(
         raise NotPatchedError(
             "the model carries no patch; patch_model(model, ...) makes one, model.save_pretrained(...) saves without"
         )
-    if base_model is not None and not computes(AutoConfig.from_pretrained(base_model), patch.plan):
+    if base_model is not None and not computes(
+        AutoConfig.from_pretrained(base_model, trust_remote_code=False), patch.plan
+    ):
         raise PlanMismatchError(
             f"the config of {base_model} does not say the positions of ({patch.plan.describe()}); name a checkpoint "
             "that patch.save_pretrained wrote under this plan, or leave base_model out"

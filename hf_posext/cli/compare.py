@@ -48,6 +48,7 @@ def compare(
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     log_with: options.LogWith = None,
     resume: options.Resume = False,
@@ -62,7 +63,7 @@ def compare(
     over the processes.
     """
     with output_directory(output, resume):
-        chosen = _check_methods(model, methods, factor, target_length, original_length)
+        chosen = _check_methods(model, methods, factor, target_length, original_length, trust_remote_code)
         sizes, reading = options.numbers(lengths), options.reading_options(context)
 
         # The imports that take seconds come after the checks that need none of them.
@@ -74,7 +75,7 @@ def compare(
             check_tracker("log_with", log_with, accelerate_trackers())
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
-        network, tokenizer = load_model(model, dtype, device)
+        network, tokenizer = load_model(model, dtype, device, trust_remote_code)
         network = spread(network, accelerator)
         with report_of(output, options.command_line(context)) as write:
             results = measure(
@@ -88,14 +89,19 @@ def compare(
                 journal=output / JOURNAL,
                 accelerator=accelerator,
                 on_method=write,
-                longppl=load_evaluator(longppl, dtype, device, accelerator),
+                longppl=load_evaluator(longppl, dtype, device, accelerator, trust_remote_code),
                 **reading,
             )
         finish(results, output, accelerator, log_with)
 
 
 def _check_methods(
-    model: str, methods: str, factor: float | None, target_length: int | None, original_length: int | None
+    model: str,
+    methods: str,
+    factor: float | None,
+    target_length: int | None,
+    original_length: int | None,
+    trust_remote_code: bool,
 ) -> list[Method]:
     """The methods by name, each planned once for the model's config, so that what cannot be is told before weights
     are read."""
@@ -112,6 +118,6 @@ def _check_methods(
     from .loading import load_config, require_unpatched
 
     require_unpatched(model, "a comparison begins unpatched", "measure it by hf-posext evaluate")
-    scheme = detect_scheme(load_config(model))
+    scheme = detect_scheme(load_config(model, trust_remote_code))
     plan_methods(scheme, chosen, factor=factor, target_length=target_length, trained_length=original_length)
     return chosen

@@ -46,6 +46,7 @@ def evaluate(
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     log_with: options.LogWith = None,
     resume: options.Resume = False,
@@ -68,7 +69,7 @@ def evaluate(
             check_tracker("log_with", log_with, accelerate_trackers())
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
-        network, tokenizer = load_model(model, dtype, device)
+        network, tokenizer = load_model(model, dtype, device, trust_remote_code)
         network = spread(network, accelerator)
         with report_of(output, options.command_line(context)) as write:
             results = evaluate_perplexity(
@@ -77,10 +78,12 @@ def evaluate(
                 texts,
                 sizes,
                 label=label,
-                control=None if control is None else spread(load_model(control, dtype, device)[0], accelerator),
+                control=None
+                if control is None
+                else spread(load_model(control, dtype, device, trust_remote_code)[0], accelerator),
                 journal=output / JOURNAL,
                 accelerator=accelerator,
-                longppl=load_evaluator(longppl, dtype, device, accelerator),
+                longppl=load_evaluator(longppl, dtype, device, accelerator, trust_remote_code),
                 **reading,
             )
             write(results)

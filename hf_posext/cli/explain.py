@@ -39,6 +39,7 @@ def explain(
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
     device: Annotated[str, typer.Option(help="As torch calls it: cpu, cuda:0, mps.")] = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
     """Say how a model encodes position, how far that was trained, and what becomes of longer input.
@@ -68,7 +69,8 @@ def explain(
     found: list[Diagnosis] = []
     for model in models:
         body = texts is None  # positions need no head
-        network, tokenizer = (load_body(model, dtype, device), None) if body else load_model(model, dtype, device)
+        opening = (model, dtype, device, trust_remote_code)
+        network, tokenizer = (load_body(*opening), None) if body else load_model(*opening)
         fitting = chosen
         if chosen is not None and len(models) > 1:
             scheme = detect_scheme(network)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import app
+from .options import TrustRemoteCode
 
 if TYPE_CHECKING:
     from ..plan import ExtensionPlan
@@ -49,6 +50,7 @@ def methods(as_json: AsJson = False) -> None:
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id; its config is enough, no weights are read.")],
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show how a model encodes position, the length it was trained on, and which methods apply.
@@ -61,7 +63,7 @@ def inspect(
     from .loading import base_of, load_config, saved_plan
 
     plan, base = saved_plan(model), base_of(model)
-    scheme = detect_scheme(load_config(model)) if plan is None else plan.scheme
+    scheme = detect_scheme(load_config(model, trust_remote_code)) if plan is None else plan.scheme
     refusals = _refusals(scheme)
     if as_json:
         found = {"model": model, "base": base, "plan": plan and plan.to_dict()}

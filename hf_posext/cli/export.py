@@ -10,6 +10,7 @@ import typer
 from ..errors import InvalidParameterError
 from ..plan import PLAN_FILE
 from .app import app
+from .options import TrustRemoteCode
 from .output import output_directory
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def export(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: as they are.")
     ] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a checkpoint whose positions a server computes, and say how to start it and what it does otherwise.
 
@@ -42,7 +44,7 @@ def export(
     with output_directory(output):
         from ..export import export_checkpoint
 
-        network, tokenizer = _open(model, method, lengths, dtype)
+        network, tokenizer = _open(model, method, lengths, dtype, trust_remote_code)
         serving = export_checkpoint(network, output, to, tokenizer=tokenizer)
         typer.echo(f"{serving.plan.describe()} for {serving.server}, as read from {serving.read_from}")
         for line in serving.command_lines(str(output)):
@@ -64,14 +66,16 @@ def gguf(
     typer.echo(f"wrote {write_gguf(plan, source, output)}")
 
 
-def _open(model: str, method: str | None, lengths: dict[str, Any], dtype: str) -> tuple[PreTrainedModel, Any]:
+def _open(
+    model: str, method: str | None, lengths: dict[str, Any], dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Any]:
     """A patched model without an adapter, and its tokenizer."""
     from ..patching import find_patch, patch_model
     from .loading import load_config, load_model
 
     if dtype == "auto":
-        dtype = str(load_config(model).dtype or "float32").removeprefix("torch.")
-    network, tokenizer = load_model(model, dtype, "cpu")
+        dtype = str(load_config(model, trust_remote_code).dtype or "float32").removeprefix("torch.")
+    network, tokenizer = load_model(model, dtype, "cpu", trust_remote_code)
     if getattr(network, "peft_config", None):
         network = network.merge_and_unload()
     given = method is not None or any(value is not None for value in lengths.values())

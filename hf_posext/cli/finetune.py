@@ -77,6 +77,7 @@ def finetune(
     split: options.Split = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: Annotated[int, typer.Option(help="Of the adapter, the order of rows, and skips.")] = 0,
     report_to: Annotated[
         str, typer.Option(metavar="TRACKER", help="Log training as the Trainer does: tensorboard, wandb, mlflow.")
@@ -91,7 +92,7 @@ def finetune(
     configurations in examples/accelerate_configs. Texts of --evaluate are in the column of --text-column, too, and of
     the same --revision where they are of the same data set; they have a split of their own.
     """
-    _check_method(model, method, preset, factor, target_length, original_length)
+    _check_method(model, method, preset, factor, target_length, original_length, trust_remote_code)
     sizes = None if lengths is None else options.numbers(lengths)
 
     # The imports that take seconds come after the checks that need none of them.
@@ -107,8 +108,10 @@ def finetune(
     of_preset = {"learning_rate": learning_rate, "rank": rank, "alpha": alpha, "ratio": lora_ratio}
     chosen = _preset(preset, {**of_preset, "targets": targets})
     texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
-    network, tokenizer = _load_4bit(model) if load_in_4bit else load_model(model, dtype, "cpu")
-    plan = _check_method(model, method, preset, factor, target_length, original_length)
+    network, tokenizer = (
+        _load_4bit(model, trust_remote_code) if load_in_4bit else load_model(model, dtype, "cpu", trust_remote_code)
+    )
+    plan = _check_method(model, method, preset, factor, target_length, original_length, trust_remote_code)
     evaluation = None
     if evaluate is not None:
         ends = sizes or sorted({plan.original_length, plan.target_length})
@@ -163,6 +166,7 @@ def _check_method(
     factor: float | None,
     target_length: int | None,
     original_length: int | None,
+    trust_remote_code: bool,
 ) -> ExtensionPlan:
     """The plan by the model's config alone, so that what cannot be is told before weights are read."""
     from ..methods import as_method
@@ -173,7 +177,7 @@ def _check_method(
         raise InvalidParameterError("no method is given; give one, as in --method yarn --factor 8")
     require_unpatched(model, "training begins unpatched", "go on with a run that was stopped by --resume")
     lengths = {"factor": factor, "target_length": target_length, "trained_length": original_length}
-    return as_method(method or preset).plan(detect_scheme(load_config(model)), **lengths)  # type: ignore[arg-type]
+    return as_method(method or preset).plan(detect_scheme(load_config(model, trust_remote_code)), **lengths)  # type: ignore[arg-type]
 
 
 def _preset(name: str, given: dict[str, Any]) -> Preset:
@@ -192,7 +196,7 @@ def _preset(name: str, given: dict[str, Any]) -> Preset:
     return replace(preset, **given)
 
 
-def _load_4bit(name: str) -> tuple[Any, Any]:
+def _load_4bit(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """A model whose weights are quantized as it is read, on the GPU of this process, and its tokenizer."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UnsupportedModelError(
@@ -200,8 +204,9 @@ def _load_4bit(name: str) -> tuple[Any, Any]:
             "--load-in-4bit out"
         )
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from ..patching.loading import locate, open_tokenizer, open_weights
     from .loading import one_line_errors
 
     quantization = BitsAndBytesConfig(
@@ -209,8 +214,11 @@ def _load_4bit(name: str) -> tuple[Any, Any]:
     )
     place = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with one_line_errors(name):
-        network = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, device_map=place)
-        return network, AutoTokenizer.from_pretrained(name)
+        source = locate(name, trust_remote_code=trust_remote_code)
+        tokenizer = open_tokenizer(source)
+        return open_weights(
+            AutoModelForCausalLM, source, quantization_config=quantization, device_map=place
+        ), tokenizer
 
 
 def _tell(result: Finetuned) -> None:

@@ -40,11 +40,12 @@ def quiet_libraries() -> None:
         datasets.logging.set_verbosity(logging.CRITICAL)
 
 
-def load_config(name: str) -> PreTrainedConfig:
+def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a model, without its weights.
 
     Args:
-        name (`str`): a folder or Hub id.
+        name (`str`): a folder, Hub id or GGUF file.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
     Raises:
         InvalidParameterError: no such model, or a config that transformers cannot read.
@@ -53,7 +54,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
     quiet_libraries()
     with one_line_errors(name):
-        return open_config(locate(name))
+        return open_config(locate(name, trust_remote_code=trust_remote_code))
 
 
 def saved_plan(name: str) -> ExtensionPlan | None:
@@ -99,7 +100,9 @@ def require_unpatched(name: str, why: str, instead: str) -> None:
         )
 
 
-def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, dtype: str, device: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A language model (causal, masked or encoder-decoder, as its config says) and its tokenizer.
 
     A folder that was saved with a patch, or with an adapter trained under one, is opened with the patch in force.
@@ -108,6 +111,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel | Pe
         name (`str`): a folder or Hub id.
         dtype (`str`): `float32`, `bfloat16` or `float16`.
         device (`str`): what torch calls it, e.g. `cpu` or `cuda:0`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
     Raises:
         InvalidParameterError: no such model, no language model, no tokenizer, or no such device.
@@ -119,19 +123,20 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel | Pe
 
     quiet_libraries()
     with one_line_errors(name):
-        source = locate(name)
+        source = locate(name, trust_remote_code=trust_remote_code)
         tokenizer = open_tokenizer(source)
         model = _open(source, getattr(torch, dtype))
     return _placed(model, device), tokenizer
 
 
-def load_body(name: str, dtype: str, device: str) -> PreTrainedModel:
+def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model without its head, and without a tokenizer: enough to look at its positions.
 
     Args:
         name (`str`): a folder or Hub id.
         dtype (`str`): `float32`, `bfloat16` or `float16`.
         device (`str`): what torch calls it, e.g. `cpu` or `cuda:0`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
     Raises:
         InvalidParameterError: no such model, or no such device.
@@ -142,7 +147,7 @@ def load_body(name: str, dtype: str, device: str) -> PreTrainedModel:
 
     quiet_libraries()
     with one_line_errors(name):
-        source = locate(name)
+        source = locate(name, trust_remote_code=trust_remote_code)
         _announce(source, dtype)
         return _placed(open_body(source, dtype=getattr(torch, dtype)), device)
 
@@ -157,7 +162,7 @@ def _placed(model: Any, device: str) -> Any:
 
 
 def load_evaluator(
-    name: str | None, dtype: str, device: str, accelerator: Accelerator | None
+    name: str | None, dtype: str, device: str, accelerator: Accelerator | None, trust_remote_code: bool = False
 ) -> str | tuple[Any, Any] | None:
     """What finds key tokens: a model and its tokenizer where the name has a slash in it, else the label as it is.
 
@@ -171,7 +176,7 @@ def load_evaluator(
     """
     if name is None or not ("/" in name or "\\" in name):
         return name
-    model, tokenizer = load_model(name, dtype, device)
+    model, tokenizer = load_model(name, dtype, device, trust_remote_code)
     return spread(model, accelerator), tokenizer
 
 
@@ -208,6 +213,7 @@ def _announce(source: Source, dtype: str) -> None:
 
 @contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     path = Path(name)
@@ -218,7 +224,12 @@ def one_line_errors(name: str) -> Iterator[None]:
         yield
     except PosExtError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise InvalidParameterError(
+                f"{name} contains code of its own, which is not run. Pass --trust-remote-code if you have read it "
+                "and trust its author."
+            ) from error
         raise InvalidParameterError(
             f"cannot load {name}: {_first_line(error).rstrip('.')}; give a folder with a model and its tokenizer, "
             "or a Hub id such as org/name"

@@ -67,6 +67,9 @@ TextColumn = Annotated[str | None, typer.Option(help="Column that holds the text
 Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub data set.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that MODEL's folder or repository contains.")
+]
 Device = Annotated[
     str | None,
     typer.Option(help="As torch calls it: cuda:0, mps. If not given: cpu, or the launcher's for each process."),

@@ -10,6 +10,7 @@ import typer
 
 from ..packages import require
 from .app import app
+from .options import TrustRemoteCode
 
 
 @app.command("app")
@@ -23,6 +24,7 @@ def page(
     start: Annotated[
         int | None, typer.Option(min=0, help="Tokens to leave out of each text; 2000 of the shipped novels.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of 127.0.0.1; no other machine reaches it.")] = 7860,
 ) -> None:
     """Open a page to play with: a model, a method, a factor, and what becomes of positions and of the loss.
@@ -35,5 +37,7 @@ def page(
     from ..app.server import serve
     from .loading import load_model
 
-    shelf = make_shelf(model or [], dataset, start, lambda folder: load_model(folder, "float32", "cpu"))
+    shelf = make_shelf(
+        model or [], dataset, start, lambda folder: load_model(folder, "float32", "cpu", trust_remote_code)
+    )
     serve(shelf, port, lambda address: typer.echo(f"the page is at {address} (Ctrl+C ends it)"))

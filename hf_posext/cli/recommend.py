@@ -52,6 +52,7 @@ def recommend(
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     resume: Resume = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -75,7 +76,7 @@ def recommend(
 
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
-        network, tokenizer = load_model(model, dtype, device)
+        network, tokenizer = load_model(model, dtype, device, trust_remote_code)
         found = measure(
             network,
             tokenizer,
@@ -121,6 +122,7 @@ def search(
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     resume: Resume = False,
 ) -> None:
@@ -137,7 +139,7 @@ def search(
 
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
-        network, tokenizer = load_model(model, dtype, device)
+        network, tokenizer = load_model(model, dtype, device, trust_remote_code)
         found = evolve(
             network,
             tokenizer,

@@ -15,7 +15,7 @@ from ..errors import InvalidParameterError
 LISTS = ("methods", "lengths", "tasks", "depths", "targets")
 """Settings that hold several values: a YAML list, or text with commas as on the command line."""
 
-FLAGS = ("offload_cache", "pack", "bf16", "gradient_checkpointing", "load_in_4bit")
+FLAGS = ("offload_cache", "pack", "bf16", "gradient_checkpointing", "load_in_4bit", "trust_remote_code")
 """Settings that are true or false."""
 
 NEVER = ("config", "resume")

@@ -15,6 +15,7 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import CheckpointError
 from .gguf_header import GGUFHeader
@@ -105,7 +106,7 @@ def open_config(source: Source, **kwargs: Any) -> PreTrainedConfig:
         kwargs: passed to `AutoConfig.from_pretrained` (`revision`, ...).
 
     Returns:
-        [`PreTrainedConfig`]: with the positions that the GGUF file states, which transformers leaves out.
+        [`PreTrainedConfig`]: of a GGUF file with the architecture and the positions, which transformers leaves out.
 
     Raises:
         CheckpointError: the GGUF file scales positions in a way that transformers cannot express.
@@ -114,6 +115,7 @@ def open_config(source: Source, **kwargs: Any) -> PreTrainedConfig:
     header = None if source.gguf is None else GGUFHeader.read(source.gguf_path())
     config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **source.arguments, **kwargs)
     if header is not None:
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
         header.correct_positions(config, source.name)
     return config
 
@@ -161,7 +163,7 @@ def open_weights(cls: Any, source: Source, config: PreTrainedConfig | None = Non
     if source.gguf is not None:
         if (quantizer := _spent_quantizer(model)) is not None:
             quantizer.remove_quantization_config(model)
-        model.config.name_or_path = source.name
+        model.config.name_or_path = f"{source.place}/{source.gguf}"  # `locate` finds the file by it
     result: PreTrainedModel = model
     return result
 
@@ -182,9 +184,7 @@ def open_body(source: Source, **kwargs: Any) -> PreTrainedModel:
     config = open_config(source)
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     whole = isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)
-    # Configs of GGUF files name no architecture; their tensors are those of a causal model.
-    other = transformers.AutoModel if source.gguf is None else transformers.AutoModelForCausalLM
-    model = open_weights(architecture if whole else other, source, config, **kwargs)
+    model = open_weights(architecture if whole else transformers.AutoModel, source, config, **kwargs)
     body: PreTrainedModel = model.base_model
     return body
 

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ...errors import DocumentError
+from .reading import Texts, from_object, from_path, from_rows, json_lines, load_dataset, one_line_errors
 from .recipes import RECIPES, Recipe
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-
-BUILDERS: dict[str, dict[str, Any]] = {
-    ".csv": {"path": "csv", "keep_default_na": False},  # an empty cell is an empty text, and "NA" is a word
-    ".parquet": {"path": "parquet"},
-}
-"""File endings, and the builders of `datasets` that read them."""
-
-SUFFIXES = (".txt", ".jsonl", ".json", *BUILDERS)
-
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -82,19 +71,24 @@ def load_documents(
     """
     Load texts to measure on.
 
+    A path is read as a whole, or refused: a folder that contains files of several kinds is refused with their names.
+
     Args:
-        source (`str`, `Path`, [`Recipe`], `datasets.Dataset`, `datasets.IterableDataset` or `list[str]`):
-            the name of a recipe (`"pg19"`, `"proof-pile"`, `"govreport"`, `"arxiv"`, `"booksum"`); a folder of `.txt`
-            files or one such file (a document each); a `.jsonl`, `.json`, `.csv` or `.parquet` file (a document a
-            row); a folder or Hub id that `datasets.load_dataset` reads, streamed; or the data itself. Files are
-            UTF-8; of `.txt` files a byte order mark is no text, and line ends are `\\n`; all other text stays as it
-            is. The name of a
-            recipe means the recipe, whatever lies in the working directory, so that a command means the same
-            everywhere: a folder of that name is `"./pg19"`.
+        source (`str`, `Path`, [`Recipe`], `datasets.Dataset`, `datasets.IterableDataset`, `list` ...): one of
+
+            - the name of a recipe (`"pg19"`, `"proof-pile"`, `"govreport"`, `"arxiv"`, `"booksum"`), whatever lies in
+              the working directory: a folder of that name is `"./pg19"`;
+            - a file: `.txt` (one document), `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow` (a document a
+              row), in UTF-8, also compressed (`.gz`, `.xz`, `.bz2`, `.zst`);
+            - a folder of such files of one kind, at any depth, or one written by `Dataset.save_to_disk`;
+            - a Hub id;
+            - a list of texts or rows, a `Dataset`, a `DatasetDict`, a `DataFrame`, or a dict of columns.
+
+            Line ends in `.txt` files become `\\n`; all other text stays as it is.
         text_column (`str`, *optional*): column of the text, by default the recipe's, or `"text"`; a column `id` names
             the documents.
-        split (`str`, *optional*): for a data set folder or Hub id; may be left out where there is only one. By default
-            the recipe's.
+        split (`str`, *optional*): of a folder, Hub id or `DatasetDict`; may be left out where there is only one. By
+            default the recipe's.
         revision (`str`, *optional*): branch, tag or commit of a Hub data set; by default the recipe's.
         limit (`int`, *optional*): how many documents to read, from the first on; all of them by default.
         minimum_characters (`int`, *optional*): leave out shorter documents; `limit` counts those that stay. By default
@@ -127,14 +121,12 @@ def load_documents(
         texts = _from_recipe(recipe, text_column, split or recipe.split, revision)
     elif isinstance(source, str | Path):
         name = str(source)
-        texts = _from_path(Path(source), text_column, split, revision)
-    elif hasattr(source, "column_names"):
-        name = type(source).__name__
-        texts = _from_rows(source, text_column, name)
+        texts, read = from_path(Path(source), text_column, split, revision)
+        extra.update(read)
     else:
         name = type(source).__name__
-        texts = ((str(index), text) for index, text in enumerate(cast("Iterable[str]", source)))
-    kept = _long_enough(_one_line_errors(texts, name), minimum_characters or 0)
+        texts = from_object(source, text_column, split)
+    kept = _long_enough(one_line_errors(texts, name), minimum_characters or 0)
     documents: list[Document] = []
     for id, text in itertools.islice(kept, limit):
         if not isinstance(text, str):
@@ -170,103 +162,19 @@ def _recipe(source: Any) -> Recipe | None:
     return RECIPES[source]
 
 
-def _from_recipe(recipe: Recipe, text_column: str, split: str, revision: str | None) -> Iterable[tuple[str, Any]]:
+def _from_recipe(recipe: Recipe, text_column: str, split: str, revision: str | None) -> Texts:
     if recipe.files is not None and split not in recipe.files:
         raise DocumentError(
             f"the recipe {recipe.name!r} has no split {split!r}; choose one of {', '.join(recipe.files)}"
         )
-    rows = _load_dataset(recipe.path, **recipe.request(split, revision))
+    rows = load_dataset(recipe.path, **recipe.request(split, revision))
     if recipe.files is not None:
-        rows = _json_lines((line["text"] for line in rows), recipe.path)
-    return _from_rows(rows, text_column, recipe.path)
+        rows = json_lines((line["text"] for line in rows), recipe.path)
+    return from_rows(rows, text_column, recipe.path)
 
 
-def _long_enough(texts: Iterable[tuple[str, Any]], minimum: int) -> Iterable[tuple[str, Any]]:
+def _long_enough(texts: Texts, minimum: int) -> Texts:
     return (pair for pair in texts if not isinstance(pair[1], str) or len(pair[1]) >= minimum)
-
-
-def _from_path(path: Path, text_column: str, split: str | None, revision: str | None) -> Iterable[tuple[str, Any]]:
-    if path.is_file() and path.suffix == ".txt":
-        return _from_text_files([path])
-    if path.is_file() and path.suffix in (".jsonl", ".json"):
-        return _from_rows(_json_rows(path), text_column, str(path))
-    if path.is_file() and path.suffix in BUILDERS:
-        rows = _load_dataset(str(path), **BUILDERS[path.suffix], data_files=str(path.absolute()), split="train")
-        return _from_rows(rows, text_column, str(path))
-    if path.is_file():
-        raise DocumentError(f"{path} ends in {path.suffix!r}; give a file of {', '.join(SUFFIXES)}, or a folder")
-    if path.is_dir() and (files := sorted(path.glob("*.txt"))):
-        return _from_text_files(files)
-    if not path.is_dir() and (path.suffix in SUFFIXES or not HUB_ID.fullmatch(str(path))):
-        raise DocumentError(f"no such path: {path}; give a folder, a file of {', '.join(SUFFIXES)}, or a Hub id")
-    name = str(path.absolute()) if path.is_dir() else str(path)
-    found = _load_dataset(str(path), name, split=split, revision=revision)
-    if isinstance(found, dict):
-        if len(found) > 1:
-            raise DocumentError(
-                f"{path} has the splits {', '.join(found)}; choose one, as split={next(iter(found))!r}"
-            )
-        (found,) = found.values()
-    return _from_rows(found, text_column, str(path))
-
-
-def _load_dataset(shown: str, *args: Any, streaming: bool = True, **kwargs: Any) -> Any:
-    import datasets
-
-    # Streamed, so that a limit reads no more than it needs and nothing is copied into a cache.
-    try:
-        return datasets.load_dataset(*args, streaming=streaming, **kwargs)
-    except Exception as error:
-        raise _unreadable(shown, error) from error
-
-
-def _from_text_files(paths: Iterable[Path]) -> Iterable[tuple[str, str]]:
-    for path in paths:
-        yield path.name, path.read_text(encoding="utf-8-sig")
-
-
-def _json_rows(path: Path) -> Iterable[Any]:
-    """Rows of a list or of lines. Not by `datasets`, which wants one type in a column, and drops lone surrogates."""
-    if path.suffix == ".json" and (content := path.read_text(encoding="utf-8-sig")).lstrip().startswith("["):
-        yield from json.loads(content)
-        return
-    with path.open(encoding="utf-8-sig") as lines:
-        yield from _json_lines(lines, str(path))
-
-
-def _json_lines(lines: Iterable[str], name: str) -> Iterable[Any]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DocumentError(f"cannot read {name}: line {number} is not JSON ({error})") from error
-
-
-def _from_rows(rows: Any, text_column: str, name: str) -> Iterable[tuple[str, Any]]:
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DocumentError(f"row {index} of {name} is {type(row).__name__}, not an object with a column of text")
-        if text_column not in row:
-            raise DocumentError(
-                f"{name} has no column {text_column!r}; it has {', '.join(row)}: choose one with text_column="
-            )
-        yield str(row.get("id", index)), row[text_column]
-
-
-def _one_line_errors(texts: Iterable[tuple[str, Any]], name: str) -> Iterable[tuple[str, Any]]:
-    """The same, with whatever the readers of files raise on the way turned into one line."""
-    try:
-        yield from texts
-    except DocumentError:
-        raise
-    except Exception as error:
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: Exception) -> DocumentError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DocumentError(f"cannot read {name}: {reason}")
 
 
 def _with_unique_ids(documents: list[Document]) -> list[Document]:
