@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import importlib
 import io
 import itertools
 import json
@@ -192,6 +193,7 @@ def _from_files(kind: str, files: list[Path], folder: Path, text_column: str) ->
         names = [str(file.absolute()) for file in files]
         shown = str(files[0] if len(files) == 1 else folder)
         return from_rows(load_dataset(shown, kind, data_files=names, split="train"), text_column, shown)
+    readers: dict[str, Callable[[Path], Iterable[Any]]]
     readers = {"JSON": _json_rows, "CSV": lambda file: _table(file, ","), "TSV": lambda file: _table(file, "\t")}
     several = len(files) > 1
     return itertools.chain.from_iterable(
@@ -206,7 +208,7 @@ def _open(path: Path, newline: str | None = None) -> io.TextIOBase:
     opener: Any = OPENERS.get(suffix, open)
     if suffix == ".zst":
         try:
-            import zstandard
+            zstandard = importlib.import_module("zstandard")
         except ImportError as error:
             raise DocumentError(f"{path} needs the package zstandard: pip install zstandard") from error
         opener = zstandard.open
