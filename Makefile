@@ -22,9 +22,9 @@ export TOKENIZERS_PARALLELISM := false
 # token 2000 of each novel on, past the front matter. BLOOM's generation takes minutes, so it is asked no pass keys.
 demo: $(READY)
 	rm -rf reports/demo
-	$(COMPARE) --model examples/tiny/tiny-learned --methods none,table-linear --factor 4 --original-length 512 \
+	$(COMPARE) --model examples/tiny/tiny-learned --methods none,table-linear --factor 4 --trained-length 512 \
 		--lengths 512,1024,2048 --documents 4 --start 2000 --output reports/demo/tiny-learned
-	$(COMPARE) --model examples/tiny/tiny-alibi --methods none,alibi-linear --factor 8 --original-length 512 \
+	$(COMPARE) --model examples/tiny/tiny-alibi --methods none,alibi-linear --factor 8 --trained-length 512 \
 		--lengths 512,1024,2048 --documents 4 --start 2000 --output reports/demo/tiny-alibi
 	$(COMPARE) --model examples/tiny/tiny-rope --methods none,linear,ntk,yarn --factor 8 \
 		--lengths 512,1024,2048,4096 --documents 8 --start 2000 --passkey 5 --output reports/demo/tiny-rope
@@ -107,7 +107,7 @@ results/tiny-learned.json results/tiny-alibi.json: LENGTHS := 512,1024,2048
 results/%.json: LENGTHS ?= 512,1024,2048,4096
 results/%.json: | $(READY)
 	rm -rf reports/card/$*
-	$(COMPARE) --model examples/tiny/$* --methods none --original-length 512 --lengths $(LENGTHS) --documents 8 \
+	$(COMPARE) --model examples/tiny/$* --methods none --trained-length 512 --lengths $(LENGTHS) --documents 8 \
 		--start 2000 --passkey 20 --output reports/card/$*
 	mkdir -p results
 	cp reports/card/$*/results.json $@

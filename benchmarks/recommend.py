@@ -92,7 +92,7 @@ def main() -> None:
     texts.source["dataset"] = NOVELS
     RESULTS.mkdir(parents=True, exist_ok=True)
     methods = None if given.methods is None else given.methods.split(",")
-    options = {"start": START, "original_length": TRAINED.get(given.model), "methods": methods}
+    options = {"start": START, "trained_length": TRAINED.get(given.model), "methods": methods}
     found = compare(model, tokenizer, texts, given.target, JOURNALS / f"{output.stem}.jsonl", **options)
     print({key: found[key] for key in ("gap", "cost", "truncation_agrees")})
     print(found["recommended"]["text"])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter, verify_adapter
     from .diagnosis import Diagnosis, diagnose
     from .errors import PosExtError as PosExtError
-    from .evaluation import Results, compare, evaluate_perplexity, load_documents, longppl, retrieval
+    from .evaluation import EvaluationConfig, Results, compare, evaluate_perplexity, load_documents, longppl, retrieval
     from .export import export_checkpoint
     from .frequency_search import search
     from .methods import (
@@ -63,7 +63,15 @@ _HOMES = {
     "adapters": ("load_adapter", "save_adapter", "verify_adapter"),
     "diagnosis": ("Diagnosis", "diagnose"),
     "errors": ("PosExtError",),
-    "evaluation": ("Results", "compare", "evaluate_perplexity", "load_documents", "longppl", "retrieval"),
+    "evaluation": (
+        "EvaluationConfig",
+        "Results",
+        "compare",
+        "evaluate_perplexity",
+        "load_documents",
+        "longppl",
+        "retrieval",
+    ),
     "export": ("export_checkpoint",),
     "frequency_search": ("search",),
     "methods": (

@@ -6,9 +6,9 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from .errors import PlanError
+from .errors import PlanError, PosExtError
 
 MAX_NUMBER = 2**40
 """No length, factor or base of a plan is above this."""
@@ -16,21 +16,44 @@ MAX_NUMBER = 2**40
 T = TypeVar("T")
 
 
-def decode(cls: type[T], data: Any, where: str = "plan") -> T:
-    """An instance of a dataclass from plain JSON types.
+class Rules(NamedTuple):
+    """
+    What decoding refuses, and how.
+
+    Args:
+        error (`type[PosExtError]`, *optional*): raised.
+        remedy (`str`, *optional*): what the message says to do about wrong keys.
+        largest (`float`, *optional*): numbers that are not whole may be no larger; whole ones no larger than
+            `MAX_NUMBER` in any case.
+    """
+
+    error: type[PosExtError] = PlanError
+    remedy: str = "plan again with this version"
+    largest: float = MAX_NUMBER
+
+
+PLAN_RULES = Rules()
+
+
+def decode(cls: type[T], data: Any, where: str = "plan", rules: Rules = PLAN_RULES) -> T:
+    """An instance of a dataclass, or a record of a `TypedDict`, from plain JSON types.
 
     Raises:
-        PlanError: missing or unknown keys, another type than the hint says, a number that is not finite or above
-            `MAX_NUMBER`; the message tells where.
+        PlanError: missing or unknown keys, another type than the hint says, a number that is not finite or too large;
+            the message tells where. Other rules have other errors.
     """
     if not isinstance(data, Mapping):
-        raise PlanError(f"{where} is {short(data)}; an object of {cls.__name__} belongs there")
+        raise rules.error(f"{where} is {short(data)}; an object of {cls.__name__} belongs there")
     hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    if set(data) != set(names):
-        missing, unknown = sorted(set(names) - set(data)), sorted(set(data) - set(names))
-        raise PlanError(f"{where} lacks {missing} and has unknown {unknown}; plan again with this version")
-    return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in names})
+    if is_typeddict(cls):
+        required = set(cls.__required_keys__)  # type: ignore[attr-defined]
+    else:
+        required = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        hints = {name: hint for name, hint in hints.items() if name in required}
+    if not required <= set(data) <= set(hints):
+        missing, unknown = sorted(required - set(data)), sorted(set(data) - set(hints))
+        raise rules.error(f"{where} lacks {missing} and has unknown {unknown}; {rules.remedy}")
+    return cls(**{name: _value(hints[name], value, f"{where}.{name}", rules) for name, value in data.items()})
 
 
 def short(value: Any) -> str:
@@ -39,19 +62,20 @@ def short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _value(hint: Any, value: Any, where: str, rules: Rules) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, Union):  # only `X | None` occurs
-        return None if value is None else _value(arguments[0], value, where)
-    if origin is tuple:
+        return None if value is None else _value(arguments[0], value, where, rules)
+    if origin in (tuple, list):
         if not isinstance(value, list):
-            raise PlanError(f"{where} is {short(value)}; a list belongs there")
-        return tuple(_value(arguments[0], entry, f"{where}.{i}") for i, entry in enumerate(value))
+            raise rules.error(f"{where} is {short(value)}; a list belongs there")
+        return origin(_value(arguments[0], entry, f"{where}.{i}", rules) for i, entry in enumerate(value))
     if dataclasses.is_dataclass(hint):
-        return decode(hint, value, where)  # type: ignore[arg-type]
+        return decode(hint, value, where, rules)  # type: ignore[arg-type]
     wanted = Mapping if origin is not None else (int | float) if hint is float else hint
     fits = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
-    if not fits or (isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER)):
+    largest = rules.largest if hint is float else MAX_NUMBER
+    if not fits or (isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= largest)):
         name = "object" if origin is not None else {"str": "text", "int": "whole number"}.get(hint.__name__, "number")
-        raise PlanError(f"{where} is {short(value)}; a {name} of at most {MAX_NUMBER:g} belongs there")
+        raise rules.error(f"{where} is {short(value)}; a {name} of at most {largest:g} belongs there")
     return float(value) if hint is float else value

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_posext import compare, patch_model
 from hf_posext.errors import UnsupportedModelError
-from hf_posext.evaluation.running.identity import weights_fingerprint
+from hf_posext.evaluation.running.journal import weights_fingerprint
 from hf_posext.evaluation.scoring.context_parallel import ContextParallelScorer
 from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer
 
@@ -108,7 +108,7 @@ def main() -> None:
 def shards_are_measured_as_the_whole(ring: Ring) -> None:
     """Weights dealt out by FSDP2, as context parallelism does, give what whole ones do and can be trained after."""
     read = character_tokenizer(), random_texts(2, 200)
-    asked: dict[str, Any] = {"methods": ["none", "yarn"], "factor": 2, "lengths": [40, 120], "original_length": 64}
+    asked: dict[str, Any] = {"methods": ["none", "yarn"], "factor": 2, "lengths": [40, 120], "trained_length": 64}
     model = tiny_llama(attn_implementation="gathering")
     whole, fingerprint = compare(model, *read, **asked), weights_fingerprint(model)
     for part in (*model.model.layers, model):

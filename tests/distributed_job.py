@@ -16,7 +16,8 @@ from accelerate import Accelerator
 
 from hf_posext.errors import InvalidParameterError, PosExtError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.running.engine import State, Unit, measure
+from hf_posext.evaluation.running.runner import Stage, measure
+from hf_posext.evaluation.running.tasks import Task
 from hf_posext.evaluation.scoring.distribution import rank_of
 
 from .conftest import tiny_llama
@@ -36,7 +37,7 @@ def uneven(accelerator: Accelerator | None, journal: Path, model: Any = None) ->
     told: list[int] = []
     results = compare(
         model or tiny_llama(), character_tokenizer(), random_texts(5, 140), ["none", "linear", "yarn"],
-        lengths=[48, 120, 128], factor=2.0, original_length=32, passkey=0, journal=journal, accelerator=accelerator,
+        lengths=[48, 120, 128], factor=2.0, trained_length=32, passkey=0, journal=journal, accelerator=accelerator,
         on_method=lambda so_far: told.append(len(so_far.rows)),
     )  # fmt: skip
     return {**plain(results), "told": told}
@@ -80,12 +81,12 @@ def asked(accelerator: Accelerator | None, journal: Path) -> dict[str, Any]:
 def fatal(accelerator: Accelerator | None) -> str:
     """The last process meets an error that ends the run."""
 
-    def run(index: int) -> int:
-        if index == 1:
+    def run(task: Task) -> str | None:
+        if task.document == "1":
             raise InvalidParameterError("no such thing")
-        return index
+        return task.document
 
-    return told(accelerator, [Unit((index,), 1, lambda at=index: run(at)) for index in range(2)])
+    return told(accelerator, run)
 
 
 def crash(accelerator: Accelerator | None) -> str:
@@ -96,13 +97,14 @@ def crash(accelerator: Accelerator | None) -> str:
             raise RuntimeError("no room")
         return nullcontext()
 
-    return told(accelerator, [Unit((index,), 1, lambda: 1) for index in range(2)], enter)
+    return told(accelerator, lambda task: 1, enter)
 
 
-def told(accelerator: Accelerator | None, units: list[Unit], enter: Any = nullcontext) -> str:
-    """What the engine raises."""
+def told(accelerator: Accelerator | None, run: Any, enter: Any = nullcontext) -> str:
+    """What two tasks raise."""
     try:
-        measure([State("x", enter, units)], accelerator=accelerator)
+        tasks = [Task("nll", "x", 1.0, (64,), str(index)) for index in range(2)]
+        measure([Stage("x", enter, tasks, run)], accelerator=accelerator)
     except (PosExtError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

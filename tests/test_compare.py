@@ -206,8 +206,8 @@ def test_nothing_that_applies_is_an_error(llama: LlamaForCausalLM) -> None:
         run(llama, [unpatchable(llama)])
 
 
-def test_control_follows_original_length(llama: LlamaForCausalLM) -> None:
-    results = run(llama, ["none", "linear"], original_length=32)
+def test_control_follows_the_trained_length_that_is_given(llama: LlamaForCausalLM) -> None:
+    results = run(llama, ["none", "linear"], trained_length=32)
     nll = [naive_windowed_nll(llama, row, 32, 4, bos=False) for row in texts_as_tokens(bos=False)]
     assert results.provenance["trained_length"] == 32
     assert results.row("none", 128)["perplexity_truncated"] == pytest.approx(pooled(nll), rel=1e-6)
@@ -281,7 +281,7 @@ def test_a_patched_model_is_refused(llama: LlamaForCausalLM) -> None:
 
 def test_other_schemes_are_measured_unpatched() -> None:
     assert run(tiny_gpt2(), ["none"], lengths=[32, 64]).rows[-1]["perplexity"] > 1
-    assert run(build("bloom"), ["none"], original_length=64).rows[-1]["gain"] > 0
+    assert run(build("bloom"), ["none"], trained_length=64).rows[-1]["gain"] > 0
 
 
 def test_peft_model_is_compared_as_it_is() -> None:
@@ -386,7 +386,7 @@ def test_a_journal_is_continued_by_the_same_run_only(llama: LlamaForCausalLM, tm
         ("start is 0 there and 5 here", {"start": 5}),
         ("seed is 0 there and 1 here", {"seed": 1}),
         ("tokens is .* there", {"bos": True}),
-        ("trained_length is 64 there and 32 here", {"original_length": 32}),
+        ("trained_length is 64 there and 32 here", {"trained_length": 32}),
         ("passkey is 0 there and 1 here", {"passkey": 1, "lengths": [120, 128]}),
     ]
     for message, change in changes:

@@ -254,7 +254,7 @@ def test_a_run_goes_on_with_the_key_tokens_of_its_journal(
     journal = tmp_path / "journal.jsonl"
     whole = run(texts, longppl="linear", journal=journal)
     lines = journal.read_text().splitlines(keepends=True)
-    kinds = [json.loads(line)["key"][0] for line in lines[1:]]
+    kinds = [json.loads(line)["task"]["kind"] for line in lines[1:]]
     assert kinds == ["keys"] * 4 + ["nll"] * (3 * 4)
     journal.write_text("".join(lines[:3]))  # two of four documents have key tokens
     assert run(texts, longppl="linear", journal=journal).rows == whole.rows

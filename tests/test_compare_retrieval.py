@@ -17,7 +17,7 @@ from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, JournalError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity, load_documents, retrieval
 from hf_posext.evaluation.results.results import RETRIEVAL_KEYS
-from hf_posext.evaluation.running import asking
+from hf_posext.evaluation.running import tasks as asking
 from hf_posext.reporting import markdown_table, merge_runs, merged_grids, print_tables, run_titles, write_report
 from hf_posext.reporting.heatmaps import heatmap_files
 from hf_posext.reporting.tables import grids, notes
@@ -30,7 +30,7 @@ TINY, NOVELS = EXAMPLES / "tiny" / "tiny-rope", EXAMPLES / "data" / "heldout.jso
 PIECES = AutoTokenizer.from_pretrained(TINY)
 ASKED: dict[str, Any] = {"tasks": ["passkey", "common-words"], "depths": [0, 1]}
 LENGTHS = [384, 640]
-SHORT: dict[str, Any] = {"lengths": [140, 160], "original_length": 64}
+SHORT: dict[str, Any] = {"lengths": [140, 160], "trained_length": 64}
 """A run of a second."""
 
 
@@ -84,7 +84,7 @@ def test_results_are_read_again(found: Results, tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     data["retrieval"][0]["trials"] = None
     path.write_text(json.dumps(data))
-    with pytest.raises(Exception, match=r"retrieval\[0\] has trials None"):
+    with pytest.raises(Exception, match=r"retrieval\.0\.trials is None"):
         Results.load_json(path)
     assert "retrieval" not in make_results().to_dict()
 
@@ -142,7 +142,7 @@ def test_a_task_that_fails_is_a_gap(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_nothing_is_asked_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = tmp_path / "journal.jsonl"
     first = run(journal=journal, **SHORT).retrieval
-    kinds = [json.loads(line)["key"][0] for line in journal.read_text().splitlines()[1:]]
+    kinds = [json.loads(line)["task"]["kind"] for line in journal.read_text().splitlines()[1:]]
     assert kinds == ["nll", *(["nll"] + ["retrieval"] * 4) * 2]
     monkeypatch.setattr(asking, "retrieval", None)
     assert run(journal=journal, **SHORT).retrieval == first

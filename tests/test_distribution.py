@@ -51,7 +51,7 @@ def test_rows_are_the_same_bits_on_one_and_on_two_processes(
         assert one["uneven"] == alone
     assert len(alone["rows"]) == 9 and len(alone["per_document"]) == 4 * 5 * 3
     keys = [
-        [json.dumps(json.loads(line)["key"]) for line in file.read_text().splitlines()[1:]]
+        [json.dumps(json.loads(line)["task"]) for line in file.read_text().splitlines()[1:]]
         for file in (two / "journal.jsonl", two / "journal-1.jsonl")
     ]
     assert len({*keys[0], *keys[1]}) == len(keys[0]) + len(keys[1]) == 4 * 5, "each document was read once"
@@ -65,7 +65,7 @@ def test_key_tokens_and_retrieval_are_the_same_bits_too(
     assert [one["asked"] for one in found] == [alone, alone]
     assert alone["rows"][-1]["key_tokens"] > 0 and len(alone["retrieval"]) == 2 * 2 * 2
     kinds = [
-        {json.loads(line)["key"][0] for line in file.read_text().splitlines()[1:]}
+        {json.loads(line)["task"]["kind"] for line in file.read_text().splitlines()[1:]}
         for file in (two / "asked.jsonl", two / "asked-1.jsonl")
     ]
     assert kinds == [{"keys", "nll", "retrieval"}] * 2, "each process did some of each"

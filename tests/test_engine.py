@@ -1,4 +1,4 @@
-"""The engine alone, on units that need no model: what is dealt to whom, what fails, what a journal saves."""
+"""The runner alone, on tasks that need no model: what is dealt to whom, what fails, what a journal saves."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ import pytest
 import torch
 
 from hf_posext.errors import InvalidParameterError, JournalError, NonFiniteError
-from hf_posext.evaluation.running.engine import Outcome, State, Unit, measure
-from hf_posext.evaluation.running.run_journal import RunJournal
+from hf_posext.evaluation.running.journal import RunJournal
+from hf_posext.evaluation.running.runner import Stage, measure
+from hf_posext.evaluation.running.tasks import Outcome, Task
 from hf_posext.evaluation.scoring.distribution import deal, everywhere, processes_of, rank_of
 
 
+def task(method: str, document: object = "1") -> Task:
+    return Task("nll", method, 1.0, (64,), str(document))
+
+
 def raising(error: BaseException) -> Any:
-    def run() -> Any:
+    def run(task: Task) -> Any:
         raise error
 
     return run
 
 
-def states(*methods: str, documents: int = 3, ran: list[Any] | None = None) -> list[State]:
-    """Each unit gives its own name back, and says in which order it ran."""
+def stages(*methods: str, documents: int = 3, ran: list[Any] | None = None) -> list[Stage]:
+    """The value of a task is its own name; `ran` gets the tasks in the order in which they ran."""
     ran = [] if ran is None else ran
 
-    def unit(*key: Any) -> Unit:
-        return Unit(key, 1.0, lambda: ran.append(key) or {"sum": len(ran) and hash(key) % 7})
+    def run(task: Task) -> Any:
+        ran.append(task)
+        return {"name": str(task)}
 
-    return [State(name, nullcontext, [unit(name, d) for d in range(documents)]) for name in methods]
+    return [Stage(name, nullcontext, [task(name, d) for d in range(documents)], run) for name in methods]
 
 
 def test_work_is_dealt_longest_first_to_who_has_least() -> None:
@@ -55,7 +61,7 @@ def test_one_process_is_alone() -> None:
         everywhere(lambda: 1 / 0, None)
 
 
-def test_each_state_is_entered_once_and_left_also_after_an_error() -> None:
+def test_each_stage_is_entered_once_and_left_also_after_an_error() -> None:
     told: list[str] = []
 
     @contextmanager
@@ -66,85 +72,87 @@ def test_each_state_is_entered_once_and_left_also_after_an_error() -> None:
         finally:
             told.append(f"leave {name}")
 
-    def say(text: str) -> Any:
-        return lambda: told.append(text)
+    def say(task: Task) -> None:
+        told.append(f"{task.method}{task.document}")
 
     broken = [
-        State("a", lambda: enter("a"), [Unit(("a", 1), 1, say("a1")), Unit(("a", 2), 9, say("a2"))]),
-        State("b", lambda: enter("b"), [Unit(("b", 1), 1, raising(InvalidParameterError("no such thing")))]),
+        Stage("a", lambda: enter("a"), [task("a", 1), task("a", 2)], say),
+        Stage("b", lambda: enter("b"), [task("b")], raising(InvalidParameterError("no such thing"))),
     ]
     with pytest.raises(InvalidParameterError, match="no such thing"):
         measure(broken)
     assert told == ["enter a", "a1", "a2", "leave a", "enter b", "leave b"]
     told.clear()
     with pytest.raises(KeyboardInterrupt):
-        measure([State("c", lambda: enter("c"), [Unit(("c",), 1, raising(KeyboardInterrupt()))])])
+        measure([Stage("c", lambda: enter("c"), [task("c")], raising(KeyboardInterrupt()))])
     assert told == ["enter c", "leave c"]
 
 
-def test_a_unit_that_fails_is_an_outcome_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_task_that_fails_is_an_outcome_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
     failing = {
         "nan": NonFiniteError("logits are not finite in document 'a'"),
         "memory": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
         "bug": ZeroDivisionError("division by zero"),
         "silent": RuntimeError(),
     }
-    units = [Unit((name,), 1, raising(error)) for name, error in failing.items()] + [Unit(("good",), 1, lambda: 7)]
+
+    def run(task: Task) -> int:
+        if task.method in failing:
+            raise failing[task.method]
+        return 7
+
+    tasks = [task(name) for name in (*failing, "good")]
     with caplog.at_level(logging.WARNING, logger="hf_posext"):
-        outcomes = measure([State("x", nullcontext, units)])
-    assert outcomes == {
-        ("nan",): Outcome(failure="logits are not finite in document 'a'"),
-        ("memory",): Outcome(failure="CUDA out of memory."),
-        ("bug",): Outcome(failure="ZeroDivisionError: division by zero"),
-        ("silent",): Outcome(failure="RuntimeError: RuntimeError"),
-        ("good",): Outcome(7),
-    }
-    traced = {record.args[0] for record in caplog.records if record.exc_info}
-    assert traced == {'["bug"]', '["silent"]'}, "a bug is told with its place, foreseen weather in one line"
+        outcomes = measure([Stage("x", nullcontext, tasks, run)])
+    assert [outcomes[task] for task in tasks] == [
+        Outcome(failure="logits are not finite in document 'a'"),
+        Outcome(failure="CUDA out of memory."),
+        Outcome(failure="ZeroDivisionError: division by zero"),
+        Outcome(failure="RuntimeError: RuntimeError"),
+        Outcome(7),
+    ]
+    traced = {str(record.args[0]) for record in caplog.records if record.exc_info}  # type: ignore[index]
+    assert traced == {"bug, document '1', 64 tokens", "silent, document '1', 64 tokens"}, "weather takes one line"
 
 
 def test_a_run_with_a_journal_measures_nothing_twice(tmp_path: Path) -> None:
     path, ran = tmp_path / "journal.jsonl", []  # type: tuple[Path, list[Any]]
-    whole = measure(states("a", "b"))
+    whole = measure(stages("a", "b"))
     with RunJournal(path, {}) as journal:
-        measure(states("a"), journal=journal)
+        measure(stages("a"), journal=journal)
     with RunJournal(path, {}) as journal:
-        again = measure(states("a", "b", ran=ran), journal=journal)
-    assert {key[0] for key in ran} == {"b"} and list(again) == list(whole)
+        again = measure(stages("a", "b", ran=ran), journal=journal)
+    assert {task.method for task in ran} == {"b"} and list(again) == list(whole)
     ran.clear()
     with RunJournal(path, {}) as journal:
-        last = measure(states("a", "b", ran=ran), journal=journal)
-    assert ran == [] and last == again and len(path.read_text().splitlines()) == 7
+        last = measure(stages("a", "b", ran=ran), journal=journal)
+    assert ran == [] and last == again == whole and len(path.read_text().splitlines()) == 7
 
 
 def test_what_failed_is_tried_again_by_the_run_that_continues(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
+    path, both = tmp_path / "journal.jsonl", [task("a", 1), task("a", 2)]
+
+    def busy(task: Task) -> int:
+        if task.document == "1":
+            raise RuntimeError("busy")
+        return 2
+
     with RunJournal(path, {}) as journal:
-        first = measure(
-            [
-                State(
-                    "a", nullcontext, [Unit(("a", 1), 1, raising(RuntimeError("busy"))), Unit(("a", 2), 1, lambda: 2)]
-                )
-            ],
-            journal=journal,
-        )
-    assert first[("a", 1)].failure == "RuntimeError: busy"
-    assert [json.loads(line)["key"] for line in path.read_text().splitlines()[1:]] == [["a", 2]]
-    units = [Unit(("a", 1), 1, lambda: 1), Unit(("a", 2), 1, raising(AssertionError("must not run again")))]
-    with RunJournal(path, {}) as journal:
-        assert measure([State("a", nullcontext, units)], journal=journal) == {
-            ("a", 1): Outcome(1),
-            ("a", 2): Outcome(2),
-        }
+        first = measure([Stage("a", nullcontext, both, busy)], journal=journal)
+    assert first[both[0]].failure == "RuntimeError: busy"
+    assert [json.loads(line)["task"]["document"] for line in path.read_text().splitlines()[1:]] == ["2"]
+    with RunJournal(path, {}) as journal:  # the second must not run again
+        found = measure([Stage("a", nullcontext, both, lambda task: {"1": 1}[str(task.document)])], journal=journal)
+    assert found == {both[0]: Outcome(1), both[1]: Outcome(2)}
 
 
-def test_the_outcomes_so_far_are_told_after_each_state() -> None:
+def test_the_outcomes_so_far_are_told_after_each_stage() -> None:
     told: list[int] = []
-    measure(states("a", "b"), on_state=lambda outcomes: told.append(len(outcomes)))
+    measure(stages("a", "b"), on_stage=lambda outcomes: told.append(len(outcomes)))
     assert told == [3, 6]
 
 
 def test_a_disk_that_is_full_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match="cannot write"):
-        measure(states("a"), journal=RunJournal(tmp_path / "file" / "journal.jsonl", {}))
+        measure(stages("a"), journal=RunJournal(tmp_path / "file" / "journal.jsonl", {}))

@@ -41,8 +41,8 @@ def test_a_fine_tuned_model_is_compared_with_its_base(llama: LlamaForCausalLM) -
     tuned = get_peft_model(
         copy.deepcopy(llama), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     ).eval()
-    results = run(tuned, control=llama, original_length=32, label="lora", passkey=0)
-    same = run(tiny_llama(), control=llama, original_length=32)
+    results = run(tuned, control=llama, trained_length=32, label="lora", passkey=0)
+    same = run(tiny_llama(), control=llama, trained_length=32)
     assert [row["method"] for row in results.rows] == ["lora"] * 2 and same.rows[0]["method"] == "model"
     assert results.rows[1]["perplexity_truncated_tail"] == same.rows[1]["perplexity_truncated_tail"]
     assert results.rows[1]["perplexity_tail"] != same.rows[1]["perplexity_tail"]
@@ -69,13 +69,13 @@ def test_pass_keys_of_one_model_are_those_of_a_comparison(llama: LlamaForCausalL
 
 def test_controls_that_cannot_be_are_refused(llama: LlamaForCausalLM) -> None:
     llama.register_forward_pre_hook(lambda *_: pytest.fail("nothing may be measured"))
-    with pytest.raises(InvalidParameterError, match="original_length is 64, and there is no control"):
-        run(llama, original_length=64)
+    with pytest.raises(InvalidParameterError, match="trained_length is 64, and there is no control"):
+        run(llama, trained_length=64)
     patched = tiny_llama()
     patch_model(patched, "linear", factor=2)
     with pytest.raises(AlreadyPatchedError, match="the control has a patch in force"):
         run(llama, control=patched)
-    with pytest.raises(InvalidParameterError, match="trained length of the control is None; give original_length="):
+    with pytest.raises(InvalidParameterError, match="trained length of the control is None; give trained_length="):
         run(llama, control=tiny_bloom())
     with pytest.raises(InvalidParameterError, match="the tokenizer gave token .*, and the model has 50"):
         run(llama, control=tiny_llama(vocab_size=50))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hf_posext.errors import JournalError
 from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity
-from hf_posext.evaluation.running.identity import weights_fingerprint
+from hf_posext.evaluation.running.journal import weights_fingerprint
 from hf_posext.evaluation.texts.documents import Documents, as_documents
 
 from .conftest import tiny_llama

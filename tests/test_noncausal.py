@@ -175,7 +175,7 @@ def test_an_encoder_from_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "methods", "options"),
     [
-        (tiny_t5, ["none", "bucket-linear"], {"original_length": TRAINED}),
+        (tiny_t5, ["none", "bucket-linear"], {"trained_length": TRAINED}),
         (lambda: build("bart", task="seq2seq-lm"), ["table-linear"], {}),
         (tiny_pegasus, ["sinusoid-linear"], {}),
     ],

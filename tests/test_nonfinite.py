@@ -116,6 +116,16 @@ def test_a_diagnosis_names_the_layers(llama: LlamaForCausalLM) -> None:
             measure(TokenScorer(llama), documents)
 
 
+def test_weights_that_are_damaged_are_named_and_no_dtype_is_advised(llama: LlamaForCausalLM) -> None:
+    with torch.no_grad():
+        llama.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    scorer = TokenScorer(llama)
+    nll = scorer.token_nll(tokens(50))[0].numpy()
+    weights = r"weights that are not finite themselves: model.layers.\*.mlp.down_proj.weight \(first in layer 1\)"
+    with pytest.raises(NonFiniteError, match=f"from {weights}; load another checkpoint, since this one is damaged"):
+        require_finite(nll, "Emma", culprit=scorer.culprit)
+
+
 def test_what_does_not_happen_again_is_said(llama: LlamaForCausalLM) -> None:
     spoil(llama.model.norm, float("nan"), times=1)
     scorer = TokenScorer(llama)

@@ -14,11 +14,14 @@ import pytest
 from filelock import FileLock
 
 from hf_posext.errors import InvalidParameterError, JournalError
-from hf_posext.evaluation.running.run_journal import RunJournal
+from hf_posext.evaluation.running.journal import RunJournal
+from hf_posext.evaluation.running.tasks import Task
 from hf_posext.evaluation.scoring.distribution import processes_of
 from hf_posext.locks import WriterLock
 
 from .cli.helpers import MODEL, NOVELS, compare, error_of, run
+
+A, B = (Task("nll", "yarn", 8.0, (64,), document) for document in "ab")
 
 HOLDER = """
 import sys, time
@@ -50,21 +53,21 @@ def test_a_journal_that_another_process_writes_is_refused_until_that_is_killed(t
     with Holder(path), pytest.raises(JournalError, match=r"journal\.jsonl is being written by another run"):
         RunJournal(path, {})
     with RunJournal(path, {}) as journal:  # the system has released the lock of the killed one
-        journal.append("a", 1)
+        journal[A] = 1
     assert [file.name for file in path.parent.iterdir()] == ["journal.jsonl"], "no lock file stays"
 
 
 def test_a_worker_that_outlived_its_launcher_is_a_writer(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with RunJournal(path, {}, rank=1, processes=2) as journal:
-        journal.append("b", 1)
+        journal[B] = 1
     with Holder(path, rank=1, processes=2):
         with pytest.raises(JournalError, match=r"journal-1\.jsonl is being written by another run"):
             RunJournal(path, {})
         with RunJournal(path, {}, rank=0, processes=2) as journal:
-            journal.append("a", 1)  # of the same run
+            journal[A] = 1  # of the same run
     with RunJournal(path, {}) as journal:
-        assert set(journal.finished) == {'"a"', '"b"'}
+        assert A in journal and B in journal
 
 
 def test_a_thread_is_a_writer_and_nested_locks_of_one_are_not(tmp_path: Path) -> None:
@@ -78,7 +81,7 @@ def test_a_thread_is_a_writer_and_nested_locks_of_one_are_not(tmp_path: Path) ->
 
     with WriterLock(path):
         with RunJournal(path, {}) as journal:
-            journal.append("a", 1)
+            journal[A] = 1
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
@@ -96,14 +99,14 @@ def test_without_locks_the_size_of_the_file_tells(
     path = tmp_path / "journal.jsonl"
     first, second = RunJournal(path, {"start": 0}), RunJournal(path, {"start": 3000})
     assert "cannot be locked" in caplog.text
-    first.append("a", 1)
+    first[A] = 1
     with pytest.raises(JournalError, match=r"has \d+ bytes where this run left 0: another run writes it"):
-        second.append("a", 2)
+        second[A] = 2
     third = RunJournal(path, {"start": 0})
-    first.append("b", 1)
+    first[B] = 1
     with pytest.raises(JournalError, match="another run writes it"):
-        third.append("b", 1)
-    assert [line.count(b"key") for line in path.read_bytes().splitlines()] == [0, 1, 1]
+        third[B] = 1
+    assert [line.count(b"task") for line in path.read_bytes().splitlines()] == [0, 1, 1]
 
 
 def test_commands_refuse_an_output_that_is_being_written(tmp_path: Path) -> None:

@@ -172,22 +172,31 @@ def test_other_errors_pass(llama: LlamaForCausalLM) -> None:
 
 
 def test_room_does_every_item_once() -> None:
-    room, sizes, done = Room("items", 10), [], []
+    room, sizes, done = Room("items", 10), [], []  # type: tuple[Room, list[int], list[int]]
 
-    def work(begin: int, end: int) -> None:
-        sizes.append(end - begin)
-        if end - begin > 3:
-            real_failure()
-        done.extend(range(begin, end))
+    def run(items: range, fits: int = 3) -> None:
+        for part in room.parts(items, cost=1):
+            with part:
+                sizes.append(part.size)
+                if part.size > fits:
+                    real_failure()
+                done.extend(range(part.begin, part.end))
 
-    room.run(work, range(4, 20), cost=1)
+    run(range(4, 20))
     assert done == list(range(4, 20))
     assert sizes == [10, 5, *[2] * 8]
-    room.run(work, range(3, 3), cost=1)
-    room.run(work, range(3, -5), cost=1)
+    run(range(3, 3))
+    run(range(3, -5))
     assert len(sizes) == 10
+    room.amount = 10
     with pytest.raises(RuntimeError, match="allocate"):
-        Room("items", 10).run(lambda begin, end: real_failure(), range(3), cost=99)
+        run(range(3), fits=0)
+    assert sizes[10:] == [3, 1], "a single item that does not fit is an error"
+    fixed = Room("items", 10, gives_way=False)
+    with pytest.raises(RuntimeError, match="allocate"):
+        for part in fixed.parts(range(3), cost=1):
+            with part:
+                real_failure()
 
 
 def test_what_did_not_fit_is_freed_before_the_next_attempt() -> None:

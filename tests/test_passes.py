@@ -14,6 +14,7 @@ from hf_posext import LongRoPE, detect_scheme, patch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.evaluation.protocols.decoders import Prefix, Rolling, Sliding, Tail
 from hf_posext.evaluation.protocols.legacy import LegacyLongLoRA, LegacyYaRN
+from hf_posext.evaluation.protocols.protocol import cost_of
 from hf_posext.evaluation.protocols.pseudo import Pseudo
 from hf_posext.evaluation.protocols.seq2seq import Seq2Seq
 from hf_posext.evaluation.scoring.boundaries import Boundaries, boundaries_of
@@ -148,7 +149,10 @@ def test_the_control_of_a_tail_reads_no_more_than_it_needs(llama: LlamaForCausal
 
 
 def test_costs_grow_with_what_is_read() -> None:
-    assert Prefix().cost([8, 24], 24) == Prefix().cost([24], 24) < Sliding(3).cost([14], 24)
-    assert Rolling().cost([8], 24) < Sliding(3).cost([8], 24) < Sliding(1).cost([8], 24)
-    assert Pseudo().cost([24], 24) > Seq2Seq().cost([24], 24) == Prefix().cost([24], 24)
-    assert Tail(3).cost([24], 24) == Prefix().cost([24], 24)
+    def cost(protocol: Any, lengths: list[int]) -> float:
+        return cost_of(protocol.reads(lengths, 24))
+
+    assert cost(Prefix(), [8, 24]) == cost(Prefix(), [24]) < cost(Sliding(3), [14])
+    assert cost(Rolling(), [8]) < cost(Sliding(3), [8]) < cost(Sliding(1), [8])
+    assert cost(Pseudo(), [24]) > cost(Seq2Seq(), [24]) == cost(Prefix(), [24])
+    assert cost(Tail(3), [24]) == cost(Prefix(), [24])

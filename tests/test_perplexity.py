@@ -68,7 +68,7 @@ def test_every_protocol_from_end_to_end(llama: LlamaForCausalLM, name: str) -> N
     """A uniform model has the perplexity of its vocabulary, and nothing to gain; of ASCII a token is a byte."""
     with torch.no_grad():
         llama.lm_head.weight.zero_()
-    options = {"lengths": LENGTHS, "factor": 2.0, "original_length": 16, "protocol": name, **OPTIONS.get(name, {})}
+    options = {"lengths": LENGTHS, "factor": 2.0, "trained_length": 16, "protocol": name, **OPTIONS.get(name, {})}
     results = compare(llama, character_tokenizer(bos=True), random_texts(3, 50), ["none", "linear"], **options)
     assert [row["length"] for row in results.rows] == 2 * LENGTHS
     assert (results.provenance["protocol"], results.provenance["legacy"]) == (name, is_legacy(name))

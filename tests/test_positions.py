@@ -63,7 +63,7 @@ def test_windows_cover_the_document(llama: LlamaForCausalLM, options: dict[str, 
 
 def test_what_a_decoder_is_asked_for_is_divided_too() -> None:
     results = compare(
-        tiny_t5(), character_tokenizer(), TEXTS, ["bucket-linear"], lengths=[128], factor=2.0, original_length=TRAINED
+        tiny_t5(), character_tokenizer(), TEXTS, ["bucket-linear"], lengths=[128], factor=2.0, trained_length=TRAINED
     )
     own, control = results.per_document[3:], results.per_document[:3]
     stretches = gain_by_position(own, control, seed=0)

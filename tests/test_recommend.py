@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from hf_posext.errors import DocumentError, EvaluationError, InvalidParameterErr
 from hf_posext.evaluation import Document
 from hf_posext.evaluation.results import statistics
 from hf_posext.evaluation.scoring.scorer import TokenScorer
+from hf_posext.recommendation.candidates import Candidates
+from hf_posext.recommendation.halving import Halving
 from hf_posext.recommendation.schedule import Prices, Rung, schedule
-from hf_posext.recommendation.sweep import Sweep
+from hf_posext.recommendation.sweep import Ratio, Sweep
 
 from .conftest import EXAMPLES, logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
 from .evaluation_helpers import character_tokenizer, random_texts
@@ -63,7 +66,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def run(**options: Any) -> Recommendation:
-    given = {"methods": METHODS, "original_length": TRAINED, "passkey": 0, **options}
+    given = {"methods": METHODS, "trained_length": TRAINED, "passkey": 0, **options}
     return recommend(*shipped(), given.pop("target_length", TARGET), **given)
 
 
@@ -155,7 +158,7 @@ def test_a_run_goes_on_from_its_journal_also_with_more_budget(tmp_path: Path, re
 
 def test_other_schemes_and_what_needs_no_method() -> None:
     model, tokenizer, texts = shipped()
-    found = recommend(model, tokenizer, texts, 256, 10**6, original_length=32, methods=["none"], passkey=0)
+    found = recommend(model, tokenizer, texts, 256, 10**6, trained_length=32, methods=["none"], passkey=0)
     assert found.answer == "as it is" and "Change nothing" in found.text()  # it was trained on 512
     assert found.to_dict()["plan"]["method"] == "none" and list(found.frame().method) == ["none"]
 
@@ -181,8 +184,8 @@ def test_bad_input_says_what_to_do(options: dict[str, Any], error: type[Exceptio
 
 def test_no_documents_and_no_trained_length() -> None:
     with pytest.raises(DocumentError, match="give one or more"):
-        recommend(*shipped()[:2], [], TARGET, original_length=TRAINED)
-    with pytest.raises(InvalidParameterError, match="give original_length= in tokens"):
+        recommend(*shipped()[:2], [], TARGET, trained_length=TRAINED)
+    with pytest.raises(InvalidParameterError, match="give trained_length= in tokens"):
         recommend(tiny_bloom(), character_tokenizer(), random_texts(2, 140), TARGET)
 
 
@@ -226,3 +229,59 @@ def test_what_was_measured_is_within_a_per_cent_at_a_quarter_of_the_cost(path: P
     (mine,) = (line for line in kept if (line["method"], line["factor"]) == (chosen["method"], chosen["factor"]))
     assert mine["perplexity_tail"] <= 1.01 * best
     assert held["recommended"]["cost"]["tokens"] <= held["exhaustive"]["tokens"] / 4
+
+
+class Decided(Exception):
+    """What a sweep is asked for after the rungs: passkeys of some contenders, or no more than the rest."""
+
+
+@pytest.mark.parametrize(("ratio", "asked"), [(1.0049, ["best", "next"]), (1.0051, None)])
+def test_passkeys_decide_between_contenders_that_are_half_a_per_cent_apart(
+    ratio: float, asked: list[str] | None
+) -> None:
+    """The others are ranked by perplexity alone, which costs nothing more."""
+
+    class Three:
+        """A sweep of three contenders, of which the last is far behind."""
+
+        documents, tokens = ["a"], 0
+        ratios: ClassVar = {"best": 1.0, "next": ratio, "last": 1.2}
+
+        def prices(self, names: Any) -> Prices:
+            return Prices((100,) * len(names), guard=10, short=10, control=50, passkeys=10)
+
+        def tail(self, name: Any, documents: Any) -> float:
+            return self.ratios[name[0]]
+
+        def worse(self, name: Any, best: Any, documents: Any) -> Ratio:
+            return Ratio(self.ratios[name[0]] / self.ratios[best[0]], None)
+
+        def ask(self, names: Any) -> None:
+            raise Decided([name for name, _ in names])
+
+        def read_control(self, documents: Any) -> None:
+            pass
+
+        def read(self, names: Any, documents: Any, progress: str) -> None:
+            pass
+
+        def failure(self, name: Any) -> None:
+            return None
+
+        def change(self, name: Any, documents: Any) -> Ratio:
+            return Ratio(0.0, None)
+
+        def gain(self, name: Any, documents: Any) -> Ratio:
+            return Ratio(1.1, None)
+
+    class Asking(Halving):
+        def _require_skill(self, count: int) -> None:
+            pass
+
+        def _spend_the_rest(self, left: Any, control: int, count: int) -> Any:
+            raise Decided(None)
+
+    plans = [SimpleNamespace(method=name, factor=2.0, changes_nothing=False) for name in Three.ratios]
+    with pytest.raises(Decided) as decided:
+        Asking(Three(), 0.01, 10_000).run(Candidates(plans, [], {}))  # type: ignore[arg-type]
+    assert decided.value.args == (asked,)

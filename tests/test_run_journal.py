@@ -13,23 +13,24 @@ from typing import Any
 import pytest
 
 from hf_posext.errors import JournalError
-from hf_posext.evaluation.running.run_journal import RunJournal, key_text
+from hf_posext.evaluation.running.journal import RunJournal
+from hf_posext.evaluation.running.tasks import Task, key_text
 from hf_posext.locks import journal_files
 
 CONFIGURATION = {"model": "tiny", "lengths": [64, 128], "versions": {"torch": "2.13"}}
-ENTRIES: list[tuple[tuple[Any, ...], Any]] = [
-    (("nll", "yarn", 8.0, f"book {i} é\n", (64, 128)), [{"nll_sum": i / 7, "positions": None}]) for i in range(4)
+ENTRIES: list[tuple[Task, Any]] = [
+    (Task("nll", "yarn", 8.0, (64, 128), f"book {i} é\n"), [{"nll_sum": i / 7, "positions": None}]) for i in range(4)
 ]
 
 
 def write(path: Path, entries: list[Any] = ENTRIES, rank: int = 0) -> None:
     with RunJournal(path, CONFIGURATION, rank) as journal:
-        for key, value in entries:
-            journal.append(key, value)
+        for task, value in entries:
+            journal[task] = value
 
 
 def finished(path: Path) -> dict[str, Any]:
-    return RunJournal(path, CONFIGURATION).finished
+    return RunJournal(path, CONFIGURATION).values
 
 
 @pytest.fixture
@@ -40,10 +41,12 @@ def path(tmp_path: Path) -> Path:
 def test_what_was_written_is_read_to_the_bit(path: Path) -> None:
     write(path)
     assert finished(path) == {key_text(key): value for key, value in ENTRIES}
-    assert key_text((1, (2, 3))) == key_text([1, [2, 3]])
+    with RunJournal(path, CONFIGURATION) as journal:
+        assert [journal[task] for task, _ in ENTRIES] == [value for _, value in ENTRIES]
+        assert Task("nll", "yarn", 8.0, (64,), "book 0 é\n") not in journal
     header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert header == {"schema": 1, "configuration": CONFIGURATION}
-    assert [list(line) for line in lines] == [["key", "value"]] * 4
+    assert header == {"schema": 2, "configuration": CONFIGURATION}
+    assert [list(line) for line in lines] == [["task", "value"]] * 4
 
 
 def test_each_line_is_on_the_disk_before_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +74,7 @@ def test_each_process_writes_a_file_of_its_own_and_reads_all(path: Path) -> None
         "journal.jsonl",
     ]
     assert len(finished(path)) == 3
-    assert len(RunJournal(path, CONFIGURATION, rank=5).finished) == 3
+    assert len(RunJournal(path, CONFIGURATION, rank=5).values) == 3
 
 
 def test_a_file_cut_off_anywhere_loses_its_last_line_at_most(path: Path) -> None:
@@ -89,7 +92,7 @@ def test_a_file_cut_off_anywhere_loses_its_last_line_at_most(path: Path) -> None
 def test_a_corrupt_line_is_refused_by_its_number(path: Path) -> None:
     write(path)
     whole = path.read_text().splitlines()
-    for number, line in [(1, "{"), (3, '{"key": ["nll"'), (4, "\0\0"), (5, '["key", "value"]'), (2, '{"key": 1}')]:
+    for number, line in [(1, "{"), (3, '{"task": ["nll"'), (4, "\0\0"), (5, '["task", "value"]'), (2, '{"task": 1}')]:
         lines = [*whole]
         lines[number - 1] = line
         path.write_text("\n".join(lines) + "\n")
@@ -113,8 +116,8 @@ def test_a_journal_of_another_configuration_is_refused_with_what_differs(path: P
     for change, message in changed:
         with pytest.raises(JournalError, match=f"journal of another run, .*: {message}; give another output"):
             RunJournal(path, {**CONFIGURATION, **change})
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
-    with pytest.raises(JournalError, match="schema is 2 there and 1 here"):
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
+    with pytest.raises(JournalError, match="schema is 1 there and 2 here"):
         finished(path)
     path.write_bytes(before)
     assert len(finished(path)) == 4

@@ -122,11 +122,11 @@ def test_key_tokens_as_the_objective() -> None:
     path = EXAMPLES / "tiny" / "tiny-rope"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     texts = hf_posext.load_documents(str(EXAMPLES / "data" / "train.jsonl"), limit=1)
-    options: dict[str, Any] = {"original_length": 64, "start": 2000, "population": 4, "generations": 1}
+    options: dict[str, Any] = {"trained_length": 64, "start": 2000, "population": 4, "generations": 1}
     tokenizer = AutoTokenizer.from_pretrained(path)
     best = search(model, tokenizer, texts, 256, objective="key-tokens", **options)
     results = hf_posext.compare(
-        model, tokenizer, texts, ["yarn", best.method], lengths=[256], target_length=256, original_length=64,
+        model, tokenizer, texts, ["yarn", best.method], lengths=[256], target_length=256, trained_length=64,
         start=2000, longppl="yarn x4",
     )  # fmt: skip
     assert results.row(best.method.label, 256)["longppl"] == pytest.approx(best.perplexity, rel=1e-12)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -21,14 +23,17 @@ class _Group(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
+        command = next((self.commands[word] for word in words if word in self.commands), None)
+        options = [parameter for parameter in command.params if parameter.name] if command else []
         try:
             code = super().main(words or ["--help"], **{**kwargs, "standalone_mode": False})
         except ClickException as error:
-            code = fail(error.format_message())
+            code = fail(error.format_message() + _typed(error, words))
         except typer.Abort:
             code = 130
         except (PosExtError, OSError) as error:
-            code = fail(str(error))
+            flags = {str(option.name): option.opts[0] for option in options if option.opts[0].startswith("--")}
+            code = fail(in_flags(str(error), flags))
         sys.exit(code)
 
 
@@ -41,6 +46,53 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """
+    A message of the package, which names keyword arguments, in the flags of a command.
+
+    `factor=8` becomes `--factor 8`, `lengths=[512, 1024]` becomes `--lengths 512,1024`, `longppl=` becomes
+    `--longppl`, and so does a name at the beginning, as in "stride is 0". Parameters of methods, as in
+    `yarn(beta_fast=16)`, and names that the command does not have stay as they are.
+
+    Args:
+        message (`str`): what went wrong.
+        flags (`Mapping[str, str]`): of the command, by the name of the argument.
+    """
+    if "trained_length" in flags:
+        message = message.replace("original_length", "trained_length")
+    names = {**flags, **({"limit": flags["documents"]} if "documents" in flags else {})}
+    if not names:
+        return message
+    either = "|".join(sorted(names, key=len, reverse=True))
+    value = r"""\[[^\]]*\]|'[^']*'|"[^"]*"|[\w./-]*[\w/-]|(?=\W|$)"""
+
+    def flag(match: re.Match[str]) -> str:
+        if match["method"]:
+            return match["method"]
+        text = (match["value"] or "").strip("[]").replace("'", "").replace('"', "").replace(", ", ",")
+        text = "" if text == "True" else text.removeprefix("torch.")
+        return f"{names[match['name']]} {text}".strip()
+
+    keyword = rf"(?P<method>\w+\([^()]*\))|(?<![\w.-])(?P<name>{either})=(?P<value>{value})"
+    message = re.sub(keyword, flag, message)
+    message = re.sub(rf"^({either}) (?=is |needs )", lambda match: f"{names[match[1]]} ", message)
+    compound = "|".join(name for name in names if "_" in name)
+    if compound:
+        message = re.sub(rf"(?<![\w/.-])({compound})(?![\w./])", lambda match: names[match[1]], message)
+    return message
+
+
+def _typed(error: Any, words: Sequence[str]) -> str:
+    """What was typed for an option, where the message does not say it."""
+    option = getattr(error, "param", None)
+    given = [
+        value
+        for word, value in itertools.pairwise(words)
+        if option is not None and word in option.opts and repr(value) not in error.format_message()
+    ]
+    return f" (got {given[-1]!r})" if given else ""
 
 
 def fail(message: str) -> int:

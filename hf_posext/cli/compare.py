@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidParameterError
+from ..evaluation.config import EvaluationConfig
 from . import options
 from .app import app
 from .output import JOURNAL, output_directory, report_of
@@ -18,38 +19,21 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@options.measuring
 def compare(
     context: typer.Context,
     model: options.Model,
     dataset: options.Dataset,
     output: options.Output,
     methods: Annotated[str, typer.Option(help="Names with commas between them, as 'none,yarn(beta_fast=16)'.")],
-    lengths: options.Lengths,
-    factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
-    target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
-    original_length: options.OriginalLength = None,
+    settings: EvaluationConfig,
     documents: options.Documents = None,
-    passkey: options.Passkey = 0,
-    retrieval: options.Retrieval = 0,
-    tasks: options.Tasks = None,
-    depths: options.Depths = None,
-    longppl: options.LongPPL = None,
-    alpha: options.Alpha = None,
-    beta: options.Beta = None,
-    short_length: options.ShortLength = None,
-    protocol: options.Protocol = None,
-    stride: options.Stride = None,
-    tail: options.Tail = None,
-    start: options.Start = 0,
-    prefill_chunk: options.PrefillChunk = None,
-    offload_cache: options.OffloadCache = False,
     text_column: options.TextColumn = None,
     split: options.Split = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    seed: options.Seed = 0,
     log_with: options.LogWith = None,
     resume: options.Resume = False,
     config: options.Config = None,
@@ -63,8 +47,7 @@ def compare(
     over the processes.
     """
     with output_directory(output, resume):
-        chosen = _check_methods(model, methods, factor, target_length, original_length, trust_remote_code)
-        sizes, reading = options.numbers(lengths), options.reading_options(context)
+        chosen = _check(model, methods, settings, trust_remote_code)
 
         # The imports that take seconds come after the checks that need none of them.
         from ..evaluation import compare as measure
@@ -83,41 +66,36 @@ def compare(
                 tokenizer,
                 texts,
                 chosen,
-                lengths=sizes,
-                factor=factor,
-                target_length=target_length,
+                settings,
                 journal=output / JOURNAL,
                 accelerator=accelerator,
                 on_method=write,
-                longppl=load_evaluator(longppl, dtype, device, accelerator, trust_remote_code),
-                **reading,
+                longppl=load_evaluator(settings.longppl, dtype, device, accelerator, trust_remote_code),
             )
         finish(results, output, accelerator, log_with)
 
 
-def _check_methods(
-    model: str,
-    methods: str,
-    factor: float | None,
-    target_length: int | None,
-    original_length: int | None,
-    trust_remote_code: bool,
-) -> list[Method]:
-    """The methods by name, each planned once for the model's config, so that what cannot be is told before weights
-    are read."""
+def _check(model: str, methods: str, settings: EvaluationConfig, trust_remote_code: bool) -> list[Method]:
+    """The methods by name, all of them planned for the model's config with the settings, so that what cannot be is
+    refused before weights and documents are read."""
     from ..methods import as_method
     from ..methods.base import split_outside_brackets
 
     names = [name for name in split_outside_brackets(methods, ",") if name]
     if not names:
-        raise InvalidParameterError(f"methods is {methods!r}; give at least one name, as in --methods none,yarn")
+        raise InvalidParameterError(f"methods is {methods!r}; give at least one name, as in methods=['none', 'yarn']")
     chosen = [as_method(name) for name in names]
 
-    from ..evaluation.running.selection import plan_methods
+    from ..evaluation.running.key_search import check_key_search
+    from ..evaluation.running.setup import check_request, plan_comparison
+    from ..evaluation.running.tasks import name_of
     from ..patching import detect_scheme
     from .loading import load_config, require_unpatched
 
     require_unpatched(model, "a comparison begins unpatched", "measure it by hf-posext evaluate")
-    scheme = detect_scheme(load_config(model, trust_remote_code))
-    plan_methods(scheme, chosen, factor=factor, target_length=target_length, trained_length=original_length)
+    config = load_config(model, trust_remote_code)
+    request = check_request(settings, detect_scheme(config), config)
+    plans, _ = plan_comparison(request, chosen)
+    if "/" not in (settings.longppl or ""):  # a label; models are checked when they are loaded
+        check_key_search(request, plans[0].original_length, [name_of(plan) for plan in plans])
     return chosen

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..evaluation.config import EvaluationConfig
 from . import options
 from .app import app
 from .output import JOURNAL, output_directory, report_of
@@ -14,40 +15,25 @@ from .trackers import accelerate_trackers, check_tracker
 
 
 @app.command()
+@options.measuring
 def evaluate(
     context: typer.Context,
     model: options.Model,
     dataset: options.Dataset,
     output: options.Output,
-    lengths: options.Lengths,
+    settings: EvaluationConfig,
     control: Annotated[
         str | None,
         typer.Option(help="Unpatched model to compare with, its context truncated; of a fine-tuned one its base."),
     ] = None,
     label: Annotated[str | None, typer.Option(help="What the tables call the model.")] = None,
-    original_length: options.OriginalLength = None,
     documents: options.Documents = None,
-    passkey: options.Passkey = 0,
-    retrieval: options.Retrieval = 0,
-    tasks: options.Tasks = None,
-    depths: options.Depths = None,
-    longppl: options.LongPPL = None,
-    alpha: options.Alpha = None,
-    beta: options.Beta = None,
-    short_length: options.ShortLength = None,
-    protocol: options.Protocol = None,
-    stride: options.Stride = None,
-    tail: options.Tail = None,
-    start: options.Start = 0,
-    prefill_chunk: options.PrefillChunk = None,
-    offload_cache: options.OffloadCache = False,
     text_column: options.TextColumn = None,
     split: options.Split = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    seed: options.Seed = 0,
     log_with: options.LogWith = None,
     resume: options.Resume = False,
     config: options.Config = None,
@@ -59,7 +45,7 @@ def evaluate(
     documents are shared out over the processes.
     """
     with output_directory(output, resume):
-        sizes, reading = options.numbers(lengths), options.reading_options(context)
+        _check(model, settings, trust_remote_code)
 
         # The imports that take seconds come after the checks that need none of them.
         from ..evaluation import evaluate_perplexity, load_documents
@@ -76,15 +62,27 @@ def evaluate(
                 network,
                 tokenizer,
                 texts,
-                sizes,
+                config=settings,
                 label=label,
                 control=None
                 if control is None
                 else spread(load_model(control, dtype, device, trust_remote_code)[0], accelerator),
                 journal=output / JOURNAL,
                 accelerator=accelerator,
-                longppl=load_evaluator(longppl, dtype, device, accelerator, trust_remote_code),
-                **reading,
+                longppl=load_evaluator(settings.longppl, dtype, device, accelerator, trust_remote_code),
             )
             write(results)
         finish(results, output, accelerator, log_with)
+
+
+def _check(model: str, settings: EvaluationConfig, trust_remote_code: bool) -> None:
+    """Refuse settings that the model's config and its plan do not allow, before weights and documents are read."""
+    from ..evaluation.running.setup import check_reads, check_request
+    from ..patching import detect_scheme
+    from .loading import base_of, load_config, saved_plan
+
+    if base_of(model):  # an adapter, whose base model has the config
+        return
+    plan, config = saved_plan(model), load_config(model, trust_remote_code)
+    request = check_request(settings, detect_scheme(config) if plan is None else plan.scheme, config)
+    check_reads(request, plan)

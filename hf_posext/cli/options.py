@@ -1,14 +1,19 @@
-"""The options that measuring commands share, and what becomes of them."""
+"""The options that measuring commands share, and those that derive from the settings of a measurement."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 from ..errors import InvalidParameterError
+from ..evaluation.config import EvaluationConfig
 from .settings import NEVER, use_config
 
 Number = TypeVar("Number", int, float)
@@ -16,53 +21,8 @@ Number = TypeVar("Number", int, float)
 Model = Annotated[str, typer.Option(help="Model folder or Hub id.")]
 Dataset = Annotated[str, typer.Option(help="Folder of .txt; .jsonl, .json, .csv, .parquet; recipe; Hub id.")]
 Output = Annotated[Path, typer.Option(help="Directory for the report; new, or without files in it.")]
-Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, with commas between them.")]
-OriginalLength = Annotated[int | None, typer.Option(help="Trained length, if the config is wrong about it.")]
 Documents = Annotated[int | None, typer.Option(help="How many documents to read; all if not given.")]
-Passkey = Annotated[int, typer.Option(min=0, help="Pass-key trials at each length; 0 for none.")]
-Retrieval = Annotated[int, typer.Option(min=0, help="Trials of each task at each length and depth; 0 for none.")]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        help="Of --retrieval: passkey, multi-key, multi-value, variable-tracking, common-words; all if not given."
-    ),
-]
-Depths = Annotated[
-    str | None, typer.Option(help="Of --retrieval: places in the text from 0 to 1; 0,0.25,0.5,0.75,1 if not given.")
-]
-LongPPL = Annotated[
-    str | None,
-    typer.Option(
-        "--longppl",
-        metavar="EVALUATOR",
-        help="Perplexity of key tokens, found by one of the methods (its label), or by a model (a folder or Hub id, "
-        "with a slash in it).",
-    ),
-]
-Alpha = Annotated[
-    float | None,
-    typer.Option(help="Of --longppl: nats that the long context gains on a key token; the paper's 2 if not given."),
-]
-Beta = Annotated[
-    float | None,
-    typer.Option(help="Of --longppl: log-probability of a key token at the least, nats; the paper's -2 if not given."),
-]
-ShortLength = Annotated[
-    int | None,
-    typer.Option(help="Of --longppl: tokens of the short context; by default half the trained length, at most 4096."),
-]
-Protocol = Annotated[
-    str | None,
-    typer.Option(
-        help="prefix, sliding, rolling, tail, legacy-yarn, legacy-longlora (decoders), pseudo (encoders), seq2seq; "
-        "by the model if not given."
-    ),
-]
-Stride = Annotated[int | None, typer.Option(help="Tokens that windows move by, where they overlap.")]
-Tail = Annotated[int | None, typer.Option(help="Tokens that protocol tail counts.")]
 Start = Annotated[int, typer.Option(help="Tokens to leave out at the beginning of each document.")]
-PrefillChunk = Annotated[int | None, typer.Option(help="Tokens read at a time, to save memory; all if not given.")]
-OffloadCache = Annotated[bool, typer.Option("--offload-cache", help="With --prefill-chunk: KV cache on the CPU.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column that holds the text; `text`, or the recipe's.")]
 Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub data set.")]
@@ -74,7 +34,7 @@ Device = Annotated[
     str | None,
     typer.Option(help="As torch calls it: cuda:0, mps. If not given: cpu, or the launcher's for each process."),
 ]
-Seed = Annotated[int, typer.Option(help="Of pass keys and bootstrap intervals.")]
+Seed = Annotated[int, typer.Option(help="Seed of passkeys and bootstrap intervals.")]
 LogWith = Annotated[
     str | None, typer.Option(metavar="TRACKER", help="Also log curves over the length: tensorboard, wandb, mlflow.")
 ]
@@ -84,34 +44,94 @@ Config = Annotated[
     typer.Option(callback=use_config, is_eager=True, help="YAML file of these settings; flags go before it."),
 ]
 
-READING = (
-    *("original_length", "protocol", "stride", "tail", "start", "passkey", "retrieval"),
-    *("alpha", "beta", "short_length", "prefill_chunk", "offload_cache", "seed"),
-)
-"""Options that `compare` and `evaluate_perplexity` take under the same names."""
+TrainedLength = Annotated[int | None, typer.Option(help="Trained length, if the config is wrong about it.")]
+OriginalLength = Annotated[int | None, typer.Option(hidden=True, help="Earlier name of --trained-length.")]
 
 
-def reading_options(context: typer.Context) -> dict[str, Any]:
-    """What was asked for of `READING`, and of retrieval's tasks and depths.
-
-    Raises:
-        InvalidParameterError: a depth that is no number.
+def measuring(command: Callable[..., Any]) -> Callable[..., Any]:
     """
-    tasks, depths = context.params["tasks"], context.params["depths"]
-    return {
-        **{name: context.params[name] for name in READING},
-        "tasks": None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()],
-        "depths": None if depths is None else _numbers("depths", depths, float, "numbers", "0,0.5,1"),
-    }
+    Give a command an option for each field of [`EvaluationConfig`], and its argument `settings` what they say.
+
+    A setting that is of one command only names it in its metadata. Sequences are text with commas between the values.
+    """
+    parameters = list(inspect.signature(command, eval_str=True).parameters.values())
+    at = next(index for index, parameter in enumerate(parameters) if parameter.name == "settings")
+    hints = get_type_hints(EvaluationConfig)
+    derived = [
+        _option(entry, hints[entry.name])
+        for entry in fields(EvaluationConfig)
+        if entry.metadata.get("flag", {}).get("of", command.__name__) == command.__name__
+    ]
+    derived.append(_keyword("original_length", OriginalLength, None))
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    taken = [*own[:at], *derived, *own[at + 1 :]]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        given["trained_length"] = renamed_length(given["context"], given["trained_length"], given["original_length"])
+        values = {parameter.name: given.pop(parameter.name) for parameter in derived}
+        del values["original_length"]
+        parsed = {name: _parsed(name, hints[name], value) for name, value in values.items()}
+        return command(**given, settings=EvaluationConfig(**parsed))
+
+    run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+    return run
 
 
-def numbers(lengths: str) -> list[int]:
+def renamed_length(context: typer.Context, trained_length: int | None, original_length: int | None) -> int | None:
+    """The trained length, given by its flag or by the earlier name of that, which a line on standard error says."""
+    if original_length is None:
+        return trained_length
+    typer.echo("--original-length is now called --trained-length", err=True)
+    length = original_length if trained_length is None else trained_length
+    context.params |= {"trained_length": length, "original_length": None}
+    return length
+
+
+def _option(entry: Any, hint: Any) -> inspect.Parameter:
+    """The option of a setting, as typer reads it."""
+    flag = {key: value for key, value in entry.metadata.get("flag", {}).items() if key != "of"}
+    if hint is bool:  # without the negative of it
+        flag["names"] = (f"--{entry.name.replace('_', '-')}",)
+    elif _items(hint) or hint is Any:
+        hint = str if entry.default is MISSING else str | None
+    names = flag.pop("names", ())
+    annotation = Annotated[hint, typer.Option(*names, help=entry.metadata["help"], **flag)]
+    return _keyword(entry.name, annotation, inspect.Parameter.empty if entry.default is MISSING else entry.default)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _items(hint: Any) -> Any:
+    """Type of the items of a sequence, also of an optional one; `None` for other hints."""
+    for one in (hint, *get_args(hint)):
+        if get_origin(one) is Sequence:
+            return get_args(one)[0]
+    return None
+
+
+def _parsed(name: str, hint: Any, value: Any) -> Any:
+    """The value of a setting, from what was typed."""
+    kind = _items(hint)
+    if kind is None or value is None:
+        return value
+    if kind is str:
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if kind is int:
+        return numbers(value, name)
+    return _numbers(name, value, float, "numbers", "0,0.5,1")
+
+
+def numbers(lengths: str, name: str = "lengths") -> list[int]:
     """The lengths as numbers.
 
     Raises:
         InvalidParameterError: something between the commas is none.
     """
-    return _numbers("lengths", lengths, int, "whole numbers", "512,1024")
+    return _numbers(name, lengths, int, "whole numbers", "512,1024")
 
 
 def _numbers(name: str, text: str, kind: type[Number], what: str, example: str) -> list[Number]:

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")]
 TargetLength = Annotated[int, typer.Option(help="Tokens to read, above the trained length.")]
 PlanOutput = Annotated[Path, typer.Option(help="JSON file for the plan; must not exist. The journal is beside it.")]
-OriginalLength = Annotated[int | None, typer.Option(help="Trained length, if it is found wrongly, or not at all.")]
+TrainedLength = Annotated[int | None, typer.Option(help="Trained length, if it is found wrongly, or not at all.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run whose journal is beside OUTPUT, if any.")]
 
 
 @app.command()
 def recommend(
+    context: typer.Context,
     model: Model,
     dataset: options.Dataset,
     target_length: TargetLength,
@@ -43,9 +44,10 @@ def recommend(
     short_limit: Annotated[
         float, typer.Option(help="Largest increase of perplexity allowed inside the trained length; 0.01 is 1 %.")
     ] = 0.01,
-    original_length: OriginalLength = None,
+    trained_length: TrainedLength = None,
+    original_length: options.OriginalLength = None,
     documents: options.Documents = None,
-    passkey: Annotated[int, typer.Option(min=0, help="Pass-key trials of contenders that are level; 0: none.")] = 5,
+    passkey: Annotated[int, typer.Option(min=0, help="Passkey trials of contenders that are level; 0: none.")] = 5,
     start: options.Start = 0,
     text_column: options.TextColumn = None,
     split: options.Split = None,
@@ -85,7 +87,7 @@ def recommend(
             budget,
             methods=chosen,
             short_limit=short_limit,
-            original_length=original_length,
+            trained_length=options.renamed_length(context, trained_length, original_length),
             passkey=passkey,
             start=start,
             seed=seed,
@@ -104,6 +106,7 @@ def recommend(
 
 @app.command()
 def search(
+    context: typer.Context,
     model: Model,
     dataset: options.Dataset,
     target_length: TargetLength,
@@ -114,7 +117,8 @@ def search(
     ] = "tail",
     population: Annotated[int, typer.Option(help="Sets of factors in a generation, 4 or more.")] = 32,
     generations: Annotated[int, typer.Option(help="How often the worse half is replaced.")] = 20,
-    original_length: OriginalLength = None,
+    trained_length: TrainedLength = None,
+    original_length: options.OriginalLength = None,
     documents: options.Documents = None,
     start: options.Start = 0,
     text_column: options.TextColumn = None,
@@ -145,7 +149,7 @@ def search(
             tokenizer,
             texts,
             target_length,
-            original_length=original_length,
+            trained_length=options.renamed_length(context, trained_length, original_length),
             objective=objective,
             population=population,
             generations=generations,

@@ -13,10 +13,7 @@ import yaml
 from ..errors import InvalidParameterError
 
 LISTS = ("methods", "lengths", "tasks", "depths", "targets")
-"""Settings that hold several values: a YAML list, or text with commas as on the command line."""
-
-FLAGS = ("offload_cache", "pack", "bf16", "gradient_checkpointing", "load_in_4bit", "trust_remote_code")
-"""Settings that are true or false."""
+"""Settings that contain several values: a YAML list, or text with commas as on the command line."""
 
 NEVER = ("config", "resume")
 """Options that say something of one call, and nothing of the run."""
@@ -29,25 +26,34 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     stand on the command line, so that both are checked by the same code.
     """
     if path is not None:
-        known = {parameter.name for parameter in context.command.params if parameter.name} - set(NEVER)
-        context.default_map = {**(context.default_map or {}), **read_config(path, known)}
+        options = {parameter.name: parameter for parameter in context.command.params if parameter.name}
+        flags = {name for name, option in options.items() if getattr(option, "is_flag", False)}
+        settings = read_config(path, options.keys() - set(NEVER), flags)
+        context.default_map = {**(context.default_map or {}), **settings}
     return path
 
 
-def read_config(path: str | Path, known: Collection[str]) -> dict[str, str]:
+def read_config(path: str | Path, known: Collection[str], flags: Collection[str] = ()) -> dict[str, str]:
     """The settings in a YAML file, as text by option name.
 
     Args:
         path (`str` or `Path`): a mapping from option names (`target-length` or `target_length`) to values; an empty
             value leaves the default.
         known (`Collection[str]`): the names there are, with underscores.
+        flags (`Collection[str]`, *optional*): those that are true or false.
 
     Raises:
-        InvalidParameterError: not YAML, not a mapping, an unknown name, or a value of a wrong type.
-        OSError: no such file.
+        InvalidParameterError: no such file, not YAML, not a mapping, an unknown name or one twice, or a value of a
+            wrong type.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise InvalidParameterError(
+            f"cannot read the settings in {path}: {error.strerror}; give a YAML file, as in --config run.yaml"
+        ) from error
+    except RecursionError as error:
+        raise InvalidParameterError(f"{path} is nested too deeply; give settings, a line each") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidParameterError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
@@ -62,16 +68,25 @@ def read_config(path: str | Path, known: Collection[str]) -> dict[str, str]:
                 f"unknown setting {key!r} in {path}; {guess}there are: {', '.join(sorted(known))}"
             )
         if value is not None:
-            settings[name] = _as_text(path, name, value)
+            settings[name] = _as_text(path, name, value, name in flags)
     return settings
 
 
-def _as_text(path: str | Path, name: str, value: Any) -> str:
+class _UniqueKeys(yaml.SafeLoader):
+    """Reads YAML as `yaml.safe_load`, and refuses a key that is there twice, of which that takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _as_text(path: str | Path, name: str, value: Any, is_flag: bool) -> str:
     items = value if isinstance(value, list) and name in LISTS else [value]
     for item in items:
-        if isinstance(item, bool) != (name in FLAGS) or not isinstance(item, str | int | float):
-            kind = (
-                "a list of plain values" if name in LISTS else "true or false" if name in FLAGS else "one plain value"
-            )
+        if isinstance(item, bool) != is_flag or not isinstance(item, str | int | float):
+            kind = "a list of plain values" if name in LISTS else "true or false" if is_flag else "one plain value"
             raise InvalidParameterError(f"{name} in {path} is {item!r}; give {kind}")
     return ",".join(map(str, items))

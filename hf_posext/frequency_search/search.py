@@ -14,14 +14,14 @@ import numpy as np
 from torch import nn
 
 from ..errors import AlreadyPatchedError, EvaluationError, InvalidParameterError, MethodNotApplicableError
+from ..evaluation.config import EvaluationConfig, renamed
 from ..evaluation.contrast.key_tokens import KeyTokens
 from ..evaluation.results.statistics import pooled_perplexity
-from ..evaluation.running.engine import State, measure
-from ..evaluation.running.identity import run_identity
-from ..evaluation.running.key_search import key_search
-from ..evaluation.running.readings import Reading
-from ..evaluation.running.run_journal import RunJournal, open_journal
-from ..evaluation.running.setup import Options, Setup, prepare
+from ..evaluation.running.journal import RunJournal, open_journal, run_identity
+from ..evaluation.running.key_search import default_criterion, key_search
+from ..evaluation.running.runner import Stage, measure
+from ..evaluation.running.setup import Setup, check_request, prepare
+from ..evaluation.running.tasks import MethodRun
 from ..methods import LongRoPE, YaRN
 from ..methods.yarn import yarn_mscale
 from ..patching import detect_scheme, find_patch, patch_model, unwrap
@@ -48,6 +48,7 @@ def search(
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     target_length: int,
     *,
+    trained_length: int | None = None,
     original_length: int | None = None,
     objective: str = "tail",
     attention_factor: float | None = None,
@@ -73,7 +74,8 @@ def search(
         documents (`list[Document]`, or what [`load_documents`] takes): texts to search on; keep others to measure the
             result on, as it is fitted to these.
         target_length (`int`): tokens to read, above the trained length.
-        original_length (`int`, *optional*): trained length in tokens, where the config is wrong about it.
+        trained_length (`int`, *optional*): trained length in tokens, where the config is wrong about it.
+        original_length (`int`, *optional*): deprecated name of `trained_length`.
         objective (`str`, *optional*, defaults to `"tail"`): `"tail"`: the perplexity of the second half of the text;
             `"key-tokens"`: that of the tokens which need the long context ([`find_key_tokens`] with YaRN as the
             evaluator), after the needle-driven perplexity of LongRoPE2 (arXiv 2502.20082).
@@ -113,16 +115,20 @@ def search(
     if scheme.kind != "rotary" or scheme.obstacle:
         why = scheme.obstacle or f"{scheme.model_type} has {scheme.kind} positions"
         raise MethodNotApplicableError(f"a search is of rotary frequencies, and {why}; see hf-posext recommend")
-    lengths = {"target_length": target_length, "trained_length": original_length}
+    trained_length = renamed("original_length", original_length, "trained_length", trained_length)
+    lengths = {"target_length": target_length, "trained_length": trained_length}
     yarn = YaRN(attention_factor=attention_factor).plan(scheme, **lengths)
     if target_length == yarn.original_length:
         raise InvalidParameterError(
             f"target_length is {target_length}, the trained length, where nothing needs to be searched; give more"
         )
-    options = Options(start=start, seed=seed, accelerator=accelerator)
-    setup = prepare(model, tokenizer, documents, [target_length], scheme, options)
-    if setup.protocol.name != "prefix":
+    # Key tokens are those of YaRN, by the label of which the search finds them.
+    longppl = yarn.method if objective == "key-tokens" else None
+    config = EvaluationConfig(lengths=[target_length], start=start, seed=seed, longppl=longppl)
+    request = check_request(config, scheme, base, accelerator)
+    if request.protocol.name != "prefix":
         raise MethodNotApplicableError(f"a search reads causal language models; {type(base).__name__} is none")
+    setup = prepare(request, model, tokenizer, documents)
     temperature = attention_factor or yarn_mscale(yarn.factor)
     trial = Trial(base, scheme, setup, yarn.original_length, target_length, temperature)
     known = seeds(scheme, yarn.original_length, target_length)
@@ -189,9 +195,9 @@ class Trial:
 
     def on_key_tokens(self, yarn: ExtensionPlan, accelerator: Accelerator | None, journal: RunJournal | None) -> Trial:
         """The same, scoring the tokens that YaRN predicts much better with the long context than with a short one."""
-        reading = Reading(self.setup, yarn.method, yarn.factor, self.setup.scorer)
-        enter = partial(patch_model, self.model, yarn)
-        finder = key_search(self.setup, reading.name, {}, self.trained_length, [(reading, enter)])
+        run = MethodRun(self.setup, yarn.method, yarn.factor, self.setup.scorer)
+        criterion = default_criterion({}, self.trained_length, self.target_length)
+        finder = key_search(self.setup, criterion, [(run, partial(patch_model, self.model, yarn))])
         assert finder is not None
         keys = finder.run(accelerator, journal).keys
         if not keys.found:
@@ -205,24 +211,24 @@ class Trial:
         self, genomes: Sequence[Genome], *, name: str, accelerator: Accelerator | None, journal: RunJournal | None
     ) -> dict[Genome, float]:
         """Of the tokens that count, of each genome; infinite where a document could not be read."""
-        readings = {genome: self._reading(genome) for genome in genomes}
-        states = [
-            State(name, partial(patch_model, self.model, self.plan(genome)), reading.units())
-            for genome, reading in readings.items()
+        runs = {genome: self._run(genome) for genome in genomes}
+        stages = [
+            Stage(name, partial(patch_model, self.model, self.plan(genome)), run.tasks, run.measure)
+            for genome, run in runs.items()
         ]
-        outcomes = measure(states, accelerator=accelerator, journal=journal)
+        outcomes = measure(stages, accelerator=accelerator, journal=journal)
         found = {}
-        for genome, reading in readings.items():
-            records, failures = reading.by_document(outcomes)
+        for genome, run in runs.items():
+            records, failures = run.by_document(outcomes)
             found[genome] = math.inf if failures else self._pooled([one for (one,) in records.values()])
         if all(map(math.isinf, found.values())):
-            reason = next(iter(readings[genomes[0]].by_document(outcomes)[1].values()), "the loss is not finite")
+            reason = next(iter(runs[genomes[0]].by_document(outcomes)[1].values()), "the loss is not finite")
             raise EvaluationError(f"no genome could be measured on every document: {reason}")
         return found
 
-    def _reading(self, genome: Genome) -> Reading:
+    def _run(self, genome: Genome) -> MethodRun:
         label = hashlib.sha256(repr(genome).encode()).hexdigest()[:16]
-        return Reading(self.setup, label, 1.0, self.setup.scorer, keys=self.keys)
+        return MethodRun(self.setup, label, 1.0, self.setup.scorer, keys=self.keys)
 
     def _pooled(self, records: list[dict[str, Any]]) -> float:
         nll, tokens = ("tail_nll_sum", "tail_tokens") if self.keys is None else ("key_nll_sum", "key_tokens")

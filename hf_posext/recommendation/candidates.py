@@ -12,7 +12,7 @@ from torch import nn
 
 from ..diagnosis.phases import phase_table
 from ..errors import MethodNotApplicableError, PosExtError
-from ..evaluation.running.selection import Refusals, try_plans
+from ..evaluation.running.setup import Refusals, try_plans
 from ..evaluation.scoring.boundaries import check_positions
 from ..methods import Method, as_method, list_methods
 from ..methods.base import hyper_parameters

@@ -11,10 +11,10 @@ from torch import nn
 
 from ..diagnosis import Diagnosis, diagnose
 from ..errors import InvalidParameterError, UnsupportedModelError
+from ..evaluation.config import EvaluationConfig, renamed
 from ..evaluation.questions.passkey import passkey_prompts
-from ..evaluation.running.identity import run_identity
-from ..evaluation.running.run_journal import open_journal
-from ..evaluation.running.setup import Options, prepare
+from ..evaluation.running.journal import open_journal, run_identity
+from ..evaluation.running.setup import check_request, prepare
 from ..patching import detect_scheme, unwrap
 from ..patching.modes import evaluation_mode
 from .candidates import Candidates, candidates
@@ -43,6 +43,7 @@ def recommend(
     *,
     methods: Sequence[str | Method] | None = None,
     short_limit: float = 0.01,
+    trained_length: int | None = None,
     original_length: int | None = None,
     passkey: int = 5,
     start: int = 0,
@@ -71,7 +72,8 @@ def recommend(
         methods (`Sequence[str | Method]`, *optional*): to choose from; all that apply where not given.
         short_limit (`float`, *optional*, defaults to 0.01): the largest increase of perplexity allowed inside the
             trained length; 0.01 is one per cent.
-        original_length (`int`, *optional*): trained length in tokens, where the diagnosis cannot find it.
+        trained_length (`int`, *optional*): trained length in tokens, where the diagnosis cannot find it.
+        original_length (`int`, *optional*): deprecated name of `trained_length`.
         passkey (`int`, *optional*, defaults to 5): pass-key trials of finalists that are level; 0 for none.
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
         seed (`int`, *optional*, defaults to 0): of intervals and pass keys.
@@ -90,10 +92,11 @@ def recommend(
         EvaluationError: the loss is no better than a guess.
         AlreadyPatchedError, UnsupportedModelError, JournalError: as [`evaluate_perplexity`].
     """
+    trained_length = renamed("original_length", original_length, "trained_length", trained_length)
     if short_limit < 0 or passkey < 0:
         raise InvalidParameterError(f"short_limit is {short_limit} and passkey {passkey}; give 0 or more of each")
     with prepared(
-        model, tokenizer, documents, target_length, methods=methods, original_length=original_length,
+        model, tokenizer, documents, target_length, methods=methods, trained_length=trained_length,
         passkey=passkey, start=start, seed=seed, journal=journal, accelerator=accelerator,
     ) as (sweep, choice):  # fmt: skip
         least = least_tokens(sweep.prices([name_of(plan) for plan in choice.plans]))
@@ -109,7 +112,7 @@ def prepared(
     target_length: int,
     *,
     methods: Sequence[str | Method] | None = None,
-    original_length: int | None = None,
+    trained_length: int | None = None,
     passkey: int = 0,
     start: int = 0,
     seed: int = 0,
@@ -119,17 +122,19 @@ def prepared(
     """All that is checked before anything long begins, and a sweep that has measured nothing yet; as [`recommend`]."""
     base = unwrap(model)
     scheme = detect_scheme(base)
-    found = diagnose(base, methods=[], original_length=original_length)
+    found = diagnose(base, methods=[], original_length=trained_length)
     trained = _trained_length(found, target_length)
-    options = Options(start=start, seed=seed, accelerator=accelerator)
-    setup = prepare(model, tokenizer, documents, [trained, target_length], scheme, options)
-    if setup.protocol.name != "prefix":
+    request = check_request(
+        EvaluationConfig(lengths=[trained, target_length], start=start, seed=seed), scheme, base, accelerator
+    )
+    if request.protocol.name != "prefix":
         raise UnsupportedModelError(
             f"{type(base).__name__} is no causal language model, and recommend measures those; use hf-posext compare"
         )
     choice = candidates(base, scheme, methods, trained, target_length)
     if passkey:
         passkey_prompts(tokenizer, target_length, passkey, seed)
+    setup = prepare(request, model, tokenizer, documents)
     plans = [*choice.plans, *choice.unseen]
     identity = run_identity(setup, [base], plans, recommend={"trained": trained, "passkey": passkey})
     with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
@@ -141,12 +146,12 @@ def _trained_length(found: Diagnosis, target_length: int) -> int:
     if found.trained_length is None:
         raise InvalidParameterError(
             f"nothing tells the trained length of {found.model} ({found.trained_length_source}); give "
-            "original_length= in tokens"
+            "trained_length= in tokens"
         )
     if target_length <= found.trained_length:
         raise InvalidParameterError(
             f"target_length is {target_length}, and the model was trained on {found.trained_length} tokens "
             f"({found.trained_length_source}), so that it needs no method; give a target above that, or "
-            "original_length= if it was trained on less"
+            "trained_length= if it was trained on less"
         )
     return found.trained_length

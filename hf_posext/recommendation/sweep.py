@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import EvaluationError
 from ..evaluation.protocols.control import CONTROL, control_stride
-from ..evaluation.questions.retrieval import NO_QUESTIONS
 from ..evaluation.results.statistics import bootstrap_interval, pooled_perplexity
-from ..evaluation.running.asking import Asked
-from ..evaluation.running.engine import Outcomes, State, measure
-from ..evaluation.running.readings import Reading, control_reading, method_reading
-from ..evaluation.running.run_journal import RunJournal
+from ..evaluation.running.journal import RunJournal
+from ..evaluation.running.runner import Stage, measure
 from ..evaluation.running.setup import Setup
+from ..evaluation.running.tasks import MethodRun, Outcomes, Task, control_run, method_run
 from ..patching import patch_model
 from ..plan import ExtensionPlan
 from .schedule import Prices
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SHORT = "unpatched"
-"""The reading of the trained length by the model as it is."""
+"""Label of the model as it is, at the trained length."""
 
 Name = tuple[str, float]
 """Label and factor, by which contenders are told apart."""
@@ -68,12 +66,12 @@ class Sweep:
     def __post_init__(self) -> None:
         self.trained, self.target = self.setup.lengths
         self.by_name = {name_of(plan): plan for plan in self.plans}
-        self.readings = {
-            name: method_reading(self.setup, plan, 0, NO_QUESTIONS) for name, plan in self.by_name.items()
-        }
+        self.runs = {name: method_run(self.setup, plan) for name, plan in self.by_name.items()}
+        target = replace(self.setup, lengths=[self.target])
+        self.questions = {name: replace(run, setup=target, passkey=self.passkey) for name, run in self.runs.items()}
         short = replace(self.setup, lengths=[self.trained])
-        self.short = Reading(short, SHORT, 1.0, self.setup.scorer)
-        self.control = control_reading(self.setup, self.setup.scorer, self.trained)
+        self.short = MethodRun(short, SHORT, 1.0, self.setup.scorer)
+        self.control = control_run(self.setup, self.setup.scorer, self.trained)
 
     @property
     def documents(self) -> list[str]:
@@ -88,13 +86,13 @@ class Sweep:
 
     def prices(self, names: Iterable[Name]) -> Prices:
         """What contenders cost, in tokens."""
-        methods = tuple(sum(lengths[-1] for lengths in _passes(self.readings[name])) for name in names)
+        methods = tuple(sum(lengths[-1] for lengths in self.runs[name].passes) for name in names)
         return Prices(methods, self.trained, self.trained, self.control_tokens, self.passkey * self.target)
 
     @property
     def exhaustive_tokens(self) -> int:
         """What it costs that every contender, and the control, read every document."""
-        methods = [self._tokens_of(reading, id) for reading in self.readings.values() for id in self.documents]
+        methods = [self._tokens_of(run, id) for run in self.runs.values() for id in self.documents]
         return sum(methods) + len(self.documents) * (self.trained + self.control_tokens)
 
     def read(self, names: Iterable[Name], documents: Sequence[str], progress: str) -> None:
@@ -105,37 +103,38 @@ class Sweep:
             documents (`Sequence[str]`): their ids.
             progress (`str`): what the bar says.
         """
-        states = [self._state(progress, nullcontext, self.short, documents)]
+        stages = [self._stage(progress, nullcontext, self.short, documents)]
         for name in names:
             enter = partial(patch_model, self.model, self.by_name[name])
-            states.append(self._state(progress, enter, self.readings[name], documents))
-        self._measure(states)
+            stages.append(self._stage(progress, enter, self.runs[name], documents))
+        self._measure(stages)
 
     def read_control(self, documents: Sequence[str]) -> None:
         """The unpatched model reads documents with its context truncated."""
-        self._measure([self._state(CONTROL, nullcontext, self.control, documents)])
+        self._measure([self._stage(CONTROL, nullcontext, self.control, documents)])
 
     def ask(self, names: Iterable[Name]) -> None:
-        """Contenders are asked pass keys at the target length."""
-        states = []
+        """Contenders are asked passkeys at the target length."""
+        stages = []
         for name in names:
-            units = [unit for unit in self._asked(name).units() if unit.key not in self.outcomes]
-            self.tokens += len(units) * self.passkey * self.target
-            states.append(State("pass keys", partial(patch_model, self.model, self.by_name[name]), units))
-        self._measure(states)
+            tasks = [task for task in self._passkeys(name) if task not in self.outcomes]
+            self.tokens += len(tasks) * self.passkey * self.target
+            enter = partial(patch_model, self.model, self.by_name[name])
+            stages.append(Stage("passkeys", enter, tasks, self.questions[name].measure))
+        self._measure(stages)
 
     def accuracy(self, name: Name) -> float | None:
-        """Share of pass keys found; `None` where none were asked."""
-        found = [self.outcomes[unit.key].value for unit in self._asked(name).units() if unit.key in self.outcomes]
+        """Share of passkeys found; `None` where none were asked."""
+        found = [self.outcomes[task].value for task in self._passkeys(name) if task in self.outcomes]
         return found[0] if found else None
 
     def tail(self, name: Name, documents: Sequence[str]) -> float:
         """Perplexity of the second half of the target length; infinite where a document could not be read."""
-        return self._pooled(self._sums(self.readings[name], documents, self.target, "tail_"))
+        return self._pooled(self._sums(self.runs[name], documents, self.target, "tail_"))
 
     def change(self, name: Name, documents: Sequence[str]) -> Ratio:
         """Perplexity inside the trained length over the unpatched one's, less 1."""
-        own = self._sums(self.readings[name], documents, self.trained)
+        own = self._sums(self.runs[name], documents, self.trained)
         found = self._ratio(own, self._sums(self.short, documents, self.trained))
         return Ratio(found.value - 1, found.ci95 and [end - 1 for end in found.ci95])
 
@@ -148,11 +147,11 @@ class Sweep:
         control = self._sums(self.control, documents, self.target, "tail_")
         if control is None:
             raise EvaluationError("the unpatched model failed on the control; the log says why")
-        return self._ratio(control, self._sums(self.readings[name], documents, self.target, "tail_"))
+        return self._ratio(control, self._sums(self.runs[name], documents, self.target, "tail_"))
 
     def worse(self, name: Name, best: Name, documents: Sequence[str]) -> Ratio:
         """The tail perplexity of one contender over that of another."""
-        one, other = (self._sums(self.readings[which], documents, self.target, "tail_") for which in (name, best))
+        one, other = (self._sums(self.runs[which], documents, self.target, "tail_") for which in (name, best))
         return self._ratio(one, other)
 
     def losses_inside(self, documents: Sequence[str]) -> list[float]:
@@ -168,57 +167,56 @@ class Sweep:
 
     def failure(self, name: Name) -> str | None:
         """Why a contender could not read a document, if so."""
-        keys = (unit.key for unit in self.readings[name].units())
-        return next((self.outcomes[key].failure for key in keys if key in self.outcomes and self._failed(key)), None)
+        known = (self.outcomes[task] for task in self.runs[name].tasks if task in self.outcomes)
+        return next((outcome.failure for outcome in known if outcome.failure is not None), None)
 
     def seconds(self, name: Name | None) -> float | None:
         """Median time of a document: at the target length by a contender, or unpatched at the trained length."""
-        reading = self.short if name is None else self.readings[name]
+        run = self.short if name is None else self.runs[name]
         times = sorted(
             outcome.value["seconds"]
-            for unit in reading.units()
-            if self.target in unit.key[4] or name is None
-            if (outcome := self.outcomes.get(unit.key)) is not None and outcome.failure is None
+            for task in run.tasks
+            if self.target in task.lengths or name is None
+            if (outcome := self.outcomes.get(task)) is not None and outcome.failure is None
         )
         return times[len(times) // 2] if times else None
 
-    def _state(self, progress: str, enter: Callable[[], Any], reading: Reading, documents: Sequence[str]) -> State:
-        units = [unit for unit in reading.units() if unit.key[3] in documents and unit.key not in self.outcomes]
-        self.tokens += sum(self._tokens_of(reading, id) for id in dict.fromkeys(unit.key[3] for unit in units))
-        return State(progress, enter, [unit._replace(run=partial(_timed, unit.run)) for unit in units])
+    def _stage(self, progress: str, enter: Callable[[], Any], run: MethodRun, documents: Sequence[str]) -> Stage:
+        tasks = [task for task in run.tasks if task.document in documents and task not in self.outcomes]
+        self.tokens += sum(self._tokens_of(run, id) for id in dict.fromkeys(str(task.document) for task in tasks))
+        return Stage(progress, enter, tasks, partial(_timed, run.measure))
 
-    def _measure(self, states: list[State]) -> None:
-        pending = [state for state in states if state.units]
+    def _measure(self, stages: list[Stage]) -> None:
+        pending = [stage for stage in stages if stage.tasks]
         if pending:
             self.outcomes |= measure(pending, accelerator=self.accelerator, journal=self.journal)
 
-    def _asked(self, name: Name) -> Asked:
-        return Asked(replace(self.setup, lengths=[self.target]), *name, self.passkey, NO_QUESTIONS)
+    def _passkeys(self, name: Name) -> list[Task]:
+        return [task for task in self.questions[name].tasks if task.kind == "passkey"]
 
-    def _tokens_of(self, reading: Reading, document: str) -> int:
-        """That go through the model for one document; of the first, the guard of a shared pass reads some again."""
-        if reading.truncated:
+    def _tokens_of(self, run: MethodRun, document: str) -> int:
+        """Tokens that go through the model for one document; of the first, the guard of a shared pass reads some
+        again."""
+        if run.truncated:
             return self.control_tokens
-        guarded = [lengths for lengths in _passes(reading) if len(lengths) > 1 and document == self.documents[0]]
-        return sum(lengths[-1] for lengths in _passes(reading)) + sum(lengths[0] for lengths in guarded)
+        guarded = [lengths for lengths in run.passes if len(lengths) > 1 and document == self.documents[0]]
+        return sum(lengths[-1] for lengths in run.passes) + sum(lengths[0] for lengths in guarded)
 
     def _sums(
-        self, reading: Reading, documents: Sequence[str], length: int, part: str = ""
+        self, run: MethodRun, documents: Sequence[str], length: int, part: str = ""
     ) -> list[tuple[float, int]] | None:
-        """NLL and tokens of each document; nothing where one failed."""
-        found = {}
-        for unit in reading.units():
-            if unit.key[3] not in documents:
+        """NLL and tokens of each document; `None` where one failed."""
+        sums = {}
+        for task in run.tasks:
+            if task.document not in documents:
                 continue
-            if self._failed(unit.key):
+            outcome = self.outcomes[task]
+            if outcome.failure is not None:
                 return None
-            for record in self.outcomes[unit.key].value["records"]:
+            for record in outcome.value["records"]:
                 if record["length"] == length:
-                    found[record["document"]] = (record[f"{part}nll_sum"], record[f"{part}tokens"])
-        return [found[id] for id in documents]
-
-    def _failed(self, key: Any) -> bool:
-        return self.outcomes[key].failure is not None
+                    sums[task.document] = (record[f"{part}nll_sum"], record[f"{part}tokens"])
+        return [sums[id] for id in documents]
 
     @staticmethod
     def _pooled(sums: list[tuple[float, int]] | None) -> float:
@@ -240,12 +238,7 @@ def name_of(plan: ExtensionPlan) -> Name:
     return plan.method, 1.0 if plan.changes_nothing else plan.factor
 
 
-def _passes(reading: Reading) -> list[list[int]]:
-    """The lengths of each forward over a document."""
-    return [list(unit.key[4]) for unit in reading.units() if unit.key[3] == reading.documents[0]]
-
-
-def _timed(run: Callable[[], Any]) -> dict[str, Any]:
+def _timed(measure_task: Callable[[Task], Any], task: Task) -> dict[str, Any]:
     begin = time.perf_counter()
-    records = run()
+    records = measure_task(task)
     return {"seconds": time.perf_counter() - begin, "records": records}

@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
     "model": MODEL,
     "dataset": NOVELS,
     "methods": "none,linear,yarn",
-    "original-length": 64,
+    "trained-length": 64,
     "factor": 2,
     "lengths": "64,128",
     "documents": 2,

@@ -63,7 +63,7 @@ def test_results_go_to_a_tracker_that_is_there(tmp_path: Path) -> None:
     rows = Results.load_json(output / "results.json").rows
     assert told == [(row["length"], np.float32(row["perplexity"])) for row in rows]
     said = error_of(compare(tmp_path / "other", log_with="tensorbord"))
-    assert "log_with is 'tensorbord'; installed here are: " in said and "tensorboard" in said.split("are: ")[1]
+    assert "--log-with is 'tensorbord'; installed here are: " in said and "tensorboard" in said.split("are: ")[1]
 
 
 def test_the_command_in_the_provenance_measures_the_same_again(finished: tuple[Any, Path], tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_hyper_parameters_are_given_in_brackets_and_label_the_rows(tmp_path: Pat
 def test_flags_go_before_the_config_file(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"model: {MODEL}\ndataset: {NOVELS}\nmethods: [linear, yarn]\nlengths: [64, 96]\noriginal-length: 64\n"
+        f"model: {MODEL}\ndataset: {NOVELS}\nmethods: [linear, yarn]\nlengths: [64, 96]\ntrained-length: 64\n"
         "factor: 2\ndocuments: 1\nseed: 7\nsplit:\n"
     )
     result = run("compare", "--config", config, "--methods", "none", "--seed", 0, "--output", tmp_path / "out")

@@ -34,7 +34,7 @@ def test_a_plain_model_without_a_control(tmp_path: Path) -> None:
 
 
 def test_a_saved_patch_is_in_force_and_gains_what_it_gains_in_a_comparison(patched: Path, tmp_path: Path) -> None:
-    result = evaluate(tmp_path / "one", "--control", MODEL, "--original-length", 64, model=patched)
+    result = evaluate(tmp_path / "one", "--control", MODEL, "--trained-length", 64, model=patched)
     assert result.exit_code == 0, result.output
     assert compare(tmp_path / "two", methods="rerope(window=32)").exit_code == 0
     one, two = (Results.load_json(tmp_path / name / "results.json") for name in ("one", "two"))
@@ -62,7 +62,7 @@ def test_a_label_names_the_rows_and_settings_come_from_a_file(tmp_path: Path) ->
     command = results.provenance["command"]
     assert "--tail 16" in command and "--prefill-chunk 48" in command and "offload" not in command
     config.write_text("prefill-chunk: 48\noffload-cache: true\n")
-    assert "offload_cache moves the cache of a CUDA device" in error_of(evaluate(tmp_path / "x", "--config", config))
+    assert "--offload-cache moves the cache of a CUDA device" in error_of(evaluate(tmp_path / "x", "--config", config))
     config.write_text("offload-cache: 1\n")
     assert "offload_cache in" in error_of(evaluate(tmp_path / "x", "--config", config))
     config.write_text("resume: true\n")

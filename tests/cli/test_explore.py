@@ -70,7 +70,7 @@ def test_a_mistyped_command_is_one_line() -> None:
 
 def test_the_module_runs_and_its_help_loads_no_torch() -> None:
     shown = subprocess.run([sys.executable, "-m", "hf_posext", "compare", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "--original-length" in shown.stdout
+    assert shown.returncode == 0 and "--trained-length" in shown.stdout
     heavy = "{'torch', 'transformers', 'datasets', 'matplotlib'}"
     code = f"import sys; import hf_posext.cli; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

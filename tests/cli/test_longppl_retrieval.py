@@ -92,7 +92,7 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
         ({"longppl": "./no/such"}, "no such folder: ./no/such"),
         ({"longppl": None}, "beta is -3.0, and there is no LongPPL"),
         ({"beta": 3}, "alpha is 2.0 and beta 3.0, in nats; give numbers, beta below 0"),
-        ({"short_length": 126}, "short_length is 126 and stride 31, and rows have up to 128 tokens"),
+        ({"short_length": 126}, "--short-length is 126 and stride 31, and rows have up to 128 tokens"),
         ({"retrieval": None}, "tasks is ['passkey'], and retrieval is 0"),
     ],
 )

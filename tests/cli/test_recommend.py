@@ -14,7 +14,7 @@ from ..conftest import EXAMPLES
 from .helpers import LEARNED, MODEL, NOVELS, error_of, run
 
 OPTIONS: dict[str, Any] = {
-    "dataset": NOVELS, "target-length": 128, "original-length": 64, "start": 2000, "documents": 2
+    "dataset": NOVELS, "target-length": 128, "trained-length": 64, "start": 2000, "documents": 2
 }  # fmt: skip
 RECOMMEND = {"methods": "yarn,rerope", "passkey": 0, "budget": 6000}
 SEARCH = {"population": 4, "generations": 1}
@@ -58,13 +58,13 @@ def test_a_search_writes_its_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "changed", "message"),
     [
-        ("recommend", {"target_length": 64}, "target_length is 64, and the model was trained on 64 tokens"),
+        ("recommend", {"target_length": 64}, "--target-length is 64, and the model was trained on 64 tokens"),
         ("recommend", {"budget": 100}, "budget is 100 tokens, and one comparison"),
         ("recommend", {"methods": "table-linear"}, "every method is refused"),
         ("recommend", {"methods": "yarm"}, "did you mean 'yarn'"),
         ("recommend", {"dataset": "no.jsonl"}, "no such path"),
         ("recommend", {"target_length": 10_000_000, "budget": None}, "documents are too short"),
-        ("recommend", {"model": EXAMPLES / "tiny" / "tiny-alibi", "original_length": None}, "give original_length="),
+        ("recommend", {"model": EXAMPLES / "tiny" / "tiny-alibi", "trained_length": None}, "give --trained-length"),
         ("recommend", {"output": "plan.yaml"}, "give the name of a JSON file"),
         ("recommend", {"output": "/dev/null/plan.json"}, "cannot write to /dev/null"),
         ("recommend", {"target_length": None}, "Missing option '--target-length'"),

@@ -43,15 +43,37 @@ def model_kind(classes: Iterable[str], config: PreTrainedConfig) -> str:
     return "masked" if is_masked else "causal"
 
 
+def kind_of(model: nn.Module | PreTrainedConfig) -> tuple[str, str]:
+    """
+    Kind of a language model as [`model_kind`] names it, and the name of its class.
+
+    Args:
+        model (`PreTrainedModel` or `PreTrainedConfig`): also inside a PEFT or DDP wrapper.
+    """
+    if isinstance(model, PreTrainedConfig):
+        classes = model.architectures or []
+        return model_kind(classes, model), classes[0] if classes else model.model_type
+    base = unwrap(model)
+    return model_kind((cls.__name__ for cls in type(base).__mro__), base.config), type(base).__name__
+
+
 def choose_protocol(
     name: str | None, model: nn.Module, lengths: list[int], *, stride: int | None = None, tail: int | None = None
 ) -> PerplexityProtocol:
+    """The protocol of that name, or the one that fits the model; as [`protocol_for`]."""
+    return protocol_for(name, *kind_of(model), lengths, stride=stride, tail=tail)
+
+
+def protocol_for(
+    name: str | None, kind: str, model: str, lengths: list[int], *, stride: int | None = None, tail: int | None = None
+) -> PerplexityProtocol:
     """
-    The protocol of that name, or the one that fits the model.
+    The protocol of that name, or the one that fits the kind of model.
 
     Args:
         name (`str`, *optional*): by default `"prefix"`, `"pseudo"` or `"seq2seq"`, by the model.
-        model (`PreTrainedModel`): to be measured, also inside a PEFT or DDP wrapper.
+        kind (`str`): of the language model, as [`model_kind`] names it.
+        model (`str`): class of the model, for messages.
         lengths (`list[int]`): in tokens, ascending.
         stride (`int`, *optional*): of protocols whose windows overlap; required there, refused elsewhere.
         tail (`int`, *optional*): tokens that protocol `"tail"` counts; required there, refused elsewhere.
@@ -60,15 +82,14 @@ def choose_protocol(
         InvalidParameterError: no such protocol, one that does not fit the model, an option where it has none, none
             where it has one, or one that cannot be.
     """
-    base = unwrap(model)
-    fitting = FITTING[model_kind((cls.__name__ for cls in type(base).__mro__), base.config)]
+    fitting = FITTING[kind]
     name = name or fitting[0]
     known = [protocol for protocols in FITTING.values() for protocol in protocols]
     if name not in known:
         raise InvalidParameterError(f"protocol is {name!r}; choose one of {', '.join(known)}")
     if name not in fitting:
         raise InvalidParameterError(
-            f"protocol {name!r} does not fit {type(base).__name__}; choose {' or '.join(map(repr, fitting))}"
+            f"protocol {name!r} does not fit {model}; choose {' or '.join(map(repr, fitting))}"
         )
     if stride is not None and name not in STRIDED:
         raise InvalidParameterError(

@@ -51,8 +51,9 @@ class TruncatedReader:
         nll = windows_nll(self.scorer, self.row, scored) if scored else np.empty(0)
         if near == list(windows):
             return nll
-        if self._far is None:
-            self._far = self._read_far()
+        if self._far is None:  # of tokens 1, 2, ... of the document; NaN where nothing is scored
+            far = self._far_windows()
+            self._far = np.append(np.full(far[0].first - 1, np.nan), windows_nll(self.scorer, self.row, far))
         pieces, taken = [], 0
         for window, own in zip(windows, near, strict=True):
             count = own.end - own.first
@@ -60,8 +61,6 @@ class TruncatedReader:
             taken += count
         return np.concatenate(pieces)
 
-    def _read_far(self) -> np.ndarray:
-        """NLL of tokens 1, 2, ... of the document; NaN where nothing is scored."""
+    def _far_windows(self) -> list[Window]:
         windows = sliding_windows(len(self.row), self.size, control_stride(self.size), self.bos)
-        windows = [window for window in windows if window.end > self.since]
-        return np.append(np.full(windows[0].first - 1, np.nan), windows_nll(self.scorer, self.row, windows))
+        return [window for window in windows if window.end > self.since]

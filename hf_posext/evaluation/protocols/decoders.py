@@ -16,7 +16,7 @@ from ..scoring.context_parallel import token_scorer
 from ..scoring.scorer import Memory, TokenScorer, require_finite
 from ..texts.tokens import TokenizedDocuments
 from .control import TruncatedReader
-from .protocol import Measurement, window_cost
+from .protocol import Measurement
 from .windows import Window, rolling_windows, sliding_windows, windows_nll
 
 GUARD_TOKENS = 64
@@ -87,8 +87,8 @@ class Prefix(OfDecoders):
         require_finite(nll, documents.ids[index], range(self.first(lengths[0]), lengths[-1]), scorer.culprit)
         return self._at(lengths, nll)
 
-    def cost(self, lengths: list[int], longest: int) -> float:
-        return window_cost(lengths[-1])
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        return lengths[-1:]
 
     def _window(self, lengths: list[int], end: int) -> Window:
         return Window(0, self.first(lengths[0]), end)
@@ -155,8 +155,8 @@ class ReadsWindows(OfDecoders, ABC):
             found.append(self.measurement(length, nll, windows))
         return found
 
-    def cost(self, lengths: list[int], longest: int) -> float:
-        return sum(window_cost(w.size) for length in lengths for w in self.windows(longest, length, False))
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        return [window.size for length in lengths for window in self.windows(longest, length, False)]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -88,8 +89,8 @@ class PerplexityProtocol(Protocol):
         Where a length is not above `trained_length` this is what `measure` gives, up to rounding.
         """
 
-    def cost(self, lengths: list[int], longest: int) -> float:
-        """Relative cost of one pass over a document of `longest` tokens, for balancing."""
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        """Tokens of each forward in one pass over a document of `longest` tokens, for progress and balancing."""
 
 
 def is_legacy(name: str) -> bool:
@@ -102,6 +103,6 @@ LINEAR_COST = 16_384
 width of a model. Costs balance work between processes, and need be no better than that."""
 
 
-def window_cost(size: int) -> float:
-    """Relative cost of a forward over `size` tokens."""
-    return float(size) * (size + LINEAR_COST)
+def cost_of(reads: Iterable[int]) -> float:
+    """Relative cost of forwards over so many tokens each."""
+    return float(sum(size * (size + LINEAR_COST) for size in reads))

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from ...errors import InvalidParameterError, UnsupportedModelError
 from ..scoring.heads import hidden_states, with_hidden_states
+from ..scoring.progress import tokens_read
 from ..scoring.room import Room
 from ..scoring.scorer import BATCH_TOKENS, WHOLE, Memory, require_finite
 from ..texts.tokens import TokenizedDocuments
-from .protocol import Measurement, window_cost
+from .protocol import Measurement
 from .special_tokens import FramedScorer, OfFramedTexts, plain_text, require_room
 
 SAMPLES = 64
@@ -62,12 +63,11 @@ class MaskedScorer(FramedScorer):
         if not self._checked:
             self._check(inputs[:1], at[:1])
         nll = torch.empty(len(inputs), device="cpu")
-
-        def score(begin: int, end: int) -> None:
-            logits = self._logits(inputs[begin:end], at[begin:end]).float().cpu()
-            nll[begin:end] = F.cross_entropy(logits, targets[begin:end], reduction="none")
-
-        self._texts.run(score, range(len(inputs)), cost=inputs.shape[1])
+        for part in self._texts.parts(range(len(inputs)), cost=inputs.shape[1]):
+            with part:
+                logits = self._logits(inputs[part.items], at[part.items]).float().cpu()
+                nll[part.items] = F.cross_entropy(logits, targets[part.items], reduction="none")
+                tokens_read(inputs[part.items].numel())
         self.look_at(nll[:, None], lambda row: self._logits(inputs[row : row + 1], at[row : row + 1]))
         return nll
 
@@ -145,5 +145,5 @@ class Pseudo(OfFramedTexts):
             found.append(Measurement(length, nll, first=None, places=at, tail=(scored + 1) // 2))
         return found
 
-    def cost(self, lengths: list[int], longest: int) -> float:
-        return sum(min(self.samples, length) * window_cost(length) for length in lengths)
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        return [length for length in lengths for _ in range(min(self.samples, length))]

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...errors import InvalidParameterError
+from ..scoring.progress import tokens_read
 from ..scoring.scorer import WHOLE, Memory, require_finite
 from ..texts.tokens import TokenizedDocuments
-from .protocol import Measurement, window_cost
+from .protocol import Measurement
 from .special_tokens import FramedScorer, OfFramedTexts, plain_text, require_room
 
 TARGETS = 128
@@ -61,6 +62,7 @@ class Seq2SeqScorer(FramedScorer):
         on_device = {name: ids[None].to(self.model.device) for name, ids in inputs.items()}
         logits = self.model(**on_device, use_cache=False).logits[0, len(self.before) :].float().cpu()
         nll = F.cross_entropy(logits, targets, reduction="none")
+        tokens_read(len(read) + len(given))
         self.look_at(nll[None], lambda row: self.model(**on_device, use_cache=False))
         return nll
 
@@ -103,5 +105,5 @@ class Seq2Seq(OfFramedTexts):
             found.append(Measurement(length, nll, first=end + documents.bos, tail=count))
         return found
 
-    def cost(self, lengths: list[int], longest: int) -> float:
-        return sum(map(window_cost, lengths))
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        return lengths

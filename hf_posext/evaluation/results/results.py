@@ -6,76 +6,41 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...decode import short
+from ...decode import Rules, decode, short
 from ...errors import EvaluationError, InvalidParameterError
 from ..texts.files import write_atomically
 from .positions import STRETCHES
+from .records import DocumentRecord, RetrievalRow, Row, required
 
 if TYPE_CHECKING:
     import pandas
 
 SCHEMA = 2
 
-ROW_KEYS = (
-    "method",
-    "factor",
-    "protocol",
-    "bos",
-    "dtype",
-    "length",
-    "perplexity",
-    "perplexity_tail",
-    "bits_per_byte",
-    "nll_sum",
-    "tokens",
-    "documents",
-    "ci95",
-    "perplexity_truncated",
-    "perplexity_truncated_tail",
-    "gain",
-    "gain_ci95",
-    "change",
-    "change_ci95",
-)
-"""What every row has, in this order; those of LongPPL and of pass keys follow where they were asked for."""
+ROW_KEYS = required(Row)
+"""Keys of every row, in this order; those of LongPPL and of passkeys follow where they were asked for."""
 
 LONGPPL_KEYS = ("longppl", "longppl_ci95", "longppl_truncated", "key_tokens")
 PASSKEY_KEYS = ("passkey", "passkey_trials")
-DOCUMENT_KEYS = (
-    "document",
-    "method",
-    "factor",
-    "length",
-    "first",
-    "nll_sum",
-    "tokens",
-    "bytes",
-    "tail_nll_sum",
-    "tail_tokens",
-    "groups",
-    "group_mean_sum",
-    "position_nll_sums",
-)
+DOCUMENT_KEYS = required(DocumentRecord)
 KEY_TOKEN_KEYS = ("key_nll_sum", "key_tokens")
-"""What documents have beside, where LongPPL was asked for."""
+"""What documents have in addition, where LongPPL was asked for."""
 
-RETRIEVAL_KEYS = ("method", "factor", "task", "length", "depth", "accuracy", "trials")
-TABLES = {
-    "rows": (ROW_KEYS, (*LONGPPL_KEYS, *PASSKEY_KEYS)),
-    "per_document": (DOCUMENT_KEYS, KEY_TOKEN_KEYS),
-    "retrieval": (RETRIEVAL_KEYS, ()),
-}
-"""What the entries of each list have, and may have."""
+RETRIEVAL_KEYS = required(RetrievalRow)
+TABLES: dict[str, type] = {"rows": Row, "per_document": DocumentRecord, "retrieval": RetrievalRow}
+"""The lists of results, and what their entries are."""
 
 INTERVALS = ("ci95", "gain_ci95", "change_ci95", "longppl_ci95")
-TEXTS = ("document", "method", "protocol", "bos", "dtype", "task")
-COUNTS = ("length", "tokens", "documents", "tail_tokens", "passkey_trials", "trials")
-OPTIONAL_COUNTS = ("first", "bytes", "groups", "key_tokens")
+SIZES = {**dict.fromkeys(INTERVALS, 2), "position_nll_sums": STRETCHES}
+"""How many numbers a list has."""
+
+RULES = Rules(EvaluationError, "measure again with this version", sys.float_info.max)
 
 
 @dataclass
@@ -167,19 +132,13 @@ class Results:
                 f"results have schema {data['schema']!r}; this version of hf_posext reads {SCHEMA}: "
                 "upgrade it, or measure again"
             )
-        _check_keys("results", data, ("schema", "provenance", "rows", "per_document"), ("short_context", "retrieval"))
+        missing = [key for key in ("provenance", "rows", "per_document") if key not in data]
+        unknown = sorted(set(data) - {"schema", "provenance", "short_context", *TABLES})
+        if missing or unknown:
+            raise EvaluationError(f"results lack {missing} and have unknown {unknown}; {RULES.remedy}")
         _check_provenance(data["provenance"])
-        tables = {name: data.get(name, []) for name in ("rows", "per_document", "retrieval")}
-        for name, table in tables.items():
-            if not isinstance(table, list):
-                raise EvaluationError(f"{name} of the results is {type(table).__name__}, not a list")
-            keys, optional = TABLES[name]
-            for index, entry in enumerate(table):
-                _check_keys(f"{name}[{index}]", entry, keys, optional)
-                for key, value in entry.items():
-                    if not _fits(key, value):
-                        raise EvaluationError(f"{name}[{index}] has {key} {short(value)}; measure again")
-        return cls(dict(data["provenance"]), **{name: [dict(row) for row in table] for name, table in tables.items()})
+        tables = {name: _table(name, data.get(name, [])) for name in TABLES}
+        return cls(dict(data["provenance"]), **tables)
 
     def save_json(self, path: str | Path) -> Path:
         """Write the results; a file that is there stays whole until the new one is (atomic replacement)."""
@@ -260,29 +219,17 @@ def _check_provenance(provenance: Any) -> None:
             raise EvaluationError(f"provenance has {key} {short(value)}; measure again")
 
 
-def _fits(key: str, value: Any) -> bool:
-    """Whether a row or a document may have this value."""
-    if key in TEXTS:
-        return isinstance(value, str)
-    if value is None and key not in COUNTS:
-        return True
-    if key in (*COUNTS, *OPTIONAL_COUNTS):
-        return isinstance(value, int) and _is_number(value)
-    if key in INTERVALS:  # an end that is not finite was written as null
-        return isinstance(value, list) and len(value) == 2 and all(end is None or _is_number(end) for end in value)
-    if key == "position_nll_sums":
-        return isinstance(value, list) and len(value) == STRETCHES and all(map(_is_number, value))
-    return _is_number(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_keys(name: str, entry: Any, keys: Iterable[str], optional: Iterable[str] = ()) -> None:
-    if not isinstance(entry, Mapping):
-        raise EvaluationError(f"{name} is {type(entry).__name__}, not a JSON object")
-    missing = [key for key in keys if key not in entry]
-    unknown = sorted(set(entry) - {*keys, *optional})
-    if missing or unknown:
-        raise EvaluationError(f"{name} lacks {missing} and has unknown {unknown}; measure again with this version")
+def _table(name: str, entries: Any) -> list[dict[str, Any]]:
+    """The entries of a list of results, decoded."""
+    if not isinstance(entries, list):
+        raise EvaluationError(f"{name} of the results is {type(entries).__name__}, not a list")
+    records = []
+    for index, entry in enumerate(entries):
+        record: dict[str, Any] = decode(TABLES[name], entry, f"{name}.{index}", RULES)
+        records.append(record)
+        for key, value in record.items():
+            if isinstance(value, int) and value < 0:  # the other numbers are floats
+                raise EvaluationError(f"{name}.{index}.{key} is {value}; a count of 0 or more belongs there")
+            if isinstance(value, list) and len(value) != SIZES[key]:
+                raise EvaluationError(f"{name}.{index}.{key} is {short(value)}; {SIZES[key]} numbers belong there")
+    return records

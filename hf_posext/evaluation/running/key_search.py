@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -15,14 +14,13 @@ from torch import nn
 from ...errors import EvaluationError, InvalidParameterError
 from ...patching.modes import evaluation_mode
 from ..contrast.key_tokens import Criterion, KeyTokens, check_criterion, check_reads, evaluator_name, find_in_row
-from ..protocols.protocol import window_cost
 from ..scoring.context_parallel import token_scorer
 from ..scoring.scorer import TokenScorer
 from ..texts.alignment import TokensRead, read_by
-from .engine import Key, State, Unit, measure
-from .readings import Reading
-from .run_journal import RunJournal
-from .setup import Setup
+from .journal import RunJournal
+from .runner import Stage, measure
+from .setup import Request, Setup
+from .tasks import MethodRun, Task, task_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,11 +89,10 @@ class KeySearch:
             EvaluationError: the evaluator failed on every document.
         """
         ids = self.given.ids
-        names: dict[str, Key] = {id: ("keys", self.evaluator, id) for id in ids}
-        units = [Unit(names[id], self._cost(index), partial(self._find, index)) for index, id in enumerate(ids)]
-        state = State(f"key tokens by {self.evaluator}", self.enter, units)
-        outcomes = measure([state], accelerator=accelerator, journal=journal)
-        found = {id: outcomes[names[id]] for id in ids}
+        tasks = {id: self._task(index, id) for index, id in enumerate(ids)}
+        stage = Stage(f"key tokens by {self.evaluator}", self.enter, list(tasks.values()), self._find)
+        outcomes = measure([stage], accelerator=accelerator, journal=journal)
+        found = {id: outcomes[task] for id, task in tasks.items()}
         failures = {id: one.failure for id, one in found.items() if one.failure is not None}
         if len(failures) == len(ids):
             raise EvaluationError(
@@ -116,61 +113,90 @@ class KeySearch:
         keys = KeyTokens(indices, documents.length, total, self.evaluator, self.criterion, documents.start)
         return FoundKeys(keys, failures)
 
-    def _find(self, index: int) -> dict[str, Any]:
-        found = find_in_row(self.scorer, self.given, index, self.criterion)
+    def _find(self, task: Task) -> dict[str, Any]:
+        found = find_in_row(self.scorer, self.given, self.given.ids.index(str(task.document)), self.criterion)
         return {"indices": found.indices, "found": found.found}
 
-    def _cost(self, index: int) -> float:
+    def _task(self, index: int, id: str) -> Task:
         length, size = len(self.given.rows[index]), self.criterion.short_length + self.criterion.stride
         windows = 1 + max(0, length - size) // self.criterion.stride
-        return window_cost(length) + windows * window_cost(min(size, length))
+        reads = [length, *[min(size, length)] * windows]
+        return task_of("keys", self.evaluator, 1.0, self.setup.lengths[-1:], reads, document=id)
 
 
-def key_search(
-    setup: Setup,
-    evaluator: Evaluator | None,
-    asked: Mapping[str, float | None],
-    trained_length: int | None,
-    methods: Sequence[tuple[Reading, Enter]],
-) -> KeySearch | None:
+def check_key_search(request: Request, trained_length: int | None, labels: Sequence[str]) -> Criterion | None:
     """
-    The search that was asked for, checked.
+    The criterion of key tokens, if they are asked for, checked before documents are read.
 
     Args:
-        setup ([`Setup`]): what is measured.
-        evaluator (*optional*): as `longppl` of [`compare`]; there is no search without one.
-        asked (`Mapping[str, float or None]`): `alpha`, `beta` and `short_length` of [`compare`], as far as given.
+        request ([`Request`]): what is to be measured.
         trained_length (`int`, *optional*): of the measured model.
-        methods (`Sequence[tuple[Reading, Callable]]`): what may be meant by a label, and what puts it in force.
+        labels (`Sequence[str]`): names of the methods, as `"yarn x8"`.
 
     Raises:
         InvalidParameterError: a label that none has or several have, a protocol that does not score every token, or
-            an evaluator or a criterion that cannot be.
+            a criterion that cannot be.
     """
-    if evaluator is None:
+    config = request.config
+    asked = {"alpha": config.alpha, "beta": config.beta, "short_length": config.short_length}
+    if config.longppl is None:
         for name, value in asked.items():
             if value is not None:
                 raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL; give longppl=, too")
         return None
-    if setup.protocol.name not in WHOLE:
+    if request.protocol.name not in WHOLE:
         raise InvalidParameterError(
-            f"longppl needs the NLL of every token given all tokens before it, which protocol {setup.protocol.name!r} "
-            f"does not give; choose {', '.join(WHOLE)}, or leave longppl out"
+            f"longppl needs the NLL of every token given all tokens before it, which protocol "
+            f"{request.protocol.name!r} does not give; choose {', '.join(WHOLE)}, or leave longppl out"
         )
-    criterion = default_criterion(asked, trained_length, setup.documents.length)
+    criterion = default_criterion(asked, trained_length, request.lengths[-1])
+    if isinstance(config.longppl, str):
+        _find_label(config.longppl, labels)
+        check_criterion(criterion, request.lengths[-1])
+    return criterion
+
+
+def key_search(
+    setup: Setup, criterion: Criterion | None, methods: Sequence[tuple[MethodRun, Enter]]
+) -> KeySearch | None:
+    """
+    The search that was asked for.
+
+    Args:
+        setup ([`Setup`]): what is measured.
+        criterion ([`Criterion`], *optional*): as [`check_key_search`] gives it; there is no search without one.
+        methods (`Sequence[tuple[MethodRun, Callable]]`): what may be meant by a label, and what puts it in force.
+
+    Raises:
+        InvalidParameterError: an evaluator that cannot read the documents, or a criterion that cannot be.
+    """
+    if criterion is None:
+        return None
+    evaluator = setup.config.longppl
     if isinstance(evaluator, str):
-        reading, enter = _method(evaluator, methods)
+        run, enter = methods[_find_label(evaluator, [run.name for run, _ in methods])]
         given = read_by(None, setup.tokenizer, setup.texts, setup.documents)
-        search = KeySearch(setup, reading.name, reading.scorer, given, criterion, enter)
+        search = KeySearch(setup, run.name, run.scorer, given, criterion, enter)
     else:
         model, tokenizer = evaluator if isinstance(evaluator, tuple) else (evaluator, None)
         given = read_by(tokenizer, setup.tokenizer, setup.texts, setup.documents)
         check_reads(model, given.rows)
-        scorer = token_scorer(model, setup.options.memory)
+        scorer = token_scorer(model, setup.memory)
         name = evaluator_name(model)
         search = KeySearch(setup, name, scorer, given, criterion, lambda: evaluation_mode(scorer.model))
     check_criterion(criterion, max(len(row) for row in given.rows))
     return search
+
+
+def _find_label(label: str, names: Sequence[str]) -> int:
+    """Index of the method that is meant by its label, or by its name with the factor."""
+    meant = [index for index, name in enumerate(names) if label in (name, name.rpartition(" x")[0])]
+    if len(meant) != 1:
+        raise InvalidParameterError(
+            f"longppl is {label!r}, which {'several' if meant else 'none'} of the methods are: {', '.join(names)}; "
+            "give one of these, or a model (on the command line its folder or Hub id, with a slash in it)"
+        )
+    return meant[0]
 
 
 def default_criterion(asked: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
@@ -189,14 +215,3 @@ def default_criterion(asked: Mapping[str, Any], trained_length: int | None, long
     given = {name: value for name, value in asked.items() if value is not None}
     short = given.setdefault("short_length", min(4096, (trained_length or longest) // 2, longest // 2))
     return Criterion(**given, stride=max(1, short // 4))
-
-
-def _method(label: str, methods: Sequence[tuple[Reading, Enter]]) -> tuple[Reading, Enter]:
-    found = [(reading, enter) for reading, enter in methods if label in (reading.label, reading.name)]
-    if len(found) != 1:
-        names = ", ".join(reading.name for reading, _ in methods)
-        raise InvalidParameterError(
-            f"longppl is {label!r}, which {'several' if found else 'none'} of the methods are: {names}; give one of "
-            "these, or a model (on the command line its folder or Hub id, with a slash in it)"
-        )
-    return found[0]

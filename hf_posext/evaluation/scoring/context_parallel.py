@@ -17,6 +17,7 @@ from ...errors import InvalidParameterError, UnsupportedModelError
 from ...patching import find_patch
 from .distribution import shares_texts
 from .heads import deviation
+from .progress import tokens_read
 from .scorer import Memory, TokenScorer, logits_nll
 
 if TYPE_CHECKING:
@@ -72,10 +73,11 @@ class ContextParallelScorer(TokenScorer):
                 "prefill_chunk and context parallelism both divide a text; leave prefill_chunk out"
             )
         super().__init__(model, memory)
+        self._windows.gives_way = False
         self._accelerator: Any = memory.accelerator
         self._checked: Any = self  # the patch with which shares were compared; none so far
 
-    def _shrinking_nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
+    def _nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
         patch = find_patch(self.model)
         if self._checked is not patch:
             self._compare(input_ids[:1, : PROBE_TOKENS * self._accelerator.num_processes])
@@ -97,17 +99,16 @@ class ContextParallelScorer(TokenScorer):
             read = head.read(ids, position_ids=positions, use_cache=False)
 
             own = torch.empty(rows, ids.shape[1], device=ids.device)
-
-            def score(begin: int, end: int) -> None:
-                logits = head.logits(read, begin, end)
-                own[:, begin:end] = logits_nll(logits, targets[:, begin:end])
-
-            self._logits.run(score, range(ids.shape[1]), cost=rows)
+            for part in self._logits.parts(range(ids.shape[1]), cost=rows):
+                with part:
+                    logits = head.logits(read, part.begin, part.end)
+                    own[:, part.items] = logits_nll(logits, targets[:, part.items])
+        tokens_read(rows * length)
         nll, order = (_side_by_side(self._accelerator.gather(part), rows) for part in (own, places))
         return nll.gather(1, order.argsort(dim=1))[:, first - 1 : length - 1].cpu()
 
     def _compare(self, input_ids: torch.Tensor) -> None:
-        whole = self._nll(input_ids, 1, last_read=True)
+        whole = super()._nll(input_ids, 1, last_read=True)
         shared = self._shared_nll(input_ids, 1, last_read=True)
         by = deviation(shared.to(self.model.dtype), whole.to(self.model.dtype))
         if by is not None:

@@ -109,18 +109,38 @@ def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T
     """
     if processes_of(accelerator) == 1:
         return [work()]
+    result: T | None = None
+    ended: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        ended = error
+    return exchange(result, ended, accelerator)  # type: ignore[arg-type]  # there is a result where nothing ended it
+
+
+def exchange(result: T, ended: Exception | None, accelerator: Accelerator | None) -> list[T]:
+    """
+    Results of all processes, in their order, once each has ended its share. Every process has to call it.
+
+    Args:
+        result (`Any`): of this process; can be pickled.
+        ended (`Exception`, *optional*): why its share ended early.
+        accelerator (`Accelerator`, *optional*): of the processes; without one there is only this process.
+
+    Raises:
+        Exception: `ended`; on the other processes the same if it is a [`PosExtError`], else an [`EvaluationError`].
+    """
+    if processes_of(accelerator) == 1:
+        if ended is not None:
+            raise ended
+        return [result]
     from accelerate.utils import gather_object
 
-    own: Exception | None = None
-    share: tuple[T | None, PosExtError | None]
-    try:
-        share = (work(), None)
-    except Exception as error:
-        own, rank = error, rank_of(accelerator)
-        told = error if isinstance(error, PosExtError) else None
-        share = (None, told or EvaluationError(f"process {rank} failed: {type(error).__name__}: {error}"))
-    shares = gather_object([share])
+    known = ended if ended is None or isinstance(ended, PosExtError) else None
+    if ended is not None and known is None:
+        known = EvaluationError(f"process {rank_of(accelerator)} failed: {type(ended).__name__}: {ended}")
+    shares = gather_object([(None if ended else result, known)])
     errors = [error for _, error in shares if error is not None]
     if errors:
-        raise own or errors[0]
-    return [result for result, _ in shares]
+        raise ended or errors[0]
+    return [share for share, _ in shares]

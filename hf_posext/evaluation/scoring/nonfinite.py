@@ -13,6 +13,12 @@ from torch import nn
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A part of a path that is a number."""
 
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that are looked at; quantised ones cannot hold what is not finite, or not be asked."""
+
+DAMAGED = "weights that are not finite themselves"
+"""How a source begins that no dtype and no factor would change."""
+
 
 class Scorer:
     """
@@ -49,6 +55,10 @@ def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
         model (`torch.nn.Module`): with the patch that is in force.
         run (`Callable`): runs the model once more on what gave such values; its result is not looked at.
     """
+    weights = ((name, weight) for name, weight in model.named_parameters() if weight.dtype in COMPUTED)
+    damaged = next((name for name, weight in weights if not bool(torch.isfinite(weight).all())), None)
+    if damaged is not None:
+        return f"{DAMAGED}: {family(damaged)}"
     found: list[str] = []
 
     def look(path: str) -> Callable[..., None]:

@@ -19,9 +19,10 @@ from ...patching.detect import unwrap
 from ...patching.input_length import forget_length
 from ..texts.files import portable
 from .heads import PROBE_LENGTH, Head, deviation, find_head
-from .nonfinite import Scorer
-from .prefill import Chunk, Prefill
-from .room import Room, first_line, ran_out
+from .nonfinite import DAMAGED, Scorer
+from .prefill import Prefill
+from .progress import tokens_read
+from .room import Room
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -132,40 +133,32 @@ class TokenScorer(Scorer):
             self._find_head(input_ids[:1, :PROBE_LENGTH])
         nll = torch.empty(len(input_ids), input_ids.shape[1] - first, device="cpu")
 
-        def score(begin: int, end: int) -> None:
-            nll[begin:end] = self._shrinking_nll(input_ids[begin:end], first, last_read)
+        # Where memory runs out there are fewer rows at a time, and of a single row shorter chunks.
+        def shorten(reason: str) -> None:
+            self._prefill.shorten(input_ids[:1], reason)
 
-        self._windows.run(score, range(len(input_ids)), cost=input_ids.shape[1])
-        self.look_at(nll, lambda row: self._shrinking_nll(input_ids[row : row + 1], first, last_read))
+        for part in self._windows.parts(range(len(input_ids)), cost=input_ids.shape[1], otherwise=shorten):
+            with part:
+                nll[part.items] = self._nll(input_ids[part.items], first, last_read)
+        self.look_at(nll, lambda row: self._nll(input_ids[row : row + 1], first, last_read))
         return nll
 
-    def _shrinking_nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
-        """NLL of rows that go together, in chunks; of one row shorter ones are tried where memory runs out."""
-        while True:
-            try:
-                return self._nll(input_ids, first, last_read)
-            except RuntimeError as error:
-                if len(input_ids) > 1 or not ran_out(error):
-                    raise
-                reason = first_line(error)
-            self._prefill.shorten(input_ids, reason)
-
     def _nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
+        """NLL of rows that go through the model together, chunk by chunk."""
         assert self._head is not None
-        head, targets = self._head, input_ids[:, 1:]
+        targets = input_ids[:, 1:]
         forget_length(self.model)
         # Not a list of pieces: they would lie between the large tensors that come and go, and keep the room of those
         # from being used again.
         nll = torch.empty(targets.shape[0], targets.shape[1] - first + 1, device=targets.device)
-        for chunk in self._prefill.chunks(head, input_ids if last_read else input_ids[:, :-1]):
+        for chunk in self._prefill.chunks(self._head, input_ids if last_read else input_ids[:, :-1]):
             rows = range(max(chunk.begin, first - 1), min(chunk.end, targets.shape[1]))
-
-            def score(begin: int, end: int, chunk: Chunk = chunk) -> None:
-                logits = head.logits(chunk.read, begin - chunk.begin, end - chunk.begin)
-                wanted = targets[:, begin:end].to(logits.device)
-                nll[:, begin - first + 1 : end - first + 1] = logits_nll(logits, wanted)
-
-            self._logits.run(score, rows, cost=len(input_ids))
+            for part in self._logits.parts(rows, cost=len(input_ids)):
+                with part:
+                    logits = self._head.logits(chunk.read, part.begin - chunk.begin, part.end - chunk.begin)
+                    wanted = targets[:, part.items].to(logits.device)
+                    nll[:, part.begin - first + 1 : part.end - first + 1] = logits_nll(logits, wanted)
+            tokens_read(len(input_ids) * (chunk.end - chunk.begin))
         return nll.cpu()
 
     def _find_head(self, input_ids: torch.Tensor) -> None:
@@ -231,9 +224,13 @@ def require_finite(
     if len(bad):
         first = tokens[int(bad[0])] if tokens else int(bad[0]) + 1
         source = "" if culprit is None else f", from {culprit()}"
+        remedy = (
+            "load another checkpoint, since this one is damaged"
+            if source.startswith(f", from {DAMAGED}")
+            else "load the model with dtype=torch.float32 or bfloat16, or choose a smaller factor"
+        )
         raise NonFiniteError(
-            f"logits are not finite in document {document!r}, first at token {first}{source}; "
-            "load the model with dtype=torch.float32 or bfloat16, or choose a smaller factor"
+            f"logits are not finite in document {document!r}, first at token {first}{source}; {remedy}"
         )
 
 

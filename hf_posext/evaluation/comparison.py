@@ -1,0 +1,193 @@
+"""Before and after: methods side by side on the same tokens, against the control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import AlreadyPatchedError
+from ..patching import detect_scheme, find_patch, patch_model, unwrap
+from ..patching.modes import evaluation_mode, outer_weights
+from .config import EvaluationConfig
+from .results.results import Results
+from .running.journal import open_journal, run_identity
+from .running.key_search import Enter, check_key_search, key_search
+from .running.runner import Stage, measure
+from .running.setup import Setup, check_request, plan_comparison, prepare, try_plans
+from .running.tasks import Assembly, MethodRun, Outcomes, control_run, method_run, name_of
+
+if TYPE_CHECKING:
+    import datasets
+    from accelerate import Accelerator
+
+    from ..methods.base import Method
+    from ..plan import ExtensionPlan
+    from .contrast.key_tokens import Criterion
+    from .texts.documents import Document
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
+    methods: Sequence[str | Method],
+    config: EvaluationConfig | None = None,
+    *,
+    journal: str | Path | None = None,
+    accelerator: Accelerator | None = None,
+    on_method: Callable[[Results], None] | None = None,
+    **settings: Any,
+) -> Results:
+    """
+    Perplexity, gain over the control, and retrieval of several methods on one model.
+
+    All methods are planned before documents are read, so that a mistake costs no hours; those that do not apply to
+    the model are left out, with the reason in `provenance["not_applicable"]`. The control is measured once; `none`,
+    where it is asked for, is measured first, since the others are compared with it. A document that fails under one
+    method (logits that are not finite, a lack of memory) is left out of all, with the reason in
+    `provenance["left_out"]`. The model is restored after each method, also after an exception or Ctrl-C.
+
+    ```python
+    compare(model, tokenizer, documents, ["none", "yarn"], lengths=[512, 4096], factor=8)
+    compare(model, tokenizer, documents, ["none", "yarn"], EvaluationConfig(lengths=[512, 4096], factor=8))
+    ```
+
+    | column | meaning |
+    |---|---|
+    | `perplexity`, `perplexity_tail` | of all tokens that the protocol scores, and of the second half of them |
+    | `bits_per_byte` | NLL in bits by bytes of the scored text, across tokenizers; not of `legacy-longlora` |
+    | `nll_sum`, `tokens`, `documents` | what the perplexity comes from; sums in nats |
+    | `protocol`, `bos`, `dtype` | how it was measured |
+    | `ci95` | 95 % bootstrap interval of `perplexity` over documents |
+    | `perplexity_truncated`, `perplexity_truncated_tail` | the same, unpatched, context cut to the trained length |
+    | `gain`, `gain_ci95` | `perplexity_truncated_tail / perplexity_tail`, paired: above 1 the longer context helps |
+    | `change`, `change_ci95` | `perplexity / unpatched perplexity - 1`, paired; beyond that if `none` is measured |
+    | `longppl`, `longppl_ci95`, `key_tokens` | perplexity of the key tokens at the longest length; how many they are |
+    | `longppl_truncated` | of the same tokens, unpatched, context cut to the trained length |
+    | `passkey`, `passkey_trials` | share of passkeys found, of how many |
+
+    `results.retrieval` contains what was retrieved, by method, task, length and depth.
+
+    Args:
+        model (`PreTrainedModel`): a language model (causal, masked or encoder-decoder) without a patch.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        documents (`list[Document]`, or what [`load_documents`] takes): the texts. Ids that repeat are numbered.
+        methods (`Sequence[str | Method]`): names, with hyper-parameters or without (`"rerope(window=384)"`), or method
+            objects; of any schemes.
+        config ([`EvaluationConfig`], *optional*): the settings.
+        journal (`str` or `Path`, *optional*): a file, `journal.jsonl` say, to which every finished document is
+            appended; if it exists, the run continues from it. It is kept at the end. It has one writer at a time.
+        accelerator (`Accelerator`, *optional*): shares the documents out over its processes; results are the same to
+            the bit on any number of them. The model is on each, on `accelerator.device`.
+        on_method (`Callable[[Results], None]`, *optional*): called with the results so far after each method, so that
+            what is finished can be saved; on several processes once, on each, at the end.
+        settings: fields of [`EvaluationConfig`], which take precedence over `config`.
+
+    Returns:
+        [`Results`]: one row per method and length, on every process.
+
+    Raises:
+        AlreadyPatchedError: the model has a patch.
+        InvalidParameterError: an unknown setting, or lengths, a protocol, its options or methods that cannot be.
+        DocumentError, UnsupportedModelError, EvaluationError, JournalError: as [`evaluate_perplexity`].
+        UnknownMethodError: no such method.
+        MethodNotApplicableError: no method applies to the model, or none except `none`.
+    """
+    base = unwrap(model)
+    present = find_patch(base)
+    if present is not None:
+        raise AlreadyPatchedError(
+            f"the model has the patch {present.plan.method!r} in force, and a comparison begins unpatched; "
+            "call unpatch_model(model) first"
+        )
+    settled = EvaluationConfig.of(config, **settings)
+    request = check_request(settled, detect_scheme(base), base, accelerator)
+    plans, not_applicable = plan_comparison(request, methods)
+    plans = try_plans(base, plans, not_applicable)
+    trained_length = plans[0].original_length
+    criterion = check_key_search(request, trained_length, [name_of(plan) for plan in plans])
+
+    setup = prepare(request, model, tokenizer, documents)
+    runs = [method_run(setup, plan, settled.passkey, request.questions) for plan in plans]
+    patches: list[Enter] = [partial(patch_model, base, plan, tokenizer=tokenizer) for plan in plans]
+    return measure_runs(
+        setup,
+        list(zip(runs, patches, strict=True)),
+        control_run(setup, setup.scorer, trained_length),
+        plans,
+        criterion,
+        unpatched=plans[0].changes_nothing,
+        facts={"trained_length": trained_length, "not_applicable": not_applicable},
+        identity={"trained_length": trained_length, "passkey": settled.passkey},
+        models=[model],
+        journal=journal,
+        accelerator=accelerator,
+        on_method=on_method,
+    )
+
+
+def measure_runs(
+    setup: Setup,
+    methods: list[tuple[MethodRun, Enter]],
+    control: MethodRun | None,
+    plans: Sequence[ExtensionPlan | None],
+    criterion: Criterion | None,
+    *,
+    unpatched: bool = False,
+    facts: dict[str, Any],
+    identity: dict[str, Any],
+    models: Sequence[nn.Module],
+    journal: str | Path | None,
+    accelerator: Accelerator | None,
+    on_method: Callable[[Results], None] | None = None,
+) -> Results:
+    """
+    Measure the control and the methods, one after another, and assemble results; key tokens are found first.
+
+    Args:
+        setup ([`Setup`]): the documents, and how they are read.
+        methods (`list[tuple[MethodRun, Callable]]`): each with what puts it in force.
+        control ([`MethodRun`], *optional*): the control.
+        plans (`Sequence[ExtensionPlan | None]`): in force, one after another.
+        criterion ([`Criterion`], *optional*): of key tokens, where they are asked for.
+        unpatched (`bool`, *optional*, defaults to `False`): whether the first method is the unpatched model.
+        facts (`dict`): for the provenance.
+        identity (`dict`): what the numbers depend on, beyond the setup.
+        models (`Sequence[torch.nn.Module]`): to be measured, with their wrappers.
+        journal, accelerator, on_method: as in [`compare`].
+    """
+    runs, enters = [run for run, _ in methods], [enter for _, enter in methods]
+    search = key_search(setup, criterion, methods)
+    bare = list(dict.fromkeys(run.scorer.model for run in ([control] if control else []) + runs))
+    depends = {**identity, **setup.questions.facts, **(search.identity if search else {})}
+    whole_identity = run_identity(setup, [*bare, *(search.others if search else [])], plans, **depends)
+    with ExitStack() as stack:
+        for sharded in models:
+            stack.enter_context(outer_weights(sharded))
+        for one in bare:
+            stack.enter_context(evaluation_mode(one))
+        written = stack.enter_context(open_journal(journal, whole_identity, accelerator))
+        if search is not None:
+            found = search.run(accelerator, written)
+            runs = [replace(run, keys=found.keys) for run in runs]
+            control = control and replace(control, keys=found.keys)
+            facts = facts | found.facts
+        assembly = Assembly(runs, control, runs[0] if unpatched else None, facts)
+
+        def report(outcomes: Outcomes) -> None:
+            so_far = assembly.results(outcomes)
+            if on_method is not None and so_far.rows:
+                on_method(so_far)
+
+        stages = [Stage(control.name, nullcontext, control.tasks, control.measure)] if control else []
+        stages += [Stage(run.name, enter, run.tasks, run.measure) for run, enter in zip(runs, enters, strict=True)]
+        outcomes = measure(
+            stages, accelerator=accelerator, journal=written, on_stage=None if on_method is None else report
+        )
+    return assembly.results(outcomes)

@@ -1,0 +1,139 @@
+"""The settings of a measurement, declared once: Python keywords, YAML files and flags derive from this class."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ..errors import InvalidParameterError
+
+RENAMED = {"original_length": "trained_length"}
+"""Settings by their earlier names, which are accepted for one release."""
+
+
+def renamed(old: str, old_value: Any, new: str, new_value: Any, *, stacklevel: int = 3) -> Any:
+    """Value of an argument that has a new name, given under either; the old one is deprecated."""
+    if old_value is None:
+        return new_value
+    warnings.warn(f"{old} is now called {new}; pass {new}={old_value!r}", DeprecationWarning, stacklevel=stacklevel)
+    return old_value if new_value is None else new_value
+
+
+def _setting(help: str, default: Any = None, **flag: Any) -> Any:
+    """A setting with its help, and what its flag has beside that."""
+    return field(default=default, metadata={"help": help, "flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """
+    Settings of [`compare`] and [`evaluate_perplexity`].
+
+    Each field is a keyword argument in Python, a line of a YAML file, and a flag of `hf-posext compare` and
+    `evaluate`. `None` means the default that depends on the model or on other settings.
+
+    Args:
+        lengths (`Sequence[int]`): context lengths in tokens.
+        factor (`float`, *optional*): factor of the methods that do not contain one; of [`compare`] only.
+        target_length (`int`, *optional*): tokens, instead of a factor; of [`compare`] only.
+        trained_length (`int`, *optional*): trained length in tokens, where the config is wrong about it; also the
+            control's.
+        protocol (`str`, *optional*): for a causal language model `"prefix"` ([`Prefix`]), `"sliding"` ([`Sliding`]),
+            `"rolling"` ([`Rolling`]), `"tail"` ([`Tail`]), or an average as once published, `"legacy-yarn"` or
+            `"legacy-longlora"`; `"pseudo"` ([`Pseudo`]) for an encoder, `"seq2seq"` ([`Seq2Seq`]) for an
+            encoder-decoder. The first that fits the model if not given.
+        stride (`int`, *optional*): tokens that overlapping windows move by (`"sliding"`, legacy protocols); required
+            there, refused elsewhere.
+        tail (`int`, *optional*): tokens that protocol `"tail"` counts; required there, refused elsewhere.
+        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
+        passkey (`int`, *optional*, defaults to 0): passkey trials at each length; 0 for none.
+        retrieval (`int`, *optional*, defaults to 0): trials of each task at each length and depth; 0 for none.
+        tasks (`Sequence[str]`, *optional*): tasks of retrieval, see [`task_prompt`]; all by default.
+        depths (`Sequence[float]`, *optional*): depths of retrieval, from 0 (beginning) to 1 (end); by default five.
+        longppl (`str`, `PreTrainedModel` or `tuple`, *optional*): finds the key tokens of LongPPL
+            ([`find_key_tokens`]), once, at the longest length, for all methods and the control. The label of one of
+            the methods (`"yarn"`, or `"yarn x8"` where it has several factors), which is thereby favoured; or another
+            model that reads this length well; or `(model, tokenizer)`, if its tokenizer is another.
+        alpha (`float`, *optional*): nats that the long context must gain for a token to be key; 2, as in the paper.
+        beta (`float`, *optional*): log-probability, in nats, that a key token must have given the long context; -2, as
+            in the paper.
+        short_length (`int`, *optional*): tokens of LongPPL's short context, which moves by a quarter of it; by default
+            half of the trained length, or of the longest if that is less, at most the paper's 4096.
+        prefill_chunk (`int`, *optional*): tokens that go through the model at a time, those before them in a KV cache;
+            bounds memory. All at once by default.
+        offload_cache (`bool`, *optional*, defaults to `False`): keep that cache on the CPU.
+        seed (`int`, *optional*, defaults to 0): seed of the bootstrap and of the passkeys.
+    """
+
+    lengths: Sequence[int] = field(metadata={"help": "Context lengths in tokens, with commas between them."})
+    factor: float | None = _setting("How many times the trained length to read.", of="compare")
+    target_length: int | None = _setting("Tokens to read, instead of a factor.", of="compare")
+    trained_length: int | None = _setting("Trained length, if the config is wrong about it.")
+    passkey: int = _setting("Passkey trials at each length; 0 for none.", 0, min=0)
+    retrieval: int = _setting("Trials of each task at each length and depth; 0 for none.", 0, min=0)
+    tasks: Sequence[str] | None = _setting(
+        "Of --retrieval: passkey, multi-key, multi-value, variable-tracking, common-words; all if not given."
+    )
+    depths: Sequence[float] | None = _setting(
+        "Of --retrieval: places in the text from 0 to 1; 0,0.25,0.5,0.75,1 if not given."
+    )
+    longppl: Any = _setting(
+        "Perplexity of key tokens, found by one of the methods (its label), or by a model (a folder or Hub id, with a "
+        "slash in it).",
+        metavar="EVALUATOR",
+    )
+    alpha: float | None = _setting(
+        "Of --longppl: nats that the long context gains on a key token; the paper's 2 if not given."
+    )
+    beta: float | None = _setting(
+        "Of --longppl: log-probability of a key token at the least, nats; the paper's -2 if not given."
+    )
+    short_length: int | None = _setting(
+        "Of --longppl: tokens of the short context; by default half the trained length, at most 4096."
+    )
+    protocol: str | None = _setting(
+        "prefix, sliding, rolling, tail, legacy-yarn, legacy-longlora (decoders), pseudo (encoders), seq2seq; by the "
+        "model if not given."
+    )
+    stride: int | None = _setting("Tokens that windows move by, where they overlap.")
+    tail: int | None = _setting("Tokens that protocol tail counts.")
+    start: int = _setting("Tokens to leave out at the beginning of each document.", 0)
+    prefill_chunk: int | None = _setting("Tokens read at a time, to save memory; all if not given.")
+    offload_cache: bool = _setting("With --prefill-chunk: KV cache on the CPU.", False)
+    seed: int = _setting("Seed of passkeys and bootstrap intervals.", 0)
+
+    @classmethod
+    def of(cls, config: EvaluationConfig | None = None, **settings: Any) -> EvaluationConfig:
+        """
+        A config with some of its settings replaced, or a new one.
+
+        Args:
+            config ([`EvaluationConfig`], *optional*): the others come from here.
+            settings: fields of this class, by name.
+
+        Raises:
+            InvalidParameterError: a name that is not a field, or no lengths.
+        """
+        for old, new in RENAMED.items():
+            if old in settings:
+                settings[new] = renamed(old, settings.pop(old), new, settings.get(new), stacklevel=4)
+        known = [entry.name for entry in fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                guess = f"did you mean {near[0]!r}? " if near else ""
+                raise InvalidParameterError(f"unknown setting {name!r}; {guess}there are: {', '.join(known)}")
+        if config is not None:
+            return replace(config, **settings)
+        if "lengths" not in settings:
+            raise InvalidParameterError("Expected lengths, got none. Pass lengths=[512, 1024].")
+        return cls(**settings)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings in plain JSON types, for the provenance of results; models by `None`."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values["longppl"] = self.longppl if isinstance(self.longppl, str) else None
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
