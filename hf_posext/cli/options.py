@@ -14,6 +14,7 @@ import typer
 
 from ..errors import InvalidParameterError
 from ..evaluation.config import EvaluationConfig
+from ..packages import require
 from .settings import NEVER, use_config
 
 Number = TypeVar("Number", int, float)
@@ -68,6 +69,7 @@ def measuring(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
+        require("eval")
         given["trained_length"] = renamed_length(given["context"], given["trained_length"], given["original_length"])
         values = {parameter.name: given.pop(parameter.name) for parameter in derived}
         del values["original_length"]
