@@ -97,7 +97,6 @@ def test_gains_of_documents_of_one_id_are_of_each(caplog: pytest.LogCaptureFixtu
         "factor": 2.0,
         "longppl": "linear",
         "short_length": 16,
-        "alpha": 0.1,
     }
     tokenizer, twins = character_tokenizer(), [Document("a", text) for text in TEXTS]
     found, right = (

@@ -64,7 +64,7 @@ def test_a_label_names_the_rows_and_settings_come_from_a_file(tmp_path: Path) ->
     config.write_text("prefill-chunk: 48\noffload-cache: true\n")
     assert "--offload-cache moves the cache of a CUDA device" in error_of(evaluate(tmp_path / "x", "--config", config))
     config.write_text("offload-cache: 1\n")
-    assert "offload_cache in" in error_of(evaluate(tmp_path / "x", "--config", config))
+    assert "--offload-cache in" in error_of(evaluate(tmp_path / "x", "--config", config))
     config.write_text("resume: true\n")
     assert "unknown setting 'resume'" in error_of(evaluate(tmp_path / "x", "--config", config))
 
