@@ -23,13 +23,15 @@ NAMES = {"none": "as it is"}
 
 @app.command()
 def explain(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Folders or Hub ids; weights are read.", metavar="MODEL...")],
     dataset: Annotated[str | None, typer.Option(help="Texts to read, as of compare; none if not given.")] = None,
     methods: Annotated[
         str | None, typer.Option(help="To draw, and to read the texts with; all that apply are drawn if not given.")
     ] = None,
     target_length: Annotated[int | None, typer.Option(help="Tokens to look at; 4 x trained if not given.")] = None,
-    original_length: Annotated[int | None, typer.Option(help="Trained length, if it is found wrongly.")] = None,
+    trained_length: options.TrainedLength = None,
+    original_length: options.OriginalLength = None,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw; of several models, a column for each.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, tables included.")] = False,
     documents: options.Documents = None,
@@ -82,7 +84,7 @@ def explain(
                 texts,
                 methods=fitting,
                 target_length=target_length,
-                original_length=original_length,
+                original_length=options.renamed_length(context, trained_length, original_length),
                 start=start,
                 seed=seed,
             )

@@ -10,7 +10,7 @@ import typer
 from ..errors import InvalidParameterError
 from ..plan import PLAN_FILE
 from .app import app
-from .options import TrustRemoteCode
+from .options import OriginalLength, TrainedLength, TrustRemoteCode, renamed_length
 from .output import output_directory
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def export(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(help="Patched model as saved, adapter directory, or with --method a model folder or Hub id."),
@@ -28,9 +29,8 @@ def export(
     method: Annotated[str | None, typer.Option(help="For a plain model: method, as 'yarn(beta_fast=16)'.")] = None,
     factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
     target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
-    original_length: Annotated[
-        int | None, typer.Option(help="Trained length, if the config is wrong about it.")
-    ] = None,
+    trained_length: TrainedLength = None,
+    original_length: OriginalLength = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: as they are.")
     ] = "auto",
@@ -40,7 +40,8 @@ def export(
 
     An adapter is merged into its base. A plan that the server cannot run is refused before anything is written.
     """
-    lengths = {"factor": factor, "target_length": target_length, "trained_length": original_length}
+    trained_length = renamed_length(context, trained_length, original_length)
+    lengths = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
     with output_directory(output):
         from ..export import export_checkpoint
 

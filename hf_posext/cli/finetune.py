@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 @app.command()
 def finetune(
+    context: typer.Context,
     model: options.Model,
     dataset: options.Dataset,
     output: Annotated[Path, typer.Option(help="Directory of the run; new, or that of one to go on with.")],
     method: Annotated[str | None, typer.Option(help="As 'yarn(beta_fast=16)'; preset nope has its own.")] = None,
     factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
     target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
+    trained_length: options.TrainedLength = None,
     original_length: options.OriginalLength = None,
     preset: Annotated[str, typer.Option(help="lora, lora-plus (and embeddings, norms), dora, full, nope.")] = "lora",
     learning_rate: Annotated[float | None, typer.Option(help="Its peak; the preset's if not given.")] = None,
@@ -92,7 +94,8 @@ def finetune(
     configurations in examples/accelerate_configs. Texts of --evaluate are in the column of --text-column, too, and of
     the same --revision where they are of the same data set; they have a split of their own.
     """
-    _check_method(model, method, preset, factor, target_length, original_length, trust_remote_code)
+    trained_length = options.renamed_length(context, trained_length, original_length)
+    _check_method(model, method, preset, factor, target_length, trained_length, trust_remote_code)
     sizes = None if lengths is None else options.numbers(lengths)
 
     # The imports that take seconds come after the checks that need none of them.
@@ -111,7 +114,7 @@ def finetune(
     network, tokenizer = (
         _load_4bit(model, trust_remote_code) if load_in_4bit else load_model(model, dtype, "cpu", trust_remote_code)
     )
-    plan = _check_method(model, method, preset, factor, target_length, original_length, trust_remote_code)
+    plan = _check_method(model, method, preset, factor, target_length, trained_length, trust_remote_code)
     evaluation = None
     if evaluate is not None:
         ends = sizes or sorted({plan.original_length, plan.target_length})
@@ -131,7 +134,7 @@ def finetune(
             output=output,
             factor=factor,
             target_length=target_length,
-            original_length=original_length,
+            original_length=trained_length,
             preset=chosen,
             length=length,
             steps=steps,

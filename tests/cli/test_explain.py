@@ -47,7 +47,7 @@ def test_documents_and_a_method_are_read_and_drawn(tmp_path: Path) -> None:
 
 
 def test_several_models_take_the_methods_that_apply(tmp_path: Path) -> None:
-    options = ["--methods", "yarn,table-linear", "--original-length", "512", "--plot", tmp_path / "all.png"]
+    options = ["--methods", "yarn,table-linear", "--trained-length", "512", "--plot", tmp_path / "all.png"]
     result = run("explain", MODEL, LEARNED, ALIBI, *options)
     assert result.exit_code == 0, result.output
     assert words(result).count("positions ") >= 3 and (tmp_path / "all.png").stat().st_size > 50_000
@@ -71,7 +71,7 @@ def test_ten_million_tokens_are_drawn_where_a_picture_can_show_them(tmp_path: Pa
         ([MODEL, "--methods", "yarm"], "did you mean 'yarn'"),
         ([MODEL, "--methods", "table-linear"], "table-linear extends learned positions"),
         ([MODEL, "--plot", "found.pdf"], "give the name of a PNG"),
-        ([MODEL, "--original-length", "0"], "original_length is 0"),
+        ([MODEL, "--trained-length", "0"], "--trained-length is 0"),
         ([MODEL, "--dataset", "no.jsonl"], "no such path"),
         ([], "Missing argument"),
     ],

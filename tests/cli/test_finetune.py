@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
     "dataset": EXAMPLES / "data" / "train.jsonl",
     "documents": 1,
     "method": "yarn",
-    "original-length": 64,
+    "trained-length": 64,
     "factor": 2,
     "steps": 2,
     "accumulation": 1,
