@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,24 +21,29 @@ JOURNAL = "journal.jsonl"
 
 
 @contextmanager
-def output_directory(path: Path, resume: bool = False) -> Iterator[None]:
-    """Make sure, before any work, that a report can be written, and that nobody else writes it meanwhile.
+def output_directory(path: Path, resume: bool | None = None) -> Iterator[None]:
+    """Make sure, before any work, that a report can be written, and that nobody else writes a journal there meanwhile.
 
-    Of several processes the first one looks; a launcher stops the others if it refuses. A directory that was made and
-    stays empty is removed.
+    Of several processes the first one looks; a launcher stops the others if it refuses. An empty directory is removed.
 
     Args:
         path (`Path`): the directory.
-        resume (`bool`, *optional*, defaults to `False`): whether it may hold a journal, and beside it other files.
+        resume (`bool`, *optional*): whether it may contain a journal, and other files beside it. `None` for commands
+            that keep no journal, which find the directory empty.
 
     Raises:
         JournalError: another run writes to it.
         InvalidParameterError: it holds files, or a journal and no `resume`, or cannot be written.
     """
-    with WriterLock(path / JOURNAL, rank(), world_size()):
-        if not rank():
-            _require_writable(path, resume)
-        yield
+    lock = nullcontext() if resume is None else WriterLock(path / JOURNAL, rank(), world_size())
+    try:
+        with lock:
+            if not rank():
+                _require_writable(path, bool(resume))
+            yield
+    finally:
+        if not rank() and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _require_writable(path: Path, resume: bool) -> None:
