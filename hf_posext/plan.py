@@ -7,170 +7,49 @@ and drawn where the method that made it is not installed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .decode import decode, short
+from .decode import MAX_NUMBER, decode, short
+from .edits import (
+    BucketPlan,
+    CountFade,
+    DistanceDecay,
+    Growth,
+    Part,
+    PositionMap,
+    QueryScale,
+    RotaryPlan,
+    TablePlan,
+    check_table_size,
+)
 from .errors import PlanError
-from .plan_bounds import check_bounds
-from .scheme import PositionalScheme
+from .scheme import KINDS, PositionalScheme
+
+__all__ = [
+    "BucketPlan",
+    "CountFade",
+    "DistanceDecay",
+    "ExtensionPlan",
+    "Growth",
+    "Part",
+    "PositionMap",
+    "QueryScale",
+    "RotaryPlan",
+    "TablePlan",
+]
 
 SCHEMA = 2
 """Schema 1, which is read as well, had no `fade` and no `decay` in its parts."""
 PLAN_FILE = "posext_plan.json"
 MAX_PLAN_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class RotaryPlan:
-    """What one set of rotary frequencies shall become.
-
-    Args:
-        name (`str`): the [`Rotary`] it is for.
-        inv_freq (`tuple[float, ...]`): radians per token of each pair, each exactly a float32.
-        attention_factor (`float`, *optional*, defaults to 1.0): cosine and sine are multiplied by it, so that
-            attention logits scale by its square.
-        short_inv_freq (`tuple[float, ...]`, *optional*): used instead while the input is no longer than the original
-            length (LongRoPE).
-        rope_parameters (`Mapping`, *optional*): the config entry from which transformers computes the same numbers;
-            `None` where none of its rope types can say them.
-        growth (`Growth`, *optional*): how they follow the length of each row; `inv_freq` are those of a short one.
-    """
-
-    name: str
-    inv_freq: tuple[float, ...]
-    attention_factor: float = 1.0
-    short_inv_freq: tuple[float, ...] | None = None
-    rope_parameters: Mapping[str, Any] | None = None
-    growth: Growth | None = None
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Frequencies that follow the length of each row.
-
-    With `s = max(1, row length / original length)`, pair i turns by `moving_i * s ** -power_i + kept_i` radians a
-    token, and cosine and sine are multiplied by `1 + temperature * ln s`.
-    """
-
-    moving: tuple[float, ...]
-    power: tuple[float, ...]
-    kept: tuple[float, ...]
-    temperature: float = 0.0
-
-
-@dataclass(frozen=True)
-class PositionMap:
-    """Position p of a token as a part of the attention sees it.
-
-    `min(rate * ((p mod modulo) // group) + offset, limit)`; `modulo` and `limit` count only where they are given.
-    """
-
-    rate: float = 1.0
-    group: int = 1
-    offset: float = 0.0
-    modulo: int | None = None
-    limit: float | None = None
-
-
-@dataclass(frozen=True)
-class CountFade:
-    """Logits of a band that fall with the number of its keys.
-
-    The query at position p loses `strength * ln(max(1, n / reference))`. The band of a query holds
-    `n = (p // chunk - low + 1) * chunk` keys.
-
-    Args:
-        strength (`float`): above 0. At 1 the band weighs no more than `reference` keys did.
-        reference (`int`): number of keys up to which nothing changes.
-    """
-
-    strength: float
-    reference: int
-
-
-@dataclass(frozen=True)
-class DistanceDecay:
-    """Logits of a band that fall with distance, by the same amount within each octave of distances.
-
-    A pair at distance d loses `strength * ln(2) * (k + 1/2)`, where `start * 2 ** k <= d < start * 2 ** (k + 1)`.
-    That is `strength * ln(d / start)` at the geometric middle of the octave, and at most `0.35 * strength` off
-    elsewhere. Pairs nearer than `start` lose nothing.
-
-    Args:
-        strength (`float`): above 0.
-        start (`int`): first distance that loses, in tokens.
-    """
-
-    strength: float
-    start: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """A band: some of the pairs of query i and key j, and the positions that rotary phases have there.
-
-    A pair belongs to the part when `low <= i // chunk - j // chunk < high`, and `j < keys_below` where that is given;
-    bounds that are `None` do not bound. The parts of a plan are disjoint; a pair in no part is not attended. What
-    `fade` and `decay` take is taken from the logits that reach the softmax, after a softcap.
-    """
-
-    query: PositionMap
-    key: PositionMap
-    low: int = 0
-    high: int | None = None
-    chunk: int = 1
-    keys_below: int | None = None
-    fade: CountFade | None = None
-    decay: DistanceDecay | None = None
-
-    @property
-    def is_far(self) -> bool:
-        """Whether the band holds all farther keys, so that it grows without end."""
-        return self.low > 0 and self.high is None and self.keys_below is None
-
-
-@dataclass(frozen=True)
-class QueryScale:
-    """What queries are multiplied by: `constant`, times `max(1, ln(p + 1) / ln length)` at position p where `log` is
-    set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`.
-    """
-
-    length: int
-    log: bool = False
-    temperature: float = 0.0
-    constant: float = 1.0
-
-
-@dataclass(frozen=True)
-class TablePlan:
-    """Where the rows of a longer table of positions come from.
-
-    Position p gets the trained table at `position`, between two rows by `interpolation`; where `coarse` is given, plus
-    `alpha / (1 - alpha)` times the difference of its rows at `coarse` and at 0. Rows before the table's offset stay.
-
-    Args:
-        position (`PositionMap`): from a position of the new table to one of the trained table.
-        interpolation (`str`, *optional*, defaults to `"linear"`): or `"cubic"`, a natural spline.
-        coarse (`PositionMap`, *optional*): of a hierarchical table.
-        alpha (`float`, *optional*, defaults to 0): its share, 0 up to but not including 1.
-    """
-
-    position: PositionMap
-    interpolation: str = "linear"
-    coarse: PositionMap | None = None
-    alpha: float = 0.0
-
-
-@dataclass(frozen=True)
-class BucketPlan:
-    """What is done to a relative distance before it is sorted into a bucket: its size is divided by `factor` and
-    rounded up, and buckets reach to `max_distance` where that is given."""
-
-    factor: float = 1.0
-    max_distance: int | None = None
+MAX_TABLE_ROWS = 2**24
+"""Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
+MAX_PARTS = 64
+"""Each part is one more pass over keys in every attention layer; no method here has more than a handful."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +102,50 @@ class ExtensionPlan:
         Raises:
             PlanError: says what, and the bound.
         """
-        check_bounds(self)
+        if self.scheme.kind not in KINDS:
+            raise PlanError(f"plan.scheme.kind is {short(self.scheme.kind)}; there are: {', '.join(KINDS)}")
+        self._check_lengths()
+        if len(self.parts) > MAX_PARTS:
+            raise PlanError(f"plan has {len(self.parts)} parts; at most {MAX_PARTS} are possible")
+        for entry in self.rotaries:
+            entry.check(self.scheme)
+        if self.buckets is not None:
+            self.buckets.check(self.scheme)
+        for edit in (*self.parts, self.query_scale, self.table, self.sinusoids):
+            if edit is not None:
+                edit.check()
+        if self.slopes and (len(self.slopes) != len(self.scheme.slopes) or min(self.slopes) < 0):
+            raise PlanError(
+                f"plan has {len(self.slopes)} slopes, the least {min(self.slopes):g}; its scheme has "
+                f"{len(self.scheme.slopes)} heads, and slopes are not below 0"
+            )
+
+    def _check_lengths(self) -> None:
+        sizes = {
+            "factor": self.factor,
+            "original_length": self.original_length,
+            "target_length": self.target_length,
+        }
+        for name, number in sizes.items():
+            if not (isinstance(number, int) or name == "factor") or not math.isfinite(number) or number > MAX_NUMBER:
+                kind = "number" if name == "factor" else "whole number"
+                raise PlanError(f"plan.{name} is {short(number)}; a {kind} of at most {MAX_NUMBER} belongs there")
+        if not (self.factor > 0 and 1 <= self.original_length <= self.target_length):
+            raise PlanError(
+                f"plan goes from {self.original_length} to {self.target_length} tokens by factor {self.factor:g}; "
+                "lengths grow from 1 or more"
+            )
+        if abs(self.original_length * self.factor - self.target_length) > 1:
+            raise PlanError(
+                f"plan has factor {self.factor:g}, but goes from {self.original_length} to {self.target_length} tokens"
+            )
+        if (self.table or self.sinusoids) and self.target_length > MAX_TABLE_ROWS:
+            raise PlanError(f"plan has a table of {self.target_length} positions; at most {MAX_TABLE_ROWS} are made")
+        if self.table is not None:
+            check_table_size(self.target_length, self.scheme.table.width if self.scheme.table else 1)
+            usable = self.scheme.table.usable if self.scheme.table else 0
+            if self.original_length > usable:
+                raise PlanError(f"plan stretches {self.original_length} rows of a table that has {usable}")
 
     def describe(self) -> str:
         """One line: method, lengths, parameters."""

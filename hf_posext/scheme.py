@@ -9,19 +9,60 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-GENERALIZATION = {
-    "rotary": "interpolation",
-    "learned": "none",
-    "alibi": "extrapolation",
-    "relative": "extrapolation",
-    "sinusoidal": "extrapolation",
-    "none": "none",
-}
-"""What each kind of scheme does past its trained length.
 
-*none*: the values used there were never trained. *extrapolation*: they are defined there, trusted or not.
-*interpolation*: positions can be squeezed back into the trained range.
-"""
+@dataclass(frozen=True)
+class Kind:
+    """What is known of one kind of positional scheme.
+
+    Args:
+        label (`str`): its name in the literature.
+        generalization (`str`): `none` where the values past the trained length were never trained, `extrapolation`
+            where they are defined, trusted or not, and `interpolation` where positions can be squeezed back into the
+            trained range.
+        why (`str`): the reason for that.
+        unit (`str`): what a position or distance changes.
+    """
+
+    label: str
+    generalization: str
+    why: str
+    unit: str
+
+
+KINDS = {
+    "rotary": Kind(
+        "RoPE",
+        "interpolation",
+        "positions are angles, and longer inputs can be squeezed back into angles that training has shown",
+        "cosine of the phase",
+    ),
+    "learned": Kind(
+        "learned table",
+        "none",
+        "a vector was learned for every position, and none exists for positions that training did not reach",
+        "table value",
+    ),
+    "alibi": Kind(
+        "ALiBi",
+        "extrapolation",
+        "a distance costs a fixed price per token, which is defined however far, trusted or not",
+        "bias of the score (nats)",
+    ),
+    "relative": Kind(
+        "relative buckets",
+        "extrapolation",
+        "every distance falls into a learned bucket, the last of which has no end",
+        "bias of the score (nats)",
+    ),
+    "sinusoidal": Kind(
+        "sinusoids",
+        "extrapolation",
+        "a formula gives the sines of any position, trusted or not",
+        "sine",
+    ),
+    "none": Kind("no positions", "none", "the model has no positions that could be carried further", ""),
+}
+"""Every kind of positional scheme, one row each."""
 
 TABULATED = ("codegen", "ctrl", "gptj", "marian", "mpt", "pegasus", "roformer")
 """Model types of transformers that keep sines or biases in a table of fixed length, past which they cannot read."""
@@ -126,7 +167,7 @@ class PositionalScheme:
     @property
     def generalization(self) -> str:
         """`none`, `extrapolation` or `interpolation`: what the scheme does past its trained length."""
-        return GENERALIZATION[self.kind]
+        return KINDS[self.kind].generalization
 
     @property
     def ends(self) -> bool:

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 from hf_posext import LogN, LongRoPE, Method, ReRoPE, SelfExtend, YaRN, patch_model, register
 from hf_posext.errors import InvalidParameterError, UnknownMethodError
 from hf_posext.methods import Composition, as_method, methods
-from hf_posext.methods.base import split_outside_brackets
+from hf_posext.methods.text import split_outside_brackets
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
-from hf_posext import Patch, SelfExtend, YaRN, detect_scheme, list_methods, patch_model, registry
+from hf_posext import Patch, SelfExtend, YaRN, detect_scheme, list_methods, patch_model
 from hf_posext.errors import (
     InvalidParameterError,
     NoEffectError,
@@ -22,6 +22,7 @@ from hf_posext.errors import (
     UnsupportedModelError,
 )
 from hf_posext.methods import as_method, methods
+from hf_posext.methods import base as registry
 
 from .conftest import TRAINED, logits, tiny_gpt2, tiny_llama, tokens
 

@@ -17,7 +17,7 @@ from hf_posext import load_patched, patch_model
 from hf_posext.adapters import load_adapter, save_adapter, verify_adapter
 from hf_posext.errors import CheckpointError, PlanError, PosExtError
 from hf_posext.patching.untrusted import MAX_JSON_BYTES
-from hf_posext.plan_bounds import MAX_PARTS, MAX_TABLE_ROWS
+from hf_posext.plan import MAX_PARTS, MAX_TABLE_ROWS
 from tests.adapter_helpers import files, with_adapter
 from tests.conftest import TRAINED, logits, tiny_gpt2, tiny_llama, tokens
 

@@ -79,7 +79,7 @@ def _check(model: str, methods: str, settings: EvaluationConfig, trust_remote_co
     """The methods by name, all of them planned for the model's config with the settings, so that what cannot be is
     refused before weights and documents are read."""
     from ..methods import as_method
-    from ..methods.base import split_outside_brackets
+    from ..methods.text import split_outside_brackets
 
     names = [name for name in split_outside_brackets(methods, ",") if name]
     if not names:

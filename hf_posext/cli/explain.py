@@ -49,7 +49,7 @@ def explain(
     With a data set also where its loss departs. Of several models, each takes those of the methods that apply to it.
     """
     from ..methods import as_method
-    from ..methods.base import split_outside_brackets
+    from ..methods.text import split_outside_brackets
 
     chosen = None if methods is None else [name for name in split_outside_brackets(methods, ",") if name]
     for name in chosen or ():

@@ -66,7 +66,7 @@ def recommend(
     """
     with plan_file(output, resume) as journal:
         from ..methods import as_method
-        from ..methods.base import split_outside_brackets
+        from ..methods.text import split_outside_brackets
 
         names = None if methods is None else [name for name in split_outside_brackets(methods, ",") if name]
         chosen = None if names is None else [as_method(name) for name in names]

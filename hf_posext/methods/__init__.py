@@ -1,9 +1,8 @@
 """The methods: pure maths, one paper = one file. To add one, write its file and name it here."""
 
-from ..registry import get_method, list_methods, methods, register
 from .alibi_linear import ALiBiLinear
 from .alibi_ntk import ALiBiNTK
-from .base import Composition, Method, as_method, hyper_parameters
+from .base import Composition, Method, get_method, hyper_parameters, list_methods, methods, register
 from .bucket import BucketMethod
 from .bucket_linear import BucketLinear
 from .bucket_max_distance import BucketMaxDistance
@@ -35,6 +34,7 @@ from .table_group import TableGroup
 from .table_hierarchical import TableHierarchical
 from .table_linear import TableLinear
 from .table_repeat import TableRepeat
+from .text import as_method
 from .theta import Theta
 from .yarn import YaRN
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..plan import ExtensionPlan
-from ..registry import register
-from .base import Method
+from .base import Method, register
 
 
 @register

@@ -1,28 +1,31 @@
-"""What a method is: hyper-parameters and a pure map from plan to plan.
+"""What a method is, and the names of all methods.
 
-A method never sees a model. It gets a plan (at first an empty one, which leaves the scheme as it is) and returns the
-plan changed, so that methods compose by applying one after the other: `"yarn+resonance"`, or
-`YaRN(factor=8) + Resonance()`. Hyper-parameters can be written into the name: `"rerope(window=384)+log-n"`.
+A method is hyper-parameters and a pure map from plan to plan. It never sees a model. It gets a plan (at first an empty
+one, which leaves the scheme as it is) and returns the plan changed, so that methods compose by applying one after the
+other: `"yarn+resonance"`, or `YaRN(factor=8) + Resonance()`.
+
+Methods of this package register themselves when `hf_posext.methods` is imported, those of others through an entry
+point.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 import numbers
-import types
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 
 from ..decode import MAX_NUMBER, short
-from ..errors import InvalidParameterError, MethodNotApplicableError, PlanError
+from ..errors import InvalidParameterError, MethodNotApplicableError, PlanError, UnknownMethodError
 from ..plan import ExtensionPlan
-from ..registry import get_method, methods
 from ..scheme import PositionalScheme
+from .values import fits, number, renamed_length, type_text
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ class Method:
         hints = get_type_hints(type(self))
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if not _fits(value, hints[entry.name]):
+            if not fits(value, hints[entry.name]):
                 raise InvalidParameterError(
-                    f"{self.name} {entry.name} is {short(repr(value))}; expected {_type_text(hints[entry.name])}"
+                    f"{self.name} {entry.name} is {short(repr(value))}; expected {type_text(hints[entry.name])}"
                 )
             if isinstance(value, numbers.Real) and not isinstance(value, bool | int | float):  # of numpy
                 plain = int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -140,9 +143,9 @@ class Method:
             InvalidParameterError: lengths or hyper-parameters out of bounds, or that contradict each other; or a plan
                 that asks for more memory than is allowed.
         """
-        trained_length = _number("trained_length", renamed_length(trained_length, original_length), whole=True)
-        target_length = _number("target_length", target_length, whole=True)
-        factor = _number("factor", factor)
+        trained_length = number("trained_length", renamed_length(trained_length, original_length), whole=True)
+        target_length = number("target_length", target_length, whole=True)
+        factor = number("factor", factor)
         reason = self.applies_to(scheme)
         if reason:
             usable = [name for name, cls in methods().items() if scheme.kind in cls.kinds]
@@ -300,150 +303,103 @@ def _numbers(plan: ExtensionPlan) -> ExtensionPlan:
     return replace(plan, method="", parameters=(), rotaries=rotaries)
 
 
-def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
-    """A method object from its name, or the object itself.
-
-    A name may have hyper-parameters in brackets, and several are composed by `+`: `"yarn"`, `"yarn+resonance"`,
-    `"rerope(window=384)"`, `"yarn(beta_fast=16, variant='paper')+log-n"`. Values are Python literals. Case does not
-    count.
-
-    Args:
-        method (`str` or `Method`): a name, or an object.
-        hyper_parameters: of the method, where it is one name: `as_method("yarn", beta_fast=16)`.
-
-    Raises:
-        UnknownMethodError: no such name.
-        InvalidParameterError: neither a name nor a method object, or a hyper-parameter that the method does not have
-            or whose value is out of bounds.
-    """
-    if isinstance(method, Method):
-        if hyper_parameters:
-            raise InvalidParameterError(
-                f"a method object has its hyper-parameters already, got {', '.join(hyper_parameters)}; "
-                f"pass them to {type(method).__name__}(...)"
-            )
-        return method
-    if not isinstance(method, str):
-        raise InvalidParameterError(
-            f"method is {method!r}; give a name such as 'yarn' or an object such as YaRN(factor=8)"
-        )
-    texts = split_outside_brackets(method, "+")
-    if hyper_parameters and len(texts) > 1:
-        raise InvalidParameterError(
-            f"{method!r} composes {len(texts)} methods, got {', '.join(hyper_parameters)}; write hyper-parameters in "
-            f"brackets behind the name of theirs, as in {texts[0].partition('(')[0]}(...)+{texts[1]}"
-        )
-    parts = tuple(_from_text(text, hyper_parameters) for text in texts)
-    return parts[0] if len(parts) == 1 else Composition(parts=parts)
-
-
-def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """The pieces of a text between separators that stand in no bracket, stripped.
-
-    Args:
-        text (`str`): as in `"none, yarn(beta_fast=16, beta_slow=2)"`.
-        separator (`str`): one character.
-    """
-    pieces, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == separator and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += character
-    return [piece.strip() for piece in pieces]
-
-
-def _from_text(text: str, more: Mapping[str, Any]) -> Method:
-    """A method from its name, the values in brackets behind it, and more hyper-parameters by name."""
-    name, bracket, _ = text.partition("(")
-    cls = get_method(name.strip())
-    given = _literals(text, cls) if bracket else {}
-    twice = sorted(given.keys() & more.keys())
-    if twice:
-        raise InvalidParameterError(f"{cls.name} gets {', '.join(twice)} in brackets and by keyword; pass it once")
-    known = ("factor", *hyper_parameters(cls))
-    for key in (given := {**given, **more}):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            guess = f"did you mean {near[0]!r}? " if near else ""
-            raise InvalidParameterError(f"{cls.name} has no parameter {key!r}; {guess}there are: {', '.join(known)}")
-    return cls(**given)
-
-
-def _literals(text: str, cls: type[Method]) -> dict[str, Any]:
-    """The parameters in brackets behind a name."""
-    defaults = {entry.name: entry.default for entry in fields(cls) if entry.default is not None}
-    example = next((f"{cls.name}({name}={value!r})" for name, value in defaults.items()), f"{cls.name}(factor=8)")
-    try:
-        call = ast.parse(f"method{text[text.index('(') :]}", mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            raise ValueError("not a call with named parameters")
-        given = {entry.arg: ast.literal_eval(entry.value) for entry in call.keywords if entry.arg}
-        if len(given) < len(call.keywords):
-            raise ValueError("a parameter twice, or **")
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise InvalidParameterError(
-            f"cannot read the parameters of {text!r}; pass names and plain values, as in {example!r}"
-        ) from error
-    return given
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type such as `float | None` or `Sequence[float]`, and every number in it is finite."""
-    arguments = get_args(hint)
-    if get_origin(hint) in (types.UnionType, Union):
-        return any(_fits(value, option) for option in arguments)
-    wanted = get_origin(hint) or hint
-    if isinstance(value, bool) or wanted is bool:
-        return isinstance(value, bool) and wanted is bool
-    if wanted in (float, int):
-        number = isinstance(value, numbers.Integral if wanted is int else numbers.Real)
-        return number and bool(abs(value) <= MAX_NUMBER)  # false of NaN, too
-    if wanted is Sequence:
-        return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value)
-    return isinstance(value, wanted)
-
-
-def _type_text(hint: Any) -> str:
-    """A type hint in words."""
-    words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "text", type(None): "None"}
-    if get_origin(hint) in (types.UnionType, Union):
-        return " or ".join(_type_text(option) for option in get_args(hint))
-    return "a list of finite numbers" if get_origin(hint) is Sequence else words.get(hint, str(hint))
-
-
-def _number(name: str, value: Any, *, whole: bool = False) -> Any:
-    """A length or factor as a plain Python number; `None` where it is not given.
-
-    Raises:
-        InvalidParameterError: anything else than a finite number, or a whole one where tokens are counted.
-    """
-    if value is None:
-        return None
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or (whole and value != value // 1) or not abs(value) < float("inf"):
-        kind = "a whole number of tokens, e.g. 4096" if whole else "a finite number, e.g. 8"
-        raise InvalidParameterError(f"{name} is {short(repr(value))}; expected {kind}")
-    if not whole and abs(value) > MAX_NUMBER:
-        raise InvalidParameterError(f"{name} is {short(value)}; at most {MAX_NUMBER} is possible")
-    return int(value) if whole else float(value)
-
-
-def renamed_length(trained_length: int | None, original_length: int | None) -> int | None:
-    """The trained length that was given, by its name or by the former one.
-
-    Raises:
-        InvalidParameterError: both were given.
-    """
-    if original_length is None:
-        return trained_length
-    if trained_length is not None:
-        raise InvalidParameterError("trained_length and original_length are the same; pass trained_length only")
-    warnings.warn("original_length is deprecated; pass trained_length=", DeprecationWarning, stacklevel=3)
-    return original_length
-
-
 def hyper_parameters(method: type[Method]) -> tuple[str, ...]:
     """The names of a method's hyper-parameters, without `factor`."""
     return tuple(entry.name for entry in fields(method) if entry.name != "factor")
+
+
+ENTRY_POINT_GROUP = "hf_posext.methods"
+
+_methods: dict[str, type[Method]] = {}
+_pending = True
+
+M = TypeVar("M", bound="type[Method]")
+
+
+def register(method: M) -> M:
+    """Class decorator: make a method known by its `name`.
+
+    Raises:
+        InvalidParameterError: not a class of methods, or its name is taken by another class or contains one of `+,(`.
+    """
+    name = getattr(method, "name", None)
+    if not (isinstance(method, type) and issubclass(method, Method) and isinstance(name, str)):
+        raise InvalidParameterError(f"expected a subclass of Method with a name, got {method!r}")
+    taken = _methods.get(name)
+    if taken is not None and taken is not method:
+        raise InvalidParameterError(f"method {name!r} is registered as {taken.__module__}; choose another name")
+    if not name or set(name) & set("+,("):
+        raise InvalidParameterError(f"method name {name!r} is empty or holds one of '+,('; choose another name")
+    _methods[name] = method
+    return method
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every registered method by name, sorted; loads the entry points of the group `hf_posext.methods` once."""
+    global _pending
+    if _pending:
+        _pending = False
+        for entry in entry_points(group=ENTRY_POINT_GROUP):
+            try:
+                register(entry.load())
+            except (Exception, SystemExit) as error:  # whatever somebody else's module raises when it is imported
+                package = entry.dist.name if entry.dist is not None else "an unknown package"
+                warnings.warn(
+                    f"the method {entry.name!r} of {package} is left out: its entry point {entry.value!r} raised "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
+    return dict(sorted(_methods.items()))
+
+
+def get_method(name: str) -> type[Method]:
+    """The method of that name; case, hyphens and underscores do not count.
+
+    Raises:
+        UnknownMethodError: no such method; the message suggests the nearest names.
+    """
+    known = methods()
+    if name in known:
+        return known[name]
+    plain = {re.sub("[-_ ]", "", spelled.lower()): method for spelled, method in known.items()}
+    method = plain.get(re.sub("[-_ ]", "", name.lower()))  # "YaRN", "DynamicNTK", "self_extend"
+    if method is not None:
+        return method
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    guess = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    raise UnknownMethodError(f"unknown method {name!r}; {guess}there are: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of the table of methods.
+
+    Args:
+        name (`str`): what `patch_model` takes.
+        title (`str`): the name in the literature.
+        url (`str`): the paper.
+        kinds (`tuple[str, ...]`): the positional schemes that it extends.
+        summary (`str`): one sentence.
+    """
+
+    name: str
+    title: str
+    url: str
+    kinds: tuple[str, ...]
+    summary: str
+
+
+def list_methods(kind: str | None = None) -> list[MethodInfo]:
+    """Every method, or those that extend one kind of scheme.
+
+    Args:
+        kind (`str`, *optional*): `rotary`, `learned`, `alibi`, `relative`, `sinusoidal` or `none`.
+
+    Returns:
+        `list[MethodInfo]`: sorted by name.
+    """
+    return [
+        MethodInfo(name, cls.title, cls.url, cls.kinds, cls.summary())
+        for name, cls in methods().items()
+        if kind is None or kind in cls.kinds
+    ]

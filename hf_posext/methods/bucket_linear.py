@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..plan import BucketPlan, ExtensionPlan
-from ..registry import register
+from .base import register
 from .bucket import BucketMethod
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import BucketPlan, ExtensionPlan
-from ..registry import register
+from .base import register
 from .bucket import BucketMethod
 
 

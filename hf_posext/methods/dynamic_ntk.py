@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..plan import ExtensionPlan, Growth, RotaryPlan
-from ..registry import register
 from ..scheme import Rotary
+from .base import register
 from .frequencies import FrequencyMethod, exponents, padded, require_pairs, unscaled
 
 

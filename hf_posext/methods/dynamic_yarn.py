@@ -9,8 +9,8 @@ import torch
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Growth, RotaryPlan
-from ..registry import register
 from ..scheme import Rotary
+from .base import register
 from .frequencies import FrequencyMethod, padded, powers, require_pairs, unscaled
 from .yarn import YaRN
 

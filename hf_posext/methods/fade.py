@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import CountFade, ExtensionPlan
-from ..registry import register
 from ..scheme import PositionalScheme
-from .base import Method
+from .base import Method, register
 from .remap import require_far_band
 from .rerope import ReRoPE
 

@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
-from ..registry import register
 from ..scheme import PositionalScheme, Rotary
+from .base import register
 from .frequencies import FrequencyMethod, first_rotary
 from .frequencies import longrope as longrope_plan
 

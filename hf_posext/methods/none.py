@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..plan import ExtensionPlan
-from ..registry import register
-from ..scheme import GENERALIZATION, PositionalScheme
-from .base import Method
+from ..scheme import KINDS, PositionalScheme
+from .base import Method, register
 
 
 @register
@@ -19,7 +18,7 @@ class NoExtension(Method):
     name: ClassVar[str] = "none"
     title: ClassVar[str] = "no extension"
     url: ClassVar[str] = ""
-    kinds: ClassVar[tuple[str, ...]] = tuple(GENERALIZATION)
+    kinds: ClassVar[tuple[str, ...]] = tuple(KINDS)
     needs_factor: ClassVar[bool] = False
 
     def applies_to(self, scheme: PositionalScheme) -> str | None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..plan import ExtensionPlan, RotaryPlan
-from ..registry import register
 from ..scheme import Rotary
+from .base import register
 from .frequencies import FrequencyMethod, from_tensor, powers, require_pairs
 
 

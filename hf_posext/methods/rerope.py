@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..plan import ExtensionPlan, Part, PositionMap
-from ..registry import register
+from .base import register
 from .remap import RemapMethod, default_window, near_and_far, require_window
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..plan import ExtensionPlan, RotaryPlan
-from ..registry import register
 from ..scheme import Rotary
+from .base import register
 from .frequencies import FrequencyMethod, as_longrope, frequencies
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Part, PositionMap
-from ..registry import register
+from .base import register
 from .remap import SAME, RemapMethod
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Part, PositionMap, QueryScale
-from ..registry import register
+from .base import register
 from .remap import SAME, RemapMethod, default_window, near_and_far, require_window
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..plan import ExtensionPlan, TablePlan
-from ..registry import register
+from .base import register
 from .table import TableMethod, squeezed
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, PositionMap, TablePlan
-from ..registry import register
+from .base import register
 from .table import TableMethod
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..edits import check_table_size
 from ..errors import NoEffectError, UnsupportedModelError
 from ..plan import ExtensionPlan
-from ..plan_bounds import check_table_size
 from .limits import length_fields, set_limit
 from .position_zero import row_of_position_zero
 from .sites import path_without_adapter, position_tables, sinusoids, text_modules

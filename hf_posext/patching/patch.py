@@ -23,7 +23,7 @@ from ..errors import (
     UnsupportedModelError,
 )
 from ..methods import Method, as_method
-from ..methods.base import renamed_length
+from ..methods.values import renamed_length
 from ..plan import ExtensionPlan
 from .alibi import apply_slopes
 from .checkpoint import open_saved, refuse_adapter, save_patched

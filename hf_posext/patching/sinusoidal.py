@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..edits import check_table_size
 from ..errors import NoEffectError
 from ..plan import ExtensionPlan, PositionMap
-from ..plan_bounds import check_table_size
 from .banded_attention import mapped
 from .learned_table import set_rows
 from .mixin import Mixin, mix

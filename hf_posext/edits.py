@@ -1,0 +1,270 @@
+"""The edits that a plan consists of. Each is plain data, and checks itself: it may come from a file of anybody."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .decode import MAX_NUMBER, short
+from .errors import PlanError
+from .scheme import PositionalScheme
+
+MAX_TABLE_BYTES = 2**31
+"""Largest table of positions that a plan may ask for, at 4 bytes a number."""
+
+
+@dataclass(frozen=True)
+class RotaryPlan:
+    """What one set of rotary frequencies shall become.
+
+    Args:
+        name (`str`): the [`Rotary`] it is for.
+        inv_freq (`tuple[float, ...]`): radians per token of each pair, each exactly a float32.
+        attention_factor (`float`, *optional*, defaults to 1.0): cosine and sine are multiplied by it, so that
+            attention logits scale by its square.
+        short_inv_freq (`tuple[float, ...]`, *optional*): used instead while the input is no longer than the original
+            length (LongRoPE).
+        rope_parameters (`Mapping`, *optional*): the config entry from which transformers computes the same numbers;
+            `None` where none of its rope types can say them.
+        growth (`Growth`, *optional*): how they follow the length of each row; `inv_freq` are those of a short one.
+    """
+
+    name: str
+    inv_freq: tuple[float, ...]
+    attention_factor: float = 1.0
+    short_inv_freq: tuple[float, ...] | None = None
+    rope_parameters: Mapping[str, Any] | None = None
+    growth: Growth | None = None
+
+    def check(self, scheme: PositionalScheme) -> None:
+        """Refuse frequencies that no method can have meant for a scheme.
+
+        Raises:
+            PlanError: says which.
+        """
+        slots = next((rotary.slots for rotary in scheme.rotaries if rotary.name == self.name), None)
+        if slots is None:
+            raise PlanError(f"plan changes frequencies {short(self.name)!r}, which its own scheme does not have")
+        for numbers in filter(None, (self.inv_freq, self.short_inv_freq)):
+            if len(numbers) != slots:
+                raise PlanError(f"plan has {len(numbers)} frequencies for {self.name!r}; its scheme has {slots}")
+            if not all(0 <= number <= 2 * math.pi for number in numbers):
+                raise PlanError(f"plan has frequencies {min(numbers)} to {max(numbers)}; 0 to 2 pi is possible")
+        grown = (self.growth.moving, self.growth.power, self.growth.kept) if self.growth else ()
+        if any(len(numbers) != slots for numbers in grown):
+            raise PlanError(f"plan has a growth of another width than the frequencies of {self.name!r}")
+        if self.attention_factor <= 0:
+            raise PlanError(f"plan has attention_factor {self.attention_factor}; a number above 0 belongs there")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Frequencies that follow the length of each row.
+
+    With `s = max(1, row length / original length)`, pair i turns by `moving_i * s ** -power_i + kept_i` radians a
+    token, and cosine and sine are multiplied by `1 + temperature * ln s`.
+    """
+
+    moving: tuple[float, ...]
+    power: tuple[float, ...]
+    kept: tuple[float, ...]
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class PositionMap:
+    """Position p of a token as a part of the attention sees it.
+
+    `min(rate * ((p mod modulo) // group) + offset, limit)`; `modulo` and `limit` count only where they are given.
+    """
+
+    rate: float = 1.0
+    group: int = 1
+    offset: float = 0.0
+    modulo: int | None = None
+    limit: float | None = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            PlanError: a group or modulo below 1.
+        """
+        if min(self.group, self.modulo or 1) < 1:
+            raise PlanError(
+                f"plan maps positions by group {self.group} and modulo {self.modulo}; 1 or more belongs there"
+            )
+
+
+@dataclass(frozen=True)
+class CountFade:
+    """Logits of a band that fall with the number of its keys.
+
+    The query at position p loses `strength * ln(max(1, n / reference))`. The band of a query holds
+    `n = (p // chunk - low + 1) * chunk` keys.
+
+    Args:
+        strength (`float`): above 0. At 1 the band weighs no more than `reference` keys did.
+        reference (`int`): number of keys up to which nothing changes.
+    """
+
+    strength: float
+    reference: int
+
+
+@dataclass(frozen=True)
+class DistanceDecay:
+    """Logits of a band that fall with distance, by the same amount within each octave of distances.
+
+    A pair at distance d loses `strength * ln(2) * (k + 1/2)`, where `start * 2 ** k <= d < start * 2 ** (k + 1)`.
+    That is `strength * ln(d / start)` at the geometric middle of the octave, and at most `0.35 * strength` off
+    elsewhere. Pairs nearer than `start` lose nothing.
+
+    Args:
+        strength (`float`): above 0.
+        start (`int`): first distance that loses, in tokens.
+    """
+
+    strength: float
+    start: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A band: some of the pairs of query i and key j, and the positions that rotary phases have there.
+
+    A pair belongs to the part when `low <= i // chunk - j // chunk < high`, and `j < keys_below` where that is given;
+    bounds that are `None` do not bound. The parts of a plan are disjoint; a pair in no part is not attended. What
+    `fade` and `decay` take is taken from the logits that reach the softmax, after a softcap.
+    """
+
+    query: PositionMap
+    key: PositionMap
+    low: int = 0
+    high: int | None = None
+    chunk: int = 1
+    keys_below: int | None = None
+    fade: CountFade | None = None
+    decay: DistanceDecay | None = None
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the band holds all farther keys, so that it grows without end."""
+        return self.low > 0 and self.high is None and self.keys_below is None
+
+    def check(self) -> None:
+        """Refuse a band that no method can have meant.
+
+        Raises:
+            PlanError: says why.
+        """
+        if self.chunk < 1:
+            raise PlanError(f"plan has a part with chunk {self.chunk}; 1 or more belongs there")
+        self.query.check()
+        self.key.check()
+        fade, decay = self.fade, self.decay
+        if fade is not None and not (fade.strength > 0 and fade.reference >= 1 and self.is_far):
+            raise PlanError(
+                f"plan fades a part by strength {fade.strength:g} from {fade.reference} keys on; a strength above 0, "
+                "1 key or more, and a part of all farther keys belong there"
+            )
+        if decay is not None and not (decay.strength > 0 and decay.start >= 1 and self.is_far and self.chunk == 1):
+            raise PlanError(
+                f"plan lets a part decay by strength {decay.strength:g} from distance {decay.start} on; a strength "
+                "above 0, 1 token or more, and a part of all farther keys, not of chunks, belong there"
+            )
+
+
+@dataclass(frozen=True)
+class QueryScale:
+    """What queries are multiplied by: `constant`, times `max(1, ln(p + 1) / ln length)` at position p where `log` is
+    set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`.
+    """
+
+    length: int
+    log: bool = False
+    temperature: float = 0.0
+    constant: float = 1.0
+
+    def check(self) -> None:
+        """
+        Raises:
+            PlanError: a length whose logarithm is not above 0.
+        """
+        if self.length < 2:
+            raise PlanError(f"plan scales queries from length {self.length}; 2 or more belongs there")
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """Where the rows of a longer table of positions come from.
+
+    Position p gets the trained table at `position`, between two rows by `interpolation`; where `coarse` is given, plus
+    `alpha / (1 - alpha)` times the difference of its rows at `coarse` and at 0. Rows before the table's offset stay.
+
+    Args:
+        position (`PositionMap`): from a position of the new table to one of the trained table.
+        interpolation (`str`, *optional*, defaults to `"linear"`): or `"cubic"`, a natural spline.
+        coarse (`PositionMap`, *optional*): of a hierarchical table.
+        alpha (`float`, *optional*, defaults to 0): its share, 0 up to but not including 1.
+    """
+
+    position: PositionMap
+    interpolation: str = "linear"
+    coarse: PositionMap | None = None
+    alpha: float = 0.0
+
+    def check(self) -> None:
+        """
+        Raises:
+            PlanError: an interpolation or a share that does not exist.
+        """
+        if self.interpolation not in ("linear", "cubic") or not 0 <= self.alpha < 1:
+            raise PlanError(
+                f"plan interpolates a table by {short(self.interpolation)!r} with alpha {self.alpha:g}; "
+                "'linear' or 'cubic', and 0 <= alpha < 1 are possible"
+            )
+        for entry in (self.position, self.coarse):
+            if entry is not None:
+                entry.check()
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """What is done to a relative distance before it is sorted into a bucket: its size is divided by `factor` and
+    rounded up, and buckets reach to `max_distance` where that is given."""
+
+    factor: float = 1.0
+    max_distance: int | None = None
+
+    def check(self, scheme: PositionalScheme) -> None:
+        """
+        Raises:
+            PlanError: a divisor that is not above 0, or a shorter reach than the buckets of the scheme have.
+        """
+        shipped = scheme.buckets.max_distance if scheme.buckets else MAX_NUMBER
+        if self.factor <= 0 or (self.max_distance or shipped) < shipped or scheme.buckets is None:
+            raise PlanError(
+                f"plan divides distances by {self.factor:g} and has buckets up to {self.max_distance}; a number above "
+                f"0, and the {shipped} of its scheme or more are possible"
+            )
+
+
+def check_table_size(rows: int, width: int, count: int = 1) -> None:
+    """Refuse a table that would not fit into memory, before it is made.
+
+    Args:
+        rows (`int`): of the table.
+        width (`int`): numbers in a row.
+        count (`int`, *optional*, defaults to 1): tables of this size.
+
+    Raises:
+        PlanError: with the most positions that are possible.
+    """
+    if rows * width * count * 4 > MAX_TABLE_BYTES:
+        raise PlanError(
+            f"a table of {rows} positions x {width} numbers has {rows * width * count * 4} bytes; at most "
+            f"{MAX_TABLE_BYTES} are made, which is {MAX_TABLE_BYTES // (4 * width * count)} positions: "
+            "pass a smaller factor or target_length"
+        )

@@ -1,0 +1,101 @@
+"""Methods from text: `"yarn"`, `"YaRN+resonance"`, `"rerope(window=384)+log-n"`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..errors import InvalidParameterError
+from .base import Composition, Method, get_method, hyper_parameters
+
+
+def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
+    """A method object from its name, or the object itself.
+
+    A name may have hyper-parameters in brackets, and several are composed by `+`: `"yarn"`, `"yarn+resonance"`,
+    `"rerope(window=384)"`, `"yarn(beta_fast=16, variant='paper')+log-n"`. Values are Python literals. Case does not
+    count.
+
+    Args:
+        method (`str` or `Method`): a name, or an object.
+        hyper_parameters: of the method, where it is one name: `as_method("yarn", beta_fast=16)`.
+
+    Raises:
+        UnknownMethodError: no such name.
+        InvalidParameterError: neither a name nor a method object, or a hyper-parameter that the method does not have
+            or whose value is out of bounds.
+    """
+    if isinstance(method, Method):
+        if hyper_parameters:
+            raise InvalidParameterError(
+                f"a method object has its hyper-parameters already, got {', '.join(hyper_parameters)}; "
+                f"pass them to {type(method).__name__}(...)"
+            )
+        return method
+    if not isinstance(method, str):
+        raise InvalidParameterError(
+            f"method is {method!r}; give a name such as 'yarn' or an object such as YaRN(factor=8)"
+        )
+    texts = split_outside_brackets(method, "+")
+    if hyper_parameters and len(texts) > 1:
+        raise InvalidParameterError(
+            f"{method!r} composes {len(texts)} methods, got {', '.join(hyper_parameters)}; write hyper-parameters in "
+            f"brackets behind the name of theirs, as in {texts[0].partition('(')[0]}(...)+{texts[1]}"
+        )
+    parts = tuple(_from_text(text, hyper_parameters) for text in texts)
+    return parts[0] if len(parts) == 1 else Composition(parts=parts)
+
+
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """The pieces of a text between separators that stand in no bracket, stripped.
+
+    Args:
+        text (`str`): as in `"none, yarn(beta_fast=16, beta_slow=2)"`.
+        separator (`str`): one character.
+    """
+    pieces, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == separator and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return [piece.strip() for piece in pieces]
+
+
+def _from_text(text: str, more: Mapping[str, Any]) -> Method:
+    """A method from its name, the values in brackets behind it, and more hyper-parameters by name."""
+    name, bracket, _ = text.partition("(")
+    cls = get_method(name.strip())
+    given = _literals(text, cls) if bracket else {}
+    twice = sorted(given.keys() & more.keys())
+    if twice:
+        raise InvalidParameterError(f"{cls.name} gets {', '.join(twice)} in brackets and by keyword; pass it once")
+    known = ("factor", *hyper_parameters(cls))
+    for key in (given := {**given, **more}):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise InvalidParameterError(f"{cls.name} has no parameter {key!r}; {guess}there are: {', '.join(known)}")
+    return cls(**given)
+
+
+def _literals(text: str, cls: type[Method]) -> dict[str, Any]:
+    """The parameters in brackets behind a name."""
+    defaults = {entry.name: entry.default for entry in fields(cls) if entry.default is not None}
+    example = next((f"{cls.name}({name}={value!r})" for name, value in defaults.items()), f"{cls.name}(factor=8)")
+    try:
+        call = ast.parse(f"method{text[text.index('(') :]}", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("not a call with named parameters")
+        given = {entry.arg: ast.literal_eval(entry.value) for entry in call.keywords if entry.arg}
+        if len(given) < len(call.keywords):
+            raise ValueError("a parameter twice, or **")
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise InvalidParameterError(
+            f"cannot read the parameters of {text!r}; pass names and plain values, as in {example!r}"
+        ) from error
+    return given
