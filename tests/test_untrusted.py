@@ -220,7 +220,16 @@ def test_table_too_long_to_make(originals: Path, tmp_path: Path) -> None:
 
 def test_too_many_parts(adapter: Path) -> None:
     one = {"rate": 1.0, "group": 1, "offset": 0.0, "modulo": None, "limit": None}
-    part = {"query": one, "key": one, "low": 0, "high": None, "chunk": 1, "keys_below": None}
+    part = {
+        "query": one,
+        "key": one,
+        "low": 0,
+        "high": None,
+        "chunk": 1,
+        "keys_below": None,
+        "fade": None,
+        "decay": None,
+    }
     edit(adapter / "posext_plan.json", parts=[part] * (MAX_PARTS + 1))
     refused(load_adapter, adapter, PlanError, f"has {MAX_PARTS + 1} parts; at most {MAX_PARTS}")
 

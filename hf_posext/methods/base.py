@@ -79,8 +79,8 @@ class Method:
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of the docstring."""
-        return (cls.__doc__ or "").strip().splitlines()[0]
+        """The first line of the docstring, or the title where there is none."""
+        return ((cls.__doc__ or "").strip() or cls.title).splitlines()[0]
 
     @classmethod
     def example(cls, scheme: PositionalScheme) -> Method:
@@ -325,6 +325,9 @@ def register(method: M) -> M:
     name = getattr(method, "name", None)
     if not (isinstance(method, type) and issubclass(method, Method) and isinstance(name, str)):
         raise InvalidParameterError(f"expected a subclass of Method with a name, got {method!r}")
+    missing = [attribute for attribute in ("title", "url", "kinds") if not hasattr(method, attribute)]
+    if missing:
+        raise InvalidParameterError(f"{method.__name__} lacks {', '.join(missing)}, which every method has")
     taken = _methods.get(name)
     if taken is not None and taken is not method:
         raise InvalidParameterError(f"method {name!r} is registered as {taken.__module__}; choose another name")

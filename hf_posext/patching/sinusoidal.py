@@ -34,6 +34,12 @@ class OtherSines(Mixin):
         return torch.cat([table[:first], other.to(table)])
 
 
+def _differ(sines: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether sines are other ones than before, by more than the rounding of angles of some thousand radians."""
+    common = min(len(sines), len(before))
+    return not torch.allclose(sines[:common].float(), before[:common].float(), atol=1e-3, rtol=0)
+
+
 def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
     """Put the positions of a plan into a model.
 
@@ -46,10 +52,9 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
         UnsupportedModelError: the sines of the model follow no formula that is known here.
     """
     assert plan.sinusoids is not None
-    if plan.sinusoids == PositionMap():
-        raise NoEffectError(f"{plan.describe()} leaves positions as they are; give a factor above 1, or method 'none'")
     found = sinusoids(model)
     rows: dict[str, torch.Tensor] = {}
+    changed = False
     for path, module in found.items():
         table: Any = module.weight if isinstance(module, nn.Embedding) else module.weights
         frequencies = radians(table, f"{path} of {plan.scheme.model_type}")
@@ -57,13 +62,17 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
             check_table_size(plan.target_length, table.shape[1], len(found))
             at = mapped(torch.arange(plan.target_length), plan.sinusoids)
             rows[path] = sines(at, frequencies).to(table)
+            changed |= _differ(rows[path], table)
             continue
         log.set(module, "_posext_positions", plan.sinusoids)
         log.set(module, "_posext_radians", tuple(frequencies.tolist()))
         log.set(module, "__class__", mix(OtherSines, type(module)))
         make: Any = module
         longer = make.get_embedding(len(table), table.shape[1], getattr(module, "padding_idx", None))
+        changed |= _differ(longer, table)
         log.set(module, "weights", longer.to(table))
+    if not changed:
+        raise NoEffectError(f"{plan.describe()} leaves positions as they are; give a factor above 1, or method 'none'")
     if rows:
         obstacle = set_rows(model, rows, 0, log)
         if obstacle:
