@@ -50,6 +50,11 @@ METHODS = (
     "linear",
     "ntk",
     "dynamic-yarn",
+    "rerope+fade",
+    "leaky-rerope+fade",
+    "leaky-rerope+decay",
+    "self-extend+fade",
+    "dual-chunk+fade",
 )
 
 
@@ -61,7 +66,7 @@ class Cell(NamedTuple):
     length: int
 
 
-ASKED = (BASELINE, "yarn", "rerope(window=7680)", "self-extend")
+ASKED = (BASELINE, "yarn", "rerope+fade", "self-extend")
 """Methods that answer the long question."""
 
 QUESTION = "What is the pass key in the text above? Then say in one sentence what the text is about."

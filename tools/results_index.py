@@ -1,0 +1,127 @@
+"""Write `docs/results_index.md`: every committed result file, the command that makes it, its commit and its date.
+
+python tools/results_index.py            # write the page
+python tools/results_index.py --check    # exit 1 where the committed page is not what the files give
+
+A file of an older schema is refused by name: numbers that the code beside them no longer reads are measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_posext.errors import EvaluationError
+from hf_posext.evaluation.results.results import Results
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "results_index.md"
+FOLDERS = ("results", "benchmarks/results")
+SCRIPTS = {
+    "benchmarks/results/finetune.json": "python benchmarks/finetune.py",
+    "benchmarks/results/finetune_candidates.json": "python benchmarks/finetune.py",
+    "benchmarks/results/llama_cpp.json": "python benchmarks/llama_cpp.py",
+    "benchmarks/results/public_model.json": "python benchmarks/public_model.py",
+    "benchmarks/results/server_phases.json": "python benchmarks/server_phases.py",
+    "results/encoder-table.json": "python examples/08_encoder_table.py",
+    "results/sweep-frequencies.json": "make sweep",
+    "results/sweep-late.json": "make sweep",
+}
+"""Scripts of the files that do not contain their command."""
+
+SCHEMAS = {"benchmarks/results/public_model.json": 1}
+"""Schemas of files that are not [`Results`]."""
+
+UNKNOWN = "not recorded"
+
+
+class Origin(NamedTuple):
+    """What a result file says of how it was made; `None` where it says nothing."""
+
+    file: str
+    command: str | None
+    commit: str | None
+    date: str | None
+    versions: str | None
+
+
+def origin(path: Path, root: Path = ROOT) -> Origin:
+    """
+    The origin of one result file.
+
+    Raises:
+        EvaluationError: the file has an older schema than the code that reads it.
+    """
+    file = path.relative_to(root).as_posix()
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if file in SCHEMAS:
+        if content.get("schema") != SCHEMAS[file]:
+            raise EvaluationError(
+                f"Expected schema {SCHEMAS[file]} in {file}, got {content.get('schema')}. Measure again."
+            )
+    elif "schema" in content:
+        Results.load_json(path)
+    runs = content.get("runs") if "schema" in content else None
+    newest: dict[str, Any] = max(runs, key=lambda run: run["date"]) if runs else content.get("machine") or {}
+    stated = {**newest, **(content.get("provenance") or {})}
+    versions = content.get("versions") or stated.get("versions") or content  # a sweep has its one version by itself
+    commit = stated.get("commit")
+    return Origin(
+        file,
+        content.get("command") or stated.get("command") or SCRIPTS.get(file),
+        commit and commit[:7],
+        (stated.get("date") or "")[:10] or None,
+        ", ".join(f"{name} {versions[name]}" for name in ("transformers", "torch") if name in versions) or None,
+    )
+
+
+def origins(root: Path = ROOT) -> list[Origin]:
+    """The origins of all result files, by path."""
+    paths = sorted(
+        path for folder in FOLDERS for path in (root / folder).rglob("*.json") if ".partial." not in path.name
+    )
+    return [origin(path, root) for path in paths]
+
+
+def render(found: Iterable[Origin]) -> str:
+    """The page. Ages count from the newest file, so that the page does not change by itself."""
+    found = list(found)
+    dates = [datetime.date.fromisoformat(each.date) for each in found if each.date]
+    lines = []
+    for each in found:
+        days = f"{(max(dates) - datetime.date.fromisoformat(each.date)).days} days" if each.date else UNKNOWN
+        command = f"`{each.command}`" if each.command else UNKNOWN
+        cells = (f"[{each.file}](../{each.file})", command, each.commit or UNKNOWN, each.date or UNKNOWN, days)
+        lines.append(f"| {' | '.join((*cells, each.versions or UNKNOWN))} |")
+    return (
+        "# Result files\n"
+        "The committed result files. A test refuses files of an older schema. Age is counted from the newest file. "
+        "`python tools/results_index.py` writes this page.\n\n"
+        "| file | command | commit | date | age | versions |\n|---|---|---|---|---:|---|\n" + "\n".join(lines) + "\n"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    check = parser.parse_args().check
+    try:
+        text = render(origins())
+    except EvaluationError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not check:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
+        print(f"{PAGE.name} is not what the result files give. Run python tools/results_index.py.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
