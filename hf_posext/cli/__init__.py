@@ -3,6 +3,7 @@
 from .app import app, main
 from .card import card
 from .compare import compare
+from .env import env
 from .evaluate import evaluate
 from .explain import explain
 from .explore import inspect, methods
@@ -16,6 +17,7 @@ __all__ = [
     "app",
     "card",
     "compare",
+    "env",
     "evaluate",
     "explain",
     "export",

@@ -6,19 +6,20 @@ import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..errors import PosExtError
+from ..version import __version__
+from .help import GREETING, Command, Commands
 from .processes import rank
 
 # typer used click up to 0.2x and has carried its own copy since; this is the class of whichever it raises.
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
-class _Group(TyperGroup):
+class _Group(Commands):
     """Commands whose foreseen errors are one line; an unforeseen one keeps its traceback."""
 
     def main(self, args: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -26,7 +27,7 @@ class _Group(TyperGroup):
         command = next((self.commands[word] for word in words if word in self.commands), None)
         options = [parameter for parameter in command.params if parameter.name] if command else []
         try:
-            code = super().main(words or ["--help"], **{**kwargs, "standalone_mode": False})
+            code = super().main(words, **{**kwargs, "standalone_mode": False})
         except ClickException as error:
             code = fail(error.format_message() + _typed(error, words))
         except typer.Abort:
@@ -37,11 +38,18 @@ class _Group(TyperGroup):
         sys.exit(code)
 
 
-app = typer.Typer(
+class _Typer(typer.Typer):
+    """Commands whose help lists options under headings."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:  # type: ignore[override]
+        return super().command(name, **{"cls": Command, **settings})
+
+
+app = _Typer(
     name="hf-posext",
     cls=_Group,
     help="Read longer than trained: change how a transformers model encodes position, and measure what that did.",
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -93,6 +101,24 @@ def _typed(error: Any, words: Sequence[str]) -> str:
         if option is not None and word in option.opts and repr(value) not in error.format_message()
     ]
     return f" (got {given[-1]!r})" if given else ""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-posext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def begin(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Print how to begin, where no command is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(GREETING)
 
 
 def fail(message: str) -> int:

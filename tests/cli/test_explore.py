@@ -59,11 +59,6 @@ def test_methods_are_listed_with_their_papers() -> None:
     assert max(map(len, table.splitlines())) <= 80
 
 
-def test_without_a_command_the_help_is_shown() -> None:
-    result = run()
-    assert result.exit_code == 0 and all(name in result.stdout for name in ("compare", "inspect", "methods", "report"))
-
-
 def test_a_mistyped_command_is_one_line() -> None:
     assert "No such command 'compar'" in error_of(run("compar"))
 
