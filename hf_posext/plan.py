@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 SCHEMA = 2
-"""Schema 1, which is read as well, had no `fade` and no `decay` in its parts."""
+"""Schema 1, which is read as well, said `original_length`, and had no `fade` and no `decay` in its parts."""
 PLAN_FILE = "posext_plan.json"
 MAX_PLAN_BYTES = 4 * 2**20
 MAX_TABLE_ROWS = 2**24
@@ -60,8 +60,8 @@ class ExtensionPlan:
         method (`str`): the method's name, or several joined by `+`.
         parameters (`tuple[Mapping, ...]`): the hyper-parameters of each of them, with its `name`.
         scheme (`PositionalScheme`): what the plan was made for.
-        factor (`float`): `target_length / original_length`.
-        original_length (`int`): trained length that the plan counts from, in tokens.
+        factor (`float`): `target_length / trained_length`.
+        trained_length (`int`): trained length that the plan counts from, in tokens.
         target_length (`int`): length that the plan is for, in tokens.
         rotaries (`tuple[RotaryPlan, ...]`): the sets of frequencies that change; the others stay as shipped.
         parts (`tuple[Part, ...]`): which positions each pair of query and key gets; all as they are where empty.
@@ -76,7 +76,7 @@ class ExtensionPlan:
     parameters: tuple[Mapping[str, Any], ...]
     scheme: PositionalScheme
     factor: float
-    original_length: int
+    trained_length: int
     target_length: int
     rotaries: tuple[RotaryPlan, ...] = ()
     parts: tuple[Part, ...] = ()
@@ -85,6 +85,11 @@ class ExtensionPlan:
     slopes: tuple[float, ...] = ()
     buckets: BucketPlan | None = None
     sinusoids: PositionMap | None = None
+
+    @property
+    def original_length(self) -> int:
+        """The former name of `trained_length`."""
+        return self.trained_length
 
     @property
     def rotates_late(self) -> bool:
@@ -123,29 +128,29 @@ class ExtensionPlan:
     def _check_lengths(self) -> None:
         sizes = {
             "factor": self.factor,
-            "original_length": self.original_length,
+            "trained_length": self.trained_length,
             "target_length": self.target_length,
         }
         for name, number in sizes.items():
             if not (isinstance(number, int) or name == "factor") or not math.isfinite(number) or number > MAX_NUMBER:
                 kind = "number" if name == "factor" else "whole number"
                 raise PlanError(f"plan.{name} is {short(number)}; a {kind} of at most {MAX_NUMBER} belongs there")
-        if not (self.factor > 0 and 1 <= self.original_length <= self.target_length):
+        if not (self.factor > 0 and 1 <= self.trained_length <= self.target_length):
             raise PlanError(
-                f"plan goes from {self.original_length} to {self.target_length} tokens by factor {self.factor:g}; "
+                f"plan goes from {self.trained_length} to {self.target_length} tokens by factor {self.factor:g}; "
                 "lengths grow from 1 or more"
             )
-        if abs(self.original_length * self.factor - self.target_length) > 1:
+        if abs(self.trained_length * self.factor - self.target_length) > 1:
             raise PlanError(
-                f"plan has factor {self.factor:g}, but goes from {self.original_length} to {self.target_length} tokens"
+                f"plan has factor {self.factor:g}, but goes from {self.trained_length} to {self.target_length} tokens"
             )
         if (self.table or self.sinusoids) and self.target_length > MAX_TABLE_ROWS:
             raise PlanError(f"plan has a table of {self.target_length} positions; at most {MAX_TABLE_ROWS} are made")
         if self.table is not None:
             check_table_size(self.target_length, self.scheme.table.width if self.scheme.table else 1)
             usable = self.scheme.table.usable if self.scheme.table else 0
-            if self.original_length > usable:
-                raise PlanError(f"plan stretches {self.original_length} rows of a table that has {usable}")
+            if self.trained_length > usable:
+                raise PlanError(f"plan stretches {self.trained_length} rows of a table that has {usable}")
 
     def describe(self) -> str:
         """One line: method, lengths, parameters."""
@@ -155,7 +160,7 @@ class ExtensionPlan:
             for key, value in entry.items()
             if key not in ("name", "factor") and value is not None
         )
-        lengths = f"{self.original_length} -> {self.target_length} tokens (x{self.factor:g})"
+        lengths = f"{self.trained_length} -> {self.target_length} tokens (x{self.factor:g})"
         return f"{self.method}: {lengths}" + (f", {given}" if given else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,6 +207,8 @@ class ExtensionPlan:
                 "upgrade it, or plan again"
             )
         data = {key: value for key, value in data.items() if key != "schema"}
+        if "trained_length" not in data and "original_length" in data:  # as schema 1 called it
+            data["trained_length"] = data.pop("original_length")
         if schema == 1 and isinstance(data.get("parts"), list):
             data["parts"] = [
                 {**part, "fade": None, "decay": None} if isinstance(part, Mapping) else part for part in data["parts"]

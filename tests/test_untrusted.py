@@ -200,7 +200,7 @@ def test_a_corrupt_fingerprint_says_what_to_do(adapter: Path) -> None:
         ({"factor": 1e9}, "factor 1e\\+09, but goes from 64 to 256"),
         ({"factor": 8.0}, "factor 8, but goes from 64 to 256"),
         ({"target_length": 2**41}, "of at most"),
-        ({"original_length": 0}, "lengths grow from 1"),
+        ({"trained_length": 0}, "lengths grow from 1"),
         ({"parts": None}, "a list belongs there"),
         ({"unknown": 1}, "has unknown"),
     ],

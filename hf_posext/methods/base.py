@@ -158,7 +158,7 @@ class Method:
             parameters=self.parameters(),
             scheme=scheme,
             factor=target / original if own_factor is None else float(own_factor),
-            original_length=original,
+            trained_length=original,
             target_length=target,
         )
         with torch.device("cpu"):  # whatever the default device of the process is
@@ -271,7 +271,7 @@ class Composition(Method):
         Raises:
             InvalidParameterError: the plan would be the same without one of the parts.
         """
-        blank = ExtensionPlan("", (), plan.scheme, plan.factor, plan.original_length, plan.target_length)
+        blank = ExtensionPlan("", (), plan.scheme, plan.factor, plan.trained_length, plan.target_length)
         for index, part in enumerate(self.parts):
             others = (*self.parts[:index], *self.parts[index + 1 :])
             try:
@@ -289,7 +289,7 @@ class Composition(Method):
         factor, target = plan.factor, plan.target_length
         for part in self.parts:
             own = factor if part.factor is None else part.factor
-            length = target if part.factor is None else round(plan.original_length * own)
+            length = target if part.factor is None else round(plan.trained_length * own)
             plan = part.extend(replace(plan, factor=own, target_length=length))
         return replace(plan, factor=factor, target_length=target)
 

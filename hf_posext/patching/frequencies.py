@@ -99,7 +99,7 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
 
 def _probe_positions(plan: ExtensionPlan) -> list[torch.Tensor]:
     """Positions at which phases are compared: one input of the original length, one of the target length."""
-    short, long = plan.original_length, max(plan.target_length, plan.original_length + 1)
+    short, long = plan.trained_length, max(plan.target_length, plan.trained_length + 1)
     return [torch.tensor(sorted({1, 2, 3, last // 3, last // 2, last - 1})) for last in (short, long)]
 
 
@@ -166,7 +166,7 @@ def _say_in_config(
     _rescale_softmax(model, config.rope_parameters, candidate.rope_parameters, log)
     log.set(config, "rope_parameters", candidate.rope_parameters)
     if getattr(config, "original_max_position_embeddings", None) is not None:
-        log.set(config, "original_max_position_embeddings", plan.original_length)
+        log.set(config, "original_max_position_embeddings", plan.trained_length)
     return None
 
 
@@ -178,13 +178,13 @@ def _with_parameters(config: Any, planned: dict[str, RotaryPlan], plan: Extensio
         if config.model_type == "phimoe" and parameters["rope_type"] != "default":
             # its forward takes the temperature from these, whatever the rope type
             parameters |= {"short_mscale": entry.attention_factor, "long_mscale": entry.attention_factor}
-            parameters["original_max_position_embeddings"] = plan.original_length
+            parameters["original_max_position_embeddings"] = plan.trained_length
         if name:
             changed.rope_parameters = {**changed.rope_parameters, name: parameters}
         else:
             changed.rope_parameters = parameters
     if getattr(changed, "original_max_position_embeddings", None) is not None:
-        changed.original_max_position_embeddings = plan.original_length
+        changed.original_max_position_embeddings = plan.trained_length
     if getattr(changed, "max_position_embeddings", None) is not None:  # recurrent_gemma names no limit
         changed.max_position_embeddings = max(changed.max_position_embeddings, plan.target_length)
     return changed

@@ -63,7 +63,7 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> st
         for start in range(0, plan.target_length, BLOCK):
             positions = torch.arange(start, min(start + BLOCK, plan.target_length))
             longer[start : start + BLOCK] = stretch(
-                old[offset : offset + plan.original_length], plan.table, positions
+                old[offset : offset + plan.trained_length], plan.table, positions
             ).to(old)
         rows[path] = torch.cat([old[:offset], longer])
     refuse_no_effect(plan, {path: module.weight for path, module in tables.items()}, rows)

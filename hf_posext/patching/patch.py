@@ -165,7 +165,7 @@ class Patch:
             self.save_pretrained(directory)
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            lengths = f"{self.plan.original_length} -> {self.plan.target_length}"
+            lengths = f"{self.plan.trained_length} -> {self.plan.target_length}"
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=directory,
@@ -322,9 +322,9 @@ def _apply(outer: nn.Module, model: PreTrainedModel, plan: ExtensionPlan, tokeni
 
 def _why_nothing(plan: ExtensionPlan) -> str:
     windows = [rotary.window for rotary in plan.scheme.rotaries]
-    if windows and all(window is not None and window <= plan.original_length for window in windows):
+    if windows and all(window is not None and window <= plan.trained_length for window in windows):
         reach = max(window for window in windows if window is not None)
-        return f"no layer looks back farther than {reach} tokens, which is within the trained {plan.original_length}"
+        return f"no layer looks back farther than {reach} tokens, which is within the trained {plan.trained_length}"
     return "the plan contains no edit"
 
 
