@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.models import CommandFunctionType
 
 from ..errors import PosExtError
 from ..version import __version__
@@ -41,7 +42,9 @@ class _Group(Commands):
 class _Typer(typer.Typer):
     """Commands whose help lists options under headings."""
 
-    def command(self, name: str | None = None, **settings: Any) -> Any:  # type: ignore[override]
+    def command(
+        self, name: str | None = None, **settings: Any
+    ) -> Callable[[CommandFunctionType], CommandFunctionType]:
         return super().command(name, **{"cls": Command, **settings})
 
 

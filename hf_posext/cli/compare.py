@@ -97,5 +97,5 @@ def _check(model: str, methods: str, settings: EvaluationConfig, trust_remote_co
     request = check_request(settings, detect_scheme(config), config)
     plans, _ = plan_comparison(request, chosen)
     if "/" not in (settings.longppl or ""):  # a label; models are checked when they are loaded
-        check_key_search(request, plans[0].original_length, [name_of(plan) for plan in plans])
+        check_key_search(request, plans[0].trained_length, [name_of(plan) for plan in plans])
     return chosen

@@ -117,7 +117,7 @@ def finetune(
     plan = _check_method(model, method, preset, factor, target_length, trained_length, trust_remote_code)
     evaluation = None
     if evaluate is not None:
-        ends = sizes or sorted({plan.original_length, plan.target_length})
+        ends = sizes or sorted({plan.trained_length, plan.target_length})
         held_out = load_documents(
             evaluate,
             text_column=text_column,

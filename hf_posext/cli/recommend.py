@@ -70,12 +70,16 @@ def recommend(
 
         names = None if methods is None else [name for name in split_outside_brackets(methods, ",") if name]
         chosen = None if names is None else [as_method(name) for name in names]
+        trained_length = options.renamed_length(context, trained_length, original_length)
 
         # The imports that take seconds come after the checks that need none of them.
         from ..evaluation import load_documents
         from ..recommendation import recommend as measure
-        from .loading import load_model
+        from ..recommendation.recommend import check_options
+        from .loading import load_model, require_unpatched
 
+        require_unpatched(model, "a recommendation begins unpatched", "measure it by hf-posext evaluate")
+        check_options(target_length, trained_length, short_limit, passkey)
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
         network, tokenizer = load_model(model, dtype, device, trust_remote_code)
@@ -87,7 +91,7 @@ def recommend(
             budget,
             methods=chosen,
             short_limit=short_limit,
-            trained_length=options.renamed_length(context, trained_length, original_length),
+            trained_length=trained_length,
             passkey=passkey,
             start=start,
             seed=seed,
@@ -137,10 +141,20 @@ def search(
     finished one through more --generations.
     """
     with plan_file(output, resume) as journal:
+        trained_length = options.renamed_length(context, trained_length, original_length)
+
+        # The imports that take seconds come after the checks that need none of them.
         from ..evaluation import load_documents
         from ..frequency_search import search as evolve
-        from .loading import load_model
+        from ..frequency_search.search import check_search
+        from ..patching import detect_scheme
+        from .loading import load_config, load_model, require_unpatched
 
+        require_unpatched(model, "a search begins unpatched", "measure it by hf-posext evaluate")
+        check_search(
+            detect_scheme(load_config(model, trust_remote_code)), target_length, trained_length=trained_length,
+            objective=objective, population=population, generations=generations,
+        )  # fmt: skip
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
         network, tokenizer = load_model(model, dtype, device, trust_remote_code)
@@ -149,7 +163,7 @@ def search(
             tokenizer,
             texts,
             target_length,
-            trained_length=options.renamed_length(context, trained_length, original_length),
+            trained_length=trained_length,
             objective=objective,
             population=population,
             generations=generations,

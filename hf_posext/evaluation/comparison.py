@@ -110,7 +110,7 @@ def compare(
     request = check_request(settled, detect_scheme(base), base, accelerator)
     plans, not_applicable = plan_comparison(request, methods)
     plans = try_plans(base, plans, not_applicable)
-    trained_length = plans[0].original_length
+    trained_length = plans[0].trained_length
     criterion = check_key_search(request, trained_length, [name_of(plan) for plan in plans])
 
     setup = prepare(request, model, tokenizer, documents)

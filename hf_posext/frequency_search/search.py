@@ -105,23 +105,12 @@ def search(
             f"the model has the patch {present.plan.method!r} in force, and a search begins unpatched; "
             "call unpatch_model(model) first"
         )
-    if objective not in OBJECTIVES:
-        raise InvalidParameterError(f"objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    if population < SMALLEST or generations < 1:
-        raise InvalidParameterError(
-            f"population is {population} and generations {generations}; give {SMALLEST} or more, and 1 or more"
-        )
-    scheme = detect_scheme(base)
-    if scheme.kind != "rotary" or scheme.obstacle:
-        why = scheme.obstacle or f"{scheme.model_type} has {scheme.kind} positions"
-        raise MethodNotApplicableError(f"a search is of rotary frequencies, and {why}; see hf-posext recommend")
     trained_length = renamed("original_length", original_length, "trained_length", trained_length)
-    lengths = {"target_length": target_length, "trained_length": trained_length}
-    yarn = YaRN(attention_factor=attention_factor).plan(scheme, **lengths)
-    if target_length == yarn.original_length:
-        raise InvalidParameterError(
-            f"target_length is {target_length}, the trained length, where nothing needs to be searched; give more"
-        )
+    scheme = detect_scheme(base)
+    yarn = check_search(
+        scheme, target_length, trained_length=trained_length, objective=objective, attention_factor=attention_factor,
+        population=population, generations=generations,
+    )  # fmt: skip
     # Key tokens are those of YaRN, by the label of which the search finds them.
     longppl = yarn.method if objective == "key-tokens" else None
     config = EvaluationConfig(lengths=[target_length], start=start, seed=seed, longppl=longppl)
@@ -130,8 +119,8 @@ def search(
         raise MethodNotApplicableError(f"a search reads causal language models; {type(base).__name__} is none")
     setup = prepare(request, model, tokenizer, documents)
     temperature = attention_factor or yarn_mscale(yarn.factor)
-    trial = Trial(base, scheme, setup, yarn.original_length, target_length, temperature)
-    known = seeds(scheme, yarn.original_length, target_length)
+    trial = Trial(base, scheme, setup, yarn.trained_length, target_length, temperature)
+    known = seeds(scheme, yarn.trained_length, target_length)
     told = {"objective": objective, "population": population}  # and not for how long: a search may go on
     identity = run_identity(setup, [base], [trial.plan(one) for one in known.values()], search=told)
     with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
@@ -142,12 +131,49 @@ def search(
     best = min(found, key=lambda genome: (found[genome], genome))
     provenance = {
         **setup.provenance,
-        "trained_length": yarn.original_length,
+        "trained_length": yarn.trained_length,
         "population": population,
         "generations": generations,
     }
     values = {name: found[genome] for name, genome in known.items()}
     return SearchedFactors(trial.plan(best), objective, found[best], values, tuple(history), provenance)
+
+
+def check_search(
+    scheme: PositionalScheme,
+    target_length: int,
+    *,
+    trained_length: int | None = None,
+    objective: str = "tail",
+    attention_factor: float | None = None,
+    population: int = 32,
+    generations: int = 20,
+) -> ExtensionPlan:
+    """
+    Refuse what cannot be searched, as far as the config of the model tells; arguments as in [`search`].
+
+    Returns:
+        `ExtensionPlan`: YaRN's, one of the seeds.
+
+    Raises:
+        MethodNotApplicableError, InvalidParameterError: as [`search`].
+    """
+    if objective not in OBJECTIVES:
+        raise InvalidParameterError(f"objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+    if population < SMALLEST or generations < 1:
+        raise InvalidParameterError(
+            f"population is {population} and generations {generations}; give {SMALLEST} or more, and 1 or more"
+        )
+    if scheme.kind != "rotary" or scheme.obstacle:
+        why = scheme.obstacle or f"{scheme.model_type} has {scheme.kind} positions"
+        raise MethodNotApplicableError(f"a search is of rotary frequencies, and {why}; see hf-posext recommend")
+    lengths = {"target_length": target_length, "trained_length": trained_length}
+    yarn = YaRN(attention_factor=attention_factor).plan(scheme, **lengths)
+    if target_length == yarn.trained_length:
+        raise InvalidParameterError(
+            f"target_length is {target_length}, the trained length, where nothing needs to be searched; give more"
+        )
+    return yarn
 
 
 def _evolve(

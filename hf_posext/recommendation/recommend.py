@@ -93,8 +93,7 @@ def recommend(
         AlreadyPatchedError, UnsupportedModelError, JournalError: as [`evaluate_perplexity`].
     """
     trained_length = renamed("original_length", original_length, "trained_length", trained_length)
-    if short_limit < 0 or passkey < 0:
-        raise InvalidParameterError(f"short_limit is {short_limit} and passkey {passkey}; give 0 or more of each")
+    check_options(target_length, trained_length, short_limit, passkey)
     with prepared(
         model, tokenizer, documents, target_length, methods=methods, trained_length=trained_length,
         passkey=passkey, start=start, seed=seed, journal=journal, accelerator=accelerator,
@@ -102,6 +101,21 @@ def recommend(
         least = least_tokens(sweep.prices([name_of(plan) for plan in choice.plans]))
         share = max(least, round(SHARE * sweep.exhaustive_tokens))  # a quarter of very little pays for nothing
         return Halving(sweep, short_limit, share if budget is None else budget).run(choice)
+
+
+def check_options(target_length: int, trained_length: int | None, short_limit: float, passkey: int) -> None:
+    """Refuse options that no model allows; as in [`recommend`].
+
+    Raises:
+        InvalidParameterError: a limit or trials below 0, or a target that is not above a trained length that is given.
+    """
+    if short_limit < 0 or passkey < 0:
+        raise InvalidParameterError(f"short_limit is {short_limit} and passkey {passkey}; give 0 or more of each")
+    if trained_length is not None and target_length <= trained_length:
+        raise InvalidParameterError(
+            f"target_length is {target_length}, and trained_length {trained_length}, so that the model needs no "
+            "method; give a target above that"
+        )
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def boundaries_of(scheme: PositionalScheme, plan: ExtensionPlan | None) -> Bound
         if rotary.shipped_type == "longrope"
     }
     if plan is not None and any(entry.short_inv_freq is not None for entry in planned):
-        switches.add(plan.original_length)
+        switches.add(plan.trained_length)
     dynamic = any(rotary.shipped_type == "dynamic" for rotary in shipped) or any(entry.growth for entry in planned)
     return Boundaries(tuple(sorted(switches)), dynamic)
 
