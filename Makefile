@@ -1,10 +1,12 @@
 # make demo: the main job on the shipped model and novels.  make test: the test suite.
 # Both install everything into .venv first. CI runs .ci/run, which calls the other targets too.
 
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 READY := .venv/.ready
 FLOOR := .venv-floor/.ready
+LATEST := .venv-latest
+DOCS := .venv-docs/.ready
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --maxprocesses=4
 COMPARE := .venv/bin/hf-posext compare --dataset examples/data/heldout.jsonl
 CARDS := tiny-rope tiny-learned tiny-alibi
@@ -15,7 +17,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_EVALUATE_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test sweep test-floor test-lm-eval test-app bench bench-page public-model lint format card story clean
+.PHONY: demo test sweep test-floor sweep-floor test-newest docs test-lm-eval test-app bench bench-page public-model lint format card story clean
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
@@ -87,11 +89,27 @@ public-model: .venv/.smollm2
 test-floor: $(FLOOR)
 	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract tests/test_compiled_decoding.py
 
+# The cache holds what a sweep found, and the pages are written from that of .venv.
+sweep-floor: $(FLOOR)
+	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 -m sweep -o cache_dir=.venv-floor/.sweep tests/sweep
+
+# The newest transformers that the registry has, whatever constraints.txt says: docs/maintaining.md. What transformers
+# pins goes with it; everything else stays as it is in constraints.txt.
+test-newest:
+	test -d $(LATEST) || $(PYTHON) -m venv $(LATEST)
+	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet|safetensors)==' constraints.txt > $(LATEST)/constraints.txt
+	$(LATEST)/bin/python -m pip install --quiet -c $(LATEST)/constraints.txt torch
+	$(LATEST)/bin/python -m pip install --quiet --upgrade -c $(LATEST)/constraints.txt transformers
+	$(LATEST)/bin/python -m pip install --quiet -c $(LATEST)/constraints.txt -e '.[test]'
+	@$(LATEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	OMP_NUM_THREADS=1 $(LATEST)/bin/pytest -n auto --maxprocesses=4 tests/contract tests/test_signatures.py
+
 lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/python tools/voice.py
 
 format: $(READY)
 	.venv/bin/ruff check --fix .
@@ -117,7 +135,7 @@ story: $(READY)
 	OMP_NUM_THREADS=1 .venv/bin/jupyter execute --inplace examples/story.ipynb
 
 clean:
-	rm -rf .venv .venv-floor reports build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf .venv .venv-floor $(LATEST) .venv-docs site reports build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 		.import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
