@@ -17,7 +17,7 @@ MAX_TABLE_BYTES = 2**31
 
 @dataclass(frozen=True)
 class RotaryPlan:
-    """What one set of rotary frequencies shall become.
+    """New values of one set of rotary frequencies.
 
     Args:
         name (`str`): the [`Rotary`] it is for.
@@ -150,7 +150,7 @@ class Part:
 
     @property
     def is_far(self) -> bool:
-        """Whether the band holds all farther keys, so that it grows without end."""
+        """`True` where the band holds all farther keys, so that it grows without end."""
         return self.low > 0 and self.high is None and self.keys_below is None
 
     def check(self) -> None:
@@ -178,7 +178,7 @@ class Part:
 
 @dataclass(frozen=True)
 class QueryScale:
-    """What queries are multiplied by: `constant`, times `max(1, ln(p + 1) / ln length)` at position p where `log` is
+    """Factor of queries: `constant`, times `max(1, ln(p + 1) / ln length)` at position p where `log` is
     set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`.
     """
 
@@ -198,7 +198,7 @@ class QueryScale:
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Where the rows of a longer table of positions come from.
+    """Source of the rows of a longer table of positions.
 
     Position p gets the trained table at `position`, between two rows by `interpolation`; where `coarse` is given, plus
     `alpha / (1 - alpha)` times the difference of its rows at `coarse` and at 0. Rows before the table's offset stay.
@@ -232,7 +232,7 @@ class TablePlan:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """What is done to a relative distance before it is sorted into a bucket: its size is divided by `factor` and
+    """Change of a relative distance before it is sorted into a bucket: its size is divided by `factor` and
     rounded up, and buckets reach to `max_distance` where that is given."""
 
     factor: float = 1.0

@@ -3,7 +3,7 @@
 ```
 PosExtError
 ├── MissingExtraError (ImportError)        a package that an extra of hf_posext installs
-├── InvalidParameterError (ValueError)     a factor, length or option that cannot be
+├── InvalidParameterError (ValueError)     a factor, length or option out of bounds
 ├── UnknownMethodError (ValueError)        no method of that name
 ├── MethodNotApplicableError (ValueError)  the method is for another positional scheme
 ├── UnsupportedModelError                  a model this package cannot patch or measure, refused by name
@@ -36,7 +36,7 @@ class MissingExtraError(PosExtError, ImportError):
 
 
 class InvalidParameterError(PosExtError, ValueError):
-    """A factor, length or option that cannot be."""
+    """A factor, length or option out of bounds."""
 
 
 class UnknownMethodError(PosExtError, ValueError):

@@ -1,4 +1,4 @@
-"""What a model shall have: a plan is frozen, is plain JSON, and is all that travels between machines.
+"""The plan of an extension: frozen, plain JSON, and all that travels between machines.
 
 A plan says the numbers themselves (every frequency), not how to compute them, so that it can be applied, checked
 and drawn where the method that made it is not installed.
@@ -54,7 +54,7 @@ MAX_PARTS = 64
 
 @dataclass(frozen=True)
 class ExtensionPlan:
-    """What shall be done to one positional scheme by one method.
+    """Edits of one positional scheme by one method.
 
     Args:
         method (`str`): the method's name, or several joined by `+`.
@@ -93,12 +93,12 @@ class ExtensionPlan:
 
     @property
     def rotates_late(self) -> bool:
-        """Whether phases depend on the pair of query and key, or on the row, so that they are applied in attention."""
+        """`True` where phases depend on the pair of query and key, or on the row, and are applied in attention."""
         return bool(self.parts) or self.query_scale is not None or any(entry.growth for entry in self.rotaries)
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the plan leaves the model as it is (the method `none`)."""
+        """`True` where the plan leaves the model as it is (the method `none`)."""
         return not (self.rotaries or self.rotates_late or self.slopes or self.table or self.buckets or self.sinusoids)
 
     def check(self) -> None:

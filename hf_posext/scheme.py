@@ -1,4 +1,4 @@
-"""What a model has: its positional encoding, read from the model or from its config alone.
+"""The positional encoding of a model, read from the model or from its config alone.
 
 Standard library only, so that a scheme can be written to JSON, compared and planned for without weights.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of one kind of positional scheme.
+    """One kind of positional scheme.
 
     Args:
         label (`str`): its name in the literature.
@@ -116,7 +116,7 @@ class Table:
 
     @property
     def usable(self) -> int:
-        """How many positions the table has."""
+        """Number of positions in the table."""
         return self.rows - self.offset
 
 
@@ -171,7 +171,7 @@ class PositionalScheme:
 
     @property
     def ends(self) -> bool:
-        """Whether the model cannot run past its length at all: its positions are in a table, learned or not."""
+        """`True` where the model cannot run past its length at all: its positions are in a table, learned or not."""
         return self.kind == "learned" or self.model_type in TABULATED
 
     def rotary(self, name: str) -> Rotary:
@@ -179,7 +179,7 @@ class PositionalScheme:
         return next(rotary for rotary in self.rotaries if rotary.name == name)
 
     def same_positions(self, other: PositionalScheme) -> bool:
-        """Whether a plan made for `other` fits a model of this scheme: the same frequencies, table, slopes and
+        """Return whether a plan made for `other` fits a model of this scheme: the same frequencies, table, slopes and
         buckets."""
 
         def shape(scheme: PositionalScheme) -> tuple[Any, ...]:

@@ -205,7 +205,7 @@ def test_a_target_below_the_shipped_length_is_refused_with_both_numbers() -> Non
         (lambda: planned(LongRoPE(long_factor=[1.0])), "got 1 numbers"),
         (lambda: planned(LongRoPE(long_factor=[math.nan] * 64)), "a list of finite numbers"),
         (lambda: planned(LongRoPE(long_factor=[0.0] * 64)), "finite numbers above 0"),
-        (lambda: as_method(8), "give a name such as 'yarn'"),  # type: ignore[arg-type]
+        (lambda: as_method(8), "pass a name such as 'yarn'"),  # type: ignore[arg-type]
     ],
 )
 def test_hyper_parameters_that_cannot_be(make: object, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a method is, and the names of all methods.
+"""Methods, and the registry of their names.
 
 A method is hyper-parameters and a pure map from plan to plan. It never sees a model. It gets a plan (at first an empty
 one, which leaves the scheme as it is) and returns the plan changed, so that methods compose by applying one after the
@@ -92,7 +92,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """What tables and plans call the method, and [`as_method`] reads: its name, and what is not as by default.
+        """Label in tables and plans, which [`as_method`] reads: the name, and parameters that are not the default.
 
         Lists are left out, since they fill pages: `LongRoPE(long_factor=[...])` is `longrope`. So is the factor, which
         tables have a column for; only in a composition a part tells its own where it is not the plan's.
@@ -248,7 +248,7 @@ class Composition(Method):
 
     @property
     def needs_factor(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts does."""
+        """`True` where one of the parts needs one."""
         return any(part.needs_factor for part in self.parts)
 
     @property

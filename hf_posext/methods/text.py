@@ -37,7 +37,7 @@ def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
         return method
     if not isinstance(method, str):
         raise InvalidParameterError(
-            f"method is {method!r}; give a name such as 'yarn' or an object such as YaRN(factor=8)"
+            f"method is {method!r}; pass a name such as 'yarn' or an object such as YaRN(factor=8)"
         )
     texts = split_outside_brackets(method, "+")
     if hyper_parameters and len(texts) > 1:

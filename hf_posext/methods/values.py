@@ -13,7 +13,7 @@ from ..errors import InvalidParameterError
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type such as `float | None` or `Sequence[float]`, and every number in it is finite."""
+    """Return whether a value is of a type such as `float | None`, with finite numbers only."""
     arguments = get_args(hint)
     if get_origin(hint) in (types.UnionType, Union):
         return any(fits(value, option) for option in arguments)

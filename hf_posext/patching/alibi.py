@@ -112,7 +112,7 @@ def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> s
     """
     if plan.slopes == plan.scheme.slopes:
         raise NoEffectError(
-            f"{plan.describe()} leaves the slopes as they are; give a factor above 1, or method 'none'"
+            f"{plan.describe()} leaves the slopes as they are; pass a factor above 1, or method 'none'"
         )
     slopes = torch.tensor(plan.slopes, dtype=torch.float32)
     sites: dict[str, AttentionSlopes] = {}

@@ -45,7 +45,7 @@ SINUSOID_TABLE_ROPE = ("codegen", "gptj", "roformer")
 
 @dataclass(frozen=True)
 class RotarySite:
-    """Where one set of frequencies lives: a rotary module and the prefix of its attributes.
+    """Place of one set of frequencies: a rotary module and the prefix of its attributes.
 
     The set is called after its layer type, or, where a module has a config of its own (Granite SWA: one for each
     base), after the path of the module.
@@ -58,7 +58,7 @@ class RotarySite:
 
     @property
     def prefix(self) -> str:
-        """What stands before `inv_freq` in the module's attribute names."""
+        """Text before `inv_freq` in the names of the module's attributes."""
         return f"{self.layer_type}_" if self.layer_type else ""
 
     def phases(self, positions: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ class RotarySite:
 
 @contextmanager
 def model_code(name: str) -> Iterator[None]:
-    """Where code of a model runs to be asked for its positions: whatever it raises becomes an error that names it.
+    """Turn whatever the code of a model raises, while it is asked for its positions, into an error that names it.
 
     Raises:
         UnsupportedModelError: the code raised anything that is not an error of this package.
@@ -90,7 +90,7 @@ def model_code(name: str) -> Iterator[None]:
     except Exception as error:
         raise UnsupportedModelError(
             f"the code of {name} raised {type(error).__name__} when it was asked for its positions: {error}; "
-            "hf_posext cannot patch it. Check that the model itself runs on a short text, and report its model type"
+            "hf_posext cannot patch it. Check that the model runs on a short text, and report its model type."
         ) from error
 
 
@@ -204,7 +204,7 @@ def _scheme(model: PreTrainedModel) -> PositionalScheme:
 
 
 def _rotary(site: RotarySite) -> Rotary | None:
-    """What one set of frequencies is before any scaling, or `None` where it follows no base."""
+    """Return one set of frequencies before any scaling, or `None` where it follows no base."""
     config: Any = getattr(site.module, "config")  # noqa: B009  nn.Module types its attributes as tensors
     parameters = dict(getattr(config, "rope_parameters", None) or {})
     if site.layer_type:
@@ -244,7 +244,7 @@ def _default_frequencies(site: RotarySite, config: Any) -> torch.Tensor | None:
 
 
 def _window(config: Any, layer_type: str) -> int | None:
-    """How far back the layers of a set see, where the name of the set says that this is bounded."""
+    """Return the farthest distance that layers of a set see, where the name of the set says that it is bounded."""
     if "sliding" not in layer_type:
         return getattr(config, "attention_chunk_size", None) if "chunked" in layer_type else None
     if not getattr(config, "is_heterogeneous", False):

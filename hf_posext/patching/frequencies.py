@@ -74,7 +74,7 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
     obstacle = obstacle or _say_in_config(model, sites, planned, plan, log)
     if obstacle and any(entry.short_inv_freq is not None for entry in plan.rotaries):
         raise UnsupportedModelError(
-            f"{plan.method} with two factor lists needs the model's own longrope, but {obstacle}; give one list"
+            f"{plan.method} with two factor lists needs the model's own longrope, but {obstacle}; pass one list"
         )
     for site in sites:
         _write(site, planned[site.name], log)
@@ -92,7 +92,7 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
         if planned[site.name].growth is None and all(same):
             raise NoEffectError(
                 f"{plan.describe()} leaves the phases of {site.path} ({plan.scheme.model_type}) as they are; "
-                "give a factor above 1, or method 'none' to compare with the model as it is"
+                "pass a factor above 1, or method 'none' to compare with the model as it is"
             )
     return obstacle
 
@@ -104,7 +104,7 @@ def _probe_positions(plan: ExtensionPlan) -> list[torch.Tensor]:
 
 
 def _same_phases(before: torch.Tensor, after: torch.Tensor, positions: torch.Tensor) -> bool:
-    """Whether phases are those of before but for the rounding of frequencies, which positions multiply.
+    """Return whether phases are equal, except for the rounding of frequencies, which positions multiply.
 
     YaRN at factor 1 computes the frequencies of the model by other operations.
     """
@@ -191,7 +191,7 @@ def _with_parameters(config: Any, planned: dict[str, RotaryPlan], plan: Extensio
 
 
 def _differs(module: nn.Module, candidate: Any, planned: dict[str, RotaryPlan], plan: ExtensionPlan) -> str | None:
-    """Why a rotary module built from the candidate config would not compute the plan's phases; `None` if it would."""
+    """Return why a module built from the candidate config does not compute the plan's phases; `None` if it does."""
     try:
         native = type(module)(candidate)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:

@@ -1,4 +1,4 @@
-"""What a model keeps of the length of earlier inputs."""
+"""State that a model keeps of the length of earlier inputs."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def refuse_no_effect(
     """
     if all(torch.equal(before[path], after[path]) for path in before):
         raise NoEffectError(
-            f"{plan.describe()} leaves the table of {plan.scheme.model_type} as it is; give a factor above 1, or "
+            f"{plan.describe()} leaves the table of {plan.scheme.model_type} as it is; pass a factor above 1, or "
             "method 'none' to compare with the model as it is"
         )
 

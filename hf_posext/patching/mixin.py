@@ -53,7 +53,7 @@ def without(mixin: type, cls: type) -> type:
 
 
 def _instance(mixins: tuple[type, ...], base: type) -> Any:
-    """What pickle and deepcopy start from: an empty instance of the mixed class."""
+    """Return an empty instance of the mixed class, which pickle and deepcopy fill."""
     cls = base
     for mixin in mixins:
         cls = mix(mixin, cls)

@@ -1,4 +1,4 @@
-"""What the positions of a live model are, in numbers: read, never changed."""
+"""The positions of a live model in numbers: read, never changed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def frequencies_in_force(model: PreTrainedModel, length: int) -> dict[str, torch
 
 
 def attends_both_ways(model: PreTrainedModel) -> bool:
-    """Whether some self-attention of the text part sees later tokens: an encoder, alone or before a decoder."""
+    """Return whether some self-attention of the text part sees later tokens, as in an encoder."""
     modules = model.named_modules() if model.config.is_encoder_decoder else text_modules(model)
     attentions = (module for _, module in modules if "Attention" in type(module).__name__)
     return any(
@@ -65,7 +65,7 @@ def attends_both_ways(model: PreTrainedModel) -> bool:
 
 
 def slope_scale(model: PreTrainedModel) -> float:
-    """What ALiBi's slopes are multiplied by before the softmax: Falcon divides its biases with the scores."""
+    """Return the factor of ALiBi's slopes before the softmax: Falcon divides its biases with the scores."""
     config = text_config(model.config)
     return 1 / math.sqrt(config.hidden_size // config.num_attention_heads) if config.model_type == "falcon" else 1.0
 

@@ -62,7 +62,7 @@ class Patch:
 
     @property
     def plan(self) -> ExtensionPlan:
-        """What was done to the model."""
+        """The plan that is in force."""
         return self._state.plan
 
     @property
@@ -72,12 +72,12 @@ class Patch:
 
     @property
     def native_obstacle(self) -> str | None:
-        """Why a checkpoint needs this package to be opened; `None` where plain transformers opens it."""
+        """The reason that a checkpoint needs this package to be opened; `None` where plain transformers opens it."""
         return self._state.native_obstacle
 
     @property
     def active(self) -> bool:
-        """Whether the patch is in force."""
+        """`True` while the patch is in force."""
         return self._state.active
 
     def __repr__(self) -> str:
@@ -85,7 +85,7 @@ class Patch:
         return f"Patch({type(self.model).__name__}, {self.plan.describe()}, {state})"
 
     def describe(self) -> str:
-        """A few lines: the scheme, what was done, and how the patched model can be saved."""
+        """Return three lines: the scheme, the plan, and how the patched model can be saved."""
         if self.plan.changes_nothing:
             saved = "nothing was changed"
         elif self.native_obstacle is None:

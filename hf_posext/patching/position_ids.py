@@ -1,4 +1,4 @@
-"""Whether a model honours the positions that it is given; asked before hours are spent on the answer."""
+"""Checks that a model honours the positions that it is given, before hours are spent on training."""
 
 from __future__ import annotations
 

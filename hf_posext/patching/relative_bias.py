@@ -63,7 +63,7 @@ def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> 
     obstacle = _swap(model, plan.buckets, reach, log)
     if torch.equal(buckets_of(model, distances, BucketPlan()), before):
         raise NoEffectError(
-            f"{plan.describe()} leaves the buckets as they are; give a factor above 1, or method 'none'"
+            f"{plan.describe()} leaves the buckets as they are; pass a factor above 1, or method 'none'"
         )
     return obstacle
 

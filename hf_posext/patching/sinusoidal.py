@@ -35,7 +35,7 @@ class OtherSines(Mixin):
 
 
 def _differ(sines: torch.Tensor, before: torch.Tensor) -> bool:
-    """Whether sines are other ones than before, by more than the rounding of angles of some thousand radians."""
+    """Return whether sines differ by more than the rounding of angles of a few thousand radians."""
     common = min(len(sines), len(before))
     return not torch.allclose(sines[:common].float(), before[:common].float(), atol=1e-3, rtol=0)
 
@@ -72,7 +72,7 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
         changed |= _differ(longer, table)
         log.set(module, "weights", longer.to(table))
     if not changed:
-        raise NoEffectError(f"{plan.describe()} leaves positions as they are; give a factor above 1, or method 'none'")
+        raise NoEffectError(f"{plan.describe()} leaves positions as they are; pass a factor above 1, or method 'none'")
     if rows:
         obstacle = set_rows(model, rows, 0, log)
         if obstacle:

@@ -1,4 +1,4 @@
-"""Where a model keeps positions that are not rotary: tables, sinusoids, relative biases, ALiBi."""
+"""Modules of a model that hold positions other than rotary ones: tables, sinusoids, relative biases, ALiBi."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..scheme import Buckets, Table
 from .position_zero import row_of_position_zero
 
 TABLE_NAMES = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "positions_embed")
-"""What the modeling files of transformers call a learned table of positions."""
+"""Names of a learned table of positions in the modeling files of transformers."""
 
 LENGTH_FIELDS = (
     "max_position_embeddings",
@@ -27,7 +27,7 @@ LENGTH_FIELDS = (
     "max_seq_len",
     "seq_length",
 )
-"""What the configs call the longest input, most common first."""
+"""Names of the longest input in configs, most common first."""
 
 OBSTACLES = {
     "reformer": ("learned", "its table is a sum of two (axial positions), which fixes the length"),
@@ -42,7 +42,7 @@ OBSTACLES = {
 """Families that no structure below tells: their kind, and why they cannot be changed."""
 
 _ADAPTER_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
-"""What PEFT adds to the path of a module of which an adapter trains a copy (`modules_to_save`)."""
+"""End of the path of a module of which an adapter of PEFT trains a copy (`modules_to_save`)."""
 
 _BUCKET_FUNCTIONS = ("_relative_position_bucket", "relative_position_bucket")
 
@@ -160,7 +160,7 @@ def read_buckets(model: PreTrainedModel) -> tuple[Buckets | None, str | None]:
 
 
 def has_alibi(model: PreTrainedModel) -> bool:
-    """Whether attention is biased by ALiBi: always in BLOOM and MPT, by an option in Falcon."""
+    """Return whether ALiBi biases attention: always in BLOOM and MPT, by an option in Falcon."""
     config = model.config.get_text_config(decoder=True)
     return config.model_type in ("bloom", "mpt") or bool(getattr(config, "alibi", False))
 

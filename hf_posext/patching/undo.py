@@ -88,7 +88,7 @@ class UndoLog:
         setattr(owner, name, value)
 
     def knows(self, owner: Any, name: str) -> bool:
-        """Whether `owner.name` was changed."""
+        """Return whether `owner.name` was changed."""
         return any(change.target() is owner and change.name == name for change in self._changes)
 
     def transfer(self, owner: Any, successor: Any) -> None:
@@ -138,7 +138,7 @@ class UndoLog:
 
 
 def _holds(owner: Any, name: str) -> bool:
-    """Whether an object has an attribute of its own, as a buffer or a parameter as well."""
+    """Return whether an object has an attribute of its own, buffers and parameters included."""
     places = (vars(owner), getattr(owner, "_buffers", ()), getattr(owner, "_parameters", ()))
     return any(name in place for place in places)
 
