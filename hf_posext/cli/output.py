@@ -1,4 +1,4 @@
-"""Where a report goes: a directory that is new, has no files in it, or has the journal of a run to go on with."""
+"""The output of a command: a directory that is new, has no files in it, or has the journal of a run to go on with."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from ..evaluation import Results
 
 PATIENCE = datetime.timedelta(days=7)
-"""How long a process waits for the others, which may have the longer documents; launchers end all if one dies."""
+"""Time that a process waits for the others, which may have the longer documents; launchers end all if one dies."""
 
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""What torch and the kinds of MPI call the index of a process and their number, in the order of accelerate."""
+"""Names that torch and the kinds of MPI have for the index of a process and their number, as accelerate reads them."""
 
 
 def rank() -> int:
@@ -39,7 +39,7 @@ def world_size() -> int:
 
 
 def is_launched() -> bool:
-    """Whether a launcher of accelerate, torch or MPI has started this process."""
+    """Return `True` if a launcher of accelerate, torch or MPI has started this process."""
     return world_size() > 1 or "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
@@ -86,7 +86,7 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
 
 
 def _has_device() -> bool:
-    """Whether a device other than the CPU is there, as accelerate would take one."""
+    """Return `True` if there is a device other than the CPU, as accelerate would take one."""
     import torch
 
     return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
@@ -115,6 +115,6 @@ def finish(results: Results, output: Path, accelerator: Accelerator | None, log_
 
 
 def _processes(results: Results) -> str:
-    """As "2 processes on cuda:0, cuda:1"."""
+    """Number of processes and their devices, as in "2 processes on cuda:0, cuda:1"."""
     count, devices = results.provenance["processes"], results.provenance["devices"]
     return f"{count} process{'es' if count > 1 else ''} on {', '.join(dict.fromkeys(devices))}"

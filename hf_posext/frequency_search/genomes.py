@@ -1,4 +1,4 @@
-"""What evolves: a factor for every rotary pair, never smaller than that of a faster pair.
+"""Genomes: a factor for every rotary pair, never smaller than that of a faster pair.
 
 Ding et al., 2024: LongRoPE, https://arxiv.org/abs/2402.13753. There children that break the order are drawn again, up
 to twenty times; here they are put in order, by the nearest numbers that are (isotonic regression), so that no draw is
@@ -69,7 +69,7 @@ def seeds(scheme: PositionalScheme, trained_length: int, target_length: int) -> 
 
 
 def factors_of(plan: ExtensionPlan) -> Genome:
-    """What a plan divides each frequency by, in the set that reaches farthest."""
+    """Divisors of each frequency in a plan, in the set that reaches farthest."""
     rotary = first_rotary(plan.scheme)
     planned = next(entry for entry in plan.rotaries if entry.name == rotary.name)
     factors = powers(rotary.theta, rotary).double() / frequencies(planned, rotary).double()

@@ -214,7 +214,7 @@ class Trial:
     keys: KeyTokens | None = None
 
     def plan(self, genome: Genome) -> ExtensionPlan:
-        """What puts the factors in force."""
+        """Plan that puts the factors in force."""
         method = LongRoPE(long_factor=genome, attention_factor=self.attention_factor)
         lengths = {"target_length": self.target_length, "trained_length": self.trained_length}
         return method.plan(self.scheme, **lengths)
@@ -236,7 +236,7 @@ class Trial:
     def perplexities(
         self, genomes: Sequence[Genome], *, name: str, accelerator: Accelerator | None, journal: RunJournal | None
     ) -> dict[Genome, float]:
-        """Of the tokens that count, of each genome; infinite where a document could not be read."""
+        """Perplexity of each genome over the tokens that count; infinite where a document could not be read."""
         runs = {genome: self._run(genome) for genome in genomes}
         stages = [
             Stage(name, partial(patch_model, self.model, self.plan(genome)), run.tasks, run.measure)

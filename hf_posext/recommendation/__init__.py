@@ -1,4 +1,4 @@
-"""Which method for a model: a measured sweep that begins with the diagnosis and spends where it matters."""
+"""The method for a model: a measured sweep that begins with the diagnosis and spends where it matters."""
 
 from ..packages import require
 

@@ -1,4 +1,4 @@
-"""What could be recommended: every method that applies, at a few factors and windows, as plans."""
+"""Candidates for a recommendation: every method that applies, at a few factors and windows, as plans."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STRETCHES = (1, 2)
 """Factors, as multiples of target / trained length: some methods reach less far than their factor says (NTK)."""
 
 WINDOWS = (1 / 4, 1 / 2, 3 / 4)
-"""Of methods that keep near distances as they are, as shares of the trained length."""
+"""Windows of methods that keep near distances as they are, as shares of the trained length."""
 
 
 class Candidates(NamedTuple):
@@ -122,7 +122,7 @@ def _plan(method: Method, scheme: PositionalScheme, trained_length: int, target_
 
 
 def _effect(plan: ExtensionPlan) -> str:
-    """What a plan does, whatever it is called: a default window is that window, and some factors change nothing."""
+    """Effect of a plan, whatever it is called: a default window is that window, and some factors change nothing."""
     called = ("method", "parameters", "factor", "target_length")
     return json.dumps({key: value for key, value in asdict(plan).items() if key not in called})
 

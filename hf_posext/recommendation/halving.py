@@ -181,7 +181,7 @@ def _ends(ratio: Ratio) -> tuple[float, float] | None:
 
 @torch.inference_mode()
 def cache_bytes_per_token(model: Any) -> float | None:
-    """Of keys and values in all layers; nothing where the model keeps no such cache."""
+    """Bytes of keys and values in all layers; `None` where the model keeps no such cache."""
     ids = torch.zeros(1, PROBE, dtype=torch.long, device=model.device)
     cache = cache_of(model(input_ids=ids, use_cache=True))
     tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", []) for name in ("keys", "values")]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..methods import Method
 
 SHARE = 0.25
-"""Of what the exhaustive sweep costs: the budget where none is given."""
+"""Share of the cost of the exhaustive sweep: the budget where none is given."""
 
 
 def recommend(

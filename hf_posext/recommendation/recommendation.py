@@ -1,4 +1,4 @@
-"""What is recommended, why, how sure that is, and what it costs."""
+"""A recommendation: the answer, the reasons, their certainty, and the cost."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class Recommendation:
 
 
 def title(method: str, factor: float) -> str:
-    """What a contender is called."""
+    """Name of a contender."""
     return method if factor == 1 else f"{method} x{factor:.4g}"
 
 
@@ -165,7 +165,7 @@ def _title(line: Mapping[str, Any]) -> str:
 
 
 def _span(ends: Any) -> str:
-    """As ` [0.98, 1.01]`; nothing where there is none."""
+    """Interval as text, as in ` [0.98, 1.01]`; empty where there is none."""
     return "" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]"
 
 

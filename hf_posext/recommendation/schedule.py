@@ -1,4 +1,4 @@
-"""How a budget is spent: all contenders read a document, the better third of them twice as many, and so on.
+"""Successive halving of a budget: all contenders read a document, the better third of them twice as many, and so on.
 
 Successive halving (Jamieson and Talwalkar, 2016, arXiv 1502.07943) at a rate of three. The unit is a token that goes
 through the model: it adds up over documents and methods, knows no machine, and a user can multiply it by a speed.
@@ -60,7 +60,7 @@ class Schedule(NamedTuple):
     control: int
 
     def tokens(self, prices: Prices) -> int:
-        """What it costs at most."""
+        """Largest cost, in tokens."""
         first = self.rungs[0].contenders
         dearest = sorted(prices.methods[:first], reverse=True)
         total, before = first * prices.guard, 0
@@ -99,7 +99,7 @@ def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
 
 
 def least_tokens(prices: Prices) -> int:
-    """What one comparison costs: the first contender and the control on one document."""
+    """Cost of one comparison: the first contender and the control on one document."""
     return _halved(1, 1, 1, 1).tokens(prices)
 
 

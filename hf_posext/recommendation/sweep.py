@@ -32,7 +32,7 @@ Name = tuple[str, float]
 
 
 class Ratio(NamedTuple):
-    """Of two perplexities on the same tokens, with its 95 % interval over documents (`None` of one document)."""
+    """Ratio of two perplexities on the same tokens, with its 95 % interval over documents (`None` of one document)."""
 
     value: float
     ci95: list[float] | None
@@ -80,18 +80,18 @@ class Sweep:
 
     @cached_property
     def control_tokens(self) -> int:
-        """What the control reads of a document."""
+        """Tokens that the control reads for a document."""
         windows = 1 + math.ceil((self.target - self.trained) / control_stride(self.trained))
         return (windows + 1) * self.trained
 
     def prices(self, names: Iterable[Name]) -> Prices:
-        """What contenders cost, in tokens."""
+        """Cost of contenders, in tokens."""
         methods = tuple(sum(lengths[-1] for lengths in self.runs[name].passes) for name in names)
         return Prices(methods, self.trained, self.trained, self.control_tokens, self.passkey * self.target)
 
     @property
     def exhaustive_tokens(self) -> int:
-        """What it costs that every contender, and the control, read every document."""
+        """Cost of every contender and the control reading every document."""
         methods = [self._tokens_of(run, id) for run in self.runs.values() for id in self.documents]
         return sum(methods) + len(self.documents) * (self.trained + self.control_tokens)
 
@@ -166,7 +166,7 @@ class Sweep:
         return [nll / tokens for nll, tokens in sums]
 
     def failure(self, name: Name) -> str | None:
-        """Why a contender could not read a document, if so."""
+        """Reason why a contender could not read a document; `None` if it could."""
         known = (self.outcomes[task] for task in self.runs[name].tasks if task in self.outcomes)
         return next((outcome.failure for outcome in known if outcome.failure is not None), None)
 
@@ -234,7 +234,7 @@ class Sweep:
 
 
 def name_of(plan: ExtensionPlan) -> Name:
-    """What a contender is called; as in a comparison, a plan that changes nothing has factor 1."""
+    """Name of a contender; as in a comparison, a plan that changes nothing has factor 1."""
     return plan.method, 1.0 if plan.changes_nothing else plan.factor
 
 

@@ -1,1 +1,1 @@
-"""How perplexity is measured: which windows are read of a document, and which of their tokens count."""
+"""Protocols of perplexity: the windows that are read of a document, and the tokens that count."""

@@ -1,4 +1,4 @@
-"""Which protocol fits a model, by name or by default."""
+"""The protocol that fits a model, by name or by default."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ NO_BOS = "none: the tokenizer adds none"
 
 
 class OfDecoders:
-    """What the protocols of causal language models share."""
+    """Base of the protocols of causal language models."""
 
     legacy: ClassVar[bool] = False
     bos_place: ClassVar[str] = "first token of each document"
@@ -59,7 +59,7 @@ class Prefix(OfDecoders):
         return 1
 
     def tail(self, length: int) -> int | None:
-        """How many of those that count lie in the second half, where that is not half of them."""
+        """Number of counted tokens in the second half, where that is not half of them."""
         return None
 
     def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
@@ -94,7 +94,7 @@ class Prefix(OfDecoders):
         return Window(0, self.first(lengths[0]), end)
 
     def _at(self, lengths: list[int], nll: np.ndarray) -> list[Measurement]:
-        """What counts at each length, of the NLL of the tokens that count at any."""
+        """Measurements by length, from the NLL of the tokens that count at any length."""
         begin = self.first(lengths[0])
         return [Measurement(n, nll[self.first(n) - begin : n - begin], self.first(n), self.tail(n)) for n in lengths]
 
@@ -122,11 +122,11 @@ class Tail(Prefix):
 
 
 class ReadsWindows(OfDecoders, ABC):
-    """What protocols share that read the whole document through windows of a length."""
+    """Base of the protocols that read the whole document through windows of a length."""
 
     @abstractmethod
     def windows(self, total: int, length: int, bos: bool) -> list[Window]:
-        """What is read of a row of `total` tokens."""
+        """Windows of a row of `total` tokens."""
 
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
         """The NLL of the tokens that the windows score."""

@@ -1,4 +1,4 @@
-"""How perplexity is measured. A number without its protocol is not a result."""
+"""The interface of protocols. A number without its protocol is not a result."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class PerplexityProtocol(Protocol):
 
     @property
     def legacy(self) -> bool:
-        """Whether it reproduces a published average that weighs tokens unequally; marked in every output."""
+        """`True` if it reproduces a published average that weighs tokens unequally; marked in every output."""
 
     def bos_rule(self, bos: bool) -> str:
-        """Where a BOS that the tokenizer adds by itself (`bos`) stands, in words."""
+        """Place of the BOS that the tokenizer adds by itself (`bos`), in words."""
 
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> Any:
-        """What scores tokens for this protocol; it has the bare model as `model`, and is handed to the methods below.
+        """Scorer of tokens for this protocol; it has the bare model as `model`, and is handed to the methods below.
 
         Raises:
             UnsupportedModelError: the protocol means nothing for such a model.
@@ -94,7 +94,7 @@ class PerplexityProtocol(Protocol):
 
 
 def is_legacy(name: str) -> bool:
-    """Whether a protocol, by its name in results, reproduces a published average."""
+    """Return `True` if a protocol, by its name in results, reproduces a published average."""
     return name.startswith("legacy-")
 
 

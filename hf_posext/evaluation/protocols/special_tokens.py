@@ -15,7 +15,7 @@ from ..texts.tokens import TokenizedDocuments, token_ids
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before and after a text by itself: `[CLS]` and `[SEP]`, or nothing and `</s>`."""
+    """Tokens that a tokenizer puts before and after a text by itself: `[CLS]` and `[SEP]`, or nothing and `</s>`."""
     plain, whole = token_ids(tokenizer, "a"), tokenizer("a")["input_ids"]
     begin = next(at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
     return whole[:begin], whole[begin + len(plain) :]
@@ -41,7 +41,7 @@ class FramedScorer(Scorer):
 
     @property
     def special(self) -> int:
-        """How many special tokens there are."""
+        """Number of special tokens."""
         return len(self.before) + len(self.after)
 
     def around(self, text: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class FramedScorer(Scorer):
 
 
 class OfFramedTexts:
-    """What the protocols share that put special tokens around each text."""
+    """Base of the protocols that put special tokens around each text."""
 
     legacy = False
 

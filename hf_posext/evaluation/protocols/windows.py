@@ -1,4 +1,4 @@
-"""What windows are read of a document, and the NLL of the tokens that they score."""
+"""Windows of a document, and the NLL of the tokens that they score."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many tokens are read."""
+        """Number of tokens that are read."""
         return self.end - self.begin + self.bos - (not self.last_read)
 
     def cut(self, size: int) -> Window:

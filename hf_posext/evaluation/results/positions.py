@@ -1,4 +1,4 @@
-"""Where in the document the longer context pays: the gain in sixteen equally long stretches of what is scored."""
+"""The gain by position in the document, in sixteen equally long stretches of what is scored."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ LONGPPL_KEYS = ("longppl", "longppl_ci95", "longppl_truncated", "key_tokens")
 PASSKEY_KEYS = ("passkey", "passkey_trials")
 DOCUMENT_KEYS = required(DocumentRecord)
 KEY_TOKEN_KEYS = ("key_nll_sum", "key_tokens")
-"""What documents have in addition, where LongPPL was asked for."""
+"""Additional keys of documents, where LongPPL was asked for."""
 
 RETRIEVAL_KEYS = required(RetrievalRow)
 TABLES: dict[str, type] = {"rows": Row, "per_document": DocumentRecord, "retrieval": RetrievalRow}
@@ -38,7 +38,7 @@ TABLES: dict[str, type] = {"rows": Row, "per_document": DocumentRecord, "retriev
 
 INTERVALS = ("ci95", "gain_ci95", "change_ci95", "longppl_ci95")
 SIZES = {**dict.fromkeys(INTERVALS, 2), "position_nll_sums": STRETCHES}
-"""How many numbers a list has."""
+"""Numbers in each list."""
 
 RULES = Rules(EvaluationError, "measure again with this version", sys.float_info.max)
 

@@ -54,5 +54,5 @@ def log_results(results: Results, accelerator: Accelerator) -> None:
 
 
 def _curves(quantity: str, protocol: str) -> str:
-    """What the curves of a quantity are called; pass keys are asked for in the same way by every protocol."""
+    """Name of the curves of a quantity; passkeys are asked for in the same way by every protocol."""
     return f"{quantity}-{protocol}" if is_legacy(protocol) and quantity != "passkey" else quantity

@@ -211,7 +211,7 @@ def _parsed(line: bytes, keys: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
-    """Where two values of plain JSON types differ, as `lengths.0 is 512 there and 1024 here`."""
+    """Differences between two values of plain JSON types, as `lengths.0 is 512 there and 1024 here`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
             yield from _differences(f"{where}.{key}", before.get(key), now.get(key))
@@ -267,14 +267,14 @@ def run_identity(
 
 
 def tokens_fingerprint(documents: TokenizedDocuments) -> str:
-    """Of the ids and tokens of all documents, in their order."""
+    """Fingerprint of the ids and tokens of all documents, in their order."""
     digest = hashlib.sha256(repr((documents.ids, documents.bos, tuple(documents.tokens.shape))).encode())
     digest.update(documents.tokens.numpy().tobytes())
     return digest.hexdigest()
 
 
 def quantization(model: Any) -> str | None:
-    """How the weights of a model are quantised, as its config contains it."""
+    """Settings of the quantisation of a model, from its config."""
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return None

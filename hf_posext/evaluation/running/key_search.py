@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Evaluator = str | nn.Module | tuple[nn.Module, Any]
-"""What finds key tokens: the label of a method that is compared, a model, or a model and its tokenizer."""
+"""Finder of key tokens: the label of a method that is compared, a model, or a model and its tokenizer."""
 
 Enter = Callable[[], AbstractContextManager[Any]]
 
@@ -44,7 +44,7 @@ class FoundKeys(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What results say of them."""
+        """Facts about them for the provenance."""
         left_out = [{"document": id, "reason": reason} for id, reason in self.failures.items()]
         return {"longppl": {"evaluator": self.keys.evaluator, **self.keys.criterion._asdict(), "left_out": left_out}}
 
@@ -77,7 +77,7 @@ class KeySearch:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a run depends on beside the weights of the evaluator."""
+        """All that a run depends on in addition to the weights of the evaluator."""
         read = hashlib.sha256(repr([row.tolist() for row in self.given.rows]).encode()).hexdigest()
         return {"longppl": {"evaluator": self.evaluator, **self.criterion._asdict(), "tokens": read}}
 

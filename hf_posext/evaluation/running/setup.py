@@ -1,4 +1,4 @@
-"""What is to be measured: checked and planned before anything is read, then documents, tokenized."""
+"""A measurement before it begins: checked and planned before anything is read, then documents, tokenized."""
 
 from __future__ import annotations
 

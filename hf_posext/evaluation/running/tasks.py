@@ -1,4 +1,4 @@
-"""What there is to measure: a task is a document or a question, under one method, in one pass of the model."""
+"""Units of work: a task is a document or a question, under one method, in one pass of the model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Task:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells it from other tasks, in plain JSON types; `None` is left out."""
+        """Identity of the task, in plain JSON types; `None` is left out."""
         parts = {"kind": self.kind, "method": self.method, "factor": self.factor, "lengths": list(self.lengths)}
         given = {"document": self.document, "question": self.question}
         return parts | {name: value for name, value in given.items() if value is not None}
@@ -75,7 +75,7 @@ def task_of(kind: Kind, method: str, factor: float, lengths: Iterable[int], read
 
 
 class Outcome(NamedTuple):
-    """What became of a task: its value, or the reason why it has none."""
+    """Value of a task, or the reason why it has none."""
 
     value: Any = None
     failure: str | None = None
@@ -113,7 +113,7 @@ class MethodRun:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name in messages."""
         return title(self.label, self.factor)
 
     @property
@@ -154,7 +154,7 @@ class MethodRun:
         ]
 
     def is_finished(self, outcomes: Outcomes) -> bool:
-        """Whether all of its tasks have an outcome."""
+        """Return `True` if all tasks have an outcome."""
         return all(task in outcomes for task in self.tasks)
 
     def by_document(self, outcomes: Outcomes) -> tuple[dict[str, list[Record]], dict[str, str]]:
@@ -175,7 +175,7 @@ class MethodRun:
         return Task("nll", self.label, self.factor, tuple(lengths), id)
 
     def passkey_cells(self, length: int, outcomes: Outcomes) -> dict[str, Any]:
-        """What the row of a length contains of passkeys; nothing if none were asked."""
+        """Cells of passkeys in the row of a length; none if no passkeys were asked."""
         found = {task.lengths: outcomes[task].value for task in self._passkeys}
         return {"passkey": found[(length,)], "passkey_trials": self.passkey} if found else {}
 
@@ -249,12 +249,12 @@ class MethodRun:
 
 
 def control_run(setup: Setup, scorer: Any, trained_length: int) -> MethodRun:
-    """Of an unpatched model, with its context truncated."""
+    """The run of an unpatched model whose context is truncated."""
     return MethodRun(setup, CONTROL, 1.0, scorer, truncated=trained_length)
 
 
 def method_run(setup: Setup, plan: ExtensionPlan, passkey: int = 0, questions: Questions = NO_QUESTIONS) -> MethodRun:
-    """Of the model with a plan in force."""
+    """The run of the model with a plan in force."""
     factor = 1.0 if plan.changes_nothing else plan.factor
     boundaries = boundaries_of(plan.scheme, plan)
     return MethodRun(setup, plan.method, factor, setup.scorer, boundaries, passkey=passkey, questions=questions)
@@ -266,7 +266,7 @@ def name_of(plan: ExtensionPlan) -> str:
 
 
 def title(label: str, factor: float) -> str:
-    """As `"yarn x8"`; a factor of 1 is left out."""
+    """Label with its factor, as in `"yarn x8"`; a factor of 1 is left out."""
     return label if factor == 1 else f"{label} x{factor:g}"
 
 

@@ -1,4 +1,4 @@
-"""Where the positions of a model depend on the length of its input."""
+"""Lengths at which the positions of a model change with the length of its input."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def memory_for(accelerator: Accelerator | None, prefill_chunk: int | None, offlo
 
 
 def token_scorer(model: nn.Module, memory: Memory) -> TokenScorer:
-    """What scores tokens with a causal language model, on this process or on all of them together."""
+    """Scorer of tokens with a causal language model, on this process or on all of them together."""
     if memory.accelerator is None:
         return TokenScorer(model, memory)
     return ContextParallelScorer(model, memory)

@@ -56,7 +56,7 @@ def process_facts(accelerator: Accelerator | None, device: str) -> dict[str, Any
 
 
 def shares_texts(accelerator: Accelerator | None) -> bool:
-    """Whether the processes work on one text together, instead of on a text each.
+    """Return `True` if the processes work on one text together, instead of on a text each.
 
     Raises:
         InvalidParameterError: some of them would.

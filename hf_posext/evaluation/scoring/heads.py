@@ -137,7 +137,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def hidden_states(output: Any) -> torch.Tensor:
-    """What a trunk gives to the head."""
+    """Hidden states that a trunk gives to the head."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
     return hidden
 

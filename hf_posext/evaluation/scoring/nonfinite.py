@@ -17,7 +17,7 @@ COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that are looked at; quantised ones cannot hold what is not finite, or not be asked."""
 
 DAMAGED = "weights that are not finite themselves"
-"""How a source begins that no dtype and no factor would change."""
+"""Beginning of the name of a source that no dtype and no factor would change."""
 
 
 class Scorer:

@@ -134,7 +134,7 @@ class Prefill:
                 torch.cuda.synchronize()  # transformers 5.10 fetches keys without waiting until they are put away
 
     def _check(self, input_ids: torch.Tensor) -> tuple[Boundaries, str | None]:
-        """Where positions depend on the length, and why the model, as it is patched now, cannot read in chunks."""
+        """Boundaries of the positions, and the reason why the model, as it is patched now, cannot read in chunks."""
         patch = find_patch(self.model)
         if self._checked is None or self._checked[0] is not patch:
             scheme, plan = detect_scheme(self.model), None if patch is None else patch.plan
@@ -144,7 +144,7 @@ class Prefill:
         return self._checked[1:]
 
     def _probe(self, input_ids: torch.Tensor, boundaries: Boundaries) -> str | None:
-        """Why chunks do not give the logits of the whole; `None` where they do."""
+        """Reason why chunks do not give the logits of the whole; `None` where they do."""
         if cache_argument(type(self.model).forward) is None:
             return NO_CACHE
         head = FullHead(self.model)
@@ -162,7 +162,7 @@ class Prefill:
 
 
 def prefill_obstacle(scheme: PositionalScheme, plan: ExtensionPlan | None) -> str | None:
-    """Why a model with a plan in force, or without one, would give other values in chunks; `None` where that is not
+    """Reason why a model with a plan in force, or without one, would give other values in chunks; `None` if none is
     known: the positions of every token follow the length of the input (dynamic NTK, dynamic YaRN)."""
     if not boundaries_of(scheme, plan).dynamic:
         return None

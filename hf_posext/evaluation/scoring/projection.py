@@ -51,7 +51,7 @@ class Projection:
 
 @functools.cache
 def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device gives products of matrices in half precision as float32; it is asked once."""
+    """Return `True` if a device gives products of matrices in half precision as float32; it is asked once."""
     if dtype not in (torch.float16, torch.bfloat16):
         return False
     some = torch.ones(16, 16, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What to do where memory runs out: half as much at once."""
+"""Memory that runs out: half as much is tried at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an error says that memory has run out, on whichever device."""
+    """Return `True` if an error says that memory has run out, on whichever device."""
     return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
 
 
@@ -28,7 +28,7 @@ def halved(what: str, amount: int, reason: str) -> int:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the advice that follows."""
+    """First line of an error, without the advice that follows."""
     return str(error).strip().split("\n", 1)[0]
 
 
@@ -51,7 +51,7 @@ class Part:
 
     @property
     def size(self) -> int:
-        """How many items there are."""
+        """Number of items."""
         return self.end - self.begin
 
     @property

@@ -32,7 +32,7 @@ LOGITS_ROWS = 512
 nothing."""
 
 LOGITS_BYTES = 192 * 2**20
-"""What they may take in float32, where the vocabulary is large: 392 rows of 128,256, as fast as 512 of them."""
+"""Bytes that they may take in float32, where the vocabulary is large: 392 rows of 128,256, as fast as 512 of them."""
 
 CACHED_BYTES = 2**20
 """Float32 logits whose softmax stays in a CPU's cache."""
@@ -235,7 +235,7 @@ def require_finite(
 
 
 def model_name(model: Any) -> str:
-    """Where a model was loaded from, or its class."""
+    """Name or path that a model was loaded from, or its class."""
     return portable(model.config.name_or_path) or type(model).__name__
 
 
