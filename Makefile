@@ -104,6 +104,15 @@ test-newest:
 	@$(LATEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	OMP_NUM_THREADS=1 $(LATEST)/bin/pytest -n auto --maxprocesses=4 tests/contract tests/test_signatures.py
 
+# An environment of its own, as the site needs neither torch nor the package: docstrings are read, not imported.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+$(DOCS): constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
 lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
