@@ -10,11 +10,10 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hf_posext.patching.banded_attention as banded
+import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model
 from hf_posext.methods import ReRoPE, SelfExtend
-from hf_posext.patching.attention_kernels import attention_kernel
-from hf_posext.patching.banded_attention import Branch, banded_attention
+from hf_posext.patching.kernels import Branch, attention_kernel, banded_attention
 
 from .conftest import tiny_llama, tokens
 from .test_banded_attention import BANDS, dense

@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.integrations import hub_kernels
 
-import hf_posext.patching.attention_kernels as kernels
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError
 from hf_posext.methods import DualChunk, ReRoPE, Sinks
-from hf_posext.patching.attention_kernels import attention_kernel
-from hf_posext.patching.banded_attention import Branch, banded_attention
+from hf_posext.patching.kernels import Branch, attention_kernel, banded_attention, choice, cuda
 
 from .conftest import logits, tiny_llama, tokens
 from .test_banded_attention import BANDS, dense
@@ -97,25 +94,21 @@ def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-@pytest.fixture(params=["cudnn", "flash", "flash_attn", "kernels"])
+@pytest.fixture(params=["cudnn", "flash", "flash_attn"])
 def substitutes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Substitutes:
-    """The kernels of one machine: with cuDNN, without, with the package alone, and with that of the Hub."""
+    """The kernels of one machine: with cuDNN, without, and with the package alone."""
     those = Substitutes(request.param)
-    monkeypatch.setattr(kernels, "FLASH", those.flash)
-    monkeypatch.setattr(kernels, "CUDNN", those.cudnn)
-    monkeypatch.setattr(kernels, "PLANNED", 12)
-    picked = kernels.SDPBackend.CUDNN_ATTENTION if request.param == "cudnn" else kernels.SDPBackend.FLASH_ATTENTION
+    monkeypatch.setattr(cuda, "FLASH", those.flash)
+    monkeypatch.setattr(cuda, "CUDNN", those.cudnn)
+    monkeypatch.setattr(cuda, "PLANNED", 12)
+    picked = cuda.SDPBackend.CUDNN_ATTENTION if request.param == "cudnn" else cuda.SDPBackend.FLASH_ATTENTION
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: picked.value)
-    for name in ("flash_attn", "kernels"):
-        package = types.ModuleType(name)
-        package.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        package.flash_attn_func = those.flash_attn_func  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, name, package)
-    monkeypatch.setattr(hub_kernels, "load_and_register_attn_kernel", {"kernels-community/flash-attn2": package}.get)
-    kernels._from_hub.cache_clear()
-    with attention_kernel(request.param if request.param in ("flash_attn", "kernels") else "torch"):
+    package = types.ModuleType("flash_attn")
+    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    package.flash_attn_func = those.flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    with attention_kernel("flash_attn" if request.param == "flash_attn" else "torch"):
         yield those
-    kernels._from_hub.cache_clear()
 
 
 def problem(bands: str, queries: int, keys: int) -> tuple[tuple[Any, ...], torch.Tensor]:
@@ -156,10 +149,10 @@ def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
 
 def test_a_kernel_is_tried_before_it_is_used(substitutes: Substitutes) -> None:
     query, value = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
-    kernels._tried.clear()
-    assert kernels.works(kernels.torch_kernel, query, value) and kernels.works(kernels.flash_attn_kernel, query, value)
+    choice._tried.clear()
+    assert choice.works(cuda.torch_kernel, query, value) and choice.works(cuda.flash_attn_kernel, query, value)
     tried = list(substitutes.called)
-    assert kernels.works(kernels.torch_kernel, query, value) and substitutes.called == tried, "once"
+    assert choice.works(cuda.torch_kernel, query, value) and substitutes.called == tried, "once"
 
 
 @pytest.mark.parametrize("fault", ["raises", "window", "scale"])
@@ -175,7 +168,7 @@ def test_a_kernel_that_fails_or_computes_something_else_is_left_alone(
 
     query, value = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
     with caplog.at_level("WARNING"):
-        assert not kernels.works(kernel, query, value) and not kernels.works(kernel, query, value)
+        assert not choice.works(kernel, query, value) and not choice.works(kernel, query, value)
     (warning,) = caplog.messages
     assert warning.startswith("kernel is not used on cpu in torch.float32: ") and "\n" not in warning
     assert ("no kernel image" if fault == "raises" else "off by") in warning
@@ -192,29 +185,12 @@ def test_what_kernels_cannot_do_goes_to_the_plain_form(substitutes: Substitutes)
     assert not substitutes.called
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sinks": torch.randn(4).double()}])
-@pytest.mark.parametrize("bands", BANDS)
-def test_flex_equals_dense(bands: str, options: dict[str, Any]) -> None:
-    """With no mask, a padded one, and an additive one; uncompiled, as it runs on the CPU."""
-    given, causal = problem(bands, 20, 60)
-    padded = causal.repeat(2, 1, 1, 1)
-    padded[0, ..., :7] = False
-    additive = torch.zeros(2, 4, 20, 60, dtype=torch.float64).masked_fill(~causal, torch.finfo(torch.float32).min)
-    with attention_kernel("flex"):
-        for mask, wanted in ((None, causal), (padded, padded), (additive, causal)):
-            found = banded_attention(*given, mask=mask, aligned=False, scaling=0.3, **options)
-            torch.testing.assert_close(found, dense(*given, mask=wanted, scaling=0.3, **options), **EXACT)
-            assert found.is_contiguous()
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("method", [ReRoPE(window=8), DualChunk(chunk=12, local=4), Sinks(window=12)])
 def test_a_model_on_each_kernel_that_runs_here(method: Any) -> None:
     model, ids = tiny_llama(), tokens(50)
     patch_model(model, method, factor=8, original_length=16)
     wanted = logits(model, ids, use_cache=False)
-    for name in ("cpu", "plain", "flex"):
+    for name in ("cpu", "plain"):
         with attention_kernel(name):
             found = logits(model, ids, use_cache=False)
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)  # float32 sums in another order
@@ -223,10 +199,9 @@ def test_a_model_on_each_kernel_that_runs_here(method: Any) -> None:
 
 def test_kernels_that_cannot_be() -> None:
     for name, message in (
-        ("sdpa", "give one of torch, flash_attn, kernels, flex, cpu, plain"),
-        ("flash_attn", "not installed: pip install flash-attn"),
-        ("kernels", "not installed: pip install kernels"),
+        ("sdpa", "among torch, flash_attn, cpu, plain, got 'sdpa'"),
+        ("flash_attn", "pip install flash-attn"),
     ):
         with pytest.raises(InvalidParameterError, match=message), attention_kernel(name):
             pass
-    assert kernels.forced() is None
+    assert choice.forced() is None

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hf_posext.patching.banded_attention as banded
+import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
-from hf_posext.patching.attention_kernels import attention_kernel
-from hf_posext.patching.banded_attention import Branch, banded_attention, belongs
+from hf_posext.patching.kernels import Branch, attention_kernel, banded_attention, belongs
 from hf_posext.plan import CountFade, DistanceDecay, Part, PositionMap
 
 from .conftest import tiny_llama, tokens

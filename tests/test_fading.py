@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_posext import patch_model
-from hf_posext.patching.fading import decay, fade, octaves
+from hf_posext.patching.kernels.bands import decay, fade, octaves
 from hf_posext.plan import CountFade, DistanceDecay, Part, PositionMap
 
 from .conftest import TRAINED, logits, tiny_llama, tokens

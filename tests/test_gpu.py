@@ -17,10 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from hf_posext import compare, patch_model
 from hf_posext.methods import Method
-from hf_posext.patching import attention_step
-from hf_posext.patching.attention_kernels import attention_kernel, choose, one_pass
-from hf_posext.patching.attention_step import one_step
-from hf_posext.patching.banded_attention import Branch, banded_attention
+from hf_posext.patching.kernels import Branch, banded_attention, choice
+from hf_posext.patching.kernels.choice import attention_kernel, choose, one_pass, one_step
 from hf_posext.patching.signatures import with_cache
 
 from .conftest import tiny_llama
@@ -117,12 +115,12 @@ def test_steps_of_a_model_in_one_kernel(method: Method) -> None:
         cache = DynamicCache(config=model.config)
         return [model(piece, **with_cache(model.forward, cache)).logits for piece in pieces]
 
-    attention_step._step_of.cache_clear()
+    choice._step_of.cache_clear()
     with patch_model(model, method, factor=8, original_length=16):
-        found, tried = steps(), attention_step._step_of.cache_info().hits
+        found, tried = steps(), choice._step_of.cache_info().hits
         with attention_kernel("plain"):
             wanted = steps()
-    assert tried and attention_step._step_of.cache_info().hits == tried
+    assert tried and choice._step_of.cache_info().hits == tried
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 

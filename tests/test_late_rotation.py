@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
-import hf_posext.patching.banded_attention as banded
+import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model, unpatch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import DualChunk, DynamicNTK, LogN, Method, ReRoPE, SelfExtend

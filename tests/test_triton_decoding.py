@@ -17,8 +17,7 @@ from triton.language import standard
 
 from hf_posext import patch_model
 from hf_posext.methods import Decay, DualChunk, Fade, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, StringShift
-from hf_posext.patching import attention_step
-from hf_posext.patching.attention_kernels import attention_kernel
+from hf_posext.patching.kernels import attention_kernel, choice
 from hf_posext.patching.remap import decoding_step
 from hf_posext.patching.signatures import with_cache
 
@@ -26,7 +25,7 @@ from .conftest import tiny_llama, tokens
 from .pretend_device import PretendDevice
 from .test_triton_kernels import compiled_for
 
-NAME = "hf_posext.patching.triton_decoding"
+NAME = "hf_posext.patching.kernels.triton_step"
 
 
 @pytest.fixture
@@ -168,8 +167,8 @@ def test_it_compiles(dtype: str, generation: int, monkeypatch: pytest.MonkeyPatc
 
 
 def tried(*given: Any) -> Any:
-    attention_step._step_of.cache_clear()
-    return attention_step._step_of(torch.device("cpu"), torch.float32, *given)
+    choice._step_of.cache_clear()
+    return choice._step_of(torch.device("cpu"), torch.float32, *given)
 
 
 def test_a_trial(interpreted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -182,14 +181,14 @@ def test_a_trial(interpreted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pyte
         assert tried(4, 2, 16, 2) is None and "it is off by" in caplog.text
         monkeypatch.setattr(interpreted, "Step", lambda *given: 1 / 0)
         assert tried(4, 2, 16, 2) is None and "ZeroDivisionError" in caplog.text
-    attention_step._step_of.cache_clear()
+    choice._step_of.cache_clear()
 
 
 def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, for one query, where states lie one behind the other and no other kernel is asked for."""
-    monkeypatch.setattr(attention_step, "one_pass", lambda states: "kernels")
-    monkeypatch.setattr(attention_step, "_step_of", lambda *given: given[2:])
-    ask = attention_step.one_step
+    monkeypatch.setattr(choice, "one_pass", lambda states: "kernels")
+    monkeypatch.setattr(choice, "_step_of", lambda *given: given[2:])
+    ask = choice.one_step
     with PretendDevice():
         query, key = torch.zeros(2, 4, 1, 8, device="cuda"), torch.zeros(2, 2, 9, 8, device="cuda")
         assert ask(query, key, key, 2) == (4, 2, 8, 2) and ask(query, key[:, :, :5], key[:, :, :5], 1) == (4, 2, 8, 1)
@@ -200,6 +199,6 @@ def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask(query, key, key.clone().requires_grad_(), 2) is None
         with attention_kernel("torch"):
             assert ask(query, key, key, 2) is None
-        monkeypatch.setattr(attention_step, "one_pass", lambda states: None)
+        monkeypatch.setattr(choice, "one_pass", lambda states: None)
         assert ask(query, key, key, 2) is None
     assert ask(query.cpu(), key.cpu(), key.cpu(), 2) is None

@@ -15,15 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import hf_posext.patching.attention_bands as attention_bands
 import hf_posext.patching.remap.layout as layout_module
-from hf_posext.patching import attention_kernels
+from hf_posext.patching.kernels import choice, regions
 from hf_posext.patching.remap.layout import Layout
 from hf_posext.patching.remap.layout import _swaps as swaps
 
 from .pretend_device import PretendDevice
 
-NAME = "hf_posext.patching.triton_kernels"
+NAME = "hf_posext.patching.kernels.triton_passes"
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     found = importlib.import_module(NAME)
-    for module in (attention_bands, layout_module):
+    for module in (regions, layout_module):
         monkeypatch.setattr(module, "one_pass", lambda states: found)
     return found
 
@@ -92,7 +91,7 @@ def test_merge(fused: ModuleType, dtype: torch.dtype) -> None:
     later, whole = slice(3, 36), slice(0, 37)
     held, sums = piece(whole, slice(0, 12))
     held[:, :, :5], sums[:, :, :5] = 0, -torch.inf
-    merged = attention_bands.Merged(torch.empty(2, 3, 37, 24), value)
+    merged = regions.Merged(torch.empty(2, 3, 37, 24), value)
     merged.add(whole, held, sums)
     merged.add(later, *piece(later, slice(12, 20)))
     wanted, total = piece(whole, slice(0, 20))
@@ -136,40 +135,40 @@ def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     """Without the interpreter, a kernel on the CPU raises, as one does on a GPU without a C compiler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    attention_kernels._one_pass.cache_clear()
+    choice._one_pass.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert attention_kernels._one_pass(torch.device("cpu")) is None
-        assert attention_kernels._one_pass(torch.device("cpu")) is None
+        assert choice._one_pass(torch.device("cpu")) is None
+        assert choice._one_pass(torch.device("cpu")) is None
     (said,) = caplog.messages
     assert said.startswith("Triton is not used on cpu: ")
 
 
 def test_a_kernel_that_is_off(fused: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    attention_kernels._one_pass.cache_clear()
-    assert attention_kernels._one_pass(torch.device("cpu")) is fused
-    attention_kernels._one_pass.cache_clear()
+    choice._one_pass.cache_clear()
+    assert choice._one_pass(torch.device("cpu")) is fused
+    choice._one_pass.cache_clear()
     monkeypatch.setattr(fused, "rotate", lambda states, cos, sin, half: states)
     with caplog.at_level(logging.WARNING):
-        assert attention_kernels._one_pass(torch.device("cpu")) is None
+        assert choice._one_pass(torch.device("cpu")) is None
     assert "it is off by" in caplog.text
-    attention_kernels._one_pass.cache_clear()
+    choice._one_pass.cache_clear()
 
 
 def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the current GPU, outside of autograd and transforms, where channels lie one behind the other."""
-    monkeypatch.setattr(attention_kernels, "_one_pass", lambda device: "kernels")
-    assert attention_kernels.one_pass(torch.zeros(1, 1, 4, 8)) is None
+    monkeypatch.setattr(choice, "_one_pass", lambda device: "kernels")
+    assert choice.one_pass(torch.zeros(1, 1, 4, 8)) is None
     with PretendDevice():
         given = torch.zeros(1, 1, 4, 8, device="cuda")
-        assert attention_kernels.one_pass(given) == "kernels"
-        assert attention_kernels.one_pass(given.mT) is None and attention_kernels.one_pass(given.double()) is None
+        assert choice.one_pass(given) == "kernels"
+        assert choice.one_pass(given.mT) is None and choice.one_pass(given.double()) is None
         learning = torch.zeros(1, 1, 4, 8, device="cuda").requires_grad_()
-        assert attention_kernels.one_pass(learning) is None
+        assert choice.one_pass(learning) is None
         with torch.no_grad():
-            assert attention_kernels.one_pass(learning) == "kernels"
+            assert choice.one_pass(learning) == "kernels"
         asked = []
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-        assert attention_kernels.one_pass(given) is None
+        assert choice.one_pass(given) is None
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        torch.func.vmap(lambda each: asked.append(attention_kernels.one_pass(each)) or each)(given)
+        torch.func.vmap(lambda each: asked.append(choice.one_pass(each)) or each)(given)
         assert asked == [None]

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from ..diagnosis.phases import phase_table, planned_frequencies, relative_positions
 from ..methods.frequencies import first_rotary
-from ..patching.banded_attention import belongs
+from ..patching.kernels import belongs
 from ..reporting.drawing import CONTROL, GRID, INK, new_figure, note
 from ..reporting.signals import (
     AFTER,

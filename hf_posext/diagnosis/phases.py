@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from ..methods.frequencies import powers
-from ..patching.banded_attention import belongs, mapped
+from ..patching.kernels import belongs, mapped
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme, Rotary
 

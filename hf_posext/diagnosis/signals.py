@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..methods.frequencies import first_rotary, powers
-from ..patching.banded_attention import mapped
+from ..patching.kernels import mapped
 from ..patching.observe import (
     bucket_biases,
     buckets_of,

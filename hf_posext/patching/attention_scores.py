@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .detect import text_config
-from .journal import Journal
 from .modes import evaluation_mode
 from .signatures import cache_of, with_cache
+from .switching import switch_attention
+from .undo import UndoLog
 
 _SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax)
 
@@ -80,10 +81,9 @@ def last_query_scores(
 @contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
     """The eager implementation of attention inside; afterwards the one that was there."""
-    journal = Journal()
+    log = UndoLog()
     try:
-        for config in {id(config): config for config in (model.config, text_config(model.config))}.values():
-            journal.set(config, "_attn_implementation_internal", "eager")
+        switch_attention(model, "eager", log)
         yield
     finally:
-        journal.undo()
+        log.undo()

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..plan import BucketPlan, PositionMap
-from .banded_attention import mapped
 from .detect import rotary_sites, text_config
+from .kernels import mapped
 from .sites import bucket_function, bucket_modules, first_row, position_tables, sinusoids, text_modules
 from .stretch import radians, sines
 

@@ -8,7 +8,6 @@ is seen.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,18 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import InvalidParameterError, UnsupportedModelError
 from .detect import text_config
-from .journal import Journal
 from .modes import evaluation_mode
 from .remap.attention import HARMLESS
-
-_in_use: Counter[str] = Counter()
-"""How many models run under each name; the last one to end takes the name out of transformers' registries."""
+from .switching import forget_attention, register_attention, switch_attention
+from .undo import UndoLog
 
 
 @contextmanager
@@ -139,17 +136,11 @@ def _refuse(module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, g
 @contextmanager
 def _attention(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
     """The model's attention under a name of transformers' registries, which forget it afterwards."""
-    journal = Journal()
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    _in_use[name] += 1
+    log = UndoLog()
+    register_attention(name, function, sdpa_mask)
     try:
-        for config in {id(config): config for config in (model.config, text_config(model.config))}.values():
-            journal.set(config, "_attn_implementation_internal", name)
+        switch_attention(model, name, log)
         yield
     finally:
-        journal.undo()
-        _in_use[name] -= 1
-        if not _in_use[name]:
-            AttentionInterface._global_mapping.pop(name, None)
-            AttentionMaskInterface._global_mapping.pop(name, None)
+        log.undo()
+        forget_attention(name)

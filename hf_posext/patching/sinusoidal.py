@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..edits import check_table_size
 from ..errors import NoEffectError
 from ..plan import ExtensionPlan, PositionMap
-from .banded_attention import mapped
+from .kernels import mapped
 from .learned_table import set_rows
 from .mixin import Mixin, mix
 from .sites import sinusoids

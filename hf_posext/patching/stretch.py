@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..plan import TablePlan
-from .banded_attention import mapped
+from .kernels import mapped
 
 
 def stretch(table: torch.Tensor, plan: TablePlan, positions: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import Part, PositionMap, QueryScale
-from ..banded_attention import Branch, banded_attention, mapped
+from ..kernels import Branch, banded_attention, mapped
+from ..switching import forget_attention, register_attention
 from .decoding_step import step_queries, whole_step
 from .layout import Layout, Phases
 from .rotated_keys import turned_keys
@@ -242,23 +242,13 @@ def _base_attention(
     return attended
 
 
-_leases: set[int] = set()
-"""One number for each late rotation in use; the last one to go takes the names out of transformers' registries."""
-
-
-def lease(late: LateRotation) -> weakref.finalize[[int], LateRotation]:
+def lease(late: LateRotation) -> weakref.finalize[[], LateRotation]:
     """Put the attention function into transformers' registries, until what is returned is called or `late` is gone."""
-    number = max(_leases, default=0) + 1
-    _leases.add(number)
     for name, mask in MASKS.items():
-        AttentionInterface.register(name, late_attention)
-        AttentionMaskInterface.register(name, mask)
-    return weakref.finalize(late, _return_lease, number)
+        register_attention(name, late_attention, mask)
+    return weakref.finalize(late, _return_lease)
 
 
-def _return_lease(number: int) -> None:
-    _leases.discard(number)
-    if not _leases:
-        for name in MASKS:
-            AttentionInterface._global_mapping.pop(name, None)
-            AttentionMaskInterface._global_mapping.pop(name, None)
+def _return_lease() -> None:
+    for name in MASKS:
+        forget_attention(name)

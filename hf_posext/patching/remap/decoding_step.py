@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention_bands import starts
-from ..attention_step import one_step
-from ..banded_attention import mapped
-from ..fading import step_fading
+from ..kernels import mapped, one_step, starts, step_fading
 from .layout import LayerLayout, Layout, Phases
 from .positions import Positions, key_map
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention_kernels import one_pass
+from ..kernels import one_pass
 
 Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Queries and keys (rows, heads, tokens, dim) that reached the attention function, by layer."""

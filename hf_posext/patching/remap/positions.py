@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...plan import Part, PositionMap
-from ..banded_attention import belongs, mapped
+from ..kernels import belongs, mapped
 
 T = TypeVar("T")
 

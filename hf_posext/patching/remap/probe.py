@@ -14,6 +14,7 @@ from ..detect import RotarySite, rotary_sites, text_config
 from ..journal import Journal
 from ..mixin import mix
 from ..modes import evaluation_mode
+from ..switching import switch_attention
 from .layout import Captured, Quarters, UnknownLayout, measure
 from .state import LateRotation, RotatesLate, own_phases
 
@@ -134,8 +135,7 @@ def _swap(model: PreTrainedModel, late: LateRotation, journal: Journal) -> None:
         journal.set(module, "_posext_late", late)
         journal.set(module, "_posext_path", path)
     name = "posext-eager" if late.base == "eager" else "posext-sdpa"
-    for config in {id(config): config for config in (model.config, text_config(model.config))}.values():
-        journal.set(config, "_attn_implementation_internal", name)
+    switch_attention(model, name, journal)
     backbone = _backbone(model, next(iter(late.sites.values())))
     for handle in (
         backbone.register_forward_pre_hook(late.before_forward, with_kwargs=True),

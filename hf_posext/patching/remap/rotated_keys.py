@@ -14,7 +14,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from ...errors import EvaluationError
-from ..banded_attention import mapped
+from ..kernels import mapped
 from .cache import is_static
 from .decoding_step import leaving, step_keys
 from .layout import LayerLayout, Layout, Phases

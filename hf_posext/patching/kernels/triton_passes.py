@@ -1,7 +1,7 @@
 """Rotation and merge in one pass over memory each, by Triton; PyTorch's own operations take four and nine.
 
 Next to a kernel for attention as fast as a GPU has them, these passes are what is left of the cost of a remapped
-layer. [`attention_kernels.one_pass`] tells where they are used.
+layer. [`choice.one_pass`] tells where they are used.
 """
 
 from __future__ import annotations

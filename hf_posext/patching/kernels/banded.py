@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..plan import Part, PositionMap
-from .attention_bands import attend_regions, regions
-from .attention_flex import attend_flex
-from .attention_fused import Edges, FusedAttention, Piece, fused_attention, has_fused_gradients
-from .attention_kernels import choose, forced
-from .attention_plain import attend_pieces, attend_single
-from .fading import decay, fade, octaves
+from ...plan import Part
+from .bands import belongs, decay, fade, octaves
+from .choice import choose, forced
+from .fused import Edges, FusedAttention, Piece, fused_attention, has_fused_gradients
+from .plain import attend_pieces, attend_single
+from .regions import attend_regions, regions
 
 SCORE_BYTES = 16 * 2**20
 """Float32 scores that are held at a time."""
@@ -34,30 +33,6 @@ class Branch(NamedTuple):
     part: Part
     query: torch.Tensor
     key: torch.Tensor
-
-
-def mapped(positions: torch.Tensor, rule: PositionMap) -> torch.Tensor:
-    """The positions that a part sees; same shape, float32 where they may be fractional."""
-    if rule == PositionMap():
-        return positions
-    moved = positions if rule.modulo is None else positions % rule.modulo
-    if rule.group != 1:
-        moved = moved // rule.group
-    if rule.rate != 1 or rule.offset != int(rule.offset):
-        moved = moved.float() * rule.rate
-    moved = moved + (int(rule.offset) if rule.offset == int(rule.offset) else rule.offset)
-    return moved if rule.limit is None else moved.clamp(max=rule.limit)
-
-
-def belongs(part: Part, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-    """Which pairs are in a part: positions (batch, queries) and (batch, keys) give bool (batch, queries, keys)."""
-    distance = (query_positions // part.chunk)[..., :, None] - (key_positions // part.chunk)[..., None, :]
-    inside = distance >= part.low if part.low > 0 else torch.ones_like(distance, dtype=torch.bool)
-    if part.high is not None:
-        inside &= distance < part.high
-    if part.keys_below is not None:
-        inside &= key_positions[..., None, :] < part.keys_below
-    return inside
 
 
 def banded_attention(
@@ -111,11 +86,6 @@ def banded_attention(
                 for place, one, shift in zip(places, branches, fades, strict=True)
             ]
             return attend_regions(each, value, kernel, scaling, sinks)
-    plain = all(branch.part.fade is None and branch.part.decay is None for branch in branches)
-    if forced() == "flex" and plain and not (learning or dropout):
-        triples = [(branch.part, branch.query, branch.key) for branch in branches]
-        at = query_positions, key_positions
-        return attend_flex(triples, value, *at, mask=mask, scaling=scaling, softcap=softcap, sinks=sinks)
     parts = [branch.part for branch in branches]
     dtype = value.dtype
 

@@ -3,7 +3,7 @@
 Step by step a GPU waits for the host, which takes as long for each call as the GPU does for many: what PyTorch needs a
 dozen calls for in each layer is one here. Keys and values are read once, in pieces that all multiprocessors share, and
 the last to finish merges them (Dao et al., *Flash-Decoding*, 2023, https://pytorch.org/blog/flash-decoding).
-`attention_step.py` tells where it is used.
+[`choice.one_step`] tells where it is used.
 """
 
 from __future__ import annotations

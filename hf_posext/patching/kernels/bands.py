@@ -1,7 +1,8 @@
-"""What is taken from the logits of a band: by how many keys it holds, and by their distance.
+"""Bands: which pairs are in one, the positions that it sees, and what is taken from its logits.
 
-Both are piecewise constant where kernels need them to be. A fade is one number for each query, so it shifts the
-log-sum-exp of the whole band. A decay is constant within an octave of distances, so it shifts that of each octave.
+A fade counts the keys of a band, a decay their distance. Both are piecewise constant where kernels need them to be. A
+fade is one number for each query, so it shifts the log-sum-exp of the whole band. A decay is constant within an octave
+of distances, so it shifts that of each octave.
 """
 
 from __future__ import annotations
@@ -12,7 +13,31 @@ from dataclasses import replace
 
 import torch
 
-from ..plan import Part
+from ...plan import Part, PositionMap
+
+
+def mapped(positions: torch.Tensor, rule: PositionMap) -> torch.Tensor:
+    """The positions that a part sees; same shape, float32 where they may be fractional."""
+    if rule == PositionMap():
+        return positions
+    moved = positions if rule.modulo is None else positions % rule.modulo
+    if rule.group != 1:
+        moved = moved // rule.group
+    if rule.rate != 1 or rule.offset != int(rule.offset):
+        moved = moved.float() * rule.rate
+    moved = moved + (int(rule.offset) if rule.offset == int(rule.offset) else rule.offset)
+    return moved if rule.limit is None else moved.clamp(max=rule.limit)
+
+
+def belongs(part: Part, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+    """Which pairs are in a part: positions (batch, queries) and (batch, keys) give bool (batch, queries, keys)."""
+    distance = (query_positions // part.chunk)[..., :, None] - (key_positions // part.chunk)[..., None, :]
+    inside = distance >= part.low if part.low > 0 else torch.ones_like(distance, dtype=torch.bool)
+    if part.high is not None:
+        inside &= distance < part.high
+    if part.keys_below is not None:
+        inside &= key_positions[..., None, :] < part.keys_below
+    return inside
 
 
 def fade(part: Part, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..plan import Part
-from .attention_kernels import Kernel, one_pass
-from .fading import octaves
+from ...plan import Part
+from .bands import octaves
+from .choice import one_pass
+from .cuda import Kernel
 
 
 class Region(NamedTuple):

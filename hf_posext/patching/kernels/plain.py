@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import dropout as drop
 
-from .attention_fused import Piece, grouped, grouped_sinks
+from .fused import Piece, grouped, grouped_sinks
 
 WIDE = hasattr(torch.ops.aten.bmm, "dtype") and torch.version.hip is None
 """Whether PyTorch multiplies half precision into float32, on CUDA and without gradients: from 2.8 on, not by ROCm."""

@@ -1,0 +1,22 @@
+"""Attention over bands of positions, and the choice among the kernels that compute it.
+
+[`banded_attention`] is the one way in for a forward. A step of decoding may run on one kernel instead ([`one_step`]),
+and rotations on one pass ([`one_pass`]). Other modules of this folder are private to it.
+"""
+
+from .banded import Branch, banded_attention
+from .bands import belongs, mapped, step_fading
+from .choice import attention_kernel, one_pass, one_step
+from .regions import starts
+
+__all__ = [
+    "Branch",
+    "attention_kernel",
+    "banded_attention",
+    "belongs",
+    "mapped",
+    "one_pass",
+    "one_step",
+    "starts",
+    "step_fading",
+]

@@ -1,0 +1,41 @@
+"""Another attention implementation for a model: registered while somebody uses it, switched to through an undo log."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from .detect import text_config
+from .undo import UndoLog
+
+_lock = threading.RLock()  # the collector may end a use within another
+_users: Counter[str] = Counter()
+"""How many use each name. The last one to go takes it out of transformers' registries."""
+
+
+def register_attention(name: str, function: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Put an attention function into transformers' registries, with the function that builds its masks."""
+    with _lock:
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, mask)
+        _users[name] += 1
+
+
+def forget_attention(name: str) -> None:
+    """Take a name out of transformers' registries if nobody else uses it."""
+    with _lock:
+        _users[name] -= 1
+        if _users[name] <= 0:
+            del _users[name]
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def switch_attention(model: PreTrainedModel, name: str, log: UndoLog) -> None:
+    """Make a model and its text part run on a registered attention implementation, until the undo log is undone."""
+    for config in {id(config): config for config in (model.config, text_config(model.config))}.values():
+        log.set(config, "_attn_implementation_internal", name)
