@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from .export import export_checkpoint
     from .frequency_search import search
     from .methods import (
+        EABF,
         NTK,
         ALiBiLinear,
         ALiBiNTK,
         BucketLinear,
         BucketMaxDistance,
+        CoPE,
         Decay,
         DualChunk,
         DynamicNTK,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         LeakyReRoPE,
         Linear,
         Llama3,
+        Llama4Temperature,
         LogN,
         LongRoPE,
         Method,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
         ReRoPE,
         Resonance,
         SelfExtend,
+        SelfLogistic,
         Sinks,
         SinusoidLinear,
         StringShift,
@@ -76,6 +80,10 @@ _HOMES = {
     "frequency_search": ("search",),
     "methods": (
         "NTK",
+        "SelfLogistic",
+        "Llama4Temperature",
+        "EABF",
+        "CoPE",
         "ALiBiLinear",
         "ALiBiNTK",
         "BucketLinear",

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_posext import NTK, Linear, Llama3, LongRoPE, NoPE, Partial, Resonance, Theta, YaRN
 from hf_posext.errors import InvalidParameterError, MethodNotApplicableError, UnknownMethodError
-from hf_posext.methods import Method, as_method
+from hf_posext.methods import EABF, CoPE, Llama4Temperature, Method, SelfLogistic, as_method
 from hf_posext.plan import RotaryPlan
 from hf_posext.scheme import PositionalScheme, Rotary
 
@@ -55,14 +55,15 @@ def test_golden_values(case: str) -> None:
         ("code", [2.7366e-2, 1.2995e-2, 5.9615e-3, 2.5954e-3, 1.0338e-3, 3.4198e-4]),
         ("paper", [2.1461e-2, 7.5396e-3, 2.8078e-3, 1.1261e-3, 4.9003e-4, 2.3028e-4]),
         ("pose", [1.5226e-2, 5.6384e-3, 2.3636e-3, 1.0595e-3, 4.9530e-4, 2.3833e-4]),
+        ("radix", [2.980375e-2, 1.436731e-2, 6.299605e-3, 2.512377e-3, 9.113596e-4, 3.006964e-4]),
     ],
 )
-def test_the_three_yarns_differ_as_measured(variant: str, values: list[float]) -> None:
+def test_the_four_yarns_differ_as_measured(variant: str, values: list[float]) -> None:
     got = [planned(YaRN(variant=variant)).inv_freq[pair] for pair in (24, 28, 32, 36, 40, 44)]
     assert got == pytest.approx(values, rel=3e-5)  # the table has five digits
 
 
-@pytest.mark.parametrize("variant", ["code", "paper", "pose"])
+@pytest.mark.parametrize("variant", ["code", "paper", "pose", "radix"])
 def test_yarn_variants_equal_their_formulas_in_float64(variant: str) -> None:
     for i, got in enumerate(planned(YaRN(variant=variant)).inv_freq):
         wavelength = 2 * math.pi * BASE ** (2 * i / DIM)
@@ -73,11 +74,74 @@ def test_yarn_variants_equal_their_formulas_in_float64(variant: str) -> None:
             high = math.ceil(DIM * math.log(TRAINED / (2 * math.pi)) / (2 * math.log(BASE)))
             keep = 1 - min(max((i - low) / (high - low), 0), 1)
         frequency = BASE ** (-2 * i / DIM)
-        if variant == "pose":
+        if variant == "radix":
+            power = min(max((i - low) * (i - low + 1) / ((high - low) * (high - low + 1)), 0), 1) if i > low else 0
+            wanted = frequency / FACTOR**power
+        elif variant == "pose":
             wanted = frequency / ((1 - keep) * FACTOR + keep)
         else:
             wanted = frequency / FACTOR * (1 - keep) + frequency * keep
         assert got == pytest.approx(wanted, rel=1e-6)
+
+
+def sized(theta: float, trained: int, dim: int = DIM) -> PositionalScheme:
+    return scheme(rotaries=(Rotary("", theta, dim, dim // 2, dim // 2),), trained_length=trained)
+
+
+def test_cope_slows_the_slow_pairs_as_published() -> None:
+    """Golden values for 128 channels, base 5e5, clip 20."""
+    got = CoPE(clip=20).plan(sized(5e5, 8192)).rotaries[0].inv_freq
+    wanted = {44: 1.2076973741e-4, 45: 9.771021437e-5, 54: 7.129065036e-6, 62: 2.055254846e-8, 63: 0}
+    assert {pair: got[pair] for pair in wanted} == pytest.approx(wanted, rel=2e-6, abs=1e-20)  # float32
+    assert got[:45] == Partial(proportion=1).plan(sized(5e5, 8192)).rotaries[0].inv_freq[:45]
+    mask = [got[44 + m] / 5e5 ** (-(44 + m) / 64) for m in (1, 10, 18)]
+    assert mask == pytest.approx([0.9931806517, 0.4587103273, 0.0068193483], rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("theta", "trained", "dim", "clip"),
+    [(5e5, 8192, 128, 29), (1e4, 4096, 128, 18), (1e7, 262144, 64, 10), (1e4, 512, 64, 16)],
+)
+def test_cope_clips_the_pairs_that_do_not_turn_once(theta: float, trained: int, dim: int, clip: int) -> None:
+    whole, got = (
+        method.plan(sized(theta, trained, dim)).rotaries[0].inv_freq for method in (Partial(proportion=1), CoPE())
+    )
+    slower = [pair for pair in range(dim // 2) if got[pair] < whole[pair] * (1 - 1e-6)]
+    assert slower == list(range(dim // 2 - clip + 1, dim // 2)), "the fastest of them is as it was"
+
+
+def test_groups_of_self_grow_as_published() -> None:
+    """Sizes before the floor at groups 50, 100, 150, 200, 300, and the groups of two keys."""
+    sizes = SelfLogistic().sizes(40_000)
+    assert [sizes[g] for g in (0, 50, 100, 150, 200, 300)] == [1, 2, 6, 12, 20, 30]
+    assert max(sizes) == 32
+
+    def group_of(token: int) -> int:
+        covered = 0
+        for group, size in enumerate(sizes):
+            covered += size
+            if covered > token:
+                return group
+        raise AssertionError
+
+    assert (group_of(4095), group_of(32767)) == (300, 1197)
+
+
+def test_bands_of_self_meet_and_follow_the_groups() -> None:
+    method = SelfLogistic(window=1024)
+    parts = method.plan(scheme(), factor=8).parts
+    sizes = method.sizes(8 * TRAINED)
+    position, distance = 1024, 1024
+    for near, far in zip(parts, parts[1:], strict=False):
+        assert near.high == far.low
+        at_edge = [band.query.rate * far.low + band.query.offset for band in (near, far)]  # key at 0
+        assert at_edge[0] == pytest.approx(at_edge[1], abs=1e-9)
+        while distance < far.low:
+            distance, position = distance + sizes[position - 1024], position + 1
+        assert distance == far.low and at_edge[1] == pytest.approx(position, abs=1e-9)
+    assert len(parts) == 7 and parts[-1].high is None
+    with pytest.raises(InvalidParameterError, match="Expected positions up to 4096"):
+        SelfLogistic(capacity=3).plan(scheme(), factor=8)
 
 
 @pytest.mark.parametrize("factor", [2.0, 8.0, 33.3])
@@ -195,12 +259,20 @@ def test_a_target_below_the_shipped_length_is_refused_with_both_numbers() -> Non
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: YaRN(variant="mine"), "code, paper, pose"),
+        (lambda: YaRN(variant="mine"), "code, paper, pose, radix"),
         (lambda: YaRN(beta_fast=1, beta_slow=32), "beta_slow"),
         (lambda: YaRN(attention_factor=0), "attention_factor"),
         (lambda: Llama3(low_freq_factor=4, high_freq_factor=1), "low_freq_factor"),
         (lambda: Theta(theta=0), "theta is 0"),
         (lambda: Partial(proportion=2), "proportion is 2"),
+        (lambda: CoPE(clip=1), "2 pairs or more, got 1"),
+        (lambda: planned(CoPE(clip=65)), "2 to 64 pairs, got 65"),
+        (lambda: SelfLogistic(capacity=1), "capacity of 2 or more, got 1"),
+        (lambda: SelfLogistic(rate=0), "rate above 0, got 0"),
+        (lambda: EABF(skip=-1), "0 layers or more, got -1"),
+        (lambda: EABF(theta=0), "theta is 0"),
+        (lambda: Llama4Temperature(scale=0), "scale above 0, got 0"),
+        (lambda: Llama4Temperature(step=0), "1 token or more, got 0"),
         (lambda: planned("longrope"), "got none; give 64 finite numbers"),
         (lambda: planned(LongRoPE(long_factor=[1.0])), "got 1 numbers"),
         (lambda: planned(LongRoPE(long_factor=[math.nan] * 64)), "a list of finite numbers"),

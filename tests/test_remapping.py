@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hf_posext import patch_model
+from hf_posext import detect_scheme, patch_model
 from hf_posext.errors import InvalidParameterError
 from hf_posext.methods import (
+    EABF,
     NTK,
     Decay,
     DualChunk,
@@ -20,13 +22,16 @@ from hf_posext.methods import (
     DynamicYaRN,
     Fade,
     LeakyReRoPE,
+    Llama4Temperature,
     LogN,
     Method,
     ReRoPE,
     SelfExtend,
+    SelfLogistic,
     Sinks,
     StringShift,
 )
+from hf_posext.patching.remap.attention import _scaled
 from hf_posext.patching.signatures import cache_of, with_cache
 
 from .conftest import TRAINED, logits, tiny_llama, tokens
@@ -46,6 +51,7 @@ def naive_llama(
     attention_factor: float = 1.0,
     query_factor: Callable[[int], float] = lambda i: 1.0,
     bias: Callable[[int, int], float] = lambda i, j: 0.0,
+    first_layer: int = 0,
 ) -> torch.Tensor:
     """Logits (tokens, vocabulary) of one row in float64: every pair of tokens rotated by its own distance."""
     model = model.double()
@@ -68,7 +74,7 @@ def naive_llama(
     grow = torch.tensor([query_factor(i) for i in range(count)], dtype=torch.float64)
 
     x = model.model.embed_tokens(ids.reshape(-1))
-    for layer in model.model.layers:
+    for number, layer in enumerate(model.model.layers):
         attention = layer.self_attn
         h = layer.input_layernorm(x)
         q = attention.q_proj(h).view(count, heads, dim)
@@ -78,7 +84,8 @@ def naive_llama(
         # Re[(q1 + i q2) conj(k1 + i k2) e^(i angle)], summed over pairs
         same = torch.einsum("ihp,jhp->hijp", q1, k1) + torch.einsum("ihp,jhp->hijp", q2, k2)
         cross = torch.einsum("ihp,jhp->hijp", q1, k2) - torch.einsum("ihp,jhp->hijp", q2, k1)
-        scores = ((same * cos + cross * sin).sum(-1)) * grow[:, None] / math.sqrt(dim) + added
+        scores = ((same * cos + cross * sin).sum(-1)) / math.sqrt(dim)
+        scores = scores * (grow[:, None] if number >= first_layer else 1) + added
         weights = scores.masked_fill(distance.isnan(), -math.inf).softmax(-1)
         x = x + attention.o_proj(torch.einsum("hij,jhd->ihd", weights, v).reshape(count, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -102,6 +109,29 @@ def sinks(i: int, j: int) -> float | None:
     if i - j < 20:
         return i - j
     return min(i, 4 + 20 - 1) - j if j < 4 else None
+
+
+def self_logistic(i: int, j: int, window: int = 16, capacity: int = 17, rate: float = 0.2) -> float:
+    """Linear between the distances at which the size of groups doubles."""
+    if i - j < window:
+        return i - j
+    sizes = [
+        min(max(math.floor(capacity / (1 + (capacity - 1) * math.exp(-rate * g)) + 1e-9), 1), capacity - 1)
+        for g in range(200)
+    ]
+    edges, group, tokens = [(window, window)], 0, 0
+    total = 8 * TRAINED - window  # what the plan is for
+    for g, size in enumerate(sizes):
+        if size >= 2 * sizes[group] or tokens >= total:
+            edges.append((window + tokens, window + g))
+            group = g
+        if tokens >= total:
+            break
+        tokens += size
+    for (near, at_near), (far, at_far) in zip(edges, edges[1:], strict=False):
+        if i - j < far or far == edges[-1][0]:
+            return at_near + (i - j - near) * (at_far - at_near) / (far - near)
+    raise AssertionError
 
 
 def fade(count: int, reference: int, strength: float = 1.0) -> float:
@@ -160,6 +190,21 @@ CASES: dict[str, tuple[Method, Relative, dict[str, object]]] = {
         lambda i, j: min(i - j, 16),
         {"query_factor": lambda i: max(1, math.log(i + 1) / math.log(TRAINED))},
     ),
+    "llama4-temperature": (
+        Llama4Temperature(step=48),
+        lambda i, j: i - j,
+        {"query_factor": lambda i: 1 + 0.1 * math.log((i + 1) // 48 + 1)},
+    ),
+    "eabf": (
+        EABF(skip=1),
+        lambda i, j: i - j,
+        {
+            "theta": 500_000.0,
+            "query_factor": lambda i: max(1, math.log(i + 1) / math.log(TRAINED)),
+            "first_layer": 1,
+        },
+    ),
+    "self-logistic": (SelfLogistic(window=16, capacity=17, rate=0.2), self_logistic, {}),
     "rerope+fade": (
         ReRoPE(window=16) + Fade(reference=20, strength=1.5),
         lambda i, j: min(i - j, 16),
@@ -312,3 +357,11 @@ def test_parameters_that_cannot_be(method: Method, message: str) -> None:
                 fades(strength=strength)
     with pytest.raises(InvalidParameterError, match="1 token or more, got 0"):
         Fade(reference=0)
+
+
+def test_golden_values_of_the_temperature_of_llama_4() -> None:
+    """As transformers has them, with a scale of 0.1 and a step of 8192."""
+    scale = Llama4Temperature().plan(replace(detect_scheme(tiny_llama()), trained_length=8192)).query_scale
+    positions = torch.tensor([[8190, 8191, 16383, 65535]])
+    found = _scaled(torch.ones(1, 1, 4, 1), positions, scale).flatten()
+    torch.testing.assert_close(found, torch.tensor([1, 1.069315, 1.109861, 1.219722]), atol=1e-6, rtol=0)  # as printed

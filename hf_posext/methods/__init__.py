@@ -6,15 +6,18 @@ from .base import Composition, Method, get_method, hyper_parameters, list_method
 from .bucket import BucketMethod
 from .bucket_linear import BucketLinear
 from .bucket_max_distance import BucketMaxDistance
+from .cope import CoPE
 from .decay import Decay
 from .dual_chunk import DualChunk
 from .dynamic_ntk import DynamicNTK
 from .dynamic_yarn import DynamicYaRN
+from .eabf import EABF
 from .fade import Fade
 from .frequencies import FrequencyMethod
 from .leaky_rerope import LeakyReRoPE
 from .linear import Linear
 from .llama3 import Llama3
+from .llama4_temperature import Llama4Temperature
 from .log_n import LogN
 from .longrope import LongRoPE
 from .none import NoExtension
@@ -25,6 +28,7 @@ from .remap import RemapMethod
 from .rerope import ReRoPE
 from .resonance import Resonance
 from .self_extend import SelfExtend
+from .self_logistic import SelfLogistic
 from .sinks import Sinks
 from .sinusoid_linear import SinusoidLinear
 from .string_shift import StringShift
@@ -39,12 +43,14 @@ from .theta import Theta
 from .yarn import YaRN
 
 __all__ = [
+    "EABF",
     "NTK",
     "ALiBiLinear",
     "ALiBiNTK",
     "BucketLinear",
     "BucketMaxDistance",
     "BucketMethod",
+    "CoPE",
     "Composition",
     "Decay",
     "DualChunk",
@@ -55,6 +61,7 @@ __all__ = [
     "LeakyReRoPE",
     "Linear",
     "Llama3",
+    "Llama4Temperature",
     "LogN",
     "LongRoPE",
     "Method",
@@ -65,6 +72,7 @@ __all__ = [
     "RemapMethod",
     "Resonance",
     "SelfExtend",
+    "SelfLogistic",
     "Sinks",
     "SinusoidLinear",
     "StringShift",

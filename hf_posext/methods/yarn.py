@@ -1,4 +1,4 @@
-"""YaRN, the three of it that are in circulation."""
+"""YaRN, the four of it that are in circulation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..scheme import Rotary
 from .base import register
 from .frequencies import FrequencyMethod, as_longrope, exponents, from_tensor, powers, require_pairs
 
-VARIANTS = ("code", "paper", "pose")
+VARIANTS = ("code", "paper", "pose", "radix")
 
 
 @register
@@ -25,15 +25,17 @@ class YaRN(FrequencyMethod):
     With `r_i = L / wavelength_i` the turns of pair i within the trained length, pairs above `beta_fast` turns keep
     their frequency and pairs below `beta_slow` are divided by `s`. Cosine and sine are multiplied by
     `0.1 ln s + 1`. Peng et al., *YaRN: Efficient Context Window Extension of Large Language Models*, 2023. Up to a
-    factor of 2.3 apart in the middle band, three YaRNs are in use:
+    factor of 2.3 apart in the middle band, four YaRNs are in use:
 
     - `code`: the ramp is linear in the pair's index. The authors' code, transformers, vLLM, every released checkpoint.
     - `paper`: the ramp is linear in turns, `(r_i - beta_slow) / (beta_fast - beta_slow)` (eq. 18 to 20).
     - `pose`: the ramp of the code, mixing wavelengths instead of frequencies (Zhu et al., PoSE, arXiv 2309.10400;
       jquesnelle/yarn issue 24).
+    - `radix`: frequencies between the ends of the code's ramp are divided by `s ** e`, where e grows with the square
+      of the pair's index (MrRoPE's default, github.com/mattian7/mrRoPE).
 
     Args:
-        variant (`str`, *optional*, defaults to `"code"`): `code`, `paper` or `pose`.
+        variant (`str`, *optional*, defaults to `"code"`): `code`, `paper`, `pose` or `radix`.
         attention_factor (`float`, *optional*): instead of `0.1 ln s + 1`. A model that ships with `mscale` and
             `mscale_all_dim` (DeepSeek) keeps that rule unless a number is given.
         beta_fast (`float`, *optional*, defaults to 32): turns above which a pair is kept.
@@ -64,6 +66,13 @@ class YaRN(FrequencyMethod):
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         require_pairs(self, rotary)
         truncate = bool(rotary.shipped.get("truncate", True)) if self.truncate is None else self.truncate
+        if self.variant == "radix":
+            return as_longrope(
+                rotary,
+                powers(rotary.theta, rotary) * plan.factor ** -self._radix(rotary, plan.original_length, truncate),
+                plan,
+                attention_factor=self._temperature(rotary, plan.factor)[0],
+            )
         wavelengths = rotary.theta ** exponents(rotary)
         kept, divided = 1.0 / wavelengths, 1.0 / (plan.factor * wavelengths)
         keep = 1 - self.ramp(rotary, plan.original_length, truncate)
@@ -91,6 +100,11 @@ class YaRN(FrequencyMethod):
         if self.variant == "paper":
             turns = length * powers(rotary.theta, rotary) / (2 * math.pi)
             return 1 - torch.clamp((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
+        low, high = self._ends(rotary, length, truncate)
+        return torch.clamp((torch.arange(rotary.pairs, dtype=torch.float32) - low) / (high - low), 0, 1)
+
+    def _ends(self, rotary: Rotary, length: int, truncate: bool) -> tuple[float, float]:
+        """Pairs at which the ramp of the code begins and ends."""
         low, high = (
             rotary.dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
             for turns in (self.beta_fast, self.beta_slow)
@@ -98,9 +112,14 @@ class YaRN(FrequencyMethod):
         if truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rotary.dim - 1)
-        if low == high:
-            high += 0.001
-        return torch.clamp((torch.arange(rotary.pairs, dtype=torch.float32) - low) / (high - low), 0, 1)
+        return low, high + 0.001 if low == high else high
+
+    def _radix(self, rotary: Rotary, length: int, truncate: bool) -> torch.Tensor:
+        """The power of the factor by which each pair is divided; shape (pairs,)."""
+        low, high = self._ends(rotary, length, truncate)
+        above = torch.arange(rotary.pairs, dtype=torch.float64) - low
+        power = above * (above + 1) / ((high - low) * (high - low + 1))
+        return torch.where(above <= 0, 0.0, power).clamp(max=1).float()
 
     def _temperature(self, rotary: Rotary, factor: float) -> tuple[float, dict[str, float]]:
         """The attention factor, and the shipped keys that scale the softmax besides."""

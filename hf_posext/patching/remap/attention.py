@@ -98,6 +98,8 @@ def _late_attention(
 
     parts = () if late.unmapped else late.plan.parts
     scale = None if late.unmapped else late.plan.query_scale
+    if scale is not None and scale.first_layer > getattr(module, "layer_idx", 0):  # they are numbered: see probe.py
+        scale = None
     window = kwargs.get("sliding_window")
     if not parts or (window is not None and _all_near(parts[0], window)):
         given, given_key = at_query, at_key
@@ -221,7 +223,10 @@ def _scaled(query: torch.Tensor, positions: torch.Tensor, scale: QueryScale | No
     if scale is None:
         return query
     past = (positions.float() + 1) / scale.length
-    factor = (1 + scale.temperature * past.clamp(min=1).log()).square() * scale.constant
+    if scale.step is None:
+        factor = (1 + scale.temperature * past.clamp(min=1).log()).square() * scale.constant
+    else:
+        factor = (1 + scale.temperature * ((positions + 1) // scale.step + 1).float().log()) * scale.constant
     if scale.log:
         factor = factor * ((positions.float() + 1).log() / math.log(scale.length)).clamp(min=1)
     return query * factor.to(query.dtype)[:, None, :, None]

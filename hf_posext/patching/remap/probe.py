@@ -187,8 +187,16 @@ def _probe_layouts(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor
         )
     if not late.layers:
         raise UnsupportedModelError(f"{kind} has no attention layer that rotates; there is nothing to remap")
+    modules = dict(model.named_modules())
+    scale = late.plan.query_scale
+    if scale is not None and scale.first_layer > 0:
+        unnumbered = [path for path in late.layers if not isinstance(getattr(modules[path], "layer_idx", None), int)]
+        if unnumbered:
+            raise UnsupportedModelError(
+                f"{kind} does not number its attention layers ({unnumbered[0]} has no layer_idx); "
+                f"{late.plan.method} treats the first ones in another way"
+            )
     if late.plan.parts:
-        modules = dict(model.named_modules())
         free = [path for path in late.layers if not getattr(modules[path], "is_causal", True)]
         if free:
             raise UnsupportedModelError(

@@ -1,0 +1,56 @@
+"""CoPE: the slowest pairs fade out of rotation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, RotaryPlan
+from ..registry import register
+from ..scheme import Rotary
+from .frequencies import FrequencyMethod, frequencies, from_tensor
+
+
+@register
+@dataclass(frozen=True)
+class CoPE(FrequencyMethod):
+    """The slowest pairs turn less and less, down to not at all for the slowest. Meant for training.
+
+    Of the slowest `clip` pairs, the m-th (0 is the fastest of them) turns by
+    `inv_freq * (1 + cos(pi m / (clip - 1))) / 2`. Li et al., *CoPE: Clipped RoPE as A Scalable Free Lunch for Long
+    Context LLMs*, 2026. The published default is a clip of 20 of 64 pairs after training on 64K tokens with a base of
+    1e7. Without training, it leaves short inputs as they are and breaks past them: see `finetune`.
+
+    Args:
+        clip (`int`, *optional*): number of pairs, 2 or more; by default those whose wavelength is longer than the
+            trained length.
+    """
+
+    name: ClassVar[str] = "cope"
+    title: ClassVar[str] = "CoPE (soft clipping of slow pairs)"
+    url: ClassVar[str] = "https://arxiv.org/abs/2602.05258"
+    needs_factor: ClassVar[bool] = False
+
+    clip: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and self.clip < 2:
+            raise InvalidParameterError(f"Expected a cope clip of 2 pairs or more, got {self.clip}.")
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        inv_freq = frequencies(current, rotary)
+        clip = self.clip
+        if clip is None:
+            clip = int((inv_freq.double() * plan.original_length < 2 * math.pi).sum())
+        if not 2 <= clip <= rotary.pairs:
+            raise InvalidParameterError(
+                f"Expected a cope clip of 2 to {rotary.pairs} pairs, got {clip}. "
+                f"Pass clip={max(2, rotary.pairs // 2)}."
+            )
+        share = torch.arange(clip, dtype=torch.float64) / (clip - 1)
+        inv_freq[-clip:] = (inv_freq[-clip:].double() * (1 + torch.cos(math.pi * share)) / 2).float()
+        return from_tensor(rotary, inv_freq, attention_factor=current.attention_factor, rope_parameters=None)

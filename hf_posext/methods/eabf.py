@@ -1,0 +1,46 @@
+"""Entropy-aware ABF: a larger base, and queries that grow with their position in all layers but the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, QueryScale
+from ..registry import register
+from .frequencies import FrequencyMethod
+from .theta import Theta
+
+
+@register
+@dataclass(frozen=True)
+class EABF(FrequencyMethod):
+    """A larger base, and queries that grow with the logarithm of their position except in the first layers.
+
+    The base becomes `theta`, as in [`Theta`], and query p is multiplied by `max(1, ln(p + 1) / ln L)` in all layers
+    except the first `skip`. Zhang et al., *Extending LLMs' Context Window with 100 Samples*, 2024. Meant for training
+    on a few samples afterwards.
+
+    Args:
+        theta (`float`, *optional*, defaults to 500000): the new base.
+        skip (`int`, *optional*, defaults to 2): first layers whose queries stay as they are.
+    """
+
+    name: ClassVar[str] = "eabf"
+    title: ClassVar[str] = "entropy-aware ABF"
+    url: ClassVar[str] = "https://arxiv.org/abs/2401.07004"
+    needs_factor: ClassVar[bool] = False
+
+    theta: float = 500_000.0
+    skip: int = 2
+
+    def __post_init__(self) -> None:
+        Theta(theta=self.theta)  # refuses what cannot be
+        if self.skip < 0:
+            raise InvalidParameterError(f"Expected an eabf skip of 0 layers or more, got {self.skip}.")
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        if plan.query_scale is not None:
+            raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
+        scale = QueryScale(length=plan.original_length, log=True, first_layer=self.skip)
+        return replace(Theta(theta=self.theta).extend(plan), query_scale=scale)

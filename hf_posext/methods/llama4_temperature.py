@@ -1,0 +1,49 @@
+"""The temperature of Llama 4's layers without positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, QueryScale
+from ..registry import register
+from .base import Method
+
+
+@register
+@dataclass(frozen=True)
+class Llama4Temperature(Method):
+    """Queries grow in steps with the logarithm of their position, as in Llama 4. On top of any other method.
+
+    Query p is multiplied by `1 + scale * ln(floor((p + 1) / step) + 1)`. Llama 4 uses a scale of 0.1 and a step of
+    8192, in its layers that do not rotate; here it acts in those that do. The idea of a scale that grows with the
+    input: Nakanishi, *Scalable-Softmax Is Superior for Attention*, 2025.
+
+    Args:
+        scale (`float`, *optional*, defaults to 0.1): above 0.
+        step (`int`, *optional*): tokens of a step; the trained length by default.
+    """
+
+    name: ClassVar[str] = "llama4-temperature"
+    title: ClassVar[str] = "temperature of Llama 4"
+    url: ClassVar[str] = "https://arxiv.org/abs/2501.19399"
+    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
+    needs_factor: ClassVar[bool] = False
+
+    scale: float = 0.1
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise InvalidParameterError(f"Expected a llama4-temperature scale above 0, got {self.scale}.")
+        if self.step is not None and self.step < 1:
+            raise InvalidParameterError(f"Expected a llama4-temperature step of 1 token or more, got {self.step}.")
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        if plan.query_scale is not None:
+            raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
+        step = plan.original_length if self.step is None else self.step
+        scale = QueryScale(length=plan.original_length, temperature=self.scale, step=step)
+        return replace(plan, query_scale=scale)

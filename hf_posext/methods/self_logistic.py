@@ -1,0 +1,82 @@
+"""SELF: groups of tokens that grow with distance, by a logistic curve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from ..errors import InvalidParameterError
+from ..plan import ExtensionPlan, Part, PositionMap
+from ..registry import register
+from ..scheme import PositionalScheme
+from .remap import SAME, RemapMethod, default_window, require_window
+
+
+@register
+@dataclass(frozen=True)
+class SelfLogistic(RemapMethod):
+    """Distances below a window as they are, farther ones counted in groups that grow from 1 token to `capacity - 1`.
+
+    Group g beyond the window has `floor(C / (1 + (C - 1) exp(-r g)))` tokens, at least 1 and at most C - 1, and
+    distance `d >= w` becomes w plus the number of groups in `d - w` tokens. Here that curve is linear between the
+    distances at which the size of groups doubles, so that few bands do. The published code counts groups from the
+    beginning of the text in prefill and from the query in decoding; the paper describes the latter. Dang et al.,
+    *SELF: Self-Extend the Context Length With Logistic Growth Function*, 2025.
+
+    Args:
+        window (`int`, *optional*): `w` in tokens; a quarter of the trained length by default.
+        capacity (`int`, *optional*, defaults to 33): `C`, above 1.
+        rate (`float`, *optional*, defaults to 0.02): `r`, how fast groups grow.
+    """
+
+    name: ClassVar[str] = "self-logistic"
+    title: ClassVar[str] = "SELF"
+    url: ClassVar[str] = "https://arxiv.org/abs/2505.17296"
+
+    window: int | None = None
+    capacity: int = 33
+    rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.capacity < 2:
+            raise InvalidParameterError(f"Expected a self-logistic capacity of 2 or more, got {self.capacity}.")
+        if not 0 < self.rate < math.inf:
+            raise InvalidParameterError(f"Expected a self-logistic rate above 0, got {self.rate}.")
+
+    @classmethod
+    def example(cls, scheme: PositionalScheme) -> Self:
+        return cls(rate=0.5)
+
+    def sizes(self, tokens: int) -> list[int]:
+        """Return the sizes of the groups that cover some tokens, the nearest first."""
+        sizes: list[int] = []
+        covered = 0
+        while covered < tokens:
+            logistic = self.capacity / (1 + (self.capacity - 1) * math.exp(-self.rate * len(sizes)))
+            # the first is C / C, which may round to below 1
+            sizes.append(min(max(math.floor(logistic + 1e-9), 1), self.capacity - 1))
+            covered += sizes[-1]
+        return sizes
+
+    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+        window = default_window(plan, 1 / 4) if self.window is None else self.window
+        require_window(self, "window", window, plan)
+        sizes = self.sizes(max(plan.target_length - window, 1))
+        if window + len(sizes) > plan.original_length:
+            raise InvalidParameterError(
+                f"Expected positions up to {plan.original_length} (the trained length), got {window + len(sizes)} for "
+                f"{plan.target_length} tokens. Pass a smaller window, or a greater rate or capacity."
+            )
+        bands = [Part(SAME, SAME, high=window)]
+        start, group = window, 0
+        while group < len(sizes):
+            # all groups until their size has doubled
+            last = next((g for g in range(group, len(sizes)) if sizes[g] >= 2 * sizes[group]), len(sizes))
+            stop = start + sum(sizes[group:last])
+            slope = (last - group) / (stop - start)
+            far = PositionMap(rate=slope)
+            query = PositionMap(rate=slope, offset=window + group - slope * start)
+            bands.append(Part(query, far, low=start, high=stop if last < len(sizes) else None))
+            start, group = stop, last
+        return tuple(bands)
