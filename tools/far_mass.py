@@ -1,0 +1,107 @@
+"""Write what share of attention falls on the far band, by length, before and after fading: figures and a picture.
+
+python tools/far_mass.py    # some 3 minutes; results/fading/far_mass.json and docs/images/fading.png
+
+The share is that of the query at the last position of each length, averaged over heads, layers and held-out novels.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_posext.patching.remap.attention as remap
+from hf_posext import load_documents, patch_model
+from hf_posext.patching.kernels import Branch
+
+mpl.use("Agg")
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "tiny" / "tiny-rope"
+NOVELS = ROOT / "examples" / "data" / "heldout.jsonl"
+RESULT = ROOT / "results" / "fading" / "far_mass.json"
+PICTURE = ROOT / "docs" / "images" / "fading.png"
+METHODS = ("rerope", "rerope+fade", "leaky-rerope", "leaky-rerope+decay")
+LENGTHS = (512, 768, 1024, 1536, 2048, 3072, 4096)
+START, FACTOR = 2000, 8
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+"""Of Okabe and Ito: told apart by colour-blind readers."""
+
+
+def far_mass(model: Any, ids: torch.Tensor, window: int) -> dict[int, float]:
+    """Return the mean share of attention on keys at `window` or farther, for the last query of each length."""
+    shares: dict[int, list[float]] = {length: [] for length in LENGTHS}
+    attend = remap.banded_attention
+
+    def watched(branches: list[Branch], value: torch.Tensor, queries: Any, keys: Any, **options: Any) -> torch.Tensor:
+        for length in LENGTHS:
+            last = slice(length - 1, length)
+            seen = [Branch(b.part, b.query[:, :, last], b.key[:, :, :length]) for b in branches]
+            # with 1 as the value of far keys and 0 as that of near ones, what is attended is the share
+            far = (keys[:, :length] <= length - 1 - window).to(value.dtype)
+            value_of_far = far[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[-1])
+            out = attend(seen, value_of_far, queries[:, last], keys[:, :length], **options)
+            shares[length].append(float(out.mean()))
+        return attend(branches, value, queries, keys, **options)
+
+    remap.banded_attention = watched  # type: ignore[assignment]
+    try:
+        with torch.inference_mode():
+            model.base_model(ids[None])
+    finally:
+        remap.banded_attention = attend
+    return {length: sum(found) / len(found) for length, found in shares.items()}
+
+
+def measure() -> dict[str, Any]:
+    """Measure all methods on all novels."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    texts = [tokenizer(novel.text, return_tensors="pt").input_ids[0] for novel in load_documents(str(NOVELS))]
+    texts = [ids[START : START + LENGTHS[-1]] for ids in texts]
+    rows = []
+    for method in METHODS:
+        with patch_model(model, method, factor=FACTOR) as patch:
+            window = patch.plan.parts[-1].low
+            each = [far_mass(model, ids, window) for ids in texts]
+        rows += [
+            {"method": method, "length": n, "window": window, "far_share": sum(one[n] for one in each) / len(each)}
+            for n in LENGTHS
+        ]
+    return {"command": "python tools/far_mass.py", "documents": len(texts), "start": START, "rows": rows}
+
+
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Draw the share against length."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for method, colour in zip(METHODS, COLOURS, strict=True):
+        points = [(row["length"], 100 * row["far_share"]) for row in rows if row["method"] == method]
+        style = "-" if "+" in method else "--"
+        axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=method)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS], rotation=45)
+    axes.set_xlabel("position of the query, in tokens")
+    axes.set_ylabel("attention on the far band, %")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    """Measure, write and draw."""
+    found = measure()
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw(found["rows"]).savefig(PICTURE, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
