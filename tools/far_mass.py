@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import matplotlib as mpl
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext.patching.remap.attention as remap
 from hf_posext import load_documents, patch_model
-from hf_posext.patching.kernels import Branch
+from hf_posext.patching.kernels import Branch, banded_attention
 
 mpl.use("Agg")
 from matplotlib.figure import Figure
@@ -37,7 +38,6 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 def far_mass(model: Any, ids: torch.Tensor, window: int) -> dict[int, float]:
     """Return the mean share of attention on keys at `window` or farther, for the last query of each length."""
     shares: dict[int, list[float]] = {length: [] for length in LENGTHS}
-    attend = remap.banded_attention
 
     def watched(branches: list[Branch], value: torch.Tensor, queries: Any, keys: Any, **options: Any) -> torch.Tensor:
         for length in LENGTHS:
@@ -46,16 +46,12 @@ def far_mass(model: Any, ids: torch.Tensor, window: int) -> dict[int, float]:
             # with 1 as the value of far keys and 0 as that of near ones, what is attended is the share
             far = (keys[:, :length] <= length - 1 - window).to(value.dtype)
             value_of_far = far[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[-1])
-            out = attend(seen, value_of_far, queries[:, last], keys[:, :length], **options)
+            out = banded_attention(seen, value_of_far, queries[:, last], keys[:, :length], **options)
             shares[length].append(float(out.mean()))
-        return attend(branches, value, queries, keys, **options)
+        return banded_attention(branches, value, queries, keys, **options)
 
-    remap.banded_attention = watched  # type: ignore[assignment]
-    try:
-        with torch.inference_mode():
-            model.base_model(ids[None])
-    finally:
-        remap.banded_attention = attend
+    with mock.patch.object(remap, "banded_attention", watched), torch.inference_mode():
+        model.base_model(ids[None])
     return {length: sum(found) / len(found) for length, found in shares.items()}
 
 
