@@ -21,8 +21,8 @@ class LeakyReRoPE(RemapMethod):
 
     Args:
         window (`int`, *optional*): `w` in tokens; half the trained length where not given.
-        stride (`float`, *optional*): `k`; where not given, the one that puts the target's longest distance at the
-            trained length.
+        stride (`float`, *optional*): `k`; where not given, the one that puts the target's longest distance halfway
+            between the window and the trained length, since distances near its end are the least trained.
     """
 
     name: ClassVar[str] = "leaky-rerope"
@@ -41,6 +41,6 @@ class LeakyReRoPE(RemapMethod):
         require_window(self, "window", window, plan)
         stride = self.stride
         if stride is None:
-            stride = max(1.0, (plan.target_length - window) / max(plan.original_length - window, 1))
+            stride = max(1.0, 2 * (plan.target_length - window) / max(plan.original_length - window, 1))
         slow = PositionMap(rate=1 / stride)
         return near_and_far(window, PositionMap(rate=1 / stride, offset=window - window / stride), slow)

@@ -14,7 +14,7 @@ from ..diagnosis.phases import phase_table
 from ..errors import MethodNotApplicableError, PosExtError
 from ..evaluation.running.setup import Refusals, try_plans
 from ..evaluation.scoring.boundaries import check_positions
-from ..methods import Method, as_method, list_methods
+from ..methods import Composition, Fade, Method, RemapMethod, as_method, list_methods
 from ..methods.base import hyper_parameters
 from ..methods.refusals import by_reason
 from ..patching.observe import frequencies_in_force
@@ -23,6 +23,9 @@ from ..scheme import PositionalScheme
 
 STRETCHES = (1, 2)
 """Factors, as multiples of target / trained length: some methods reach less far than their factor says (NTK)."""
+
+FADES = (1.0, 0.5)
+"""Strengths of a fade on top of methods with a band of far keys; without one they are contenders in any case."""
 
 WINDOWS = (1 / 4, 1 / 2, 3 / 4)
 """Windows of methods that keep near distances as they are, as shares of the trained length."""
@@ -67,6 +70,7 @@ def candidates(
     refusals: Refusals = {}
     found: dict[str, ExtensionPlan] = {}
     variants = list(_variants(scheme, methods, trained_length))
+    plain = [method for method in variants if not isinstance(method, Composition) and method.label == method.name]
     for stretch, method in itertools.product(STRETCHES, variants):
         reason = method.applies_to(scheme)
         if reason is not None:
@@ -77,7 +81,7 @@ def candidates(
         except PosExtError as error:
             if methods is not None:
                 raise
-            if method.label == method.name:  # not every window goes with every factor
+            if method in plain:  # not every window or fade goes with every factor
                 refusals[method.label] = str(error)
         else:
             found.setdefault(_effect(plan), plan)
@@ -102,13 +106,16 @@ def candidates(
 def _variants(
     scheme: PositionalScheme, methods: Sequence[str | Method] | None, trained_length: int
 ) -> Iterator[Method]:
-    """The methods with their defaults, then the same with other windows."""
+    """The methods with their defaults, those that remap with a fade, then the same with other windows."""
     if methods is not None:
         yield from map(as_method, methods)
         return
     chosen = [as_method(info.name) for info in list_methods(scheme.kind)]
     chosen = [method for method in chosen if method.needs_factor or method.name == "none"]
     yield from chosen
+    for method in chosen:
+        if isinstance(method, RemapMethod):
+            yield from (method + Fade(strength=strength) for strength in FADES)
     for method in chosen:
         if "window" in hyper_parameters(type(method)):
             yield from (replace(method, window=round(share * trained_length)) for share in WINDOWS)  # type: ignore[call-arg]
