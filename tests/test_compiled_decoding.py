@@ -11,7 +11,18 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError
-from hf_posext.methods import Decay, DualChunk, DynamicNTK, Fade, LeakyReRoPE, Method, ReRoPE, SelfExtend, StringShift
+from hf_posext.methods import (
+    Decay,
+    DualChunk,
+    DynamicNTK,
+    Fade,
+    JetLong,
+    LeakyReRoPE,
+    Method,
+    ReRoPE,
+    SelfExtend,
+    StringShift,
+)
 from hf_posext.patching.remap import attention as attention_module
 from hf_posext.patching.signatures import with_cache
 
@@ -28,6 +39,7 @@ METHODS: list[str | Method] = [
     LeakyReRoPE(window=8) + Decay(start=9) + Fade(reference=4, strength=0.5),
     DualChunk(chunk=12, local=4) + Fade(reference=3),
     DynamicNTK(),
+    JetLong(),
     "yarn",
 ]
 TEXT, SLOTS, STEPS = 10, 48, 14

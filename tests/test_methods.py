@@ -11,7 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_posext import NTK, Linear, Llama3, LongRoPE, NoPE, Partial, Resonance, Theta, YaRN
 from hf_posext.errors import InvalidParameterError, MethodNotApplicableError, UnknownMethodError
-from hf_posext.methods import EABF, CoPE, Llama4Temperature, Method, SelfLogistic, as_method
+from hf_posext.methods import EABF, CoPE, JetLong, Llama4Temperature, Method, SelfLogistic, as_method
+from hf_posext.patching.kernels import mapped
 from hf_posext.plan import RotaryPlan
 from hf_posext.scheme import PositionalScheme, Rotary
 
@@ -125,6 +126,21 @@ def test_groups_of_self_grow_as_published() -> None:
         raise AssertionError
 
     assert (group_of(4095), group_of(32767)) == (300, 1197)
+
+
+@pytest.mark.parametrize(
+    ("trained", "options", "wanted"),
+    [
+        (32_768, {}, {32_768: 1, 32_769: 2, 131_072: 4}),
+        (512, {}, {1024: 2, 2048: 4, 4096: 8, 4097: 9}),
+        (512, {"window": 256, "offset": True}, {512: 1, 1024: 3, 2048: 7, 4096: 15}),
+    ],
+)
+def test_groups_of_jet_long(trained: int, options: dict[str, int], wanted: dict[int, int]) -> None:
+    far = JetLong(**options).plan(sized(1e4, trained), factor=8).parts[1].key  # type: ignore[arg-type]
+    positions = torch.arange(40)
+    for length, group in wanted.items():
+        assert torch.equal(mapped(positions, far, torch.tensor([[length]]))[0], positions // group)
 
 
 def test_bands_of_self_meet_and_follow_the_groups() -> None:
@@ -272,6 +288,7 @@ def test_a_target_below_the_shipped_length_is_refused_with_both_numbers() -> Non
         (lambda: EABF(skip=-1), "0 layers or more, got -1"),
         (lambda: EABF(theta=0), "theta is 0"),
         (lambda: Llama4Temperature(scale=0), "scale above 0, got 0"),
+        (lambda: planned(JetLong(window=TRAINED, offset=True)), "window below 4096"),
         (lambda: Llama4Temperature(step=0), "1 token or more, got 0"),
         (lambda: planned("longrope"), "got none; give 64 finite numbers"),
         (lambda: planned(LongRoPE(long_factor=[1.0])), "got 1 numbers"),

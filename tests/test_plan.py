@@ -13,7 +13,7 @@ from hf_posext import ExtensionPlan, YaRN, detect_scheme
 from hf_posext.errors import PlanError
 from hf_posext.methods import as_method
 
-from .conftest import tiny_llama
+from .conftest import tiny_gpt2, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,25 @@ def test_a_plan_of_schema_1_is_read() -> None:
     data["original_length"] = data.pop("trained_length")
     for part in data["parts"]:
         del part["fade"], part["decay"]
+        for side in ("query", "key"):
+            del part[side]["row_group"], part[side]["kept"]
     del data["query_scale"]["step"], data["query_scale"]["first_layer"]
     assert ExtensionPlan.from_dict(data) == plan
     data["parts"] = [1]
     with pytest.raises(PlanError, match="parts.0 is 1"):
         ExtensionPlan.from_dict(data)
+
+
+@pytest.mark.parametrize("group", [{"span": 0, "beyond": 0}, {"span": 1, "beyond": -1}])
+def test_groups_that_follow_rows_are_checked(group: dict[str, int]) -> None:
+    data = as_method("jet-long").plan(detect_scheme(tiny_llama()), factor=8).to_dict()
+    data["parts"][1]["key"]["row_group"] = group
+    with pytest.raises(PlanError, match="follow rows with a span below 1"):
+        ExtensionPlan.from_dict(data)
+    table = as_method("table-linear").plan(detect_scheme(tiny_gpt2()), factor=8).to_dict()
+    table["table"]["position"]["row_group"] = {"span": 9, "beyond": 0}
+    with pytest.raises(PlanError, match="a table has no rows of text"):
+        ExtensionPlan.from_dict(table)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hf_posext.methods import (
     DynamicNTK,
     DynamicYaRN,
     Fade,
+    JetLong,
     LeakyReRoPE,
     Llama4Temperature,
     LogN,
@@ -205,6 +206,16 @@ CASES: dict[str, tuple[Method, Relative, dict[str, object]]] = {
         },
     ),
     "self-logistic": (SelfLogistic(window=16, capacity=17, rate=0.2), self_logistic, {}),
+    "jet-long": (
+        JetLong(window=6),
+        lambda i, j: i - j if i - j <= 6 else i // (LENGTH // TRAINED) - j // (LENGTH // TRAINED),
+        {},
+    ),
+    "jet-long with an offset": (
+        JetLong(window=24, offset=True),
+        lambda i, j: i - j if i - j < 24 else i // 8 + 24 - 24 // 8 - j // 8,  # ceil((320 - 24) / (64 - 24)) is 8
+        {},
+    ),
     "rerope+fade": (
         ReRoPE(window=16) + Fade(reference=20, strength=1.5),
         lambda i, j: min(i - j, 16),
@@ -270,7 +281,10 @@ def test_equals_a_loop_over_pairs(case: str) -> None:
     torch.testing.assert_close(logits(model, IDS)[0], reference(case), **TOLERANCE)
 
 
-SINGLE_PASS = [case for case in CASES if not case.startswith("dynamic")]
+FOLLOWING = ("dynamic", "jet-long")
+"""Methods that follow the length of each row."""
+
+SINGLE_PASS = [case for case in CASES if not case.startswith(FOLLOWING)]
 
 
 @pytest.mark.parametrize("case", SINGLE_PASS)
@@ -298,8 +312,8 @@ def test_left_padded_rows_of_unequal_length_equal_the_loop(case: str) -> None:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     both = logits(model, torch.cat([padded, IDS]), attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(both[1], reference(case), **TOLERANCE)
-    # of a dynamic method a row's own length counts, not its batch-mate's
-    alone = logits(model, short)[0] if case.startswith("dynamic") else reference(case, short.shape[1])
+    # of a method that follows rows, a row's own length counts, not its batch-mate's
+    alone = logits(model, short)[0] if case.startswith(FOLLOWING) else reference(case, short.shape[1])
     torch.testing.assert_close(both[0, 70:], alone, **TOLERANCE)
 
 
@@ -365,3 +379,12 @@ def test_golden_values_of_the_temperature_of_llama_4() -> None:
     positions = torch.tensor([[8190, 8191, 16383, 65535]])
     found = _scaled(torch.ones(1, 1, 4, 1), positions, scale).flatten()
     torch.testing.assert_close(found, torch.tensor([1, 1.069315, 1.109861, 1.219722]), atol=1e-6, rtol=0)  # as printed
+
+
+@pytest.mark.parametrize("method", [JetLong(), JetLong(offset=True), JetLong(window=48, offset=True) + Fade()])
+def test_jet_long_leaves_rows_alone_up_to_the_trained_length(method: Method) -> None:
+    model = tiny_llama()
+    plain = logits(model, IDS[:, :TRAINED])
+    patch_model(model, method, factor=8)
+    # float32; two bands in place of one softmax
+    torch.testing.assert_close(logits(model, IDS[:, :TRAINED]), plain, atol=1e-5, rtol=0)

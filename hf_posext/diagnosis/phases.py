@@ -119,8 +119,9 @@ def relative_positions(plan: ExtensionPlan | None, queries: torch.Tensor, keys: 
     """
     apart = (queries[:, None] - keys[None]).double()
     wanted = apart.clone() if plan is None or not plan.parts else torch.full_like(apart, math.nan)
+    row = queries.max() + 1
     for part in plan.parts if plan is not None else ():
-        moved = mapped(queries, part.query).double()[:, None] - mapped(keys, part.key).double()[None]
+        moved = mapped(queries, part.query, row).double()[:, None] - mapped(keys, part.key, row).double()[None]
         wanted = torch.where(belongs(part, queries, keys), moved, wanted)
     return wanted.masked_fill(apart < 0, math.nan)
 

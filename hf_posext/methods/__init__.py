@@ -14,6 +14,7 @@ from .dynamic_yarn import DynamicYaRN
 from .eabf import EABF
 from .fade import Fade
 from .frequencies import FrequencyMethod
+from .jet_long import JetLong
 from .leaky_rerope import LeakyReRoPE
 from .linear import Linear
 from .llama3 import Llama3
@@ -58,6 +59,7 @@ __all__ = [
     "DynamicYaRN",
     "Fade",
     "FrequencyMethod",
+    "JetLong",
     "LeakyReRoPE",
     "Linear",
     "Llama3",

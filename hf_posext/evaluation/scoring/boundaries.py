@@ -50,7 +50,7 @@ def boundaries_of(scheme: PositionalScheme, plan: ExtensionPlan | None) -> Bound
     }
     if plan is not None and any(entry.short_inv_freq is not None for entry in planned):
         switches.add(plan.trained_length)
-    dynamic = any(rotary.shipped_type == "dynamic" for rotary in shipped) or any(entry.growth for entry in planned)
+    dynamic = any(rotary.shipped_type == "dynamic" for rotary in shipped) or (plan is not None and plan.follows_rows)
     return Boundaries(tuple(sorted(switches)), dynamic)
 
 

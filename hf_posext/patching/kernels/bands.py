@@ -16,12 +16,26 @@ import torch
 from ...plan import Part, PositionMap
 
 
-def mapped(positions: torch.Tensor, rule: PositionMap) -> torch.Tensor:
-    """The positions that a part sees; same shape, float32 where they may be fractional."""
+def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the positions that a part sees.
+
+    Args:
+        positions (`torch.LongTensor`): of tokens, before any remapping.
+        rule (`PositionMap`): what the part does to them.
+        lengths (`torch.LongTensor` that broadcasts to the positions, *optional*): of the rows, for a map that follows
+            them.
+
+    Returns:
+        `torch.Tensor` of the same shape, float32 where positions may be fractional.
+    """
     if rule == PositionMap():
         return positions
     moved = positions if rule.modulo is None else positions % rule.modulo
-    if rule.group != 1:
+    if rule.row_group is not None:
+        assert lengths is not None, "a map that follows rows needs their lengths"
+        group = ((lengths - rule.row_group.beyond + rule.row_group.span - 1) // rule.row_group.span).clamp(min=1)
+        moved = moved // group + (rule.kept - rule.kept // group)
+    elif rule.group != 1:
         moved = moved // rule.group
     if rule.rate != 1 or rule.offset != int(rule.offset):
         moved = moved.float() * rule.rate

@@ -202,7 +202,8 @@ def _turns(
     """Queries or keys turned to their positions under each of the maps, which are the same wherever `what` is."""
 
     def phases(some: tuple[PositionMap, ...]) -> Phases:
-        wanted = torch.cat([mapped(positions, rule) for rule in some], -1)
+        lengths = at.lengths(positions) if any(rule.row_group for rule in some) else None
+        wanted = torch.cat([mapped(positions, rule, lengths) for rule in some], -1)
         if not late.delta:
             return layout.phases(*late.phases(at, wanted, states), states.dtype)
         site = late.sites[at.name]  # the model has turned by its own positions, and factor, already

@@ -46,6 +46,12 @@ class Positions:
         """Positions (batch or 1, tokens); those on the first axis in multimodal models."""
         return self.given if self.given.ndim == 2 else self.given[0]
 
+    def lengths(self, of: torch.Tensor) -> torch.Tensor:
+        """Lengths (batch or 1, tokens or 1) of the documents in which some queries or keys (..., tokens) are."""
+        lengths = document_lengths(self.queries).to(of.device)
+        # keys from a cache are of the document that goes on
+        return lengths if of.shape[-1] == lengths.shape[-1] else lengths[:, -1:]
+
     def once(self, what: Any, make: Callable[[], T]) -> T:
         """What all layers of a forward need alike."""
         found: T | None = self.memo.get(what)
@@ -78,3 +84,11 @@ def key_map(parts: tuple[Part, ...], distance: int) -> PositionMap:
     """What a key at a distance from the newest token is turned to, where parts are windows or all turn keys alike."""
     inside = (part for part in parts if part.low <= distance and (part.high is None or distance < part.high))
     return next(inside, parts[0]).key if parts else PositionMap()
+
+
+def document_lengths(positions: torch.Tensor) -> torch.Tensor:
+    """For each token, the length of the document it is in: its highest position + 1. Several documents may be packed
+    into a row; one ends where positions fall."""
+    document = (positions.diff(prepend=positions[:, :1]) < 0).cumsum(-1)
+    highest = torch.zeros_like(positions).scatter_reduce(-1, document, positions, "amax")
+    return highest.gather(-1, document) + 1

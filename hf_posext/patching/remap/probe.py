@@ -45,7 +45,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Jo
             f"{plan.method}: two LongRoPE lists cannot be combined with remapping; give one list"
         )
     indexed = any("Indexer" in type(module).__name__ for module in model.modules())
-    if indexed and any(entry.growth for entry in plan.rotaries):
+    if indexed and plan.follows_rows:
         raise UnsupportedModelError(
             f"{kind} selects keys by their rotated states; {plan.method} cannot follow each row there, yarn can"
         )
@@ -98,8 +98,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, stride: int = 1) -> torch
 def _keeps_turned(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor) -> bool:
     """Whether cached keys may stay turned: the plan turns one at a time, turns can be undone, and decoding shows that
     nothing else in the model reads them (layers that share their keys would)."""
-    growing = any(entry.growth for entry in late.plan.rotaries)
-    if growing or late.border is None or not all(at.key.is_rotation() for at in late.layers.values()):
+    if late.plan.follows_rows or late.border is None or not all(at.key.is_rotation() for at in late.layers.values()):
         return False
     wanted, late.keeps_turned = _logits(model, ids)[:, -1], True
     try:

@@ -140,9 +140,7 @@ class LateRotation:
         entry = next((rotary for rotary in self.plan.rotaries if rotary.name == at.name), None)
         if entry is None or entry.growth is None or self.unmapped:
             return own_phases(site, wanted, like)
-        lengths = _document_lengths(at.queries)
-        if wanted.shape[-1] != lengths.shape[-1]:  # keys from a cache are of the document that goes on
-            lengths = lengths[:, -1:]
+        lengths = at.lengths(wanted)
         scales = (lengths / self.plan.original_length).clamp(min=1.0)
         shape = torch.broadcast_shapes(wanted.shape[-2:], scales.shape)  # type: ignore[no-untyped-call]
         wanted, scales = wanted.expand(*wanted.shape[:-2], *shape), scales.to(wanted.device).expand(shape)
@@ -266,14 +264,6 @@ def own_phases(site: RotarySite, positions: torch.Tensor, like: torch.Tensor) ->
     x = torch.empty(0, dtype=like.dtype, device=device)
     cos, sin = _parts(super(RotatesLate, module).forward(x, positions.to(device), **extra))
     return cos.to(like.device), sin.to(like.device)
-
-
-def _document_lengths(positions: torch.Tensor) -> torch.Tensor:
-    """For each token, the length of the document it is in: its highest position + 1. Several documents may be packed
-    into a row; one ends where positions fall."""
-    document = (positions.diff(prepend=positions[:, :1]) < 0).cumsum(-1)
-    highest = torch.zeros_like(positions).scatter_reduce(-1, document, positions, "amax")
-    return highest.gather(-1, document) + 1
 
 
 def _grown_phases(
