@@ -21,9 +21,9 @@ class CoPE(FrequencyMethod):
     """The slowest pairs turn less and less, down to not at all for the slowest. Meant for training.
 
     Of the slowest `clip` pairs, the m-th (0 is the fastest of them) turns by
-    `inv_freq * (1 + cos(pi m / (clip - 1))) / 2`. Li et al., arXiv 2602.05258, 2026. The published default is a clip of
-    20 of 64 pairs after training on 64K tokens with a base of 1e7. Without training, it leaves short inputs as they are
-    and breaks past them: see `finetune`.
+    `inv_freq * (1 + cos(pi m / (clip - 1))) / 2`. Li et al., arXiv 2602.05258, 2026. The published default is a clip
+    of 20 of 64 pairs after training on 64K tokens with a base of 1e7. Without training, it leaves short inputs as they
+    are and breaks past them: see `finetune`.
 
     Args:
         clip (`int`, *optional*): number of pairs, 2 or more; by default those whose wavelength is longer than the
