@@ -111,6 +111,30 @@ def test_banded_attention_equals_dense(
             assert found[0].is_contiguous(), "some models view it"
 
 
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_channels_that_do_not_lie_one_behind_the_other(which: str, learning: bool) -> None:
+    """A kernel that is called directly reads the wrong numbers there, and does not say so."""
+    torch.manual_seed(0)
+
+    def states(name: str, heads: int) -> torch.Tensor:
+        if name == which == "value":
+            return torch.randn(1, heads, 50, 1, dtype=torch.float64, requires_grad=learning).expand(-1, -1, -1, 8)
+        made = torch.randn(1, heads, 8, 50, dtype=torch.float64, requires_grad=learning)
+        return made.mT if name == which else made.mT.contiguous()
+
+    branches = [Branch(part, states("query", 4), states("key", 2)) for part in BANDS["window"]]
+    value, at = states("value", 2), torch.arange(50)[None]
+    causal = torch.ones(50, 50).tril().bool()[None, None]
+    found = banded_attention(branches, value, at, at, mask=None, aligned=True, scaling=0.3)
+    wanted = dense(branches, value, at, at, mask=causal, scaling=0.3)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)  # float64, sums in another order
+    if learning:
+        leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
+        ours, theirs = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, wanted))
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
 class Largest(TorchDispatchMode):
     """Records the largest tensor that any operation gives."""
 

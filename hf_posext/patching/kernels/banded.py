@@ -69,6 +69,9 @@ def banded_attention(
     if any(states.dtype != value.dtype for branch in branches for states in (branch.query, branch.key)):
         # under autocast, rotation leaves float32 beside bfloat16; as SDPA does, the narrower is taken
         branches = [Branch(part, *(one.to(value.dtype) for one in states)) for part, *states in branches]
+    # kernels that are called directly take channels to lie one behind the other, and do not look
+    value = _adjacent(value)
+    branches = [Branch(part, *map(_adjacent, states)) for part, *states in branches]
     batch, heads, queries, width = branches[0].query.shape
     key_heads, keys = value.shape[1:3]
     learning = torch.is_grad_enabled() and any(
@@ -148,6 +151,10 @@ def banded_attention(
     for start, stop in spans:
         out[:, start:stop] = attend(start, stop)
     return out
+
+
+def _adjacent(states: torch.Tensor) -> torch.Tensor:
+    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 def _rectangles(
