@@ -74,10 +74,19 @@ class Growth:
 
 
 @dataclass(frozen=True)
+class RowGroup:
+    """A group of tokens that grows with the length of each row: `max(1, ceil((row length - beyond) / span))`."""
+
+    span: int
+    beyond: int = 0
+
+
+@dataclass(frozen=True)
 class PositionMap:
     """Position p of a token as a part of the attention sees it.
 
     `min(rate * ((p mod modulo) // group) + offset, limit)`; `modulo` and `limit` count only where they are given.
+    Where `row_group` is given, it is the group, and `kept - kept // group` is added to the grouped position.
     """
 
     rate: float = 1.0
@@ -85,12 +94,24 @@ class PositionMap:
     offset: float = 0.0
     modulo: int | None = None
     limit: float | None = None
+    row_group: RowGroup | None = None
+    kept: int = 0
 
-    def check(self) -> None:
-        """
+    def check(self, rows: bool = False) -> None:
+        """Refuse a map that no method can have meant.
+
+        Args:
+            rows (`bool`, *optional*, defaults to `False`): it is for positions in rows of text, whose length a group
+                may follow.
+
         Raises:
-            PlanError: a group or modulo below 1.
+            PlanError: a group or modulo below 1, or a group that follows rows where there are none.
         """
+        group = self.row_group
+        if self.kept < 0 or (group is not None and (group.span < 1 or group.beyond < 0)):
+            raise PlanError("plan has groups that follow rows with a span below 1, or with a negative number")
+        if group is not None and not rows:
+            raise PlanError("plan maps positions of a table by groups that follow rows; a table has no rows of text")
         if min(self.group, self.modulo or 1) < 1:
             raise PlanError(
                 f"plan maps positions by group {self.group} and modulo {self.modulo}; 1 or more belongs there"
@@ -161,8 +182,8 @@ class Part:
         """
         if self.chunk < 1:
             raise PlanError(f"plan has a part with chunk {self.chunk}; 1 or more belongs there")
-        self.query.check()
-        self.key.check()
+        self.query.check(rows=True)
+        self.key.check(rows=True)
         fade, decay = self.fade, self.decay
         if fade is not None and not (fade.strength > 0 and fade.reference >= 1 and self.is_far):
             raise PlanError(
@@ -178,20 +199,28 @@ class Part:
 
 @dataclass(frozen=True)
 class QueryScale:
-    """Factor of queries: `constant`, times `max(1, ln(p + 1) / ln length)` at position p where `log` is
-    set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`.
+    """Factor of queries, in layers from `first_layer` on: `constant`, times `max(1, ln(p + 1) / ln length)` at position
+    p where `log` is set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`. Where `step` is given, the last
+    is `1 + temperature * ln(floor((p + 1) / step) + 1)` instead.
     """
 
     length: int
     log: bool = False
     temperature: float = 0.0
     constant: float = 1.0
+    step: int | None = None
+    first_layer: int = 0
 
     def check(self) -> None:
         """
         Raises:
-            PlanError: a length whose logarithm is not above 0.
+            PlanError: a length whose logarithm is not above 0, a step below 1 or a layer below 0.
         """
+        if self.first_layer < 0 or (self.step is not None and self.step < 1):
+            raise PlanError(
+                f"plan scales queries from layer {self.first_layer} on by steps of {self.step} tokens; layer 0 or "
+                "more, and 1 token or more belong there"
+            )
         if self.length < 2:
             raise PlanError(f"plan scales queries from length {self.length}; 2 or more belongs there")
 

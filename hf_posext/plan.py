@@ -23,6 +23,7 @@ from .edits import (
     PositionMap,
     QueryScale,
     RotaryPlan,
+    RowGroup,
     TablePlan,
     check_table_size,
 )
@@ -39,11 +40,12 @@ __all__ = [
     "PositionMap",
     "QueryScale",
     "RotaryPlan",
+    "RowGroup",
     "TablePlan",
 ]
 
 SCHEMA = 2
-"""Schema 1, which is read as well, said `original_length`, and had no `fade` and no `decay` in its parts."""
+"""Schema 1 is read as well. It said `original_length`, and lacked the fields in `NEWER`."""
 PLAN_FILE = "posext_plan.json"
 MAX_PLAN_BYTES = 4 * 2**20
 MAX_TABLE_ROWS = 2**24
@@ -95,6 +97,12 @@ class ExtensionPlan:
     def rotates_late(self) -> bool:
         """`True` where phases depend on the pair of query and key, or on the row, and are applied in attention."""
         return bool(self.parts) or self.query_scale is not None or any(entry.growth for entry in self.rotaries)
+
+    @property
+    def follows_rows(self) -> bool:
+        """Whether positions or frequencies depend on the length of each row."""
+        maps = (mapping for part in self.parts for mapping in (part.query, part.key))
+        return any(entry.growth for entry in self.rotaries) or any(mapping.row_group for mapping in maps)
 
     @property
     def changes_nothing(self) -> bool:
@@ -207,15 +215,40 @@ class ExtensionPlan:
                 "upgrade it, or plan again"
             )
         data = {key: value for key, value in data.items() if key != "schema"}
-        if "trained_length" not in data and "original_length" in data:  # as schema 1 called it
-            data["trained_length"] = data.pop("original_length")
-        if schema == 1 and isinstance(data.get("parts"), list):
-            data["parts"] = [
-                {**part, "fade": None, "decay": None} if isinstance(part, Mapping) else part for part in data["parts"]
-            ]
+        if schema == 1:
+            data = _from_schema_1(data)
         plan = decode(cls, data)
         plan.check()
         return plan
+
+
+NEWER: dict[str, dict[str, Any]] = {
+    "part": {"fade": None, "decay": None},
+    "query_scale": {"step": None, "first_layer": 0},
+    "map": {"row_group": None, "kept": 0},
+}
+"""Fields that schema 2 added, with what plans of schema 1 meant."""
+
+
+def _from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same plan in schema 2; what does not fit stays for the decoder to refuse."""
+
+    def newer(kind: str, entry: Any, *maps: str) -> Any:
+        if not isinstance(entry, Mapping):
+            return entry
+        return NEWER.get(kind, {}) | {key: newer("map", entry[key]) if key in maps else entry[key] for key in entry}
+
+    changed = dict(data)
+    if "trained_length" not in data and "original_length" in data:
+        changed["trained_length"] = changed.pop("original_length")
+    if isinstance(data.get("parts"), list):
+        changed["parts"] = [newer("part", part, "query", "key") for part in data["parts"]]
+    for kind, maps in (("query_scale", ()), ("table", ("position", "coarse"))):
+        if kind in data:
+            changed[kind] = newer(kind, data[kind], *maps)
+    if "sinusoids" in data:
+        changed["sinusoids"] = newer("map", data["sinusoids"])
+    return changed
 
 
 def _refuse_constant(text: str) -> float:

@@ -10,8 +10,8 @@ import torch
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
-from ..registry import register
 from ..scheme import Rotary
+from .base import register
 from .frequencies import FrequencyMethod, frequencies, from_tensor
 
 

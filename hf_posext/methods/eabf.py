@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale
-from ..registry import register
+from .base import register
 from .frequencies import FrequencyMethod
 from .theta import Theta
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Part, PositionMap, RowGroup
-from ..registry import register
+from .base import register
 from .remap import SAME, RemapMethod, default_window, require_window
 
 

@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale
-from ..registry import register
-from .base import Method
+from .base import Method, register
 
 
 @register

@@ -8,8 +8,8 @@ from typing import ClassVar, Self
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Part, PositionMap
-from ..registry import register
 from ..scheme import PositionalScheme
+from .base import register
 from .remap import SAME, RemapMethod, default_window, require_window
 
 
