@@ -45,7 +45,7 @@ class CoPE(FrequencyMethod):
         inv_freq = frequencies(current, rotary)
         clip = self.clip
         if clip is None:
-            clip = int((inv_freq.double() * plan.original_length < 2 * math.pi).sum())
+            clip = int((inv_freq.double() * plan.trained_length < 2 * math.pi).sum())
         if not 2 <= clip <= rotary.pairs:
             raise InvalidParameterError(
                 f"Expected a cope clip of 2 to {rotary.pairs} pairs, got {clip}. "

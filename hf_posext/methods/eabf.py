@@ -42,5 +42,5 @@ class EABF(FrequencyMethod):
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         if plan.query_scale is not None:
             raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
-        scale = QueryScale(length=plan.original_length, log=True, first_layer=self.skip)
+        scale = QueryScale(length=plan.trained_length, log=True, first_layer=self.skip)
         return replace(Theta(theta=self.theta).extend(plan), query_scale=scale)

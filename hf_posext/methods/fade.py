@@ -53,6 +53,6 @@ class Fade(Method):
         far = require_far_band(self, plan)
         if far.fade is not None:
             raise InvalidParameterError(f"Expected one fade, got two in {plan.method}. Keep one of them.")
-        reference = plan.original_length if self.reference is None else self.reference
+        reference = plan.trained_length if self.reference is None else self.reference
         faded = replace(far, fade=CountFade(strength=self.strength, reference=reference))
         return replace(plan, parts=(*plan.parts[:-1], faded))

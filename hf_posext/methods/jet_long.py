@@ -37,7 +37,7 @@ class JetLong(RemapMethod):
     offset: bool = False
 
     def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
-        trained = plan.original_length
+        trained = plan.trained_length
         window = default_window(plan, 1 / 2 if self.offset else 1 / 16) if self.window is None else self.window
         require_window(self, "window", window, plan)
         if not self.offset:

@@ -41,6 +41,6 @@ class LeakyReRoPE(RemapMethod):
         require_window(self, "window", window, plan)
         stride = self.stride
         if stride is None:
-            stride = max(1.0, 2 * (plan.target_length - window) / max(plan.original_length - window, 1))
+            stride = max(1.0, 2 * (plan.target_length - window) / max(plan.trained_length - window, 1))
         slow = PositionMap(rate=1 / stride)
         return near_and_far(window, PositionMap(rate=1 / stride, offset=window - window / stride), slow)

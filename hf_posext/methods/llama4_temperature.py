@@ -43,6 +43,6 @@ class Llama4Temperature(Method):
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         if plan.query_scale is not None:
             raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
-        step = plan.original_length if self.step is None else self.step
-        scale = QueryScale(length=plan.original_length, temperature=self.scale, step=step)
+        step = plan.trained_length if self.step is None else self.step
+        scale = QueryScale(length=plan.trained_length, temperature=self.scale, step=step)
         return replace(plan, query_scale=scale)

@@ -63,9 +63,9 @@ class SelfLogistic(RemapMethod):
         window = default_window(plan, 1 / 4) if self.window is None else self.window
         require_window(self, "window", window, plan)
         sizes = self.sizes(max(plan.target_length - window, 1))
-        if window + len(sizes) > plan.original_length:
+        if window + len(sizes) > plan.trained_length:
             raise InvalidParameterError(
-                f"Expected positions up to {plan.original_length} (the trained length), got {window + len(sizes)} for "
+                f"Expected positions up to {plan.trained_length} (the trained length), got {window + len(sizes)} for "
                 f"{plan.target_length} tokens. Pass a smaller window, or a greater rate or capacity."
             )
         bands = [Part(SAME, SAME, high=window)]
