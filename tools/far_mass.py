@@ -8,6 +8,7 @@ The share is that of the query at the last position of each length, averaged ove
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -71,7 +72,9 @@ def measure() -> dict[str, Any]:
             {"method": method, "length": n, "window": window, "far_share": sum(one[n] for one in each) / len(each)}
             for n in LENGTHS
         ]
-    return {"command": "python tools/far_mass.py", "documents": len(texts), "start": START, "rows": rows}
+    versions = {name: version(name) for name in ("transformers", "torch")}
+    made = {"command": "python tools/far_mass.py", "versions": versions}
+    return {**made, "documents": len(texts), "start": START, "rows": rows}
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:

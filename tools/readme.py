@@ -57,6 +57,7 @@ MODEL = "tiny-rope"
 REMAPPING = ROOT / "results" / "remapping" / "tiny-rope.json"
 FADING = ROOT / "results" / "fading" / "tiny-rope.json"
 FADING_CHOICE = ROOT / "results" / "fading" / "validation.json"
+STRIDES = ROOT / "results" / "fading" / "strides.json"
 FAR_MASS = ROOT / "results" / "fading" / "far_mass.json"
 
 
@@ -157,6 +158,7 @@ def render(page: Path = README) -> str:
     results = Results.load_json(path)
     remapping = Results.load_json(REMAPPING)
     fading, choice = Results.load_json(FADING), Results.load_json(FADING_CHOICE)
+    strides = Results.load_json(STRIDES)
     far_mass = json.loads(FAR_MASS.read_text(encoding="utf-8"))
     provenance = results.provenance
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
@@ -186,6 +188,9 @@ def render(page: Path = README) -> str:
         validation_path=FADING_CHOICE.relative_to(ROOT).as_posix(),
         validation_command=choice.provenance["command"],
         validation_documents=len(choice.provenance["documents"]),
+        strides_table=gains_table(strides),
+        strides_path=STRIDES.relative_to(ROOT).as_posix(),
+        strides_command=strides.provenance["command"],
         mass_table=far_mass_table(far_mass),
         mass_path=FAR_MASS.relative_to(ROOT).as_posix(),
         mass_command=far_mass["command"],
