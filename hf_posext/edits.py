@@ -199,9 +199,9 @@ class Part:
 
 @dataclass(frozen=True)
 class QueryScale:
-    """Factor of queries, in layers from `first_layer` on: `constant`, times `max(1, ln(p + 1) / ln length)` at position
-    p where `log` is set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`. Where `step` is given, the last
-    is `1 + temperature * ln(floor((p + 1) / step) + 1)` instead.
+    """Factor of queries, in layers from `first_layer` on: `constant`, times `max(1, ln(p + 1) / ln length)` at
+    position p where `log` is set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`. Where `step` is given,
+    the last is `1 + temperature * ln(floor((p + 1) / step) + 1)` instead.
     """
 
     length: int
