@@ -105,7 +105,7 @@ class PositionMap:
                 may follow.
 
         Raises:
-            PlanError: a group or modulo below 1, or a group that follows rows where there are none.
+            PlanError: a group or modulo below 1, or a group that follows rows in a map for a table.
         """
         group = self.row_group
         if self.kept < 0 or (group is not None and (group.span < 1 or group.beyond < 0)):
