@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ __all__ = [
 SCHEMA = 2
 """Schema 1 is read as well. It said `original_length`, and lacked the fields in `NEWER`."""
 PLAN_FILE = "posext_plan.json"
+PLAN_KEY = "posext_plan"
+"""Entry of `config.json`, or of `adapter_config.json`, that contains the plan whoever has written it."""
 MAX_PLAN_BYTES = 4 * 2**20
 MAX_TABLE_ROWS = 2**24
 """Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
@@ -184,21 +186,17 @@ class ExtensionPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> ExtensionPlan:
-        """Read a plan from its file, or from the directory that holds it.
+        """Read a plan from its file, or from a directory.
+
+        In a directory, the plan is in `posext_plan.json`, or in the config of the adapter or the model.
 
         Raises:
             PlanError: no such file, not JSON, too large, of a newer schema, or with values out of bounds.
         """
         path = Path(path)
-        path = path / PLAN_FILE if path.is_dir() else path
-        if not path.is_file():
-            raise PlanError(f"no plan at {path}; a patched model saved by patch.save_pretrained(...) has one")
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise PlanError(f"{path} has {path.stat().st_size} bytes; a plan has at most {MAX_PLAN_BYTES}")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{path} is not a plan in JSON: {error}") from error
+        data = _in_directory(path) if path.is_dir() else _read(path) if path.is_file() else None
+        if data is None:
+            raise PlanError(f"no plan at {path}; a patched model that was saved has one")
         return cls.from_dict(data)
 
     @classmethod
@@ -253,3 +251,29 @@ def _from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number that a plan can hold")
+
+
+def has_plan(directory: str | Path) -> bool:
+    """Whether a directory contains a plan, in a file of its own or in a config.
+
+    Raises:
+        PlanError: a file that is not JSON, or too large.
+    """
+    return _in_directory(Path(directory)) is not None
+
+
+def _in_directory(path: Path) -> Any:
+    if (path / PLAN_FILE).is_file():
+        return _read(path / PLAN_FILE)
+    configs = (path / "adapter_config.json", path / "config.json")
+    read = (_read(config, lambda text: None) for config in configs if config.is_file())  # infinities mean no plan
+    return next((data[PLAN_KEY] for data in read if isinstance(data, Mapping) and PLAN_KEY in data), None)
+
+
+def _read(path: Path, constant: Callable[[str], Any] = _refuse_constant) -> Any:
+    if path.stat().st_size > MAX_PLAN_BYTES:
+        raise PlanError(f"{path} has {path.stat().st_size} bytes; at most {MAX_PLAN_BYTES} are read for a plan")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path} is not a plan in JSON: {error}") from error

@@ -270,7 +270,9 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(NotPatchedError, match="carries no patch"):
         export_checkpoint(model, tmp_path / "out")
     patch_model(model, "yarn", factor=4)
-    with pytest.raises(InvalidParameterError, match="there are: transformers, vllm, sglang, llama.cpp"):
+    with pytest.raises(
+        InvalidParameterError, match="there are: transformers, transformers-4, vllm, sglang, llama.cpp"
+    ):
         export_checkpoint(model, tmp_path / "out", "tgi")
     with_adapter(model)
     with pytest.raises(UnsupportedModelError, match="has an adapter"):

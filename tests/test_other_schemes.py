@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_posext import detect_scheme, load_patched, patch_model, unpatch_model
-from hf_posext.errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, PlanError
+from hf_posext import detect_scheme, find_patch, load_patched, patch_model, unpatch_model
+from hf_posext.errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
 from hf_posext.methods import as_method
 
 from .conftest import TRAINED, logits, realigned, tiny_bloom, tiny_gpt2, tiny_t5, tiny_xglm, tokens
@@ -191,8 +191,11 @@ def test_a_trained_table_survives_saving(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, tokens(TRAINED)), before)
 
     (tmp_path / "saved" / "posext_replaced" / "tables.safetensors").unlink()
-    with pytest.raises(PlanError, match="cannot be undone.*GPT2LMHeadModel.from_pretrained"):
-        load_patched(tmp_path / "saved")
+    kept = load_patched(tmp_path / "saved")
+    assert torch.equal(logits(realigned(kept), tokens(2 * TRAINED)), trained)
+    with pytest.raises(UnsupportedModelError, match="cannot be undone.*open the original model"):
+        unpatch_model(kept)
+    assert find_patch(kept) is not None
 
 
 def test_undo_follows_the_model_to_another_dtype_with_its_own_weights() -> None:

@@ -301,7 +301,7 @@ def test_loading_refuses_weights_of_another_model(llama: LlamaForCausalLM, tmp_p
     patch_model(llama, "yarn", factor=8).save_pretrained(tmp_path / "yarn")
     other = YaRN().plan(detect_scheme(tiny_llama(hidden_size=128)), factor=8)
     other.save(tmp_path / "yarn")
-    with pytest.raises(PlanMismatchError, match="16 pairs.*8 pairs"):
+    with pytest.raises(PlanMismatchError, match="contains two plans"):
         load_patched(tmp_path / "yarn")
 
 

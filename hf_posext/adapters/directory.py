@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from ..decode import short
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PlanMismatchError
+from ..patching.fingerprint import BASE_FILE, BASE_KEY, BaseModel
+from ..patching.saved_config import REPLACED_KEY
 from ..patching.untrusted import check_directory, read_json
-from ..plan import PLAN_FILE, ExtensionPlan
-from .fingerprint import BASE_FILE, BaseModel
+from ..plan import PLAN_FILE, PLAN_KEY, ExtensionPlan
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -22,12 +22,8 @@ CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, PLAN_FILE, BASE_FILE, CARD_FILE, "config.json", "*.png", "tokenizer*", "*.jinja")
 """What goes to the Hub, and what is taken from there."""
 
-NOTICE = "needs_the_positions_of_posext_plan_see_README"
-"""Key of `adapter_config.json` that PEFT does not know. It says so when an adapter is opened without this package, and
-that is the one thing in the way of an adapter that answers wrongly on a base without the patch."""
-
-_PREFIX = "base_model.model."
-_LAYERS = ("lora_", "token_adapter")
+OUR_KEYS = (PLAN_KEY, BASE_KEY, REPLACED_KEY, "needs_the_positions_of_posext_plan_see_README")
+"""Entries of `adapter_config.json` that PEFT does not know; the last one is of directories from before 0.2."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class AdapterDirectory:
 
     Attributes:
         path (`Path`): where they are.
-        config (`Mapping`): `adapter_config.json` without [`NOTICE`].
+        config (`Mapping`): `adapter_config.json` as PEFT wrote it.
         plan (`ExtensionPlan`): the positions that it was trained with.
         base (`BaseModel`): the model that it was trained on.
         shapes (`Mapping[str, tuple[int, ...]]`): of its weights, by name.
@@ -54,11 +50,16 @@ class AdapterDirectory:
         Raises:
             CheckpointError: a directory that is incomplete, corrupt or hostile.
             PlanError: no plan there, a corrupt one, or one of a newer schema.
+            PlanMismatchError: two plans there.
         """
         path = Path(directory)
         check_directory(path, WEIGHTS_FILE)
-        config = {key: value for key, value in read_json(path / CONFIG_FILE).items() if key != NOTICE}
+        entries = read_json(path / CONFIG_FILE)
+        replaced = entries.get(REPLACED_KEY) or {}
+        config = {key: value for key, value in entries.items() if key not in OUR_KEYS} | dict(replaced)
         plan = ExtensionPlan.load(path)
+        if PLAN_KEY in entries and ExtensionPlan.from_dict(entries[PLAN_KEY]) != plan:
+            raise PlanMismatchError(f"{path} contains two plans, in {PLAN_FILE} and in {CONFIG_FILE}; save it again")
         found = cls(path, config, plan, BaseModel.load(path), _shapes(path / WEIGHTS_FILE))
         found._check_config()
         return found
@@ -94,34 +95,6 @@ class AdapterDirectory:
                     f"{self.path / WEIGHTS_FILE} lacks {name!r}, which {CONFIG_FILE} lists in modules_to_save; save "
                     "the adapter again by save_adapter(model, path), which keeps all that was trained"
                 )
-
-    def misfit(self, model: nn.Module) -> str | None:
-        """A weight that the model has no place for; `None` where all have one.
-
-        Args:
-            model (`PreTrainedModel`): the base, patched, without an adapter.
-        """
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
-        for key, shape in self.shapes.items():
-            path = key.removeprefix(_PREFIX).split(".")
-            layer = next((i for i, word in enumerate(path) if word.startswith(_LAYERS)), None)
-            if layer is not None:
-                module = modules.get(".".join(path[:layer]))
-                if module is None:
-                    return f"it has no module {'.'.join(path[:layer])}"
-                weight: Any = getattr(module, "weight", None)
-                side = {"lora_A": 1, "lora_B": 0}.get(path[layer])
-                if side is None or weight is None or not weight.is_floating_point():  # quantised: of other shapes
-                    continue
-                if shape[side] not in weight.shape:
-                    return f"its {'.'.join(path[:layer])} has shape {tuple(weight.shape)}, the adapter's {shape}"
-                continue
-            own = parameters.get(".".join(path))
-            if own is None:
-                return f"it has no weight {'.'.join(path)}"
-            if tuple(own.shape) != shape:
-                return f"its {'.'.join(path)} has shape {tuple(own.shape)}, the adapter's {shape}"
-        return None
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

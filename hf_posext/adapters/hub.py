@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ..errors import CheckpointError
 from ..plan import ExtensionPlan
-from .directory import CARD_FILE, CONFIG_FILE, FILES, AdapterDirectory
+from .directory import CONFIG_FILE, FILES, AdapterDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -67,29 +66,3 @@ def push_to_hub(
         commit_message=commit_message or f"Upload {plan.method} {plan.original_length} -> {plan.target_length}",
     )
     return str(commit.commit_url)
-
-
-def local_directory(name: str | Path) -> Path:
-    """The directory of an adapter: a local one, or a download from the Hub of the files that an adapter has.
-
-    Args:
-        name (`str` or `Path`): a directory, or a Hub id (`user/name`, `user/name@revision`).
-
-    Raises:
-        CheckpointError: no such directory, and no such repository.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    path = Path(name)
-    if path.is_dir():
-        return path
-    repo_id, _, revision = str(name).partition("@")
-    if path.is_absolute() or str(name).startswith(".") or repo_id.count("/") != 1:
-        raise CheckpointError(f"no such directory: {name}; give the directory of an adapter, or a Hub id (user/name)")
-    patterns = [pattern for pattern in FILES if pattern != CARD_FILE]
-    try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"neither a directory nor a repository that can be read: {name} ({reason})") from error

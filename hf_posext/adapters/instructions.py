@@ -6,11 +6,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from transformers import AutoConfig
 
+from ..patching.saved_config import REPLACED_KEY, open_patched_config
 from ..patching.untrusted import read_json
 from ..plan import ExtensionPlan
-from .directory import CONFIG_FILE, NOTICE, AdapterDirectory
+from .directory import CONFIG_FILE, AdapterDirectory
 from .match import computes
 
 
@@ -29,9 +29,9 @@ def how_to_open(directory: Path) -> str:
         plan=plan,
         adapter=adapter is not None,
         base=public_name(adapter.base_name) if adapter else "",
-        by_base=adapter is not None and NOTICE not in read_json(directory / CONFIG_FILE),
+        by_base=adapter is not None and REPLACED_KEY not in read_json(directory / CONFIG_FILE),
         by_config=_in_config(directory, plan),
-        notice=NOTICE,
+        peft_type=adapter.config["peft_type"] if adapter else "",
     )
 
 
@@ -39,7 +39,7 @@ def _in_config(directory: Path, plan: ExtensionPlan) -> bool:
     """Whether the config in a directory says the positions."""
     if not (directory / "config.json").is_file():
         return False
-    return computes(AutoConfig.from_pretrained(directory, trust_remote_code=False), plan)
+    return computes(open_patched_config(directory), plan)
 
 
 def card_data(adapter: AdapterDirectory) -> ModelCardData:

@@ -11,13 +11,15 @@ from torch import nn
 from ..errors import CheckpointError, PlanMismatchError, UnsupportedModelError
 from ..packages import require
 from ..patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unwrap
-from ..patching.checkpoint import model_class
-from ..patching.loading import locate, open_config, open_weights
+from ..patching.checkpoint import local_directory, model_class
+from ..patching.loading import locate, open_weights
+from ..patching.saved_config import open_patched_config
 from ..patching.untrusted import check_directory
-from ..plan import PLAN_FILE, ExtensionPlan
-from .directory import AdapterDirectory
-from .hub import local_directory
+from ..plan import ExtensionPlan, has_plan
+from .directory import CARD_FILE, FILES, AdapterDirectory
 from .match import computes, same_effect
+from .save import tell_adapters
+from .weights import misfit, peft_config, trained_shapes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,7 +60,7 @@ def verify_adapter(model: nn.Module, directory: str | Path) -> AdapterFit:
         CheckpointError: a directory that is incomplete, corrupt or hostile.
         PlanError: no plan there, a corrupt one, or one of a newer schema.
     """
-    adapter = AdapterDirectory.read(local_directory(directory))
+    adapter = _read(directory)
     patch = find_patch(model)
     in_force = None if patch is None else patch.plan
     scheme = detect_scheme(model)
@@ -69,11 +71,11 @@ def verify_adapter(model: nn.Module, directory: str | Path) -> AdapterFit:
         reasons.append(f"the adapter was trained under ({adapter.plan.describe()}), the model carries no patch")
     elif in_force is not None and not same_effect(in_force, adapter.plan):
         reasons.append(_both_plans(in_force, adapter.plan))
-    other = adapter.base.differs(model)
+    other = adapter.base.differs(model, adapter.shapes)
     if other:
         reasons.append(f"it is another base model: {other}")
     if not reasons and not getattr(unwrap(model), "peft_config", None):
-        homeless = adapter.misfit(unwrap(model))
+        homeless = misfit(adapter, unwrap(model))
         if homeless:
             reasons.append(f"the adapter does not fit its weights: {homeless}")
     return AdapterFit(tuple(reasons), adapter.plan, in_force)
@@ -81,18 +83,23 @@ def verify_adapter(model: nn.Module, directory: str | Path) -> AdapterFit:
 
 def load_adapter(
     directory: str | Path,
-    base: PreTrainedModel | None = None,
+    base: nn.Module | None = None,
     *,
+    adapter_name: str = "default",
     is_trainable: bool = False,
     tokenizer: Any | None = None,
     **kwargs: Any,
 ) -> PeftModel:
-    """Open what [`save_adapter`] saved: the base, the patch that the adapter was trained under, and the adapter.
+    """Open an adapter that was trained under a patch: the base, the patch, and the adapter.
+
+    It does not matter what saved it: [`save_adapter`], `save_pretrained` of PEFT or transformers, or a `Trainer`.
 
     Args:
         directory (`str` or `Path`): of the adapter; or its Hub id.
-        base (`PreTrainedModel`, *optional*): the base model, loaded already; plain, or under the same plan. By default
-            the one that the adapter names. It becomes part of what is returned.
+        base (`PreTrainedModel` or `PeftModel`, *optional*): the base model, loaded already; plain, or under the same
+            plan. By default the one that the adapter names. It becomes part of what is returned. A `PeftModel` gets
+            the adapter beside those that it has.
+        adapter_name (`str`, *optional*, defaults to `"default"`): the name that the adapter gets.
         is_trainable (`bool`, *optional*, defaults to `False`): to train the adapter on.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its `model_max_length` is raised.
         kwargs: passed to `from_pretrained` of the base (`dtype`, `device_map`, ...).
@@ -104,18 +111,23 @@ def load_adapter(
         PlanMismatchError: another base model, or one under another plan, which is shown beside the adapter's.
         CheckpointError: a directory that is incomplete, corrupt or hostile, or a base that cannot be opened.
         PlanError: no plan there, a corrupt one, or one of a newer schema.
-        UnsupportedModelError: the base has an adapter already.
+        UnsupportedModelError: no transformers model, or one that has an adapter of this name already.
     """
     require("train")
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
-    path = local_directory(directory)
-    adapter = AdapterDirectory.read(path)
+    adapter = _read(directory)
+    path = adapter.path
+    held = _held(base)
     if base is None:
         base = _open_base(adapter, kwargs)
-    elif getattr(base, "peft_config", None) or not hasattr(base, "config"):
-        raise UnsupportedModelError(f"base is a {type(base).__name__}; give the base model alone, without an adapter")
-    patch = _apply(base, adapter, tokenizer)
+        _fit_vocabulary(base, adapter)
+    elif held and (adapter_name in held or not isinstance(base, PeftModel)):
+        raise UnsupportedModelError(
+            f"the model has the adapters {', '.join(held)}; give another adapter_name to load one beside those of a "
+            "PeftModel, or the base without an adapter"
+        )
+    patch = _apply(unwrap(base), adapter, tokenizer)
     try:
         fit = verify_adapter(base, path)
         if not fit:
@@ -126,15 +138,55 @@ def load_adapter(
         if patch is not None:
             patch.undo()
         raise
-    config = PeftConfig.from_peft_type(**adapter.config)
-    model: PeftModel = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable, config=config)
-    missing = sorted(get_peft_model_state_dict(model).keys() - adapter.shapes.keys())
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} weights of its own config, {missing[0]} among them; save the adapter again "
-            "by save_adapter(model, path)"
+    config = peft_config(adapter)
+    model: PeftModel = base
+    if not held:
+        model = PeftModel.from_pretrained(
+            base, str(path), adapter_name=adapter_name, is_trainable=is_trainable, config=config
         )
+    else:
+        config.inference_mode = not is_trainable
+        model.add_adapter(adapter_name, config)  # else PEFT would read the config, whose type it does not know
+        if trained_shapes(model, adapter_name) != adapter.shapes:
+            model.delete_adapter(adapter_name)
+            raise PlanMismatchError(f"the adapter in {directory} does not fit the weights of this model")
+        model.load_adapter(str(path), adapter_name, is_trainable=is_trainable)
+    in_force = find_patch(model)
+    if in_force is not None:
+        tell_adapters(model, in_force)
     return model
+
+
+def _read(directory: str | Path) -> AdapterDirectory:
+    patterns = [pattern for pattern in FILES if pattern != CARD_FILE]
+    return AdapterDirectory.read(local_directory(directory, patterns))
+
+
+def _held(base: nn.Module | None) -> list[str]:
+    """Names of the adapters that a model has."""
+    return list(getattr(base, "peft_config", None) or getattr(base and unwrap(base), "peft_config", None) or ())
+
+
+def _fit_vocabulary(base: PreTrainedModel, adapter: AdapterDirectory) -> None:
+    """Give a base the rows of a vocabulary that was resized before the adapter was trained, where the adapter contains
+    all of them."""
+    embedding: Any = base.get_input_embeddings()
+    head: Any = base.get_output_embeddings()
+    names = {id(module): f"base_model.model.{path}." for path, module in base.named_modules()}
+    rows = {
+        shape[0]
+        for key, shape in adapter.shapes.items()
+        if key.startswith(names[id(embedding)]) and key.endswith("weight") and len(shape) == 2
+    }
+    if len(rows) != 1 or rows == {embedding.weight.shape[0]}:
+        return
+    tied = head is None or head.weight is embedding.weight
+    if not tied and not any(key.startswith(names[id(head)]) for key in adapter.shapes):
+        raise CheckpointError(
+            f"{adapter.path} has embeddings of {rows.pop()} tokens and no output weights for them; give the base with "
+            "those that it was trained with: load_adapter(path, base=model)"
+        )
+    base.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def _apply(base: PreTrainedModel, adapter: AdapterDirectory, tokenizer: Any | None) -> Patch | None:
@@ -148,19 +200,17 @@ def _apply(base: PreTrainedModel, adapter: AdapterDirectory, tokenizer: Any | No
 
 def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedModel:
     """The base model that an adapter names; with its own plan in force where it was saved with one."""
-
     name = adapter.base_name
     if name is None:
         raise CheckpointError(f"{adapter.path} does not name its base model; give it: load_adapter(path, base=model)")
     if Path(name).is_dir():
         check_directory(name)
-        if (Path(name) / PLAN_FILE).is_file():
+        if has_plan(name):
             return load_patched(name, **kwargs)
     revision = adapter.config.get("revision") or adapter.base.revision
     try:
-        source = locate(name)
-        config = open_config(source, revision=revision)
-        return open_weights(model_class(config, name), source, config, revision=revision, **kwargs)
+        config = open_patched_config(name, revision=revision)
+        return open_weights(model_class(config, name), locate(name), config, revision=revision, **kwargs)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(

@@ -24,7 +24,10 @@ def export(
         str,
         typer.Argument(help="Patched model as saved, adapter directory, or with --method a model folder or Hub id."),
     ],
-    to: Annotated[Literal["transformers", "vllm", "sglang", "llama.cpp"], typer.Option(help="What will run it.")],
+    to: Annotated[
+        Literal["transformers", "transformers-4", "vllm", "sglang", "llama.cpp"],
+        typer.Option(help="What will run it."),
+    ],
     output: Annotated[Path, typer.Option(help="Directory for the checkpoint; new, or without files in it.")],
     method: Annotated[str | None, typer.Option(help="For a plain model: method, as 'yarn(beta_fast=16)'.")] = None,
     factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError
-from ..plan import PLAN_FILE, ExtensionPlan
+from ..plan import ExtensionPlan, has_plan
 from .processes import rank, spread
 
 ADAPTER_FILE = "adapter_config.json"
@@ -68,7 +68,7 @@ def saved_plan(name: str) -> ExtensionPlan | None:
         PlanError: an adapter without a plan, or a corrupt plan.
     """
     path = Path(name)
-    return ExtensionPlan.load(path) if any((path / file).is_file() for file in (PLAN_FILE, ADAPTER_FILE)) else None
+    return ExtensionPlan.load(path) if (path / ADAPTER_FILE).is_file() or has_plan(path) else None
 
 
 def base_of(name: str) -> str | None:
@@ -191,7 +191,7 @@ def _open(source: Source, dtype: torch.dtype) -> Any:
     folder = Path(source.name)
     if (folder / ADAPTER_FILE).is_file():
         return load_adapter(folder, dtype=dtype)
-    if (folder / PLAN_FILE).is_file():
+    if has_plan(folder):
         return load_patched(folder, dtype=dtype)
     classes = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
     config = open_config(source)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..errors import ExportError
-from ..patching.detect import text_config
+from ..patching.saved_config import text_path
 from ..plan import ExtensionPlan
 
 DIRECTORY = "{directory}"
@@ -69,12 +69,3 @@ def override_flag(config: PreTrainedConfig, plan: ExtensionPlan, entries: Mappin
     changed = {"max_position_embeddings": plan.target_length, **entries}
     path = text_path(config)
     return json.dumps({path: changed} if path else changed, separators=(",", ":"))
-
-
-def text_path(config: PreTrainedConfig) -> str:
-    """The name under which `config.json` has the config of the text part; `""` where that is the whole."""
-    text = text_config(config)
-    if text is config:
-        return ""
-    name: str = next(name for name in config.sub_configs if getattr(config, name, None) is text)
-    return name

@@ -13,11 +13,13 @@ from torch import nn
 from ..errors import InvalidParameterError, NotPatchedError
 from ..patching import find_patch
 from ..patching.checkpoint import new_directory, refuse_adapter
+from ..patching.saved_config import text_path
 from . import llama_cpp, sglang, transformers, vllm
-from .serving import Serving, text_path
+from .serving import Serving
 
 SERVERS = {
     "transformers": transformers.serve,
+    "transformers-4": transformers.serve_4,
     "vllm": vllm.serve,
     "sglang": sglang.serve,
     "llama.cpp": llama_cpp.serve,
@@ -37,7 +39,8 @@ def export_checkpoint(
     Args:
         model (`PreTrainedModel`): with a patch in force, and without an adapter.
         directory (`str` or `Path`): must not exist yet, or be empty.
-        to (`str`, *optional*, defaults to `"transformers"`): or `"vllm"`, `"sglang"`, `"llama.cpp"`.
+        to (`str`, *optional*, defaults to `"transformers"`): or `"transformers-4"`, which refuses what version 4 would
+            not compute, `"vllm"`, `"sglang"`, `"llama.cpp"`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): saved with the model, its limit raised; by default the one
             that [`patch_model`] was given.
 
@@ -70,7 +73,11 @@ def export_checkpoint(
 
 def _edit_config(path: Path, part: str, serving: Serving) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    (config[part] if part else config).update(serving.text)
+    text = config[part] if part else config
+    if "rope_parameters" in serving.text:  # what transformers 4 reads would come first, and says something else
+        text.pop("rope_scaling", None)
+        text.pop("rope_theta", None)
+    text.update(serving.text)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -8,25 +8,30 @@ checkpoint finds them, and put in again when the model is loaded: only then can 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import PlanError, PlanMismatchError, UnsupportedModelError
-from ..plan import ExtensionPlan
+from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedModelError
+from ..plan import PLAN_FILE, PLAN_KEY, ExtensionPlan
 from .detect import text_config
 from .learned_table import set_rows, tables_of
 from .loading import check_loaded, serializable
+from .older_readers import entries_of_4
+from .saved_config import REPLACED_KEY, open_patched_config, saved_plan, text_path
 from .sites import LENGTH_FIELDS
 from .undo import UndoLog
 from .untrusted import check_directory
 
 REPLACED_FILE = "posext_replaced/tables.safetensors"
+FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "posext_replaced/*")
+"""What is downloaded of a patched model on the Hub."""
 
 
 def save_patched(
@@ -44,12 +49,27 @@ def save_patched(
     path = new_directory(directory)
     with serializable(model):
         model.save_pretrained(path)
+    _add_older_dialect(path / "config.json", text_path(model.config))
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     plan.save(path)
     if replaced:
         (path / REPLACED_FILE).parent.mkdir()
         save_file({name: rows.detach().contiguous() for name, rows in replaced.items()}, path / REPLACED_FILE)
+
+
+def _add_older_dialect(path: Path, part: str) -> None:
+    """Say the positions in the words of transformers 4, too.
+
+    Only here, and not in what a Trainer writes: it reads the config of a checkpoint as one of no model, which fails in
+    transformers 5 where `rope_scaling` and `rope_theta` are there.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = config[part] if part else config
+    older = {} if REPLACED_KEY in config else entries_of_4(text)
+    if older and not isinstance(older, str):
+        text |= older
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def new_directory(directory: str | Path) -> Path:
@@ -59,7 +79,7 @@ def new_directory(directory: str | Path) -> Path:
         FileExistsError: it holds files.
     """
     path = Path(directory)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(file.suffix != ".lock" for file in path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -72,41 +92,77 @@ def refuse_adapter(model: PreTrainedModel) -> None:
     """
     if getattr(model, "peft_config", None):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has an adapter: save it by save_adapter(model, path), or merge it into the "
-            "weights first, model.merge_and_unload()"
+            f"{type(model).__name__} has an adapter; save it by save_adapter(model, path). To merge it into the "
+            "weights, call merge_and_unload() of the PeftModel, or of load_adapter(path)"
         )
 
 
-def open_saved(directory: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, ExtensionPlan, dict[str, torch.Tensor]]:
-    """Open what [`save_patched`] wrote as the model was before it was patched, so that the plan can be applied anew.
+def open_saved(
+    directory: str | Path, **kwargs: Any
+) -> tuple[PreTrainedModel, ExtensionPlan, dict[str, torch.Tensor], bool]:
+    """Open a patched model that was saved as it was before it was patched, so that the plan can be applied anew.
 
     Args:
-        directory (`str` or `Path`): the saved directory.
+        directory (`str` or `Path`): the saved directory, or a Hub id (`user/name`, `user/name@revision`).
         kwargs: passed to `from_pretrained` (`dtype`, `device_map`, ...).
 
     Returns:
-        `tuple`: the model without the patch, the plan, and the rows by path of the longer tables as they were saved.
+        `tuple`: the model without the patch, the plan, the rows by path of the longer tables as they were saved, and
+        whether the tables before the patch were saved, too.
 
     Raises:
         PlanError: no plan there, or a corrupt one.
         PlanMismatchError: the plan does not fit the weights beside it.
         CheckpointError: a directory that cannot be trusted.
     """
+    directory = local_directory(directory, FILES)
     check_directory(directory)
     plan = ExtensionPlan.load(directory)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    config = open_patched_config(directory)
     cls = model_class(config, directory)
     if config.model_type != plan.scheme.model_type and text_config(config).model_type != plan.scheme.model_type:
         raise PlanMismatchError(
             f"the plan in {directory} is for {plan.scheme.model_type}, the weights are {config.model_type}; "
             "put back the plan that was saved with them"
         )
+    if saved_plan(config) not in (None, plan):
+        raise PlanMismatchError(
+            f"{directory} contains two plans, in {PLAN_FILE} and in config.json; put back the one that was saved with "
+            "the weights"
+        )
+    vars(config).pop(PLAN_KEY, None)  # the model has yet to be patched
     if not (plan.table or plan.sinusoids):  # the saved rows are as many as the saved config says
         _restore_shipped(config, plan)
     kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
     model, loaded = cls.from_pretrained(directory, config=config, **kwargs)
     check_loaded(loaded, directory)
-    return model, plan, _put_back(model, plan, Path(directory))
+    return model, plan, _put_back(model, plan, directory), (directory / REPLACED_FILE).is_file()
+
+
+def local_directory(name: str | Path, patterns: Sequence[str]) -> Path:
+    """A directory, or a download from the Hub.
+
+    Args:
+        name (`str` or `Path`): a directory, or a Hub id (`user/name`, `user/name@revision`).
+        patterns (`Sequence[str]`): the files to download.
+
+    Raises:
+        CheckpointError: no such directory, and no such repository.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    path = Path(name)
+    if path.is_dir():
+        return path
+    repo_id, _, revision = str(name).partition("@")
+    if path.is_absolute() or str(name).startswith(".") or repo_id.count("/") != 1:
+        raise CheckpointError(f"no such directory: {name}; give the directory that was saved, or a Hub id (user/name)")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(patterns)))
+    except (OSError, HFValidationError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"neither a directory nor a repository that can be read: {name} ({reason})") from error
 
 
 def model_class(config: PreTrainedConfig, name: str | Path) -> type[PreTrainedModel]:
@@ -127,13 +183,8 @@ def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> d
     if not (plan.table or (plan.sinusoids and tables_of(model))):
         _restore_shipped(model.config, plan)
         return {}
-    file = directory / REPLACED_FILE
-    if not file.is_file():
-        raise PlanError(
-            f"{directory} lacks {REPLACED_FILE}, the table that the patch replaced, without which it cannot be "
-            f"undone; put it back, or open the longer model alone: {type(model).__name__}.from_pretrained(...)"
-        )
-    replaced, tables = load_file(file), tables_of(model)
+    file, tables = directory / REPLACED_FILE, tables_of(model)
+    replaced = load_file(file) if file.is_file() else _first_rows(model, plan, directory)
     rows = {len(table) for table in replaced.values()}
     fits = replaced.keys() == tables.keys() and all(
         table.shape[1:] == tables[path].weight.shape[1:] for path, table in replaced.items()
@@ -152,6 +203,22 @@ def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> d
         )
     set_rows(model, {path: table.to(longer[path]) for path, table in replaced.items()}, offset, UndoLog())
     return longer
+
+
+def _first_rows(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> dict[str, torch.Tensor]:
+    """What stands for the tables before the patch where the writer of a directory did not know of them.
+
+    Sines that transformers makes anew are those that the model had. The rows of a learned table are lost: any rows do
+    until the saved ones take their place, and `Patch.undo` refuses.
+    """
+    tables, made_anew = tables_of(model), model._keys_to_ignore_on_save or ()
+    if plan.sinusoids and not all(f"{path}.weight" in made_anew for path in tables):
+        raise PlanError(
+            f"{directory} lacks {REPLACED_FILE}, the table that the patch replaced, without which it cannot be "
+            f"undone; put it back, or open the longer model alone: {type(model).__name__}.from_pretrained(...)"
+        )
+    shipped = plan.scheme.table.rows if plan.scheme.table else plan.scheme.shipped_length or plan.trained_length
+    return {path: module.weight.detach()[:shipped].clone() for path, module in tables.items()}
 
 
 def _restore_shipped(config: PreTrainedConfig, plan: ExtensionPlan) -> None:

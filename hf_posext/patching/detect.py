@@ -17,7 +17,9 @@ from transformers.models.auto import modeling_auto
 
 from ..errors import PosExtError, UnsupportedModelError
 from ..scheme import PositionalScheme, Rotary
+from .mixin import plain_class
 from .ownership import mark_of, unwrap
+from .saved_config import saved_plan, without_stop
 from .sites import (
     LENGTH_FIELDS,
     OBSTACLES,
@@ -114,7 +116,7 @@ def _rotary_sites(model: PreTrainedModel) -> Iterator[RotarySite]:
     config = text_config(model.config)
     for path, module in model.named_modules():
         its_config: Any = getattr(module, "config", None)
-        if its_config is not model.config and type(its_config) is not type(config):
+        if its_config is not model.config and plain_class(its_config) is not plain_class(config):
             continue
         for attribute in sorted({*module._buffers, *vars(module)}):
             own = attribute.endswith("inv_freq") and not attribute.endswith(("original_inv_freq", "long_inv_freq"))
@@ -152,6 +154,7 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The modules of a model, on the meta device: structure without numbers."""
     import transformers
 
+    config = without_stop(config)
     names = [*(config.architectures or []), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
     names.append(modeling_auto.MODEL_MAPPING_NAMES.get(config.model_type))
     flat = [n for name in names for n in (name if isinstance(name, tuple | list) else [name])]
@@ -188,6 +191,9 @@ def _scheme(model: PreTrainedModel) -> PositionalScheme:
     trained, source, shipped = _lengths(config, rotaries)
     if table is not None:
         trained, source, shipped = table.usable, "positions in the learned table", table.usable
+    saved = saved_plan(model.config)
+    if saved is not None:
+        trained, source = saved.trained_length, "the plan under which the model was saved"
     return PositionalScheme(
         kind,
         config.model_type,

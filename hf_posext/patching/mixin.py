@@ -52,6 +52,12 @@ def without(mixin: type, cls: type) -> type:
     return remade
 
 
+def plain_class(thing: object) -> type:
+    """The class of an object without what [`mix`] added to it."""
+    cls: type = getattr(type(thing), "_posext_base", type(thing))
+    return cls
+
+
 def _instance(mixins: tuple[type, ...], base: type) -> Any:
     """Return an empty instance of the mixed class, which pickle and deepcopy fill."""
     cls = base

@@ -31,6 +31,9 @@ class InForce:
         log (`UndoLog`): what was changed.
         tables (`dict[str, nn.Embedding]`): the tables by path that got other weights.
         native_obstacle (`str`, *optional*): why plain transformers does not open a checkpoint of the model.
+        lost_tables (`bool`): whether the model was loaded without the tables that the patch replaced.
+        knows_prompts (`bool`): whether adapters of prompt learning were told of the plan; the model has no part in
+            them.
         marked (`list[Weak]`): the modules that carry the mark.
         active (`bool`): `False` once it is undone.
     """
@@ -41,6 +44,8 @@ class InForce:
     log: UndoLog = field(default_factory=UndoLog)
     tables: dict[str, nn.Embedding] = field(default_factory=dict)
     native_obstacle: str | None = None
+    lost_tables: bool = False
+    knows_prompts: bool = False
     marked: list[Weak] = field(default_factory=list)
     active: bool = False
     handle: weakref.ref[Any] | None = None

@@ -26,6 +26,7 @@ from ..methods import Method, as_method
 from ..methods.values import renamed_length
 from ..plan import ExtensionPlan
 from .alibi import apply_slopes
+from .carrying import carry
 from .checkpoint import open_saved, refuse_adapter, save_patched
 from .detect import detect_scheme, unwrap
 from .frequencies import apply_frequencies
@@ -34,6 +35,7 @@ from .limits import raise_limits
 from .ownership import InForce, mark_model, mark_of, own_configs, unmark
 from .relative_bias import apply_buckets
 from .remap.probe import apply_late_rotation
+from .saved_config import saved_plan
 from .sinusoidal import apply_sinusoids
 from .undo import Weak
 
@@ -103,12 +105,18 @@ class Patch:
 
         Raises:
             NotPatchedError: the patch is not in force any more.
-            UnsupportedModelError: an adapter trains a copy of a table that was stretched; merge or drop it first.
+            UnsupportedModelError: an adapter trains a copy of a table that was stretched; merge or drop it first. Or
+                the table before the patch was not saved with the model.
             UndoError: some changes could not be put back; names them.
         """
         with _lock:
             if not self.active:
                 raise NotPatchedError(f"the patch {self.plan.method!r} is undone already")
+            if self._state.lost_tables:
+                raise UnsupportedModelError(
+                    f"the patch {self.plan.method!r} cannot be undone: what saved the model did not keep the table "
+                    "before the patch, only patch.save_pretrained(path) does; open the original model"
+                )
             follow_tables(self.model, self._state.tables, self._state.log)
             self._state.log.undo()
             unmark(self._state)  # not before all is undone, so that a second try finds the patch
@@ -131,7 +139,7 @@ class Patch:
             raise NotPatchedError(f"the patch {self.plan.method!r} is undone; patch again before saving")
         refuse_adapter(self.model)
         follow_tables(self.model, self._state.tables, self._state.log)
-        replaced = replaced_tables(self.model, self._state.log)
+        replaced = {} if self._state.lost_tables else replaced_tables(self.model, self._state.log)
         save_patched(self.model, self.plan, self._state.tokenizer, replaced, directory)
 
     def push_to_hub(
@@ -176,10 +184,10 @@ class Patch:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Patch:
-        """Open what [`~Patch.save_pretrained`] saved, with the patch in force. [`load_patched`] returns the model.
+        """Open a patched model that was saved, with the patch in force. [`load_patched`] returns the model.
 
         Args:
-            directory (`str` or `Path`): the saved directory.
+            directory (`str` or `Path`): the saved directory, or a Hub id (`user/name`, `user/name@revision`).
             kwargs: passed to `from_pretrained` of the model (`dtype`, `device_map`, ...).
 
         Returns:
@@ -190,9 +198,10 @@ class Patch:
             PlanMismatchError: the plan does not fit the weights beside it.
             CheckpointError: a directory that cannot be trusted.
         """
-        model, plan, rows = open_saved(directory, **kwargs)
+        model, plan, rows, reversible = open_saved(directory, **kwargs)
         patch = patch_model(model, plan)
         if plan.table:
+            patch._state.lost_tables = not reversible
             for path, weight in rows.items():
                 tables_of(model)[path].weight.data = weight.data  # as saved: it may have been trained since
         return patch
@@ -246,7 +255,7 @@ def patch_model(
         MethodNotApplicableError: the method is for another scheme; says what applies.
         InvalidParameterError: a factor, length or hyper-parameter out of bounds, or a target below the trained or
             shipped length.
-        AlreadyPatchedError: the model, or a part of it, carries a patch.
+        AlreadyPatchedError: the model, or a part of it, carries a patch, or was saved with one.
         NoEffectError: the positions of the model would not change.
         PlanError: a plan that asks for more than can be made.
         PlanMismatchError: a plan made for a model with another scheme.
@@ -260,6 +269,12 @@ def patch_model(
         if in_force is not None:
             raise AlreadyPatchedError(
                 f"the model carries the patch {in_force.plan.describe()!r}; undo it first: unpatch_model(model)"
+            )
+        saved = saved_plan(inner.config)
+        if saved is not None:
+            raise AlreadyPatchedError(
+                f"the model was saved under the patch {saved.describe()!r}, and its config says so; open the "
+                "directory by load_patched(path), and undo that patch to make another: unpatch_model(model)"
             )
         _refuse_meta(inner)
         scheme = detect_scheme(inner)
@@ -313,6 +328,8 @@ def _apply(outer: nn.Module, model: PreTrainedModel, plan: ExtensionPlan, tokeni
             raise_limits(model, plan.target_length, tokenizer, state.log)
         tables = tables_of(model).items()
         state.tables = {path: module for path, module in tables if state.log.knows(module, "weight")}
+        if not plan.changes_nothing:
+            carry(model, state)
         mark_model(model, state)
     except BaseException:
         state.log.undo()
@@ -362,14 +379,17 @@ def unpatch_model(model: nn.Module) -> None:
 
 
 def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Open what `patch.save_pretrained` saved, with the patch in force, so that it can be described and undone.
+    """Open a patched model that was saved, with its patch in force, so that it can be described and undone.
+
+    It does not matter what saved it: `patch.save_pretrained`, `model.save_pretrained`, a `Trainer`, or `push_to_hub`.
 
     Args:
-        directory (`str` or `Path`): the saved directory.
+        directory (`str` or `Path`): the saved directory, or a Hub id (`user/name`, `user/name@revision`).
         kwargs: passed to `from_pretrained` (`dtype`, `device_map`, ...).
 
     Returns:
-        [`PreTrainedModel`]: patched; `unpatch_model` gives the model as it was before it was patched.
+        [`PreTrainedModel`]: patched; `unpatch_model` gives the model as it was before it was patched. A learned table
+        that something other than `patch.save_pretrained` saved cannot be undone: the rows before the patch are lost.
 
     Raises:
         PlanError: no plan there, or a corrupt one.

@@ -4,8 +4,8 @@ from ..packages import require
 
 require("eval", "train")
 
-from .callbacks import Evaluation
+from .callbacks import Evaluation, KeepsPlan
 from .finetune import Finetuned, finetune
 from .presets import PRESETS, Preset
 
-__all__ = ["PRESETS", "Evaluation", "Finetuned", "Preset", "finetune"]
+__all__ = ["PRESETS", "Evaluation", "Finetuned", "KeepsPlan", "Preset", "finetune"]

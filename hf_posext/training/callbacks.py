@@ -12,10 +12,12 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..adapters.save import tell_adapters
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document, evaluate_perplexity
 from ..evaluation.texts.documents import as_documents
-from ..plan import PLAN_FILE, ExtensionPlan
+from ..patching import find_patch
+from ..plan import PLAN_FILE
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,29 @@ class MeasuresLengths(TrainerCallback):  # type: ignore[misc]
 
 
 class KeepsPlan(TrainerCallback):  # type: ignore[misc]
-    """Writes the plan into every checkpoint, as the last of its files: one that has it is whole."""
+    """Writes the plan of a patched model into every checkpoint of a `Trainer`, as the last of its files.
 
-    def __init__(self, plan: ExtensionPlan) -> None:
-        self.plan = plan
+    The configs in a checkpoint contain the plan already. With this callback a checkpoint that has `posext_plan.json`
+    is whole, its tokenizer is the one that [`patch_model`] was given, and prompt learning of PEFT can be saved.
+    """
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        patch = find_patch(model)
+        if patch is not None:
+            tell_adapters(model, patch)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         args.distributed_state.wait_for_everyone()
-        if state.is_world_process_zero:
-            self.plan.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        patch = find_patch(model)
+        if patch is not None and state.is_world_process_zero:
+            path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            if patch.tokenizer is not None:
+                patch.tokenizer.save_pretrained(path)
+            patch.plan.save(path)
 
 
 class StopsAtNonFinite(TrainerCallback):  # type: ignore[misc]

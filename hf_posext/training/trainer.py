@@ -91,7 +91,7 @@ def make_trainer(
         optimizers=(None if preset.ratio == 1 else _two_rates(network, preset), None),
     )
     trainer.remove_callback(PrinterCallback)
-    own: list[TrainerCallback] = [KeepsPlan(plan), StopsAtNonFinite(), ShowsProgress()]
+    own: list[TrainerCallback] = [KeepsPlan(), StopsAtNonFinite(), ShowsProgress()]
     if run.evaluation is not None:
         own.append(MeasuresLengths(trainer, run.tokenizer, run.evaluation, settings.seed))
     if settings.patience is not None:

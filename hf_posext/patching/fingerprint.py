@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..decode import decode
 from ..errors import CheckpointError, PlanError
-from ..patching import unwrap
-from ..patching.sites import path_without_adapter, position_tables
-from ..patching.untrusted import read_json
+from .ownership import unwrap
+from .sites import path_without_adapter, position_tables
+from .untrusted import read_json
 
 BASE_FILE = "posext_base.json"
+BASE_KEY = "posext_base"
+"""Entry of `adapter_config.json` that contains the same, where PEFT wrote the directory."""
+
 TENSORS = 16
 VALUES = 8
 ROUNDING = 2**-8  # bfloat16 keeps 8 bits: half a unit in the last place, once when written and once when read
@@ -71,28 +77,40 @@ class BaseModel:
         """From the directory of an adapter.
 
         Raises:
-            CheckpointError: no such file, or not what [`~BaseModel.save`] writes.
+            CheckpointError: no such file or entry, or not what [`~BaseModel.save`] writes.
         """
+        path = directory / BASE_FILE
+        beside = None if path.is_file() else read_json(directory / "adapter_config.json").get(BASE_KEY)
         try:
-            return decode(cls, read_json(directory / BASE_FILE), where=BASE_FILE)
+            return decode(cls, read_json(path) if beside is None else beside, where=BASE_FILE)
         except PlanError as error:
             raise CheckpointError(
                 f"{directory / BASE_FILE} is corrupt: {error}; save the adapter again: save_adapter(model, path)"
             ) from error
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return plain
+
     def save(self, directory: Path) -> None:
         """Into the directory of an adapter."""
-        (directory / BASE_FILE).write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        (directory / BASE_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
-    def differs(self, model: nn.Module) -> str | None:
-        """What tells a model from the one remembered; `None` where nothing does."""
+    def differs(self, model: nn.Module, trained: Container[str] = ()) -> str | None:
+        """What tells a model from the one remembered; `None` where nothing does.
+
+        Args:
+            model (`PreTrainedModel`): with or without an adapter.
+            trained (`Container[str]`): names in the file of the adapter, whose weights need not be those of the base.
+        """
         name = type(unwrap(model)).__name__
         if name != self.architecture:
             return f"it is a {name}, the adapter was trained on a {self.architecture}"
         weights = _weights(model)
         for sample in self.samples:
             weight = weights.get(sample.name)
-            if weight is None:  # in a quantised model, or on another device
+            if weight is None or f"base_model.model.{sample.name}" in trained:  # quantised, or on another device
                 continue
             if tuple(weight.shape) != sample.shape:
                 return f"its {sample.name} has shape {tuple(weight.shape)}, not {sample.shape}"
@@ -103,20 +121,21 @@ class BaseModel:
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of the base by the path that they have without an adapter, but those that an adapter layer holds or a
-    patch replaces."""
+    """Weights of the base by the path that they have without an adapter, except those that an adapter layer contains,
+    that a patch replaces, or of which this process has a share only."""
     inner = unwrap(model)
+    adapted = tuple(
+        f"{path}." for path, module in inner.named_modules() if type(module).__module__.startswith("peft.")
+    )
     replaced = {f"{path_without_adapter(path)}.weight" for path in position_tables(inner)}
-    found: dict[str, torch.Tensor] = {}
-    for path, weight in inner.named_parameters():
-        module, _, name = path.rpartition(".")
-        path = f"{path_without_adapter(module)}.{name}".replace(".token_adapter.base_layer.", ".")
-        adapted = any(word in path for word in (".base_layer.", "lora_", "trainable_tokens_"))
-        if adapted or ".modules_to_save." in f"{module}.":
-            continue
-        if path not in replaced and weight.is_floating_point() and not weight.is_meta:
-            found[path] = weight
-    return found
+    return {
+        path: weight
+        for path, weight in inner.named_parameters()
+        if not path.startswith(adapted)
+        and path not in replaced
+        and weight.is_floating_point()
+        and not (weight.is_meta or isinstance(weight, DTensor))
+    }
 
 
 def _values(weight: torch.Tensor) -> tuple[float, ...]:

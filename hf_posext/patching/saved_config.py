@@ -1,0 +1,113 @@
+"""The config of a patched model, as it is written: with its plan, for readers that know plans and readers that do not.
+
+A reader that knows no plans either computes the same positions from the config, or has to stop. Every model of
+transformers 5 refuses an unknown implementation of its attention or its experts when it is built, and its message
+quotes the name. Servers and transformers 4 refuse an unknown rope type in the same way. So these entries of
+`config.json` contain a sentence that names the plan. What stood there before is kept beside the plan, and
+[`without_stop`] puts it back. Reading the config alone, as tokenizers do, stops nowhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from ..plan import PLAN_KEY, ExtensionPlan
+from .mixin import Carried
+
+REPLACED_KEY = "posext_replaced"
+"""Entry of a config that contains what stood where its readers are stopped."""
+
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
+
+class CarriesPlan(Carried):
+    """Mixed into the class of the config of a patched model."""
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
+        """Write the config for readers of other generations, too."""
+        super().to_json_file(json_file_path, use_diff=use_diff)
+        path = Path(json_file_path)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        name = text_path(self)  # type: ignore[arg-type]
+        self._edit(data, data[name] if name else data)
+        path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _edit(self, data: dict[str, Any], text: dict[str, Any]) -> None:
+        """Change what is written: the whole config, and the part of it that is about text."""
+
+
+class StopsReaders(CarriesPlan):
+    """The same for positions that no config can say."""
+
+    def _edit(self, data: dict[str, Any], text: dict[str, Any]) -> None:
+        stop = f"{named(data[PLAN_KEY])}; open the directory by hf_posext.load_patched(path)"
+        data |= dict.fromkeys(_IMPLEMENTATIONS, stop)  # which transformers itself never saves
+        data[REPLACED_KEY] = {"part": text_path(self)}  # type: ignore[arg-type]
+        rope = text.get("rope_parameters")
+        if rope:
+            data[REPLACED_KEY]["rope_parameters"] = copy.deepcopy(rope)
+            for parameters in (rope, *rope.values()):
+                if isinstance(parameters, dict) and "rope_type" in parameters:
+                    parameters["rope_type"] = stop
+            text["rope_scaling"] = {"rope_type": stop, "factor": 1.0}  # what transformers 4 reads
+
+
+def named(plan: Mapping[str, Any]) -> str:
+    return f"hf_posext plan ({ExtensionPlan.from_dict(plan).describe()})"
+
+
+def saved_plan(config: PreTrainedConfig) -> ExtensionPlan | None:
+    """The plan under which a model was saved, by its config; `None` where it says none.
+
+    Raises:
+        PlanError: a corrupt plan, or one of a newer schema.
+    """
+    data = getattr(config, PLAN_KEY, None)
+    return None if data is None else ExtensionPlan.from_dict(data)
+
+
+def open_patched_config(name: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a model, as it was in memory when it was written.
+
+    Args:
+        name (`str` or `Path`): directory or Hub id of a patched model, or of any other one.
+        revision (`str`, *optional*): on the Hub.
+    """
+    data, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    if REPLACED_KEY not in data or data.get("model_type") not in CONFIG_MAPPING:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return config
+    cls = CONFIG_MAPPING[data["model_type"]]
+    opened: PreTrainedConfig = cls.from_dict(_restored(data), name_or_path=str(name))
+    return opened
+
+
+def without_stop(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config from which a model can be built; the same one where nothing stops that."""
+    if not hasattr(config, REPLACED_KEY):
+        return config
+    built: PreTrainedConfig = type(config).from_dict(_restored(config.to_dict()))
+    return built
+
+
+def _restored(data: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a config with what stood where its readers are stopped."""
+    replaced = data[REPLACED_KEY]
+    data = {key: value for key, value in data.items() if key not in (REPLACED_KEY, *_IMPLEMENTATIONS)}
+    text = data[replaced["part"]] if replaced["part"] else data
+    if "rope_parameters" in replaced:
+        text.pop("rope_scaling", None)
+        text["rope_parameters"] = replaced["rope_parameters"]
+    return data
+
+
+def text_path(config: PreTrainedConfig) -> str:
+    """The name under which `config.json` has the config of the text part; `""` where that is the whole."""
+    text = config.get_text_config(decoder=True)
+    return next((name for name in config.sub_configs if getattr(config, name, None) is text), "")
