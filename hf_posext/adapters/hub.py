@@ -63,6 +63,6 @@ def push_to_hub(
         folder_path=path,
         allow_patterns=list(FILES),
         revision=revision,
-        commit_message=commit_message or f"Upload {plan.method} {plan.original_length} -> {plan.target_length}",
+        commit_message=commit_message or f"Upload {plan.method} {plan.trained_length} -> {plan.target_length}",
     )
     return str(commit.commit_url)

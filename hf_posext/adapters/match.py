@@ -17,7 +17,7 @@ def same_effect(plan: ExtensionPlan, other: ExtensionPlan) -> bool:
 
     def effect(of: ExtensionPlan) -> Any:
         rotaries = [(r.name, r.inv_freq, r.attention_factor, r.short_inv_freq, r.growth) for r in of.rotaries]
-        rest = (of.original_length, of.target_length, of.parts, of.query_scale, of.table, of.slopes, of.buckets)
+        rest = (of.trained_length, of.target_length, of.parts, of.query_scale, of.table, of.slopes, of.buckets)
         return sorted(rotaries, key=lambda rotary: rotary[0]), rest, of.sinusoids
 
     return bool(effect(plan) == effect(other))

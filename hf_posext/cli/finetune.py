@@ -47,7 +47,9 @@ def finetune(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Rows per process and forward.")] = 1,
     accumulation: Annotated[int, typer.Option(help="Forwards per step.")] = 8,
-    warmup: Annotated[int, typer.Option(help="Steps until the learning rate is reached.")] = 20,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps until the learning rate is reached; 20, or half of all, if not given.")
+    ] = None,
     pack: Annotated[bool, typer.Option("--pack", help="Short texts share rows, without seeing each other.")] = False,
     pose: Annotated[
         int | None, typer.Option(help="Short rows with skipped positions (PoSE): chunks in a row, such as 2.")
@@ -95,7 +97,7 @@ def finetune(
     the same --revision where they are of the same data set; they have a split of their own.
     """
     trained_length = options.renamed_length(context, trained_length, original_length)
-    _check_method(model, method, preset, factor, target_length, trained_length, trust_remote_code)
+    plan = _plan(model, method, preset, factor, target_length, trained_length, trust_remote_code)
     sizes = None if lengths is None else options.numbers(lengths)
 
     # The imports that take seconds come after the checks that need none of them.
@@ -114,7 +116,6 @@ def finetune(
     network, tokenizer = (
         _load_4bit(model, trust_remote_code) if load_in_4bit else load_model(model, dtype, "cpu", trust_remote_code)
     )
-    plan = _check_method(model, method, preset, factor, target_length, trained_length, trust_remote_code)
     evaluation = None
     if evaluate is not None:
         ends = sizes or sorted({plan.trained_length, plan.target_length})
@@ -130,11 +131,8 @@ def finetune(
             network,
             tokenizer,
             texts,
-            method,
+            plan,
             output=output,
-            factor=factor,
-            target_length=target_length,
-            original_length=trained_length,
             preset=chosen,
             length=length,
             steps=steps,
@@ -162,7 +160,7 @@ def finetune(
         _tell(result)
 
 
-def _check_method(
+def _plan(
     model: str,
     method: str | None,
     preset: str,

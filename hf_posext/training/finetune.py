@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document
 from ..evaluation.texts.documents import as_documents
 from ..evaluation.texts.files import portable
 from ..methods import Method
+from ..methods.base import renamed_length
 from ..patching import Patch, patch_model
 from ..patching.modes import activation_checkpointing
 from ..patching.shifted_attention import shifted_sparse_attention
@@ -69,13 +70,15 @@ def finetune(
     output: str | Path,
     factor: float | None = None,
     target_length: int | None = None,
-    original_length: int | None = None,
+    trained_length: int | None = None,
     preset: str | Preset = "lora",
+    adapter: PeftConfig | None = None,
+    arguments: TrainingArguments | None = None,
     length: int | None = None,
     steps: int = 1000,
     batch_size: int = 1,
     accumulation: int = 8,
-    warmup: int = 20,
+    warmup: int | None = None,
     pack: bool = False,
     pose: int | None = None,
     shifted: int | None = None,
@@ -89,6 +92,7 @@ def finetune(
     seed: int = 0,
     callbacks: Iterable[TrainerCallback] = (),
     report_to: str = "none",
+    original_length: int | None = None,
 ) -> Finetuned:
     """
     Patch a model, put an adapter on it where the preset has one, and train it on long rows with transformers' Trainer.
@@ -105,15 +109,20 @@ def finetune(
         documents (`list[Document]`, or what [`load_documents`] takes): texts to train on.
         method (`str`, `Method` or `ExtensionPlan`): as [`patch_model`] takes it; only the preset `nope` has its own.
         output (`str` or `Path`): directory of the run; new, or one to resume.
-        factor, target_length, original_length: as [`patch_model`] takes them.
+        factor, target_length, trained_length: as [`patch_model`] takes them.
         preset (`str` or `Preset`, *optional*, defaults to `"lora"`): what is trained, and how fast: `"lora"`,
             `"lora-plus"`, `"dora"`, `"full"`, `"nope"`, or a [`Preset`]: `replace(PRESETS["lora"], rank=32)`.
+        adapter (`PeftConfig`, *optional*): an adapter of your own in place of the preset's.
+        arguments (`TrainingArguments`, *optional*): of your own. They take precedence over the preset's learning rate
+            and over `steps`, `batch_size`, `accumulation`, `warmup`, `bf16`, `gradient_checkpointing`, `save_every`,
+            `seed` and `report_to`. `output_dir` is `output`, and rows are read in the order of the schedule.
         length (`int`, *optional*): tokens per row; by default the length that the plan is for, with `pose` the one
             that the model was trained at.
         steps (`int`, *optional*, defaults to 1000): optimizer steps.
         batch_size (`int`, *optional*, defaults to 1): rows per process and forward.
         accumulation (`int`, *optional*, defaults to 8): forwards per step.
-        warmup (`int`, *optional*, defaults to 20): steps until the learning rate is reached; it falls to 0 at the end.
+        warmup (`int`, *optional*): steps until the learning rate is reached; it falls to 0 at the end. By default 20,
+            and at most half of the steps.
         pack (`bool`, *optional*, defaults to `False`): use texts that are shorter than a row, several in a row, none
             of which sees another; otherwise a row is a part of one document.
         pose (`int`, *optional*): train on short rows whose positions skip, for the length of the plan: the number of
@@ -147,26 +156,35 @@ def finetune(
         AlreadyPatchedError, MethodNotApplicableError, UnknownMethodError, NoEffectError: as [`patch_model`].
     """
     preset, output = as_preset(preset), Path(output)
-    check_model(model, preset, bf16)
-    if preset.method is not None and method not in (None, preset.method):
+    if arguments is not None:
+        if arguments.max_steps < 1:
+            raise InvalidParameterError(f"Expected `max_steps` in arguments, got {arguments.max_steps}. Pass it.")
+        steps, batch_size = arguments.max_steps, arguments.per_device_train_batch_size
+        accumulation, warmup = arguments.gradient_accumulation_steps, arguments.get_warmup_steps(steps)
+        bf16, gradient_checkpointing = arguments.bf16, arguments.gradient_checkpointing
+        save_every, seed = max(1, int(arguments.save_steps)), arguments.seed
+    check_model(model, adapted=adapter is not None or preset.rank is not None, bf16=bf16)
+    planned = method.method if isinstance(method, ExtensionPlan) else method
+    if preset.method is not None and planned not in (None, preset.method):
         raise InvalidParameterError(f"the preset is for method {preset.method!r}; leave out method")
     if method is None and preset.method is None:
         raise InvalidParameterError("method is None; give a name such as 'yarn', a method object or a plan")
     if patience is not None and evaluation is None:
-        raise InvalidParameterError("patience counts evaluations, and there are none; give evaluation=")
+        raise InvalidParameterError("`patience` requires `evaluation`.")
     texts = as_documents(documents)
-    lengths = {"factor": factor, "target_length": target_length, "trained_length": original_length}
+    trained_length = renamed_length(trained_length, original_length)
+    lengths = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
     patch = patch_model(model, method or preset.method, tokenizer=tokenizer, **lengths)  # type: ignore[arg-type]
     network: nn.Module = model
     use_cache = getattr(model.config, "use_cache", None)
     try:
         plan = patch.plan
         settings = Settings(
-            length=length or (plan.target_length if pose is None else plan.original_length),
+            length=length or (plan.target_length if pose is None else plan.trained_length),
             steps=steps,
             batch_size=batch_size,
             accumulation=accumulation,
-            warmup=warmup,
+            warmup=min(20, steps // 2) if warmup is None else warmup,
             pack=pack,
             pose=pose,
             shifted=shifted,
@@ -180,9 +198,11 @@ def finetune(
         settings.check(plan)
         rows = make_rows(texts, tokenizer, settings.length, pack=pack)
         check_fit(model, rows, settings)
-        network = trainable(model, preset, settings)
-        run = Run(tokenizer, rows, patch, preset, settings, evaluation, output)
+        network = trainable(model, preset, settings, adapter)
+        run = Run(tokenizer, rows, patch, preset, settings, evaluation, output, arguments)
         facts = {"base": portable(model.config.name_or_path) or type(model).__name__, **_facts(run, texts)}
+        if adapter is not None:
+            facts["adapter"] = {name: str(value) for name, value in adapter.to_dict().items()}
         return _train(run, network, facts, resume, callbacks, report_to)
     except BaseException:
         if isinstance(network, PeftModel):

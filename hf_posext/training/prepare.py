@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import torch
-from peft import get_peft_model, prepare_model_for_kbit_training
+from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
@@ -27,8 +28,14 @@ SETTLED = (
 """What peft warns of in vain: a name that it uses itself, ties that `tie_again` makes, and what it sets right."""
 
 
-def check_model(model: Any, preset: Preset, bf16: bool) -> None:
-    """
+def check_model(model: Any, *, adapted: bool, bf16: bool) -> None:
+    """Refuse a model that cannot be trained.
+
+    Args:
+        model (`PreTrainedModel`): without an adapter.
+        adapted (`bool`): whether an adapter is trained, and not the weights.
+        bf16 (`bool`): whether the training computes in bfloat16.
+
     Raises:
         UnsupportedModelError: no causal language model, one with an adapter, or 4-bit weights that are to be trained.
         InvalidParameterError: weights in half precision without `bf16`.
@@ -44,7 +51,7 @@ def check_model(model: Any, preset: Preset, bf16: bool) -> None:
             f"{name} is no causal language model; load a decoder with AutoModelForCausalLM.from_pretrained(...)"
         )
     quantized = getattr(model, "is_quantized", False)
-    if quantized and preset.rank is None:
+    if quantized and not adapted:
         raise UnsupportedModelError(f"the weights of {name} are quantized, and cannot be trained; use an adapter")
     if model.dtype in HALF and not (bf16 or quantized):
         raise InvalidParameterError(
@@ -66,7 +73,9 @@ def check_fit(model: PreTrainedModel, rows: Rows, settings: Settings) -> None:
         check_skipping(model)
 
 
-def trainable(model: PreTrainedModel, preset: Preset, settings: Settings) -> nn.Module:
+def trainable(
+    model: PreTrainedModel, preset: Preset, settings: Settings, adapter: PeftConfig | None = None
+) -> nn.Module:
     """The model, or a `PeftModel` around it, that requires gradients where the preset trains, in float32 there.
 
     Raises:
@@ -74,8 +83,8 @@ def trainable(model: PreTrainedModel, preset: Preset, settings: Settings) -> nn.
     """
     set_seed(settings.seed)
     network: nn.Module = model
-    if preset.rank is not None:
-        config = adapter_config(preset, model)
+    if adapter is not None or preset.rank is not None:
+        config = adapter_config(preset, model) if adapter is None else copy.deepcopy(adapter)
         if getattr(model, "is_quantized", False):
             checkpointing = {"use_gradient_checkpointing": settings.gradient_checkpointing}
             prepare_model_for_kbit_training(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import datasets
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..patching import Patch
 from .callbacks import Evaluation, KeepsPlan, MeasuresLengths, ShowsProgress, StopsAtNonFinite
@@ -35,6 +37,7 @@ class Run:
     settings: Settings
     evaluation: Evaluation | None
     output: Path
+    arguments: TrainingArguments | None = None
 
 
 def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingArguments:
@@ -46,6 +49,8 @@ def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingAr
         if settings.patience is not None:
             measured |= {"metric_for_best_model": evaluation.metric, "greater_is_better": False}
             measured["load_best_model_at_end"] = True
+    if run.arguments is not None:
+        return _own_arguments(run.arguments, run.output, measured)
     return TrainingArguments(
         output_dir=str(run.output / CHECKPOINTS),
         max_steps=settings.steps,
@@ -73,6 +78,26 @@ def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingAr
     )
 
 
+def _own_arguments(arguments: TrainingArguments, output: Path, measured: dict[str, Any]) -> TrainingArguments:
+    """Arguments of the user, with what a run cannot do without: its directory, its rows as they come, its log."""
+    needed = {
+        "output_dir": str(output / CHECKPOINTS),
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "logging_strategy": IntervalStrategy.STEPS,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        **measured,
+    }
+    if "eval_strategy" in needed:
+        needed["eval_strategy"] = IntervalStrategy.STEPS
+    changed = copy.copy(arguments)
+    for name, value in needed.items():
+        setattr(changed, name, value)
+    return changed
+
+
 def make_trainer(
     run: Run, network: nn.Module, arguments: TrainingArguments, callbacks: Iterable[TrainerCallback]
 ) -> Trainer:
@@ -88,7 +113,7 @@ def make_trainer(
         # the Trainer wants one before it calls those who measure; it has no rows, so that nothing is measured twice
         eval_dataset=None if run.evaluation is None else datasets.Dataset.from_dict({"input_ids": []}),
         compute_loss_func=settings.longce and LongCE(network, settings.longce, run.rows.facts["bos"]),
-        optimizers=(None if preset.ratio == 1 else _two_rates(network, preset), None),
+        optimizers=(None if preset.ratio == 1 or run.arguments else _two_rates(network, preset), None),
     )
     trainer.remove_callback(PrinterCallback)
     own: list[TrainerCallback] = [KeepsPlan(), StopsAtNonFinite(), ShowsProgress()]

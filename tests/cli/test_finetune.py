@@ -99,7 +99,7 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
         ({"steps": 0}, (), "steps is 0"),
         ({"pose": 2, "length": 128}, (), "give a length below 128"),
         ({"dtype": "bfloat16"}, (), "LlamaForCausalLM is bfloat16; give --bf16"),
-        ({"patience": 2}, (), "patience counts evaluations"),
+        ({"patience": 2}, (), "`patience` requires `evaluation`"),
         ({"dataset": "no/such.jsonl"}, (), "no such path: no/such.jsonl"),
         ({"lengths": "64,x"}, (), "lengths is '64,x'"),
         ({"model": EXAMPLES / "tiny" / "tiny-alibi"}, (), "yarn extends rotary positions; bloom has alibi"),

@@ -237,7 +237,7 @@ def test_provenance_says_what_is_needed_to_train_again(tmp_path: Path) -> None:
         ({"shifted": 3}, InvalidParameterError, "shifted is 3 and length 128; give 2 or more groups"),
         ({"shifted": 4, "pack": True}, InvalidParameterError, "shifted attention takes rows of one document"),
         ({"longce": 64}, InvalidParameterError, "longce is 64 and length 128; give .* such as 16"),
-        ({"patience": 2}, InvalidParameterError, "patience counts evaluations, and there are none"),
+        ({"patience": 2}, InvalidParameterError, "`patience` requires `evaluation`"),
         (
             {"texts": ["short", "texts"]},
             DocumentError,
