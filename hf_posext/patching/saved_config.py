@@ -31,10 +31,10 @@ class CarriesPlan(Carried):
 
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
         """Write the config for readers of other generations, too."""
-        super().to_json_file(json_file_path, use_diff=use_diff)
+        super().to_json_file(json_file_path, use_diff=use_diff)  # type: ignore[misc]
         path = Path(json_file_path)
         data = json.loads(path.read_text(encoding="utf-8"))
-        name = text_path(self)  # type: ignore[arg-type]
+        name = text_path(self)
         self._edit(data, data[name] if name else data)
         path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -48,7 +48,7 @@ class StopsReaders(CarriesPlan):
     def _edit(self, data: dict[str, Any], text: dict[str, Any]) -> None:
         stop = f"{named(data[PLAN_KEY])}; open the directory by hf_posext.load_patched(path)"
         data |= dict.fromkeys(_IMPLEMENTATIONS, stop)  # which transformers itself never saves
-        data[REPLACED_KEY] = {"part": text_path(self)}  # type: ignore[arg-type]
+        data[REPLACED_KEY] = {"part": text_path(self)}
         rope = text.get("rope_parameters")
         if rope:
             data[REPLACED_KEY]["rope_parameters"] = copy.deepcopy(rope)

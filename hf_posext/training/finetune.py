@@ -19,7 +19,7 @@ from ..evaluation import Document
 from ..evaluation.texts.documents import as_documents
 from ..evaluation.texts.files import portable
 from ..methods import Method
-from ..methods.base import renamed_length
+from ..methods.values import renamed_length
 from ..patching import Patch, patch_model
 from ..patching.modes import activation_checkpointing
 from ..patching.shifted_attention import shifted_sparse_attention
