@@ -45,9 +45,9 @@ def write(root: Path) -> None:
         else:
             plan = method
         model, name = build(family), f"{family} {method}"
-        patch_model(model, plan, factor=4)
+        patch = patch_model(model, plan, factor=4)
         if method in STOPPED:
-            model.save_pretrained(root / name)
+            patch.save_pretrained(root / name)
             continue
         export_checkpoint(model, root / name, "transformers-4")
         expected[name] = logits(model, ids)

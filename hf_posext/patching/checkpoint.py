@@ -66,7 +66,11 @@ def _add_older_dialect(path: Path, part: str) -> None:
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     text = config[part] if part else config
-    older = {} if REPLACED_KEY in config else entries_of_4(text)
+    older: dict[str, Any] | str = {}
+    if REPLACED_KEY not in config:
+        older = entries_of_4(text)
+    elif "rope_parameters" in config[REPLACED_KEY]:
+        older = {"rope_scaling": {"rope_type": config["attn_implementation"], "factor": 1.0}}  # stops it, too
     if older and not isinstance(older, str):
         text |= older
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 A reader that knows no plans either computes the same positions from the config, or has to stop. Every model of
 transformers 5 refuses an unknown implementation of its attention or its experts when it is built, and its message
-quotes the name. Servers and transformers 4 refuse an unknown rope type in the same way. So these entries of
+quotes the name. Servers refuse an unknown rope type in the same way. So these entries of
 `config.json` contain a sentence that names the plan. What stood there before is kept beside the plan, and
 [`without_stop`] puts it back. Reading the config alone, as tokenizers do, stops nowhere.
 """
@@ -55,7 +55,6 @@ class StopsReaders(CarriesPlan):
             for parameters in (rope, *rope.values()):
                 if isinstance(parameters, dict) and "rope_type" in parameters:
                     parameters["rope_type"] = stop
-            text["rope_scaling"] = {"rope_type": stop, "factor": 1.0}  # what transformers 4 reads
 
 
 def named(plan: Mapping[str, Any]) -> str:
