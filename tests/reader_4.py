@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 NATIVE = ("theta", "ntk", "linear", "yarn", "yarn(attention_factor=1.5)", "yarn+resonance", "llama3", "longrope")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite", "phi3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite", "starcoder2")
 STOPPED = ("rerope", "dynamic-ntk", "log-n")
 REFUSED = {"gpt_neox": "families of transformers 4", "phi": "families", "gemma3_text": "layer types"}
 
