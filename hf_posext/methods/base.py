@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 import torch
 
 from ..decode import MAX_NUMBER, short
-from ..errors import InvalidParameterError, MethodNotApplicableError, PlanError, UnknownMethodError
+from ..errors import InvalidParameterError, MethodNotApplicableError, UnknownMethodError
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .values import fits, number, renamed_length, type_text
@@ -140,8 +140,7 @@ class Method:
 
         Raises:
             MethodNotApplicableError: the method is for another scheme.
-            InvalidParameterError: lengths or hyper-parameters out of bounds, or that contradict each other; or a plan
-                that asks for more memory than is allowed.
+            InvalidParameterError: lengths or hyper-parameters out of bounds, or that contradict each other.
         """
         trained_length = number("trained_length", renamed_length(trained_length, original_length), whole=True)
         target_length = number("target_length", target_length, whole=True)
@@ -162,12 +161,7 @@ class Method:
             target_length=target,
         )
         with torch.device("cpu"):  # whatever the default device of the process is
-            plan = self.extend(start)
-        try:
-            plan.check()
-        except PlanError as error:
-            raise InvalidParameterError(f"{self.label} on {scheme.model_type}: {error}") from error
-        return plan
+            return self.extend(start)
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         """The plan with this method applied on top."""
