@@ -113,8 +113,8 @@ def check_options(target_length: int, trained_length: int | None, short_limit: f
         raise InvalidParameterError(f"short_limit is {short_limit} and passkey {passkey}; give 0 or more of each")
     if trained_length is not None and target_length <= trained_length:
         raise InvalidParameterError(
-            f"target_length is {target_length}, and trained_length {trained_length}, so that the model needs no "
-            "method; give a target above that"
+            f"target_length is {target_length}, and the model was trained on {trained_length} tokens "
+            "(trained_length=), so that it needs no method; give a target above that"
         )
 
 

@@ -58,7 +58,11 @@ def test_a_search_writes_its_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "changed", "message"),
     [
-        ("recommend", {"target_length": 64}, "--target-length is 64, and --trained-length 64, so that"),
+        (
+            "recommend",
+            {"target_length": 64},
+            "--target-length is 64, and the model was trained on 64 tokens (--trained-length)",
+        ),
         ("recommend", {"budget": 100}, "budget is 100 tokens, and one comparison"),
         ("recommend", {"methods": "table-linear"}, "every method is refused"),
         ("recommend", {"methods": "yarm"}, "did you mean 'yarn'"),
