@@ -13,8 +13,9 @@ import math
 import shutil
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from recommend_page import RECOMMEND, recommend_table
@@ -30,7 +31,6 @@ from hf_posext.reporting.tables import (
     control_rows,
     finite_interval,
     format_change,
-    format_interval,
     format_perplexity,
     grids,
     markdown_table,
@@ -44,6 +44,7 @@ PAGES = {
     DOCS / "results.md": "results.md.jinja",
     DOCS / "methods.md": "methods.md.jinja",
     DOCS / "protocols.md": "protocols.md.jinja",
+    DOCS / "fading.md": "fading.md.jinja",
 }
 """Generated pages and their templates in `tools/`."""
 FIRST_METHODS = "linear yarn dynamic-yarn longrope rerope self-extend dual-chunk alibi-linear table-linear".split()
@@ -53,6 +54,10 @@ RESULTS = ROOT / "results" / "demo"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 MODEL = "tiny-rope"
 REMAPPING = ROOT / "results" / "remapping" / "tiny-rope.json"
+FADING = ROOT / "results" / "fading" / "tiny-rope.json"
+FADING_CHOICE = ROOT / "results" / "fading" / "validation.json"
+STRIDES = ROOT / "results" / "fading" / "strides.json"
+FAR_MASS = ROOT / "results" / "fading" / "far_mass.json"
 
 
 def collect() -> None:
@@ -86,7 +91,7 @@ def tables_of(results: Results) -> str:
 
 
 def summary_table(*comparisons: Results) -> str:
-    """One line a method, at the longest length: what it costs inside the trained length, and what it gives there."""
+    """One line a method, the best first, at the longest length: what it costs inside the trained length, and what it gives there."""
     length = max(row["length"] for row in comparisons[0].rows)
     trained = comparisons[0].provenance["trained_length"]
     lines = [
@@ -96,6 +101,7 @@ def summary_table(*comparisons: Results) -> str:
         f"{format_perplexity(control_rows(comparisons[0])[length]['perplexity_truncated_tail'])} | 1 | |",
     ]
     known: set[str] = set()
+    measured: list[tuple[float, str]] = []
     for results in comparisons:
         for name, rows in by_method(results).items():
             if name in known:
@@ -103,11 +109,41 @@ def summary_table(*comparisons: Results) -> str:
             known.add(name)
             row, inside = rows[length], rows[trained]
             trials, found = row["passkey_trials"], row["passkey"]
-            gain = f"{row['gain']:.2f}{format_interval(finite_interval(row, 'gain_ci95'))}"
-            lines.append(
+            interval = finite_interval(row, "gain_ci95")
+            gain = f"{row['gain']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+            line = (
                 f"| {name} | {format_change(inside) if name != 'none' else ''} | "
                 f"{format_perplexity(row['perplexity_tail'])} | {gain} | {round(found * trials)} of {trials} |"
             )
+            measured.append((row["gain"], line))
+    return "\n".join([*lines, *(line for _, line in sorted(measured, reverse=True))])
+
+
+def gains_table(results: Results) -> str:
+    """Table of gains over truncation, with intervals at the longest length, and of passkeys found there."""
+    lengths = sorted({row["length"] for row in results.rows})
+    passkeys = any(row.get("passkey_trials") for row in results.rows)
+    heads = ["method", *(str(length) for length in lengths), *(["passkeys"] if passkeys else [])]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for name, rows in by_method(results).items():
+        cells = [f"{rows[length]['gain']:.4f}" for length in lengths]
+        interval = finite_interval(rows[lengths[-1]], "gain_ci95")
+        if interval is not None:
+            cells[-1] += f" [{interval[0]:.4f}, {interval[1]:.4f}]"
+        if passkeys:
+            row = rows[lengths[-1]]
+            cells.append(f"{round(row['passkey'] * row['passkey_trials'])} of {row['passkey_trials']}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def far_mass_table(found: Mapping[str, Any]) -> str:
+    """Table of the share of attention on the far band, in per cent, by length."""
+    lengths = sorted({row["length"] for row in found["rows"]})
+    lines = [f"| method | {' | '.join(map(str, lengths))} |", "|---|" + "---:|" * len(lengths)]
+    for method in dict.fromkeys(row["method"] for row in found["rows"]):
+        share = {row["length"]: row["far_share"] for row in found["rows"] if row["method"] == method}
+        lines.append(f"| `{method}` | {' | '.join(f'{100 * share[length]:.1f} %' for length in lengths)} |")
     return "\n".join(lines)
 
 
@@ -123,6 +159,8 @@ def render(page: Path = README) -> str:
     path = RESULTS / f"{MODEL}.json"
     results = Results.load_json(path)
     remapping = Results.load_json(REMAPPING)
+    fading, choice, strides = (Results.load_json(path) for path in (FADING, FADING_CHOICE, STRIDES))
+    far_mass = json.loads(FAR_MASS.read_text(encoding="utf-8"))
     provenance = results.provenance
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
@@ -134,7 +172,7 @@ def render(page: Path = README) -> str:
         trained=provenance["trained_length"],
         documents=len(provenance["documents"]),
         longest=max(row["length"] for row in results.rows),
-        summary_table=summary_table(results, remapping),
+        summary_table=summary_table(results, remapping, fading),
         demo_tables=tables_of(results),
         sentences=describe_methods(results),
         results_path=path.relative_to(ROOT).as_posix(),
@@ -142,6 +180,22 @@ def render(page: Path = README) -> str:
         remapping_tables=tables_of(remapping),
         remapping_path=REMAPPING.relative_to(ROOT).as_posix(),
         remapping_command=remapping.provenance["command"],
+        fading_table=gains_table(fading),
+        fading_path=FADING.relative_to(ROOT).as_posix(),
+        fading_command=fading.provenance["command"],
+        fading_documents=len(fading.provenance["documents"]),
+        start=fading.provenance["start"],
+        validation_table=gains_table(choice),
+        validation_path=FADING_CHOICE.relative_to(ROOT).as_posix(),
+        validation_command=choice.provenance["command"],
+        validation_documents=len(choice.provenance["documents"]),
+        strides_table=gains_table(strides),
+        strides_path=STRIDES.relative_to(ROOT).as_posix(),
+        strides_command=strides.provenance["command"],
+        mass_table=far_mass_table(far_mass),
+        mass_path=FAR_MASS.relative_to(ROOT).as_posix(),
+        mass_command=far_mass["command"],
+        mass_documents=far_mass["documents"],
         recommend_table=recommend_table(
             [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECOMMEND.glob("*.json"))]
         ),
