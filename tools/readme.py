@@ -91,7 +91,7 @@ def tables_of(results: Results) -> str:
 
 
 def summary_table(*comparisons: Results) -> str:
-    """One line a method, the best first, at the longest length: what it costs inside the trained length, and what it gives there."""
+    """One line a method, the best first: what it costs inside the trained length, and gives at the longest one."""
     length = max(row["length"] for row in comparisons[0].rows)
     trained = comparisons[0].provenance["trained_length"]
     lines = [
