@@ -31,6 +31,7 @@ from hf_posext.methods.frequencies import FrequencyMethod, as_longrope, frequenc
 from hf_posext.plan import ExtensionPlan, RotaryPlan
 from hf_posext.reporting import print_tables
 from hf_posext.scheme import Rotary
+from hf_posext.testing import check_method
 
 HERE = Path(__file__).resolve().parent
 
@@ -86,6 +87,8 @@ def main() -> None:
         install(Path(folder))
         (found,) = [method for method in list_methods("rotary") if method.name == NTKMixed.name]
     print(f"{found.name}: {found.title}, {found.url}\n{found.summary}\n")
+    check_method(NTKMixed())
+    print("It keeps the contract: pure plan, effect, exact undo, cached decoding, padding, save and load.\n")
     results = compare(
         AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
         AutoTokenizer.from_pretrained(options.model),

@@ -35,6 +35,7 @@ ROOMS = {
     "plan": "Plans",
     "scheme": "Schemes",
     "errors": "Errors",
+    "testing": "Testing methods",
 }
 """Title of the reference page of each room."""
 

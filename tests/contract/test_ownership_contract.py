@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from hf_posext import detect_scheme, find_patch, patch_model, unpatch_model
 from hf_posext.errors import AlreadyPatchedError
+from hf_posext.testing import LENGTHS
 
 from ..conftest import BUILDERS, TRAINED, logits, tokens
-from .test_method_contract import CASES, LENGTHS, build
+from .test_method_contract import CASES, build
 
 LONG = tokens(2 * TRAINED)
 
