@@ -106,7 +106,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     modules = [(module, dict(module._modules)) for module in model.modules()]
     flags = [(weight, weight.requires_grad) for weight in model.parameters()]
     attributes = set(vars(model))
-    patch = vars(model).pop(MARK, None)  # what is tried is no adapter of the patch
+    patch = vars(model).pop(MARK, None)  # what is tried is not an adapter of the patch
     with torch.random.fork_rng(devices=[]):
         try:
             yield
