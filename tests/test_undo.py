@@ -16,7 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_posext import find_patch, patch_model, unpatch_model
 from hf_posext.errors import NotPatchedError, UndoError, UnsupportedModelError
+from hf_posext.patching.attention_scores import _eager
 from hf_posext.patching.mixin import Mixin, mix, without
+from hf_posext.patching.shifted_attention import shifted_sparse_attention
 from hf_posext.patching.undo import UndoLog
 
 from .conftest import TRAINED, logits, sharpen, tiny_bloom, tiny_llama, tokens
@@ -193,3 +195,15 @@ def test_slopes_that_are_never_used_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="does not run with the slopes"):
         patch_model(model, "alibi-linear", factor=4, trained_length=TRAINED)
     assert torch.equal(logits(model, LONG), before)
+
+
+def test_attention_is_switched_for_one_model_only() -> None:
+    """Shifted sparse attention and attention scores take another implementation for a while, under a shared config."""
+    model = tiny_llama().train()
+    twin = type(model)(model.config).eval()
+    before, shared = logits(twin, LONG), model.config
+    for switched in (shifted_sparse_attention(model, 4), _eager(model)):
+        with switched:
+            assert model.config._attn_implementation != "sdpa" and twin.config._attn_implementation == "sdpa"
+            assert torch.equal(logits(twin, LONG), before)
+        assert model.config is shared and twin.config is shared

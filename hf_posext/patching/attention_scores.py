@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from .detect import text_config
 from .modes import evaluation_mode
+from .ownership import own_configs
 from .signatures import cache_of, with_cache
 from .switching import switch_attention
 from .undo import UndoLog
@@ -83,6 +84,7 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
     """The eager implementation of attention inside; afterwards the one that was there."""
     log = UndoLog()
     try:
+        own_configs(model, log)  # another model may share them
         switch_attention(model, "eager", log)
         yield
     finally:

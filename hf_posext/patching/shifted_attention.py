@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from ..errors import InvalidParameterError, UnsupportedModelError
 from .detect import text_config
 from .modes import evaluation_mode
+from .ownership import own_configs
 from .remap.attention import HARMLESS
 from .switching import forget_attention, register_attention, switch_attention
 from .undo import UndoLog
@@ -139,6 +140,7 @@ def _attention(model: PreTrainedModel, name: str, function: Any) -> Iterator[Non
     log = UndoLog()
     register_attention(name, function, sdpa_mask)
     try:
+        own_configs(model, log)  # another model may share them
         switch_attention(model, name, log)
         yield
     finally:
