@@ -40,29 +40,29 @@ def naive_nll(model: nn.Module, ids: torch.Tensor) -> np.ndarray:
     return -log_probabilities[:-1].gather(1, ids[1:, None])[:, 0].numpy()
 
 
-def naive_windowed_nll(model: nn.Module, ids: torch.Tensor, window: int, stride: int, bos: bool) -> np.ndarray:
-    """NLL of tokens 1, 2, ..., each by a forward of its own over exactly the context that the protocol defines."""
+def naive_windowed_nll(model: nn.Module, ids: torch.Tensor, window: int, stride: int, bos: int) -> np.ndarray:
+    """NLL of each token after a prefix of `bos` tokens, or of tokens 1, 2, ..., by a forward of its own."""
     nll = []
-    for token in range(1, len(ids)):
+    for token in range(max(1, bos), len(ids)):
         moves = max(0, -(-(token + 1 - window) // stride))  # how often the window moved until it held the token
         begin = moves * stride
-        context = torch.cat([ids[:1], ids[1 + begin : token + 1]]) if bos else ids[begin : token + 1]
+        context = torch.cat([ids[:bos], ids[bos + begin : token + 1]])
         nll.append(naive_nll(model, context)[-1])
     return np.array(nll)
 
 
-def naive_contexts(protocol: Any, row: torch.Tensor, length: int, bos: bool) -> Iterator[tuple[int, torch.Tensor]]:
+def naive_contexts(protocol: Any, row: torch.Tensor, length: int, bos: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The definition: each token that a protocol scores, and the tokens that it is given."""
     total = len(row)
     if protocol.name in ("prefix", "tail"):
-        for token in range(1 if protocol.name == "prefix" else length - protocol.tokens, length):
+        for token in range(max(1, bos, 0 if protocol.name == "prefix" else length - protocol.tokens), length):
             yield token, row[:token]
     elif protocol.name in ("sliding", "legacy-yarn"):
-        for token in range(1, total):
+        for token in range(max(1, bos), total):
             begin = max(0, -(-(token + 1 - length) // protocol.stride)) * protocol.stride
-            yield token, torch.cat([row[:1], row[1 + begin : token]]) if bos else row[begin:token]
+            yield token, torch.cat([row[:bos], row[bos + begin : token]])
     elif protocol.name == "rolling":
-        for token in range(1, total):
+        for token in range(max(1, bos), total):
             end = min((token - 1) // length * length + 1 + length, total)
             yield token, row[max(0, end - 1 - length) : token]
     else:
@@ -71,7 +71,7 @@ def naive_contexts(protocol: Any, row: torch.Tensor, length: int, bos: bool) -> 
                 yield token, row[begin:token]
 
 
-def naive_protocol_nll(protocol: Any, model: nn.Module, row: torch.Tensor, length: int, bos: bool) -> np.ndarray:
+def naive_protocol_nll(protocol: Any, model: nn.Module, row: torch.Tensor, length: int, bos: int) -> np.ndarray:
     """NLL of each token that a protocol scores, by a forward of its own over exactly the context that it defines."""
     pairs = naive_contexts(protocol, row, length, bos)
     return np.array([naive_nll(model, torch.tensor([*given, row[token]]))[-1] for token, given in pairs])

@@ -22,11 +22,10 @@ from hf_posext.evaluation import Results, compare, evaluate_perplexity
 from hf_posext.evaluation.protocols.choice import model_kind
 from hf_posext.evaluation.protocols.protocol import Measurement
 from hf_posext.evaluation.protocols.pseudo import MaskedScorer, Pseudo
-from hf_posext.evaluation.protocols.special_tokens import special_tokens
 from hf_posext.evaluation.results.positions import gain_by_position
 from hf_posext.evaluation.results.rows import document_record
 from hf_posext.evaluation.scoring.scorer import Memory
-from hf_posext.evaluation.texts.tokens import TokenizedDocuments
+from hf_posext.evaluation.texts.tokens import TokenizedDocuments, special_tokens
 from hf_posext.reporting import write_report
 
 from .conftest import TRAINED, tiny_llama, tiny_t5

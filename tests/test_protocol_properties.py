@@ -35,11 +35,10 @@ def model() -> LlamaForCausalLM:
 
 @st.composite
 def documents(draw: st.DrawFn) -> TokenizedDocuments:
-    total, bos = draw(st.integers(3, MOST)), draw(st.booleans())
+    total, bos = draw(st.integers(6, MOST)), draw(st.integers(0, 3))
     row = st.lists(st.integers(2, 31), min_size=total, max_size=total)
     rows = torch.tensor(draw(st.lists(row, min_size=1, max_size=2)))
-    if bos:
-        rows[:, 0] = BOS
+    rows[:, :bos] = BOS
     return TokenizedDocuments([str(index) for index in range(len(rows))], rows, bos)
 
 
@@ -51,14 +50,16 @@ def lengths_of(draw: st.DrawFn, longest: int, least: int = 2) -> list[int]:
 
 
 @MANY
-@given(total=st.integers(2, 300), window=st.integers(2, 80), data=st.data(), bos=st.booleans())
-def test_sliding_windows_score_every_token_once(total: int, window: int, data: st.DataObject, bos: bool) -> None:
-    stride = data.draw(st.integers(1, window - 1))
+@given(total=st.integers(5, 300), window=st.integers(5, 80), data=st.data(), bos=st.integers(0, 3))
+def test_sliding_windows_score_every_token_once(total: int, window: int, data: st.DataObject, bos: int) -> None:
+    stride = data.draw(st.integers(1, window - max(1, bos)))
     windows = sliding_windows(total, window, stride, bos)
-    assert [token for w in windows for token in range(w.first, w.end)] == list(range(1, total))
+    assert [token for w in windows for token in range(w.first, w.end)] == list(range(max(1, bos), total))
     for w in windows:
         assert 2 <= w.size <= window and w.end > w.first
-        assert w.first - w.begin + bos >= (1 if w is windows[0] else window - stride), "context of its first token"
+        assert w.first - w.begin + bos >= (max(1, bos) if w is windows[0] else window - stride), (
+            "context of its first token"
+        )
 
 
 @MANY
@@ -103,12 +104,13 @@ def test_sums_are_those_of_a_naive_loop(rows: TokenizedDocuments, data: st.DataO
     """Of every protocol whose tokens weigh the same, read as a whole or in chunks with a cache."""
     memory, longest = Memory(prefill_chunk=chunk), rows.length
     tail = data.draw(st.integers(1, longest - 1))
-    stride = data.draw(st.integers(1, longest - 1))
+    free = max(1, rows.bos)  # tokens that are not scored
+    stride = data.draw(st.integers(1, longest - free))
     cases: list[tuple[Any, int]] = [
-        (Prefix(), 2),
-        (Rolling(), 2),
-        (Tail(tail), tail + 1),
-        (Sliding(stride), stride + 1),
+        (Prefix(), free + 1),
+        (Rolling(), free + 1),
+        (Tail(tail), max(free, tail) + 1),
+        (Sliding(stride), stride + free),
     ]
     for protocol, least in cases:
         lengths = data.draw(lengths_of(longest, least))
@@ -121,17 +123,18 @@ def test_sums_are_those_of_a_naive_loop(rows: TokenizedDocuments, data: st.DataO
             for one in found:
                 expected = naive_protocol_nll(protocol, model(), row, one.length, rows.bos)
                 assert len(one.nll) == len(expected) and one.nll.dtype == np.float64
-                assert one.first == (one.length - tail if protocol.name == "tail" else 1)
+                assert one.first == max(free, one.length - tail if protocol.name == "tail" else 0)
                 assert math.isclose(math.fsum(one.nll), math.fsum(expected), rel_tol=1e-6)
 
 
 @FEW
-@given(rows=documents(), data=st.data(), trained=st.integers(2, MOST))
+@given(rows=documents(), data=st.data(), trained=st.integers(4, MOST))
 def test_a_control_scores_the_same_tokens_with_no_more_context(
     rows: TokenizedDocuments, data: st.DataObject, trained: int
 ) -> None:
-    stride = data.draw(st.integers(1, rows.length - 1))
-    for protocol, least in ((Prefix(), 2), (Rolling(), 2), (Sliding(stride), stride + 1)):
+    free = max(1, rows.bos)
+    stride = data.draw(st.integers(1, rows.length - free))
+    for protocol, least in ((Prefix(), free + 1), (Rolling(), free + 1), (Sliding(stride), stride + free)):
         lengths = data.draw(lengths_of(rows.length, least))
         scorer = protocol.scorer(model(), None, Memory())
         read: list[int] = []

@@ -96,19 +96,21 @@ def test_bytes_before_each_character(text: str) -> None:
 
 @pytest.mark.parametrize("how", ["template", "template twice", "template, and BOS in the text", "all three"])
 @pytest.mark.parametrize("start", [0, 2])
-def test_one_bos_however_many_there_are(how: str, start: int) -> None:
-    tokenizer = character_tokenizer(bos=True)
+def test_what_the_tokenizer_adds_is_there_once_also_if_the_text_begins_with_it(how: str, start: int) -> None:
+    tokenizer, bos = character_tokenizer(bos=True), [BOS]
     if how in ("template twice", "all three"):
         twice = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", BOS)])
         tokenizer.backend_tokenizer.post_processor = twice
-        assert tokenizer("a")["input_ids"][:2] == [BOS, BOS]
+        bos = [BOS, BOS]
+        assert tokenizer("a")["input_ids"][:2] == bos
     literal = {"template, and BOS in the text": "<s>", "all three": "<s><s>"}.get(how, "")
     found = tokenize_documents([Document("x", literal + "Hello there")], tokenizer, 6, start)
     plain = character_tokenizer()("Hello there")["input_ids"]
-    assert found.tokens.tolist() == [[BOS, *plain[start : start + 5]]]
-    assert (found.bos, found.counts) == (True, [12])
+    assert found.tokens.tolist() == [[*bos, *plain[start : start + 6 - len(bos)]]]
+    assert (found.bos, found.counts) == (len(bos), [11 + len(bos)])
     assert found.byte_ends is not None
-    assert found.byte_ends.tolist() == [[len(literal) + start + index for index in range(6)]]
+    begin = len(literal) + start
+    assert found.byte_ends.tolist() == [[begin] * len(bos) + [begin + 1 + index for index in range(6 - len(bos))]]
 
 
 def test_a_bos_that_the_tokenizer_does_not_add_is_text() -> None:

@@ -40,7 +40,7 @@ def short_context_losses(scorer: TokenScorer, documents: TokenizedDocuments, con
     """The same tokens, each given no more than the last `context`: the level that positions cannot spoil.
 
     Windows of `context` tokens move by half of that; the first is scored whole, of the others the second half, so
-    that no token has less than half of the context. Each begins with BOS where the documents do.
+    that no token has less than half of the context. Each begins with the special tokens that the documents begin with.
 
     Args:
         scorer ([`TokenScorer`]): of the model without a patch.
@@ -52,8 +52,7 @@ def short_context_losses(scorer: TokenScorer, documents: TokenizedDocuments, con
     rows = []
     for name, tokens in zip(documents.ids, documents.tokens, strict=True):
         windows = torch.stack([tokens[begin : begin + context] for begin in begins])
-        if documents.bos:
-            windows[:, 0] = tokens[0]
+        windows[:, : documents.bos] = tokens[: documents.bos]
         nll = np.empty(length - 1)
         nll[: context - 1] = scorer.token_nll(tokens[None, :context])[0].numpy()
         for begin, scored in zip(begins, scorer.token_nll(windows, step).numpy(), strict=True):

@@ -6,7 +6,7 @@ import difflib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import InvalidParameterError
 
@@ -49,6 +49,8 @@ class EvaluationConfig:
             there, refused elsewhere.
         tail (`int`, *optional*): tokens that protocol `"tail"` counts; required there, refused elsewhere.
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
+        bos (`str`, *optional*, defaults to `"auto"`): whether BOS stands before each text: `"auto"`, as the tokenizer
+            has it; `"always"`, also where the tokenizer has lost it; `"never"`.
         passkey (`int`, *optional*, defaults to 0): passkey trials at each length; 0 for none.
         retrieval (`int`, *optional*, defaults to 0): trials of each task at each length and depth; 0 for none.
         tasks (`Sequence[str]`, *optional*): tasks of retrieval, see [`task_prompt`]; all by default.
@@ -101,6 +103,9 @@ class EvaluationConfig:
     stride: int | None = _setting("Tokens that windows move by, where they overlap.")
     tail: int | None = _setting("Tokens that protocol tail counts.")
     start: int = _setting("Tokens to leave out at the beginning of each document.", 0)
+    bos: Literal["auto", "always", "never"] = _setting(
+        "BOS before each text: as the tokenizer has it; always, where it has lost it; never.", "auto"
+    )
     prefill_chunk: int | None = _setting("Tokens read at a time, to save memory; all if not given.")
     offload_cache: bool = _setting("With --prefill-chunk: KV cache on the CPU.", False)
     seed: int = _setting("Seed of passkeys and bootstrap intervals.", 0)

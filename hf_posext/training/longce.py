@@ -28,12 +28,12 @@ class LongCE:
     Args:
         model (`torch.nn.Module`): the model in training.
         short_length (`int`): in tokens.
-        bos (`bool`): whether rows begin with BOS, so that windows must, too.
+        bos (`int`): special tokens that rows begin with, so that windows must, too.
     """
 
     model: nn.Module
     short_length: int
-    bos: bool
+    bos: int
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         nll = token_nll(outputs["logits"], labels)
@@ -47,8 +47,7 @@ class LongCE:
         with evaluation_mode(self.model):
             for begin in range(size, ids.shape[1] - size, size):
                 window = ids[:, begin : begin + 2 * size].clone()
-                if self.bos:
-                    window[:, 0] = ids[:, 0]
+                window[:, : self.bos] = ids[:, : self.bos]
                 nll = token_nll(self.model(input_ids=window, use_cache=False)["logits"], window)
                 scored = nll[:, size - 1 :]  # the first value is that of token 1 of the window
                 at = begin + size - 1

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import DocumentError
 from ..evaluation import Document
-from ..evaluation.texts.tokens import adds_bos, token_ids
+from ..evaluation.texts.tokens import special_prefix, token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ def make_rows(documents: Sequence[Document], tokenizer: Any, length: int, *, pac
     Args:
         documents (`Sequence[Document]`): the texts.
         tokenizer (`PreTrainedTokenizerBase`): the model's.
-        length (`int`): tokens per row, BOS included.
+        length (`int`): tokens per row, special tokens in front included.
         pack (`bool`, *optional*, defaults to `False`): use what does not fill a row.
 
     Raises:
         DocumentError: no document fills a row; packed, all of them together do not.
     """
-    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    prefix = special_prefix(tokenizer)
     room = length - len(prefix)
     whole: list[Tokens] = []
     ends: list[Tokens] = []
@@ -89,7 +89,7 @@ def make_rows(documents: Sequence[Document], tokenizer: Any, length: int, *, pac
         "rows": len(dataset),
         "length": length,
         "tokens": used,
-        "bos": bool(prefix),
+        "bos": len(prefix),
         "pack": pack,
         "sha256": hashlib.sha256(np.array(dataset.with_format("numpy")["input_ids"][:]).tobytes()).hexdigest(),
     }

@@ -152,6 +152,7 @@ def find_in_row(scorer: TokenScorer, given: TokensRead, index: int, criterion: C
     """
     contrast = contrast_row(scorer, given.rows[index], given.ids[index], given.bos, criterion)
     keys = contrast.keys(criterion)
+    keys = keys[keys >= max(1, given.bos)]  # a special token in front of the text is not one of it
     return Found(given.carry(index, keys).tolist(), len(keys), contrast.long)
 
 
@@ -171,7 +172,7 @@ def find_in_rows(
     return keys, [one.nll for one in found]
 
 
-def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: bool, criterion: Criterion) -> Contrast:
+def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: int, criterion: Criterion) -> Contrast:
     """
     NLL of every token with the long and with the short context.
 
@@ -179,7 +180,7 @@ def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: bool, cri
         scorer ([`TokenScorer`]): of a causal language model, patched or not.
         row (`torch.LongTensor` of shape `(tokens,)`): the document.
         id (`str`): its name in messages.
-        bos (`bool`): whether the row begins with BOS.
+        bos (`int`): tokens of the special prefix, which are never key.
         criterion ([`Criterion`]): its `short_length` and `stride`.
 
     Raises:
@@ -187,7 +188,8 @@ def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: bool, cri
     """
     short = windowed_nll(scorer, row, criterion.short_length + criterion.stride, criterion.stride, bos)
     require_finite(short, id, culprit=scorer.culprit)
-    return Contrast(whole_nll(scorer, row, id), short)
+    long = whole_nll(scorer, row, id)
+    return Contrast(long, np.append(long[: len(long) - len(short)], short))
 
 
 def whole_nll(scorer: TokenScorer, row: torch.Tensor, id: str) -> np.ndarray:

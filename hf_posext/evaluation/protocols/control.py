@@ -29,18 +29,18 @@ class TruncatedReader:
 
     What a window scores among its first `size` tokens comes from one forward over them, exactly as the protocol reads
     them; later tokens come from windows of `size` tokens that end every [`control_stride`] tokens of the document, and
-    begin with BOS where the tokenizer adds one: without it many models collapse, and the control would be unfairly
+    begin with the special prefix of the document: without it many models collapse, and the control would be unfairly
     weak. A window of no more than `size` tokens is read as it is.
 
     Args:
         scorer ([`TokenScorer`]): of the unpatched model.
         row (`torch.LongTensor` of shape `(tokens,)`): the document.
         size (`int`): tokens, 2 or more.
-        bos (`bool`): whether token 0 is BOS.
+        bos (`int`): tokens of the special prefix.
         since (`int`, *optional*, defaults to 1): the first token that a window scores.
     """
 
-    def __init__(self, scorer: TokenScorer, row: torch.Tensor, size: int, bos: bool, since: int = 1) -> None:
+    def __init__(self, scorer: TokenScorer, row: torch.Tensor, size: int, bos: int, since: int = 1) -> None:
         self.scorer, self.row, self.size, self.bos, self.since = scorer, row, size, bos, since
         self._far: np.ndarray | None = None
 

@@ -32,8 +32,9 @@ class OfDecoders:
     legacy: ClassVar[bool] = False
     bos_place: ClassVar[str] = "first token of each document"
 
-    def bos_rule(self, bos: bool) -> str:
-        return self.bos_place if bos else NO_BOS
+    def bos_rule(self, bos: int) -> str:
+        place = self.bos_place if bos < 2 else self.bos_place.replace("first token", f"first {bos} tokens", 1)
+        return place if bos else NO_BOS
 
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> TokenScorer:
         return token_scorer(model, memory)
@@ -54,9 +55,9 @@ class Prefix(OfDecoders):
 
     name: ClassVar[str] = "prefix"
 
-    def first(self, length: int) -> int:
-        """The first token that counts at a length."""
-        return 1
+    def first(self, length: int, bos: int) -> int:
+        """The first token that counts at a length, after the special prefix of `bos` tokens."""
+        return max(1, bos)
 
     def tail(self, length: int) -> int | None:
         """Number of counted tokens in the second half, where that is not half of them."""
@@ -69,34 +70,41 @@ class Prefix(OfDecoders):
         self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
     ) -> list[Measurement]:
         row = documents.tokens[index]
-        nll = windows_nll(scorer, row, [self._window(lengths, lengths[-1])])
-        require_finite(nll, documents.ids[index], range(self.first(lengths[0]), lengths[-1]), scorer.culprit)
+        nll = windows_nll(scorer, row, [self._window(lengths, lengths[-1], documents.bos)])
+        require_finite(
+            nll, documents.ids[index], range(self.first(lengths[0], documents.bos), lengths[-1]), scorer.culprit
+        )
         if index == 0 and len(lengths) > 1:
-            shortest = self._window(lengths, lengths[0])
+            shortest = self._window(lengths, lengths[0], documents.bos)
             late = shortest._replace(first=max(shortest.first, shortest.end - GUARD_TOKENS))
             fresh = windows_nll(scorer, row, [late])
             require_agreement(fresh, nll[late.first - shortest.first :], lengths, scorer.model.dtype)
-        return self._at(lengths, nll)
+        return self._at(lengths, nll, documents.bos)
 
     def measure_control(
         self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
     ) -> list[Measurement]:
-        window = self._window(lengths, lengths[-1])
+        window = self._window(lengths, lengths[-1], documents.bos)
         reader = TruncatedReader(scorer, documents.tokens[index], trained_length, documents.bos, window.first)
         nll = reader.nll([window])
-        require_finite(nll, documents.ids[index], range(self.first(lengths[0]), lengths[-1]), scorer.culprit)
-        return self._at(lengths, nll)
+        require_finite(
+            nll, documents.ids[index], range(self.first(lengths[0], documents.bos), lengths[-1]), scorer.culprit
+        )
+        return self._at(lengths, nll, documents.bos)
 
     def reads(self, lengths: list[int], longest: int) -> list[int]:
         return lengths[-1:]
 
-    def _window(self, lengths: list[int], end: int) -> Window:
-        return Window(0, self.first(lengths[0]), end)
+    def _window(self, lengths: list[int], end: int, bos: int) -> Window:
+        return Window(0, self.first(lengths[0], bos), end)
 
-    def _at(self, lengths: list[int], nll: np.ndarray) -> list[Measurement]:
+    def _at(self, lengths: list[int], nll: np.ndarray, bos: int) -> list[Measurement]:
         """Measurements by length, from the NLL of the tokens that count at any length."""
-        begin = self.first(lengths[0])
-        return [Measurement(n, nll[self.first(n) - begin : n - begin], self.first(n), self.tail(n)) for n in lengths]
+        begin, firsts = self.first(lengths[0], bos), [self.first(n, bos) for n in lengths]
+        return [
+            Measurement(n, nll[first - begin : n - begin], first, self.tail(n))
+            for n, first in zip(lengths, firsts, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,8 @@ class Tail(Prefix):
     tokens: int
     name: ClassVar[str] = "tail"
 
-    def first(self, length: int) -> int:
-        return length - self.tokens
+    def first(self, length: int, bos: int) -> int:
+        return max(1, bos, length - self.tokens)
 
     def tail(self, length: int) -> int:
         return min(self.tokens, (length + 1) // 2)
@@ -125,12 +133,12 @@ class ReadsWindows(OfDecoders, ABC):
     """Base of the protocols that read the whole document through windows of a length."""
 
     @abstractmethod
-    def windows(self, total: int, length: int, bos: bool) -> list[Window]:
+    def windows(self, total: int, length: int, bos: int) -> list[Window]:
         """Windows of a row of `total` tokens."""
 
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
         """The NLL of the tokens that the windows score."""
-        return Measurement(length, nll)
+        return Measurement(length, nll, first=windows[0].first)
 
     def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
         return [[length] for length in lengths]
@@ -156,7 +164,7 @@ class ReadsWindows(OfDecoders, ABC):
         return found
 
     def reads(self, lengths: list[int], longest: int) -> list[int]:
-        return [window.size for length in lengths for window in self.windows(longest, length, False)]
+        return [window.size for length in lengths for window in self.windows(longest, length, 0)]
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ class Sliding(ReadsWindows):
     name: ClassVar[str] = "sliding"
     bos_place: ClassVar[str] = "first token of every window"
 
-    def windows(self, total: int, length: int, bos: bool) -> list[Window]:
+    def windows(self, total: int, length: int, bos: int) -> list[Window]:
         return sliding_windows(total, length, self.stride, bos)
 
 
@@ -196,8 +204,8 @@ class Rolling(ReadsWindows):
     name: ClassVar[str] = "rolling"
     bos_place: ClassVar[str] = "first token of the first window of each document"
 
-    def windows(self, total: int, length: int, bos: bool) -> list[Window]:
-        return rolling_windows(total, length)
+    def windows(self, total: int, length: int, bos: int) -> list[Window]:
+        return rolling_windows(total, length, bos)
 
 
 def check_tail(tokens: int, lengths: list[int]) -> None:

@@ -40,7 +40,7 @@ class LegacyYaRN(Sliding):
     legacy: ClassVar[bool] = True
 
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
-        return Measurement(length, nll, groups=tuple(w.end - w.first for w in windows))
+        return Measurement(length, nll, windows[0].first, groups=tuple(w.end - w.first for w in windows))
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LegacyLongLoRA(ReadsWindows):
     name: ClassVar[str] = "legacy-longlora"
     legacy: ClassVar[bool] = True
 
-    def bos_rule(self, bos: bool) -> str:
+    def bos_rule(self, bos: int) -> str:
         return "none: removed, as published" if bos else super().bos_rule(bos)
 
     def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
@@ -73,9 +73,9 @@ class LegacyLongLoRA(ReadsWindows):
                 f"of {documents.length}, which leaves none; give {documents.length + self.stride + 1} tokens or more"
             )
         count = len(documents.ids)
-        return TokenizedDocuments([f"stream of {count}"], stream[None], False, [len(stream)], documents.left_out)
+        return TokenizedDocuments([f"stream of {count}"], stream[None], 0, [len(stream)], documents.left_out)
 
-    def windows(self, total: int, length: int, bos: bool) -> list[Window]:
+    def windows(self, total: int, length: int, bos: int) -> list[Window]:
         return [Window(begin, begin + 1, begin + length) for begin in range(0, total - length, self.stride)[:-1]]
 
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:

@@ -53,8 +53,8 @@ class PerplexityProtocol(Protocol):
     def legacy(self) -> bool:
         """`True` if it reproduces a published average that weighs tokens unequally; marked in every output."""
 
-    def bos_rule(self, bos: bool) -> str:
-        """Place of the BOS that the tokenizer adds by itself (`bos`), in words."""
+    def bos_rule(self, bos: int) -> str:
+        """Place of the `bos` special tokens that stand before a text, in words."""
 
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> Any:
         """Scorer of tokens for this protocol; it has the bare model as `model`, and is handed to the methods below.

@@ -11,14 +11,7 @@ from ...errors import InvalidParameterError
 from ..scoring.boundaries import Boundaries
 from ..scoring.nonfinite import Scorer
 from ..scoring.scorer import WHOLE, Memory, scored_model
-from ..texts.tokens import TokenizedDocuments, token_ids
-
-
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens that a tokenizer puts before and after a text by itself: `[CLS]` and `[SEP]`, or nothing and `</s>`."""
-    plain, whole = token_ids(tokenizer, "a"), tokenizer("a")["input_ids"]
-    begin = next(at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
-    return whole[:begin], whole[begin + len(plain) :]
+from ..texts.tokens import TokenizedDocuments, special_tokens
 
 
 class FramedScorer(Scorer):
@@ -54,7 +47,7 @@ class OfFramedTexts:
 
     legacy = False
 
-    def bos_rule(self, bos: bool) -> str:
+    def bos_rule(self, bos: int) -> str:
         return "special tokens of the tokenizer around each text, counted"
 
     def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:

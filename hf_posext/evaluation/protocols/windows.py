@@ -21,14 +21,14 @@ class Window(NamedTuple):
         begin (`int`): tokens `begin` to `end` are read, all but the last if `last_read` is not set.
         first (`int`): tokens `first` to `end` are scored.
         end (`int`): exclusive.
-        bos (`bool`): whether BOS (token 0 of the row) is read before them.
+        bos (`int`): tokens of the special prefix (the first of the row) that are read before them.
         last_read (`bool`): whether the last token is read, of which nothing follows.
     """
 
     begin: int
     first: int
     end: int
-    bos: bool = False
+    bos: int = 0
     last_read: bool = True
 
     @property
@@ -41,34 +41,35 @@ class Window(NamedTuple):
         return self._replace(end=max(self.first, self.end - max(0, self.size - size)))
 
 
-def check_stride(window: int, stride: int) -> None:
-    """Refuse a stride that is none, or that skips tokens."""
-    if not 1 <= stride <= window - 1:
+def check_stride(window: int, stride: int, bos: int = 1) -> None:
+    """Refuse a stride that is none, or that skips tokens, where windows begin with `bos` special tokens."""
+    longest = window - max(1, bos)
+    if not 1 <= stride <= longest:
         raise InvalidParameterError(
-            f"stride is {stride} for windows of {window} tokens; give 1 to {window - 1} (a longer one skips tokens)"
+            f"stride is {stride} for windows of {window} tokens; give 1 to {longest} (a longer one skips tokens)"
         )
 
 
-def sliding_windows(total: int, window: int, stride: int, bos: bool) -> list[Window]:
+def sliding_windows(total: int, window: int, stride: int, bos: int) -> list[Window]:
     """
-    Windows that score each of the tokens 1 to `total - 1` exactly once.
+    Windows that score each token of a text exactly once, except for the first where no special token is before it.
 
     Args:
-        total (`int`): tokens of the document, BOS included.
-        window (`int`): tokens that a window holds, BOS included.
+        total (`int`): tokens of the document, the special prefix included.
+        window (`int`): tokens that a window holds, the special prefix included.
         stride (`int`): tokens that it moves by, at most `window - 1`.
-        bos (`bool`): whether token 0 is BOS and begins every window.
+        bos (`int`): tokens of the special prefix, with which every window begins.
     """
-    check_stride(window, stride)
-    offset = int(bos)
-    windows = [Window(offset, 1, min(window, total), bos)]
+    bos = int(bos)
+    check_stride(window, stride, bos)
+    windows = [Window(bos, max(1, bos), min(window, total), bos)]
     while windows[-1].end < total:
         begin = windows[-1].begin + stride
-        windows.append(Window(begin, windows[-1].end, min(begin + window - offset, total), bos))
+        windows.append(Window(begin, windows[-1].end, min(begin + window - bos, total), bos))
     return windows
 
 
-def rolling_windows(total: int, window: int) -> list[Window]:
+def rolling_windows(total: int, window: int, bos: int = 0) -> list[Window]:
     """
     Disjoint windows of lm-eval (`get_rolling_token_windows` with `context_len=1`): each reads `window` tokens and
     scores the `window` after its first; the last one begins earlier, so that it reads as many.
@@ -76,8 +77,9 @@ def rolling_windows(total: int, window: int) -> list[Window]:
     Args:
         total (`int`): tokens of the document, what conditions the first (lm-eval's `prefix_token`) included.
         window (`int`): tokens that a window reads, lm-eval's `max_seq_len`.
+        bos (`int`, *optional*): tokens of the special prefix, in the first window only; they are not scored.
     """
-    windows = [Window(0, 1, min(window + 1, total), last_read=False)]
+    windows = [Window(0, max(1, bos), min(window + 1, total), last_read=False)]
     while windows[-1].end < total:
         end = min(windows[-1].end + window, total)
         windows.append(Window(end - window - 1, windows[-1].end, end, last_read=False))
@@ -104,15 +106,15 @@ def windows_nll(scorer: TokenScorer, row: torch.Tensor, windows: Sequence[Window
         for at in range(0, len(begins), per_batch):
             batch = torch.stack([row[begin : begin + size] for begin in begins[at : at + per_batch]])
             if bos:
-                batch = torch.cat([row[:1].expand(len(batch), 1), batch], dim=1)
+                batch = torch.cat([row[:bos].expand(len(batch), bos), batch], dim=1)
             nll = scorer.token_nll(batch, first=batch.shape[1] - scored, last_read=last_read)
             pieces.append(nll.flatten())
     return torch.cat(pieces).double().numpy()
 
 
-def windowed_nll(scorer: TokenScorer, row: torch.Tensor, window: int, stride: int, bos: bool) -> np.ndarray:
+def windowed_nll(scorer: TokenScorer, row: torch.Tensor, window: int, stride: int, bos: int) -> np.ndarray:
     """
-    NLL of tokens 1, 2, ... of one document read through a sliding window.
+    NLL of one document read through a sliding window, from the first token after the special prefix on.
 
     Args:
         scorer ([`TokenScorer`]): of the model.
@@ -120,6 +122,6 @@ def windowed_nll(scorer: TokenScorer, row: torch.Tensor, window: int, stride: in
         window, stride, bos: as in [`sliding_windows`].
 
     Returns:
-        `numpy.ndarray` of shape `(tokens - 1,)`, float64, in nats.
+        `numpy.ndarray` of shape `(tokens - max(1, bos),)`, float64, in nats.
     """
     return windows_nll(scorer, row, sliding_windows(len(row), window, stride, bos))

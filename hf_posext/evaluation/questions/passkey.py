@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from ...errors import InvalidParameterError
 from ...patching.modes import evaluation_mode
 from ..scoring.scorer import BATCH_TOKENS, TokenScorer
-from ..texts.tokens import adds_bos, check_lengths, token_ids
+from ..texts.tokens import Bos, check_lengths, special_prefix, token_ids
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -42,7 +42,7 @@ class PasskeyPrompt:
     depth: float
 
 
-def passkey_prompts(tokenizer: Any, length: int, trials: int, seed: int) -> list[PasskeyPrompt]:
+def passkey_prompts(tokenizer: Any, length: int, trials: int, seed: int, bos: Bos = "auto") -> list[PasskeyPrompt]:
     """
     Prompts of equal size, so that a batch needs no padding; the same for every model and method.
 
@@ -54,11 +54,12 @@ def passkey_prompts(tokenizer: Any, length: int, trials: int, seed: int) -> list
         length (`int`): tokens of prompt and answer together.
         trials (`int`): how many prompts.
         seed (`int`): of keys and depths.
+        bos (`str`, *optional*, defaults to `"auto"`): as in [`special_prefix`].
 
     Raises:
         InvalidParameterError: the length does not hold the key and the question.
     """
-    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    prefix = special_prefix(tokenizer, bos)
     filler, question = token_ids(tokenizer, FILLER), token_ids(tokenizer, QUESTION)
     draws = [random.Random(f"{seed}-{length}-{trial}") for trial in range(trials)]
     keys = [f"{draw.randint(10_000, 99_999)}" for draw in draws]
@@ -108,6 +109,7 @@ def passkey_accuracy(
     lengths: Sequence[int],
     trials: int,
     seed: int = 0,
+    bos: Bos = "auto",
     *,
     max_new_tokens: int | None = None,
     on_length: Callable[[], Any] | None = None,
@@ -121,6 +123,8 @@ def passkey_accuracy(
         lengths (`Sequence[int]`): tokens of prompt and answer together.
         trials (`int`): prompts per length, each with a key and a depth of its own.
         seed (`int`, *optional*, defaults to 0): of keys and depths.
+        bos (`str`, *optional*, defaults to `"auto"`): whether BOS stands first: as the tokenizer has it, `"always"`,
+            or `"never"`.
         max_new_tokens (`int`, *optional*): tokens to generate; by default what the longest key takes, and two more.
         on_length (`Callable`, *optional*): called after each length (a progress bar).
 
@@ -137,7 +141,7 @@ def passkey_accuracy(
     accuracy = {}
     with evaluation_mode(unwrapped):
         for length in check_lengths(lengths):
-            prompts = passkey_prompts(tokenizer, length, trials, seed)
+            prompts = passkey_prompts(tokenizer, length, trials, seed, bos)
             new_tokens = max_new_tokens or answer_size(tokenizer, [prompt.key for prompt in prompts])
             answers = ask(unwrapped, tokenizer, [prompt.tokens for prompt in prompts], new_tokens)
             right = sum(

@@ -10,7 +10,7 @@ from torch import nn
 from ...errors import InvalidParameterError
 from ...patching.modes import evaluation_mode
 from ..scoring.scorer import TokenScorer
-from ..texts.tokens import check_lengths
+from ..texts.tokens import Bos, check_lengths
 from .passkey import ask
 from .tasks import TASKS, TaskPrompt, answer_room, score, task_prompt
 
@@ -33,10 +33,10 @@ class Questions(NamedTuple):
         """The depths of a task; one that is `None` where it has none."""
         return self.depths if TASKS[task].has_depth else (None,)
 
-    def prompts(self, tokenizer: Any, task: str, length: int, seed: int) -> list[TaskPrompt]:
+    def prompts(self, tokenizer: Any, task: str, length: int, seed: int, bos: Bos = "auto") -> list[TaskPrompt]:
         """All trials of a task at a length, depth by depth."""
         return [
-            task_prompt(tokenizer, task, length, depth, trial=trial, seed=seed)
+            task_prompt(tokenizer, task, length, depth, trial=trial, seed=seed, bos=bos)
             for depth in self.places(task)
             for trial in range(self.trials)
         ]
@@ -54,6 +54,7 @@ def retrieval(
     depths: Sequence[float] = DEPTHS,
     trials: int = 4,
     seed: int = 0,
+    bos: Bos = "auto",
     on_step: Callable[[int], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """
@@ -71,6 +72,8 @@ def retrieval(
             (beginning) to 1 (end).
         trials (`int`, *optional*, defaults to 4): prompts per task, length and depth.
         seed (`int`, *optional*, defaults to 0): of the prompts.
+        bos (`str`, *optional*, defaults to `"auto"`): whether BOS stands first: as the tokenizer has it, `"always"`,
+            or `"never"`.
         on_step (`Callable[[int], Any]`, *optional*): called with 1 after each task at each length (a progress bar).
 
     Returns:
@@ -89,7 +92,7 @@ def retrieval(
     with evaluation_mode(unwrapped):
         for length in ascending:
             for task in asked.tasks:
-                prompts = asked.prompts(tokenizer, task, length, seed)
+                prompts = asked.prompts(tokenizer, task, length, seed, bos)
                 answers = ask(unwrapped, tokenizer, [p.tokens for p in prompts], answer_room(tokenizer, task))
                 scores = [score(answer, prompt.answers) for answer, prompt in zip(answers, prompts, strict=True)]
                 for index, depth in enumerate(asked.places(task)):

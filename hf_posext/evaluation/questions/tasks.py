@@ -15,7 +15,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from ...errors import InvalidParameterError
-from ..texts.tokens import adds_bos, token_ids
+from ..texts.tokens import Bos, special_prefix, token_ids
 from .passkey import FILLER, NEEDLE, QUESTION, answer_size, haystack
 
 KEYS, VALUES, VARIABLES, COMMON = 4, 3, 4, 3
@@ -74,7 +74,7 @@ class TaskPrompt:
 
 
 def task_prompt(
-    tokenizer: Any, task: str, length: int, depth: float | None, *, trial: int = 0, seed: int = 0
+    tokenizer: Any, task: str, length: int, depth: float | None, *, trial: int = 0, seed: int = 0, bos: Bos = "auto"
 ) -> TaskPrompt:
     """
     A prompt of exactly `length` tokens less [`answer_room`]; the same for every model and method.
@@ -97,13 +97,14 @@ def task_prompt(
         depth (`float`, *optional*): from 0 (beginning) to 1 (end), rounded to whole lines; `None` where there is none.
         trial (`int`, *optional*, defaults to 0): which of the prompts that share the other arguments.
         seed (`int`, *optional*, defaults to 0): of everything drawn.
+        bos (`str`, *optional*, defaults to `"auto"`): as in [`special_prefix`].
 
     Raises:
         InvalidParameterError: the length does not hold what is hidden.
     """
     draw = Random(f"{seed}-{task}-{length}-{depth}-{trial}")
     lines, question, answers = TASKS[task].write(draw, depth or 0.0)
-    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    prefix = special_prefix(tokenizer, bos)
     end = token_ids(tokenizer, question)
     room = length - len(prefix) - len(end) - answer_room(tokenizer, task)
     if lines:

@@ -43,7 +43,10 @@ class Conditions:
             dtype (`str`): of the model's weights.
         """
         joined = len(documents.ids) // len(protocol.arrange(documents).ids)
-        return cls(protocol.name, protocol.bos_rule(documents.bos), dtype, joined)
+        rule = protocol.bos_rule(documents.bos)
+        if documents.prefix:
+            rule = f"{rule if documents.bos else 'none'}; {documents.prefix}"
+        return cls(protocol.name, rule, dtype, joined)
 
 
 def document_record(

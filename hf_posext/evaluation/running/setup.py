@@ -89,6 +89,11 @@ def check_request(
         raise InvalidParameterError(f"start is {config.start}; give the number of tokens to leave out, 0 or more")
     kind, name = kind_of(model)
     protocol = protocol_for(config.protocol, kind, name, lengths, stride=config.stride, tail=config.tail)
+    if config.bos != "auto" and protocol.name not in DECODER_PROTOCOLS:
+        raise InvalidParameterError(
+            f"bos is {config.bos!r}, and protocol {protocol.name!r} puts all special tokens of the tokenizer around "
+            "each text; leave bos out"
+        )
     memory = memory_for(accelerator, config.prefill_chunk, config.offload_cache)
     for what, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):
         if count < 0:
@@ -275,12 +280,17 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
     """
     config, lengths, protocol = request.config, request.lengths, request.protocol
     for length in lengths if config.passkey else ():
-        passkey_prompts(tokenizer, length, config.passkey, config.seed)
+        passkey_prompts(tokenizer, length, config.passkey, config.seed, config.bos)
     for length, task in itertools.product(lengths, request.questions.tasks):
-        request.questions.prompts(tokenizer, task, length, config.seed)
+        request.questions.prompts(tokenizer, task, length, config.seed, config.bos)
     scorer = protocol.scorer(model, tokenizer, request.memory)
     texts = as_documents(documents)
-    tokenized = tokenize_documents(texts, tokenizer, lengths[-1], config.start)
+    tokenized = tokenize_documents(texts, tokenizer, lengths[-1], config.start, config.bos)
+    if request.protocol.name in DECODER_PROTOCOLS and lengths[0] <= tokenized.bos:
+        raise InvalidParameterError(
+            f"one length is {lengths[0]}, and {tokenized.bos} special tokens stand before each text; give lengths "
+            f"above {tokenized.bos}"
+        )
     check_vocabulary(scorer.model, tokenized.tokens)
     arranged = protocol.arrange(tokenized)
     dtype, autocast = str(scorer.model.dtype).removeprefix("torch."), autocast_dtype(scorer.model)

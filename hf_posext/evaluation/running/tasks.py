@@ -227,14 +227,21 @@ class MethodRun:
         ]
 
     def _answer(self, task: Task) -> Any:
-        model, tokenizer, seed = self.scorer.model, self.setup.tokenizer, self.setup.config.seed
+        model, tokenizer, config = self.scorer.model, self.setup.tokenizer, self.setup.config
         lengths = list(task.lengths)
         forget_length(model)
         if task.kind == "passkey":
-            return passkey_accuracy(model, tokenizer, lengths, self.passkey, seed)[lengths[0]]
+            return passkey_accuracy(model, tokenizer, lengths, self.passkey, config.seed, config.bos)[lengths[0]]
         trials, _, depths = self.questions
         rows = retrieval(
-            model, tokenizer, lengths, tasks=[str(task.question)], depths=depths, trials=trials, seed=seed
+            model,
+            tokenizer,
+            lengths,
+            tasks=[str(task.question)],
+            depths=depths,
+            trials=trials,
+            seed=config.seed,
+            bos=config.bos,
         )
         return [row["accuracy"] for row in rows]
 

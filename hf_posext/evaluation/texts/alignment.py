@@ -11,7 +11,7 @@ import torch
 
 from ...errors import InvalidParameterError
 from .documents import Document
-from .tokens import TokenizedDocuments, adds_bos, leading
+from .tokens import TokenizedDocuments, leading, special_prefix
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class TokensRead:
     Args:
         ids (`list[str]`): of the documents.
         rows (`list[torch.LongTensor]`): of shape `(tokens,)` each, of any lengths.
-        bos (`bool`): whether each begins with BOS.
+        bos (`int`): tokens of the special prefix, with which each begins.
         carry (`Callable[[int, numpy.ndarray], numpy.ndarray]`): from the index of a document and indices in the
             evaluator's row to those in the row of the measured models.
     """
 
     ids: list[str]
     rows: list[torch.Tensor]
-    bos: bool
+    bos: int
     carry: Callable[[int, np.ndarray], np.ndarray] = lambda index, keys: keys
 
 
@@ -51,8 +51,7 @@ def read_by(
     if evaluator_tokenizer is None or _are_same(evaluator_tokenizer, tokenizer):
         return TokensRead(rows.ids, list(rows.tokens), rows.bos)
     text_of = {document.id: document.text for document in texts}
-    first, bos = int(rows.bos), adds_bos(evaluator_tokenizer)
-    prefix = [evaluator_tokenizer.bos_token_id] if bos else []
+    first, prefix = int(rows.bos), special_prefix(evaluator_tokenizer)
     own_rows, aligned = [], []
     for id, row in zip(rows.ids, rows.tokens, strict=True):
         ids, spans = _offsets(tokenizer, text_of[id])
@@ -66,10 +65,10 @@ def read_by(
 
     def carry(index: int, keys: np.ndarray) -> np.ndarray:
         covered, spans, other_spans = aligned[index]
-        carried = np.flatnonzero(tokens_inside(spans, other_spans[keys - int(bos)], covered)) + first
-        return carried[carried > 0]  # token 0 of a row is never scored
+        carried = np.flatnonzero(tokens_inside(spans, other_spans[keys - len(prefix)], covered)) + first
+        return carried[carried >= max(1, first)]  # neither the prefix nor token 0 is scored
 
-    return TokensRead(rows.ids, own_rows, bos, carry)
+    return TokensRead(rows.ids, own_rows, len(prefix), carry)
 
 
 def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarray:
