@@ -53,7 +53,7 @@ class Counting(PreTrainedTokenizerFast):
     pause: ClassVar[float] = 0.0
 
     def __call__(self, text: str, **kwargs: Any) -> Any:
-        if text != "a":  # asked for by adds_bos
+        if text != "a":  # asked for by special_tokens
             self.calls.append(text)
             time.sleep(self.pause)
         return super().__call__(text, **kwargs)
