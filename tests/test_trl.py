@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import load_adapter, patch_model
 from tests.conftest import EXAMPLES, logits, realigned
 
-pytestmark = pytest.mark.trl
+pytestmark = [
+    pytest.mark.trl,
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL asks for it
+]
 
 MODEL = EXAMPLES / "tiny" / "tiny-rope"
 TEXTS = [f"Chapter {number}. It was a dark night, and the clock struck {number}. " * number for number in range(1, 9)]
