@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
@@ -108,6 +110,13 @@ def count(network: nn.Module) -> dict[str, int]:
     """Parameters that are trained, and those of the model in all, the adapter's not among them."""
     weights = list(network.named_parameters())
     trained = sum(weight.numel() for _, weight in weights if weight.requires_grad)
-    added = (".lora_", ".modules_to_save.")
-    base = sum(weight.numel() for name, weight in weights if not any(mark in name for mark in added))
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = tuple(f"{path}." for path, module in network.named_modules() if isinstance(module, wrappers))
+    wrapped = (".base_layer.", ".original_module.")
+    base = sum(
+        weight.numel()
+        for name, weight in weights
+        if not name.startswith("prompt_encoder.")
+        and (not name.startswith(layers) or any(mark in name for mark in wrapped))
+    )
     return {"trained": trained, "model": base}
