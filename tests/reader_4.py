@@ -13,9 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 NATIVE = ("theta", "ntk", "linear", "yarn", "yarn(attention_factor=1.5)", "yarn+resonance", "llama3", "longrope")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite", "starcoder2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "starcoder2", "cohere2", "smollm3")
 STOPPED = ("rerope", "dynamic-ntk", "log-n")
-REFUSED = {"gpt_neox": "families of transformers 4", "phi": "families", "gemma3_text": "layer types"}
+REFUSED = {
+    "olmo2": "families",
+    "gpt_neox": "families of transformers 4",
+    "phi": "families",
+    "gemma3_text": "layer types",
+}
 
 
 def write(root: Path) -> None:
@@ -44,7 +49,7 @@ def write(root: Path) -> None:
             plan: str | LongRoPE = LongRoPE(**lists)
         else:
             plan = method
-        model, name = build(family), f"{family} {method}"
+        model, name = build(family), f"{family}-{method}"
         patch = patch_model(model, plan, factor=4)
         if method in STOPPED:
             patch.save_pretrained(root / name)
@@ -77,7 +82,7 @@ def read(root: Path) -> None:
             difference = (model.eval()(ids).logits - logits).abs().max() / logits.abs().max()
         print(f"{name}: {float(difference):.1e}")
         assert difference < 1e-5, name  # sums of float32 in another order
-    for path in (root / f"llama {method}" for method in STOPPED):
+    for path in (root / f"llama-{method}" for method in STOPPED):
         plan = json.loads((path / "config.json").read_text())["posext_plan"]["method"]
         try:
             transformers.AutoModelForCausalLM.from_pretrained(path)

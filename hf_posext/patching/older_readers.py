@@ -17,12 +17,11 @@ LEAST = "4.57"
 TYPES = ("default", "linear", "yarn", "llama3", "longrope")
 
 FAMILIES = frozenset(
-    "apertus arcee aria_text bitnet cohere cohere2 dots1 emu3_text_model ernie4_5 ernie4_5_moe flex_olmo gemma "
-    "gemma2 granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe jetmoe llama ministral "
-    "mistral mixtral nemotron olmo olmo2 olmoe phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2 "
-    "vaultgemma".split()
+    "apertus arcee aria_text bitnet cohere cohere2 dots1 emu3_text_model ernie4_5 ernie4_5_moe flex_olmo "
+    "gemma gemma2 granite granitemoe granitemoeshared helium jetmoe llama ministral mistral mixtral nemotron "
+    "olmoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2 vaultgemma".split()
 )
-"""Model types whose rotary module reads the whole head and all of `rope_scaling` there."""
+"""Model types whose config takes every rope type there, and whose rotary module reads all of it for the whole head."""
 
 
 def entries_of_4(text: Mapping[str, Any]) -> dict[str, Any] | str:
