@@ -59,7 +59,7 @@ def test_layers_without_positions_are_left_alone(kind: str) -> None:
     before = logits(model, ids)
     patch_model(model, KEEPS, factor=8)
     torch.testing.assert_close(logits(model, ids), before, atol=1e-5, rtol=0)  # float32 sums in another order
-    layers = next(model.modules())._posext_late.layers
+    layers = next(model.modules())._posext_remapping.layers
     free = [path for path, module in model.named_modules() if hasattr(module, "q_proj") and path not in layers]
     assert 0 < len(free) < 6
 

@@ -149,7 +149,10 @@ def test_caches_do_not_pass_between_patched_and_unpatched(llama: LlamaForCausalL
 
     static = StaticCache(config=llama.config, max_cache_len=32)
     for rotated in (steps(None), steps(static)):
-        with patch_model(llama, ReRoPE(window=8), factor=8), pytest.raises(EvaluationError, match="before the patch"):
+        with (
+            patch_model(llama, ReRoPE(window=8), factor=8),
+            pytest.raises(EvaluationError, match="from before the patch"),
+        ):
             steps(rotated)
     patch = patch_model(llama, ReRoPE(window=8), factor=8)
     static.reset()

@@ -24,9 +24,12 @@ from ..errors import InvalidParameterError, UnsupportedModelError
 from .detect import text_config
 from .modes import evaluation_mode
 from .ownership import own_configs
-from .remap.attention import HARMLESS
+from .remap.attention import arguments_read
 from .switching import forget_attention, register_attention, switch_attention
 from .undo import UndoLog
+
+HONOURED = {"dropout", "scaling", "is_causal", "sliding_window", "output_attentions", "cache"}
+"""Arguments of sdpa attention that shifted attention honours."""
 
 
 @contextmanager
@@ -121,8 +124,8 @@ def _within(states: list[torch.Tensor], size: int, options: dict[str, Any]) -> t
 
 
 def _refuse(module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, given: dict[str, Any]) -> None:
-    honoured = HARMLESS - {"softcap", "s_aux"}
-    unknown = sorted(name for name, value in given.items() if value is not None and name not in honoured)
+    counts = arguments_read(sdpa_attention_forward) - HONOURED | {"s_aux"}
+    unknown = sorted(name for name, value in given.items() if value is not None and name in counts)
     if mask is not None and given.get("sliding_window") is None:
         unknown.append("a mask where all of a text is seen")
     if unknown:

@@ -1,19 +1,21 @@
-"""Rotates late: queries and keys reach the attention function unrotated.
+"""The attention function of a patched model: queries and keys reach it unrotated, it rotates them, then attends.
 
-Rotary modules return the identity (cosine 1, sine 0); a function in transformers' `AttentionInterface` rotates with
-the positions that the plan wants for each pair, then attends. No model's forward is copied. In a step of decoding
-whose cached keys stand turned, the model turns for the nearest pairs, and the function only what differs
-(`decoding_step.py`). Where an indexer selects keys by their rotated states (DeepSeek's sparse attention), the model
-rotates as ever and the function turns by the difference.
+Rotary modules return the identity (cosine 1, sine 0). A function in transformers' `AttentionInterface` rotates with
+the positions that the plan wants for each pair. No model's forward is copied. In a step of decoding whose cached keys
+stand rotated, the model rotates for the nearest pairs, and the function only what differs (`decoding_step.py`). Where
+an indexer selects keys by their rotated states (DeepSeek's sparse attention), the model rotates as ever, and the
+function rotates by the difference.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,150 +24,201 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import Part, PositionMap, QueryScale
-from ..kernels import Branch, banded_attention, mapped
+from ..kernels import Branch, banded_attention, belongs, mapped
+from ..kernels.bands import decay, fade
 from ..switching import forget_attention, register_attention
 from .decoding_step import step_queries, whole_step
-from .layout import Layout, Phases
-from .rotated_keys import turned_keys
+from .forward import ATTENTION, both_sides, positions_at
+from .layout import LayerLayout, Layout, Phases, Probing
+from .positions import Positions
+from .remapping import Remapping
+from .rotary import phases_at
+from .rotated_keys import cached_keys
 
-if TYPE_CHECKING:
-    from .positions import Positions
-    from .state import LateRotation
-
-MASKS = {"posext-sdpa": sdpa_mask, "posext-eager": eager_mask}
-"""Names under which the attention function is registered, by the masks that the model shall build for it."""
+MASKS = {ATTENTION["sdpa"]: sdpa_mask, ATTENTION["eager"]: eager_mask}
+"""Masks that the model shall build, by the name of the attention function."""
 
 SAME = PositionMap()
 
+Attended = tuple[torch.Tensor, torch.Tensor | None]
+"""What an attention function returns: values (batch, queries, heads, dim) and, where they are computed, weights."""
+
 UNPROVEN_ON = "cuda"
-"""Where a text attends outside of compiled graphs, if parts are chunks: on an H100 and an H200, torch 2.11 fused the
-biases of three parts and their softmax into one kernel that was wrong, though each alone is right. Steps of decoding
+"""Where a text attends outside of compiled graphs, if bands are chunks: on an H100 and an H200, torch 2.11 fused the
+biases of three bands and their softmax into one kernel that was wrong, though each alone is right. Steps of decoding
 compute no such thing, and their graphs are right there (`tests/test_gpu.py`)."""
 
-HARMLESS = frozenset(
-    "position_ids cache_position use_cache output_attentions output_hidden_states return_dict is_causal scaling "
-    "dropout softcap s_aux sliding_window position_embeddings past_key_values num_items_in_batch cu_seq_lens_q "
-    "cu_seq_lens_k max_length_q max_length_k output_router_logits logits_to_keep".split()
-)
-"""Arguments of attention functions that `banded_attention` honours, or that do not change what is attended."""
+HONOURED = frozenset("dropout scaling is_causal softcap s_aux sliding_window output_attentions cache".split())
+"""Arguments of attention functions that bands honour. A `cache` counts in paged attention alone."""
 
 
-def late_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def late_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
     """The function in `AttentionInterface`: rotate as the plan says, then attend."""
-    late: LateRotation | None = getattr(module, "_posext_late", None)
-    if late is None:
-        raise EvaluationError(f"{type(module).__name__} was made after the patch; undo the patch, then patch again")
+    remapping: Remapping | Probing | None = getattr(module, "_posext_remapping", None)
+    if isinstance(remapping, Probing):
+        return remapping.capture(module._posext_path, *args)  # type: ignore[arg-type]
+    if remapping is None:
+        raise EvaluationError(
+            f"{type(module).__name__} has no patch, but its config asks for one: the module was made after the patch, "
+            "or its model shares the config with a patched model. Undo the patch, then patch again"
+        )
     text = torch.compiler.is_compiling() and args[0].shape[2] > 1
-    if text and args[0].device.type == UNPROVEN_ON and any(part.chunk > 1 for part in late.plan.parts):
-        found: tuple[torch.Tensor, torch.Tensor | None] = _outside_of_graphs(late, module, *args, **kwargs)
-        return found
-    return _late_attention(late, module, *args, **kwargs)
+    if text and args[0].device.type == UNPROVEN_ON and any(part.chunk > 1 for part in remapping.bands.parts):
+        attended: Attended = _outside_of_graphs(remapping, module, *args, **kwargs)
+        return attended
+    return _late_attention(remapping, module, *args, **kwargs)
 
 
 def _late_attention(
-    late: LateRotation,
+    remapping: Remapping,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Layers that do not rotate, and sliding-window layers that see only the nearest part, attend as in the unpatched
-    model."""
-    path: str = module._posext_path  # type: ignore[assignment]
-    if late.quarters is not None:
-        late.captured[path] = (query.detach().cpu(), key.detach().cpu())
-        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+) -> Attended:
+    """A layer does not rotate, or it sees only the nearest band, or it sees several."""
     selected = kwargs.pop("indices", None)
     if selected is not None:
         assert attention_mask is not None  # the indexer has read it
         attention_mask = _only(attention_mask, selected)
-    if path not in late.layers:
-        return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
-    layout = late.layers[path] = late.layers[path].to(query.device)
-    at = late.positions(layout.rotary)
-    there = query.device
-    at_query, at_key = at.once(("there", there), lambda: (at.queries.to(there), at.keys.to(there)))
-    if at_key.shape[1] < key.shape[2] and not (query.shape[2] == 1 and torch.compiler.is_compiling()):
-        # a static cache, filled in part: leave the rest out
-        key, value = key[:, :, : at_key.shape[1]], value[:, :, : at_key.shape[1]]
-        attention_mask = None if attention_mask is None else attention_mask[..., : at_key.shape[1]]
-    # of a sliding cache the latest keys are left; a graph keeps the free slots of a static one, which are masked
-    if at_key.shape[1] != key.shape[2]:
-        at_key = at_key[:, -key.shape[2] :]
-        at_key = nn.functional.pad(at_key, (0, key.shape[2] - at_key.shape[1]))
+    layout = remapping.layer(module._posext_path, query.device)  # type: ignore[arg-type]
+    if layout is None:
+        return _base_attention(remapping.base, module, query, key, value, attention_mask, **kwargs)
+    at = positions_at(module, remapping, layout.rotary)
+    axes = at.once(("there", query.device), lambda: (at.query_axes.to(query.device), at.key_axes.to(query.device)))
+    if axes[1].shape[-1] != key.shape[2]:
+        key, value, attention_mask, axes = _known_keys(module, at, key, value, attention_mask, axes)
+    parts, window = remapping.bands.parts, kwargs.get("sliding_window")
+    if not parts or (window is not None and sees_one_band(parts[0], window)):
+        return _near_attention(module, layout, at, axes, query, key, value, attention_mask, **kwargs)
+    return _far_attention(module, layout, at, axes, query, key, value, attention_mask, **kwargs)
 
-    parts = () if late.unmapped else late.plan.parts
-    scale = None if late.unmapped else late.plan.query_scale
-    if scale is not None and scale.first_layer > getattr(module, "layer_idx", 0):  # they are numbered: see probe.py
-        scale = None
-    window = kwargs.get("sliding_window")
-    if not parts or (window is not None and _all_near(parts[0], window)):
-        given, given_key = at_query, at_key
-        if at.given.ndim == 3:  # the axes of a multimodal model; text has one position on all of them
-            given = at.given.to(query.device)
-            given_key = given if key.shape[2] == given.shape[-1] else at_key.expand(given.shape[0], -1, -1)
-            turned = False
-            late.loose.add(layout.rotary)
-        else:
-            key, turned, _ = turned_keys(late, module, layout, at, key, query.shape[2])
-        if not at.turned:
-            query = _turns(late, layout.query, at, query, "same", (SAME,), given)[0]
-        query = _scaled(query, at_query, scale)
-        if not turned:
-            key = _turns(late, layout.key, at, key, "same", (SAME,), given_key)[0]
-        return _base_attention(late, module, query, key, value, attention_mask, **kwargs)
 
-    unknown = sorted(name for name, given in kwargs.items() if name not in HARMLESS and given is not None)
+def _near_attention(
+    module: nn.Module,
+    layout: LayerLayout,
+    at: Positions,
+    axes: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> Attended:
+    """All pairs are at the positions of the model: rotate, then attend as the unpatched model does."""
+    remapping = at.state.remapping
+    key, rotated, _ = cached_keys(module, layout, at, key, query.shape[2])
+    if not at.rotated:
+        query = _rotations(layout.query, at, query, "same", (SAME,), axes[0])[0]
+    query = _scaled(query, at, axes[0], _scale(module, remapping))
+    if not rotated:
+        key = _rotations(layout.key, at, key, "same", (SAME,), axes[1])[0]
+    return _base_attention(remapping.base, module, query, key, value, mask, **kwargs)
+
+
+def _far_attention(
+    module: nn.Module,
+    layout: LayerLayout,
+    at: Positions,
+    axes: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> Attended:
+    """Pairs in several bands: rotate queries and keys for each, then attend to all of them by one softmax."""
+    remapping = at.state.remapping
+    bands = remapping.bands
+    unknown = [name for name, given in kwargs.items() if given is not None and name in remapping.refused]
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
         )
+    if mask is None and query.shape[2] > 1 and not _is_causal(remapping.base, module, kwargs):
+        raise UnsupportedModelError(both_sides(remapping, type(module).__name__, "no mask, and not causal"))
+    places = axes if axes[0].ndim == 2 else (axes[0][0], axes[1] if axes[1].ndim == 2 else axes[1][0])
     # not where a sliding cache has dropped keys; chunks are bands where rows begin at position 0, windows anywhere
     aligned = (
         at.slot is None
-        and at_key.shape[1] == at.keys.shape[1]
-        and (at.aligned or at.regular and all(map(_slides, parts)))
+        and places[1].shape[1] == at.keys.shape[1]
+        and (at.aligned or at.regular and all(map(_slides, bands.parts)))
     )
     scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-    banded = (
-        aligned and attention_mask is None and not any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
-    )
-    whole = at.turned and banded and not kwargs.get("dropout")
-    step = whole_step(late, layout, at, query, key, value, scaling) if whole else None
-    key, turned, last = turned_keys(late, module, layout, at, key, query.shape[2], leave=step is not None)
+    plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux")) and not kwargs.get("dropout")
+    whole = at.rotated and aligned and mask is None and plain and not at.state.weights
+    step = whole_step(layout, at, query, key, value, scaling) if whole else None
+    key, rotated, last = cached_keys(module, layout, at, key, query.shape[2], leave=step is not None)
     if step is not None:
-        return step(_scaled(query, at_query, scale), key, value, last), None
-    (rules, which), (key_rules, which_key) = late.query_maps, late.key_maps
-    if at.turned:
-        queries = step_queries(late, layout.query, at, query)
+        return step(
+            _scaled(query, at, axes[0], _scale(module, remapping)), key, value, -1 if last is None else last
+        ), None
+    if at.rotated:
+        queries = step_queries(layout.query, at, query)
     else:
-        queries = _turns(late, layout.query, at, query, "query", rules, at_query)
-    queries = [_scaled(one, at_query, scale) for one in queries]
-    keys = None if turned else _turns(late, layout.key, at, key, "key", key_rules, at_key)
+        queries = _rotations(layout.query, at, query, "query", bands.query_maps, axes[0])
+    scale = _scale(module, remapping)
+    queries = [_scaled(one, at, axes[0], scale) for one in queries]
+    keys = [key] if rotated else _rotations(layout.key, at, key, "key", bands.key_maps, axes[1])
     branches = [
-        Branch(part, queries[i], keys[j] if keys else key) for part, i, j in zip(parts, which, which_key, strict=True)
+        Branch(part, queries[i], key if rotated else keys[j])
+        for part, i, j in zip(bands.parts, bands.query_choice, bands.key_choice, strict=True)
     ]
-    out = banded_attention(
-        branches,
-        value,
-        at_query,
-        at_key,
-        mask=attention_mask,
-        aligned=aligned,
-        scaling=scaling,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-        dropout=kwargs.get("dropout") or 0.0,
-    )
-    if attention_mask is not None and attention_mask.dtype == torch.bool and at.slot is None:
+    options = {
+        "scaling": scaling,
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+        "dropout": kwargs.get("dropout") or 0.0,
+    }
+    if at.state.weights:
+        return _attention_with_weights(branches, value, *places, mask, **options)
+    out = banded_attention(branches, value, *places, mask=mask, aligned=aligned, **options)
+    if mask is not None and mask.dtype == torch.bool and at.slot is None:
         # as SDPA: 0 where a query attends to nothing. Recurrent Gemma's convolutions read such padding
-        out = out.masked_fill(~attention_mask.any(-1).transpose(1, 2)[..., None], 0)
+        out = out.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0)
     return out, None
 
 
 _outside_of_graphs: Any = torch.compiler.disable(_late_attention)  # type: ignore[no-untyped-call]
+
+
+def _known_keys(
+    module: nn.Module,
+    at: Positions,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    axes: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
+    """Keys, values, mask and positions of as many keys: a cache has free slots, or has dropped keys behind a window.
+
+    Raises:
+        EvaluationError: neither is so; other code has added keys, or taken some away.
+    """
+    layers: list[Any] = getattr(at.state.cache, "layers", [])
+    index: Any = getattr(module, "layer_idx", None)
+    if index is not None and 0 <= index < len(layers):  # a layer may be shared, or share the keys of another
+        layers = [layers[index]]
+    known, count = axes[1].shape[-1], key.shape[2]
+    if known < count and any(getattr(layer, "max_cache_len", 0) >= count for layer in layers):
+        if query_is_single(at) and torch.compiler.is_compiling():
+            # a graph keeps the free slots, which are masked
+            return key, value, mask, (axes[0], nn.functional.pad(axes[1], (0, count - known)))
+        return key[:, :, :known], value[:, :, :known], None if mask is None else mask[..., :known], axes
+    if known > count and any(getattr(layer, "is_sliding", False) for layer in layers):
+        return key, value, mask, (axes[0], axes[1][..., -count:])  # the latest are left
+    raise EvaluationError(
+        f"{type(module).__name__} got {count} keys, and the positions of {known} are known. Layers that are called "
+        "one by one, and caches that drop keys on their own, do not tell where their keys are: call the model itself, "
+        "with a cache that keeps all keys, or undo the patch"
+    )
+
+
+def query_is_single(at: Positions) -> bool:
+    """Return whether a forward is of one token."""
+    return at.query_axes.shape[-1] == 1
 
 
 def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
@@ -179,19 +232,18 @@ def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
     return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
-def _all_near(part: Part, window: int) -> bool:
-    """Whether a sliding window holds only pairs of a part that leaves positions as they are."""
+def sees_one_band(part: Part, window: int) -> bool:
+    """Return whether a sliding window holds only pairs of a band that leaves positions as they are."""
     unmoved = part.query == part.key == SAME
     return unmoved and part.chunk == 1 and (part.high is None or window <= part.high)
 
 
 def _slides(part: Part) -> bool:
-    """Whether a part is a window that moves on with each query."""
+    """Whether a band is a window that moves on with each query."""
     return part.chunk == 1 and part.keys_below is None
 
 
-def _turns(
-    late: LateRotation,
+def _rotations(
     layout: Layout,
     at: Positions,
     states: torch.Tensor,
@@ -199,62 +251,147 @@ def _turns(
     rules: tuple[PositionMap, ...],
     positions: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Queries or keys turned to their positions under each of the maps, which are the same wherever `what` is."""
+    """Queries or keys rotated to their positions under each of the maps. Phases are the same wherever `what` is."""
 
     def phases(some: tuple[PositionMap, ...]) -> Phases:
         lengths = at.lengths(positions) if any(rule.row_group for rule in some) else None
         wanted = torch.cat([mapped(positions, rule, lengths) for rule in some], -1)
-        if not late.delta:
-            return layout.phases(*late.phases(at, wanted, states), states.dtype)
-        site = late.sites[at.name]  # the model has turned by its own positions, and factor, already
-        cos, sin = late.phases(at, wanted - torch.cat([positions] * len(some), -1), states)
-        factor = getattr(site.module, f"{site.prefix}attention_scaling", 1.0)
+        if not at.state.remapping.delta:
+            return layout.phases(*phases_at(at, wanted, states), states.dtype)
+        # the model has rotated by its own positions, and factor, already
+        cos, sin = phases_at(at, wanted - torch.cat([positions] * len(some), -1), states)
+        factor = getattr(at.site.module, f"{at.site.prefix}attention_scaling", 1.0)
         return layout.phases(cos / factor, sin / factor, states.dtype)
 
     step = positions.shape[-1] == 1  # it has many small operations: all maps at once
-    turned = []
+    rotated = []
     for number, some in enumerate([rules] if step else [(rule,) for rule in rules]):
         kind = what, number, layout.kind, positions.shape, states.dtype, states.device
-        turned.append(layout.rotate(states, at.once(kind, functools.partial(phases, some))))
-    return list(turned[0].chunk(len(rules), 2)) if step else turned
+        rotated.append(layout.rotate(states, at.once(kind, functools.partial(phases, some))))
+    return list(rotated[0].chunk(len(rules), 2)) if step else rotated
 
 
-def _scaled(query: torch.Tensor, positions: torch.Tensor, scale: QueryScale | None) -> torch.Tensor:
-    """Queries (batch, heads, tokens, dim) that grow with their positions (batch, tokens)."""
+def _scale(module: nn.Module, remapping: Remapping) -> QueryScale | None:
+    """How the queries of a layer grow. Layers are numbered where the first ones do not: see `probe.py`."""
+    scale, index = remapping.query_scale, getattr(module, "layer_idx", 0)
+    return None if scale is None or scale.first_layer > index else scale
+
+
+def _scaled(query: torch.Tensor, at: Positions, positions: torch.Tensor, scale: QueryScale | None) -> torch.Tensor:
+    """Queries (batch, heads, tokens, dim) that grow with their positions (batch, tokens), on the first axis."""
     if scale is None:
         return query
-    past = (positions.float() + 1) / scale.length
-    if scale.step is None:
-        factor = (1 + scale.temperature * past.clamp(min=1).log()).square() * scale.constant
+
+    def make() -> torch.Tensor:
+        first = positions if positions.ndim == 2 else positions[0]
+        past = (first.float() + 1) / scale.length
+        if scale.step is None:
+            factor = (1 + scale.temperature * past.clamp(min=1).log()).square() * scale.constant
+        else:
+            factor = (1 + scale.temperature * ((first + 1) // scale.step + 1).float().log()) * scale.constant
+        if scale.log:
+            factor = factor * ((first.float() + 1).log() / math.log(scale.length)).clamp(min=1)
+        return factor.to(query.dtype)[:, None, :, None]
+
+    return query * at.once(("scale", query.dtype, query.device), make)
+
+
+def _attention_with_weights(
+    branches: list[Branch],
+    value: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    dropout: float,
+) -> Attended:
+    """Attention over bands with its weights (batch, heads, queries, keys), all of which are held, as in eager."""
+    repeats = branches[0].query.shape[1] // value.shape[1]
+    scores: torch.Tensor | None = None
+    for part, query, key in branches:
+        score = (query @ key.repeat_interleave(repeats, 1).mT).float() * scaling
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        faded = fade(part, query_positions, score.dtype)
+        decayed = decay(part, query_positions[..., None] - key_positions[:, None], score.dtype)
+        score = score if faded is None else score + faded[:, None, :, None]
+        score = score if decayed is None else score + decayed[:, None]
+        inside = belongs(part, query_positions, key_positions)[:, None]
+        scores = torch.where(inside, score, torch.finfo(value.dtype).min if scores is None else scores)
+    assert scores is not None
+    least = torch.finfo(value.dtype).min
+    if mask is None:
+        queries, keys = scores.shape[-2:]
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=value.device).tril(keys - queries)
+        scores = scores.masked_fill(~causal, least)
     else:
-        factor = (1 + scale.temperature * ((positions + 1) // scale.step + 1).float().log()) * scale.constant
-    if scale.log:
-        factor = factor * ((positions.float() + 1).log() / math.log(scale.length)).clamp(min=1)
-    return query * factor.to(query.dtype)[:, None, :, None]
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask.clamp(min=least)
+    if sinks is not None:
+        extra = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, extra], -1)
+    weights = scores.softmax(-1)[..., : value.shape[2]].to(value.dtype)
+    weights = nn.functional.dropout(weights, dropout)
+    return (weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2).contiguous(), weights
+
+
+def base_function(base: str, module: nn.Module) -> Callable[..., Attended]:
+    """Return the attention function that an unpatched module would call."""
+    if base == "sdpa":
+        plain: Callable[..., Attended] = sdpa_attention_forward
+        return plain
+    homes = [sys.modules[cls.__module__] for cls in type(module).__mro__]
+    eager: Any = next(home for home in homes if hasattr(home, "eager_attention_forward"))
+    function: Callable[..., Attended] = eager.eager_attention_forward
+    return function
 
 
 def _base_attention(
-    late: LateRotation, module: nn.Module, query: Any, key: Any, value: Any, mask: torch.Tensor | None, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention that the unpatched model would call."""
-    if late.base == "sdpa":
-        result: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, mask, **kwargs
-        )
-        return result
-    homes = [sys.modules[cls.__module__] for cls in type(module).__mro__]
-    eager = next(home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward"))
-    attended: tuple[torch.Tensor, torch.Tensor | None] = eager(module, query, key, value, mask, **kwargs)
-    return attended
+    base: str, module: nn.Module, query: Any, key: Any, value: Any, mask: torch.Tensor | None, **kwargs: Any
+) -> Attended:
+    return base_function(base, module)(module, query, key, value, mask, **kwargs)
 
 
-def lease(late: LateRotation) -> weakref.finalize[[], LateRotation]:
-    """Put the attention function into transformers' registries, until what is returned is called or `late` is gone."""
-    for name, mask in MASKS.items():
-        register_attention(name, late_attention, mask)
-    return weakref.finalize(late, _return_lease)
+def _is_causal(base: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the attention of the unpatched model, without a mask, sees the past alone: eager attention never does,
+    sdpa asks the call and then the module."""
+    if base == "eager":
+        return False
+    said = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)
 
 
-def _return_lease() -> None:
+def arguments_read(function: Callable[..., Any]) -> frozenset[str]:
+    """
+    Return the names of arguments that an attention function reads: its parameters, and what it looks up by name.
+
+    Trainers and collators hand all kinds of names down to the attention (`seq_idx`, `shift_labels`, the lengths of
+    packed documents for FlashAttention). Which of them count is asked from the code of the unpatched function. A
+    function in its place has to honour these, and no others.
+    """
+    plain = inspect.unwrap(function)
+    code = getattr(plain, "__code__", None)
+    texts = () if code is None else (value for value in code.co_consts if isinstance(value, str))
+    return frozenset((*inspect.signature(plain).parameters, *texts))
+
+
+class Lease:
+    """Keeps the attention function in transformers' registries as long as a patched model needs it.
+
+    Copies and pickles have a lease of their own.
+    """
+
+    def __init__(self) -> None:
+        for name, mask in MASKS.items():
+            register_attention(name, late_attention, mask)
+        self.end = weakref.finalize(self, _end_lease)
+
+    def __reduce__(self) -> tuple[type[Lease], tuple[()]]:
+        return Lease, ()
+
+
+def _end_lease() -> None:
     for name in MASKS:
         forget_attention(name)

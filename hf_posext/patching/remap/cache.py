@@ -1,8 +1,14 @@
-"""What the cache of a patched model has to know: where each key is and how it is turned, and that no other model may
-read it."""
+"""What a cache tells of the keys that a patched model has put into it: their positions, and how they stand rotated.
+
+One [`KeyRecord`] on the user's cache holds all of it. The methods of the cache that move rows or take keys back tell
+the record. Whatever else was done to the keys, evicted or rearranged by other code, is found when the next forward
+begins, and is refused.
+"""
 
 from __future__ import annotations
 
+import enum
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,184 +19,304 @@ from ...errors import EvaluationError
 from ...plan import ExtensionPlan
 from ..mixin import Carried, mix
 
+START_ANEW = "Start with an empty cache."
 
-class PatchedCache(Carried):
-    """Mixed into the class of a cache that a patched model has filled.
 
-    Positions of shape (batch or 1, keys) follow what happens to rows. A crop needs nothing: the length of the cache
-    says how many of them count. Keys are not rotated, but in the layers of which `_posext_turned` tells for which
-    newest position (batch or 1, 1) they are, and how many.
+class Contents(enum.Enum):
+    """What is known of the keys in a cache."""
+
+    EMPTY = "no keys"
+    WRITING = "a forward of the patched model adds keys"
+    KNOWN = "the positions of all keys are known; only the patched model may add to them"
+    COUNTED = "compiled steps have added keys, whose positions follow from the newest"
+
+
+class KeyRecord:
+    """Positions and rotations of the keys in one cache.
+
+    Attributes:
+        contents (`Contents`): what is known.
+        plan (`ExtensionPlan`, *optional*): under which the keys were written.
+        positions (`torch.Tensor` of shape `(batch or 1, keys)` or `(axes, batch or 1, keys)`, *optional*): of all
+            keys.
+        padding (`torch.Tensor` of shape `(batch, 1)` or `(axes, batch, 1)`, *optional*): what is taken from the
+            positions that the model counts; see `leading_padding`.
+        order (`tuple[bool, bool]`): whether positions are aligned and regular; see `Positions`.
+        rotated (`dict[int, tuple[torch.Tensor, int]]`): by layer of the cache, for which newest position
+            (batch or 1, 1) its keys are rotated, and how many. Keys of other layers are not rotated.
+        standing (`tuple[frozenset[str], int]`): the sets of frequencies of which all layers keep their keys rotated,
+            and how many keys the cache held then.
+        newest (`torch.Tensor` of shape `(batch or 1, 1)`, *optional*): of a static cache, the newest position, in one
+            place, where compiled steps keep it.
     """
 
-    _posext_plan: ExtensionPlan
-    _posext_positions: torch.Tensor
-    _posext_order: tuple[bool, bool]
-    _posext_turned: dict[int, tuple[torch.Tensor, int]]
-    _posext_open: bool
-    _posext_standing: tuple[frozenset[str], int] = frozenset(), 0
-    """The sets of frequencies of layers whose keys are all turned, and how many keys the cache held then."""
-    _posext_newest: torch.Tensor | None = None
-    """Of a static cache: the newest position (batch or 1, 1), in one place, where compiled steps keep it."""
-    _posext_stepped = False
-    """Whether such steps have added keys since; what is told of the keys above is of before."""
+    def __init__(self) -> None:
+        self.contents = Contents.EMPTY
+        self.plan: ExtensionPlan | None = None
+        self.positions: torch.Tensor | None = None
+        self.padding: torch.Tensor | None = None
+        self.order = False, False
+        self.rotated: dict[int, tuple[torch.Tensor, int]] = {}
+        self.standing: tuple[frozenset[str], int] = frozenset(), 0
+        self.newest: torch.Tensor | None = None
+        self._seen: list[weakref.ref[torch.Tensor] | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the tensors that were seen: a copy has others."""
+        return vars(self) | {"_seen": None}
+
+    def open(self, cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
+        """Let a forward of the patched model add to the cache.
+
+        Returns:
+            `torch.Tensor`, *optional*: positions of the keys in it; `None` where it is empty.
+
+        Raises:
+            EvaluationError: the keys are not those that the last forward left, or are rotated for another plan.
+        """
+        self.catch_up(cache)
+        length = _length(cache, None if self.contents is Contents.WRITING else self.positions)
+        if not length:  # new, emptied, or a forward before this one failed before it added any
+            self._empty()
+        elif self.positions is None or self.positions.shape[-1] != length or not self._same(cache):
+            known = 0 if self.positions is None else self.positions.shape[-1]
+            raise EvaluationError(
+                f"Expected the {known} keys that the patched model left in the cache, got {length} keys, of which "
+                "some were evicted, replaced or added by other code. Change them by the cache's own crop, "
+                "reorder_cache, batch_select_indices or batch_repeat_interleave, which keep the positions of keys. "
+                + START_ANEW
+            )
+        if self.rotated and self.plan != plan:
+            raise EvaluationError(f"The cache was filled under another patch. {START_ANEW}")
+        # EMPTY or KNOWN -> WRITING: keys come in by `update` from here on
+        self.contents, self.plan = Contents.WRITING, plan
+        return self.positions
+
+    def close(
+        self, cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order: tuple[bool, bool], names: frozenset[str]
+    ) -> None:
+        """Keep the positions of all keys, their order, and the sets of frequencies whose keys are rotated."""
+        # WRITING -> KNOWN: nothing may come in by `update` until the patched model runs again
+        self.contents, self.plan, self.positions, self.order = Contents.KNOWN, plan, positions, order
+        self.standing = names, positions.shape[-1]
+        if is_static(cache) and positions.ndim == 2:
+            self._keep_newest(positions[:, -1:])
+        self._look(cache)
+
+    def open_slot(self, cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
+        """Return, in a compiled graph, the slot of a static cache that the key of a single token gets; `None` where
+        positions do not follow from it.
+
+        Slots and the newest position are all that such a step looks at: tensors that stay in their places, of shapes
+        that stay the same, so that one graph does for all steps, and a CUDA graph for all replays.
+        """
+        if not torch.compiler.is_compiling() or not is_static(cache):
+            return None
+        if self.newest is None or not self.order[1] or self.plan is not plan:
+            return None
+        self.contents = Contents.WRITING  # KNOWN or COUNTED -> WRITING
+        layers: Any = cache.layers
+        slot: torch.Tensor = layers[0].cumulative_length.clone().reshape(())  # layers count on in place
+        return slot
+
+    def close_slot(self, newest: torch.Tensor) -> None:
+        """Keep the position (batch or 1, 1) of the token of a compiled step."""
+        assert self.newest is not None
+        follows = (newest == self.newest + 1).all()
+        torch._assert_async(follows, "the position of a single token must follow those in the cache")
+        self.newest.copy_(newest.expand_as(self.newest))
+        self.contents = Contents.COUNTED  # WRITING -> COUNTED: all else that is known is of before such steps
+
+    def catch_up(self, cache: Any) -> None:
+        """Find what compiled steps have not told of the keys: rows count up by one, and all are rotated for the
+        newest."""
+        if self.contents is not Contents.COUNTED:
+            return
+        assert self.newest is not None
+        newest, count = self.newest.clone(), int(cache.get_seq_length())
+        index = torch.arange(1 - count, 1, device=newest.device)
+        self.positions, self.standing = (newest + index).clamp(min=0), (self.standing[0], count)
+        for layer in self.rotated:
+            self.rotated[layer] = newest, count
+        self.contents = Contents.KNOWN  # COUNTED -> KNOWN
+
+    def update_allowed(self, cache: Any) -> None:
+        """Refuse keys from others than the patched model."""
+        if self.contents is Contents.WRITING:
+            return
+        if cache.get_seq_length() > 0:
+            raise EvaluationError(
+                "Expected an empty cache, got one that holds the keys of a patched model, which no other model can "
+                f"read, nor can its layers where they are called one by one. {START_ANEW}"
+            )
+        self._empty()  # KNOWN or COUNTED -> EMPTY: it was emptied
+        self.contents = Contents.WRITING  # EMPTY -> WRITING: another model may have it
+
+    def reset(self) -> None:
+        """The cache was emptied."""
+        self._empty()
+
+    def crop(self, cache: Any) -> None:
+        """The cache took back its latest keys."""
+        if self.positions is not None:
+            self.positions = self.positions[..., : int(cache.get_seq_length())]
+        self._look(cache)
+
+    def rows(self, cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The cache changed its rows. One row that stands for all is left as it is.
+
+        Args:
+            cache (`Cache`): the cache.
+            change (`Callable`): what was done to the rows of a tensor (batch, ...).
+        """
+
+        def changed(known: torch.Tensor) -> torch.Tensor:
+            if known.ndim == 3:  # axes first
+                return torch.stack([changed(axis) for axis in known])
+            return change(known) if known.shape[0] > 1 else known
+
+        self.catch_up(cache)
+        if self.newest is not None:
+            self._keep_newest(changed(self.newest))
+        if self.padding is not None:
+            self.keep_padding(changed(self.padding))
+        if self.positions is not None:
+            self.positions = changed(self.positions)
+        self.rotated = {index: (changed(newest), count) for index, (newest, count) in self.rotated.items()}
+        self._look(cache)
+
+    def keep_padding(self, padding: torch.Tensor | None) -> None:
+        """Keep what is taken from the positions that the model counts."""
+        if padding is None or torch.compiler.is_compiling():
+            self.padding = padding
+        else:
+            self.padding = _kept(padding)
+
+    def _empty(self) -> None:
+        self.contents, self.positions, self.padding, self._seen = Contents.EMPTY, None, None, None
+        self.rotated.clear()
+
+    def _keep_newest(self, newest: torch.Tensor) -> None:
+        """Keep the newest position where it was kept so far, if there is such a place."""
+        known = self.newest
+        if known is not None and known.shape == newest.shape and known.device == newest.device:
+            known.copy_(newest)
+        elif not torch.compiler.is_compiling():
+            self.newest = _kept(newest)
+
+    def _look(self, cache: Any) -> None:
+        """Remember the tensors that the layers hold, so that others in their place are noticed."""
+        self._seen = None if torch.compiler.is_compiling() else [_key_reference(layer) for layer in _layers(cache)]
+
+    def _same(self, cache: Any) -> bool:
+        """Whether the layers hold the tensors that the last forward, or the cache's own methods, left in them.
+
+        Caches that move their keys to another device and back hold others. So do copies. There the length counts.
+        """
+        if self._seen is None or torch.compiler.is_compiling() or getattr(cache, "offloading", False):
+            return True
+        layers = _layers(cache)
+        return len(layers) == len(self._seen) and all(
+            seen is None or seen() is layer.keys for seen, layer in zip(self._seen, layers, strict=True)
+        )
+
+
+class FollowedCache(Carried):
+    """Mixed into the class of a cache that a patched model has filled: its methods tell the record what they did."""
+
+    _posext_keys: KeyRecord
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._posext_open:
-            if self.get_seq_length() > 0:  # type: ignore[attr-defined]
-                raise EvaluationError(
-                    "the cache holds the keys of a patched model, which no other model can read; "
-                    "start with an empty cache"
-                )
-            self._forget()  # it was emptied
-            self._posext_open = True
+        self._posext_keys.update_allowed(self)
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self._forget()
+        self._posext_keys.reset()
 
-    def _forget(self) -> None:
-        self._posext_positions = self._posext_positions[:, :0]
-        self._posext_turned.clear()
-        self._posext_stepped = False
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        self._posext_keys.catch_up(self)
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        self._posext_keys.crop(self)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._select(beam_idx)
+        self._posext_keys.rows(self, lambda known: known[beam_idx.to(known.device)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self._select(indices)
+        self._posext_keys.rows(self, lambda known: known[indices.to(known.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._each(lambda held: held.repeat_interleave(repeats, dim=0))
-
-    def _select(self, rows: torch.Tensor) -> None:
-        self._each(lambda held: held[rows.to(held.device)])
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Change what is held of each row; where there is one it stands for all."""
-
-        def changed(held: torch.Tensor) -> torch.Tensor:
-            return change(held) if held.shape[0] > 1 else held
-
-        catch_up(self)
-        if self._posext_newest is not None:
-            keep_newest(self, changed(self._posext_newest))
-        self._posext_positions = changed(self._posext_positions)
-        self._posext_turned = {i: (changed(newest), count) for i, (newest, count) in self._posext_turned.items()}
+        self._posext_keys.rows(self, lambda known: known.repeat_interleave(repeats, dim=0))
 
 
 def find_cache(values: Iterable[Any]) -> Any:
-    """The cache among the arguments or outputs of a model; `None` where there is none."""
+    """Return the cache among the arguments or outputs of a model; `None` without one."""
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
-def open_cache(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
-    """Positions of the keys in a cache, or `None` where it is empty; the patched model may add to it from here on.
+def record_of(cache: Any) -> KeyRecord:
+    """
+    Return the record of a cache, a new one for an empty cache.
 
     Raises:
-        EvaluationError: it was filled before the patch, or keys in it are turned for another plan.
+        EvaluationError: the cache holds keys that no patched model has put there.
     """
-    catch_up(cache)
-    known = getattr(cache, "_posext_positions", None)
-    length = _length(cache, known)
-    if length and (known is None or known.shape[-1] < length):
-        raise EvaluationError(
-            "the cache holds keys from before the patch, which are rotated already; start with an empty cache"
-        )
-    turned = getattr(cache, "_posext_turned", {})
-    if not length:
-        turned.clear()
-    if turned and cache._posext_plan != plan:
-        raise EvaluationError("the cache was filled under another patch; start with an empty cache")
-    cache._posext_turned = turned
-    if known is not None:
-        cache._posext_open = True
-    return known[..., :length] if known is not None and length else None
+    record: KeyRecord | None = getattr(cache, "_posext_keys", None)
+    if record is None:
+        if _length(cache, None):
+            raise EvaluationError(
+                "Expected an empty cache or one that this patched model has filled, got one with keys whose positions "
+                "are not known: from before the patch, from another model, from prefix tuning, from layers that were "
+                f"called one by one, or from a cache that was rebuilt from its tensors. {START_ANEW}"
+            )
+        record = KeyRecord()
+    return record
 
 
-def _length(cache: Any, known: torch.Tensor | None) -> int:
-    """How many keys are in a cache. A static one counts on its device, for which the host does not wait where the last
-    forward has left their positions."""
-    count = cache.get_seq_length()
-    left = 0 if known is None or cache._posext_open else known.shape[-1]
-    if not left or not isinstance(count, torch.Tensor) or seen_for_free(count):
-        return int(count)
-    torch._assert_async(count == left, "the keys in the cache must be those that the last forward has left there")
-    return left
-
-
-def seen_for_free(tensor: torch.Tensor) -> bool:
-    """Whether the host can read a tensor without waiting for a device."""
-    return tensor.device.type == "cpu"
-
-
-def close_cache(
-    cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order: tuple[bool, bool], standing: frozenset[str]
-) -> None:
-    """Leave the positions of all keys, what is known of their order, and which sets' keys are turned, with the cache
-    that holds them."""
-    if not isinstance(cache, PatchedCache):
-        cache.__class__ = mix(PatchedCache, type(cache))
-        cache._posext_turned = getattr(cache, "_posext_turned", {})
-    cache._posext_plan, cache._posext_positions, cache._posext_order = plan, positions, order
-    cache._posext_open, cache._posext_standing = False, (standing, positions.shape[-1])
-    if is_static(cache):
-        keep_newest(cache, positions[:, -1:])
+def follow(cache: Any, record: KeyRecord) -> None:
+    """Put a record on a cache, whose methods tell it from now on what they do."""
+    if not isinstance(cache, FollowedCache):
+        cache.__class__ = mix(FollowedCache, type(cache))
+    cache._posext_keys = record
 
 
 def is_static(cache: Any) -> bool:
-    """Whether all layers of a cache have slots that stay in their places."""
-    layers = getattr(cache, "layers", [])
+    """Return whether all layers of a cache have slots that stay in their places."""
+    layers = _layers(cache)
     return len(layers) > 0 and all(type(layer) is StaticLayer for layer in layers)
 
 
-def open_slot(cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
-    """In a compiled graph, the slot of a static cache that the key of a single token gets, as a tensor; `None` where
-    positions do not follow from it.
-
-    Slots and the newest position are all that such a step looks at: tensors that stay in their places, of shapes that
-    stay the same, so that one graph does for all steps, and a CUDA graph for all replays.
-    """
-    if not torch.compiler.is_compiling() or not isinstance(cache, PatchedCache) or not is_static(cache):
-        return None
-    if cache._posext_newest is None or not cache._posext_order[1] or cache._posext_plan is not plan:
-        return None
-    cache._posext_open = True
-    layers: Any = cache.layers  # type: ignore[attr-defined]
-    slot: torch.Tensor = layers[0].cumulative_length.clone().reshape(())  # layers count on in place
-    return slot
+def seen_for_free(tensor: torch.Tensor) -> bool:
+    """Return whether the host can read a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
-def close_slot(cache: PatchedCache, newest: torch.Tensor) -> None:
-    """Leave the position (batch or 1, 1) of the token with the cache that holds its key."""
-    assert cache._posext_newest is not None
-    follows = (newest == cache._posext_newest + 1).all()
-    torch._assert_async(follows, "the position of a single token must follow those in the cache")
-    cache._posext_newest.copy_(newest.expand_as(cache._posext_newest))
-    cache._posext_open, cache._posext_stepped = False, True
+def _layers(cache: Any) -> list[Any]:
+    return getattr(cache, "layers", [])
 
 
-def keep_newest(cache: PatchedCache, newest: torch.Tensor) -> None:
-    """Keep the newest position of a static cache where it was kept so far, if there is such a place."""
-    held = cache._posext_newest
-    if held is not None and held.shape == newest.shape and held.device == newest.device:
-        held.copy_(newest)
-    elif not torch.compiler.is_compiling():
-        with torch.inference_mode(False):
-            cache._posext_newest = torch.empty_like(newest).copy_(newest)
-        torch._dynamo.mark_static_address(cache._posext_newest)
+def _key_reference(layer: Any) -> weakref.ref[torch.Tensor] | None:
+    keys = getattr(layer, "keys", None)
+    return weakref.ref(keys) if isinstance(keys, torch.Tensor) else None
 
 
-def catch_up(cache: Any) -> None:
-    """Find what compiled steps have not told of the keys: rows count up by one, and all are turned for the newest."""
-    if not getattr(cache, "_posext_stepped", False):
-        return
-    newest, count = cache._posext_newest.clone(), int(cache.get_seq_length())
-    index = torch.arange(1 - count, 1, device=newest.device)
-    cache._posext_positions, cache._posext_standing = (newest + index).clamp(min=0), (cache._posext_standing[0], count)
-    for layer in cache._posext_turned:
-        cache._posext_turned[layer] = newest, count
-    cache._posext_stepped = False
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy that compiled steps find in the same place."""
+    with torch.inference_mode(False):
+        copy = torch.empty_like(tensor).copy_(tensor)
+    torch._dynamo.mark_static_address(copy)
+    return copy
+
+
+def _length(cache: Any, left: torch.Tensor | None) -> int:
+    """Return how many keys are in a cache. A static one counts on its device, for which the host does not wait where
+    the last forward has left their positions."""
+    count = cache.get_seq_length()
+    known = 0 if left is None else left.shape[-1]
+    if not known or not isinstance(count, torch.Tensor) or seen_for_free(count):
+        return int(count)
+    torch._assert_async(count == known, "the keys in the cache must be those that the last forward has left there")
+    return known

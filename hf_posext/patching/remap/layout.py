@@ -1,16 +1,20 @@
 """Measures how each attention layer of a model rotates its queries and keys.
 
 transformers has nineteen different functions that apply rotary phases: halves or interleaved, part of the head or all
-of it, one that permutes its output, one that turns the other way, a weighted norm after it. None is looked at. One
+of it, one that permutes its output, one that rotates the other way, a weighted norm after it. None is looked at. One
 forward of a few rows of the same five tokens, with the attention's output zeroed and every phase at 0 or 90 degrees,
-tells for each channel of the queries and keys that reach the attention function: `out_c = x_c cos[s] + g x_p sin[s]`,
+shows for each channel of the queries and keys that reach the attention function: `out_c = x_c cos[s] + g x_p sin[s]`,
 with its partner p, sign and weight g, and the slot s of the rotary module's output that drives it.
+
+The weights of a model may hide it: a channel that is always 0 shows nothing. So the forward is that of a skeleton of
+the same classes with weights of our own (`skeleton.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +25,29 @@ Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 Quarters = dict[str, torch.Tensor]
 """By the name of a set: 0 or 1 (quarter turns) for each row of a forward and each slot, of shape (rows, slots)."""
+
+
+class Probing:
+    """Stands where a remapping will, while layouts are measured.
+
+    Args:
+        quarters (`Quarters`): in place of phases.
+
+    Attributes:
+        captured (`Captured`): what reached the attention of each layer.
+    """
+
+    def __init__(self, quarters: Quarters) -> None:
+        self.quarters = quarters
+        self.captured: Captured = {}
+
+    def capture(
+        self, path: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Take the place of the attention function: keep queries and keys, attend to nothing."""
+        self.captured[path] = query.detach().cpu(), key.detach().cpu()
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
 
 FEW = 8
 """Tokens up to which the partners of all channels are gathered at once, rather than by slices."""
@@ -87,7 +114,7 @@ class Layout:
         return bool(((mutual & opposite) | (self.weights == 0)).all())
 
     def to(self, device: torch.device) -> Layout:
-        """The same on a device."""
+        """Return the same on a device."""
         slots, partners, weights = (tensor.to(device) for tensor in (self.slots, self.partners, self.weights))
         return Layout(self.kind, slots, partners, weights, self.swaps, self.whole)
 
@@ -99,6 +126,10 @@ class LayerLayout:
     rotary: str
     query: Layout
     key: Layout
+
+    def is_plain(self) -> bool:
+        """Return whether channels are mixed by plain rotations: all weights are 1, 0 or -1."""
+        return all(bool((side.weights.abs().round() == side.weights.abs()).all()) for side in (self.query, self.key))
 
     def to(self, device: torch.device) -> LayerLayout:
         """The same on a device."""
@@ -180,17 +211,25 @@ def _swaps(partners: torch.Tensor, weights: torch.Tensor) -> tuple[tuple[slice, 
 def _layout(
     layer: str, still: torch.Tensor, turned: torch.Tensor, bits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Partners, weights, which channels turn, and the code of the pair that drives each; all of shape (dim,)."""
+    """Partners, weights, which channels rotate, and the code of the pair that drives each; all of shape (dim,)."""
     dim = still.shape[-1]
-    before, after = (t.reshape(-1, dim).double() for t in (still, turned))
+    before, after = (states.reshape(-1, dim).double() for states in (still, turned))
     rounding = torch.finfo(still.dtype).eps
-    scale = TOLERANCE * before.abs().max()
-    turns = (before - after).abs().amax(0) > scale
-    # every channel after the turn as a multiple of every channel before it; the partner is the one that leaves least
-    weights = (after.T @ before) / (before.square().sum(0) + 1e-300)
-    residual = torch.stack([(after[:, c : c + 1] - weights[c] * before).abs().amax(0) for c in range(dim)])
-    partners = torch.where(turns, residual.argmin(1), torch.arange(dim))
-    if bool((residual.min(1).values[turns] > max(20 * TOLERANCE, 4 * rounding) * before.abs().max()).any()):
+    largest = before.abs().max()
+    turns = (before - after).abs().amax(0) > TOLERANCE * largest
+    hidden = (before.abs().amax(0) == 0) | (after.abs().amax(0) == 0)
+    if bool(hidden.any()):  # a weight of 0 in front of the rotation, or behind it
+        raise UnknownLayout(
+            f"{layer} has channels that are always 0 ({hidden.nonzero().flatten().tolist()}), so that how it rotates "
+            "cannot be seen"
+        )
+    # every channel after the rotation as a multiple of every channel before it: the partner leaves least
+    weights = (after.T @ before) / before.square().sum(0)
+    rest = torch.zeros(dim, dim, dtype=torch.float64)
+    for one, other in zip(before, after, strict=True):  # a row at a time, so that little is held
+        torch.maximum(rest, (other[:, None] - weights * one).abs(), out=rest)
+    partners = torch.where(turns, rest.argmin(1), torch.arange(dim))
+    if bool((rest.min(1).values[turns] > max(20 * TOLERANCE, 4 * rounding) * largest).any()):
         raise UnknownLayout(f"{layer} mixes more than two channels")
     weights = weights[torch.arange(dim), partners]
     weights = torch.where((weights.abs() - 1).abs() < max(1e-4, rounding), weights.sign(), weights)

@@ -1,22 +1,30 @@
-"""Puts late rotation into a live model: swap, probe the layouts, and check that nothing else has changed."""
+"""Puts a remapping into a live model: finds how its attention rotates, and checks that nothing else has changed."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModelError
+from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import ExtensionPlan, Part, PositionMap
 from ..detect import RotarySite, rotary_sites, text_config
-from ..journal import Journal
 from ..mixin import mix
 from ..modes import evaluation_mode
+from ..signatures import cache_argument, cache_of, with_cache
 from ..switching import switch_attention
-from .layout import Captured, Quarters, UnknownLayout, measure
-from .state import LateRotation, RotatesLate, own_phases
+from ..undo import UndoLog
+from .attention import HONOURED, Lease, arguments_read, base_function
+from .forward import ATTENTION, begin_forward, begin_layer, both_sides, end_forward
+from .layout import Captured, LayerLayout, Probing, Quarters, UnknownLayout, measure
+from .remapping import Remapping
+from .rotary import RotatesLate, own_phases
+from .skeleton import copy_norms, skeleton_of
 
 CHECK_TOKENS = 24
 
@@ -24,14 +32,37 @@ SELECTED = ("index_topk", "indexer_budget")
 """What configs call the number of keys that an indexer selects. The check is no longer than that, since selection
 follows the positions of the model."""
 
-TWICE = PositionMap(rate=2)
+SAME, TWICE = PositionMap(), PositionMap(rate=2)
+
+TWO_BANDS = Part(SAME, SAME, high=CHECK_TOKENS // 3), Part(SAME, SAME, low=CHECK_TOKENS // 3)
+"""Bands that leave all positions as they are: with them, attention over bands is that of the unpatched model."""
 
 
-def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Journal) -> str:
-    """Make a model rotate in its attention, at the positions of the plan.
+@dataclass(frozen=True)
+class Subject:
+    """What is asked how a model rotates: its skeleton, or the model itself.
 
-    Before the positions are remapped, the model must give the same logits as with its own rotation; a model that does
-    not is refused, not patched wrongly.
+    Args:
+        root (`PreTrainedModel`): is called with token ids.
+        prefix (`str`): what the paths of the model have before those of the root.
+        backbone (`PreTrainedModel`): in the root, is handed the cache.
+        sites (`list[RotarySite]`): rotary modules of the root, under the names of the model's.
+        bare (`bool`): the root is a skeleton.
+    """
+
+    root: PreTrainedModel
+    prefix: str
+    backbone: PreTrainedModel
+    sites: list[RotarySite]
+    bare: bool
+
+
+def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
+    """
+    Make a model rotate in its attention, at the positions of the plan.
+
+    Before positions are remapped, the code of the model must give the same states as with its own rotation, through
+    the branch of attention that users then run. A model that does not is refused.
 
     Returns:
         `str`: why a saved checkpoint needs this package.
@@ -49,70 +80,142 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, journal: Jo
         raise UnsupportedModelError(
             f"{kind} selects keys by their rotated states; {plan.method} cannot follow each row there, yarn can"
         )
-    config = text_config(model.config)
+    config: Any = text_config(model.config)
     base = config._attn_implementation or "eager"
-    if base not in ("sdpa", "eager"):
+    if base not in ATTENTION:
         raise UnsupportedModelError(
             f"{kind} runs with {base!r} attention; {plan.method} needs 'sdpa' or 'eager': "
             "model.set_attn_implementation('sdpa')"
         )
-    late = LateRotation(plan, base, delta=indexed)
-    journal.on_undo(_release, late)
-    with evaluation_mode(model):
-        selected = [getattr(config, name, CHECK_TOKENS) for name in SELECTED]
-        probe = torch.arange(3, 3 + min(CHECK_TOKENS, *selected), device=model.device)[None] % config.vocab_size
-        strides = (1, 2) if indexed else (1,)
-        wanted = torch.cat([_logits(model, probe, stride) for stride in strides])
-        _swap(model, late, journal)
-        _probe_layouts(model, late, probe[:, :5], kind, journal)
-        got = _logits(model, probe)
-        late.unmapped = False
-        if indexed:  # so far nothing was turned there; the model must also give what it gives at doubled positions
-            late.plan = replace(plan, parts=(Part(TWICE, TWICE),), query_scale=None)
-            got = torch.cat([got, _logits(model, probe)])
-            late.plan = plan
-        late.keeps_turned = not indexed and _keeps_turned(model, late, probe[:, :7])
-    tolerance = _tolerance(wanted)
-    difference = (got - wanted).float().abs().max()
-    if not difference <= tolerance:
-        raise UnsupportedModelError(
-            f"{kind} gives other logits when its attention rotates late (by {difference:.1e}, {tolerance:.1e} allowed)"
-            f": it uses rotated states elsewhere; {plan.method} cannot be applied, a frequency method such as yarn can"
-        )
+    sites = list(rotary_sites(model))
+    backbone, prefix = _backbone(model, sites[0])
+    unmapped = Remapping.of(replace(plan, parts=(), query_scale=None, rotaries=()), base, {}, delta=indexed)
+    if plan.parts and any(getattr(one, "is_causal", True) is False for one in (config, backbone.config)):
+        raise UnsupportedModelError(both_sides(Remapping.of(plan, base, {}), kind, "is_causal=False in its config"))
+    subject = _subject(model, backbone, prefix, sites)
+    remapping = _studied(subject, model, plan, unmapped, kind)
+    _install(Subject(model, "", backbone, sites, False), remapping, log)
+    _hook(Subject(model, "", backbone, sites, False), remapping, log)
     return "positions are remapped inside attention"
 
 
-def _release(late: LateRotation) -> None:
-    late.release()
+def _subject(model: PreTrainedModel, backbone: PreTrainedModel, prefix: str, sites: list[RotarySite]) -> Subject:
+    """A skeleton of the backbone; the model itself where there is none."""
+    takes_ids = "input_ids" in inspect.signature(backbone.forward).parameters
+    inside = all(site.path.startswith(prefix) for site in sites)
+    skeleton = skeleton_of(backbone) if takes_ids and inside and not model.config.is_encoder_decoder else None
+    if skeleton is None:
+        return Subject(model, "", backbone, sites, False)
+    bones = [replace(site, module=skeleton.get_submodule(site.path[len(prefix) :])) for site in sites]
+    return Subject(skeleton, prefix, skeleton, bones, True)
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor, stride: int = 1) -> torch.Tensor:
-    """Logits of tokens at positions 0, stride, ...; positions with gaps need a mask, or are taken for a pack."""
+def _studied(
+    subject: Subject, model: PreTrainedModel, plan: ExtensionPlan, unmapped: Remapping, kind: str
+) -> Remapping:
+    """What the plan does to the model, of layouts that were measured and checked on the subject.
+
+    Raises:
+        UnsupportedModelError: see [`apply_late_rotation`].
+    """
+    root, delta, base = subject.root, unmapped.delta, unmapped.base
+    config: Any = text_config(root.config)
+    selected = [getattr(config, name, CHECK_TOKENS) for name in SELECTED]
+    ids = torch.arange(3, 3 + min(CHECK_TOKENS, *selected), device=root.device)[None] % config.vocab_size
+    with evaluation_mode(root):
+        layers = _layouts(subject, model, ids[:, :5], kind)
+        modules = dict(model.named_modules())
+        if plan.query_scale is not None and plan.query_scale.first_layer > 0:
+            unnumbered = [path for path in layers if not isinstance(getattr(modules[path], "layer_idx", None), int)]
+            if unnumbered:
+                raise UnsupportedModelError(
+                    f"{kind} does not number its attention layers ({unnumbered[0]} has no layer_idx); "
+                    f"{plan.method} treats the first ones in another way"
+                )
+        if plan.parts:
+            free = [path for path in layers if not getattr(modules[path], "is_causal", True)]
+            if free:
+                raise UnsupportedModelError(both_sides(Remapping.of(plan, base, layers), kind, free[0]))
+        strides = (1, 2) if delta else (1,)
+        wanted = torch.cat([_states(root, ids, stride) for stride in strides])
+        log = UndoLog()
+        try:
+            bones = {subject.prefix + path: module for path, module in root.named_modules()}
+            read = (arguments_read(base_function(base, bones[path])) for path in layers)
+            refused = frozenset().union(*read) - HONOURED
+            _install(subject, replace(unmapped, layers=layers), log)
+            _hook(subject, replace(unmapped, layers=layers), log)
+            got = [_staged(subject, replace(unmapped, layers=layers), ids)]
+            if plan.parts:
+                bands = Remapping.of(replace(unmapped.plan, parts=TWO_BANDS), base, layers, delta=delta)
+                got.append(_staged(subject, bands, ids))
+            if delta:  # so far nothing was rotated there: the model must also give what it gives at doubled positions
+                doubled = replace(unmapped.plan, parts=(Part(TWICE, TWICE),))
+                got.append(_staged(subject, Remapping.of(doubled, base, layers, delta=True), ids))
+            tolerance = _tolerance(wanted)
+            rows = [wanted[:1]] * (len(got) - len(strides) + 1) + [wanted[1:]] * (len(strides) - 1)
+            difference = max((one - row).float().abs().max() for one, row in zip(got, rows, strict=True))
+            if not difference <= tolerance:
+                raise UnsupportedModelError(
+                    f"{kind} gives other outputs when its attention rotates late (by {difference:.1e}, "
+                    f"{tolerance:.1e} allowed): it uses rotated states elsewhere; {plan.method} cannot be applied, a "
+                    "frequency method such as yarn can"
+                )
+            kept = Remapping.of(plan, base, layers, delta=delta, rotates_cached_keys=True, refused=refused)
+            return kept if _keeps_rotated(subject, kept, ids[:, :7]) else replace(kept, rotates_cached_keys=False)
+        except EvaluationError as error:
+            raise UnsupportedModelError(
+                f"{kind} hands its attention other keys than those of its tokens: it uses rotated states elsewhere; "
+                f"{plan.method} cannot be applied, a frequency method such as yarn can"
+            ) from error
+        finally:
+            log.undo()
+
+
+def _states(root: PreTrainedModel, ids: torch.Tensor, stride: int = 1, **kwargs: Any) -> torch.Tensor:
+    """What a model returns first, for tokens at positions 0, stride, ...
+
+    Positions with gaps need a mask, or are taken for a pack."""
     gaps = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None] * stride}
     gaps["attention_mask"] = torch.ones_like(ids)
     with torch.no_grad():
-        out: torch.Tensor = model(input_ids=ids, use_cache=False, **(gaps if stride > 1 else {}))[0]
+        out: torch.Tensor = root(input_ids=ids, use_cache=False, **(gaps if stride > 1 else {}))[0]
     return out
 
 
-def _keeps_turned(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor) -> bool:
-    """Whether cached keys may stay turned: the plan turns one at a time, turns can be undone, and decoding shows that
-    nothing else in the model reads them (layers that share their keys would)."""
-    if late.plan.follows_rows or late.border is None or not all(at.key.is_rotation() for at in late.layers.values()):
+def _staged(subject: Subject, remapping: Remapping, ids: torch.Tensor) -> torch.Tensor:
+    """What the subject returns under a remapping."""
+    _stage(subject, remapping)
+    return _states(subject.root, ids)
+
+
+def _stage(subject: Subject, remapping: Remapping) -> None:
+    for module in subject.root.modules():
+        module._posext_remapping = remapping
+
+
+def _keeps_rotated(subject: Subject, remapping: Remapping, ids: torch.Tensor) -> bool:
+    """Whether cached keys may stay rotated: the plan rotates one anew at a time, rotations can be undone, and decoding
+    shows that nothing else in the model reads them (layers that share their keys would)."""
+    edge = remapping.bands.edge
+    if remapping.plan.follows_rows or remapping.delta or edge is None:
         return False
-    wanted, late.keeps_turned = _logits(model, ids)[:, -1], True
-    try:
-        cache, first = None, 0
-        for last in (ids.shape[1] - 3, *range(ids.shape[1] - 2, ids.shape[1] + 1)):
-            with torch.no_grad():
-                out = model(input_ids=ids[:, first:last], past_key_values=cache, use_cache=True)
-            cache, first = out.get("past_key_values"), last
-            if cache is None:
-                return False
-        difference = (out.logits[:, -1] - wanted).float().abs().max()
-        return bool(difference <= _tolerance(wanted))
-    finally:
-        late.keeps_turned = False
+    if not all(at.key.is_rotation() for at in remapping.layers.values()):
+        return False
+    if cache_argument(subject.root.forward) is None:
+        return False
+    wanted = _staged(subject, replace(remapping, rotates_cached_keys=False), ids)[:, -1]
+    _stage(subject, remapping)
+    cache, first = None, 0
+    for last in (ids.shape[1] - 3, *range(ids.shape[1] - 2, ids.shape[1] + 1)):
+        with torch.no_grad():
+            given = with_cache(subject.root.forward, cache)
+            out = subject.root(input_ids=ids[:, first:last], use_cache=True, **given)
+        cache, first = cache_of(out), last
+        if cache is None:
+            return False
+    difference = (out[0][:, -1] - wanted).float().abs().max()
+    return bool(difference <= _tolerance(wanted))
 
 
 def _tolerance(wanted: torch.Tensor) -> torch.Tensor:
@@ -120,88 +223,102 @@ def _tolerance(wanted: torch.Tensor) -> torch.Tensor:
     return (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 5e-2) * wanted.float().abs().max()
 
 
-def _swap(model: PreTrainedModel, late: LateRotation, journal: Journal) -> None:
-    """Identity rotary modules, our attention function, and hooks that keep the positions of cached keys."""
-    for site in list(rotary_sites(model)):
-        late.sites.setdefault(site.name, site)
-        sets = {**getattr(site.module, "_posext_sets", {}), site.layer_type: site.name}
-        journal.set(site.module, "_posext_sets", sets)
-        if not isinstance(site.module, RotatesLate):
-            journal.set(site.module, "__class__", mix(RotatesLate, type(site.module)))
-            if "_old_forward" in vars(site.module):  # with a device_map, accelerate calls the method that it found
-                journal.set(site.module, "_old_forward", type(site.module).forward.__get__(site.module))
-    for path, module in model.named_modules():
-        journal.set(module, "_posext_late", late)
-        journal.set(module, "_posext_path", path)
-    name = "posext-eager" if late.base == "eager" else "posext-sdpa"
-    switch_attention(model, name, journal)
-    backbone = _backbone(model, next(iter(late.sites.values())))
+def _install(subject: Subject, remapping: Remapping | Probing, log: UndoLog) -> None:
+    """Rotary modules that leave the rotation to attention, and our attention function."""
+    root = subject.root
+    for site in subject.sites:
+        module = site.module
+        sets = {**getattr(module, "_posext_sets", {}), site.layer_type: site.name}
+        log.set(module, "_posext_sets", sets)
+        if not isinstance(module, RotatesLate):
+            log.set(module, "__class__", mix(RotatesLate, type(module)))
+            if "_old_forward" in vars(module):  # with a device_map, accelerate calls the method that it found
+                log.set(module, "_old_forward", type(module).forward.__get__(module))
+    for path, module in root.named_modules():
+        log.set(module, "_posext_remapping", remapping)
+        log.set(module, "_posext_path", subject.prefix + path)
+    lease = Lease()
+    log.set(root, "_posext_lease", lease)
+    log.on_undo(_end, lease)
+    switch_attention(root, ATTENTION[text_config(root.config)._attn_implementation or "eager"], log)
+
+
+def _end(lease: Lease) -> None:
+    lease.end()
+
+
+def _hook(subject: Subject, remapping: Remapping, log: UndoLog) -> None:
+    """Hooks that make a state for each forward of the backbone, and find positions that came with phases."""
+    backbone: Any = subject.backbone
+    log.set(backbone, "_posext_arguments", tuple(inspect.signature(backbone.forward).parameters))
     for handle in (
-        backbone.register_forward_pre_hook(late.before_forward, with_kwargs=True),
-        backbone.register_forward_hook(late.after_forward, with_kwargs=True),
+        backbone.register_forward_pre_hook(begin_forward, with_kwargs=True),
+        backbone.register_forward_hook(end_forward, with_kwargs=True, always_call=True),
     ):
-        journal.on_undo(handle.remove)
+        log.on_undo(handle.remove)
+    modules = {subject.prefix + path: module for path, module in subject.root.named_modules()}
+    for path in remapping.layers:
+        handle = modules[path].register_forward_pre_hook(begin_layer, with_kwargs=True)
+        log.on_undo(handle.remove)
 
 
-def _backbone(model: PreTrainedModel, site: RotarySite) -> Any:
-    """The innermost transformers model that holds the rotary module: it is handed the cache."""
-    holders = [
+def _backbone(model: PreTrainedModel, site: RotarySite) -> tuple[PreTrainedModel, str]:
+    """The innermost transformers model that holds the rotary module, which is handed the cache; and the beginning of
+    the paths of its modules."""
+    holders: Iterable[tuple[str, nn.Module]] = (
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, PreTrainedModel)
         and (site.path == path or site.path.startswith(f"{path}." if path else ""))
-    ]
-    return max(holders, key=lambda holder: len(holder[0]))[1]
+    )
+    path, backbone = max(holders, key=lambda holder: len(holder[0]))
+    assert isinstance(backbone, PreTrainedModel)
+    return backbone, f"{path}." if path else ""
 
 
-def _probe_layouts(model: PreTrainedModel, late: LateRotation, ids: torch.Tensor, kind: str, journal: Journal) -> None:
+def _layouts(subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: str) -> dict[str, LayerLayout]:
     """Measure every layer's layout, and refuse a model that does not show one."""
+    sites: dict[str, RotarySite] = {}
+    for site in subject.sites:
+        sites.setdefault(site.name, site)
 
     def forward(quarters: Quarters) -> Captured:
-        late.captured, late.quarters = {}, quarters
+        probing = Probing(quarters)
+        log = UndoLog()
         try:
-            _logits(model, ids.expand(len(next(iter(quarters.values()))), -1))
+            _install(subject, probing, log)
+            _states(subject.root, ids.expand(len(next(iter(quarters.values()))), -1))
         finally:
-            late.quarters = None
-        return late.captured
+            log.undo()
+        if not probing.captured:
+            raise UnsupportedModelError(
+                f"{kind} does not send its attention through transformers' AttentionInterface; remapping methods "
+                "cannot reach it, frequency methods can"
+            )
+        return probing.captured
 
-    def groups(name: str) -> torch.Tensor:
+    def groups(site: RotarySite) -> torch.Tensor:
         """Slots whose phases agree at some odd positions belong to one pair."""
         positions = torch.tensor([[1, 7, 31, 101, 997, 4001]], device=ids.device)
-        cos, sin = own_phases(late.sites[name], positions, torch.zeros(1, device=ids.device))
+        cos, sin = own_phases(site, positions, torch.zeros(1, device=ids.device))
         signature = torch.cat([cos.flatten(0, -2), sin.flatten(0, -2)]).T.double()
         pairs: torch.Tensor = torch.unique(signature, dim=0, return_inverse=True)[1]
         return pairs.cpu()
 
+    pairs = {name: groups(site) for name, site in sites.items()}
     try:
-        late.layers = measure(forward, {name: groups(name) for name in late.sites})
+        layers = measure(forward, pairs)
+        weighted = [path for path, layout in layers.items() if not layout.is_plain()]
+        if weighted and subject.bare:  # a norm behind the rotation: its weights count, so they are the model's
+            bones = [path[len(subject.prefix) :] for path in weighted]
+            backbone = model.get_submodule(subject.prefix.removesuffix("."))
+            if not copy_norms(subject.root, backbone, bones):  # type: ignore[arg-type]
+                raise UnknownLayout(f"{weighted[0]} weighs its channels behind the rotation by weights out of reach")
+            layers = measure(forward, pairs)
     except UnknownLayout as error:
         raise UnsupportedModelError(
-            f"{kind}: {error}; remapping methods cannot turn it, frequency methods can"
+            f"{kind}: {error}; remapping methods cannot rotate it, frequency methods can"
         ) from error
-    if not late.captured:
-        raise UnsupportedModelError(
-            f"{kind} does not send its attention through transformers' AttentionInterface; remapping methods cannot "
-            "reach it, frequency methods can"
-        )
-    if not late.layers:
+    if not layers:
         raise UnsupportedModelError(f"{kind} has no attention layer that rotates; there is nothing to remap")
-    modules = dict(model.named_modules())
-    scale = late.plan.query_scale
-    if scale is not None and scale.first_layer > 0:
-        unnumbered = [path for path in late.layers if not isinstance(getattr(modules[path], "layer_idx", None), int)]
-        if unnumbered:
-            raise UnsupportedModelError(
-                f"{kind} does not number its attention layers ({unnumbered[0]} has no layer_idx); "
-                f"{late.plan.method} treats the first ones in another way"
-            )
-    if late.plan.parts:
-        free = [path for path in late.layers if not getattr(modules[path], "is_causal", True)]
-        if free:
-            raise UnsupportedModelError(
-                f"{kind} attends to both sides ({free[0]}); {late.plan.method} is defined for causal attention"
-            )
-    for path in late.layers:
-        handle = model.get_submodule(path).register_forward_pre_hook(late.before_layer, with_kwargs=True)
-        journal.on_undo(handle.remove)
-    late.captured = {}
+    return layers

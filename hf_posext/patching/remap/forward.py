@@ -1,0 +1,358 @@
+"""State of one forward of a patched model, from the hook before it to the hook after it.
+
+Nothing of a forward is kept on the model, so that threads, nested calls and copies of one model do not meet. The state
+lies on a stack of its thread. Positions are carried by the tensors of the phases, too: a gradient checkpoint runs a
+layer again when its forward is over, in another thread even.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...errors import EvaluationError, UnsupportedModelError
+from ..detect import RotarySite, text_config
+from .cache import KeyRecord, find_cache, follow, record_of, seen_for_free
+from .positions import Positions, first_axis, joined, leading_padding, order_of
+from .remapping import Remapping
+
+ATTENTION = {"sdpa": "posext-sdpa", "eager": "posext-eager"}
+"""Names under which the attention function is registered, by the attention of the unpatched model."""
+
+logger = logging.getLogger(__name__)
+
+_calls = threading.local()
+"""Of this thread: `state`, the innermost forward; `carried`, the positions that came with a layer's phases. Not a
+context variable, which torch.compile cannot trace."""
+
+
+class ForwardState:
+    """State of one forward.
+
+    Attributes:
+        remapping (`Remapping`): what the model does.
+        cache (`Cache`, *optional*): the user's.
+        record (`KeyRecord`, *optional*): what is known of its keys.
+        mask (`torch.Tensor` of shape `(batch, keys)`, *optional*): True for tokens that are not padding; `None` where
+            none are padding, or where it is not known.
+        weights (`bool`): attention weights are asked for.
+        past (`torch.Tensor`, *optional*): positions of the keys in the cache.
+        padding (`torch.Tensor`, *optional*): what is taken from the positions that the model counts; see
+            `leading_padding`.
+        slot (`torch.Tensor`, *optional*): in a compiled step, the slot of the new key.
+        positions (`dict[str, Positions]`): by set of frequencies, as the rotary modules were asked.
+        loose (`set[str]`): sets of frequencies of layers whose cached keys are not rotated.
+    """
+
+    def __init__(self, remapping: Remapping, parent: ForwardState | None = None) -> None:
+        self.remapping = remapping
+        self.parent = parent
+        self.cache: Any = None
+        self.record: KeyRecord | None = None
+        self.mask: torch.Tensor | None = None
+        self.weights = False
+        self.past: torch.Tensor | None = None
+        self.padding: torch.Tensor | None = None
+        self.slot: torch.Tensor | None = None
+        self.positions: dict[str, Positions] = {}
+        self.loose: set[str] = set()
+
+    def open(self, cache: Any, mask: torch.Tensor | None) -> None:
+        """Find the positions of the keys in the cache, and where there is padding."""
+        plan = self.remapping.plan
+        if cache is not None:
+            self.cache, self.record = cache, record_of(cache)
+            self.slot = self.record.open_slot(cache, plan)
+            if self.slot is None:
+                self.past = self.record.open(cache, plan)
+            self.padding = self.record.padding
+        self.mask = mask
+
+    def close(self, cache: Any) -> None:
+        """Leave the positions of the keys with the cache that holds them."""
+        if self.slot is not None and self.positions:
+            assert self.record is not None
+            self.record.close_slot(next(iter(self.positions.values())).query_axes)
+        elif cache is not None and self.positions:
+            record = self.record or KeyRecord()
+            at = next(iter(self.positions.values()))
+            standing = frozenset(self.positions) - self.loose
+            names = standing if self.remapping.rotates_cached_keys else frozenset()
+            follow(cache, record)
+            if record.padding is not self.padding:
+                record.keep_padding(self.padding)
+            record.close(cache, self.remapping.plan, at.key_axes, (at.aligned, at.regular), names)
+        for at in self.positions.values():
+            at.memo.clear()
+
+    def release(self) -> None:
+        """Let go of tensors, of the cache, and of what refers back to the state."""
+        self.positions, self.parent = {}, None
+        self.past = self.padding = self.slot = self.cache = self.record = None
+
+    def note(self, site: RotarySite, given: torch.Tensor, tokens: int) -> Positions:
+        """Keep the positions for which a rotary module is asked.
+
+        Args:
+            site (`RotarySite`): the module.
+            given (`torch.Tensor` of shape `(batch or 1, tokens)` or `(axes, batch or 1, tokens)`): positions.
+            tokens (`int`): of this forward. Qwen4's indexer asks for the phases of cached keys, too.
+        """
+        at = self._step(site, given) if self.slot is not None else None
+        self.positions[site.name] = at = at or self._positions(site, given, tokens)
+        return at
+
+    def _step(self, site: RotarySite, given: torch.Tensor) -> Positions | None:
+        """Positions in a compiled step; `None` where it turns out not to be one."""
+        assert self.slot is not None and self.record is not None
+        if given.shape[-1] != 1 or given.ndim != 2:
+            self.past, self.slot = self.record.open(self.cache, self.remapping.plan), None
+            return None
+        given = self._without_padding(given)
+        slots = torch.arange(self.cache.layers[0].max_cache_len, device=given.device)
+        keys = (given + slots - self.slot.to(given.device)).clamp(min=0)
+        rotated = site.name in self.record.standing[0]
+        return Positions(self, site, given, keys, False, True, backward_task(), None, None, self.slot, rotated)
+
+    def _positions(self, site: RotarySite, given: torch.Tensor, tokens: int) -> Positions:
+        past = self.past
+        if past is not None and given.shape[-1] == past.shape[-1] + tokens:
+            given = given[..., -tokens:]  # the cached keys' again
+        single, axes = given.shape[-1] == 1, given.shape[0] if given.ndim == 3 else None
+        if axes is not None:
+            given = self._flat(given, single)
+        counted = None if single else self._counted(given)
+        if past is None and counted is not None:
+            self.padding = _padding(given, counted)
+        given = self._without_padding(given)
+        keys = given if past is None else joined(past, given)
+        aligned, regular = self._order(first_axis(keys), single, counted)
+        rotated = False
+        if single and regular and keys.ndim == 2 and past is not None:
+            assert self.record is not None
+            names, count = self.record.standing
+            rotated = site.name in names and count == past.shape[-1]
+        return Positions(self, site, given, keys, aligned, regular, backward_task(), axes, counted, None, rotated)
+
+    def _flat(self, given: torch.Tensor, single: bool) -> torch.Tensor:
+        """Positions (axes, batch, tokens) on one axis, as long as all axes are alike: so they are in text."""
+        if torch.compiler.is_compiling() or self.past is not None and self.past.ndim == 3:
+            return given
+        alike = (given == given[:1]).all()
+        if not single or seen_for_free(alike):
+            return given[0] if alike else given
+        torch._assert_async(alike, "a single token must be at one position, on all axes")
+        return given[0]
+
+    def _counted(self, given: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens (batch, tokens) are not padding; `None` where all are counted.
+
+        A single token is one that is read, so that nothing is looked up in a step.
+        """
+        if self.mask is None or self.remapping.delta:
+            return None
+        first = 0 if self.past is None else self.past.shape[-1]
+        count = given.shape[-1]
+        if self.mask.shape[-1] < first + count:  # of the new tokens alone
+            first = self.mask.shape[-1] - count
+        return self.mask[:, first : first + count].to(given.device) if first >= 0 else None
+
+    def _without_padding(self, given: torch.Tensor) -> torch.Tensor:
+        """Positions as they are counted from the first token that is not padding."""
+        return given if self.padding is None else (given - self.padding.to(given.device)).clamp(min=0)
+
+    def _order(self, keys: torch.Tensor, single: bool, counted: torch.Tensor | None) -> tuple[bool, bool]:
+        """Whether positions of keys (rows, keys) are aligned and regular.
+
+        For a single token this looks at no tensor for which the host would have to wait: what holds of the cache holds
+        on, if the token follows.
+        """
+        if torch.compiler.is_compiling():  # it cannot look; it attends to masked rectangles where bands would do
+            return False, False
+        if single and self.past is not None and self.record is not None:
+            order = self.record.order
+            follows = (keys[:, -1] == keys[:, -2] + 1).all()
+            if not any(order) or seen_for_free(follows) and follows:
+                return order
+            if not seen_for_free(follows):
+                torch._assert_async(follows, "the position of a single token must follow those in the cache")
+                return order
+        return order_of(keys, None if counted is None else counted[:, -1].all().to(keys.device))
+
+
+def _padding(given: torch.Tensor, counted: torch.Tensor) -> torch.Tensor | None:
+    """What is taken from the positions of a first forward, and of those that go on with its cache."""
+    padding = leading_padding(given, counted)
+    if not torch.compiler.is_compiling() and seen_for_free(padding) and not padding.any():
+        return None
+    return padding
+
+
+def current_state(remapping: Remapping) -> ForwardState | None:
+    """Return the state of the innermost forward of a model in this thread; `None` outside of its forwards."""
+    state: ForwardState | None = getattr(_calls, "state", None)
+    while state is not None and state.remapping is not remapping:
+        state = state.parent
+    return state
+
+
+def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hook before the forward of a backbone: a state for it.
+
+    Raises:
+        EvaluationError: the attention was changed under the patch, or the cache cannot be read.
+        UnsupportedModelError: the forward asks for what remapping cannot do.
+    """
+    remapping: Remapping = module._posext_remapping
+    state = ForwardState(remapping, getattr(_calls, "state", None))
+    _calls.state = state  # first of all, since the hook after the forward runs after an error, too
+    config: Any = text_config(module.config)
+    chosen = config._attn_implementation
+    if chosen not in ATTENTION.values():
+        raise EvaluationError(
+            f"the attention was set to {chosen!r} while a patch that rotates in it is in force; "
+            "undo the patch, set the attention, then patch again"
+        )
+    given = arguments(module, args, kwargs)
+    if remapping.bands.parts:
+        sides = given.get("is_causal")
+        if sides is False or (sides is None and getattr(config, "is_causal", True) is False):
+            raise UnsupportedModelError(both_sides(remapping, config.model_type, "is_causal=False"))
+        state.weights = _weights_asked_for(config, given, remapping.base)
+    state.open(find_cache((*args, *kwargs.values())), _padding_mask(given.get("attention_mask")))
+
+
+def end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Hook after the forward of a backbone, also after an error in it: its state goes.
+
+    Raises:
+        EvaluationError: another hook has put in another cache after the state was made.
+    """
+    state: ForwardState | None = getattr(_calls, "state", None)
+    if state is None:
+        return
+    _calls.state, _calls.carried = state.parent, None
+    if output is None:  # an error; what it has put into the cache is noticed when that is read again
+        state.release()
+        return
+    given = find_cache((*args, *kwargs.values()))
+    if given is not state.cache and state.slot is None:
+        raise EvaluationError(
+            "a forward pre-hook that was registered after the patch has changed the cache; register it before the "
+            "patch is made"
+        )
+    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
+    made = find_cache(values)
+    state.close(given if made is None else made)
+    state.release()
+
+
+def begin_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hook before an attention layer: find the positions that came with its phases.
+
+    They are needed where no forward is at hand: a checkpoint runs the layer again, or other code calls it by itself.
+    """
+    if torch.compiler.is_compiling():
+        return
+    remapping: Remapping = module._posext_remapping  # type: ignore[assignment]
+    if torch.is_grad_enabled() or current_state(remapping) is None:
+        _calls.carried = {at.name: at for at in _carried((*args, *kwargs.values()))}
+    else:
+        _calls.carried = None
+
+
+def positions_at(module: nn.Module, remapping: Remapping, name: str) -> Positions:
+    """Return the positions that a layer attends from.
+
+    Those that came with its phases go first. Where phases do not pass through its arguments (compiled graphs, and
+    layers with a rotary module inside), it is those of the forward at hand.
+
+    Raises:
+        EvaluationError: neither is known.
+    """
+    carried = None if torch.compiler.is_compiling() else getattr(_calls, "carried", None)
+    if carried and name in carried:
+        came: Positions = carried[name]
+        return came
+    state = current_state(remapping)
+    at = None if state is None else state.positions.get(name)
+    task = backward_task()
+    if at is None and task == -1:
+        raise EvaluationError(
+            f"{type(module).__name__} got phases that did not come from the model's rotary module in this forward; "
+            "positions cannot be remapped there. Call the model itself, or undo the patch"
+        )
+    if at is None or at.task != task:
+        raise EvaluationError(
+            "a gradient checkpoint runs a layer again whose phases came without their positions; "
+            "turn gradient checkpointing off for this model: model.gradient_checkpointing_disable()"
+        )
+    return at
+
+
+def carry(out: Any, at: Positions) -> None:
+    """Let the phases carry their positions."""
+    if not torch.compiler.is_compiling():
+        setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", at)  # noqa: B010  no such field
+
+
+def backward_task() -> int:
+    """Return the number of the backward pass that runs in this thread; -1 outside of one."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def both_sides(remapping: Remapping, kind: str, where: str) -> str:
+    """Return why a bidirectional model or call is refused."""
+    return (
+        f"{kind} attends to both sides ({where}); {remapping.plan.method} is defined for causal attention. "
+        "A frequency method such as yarn can be used there"
+    )
+
+
+def arguments(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward by their names."""
+    names: tuple[str, ...] = module._posext_arguments
+    return {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _padding_mask(mask: Any) -> torch.Tensor | None:
+    """Which tokens (batch, keys) are not padding; `None` where all are, or where a mask does not say."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    read = mask.bool()
+    if not torch.compiler.is_compiling() and seen_for_free(read) and read.all():
+        return None
+    return read
+
+
+def _weights_asked_for(config: Any, given: dict[str, Any], base: str) -> bool:
+    """Whether a forward shall return attention weights; a warning, once, where it cannot."""
+    asked = given.get("output_attentions")
+    if not (getattr(config, "output_attentions", False) if asked is None else asked):
+        return False
+    if base != "eager":
+        _warn_of_weights()
+    return base == "eager"
+
+
+@functools.cache
+def _warn_of_weights() -> None:
+    logger.warning(
+        "attention weights are asked for, and sdpa attention does not compute them: undo the patch, call "
+        "model.set_attn_implementation('eager'), then patch again"
+    )
+
+
+def _carried(values: Iterable[Any]) -> Iterator[Positions]:
+    for value in values:
+        for one in value if isinstance(value, tuple) else (value,):
+            at = getattr(one, "_posext_at", None)
+            if at is not None:
+                yield at
