@@ -367,7 +367,7 @@ def test_parameters_that_cannot_be(method: Method, message: str) -> None:
             make()
     for fades in (Fade, Decay):
         for strength in (0, -1, math.nan, math.inf):
-            with pytest.raises(InvalidParameterError, match=f"Expected a {fades.name} strength above 0"):
+            with pytest.raises(InvalidParameterError, match=rf"{fades.name} strength (above 0, got|is (nan|inf))"):
                 fades(strength=strength)
     with pytest.raises(InvalidParameterError, match="1 token or more, got 0"):
         Fade(reference=0)
