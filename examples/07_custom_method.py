@@ -88,7 +88,7 @@ def main() -> None:
         (found,) = [method for method in list_methods("rotary") if method.name == NTKMixed.name]
     print(f"{found.name}: {found.title}, {found.url}\n{found.summary}\n")
     check_method(NTKMixed())
-    print("It keeps the contract: pure plan, effect, exact undo, cached decoding, padding, save and load.\n")
+    print("It keeps the contract: plan, effect, undo, cache, padding, save and load.\n")
     results = compare(
         AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
         AutoTokenizer.from_pretrained(options.model),
