@@ -50,6 +50,12 @@ def read_by(
     """
     if evaluator_tokenizer is None or _are_same(evaluator_tokenizer, tokenizer):
         return TokensRead(rows.ids, list(rows.tokens), rows.bos)
+    for own in (tokenizer, evaluator_tokenizer):
+        if not own.is_fast:
+            raise InvalidParameterError(
+                f"{type(own).__name__} gives no character offsets, so key tokens cannot be carried between it and "
+                "another tokenizer; use a fast tokenizer, or an evaluator with the same tokenizer"
+            )
     text_of = {document.id: document.text for document in texts}
     first, prefix = int(rows.bos), special_prefix(evaluator_tokenizer)
     own_rows, aligned = [], []
@@ -95,11 +101,6 @@ def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarr
 
 def _offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a text without special ones, and their characters, `(tokens, 2)`."""
-    if not tokenizer.is_fast:
-        raise InvalidParameterError(
-            f"{type(tokenizer).__name__} gives no character offsets, so key tokens cannot be carried between it and "
-            "another tokenizer; use a fast tokenizer, or an evaluator with the same tokenizer"
-        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     return np.array(encoded["input_ids"], dtype=np.int64), spans
