@@ -198,8 +198,8 @@ def check_cached_decoding(method: Method, kind: str) -> None:
     if tolerance == 1e-9:
         model.double()
     plan = patch_model(model, method, **LENGTHS).plan
-    # frequencies that follow the length of the input are exact within the trained length only
-    follows = any(rotary.growth or rotary.short_inv_freq is not None for rotary in plan.rotaries)
+    # positions that follow the length of a row are exact within the trained length only
+    follows = plan.follows_rows or any(rotary.short_inv_freq is not None for rotary in plan.rotaries)
     end = TRAINED if follows else TRAINED + 12
     whole = logits(model, text()[:, :end])
     with torch.no_grad():

@@ -97,7 +97,7 @@ def make_shelf(
     for path, option in [*((folder, "model") for folder in folders), *([(dataset, "dataset")] if dataset else [])]:
         if not (path.is_dir() or option == "dataset" and path.is_file()):
             what = "folder of a model" if option == "model" else "file or folder of texts"
-            raise InvalidParameterError(f"--{option} is {path}, which is not there; give a {what} on this machine")
+            raise InvalidParameterError(f"--{option} is {path}, which does not exist. Name a {what} on this machine")
     # The rotary one comes first, and with it something to see in every figure.
     shipped = sorted((path.parent for path in _shipped_folder(checkout).glob("*/config.json")), reverse=True)
     novels = checkout / "examples" / "data" / "heldout.jsonl"

@@ -14,6 +14,7 @@ from hf_posext.app.shelf import Shelf
 from hf_posext.app.view import READ, Choice, applicable, first_look, look, read
 from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, PosExtError
+from hf_posext.packages import EXTRAS
 
 from ..cli.helpers import error_of, run
 from ..conftest import EXAMPLES, TRAINED, longer_gpt2, tiny_bloom, tiny_llama
@@ -126,14 +127,15 @@ def test_what_is_said_is_escaped() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "org/name"], "--model is org/name, which is not there; give a folder of a model on this machine"),
-        (["--dataset", "pg19"], "--dataset is pg19, which is not there; give a file or folder of texts"),
+        (["--model", "org/name"], "--model is org/name, which does not exist. Name a folder of a model"),
+        (["--dataset", "pg19"], "--dataset is pg19, which does not exist. Name a file or folder of texts"),
         (["--port", "0"], "port"),
         (["--host", "0.0.0.0"], "No such option"),
         (["--share"], "No such option"),
     ],
 )
-def test_the_command_refuses_in_one_line(options: list[str], message: str) -> None:
+def test_the_command_refuses_in_one_line(options: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXTRAS, "app", ())  # gradio is asked for first, and is not installed here
     assert message in error_of(run("app", *options))
 
 
