@@ -157,7 +157,7 @@ def measure(
             protocol="prefix",
             start=start,
             control=model if plain else None,
-            original_length=trained if plain else None,
+            trained_length=trained if plain else None,
         )
     seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
     asked = {CONTROL: CONTROL}

@@ -109,6 +109,14 @@ class Cells:
         shorts = [document.rpartition("_")[0].replace("_", " ") for document in self.documents]
         return markdown(("method", *shorts, "all", f"first {self.trained:,}", "CPU s"), lines)
 
+    def summary(self) -> str:
+        """Which methods reach truncation, in a sentence."""
+        gains = {method: found[0] for method in self.methods if (found := self.gain(method)) is not None}
+        above = [f"`{method}` ({gain:.4f})" for method, gain in gains.items() if gain >= 1]
+        reached = f"only {', '.join(above)} reached" if above else "none reached"
+        alone = " One novel has no interval, so this ranks nothing." if len(self.documents) == 1 else ""
+        return f"Of {len(gains)} methods measured here, {reached} the perplexity of truncation (gain of 1).{alone}"
+
     def missing(self, documents: int) -> list[str]:
         """What lacks of so many documents, in words: methods by how many documents they lack."""
         lacks: dict[int, list[str]] = {}

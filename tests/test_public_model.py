@@ -104,6 +104,12 @@ def test_an_answer_is_asked_once(script: ModuleType, tmp_path: Path, monkeypatch
     assert asked == ["none", "yarn"] and len(read(path)["answers"]) == 2
 
 
+def test_the_summary_names_what_is_above_one(result: Path, page: ModuleType, compared: Results) -> None:
+    told = page.Cells(read(result), NOVELS.name, LENGTH).summary()
+    above = [method for method in METHODS if compared.row(method, LENGTH)["gain"] >= 1]
+    assert above and all(f"`{method}`" in told for method in above) and "`none`" not in told
+
+
 def test_a_finished_cell_is_not_measured_again(
     result: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
