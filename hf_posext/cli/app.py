@@ -13,6 +13,7 @@ from typer.models import CommandFunctionType
 
 from ..errors import PosExtError
 from ..version import __version__
+from .console import say
 from .help import GREETING, Command, Commands
 from .processes import rank
 
@@ -108,7 +109,7 @@ def _typed(error: Any, words: Sequence[str]) -> str:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"hf-posext {__version__}")
+        say(f"hf-posext {__version__}")
         raise typer.Exit
 
 
@@ -121,13 +122,13 @@ def begin(
 ) -> None:
     """Print how to begin, where no command is given."""
     if context.invoked_subcommand is None:
-        typer.echo(GREETING)
+        say(GREETING)
 
 
 def fail(message: str) -> int:
     """Says what is wrong, on one line, and gives the exit code of wrong input."""
     who = f"process {rank()}: " if rank() else ""
-    typer.echo(f"error: {who}{' '.join(message.split())}", err=True)
+    say(f"error: {who}{' '.join(message.split())}", err=True)
     return 2
 
 

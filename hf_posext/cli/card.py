@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InvalidParameterError
 from .app import app
+from .console import say
 from .loading import ADAPTER_FILE, saved_plan
 
 
@@ -36,9 +37,9 @@ def card(
     from ..training.record import provenance_of
 
     figures = Results.load_json(before), Results.load_json(after)
-    typer.echo(f"card: {write_model_card(saved, *figures, training=provenance_of(saved))}")
+    say(f"card: {write_model_card(saved, *figures, training=provenance_of(saved))}")
     if push is not None:
-        typer.echo(f"pushed: {push_to_hub(saved, push)}")
+        say(f"pushed: {push_to_hub(saved, push)}")
 
 
 def _saved(directory: Path) -> Path:

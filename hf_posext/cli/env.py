@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .app import app
+from .console import say
 
 PACKAGES = (
     *("hf_posext", "transformers", "torch", "tokenizers", "safetensors", "huggingface_hub", "numpy", "triton"),
@@ -37,13 +38,13 @@ def env(
     devices += ["mps"] if torch.backends.mps.is_available() else []
     if as_json:
         found = {"versions": versions, "devices": devices, "model": model, "plan": plan and plan.to_dict()}
-        typer.echo(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
         return
     for name, version in versions.items():
-        typer.echo(f"{name:<16} {version}")
+        say(f"{name:<16} {version}")
     for device in devices:
-        typer.echo(f"{'device':<16} {device}")
+        say(f"{'device':<16} {device}")
     if model is not None:
-        typer.echo(f"{'plan':<16} {plan.describe() if plan else 'none'}")
+        say(f"{'plan':<16} {plan.describe() if plan else 'none'}")
         if plan:
-            typer.echo(json.dumps(plan.to_dict(), indent=2))
+            say(json.dumps(plan.to_dict(), indent=2))

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InvalidParameterError
 from . import options
 from .app import app
+from .console import PlainConsole, say
 
 if TYPE_CHECKING:
     from ..diagnosis import Diagnosis
@@ -90,12 +90,12 @@ def explain(
             )
         )
     if as_json:
-        typer.echo(json.dumps([one.to_dict() for one in found] if len(found) > 1 else found[0].to_dict(), indent=1))
+        say(json.dumps([one.to_dict() for one in found] if len(found) > 1 else found[0].to_dict(), indent=1))
     else:
         _print(found)
     if plot is not None:
         _draw(found, plot)
-        typer.echo(f"picture: {plot}", err=as_json)
+        say(f"picture: {plot}", err=as_json)
 
 
 def _draw(found: list[Diagnosis], path: Path) -> None:
@@ -111,7 +111,7 @@ def _draw(found: list[Diagnosis], path: Path) -> None:
 
 
 def _print(found: list[Diagnosis]) -> None:
-    console = Console(width=80, highlight=False)
+    console = PlainConsole()
     for index, one in enumerate(found):
         if index:
             console.print()

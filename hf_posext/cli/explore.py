@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .app import app
+from .console import PlainConsole, say
 from .options import TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from ..scheme import PositionalScheme
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _console() -> Console:
-    return Console(width=80, highlight=False)
 
 
 @app.command()
@@ -34,7 +30,7 @@ def methods(as_json: AsJson = False) -> None:
 
     found = list_methods()
     if as_json:
-        typer.echo(json.dumps([asdict(method) for method in found], indent=2))
+        say(json.dumps([asdict(method) for method in found], indent=2))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True)
@@ -44,7 +40,7 @@ def methods(as_json: AsJson = False) -> None:
         paper = f"\n{method.url}" if method.url else ""
         extends = "any" if len(method.kinds) > 4 else ", ".join(method.kinds)
         table.add_row(method.name, extends, escape(f"{method.title}: {method.summary}") + paper)
-    _console().print(table)
+    PlainConsole().print(table)
 
 
 @app.command()
@@ -67,9 +63,9 @@ def inspect(
     refusals = _refusals(scheme)
     if as_json:
         found = {"model": model, "base": base, "plan": plan and plan.to_dict()}
-        typer.echo(json.dumps({**found, "scheme": scheme.to_dict(), "methods": refusals}, indent=2))
+        say(json.dumps({**found, "scheme": scheme.to_dict(), "methods": refusals}, indent=2))
         return
-    console = _console()
+    console = PlainConsole()
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(no_wrap=True)
     facts.add_column()

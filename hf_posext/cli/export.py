@@ -10,6 +10,7 @@ import typer
 from ..errors import InvalidParameterError
 from ..plan import PLAN_FILE
 from .app import app
+from .console import say
 from .options import OriginalLength, TrainedLength, TrustRemoteCode, renamed_length
 from .output import output_directory
 
@@ -50,12 +51,12 @@ def export(
 
         network, tokenizer = _open(model, method, lengths, dtype, trust_remote_code)
         serving = export_checkpoint(network, output, to, tokenizer=tokenizer)
-        typer.echo(f"{serving.plan.describe()} for {serving.server}, as read from {serving.read_from}")
+        say(f"{serving.plan.describe()} for {serving.server}, as read from {serving.read_from}")
         for line in serving.command_lines(str(output)):
-            typer.echo(f"  {line}")
+            say(f"  {line}")
         for sentence in serving.differences:
-            typer.echo(f"- {sentence}")
-        typer.echo(f"instructions: {output / 'SERVING.md'}")
+            say(f"- {sentence}")
+        say(f"instructions: {output / 'SERVING.md'}")
 
 
 @app.command()
@@ -67,7 +68,7 @@ def gguf(
     """Copy a GGUF file and give it the positions of a plan."""
     from ..export import write_gguf
 
-    typer.echo(f"wrote {write_gguf(plan, source, output)}")
+    say(f"wrote {write_gguf(plan, source, output)}")
 
 
 def _open(

@@ -13,6 +13,7 @@ import typer
 from ..errors import InvalidParameterError, UnsupportedModelError
 from . import options
 from .app import app
+from .console import say
 from .processes import rank as process_rank
 from .trackers import check_tracker
 
@@ -154,7 +155,7 @@ def finetune(
         )
     except KeyboardInterrupt:
         kept = "go on with --resume" if output.exists() else "nothing was saved"
-        typer.echo(f"interrupted; {kept}", err=True)
+        say(f"interrupted; {kept}", err=True)
         raise typer.Exit(130) from None
     if not process_rank():
         _tell(result)
@@ -226,13 +227,11 @@ def _tell(result: Finetuned) -> None:
     """What was trained, in how long, and what became of the perplexities."""
     told = result.provenance["result"]
     trained, whole = told["parameters"]["trained"], told["parameters"]["model"]
-    typer.echo(
-        f"trained {trained:,} parameters ({trained / whole:.2%}), {told['steps']} steps, {told['seconds']:.0f} s"
-    )
+    say(f"trained {trained:,} parameters ({trained / whole:.2%}), {told['steps']} steps, {told['seconds']:.0f} s")
     losses = [entry["loss"] for entry in result.log if "loss" in entry]
-    typer.echo(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    say(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     measured = [entry for entry in result.log if any(name.startswith("eval_") for name in entry)]
     for name in (key for key in (measured[0] if measured else {}) if key.startswith("eval_")):
         what, _, tokens = name.removeprefix("eval_").rpartition("_")
-        typer.echo(f"{what} at {tokens}: {measured[0][name]:.2f} -> {measured[-1][name]:.2f}")
-    typer.echo(f"{result.path.name}: {result.path}")
+        say(f"{what} at {tokens}: {measured[0][name]:.2f} -> {measured[-1][name]:.2f}")
+    say(f"{result.path.name}: {result.path}")

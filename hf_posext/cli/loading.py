@@ -8,10 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError
 from ..plan import ExtensionPlan, has_plan
+from .console import say
 from .processes import rank, spread
 
 ADAPTER_FILE = "adapter_config.json"
@@ -208,7 +207,7 @@ def _announce(source: Source, dtype: str) -> None:
     path = source.gguf_path()
     types = GGUFHeader.read(path).types
     what = f"{path.stat().st_size / 2**20:,.0f} MiB{f' of {types[0]}' if types else ''}"
-    typer.echo(f"dequantising {source.name} ({what}) to {dtype}", err=True)
+    say(f"dequantising {source.name} ({what}) to {dtype}", err=True)
 
 
 @contextmanager

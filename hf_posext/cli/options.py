@@ -15,6 +15,7 @@ import typer
 from ..errors import InvalidParameterError
 from ..evaluation.config import EvaluationConfig
 from ..packages import require
+from .console import say
 from .settings import NEVER, use_config
 
 Number = TypeVar("Number", int, float)
@@ -85,7 +86,7 @@ def renamed_length(context: typer.Context, trained_length: int | None, original_
     """The trained length, given by its flag or by the earlier name of that, which a line on standard error says."""
     if original_length is None:
         return trained_length
-    typer.echo("--original-length is now called --trained-length", err=True)
+    say("--original-length is now called --trained-length", err=True)
     length = original_length if trained_length is None else trained_length
     context.params |= {"trained_length": length, "original_length": None}
     return length

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import InvalidParameterError, JournalError, PosExtError
 from ..locks import WriterLock, journal_files
+from .console import say
 from .processes import rank, world_size
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
                 if journal_files(journal)
                 else "nothing is kept"
             )
-            typer.echo(f"interrupted; {kept}", err=True)
+            say(f"interrupted; {kept}", err=True)
             raise typer.Exit(130) from None
 
 
@@ -143,7 +144,7 @@ def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]
     try:
         yield write
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; {_kept(finished, output)}", err=True)
+        say(f"interrupted; {_kept(finished, output)}", err=True)
         raise typer.Exit(130) from None
     except (PosExtError, OSError) as error:
         if isinstance(error, JournalError) or not journal_files(output / JOURNAL):

@@ -10,6 +10,7 @@ import typer
 
 from ..packages import require
 from .app import app
+from .console import say
 from .options import TrustRemoteCode
 
 
@@ -40,4 +41,4 @@ def page(
     shelf = make_shelf(
         model or [], dataset, start, lambda folder: load_model(folder, "float32", "cpu", trust_remote_code)
     )
-    serve(shelf, port, lambda address: typer.echo(f"the page is at {address} (Ctrl+C ends it)"))
+    serve(shelf, port, lambda address: say(f"the page is at {address} (Ctrl+C ends it)"))

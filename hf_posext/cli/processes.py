@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from ..errors import InvalidParameterError
+from .console import say
 from .trackers import track
 
 if TYPE_CHECKING:
@@ -110,8 +109,8 @@ def finish(results: Results, output: Path, accelerator: Accelerator | None, log_
         from ..reporting import print_tables
 
         print_tables(results)
-        typer.echo(f"measured by {_processes(results)}")
-        typer.echo(f"report: {output / 'README.md'}")
+        say(f"measured by {_processes(results)}")
+        say(f"report: {output / 'README.md'}")
 
 
 def _processes(results: Results) -> str:

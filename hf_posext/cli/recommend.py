@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import options
 from .app import app
+from .console import PlainConsole, say
 from .output import plan_file
 from .processes import join_processes, rank
 
@@ -102,10 +102,10 @@ def recommend(
             return
         found.save_plan(output)
         if as_json:
-            typer.echo(json.dumps(found.to_dict(), indent=1))
+            say(json.dumps(found.to_dict(), indent=1))
         else:
             _print(found)
-        typer.echo(f"plan: {output}", err=as_json)
+        say(f"plan: {output}", err=as_json)
 
 
 @app.command()
@@ -175,14 +175,14 @@ def search(
         if rank():
             return
         found.save_plan(output)
-        typer.echo(found.describe())
-        typer.echo(f"plan: {output}")
+        say(found.describe())
+        say(f"plan: {output}")
 
 
 def _print(found: Recommendation) -> None:
     from ..recommendation.recommendation import title
 
-    console = Console(width=80, highlight=False)
+    console = PlainConsole()
     console.print(escape(found.text()))
     console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import app
+from .console import say
 from .output import output_directory
 
 
@@ -34,4 +35,4 @@ def report(
         readme = write(loaded, output)
         remarks = [f"{title}: {note}" for title, run in zip(titles, merged, strict=True) for note in notes(run)]
         print_grids(merged_grids(merged, titles), [*differences(merged), *remarks])
-        typer.echo(f"report: {readme}")
+        say(f"report: {readme}")

@@ -12,11 +12,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from ..evaluation.results.rows import averaged
 from ..evaluation.results.statistics import bootstrap_interval
 from ..evaluation.texts.files import write_atomically
+from ..visible import visible
 from .tables import Row, by_method, control_rows, finite_interval, format_perplexity
 
 if TYPE_CHECKING:
@@ -47,7 +49,10 @@ def new_figure(height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes the PNG in one step."""
+    """Write the PNG in one step. Its words are shown as they are: no formulas, no control characters."""
+    for words in figure.findobj(Text):
+        words.set_parse_math(False)
+        words.set_text(visible(words.get_text()))
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_atomically(path, png.getvalue())

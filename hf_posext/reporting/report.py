@@ -10,6 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..evaluation.protocols.control import CONTROL
 from ..evaluation.texts.files import write_atomically
+from ..visible import csv_cell
+from . import markdown
 from .heatmaps import file_names, heatmap_files, write_heatmaps
 from .merge import differences, merge_runs, merged_grids, run_titles
 from .model_index import results_to_model_index
@@ -134,7 +136,7 @@ def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> P
     table = pandas.concat([frame.dropna(axis="columns", how="all") for frame in frames])
     columns = [*frames[0].columns, *(name for name in table.columns if name not in frames[0].columns)]
     table = table.reindex(columns=["model", *(name for name in columns if name != "model")])
-    write_atomically(directory / "results.csv", table.to_csv(index=False))
+    write_atomically(directory / "results.csv", table.map(csv_cell).to_csv(index=False))
     plot_side_by_side(merged, titles, directory / "perplexity.png")
     text = render_template(
         "merged.md.jinja",
@@ -183,11 +185,18 @@ def _front_matter(results: Results) -> str:
 
 
 def render_template(template: str, runs: Sequence[Results], **values: Any) -> str:
-    # Markdown, not HTML: a name cannot break out of a table cell (see `_cell`), and there is nothing else to escape.
+    # Markdown, not HTML: what is from outside goes through the filters of `markdown`.
     environment = Environment(
         loader=PackageLoader("hf_posext.reporting", "."), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters.update(table=markdown_table, cell=_cell)
+    environment.filters.update(
+        table=markdown_table,
+        cell=_cell,
+        text=markdown.inline,
+        alt=markdown.alt,
+        code=markdown.code,
+        console=markdown.console,
+    )
     used = dict.fromkeys(row["protocol"] for run in runs for row in run.rows)
     return environment.get_template(template).render(
         documents=", ".join(str(max(row["documents"] for row in run.rows)) for run in runs),
@@ -225,9 +234,9 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    """A value as the text of one markdown cell: on one line, its pipes escaped."""
+    """A value as the text of one markdown cell."""
     if isinstance(value, Mapping):  # of a list of them: {"document": "a", "tokens": 10} is "a: 10"
         value = ": ".join(map(str, value.values()))
     elif isinstance(value, list | tuple):
         return ", ".join(map(_cell, value)) or NOTHING
-    return NOTHING if value is None else " ".join(str(value).split()).replace("|", r"\|")
+    return NOTHING if value is None else markdown.cell(str(value))

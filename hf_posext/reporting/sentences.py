@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..evaluation.protocols.protocol import is_legacy
+from .markdown import code, inline
 from .tables import Row, by_method, control_rows, finite_interval, format_interval, format_perplexity, legacy_mark
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def describe_methods(results: Results) -> list[str]:
     methods = by_method(results)
     control = control_rows(results)
     trained_length = results.provenance.get("trained_length") or 0
-    mark = legacy_mark(results)
+    mark = inline(legacy_mark(results))
     return [
-        f"`{name}` {f'{mark} ' if mark else ''}{_describe(name, rows, control, trained_length)}."
+        f"{code(name)} {f'{mark} ' if mark else ''}{_describe(name, rows, control, trained_length)}."
         for name, rows in methods.items()
     ]
 

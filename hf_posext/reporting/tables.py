@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.protocols.protocol import is_legacy
 from ..methods.refusals import by_reason
+from .markdown import cell
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -250,6 +251,6 @@ def markdown_table(grid: Grid) -> str:
     """The grid as a GitHub markdown table, without its title; headings inside it are bold."""
     header = ["tokens", *map(str, grid.lengths)]
     blank = [""] * len(grid.lengths)
-    body = [[name, *cells] if cells else [f"**{name}**", *blank] for name, cells in grid.rows]
+    body = [[cell(name), *map(cell, cells)] if cells else [f"**{cell(name)}**", *blank] for name, cells in grid.rows]
     lines = [header, ["---", *["---:"] * len(grid.lengths)], *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..visible import visible
 from .tables import Grid, grids, notes
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ NAME_WIDTH = 20
 GAP = 3  # spaces between columns, one of which is the rule that rich's box leaves blank
 HEAD = "tokens"
 """What stands over the names: it tells what the heads of the other columns are."""
+
+
+def _plain(text: str) -> str:
+    """A text from outside, of which the terminal and rich's markup make nothing."""
+    return escape(visible(text))
 
 
 def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
@@ -43,7 +49,9 @@ def _rich_table(grid: Grid, columns: list[int], name_width: int) -> Table:
     for column in columns:
         table.add_column(str(grid.lengths[column]), justify="right", no_wrap=True)
     for name, cells in grid.rows:
-        table.add_row(escape(name), *(cells[column] for column in columns if cells), style=None if cells else "bold")
+        table.add_row(
+            _plain(name), *(_plain(cells[column]) for column in columns if cells), style=None if cells else "bold"
+        )
     return table
 
 
@@ -59,12 +67,12 @@ def print_grids(answers: Sequence[Grid], remarks: Sequence[str], console: Consol
     names = [HEAD, *(name for grid in answers for name, _ in grid.rows)]
     name_width = min(NAME_WIDTH, max(map(len, names)))
     for grid in answers:
-        console.print(grid.title, style="bold")
+        console.print(_plain(grid.title), style="bold")
         for columns in _column_groups(grid, name_width):
             console.print(_rich_table(grid, columns, name_width))
             console.print()
     for remark in remarks:
-        console.print(escape(remark))
+        console.print(_plain(remark))
 
 
 def print_tables(results: Results, console: Console | None = None) -> None:

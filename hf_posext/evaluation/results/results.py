@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...decode import Rules, decode, short
 from ...errors import EvaluationError, InvalidParameterError
+from ...visible import csv_cell
 from ..texts.files import write_atomically
 from .positions import STRETCHES
 from .records import DocumentRecord, RetrievalRow, Row, required
@@ -195,7 +196,7 @@ def _save_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: It
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     return write_atomically(path, text.getvalue())
 
 

@@ -1,0 +1,26 @@
+"""Standard output and standard error: control characters in names from files are shown, not sent to the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..visible import visible
+
+
+class PlainConsole(Console):
+    """A console of 80 columns that prints tables without colours of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(width=80, highlight=False)
+
+    def render_str(self, text: str, **settings: Any) -> Text:  # every string, those in the cells of tables included
+        return super().render_str(visible(text), **settings)
+
+
+def say(message: str, err: bool = False) -> None:
+    """Print a line to standard output, or to standard error."""
+    typer.echo(visible(message), err=err)

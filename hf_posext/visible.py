@@ -1,0 +1,30 @@
+"""Text from outside (names, labels, commands of a file) made fit to print: nothing in it acts on who shows it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# C0 and C1 without tab and line feed, line separators, and the controls that reorder text (U+202A and so on).
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_FORMULA = ("=", "+", "-", "@")
+
+
+def visible(text: str) -> str:
+    r"""Show the control characters of a text: the escape character becomes `\x1b`. Tabs and line feeds stay."""
+    return _CONTROLS.sub(lambda match: _escape(ord(match[0])), text)
+
+
+def _escape(point: int) -> str:
+    return f"\\x{point:02x}" if point < 256 else f"\\u{point:04x}"
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value as a cell of a CSV file.
+
+    A text that a spreadsheet would compute (`=1+1`) gets an apostrophe in front. Numbers stay as they are.
+    """
+    if not isinstance(value, str):
+        return value
+    text = visible(value)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
