@@ -8,6 +8,7 @@ then is the config changed, and only then does a saved checkpoint open without t
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -215,9 +216,32 @@ def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, log: Un
     """The DeepSeek family bakes the temperature of its shipped YaRN into `scaling` of every attention layer at
     construction; a plan that replaces the shipped scaling replaces that too, by the family's own function."""
     for module in model.modules():
-        bake = getattr(sys.modules[type(module).__module__], "yarn_apply_mscale", None)
-        if bake is None or not isinstance(getattr(module, "scaling", None), float):
+        if not isinstance(getattr(module, "scaling", None), float):
+            continue
+        bake = _baking(type(module))
+        if bake is None:
             continue
         scaling = bake(changed, module.scaling / bake(shipped, 1.0))
         if scaling != module.scaling:
             log.set(module, "scaling", scaling)
+
+
+def _baking(kind: type[nn.Module]) -> Callable[[Any, float], float] | None:
+    """The function `(rope parameters, softmax scale) -> softmax scale` that an attention class applies; else `None`."""
+    source = sys.modules[kind.__module__]
+    apply_mscale: Callable[[Any, float], float] | None = getattr(source, "yarn_apply_mscale", None)
+    if apply_mscale is not None:
+        return apply_mscale
+    # Older versions of transformers have no such function. Their constructors do the same in place.
+    constructor = getattr(inspect.unwrap(kind.__init__), "__code__", None)
+    if constructor is None or "yarn_get_mscale" not in constructor.co_names:
+        return None
+
+    def in_place(parameters: Any, scaling: float) -> float:
+        all_dim = parameters.get("mscale_all_dim", 0)
+        if parameters.get("rope_type", "default") == "default" or not all_dim:
+            return scaling
+        mscale: float = source.yarn_get_mscale(parameters["factor"], all_dim)
+        return scaling * mscale * mscale
+
+    return in_place

@@ -93,6 +93,8 @@ def check_method(model: PreTrainedModel, name: str, before: torch.Tensor, outcom
     method: Method | str = LongRoPE(long_factor=long_factor) if name == "longrope" else name
     # recurrent_gemma does not say how long it was trained.
     original_length = None if scheme.trained_length else TRAINED_LENGTH
+    # Of the same tokens, not the start of a longer row: in some versions, models let a token see later ones.
+    unpatched = logits(model, LENGTH // FACTOR)
     try:
         patch = patch_model(model, method, factor=FACTOR, original_length=original_length)
     except PosExtError as error:
@@ -104,7 +106,7 @@ def check_method(model: PreTrainedModel, name: str, before: torch.Tensor, outcom
     moved = relative(after[TRAINED_LENGTH:], before[TRAINED_LENGTH:])
     outcome.expect(moved > CHANGED, name, f"changes logits past the trained length by {moved:.1e} only")
     if name == "linear" and comparable and model_type not in MOVED_BY_MORE_THAN_PHASES:
-        error = relative(logits(model, LENGTH // FACTOR, stride=FACTOR), before[: LENGTH // FACTOR])
+        error = relative(logits(model, LENGTH // FACTOR, stride=FACTOR), unpatched)
         outcome.expect(error < EQUAL, name, f"position {FACTOR}p differs from unpatched p by {error:.1e}")
     patch.undo()
     outcome.expect(torch.equal(logits(model, LENGTH), before), name, "undo leaves other logits")
@@ -140,7 +142,7 @@ def test_rotary_type(model_type: str, request: pytest.FixtureRequest) -> None:
     assert outcome.refused == by_width or model_type in EXPECTED_REFUSALS, outcome.cells
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe_lite", "longcat_flash"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu"])
 def test_temperature_inside_the_softmax_scale(model_type: str) -> None:
     """The DeepSeek family multiplies the temperature of a shipped YaRN into its softmax scale at construction."""
     shipped = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": TRAINED_LENGTH}

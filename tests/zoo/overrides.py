@@ -78,8 +78,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # Mixed layers whose default pattern is longer than the zoo's models, or not made from their depth
     "bamba": {"attn_layer_indices": [2, 5]},
     "granitemoehybrid": {
-        # Its rotary module exists only where the position embedding is asked for.
-        "layer_types": _layers("linear_attention", "full_attention"),
+        # Its rotary module exists only where the position embedding is asked for. All versions know the older names.
+        "layer_types": _layers("mamba", "attention"),
         "position_embedding_type": "rope",
     },
     "cohere_compass_text": {
