@@ -227,7 +227,7 @@ def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, log: Un
 
 
 def _baking(kind: type[nn.Module]) -> Callable[[Any, float], float] | None:
-    """The function `(rope parameters, softmax scale) -> softmax scale` that an attention class applies; else `None`."""
+    """The function `(rope parameters, softmax scale) -> softmax scale` that an attention class applies, if any."""
     source = sys.modules[kind.__module__]
     apply_mscale: Callable[[Any, float], float] | None = getattr(source, "yarn_apply_mscale", None)
     if apply_mscale is not None:

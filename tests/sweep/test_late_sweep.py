@@ -60,8 +60,8 @@ heads, all may score exactly 0 for many keys; which of these are selected then d
 # is 2e-3 (jetmoe).
 EQUAL, CHANGED = 1e-5, 1e-3
 
-# The unpatched models differ as well between a full forward and decoding: most by 1e-6, zamba2, whose recurrent layers
-# sum in another order then, by 1e-4.
+# The unpatched models differ as well between a full forward and decoding: most by 1e-6, zamba2, whose recurrent
+# layers sum in another order then, by 1e-4.
 AGREES = 2e-4
 
 
@@ -145,8 +145,8 @@ def build_consistent(model_type: str, **sizes: Any) -> tuple[PreTrainedModel, di
     """
     A model that decodes what it gives in one forward, and its logits.
 
-    transformers 5.10.1 leaves the causal mask out for SDPA though doge and glm_moe_dsa add masks of their own to it, so
-    that a token sees later ones. Eager attention always gets the mask.
+    transformers 5.10.1 leaves the causal mask out for SDPA though doge and glm_moe_dsa add masks of their own to it.
+    A token sees later ones then. Eager attention always gets the mask.
     """
     model = build(model_type, **sizes)
     native = native_logits(model)
