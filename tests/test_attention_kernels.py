@@ -188,7 +188,7 @@ def test_what_kernels_cannot_do_goes_to_the_plain_form(substitutes: Substitutes)
 @pytest.mark.parametrize("method", [ReRoPE(window=8), DualChunk(chunk=12, local=4), Sinks(window=12)])
 def test_a_model_on_each_kernel_that_runs_here(method: Any) -> None:
     model, ids = tiny_llama(), tokens(50)
-    patch_model(model, method, factor=8, original_length=16)
+    patch_model(model, method, factor=8, trained_length=16)
     wanted = logits(model, ids, use_cache=False)
     for name in ("cpu", "plain"):
         with attention_kernel(name):

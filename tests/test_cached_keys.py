@@ -38,7 +38,7 @@ CLOSE = {"atol": 1e-5, "rtol": 0.0}  # float32 sums in another order; logits spr
 
 def patched(name: str) -> LlamaForCausalLM:
     model = tiny_llama()
-    patch_model(model, METHODS[name], factor=8, original_length=16)
+    patch_model(model, METHODS[name], factor=8, trained_length=16)
     return model
 
 
@@ -67,7 +67,7 @@ def test_a_step_turns_the_key_that_leaves(kind: str, monkeypatch: pytest.MonkeyP
     """The model turns the new one; all others keep their bits, and nothing of the length of the cache is turned; also
     where the cache has free slots, or lets go of keys behind a window of 16 in every other layer."""
     model = build("gemma2") if kind == "sliding" else tiny_llama()
-    patch_model(model, METHODS["self-extend"], factor=8, original_length=16)
+    patch_model(model, METHODS["self-extend"], factor=8, trained_length=16)
     static = StaticCache(config=model.config, max_cache_len=64)
     cache = static if kind == "static" else DynamicCache(config=model.config)
     assert any(layer.is_sliding for layer in cache.layers) is (kind == "sliding")

@@ -92,7 +92,7 @@ def one_graph(model: LlamaForCausalLM, backend: str = "eager") -> tuple[Any, Com
 def test_steps_in_one_graph(method: str | Method, padding: int) -> None:
     """They give what steps give that are not compiled; then a step, a piece of text, and steps in the same graph."""
     model = tiny_llama()
-    with patch_model(model, method, factor=8, original_length=16):
+    with patch_model(model, method, factor=8, trained_length=16):
         static, growing = two(model, padding)
         forward, graphs = one_graph(model)
         for _ in range(STEPS):
@@ -109,7 +109,7 @@ def test_steps_in_one_graph(method: str | Method, padding: int) -> None:
 def test_other_caches(family: str) -> None:
     """Layers that slide roll their keys, and some have none: graphs may break, and all keys are turned."""
     model: Any = build(family)
-    patch_model(model, METHODS[1], factor=8, original_length=16)
+    patch_model(model, METHODS[1], factor=8, trained_length=16)
     static, growing = two(model, 0)
     torch._dynamo.reset()
     forward = torch.compile(model.__call__, backend="eager")
@@ -121,7 +121,7 @@ def test_other_caches(family: str) -> None:
 def test_a_step_turns_two_keys(method: Method) -> None:
     """Of the cached keys only the new one changes, and the one that leaves the window; no other bit does."""
     model = tiny_llama()
-    patch_model(model, method, factor=8, original_length=16)
+    patch_model(model, method, factor=8, trained_length=16)
     static, _ = two(model, 0)
     forward, _ = one_graph(model)
     for step in range(STEPS):
@@ -180,7 +180,7 @@ def test_a_text_outside_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where chunks are not known to be right inside, a graph breaks at them; one that must not break is refused."""
     monkeypatch.setattr(attention_module, "UNPROVEN_ON", "cpu")
     model, ids = tiny_llama(), tokens(30)
-    patch_model(model, METHODS[3], factor=8, original_length=16)
+    patch_model(model, METHODS[3], factor=8, trained_length=16)
     with torch.no_grad():
         wanted = model(ids).logits
         whole, _ = one_graph(model)

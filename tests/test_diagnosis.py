@@ -181,7 +181,7 @@ def test_documents_show_where_the_table_breaks() -> None:
 
 
 def test_documents_show_that_alibi_holds() -> None:
-    found = read("tiny-alibi", original_length=512)
+    found = read("tiny-alibi", trained_length=512)
     assert found.departure is None and "Nothing needs to be changed up to 1024 tokens" in found.verdict
     assert found.trained_length_source == "given"
 
@@ -229,7 +229,7 @@ def test_half_of_what_reading_needs_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"original_length": 0}, "original_length is 0"),
+        ({"trained_length": 0}, "trained_length of at least 1 token, got 0"),
         ({"target_length": 1}, "target_length is 1"),
         ({"target_length": FARTHEST + 1}, "target_length is .*, 2 to 1099511627776"),
     ],
@@ -242,7 +242,7 @@ def test_lengths_that_cannot_be_are_refused(options: dict[str, int], message: st
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bloom, tiny_t5, tiny_xglm])
 def test_a_target_of_any_length_is_looked_at_where_it_is_drawn(make: Callable[[], PreTrainedModel]) -> None:
     """A number for each of these tokens would take terabytes, which no machine gives."""
-    found = diagnose(make(), target_length=FARTHEST, original_length=TRAINED)
+    found = diagnose(make(), target_length=FARTHEST, trained_length=TRAINED)
     assert found.target_length == FARTHEST and {"none", *found.remedies} <= {signal.method for signal in found.signals}
     assert len(found.signals) > 1
     for signal in found.signals:

@@ -116,7 +116,7 @@ def test_a_rotary_signal_is_what_the_patched_model_turns_by(method: str) -> None
 def test_a_table_signal_is_the_rows_of_the_patched_model() -> None:
     model = longer_gpt2()  # three times as many rows as it was trained on
     scheme = detect_scheme(model)
-    plan = as_method("table-linear").plan(scheme, target_length=LONG, original_length=TRAINED)
+    plan = as_method("table-linear").plan(scheme, target_length=LONG, trained_length=TRAINED)
     for signal in (
         position_signal(model, scheme, None, LONG, TRAINED),
         position_signal(model, scheme, plan, LONG, 64),
@@ -134,7 +134,7 @@ def test_a_table_signal_is_the_rows_of_the_patched_model() -> None:
 def test_an_alibi_signal_goes_on_past_training() -> None:
     model = tiny_bloom()
     scheme = detect_scheme(model)
-    plan = as_method("alibi-linear").plan(scheme, factor=4, original_length=TRAINED)
+    plan = as_method("alibi-linear").plan(scheme, factor=4, trained_length=TRAINED)
     own = position_signal(model, scheme, None, LONG, TRAINED)
     other = position_signal(model, scheme, plan, LONG, TRAINED)
     assert own is not None and other is not None

@@ -244,7 +244,7 @@ def test_tokenizer_goes_along(tmp_path: Path) -> None:
 )
 def test_positions_that_no_server_computes(build: Any, method: Any, reason: str, to: str, tmp_path: Path) -> None:
     model = build()
-    patch_model(model, method, factor=4, original_length=TRAINED)
+    patch_model(model, method, factor=4, trained_length=TRAINED)
     with pytest.raises(ExportError, match=f"cannot run .*{reason}|{reason}"):
         export_checkpoint(model, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
@@ -258,7 +258,7 @@ def test_positions_that_one_server_computes_otherwise(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=words):
             export(method, tmp_path / "out", to)
     t5 = tiny_t5()
-    patch_model(t5, "bucket-max-distance", factor=4, original_length=TRAINED)
+    patch_model(t5, "bucket-max-distance", factor=4, trained_length=TRAINED)
     for to in ("vllm", "sglang", "llama.cpp"):
         with pytest.raises(ExportError, match="cannot run"):
             export_checkpoint(t5, tmp_path / "out", to)

@@ -48,7 +48,7 @@ def readings(model: PreTrainedModel, method: str | Method) -> list[torch.Tensor]
     mask[:, :5] = 0
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        with patch_model(model, method, factor=8, original_length=16):
+        with patch_model(model, method, factor=8, trained_length=16):
             found = [model(ids).logits, model(ids, attention_mask=mask).logits[:, 5:]]
             found += [
                 model(piece, **with_cache(model.forward, cache)).logits
@@ -116,7 +116,7 @@ def test_steps_of_a_model_in_one_kernel(method: Method) -> None:
         return [model(piece, **with_cache(model.forward, cache)).logits for piece in pieces]
 
     choice._step_of.cache_clear()
-    with patch_model(model, method, factor=8, original_length=16):
+    with patch_model(model, method, factor=8, trained_length=16):
         found, tried = steps(), choice._step_of.cache_info().hits
         with attention_kernel("plain"):
             wanted = steps()
@@ -130,7 +130,7 @@ def test_patched_models_in_half_precision(method: Method) -> None:
     """Kernels against matrix products, in a whole model."""
     model: Any = tiny_llama(head_dim=64).cuda().bfloat16()
     ids = IDS.cuda()
-    with patch_model(model, method, factor=8, original_length=16), torch.no_grad():
+    with patch_model(model, method, factor=8, trained_length=16), torch.no_grad():
         found = model(ids).logits
         with attention_kernel("plain"):
             wanted = model(ids).logits
@@ -146,7 +146,7 @@ def test_no_step_of_decoding_waits(
     model: Any = make().cuda().to(dtype)
     cache = StaticCache(config=model.config, max_cache_len=48) if static else DynamicCache(config=model.config)
     prompt, *steps = IDS[:, :36].cuda().split([30, 1, 1, 1, 1, 1, 1], 1)
-    with patch_model(model, method, factor=8, original_length=16), torch.no_grad():
+    with patch_model(model, method, factor=8, trained_length=16), torch.no_grad():
         model(prompt, **with_cache(model.forward, cache))
         model(steps[0], **with_cache(model.forward, cache))  # kernels are tried at the first
         for step in steps[1:]:
@@ -158,7 +158,7 @@ def test_no_step_of_decoding_waits(
 def test_steps_as_a_cuda_graph(method: str | Method) -> None:
     """One graph, recorded and replayed."""
     model: Any = tiny_llama().cuda()
-    patch_model(model, method, factor=8, original_length=16)
+    patch_model(model, method, factor=8, trained_length=16)
     static, growing = two(model, 0)
     torch._dynamo.reset()
     counters.clear()
@@ -171,7 +171,7 @@ def test_steps_as_a_cuda_graph(method: str | Method) -> None:
 @pytest.mark.parametrize("method", REMAPPING[:4])
 def test_gradients(method: Method) -> None:
     def gradients(model: Any) -> list[torch.Tensor]:
-        with patch_model(model, method, factor=8, original_length=16):
+        with patch_model(model, method, factor=8, trained_length=16):
             ids = IDS.to(model.device)
             model(ids, labels=ids).loss.backward()
         return [one.grad.cpu() for one in model.parameters() if one.grad is not None]

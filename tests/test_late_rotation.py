@@ -82,10 +82,10 @@ def test_generation(mode: str, kind: str, caplog: pytest.LogCaptureFixture) -> N
         caplog.set_level("ERROR", "transformers.generation.utils")  # it calls its own generate in a deprecated way
     model = MODELS[kind]()
     plain = generate(model, **MODES[mode])
-    with patch_model(model, ReRoPE(window=TRAINED) + LogN(), factor=8, original_length=TRAINED):
+    with patch_model(model, ReRoPE(window=TRAINED) + LogN(), factor=8, trained_length=TRAINED):
         assert same(generate(model, **MODES[mode]), plain)
     for method in ACTIVE.values():
-        with patch_model(model, method, factor=8, original_length=16):
+        with patch_model(model, method, factor=8, trained_length=16):
             found = generate(model, **MODES[mode])
             assert same(found, generate(model, cached=False, **MODES[mode]))
             assert not same(found, plain)
@@ -98,7 +98,7 @@ def test_pieces_of_a_prompt_without_padding(kind: str, static: bool) -> None:
     """Parts are bands there, also where a static cache has free slots, or a sliding one has dropped keys."""
     model, ids = MODELS[kind](), tokens(60)
     for method in ACTIVE.values():
-        with patch_model(model, method, factor=8, original_length=16):
+        with patch_model(model, method, factor=8, trained_length=16):
             cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
             steps = [logits(model, piece, cache=cache) for piece in ids.split([21, 19, 12, 1, 1, 4, 1, 1], 1)]
             torch.testing.assert_close(torch.cat(steps, 1), logits(model, ids, use_cache=False), atol=1e-4, rtol=0)
@@ -192,7 +192,7 @@ def test_a_cache_follows_its_rows(llama: LlamaForCausalLM) -> None:
 
 @pytest.mark.parametrize("method", [*ACTIVE.values(), SelfExtend(group=4, window=8), DynamicNTK()])
 def test_packed_documents_do_not_see_each_other(method: Method, llama: LlamaForCausalLM) -> None:
-    patch_model(llama, method, factor=8, original_length=16)
+    patch_model(llama, method, factor=8, trained_length=16)
     documents = [tokens(count, seed=count) for count in (40, 13, 27)]
     positions = torch.cat([torch.arange(document.shape[1])[None] for document in documents], 1)
     packed = logits(llama, torch.cat(documents, 1), position_ids=positions, use_cache=False)
@@ -218,7 +218,7 @@ def test_gradient_checkpointing_with_several_forwards(
     or longer. The last four kinds do not hand position_ids to their attention."""
     monkeypatch.setattr(banded, "SCORE_BYTES", 1)  # blocks of 16 queries, which banded attention computes again, too
     model = MODELS[kind]() if kind in MODELS else build(kind)
-    patch_model(model, method, factor=8, original_length=16)
+    patch_model(model, method, factor=8, trained_length=16)
     packed = {"input_ids": tokens(40, seed=1), "position_ids": torch.arange(20).repeat(2)[None]}
     batches = [{"input_ids": tokens(40)}, packed, {"input_ids": tokens(24)}]
     model.train()
@@ -256,7 +256,7 @@ def test_copies_live_on_their_own(copied: Callable[[PreTrainedModel], PreTrained
     model = MODELS[kind]() if kind in MODELS else build(kind)
     ids = tokens(40)
     before = logits(model, ids)
-    patch = patch_model(model, ReRoPE(window=8), factor=8, original_length=16)
+    patch = patch_model(model, ReRoPE(window=8), factor=8, trained_length=16)
     wanted = logits(model, ids)
     twin, third = copied(model), copied(model)
     patch.undo()
@@ -303,7 +303,7 @@ def test_patched_model_in_a_data_loader_worker(llama: LlamaForCausalLM) -> None:
 
 @pytest.mark.parametrize("method", [*ACTIVE.values(), DynamicNTK()])
 def test_compiled_forward_in_one_graph(method: Method, llama: LlamaForCausalLM) -> None:
-    patch_model(llama, method, factor=8, original_length=16)
+    patch_model(llama, method, factor=8, trained_length=16)
     torch._dynamo.reset()
     compiled = torch.compile(llama, backend="eager", fullgraph=True)
     for length in (40, 24):

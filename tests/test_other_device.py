@@ -57,7 +57,7 @@ def readings(model: PreTrainedModel, method: str | Method, on_device: bool) -> l
 
     mask = torch.ones_like(IDS)
     mask[:, :5] = 0
-    with patch_model(model, method, factor=8, original_length=16):
+    with patch_model(model, method, factor=8, trained_length=16):
         found = [read(IDS), read(IDS, attention_mask=mask)[:, 5:]]
         caches = [DynamicCache(config=model.config)]
         if model._can_compile_fullgraph and not model.config.model_type.startswith("qwen3_5"):
@@ -109,7 +109,7 @@ def test_a_step_of_decoding_waits_as_often_as_without_a_patch(
     model: Any = moved(make())
     with PretendDevice() as device, torch.no_grad():
         unpatched = waits(model)
-        patch_model(model, method, factor=8, original_length=16)
+        patch_model(model, method, factor=8, trained_length=16)
         assert waits(model) == unpatched
 
 

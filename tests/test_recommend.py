@@ -74,7 +74,7 @@ def reference(methods: list[str]) -> dict[tuple[str, float], tuple[float, float,
     """Tail perplexity, gain and short change of all contenders on all documents, from a comparison."""
     found = {}
     for target in (TARGET, 2 * TARGET):
-        lengths = {"target_length": target, "original_length": TRAINED}
+        lengths = {"target_length": target, "trained_length": TRAINED}
         results = hf_posext.compare(*shipped(), methods, lengths=[TRAINED, TARGET], **lengths)
         for row in results.rows:
             if row["length"] == TARGET:
@@ -117,7 +117,7 @@ def test_the_plan_is_the_one_to_use(tmp_path: Path) -> None:
     before = logits(model, ids)
     with hf_posext.patch_model(model, plan):
         inside = logits(model, ids)
-    with hf_posext.patch_model(model, "rerope", target_length=TARGET, original_length=TRAINED):
+    with hf_posext.patch_model(model, "rerope", target_length=TARGET, trained_length=TRAINED):
         assert torch.equal(inside, logits(model, ids)) and not torch.equal(inside, before)
     assert torch.equal(before, logits(model, ids))
 

@@ -129,7 +129,7 @@ def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, met
             model(piece, **with_cache(model.forward, cache)).logits for piece in ids.split([10] + [1] * 20, 1)
         ], cache
 
-    with patch_model(model, method, factor=8, original_length=16):
+    with patch_model(model, method, factor=8, trained_length=16):
         wanted, cache = steps()
         monkeypatch.setattr(decoding_step, "one_step", lambda *given: interpreted.Step)
         found, other = steps()

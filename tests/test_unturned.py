@@ -65,7 +65,7 @@ def test_models_give_the_same_to_the_bit(family: str, monkeypatch: pytest.Monkey
         return leaves
 
     monkeypatch.setattr(module, "_leaves_its_form", counted)
-    with patch_model(model, ReRoPE(window=8), factor=8, original_length=16):
+    with patch_model(model, ReRoPE(window=8), factor=8, trained_length=16):
         for many in (10**6, 1):
             monkeypatch.setattr(module, "MANY", many)
             left_out = 0

@@ -32,7 +32,7 @@ COMMAND = "python tools/explain_figure.py --measure"
 # ALiBi's config tells no length; that of the table is found. From token 2000 of each novel on, past the front matter.
 RUNS: dict[str, dict[str, Any]] = {
     "tiny-learned": {"methods": ["table-linear"]},
-    "tiny-alibi": {"methods": [], "original_length": 512},
+    "tiny-alibi": {"methods": [], "trained_length": 512},
     "tiny-rope": {"methods": ["yarn"]},
 }
 TARGET, START = 2048, 2000

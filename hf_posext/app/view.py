@@ -66,7 +66,7 @@ class View:
     @property
     def trained_length(self) -> int:
         """Tokens that the plan counts from."""
-        return self.plan.original_length
+        return self.plan.trained_length
 
 
 def applicable(scheme: PositionalScheme) -> list[str]:
@@ -94,11 +94,11 @@ def first_look(shelf: Shelf, name: str, length: int | None = None, trained: int 
         PosExtError: it cannot be opened or looked at.
     """
     model, _ = shelf.open(name)
-    found = diagnose(model, methods=[], target_length=length, original_length=trained)
+    found = diagnose(model, methods=[], target_length=length, trained_length=trained)
     known = shelf.known_length(name)
     if found.trained_length or not known:
         return found
-    found = diagnose(model, methods=[], target_length=length, original_length=known)
+    found = diagnose(model, methods=[], target_length=length, trained_length=known)
     return replace(found, trained_length_source="as all shipped models were")
 
 

@@ -84,7 +84,7 @@ def explain(
                 texts,
                 methods=fitting,
                 target_length=target_length,
-                original_length=options.renamed_length(context, trained_length, original_length),
+                trained_length=options.renamed_length(context, trained_length, original_length),
                 start=start,
                 seed=seed,
             )

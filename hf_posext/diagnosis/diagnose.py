@@ -18,6 +18,7 @@ from ..evaluation.texts.documents import as_documents
 from ..evaluation.texts.files import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
+from ..methods.values import renamed_length
 from ..packages import versions_of
 from ..patching import detect_scheme, find_patch, patch_model
 from ..patching.detect import unwrap
@@ -54,6 +55,7 @@ def diagnose(
     *,
     methods: Sequence[str | Method] | None = None,
     target_length: int | None = None,
+    trained_length: int | None = None,
     original_length: int | None = None,
     start: int = 0,
     seed: int = 0,
@@ -79,7 +81,8 @@ def diagnose(
         target_length (`int`, *optional*): tokens to look at; by default the length that the model ships for by its own
             scaling, else four times the trained length, or less where documents are shorter. Without documents what it
             takes does not grow with the target: signals are samples of at most 2,048 columns.
-        original_length (`int`, *optional*): trained length in tokens, overriding what is found.
+        trained_length (`int`, *optional*): trained length in tokens; overrides what the model states.
+        original_length (`int`, *optional*): deprecated name of `trained_length`.
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
         seed (`int`, *optional*, defaults to 0): of bootstrap intervals.
 
@@ -105,11 +108,12 @@ def diagnose(
     if (tokenizer is None) != (documents is None):
         missing = "tokenizer" if tokenizer is None else "documents"
         raise InvalidParameterError(f"{missing} is missing; give both tokenizer and documents, or neither")
-    if original_length is not None and original_length < 1:
-        raise InvalidParameterError(f"original_length is {original_length}; give a number of tokens, 1 or more")
+    trained_length = renamed_length(trained_length, original_length)
+    if trained_length is not None and trained_length < 1:
+        raise InvalidParameterError(f"Expected a trained_length of at least 1 token, got {trained_length}.")
     scheme = detect_scheme(inner)
     with torch.device("cpu"):  # where numbers are drawn, whatever the default device of the process is
-        found = _structure(inner, scheme, original_length)
+        found = _structure(inner, scheme, trained_length)
     target = target_length or _target(found)
     if not 2 <= target <= MAX_NUMBER:
         raise InvalidParameterError(f"target_length is {target}; give a number of tokens, 2 to {MAX_NUMBER}")

@@ -105,7 +105,7 @@ def planned_frequencies(
         return in_force[rotary.name]
     if entry.growth is None:
         return torch.tensor(entry.inv_freq)
-    scale = max(1.0, length / plan.original_length)
+    scale = max(1.0, length / plan.trained_length)
     moving, power, kept = (
         torch.tensor(numbers) for numbers in (entry.growth.moving, entry.growth.power, entry.growth.kept)
     )

@@ -124,7 +124,7 @@ def long_rows(
         raise DocumentError(
             f"the documents would be read up to token {length}, and the model was trained on {found.trained_length}: "
             f"nothing past that would be seen; give documents of {least} tokens and more (four times the trained "
-            "length is best), or original_length= if the model was trained on less"
+            "length is best), or trained_length= if the model was trained on less"
         )
     return tokenize_documents(texts, tokenizer, length, start)
 

@@ -137,7 +137,7 @@ def _learned(
     if plan is None or plan.table is None:
         held = rows[places.clamp(max=len(rows) - 1)].masked_fill(places[:, None] >= len(rows), torch.nan)
         return held.T.double(), (places >= trained).expand(rows.shape[1], -1)
-    values = stretch(rows[: plan.original_length], plan.table, places).T
+    values = stretch(rows[: plan.trained_length], plan.table, places).T
     return values, torch.zeros_like(values, dtype=torch.bool)
 
 

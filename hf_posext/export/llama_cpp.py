@@ -105,7 +105,7 @@ def _divisors(plan: ExtensionPlan, entry: RotaryPlan, rotary: Rotary, keys: dict
 
     if entry.short_inv_freq is None:
         return RopeKeys(keys, {"rope_freqs.weight": divisors(entry.inv_freq)}, by_converter=False)
-    keys |= {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": plan.original_length}
+    keys |= {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": plan.trained_length}
     lists = {
         "rope_factors_long.weight": divisors(entry.inv_freq),
         "rope_factors_short.weight": divisors(entry.short_inv_freq),
@@ -145,7 +145,7 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
         )
     if len(said.tensors) > 1:
         differences.append(
-            f"Which of the two lists is used is decided by `-c` when the server starts: above {plan.original_length} "
+            f"Which of the two lists is used is decided by `-c` when the server starts: above {plan.trained_length} "
             "the long one, for short inputs too."
         )
     if said.flags:

@@ -44,7 +44,7 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
         if entry.short_inv_freq is not None:
             differences.append(
                 "The long factor list is used for all requests of a batch once one of them has a position above "
-                f"{plan.original_length}, and cached keys keep the list that they were made with: what a request gets "
+                f"{plan.trained_length}, and cached keys keep the list that they were made with: what a request gets "
                 "depends on the others."
             )
 

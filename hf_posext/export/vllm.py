@@ -34,7 +34,7 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
         if entry.short_inv_freq is not None:
             differences.append(
                 "The long factor list is used for every input, short ones too, as soon as `--max-model-len` is above "
-                f"{plan.original_length}; transformers uses the short list up to there."
+                f"{plan.trained_length}; transformers uses the short list up to there."
             )
 
     entries, differences = config_entries(SERVER, config, plan, obstacle, adapt)

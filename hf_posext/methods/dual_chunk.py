@@ -55,4 +55,4 @@ class DualChunk(RemapMethod):
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
         if self.temperature == 0:
             return None
-        return QueryScale(length=plan.original_length, temperature=self.temperature)
+        return QueryScale(length=plan.trained_length, temperature=self.temperature)

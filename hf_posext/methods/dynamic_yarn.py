@@ -47,7 +47,7 @@ class DynamicYaRN(FrequencyMethod):
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         require_pairs(self, rotary)
         yarn = YaRN(beta_fast=self.beta_fast, beta_slow=self.beta_slow, truncate=self.truncate)
-        interpolated = yarn.ramp(rotary, plan.original_length, self.truncate)
+        interpolated = yarn.ramp(rotary, plan.trained_length, self.truncate)
         whole = powers(rotary.theta, rotary)
         growth = Growth(
             moving=padded(rotary, whole * interpolated),

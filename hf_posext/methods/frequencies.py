@@ -65,7 +65,7 @@ class FrequencyMethod(Method):
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         so_far = {entry.name: entry for entry in plan.rotaries}
         for rotary in plan.scheme.rotaries:
-            local = rotary.window is not None and rotary.window <= plan.original_length
+            local = rotary.window is not None and rotary.window <= plan.trained_length
             if local and not self.covers_local_layers:
                 continue
             current = so_far.get(rotary.name) or unscaled(rotary)
@@ -153,7 +153,7 @@ def longrope(
         "short_factor": list(short_factor),
         "factor": plan.factor,
         "attention_factor": attention_factor,
-        "original_max_position_embeddings": plan.original_length,
+        "original_max_position_embeddings": plan.trained_length,
     }
     entry = from_tensor(rotary, long, attention_factor=attention_factor, rope_parameters=parameters)
     return entry if torch.equal(long, short) else replace(entry, short_inv_freq=padded(rotary, short))

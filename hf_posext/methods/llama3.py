@@ -45,7 +45,7 @@ class Llama3(FrequencyMethod):
             )
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
-        low, high, length = self.low_freq_factor, self.high_freq_factor, plan.original_length
+        low, high, length = self.low_freq_factor, self.high_freq_factor, plan.trained_length
         inv_freq = powers(rotary.theta, rotary)
         wavelength = 2 * math.pi / inv_freq
         stepped = torch.where(wavelength > length / low, inv_freq / plan.factor, inv_freq)

@@ -28,4 +28,4 @@ class LogN(Method):
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         if plan.query_scale is not None:
             raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
-        return replace(plan, query_scale=QueryScale(length=plan.original_length, log=True))
+        return replace(plan, query_scale=QueryScale(length=plan.trained_length, log=True))

@@ -56,6 +56,6 @@ class LongRoPE(FrequencyMethod):
         temperature = self.attention_factor
         if temperature is None:
             growth = max(plan.factor, 1.0)
-            temperature = math.sqrt(1 + math.log(growth) / math.log(plan.original_length))
+            temperature = math.sqrt(1 + math.log(growth) / math.log(plan.trained_length))
         long, short = (list(map(float, factors or ())) for factors in lists)
         return longrope_plan(rotary, long, short, plan, attention_factor=temperature)

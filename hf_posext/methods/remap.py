@@ -43,7 +43,7 @@ def near_and_far(window: int, query: PositionMap, key: PositionMap) -> tuple[Par
 
 def default_window(plan: ExtensionPlan, share: float) -> int:
     """A share of the trained length, at least one token."""
-    return max(1, round(plan.original_length * share))
+    return max(1, round(plan.trained_length * share))
 
 
 def require_window(method: Method, name: str, value: int, plan: ExtensionPlan) -> int:
@@ -52,9 +52,9 @@ def require_window(method: Method, name: str, value: int, plan: ExtensionPlan) -
     Raises:
         InvalidParameterError: says the bounds.
     """
-    if not 1 <= value <= plan.original_length:
+    if not 1 <= value <= plan.trained_length:
         raise InvalidParameterError(
-            f"{method.name} {name} is {value}; give 1 to {plan.original_length}, the trained length"
+            f"{method.name} {name} is {value}; give 1 to {plan.trained_length}, the trained length"
         )
     return value
 

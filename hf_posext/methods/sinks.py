@@ -34,11 +34,11 @@ class Sinks(RemapMethod):
     window: int | None = None
 
     def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
-        window = plan.original_length - self.sinks if self.window is None else self.window
-        if self.sinks < 1 or window < 1 or self.sinks + window > plan.original_length:
+        window = plan.trained_length - self.sinks if self.window is None else self.window
+        if self.sinks < 1 or window < 1 or self.sinks + window > plan.trained_length:
             raise InvalidParameterError(
                 f"sinks {self.sinks} and window {window}; give 1 or more of each, "
-                f"{plan.original_length} (the trained length) at most together"
+                f"{plan.trained_length} (the trained length) at most together"
             )
         reach = PositionMap(limit=self.sinks + window - 1)
         return Part(SAME, SAME, high=window), Part(reach, SAME, low=window, keys_below=self.sinks)

@@ -51,4 +51,4 @@ class StringShift(RemapMethod):
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
         if self.attention_factor == 1:
             return None
-        return QueryScale(length=plan.original_length, constant=self.attention_factor**2)
+        return QueryScale(length=plan.trained_length, constant=self.attention_factor**2)

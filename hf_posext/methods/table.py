@@ -27,9 +27,9 @@ class TableMethod(Method):
         if plan.table is not None:
             raise InvalidParameterError(f"{plan.method} stretches the table twice; compose at most one such method")
         usable = plan.scheme.table.usable if plan.scheme.table else 0
-        if plan.original_length > usable:
+        if plan.trained_length > usable:
             raise InvalidParameterError(
-                f"original_length is {plan.original_length}, but {plan.scheme.model_type} has a table of {usable} "
+                f"original_length is {plan.trained_length}, but {plan.scheme.model_type} has a table of {usable} "
                 f"positions; give {usable} or less"
             )
         return replace(plan, table=self.table(plan))
@@ -37,4 +37,4 @@ class TableMethod(Method):
 
 def squeezed(plan: ExtensionPlan) -> PositionMap:
     """`min(p / s, L - 1)`: back into the trained positions, which end at L - 1."""
-    return PositionMap(rate=1 / plan.factor, limit=plan.original_length - 1)
+    return PositionMap(rate=1 / plan.factor, limit=plan.trained_length - 1)

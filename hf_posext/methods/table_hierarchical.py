@@ -32,7 +32,7 @@ class TableHierarchical(TableMethod):
     alpha: float = 0.4
 
     def table(self, plan: ExtensionPlan) -> TablePlan:
-        length = plan.original_length
+        length = plan.trained_length
         if not 0 < self.alpha < 1 or self.alpha == 0.5:
             raise InvalidParameterError(
                 f"{self.name} alpha is {self.alpha:g}; give a number above 0 and below 1 other than 0.5, e.g. 0.4"

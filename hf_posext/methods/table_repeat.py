@@ -24,4 +24,4 @@ class TableRepeat(TableMethod):
     url: ClassVar[str] = "https://arxiv.org/abs/2404.12096"
 
     def table(self, plan: ExtensionPlan) -> TablePlan:
-        return TablePlan(PositionMap(modulo=plan.original_length))
+        return TablePlan(PositionMap(modulo=plan.trained_length))

@@ -40,9 +40,9 @@ class Theta(FrequencyMethod):
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         theta = self.theta
         if theta is None:
-            turns = [math.log(length / (2 * math.pi)) for length in (plan.target_length, plan.original_length)]
+            turns = [math.log(length / (2 * math.pi)) for length in (plan.target_length, plan.trained_length)]
             if turns[1] <= 0:
-                raise InvalidParameterError(f"trained length {plan.original_length} is below one turn; give theta=")
+                raise InvalidParameterError(f"trained length {plan.trained_length} is below one turn; give theta=")
             theta = rotary.theta ** (turns[0] / turns[1])
         return from_tensor(
             rotary, powers(theta, rotary), rope_parameters={"rope_type": "default", "rope_theta": theta}

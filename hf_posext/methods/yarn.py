@@ -69,13 +69,13 @@ class YaRN(FrequencyMethod):
         if self.variant == "radix":
             return as_longrope(
                 rotary,
-                powers(rotary.theta, rotary) * plan.factor ** -self._radix(rotary, plan.original_length, truncate),
+                powers(rotary.theta, rotary) * plan.factor ** -self._radix(rotary, plan.trained_length, truncate),
                 plan,
                 attention_factor=self._temperature(rotary, plan.factor)[0],
             )
         wavelengths = rotary.theta ** exponents(rotary)
         kept, divided = 1.0 / wavelengths, 1.0 / (plan.factor * wavelengths)
-        keep = 1 - self.ramp(rotary, plan.original_length, truncate)
+        keep = 1 - self.ramp(rotary, plan.trained_length, truncate)
         temperature, mscales = self._temperature(rotary, plan.factor)
         if self.variant == "pose":
             mixed = powers(rotary.theta, rotary) / ((1 - keep) * plan.factor + keep)
@@ -89,7 +89,7 @@ class YaRN(FrequencyMethod):
             "attention_factor": temperature,
             "beta_fast": self.beta_fast,
             "beta_slow": self.beta_slow,
-            "original_max_position_embeddings": plan.original_length,
+            "original_max_position_embeddings": plan.trained_length,
             "truncate": truncate,
             **mscales,
         }

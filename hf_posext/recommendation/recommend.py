@@ -136,7 +136,7 @@ def prepared(
     """All that is checked before anything long begins, and a sweep that has measured nothing yet; as [`recommend`]."""
     base = unwrap(model)
     scheme = detect_scheme(base)
-    found = diagnose(base, methods=[], original_length=trained_length)
+    found = diagnose(base, methods=[], trained_length=trained_length)
     trained = _trained_length(found, target_length)
     request = check_request(
         EvaluationConfig(lengths=[trained, target_length], start=start, seed=seed), scheme, base, accelerator

@@ -52,7 +52,7 @@ class Settings:
             )
         if self.length < 2 or self.length > plan.target_length:
             raise InvalidParameterError(
-                f"length is {self.length}, and {plan.method} reads {plan.original_length} -> {plan.target_length} "
+                f"length is {self.length}, and {plan.method} reads {plan.trained_length} -> {plan.target_length} "
                 f"tokens; give 2 to {plan.target_length}, or a larger factor"
             )
         if self.pose is not None:
@@ -70,7 +70,7 @@ class Settings:
         if self.length >= plan.target_length:
             raise InvalidParameterError(
                 f"pose skips positions between {self.length} and {plan.target_length} tokens, of which there are "
-                f"none; give a length below {plan.target_length}, such as {plan.original_length}, or a larger factor"
+                f"none; give a length below {plan.target_length}, such as {plan.trained_length}, or a larger factor"
             )
         if self.pack or self.longce:
             other = "pack" if self.pack else "longce"

@@ -30,7 +30,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that plain transformers opens without its patch: its positions are remapped inside attention."""
     path = tmp_path_factory.mktemp("patched") / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
-    with patch_model(model, "rerope(window=32)", factor=2, original_length=64, tokenizer=tokenizer) as patch:
+    with patch_model(model, "rerope(window=32)", factor=2, trained_length=64, tokenizer=tokenizer) as patch:
         patch.save_pretrained(path)
     assert (path / PLAN_FILE).exists()
     return path
@@ -40,5 +40,5 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the shipped model under a patch."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
-    patch_model(model, "yarn", factor=2, original_length=64, tokenizer=tokenizer)
+    patch_model(model, "yarn", factor=2, trained_length=64, tokenizer=tokenizer)
     return save_adapter(with_adapter(model), tmp_path_factory.mktemp("adapter") / "adapter")

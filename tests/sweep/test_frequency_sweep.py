@@ -92,11 +92,11 @@ def check_method(model: PreTrainedModel, name: str, before: torch.Tensor, outcom
     long_factor = [1.0 + index for index in range(scheme.rotaries[0].pairs)]
     method: Method | str = LongRoPE(long_factor=long_factor) if name == "longrope" else name
     # recurrent_gemma does not say how long it was trained.
-    original_length = None if scheme.trained_length else TRAINED_LENGTH
+    trained_length = None if scheme.trained_length else TRAINED_LENGTH
     # Of the same tokens, not the start of a longer row: in some versions, models let a token see later ones.
     unpatched = logits(model, LENGTH // FACTOR)
     try:
-        patch = patch_model(model, method, factor=FACTOR, original_length=original_length)
+        patch = patch_model(model, method, factor=FACTOR, trained_length=trained_length)
     except PosExtError as error:
         outcome.cells[name] = {"verdict": "refused", "reason": str(error)}
         outcome.expect(model_type in str(error), name, f"the refusal does not name {model_type}: {error}")

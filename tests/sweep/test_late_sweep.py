@@ -163,7 +163,7 @@ def given_length(model: PreTrainedModel) -> int | None:
 
 def check_identity(model: PreTrainedModel, method: Method, native: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Which checks a method passes that does not reach the input."""
-    with patch_model(model, method, factor=4, original_length=given_length(model)):
+    with patch_model(model, method, factor=4, trained_length=given_length(model)):
         got = {
             "full": logits(model, LENGTH),
             "padded": padded_logits(model),
@@ -174,7 +174,7 @@ def check_identity(model: PreTrainedModel, method: Method, native: dict[str, tor
 
 def check_doubled(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Whether doubled positions in attention are doubled positions of the model, and matter."""
-    plan = BEYOND.plan(detect_scheme(model), factor=4, original_length=given_length(model))
+    plan = BEYOND.plan(detect_scheme(model), factor=4, trained_length=given_length(model))
     with patch_model(model, replace(plan, parts=DOUBLED)):
         got = logits(model, LENGTH)
     matters = relative(native["doubled"], native["full"]) > CHANGED
@@ -183,7 +183,7 @@ def check_doubled(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> di
 
 def check_remapped(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Whether a method that reaches the input changes logits, and decodes what it gives in one forward."""
-    with patch_model(model, WITHIN, factor=4, original_length=given_length(model)):
+    with patch_model(model, WITHIN, factor=4, trained_length=given_length(model)):
         full, decoded = logits(model, LONG), decoded_logits(model, LONG)
     own = own_difference(native)
     agrees = own < AGREES and relative(decoded, full) < EQUAL + 2 * own

@@ -46,8 +46,8 @@ def test_an_adapter_is_saved_with_its_plan_and_opens_with_equal_logits(name: str
 @pytest.mark.parametrize(
     ("build", "method", "changed"),
     [
-        (longer_gpt2, "table-linear", {"original_length": 64, "length": 96}),
-        (tiny_bloom, "alibi-linear", {"original_length": 64}),
+        (longer_gpt2, "table-linear", {"trained_length": 64, "length": 96}),
+        (tiny_bloom, "alibi-linear", {"trained_length": 64}),
         (tiny_llama, "rerope(window=16)", {"gradient_checkpointing": True}),
         (tiny_llama, "yarn+log-n", {}),
     ],
@@ -247,7 +247,7 @@ def test_provenance_says_what_is_needed_to_train_again(tmp_path: Path) -> None:
         ({"model": tiny_llama().to(torch.bfloat16)}, InvalidParameterError, "LlamaForCausalLM is bfloat16; give bf16"),
         ({"model": tiny_llama(vocab_size=40)}, InvalidParameterError, "and the model has 40; load both from the same"),
         (
-            {"model": tiny_bloom(), "method": "alibi-linear", "original_length": 64, "pose": 2},
+            {"model": tiny_bloom(), "method": "alibi-linear", "trained_length": 64, "pose": 2},
             UnsupportedModelError,
             "BloomForCausalLM takes no position_ids",
         ),
