@@ -48,11 +48,16 @@ class SelfLogistic(RemapMethod):
     def example(cls, scheme: PositionalScheme) -> Self:
         return cls(rate=0.5)
 
-    def sizes(self, tokens: int) -> list[int]:
-        """Return the sizes of the groups that cover some tokens, the nearest first."""
+    def sizes(self, tokens: int, limit: int | None = None) -> list[int]:
+        """Return the sizes of the groups that cover some tokens, the nearest first.
+
+        Args:
+            tokens (`int`): tokens to cover.
+            limit (`int`, *optional*): number of groups after which the list ends, whether or not they cover all tokens.
+        """
         sizes: list[int] = []
         covered = 0
-        while covered < tokens:
+        while covered < tokens and len(sizes) != limit:
             logistic = self.capacity / (1 + (self.capacity - 1) * math.exp(-self.rate * len(sizes)))
             # the first is C / C, which may round to below 1
             sizes.append(min(max(math.floor(logistic + 1e-9), 1), self.capacity - 1))
@@ -62,11 +67,14 @@ class SelfLogistic(RemapMethod):
     def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
         window = default_window(plan, 1 / 4) if self.window is None else self.window
         require_window(self, "window", window, plan)
-        sizes = self.sizes(max(plan.target_length - window, 1))
-        if window + len(sizes) > plan.trained_length:
+        # A position is needed for each group. The list ends with the first that is too many, since the target may be
+        # any number of tokens.
+        room = plan.trained_length - window
+        sizes = self.sizes(max(plan.target_length - window, 1), limit=room + 1)
+        if len(sizes) > room:
             raise InvalidParameterError(
-                f"Expected positions up to {plan.trained_length} (the trained length), got {window + len(sizes)} for "
-                f"{plan.target_length} tokens. Pass a smaller window, or a greater rate or capacity."
+                f"Expected groups that cover {plan.target_length} tokens within {plan.trained_length} positions (the "
+                "trained length), got more. Pass a smaller window, or a greater rate or capacity."
             )
         bands = [Part(SAME, SAME, high=window)]
         start, group = window, 0
