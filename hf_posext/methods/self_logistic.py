@@ -53,7 +53,7 @@ class SelfLogistic(RemapMethod):
 
         Args:
             tokens (`int`): tokens to cover.
-            limit (`int`, *optional*): number of groups after which the list ends, whether or not they cover all tokens.
+            limit (`int`, *optional*): number of groups after which the list ends, even if tokens are left.
         """
         sizes: list[int] = []
         covered = 0
