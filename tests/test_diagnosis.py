@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -289,3 +290,11 @@ def test_an_encoder_has_no_loss_by_position() -> None:
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     with pytest.raises(UnsupportedModelError, match="leave the documents out"):
         diagnose(AutoModel.from_pretrained(get_model_path()), tokenizer, [PASSAGE])
+
+
+def test_a_diagnosis_is_one_line_and_a_table_in_notebooks() -> None:
+    found = dataclasses.replace(diagnose(shipped("tiny-alibi")), model="<script>\x1b")
+    assert repr(found).startswith(r"Diagnosis(model <script>\x1b; positions alibi (extrapolation); trained length ")
+    assert "\n" not in repr(found) and len(repr(found)) < 300
+    html = found._repr_html_()
+    assert "&lt;script&gt;" in html and "<script>" not in html and found.verdict.split()[0] in html

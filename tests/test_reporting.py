@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
+from scipy.stats import binomtest
 
 from hf_posext.evaluation import Results
+from hf_posext.evaluation.results.statistics import share_interval
 from hf_posext.evaluation.texts.files import portable, write_atomically
 from hf_posext.reporting import (
     markdown_table,
@@ -317,3 +319,52 @@ def test_intervals_of_a_legacy_average_are_of_its_means(tmp_path: Path, monkeypa
     panel = panels(lambda: plot_perplexity(legacy_results(), tmp_path / "perplexity.png"), monkeypatch)[0]
     low, high = panel.containers[0].lines[2][0].get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((math.exp(3.5), MEASURED["none"][0][0]))
+
+
+@pytest.mark.parametrize(("there", "said"), [(1.25, "keeps its perplexity level"), (1.25001, "breaks by 1024")])
+def test_a_quarter_more_perplexity_is_broken(there: float, said: str) -> None:
+    results = make_results(control=False, passkey=False, lengths=(512, 1024))
+    for row in results.rows:
+        row["perplexity_tail"] = 40.0 if row["length"] == 512 else 40.0 * there
+    assert all(said in sentence for sentence in describe_methods(results))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("trained", [64, 100, 512, 131072])
+@pytest.mark.parametrize("lengths", [(128,), (64, 128), LENGTHS], ids=str)
+def test_the_words_at_the_trained_length_are_inside_their_panel(
+    lengths: tuple[int, ...], trained: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = make_results(lengths=lengths, passkey=False)
+    results.provenance["trained_length"] = trained
+    for draw in (plot_perplexity, plot_gain_by_position):
+        for panel in panels(lambda draw=draw: draw(results, tmp_path / "p.png"), monkeypatch):  # type: ignore[misc]
+            inside = panel.get_window_extent()
+            assert inside.width > 100 and inside.height > 100
+            for words in panel.texts:
+                shown = words.get_window_extent()
+                assert inside.x0 - 1 <= shown.x0 and shown.x1 <= inside.x1 + 1
+
+
+def test_shares_have_their_intervals_in_the_report() -> None:
+    results = make_results()
+    assert "At 4096 tokens, with 95 % intervals (Wilson): none 0 % [0, 16] of 20; linear x8" in render_report(results)
+    assert "yarn x8 90 % [70, 97] of 20." in render_report(results)
+
+
+@pytest.mark.parametrize(("found", "trials"), [(0, 5), (5, 5), (1, 20), (7, 13)])
+def test_the_interval_of_a_share_is_that_of_scipy(found: int, trials: int) -> None:
+    expected = binomtest(found, trials).proportion_ci(0.95, method="wilson")
+    assert share_interval(found / trials, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_results_are_one_line_and_a_table_in_notebooks() -> None:
+    results = make_results()
+    assert repr(results) == (
+        "Results(tiny|rope; methods none, linear x8, ntk x8, yarn x8; lengths 512, 1024, 2048, 4096; protocol prefix; "
+        "8 documents)"
+    )
+    results.rows[0]["method"] = "<script>"
+    html = results._repr_html_()
+    assert html.count("<tr") == len(results.rows) + 1 and "&lt;script&gt;" in html and "<script>" not in html
+    assert repr(Results()).startswith("Results(a model; methods none measured")

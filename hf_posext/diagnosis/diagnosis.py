@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.texts.files import write_atomically
 from ..scheme import PositionalScheme
+from ..visible import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,6 +69,25 @@ class Diagnosis:
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     verdict: str = ""
+
+    def __repr__(self) -> str:
+        facts = "; ".join(f"{name} {value}" for name, value in self._facts().items() if name != "verdict")
+        return f"Diagnosis({visible(facts)})"
+
+    def _repr_html_(self) -> str:
+        """The facts as a table, for notebooks."""
+        rows = (f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._facts().items())
+        return f"<table>{''.join(rows)}</table>"
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "model": self.model,
+            "positions": f"{self.scheme.kind} ({self.generalization})",
+            "trained length": "unknown" if self.trained_length is None else str(self.trained_length),
+            "target length": str(self.target_length),
+            "remedies": ", ".join(self.remedies) or "none",
+            "verdict": self.verdict,
+        }
 
     @property
     def generalization(self) -> str:

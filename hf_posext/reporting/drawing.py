@@ -37,6 +37,8 @@ WIDTH, DPI = 9.0, 200
 LEGEND_COLUMNS, LEGEND_WIDTH = 6, 120  # columns at most, and letters that fit beside each other
 HANDLE = 8  # letters that the line before a name and the gap after it are worth
 
+NOTE, LETTER = 8, 0.62  # points of the words beside a line, and the width of a letter in them at most, on average
+
 Style = Mapping[str, Any]
 
 
@@ -148,16 +150,27 @@ def _tail_intervals(results: Results, rows: Mapping[int, Row]) -> dict[int, list
 def note(
     panel: Axes, text: str, x: float, y: float, coordinates: tuple[str, str], ha: Any = "left", va: Any = "top"
 ) -> None:
-    """Words beside a line, a little off it."""
-    offset = (3 if ha == "left" else 0, -3 if va == "top" else 3)
+    """Words beside a line, a little off it; on its other side where the panel ends before they do."""
+    right = 0
+    if coordinates[0] == "data" and ha == "left" and not _has_room(panel, text, x):
+        ha, right = "right", -3
+    offset = (3 if ha == "left" else right, -3 if va == "top" else 3)
     place = {"xycoords": coordinates, "xytext": offset, "textcoords": "offset points"}
-    panel.annotate(text, (x, y), **place, ha=ha, va=va, fontsize=8, color=INK)  # type: ignore[arg-type]
+    panel.annotate(text, (x, y), **place, ha=ha, va=va, fontsize=NOTE, color=INK)  # type: ignore[arg-type]
+
+
+def _has_room(panel: Axes, text: str, x: float) -> bool:
+    """Whether words that begin at `x` end inside the panel: about, since its size is not known before it is drawn."""
+    place = panel.transAxes.inverted().transform(panel.transData.transform((x, panel.get_ylim()[0])))[0]
+    inches = panel.get_position().width * panel.figure.get_figwidth()  # type: ignore[union-attr]
+    return bool(inches * (1 - place) > LETTER * NOTE / 72 * len(text))
 
 
 def note_trained_length(panel: Axes, results: Results) -> None:
-    """The words at the line where training ended."""
+    """The words at the line where training ended, if it is on the axis, whose ends are set."""
     trained = results.provenance.get("trained_length")
-    if trained:
+    low, high = panel.get_xlim()
+    if trained and low <= trained <= high:
         note(panel, f"trained length {trained}", trained, 1.0, ("data", "axes fraction"))
 
 

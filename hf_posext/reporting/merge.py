@@ -94,7 +94,8 @@ def merged_grids(runs: Sequence[Results], titles: Sequence[str]) -> list[Grid]:
             for name, cells in grid.rows:
                 by_length = dict(zip(grid.lengths, cells, strict=True)) if cells else {}
                 rows.append((name, tuple(by_length.get(length, "") for length in lengths) if cells else ()))
-        answers.append(Grid(question, lengths, tuple(rows)))
+        remark = " ".join(f"{title}: {grid.remark}" for title, grid in found if grid.remark)
+        answers.append(Grid(question, lengths, tuple(rows), remark))
     return answers
 
 

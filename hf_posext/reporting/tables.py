@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.protocols.protocol import is_legacy
+from ..evaluation.results.statistics import share_interval
 from ..methods.refusals import by_reason
 from .markdown import cell
 
@@ -35,11 +36,13 @@ class Grid:
         lengths (`tuple[int, ...]`): Context lengths in tokens, ascending: the columns.
         rows (`tuple[tuple[str, tuple[str, ...]], ...]`): The name of each row and its cells, one per length; no cells
             where the row is a heading of those below it.
+        remark (`str`, *optional*): What reports say below it.
     """
 
     title: str
     lengths: tuple[int, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]
+    remark: str = ""
 
 
 SCHEMES = {
@@ -198,7 +201,39 @@ def _retrieval_grid(results: Results, lengths: tuple[int, ...]) -> Grid:
         rows.append((task, ()))
         rows += [(name, tuple(_share(found.get(length)) for length in lengths)) for name, found in methods.items()]
     trials = results.retrieval[0]["trials"]
-    return Grid(f"Retrieval: share found, mean over depths (trials at each: {trials})", lengths, tuple(rows))
+    title = f"Retrieval: share found, mean over depths (trials at each: {trials})"
+    return Grid(title, lengths, tuple(rows), _retrieval_intervals(results, lengths[-1]))
+
+
+def _retrieval_intervals(results: Results, length: int) -> str:
+    found: dict[str, list[tuple[float, int]]] = {}
+    for row in results.retrieval:
+        if row["length"] == length and row["accuracy"] is not None and row["trials"]:
+            found.setdefault(f"{row['task']}, {row_name(row)}", []).append((row["accuracy"], row["trials"]))
+    shares = {}
+    for name, depths in found.items():
+        trials = sum(number for _, number in depths)
+        shares[name] = (sum(accuracy * number for accuracy, number in depths) / trials, trials)
+    return _intervals(shares, length)
+
+
+def _passkey_intervals(methods: Mapping[str, Mapping[int, Row]], length: int) -> str:
+    rows = {name: by_length[length] for name, by_length in methods.items() if length in by_length}
+    shares = {
+        name: (row["passkey"], row["passkey_trials"])
+        for name, row in rows.items()
+        if row.get("passkey") is not None and row.get("passkey_trials")
+    }
+    return _intervals(shares, length)
+
+
+def _intervals(shares: Mapping[str, tuple[float, int]], length: int) -> str:
+    """The 95 % interval of each share, in words; nothing where there is no share."""
+    said = []
+    for name, (share, trials) in shares.items():
+        low, high = share_interval(share, trials)
+        said.append(f"{name} {100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of {trials}")
+    return f"At {length} tokens, with 95 % intervals (Wilson): {'; '.join(said)}." if said else ""
 
 
 def _share(accuracies: list[float | None] | None) -> str:
@@ -239,7 +274,8 @@ def grids(results: Results) -> list[Grid]:
         answers.append(_longppl_grid(results))
     if any(row.get("passkey") is not None for row in results.rows):
         trials = next((f", {row['passkey_trials']} trials" for row in results.rows if row.get("passkey_trials")), "")
-        answers.append(Grid(f"Pass keys retrieved (greedy decoding{trials})", lengths, rows_of(_passkey_cell)))
+        title = f"Pass keys retrieved (greedy decoding{trials})"
+        answers.append(Grid(title, lengths, rows_of(_passkey_cell), _passkey_intervals(methods, lengths[-1])))
     if results.retrieval:
         answers.append(_retrieval_grid(results, lengths))
     if any(row.get("bits_per_byte") is not None for row in results.rows):

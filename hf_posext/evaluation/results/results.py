@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...decode import Rules, decode, short
 from ...errors import EvaluationError, InvalidParameterError
-from ...visible import csv_cell
+from ...visible import csv_cell, visible
 from ..texts.files import write_atomically
 from .positions import STRETCHES
 from .records import DocumentRecord, RetrievalRow, Row, required
@@ -63,6 +63,26 @@ class Results:
     rows: list[dict[str, Any]] = field(default_factory=list)
     per_document: list[dict[str, Any]] = field(default_factory=list)
     retrieval: list[dict[str, Any]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        methods = dict.fromkeys(
+            row["method"] if row["factor"] == 1 else f"{row['method']} x{row['factor']:g}" for row in self.rows
+        )
+        lengths = sorted({row["length"] for row in self.rows})
+        protocols = dict.fromkeys(row["protocol"] for row in self.rows)
+        documents = max((row["documents"] for row in self.rows), default=0)
+        parts = (
+            visible(str(self.provenance.get("model", "a model"))),
+            f"methods {', '.join(methods) or 'none measured'}",
+            f"lengths {', '.join(map(str, lengths))}",
+            f"protocol {', '.join(protocols)}",
+            f"{documents} documents",
+        )
+        return f"Results({'; '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """The rows as a table, for notebooks."""
+        return str(self.to_frame().to_html(index=False, na_rep="-"))
 
     def row(self, method: str, length: int, factor: float | None = None) -> dict[str, Any]:
         """

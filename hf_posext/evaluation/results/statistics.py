@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,21 @@ def pooled_perplexity(nll_sums: Any, tokens: Any, axis: int = -1) -> Any:
     """
     with np.errstate(over="ignore"):  # a broken model's perplexity may be infinite; it is written as null
         return np.exp(np.sum(nll_sums, axis=axis, dtype=np.float64) / np.sum(tokens, axis=axis))
+
+
+def share_interval(share: float, trials: int) -> tuple[float, float]:
+    """
+    95 % interval of a share of independent trials, after Wilson: 5 of 5 tells no more than that it is above 57 %.
+
+    Args:
+        share (`float`): found, from 0 to 1.
+        trials (`int`): 1 or more.
+    """
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    middle = share + z**2 / (2 * trials)
+    half = z * ((share * (1 - share) + z**2 / (4 * trials)) / trials) ** 0.5
+    scale = 1 + z**2 / trials
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def bootstrap_interval(nll_sums: Sequence[float], tokens: Sequence[int], seed: int) -> list[float] | None:
