@@ -12,9 +12,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from hf_posext import patch_model
-from hf_posext.errors import EvaluationError, UnsupportedModelError
+from hf_posext.errors import AlreadyPatchedError, EvaluationError, UnsupportedModelError
 from hf_posext.methods import DynamicNTK, LogN, ReRoPE, Sinks
-from hf_posext.scheme import PositionalScheme
 
 from .conftest import TRAINED, logits, tiny_llama, tokens
 from .zoo import build
@@ -268,5 +267,6 @@ def test_saved_config_does_not_name_our_attention(llama: LlamaForCausalLM, tmp_p
     patch_model(llama, ReRoPE(window=16), factor=8).save_pretrained(tmp_path / "patched")
     llama.save_pretrained(tmp_path / "plain")
     for directory in ("patched", "plain"):
-        assert "posext" not in (tmp_path / directory / "config.json").read_text()
-    assert isinstance(patch_model(llama.__class__(llama.config), "none", factor=8).plan.scheme, PositionalScheme)
+        assert "posext-" not in (tmp_path / directory / "config.json").read_text()  # the plan is there, by its own key
+    with pytest.raises(AlreadyPatchedError, match="made from the config of a patched model"):
+        patch_model(llama.__class__(llama.config), "none", factor=8)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,3 +209,18 @@ def test_attention_is_switched_for_one_model_only() -> None:
             assert model.config._attn_implementation != "sdpa" and twin.config._attn_implementation == "sdpa"
             assert torch.equal(logits(twin, LONG), before)
         assert model.config is shared and twin.config is shared
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_part_that_is_kept_alone_goes_on(attention: str) -> None:
+    """The attention function stays registered as long as any module of the patched model lives."""
+    model = tiny_llama()
+    model.set_attn_implementation(attention)
+    patch_model(model, "rerope(window=16)", factor=4)
+    part, whole = model.model, weakref.ref(model)
+    with torch.no_grad():
+        wanted = part(LONG)[0]
+        del model
+        gc.collect()
+        assert whole() is None
+        torch.testing.assert_close(part(LONG)[0], wanted, atol=0, rtol=0)

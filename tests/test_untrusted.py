@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hf_posext import load_patched, patch_model
 from hf_posext.adapters import load_adapter, save_adapter, verify_adapter
 from hf_posext.errors import CheckpointError, PlanError, PlanMismatchError, PosExtError
 from hf_posext.patching.untrusted import MAX_JSON_BYTES
-from hf_posext.plan import MAX_PARTS, MAX_TABLE_ROWS
+from hf_posext.plan import MAX_PARTS, MAX_TABLE_ROWS, PositionMap
 from tests.adapter_helpers import files, with_adapter
 from tests.conftest import TRAINED, logits, tiny_gpt2, tiny_llama, tokens
 
@@ -231,7 +232,7 @@ def test_table_too_long_to_make(originals: Path, tmp_path: Path) -> None:
 
 
 def test_too_many_parts(adapter: Path) -> None:
-    one = {"rate": 1.0, "group": 1, "offset": 0.0, "modulo": None, "limit": None}
+    one = asdict(PositionMap())
     part = {
         "query": one,
         "key": one,

@@ -68,9 +68,10 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
         log.set(module, "_posext_radians", tuple(frequencies.tolist()))
         log.set(module, "__class__", mix(OtherSines, type(module)))
         make: Any = module
-        longer = make.get_embedding(len(table), table.shape[1], getattr(module, "padding_idx", None))
+        # Sines are made on the CPU; the model's table may be elsewhere.
+        longer = make.get_embedding(len(table), table.shape[1], getattr(module, "padding_idx", None)).to(table)
         changed |= _differ(longer, table)
-        log.set(module, "weights", longer.to(table))
+        log.set(module, "weights", longer)
     if not changed:
         raise NoEffectError(f"{plan.describe()} leaves positions as they are; pass a factor above 1, or method 'none'")
     if rows:

@@ -234,11 +234,12 @@ def _install(subject: Subject, remapping: Remapping | Probing, log: UndoLog) -> 
             log.set(module, "__class__", mix(RotatesLate, type(module)))
             if "_old_forward" in vars(module):  # with a device_map, accelerate calls the method that it found
                 log.set(module, "_old_forward", type(module).forward.__get__(module))
+    # Every module holds the lease: somebody may keep a part of the model alone, and its config names our attention.
+    lease = Lease()
     for path, module in root.named_modules():
         log.set(module, "_posext_remapping", remapping)
         log.set(module, "_posext_path", subject.prefix + path)
-    lease = Lease()
-    log.set(root, "_posext_lease", lease)
+        log.set(module, "_posext_lease", lease)
     log.on_undo(_end, lease)
     switch_attention(root, ATTENTION[text_config(root.config)._attn_implementation or "eager"], log)
 
