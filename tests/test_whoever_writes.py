@@ -119,7 +119,7 @@ def test_plain_transformers_opens_equal_or_stops(method: str, tmp_path: Path) ->
         return
     plain = type(model).from_pretrained(tmp_path)
     assert torch.equal(logits(realigned(plain.eval()), IDS), wanted)
-    with pytest.raises(AlreadyPatchedError, match=f"saved under the patch '{method}: 64 -> 256.*load_patched"):
+    with pytest.raises(AlreadyPatchedError, match=f"carries the patch '{method}: 64 -> 256.*load_patched"):
         patch_model(plain, method, factor=4)  # a second stretch
     unpatch_model(load_patched(tmp_path)) if method != "table-linear" else None
 

@@ -274,8 +274,8 @@ def patch_model(
         saved = saved_plan(inner.config)
         if saved is not None:
             raise AlreadyPatchedError(
-                f"Expected a model without a patch, got one whose config carries the patch {saved.describe()!r}: it was "
-                "saved under it, or made from the config of a patched model. Open a saved directory by "
+                f"Expected a model without a patch, got one whose config carries the patch {saved.describe()!r}: it "
+                "was saved under it, or made from the config of a patched model. Open a saved directory by "
                 "load_patched(path) and undo its patch; copy a config before patching the model that it belongs to."
             )
         _refuse_meta(inner)
