@@ -1,4 +1,4 @@
-"""What the perplexity of one document takes on a large model: formulas of memory and time, and their checks.
+"""Cost of the perplexity of one document on a large model: formulas of memory and time, and their checks.
 
     python benchmarks/large_models.py    # reads a small model whole and in chunks: minutes of one core
 

@@ -59,7 +59,7 @@ METHODS = (
 
 
 class Cell(NamedTuple):
-    """What names a cell: one document, read once to one length under one method (or by the control)."""
+    """Name of a cell: one document, read once to one length under one method (or by the control)."""
 
     document: str
     method: str
@@ -130,7 +130,7 @@ def _identity(run: dict[str, Any]) -> Any:
 
 
 def _dirty() -> bool | None:
-    """Whether tracked files differ from the commit; `None` outside of a repository."""
+    """Return whether tracked files differ from the commit; `None` outside of a repository."""
     here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
     status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", ".."], **here)
     return None if status.returncode else bool(status.stdout.strip())
@@ -185,7 +185,7 @@ def prompt(tokenizer: Any, document: Document, key: str, tokens: int, start: int
 def answer(
     model: Any, tokenizer: Any, document: Document, method: str, tokens: int, factor: float, start: int = START
 ) -> dict[str, Any]:
-    """What greedy decoding answers to the long question."""
+    """Return the answer of greedy decoding to the long question."""
     key = str(random.Random(document.id).randint(10_000, 99_999))
     ids = prompt(tokenizer, document, key, tokens, start)
     began, busy = time.perf_counter(), time.process_time()

@@ -110,7 +110,7 @@ class Cells:
         return markdown(("method", *shorts, "all", f"first {self.trained:,}", "CPU s"), lines)
 
     def summary(self) -> str:
-        """Which methods reach truncation, in a sentence."""
+        """Return a sentence with the methods that reach truncation."""
         gains = {method: found[0] for method in self.methods if (found := self.gain(method)) is not None}
         above = [f"`{method}` ({gain:.4f})" for method, gain in gains.items() if gain >= 1]
         reached = f"only {', '.join(above)} reached" if above else "none reached"

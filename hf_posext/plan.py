@@ -102,7 +102,7 @@ class ExtensionPlan:
 
     @property
     def follows_rows(self) -> bool:
-        """Whether positions or frequencies depend on the length of each row."""
+        """Return whether positions or frequencies depend on the length of each row."""
         maps = (mapping for part in self.parts for mapping in (part.query, part.key))
         return any(entry.growth for entry in self.rotaries) or any(mapping.row_group for mapping in maps)
 
@@ -254,7 +254,7 @@ def _refuse_constant(text: str) -> float:
 
 
 def has_plan(directory: str | Path) -> bool:
-    """Whether a directory contains a plan, in a file of its own or in a config.
+    """Return whether a directory contains a plan, in a file of its own or in a config.
 
     Raises:
         PlanError: a file that is not JSON, or too large.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 BUILDING = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError, ImportError)
-"""What PEFT raises where a config does not fit a model; it has no error of its own for that."""
+"""Errors that PEFT raises if a config does not fit a model. PEFT has no error of its own for that."""
 
 _PREFIX = "base_model.model."
 
@@ -45,7 +45,7 @@ def peft_config(adapter: AdapterDirectory) -> PeftConfig:
 
 
 def misfit(adapter: AdapterDirectory, model: PreTrainedModel) -> str | None:
-    """What is wrong between the weights of an adapter and a model; `None` where each has its place.
+    """Return the mismatch between the weights of an adapter and a model; `None` if there is none.
 
     Args:
         adapter (`AdapterDirectory`): whose weights are compared.

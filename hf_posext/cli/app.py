@@ -97,7 +97,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
 
 
 def _typed(error: Any, words: Sequence[str]) -> str:
-    """What was typed for an option, where the message does not say it."""
+    """Return the text typed for an option if the message does not contain it."""
     option = getattr(error, "param", None)
     given = [
         value

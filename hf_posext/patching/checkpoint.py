@@ -31,7 +31,7 @@ from .untrusted import check_directory
 
 REPLACED_FILE = "posext_replaced/tables.safetensors"
 FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "posext_replaced/*")
-"""What is downloaded of a patched model on the Hub."""
+"""Files of a patched model that are downloaded from the Hub."""
 
 
 def save_patched(
@@ -210,7 +210,7 @@ def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> d
 
 
 def _first_rows(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> dict[str, torch.Tensor]:
-    """What stands for the tables before the patch where the writer of a directory did not know of them.
+    """Stand-ins for the tables before the patch, if the writer of a directory did not know of them.
 
     Sines that transformers makes anew are those that the model had. The rows of a learned table are lost: any rows do
     until the saved ones take their place, and `Patch.undo` refuses.

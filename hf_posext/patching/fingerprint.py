@@ -98,7 +98,7 @@ class BaseModel:
         (directory / BASE_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     def differs(self, model: nn.Module, trained: Container[str] = ()) -> str | None:
-        """What tells a model from the one remembered; `None` where nothing does.
+        """Return the difference between a model and the remembered one; `None` if there is none.
 
         Args:
             model (`PreTrainedModel`): with or without an adapter.

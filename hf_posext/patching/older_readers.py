@@ -1,4 +1,4 @@
-"""What transformers 4, and readers that know its configs only, need to compute the same positions.
+"""Config keys with which transformers 4, and readers of its configs, compute the same positions.
 
 transformers 5 writes `rope_parameters`. transformers 4 does not know the name and, without a word, computes the
 positions of a plain model: it reads `rope_scaling` and `rope_theta`, as the converters of ollama and MLX do. Both can

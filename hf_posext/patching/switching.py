@@ -14,7 +14,7 @@ from .undo import UndoLog
 
 _lock = threading.RLock()  # the collector may end a use within another
 _users: Counter[str] = Counter()
-"""How many use each name. The last one to go takes it out of transformers' registries."""
+"""Users of each name. The last one to end removes it from transformers' registries."""
 
 
 def register_attention(name: str, function: Callable[..., Any], mask: Callable[..., Any]) -> None:

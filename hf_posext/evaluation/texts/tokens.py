@@ -17,7 +17,7 @@ from .encoding import encode_documents
 logger = logging.getLogger(__name__)
 
 Bos = Literal["auto", "always", "never"]
-"""Whether BOS stands before every text: as the tokenizer has it, anyway, or not."""
+"""Rule for BOS before every text: the tokenizer's own, always, or never."""
 
 
 @dataclass(frozen=True)

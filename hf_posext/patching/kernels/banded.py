@@ -197,7 +197,7 @@ def _inner(part: Part, first: int, last: int, low: int, high: int) -> tuple[int,
 def _decay(
     part: Part, query_positions: torch.Tensor, key_positions: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """What the decay of a part adds to logits (batch, queries, keys); `None` where it has none."""
+    """Return the bias of a band's decay on logits (batch, queries, keys); `None` if it has none."""
     if part.decay is None:
         return None
     return decay(part, query_positions[..., :, None] - key_positions[..., None, :], dtype)

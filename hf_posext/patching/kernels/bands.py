@@ -44,7 +44,7 @@ def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | N
 
 
 def belongs(part: Part, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-    """Which pairs are in a part: positions (batch, queries) and (batch, keys) give bool (batch, queries, keys)."""
+    """Mask of the pairs in a band: positions (batch, queries) and (batch, keys) give bool (batch, queries, keys)."""
     distance = (query_positions // part.chunk)[..., :, None] - (key_positions // part.chunk)[..., None, :]
     inside = distance >= part.low if part.low > 0 else torch.ones_like(distance, dtype=torch.bool)
     if part.high is not None:

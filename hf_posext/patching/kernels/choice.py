@@ -1,4 +1,4 @@
-"""Which kernel attends: that follows from the device, and from what a kernel computes there.
+"""Choice of the kernel that attends, by device and by a trial of the kernel there.
 
 Each is tried once on a small problem (`trial.py`). One that fails or computes something else is left alone, with a
 warning. [`attention_kernel`] forces one.
@@ -80,7 +80,7 @@ def choose(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
 
 @functools.cache
 def _has(package: str) -> bool:
-    """Whether a package is installed; to look takes as long as a step of decoding does in a layer."""
+    """Return whether a package is installed. Cached: a lookup takes as long as a decoding step in one layer."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -16,10 +16,10 @@ KEYS = 256
 """Keys of a small problem."""
 
 ERROR = 0.05
-"""How far attention may be off: bfloat16 is by 0.01, a key too many by more."""
+"""Tolerance for attention: bfloat16 is off by 0.01, one key too many by more."""
 
 PASS_ERROR = 1e-4
-"""How far a rotation or a merge in float32 may be off."""
+"""Tolerance for a rotation or a merge in float32."""
 
 
 def passes(what: str, error: Callable[[], float], allowed: float) -> bool:

@@ -41,7 +41,7 @@ MASKS = {ATTENTION["sdpa"]: sdpa_mask, ATTENTION["eager"]: eager_mask}
 SAME = PositionMap()
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]
-"""What an attention function returns: values (batch, queries, heads, dim) and, where they are computed, weights."""
+"""Return type of attention functions: values (batch, queries, heads, dim) and, if computed, weights."""
 
 UNPROVEN_ON = "cuda"
 """Where a text attends outside of compiled graphs, if bands are chunks: on an H100 and an H200, torch 2.11 fused the
@@ -239,7 +239,7 @@ def sees_one_band(part: Part, window: int) -> bool:
 
 
 def _slides(part: Part) -> bool:
-    """Whether a band is a window that moves on with each query."""
+    """Return whether a band is a window that moves with each query."""
     return part.chunk == 1 and part.keys_below is None
 
 
@@ -272,7 +272,7 @@ def _rotations(
 
 
 def _scale(module: nn.Module, remapping: Remapping) -> QueryScale | None:
-    """How the queries of a layer grow. Layers are numbered where the first ones do not: see `probe.py`."""
+    """Query scale of a layer. Layers are numbered if the first ones have none: see `probe.py`."""
     scale, index = remapping.query_scale, getattr(module, "layer_idx", 0)
     return None if scale is None or scale.first_layer > index else scale
 

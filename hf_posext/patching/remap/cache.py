@@ -1,4 +1,4 @@
-"""What a cache tells of the keys that a patched model has put into it: their positions, and how they stand rotated.
+"""Record of the keys that a patched model has put into a cache: their positions and their rotation.
 
 One [`KeyRecord`] on the user's cache holds all of it. The methods of the cache that move rows or take keys back tell
 the record. Whatever else was done to the keys, evicted or rearranged by other code, is found when the next forward
@@ -23,7 +23,7 @@ START_ANEW = "Start with an empty cache."
 
 
 class Contents(enum.Enum):
-    """What is known of the keys in a cache."""
+    """State of the record of a cache's keys."""
 
     EMPTY = "no keys"
     WRITING = "a forward of the patched model adds keys"
@@ -209,7 +209,7 @@ class KeyRecord:
         self._seen = None if torch.compiler.is_compiling() else [_key_reference(layer) for layer in _layers(cache)]
 
     def _same(self, cache: Any) -> bool:
-        """Whether the layers hold the tensors that the last forward, or the cache's own methods, left in them.
+        """Return whether the layers hold the tensors that the last forward, or the cache's own methods, left.
 
         Caches that move their keys to another device and back hold others. So do copies. There the length counts.
         """

@@ -1,4 +1,4 @@
-"""What a step of decoding rotates: the query, on to where other bands see it, and the key that leaves the window.
+"""Rotations of a decoding step: the query, for each other band, and the key that leaves the window.
 
 The model itself rotates query and key of the token, to where keys see the nearest pairs, by the phases that its rotary
 module returns. The phases of all that is left come from the same call.
@@ -28,7 +28,7 @@ def step_queries(layout: Layout, at: Positions, query: torch.Tensor) -> list[tor
 
 
 def _onward(at: Positions, layout: Layout, like: torch.Tensor) -> tuple[Phases, Phases]:
-    """How the query is rotated on for each other band, and the key that leaves the window; for states like some."""
+    """Rotations that carry the query to each other band, and that of the key that leaves the window."""
 
     def make() -> tuple[Phases, Phases]:
         cos, sin = (one[:, 1:].to(like.device) for one in at.memo["asked"])

@@ -152,7 +152,7 @@ class ForwardState:
         return given[0]
 
     def _counted(self, given: torch.Tensor) -> torch.Tensor | None:
-        """Which tokens (batch, tokens) are not padding; `None` where all are counted.
+        """Mask of the tokens (batch, tokens) that are not padding; `None` if all are counted.
 
         A single token is one that is read, so that nothing is looked up in a step.
         """
@@ -169,7 +169,7 @@ class ForwardState:
         return given if self.padding is None else (given - self.padding.to(given.device)).clamp(min=0)
 
     def _order(self, keys: torch.Tensor, single: bool, counted: torch.Tensor | None) -> tuple[bool, bool]:
-        """Whether positions of keys (rows, keys) are aligned and regular.
+        """Return whether positions of keys (rows, keys) are aligned and regular.
 
         For a single token this looks at no tensor for which the host would have to wait: what holds of the cache holds
         on, if the token follows.
@@ -188,7 +188,7 @@ class ForwardState:
 
 
 def _padding(given: torch.Tensor, counted: torch.Tensor) -> torch.Tensor | None:
-    """What is taken from the positions of a first forward, and of those that go on with its cache."""
+    """Offset taken from the positions of a first forward, and of those that continue with its cache."""
     padding = leading_padding(given, counted)
     if not torch.compiler.is_compiling() and seen_for_free(padding) and not padding.any():
         return None
@@ -323,7 +323,7 @@ def arguments(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _padding_mask(mask: Any) -> torch.Tensor | None:
-    """Which tokens (batch, keys) are not padding; `None` where all are, or where a mask does not say."""
+    """Mask of the keys (batch, keys) that are not padding; `None` if all are, or if the mask does not tell."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
     read = mask.bool()
@@ -333,7 +333,7 @@ def _padding_mask(mask: Any) -> torch.Tensor | None:
 
 
 def _weights_asked_for(config: Any, given: dict[str, Any], base: str) -> bool:
-    """Whether a forward shall return attention weights; a warning, once, where it cannot."""
+    """Return whether a forward has to return attention weights. Warn once if it cannot."""
     asked = given.get("output_attentions")
     if not (getattr(config, "output_attentions", False) if asked is None else asked):
         return False

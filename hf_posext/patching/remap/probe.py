@@ -40,7 +40,7 @@ TWO_BANDS = Part(SAME, SAME, high=CHECK_TOKENS // 3), Part(SAME, SAME, low=CHECK
 
 @dataclass(frozen=True)
 class Subject:
-    """What is asked how a model rotates: its skeleton, or the model itself.
+    """Model that is probed for its rotation: a skeleton, or the model itself.
 
     Args:
         root (`PreTrainedModel`): is called with token ids.
@@ -113,7 +113,7 @@ def _subject(model: PreTrainedModel, backbone: PreTrainedModel, prefix: str, sit
 def _studied(
     subject: Subject, model: PreTrainedModel, plan: ExtensionPlan, unmapped: Remapping, kind: str
 ) -> Remapping:
-    """What the plan does to the model, of layouts that were measured and checked on the subject.
+    """Return the remapping of a model, with layouts that were measured and checked on the subject.
 
     Raises:
         UnsupportedModelError: see [`apply_late_rotation`].
@@ -173,7 +173,7 @@ def _studied(
 
 
 def _states(root: PreTrainedModel, ids: torch.Tensor, stride: int = 1, **kwargs: Any) -> torch.Tensor:
-    """What a model returns first, for tokens at positions 0, stride, ...
+    """Return the first output of a model for tokens at positions 0, stride, ...
 
     Positions with gaps need a mask, or are taken for a pack."""
     gaps = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None] * stride}
@@ -184,7 +184,7 @@ def _states(root: PreTrainedModel, ids: torch.Tensor, stride: int = 1, **kwargs:
 
 
 def _staged(subject: Subject, remapping: Remapping, ids: torch.Tensor) -> torch.Tensor:
-    """What the subject returns under a remapping."""
+    """Return the output of the subject under a remapping."""
     _stage(subject, remapping)
     return _states(subject.root, ids)
 
@@ -195,8 +195,8 @@ def _stage(subject: Subject, remapping: Remapping) -> None:
 
 
 def _keeps_rotated(subject: Subject, remapping: Remapping, ids: torch.Tensor) -> bool:
-    """Whether cached keys may stay rotated: the plan rotates one anew at a time, rotations can be undone, and decoding
-    shows that nothing else in the model reads them (layers that share their keys would)."""
+    """Return whether cached keys may stay rotated: the plan rotates one at a time, rotations can be undone, and
+    decoding shows that nothing else in the model reads them (layers that share their keys would)."""
     edge = remapping.bands.edge
     if remapping.plan.follows_rows or remapping.delta or edge is None:
         return False

@@ -1,4 +1,4 @@
-"""What a patched model does to its positions: one frozen object that all its forwards share."""
+"""Remapping of a patched model: one frozen object that all its forwards share."""
 
 from __future__ import annotations
 

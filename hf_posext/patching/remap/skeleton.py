@@ -57,7 +57,7 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _is_small(cls: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
-    """Whether a skeleton takes little time and memory. Models of one width and without experts do once they are
+    """Return whether a skeleton takes little time and memory. Models of one width and without experts do once they are
     narrow; all others are counted on the meta device."""
     known = vars(config)
     if known.get("hidden_size", LARGEST) <= NARROW and not any("experts" in name for name in known):
@@ -88,7 +88,7 @@ def copy_norms(skeleton: PreTrainedModel, model: PreTrainedModel, paths: Iterato
 
 
 def _alike(skeleton: PreTrainedModel, model: PreTrainedModel) -> bool:
-    """Whether a model has the modules of its skeleton, and code of its classes alone.
+    """Return whether a model has the modules of its skeleton, and code of its classes alone.
 
     Linear maps, norms and embeddings may be others (quantised ones, with an adapter, of a faster kernel): they do not
     rotate. A module whose own `forward` was replaced is not known, except by accelerate, which calls what it replaced.
