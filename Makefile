@@ -97,11 +97,11 @@ test-trl: .venv/.trl
 # Checkpoints of this package read by transformers 4, which has an environment of its own.
 test-reader-4: $(READY) $(READER_4)
 	rm -rf reports/reader-4 && mkdir -p reports/reader-4
-	OMP_NUM_THREADS=1 .venv/bin/python -m tests.reader_4 write reports/reader-4
-	OMP_NUM_THREADS=1 .venv-reader-4/bin/python tests/reader_4.py read reports/reader-4
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.export.reader_4 write reports/reader-4
+	OMP_NUM_THREADS=1 .venv-reader-4/bin/python tests/export/reader_4.py read reports/reader-4
 
 test-floor: $(FLOOR)
-	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract tests/test_compiled_decoding.py
+	OMP_NUM_THREADS=1 .venv-floor/bin/pytest -n auto --maxprocesses=4 tests/contract tests/patching/test_compiled_decoding.py
 
 # The cache holds what a sweep found, and the pages are written from that of .venv.
 sweep-floor: $(FLOOR)
@@ -116,7 +116,7 @@ test-newest:
 	$(LATEST)/bin/python -m pip install --quiet --upgrade -c $(LATEST)/constraints.txt transformers
 	$(LATEST)/bin/python -m pip install --quiet -c $(LATEST)/constraints.txt -e '.[test]'
 	@$(LATEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
-	OMP_NUM_THREADS=1 $(LATEST)/bin/pytest -n auto --maxprocesses=4 tests/contract tests/test_signatures.py
+	OMP_NUM_THREADS=1 $(LATEST)/bin/pytest -n auto --maxprocesses=4 tests/contract tests/patching/test_signatures.py
 
 # An environment of its own, as the site needs neither torch nor the package: docstrings are read, not imported.
 docs: $(DOCS)

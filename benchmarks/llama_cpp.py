@@ -25,7 +25,7 @@ import hf_posext
 from hf_posext.export import write_gguf
 from hf_posext.export.llama_cpp import READ_FROM
 from hf_posext.plan import ExtensionPlan
-from tests.gguf_helpers import write_llama
+from tests.export.gguf_helpers import write_llama
 
 MODEL, NOVELS = Path("examples/tiny/tiny-rope"), Path("examples/data/heldout.jsonl")
 METHODS = ("none", "linear", "ntk", "theta", "yarn", "yarn(attention_factor=1.4)", "llama3", "yarn+resonance")

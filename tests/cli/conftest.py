@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import patch_model, save_adapter
 from hf_posext.plan import PLAN_FILE
 
-from ..adapter_helpers import with_adapter
+from ..adapters.helpers import with_adapter
 from .helpers import MODEL
 
 

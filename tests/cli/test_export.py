@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import patch_model
 from hf_posext.adapters import load_adapter, save_adapter
 from hf_posext.export import read_gguf
-from tests.adapter_helpers import with_adapter
+from tests.adapters.helpers import with_adapter
 from tests.conftest import logits, realigned, tokens
-from tests.gguf_helpers import write_llama
+from tests.export.gguf_helpers import write_llama
 
 from .helpers import MODEL, error_of, run
 

@@ -14,7 +14,7 @@ from hf_posext.training.prepare import trainable
 from hf_posext.training.settings import Settings
 
 from ..conftest import tiny_llama
-from ..evaluation_helpers import character_tokenizer, random_texts
+from ..evaluation.helpers import character_tokenizer, random_texts
 
 QUICK: dict[str, Any] = {"factor": 2, "steps": 2, "batch_size": 1, "accumulation": 1, "warmup": 0}
 

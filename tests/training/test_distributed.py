@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from hf_posext.training import Evaluation
 
-from ..evaluation_helpers import random_texts
+from ..evaluation.helpers import random_texts
 from .helpers import train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,7 +25,7 @@ CONFIGS = ROOT / "examples" / "accelerate_configs"
 
 TRAIN = """
 import sys
-from tests.evaluation_helpers import random_texts
+from tests.evaluation.helpers import random_texts
 from tests.training.helpers import train
 from tests.training.test_resume import Stops
 from hf_posext.training import Evaluation
@@ -47,7 +47,7 @@ from torch.distributed.fsdp import fully_shard
 from hf_posext import evaluate_perplexity
 from hf_posext.training.save import _gather
 from tests.conftest import tiny_llama, tokens
-from tests.evaluation_helpers import character_tokenizer, random_texts
+from tests.evaluation.helpers import character_tokenizer, random_texts
 from tests.training.helpers import adapted, preset, weights
 
 network = adapted(tiny_llama(tie_word_embeddings=True), preset("lora-plus"))

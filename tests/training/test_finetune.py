@@ -26,7 +26,7 @@ from hf_posext.plan import ExtensionPlan
 from hf_posext.training import Evaluation, finetune
 
 from ..conftest import logits, longer_gpt2, tiny_bloom, tiny_llama, tiny_t5, tokens
-from ..evaluation_helpers import character_tokenizer, random_texts
+from ..evaluation.helpers import character_tokenizer, random_texts
 from .helpers import QUICK, assert_same_bits, preset, train, weights
 
 

@@ -8,7 +8,7 @@ import torch
 from hf_posext.training.longce import LongCE
 
 from ..conftest import tiny_llama, tokens
-from ..evaluation_helpers import BOS, naive_nll, naive_windowed_nll
+from ..evaluation.helpers import BOS, naive_nll, naive_windowed_nll
 
 LENGTH, SHORT = 46, 8
 

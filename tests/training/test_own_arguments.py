@@ -13,7 +13,7 @@ from hf_posext import YaRN, detect_scheme, load_adapter
 from hf_posext.errors import InvalidParameterError
 from hf_posext.training import finetune
 from tests.conftest import TRAINED, logits, realigned, tiny_llama, tokens
-from tests.evaluation_helpers import character_tokenizer, random_texts
+from tests.evaluation.helpers import character_tokenizer, random_texts
 
 
 def test_one_step_with_defaults(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hf_posext.errors import InvalidParameterError, TrainingError
 from hf_posext.training import Evaluation
 from hf_posext.training.callbacks import newest_checkpoint
 
-from ..evaluation_helpers import random_texts
+from ..evaluation.helpers import random_texts
 from .helpers import assert_same_bits, preset, train
 
 ROOT = Path(__file__).parent.parent.parent

@@ -14,7 +14,7 @@ from hf_posext.training.rows import NO_LABEL, make_rows
 from hf_posext.training.schedule import Collator, schedule
 
 from ..conftest import longer_gpt2, tiny_bloom, tiny_llama
-from ..evaluation_helpers import BOS, character_tokenizer, random_texts
+from ..evaluation.helpers import BOS, character_tokenizer, random_texts
 
 
 def documents(*texts: str) -> list[Document]:

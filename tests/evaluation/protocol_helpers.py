@@ -1,0 +1,52 @@
+"""What the tests of the protocols share: small documents, and what one protocol measures of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from hf_posext import detect_scheme
+from hf_posext.evaluation.protocols.protocol import Measurement
+from hf_posext.evaluation.scoring.boundaries import boundaries_of
+from hf_posext.evaluation.scoring.scorer import Memory
+from hf_posext.evaluation.texts.tokens import TokenizedDocuments
+from hf_posext.patching import find_patch
+
+from ..conftest import tokens
+from .helpers import BOS
+
+LENGTHS = [8, 14, 24]
+TOTAL = 24
+TRAINED = 10
+
+
+def named(protocol: Any) -> str:
+    return f"{protocol.name}-{getattr(protocol, 'stride', '')}".rstrip("-")
+
+
+def rows(count: int = 2, length: int = TOTAL, bos: bool = False) -> TokenizedDocuments:
+    ids = tokens(length, rows=count)
+    if bos:
+        ids[:, 0] = BOS
+    return TokenizedDocuments([f"document {index}" for index in range(count)], ids, bos)
+
+
+def measured(protocol: Any, model: nn.Module, documents: TokenizedDocuments) -> dict[tuple[int, int], Measurement]:
+    """Every document at every length, in the passes of the model as it is."""
+    patch = find_patch(model)
+    boundaries = boundaries_of(detect_scheme(model), patch and patch.plan)
+    scorer, arranged = protocol.scorer(model, None, Memory()), protocol.arrange(documents)
+    return {
+        (found.length, index): found
+        for index in range(len(arranged.ids))
+        for lengths in protocol.passes(LENGTHS, boundaries)
+        for found in protocol.measure(scorer, arranged, index, lengths)
+    }
+
+
+def assert_equal(found: np.ndarray, wanted: np.ndarray) -> None:
+    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5)  # float32 attention over another shape
+    assert found.sum() == pytest.approx(wanted.sum(), rel=1e-6)

@@ -1,0 +1,240 @@
+"""The settings of measuring: one declaration, from which keywords, YAML files, flags and the provenance derive."""
+
+from __future__ import annotations
+
+import io
+import sys
+import traceback
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+
+from hf_posext.cli import app
+from hf_posext.errors import InvalidParameterError
+from hf_posext.evaluation import EvaluationConfig, Results, compare, evaluate_perplexity
+from hf_posext.evaluation.running import runner
+from hf_posext.evaluation.running.runner import Progress, Stage, measure
+from hf_posext.evaluation.running.tasks import Task
+from hf_posext.evaluation.scoring import scorer
+from hf_posext.evaluation.scoring.progress import tokens_read
+
+from ..cli.helpers import compare as command
+from ..cli.helpers import error_of
+from ..conftest import tiny_llama
+from .helpers import character_tokenizer, random_texts
+
+TEXTS = random_texts(3, 140)
+SETTINGS: dict[str, Any] = {"lengths": [48, 128], "factor": 2.0, "seed": 3, "start": 2}
+
+
+def run(config: EvaluationConfig | None = None, documents: Any = TEXTS, **settings: Any) -> Results:
+    return compare(tiny_llama(), character_tokenizer(), documents, ["none", "linear"], config, **settings)
+
+
+def test_a_config_and_keywords_are_the_same() -> None:
+    as_keywords, as_config = run(**SETTINGS), run(EvaluationConfig(**SETTINGS))
+    assert as_keywords.rows == as_config.rows
+    assert run(EvaluationConfig(**{**SETTINGS, "start": 0}), start=2).rows == as_keywords.rows, "keywords go first"
+    assert run(EvaluationConfig(**{**SETTINGS, "start": 0})).rows != as_keywords.rows
+
+
+def test_the_provenance_contains_every_setting() -> None:
+    provenance = run(**SETTINGS).provenance
+    assert {entry.name for entry in fields(EvaluationConfig)} <= set(provenance)
+    assert {name: provenance[name] for name in SETTINGS} == SETTINGS
+
+
+def test_one_model_is_a_comparison_with_no_other_method() -> None:
+    settings = {**SETTINGS, "factor": None}
+    alone = evaluate_perplexity(tiny_llama(), character_tokenizer(), TEXTS, config=EvaluationConfig(**settings))
+    compared = compare(tiny_llama(), character_tokenizer(), TEXTS, ["none"], EvaluationConfig(**settings))
+    same = ("perplexity", "perplexity_tail", "nll_sum", "bits_per_byte", "ci95")
+    assert [[row[key] for key in same] for row in alone.rows] == [[row[key] for key in same] for row in compared.rows]
+    with pytest.raises(InvalidParameterError, match=r"factor is 8\.0, and a model is measured as it is"):
+        evaluate_perplexity(tiny_llama(), character_tokenizer(), TEXTS, **{**SETTINGS, "factor": 8.0})
+
+
+def test_unknown_settings_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(InvalidParameterError, match=r"unknown setting 'lenghts'; did you mean 'lengths'\? there"):
+        run(lenghts=[48])
+    with pytest.raises(InvalidParameterError, match=r"Expected lengths, got none\. Pass lengths="):
+        run(factor=2.0)
+
+
+def test_the_earlier_name_of_the_trained_length_works_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="original_length is now called trained_length; pass trained"):
+        found = run(**SETTINGS, original_length=32)
+    assert found.rows == run(**SETTINGS, trained_length=32).rows != run(**SETTINGS).rows
+
+
+def test_every_setting_has_a_flag_with_its_help() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name in ("compare", "evaluate"):
+        options = {option.name: option for option in commands[name].params}
+        for entry in fields(EvaluationConfig):
+            if entry.metadata.get("flag", {}).get("of", name) == name:
+                assert options[entry.name].help == entry.metadata["help"], entry.name
+                assert f"--{entry.name.replace('_', '-')}" in options[entry.name].opts
+    assert "factor" not in {option.name for option in commands["evaluate"].params}
+
+
+def test_flags_and_yaml_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EvaluationConfig] = []
+
+    def stop(*_: Any, **__: Any) -> Any:
+        seen.append(_[4])
+        raise InvalidParameterError("seen")
+
+    monkeypatch.setattr("hf_posext.evaluation.compare", stop, raising=False)
+    (tmp_path / "run.yaml").write_text("depths: [0, 0.5]\nretrieval: 2\noffload_cache: true\nprefill-chunk: 64\n")
+    flags = ["--tasks", "passkey, multi-key", "--seed", "7", "--config", str(tmp_path / "run.yaml")]
+    assert "seen" in error_of(command(tmp_path / "out", *flags))
+    expected = EvaluationConfig(
+        lengths=[64, 128], factor=2.0, trained_length=64, retrieval=2, tasks=["passkey", "multi-key"],
+        depths=[0.0, 0.5], offload_cache=True, prefill_chunk=64, seed=7,
+    )  # fmt: skip
+    assert seen == [expected]
+
+
+def test_the_earlier_flag_works_and_says_its_new_name(tmp_path: Path) -> None:
+    result = command(tmp_path / "out", "--original-length", "64", trained_length=None)
+    assert result.exit_code == 0 and "--original-length is now called --trained-length" in result.stderr
+    found = Results.load_json(tmp_path / "out" / "results.json")
+    assert found.provenance["trained_length"] == 64
+    assert "--trained-length 64" in found.provenance["command"]
+    assert "--original-length" not in found.provenance["command"]
+
+
+class Unread(Exception):
+    """Raised by what must not be read."""
+
+
+class NeverRead(list[str]):
+    """Documents that nobody may read."""
+
+    def __iter__(self) -> Any:
+        raise Unread
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"factor": None},
+        {"lengths": [1]},
+        {"protocol": "sliding"},
+        {"protocol": "sliding", "stride": 64},
+        {"start": -1},
+        {"tasks": ["passkey"]},
+        {"passkey": -1},
+        {"longppl": "yarn"},
+        {"alpha": 3.0},
+        {"longppl": "linear", "short_length": 500},
+        {"prefill_chunk": 0},
+        {"passkey": 2},
+    ],
+    ids=str,
+)
+def test_settings_are_checked_before_documents_are_read(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameterError):
+        run(documents=NeverRead(TEXTS), **{**SETTINGS, **wrong})
+    with pytest.raises(Unread):
+        run(documents=NeverRead(TEXTS), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"protocol": "pseudo"},
+        {"protocol": "sliding"},
+        {"lengths": 1},
+        {"factor": None},
+        {"start": -1},
+        {"longppl": "ntk"},
+        {"alpha": 2},
+        {"prefill_chunk": 16, "methods": "dynamic-ntk"},
+    ],
+    ids=str,
+)
+def test_commands_check_settings_before_weights_are_read(
+    wrong: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any, **__: Any) -> Any:
+        raise Unread
+
+    monkeypatch.setattr("hf_posext.cli.loading.load_model", read)
+    error_of(command(tmp_path / "out", **wrong))
+    assert isinstance(command(tmp_path / "other").exception, Unread), "right ones get as far as the weights"
+
+
+def test_from_the_call_to_the_nll_are_nine_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: set[tuple[str, ...]] = set()
+    measured = scorer.logits_nll
+
+    def spy(*args: Any) -> torch.Tensor:
+        frames = [frame for frame in traceback.extract_stack() if "hf_posext" in frame.filename]
+        at = next(index for index, frame in enumerate(frames) if frame.name == "compare")
+        paths.add(tuple(frame.name for frame in frames[at + 1 :]))
+        return measured(*args)
+
+    monkeypatch.setattr(scorer, "logits_nll", spy)
+    run(**SETTINGS)
+    # and `logits_nll` itself, in whose place the spy stands
+    assert paths and max(map(len, paths)) + 1 <= 9, sorted(paths, key=len)[-1]
+
+
+class Terminal(io.StringIO):
+    """What a progress bar takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_counts_tokens_and_shows_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, counts = Terminal(), []  # type: tuple[Terminal, list[float]]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(runner, "HEARTBEAT", 0.01)
+
+    class Watched(Progress):
+        def end(self, task: Task) -> None:
+            counts.append(self.bar.n)
+            super().end(task)
+            counts.append(self.bar.n)
+
+    monkeypatch.setattr(runner, "Progress", Watched)
+    tasks = [Task("nll", "yarn", 8.0, (64,), document, tokens=1000) for document in ("Emma", "Persuasion")]
+
+    def read(task: Task) -> int:
+        tokens_read(600 if task.document == "Emma" else 5000)  # a forward that ends, and one that says too much
+        return 1
+
+    measure([Stage("yarn x8", nullcontext, tasks, read)])
+    assert counts == [600, 1000, 2000, 2000]
+    shown = terminal.getvalue()
+    assert "yarn x8, Emma" in shown and "2.00k/2.00k" in shown and "tok/s" in shown and "1 process" in shown
+
+
+def test_a_comparison_reads_the_tokens_that_progress_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[tuple[int, int]] = []
+
+    class Watched(Progress):
+        def begin(self, label: str, task: Task) -> None:
+            super().begin(label, task)
+            self.read = 0
+
+        def end(self, task: Task) -> None:
+            ends.append((self.read, task.tokens))
+            super().end(task)
+
+        def _add(self, tokens: int) -> None:
+            self.read += tokens
+
+    monkeypatch.setattr(runner, "Progress", Watched)
+    run(**SETTINGS)
+    assert len(ends) == 3 * 3
+    for read, expected in ends:
+        assert 0.5 * read <= expected <= 2 * read, "the guard of a shared pass, and the probes, come on top"

@@ -1,0 +1,102 @@
+"""Two processes that really ran: the same bits as one, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..conftest import tiny_llama
+from . import distributed_job as job
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of what each of two processes has found."""
+    directory = tmp_path_factory.mktemp("two")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, "-m", "tests.evaluation.distributed_job", str(directory)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def found(two: Path) -> list[dict[str, Any]]:
+    return [json.loads((two / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_really_ran(found: list[dict[str, Any]]) -> None:
+    assert [one["processes"] for one in found] == [2, 2]
+
+
+def test_rows_are_the_same_bits_on_one_and_on_two_processes(
+    two: Path, found: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    alone = job.uneven(None, tmp_path / "journal.jsonl")
+    assert alone.pop("told") == [3, 6, 9], "one process tells after each method"
+    for one in found:
+        assert one["uneven"].pop("told") == [9], "two tell at the end"
+        assert one["uneven"] == alone
+    assert len(alone["rows"]) == 9 and len(alone["per_document"]) == 4 * 5 * 3
+    keys = [
+        [json.dumps(json.loads(line)["task"]) for line in file.read_text().splitlines()[1:]]
+        for file in (two / "journal.jsonl", two / "journal-1.jsonl")
+    ]
+    assert len({*keys[0], *keys[1]}) == len(keys[0]) + len(keys[1]) == 4 * 5, "each document was read once"
+    assert min(map(len, keys)) >= 5, "and none of the processes was idle"
+
+
+def test_key_tokens_and_retrieval_are_the_same_bits_too(
+    two: Path, found: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    alone = json.loads(json.dumps(job.asked(None, tmp_path / "journal.jsonl")))
+    assert [one["asked"] for one in found] == [alone, alone]
+    assert alone["rows"][-1]["key_tokens"] > 0 and len(alone["retrieval"]) == 2 * 2 * 2
+    kinds = [
+        {json.loads(line)["task"]["kind"] for line in file.read_text().splitlines()[1:]}
+        for file in (two / "asked.jsonl", two / "asked-1.jsonl")
+    ]
+    assert kinds == [{"keys", "nll", "retrieval"}] * 2, "each process did some of each"
+
+
+def test_one_process_goes_on_from_the_journal_of_two(two: Path, found: list[dict[str, Any]]) -> None:
+    model = tiny_llama()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("everything is in the journals"))
+    again = job.uneven(None, two / "journal.jsonl", model)
+    assert again["rows"] == found[0]["uneven"]["rows"]
+
+
+@pytest.mark.parametrize("scenario", [job.empty_shard, job.failing_document])
+def test_shares_that_are_empty_or_fail_make_no_difference(
+    scenario: Callable[[None], dict[str, Any]], found: list[dict[str, Any]]
+) -> None:
+    alone = json.loads(json.dumps(scenario(None)))
+    assert [one[scenario.__name__] for one in found] == [alone] * 2
+
+
+def test_a_document_that_fails_on_one_process_is_left_out_with_its_reason(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        (entry,) = one["failing_document"]["left_out"]
+        assert entry["document"] == "1" and entry["tokens"] == 140
+        assert entry["reason"].startswith("truncated: ") and "document '1'" in entry["reason"]
+        assert {row["documents"] for row in one["failing_document"]["rows"]} == {3}
+
+
+def test_an_error_of_one_process_ends_all_of_them(found: list[dict[str, Any]]) -> None:
+    assert [one["fatal"] for one in found] == ["InvalidParameterError: no such thing"] * 2
+    assert [one["crash"] for one in found] == [
+        "EvaluationError: process 1 failed: RuntimeError: no room",
+        "RuntimeError: no room",
+    ]

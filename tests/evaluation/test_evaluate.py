@@ -1,0 +1,81 @@
+"""One model as it is, beside the model it was made from."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from hf_posext import patch_model
+from hf_posext.errors import AlreadyPatchedError, InvalidParameterError
+from hf_posext.evaluation import Results, compare, evaluate_perplexity
+from hf_posext.evaluation.results.results import PASSKEY_KEYS
+
+from ..conftest import TRAINED, tiny_bloom, tiny_llama
+from .helpers import character_tokenizer, random_texts
+
+TEXTS = random_texts(3, 140)
+LENGTHS = [48, 128]
+
+
+def run(model: Any, **options: Any) -> Results:
+    return evaluate_perplexity(model, character_tokenizer(), TEXTS, LENGTHS, **options)
+
+
+def test_a_control_gives_what_a_comparison_gives(llama: LlamaForCausalLM) -> None:
+    compared = compare(llama, character_tokenizer(), TEXTS, ["linear"], lengths=LENGTHS, factor=2)
+    base = copy.deepcopy(llama).train()
+    with patch_model(llama, "linear", factor=2):
+        alone, beside = run(llama), run(llama, control=base)
+    assert beside.rows == compared.rows and beside.per_document == compared.per_document
+    of_control = ("perplexity_truncated", "perplexity_truncated_tail", "gain", "gain_ci95", "change", "change_ci95")
+    assert all(row[key] is None for row in alone.rows for key in of_control)
+    assert beside.provenance["trained_length"] == TRAINED and beside.provenance["control"] == "LlamaForCausalLM"
+    assert all(module.training for module in base.modules()), "it is as it was"
+
+
+def test_a_fine_tuned_model_is_compared_with_its_base(llama: LlamaForCausalLM) -> None:
+    tuned = get_peft_model(
+        copy.deepcopy(llama), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
+    results = run(tuned, control=llama, trained_length=32, label="lora", passkey=0)
+    same = run(tiny_llama(), control=llama, trained_length=32)
+    assert [row["method"] for row in results.rows] == ["lora"] * 2 and same.rows[0]["method"] == "model"
+    assert results.rows[1]["perplexity_truncated_tail"] == same.rows[1]["perplexity_truncated_tail"]
+    assert results.rows[1]["perplexity_tail"] != same.rows[1]["perplexity_tail"]
+    assert results.provenance["trained_length"] == 32
+
+
+def test_inside_the_trained_length_the_change_is_from_the_control(llama: LlamaForCausalLM) -> None:
+    with patch_model(llama, "linear", factor=2):
+        (check,) = run(llama, control=tiny_llama()).short_context()
+    before = run(tiny_llama()).row("none", 48)["perplexity"]
+    with patch_model(llama, "linear", factor=2):
+        after = run(llama).row("linear", 48)["perplexity"]
+    assert check["length"] == 48 and check["change"] == pytest.approx(after / before - 1, abs=1e-6)
+
+
+def test_pass_keys_of_one_model_are_those_of_a_comparison(llama: LlamaForCausalLM) -> None:
+    options: dict[str, Any] = {"lengths": [120, 128], "passkey": 3, "seed": 5}
+    compared = compare(llama, character_tokenizer(), TEXTS, ["none"], **options)
+    alone = evaluate_perplexity(llama, character_tokenizer(), TEXTS, **options)
+    assert [[row[key] for key in PASSKEY_KEYS] for row in alone.rows] == [
+        [row[key] for key in PASSKEY_KEYS] for row in compared.rows
+    ]
+
+
+def test_controls_that_cannot_be_are_refused(llama: LlamaForCausalLM) -> None:
+    llama.register_forward_pre_hook(lambda *_: pytest.fail("nothing may be measured"))
+    with pytest.raises(InvalidParameterError, match="trained_length is 64, and there is no control"):
+        run(llama, trained_length=64)
+    patched = tiny_llama()
+    patch_model(patched, "linear", factor=2)
+    with pytest.raises(AlreadyPatchedError, match="the control has a patch in force"):
+        run(llama, control=patched)
+    with pytest.raises(InvalidParameterError, match="trained length of the control is None; give trained_length="):
+        run(llama, control=tiny_bloom())
+    with pytest.raises(InvalidParameterError, match="the tokenizer gave token .*, and the model has 50"):
+        run(llama, control=tiny_llama(vocab_size=50))

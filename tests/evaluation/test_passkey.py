@@ -1,0 +1,108 @@
+"""Pass keys: prompts that fit to the token, the same for every method, answered greedily."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from hf_posext.errors import InvalidParameterError
+from hf_posext.evaluation import passkey_accuracy
+from hf_posext.evaluation.questions import passkey
+from hf_posext.evaluation.questions.passkey import answer_size, passkey_prompts
+from hf_posext.patching import patch_model
+
+from ..conftest import EXAMPLES
+from .helpers import BOS, character_tokenizer
+
+SHORTEST = 59 + 38 + 6 + passkey.SLACK
+"""Characters of the key's line, of the question, and of the answer."""
+
+
+@given(length=st.integers(SHORTEST + 1, 800), trials=st.integers(1, 5), seed=st.integers(0, 99), bos=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_prompt_and_answer_fit_the_length_exactly(length: int, trials: int, seed: int, bos: bool) -> None:
+    tokenizer = character_tokenizer(bos)
+    prompts = passkey_prompts(tokenizer, length, trials, seed)
+    answer = answer_size(tokenizer, [prompt.key for prompt in prompts])
+    for prompt in prompts:
+        assert len(prompt.tokens) + answer == length
+        assert (prompt.tokens[0] == BOS) is bos
+        text = "".join(tokenizer.convert_ids_to_tokens(prompt.tokens)).removeprefix("<s>")
+        line = f"The pass key is {prompt.key}. Remember it. {prompt.key} is the pass key.\n"
+        before, after = text.split(line)
+        assert after.endswith("What is the pass key? The pass key is")
+        assert before == "" or before.endswith("again.\n") or len(before) < len(passkey.FILLER)
+        assert prompt.depth == pytest.approx(len(before) / max(1, len(before) + len(after) - 37))
+
+
+def test_prompts_follow_from_seed_length_and_trial() -> None:
+    tokenizer = character_tokenizer()
+    prompts = passkey_prompts(tokenizer, 2000, 20, seed=0)
+    assert passkey_prompts(tokenizer, 2000, 5, seed=0) == prompts[:5]
+    assert not {p.key for p in passkey_prompts(tokenizer, 2000, 20, seed=1)} & {p.key for p in prompts}
+    assert len({p.key for p in prompts}) == 20
+    depths = sorted(prompt.depth for prompt in prompts)
+    assert depths[0] < 0.2 and depths[-1] > 0.8 and len(set(depths)) > 10
+
+
+def test_a_length_that_holds_no_prompt_is_refused() -> None:
+    tokenizer = character_tokenizer()
+    with pytest.raises(InvalidParameterError, match=r"need at least (\d+) tokens, and one length is 50") as error:
+        passkey_prompts(tokenizer, 50, 1, seed=0)
+    needed = int(str(error.value).split("at least ")[1].split()[0])
+    assert passkey_prompts(tokenizer, needed, 1, seed=0)
+    with pytest.raises(InvalidParameterError):
+        passkey_prompts(tokenizer, needed - 1, 1, seed=0)
+
+
+def test_no_trials_are_refused(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(InvalidParameterError, match="trials is 0"):
+        passkey_accuracy(llama, character_tokenizer(), [200], trials=0)
+
+
+@pytest.mark.parametrize(("right", "answer"), [(1.0, " {key}. And"), (0.0, " 0{key}"), (0.5, "{key}")])
+def test_an_answer_is_right_if_it_begins_with_the_key(
+    monkeypatch: pytest.MonkeyPatch, llama: LlamaForCausalLM, right: float, answer: str
+) -> None:
+    tokenizer, batches = character_tokenizer(), []
+    tokenizer.batch_decode = lambda ids, **kwargs: ["".join(tokenizer.convert_ids_to_tokens(row)) for row in ids]
+
+    def generate(model: Any, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        batches.append(len(input_ids))
+        rows = []
+        for row in input_ids:
+            text = "".join(tokenizer.convert_ids_to_tokens(row))
+            key = text.split("pass key is ")[1][:5]
+            if right == 0.5 and len(rows) % 2:
+                key = "wrong"
+            rows.append(tokenizer(answer.format(key=key))["input_ids"])
+        return torch.cat([input_ids, torch.tensor(rows)], dim=1)
+
+    monkeypatch.setattr(passkey, "generate_greedily", generate)
+    monkeypatch.setattr(passkey, "BATCH_TOKENS", 900)
+    assert passkey_accuracy(llama, tokenizer, [200], trials=6) == {200: right}
+    assert batches == [4, 2], "as many rows as fit the budget"
+
+
+def test_decoding_is_greedy_whatever_the_model_says(llama: LlamaForCausalLM) -> None:
+    ids = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected = ids
+    for _ in range(5):
+        best = llama(input_ids=expected).logits[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, best], dim=1)
+    llama.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0)
+    llama.generation_config.eos_token_id = None
+    assert torch.equal(passkey.generate_greedily(llama, ids, 5), expected)
+
+
+def test_the_shipped_model_finds_keys_inside_its_trained_length_and_with_yarn_beyond() -> None:
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / "tiny-rope", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    assert passkey_accuracy(model, tokenizer, [512, 1024], trials=4) == {512: 1.0, 1024: 0.0}
+    with patch_model(model, "yarn", factor=4):
+        assert passkey_accuracy(model, tokenizer, [1024], trials=4)[1024] >= 0.75

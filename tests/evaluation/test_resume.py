@@ -1,0 +1,101 @@
+"""A run that is killed at any moment goes on from its journal, and ends with the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KILLS = 20
+
+
+class Runs:
+    """Runs in a directory, each in a process of its own that can be killed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.evaluation.resume_job"], cwd=ROOT, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def run(self, name: str, kill_at: int | None = None, delay: float = 0.0) -> int:
+        """How a run ended: 0, or the negative number of the signal.
+
+        It is killed `delay` seconds after its journal has `kill_at` bytes, however busy the machine is.
+        """
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(self.journal(name), self.directory / f"{name}.json", file=self.server.stdin)
+        child = int(self.server.stdout.readline())
+        if kill_at is not None:
+            deadline = time.monotonic() + 60
+            while len(self.written(name)) < kill_at and time.monotonic() < deadline:
+                time.sleep(0.0002)
+            time.sleep(delay)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        return int(self.server.stdout.readline())
+
+    def journal(self, name: str) -> Path:
+        return self.directory / f"{name}.jsonl"
+
+    def written(self, name: str) -> bytes:
+        """The journal as it lies there."""
+        return self.journal(name).read_bytes() if self.journal(name).exists() else b""
+
+    def result(self, name: str) -> bytes:
+        return (self.directory / f"{name}.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    found = Runs(tmp_path_factory.mktemp("runs"))
+    yield found
+    found.server.stdin.close()  # type: ignore[union-attr]
+    assert found.server.wait(30) == 0
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(runs: Runs) -> None:
+    begin = time.monotonic()
+    assert runs.run("whole") == 0
+    whole = runs.written("whole")
+    lines = whole.count(b"\n")
+    assert lines == 1 + 6 * 4, "a header, and six documents read by three methods and the control"
+    step = (time.monotonic() - begin) / lines
+    parts = []
+    for index in range(KILLS):
+        name, draw = f"killed-{index}", random.Random()
+        moment = draw.randint(0, len(whole) - 1), draw.uniform(0, 2 * step)
+        assert runs.run(name, *moment) in (0, -signal.SIGKILL)
+        parts.append(runs.written(name).count(b"\n"))
+        assert whole.startswith(runs.written(name)), "what was finished is there, the last line perhaps torn"
+        assert runs.run(name) == 0, moment
+        assert runs.result(name) == runs.result("whole") and runs.written(name) == whole, moment
+    assert sum(0 < part < lines for part in parts) >= KILLS // 4, f"lines when it was killed, of {lines}: {parts}"
+
+
+def test_a_run_that_is_killed_again_and_again_ends(runs: Runs) -> None:
+    """Each attempt begins with a torn line, and is killed when it has added a few."""
+    assert runs.run("again") == 0
+    whole, result = runs.written("again"), runs.result("again")
+    header, size = whole.index(b"\n") + 1, len(whole) // 8
+    runs.journal("again").write_bytes(whole[: header - 50])
+    at, attempts = header + size, 0
+    while (ended := runs.run("again", kill_at=min(at, len(whole)))) != 0:
+        assert ended == -signal.SIGKILL
+        assert len(runs.written("again")) >= at, "each gets further"
+        runs.journal("again").write_bytes(runs.written("again")[:-50])
+        at, attempts = len(runs.written("again")) + size, attempts + 1
+        if at >= len(whole):
+            break
+    assert attempts >= 1 and runs.run("again") == 0
+    assert runs.written("again") == whole and runs.result("again") == result

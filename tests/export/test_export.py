@@ -1,0 +1,302 @@
+"""What is exported runs elsewhere: plain transformers to the bit, servers by what their sources compute."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+
+from hf_posext import LongRoPE, SelfExtend, YaRN, load_patched, patch_model
+from hf_posext.errors import ExportError, InvalidParameterError, NotPatchedError, UnsupportedModelError
+from hf_posext.export import SERVERS, Serving, export_checkpoint
+from tests.adapters.helpers import files, with_adapter
+from tests.conftest import TRAINED, logits, realigned, sharpen, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
+
+IDS = tokens(3 * TRAINED)
+LONG, SHORT = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.0], [1.0] * 7 + [1.25]
+TWO_LISTS = LongRoPE(long_factor=LONG, short_factor=SHORT)
+PLAIN: dict[str, Any] = {
+    "theta": (tiny_llama, "theta"),
+    "linear": (tiny_llama, "linear"),
+    "yarn": (tiny_llama, "yarn"),
+    "temperature": (tiny_llama, YaRN(attention_factor=1.5)),
+    "resonance": (tiny_llama, "yarn+resonance"),
+    "llama3": (tiny_llama, "llama3"),
+    "two lists": (tiny_llama, TWO_LISTS),
+    "partial": (tiny_llama, "partial"),
+    "table": (tiny_gpt2, "table-linear"),
+}
+
+WITHOUT_US = """
+import sys
+sys.modules["hf_posext"] = None  # importing it raises
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+ids, found = load_file(sys.argv[1])["ids"], {}
+for path in sys.argv[3:]:
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        found[path] = model(input_ids=ids).logits
+    found[path + " limit"] = torch.tensor(model.config.max_position_embeddings)
+save_file(found, sys.argv[2])
+"""
+
+
+def without_us(paths: list[Path], directory: Path) -> dict[str, torch.Tensor]:
+    """Logits by path, of a process in which this package cannot be imported."""
+    from safetensors.torch import save_file
+
+    given, found = directory / "ids.safetensors", directory / "found.safetensors"
+    save_file({"ids": IDS}, given)
+    words = [sys.executable, "-c", WITHOUT_US, given, found, *paths]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Unrecognized keys" not in done.stderr
+    return load_file(found)
+
+
+def export(method: Any, path: Path, to: str, model: PreTrainedModel | None = None) -> tuple[PreTrainedModel, Serving]:
+    model = model or tiny_llama()
+    patch_model(model, method, factor=4)
+    return model, export_checkpoint(model, path, to)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / "config.json").read_text()))
+
+
+def test_plain_transformers_in_a_fresh_process(tmp_path: Path) -> None:
+    wanted = {}
+    for name, (build, method) in PLAIN.items():
+        model, _ = export(method, tmp_path / name, "transformers", build())
+        wanted[tmp_path / name] = logits(realigned(model), IDS)
+    found = without_us(list(wanted), tmp_path)
+    for path, expected in wanted.items():
+        assert torch.equal(found[str(path)], expected), path.name
+        assert found[f"{path} limit"] == 4 * TRAINED
+
+
+# What vLLM 0.33.0 and SGLang 0.5.23 make of a config, in the words of docs/serving.md
+
+
+def server_phases(to: str, rope: dict[str, Any], limit: int, count: int, dim: int = 16) -> torch.Tensor:
+    """Cosine and sine of positions 0 to `count`, `(count, dim)`, in float64."""
+    kind, factor = rope["rope_type"], rope.get("factor", 1.0)
+    plain = [rope["rope_theta"] ** (-2 * i / dim) for i in range(dim // 2)]
+    scale, rows = 1.0, limit
+    if kind == "linear":
+        assert isinstance(factor, float)  # an int is taken for a list
+        plain, rows = [frequency / factor for frequency in plain], math.floor(limit * factor)
+    if kind == "yarn":
+        original = rope["original_max_position_embeddings"]
+        bounds = [
+            dim * math.log(original / (rope[name] * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+            for name in ("beta_fast", "beta_slow")
+        ]
+        low, high = max(math.floor(bounds[0]), 0), min(math.ceil(bounds[1]), dim - 1)
+        mixed = []
+        for i, frequency in enumerate(plain):
+            ramp = min(max((i - low) / (high - low), 0), 1)
+            mixed.append(frequency / factor * ramp + frequency * (1 - ramp))
+        own = 0.1 * math.log(factor) + 1
+        scale = rope["attention_factor"] if to == "vllm" else own * rope.get("attn_factor", 1)
+        plain, rows = mixed, math.floor(original * factor)
+    if kind == "longrope":
+        plain = [frequency / divisor for frequency, divisor in zip(plain, rope["long_factor"], strict=True)]
+        default = math.sqrt(1 + math.log(limit / rope["original_max_position_embeddings"]) / math.log(TRAINED))
+        scale = rope.get("long_mscale", default)
+    assert rows >= count  # both look phases up in a table of this length
+    angles = torch.arange(count, dtype=torch.float64)[:, None] * torch.tensor(plain, dtype=torch.float64)
+    return torch.cat([angles.cos(), angles.sin()], -1) * scale
+
+
+@pytest.mark.parametrize("to", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    "method",
+    ["theta", "linear", "yarn", YaRN(attention_factor=1.5), YaRN(variant="paper"), "yarn+resonance", TWO_LISTS],
+)
+def test_servers_compute_the_phases_of_the_plan(method: Any, to: str, tmp_path: Path) -> None:
+    model, serving = export(method, tmp_path / "out", to)
+    config = config_of(tmp_path / "out")
+    found = server_phases(to, config["rope_parameters"], config["max_position_embeddings"], 4 * TRAINED)
+    cos, sin = model.model.rotary_emb(torch.zeros(1, 1, 1), torch.arange(4 * TRAINED)[None])
+    # angles of float32, up to 255 radians
+    torch.testing.assert_close(torch.cat([cos[0, :, :8], sin[0, :, :8]], -1).double(), found, atol=3e-5, rtol=0)
+    assert serving.commands[0][-1] == str(4 * TRAINED)
+
+
+@pytest.mark.parametrize(("to", "flag"), [("vllm", "--hf-overrides"), ("sglang", "--json-model-override-args")])
+def test_flags_say_what_the_exported_config_says(to: str, flag: str, tmp_path: Path) -> None:
+    """The base model under the flags is the exported model, if its weights are the same."""
+    for method in ("yarn", "linear"):
+        _, serving = export(method, tmp_path / method, to)
+        said = json.loads(serving.override[serving.override.index(flag) + 1])
+        config = config_of(tmp_path / method)
+        assert said == {key: config[key] for key in ("rope_parameters", "max_position_embeddings")}
+        assert shlex.join(serving.override) in (tmp_path / method / "SERVING.md").read_text()
+
+
+def test_limit_of_linear_is_multiplied_by_servers(tmp_path: Path) -> None:
+    for to in ("vllm", "sglang"):
+        export("linear", tmp_path / to, to)
+        assert config_of(tmp_path / to)["max_position_embeddings"] == TRAINED
+    export("linear", tmp_path / "plain", "transformers")
+    assert config_of(tmp_path / "plain")["max_position_embeddings"] == 4 * TRAINED
+
+
+def test_text_part_of_a_multimodal_config(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlavaConfig(vision_config=vision, text_config=tiny_llama().config, image_token_index=3)
+    model = sharpen(LlavaForConditionalGeneration(config))
+    patch_model(model, YaRN(attention_factor=1.5), factor=4)
+    for to, flag in (("vllm", "--hf-overrides"), ("sglang", "--json-model-override-args")):
+        serving = export_checkpoint(model, tmp_path / to, to)
+        text = config_of(tmp_path / to)["text_config"]
+        assert text["rope_parameters"]["rope_type"] == "yarn" and text["max_position_embeddings"] == 4 * TRAINED
+        assert ("attn_factor" in text["rope_parameters"]) == (to == "sglang")
+        assert "rope_parameters" not in config_of(tmp_path / to)
+        said = json.loads(serving.override[serving.override.index(flag) + 1])
+        assert said == {"text_config": {key: text[key] for key in ("rope_parameters", "max_position_embeddings")}}
+    assert isinstance(config.text_config, LlamaConfig)
+
+
+@pytest.mark.parametrize(
+    ("to", "method", "words"),
+    [
+        ("transformers", TWO_LISTS, "longest row of a batch"),
+        ("vllm", TWO_LISTS, "used for every input, short ones too"),
+        ("vllm", "yarn+resonance", "`attention_factor` of a `longrope` config is ignored"),
+        ("sglang", TWO_LISTS, "depends on the others"),
+        ("sglang", YaRN(attention_factor=1.5), "times `attn_factor`, which makes up for it"),
+        ("sglang", "yarn", "`0.1 ln(factor) + 1`, as here"),
+        ("llama.cpp", TWO_LISTS, "decided by `-c` when the server starts"),
+        ("llama.cpp", YaRN(attention_factor=1.5), "whatever `yarn_attn_factor`"),
+        ("llama.cpp", "llama3", "a file without the second step has the positions of the base model"),
+    ],
+    ids=str,
+)
+def test_differences_are_told(to: str, method: Any, words: str, tmp_path: Path) -> None:
+    _, serving = export(method, tmp_path / "out", to)
+    assert any(words in sentence for sentence in serving.differences)
+    text = (tmp_path / "out" / "SERVING.md").read_text()
+    assert words in text and serving.read_from in text
+    for line in serving.command_lines("out"):
+        assert line in text
+
+
+def test_converter_of_llama_cpp_reads_no_type_without_its_numbers(tmp_path: Path) -> None:
+    """It would write `longrope` and no factors, which llama.cpp runs as the base model."""
+    export("yarn+resonance", tmp_path / "a", "llama.cpp")
+    assert config_of(tmp_path / "a")["rope_parameters"] == {"rope_type": "default", "rope_theta": 10_000.0}
+    export("yarn", tmp_path / "b", "llama.cpp")
+    assert config_of(tmp_path / "b")["rope_parameters"]["rope_type"] == "yarn"
+    export("table-linear", tmp_path / "c", "llama.cpp", tiny_gpt2())
+    assert config_of(tmp_path / "c")["n_ctx"] == 4 * TRAINED  # where it looks for the length of GPT-2
+
+
+@pytest.mark.parametrize("to", SERVERS)
+def test_export_opens_again_with_its_plan(to: str, tmp_path: Path) -> None:
+    model, _ = export("yarn+resonance", tmp_path / "out", to)
+    again = load_patched(tmp_path / "out")
+    assert torch.equal(logits(realigned(again), IDS), logits(realigned(model), IDS))
+
+
+def test_tokenizer_goes_along(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tests.conftest import EXAMPLES
+
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    tokenizer.model_max_length = TRAINED
+    model = tiny_llama()
+    patch_model(model, "yarn", factor=4)
+    export_checkpoint(model, tmp_path / "out", "vllm", tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 4 * TRAINED
+    assert tokenizer.model_max_length == TRAINED
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("to", SERVERS)
+@pytest.mark.parametrize(
+    ("build", "method", "reason"),
+    [
+        (tiny_llama, SelfExtend(), "remapped inside attention"),
+        (tiny_llama, "dynamic-ntk", "'dynamic' of servers is another thing|load_patched"),
+        (tiny_bloom, "alibi-linear", "cannot run"),
+    ],
+    ids=["remapping", "growth", "alibi"],
+)
+def test_positions_that_no_server_computes(build: Any, method: Any, reason: str, to: str, tmp_path: Path) -> None:
+    model = build()
+    patch_model(model, method, factor=4, trained_length=TRAINED)
+    with pytest.raises(ExportError, match=f"cannot run .*{reason}|{reason}"):
+        export_checkpoint(model, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_positions_that_one_server_computes_otherwise(tmp_path: Path) -> None:
+    for to, method, words in (
+        ("sglang", "partial", "partial_rotary_factor of rope type 'proportional'"),
+        ("vllm", "nope", "refuses a partial_rotary_factor of 0"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            export(method, tmp_path / "out", to)
+    t5 = tiny_t5()
+    patch_model(t5, "bucket-max-distance", factor=4, trained_length=TRAINED)
+    for to in ("vllm", "sglang", "llama.cpp"):
+        with pytest.raises(ExportError, match="cannot run"):
+            export_checkpoint(t5, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with pytest.raises(NotPatchedError, match="carries no patch"):
+        export_checkpoint(model, tmp_path / "out")
+    patch_model(model, "yarn", factor=4)
+    with pytest.raises(
+        InvalidParameterError, match="there are: transformers, transformers-4, vllm, sglang, llama.cpp"
+    ):
+        export_checkpoint(model, tmp_path / "out", "tgi")
+    with_adapter(model)
+    with pytest.raises(UnsupportedModelError, match="has an adapter"):
+        export_checkpoint(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(FileExistsError):
+        export("yarn", tmp_path, "vllm")
+    assert files(tmp_path) == {"config.json": b"mine"}
+
+
+def test_docs_tell_the_measured_figures() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "serving.md").read_text()
+    measured = json.loads((root / "benchmarks" / "results" / "llama_cpp.json").read_text())
+    for row in measured["rows"]:
+        figures = f"{row['transformers']:.3f} | {row['llama.cpp']:.3f} | {row['difference']:+.1e}"
+        assert f"| {row['method']} | {figures} |" in text
+        assert abs(row["difference"]) < 1e-5
+    phases = json.loads((root / "benchmarks" / "results" / "server_phases.json").read_text())
+    assert all(row.get("largest_difference", 0.0) == 0.0 for row in phases["rows"])
+    for version in (phases["versions"]["vllm"], phases["versions"]["sglang"]):
+        assert version.split(" (")[0] in text
+    assert f"llama.cpp {measured['versions']['llama.cpp']}" in text

@@ -1,0 +1,181 @@
+"""Gradients of attention over parts by the fused kernel, against autograd through the plain formula in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, pad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_posext.patching.kernels.banded as banded
+from hf_posext import patch_model
+from hf_posext.methods import ReRoPE, SelfExtend
+from hf_posext.patching.kernels import Branch, attention_kernel, banded_attention
+
+from ..conftest import tiny_llama, tokens
+from .test_banded_attention import BANDS, dense
+from .test_remapping import CASES, naive_llama
+
+LENGTH = 100
+EXACT = {"atol": 1e-12, "rtol": 1e-10}  # float64; sums in another order
+KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of the kernel's backward."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks so short that some rectangles need no bias, and the last one is shorter."""
+    monkeypatch.setattr(banded, "SCORE_BYTES", 2**12)
+    monkeypatch.setattr(banded, "FUSED_ROWS", 7)
+    yield
+
+
+def gradients(model: Any, losses: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(torch.stack(losses).sum(), list(model.parameters())))
+
+
+def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits[:-1], ids[1:], reduction="sum")
+
+
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("case", ["self-extend", "rerope", "dual-chunk", "string-shift", "rerope+log-n+decay+fade"])
+def test_gradients_of_a_model_equal_the_formula(case: str, padding: int) -> None:
+    """Of all weights, with two query heads to each key head; of a text, or of two of which one is padded."""
+    method, relative, options = CASES[case]
+    model = tiny_llama().double()
+    texts = [tokens(LENGTH - padding, seed=1)[0], tokens(LENGTH)[0]][0 if padding else 1 :]
+    wanted = gradients(model, [nll(naive_llama(model, one, relative, **options), one) for one in texts])  # type: ignore[arg-type]
+    patch_model(model, method, factor=8)
+    ids = torch.stack([pad(one, (LENGTH - len(one), 0)) for one in texts])
+    mask = torch.stack([pad(torch.ones_like(one), (LENGTH - len(one), 0)) for one in texts])
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if padding else {}
+    found = {}
+    for kernel in ("cpu", "plain"):
+        with Calls() as calls, attention_kernel(kernel):
+            logits = model(ids, use_cache=False, **given).logits
+            losses = [nll(row[-len(one) :], one) for row, one in zip(logits, texts, strict=True)]
+            found[kernel] = gradients(model, losses)
+        assert bool(calls.count) == (kernel == "cpu")
+    for fused, plain, exact in zip(found["cpu"], found["plain"], wanted, strict=True):
+        torch.testing.assert_close(fused, plain, atol=1e-12 * plain.abs().max().item(), rtol=0)  # other order of sums
+        # the phases of the model are float32, off by up to 6e-8 of 100 radians
+        torch.testing.assert_close(fused, exact, atol=1e-5 * exact.abs().max().item(), rtol=0)
+
+
+def problem(queries: int = 60, keys: int = 100, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+
+    def states(heads: int, count: int) -> torch.Tensor:
+        return torch.randn(2, heads, count, 8, dtype=dtype, requires_grad=True)
+
+    branches = [Branch(part, states(4, queries), states(2, keys)) for part in BANDS["window"]]
+    at_key = torch.arange(keys).expand(2, -1)
+    return branches, states(2, keys), at_key[:, keys - queries :], at_key
+
+
+def leaves(given: tuple[Any, ...]) -> list[torch.Tensor]:
+    return [given[1], *(one for branch in given[0] for one in (branch.query, branch.key))]
+
+
+@pytest.mark.parametrize("padded", [-torch.inf, torch.finfo(torch.float64).min, torch.finfo(torch.float32).min])
+def test_rows_that_attend_to_nothing_have_no_gradient(padded: float) -> None:
+    """Here or in a part: neither NaN, nor a weight that does not sum to 1, though all outputs are read."""
+    given = problem(100)
+    allowed = torch.ones(100, 100).tril().bool().repeat(2, 1, 1, 1)
+    allowed[0, ..., :30] = False
+    mask = torch.zeros(2, 1, 100, 100, dtype=torch.float64).masked_fill(~allowed, padded)
+    weights = torch.randn(2, 100, 4, 8, dtype=torch.float64)
+    found = banded_attention(*given, mask=mask, aligned=True, scaling=0.3)
+    nothing = ~allowed.any(-1, keepdim=True)
+    seen = ~nothing.transpose(1, 2)
+    wanted = dense(*given, mask=allowed | nothing, scaling=0.3) * seen
+    torch.testing.assert_close(found * seen, wanted, **EXACT)
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), leaves(given)) for out in (found, wanted))
+    torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_what_the_kernel_cannot_differentiate_takes_the_plain_form() -> None:
+    given = problem()
+    mask = torch.zeros(1, 1, 60, 100, dtype=torch.float64, requires_grad=True)
+    options: dict[str, Any] = {"aligned": True, "scaling": 0.3}
+    with Calls() as calls:
+        (grad,) = torch.autograd.grad(banded_attention(*given, mask=mask, **options).sum(), [mask])
+        for more in ({"softcap": 5.0}, {"dropout": 0.5}):
+            banded_attention(*given, mask=None, **options, **more).sum().backward()
+    assert grad.abs().max() > 0 and calls.count == 0
+
+    branches, value, *places = given
+    banded.SCORE_BYTES = 2**30  # checkpoints, which blocks of the plain form need, are not for torch.func
+
+    def loss(of: torch.Tensor) -> torch.Tensor:
+        return banded_attention(branches, of, *places, mask=None, **options).square().sum()
+
+    wanted = torch.autograd.grad(loss(value), [value])[0]
+    torch.testing.assert_close(torch.func.grad(loss)(value), wanted, **EXACT)
+    compiled = torch.compile(loss, backend="eager")
+    with Calls() as calls:
+        torch.testing.assert_close(torch.autograd.grad(compiled(value), [value])[0], wanted, **EXACT)
+
+
+def test_a_second_derivative_is_refused_but_in_the_plain_form() -> None:
+    given = problem()
+    for kernel in ("cpu", "plain"):
+        with attention_kernel(kernel):
+            out = banded_attention(*given, mask=None, aligned=True, scaling=0.3)
+            (grad,) = torch.autograd.grad(out.square().sum(), [given[1]], create_graph=True)
+        if kernel == "cpu":
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                grad.square().sum().backward()
+        else:
+            grad.square().sum().backward()
+    assert given[1].grad is not None and given[1].grad.abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name came in 5.2x
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_the_model(reentrant: bool) -> None:
+    model = tiny_llama().train()
+    patch_model(model, ReRoPE(window=16), factor=8)
+    ids = tokens(LENGTH)
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with Calls() as calls:
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        assert calls.count
+        found.append([one.grad for one in model.parameters()])
+    assert all(map(torch.equal, *found)), "the same is computed again"
+
+
+def test_autocast() -> None:
+    """Rotated states are float32 there, values bfloat16; with gradients and without."""
+    model = tiny_llama()
+    patch_model(model, SelfExtend(group=4, window=12), factor=8)
+    ids = tokens(LENGTH)
+    with torch.autocast("cpu", torch.bfloat16), Calls() as calls:
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        with torch.no_grad():
+            assert torch.equal(model(ids, labels=ids, use_cache=False).loss, loss)
+    assert calls.count
+    ours = torch.cat([one.grad.flatten() for one in model.parameters()])
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    exact = torch.cat([one.grad.flatten() for one in model.parameters()])
+    # 8 bits in each of some products in a row
+    assert (ours - exact).norm() < 0.03 * exact.norm()

@@ -1,0 +1,207 @@
+"""Kernels for bands and rectangles: that the pieces are those of the dense softmax, and how each kernel is called.
+
+The kernels of CUDA cannot run here. Substitutes that compute the same take their place, bound to their signatures.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from hf_posext import patch_model
+from hf_posext.errors import InvalidParameterError
+from hf_posext.methods import DualChunk, ReRoPE, Sinks
+from hf_posext.patching.kernels import Branch, attention_kernel, banded_attention, choice, cuda
+
+from ..conftest import logits, tiny_llama, tokens
+from .test_banded_attention import BANDS, dense
+
+SCHEMAS = {
+    name: getattr(torch.ops.aten, name).default._schema
+    for name in ("_flash_attention_forward", "_scaled_dot_product_cudnn_attention")
+}
+EXACT = {"atol": 1e-12, "rtol": 0.0}  # float64, sums in another order
+
+
+def attend(query: Any, key: Any, value: Any, scaling: float, causal: bool, left: int, right: int) -> Any:
+    """What FlashAttention-2 computes, in the layout (batch, heads, tokens, dim): both sides of a window count from the
+    diagonal that ends in the last query and the last key; -1 is no bound."""
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
+    queries, keys = scores.shape[-2:]
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    hidden = (distance < 0) if causal or right == 0 else torch.zeros_like(distance, dtype=torch.bool)
+    scores = scores.masked_fill(hidden | (distance > left) if left >= 0 else hidden, -torch.inf)
+    return scores.softmax(-1) @ value.repeat_interleave(groups, 1), scores.logsumexp(-1)
+
+
+class Substitutes:
+    """In place of the kernels of a machine; keeps which were called."""
+
+    def __init__(self, machine: str) -> None:
+        self.machine = machine
+        self.called: list[str] = []
+
+    def flash(self, *args: Any, **kwargs: Any) -> Any:
+        given = bound("_flash_attention_forward", args, kwargs)
+        assert given["cum_seq_q"] is given["cum_seq_k"] is None and given["dropout_p"] == 0
+        states = [given[name].transpose(1, 2) for name in ("query", "key", "value")]
+        assert (given["max_q"], given["max_k"]) == (states[0].shape[2], states[1].shape[2])
+        sides = (given.get("window_size_left", -1), given.get("window_size_right", -1))
+        out, total = attend(*states, given["scale"], given["is_causal"], *sides)
+        self.called.append("flash" if sides == (-1, -1) else "window")
+        return out.transpose(1, 2), total, None, None, None
+
+    def cudnn(self, *args: Any, **kwargs: Any) -> Any:
+        given = bound("_scaled_dot_product_cudnn_attention", args, kwargs)
+        assert given["attn_bias"] is None and given["compute_log_sumexp"]
+        states = [given[name] for name in ("query", "key", "value")]
+        assert not given["is_causal"] or states[0].shape[2] == states[1].shape[2], "aligned to which corner?"
+        out, total = attend(*states, given["scale"], given["is_causal"], -1, -1)
+        self.called.append("cudnn")
+        return out, total[..., None], *[None] * 7
+
+    def flash_attn_func(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+    ) -> Any:
+        """The signature of flash-attn 2.8."""
+        assert return_attn_probs
+        out, total = attend(*(s.transpose(1, 2) for s in (q, k, v)), softmax_scale, causal, *window_size)
+        self.called.append("flash_attn")
+        return out.transpose(1, 2), total, None
+
+
+def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by their names in the kernel's schema."""
+    names = [argument.name for argument in SCHEMAS[name].arguments]
+    assert set(kwargs) <= set(names[len(args) :])
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@pytest.fixture(params=["cudnn", "flash", "flash_attn"])
+def substitutes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Substitutes:
+    """The kernels of one machine: with cuDNN, without, and with the package alone."""
+    those = Substitutes(request.param)
+    monkeypatch.setattr(cuda, "FLASH", those.flash)
+    monkeypatch.setattr(cuda, "CUDNN", those.cudnn)
+    monkeypatch.setattr(cuda, "PLANNED", 12)
+    picked = cuda.SDPBackend.CUDNN_ATTENTION if request.param == "cudnn" else cuda.SDPBackend.FLASH_ATTENTION
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: picked.value)
+    package = types.ModuleType("flash_attn")
+    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    package.flash_attn_func = those.flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    with attention_kernel("flash_attn" if request.param == "flash_attn" else "torch"):
+        yield those
+
+
+def problem(bands: str, queries: int, keys: int) -> tuple[tuple[Any, ...], torch.Tensor]:
+    torch.manual_seed(0)
+
+    def states(heads: int, count: int) -> torch.Tensor:
+        return torch.randn(2, heads, count, 8, dtype=torch.float64)
+
+    branches = [Branch(part, states(4, queries), states(2, keys)) for part in BANDS[bands]]
+    at_key = torch.arange(keys).expand(2, -1)
+    causal = torch.ones(queries, keys).tril(keys - queries).bool()[None, None]
+    return (branches, states(2, keys), at_key[:, keys - queries :], at_key), causal
+
+
+@pytest.mark.parametrize("sinks", [None, torch.randn(4).double()])
+@pytest.mark.parametrize("bands", ["window", "chunks", "fading", "fading chunks"])
+@pytest.mark.parametrize("counts", [(100, 100), (30, 100), (1, 100), (10, 12), (1, 1), (25, 49)])
+def test_pieces_of_kernels_equal_dense(
+    counts: tuple[int, int], bands: str, sinks: torch.Tensor | None, substitutes: Substitutes
+) -> None:
+    given, causal = problem(bands, *counts)
+    found = banded_attention(*given, mask=None, aligned=True, scaling=0.3, sinks=sinks)
+    torch.testing.assert_close(found, dense(*given, mask=causal, scaling=0.3, sinks=sinks), **EXACT)
+    assert substitutes.called and found.is_contiguous(), "some models view it"
+
+
+def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
+    """The window is FlashAttention's; what is far is one causal call of whatever attention would pick, but for a few
+    queries not cuDNN, which plans each number of keys anew."""
+    for queries, far in ((100, "cudnn"), (5, "flash")):
+        given, _ = problem("window", queries, 100)
+        banded_attention(*given, mask=None, aligned=True, scaling=0.3)
+        torch_has = ["window", far if substitutes.machine == "cudnn" else "flash"]
+        wanted = {"cudnn": torch_has, "flash": torch_has}.get(substitutes.machine, ["flash_attn", "flash_attn"])
+        assert substitutes.called[:2] == wanted
+        substitutes.called.clear()
+
+
+def test_a_kernel_is_tried_before_it_is_used(substitutes: Substitutes) -> None:
+    query, value = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
+    choice._tried.clear()
+    assert choice.works(cuda.torch_kernel, query, value) and choice.works(cuda.flash_attn_kernel, query, value)
+    tried = list(substitutes.called)
+    assert choice.works(cuda.torch_kernel, query, value) and substitutes.called == tried, "once"
+
+
+@pytest.mark.parametrize("fault", ["raises", "window", "scale"])
+def test_a_kernel_that_fails_or_computes_something_else_is_left_alone(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def kernel(query: Any, key: Any, value: Any, *, scaling: float, causal: bool, window: int | None) -> Any:
+        if fault == "raises":
+            raise RuntimeError("no kernel image\nand more")
+        scaling = 1.1 * scaling if fault == "scale" else scaling
+        left = -1 if window is None else window - (0 if fault == "window" else 1)
+        return attend(query, key, value, scaling, causal, left, -1 if window is None else 0)
+
+    query, value = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
+    with caplog.at_level("WARNING"):
+        assert not choice.works(kernel, query, value) and not choice.works(kernel, query, value)
+    (warning,) = caplog.messages
+    assert warning.startswith("kernel is not used on cpu in torch.float32: ") and "\n" not in warning
+    assert ("no kernel image" if fault == "raises" else "off by") in warning
+
+
+def test_what_kernels_cannot_do_goes_to_the_plain_form(substitutes: Substitutes) -> None:
+    given, causal = problem("window", 30, 100)
+    for options in ({"mask": causal}, {"mask": None, "softcap": 5.0}):
+        found = banded_attention(*given, aligned=True, scaling=0.3, **options)
+        torch.testing.assert_close(found, dense(*given, **{**options, "mask": causal}, scaling=0.3), **EXACT)
+    given, causal = problem("sinks", 30, 100)
+    found = banded_attention(*given, mask=None, aligned=True, scaling=0.3)
+    torch.testing.assert_close(found, dense(*given, mask=causal, scaling=0.3), **EXACT)
+    assert not substitutes.called
+
+
+@pytest.mark.parametrize("method", [ReRoPE(window=8), DualChunk(chunk=12, local=4), Sinks(window=12)])
+def test_a_model_on_each_kernel_that_runs_here(method: Any) -> None:
+    model, ids = tiny_llama(), tokens(50)
+    patch_model(model, method, factor=8, trained_length=16)
+    wanted = logits(model, ids, use_cache=False)
+    for name in ("cpu", "plain"):
+        with attention_kernel(name):
+            found = logits(model, ids, use_cache=False)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)  # float32 sums in another order
+    assert torch.equal(logits(model, ids, use_cache=False), wanted)
+
+
+def test_kernels_that_cannot_be() -> None:
+    for name, message in (
+        ("sdpa", "among torch, flash_attn, cpu, plain, got 'sdpa'"),
+        ("flash_attn", "pip install flash-attn"),
+    ):
+        with pytest.raises(InvalidParameterError, match=message), attention_kernel(name):
+            pass
+    assert choice.forced() is None

@@ -1,0 +1,201 @@
+"""Attention over bands against the dense matrix of scores, its memory, and the script that times it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_posext.patching.kernels.banded as banded
+from hf_posext import patch_model
+from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
+from hf_posext.patching.kernels import Branch, attention_kernel, banded_attention, belongs
+from hf_posext.plan import CountFade, DistanceDecay, Part, PositionMap
+
+from ..conftest import tiny_llama, tokens
+
+PLAIN, FAR = PositionMap(), PositionMap(rate=0)
+BANDS: dict[str, tuple[Part, ...]] = {
+    "window": (Part(PLAIN, PLAIN, high=16), Part(FAR, FAR, low=16)),
+    "chunks": (
+        Part(PLAIN, PLAIN, high=1, chunk=24),
+        Part(PLAIN, PLAIN, low=1, high=2, chunk=24),
+        Part(FAR, FAR, low=2, chunk=24),
+    ),
+    "sinks": (Part(PLAIN, PLAIN, high=20), Part(PLAIN, PLAIN, low=20, keys_below=4)),
+    "fading": (
+        Part(PLAIN, PLAIN, high=16),
+        Part(FAR, FAR, low=16, fade=CountFade(0.7, 20), decay=DistanceDecay(1.0, 5)),
+    ),
+    "fading chunks": (
+        Part(PLAIN, PLAIN, high=2, chunk=12),
+        Part(FAR, FAR, low=2, chunk=12, fade=CountFade(1.5, 30)),
+    ),
+}
+
+
+def bias(part: Part, i: int, j: int) -> float:
+    """What a part adds to the logit of a pair."""
+    added = 0.0
+    if part.fade is not None:
+        far = sum(i // part.chunk - key // part.chunk >= part.low for key in range((i // part.chunk + 1) * part.chunk))
+        added -= part.fade.strength * math.log(max(1, far / part.fade.reference))
+    if part.decay is not None and i - j >= part.decay.start:
+        octave = math.floor(math.log2((i - j) / part.decay.start))
+        added -= part.decay.strength * math.log(2) * (octave + 0.5)
+    return added
+
+
+def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, **kw: Any) -> Any:
+    """The whole matrix of scores at once."""
+    groups = branches[0].query.shape[1] // value.shape[1]
+    scores = torch.tensor(-torch.inf, dtype=value.dtype)
+    for branch in branches:
+        score = branch.query @ branch.key.repeat_interleave(groups, 1).transpose(-1, -2) * kw["scaling"]
+        if kw.get("softcap"):
+            score = kw["softcap"] * torch.tanh(score / kw["softcap"])
+        if branch.part.fade or branch.part.decay:
+            added = [[bias(branch.part, i, j) for j in keys[0].tolist()] for i in queries[0].tolist()]
+            score = score + torch.tensor(added, dtype=score.dtype)
+        scores = torch.where(belongs(branch.part, queries, keys)[:, None], score, scores)
+    scores = scores.masked_fill(~kw["mask"], -torch.inf)
+    if kw.get("sinks") is not None:
+        scores = torch.cat([scores, kw["sinks"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : keys.shape[1]]
+    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sinks": torch.randn(4).double()}])
+@pytest.mark.parametrize("bands", BANDS)
+@pytest.mark.parametrize("counts", [(300, 300), (90, 300), (1, 300)])
+def test_banded_attention_equals_dense(
+    counts: tuple[int, int], bands: str, options: dict[str, Any], learning: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, by the fused kernel or with blocks computed again in backward; with a mask or not, known
+    bands or not."""
+    monkeypatch.setattr(banded, "SCORE_BYTES", 2**17)  # several blocks
+    monkeypatch.setattr(banded, "FUSED_ROWS", 40)
+    torch.manual_seed(0)
+    queries, keys = counts
+
+    def states(heads: int, count: int) -> torch.Tensor:
+        return torch.randn(2, heads, count, 8, dtype=torch.float64, requires_grad=learning)
+
+    branches = [Branch(part, states(4, queries), states(2, keys)) for part in BANDS[bands]]
+    value = states(2, keys)
+    leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
+    if "sinks" in options:
+        options = {"sinks": options["sinks"].clone().requires_grad_(learning)}
+        leaves.append(options["sinks"])
+    at_key = torch.arange(keys).expand(2, -1)
+    at_query, causal = at_key[:, keys - queries :], torch.ones(queries, keys).tril(keys - queries).bool()[None, None]
+    weights = torch.randn(2, queries, 4, 8, dtype=torch.float64)
+
+    def run(function: Any, **kwargs: Any) -> list[torch.Tensor]:
+        out = function(branches, value, at_query, at_key, scaling=0.3, **options, **kwargs)
+        return [out, *torch.autograd.grad((out * weights).sum(), leaves)] if learning else [out]
+
+    wanted = run(dense, mask=causal)
+    additive = torch.zeros(2, 4, queries, keys).masked_fill(~causal, torch.finfo(torch.float32).min)
+    for mask in (None, causal, additive):
+        for aligned, kernel in itertools.product((True, False), ("cpu", "plain")):
+            with attention_kernel(kernel):
+                found = run(banded_attention, mask=mask, aligned=aligned)
+            torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+            assert found[0].is_contiguous(), "some models view it"
+
+
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_channels_that_do_not_lie_one_behind_the_other(which: str, learning: bool) -> None:
+    """A kernel that is called directly reads the wrong numbers there, and does not say so."""
+    torch.manual_seed(0)
+
+    def states(name: str, heads: int) -> torch.Tensor:
+        if name == which == "value":
+            return torch.randn(1, heads, 50, 1, dtype=torch.float64, requires_grad=learning).expand(-1, -1, -1, 8)
+        made = torch.randn(1, heads, 8, 50, dtype=torch.float64, requires_grad=learning)
+        return made.mT if name == which else made.mT.contiguous()
+
+    branches = [Branch(part, states("query", 4), states("key", 2)) for part in BANDS["window"]]
+    value, at = states("value", 2), torch.arange(50)[None]
+    causal = torch.ones(50, 50).tril().bool()[None, None]
+    found = banded_attention(branches, value, at, at, mask=None, aligned=True, scaling=0.3)
+    wanted = dense(branches, value, at, at, mask=causal, scaling=0.3)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)  # float64, sums in another order
+    if learning:
+        leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
+        ours, theirs = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, wanted))
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else (out,):
+            self.elements = max(self.elements, one.numel() if isinstance(one, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sinks": torch.randn(4).double()}])
+@pytest.mark.parametrize("bands", BANDS)
+def test_a_single_query_equals_dense(bands: str, options: dict[str, Any], learning: bool) -> None:
+    """Keys that stand the same for all parts are scored once; values and gradients, with each kind of mask."""
+    torch.manual_seed(0)
+    query = [torch.randn(2, 4, 1, 8, dtype=torch.float64, requires_grad=learning) for _ in BANDS[bands]]
+    key, value = (torch.randn(2, 2, 90, 8, dtype=torch.float64, requires_grad=learning) for _ in range(2))
+    branches = [Branch(part, one, key) for part, one in zip(BANDS[bands], query, strict=True)]
+    at_key = torch.arange(90).expand(2, -1)
+    padded = torch.ones(2, 1, 1, 90, dtype=torch.bool)
+    padded[0, ..., :7] = padded[..., 83:] = False
+    heads = padded & (torch.rand(2, 4, 1, 90) < 0.8)
+    additive = torch.zeros_like(padded, dtype=torch.float64).masked_fill(~padded, torch.finfo(torch.float64).min)
+    for mask, wanted in ((None, padded | True), (padded, padded), (heads, heads), (additive, padded)):
+        with attention_kernel("plain"):
+            found = banded_attention(
+                branches, value, at_key[:, 80:81], at_key, mask=mask, aligned=False, scaling=0.3, **options
+            )
+        exact = dense(branches, value, at_key[:, 80:81], at_key, mask=wanted, scaling=0.3, **options)
+        torch.testing.assert_close(found, exact, atol=1e-12, rtol=0)  # float64, sums in another order
+        assert found.shape == (2, 1, 4, 8) and found.is_contiguous()
+        if learning:
+            ours, theirs = (torch.autograd.grad(one.square().sum(), [*query, key, value]) for one in (found, exact))
+            for one, two in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("method", [ReRoPE(window=64), SelfExtend(group=8, window=32), DualChunk(chunk=48, local=16)])
+@pytest.mark.parametrize("kernel", ["cpu", "plain"])
+@pytest.mark.parametrize("learning", [False, True])
+def test_memory_is_linear(learning: bool, kernel: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without padding, no tensor of length x length, nor are there so many that backward holds as much."""
+    monkeypatch.setattr(banded, "SCORE_BYTES", 2**20)
+    monkeypatch.setattr(banded, "FUSED_ROWS", 64)
+    model = tiny_llama(num_hidden_layers=1)
+    patch_model(model, method, factor=64)
+    sizes, held = [], [0, 0]
+
+    def hold(index: int, one: torch.Tensor) -> torch.Tensor:
+        held[index] += one.numel()
+        return one
+
+    for index, length in enumerate((2048, 4096)):
+        holding = torch.autograd.graph.saved_tensors_hooks(functools.partial(hold, index), lambda one: one)
+        with Largest() as largest, torch.set_grad_enabled(learning), holding, attention_kernel(kernel):
+            out = model(tokens(length), use_cache=False).logits
+            if learning:
+                out.sum().backward()
+        sizes.append(largest.elements)
+    assert sizes[0] < 2048 * 256 and sizes[1] == 4096 * 128, "at 4096 tokens the logits are the largest"
+    assert held[1] <= 2.1 * held[0]

@@ -1,0 +1,222 @@
+"""Keys that stay turned in the cache: what a step does, what turns them anew, and what it must not look at."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+import hf_posext.patching.remap.cache as cache_module
+import hf_posext.patching.remap.forward as forward_module
+import hf_posext.patching.remap.rotated_keys as rotated_keys
+from hf_posext import patch_model
+from hf_posext.errors import EvaluationError
+from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, Sinks, StringShift, YaRN
+from hf_posext.patching.remap.layout import Layout
+
+from ..conftest import logits, tiny_llama, tokens
+from ..zoo import build
+
+METHODS: dict[str, Method] = {
+    "rerope": ReRoPE(window=8),
+    "yarn+leaky-rerope": YaRN() + LeakyReRoPE(window=8, stride=3.0),  # with an attention factor, which turns scale by
+    "self-extend": SelfExtend(group=4, window=8),
+    "dual-chunk": DualChunk(chunk=12, local=4),
+    "string-shift": StringShift(shift=8),
+    "sinks": Sinks(window=12),
+    "log-n": LogN(),
+}
+IDS = tokens(48)
+CLOSE = {"atol": 1e-5, "rtol": 0.0}  # float32 sums in another order; logits spread by 4
+
+
+def patched(name: str) -> LlamaForCausalLM:
+    model = tiny_llama()
+    patch_model(model, METHODS[name], factor=8, trained_length=16)
+    return model
+
+
+def steps(model: LlamaForCausalLM, cache: DynamicCache, bounds: list[int], ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Logits of the pieces between the bounds."""
+    pairs = zip(bounds, bounds[1:], strict=False)
+    return torch.cat([logits(model, ids[:, start:stop], cache=cache) for start, stop in pairs], 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_chunks_and_crops_equal_one_forward(name: str) -> None:
+    """Single tokens, a chunk between them, and tokens taken back; copies of the cache go on by themselves."""
+    model = patched(name)
+    whole = logits(model, IDS, use_cache=False)
+    cache = DynamicCache(config=model.config)
+    found = steps(model, cache, [0, 20, 21, 22, 23, 31, 32, 33])
+    torch.testing.assert_close(found, whole[:, :33], **CLOSE)
+    twin = copy.deepcopy(cache)
+    cache.crop(-5)
+    torch.testing.assert_close(steps(model, cache, [28, 29, 30, 34, 35, 36]), whole[:, 28:36], **CLOSE)
+    torch.testing.assert_close(steps(model, twin, [33, 34, 35]), whole[:, 33:35], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding"])
+def test_a_step_turns_the_key_that_leaves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model turns the new one; all others keep their bits, and nothing of the length of the cache is turned; also
+    where the cache has free slots, or lets go of keys behind a window of 16 in every other layer."""
+    model = build("gemma2") if kind == "sliding" else tiny_llama()
+    patch_model(model, METHODS["self-extend"], factor=8, trained_length=16)
+    static = StaticCache(config=model.config, max_cache_len=64)
+    cache = static if kind == "static" else DynamicCache(config=model.config)
+    assert any(layer.is_sliding for layer in cache.layers) is (kind == "sliding")
+    steps(model, cache, [0, 30, 31])
+    before = [layer.keys[:, :, :31].clone() for layer in cache.layers]
+    rotated: list[int] = []
+    for rotate in (Layout.rotate, Layout.rotate_):
+
+        def counted(self: Layout, states: torch.Tensor, phases: Any, rotate: Any = rotate) -> Any:
+            rotated.append(states.shape[2])
+            return rotate(self, states, phases)
+
+        monkeypatch.setattr(Layout, rotate.__name__, counted)
+    steps(model, cache, [31, 32])
+    for layer, old in zip(cache.layers, before, strict=True):
+        new = layer.keys[:, :, :32][:, :, :-1]
+        old = old[:, :, -new.shape[2] :]
+        changed = (new != old).any(-1).flatten(0, 1).any(0).nonzero().flatten()
+        assert (new.shape[2] - changed).tolist() == [8]  # so far behind the new one
+    assert max(rotated) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_padded_rows_equal_rows_alone(name: str) -> None:
+    model = patched(name)
+    short, mask = IDS[:, : 48 - 9], torch.ones(2, 48).long()
+    mask[0, :9] = 0
+    ids = torch.cat([torch.cat([torch.zeros(1, 9).long(), short], 1), IDS])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, found = DynamicCache(config=model.config), []
+    bounds = [0, 36, 37, 38, 42, 43, 44, 45, 46, 47, 48]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        inputs: dict[str, Any] = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        found.append(logits(model, ids[:, start:stop], cache=cache, **inputs))
+    both = torch.cat(found, 1)
+    torch.testing.assert_close(both[1:], logits(model, IDS, use_cache=False), **CLOSE)
+    torch.testing.assert_close(both[:1, 9:], logits(model, short, use_cache=False), **CLOSE)
+
+
+def test_a_position_that_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys are turned anew; where the host would have to wait to see it, it is an error."""
+    model = patched("rerope")
+    cache = DynamicCache(config=model.config)
+    steps(model, cache, [0, 20, 21])
+    monkeypatch.setattr(rotated_keys, "step_keys", None)  # what must not be called
+    gap = {"position_ids": torch.tensor([[30]]), "attention_mask": torch.ones(1, 22).long()}
+    found = logits(model, IDS[:, 21:22], cache=copy.deepcopy(cache), **gap)
+    where = torch.cat([torch.arange(21), torch.tensor([30])])[None]
+    whole = logits(model, IDS[:, :22], position_ids=where, attention_mask=gap["attention_mask"], use_cache=False)
+    torch.testing.assert_close(found, whole[:, -1:], **CLOSE)
+    wait_for_devices(monkeypatch)
+    with pytest.raises(RuntimeError, match="must follow those in the cache"):
+        logits(model, IDS[:, 21:22], cache=cache, **gap)
+
+
+def wait_for_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, the host has to wait for each tensor that it looks at."""
+    for module in (cache_module, forward_module):
+        monkeypatch.setattr(module, "seen_for_free", lambda tensor: False)
+
+
+class Waits(TorchFunctionMode):
+    """Keeps the calls that would make the host wait for a device."""
+
+    names = (
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "unique",
+        "equal",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.names:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Scalars(TorchDispatchMode):
+    """The same below Python: also where a mask is an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "unique", "equal")):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_decoding_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_for_devices(monkeypatch)
+    model = patched(name)
+    cache = DynamicCache(config=model.config)
+    steps(model, cache, [0, 20])
+    with Waits() as waits, Scalars() as scalars:
+        steps(model, cache, [20, 21, 22, 23])
+    assert not waits.seen and not scalars.seen
+    with Waits() as waits:
+        steps(model, cache, [23, 26])
+    assert waits.seen, "the count counts: several tokens are looked at"
+
+
+def test_a_cache_of_another_patch_is_refused(llama: LlamaForCausalLM) -> None:
+    cache = DynamicCache(config=llama.config)
+    with patch_model(llama, ReRoPE(window=8), factor=8):
+        steps(llama, cache, [0, 20, 21])
+    with patch_model(llama, ReRoPE(window=12), factor=8), pytest.raises(EvaluationError, match="under another patch"):
+        steps(llama, cache, [21, 22])
+    with patch_model(llama, ReRoPE(window=8), factor=8):
+        found = steps(llama, cache, [21, 22])
+        torch.testing.assert_close(found, logits(llama, IDS[:, :22], use_cache=False)[:, -1:], **CLOSE)
+
+
+def test_a_layer_that_lost_its_turned_keys_is_refused() -> None:
+    """The model has turned the new key by then, so that nothing else would be right."""
+    model = patched("rerope")
+    cache = DynamicCache(config=model.config)
+    steps(model, cache, [0, 20, 21])
+
+    class Other(DynamicLayer):
+        pass
+
+    cache.layers[0].__class__ = Other
+    with pytest.raises(EvaluationError, match="other keys than those.*Start with an empty"):
+        logits(model, IDS[:, 21:22], cache=cache)
+
+
+def test_a_set_whose_keys_stay_as_they_are_is_turned_in_attention() -> None:
+    """A layer that keeps its keys in another kind of cache is not turned by the model, in any step."""
+    model = patched("rerope")
+    cache = DynamicCache(config=model.config)
+
+    class Other(DynamicLayer):
+        pass
+
+    steps(model, cache, [0, 20])
+    cache.layers[0].__class__ = Other
+    found = steps(model, cache, list(range(20, 34)))
+    torch.testing.assert_close(found, logits(model, IDS, use_cache=False)[:, 20:33], **CLOSE)

@@ -1,0 +1,202 @@
+"""Steps of decoding in one compiled graph, with a cache that stays in its place: what CUDA graphs need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+
+from hf_posext import patch_model
+from hf_posext.errors import EvaluationError
+from hf_posext.methods import (
+    Decay,
+    DualChunk,
+    DynamicNTK,
+    Fade,
+    JetLong,
+    LeakyReRoPE,
+    Method,
+    ReRoPE,
+    SelfExtend,
+    StringShift,
+)
+from hf_posext.patching.remap import attention as attention_module
+from hf_posext.patching.signatures import with_cache
+
+from ..conftest import tiny_llama, tokens
+from ..zoo import build
+
+METHODS: list[str | Method] = [
+    SelfExtend(group=4, window=8),
+    ReRoPE(window=14),  # keys leave the window in the middle of the steps
+    LeakyReRoPE(window=8, stride=3.0),
+    DualChunk(chunk=12, local=4),
+    StringShift(shift=8),
+    ReRoPE(window=14) + Fade(reference=6),
+    LeakyReRoPE(window=8) + Decay(start=9) + Fade(reference=4, strength=0.5),
+    DualChunk(chunk=12, local=4) + Fade(reference=3),
+    DynamicNTK(),
+    JetLong(),
+    "yarn",
+]
+TEXT, SLOTS, STEPS = 10, 48, 14
+CLOSE = {"atol": 1e-5, "rtol": 0.0}  # float32, sums in another order
+
+
+class Reader:
+    """Reads a text into a cache, then a token at a time; some of the text is padding."""
+
+    def __init__(self, model: LlamaForCausalLM, cache: Any, padding: int) -> None:
+        self.model, self.cache, self.padding, self.count = model, cache, padding, 0
+        self.ids = tokens(64).to(model.device)
+        self.mask = torch.ones_like(self.ids)
+        self.mask[:, :padding] = 0
+
+    @torch.no_grad()
+    def read(self, count: int, forward: Any = None) -> torch.Tensor:
+        """The logits of the last of some more tokens."""
+        given = slice(self.count, self.count + count)
+        self.count += count
+        known = SLOTS if isinstance(self.cache, StaticCache) else self.count  # free slots are masked as later ones are
+        logits: torch.Tensor = (forward or self.model)(
+            input_ids=self.ids[:, given],
+            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, given],
+            attention_mask=self.mask[:, :known] if self.padding else None,
+            **with_cache(self.model.forward, self.cache),
+        ).logits[:, -1]
+        return logits
+
+
+def two(model: LlamaForCausalLM, padding: int) -> tuple[Reader, Reader]:
+    """One that reads into a static cache, and one into a growing one; both have read the text."""
+    readers = (
+        Reader(model, StaticCache(config=model.config, max_cache_len=SLOTS), padding),
+        Reader(model, DynamicCache(config=model.config), padding),
+    )
+    for one in readers:
+        one.read(TEXT)
+    return readers
+
+
+def one_graph(model: LlamaForCausalLM, backend: str = "eager") -> tuple[Any, CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model.__call__, backend=counter, fullgraph=True), counter
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_in_one_graph(method: str | Method, padding: int) -> None:
+    """They give what steps give that are not compiled; then a step, a piece of text, and steps in the same graph."""
+    model = tiny_llama()
+    with patch_model(model, method, factor=8, trained_length=16):
+        static, growing = two(model, padding)
+        forward, graphs = one_graph(model)
+        for _ in range(STEPS):
+            torch.testing.assert_close(static.read(1, forward), growing.read(1), **CLOSE)
+        assert graphs.frame_count == 1
+        for count in (1, 4, 1):
+            torch.testing.assert_close(static.read(count), growing.read(count), **CLOSE)
+        for _ in range(3):
+            torch.testing.assert_close(static.read(1, forward), growing.read(1), **CLOSE)
+        assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5_text"])
+def test_other_caches(family: str) -> None:
+    """Layers that slide roll their keys, and some have none: graphs may break, and all keys are turned."""
+    model: Any = build(family)
+    patch_model(model, METHODS[1], factor=8, trained_length=16)
+    static, growing = two(model, 0)
+    torch._dynamo.reset()
+    forward = torch.compile(model.__call__, backend="eager")
+    for _ in range(6):
+        torch.testing.assert_close(static.read(1, forward), growing.read(1), **CLOSE)
+
+
+@pytest.mark.parametrize("method", METHODS[:8])
+def test_a_step_turns_two_keys(method: Method) -> None:
+    """Of the cached keys only the new one changes, and the one that leaves the window; no other bit does."""
+    model = tiny_llama()
+    patch_model(model, method, factor=8, trained_length=16)
+    static, _ = two(model, 0)
+    forward, _ = one_graph(model)
+    for step in range(STEPS):
+        before = static.cache.layers[0].keys.clone()
+        static.read(1, forward)
+        changed = (static.cache.layers[0].keys != before).any(-1).any(1)[0].nonzero().flatten().tolist()
+        far = 14 if method.label.startswith("rerope") else 8
+        left = [] if method.label.startswith(("dual-chunk", "string-shift")) else [TEXT + step - far]
+        assert changed == [*(slot for slot in left if slot > 0), TEXT + step]  # at 0 nothing turns
+
+
+def test_a_cache_that_is_used_again() -> None:
+    """After `reset` it is as new; and rows can be chosen anew after compiled steps."""
+    model = tiny_llama()
+    patch_model(model, METHODS[1], factor=8)
+    static, _ = two(model, 0)
+    forward, graphs = one_graph(model)
+    found = []
+    for _ in range(2):
+        found.append(torch.cat([static.read(1, forward) for _ in range(4)]))
+        static.cache.reset()
+        static.count = 0
+        static.read(TEXT)
+    assert torch.equal(*found) and graphs.frame_count == 1
+    static.read(1, forward)
+    static.cache.reorder_cache(torch.tensor([0]))
+    _, growing = two(model, 0)
+    growing.read(1)
+    torch.testing.assert_close(static.read(1, forward), growing.read(1), **CLOSE)
+
+
+def test_a_token_that_does_not_follow() -> None:
+    model = tiny_llama()
+    patch_model(model, METHODS[1], factor=8)
+    static, _ = two(model, 0)
+    forward, _ = one_graph(model)
+    static.read(1, forward)
+    with pytest.raises(RuntimeError, match="must follow"), torch.no_grad():
+        forward(
+            input_ids=static.ids[:, :1],
+            position_ids=torch.tensor([[40]]),
+            **with_cache(model.forward, static.cache),
+        )
+
+
+def test_another_model_cannot_read_the_cache_in_a_graph() -> None:
+    model = tiny_llama()
+    with patch_model(model, METHODS[1], factor=8):
+        static, _ = two(model, 0)
+        static.read(1, one_graph(model)[0])
+    with pytest.raises(EvaluationError, match="no other model can read"):
+        static.read(1)
+
+
+def test_a_text_outside_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where chunks are not known to be right inside, a graph breaks at them; one that must not break is refused."""
+    monkeypatch.setattr(attention_module, "UNPROVEN_ON", "cpu")
+    model, ids = tiny_llama(), tokens(30)
+    patch_model(model, METHODS[3], factor=8, trained_length=16)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        whole, _ = one_graph(model)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="_late_attention"):
+            whole(ids)
+        torch._dynamo.reset()
+        found = torch.compile(model.__call__, backend="eager")(ids).logits
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("method", [METHODS[1], METHODS[3], METHODS[6]])
+def test_steps_that_inductor_compiles(method: Method) -> None:
+    model = tiny_llama()
+    patch_model(model, method, factor=8)
+    static, growing = two(model, 0)
+    forward, graphs = one_graph(model, "inductor")
+    for _ in range(4):
+        torch.testing.assert_close(static.read(1, forward), growing.read(1), **CLOSE)
+    assert graphs.frame_count == 1

@@ -1,0 +1,220 @@
+"""What belongs to one forward: threads, nested calls, hooks and copies of one patched model do not meet."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+
+from hf_posext import patch_model, unpatch_model
+from hf_posext.errors import EvaluationError
+from hf_posext.methods import DualChunk, DynamicNTK, DynamicYaRN, LogN, Method, ReRoPE, SelfExtend, Sinks, YaRN
+from hf_posext.patching.signatures import with_cache
+
+from ..conftest import logits, tiny_llama, tokens
+from ..zoo import build
+
+METHODS: dict[str, Method] = {
+    "rerope": ReRoPE(window=8),
+    "self-extend": SelfExtend(group=4, window=8),
+    "dual-chunk": DualChunk(chunk=12, local=4),
+    "sinks": Sinks(window=12),
+    "log-n": LogN(),
+    "dynamic-ntk": DynamicNTK(),
+    "dynamic-yarn": DynamicYaRN(),
+    "yarn+log-n": YaRN() + LogN(),
+}
+CLOSE = {"atol": 1e-5, "rtol": 0.0}  # float32 sums in another order; logits spread by 4
+
+
+def patched(name: str, model: PreTrainedModel | None = None) -> Any:
+    model = model or tiny_llama()
+    patch_model(model, METHODS[name], factor=8, trained_length=16)
+    return model
+
+
+def calls() -> list[dict[str, Any]]:
+    """Forwards of other lengths, positions and padding."""
+    padded = torch.cat([torch.zeros(1, 9).long(), tokens(21, seed=1)], 1)
+    return [
+        {"input_ids": tokens(40)},
+        {"input_ids": padded, "attention_mask": (padded != 0).long()},
+        {"input_ids": tokens(40, seed=2), "position_ids": 3 * torch.arange(40)[None]},
+        {"input_ids": tokens(24, rows=2, seed=3), "position_ids": torch.arange(12).repeat(2)[None].expand(2, -1)},
+    ]
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Threads that take turns often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def in_threads(work: Callable[[int], torch.Tensor], count: int, rounds: int) -> list[list[torch.Tensor]]:
+    """What some threads give that run at once. An error in any of them is raised."""
+    given: list[list[torch.Tensor]] = [[] for _ in range(count)]
+    errors: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            given[index] += [work(index) for _ in range(rounds)]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        raise error
+    return given
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_forwards_in_threads(name: str, impatient: None) -> None:
+    model, given = patched(name), calls()
+    for call in given[:2]:
+        call["use_cache"] = False
+
+    @torch.no_grad()
+    def forward(index: int) -> torch.Tensor:
+        found: torch.Tensor = model(**given[index]).logits
+        return found
+
+    alone = [forward(index) for index in range(4)]
+    for index, found in enumerate(in_threads(forward, 4, 6)):
+        assert all(torch.equal(one, alone[index]) for one in found)
+
+
+@pytest.mark.parametrize("name", ["rerope", "dual-chunk", "dynamic-ntk"])
+def test_generation_in_threads(name: str, impatient: None) -> None:
+    model = patched(name)
+    prompts = [tokens(count, seed=count) for count in (20, 33, 26, 15)]
+
+    def generate(index: int) -> torch.Tensor:
+        ids = prompts[index]
+        settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        found: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        return found
+
+    alone = [generate(index) for index in range(4)]
+    for index, found in enumerate(in_threads(generate, 4, 2)):
+        assert all(torch.equal(one, alone[index]) for one in found)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name came in 5.2x
+def test_training_in_threads(impatient: None) -> None:
+    """Checkpoints run layers again in backward, while other threads go on."""
+    model = patched("rerope").train()
+    model.gradient_checkpointing_enable()
+    given = calls()
+
+    def gradient(index: int) -> torch.Tensor:
+        loss = model(**given[index], use_cache=False).logits.square().mean()
+        (found,) = torch.autograd.grad(loss, [model.model.layers[0].self_attn.q_proj.weight])
+        return found
+
+    alone = [gradient(index) for index in range(4)]
+    for index, found in enumerate(in_threads(gradient, 4, 3)):
+        assert all(torch.equal(one, alone[index]) for one in found)
+
+
+@pytest.mark.parametrize("name", ["rerope", "dynamic-ntk", "log-n"])
+def test_a_forward_within_a_forward(name: str) -> None:
+    """A hook of a layer that asks the same model again, and another patched one; also one that fails."""
+    model, other = patched(name), patched("self-extend")
+    ids = tokens(40)
+    whole = logits(model, ids)
+    inner: list[torch.Tensor] = []
+    busy = False
+
+    def ask(*_: Any) -> None:
+        nonlocal busy
+        if not busy:
+            busy = True
+            inner.append(logits(model, ids[:, :25], **gaps))
+            inner.append(logits(other, ids))
+            with pytest.raises(IndexError):
+                logits(model, ids + 1000)
+            busy = False
+
+    gaps = {"position_ids": 2 * torch.arange(25)[None], "use_cache": False}
+    wanted = logits(model, ids[:, :25], **gaps), logits(other, ids)
+    handle = model.model.layers[0].mlp.register_forward_hook(ask)
+    cache = DynamicCache(config=model.config)
+    found = torch.cat(
+        [logits(model, part, **with_cache(model.forward, cache)) for part in ids.split([30, 1, 9], 1)], 1
+    )
+    handle.remove()
+    whole = whole if "dynamic" not in name else torch.cat([whole[:, :0], found], 1)  # follows the length that is read
+    torch.testing.assert_close(found, whole, **CLOSE)
+    for one, right in zip(inner, wanted * 3, strict=True):
+        assert torch.equal(one, right)
+
+
+def test_a_failed_forward_leaves_nothing(llama: LlamaForCausalLM) -> None:
+    patched("rerope", llama)
+    ids = tokens(40)
+    wanted = logits(llama, ids)
+    cache = DynamicCache(config=llama.config)
+    logits(llama, ids[:, :20], **with_cache(llama.forward, cache))
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = llama.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        logits(llama, ids[:, 20:21], **with_cache(llama.forward, cache))
+    handle.remove()
+    assert torch.equal(logits(llama, ids), wanted)
+    with pytest.raises(EvaluationError, match="got 21 keys"):  # the first layer has the new key, the second has not
+        logits(llama, ids[:, 20:21], **with_cache(llama.forward, cache))
+
+
+def test_a_hook_that_changes_the_cache(llama: LlamaForCausalLM) -> None:
+    """One from before the patch runs first, and is followed; a later one is found out."""
+    ids, cache = tokens(40), DynamicCache(config=llama.config)
+    puts = lambda module, args, kwargs: (args, kwargs | with_cache(module.forward, cache))  # noqa: E731
+    handle = llama.model.register_forward_pre_hook(puts, with_kwargs=True)
+    patched("rerope", llama)
+    found = torch.cat([logits(llama, part) for part in ids.split([30, 1, 9], 1)], 1)
+    handle.remove()
+    torch.testing.assert_close(found, logits(llama, ids), **CLOSE)
+    cache = DynamicCache(config=llama.config)
+    llama.model.register_forward_pre_hook(puts, with_kwargs=True)
+    with pytest.raises(EvaluationError, match="registered after the patch"):
+        logits(llama, ids[:, :1], use_cache=False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_copies_and_pickles(name: str, kind: str) -> None:
+    """Two mixins may be in one rotary module."""
+    model, ids = build(kind), tokens(60)
+    before = logits(model, ids)
+    patched(name, model)
+    wanted = logits(model, ids)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert torch.equal(logits(twin, ids), wanted)
+        unpatch_model(twin)
+        assert torch.equal(logits(twin, ids), before)
+    assert torch.equal(logits(model, ids), wanted)

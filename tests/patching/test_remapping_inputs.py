@@ -1,0 +1,430 @@
+"""What users hand to a patched model: masks, padding, positions on several axes, caches that other code has changed,
+arguments of trainers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, get_peft_model
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+from hf_posext import patch_model
+from hf_posext.errors import EvaluationError, PosExtError, UnsupportedModelError
+from hf_posext.methods import DualChunk, DynamicNTK, DynamicYaRN, LogN, Method, ReRoPE, SelfExtend, Sinks
+from hf_posext.patching.signatures import with_cache
+
+from ..conftest import TRAINED, logits, sharpen, tiny_llama, tokens
+from ..zoo import build
+
+ALL: dict[str, Method] = {
+    "rerope": ReRoPE(window=8),
+    "self-extend": SelfExtend(group=4, window=8),
+    "dual-chunk": DualChunk(chunk=12, local=4),
+    "sinks": Sinks(window=12),
+    "log-n": LogN(),
+    "dynamic-ntk": DynamicNTK(),
+    "dynamic-yarn": DynamicYaRN(),
+}
+CLOSE = {"atol": 1e-5, "rtol": 0.0}  # float32 sums in another order; logits spread by 4
+BASES = ["sdpa", "eager"]
+IDS = tokens(60)
+
+
+def patch(model: PreTrainedModel, name: str) -> None:
+    patch_model(model, ALL[name], factor=8, trained_length=16)
+
+
+# --- padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["mask", "mask and positions"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_equals_itself_alone_whatever_padding(name: str, kind: str, side: str, given: str) -> None:
+    model = build(kind)
+    patch(model, name)
+    short, long = tokens(20, seed=1), tokens(90, seed=2)
+    pad = torch.zeros(1, 70).long()
+    ids = torch.cat([torch.cat([pad, short] if side == "left" else [short, pad], 1), long])
+    mask = (ids != 0).long()
+    inputs = {"attention_mask": mask}
+    if given != "mask":
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    both = logits(model, ids, **inputs)
+    torch.testing.assert_close(both[:1, mask[0].bool()], logits(model, short), **CLOSE)
+    torch.testing.assert_close(both[1:], logits(model, long), **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ALL)
+def test_decoding_after_padding(name: str, side: str) -> None:
+    """As one forward of the row alone. At the left, positions need not be told, as in the unpatched model."""
+    model = tiny_llama()
+    patch(model, name)
+    text = tokens(24, seed=1)
+    short, steps = text[:, :14], text[:, 14:]
+    pad = torch.zeros(1, 30).long()
+    ids = torch.cat([pad, short] if side == "left" else [short, pad], 1)
+    mask, cache, found = (ids != 0).long(), DynamicCache(config=model.config), []
+    logits(model, ids, attention_mask=mask, **with_cache(model.forward, cache))
+    for index in range(steps.shape[1]):
+        mask = torch.cat([mask, torch.ones(1, 1).long()], 1)
+        where = {} if side == "left" else {"position_ids": torch.tensor([[14 + index]])}
+        step = steps[:, index : index + 1]
+        found.append(logits(model, step, attention_mask=mask, **where, **with_cache(model.forward, cache)))
+    for index, one in enumerate(found):
+        # dynamic methods give each step the frequencies of its own length, and cached keys have none of their own
+        alone = logits(model, text[:, : 15 + index])[:, -1:]
+        limit = 0.1 if "dynamic" in name else 1e-5
+        torch.testing.assert_close(one, alone, atol=limit, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["dynamic-ntk", "dynamic-yarn", "dual-chunk"])
+def test_classifiers_read_rows_as_if_alone(name: str, side: str) -> None:
+    torch.manual_seed(0)
+    model = sharpen(LlamaForSequenceClassification(tiny_llama().config))
+    patch(model, name)
+    short, long, pad = tokens(20, seed=1), tokens(90, seed=2), torch.zeros(1, 70).long()
+    ids = torch.cat([torch.cat([pad, short] if side == "left" else [short, pad], 1), long])
+    both = logits(model, ids, attention_mask=(ids != 0).long())
+    torch.testing.assert_close(both, torch.cat([logits(model, short), logits(model, long)]), **CLOSE)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("cls", [LlamaModel, MistralModel])
+@pytest.mark.parametrize("name", ALL)
+def test_models_without_a_head(name: str, cls: Any, base: str) -> None:
+    """The published use of self-extend on embedding models."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TRAINED}
+    config = MistralConfig(**sizes, **heads, sliding_window=None, attn_implementation=base)
+    torch.manual_seed(0)
+    model = sharpen(cls(config if cls is MistralModel else tiny_llama(attn_implementation=base).config))
+
+    def states(ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(ids, **kwargs).last_hidden_state
+        return found
+
+    before = states(IDS)
+    patch(model, name)
+    whole, cache = states(IDS), DynamicCache(config=model.config)
+    assert (whole - before).abs().max() > 1e-3
+    if "dynamic" not in name:  # these differ between steps and a whole text
+        steps = [states(part, **with_cache(model.forward, cache)) for part in IDS.split([50, 1, 1, 8], 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=0)  # states spread by 10
+
+
+# --- both sides ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", ["rerope", "dual-chunk", "sinks", "self-extend"])
+def test_models_and_calls_that_attend_to_both_sides_are_refused(name: str, base: str) -> None:
+    model = tiny_llama(attn_implementation=base)
+    model.config.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="llama attends to both sides .* causal attention"):
+        patch(model, name)
+    model.config.is_causal = True
+    patch(model, name)
+    with pytest.raises(UnsupportedModelError, match="attends to both sides"):
+        logits(model, IDS, is_causal=False)
+    model.config.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="attends to both sides"):
+        logits(model, IDS)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", [LogN(), DynamicNTK()])
+def test_what_does_not_remap_attends_to_both_sides(method: Method, base: str) -> None:
+    """Within the trained length nothing changes."""
+    model = tiny_llama(attn_implementation=base)
+    causal, right = logits(model, IDS), logits(model, IDS, is_causal=False)
+    assert (causal - right).abs().max() > 0.1
+    patch_model(model, method, factor=8)
+    torch.testing.assert_close(logits(model, IDS, is_causal=False), right, **CLOSE)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_mask_of_the_users_own_is_honoured(base: str) -> None:
+    model = tiny_llama(attn_implementation=base)
+    tree = torch.ones(1, 1, 60, 60, dtype=torch.bool).tril()
+    tree[..., 40:, 20:40] = False  # two branches behind one beginning
+    mask = tree if base == "sdpa" else torch.where(tree, 0.0, torch.finfo(torch.float32).min)
+    where = torch.cat([torch.arange(40), torch.arange(20, 40)])[None]
+    right = logits(model, IDS, attention_mask=mask, position_ids=where)
+    patch_model(model, ReRoPE(window=TRAINED), factor=8)
+    torch.testing.assert_close(logits(model, IDS, attention_mask=mask, position_ids=where), right, **CLOSE)
+
+
+# --- positions on several axes ---------------------------------------------------------------------------------------
+
+
+def vision_model(kind: str) -> Any:
+    torch.manual_seed(0)
+    text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TRAINED}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    ids = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122}
+    sizes = {"depth": 1, "num_heads": 2, "patch_size": 4}
+    if kind == "qwen2_vl":
+        vision = {**sizes, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+        return sharpen(Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids)))
+    vision = {**sizes, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32, "fullatt_block_indexes": [0]}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return sharpen(Qwen2_5_VLForConditionalGeneration(config))
+
+
+class Picture:
+    """A text of 40 tokens, eight of which are an image of 2 x 4."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.ids = tokens(40) % 100 + 1
+        self.ids[0, 6:14] = 120
+        torch.manual_seed(1)
+        self.types = (self.ids == 120).int()
+        self.image = {"pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 8]])}
+        grid = {"image_grid_thw": self.image["image_grid_thw"], "attention_mask": torch.ones_like(self.ids)}
+        self.positions, _ = model.model.get_rope_index(self.ids, self.types, **grid)
+
+    def whole(self, positions: torch.Tensor) -> torch.Tensor:
+        return logits(self.model, self.ids, position_ids=positions, mm_token_type_ids=self.types, **self.image)
+
+    def steps(self) -> torch.Tensor:
+        """The last ten tokens one by one."""
+        cache, found = DynamicCache(config=self.model.config.get_text_config()), []
+        cached = with_cache(self.model.forward, cache)
+        first = {"position_ids": self.positions[..., :30], "mm_token_type_ids": self.types[:, :30], **self.image}
+        logits(self.model, self.ids[:, :30], **first, **cached)
+        for i in range(30, 40):
+            given = {"position_ids": self.positions[..., i : i + 1], "attention_mask": torch.ones(1, i + 1).long()}
+            found.append(logits(self.model, self.ids[:, i : i + 1], **given, **cached))
+        return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_height_and_width_are_kept(kind: str) -> None:
+    """Below the window, or the trained length, nothing changes: in one forward, in steps, and in a text alone."""
+    picture = Picture(vision_model(kind))
+    right, flat = (picture.whole(p) for p in (picture.positions, picture.positions[:1].expand(3, -1, -1)))
+    assert (right - flat).abs().max() > 1e-3, "the axes show"
+    text = logits(picture.model, IDS)
+    for method in (ReRoPE(window=TRAINED), SelfExtend(group=4, window=TRAINED), LogN(), DynamicNTK()):
+        with patch_model(picture.model, method, factor=4):
+            torch.testing.assert_close(picture.whole(picture.positions), right, **CLOSE)
+            torch.testing.assert_close(picture.steps(), right[:, 30:], **CLOSE)
+            torch.testing.assert_close(logits(picture.model, IDS), text, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["rerope", "self-extend", "dual-chunk", "sinks", "log-n"])
+def test_steps_behind_an_image_equal_one_forward(name: str, kind: str) -> None:
+    picture = Picture(vision_model(kind))
+    before = picture.whole(picture.positions)
+    patch(picture.model, name)
+    whole = picture.whole(picture.positions)
+    assert (whole - before).abs().max() > 1e-3
+    torch.testing.assert_close(picture.steps(), whole[:, 30:], **CLOSE)
+    # a text, and a picture in a later turn of the same conversation
+    text, cache = tokens(20, seed=4) % 100 + 1, DynamicCache(config=picture.model.config.get_text_config())
+    cached, found = with_cache(picture.model.forward, cache), []
+    ids = torch.cat([text, picture.ids], 1)
+    types = torch.cat([torch.zeros_like(text), picture.types], 1).int()
+    where = torch.cat([torch.arange(20).expand(3, 1, -1), picture.positions + 20], -1)
+    for start, stop in ((0, 15), (15, 16), (16, 17), (17, 60)):
+        image = picture.image if stop == 60 else {}
+        given = {"position_ids": where[..., start:stop], "mm_token_type_ids": types[:, start:stop], **image}
+        found.append(logits(picture.model, ids[:, start:stop], **given, **cached))
+    at_once = logits(picture.model, ids, position_ids=where, mm_token_type_ids=types, **picture.image)
+    torch.testing.assert_close(torch.cat(found, 1), at_once, **CLOSE)
+
+
+# --- caches that other code has changed ------------------------------------------------------------------------------
+
+
+def keep(cache: DynamicCache, kept: torch.Tensor, dim: int) -> None:
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.index_select(dim, kept), layer.values.index_select(dim, kept)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ALL)
+def test_evicted_and_rearranged_keys_are_found_out(name: str, kind: str) -> None:
+    model = build(kind)
+    patch(model, name)
+    two = torch.cat([IDS, tokens(60, seed=5)])
+    mask = torch.ones_like(two)
+    mask[0, :9] = 0
+    for change in (
+        lambda cache: keep(cache, torch.cat([torch.arange(4), torch.arange(30, 60)]), 2),  # kvpress, H2O
+        lambda cache: keep(cache, torch.tensor([1, 0]), 0),  # beams, by hand
+        lambda cache: keep(cache, torch.arange(59), 2),  # a crop, by hand
+    ):
+        cache = DynamicCache() if kind == "llama" else DynamicCache(config=model.config)
+        logits(model, two, attention_mask=mask, **with_cache(model.forward, cache))
+        if kind != "llama" and cache.layers[0].keys.shape[2] < 60:
+            for layer in cache.layers:
+                layer.keys = layer.keys.clone()
+        else:
+            change(cache)
+        with pytest.raises(EvaluationError, match="evicted, replaced or added by other code"):
+            logits(model, two[:, :1], **with_cache(model.forward, cache))
+
+
+def test_keys_that_are_evicted_while_a_forward_runs() -> None:
+    """As kvpress does: in a hook of each attention layer. Layers may keep different numbers of keys."""
+    model = tiny_llama()
+    patch(model, "rerope")
+
+    def evict(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        layer = cache.layers[module.layer_idx]
+        layer.keys, layer.values = layer.keys[:, :, 10:], layer.values[:, :, 10:]
+
+    for evicting in (model.model.layers[:], model.model.layers[1:]):
+        cache = DynamicCache(config=model.config)
+        handles = [layer.self_attn.register_forward_hook(evict, with_kwargs=True) for layer in evicting]
+        logits(model, IDS, **with_cache(model.forward, cache))
+        for handle in handles:
+            handle.remove()
+        with pytest.raises(EvaluationError):
+            logits(model, IDS[:, :1], **with_cache(model.forward, cache))
+
+
+@torch.no_grad()
+def own_loop(model: LlamaForCausalLM, ids: torch.Tensor, start: int, cache: DynamicCache | None) -> torch.Tensor:
+    """A loop over the layers, as in layer-wise inference."""
+    states, count = model.model.embed_tokens(ids), ids.shape[1]
+    positions = torch.arange(start, start + count)[None]
+    phases = model.model.rotary_emb(states, positions)
+    mask = (torch.arange(start + count)[None] <= positions[0][:, None])[None, None]
+    for layer in model.model.layers:
+        given = {"attention_mask": mask, "position_ids": positions, "position_embeddings": phases}
+        states = layer(states, **given, **with_cache(layer.forward, cache))
+    found: torch.Tensor = model.lm_head(model.model.norm(states))
+    return found
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_loops_over_the_layers(name: str) -> None:
+    """Right without a cache. With one, nothing tells where its keys are."""
+    model = tiny_llama()
+    patch(model, name)
+    whole = logits(model, IDS)
+    torch.testing.assert_close(own_loop(model, IDS, 0, None), whole, **CLOSE)
+    cache = DynamicCache(config=model.config)
+    torch.testing.assert_close(own_loop(model, IDS[:, :50], 0, cache), logits(model, IDS[:, :50]), **CLOSE)
+    with pytest.raises(EvaluationError, match="call the model itself"):
+        own_loop(model, IDS[:, 50:51], 50, cache)
+    with pytest.raises(EvaluationError, match="called one by one"):
+        logits(model, IDS[:, 50:51], **with_cache(model.forward, DynamicCache([*cached_pairs(cache)])))
+    filled = DynamicCache(config=model.config)
+    logits(model, IDS[:, :50], **with_cache(model.forward, filled))
+    with pytest.raises(EvaluationError, match="called one by one"):
+        own_loop(model, IDS[:, 50:51], 50, filled)
+
+
+def cached_pairs(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def test_prefix_tuning_is_refused_for_what_it_is(llama: LlamaForCausalLM) -> None:
+    patch(llama, "rerope")
+    model = get_peft_model(llama, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(EvaluationError, match="positions are not known: .*prefix tuning"):
+        model(input_ids=IDS)
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", ALL)
+def test_arguments_that_do_not_change_attention_pass(name: str, base: str) -> None:
+    """Those of trainers and collators, and one that nobody has thought of."""
+    model = tiny_llama(attn_implementation=base)
+    patch(model, name)
+    where = torch.cat([torch.arange(25), torch.arange(35)])[None]
+    wanted = logits(model, IDS, position_ids=where, use_cache=False)
+    lengths = torch.tensor([0, 25, 60], dtype=torch.int32)
+    given: dict[str, Any] = {
+        "seq_idx": torch.cat([torch.zeros(25), torch.ones(35)])[None].int(),
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
+        "max_length_q": 35,
+        "max_length_k": 35,
+        "num_items_in_batch": 60,
+        "something_new": 1,
+    }
+    assert torch.equal(logits(model, IDS, position_ids=where, use_cache=False, **given), wanted)
+    loss = model(IDS, labels=IDS, shift_labels=IDS.roll(-1, 1), ignore_index=-100, use_cache=False, **given).loss
+    loss.backward()
+    assert torch.isfinite(loss) and model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_arguments_that_change_attention_are_refused(llama: LlamaForCausalLM) -> None:
+    """sdpa attention of transformers adds such biases; attention over bands would leave them out."""
+    patch(llama, "rerope")
+    with pytest.raises(UnsupportedModelError, match="asks its attention for position_bias, which remapping cannot"):
+        logits(llama, IDS, position_bias=torch.zeros(1, 4, 60, 60))
+
+
+def eager(kind: str) -> Any:
+    model = build(kind)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["rerope", "dual-chunk", "sinks", "log-n"])
+def test_attention_weights(name: str, kind: str) -> None:
+    """Of eager attention: rows sum to one, and within the window they are those of the unpatched model."""
+    model = eager(kind)
+    with torch.no_grad():
+        right = model(IDS, output_attentions=True).attentions
+        patch_model(model, ReRoPE(window=TRAINED), factor=4)
+        unmoved = model(IDS, output_attentions=True).attentions
+        for one, other in zip(unmoved, right, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+    model = eager(kind)
+    patch(model, name)
+    whole = logits(model, IDS)
+    with torch.no_grad():
+        out = model(IDS, output_attentions=True)
+    torch.testing.assert_close(out.logits, whole, atol=1e-4, rtol=0)  # two ways to sum
+    assert len(out.attentions) == model.config.num_hidden_layers
+    for weights in out.attentions:
+        assert weights.shape == (1, model.config.num_attention_heads, 60, 60)
+        assert not weights.triu(1).any()
+        if kind != "gpt_oss":  # its learned sinks take a share
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), **CLOSE)
+
+
+def test_attention_weights_that_sdpa_does_not_have(llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    from hf_posext.patching.remap import forward
+
+    forward._warn_of_weights.cache_clear()
+    patch(llama, "rerope")
+    for _ in range(2):
+        logits(llama, IDS, output_attentions=True)
+    assert sum("set_attn_implementation('eager')" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_refusals_are_errors_of_the_package() -> None:
+    assert issubclass(EvaluationError, PosExtError) and issubclass(UnsupportedModelError, PosExtError)

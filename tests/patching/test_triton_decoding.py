@@ -1,0 +1,204 @@
+"""A step of decoding by Triton, in its interpreter, and compiled for a GPU that is not there; on one see
+`test_gpu.py`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from transformers import DynamicCache
+from triton.language import standard
+
+from hf_posext import patch_model
+from hf_posext.methods import Decay, DualChunk, Fade, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, StringShift
+from hf_posext.patching.kernels import attention_kernel, choice
+from hf_posext.patching.remap import decoding_step
+from hf_posext.patching.signatures import with_cache
+
+from ..conftest import tiny_llama, tokens
+from .pretend_device import PretendDevice
+from .test_triton_kernels import compiled_for
+
+NAME = "hf_posext.patching.kernels.triton_step"
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The kernels as the interpreter runs them, which is asked for where they are defined: too late for Triton's own
+    functions, in place of which it gets what these call."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for own, combine in (("max", standard._elementwise_max), ("sum", standard._sum_combine)):
+        monkeypatch.setattr(tl, own, lambda states, axis, combine=combine: tl.reduce(states, axis, combine))
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    found = importlib.import_module(NAME)
+    monkeypatch.setattr(found, "TILE", 16 * 4 * 16)  # so that short texts have several blocks and pieces
+    return found
+
+
+def by_products(
+    query: Any, key: Any, value: Any, partners: Any, phases: Any, starts: Any, leaving: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`Step`] returns, and what keys are after it, by matrix products in float64."""
+    query, key, value, phases = (one.double() for one in (query, key, value, phases))
+    if leaving >= 0:
+        last = key[:, :, leaving]
+        key = key.clone()
+        key[:, :, leaving] = last * phases[:, 0, -1:] + last[..., partners[1]] * phases[:, 1, -1:]
+    asked = query * phases[:, :1, :-1] + query[..., partners[0]] * phases[:, 1:, :-1]
+    group, stops = query.shape[1] // key.shape[1], (key.shape[2], *starts)
+    each = key.repeat_interleave(group, 1)
+    scores = [asked[:, :, part, None] @ each[:, :, starts[part] : stops[part]].mT / 7 for part in range(len(starts))]
+    weights = torch.cat(scores[::-1], -1).softmax(-1)
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cannot multiply bfloat16
+@pytest.mark.parametrize(
+    ("rows", "heads", "key_heads", "keys", "dim", "starts", "leaving"),
+    [
+        (2, 8, 2, 150, 32, (100, 0), 99),
+        (2, 4, 4, 130, 24, (0,), -1),  # one part, no key that leaves
+        (1, 6, 2, 100, 40, (70, 33, 0), -1),  # dim and group are no powers of two
+        (1, 4, 1, 200, 16, (199, 0), 198),  # the nearest part holds the newest key alone
+        (1, 4, 2, 10, 16, (0, 0), -1),  # the farther part is empty
+    ],
+)
+def test_it_equals_matrix_products(
+    interpreted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    rows: int,
+    heads: int,
+    key_heads: int,
+    keys: int,
+    dim: int,
+    starts: tuple[int, ...],
+    leaving: int,
+) -> None:
+    monkeypatch.setattr(interpreted, "PROGRAMS", 6 * rows * key_heads)
+    torch.manual_seed(0)
+    query = torch.randn(rows, heads, 1, dim).to(dtype)
+    key, value = (torch.randn(rows, key_heads, keys + 9, dim)[:, :, :keys].to(dtype) for _ in range(2))
+    partners = torch.stack([torch.arange(dim).roll(dim // 2), torch.arange(dim).flip(0)])
+    phases = torch.randn(rows if dim == 32 else 1, 2, len(starts) + 1, dim)
+    wanted, wanted_key = by_products(query, key, value, partners, phases, starts, leaving)
+    before = key.clone()
+    step = interpreted.Step(query, key, partners, phases, starts, 1 / 7)
+    # the rounding of turned states and of weights to the dtype
+    close = {"atol": 20 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(step(query, key, value, leaving).double(), wanted, **close)
+    torch.testing.assert_close(key.double(), wanted_key, **close)
+    others = [number for number in range(keys) if number != leaving]
+    assert torch.equal(key[:, :, others], before[:, :, others])
+    # the next layer, whose key has been turned already
+    found = step(query, key, value, -1)
+    torch.testing.assert_close(found.double(), wanted, **close)
+    assert found.shape == (rows, 1, heads, dim) and found.is_contiguous()
+
+
+METHODS: list[Method] = [
+    SelfExtend(group=4, window=8),
+    ReRoPE(window=14) + LogN(),  # keys leave the window in the middle of the steps
+    LeakyReRoPE(window=8, stride=3.0),
+    DualChunk(chunk=12, local=4),
+    StringShift(shift=8),
+    ReRoPE(window=14) + Fade(reference=6),
+    LeakyReRoPE(window=8) + Decay(start=9) + Fade(reference=4, strength=0.5),
+    DualChunk(chunk=12, local=4) + Fade(reference=3),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
+    """They give what they give without Triton, and the same keys are left in the cache."""
+    model, ids = tiny_llama(), tokens(30)
+    called = []
+    step = interpreted.Step.__call__
+    monkeypatch.setattr(interpreted.Step, "__call__", lambda *given: (called.append(given[4]), step(*given))[1])
+
+    @torch.no_grad()
+    def steps() -> tuple[list[torch.Tensor], DynamicCache]:
+        cache = DynamicCache(config=model.config)
+        return [
+            model(piece, **with_cache(model.forward, cache)).logits for piece in ids.split([10] + [1] * 20, 1)
+        ], cache
+
+    with patch_model(model, method, factor=8, trained_length=16):
+        wanted, cache = steps()
+        monkeypatch.setattr(decoding_step, "one_step", lambda *given: interpreted.Step)
+        found, other = steps()
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)  # float32, sums in another order
+    for layer, same in zip(cache.layers, other.layers, strict=True):
+        torch.testing.assert_close(layer.keys, same.keys, atol=1e-5, rtol=0)
+    assert len(called) == 2 * 19, "the first step turns all keys"
+    assert (max(called) > 0) == (not method.label.startswith(("dual-chunk", "string-shift")))
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_it_compiles(dtype: str, generation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes Python that the compiler refuses. Keys and values are read 16 bytes at a time."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    kernels = importlib.import_module(NAME)
+    kernel = kernels._attend
+    sizes: dict[str, Any] = {"HEADS": 8, "GROUP": 4, "PARTS": 2, "WIDTH": 128, "COLUMNS": 128, "ROWS": 16}
+    sizes |= {"BLOCK": 32, "PRECISION": "ieee"} if dtype == "fp32" else {"BLOCK": 64, "PRECISION": "tf32"}
+    sizes |= {"PIECES": kernels.PIECES, "FADES": True}
+    kinds = dict.fromkeys(("out", "query", "key", "value"), f"*{dtype}") | dict.fromkeys(sizes, "constexpr")
+    kinds |= {
+        "fading": "*fp32",
+        "pieces": "*fp32",
+        "phases": "*fp32",
+        "partners": "*i64",
+        "finished": "*i32",
+        "scaling": "fp32",
+    }
+    compiled = compiled_for(generation, kernel, kinds, sizes, [*kernels.COUNTS, "scaling"])
+    assert compiled.asm["cubin"] and compiled.metadata.shared < 100 * 2**10, "what a small GPU has"
+    assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
+
+
+def tried(*given: Any) -> Any:
+    choice._step_of.cache_clear()
+    return choice._step_of(torch.device("cpu"), torch.float32, *given)
+
+
+def test_a_trial(interpreted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One that is off, or raises, is left alone."""
+    made = interpreted.Step
+    assert tried(4, 2, 16, 3) is made
+    assert tried(4, 2, 16, 4) is None and tried(128, 1, 16, 2) is None and not caplog.messages, "more than it holds"
+    with caplog.at_level(logging.WARNING):
+        monkeypatch.setattr(interpreted, "Step", lambda *given: made(*given[:4], (100, 0), *given[5:]))
+        assert tried(4, 2, 16, 2) is None and "it is off by" in caplog.text
+        monkeypatch.setattr(interpreted, "Step", lambda *given: 1 / 0)
+        assert tried(4, 2, 16, 2) is None and "ZeroDivisionError" in caplog.text
+    choice._step_of.cache_clear()
+
+
+def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, for one query, where states lie one behind the other and no other kernel is asked for."""
+    monkeypatch.setattr(choice, "one_pass", lambda states: "kernels")
+    monkeypatch.setattr(choice, "_step_of", lambda *given: given[2:])
+    ask = choice.one_step
+    with PretendDevice():
+        query, key = torch.zeros(2, 4, 1, 8, device="cuda"), torch.zeros(2, 2, 9, 8, device="cuda")
+        assert ask(query, key, key, 2) == (4, 2, 8, 2) and ask(query, key[:, :, :5], key[:, :, :5], 1) == (4, 2, 8, 1)
+        assert ask(query.expand(-1, -1, 2, -1), key, key, 2) is None, "two queries"
+        assert ask(query, key, key[..., :4], 2) is None and ask(query, key, key[:, :, ::2], 2) is None
+        assert ask(query.repeat(1, 2, 1, 1)[:, ::2], key, key, 2) is None
+        assert ask(query, key, key.half(), 2) is None and ask(query.half(), key, key, 2) is None
+        assert ask(query, key, key.clone().requires_grad_(), 2) is None
+        with attention_kernel("torch"):
+            assert ask(query, key, key, 2) is None
+        monkeypatch.setattr(choice, "one_pass", lambda states: None)
+        assert ask(query, key, key, 2) is None
+    assert ask(query.cpu(), key.cpu(), key.cpu(), 2) is None

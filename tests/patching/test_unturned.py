@@ -1,0 +1,78 @@
+"""Phases that turn nothing cost nothing, and are ones and zeros all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interleaved
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
+
+import hf_posext.patching.remap.identity_phases as module
+from hf_posext import patch_model
+from hf_posext.methods import ReRoPE
+from hf_posext.patching.remap.identity_phases import Ones, Unturned, Zeros, unturned
+
+from ..conftest import tokens
+from ..zoo import build
+
+FAMILIES = ("llama", "glm", "gpt_neox", "cohere", "gemma3_text", "qwen3_5_text", "deepseek_v3", "olmo2", "nemotron")
+"""Halves, neighbours, a part of the head, float32 phases, two sets, three axes, parts that are joined, norms."""
+
+QUERY, KEY = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+
+
+def test_queries_and_keys_are_left_as_they_are() -> None:
+    query, key = halves(QUERY, KEY, *unturned(torch.empty(1, 6, 8)))
+    assert query is QUERY and key is KEY
+
+
+@pytest.mark.parametrize(
+    ("apply", "like"),
+    [
+        (interleaved, torch.empty(2, 6, 8)),  # each is repeated
+        (halves, torch.empty(1, 6, 8, dtype=torch.float64)),  # which makes queries and keys wider
+    ],
+)
+def test_what_else_is_asked_of_them_is_computed(apply: Any, like: torch.Tensor) -> None:
+    found = apply(QUERY, KEY, *unturned(like))
+    for turned, states in zip(found, (QUERY, KEY), strict=True):
+        assert type(turned) is torch.Tensor and turned.dtype == torch.promote_types(states.dtype, like.dtype)
+        assert torch.equal(turned, states.to(turned.dtype))
+
+
+def test_they_are_tensors_like_any() -> None:
+    ones, zeros = unturned(torch.empty(1, 6, 8, dtype=torch.bfloat16))
+    assert torch.equal(ones, torch.ones(1, 6, 8, dtype=torch.bfloat16)) and not zeros.any()
+    assert isinstance(ones[:, None], Ones) and isinstance(zeros.to(torch.float32), Zeros)
+    larger = QUERY[:1, :, :1] * ones  # of another shape
+    assert torch.equal(larger, QUERY[:1, :, :1].expand(1, 4, 6, 8)) and not isinstance(larger, Unturned)
+    assert torch.equal(ones + ones, torch.full_like(ones, 2)) and type(ones - zeros) is torch.Tensor
+    assert torch.equal(torch.add(QUERY, zeros, alpha=2), QUERY) and torch.equal(QUERY + ones, QUERY + 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_give_the_same_to_the_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and gradients, where products with ones and zeros are computed and where they are not."""
+    model: Any = build(family)
+    ids, left_out = tokens(40), 0
+    found = []
+
+    def counted(constant: torch.Tensor, states: Any, known: Any = module._leaves_its_form) -> bool:
+        nonlocal left_out
+        left_out += (leaves := known(constant, states))
+        return leaves
+
+    monkeypatch.setattr(module, "_leaves_its_form", counted)
+    with patch_model(model, ReRoPE(window=8), factor=8, trained_length=16):
+        for many in (10**6, 1):
+            monkeypatch.setattr(module, "MANY", many)
+            left_out = 0
+            model.zero_grad()
+            out = model(ids, labels=ids)
+            out.loss.backward()
+            found.append((out.logits, *(one.grad for one in model.parameters() if one.grad is not None)))
+            assert (left_out > 0) == (many == 1)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,251 @@
+"""Whoever writes a patched model, its positions are kept: reopened with equal logits, or refused by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+
+from hf_posext import detect_scheme, find_patch, load_adapter, load_patched, patch_model, unpatch_model
+from hf_posext.errors import AlreadyPatchedError, UnsupportedModelError
+from hf_posext.training import KeepsPlan
+from tests.adapters.helpers import with_adapter
+from tests.conftest import EXAMPLES, TRAINED, logits, realigned, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
+
+IDS = tokens(3 * TRAINED)
+PLANS: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
+    "yarn": (tiny_llama, True),
+    "ntk": (tiny_llama, True),
+    "table-linear": (tiny_gpt2, True),
+    "rerope": (tiny_llama, False),
+    "dynamic-ntk": (tiny_llama, False),
+    "log-n": (tiny_llama, False),
+    "alibi-linear": (tiny_bloom, False),
+    "bucket-linear": (tiny_t5, False),
+}
+"""By method: the model, and whether its config can say the positions."""
+
+
+def patched(method: str) -> PreTrainedModel:
+    model = PLANS[method][0]()
+    patch_model(model, method, factor=4, trained_length=TRAINED)
+    return model
+
+
+def trainer(model: Any, path: Path, max_steps: int = 1, **options: Any) -> Trainer:
+    rows = Dataset.from_dict({"input_ids": tokens(TRAINED, 2).tolist(), "labels": tokens(TRAINED, 2).tolist()})
+    settings = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "report_to": "none",
+        "save_steps": 1,
+        "use_cpu": True,
+    }
+    arguments = TrainingArguments(str(path), **settings, learning_rate=1e-3, disable_tqdm=True)
+    return Trainer(model, arguments, train_dataset=rows, **options)
+
+
+def by_trainer(model: Any, path: Path) -> Path:
+    trainer(model, path).train()
+    return path / "checkpoint-1"
+
+
+def by_save_model(model: Any, path: Path) -> Path:
+    trainer(model, path / "run").save_model(str(path))
+    return path
+
+
+def by_accelerate(model: Any, path: Path) -> Path:
+    accelerator = Accelerator(cpu=True)
+    accelerator.save_model(model, str(path))  # weights alone; no one can open them without a config
+    model.config.save_pretrained(path)
+    return path
+
+
+def by_shards(model: Any, path: Path) -> Path:
+    model.save_pretrained(path, max_shard_size="20KB")
+    assert len(list(path.glob("model-*.safetensors"))) > 1
+    return path
+
+
+def by_itself(model: Any, path: Path) -> Path:
+    model.save_pretrained(path)
+    return path
+
+
+WRITERS = (by_trainer, by_save_model, by_accelerate, by_shards, by_itself)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("method", ["yarn", "rerope", "table-linear"])
+def test_every_writer_keeps_the_positions(method: str, writer: Callable[[Any, Path], Path], tmp_path: Path) -> None:
+    model = patched(method)
+    path = writer(model, tmp_path / "saved")
+    wanted = logits(realigned(model.eval()), IDS)
+    opened = load_patched(path)
+    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    assert detect_scheme(opened).trained_length == TRAINED
+    if PLANS[method][1]:
+        plain = type(model).from_pretrained(path)
+        assert torch.equal(logits(realigned(plain.eval()), IDS), wanted)
+    else:
+        with pytest.raises(ValueError, match=f"hf_posext plan .{method}: 64 -> 256 tokens.*load_patched"):
+            AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("method", PLANS)
+def test_plain_transformers_opens_equal_or_stops(method: str, tmp_path: Path) -> None:
+    model = patched(method)
+    model.save_pretrained(tmp_path)
+    wanted = logits(realigned(model), IDS)
+    opened = load_patched(tmp_path)
+    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    config = AutoConfig.from_pretrained(tmp_path)  # as tokenizers and tools read it
+    scheme = detect_scheme(config)
+    assert scheme.trained_length == TRAINED and scheme.trained_length_source.startswith("the plan")
+    if not PLANS[method][1]:
+        for options in ({}, {"attn_implementation": "eager"}, {"config": config}):
+            with pytest.raises(ValueError, match=f"hf_posext plan .{method}: 64 -> 256 tokens"):
+                type(model).from_pretrained(tmp_path, **options)
+        return
+    plain = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(realigned(plain.eval()), IDS), wanted)
+    with pytest.raises(AlreadyPatchedError, match=f"carries the patch '{method}: 64 -> 256.*load_patched"):
+        patch_model(plain, method, factor=4)  # a second stretch
+    unpatch_model(load_patched(tmp_path)) if method != "table-linear" else None
+
+
+@pytest.mark.parametrize("method", PLANS)
+def test_undo_leaves_a_plain_config(method: str, tmp_path: Path) -> None:
+    model = PLANS[method][0]()
+    cls, before = type(model.config), dict(vars(model.config))
+    patch = patch_model(model, method, factor=4, trained_length=TRAINED)
+    assert model.config.to_dict()["posext_plan"] == patch.plan.to_dict()
+    patch.undo()
+    assert type(model.config) is cls and vars(model.config) == before
+    model.save_pretrained(tmp_path)
+    assert "posext" not in (tmp_path / "config.json").read_text()
+
+
+def test_undo_of_what_was_loaded(tmp_path: Path) -> None:
+    model = patched("rerope")
+    model.save_pretrained(tmp_path)
+    opened = load_patched(tmp_path)
+    unpatch_model(opened)
+    wanted = logits(realigned(tiny_llama()), IDS)
+    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    assert opened.config.max_position_embeddings == TRAINED
+    with patch_model(opened, "rerope", factor=2) as again:
+        assert (again.plan.trained_length, again.plan.target_length) == (TRAINED, 2 * TRAINED)
+
+
+def test_a_reader_without_this_package_stops(tmp_path: Path) -> None:
+    patched("rerope").save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope").save_pretrained(tmp_path / "model")
+    script = (
+        "import sys; sys.modules['hf_posext'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline\n"
+        "path = sys.argv[1]\n"
+        "AutoTokenizer.from_pretrained(path)\n"
+        "for opener in (AutoModelForCausalLM.from_pretrained, lambda path: pipeline('text-generation', path)):\n"
+        "    try:\n        opener(path)\n"
+        "    except ValueError as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "model"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("hf_posext plan (rerope: 64 -> 256 tokens (x4)); open the directory by") >= 2
+
+
+# Adapters
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapted(base: Path, method: str, order: str = "patch first", **options: Any) -> PeftModel:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if order == "patch first":
+        patch_model(model, method, factor=4)
+    peft = with_adapter(model, **options)
+    if order != "patch first":
+        patch_model(peft, method, factor=4)
+    return peft
+
+
+@pytest.mark.parametrize("order", ["patch first", "adapter first"])
+@pytest.mark.parametrize("writer", [by_trainer, by_save_model, by_itself])
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_every_writer_of_adapters_keeps_the_plan(
+    method: str, writer: Callable[[Any, Path], Path], order: str, base: Path, tmp_path: Path
+) -> None:
+    model = adapted(base, method, order)
+    path = writer(model, tmp_path / "saved")
+    opened = load_adapter(path)
+    assert torch.equal(logits(realigned(opened), IDS), logits(realigned(model.eval()), IDS))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    for opener in (
+        lambda: PeftModel.from_pretrained(plain, str(path)),
+        lambda: AutoPeftModelForCausalLM.from_pretrained(path),
+    ):
+        with pytest.raises(
+            (KeyError, ValueError), match=f"LORA under hf_posext plan .{method}: 64 -> 256.*load_adapter"
+        ):
+            opener()
+    merged = opened.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(realigned(load_patched(tmp_path / "merged")), IDS), logits(realigned(merged), IDS))
+
+
+def test_native_adapter_of_transformers(base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    from hf_posext.adapters import save_adapter
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    patch = patch_model(model, "rerope", factor=4)
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), "mine")
+    wanted = logits(realigned(model.eval()), IDS)
+    save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    for path in (tmp_path / "ours", tmp_path / "theirs"):
+        assert torch.equal(logits(realigned(load_adapter(path)), IDS), wanted)
+    with pytest.raises(UnsupportedModelError, match=r"save_adapter\(model, path\)\. To merge.*load_adapter"):
+        patch.save_pretrained(tmp_path / "new")
+
+
+def test_prompt_learning_is_refused_or_told(base: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    patch_model(model, "rerope", factor=4)
+    peft = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with pytest.raises(UnsupportedModelError, match="save by save_adapter.*KeepsPlan"):
+        peft.save_pretrained(tmp_path / "lost")
+    trained = trainer(peft, tmp_path / "run", callbacks=[KeepsPlan()])
+    trained.train()
+    opened = load_adapter(tmp_path / "run" / "checkpoint-1")
+    assert torch.equal(logits(realigned(opened), IDS), logits(realigned(peft.eval()), IDS))
+    assert find_patch(opened) is not None
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_a_trainer_goes_on_from_its_checkpoint(method: str, tmp_path: Path) -> None:
+    whole, halves = patched(method), patched(method)
+    trainer(whole, tmp_path / "whole", max_steps=2).train()
+    trainer(halves, tmp_path / "halves", max_steps=2).train()
+    again = patched(method)
+    trainer(again, tmp_path / "halves", max_steps=2).train(str(tmp_path / "halves" / "checkpoint-1"))
+    assert torch.equal(logits(again.eval(), IDS), logits(whole.eval(), IDS))

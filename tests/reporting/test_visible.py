@@ -1,0 +1,131 @@
+"""Names from outside in reports, tables and on the terminal: shown as they are, and nothing more."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from hf_posext.cli.app import app, fail
+from hf_posext.cli.console import PlainConsole, say
+from hf_posext.reporting import print_tables, render_report, write_merged_report, write_report
+from hf_posext.reporting.markdown import alt, cell, code, console, inline
+from hf_posext.visible import csv_cell, visible
+
+from .helpers import make_results
+
+HOSTILE = "a|b$x^$`c ``` <img src=x onerror=alert(1)> ![p](http://x/y.png) \\](z) &lt;b&gt;\x1b[31m\x07\u202e"
+
+
+def rendered(text: str) -> str:
+    return str(MarkdownIt("commonmark").enable("table").render(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("\x1b[31m\x07\x00", r"\x1b[31m\x07\x00"), ("\x9b\u202e", r"\x9b\u202e"), ("a\tb\nç é 字", "a\tb\nç é 字")],
+)
+def test_control_characters_are_shown(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", '=HYPERLINK("x")'])
+def test_a_text_that_a_spreadsheet_computes_gets_an_apostrophe(text: str) -> None:
+    assert csv_cell(text) == f"'{text}"
+
+
+@pytest.mark.parametrize("value", [-1.5, 3, None, True, "yarn", "a=b"])
+def test_other_cells_stay_as_they_are(value: object) -> None:
+    assert csv_cell(value) is value or csv_cell(value) == value
+
+
+@pytest.mark.parametrize("escape", [inline, alt, cell, code])
+def test_a_name_marks_up_nothing(escape: object) -> None:
+    html = rendered(f"x {escape(HOSTILE)} y")  # type: ignore[operator]
+    assert "<img" not in html and "<a" not in html and "\x1b" not in html
+    assert html.count("<p>") == 1
+
+
+def test_a_description_keeps_its_picture() -> None:
+    html = rendered(f"![{alt('a] ![b](c) [d')}](own.png)")
+    assert html == '<p><img src="own.png" alt="a] ![b](c) [d" /></p>\n'
+
+
+@pytest.mark.parametrize("text", ["a|b", r"a\|b", r"a\\|b"])
+def test_a_pipe_ends_no_cell(text: str) -> None:
+    html = rendered(f"| h | i |\n| --- | --- |\n| {cell(text)} | 2 |\n")
+    assert f"<td>{text}</td>" in html and html.count("<td>") == 2
+
+
+def test_a_command_does_not_end_its_block() -> None:
+    command = "run --label '\n```\n# x\n````\n<script>'"
+    html = rendered(console(command))
+    assert html.count("<code") == 1 and "<h1>" not in html and "<script" not in html
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_name_marks_up_a_report(tmp_path: Path) -> None:
+    results = make_results()
+    results.rows = [row | {"method": HOSTILE} if row["method"] == "yarn" else row for row in results.rows]
+    results.provenance |= {
+        "model": HOSTILE,
+        "dataset": HOSTILE,
+        "command": f"run\n```\n{HOSTILE}",
+        "not_applicable": {HOSTILE: HOSTILE},
+        "left_out": [{"document": HOSTILE, "reason": HOSTILE}],
+        "versions": {HOSTILE: HOSTILE},
+    }
+    write_merged_report({HOSTILE: results, "b": make_results()}, tmp_path)
+    for text in (render_report(results), (tmp_path / "README.md").read_text(encoding="utf-8")):
+        html = rendered(text)
+        assert "<img src=x" not in html and 'href="z' not in html and "http://x/y.png)" in html
+        assert 'src="http' not in html and "\x1b" not in html and "\x07" not in html
+        assert html.count("</pre>") == 1
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
+    results = make_results()
+    results.rows = [row | {"method": "=1+1"} if row["method"] == "yarn" else row for row in results.rows]
+    write_report(results, tmp_path / "alone")
+    write_merged_report({"a": results}, tmp_path / "merged")
+    for path in tmp_path.glob("*/results.csv"):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["method"] for row in rows if "1+1" in row["method"]] == ["'=1+1"] * 4
+        changes = [float(row["change"]) for row in rows]
+        assert changes == pytest.approx([row["change"] for row in results.rows]) and min(changes) < 0
+
+
+def test_the_terminal_shows_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    say("plan \x1b]0;x\x07")
+    fail("bad \x1b[2J")
+    PlainConsole().print("name \x1b[31m")
+    shown = capsys.readouterr()
+    assert shown.out == "plan \\x1b]0;x\\x07\nname \\x1b[31m\n" and shown.err == "error: bad \\x1b[2J\n"
+
+
+def test_tables_on_the_terminal_show_control_characters() -> None:
+    results = make_results()
+    results.rows = [row | {"method": "a\x1b[2J[bold]"} if row["method"] == "yarn" else row for row in results.rows]
+    file = io.StringIO()
+    print_tables(results, Console(width=80, file=file))
+    assert "\x1b" not in file.getvalue() and r"a\x1b[2J[bold]" in file.getvalue()
+
+
+def test_inspect_shows_control_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 1, "max_position_embeddings": 64}
+    monkeypatch.chdir(tmp_path)
+    folder = Path("a\x1b[31mb")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        app(["inspect", str(folder)])
+    out = capsys.readouterr().out
+    assert not ended.value.code and "\x1b" not in out and r"a\x1b[31mb (llama)" in out

@@ -1,0 +1,59 @@
+"""The worked example of `CONTRIBUTING.md`, installed as another package would: by entry point, in a fresh process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+USE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_posext import list_methods, patch_model
+
+assert "power" in [method.name for method in list_methods()]
+torch.manual_seed(0)
+model = LlamaForCausalLM(
+    LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=2, max_position_embeddings=16)
+).eval()
+ids = torch.arange(1, 33)[None]
+with torch.no_grad():
+    before = model(ids).logits
+    with patch_model(model, "power") as patch:
+        share = torch.arange(0, 16, 2) / 16
+        expected = 10_000.0**-share * (1 - share) ** 0.5
+        # float32, rounded through longrope's factors: two roundings of 6e-8 each and those of the formula
+        torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected, rtol=1e-6, atol=0)
+        assert not torch.equal(model(ids).logits, before)
+    assert torch.equal(model(ids).logits, before)
+print(patch.plan.describe())
+"""
+
+
+def test_the_worked_example_runs_as_a_package_of_its_own(tmp_path: Path) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(\"\"\"Power scaling.*?)```", text, flags=re.S)
+    (entry_point,) = re.findall(r"```toml\n\[project.entry-points.\"(.*?)\"\]\n(.*?)\n```", text, flags=re.S)
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    absolute = source.replace("from ..", "from hf_posext.").replace("from .", "from hf_posext.methods.")
+    (package / "power.py").write_text(absolute, encoding="utf-8")
+    info = tmp_path / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")
+    group, line = entry_point
+    name, target = line.replace('"', "").split(" = ")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {target}\n", encoding="utf-8")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", USE], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("power: 16 -> 16 tokens")
