@@ -83,7 +83,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class PositionMap:
-    """Position p of a token as a part of the attention sees it.
+    """Position p of a token as a band of the attention sees it.
 
     `min(rate * ((p mod modulo) // group) + offset, limit)`; `modulo` and `limit` count only where they are given.
     Where `row_group` is given, it is the group, and `kept - kept // group` is added to the grouped position.
@@ -152,11 +152,11 @@ class DistanceDecay:
 
 
 @dataclass(frozen=True)
-class Part:
+class Band:
     """A band: some of the pairs of query i and key j, and the positions that rotary phases have there.
 
-    A pair belongs to the part when `low <= i // chunk - j // chunk < high`, and `j < keys_below` where that is given;
-    bounds that are `None` do not bound. The parts of a plan are disjoint; a pair in no part is not attended. What
+    A pair belongs to the band when `low <= i // chunk - j // chunk < high`, and `j < keys_below` where that is given;
+    bounds that are `None` do not bound. The bands of a plan are disjoint; a pair in no band is not attended. What
     `fade` and `decay` take is taken from the logits that reach the softmax, after a softcap.
     """
 
@@ -181,19 +181,19 @@ class Part:
             PlanError: says why.
         """
         if self.chunk < 1:
-            raise PlanError(f"plan has a part with chunk {self.chunk}; 1 or more belongs there")
+            raise PlanError(f"plan has a band with chunk {self.chunk}; 1 or more belongs there")
         self.query.check(rows=True)
         self.key.check(rows=True)
         fade, decay = self.fade, self.decay
         if fade is not None and not (fade.strength > 0 and fade.reference >= 1 and self.is_far):
             raise PlanError(
-                f"plan fades a part by strength {fade.strength:g} from {fade.reference} keys on; a strength above 0, "
-                "1 key or more, and a part of all farther keys belong there"
+                f"plan fades a band by strength {fade.strength:g} from {fade.reference} keys on; a strength above 0, "
+                "1 key or more, and a band of all farther keys belong there"
             )
         if decay is not None and not (decay.strength > 0 and decay.start >= 1 and self.is_far and self.chunk == 1):
             raise PlanError(
-                f"plan lets a part decay by strength {decay.strength:g} from distance {decay.start} on; a strength "
-                "above 0, 1 token or more, and a part of all farther keys, not of chunks, belong there"
+                f"plan lets a band decay by strength {decay.strength:g} from distance {decay.start} on; a strength "
+                "above 0, 1 token or more, and a band of all farther keys, not of chunks, belong there"
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +16,11 @@ from typing import Any
 
 from .decode import MAX_NUMBER, decode, short
 from .edits import (
+    Band,
     BucketPlan,
     CountFade,
     DistanceDecay,
     Growth,
-    Part,
     PositionMap,
     QueryScale,
     RotaryPlan,
@@ -31,12 +32,12 @@ from .errors import PlanError
 from .scheme import KINDS, PositionalScheme
 
 __all__ = [
+    "Band",
     "BucketPlan",
     "CountFade",
     "DistanceDecay",
     "ExtensionPlan",
     "Growth",
-    "Part",
     "PositionMap",
     "QueryScale",
     "RotaryPlan",
@@ -53,7 +54,7 @@ MAX_PLAN_BYTES = 4 * 2**20
 MAX_TABLE_ROWS = 2**24
 """Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
 MAX_PARTS = 64
-"""Each part is one more pass over keys in every attention layer; no method here has more than a handful."""
+"""Each band is one more pass over keys in every attention layer; no method here has more than a handful."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ExtensionPlan:
         trained_length (`int`): trained length that the plan counts from, in tokens.
         target_length (`int`): length that the plan is for, in tokens.
         rotaries (`tuple[RotaryPlan, ...]`): the sets of frequencies that change; the others stay as shipped.
-        parts (`tuple[Part, ...]`): which positions each pair of query and key gets; all as they are where empty.
+        parts (`tuple[Band, ...]`): which positions each pair of query and key gets; all as they are where empty.
         query_scale (`QueryScale`, *optional*): how queries grow with their position.
         table (`TablePlan`, *optional*): how the learned table is stretched to `target_length` positions.
         slopes (`tuple[float, ...]`): the slope of ALiBi of each head; as they are where empty.
@@ -83,7 +84,7 @@ class ExtensionPlan:
     trained_length: int
     target_length: int
     rotaries: tuple[RotaryPlan, ...] = ()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Band, ...] = ()
     query_scale: QueryScale | None = None
     table: TablePlan | None = None
     slopes: tuple[float, ...] = ()
@@ -121,7 +122,7 @@ class ExtensionPlan:
             raise PlanError(f"plan.scheme.kind is {short(self.scheme.kind)}; there are: {', '.join(KINDS)}")
         self._check_lengths()
         if len(self.parts) > MAX_PARTS:
-            raise PlanError(f"plan has {len(self.parts)} parts; at most {MAX_PARTS} are possible")
+            raise PlanError(f"plan has {len(self.parts)} bands; at most {MAX_PARTS} are possible")
         for entry in self.rotaries:
             entry.check(self.scheme)
         if self.buckets is not None:
@@ -226,6 +227,13 @@ NEWER: dict[str, dict[str, Any]] = {
     "map": {"row_group": None, "kept": 0},
 }
 """Fields that schema 2 added, with what plans of schema 1 meant."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Part":
+        warnings.warn("Part is now called Band", DeprecationWarning, stacklevel=2)
+        return Band
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, Part, PositionMap, QueryScale
+from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
 from .base import register
 from .remap import RemapMethod, default_window, require_window
 
@@ -38,7 +38,7 @@ class DualChunk(RemapMethod):
     local: int | None = None
     temperature: float = 0.0
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         chunk = default_window(plan, 3 / 4) if self.chunk is None else self.chunk
         local = default_window(plan, 1 / 4) if self.local is None else self.local
         require_window(self, "chunk", chunk, plan)
@@ -47,9 +47,9 @@ class DualChunk(RemapMethod):
         step = chunk - local
         key = PositionMap(modulo=step)
         return (
-            Part(key, key, high=1, chunk=step),
-            Part(PositionMap(modulo=step, offset=step, limit=chunk), key, low=1, high=2, chunk=step),
-            Part(PositionMap(rate=0, offset=min(2 * step - 1, chunk)), key, low=2, chunk=step),
+            Band(key, key, high=1, chunk=step),
+            Band(PositionMap(modulo=step, offset=step, limit=chunk), key, low=1, high=2, chunk=step),
+            Band(PositionMap(rate=0, offset=min(2 * step - 1, chunk)), key, low=2, chunk=step),
         )
 
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, Part, PositionMap, RowGroup
+from ..plan import Band, ExtensionPlan, PositionMap, RowGroup
 from .base import register
 from .remap import SAME, RemapMethod, default_window, require_window
 
@@ -36,16 +36,16 @@ class JetLong(RemapMethod):
     window: int | None = None
     offset: bool = False
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         trained = plan.trained_length
         window = default_window(plan, 1 / 2 if self.offset else 1 / 16) if self.window is None else self.window
         require_window(self, "window", window, plan)
         if not self.offset:
             grouped = PositionMap(row_group=RowGroup(span=trained))
             # the published window is that of FlashAttention, which holds `window + 1` keys
-            return Part(SAME, SAME, high=window + 1), Part(grouped, grouped, low=window + 1)
+            return Band(SAME, SAME, high=window + 1), Band(grouped, grouped, low=window + 1)
         if window == trained:
             raise InvalidParameterError(f"Expected a jet-long window below {trained} (the trained length).")
         group = RowGroup(span=trained - window, beyond=window)
-        far = Part(PositionMap(row_group=group, kept=window), PositionMap(row_group=group), low=window)
-        return Part(SAME, SAME, high=window), far
+        far = Band(PositionMap(row_group=group, kept=window), PositionMap(row_group=group), low=window)
+        return Band(SAME, SAME, high=window), far

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, Part, PositionMap, QueryScale
+from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
 from .base import Method
 
 SAME = PositionMap()
@@ -22,8 +22,8 @@ class RemapMethod(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ("rotary",)
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
-        """Disjoint parts of the causal pairs, nearest first."""
+    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+        """Return the bands: disjoint, of the causal pairs, nearest first."""
         raise TypeError(f"{type(self).__name__} must implement parts(plan)")
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
@@ -36,9 +36,9 @@ class RemapMethod(Method):
         return None
 
 
-def near_and_far(window: int, query: PositionMap, key: PositionMap) -> tuple[Part, ...]:
+def near_and_far(window: int, query: PositionMap, key: PositionMap) -> tuple[Band, ...]:
     """Distances below `window` as they are, all others with remapped positions."""
-    return Part(SAME, SAME, high=window), Part(query, key, low=window)
+    return Band(SAME, SAME, high=window), Band(query, key, low=window)
 
 
 def default_window(plan: ExtensionPlan, share: float) -> int:
@@ -59,7 +59,7 @@ def require_window(method: Method, name: str, value: int, plan: ExtensionPlan) -
     return value
 
 
-def require_far_band(method: Method, plan: ExtensionPlan) -> Part:
+def require_far_band(method: Method, plan: ExtensionPlan) -> Band:
     """Return the band of all farther keys, which remapping methods have last.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..plan import ExtensionPlan, Part, PositionMap
+from ..plan import Band, ExtensionPlan, PositionMap
 from .base import register
 from .remap import RemapMethod, default_window, near_and_far, require_window
 
@@ -27,7 +27,7 @@ class ReRoPE(RemapMethod):
 
     window: int | None = None
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = default_window(plan, 3 / 4) if self.window is None else self.window
         require_window(self, "window", window, plan)
         return near_and_far(window, PositionMap(rate=0, offset=window), PositionMap(rate=0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, Part, PositionMap
+from ..plan import Band, ExtensionPlan, PositionMap
 from .base import register
 from .remap import RemapMethod, default_window, near_and_far, require_window
 
@@ -36,7 +36,7 @@ class SelfExtend(RemapMethod):
     group: int | None = None
     window: int | None = None
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = default_window(plan, 1 / 2) if self.window is None else self.window
         group = self.group
         if group is None:

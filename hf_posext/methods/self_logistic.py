@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, Part, PositionMap
+from ..plan import Band, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
 from .base import register
 from .remap import SAME, RemapMethod, default_window, require_window
@@ -64,7 +64,7 @@ class SelfLogistic(RemapMethod):
             covered += sizes[-1]
         return sizes
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = default_window(plan, 1 / 4) if self.window is None else self.window
         require_window(self, "window", window, plan)
         # A position is needed for each group. The list ends with the first that is too many, since the target may be
@@ -76,7 +76,7 @@ class SelfLogistic(RemapMethod):
                 f"Expected groups that cover {plan.target_length} tokens within {plan.trained_length} positions (the "
                 "trained length), got more. Pass a smaller window, or a greater rate or capacity."
             )
-        bands = [Part(SAME, SAME, high=window)]
+        bands = [Band(SAME, SAME, high=window)]
         start, group = window, 0
         while group < len(sizes):
             # all groups until their size has doubled
@@ -85,6 +85,6 @@ class SelfLogistic(RemapMethod):
             slope = (last - group) / (stop - start)
             far = PositionMap(rate=slope)
             query = PositionMap(rate=slope, offset=window + group - slope * start)
-            bands.append(Part(query, far, low=start, high=stop if last < len(sizes) else None))
+            bands.append(Band(query, far, low=start, high=stop if last < len(sizes) else None))
             start, group = stop, last
         return tuple(bands)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, Part, PositionMap
+from ..plan import Band, ExtensionPlan, PositionMap
 from .base import register
 from .remap import SAME, RemapMethod
 
@@ -33,7 +33,7 @@ class Sinks(RemapMethod):
     sinks: int = 4
     window: int | None = None
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = plan.trained_length - self.sinks if self.window is None else self.window
         if self.sinks < 1 or window < 1 or self.sinks + window > plan.trained_length:
             raise InvalidParameterError(
@@ -41,4 +41,4 @@ class Sinks(RemapMethod):
                 f"{plan.trained_length} (the trained length) at most together"
             )
         reach = PositionMap(limit=self.sinks + window - 1)
-        return Part(SAME, SAME, high=window), Part(reach, SAME, low=window, keys_below=self.sinks)
+        return Band(SAME, SAME, high=window), Band(reach, SAME, low=window, keys_below=self.sinks)

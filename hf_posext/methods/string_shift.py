@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, Part, PositionMap, QueryScale
+from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
 from .base import register
 from .remap import SAME, RemapMethod, default_window, near_and_far, require_window
 
@@ -40,7 +40,7 @@ class StringShift(RemapMethod):
         if not 0 < self.attention_factor < math.inf:
             raise InvalidParameterError(f"attention_factor is {self.attention_factor}; give a number above 0")
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Part, ...]:
+    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         shift = default_window(plan, 1 / 3) if self.shift is None else self.shift
         require_window(self, "shift", shift, plan)
         local = max(1, shift // 8) if self.local is None else self.local

@@ -22,7 +22,7 @@ from hf_posext.methods import DualChunk, LeakyReRoPE, ReRoPE, SelfExtend, as_met
 from hf_posext.patching.attention_scores import last_query_scores
 from hf_posext.patching.detect import rotary_sites
 from hf_posext.patching.observe import bucket_biases, buckets_of, frequencies_in_force, slope_scale
-from hf_posext.plan import BucketPlan, Part, PositionMap
+from hf_posext.plan import Band, BucketPlan, PositionMap
 from hf_posext.scheme import Rotary
 
 from ..conftest import TRAINED, longer_gpt2, tiny_bloom, tiny_llama, tiny_t5, tiny_xglm, tokens
@@ -66,16 +66,16 @@ def test_remapped_positions_are_those_of_the_papers(method: object, wanted: obje
 
 SAME = PositionMap()
 PARTS = {
-    "a window": (Part(SAME, SAME, high=32),),
-    "chunks in a window": (Part(SAME, SAME, low=1, high=4, chunk=9),),
-    "keys that begin anew": (Part(PositionMap(rate=0, offset=90), PositionMap(modulo=40), high=45),),
-    "keys that do not yet": (Part(SAME, PositionMap(modulo=2000), high=32),),
+    "a window": (Band(SAME, SAME, high=32),),
+    "chunks in a window": (Band(SAME, SAME, low=1, high=4, chunk=9),),
+    "keys that begin anew": (Band(PositionMap(rate=0, offset=90), PositionMap(modulo=40), high=45),),
+    "keys that do not yet": (Band(SAME, PositionMap(modulo=2000), high=32),),
     "begin anew in groups": (
-        Part(PositionMap(modulo=200), PositionMap(modulo=50, group=3, limit=9), high=9, chunk=8),
+        Band(PositionMap(modulo=200), PositionMap(modulo=50, group=3, limit=9), high=9, chunk=8),
     ),
     "a window and the first keys": (
-        Part(SAME, SAME, high=32),
-        Part(PositionMap(limit=50), SAME, low=32, keys_below=4),
+        Band(SAME, SAME, high=32),
+        Band(PositionMap(limit=50), SAME, low=32, keys_below=4),
     ),
 }
 

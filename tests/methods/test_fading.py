@@ -9,7 +9,7 @@ import torch
 
 from hf_posext import patch_model
 from hf_posext.patching.kernels.bands import decay, fade, octaves
-from hf_posext.plan import CountFade, DistanceDecay, Part, PositionMap
+from hf_posext.plan import Band, CountFade, DistanceDecay, PositionMap
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens
 
@@ -18,7 +18,7 @@ SAME = PositionMap()
 
 def test_golden_values_of_a_fade() -> None:
     """Window 256, reference 512, strength 1."""
-    part = Part(SAME, SAME, low=256, fade=CountFade(1.0, 512))
+    part = Band(SAME, SAME, low=256, fade=CountFade(1.0, 512))
     found = fade(part, torch.tensor([[511, 767, 1023, 2047, 4095]]), torch.float64)
     assert found is not None
     wanted = torch.tensor([[0, 0, -0.405465, -1.252763, -2.014903]]).double()
@@ -27,7 +27,7 @@ def test_golden_values_of_a_fade() -> None:
 
 @pytest.mark.parametrize(("strength", "start"), [(1.0, 256), (1.5, 512)])
 def test_a_decay_is_exact_in_the_middle_of_an_octave_and_near_elsewhere(strength: float, start: int) -> None:
-    part = Part(SAME, SAME, low=256, decay=DistanceDecay(strength, start))
+    part = Band(SAME, SAME, low=256, decay=DistanceDecay(strength, start))
     distance = torch.arange(-10, 2**20, 7)
     found = decay(part, distance, torch.float64)
     assert found is not None
@@ -44,7 +44,7 @@ def test_a_decay_is_exact_in_the_middle_of_an_octave_and_near_elsewhere(strength
 @pytest.mark.parametrize("reach", [17, 64, 65, 1000])
 def test_octaves_are_the_decay(start: int, reach: int) -> None:
     """The bands cover each distance once, in order, with what the decay adds there."""
-    part = Part(SAME, SAME, low=16, decay=DistanceDecay(0.7, start))
+    part = Band(SAME, SAME, low=16, decay=DistanceDecay(0.7, start))
     pieces = list(octaves(part, reach))
     assert pieces[0][0].low == 16 and pieces[-1][0].high is None
     assert all(near.high == far.low for (near, _), (far, _) in zip(pieces, pieces[1:], strict=False))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import hf_posext.plan as plan_module
 from hf_posext import ExtensionPlan, YaRN, detect_scheme
 from hf_posext.errors import PlanError
 from hf_posext.methods import as_method
@@ -51,8 +52,8 @@ def test_groups_that_follow_rows_are_checked(group: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"fade": {"strength": 0, "reference": 9}}, "fades a part by strength 0 from 9 keys"),
-        ({"fade": {"strength": 1, "reference": 0}}, "fades a part by strength 1 from 0 keys"),
+        ({"fade": {"strength": 0, "reference": 9}}, "fades a band by strength 0 from 9 keys"),
+        ({"fade": {"strength": 1, "reference": 0}}, "fades a band by strength 1 from 0 keys"),
         ({"fade": {"strength": 1, "reference": 9}, "high": 99}, "of all farther keys"),
         ({"fade": {"strength": 1, "reference": 9}, "low": 0}, "of all farther keys"),
         ({"fade": {"strength": 1}}, "parts.1.fade lacks \\['reference'\\]"),
@@ -143,3 +144,8 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_describe_tells_lengths_and_parameters(plan: ExtensionPlan) -> None:
     assert plan.describe().startswith("yarn: 64 -> 512 tokens (x8), variant=code, beta_fast=32")
+
+
+def test_the_former_name_of_a_band() -> None:
+    with pytest.warns(DeprecationWarning, match="Part is now called Band"):
+        assert plan_module.Part is plan_module.Band

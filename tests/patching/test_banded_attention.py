@@ -15,31 +15,31 @@ import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
 from hf_posext.patching.kernels import Branch, attention_kernel, banded_attention, belongs
-from hf_posext.plan import CountFade, DistanceDecay, Part, PositionMap
+from hf_posext.plan import Band, CountFade, DistanceDecay, PositionMap
 
 from ..conftest import tiny_llama, tokens
 
 PLAIN, FAR = PositionMap(), PositionMap(rate=0)
-BANDS: dict[str, tuple[Part, ...]] = {
-    "window": (Part(PLAIN, PLAIN, high=16), Part(FAR, FAR, low=16)),
+BANDS: dict[str, tuple[Band, ...]] = {
+    "window": (Band(PLAIN, PLAIN, high=16), Band(FAR, FAR, low=16)),
     "chunks": (
-        Part(PLAIN, PLAIN, high=1, chunk=24),
-        Part(PLAIN, PLAIN, low=1, high=2, chunk=24),
-        Part(FAR, FAR, low=2, chunk=24),
+        Band(PLAIN, PLAIN, high=1, chunk=24),
+        Band(PLAIN, PLAIN, low=1, high=2, chunk=24),
+        Band(FAR, FAR, low=2, chunk=24),
     ),
-    "sinks": (Part(PLAIN, PLAIN, high=20), Part(PLAIN, PLAIN, low=20, keys_below=4)),
+    "sinks": (Band(PLAIN, PLAIN, high=20), Band(PLAIN, PLAIN, low=20, keys_below=4)),
     "fading": (
-        Part(PLAIN, PLAIN, high=16),
-        Part(FAR, FAR, low=16, fade=CountFade(0.7, 20), decay=DistanceDecay(1.0, 5)),
+        Band(PLAIN, PLAIN, high=16),
+        Band(FAR, FAR, low=16, fade=CountFade(0.7, 20), decay=DistanceDecay(1.0, 5)),
     ),
     "fading chunks": (
-        Part(PLAIN, PLAIN, high=2, chunk=12),
-        Part(FAR, FAR, low=2, chunk=12, fade=CountFade(1.5, 30)),
+        Band(PLAIN, PLAIN, high=2, chunk=12),
+        Band(FAR, FAR, low=2, chunk=12, fade=CountFade(1.5, 30)),
     ),
 }
 
 
-def bias(part: Part, i: int, j: int) -> float:
+def bias(part: Band, i: int, j: int) -> float:
     """What a part adds to the logit of a pair."""
     added = 0.0
     if part.fade is not None:

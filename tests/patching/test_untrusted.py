@@ -244,7 +244,7 @@ def test_too_many_parts(adapter: Path) -> None:
         "decay": None,
     }
     edit(adapter / "posext_plan.json", parts=[part] * (MAX_PARTS + 1))
-    refused(load_adapter, adapter, PlanError, f"has {MAX_PARTS + 1} parts; at most {MAX_PARTS}")
+    refused(load_adapter, adapter, PlanError, f"has {MAX_PARTS + 1} bands; at most {MAX_PARTS}")
 
 
 @pytest.mark.parametrize("rank", [10**9, 0, -1, "8", None])

@@ -21,7 +21,7 @@ from hf_posext import detect_scheme, patch_model
 from hf_posext.errors import PosExtError
 from hf_posext.methods import LogN, Method, ReRoPE, SelfExtend
 from hf_posext.patching.signatures import cache_of, with_cache
-from hf_posext.plan import Part, PositionMap
+from hf_posext.plan import Band, PositionMap
 from tests.zoo import TRAINED_LENGTH, build, candidate_types, token_ids
 
 pytestmark = pytest.mark.sweep
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.sweep
 CHECKS = ("full", "padded", "decode", "doubled", "remapped", "undo")
 LENGTH, LONG, PREFILL = 24, 40, 12
 BEYOND, WITHIN = ReRoPE(window=TRAINED_LENGTH), SelfExtend(group=4, window=8)
-DOUBLED = (Part(PositionMap(rate=2), PositionMap(rate=2)),)
+DOUBLED = (Band(PositionMap(rate=2), PositionMap(rate=2)),)
 
 EXPECTED_REFUSALS = {
     "deepseek_v4": "uses rotated states elsewhere",  # turns the attention's output back, and has compressed keys

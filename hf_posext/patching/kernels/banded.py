@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ...plan import Part
+from ...plan import Band
 from .bands import belongs, decay, fade, octaves
 from .choice import choose, forced
 from .fused import Edges, FusedAttention, Piece, fused_attention, has_fused_gradients
@@ -30,7 +30,7 @@ This divides chunks of three quarters of a power of two, so that no block lies i
 class Branch(NamedTuple):
     """One part with its rotated queries (batch, heads, queries, dim) and keys (batch, key heads, keys, dim)."""
 
-    part: Part
+    part: Band
     query: torch.Tensor
     key: torch.Tensor
 
@@ -158,7 +158,7 @@ def _adjacent(states: torch.Tensor) -> torch.Tensor:
 
 
 def _rectangles(
-    part: Part, first: int, last: int, keys: int, aligned: bool, causal: bool
+    part: Band, first: int, last: int, keys: int, aligned: bool, causal: bool
 ) -> Iterator[tuple[int, int, float | None]]:
     """The keys of a part for queries `first` to `last - 1`: from, to, and what its decay adds to all of these logits;
     `None` where that is not the same for all, or where some of the queries do not see some of the keys.
@@ -180,14 +180,14 @@ def _rectangles(
         yield low, high, None
 
 
-def _band(part: Part, first: int, last: int, keys: int) -> tuple[int, int]:
+def _band(part: Band, first: int, last: int, keys: int) -> tuple[int, int]:
     """The range of keys that some of the queries `first` to `last - 1` see in a part."""
     oldest = 0 if part.high is None else (first // part.chunk - part.high + 1) * part.chunk
     newest = ((last - 1) // part.chunk - part.low + 1) * part.chunk
     return max(oldest, 0), min(newest, last, keys, keys if part.keys_below is None else part.keys_below)
 
 
-def _inner(part: Part, first: int, last: int, low: int, high: int) -> tuple[int, int]:
+def _inner(part: Band, first: int, last: int, low: int, high: int) -> tuple[int, int]:
     """The range of keys, within `low` to `high - 1`, that all of the queries `first` to `last - 1` see in a part."""
     oldest = low if part.high is None else ((last - 1) // part.chunk - part.high + 1) * part.chunk
     newest = min((first // part.chunk - part.low + 1) * part.chunk, first + 1)
@@ -195,7 +195,7 @@ def _inner(part: Part, first: int, last: int, low: int, high: int) -> tuple[int,
 
 
 def _decay(
-    part: Part, query_positions: torch.Tensor, key_positions: torch.Tensor, dtype: torch.dtype
+    part: Band, query_positions: torch.Tensor, key_positions: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """Return the bias of a band's decay on logits (batch, queries, keys); `None` if it has none."""
     if part.decay is None:
@@ -210,7 +210,7 @@ def _summed(one: Any, other: Any) -> Any:
 
 
 def _bias(
-    part: Part,
+    part: Band,
     query_positions: torch.Tensor,
     key_positions: torch.Tensor,
     dtype: torch.dtype,

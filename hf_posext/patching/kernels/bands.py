@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from ...plan import Part, PositionMap
+from ...plan import Band, PositionMap
 
 
 def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,7 +43,7 @@ def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | N
     return moved if rule.limit is None else moved.clamp(max=rule.limit)
 
 
-def belongs(part: Part, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+def belongs(part: Band, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
     """Mask of the pairs in a band: positions (batch, queries) and (batch, keys) give bool (batch, queries, keys)."""
     distance = (query_positions // part.chunk)[..., :, None] - (key_positions // part.chunk)[..., None, :]
     inside = distance >= part.low if part.low > 0 else torch.ones_like(distance, dtype=torch.bool)
@@ -54,11 +54,11 @@ def belongs(part: Part, query_positions: torch.Tensor, key_positions: torch.Tens
     return inside
 
 
-def fade(part: Part, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def fade(part: Band, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """Return what a band's count fade adds to the logits of queries.
 
     Args:
-        part (`Part`): the band.
+        part (`Band`): the band.
         positions (`torch.LongTensor` of shape `(batch, queries)`): positions of the queries before any remapping.
         dtype (`torch.dtype`): floating-point dtype of the result.
 
@@ -71,7 +71,7 @@ def fade(part: Part, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return (count.to(dtype) / part.fade.reference).clamp(min=1).log() * -part.fade.strength
 
 
-def decay(part: Part, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def decay(part: Band, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """Return what a band's decay adds to the logits of pairs at integer distances: 0 or less, of the same shape;
     `None` for a band without a decay. Distances below 0 get 0."""
     if part.decay is None:
@@ -81,11 +81,11 @@ def decay(part: Part, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return (octave.to(dtype) - 0.5).clamp(min=0) * (-part.decay.strength * math.log(2))
 
 
-def octaves(part: Part, reach: int) -> Iterator[tuple[Part, float]]:
+def octaves(part: Band, reach: int) -> Iterator[tuple[Band, float]]:
     """Yield the bands into which a decay cuts a band, nearest first, and what it adds to their logits.
 
     Args:
-        part (`Part`): the band; one without a decay is yielded as it is.
+        part (`Band`): the band; one without a decay is yielded as it is.
         reach (`int`): distances from here on do not occur.
     """
     if part.decay is None:
@@ -100,7 +100,7 @@ def octaves(part: Part, reach: int) -> Iterator[tuple[Part, float]]:
         low = edge
 
 
-def step_fading(parts: Sequence[Part], positions: torch.Tensor) -> torch.Tensor | None:
+def step_fading(parts: Sequence[Band], positions: torch.Tensor) -> torch.Tensor | None:
     """Return what a kernel of a step adds to logits, for queries at positions (batch, 1).
 
     Returns:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...plan import Part
+from ...plan import Band
 from .bands import octaves
 from .choice import one_pass
 from .cuda import Kernel
@@ -25,7 +25,7 @@ class Region(NamedTuple):
     constant: float = 0.0
 
 
-def regions(part: Part, queries: int, keys: int) -> list[Region] | None:
+def regions(part: Band, queries: int, keys: int) -> list[Region] | None:
     """The pairs of a part, whose positions are their indices, for the last `queries` of some keys; `None` where they
     are no such regions."""
     if part.keys_below is not None:
@@ -39,7 +39,7 @@ def regions(part: Part, queries: int, keys: int) -> list[Region] | None:
     ]
 
 
-def _distances(part: Part, queries: int, keys: int) -> Iterator[Region]:
+def _distances(part: Band, queries: int, keys: int) -> Iterator[Region]:
     """The pairs of a part that is bounded by distances."""
     first, newest = keys - queries, keys - part.low  # the last query sees keys up to but not `newest`
     rows = slice(max(part.low - first, 0), queries)
@@ -50,7 +50,7 @@ def _distances(part: Part, queries: int, keys: int) -> Iterator[Region]:
         yield Region(rows, slice(start, newest), window=part.high - part.low if rows.stop - rows.start > 1 else None)
 
 
-def starts(parts: Sequence[Part], keys: int) -> tuple[int, ...] | None:
+def starts(parts: Sequence[Band], keys: int) -> tuple[int, ...] | None:
     """The first key that the newest token sees in each part, where each ends at the start of the one before it."""
     found, stop = [], keys
     for part in parts:
@@ -75,7 +75,7 @@ def _triangle(rows: slice, low: int, high: int) -> Iterator[Region]:
     yield Region(rows, slice(square, high), causal=True)
 
 
-def _chunks(part: Part, queries: int, keys: int) -> Iterator[Region]:
+def _chunks(part: Band, queries: int, keys: int) -> Iterator[Region]:
     first, size = keys - queries, part.chunk
     for chunk in range(first // size, (keys - 1) // size + 1):
         begin, end = max(chunk * size, first), min((chunk + 1) * size, keys)

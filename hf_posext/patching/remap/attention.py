@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...errors import EvaluationError, UnsupportedModelError
-from ...plan import Part, PositionMap, QueryScale
+from ...plan import Band, PositionMap, QueryScale
 from ..kernels import Branch, banded_attention, belongs, mapped
 from ..kernels.bands import decay, fade
 from ..switching import forget_attention, register_attention
@@ -232,13 +232,13 @@ def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
     return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
-def sees_one_band(part: Part, window: int) -> bool:
+def sees_one_band(part: Band, window: int) -> bool:
     """Return whether a sliding window holds only pairs of a band that leaves positions as they are."""
     unmoved = part.query == part.key == SAME
     return unmoved and part.chunk == 1 and (part.high is None or window <= part.high)
 
 
-def _slides(part: Part) -> bool:
+def _slides(part: Band) -> bool:
     """Return whether a band is a window that moves with each query."""
     return part.chunk == 1 and part.keys_below is None
 

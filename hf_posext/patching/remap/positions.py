@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ...plan import Part, PositionMap
+from ...plan import Band, PositionMap
 from ..detect import RotarySite
 from ..kernels import belongs, mapped
 
@@ -168,7 +168,7 @@ def last_lengths(lengths: torch.Tensor, counted: torch.Tensor | None) -> torch.T
     return lengths.expand(counted.shape[0], -1).gather(-1, last)
 
 
-def window_edge(parts: tuple[Part, ...]) -> int | None:
+def window_edge(parts: tuple[Band, ...]) -> int | None:
     """Return the one distance at which a key is rotated anew as tokens follow; 0 without one, `None` with several."""
     if len({part.key for part in parts}) <= 1:
         return 0
@@ -178,7 +178,7 @@ def window_edge(parts: tuple[Part, ...]) -> int | None:
     return edges.pop() if len(edges) == 1 else None
 
 
-def rotated_positions(parts: tuple[Part, ...], newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def rotated_positions(parts: tuple[Band, ...], newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return what keys at positions (rows, keys) are rotated to for a query at `newest` (rows, 1)."""
     if len({part.key for part in parts}) <= 1:
         return mapped(keys, parts[0].key) if parts else keys
@@ -188,7 +188,7 @@ def rotated_positions(parts: tuple[Part, ...], newest: torch.Tensor, keys: torch
     return wanted
 
 
-def key_map(parts: tuple[Part, ...], distance: int) -> PositionMap:
+def key_map(parts: tuple[Band, ...], distance: int) -> PositionMap:
     """Return how a key at a distance from the newest token is mapped, where bands are windows or map keys alike."""
     inside = (part for part in parts if part.low <= distance and (part.high is None or distance < part.high))
     return next(inside, parts[0]).key if parts else PositionMap()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import EvaluationError, UnsupportedModelError
-from ...plan import ExtensionPlan, Part, PositionMap
+from ...plan import Band, ExtensionPlan, PositionMap
 from ..detect import RotarySite, rotary_sites, text_config
 from ..mixin import mix
 from ..modes import evaluation_mode
@@ -34,7 +34,7 @@ follows the positions of the model."""
 
 SAME, TWICE = PositionMap(), PositionMap(rate=2)
 
-TWO_BANDS = Part(SAME, SAME, high=CHECK_TOKENS // 3), Part(SAME, SAME, low=CHECK_TOKENS // 3)
+TWO_BANDS = Band(SAME, SAME, high=CHECK_TOKENS // 3), Band(SAME, SAME, low=CHECK_TOKENS // 3)
 """Bands that leave all positions as they are: with them, attention over bands is that of the unpatched model."""
 
 
@@ -150,7 +150,7 @@ def _studied(
                 bands = Remapping.of(replace(unmapped.plan, parts=TWO_BANDS), base, layers, delta=delta)
                 got.append(_staged(subject, bands, ids))
             if delta:  # so far nothing was rotated there: the model must also give what it gives at doubled positions
-                doubled = replace(unmapped.plan, parts=(Part(TWICE, TWICE),))
+                doubled = replace(unmapped.plan, parts=(Band(TWICE, TWICE),))
                 got.append(_staged(subject, Remapping.of(doubled, base, layers, delta=True), ids))
             tolerance = _tolerance(wanted)
             rows = [wanted[:1]] * (len(got) - len(strides) + 1) + [wanted[1:]] * (len(strides) - 1)

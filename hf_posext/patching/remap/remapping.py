@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...plan import ExtensionPlan, Growth, Part, PositionMap, QueryScale
+from ...plan import Band, ExtensionPlan, Growth, PositionMap, QueryScale
 from ..kernels import mapped
 from .layout import LayerLayout
 from .positions import key_map, window_edge
@@ -18,7 +18,7 @@ class Bands:
     """The bands of a plan, and what follows from them alone.
 
     Args:
-        parts (`tuple[Part, ...]`): the bands; disjoint.
+        parts (`tuple[Band, ...]`): the bands; disjoint.
 
     Attributes:
         query_maps (`tuple[PositionMap, ...]`): each map of queries once.
@@ -31,7 +31,7 @@ class Bands:
         onward (`tuple[PositionMap, ...]`): the other maps of queries.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Band, ...]
     query_maps: tuple[PositionMap, ...] = field(init=False)
     query_choice: tuple[int, ...] = field(init=False)
     key_maps: tuple[PositionMap, ...] = field(init=False)
