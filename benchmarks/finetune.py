@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -31,6 +30,7 @@ from hf_posext import Results, compare, evaluate_perplexity, load_patched, patch
 from hf_posext.adapters import load_adapter
 from hf_posext.evaluation import passkey_accuracy
 from hf_posext.evaluation.texts.files import write_atomically
+from hf_posext.packages import machine
 from hf_posext.training import PRESETS, Preset, finetune
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -210,7 +210,7 @@ def main() -> None:
     if "control" not in found:
         packages = ("hf_posext", "torch", "transformers", "peft")
         found["versions"] = {name: version(name) for name in packages}
-        found["machine"] = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": args.threads}
+        found["machine"] = {**machine(), "threads": args.threads}
         found["control"] = json.loads(json.dumps(measure_control(args)))
         found["runs"] = {}
     for name in names:

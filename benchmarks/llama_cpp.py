@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import hf_posext
 from hf_posext.export import write_gguf
 from hf_posext.export.llama_cpp import READ_FROM
+from hf_posext.packages import machine
 from hf_posext.plan import ExtensionPlan
 from tests.export.gguf_helpers import write_llama
 
@@ -98,7 +99,13 @@ def main() -> None:
             "hf_posext": hf_posext.__version__,
         }
         versions |= {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": READ_FROM.split()[-1]}
-        head = {"model": "tiny-rope", "length": given.length, "documents": len(rows), "versions": versions}
+        head = {
+            "model": "tiny-rope",
+            "length": given.length,
+            "documents": len(rows),
+            "machine": machine(),
+            "versions": versions,
+        }
         given.output.write_text(json.dumps(head | {"rows": results}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from rich.console import Console
 from rich.table import Table
+
+from hf_posext import packages
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("hf_posext", "torch", "transformers", "accelerate", "lm_eval", "longppl")
@@ -23,29 +21,12 @@ PACKAGES = ("hf_posext", "torch", "transformers", "accelerate", "lm_eval", "long
 
 def machine() -> dict[str, Any]:
     """Where and when, for the JSON."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **packages.machine(),
         "load_average": os.getloadavg()[0],
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
-
-
-def _commit() -> str | None:
-    """Of the working tree, where it is one."""
-    try:
-        said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return said.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext
+from hf_posext.packages import machine
 from hf_posext.recommendation.recommend import SHARE, prepared
 from hf_posext.recommendation.sweep import Sweep, name_of
 
@@ -98,7 +99,7 @@ def main() -> None:
     print(found["recommended"]["text"])
     chosen = "" if methods is None else f" --methods {given.methods}"
     command = f"python benchmarks/recommend.py --model {given.model} --target {given.target}{chosen}"
-    content = {"command": command, "model": path, **found}
+    content = {"command": command, "machine": machine(), "model": path, **found}
     output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

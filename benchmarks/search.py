@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext
 from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_perplexity
+from hf_posext.packages import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 JOURNALS = ROOT / "reports" / "search"
@@ -72,6 +73,7 @@ def main() -> None:
     )
     content = {
         "command": "python benchmarks/search.py --output results/search/tiny-rope.json",
+        "machine": machine(),
         "search": found.to_dict(),
         "heldout": {
             "documents": [entry["document"] for entry in results.provenance["documents"]],

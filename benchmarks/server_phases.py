@@ -28,6 +28,7 @@ import hf_posext
 from hf_posext.errors import ExportError
 from hf_posext.export import export_checkpoint, sglang, vllm
 from hf_posext.methods import LongRoPE, Method, YaRN
+from hf_posext.packages import machine
 from tests.conftest import TRAINED, tiny_llama
 
 ROTARY = {"vllm": "model_executor.layers.rotary_embedding", "sglang": "srt.layers.rotary_embedding"}
@@ -142,7 +143,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if given.output is not None:
         versions = VERSIONS | {"transformers": transformers.__version__, "torch": torch.__version__}
-        given.output.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        content = {"machine": machine(), "versions": versions, "rows": rows}
+        given.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

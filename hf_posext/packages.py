@@ -1,4 +1,4 @@
-"""Other packages: their versions, and the extra of `hf_posext` that installs each.
+"""Other packages, the machine and the commit: what an error, a bug report or a result has to name.
 
 `pip install hf_posext` brings what patching, saving and loading need. A room that needs more calls [`require`] before
 its own imports, so that the error names the command to type.
@@ -6,8 +6,14 @@ its own imports, so that the error names the command to type.
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from .errors import MissingExtraError
 from .version import __version__
@@ -52,3 +58,46 @@ def versions_of(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+def machine() -> dict[str, Any]:
+    """
+    Return what a result was measured on, and when, for its provenance.
+
+    Returns:
+        `dict`: `date` (UTC), `processor`, `cores`, `memory_gb` (10^9 bytes; `None` where the system does not report
+        it), `gpu` (name of the first one, or `None`), and `commit` of this package, `None` unless it runs from a
+        clone. A commit ends in `+` where tracked files of the package differ from it.
+    """
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    try:
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others may not know the name
+        memory = None
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": memory,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Return the commit of the clone that this package runs from, with `+` after it where the package was changed."""
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():  # site-packages may stand inside somebody else's repository
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or a clone that it refuses to read
+        return None

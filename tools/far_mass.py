@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext.patching.remap.attention as remap
 from hf_posext import load_documents, patch_model
+from hf_posext.packages import machine
 from hf_posext.patching.kernels import Branch, banded_attention
 
 mpl.use("Agg")
@@ -99,7 +100,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     """Measure, write and draw."""
-    found = measure()
+    found = {"machine": machine(), **measure()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found["rows"]).savefig(PICTURE, dpi=120)

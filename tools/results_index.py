@@ -67,8 +67,10 @@ def origin(path: Path, root: Path = ROOT) -> Origin:
     elif "schema" in content:
         Results.load_json(path)
     runs = content.get("runs") if "schema" in content else None
-    newest: dict[str, Any] = max(runs, key=lambda run: run["date"]) if runs else content.get("machine") or {}
-    stated = {**newest, **(content.get("provenance") or {})}
+    provenance = content.get("provenance") or {}
+    machine = content.get("machine") or provenance.get("machine") or {}
+    newest: dict[str, Any] = max(runs, key=lambda run: run["date"]) if runs else machine
+    stated = {**newest, **provenance}
     versions = content.get("versions") or stated.get("versions") or content  # a sweep has its one version by itself
     commit = stated.get("commit")
     return Origin(

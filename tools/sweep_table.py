@@ -16,6 +16,8 @@ from typing import Any
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_posext.packages import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 # Where pytest's cache keeps what the sweep sets under "sweep/...".
 CACHE = ROOT / ".pytest_cache" / "v" / "sweep"
@@ -86,7 +88,7 @@ def collect() -> tuple[dict[str, Any], dict[str, Any]]:
     stale = sum(record.pop("transformers") != transformers.__version__ for record in records)
     if missing or stale:
         raise ValueError(f"{len(missing)} types not swept, {stale} under another transformers; run make sweep")
-    version = {"transformers": transformers.__version__}
+    version = {"transformers": transformers.__version__, "machine": machine()}
     return version | {"rotary": rotary, "other": other, "not_built": not_built}, version | {"rotary": late}
 
 

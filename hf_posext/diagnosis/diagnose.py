@@ -19,7 +19,7 @@ from ..evaluation.texts.files import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
 from ..methods.values import renamed_length
-from ..packages import versions_of
+from ..packages import machine, versions_of
 from ..patching import detect_scheme, find_patch, patch_model
 from ..patching.detect import unwrap
 from ..patching.observe import attends_both_ways, frequencies_in_force, slope_scale, table_rows
@@ -171,7 +171,7 @@ def _structure(model: PreTrainedModel, scheme: PositionalScheme, given: int | No
         critical_dimension=critical,
         tables=tables,
         notes=tuple(notes),
-        provenance={"versions": versions},
+        provenance={"versions": versions, "machine": machine()},
     )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from ...errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
 from ...methods import Method, as_method, list_methods
 from ...methods.refusals import by_reason
-from ...packages import versions_of
+from ...packages import machine, versions_of
 from ...patching import patch_model
 from ...plan import ExtensionPlan
 from ...scheme import PositionalScheme
@@ -299,6 +299,7 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
     scheme, device = request.scheme, str(scorer.model.device)
     provenance = {
         "versions": _versions(),
+        "machine": machine(),
         "model": model_name(scorer.model),
         "model_type": scheme.model_type,
         "kind": scheme.kind,
