@@ -109,6 +109,20 @@ class Cells:
         shorts = [document.rpartition("_")[0].replace("_", " ") for document in self.documents]
         return markdown(("method", *shorts, "all", f"first {self.trained:,}", "CPU s"), lines)
 
+    def first_table(self) -> str:
+        """The table of README: the best gain first, over all novels that a method has read."""
+        lines = []
+        for method in self.methods:
+            pooled, change = self.gain(method), self.change(method)
+            if pooled is not None and change is not None:
+                inside = "" if method == BASELINE else f"{change:+.1%}".replace("%", " %")
+                lines.append((pooled[0], (f"`{method}`", inside, _interval(*pooled[:2], digits=3), str(pooled[2]))))
+        rows = [row for _, row in sorted(lines, reverse=True)]
+        truncated = (f"truncated to {self.trained:,}", "", "1", str(len(self.documents)))
+        at = sum(gain >= 1 for gain, _ in lines)
+        heads = ("", f"change in the first {self.trained:,}", "gain over truncation", "novels")
+        return markdown(heads, [*rows[:at], truncated, *rows[at:]])
+
     def summary(self) -> str:
         """Return a sentence with the methods that reach truncation."""
         gains = {method: found[0] for method in self.methods if (found := self.gain(method)) is not None}
@@ -129,9 +143,12 @@ class Cells:
 
 
 def _pooled(gain: float, interval: list[float] | None, documents: int) -> str:
-    if interval is None:
-        return f"{gain:.4f}"
-    return f"{gain:.4f} [{interval[0]:.4f}, {interval[1]:.4f}] ({documents})"
+    return _interval(gain, interval) + ("" if interval is None else f" ({documents})")
+
+
+def _interval(gain: float, interval: list[float] | None, digits: int = 4) -> str:
+    bounds = "" if interval is None else f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+    return f"{gain:.{digits}f}{bounds}"
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -37,6 +37,12 @@ from hf_posext.reporting.tables import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+from public_model_page import HELD_OUT, Cells, load  # noqa: E402
+from public_model_page import RESULT as PUBLIC  # noqa: E402
+
+PUBLIC_LENGTH = 16_384
+"""Tokens of the rows in README's first table."""
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = {
@@ -160,6 +166,7 @@ def render(page: Path = README) -> str:
     results = Results.load_json(path)
     remapping = Results.load_json(REMAPPING)
     fading, choice, strides = (Results.load_json(path) for path in (FADING, FADING_CHOICE, STRIDES))
+    public = Cells(load(PUBLIC), HELD_OUT, PUBLIC_LENGTH)
     far_mass = json.loads(FAR_MASS.read_text(encoding="utf-8"))
     provenance = results.provenance
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
@@ -172,6 +179,10 @@ def render(page: Path = README) -> str:
         trained=provenance["trained_length"],
         documents=len(provenance["documents"]),
         longest=max(row["length"] for row in results.rows),
+        public_trained=f"{public.trained:,}",
+        public_length=f"{public.length:,}",
+        public_table=public.first_table(),
+        public_summary=public.summary(),
         summary_table=summary_table(results, remapping, fading),
         demo_tables=tables_of(results),
         sentences=describe_methods(results),
