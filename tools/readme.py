@@ -38,7 +38,7 @@ from hf_posext.reporting.tables import (
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-from public_model_page import HELD_OUT, Cells, load  # noqa: E402
+from public_model_page import HELD_OUT, Cells, load  # type: ignore[import-not-found]  # noqa: E402
 from public_model_page import RESULT as PUBLIC  # noqa: E402
 
 PUBLIC_LENGTH = 16_384
