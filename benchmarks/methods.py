@@ -1,0 +1,128 @@
+"""Gain over truncation and passkeys of every method of the registry, on the shipped models.
+
+Each group of methods is one comparison: eight times the trained length, the first novels that are held out, passkeys
+where the model knows them. A group that was stopped continues from its journal in reports/methods.
+
+    python benchmarks/methods.py                                  # every group
+    python benchmarks/methods.py --groups tables,biases
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from output import machine
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_posext
+from hf_posext.errors import InvalidParameterError
+from hf_posext.methods import FrequencyMethod, Method, as_method
+from hf_posext.methods.base import methods
+from hf_posext.scheme import PositionalScheme
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, JOURNALS = ROOT / "results" / "methods", ROOT / "reports" / "methods"
+NOVELS = "examples/data/heldout.jsonl"
+DOCUMENTS, START, TRAINED, FACTOR, PASSKEYS = 4, 2000, 512, 8, 10
+LENGTHS = [512, 1024, 2048, 4096]
+
+ON_TOP = {
+    "log-n": "rerope+log-n",
+    "llama4-temperature": "rerope+llama4-temperature",
+    "resonance": "yarn+resonance",
+    "fade": "rerope+fade",
+    "decay": "leaky-rerope+decay",
+}
+"""Compositions that stand for methods which change what another one leaves."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """
+    Methods that are compared with each other on one model.
+
+    Args:
+        model (`str`): name of a shipped model.
+        holds (`Callable[[type[Method]], bool]`): whether a method belongs to the group.
+        more (`tuple[str, ...]`, *optional*): further settings of its methods.
+        passkeys (`int`, *optional*): trials at each length. None for a model that finds few within its trained length.
+    """
+
+    model: str
+    holds: Callable[[type[Method]], bool]
+    more: tuple[str, ...] = ()
+    passkeys: int = PASSKEYS
+
+
+def remaps(method: type[Method]) -> bool:
+    """Return whether a method acts inside attention."""
+    return method.kinds == ("rotary",) and not issubclass(method, FrequencyMethod)
+
+
+GROUPS = {
+    "tables": Group("tiny-learned", lambda method: "learned" in method.kinds, passkeys=0),
+    "biases": Group("tiny-alibi", lambda method: "alibi" in method.kinds),
+    "frequencies": Group("tiny-rope", lambda method: issubclass(method, FrequencyMethod), ("yarn(variant='radix')",)),
+    "remapping": Group("tiny-rope", remaps, ("jet-long(offset=True)", "leaky-rerope+fade")),
+}
+
+
+def chosen(group: Group, scheme: PositionalScheme) -> list[Method]:
+    """Return the methods of a group: as they are, on top of another one, or as their example where defaults fail."""
+    found = []
+    for name, cls in methods().items():
+        if not group.holds(cls):
+            continue
+        method = as_method(ON_TOP.get(name, name))
+        try:
+            method.plan(scheme, factor=FACTOR, trained_length=TRAINED)
+        except InvalidParameterError:
+            method = cls.example(scheme)
+        found.append(method)
+    return [*found, *map(as_method, group.more)]
+
+
+def measure(name: str) -> None:
+    """Measure one group and write its result file."""
+    group = GROUPS[name]
+    path = f"examples/tiny/{group.model}"
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / path)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / path, dtype=torch.float32)
+    model.config.name_or_path = path
+    texts = hf_posext.load_documents(str(ROOT / NOVELS), limit=DOCUMENTS)
+    texts.source["dataset"] = NOVELS
+    JOURNALS.mkdir(parents=True, exist_ok=True)
+    results = hf_posext.compare(
+        model,
+        tokenizer,
+        texts,
+        ["none", *(method for method in chosen(group, hf_posext.detect_scheme(model)) if method.name != "none")],
+        lengths=LENGTHS,
+        factor=FACTOR,
+        trained_length=TRAINED,
+        passkey=group.passkeys,
+        start=START,
+        journal=JOURNALS / f"{name}.jsonl",
+    )
+    results.provenance["command"] = f"python benchmarks/methods.py --groups {name}"
+    results.provenance["commit"] = machine()["commit"]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    results.save_json(RESULTS / f"{name}.json")
+    for row in results.rows:
+        print(name, row["method"], row["length"], f"{row['gain']:.4f}", row.get("passkey"), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", default=",".join(GROUPS), help="with commas between them")
+    torch.set_num_threads(1)
+    for name in parser.parse_args().groups.split(","):
+        measure(name)
+
+
+if __name__ == "__main__":
+    main()
