@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .export import export_checkpoint
     from .frequency_search import search
     from .methods import (
+        DPE,
         EABF,
         NTK,
         ALiBiLinear,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         DynamicYaRN,
         Fade,
         JetLong,
+        LaMPE,
         LeakyReRoPE,
         Linear,
         Llama3,
@@ -94,7 +96,9 @@ _HOMES = {
         "DynamicNTK",
         "DynamicYaRN",
         "Fade",
+        "DPE",
         "JetLong",
+        "LaMPE",
         "LeakyReRoPE",
         "Linear",
         "Llama3",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .decode import MAX_NUMBER, short
@@ -82,11 +82,31 @@ class RowGroup:
 
 
 @dataclass(frozen=True)
+class RowCurve:
+    """A number of positions that grows with the length of each row: `limit / (1 + exp(-(slope * n + shift)))` in a row
+    of n tokens. Rows of at most `beyond` tokens keep their positions."""
+
+    limit: float
+    slope: float
+    shift: float
+    beyond: int
+
+
+@dataclass(frozen=True)
 class PositionMap:
     """Position p of a token as a band of the attention sees it.
 
-    `min(rate * ((p mod modulo) // group) + offset, limit)`; `modulo` and `limit` count only where they are given.
-    Where `row_group` is given, it is the group, and `kept - kept // group` is added to the grouped position.
+    `min(rate * f(p mod modulo) + offset, limit)` with `f(p) = p // group`; `modulo` and `limit` count only where they
+    are given. The map f has other forms:
+
+    - `row_group`: `p // G`, where the group G follows the length of the row.
+    - `row_curve`: `floor(p * M / (n - 1))` in a row of n tokens, where M follows n.
+    - `pair_groups`: `p // g`, with a group g for each slot of frequencies.
+    - `pair_shares`, with `row_group` for `s = max(1, (n - beyond) / span)`: `p * (1 - share * (1 - 1 / s))`, with a
+      share for each slot of frequencies.
+
+    In each of these, `kept - f(kept)` is added, so that the position `kept` stays; where `row_curve` maps a row, 1
+    less.
     """
 
     rate: float = 1.0
@@ -96,6 +116,24 @@ class PositionMap:
     limit: float | None = None
     row_group: RowGroup | None = None
     kept: int = 0
+    row_curve: RowCurve | None = None
+    pair_groups: tuple[int, ...] = ()
+    pair_shares: tuple[float, ...] = ()
+
+    @property
+    def by_pair(self) -> bool:
+        """`True` where rotary pairs have positions of their own."""
+        return bool(self.pair_groups or self.pair_shares)
+
+    @property
+    def follows_rows(self) -> bool:
+        """`True` where positions depend on the length of each row."""
+        return self.row_group is not None or self.row_curve is not None
+
+    def of_pair(self, pair: int) -> PositionMap:
+        """Return the map of one rotary pair."""
+        one = slice(pair, pair + 1)
+        return replace(self, pair_groups=self.pair_groups[one], pair_shares=self.pair_shares[one])
 
     def check(self, rows: bool = False) -> None:
         """Refuse a map that no method can have meant.
@@ -110,8 +148,15 @@ class PositionMap:
         group = self.row_group
         if self.kept < 0 or (group is not None and (group.span < 1 or group.beyond < 0)):
             raise PlanError("plan has groups that follow rows with a span below 1, or with a negative number")
-        if group is not None and not rows:
-            raise PlanError("plan maps positions of a table by groups that follow rows; a table has no rows of text")
+        if (self.follows_rows or self.by_pair) and not rows:
+            raise PlanError(
+                "plan maps positions of a table by groups that follow rows or by rotary pairs; a table has no rows of "
+                "text and no pairs"
+            )
+        if min(self.pair_groups, default=1) < 1 or not all(0 <= share <= 1 for share in self.pair_shares):
+            raise PlanError("plan has groups of pairs below 1, or shares of pairs outside 0 to 1")
+        if self.pair_shares and (group is None or self.pair_groups):
+            raise PlanError("plan has shares of pairs without a group that follows rows, or beside groups of pairs")
         if min(self.group, self.modulo or 1) < 1:
             raise PlanError(
                 f"plan maps positions by group {self.group} and modulo {self.modulo}; 1 or more belongs there"
@@ -201,7 +246,8 @@ class Band:
 class QueryScale:
     """Factor of queries, in layers from `first_layer` on: `constant`, times `max(1, ln(p + 1) / ln length)` at
     position p where `log` is set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`. Where `step` is given,
-    the last is `1 + temperature * ln(floor((p + 1) / step) + 1)` instead.
+    the last is `1 + temperature * ln(floor((p + 1) / step) + 1)` instead, and where `row` is given,
+    `1 + temperature * ln max(1, (n - beyond) / span)` with its numbers, in a row of n tokens.
     """
 
     length: int
@@ -210,6 +256,7 @@ class QueryScale:
     constant: float = 1.0
     step: int | None = None
     first_layer: int = 0
+    row: RowGroup | None = None
 
     def check(self) -> None:
         """

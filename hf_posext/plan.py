@@ -24,6 +24,7 @@ from .edits import (
     PositionMap,
     QueryScale,
     RotaryPlan,
+    RowCurve,
     RowGroup,
     TablePlan,
     check_table_size,
@@ -41,12 +42,13 @@ __all__ = [
     "PositionMap",
     "QueryScale",
     "RotaryPlan",
+    "RowCurve",
     "RowGroup",
     "TablePlan",
 ]
 
-SCHEMA = 2
-"""Schema 1 is read as well. It said `original_length`, and lacked the fields in `NEWER`."""
+SCHEMA = 3
+"""Schemas 1 and 2 are read as well. They lacked fields in `NEWER`, and schema 1 said `original_length`."""
 PLAN_FILE = "posext_plan.json"
 PLAN_KEY = "posext_plan"
 """Entry of `config.json`, or of `adapter_config.json`, that contains the plan whoever has written it."""
@@ -105,7 +107,8 @@ class ExtensionPlan:
     def follows_rows(self) -> bool:
         """Return whether positions or frequencies depend on the length of each row."""
         maps = (mapping for part in self.parts for mapping in (part.query, part.key))
-        return any(entry.growth for entry in self.rotaries) or any(mapping.row_group for mapping in maps)
+        scale = self.query_scale is not None and self.query_scale.row is not None
+        return scale or any(entry.growth for entry in self.rotaries) or any(mapping.follows_rows for mapping in maps)
 
     @property
     def changes_nothing(self) -> bool:
@@ -125,6 +128,10 @@ class ExtensionPlan:
             raise PlanError(f"plan has {len(self.parts)} bands; at most {MAX_PARTS} are possible")
         for entry in self.rotaries:
             entry.check(self.scheme)
+        slots = {rotary.slots for rotary in self.scheme.rotaries}
+        for mapping in (mapping for part in self.parts for mapping in (part.query, part.key)):
+            if mapping.by_pair and slots != {len(mapping.pair_groups or mapping.pair_shares)}:
+                raise PlanError(f"plan maps positions by rotary pairs of another number than its scheme has: {slots}")
         if self.buckets is not None:
             self.buckets.check(self.scheme)
         for edit in (*self.parts, self.query_scale, self.table, self.sinusoids):
@@ -208,14 +215,14 @@ class ExtensionPlan:
             PlanError: a newer schema, missing or unknown keys, wrong types, or values out of bounds.
         """
         schema = data.get("schema") if isinstance(data, Mapping) else None
-        if schema not in (1, SCHEMA):
+        if schema not in (1, 2, SCHEMA):
             raise PlanError(
                 f"plan has schema {short(schema)}; this version of hf_posext reads 1 to {SCHEMA}: "
                 "upgrade it, or plan again"
             )
         data = {key: value for key, value in data.items() if key != "schema"}
-        if schema == 1:
-            data = _from_schema_1(data)
+        if schema != SCHEMA:
+            data = _from_older(data)
         plan = decode(cls, data)
         plan.check()
         return plan
@@ -223,10 +230,10 @@ class ExtensionPlan:
 
 NEWER: dict[str, dict[str, Any]] = {
     "part": {"fade": None, "decay": None},
-    "query_scale": {"step": None, "first_layer": 0},
-    "map": {"row_group": None, "kept": 0},
+    "query_scale": {"step": None, "first_layer": 0, "row": None},
+    "map": {"row_group": None, "kept": 0, "row_curve": None, "pair_groups": [], "pair_shares": []},
 }
-"""Fields that schema 2 added, with what plans of schema 1 meant."""
+"""Fields that schemas 2 and 3 added, with what older plans meant."""
 
 
 def __getattr__(name: str) -> Any:
@@ -236,8 +243,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The same plan in schema 2; what does not fit stays for the decoder to refuse."""
+def _from_older(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same plan in today's schema; what does not fit stays for the decoder to refuse."""
 
     def newer(kind: str, entry: Any, *maps: str) -> Any:
         if not isinstance(entry, Mapping):

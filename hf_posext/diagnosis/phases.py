@@ -75,9 +75,13 @@ def phase_table(
     """
     lines = []
     for method, plan in plans.items():
-        farthest = target_length - 1 if plan is None else farthest_position(plan, target_length)
+        by_pair = plan is not None and any(part.query.by_pair for part in plan.parts)
         for rotary in scheme.rotaries:
-            reach = min(farthest, rotary.window - 1) if rotary.window else farthest
+            farthest = [
+                target_length - 1 if plan is None else farthest_position(plan, target_length, pair)
+                for pair in range(rotary.pairs if by_pair else 1)
+            ]
+            reach = torch.tensor(farthest, dtype=torch.float64).clamp(max=(rotary.window or target_length) - 1)
             radians = planned_frequencies(rotary, in_force, plan, target_length)[: rotary.pairs].double()
             phases = radians * reach
             new = is_new(phases, powers(rotary.theta, rotary).double() * trained_length)
@@ -112,22 +116,27 @@ def planned_frequencies(
     return moving * scale**-power + kept
 
 
-def relative_positions(plan: ExtensionPlan | None, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """How many tokens apart a plan makes each pair of query and key; float64 of shape `(queries, keys)`.
+def relative_positions(
+    plan: ExtensionPlan | None, queries: torch.Tensor, keys: torch.Tensor, pair: int = 0
+) -> torch.Tensor:
+    """Return how many tokens apart a plan makes each pair of query and key; float64 of shape `(queries, keys)`.
 
-    NaN where the query does not attend to the key: it comes later, or no part of the plan has the pair.
+    NaN where the query does not attend to the key: it comes later, or no part of the plan has the pair. Where rotary
+    pairs have positions of their own, those of one of them: the fastest by default.
     """
     apart = (queries[:, None] - keys[None]).double()
     wanted = apart.clone() if plan is None or not plan.parts else torch.full_like(apart, math.nan)
     row = queries.max() + 1
     for part in plan.parts if plan is not None else ():
-        moved = mapped(queries, part.query, row).double()[:, None] - mapped(keys, part.key, row).double()[None]
+        sides = ((queries, part.query), (keys, part.key))
+        moves = [mapped(side, rule.of_pair(pair) if rule.by_pair else rule, row) for side, rule in sides]
+        moved = moves[0].double()[:, None] - moves[1].double()[None]
         wanted = torch.where(belongs(part, queries, keys), moved, wanted)
     return wanted.masked_fill(apart < 0, math.nan)
 
 
-def farthest_position(plan: ExtensionPlan, length: int) -> float:
-    """The largest relative position that a plan gives to any pair of a text.
+def farthest_position(plan: ExtensionPlan, length: int, pair: int = 0) -> float:
+    """Return the largest relative position that a plan gives to any pair of a text, in a rotary pair.
 
     The keys that a query has in a part lie side by side, and their positions grow but where they begin anew
     (`modulo`): the farthest is the first of them, or the first after that. No other keys are looked at.
@@ -138,5 +147,5 @@ def farthest_position(plan: ExtensionPlan, length: int) -> float:
         chunks = 0 * queries if part.high is None else (queries // part.chunk - part.high + 1).clamp(min=0)
         first, step = chunks * part.chunk, part.key.modulo or 1
         keys = torch.cat([keys, first, (first + step - 1) // step * step])
-    apart = relative_positions(plan, queries, keys)
+    apart = relative_positions(plan, queries, keys, pair)
     return float(apart.nan_to_num(0.0).max())

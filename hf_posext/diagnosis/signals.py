@@ -170,7 +170,8 @@ def _rotary(
     rotary = first_rotary(scheme)
     frequencies = planned_frequencies(rotary, frequencies_in_force(model, length), plan, length)[: rotary.pairs]
     last = torch.tensor([length - 1])
-    phases = frequencies.double()[:, None] * relative_positions(plan, last, last - places)
+    apart = torch.cat([relative_positions(plan, last, last - places, pair) for pair in range(rotary.pairs)])
+    phases = frequencies.double()[:, None] * apart
     return phases.cos(), is_new(phases, powers(rotary.theta, rotary).double()[:, None] * trained)
 
 

@@ -8,6 +8,7 @@ from .bucket_linear import BucketLinear
 from .bucket_max_distance import BucketMaxDistance
 from .cope import CoPE
 from .decay import Decay
+from .dpe import DPE
 from .dual_chunk import DualChunk
 from .dynamic_ntk import DynamicNTK
 from .dynamic_yarn import DynamicYaRN
@@ -15,6 +16,7 @@ from .eabf import EABF
 from .fade import Fade
 from .frequencies import FrequencyMethod
 from .jet_long import JetLong
+from .lampe import LaMPE
 from .leaky_rerope import LeakyReRoPE
 from .linear import Linear
 from .llama3 import Llama3
@@ -44,6 +46,7 @@ from .theta import Theta
 from .yarn import YaRN
 
 __all__ = [
+    "DPE",
     "EABF",
     "NTK",
     "ALiBiLinear",
@@ -60,6 +63,7 @@ __all__ = [
     "Fade",
     "FrequencyMethod",
     "JetLong",
+    "LaMPE",
     "LeakyReRoPE",
     "Linear",
     "Llama3",

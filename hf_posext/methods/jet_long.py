@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
-from ..plan import Band, ExtensionPlan, PositionMap, RowGroup
+from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowGroup
 from .base import register
-from .remap import SAME, RemapMethod, default_window, require_window
+from .frequencies import padded, require_pairs
+from .remap import SAME, RemapMethod, default_window, require_one_set, require_window
+from .yarn import YaRN
 
 
 @register
@@ -23,10 +25,14 @@ class JetLong(RemapMethod):
     are cached unrotated: a row that is decoded token by token past a multiple of L keeps, in deeper layers, what it
     saw in smaller groups. NVIDIA, *Jet-Long*, 2026; its code takes the longest row of a batch for all of its rows.
 
+    With `frequencies=True`, its other variant: pair p sees distance d as `w + (d - w) (1 - r_p (1 - 1 / s))`, with the
+    ramp r of [`YaRN`] from 0 to 1 and `s = max(1, (n - w) / (L - w))`. All logits are multiplied by `0.1 ln s + 1`.
+
     Args:
         window (`int`, *optional*): `w` in tokens; a sixteenth of the trained length by default, as published, and half
             of it with an offset.
         offset (`bool`, *optional*, defaults to `False`): let distances go on where the window ends.
+        frequencies (`bool`, *optional*, defaults to `False`): slow the pairs instead of grouping tokens.
     """
 
     name: ClassVar[str] = "jet-long"
@@ -35,17 +41,34 @@ class JetLong(RemapMethod):
 
     window: int | None = None
     offset: bool = False
+    frequencies: bool = False
+
+    def __post_init__(self) -> None:
+        if self.offset and self.frequencies:
+            raise InvalidParameterError("Expected jet-long with offset or with frequencies, got both.")
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         trained = plan.trained_length
         window = default_window(plan, 1 / 2 if self.offset else 1 / 16) if self.window is None else self.window
         require_window(self, "window", window, plan)
+        if window == trained and (self.offset or self.frequencies):
+            raise InvalidParameterError(f"Expected a jet-long window below {trained} (the trained length).")
+        beyond = RowGroup(span=trained - window, beyond=window)
+        if self.frequencies:
+            rotary = require_one_set(self, plan)
+            require_pairs(self, rotary)
+            shares = padded(rotary, YaRN().ramp(rotary, trained, truncate=True))
+            query, key = (PositionMap(row_group=beyond, pair_shares=shares, kept=kept) for kept in (window, 0))
+            return Band(SAME, SAME, high=window + 1), Band(query, key, low=window + 1)
         if not self.offset:
             grouped = PositionMap(row_group=RowGroup(span=trained))
             # the published window is that of FlashAttention, which holds `window + 1` keys
             return Band(SAME, SAME, high=window + 1), Band(grouped, grouped, low=window + 1)
-        if window == trained:
-            raise InvalidParameterError(f"Expected a jet-long window below {trained} (the trained length).")
-        group = RowGroup(span=trained - window, beyond=window)
-        far = Band(PositionMap(row_group=group, kept=window), PositionMap(row_group=group), low=window)
+        far = Band(PositionMap(row_group=beyond, kept=window), PositionMap(row_group=beyond), low=window)
         return Band(SAME, SAME, high=window), far
+
+    def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
+        if not self.frequencies:
+            return None
+        row = self.parts(plan)[1].query.row_group
+        return QueryScale(length=max(plan.trained_length, 2), temperature=0.1, row=row)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
+from ..scheme import Rotary
 from .base import Method
 
 SAME = PositionMap()
@@ -71,3 +72,22 @@ def require_far_band(method: Method, plan: ExtensionPlan) -> Band:
             f"Pass e.g. 'rerope+{method.name}'."
         )
     return plan.parts[-1]
+
+
+def require_one_set(method: Method, plan: ExtensionPlan) -> Rotary:
+    """Return the one set of frequencies of a model, for a method that maps positions by rotary pairs.
+
+    Raises:
+        InvalidParameterError: several sets, or a shipped scaling that changes with the input.
+    """
+    rotaries = plan.scheme.rotaries
+    planned = {entry.name for entry in plan.rotaries}
+    if len(rotaries) > 1:
+        names = ", ".join(rotary.name for rotary in rotaries)
+        raise InvalidParameterError(f"Expected a model with one set of frequencies for {method.name}, got {names}.")
+    if rotaries[0].shipped_type in ("dynamic", "longrope") and rotaries[0].name not in planned:
+        raise InvalidParameterError(
+            f"Expected frequencies that stay for {method.name}, got {rotaries[0].shipped_type}. "
+            f"Pass e.g. 'yarn+{method.name}'."
+        )
+    return rotaries[0]

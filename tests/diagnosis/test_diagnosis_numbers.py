@@ -14,11 +14,11 @@ from hf_posext import detect_scheme, patch_model
 from hf_posext.diagnosis import position_signal
 from hf_posext.diagnosis.attention import sample, sharpness
 from hf_posext.diagnosis.loss_curve import curve_table, short_context_losses, token_losses
-from hf_posext.diagnosis.phases import critical_dimension, farthest_position, relative_positions
+from hf_posext.diagnosis.phases import critical_dimension, farthest_position, phase_table, relative_positions
 from hf_posext.errors import UnsupportedModelError
 from hf_posext.evaluation.scoring.scorer import TokenScorer
 from hf_posext.evaluation.texts.tokens import TokenizedDocuments
-from hf_posext.methods import DualChunk, LeakyReRoPE, ReRoPE, SelfExtend, as_method
+from hf_posext.methods import DPE, DualChunk, LeakyReRoPE, ReRoPE, SelfExtend, as_method
 from hf_posext.patching.attention_scores import last_query_scores
 from hf_posext.patching.detect import rotary_sites
 from hf_posext.patching.observe import bucket_biases, buckets_of, frequencies_in_force, slope_scale
@@ -62,6 +62,20 @@ def test_remapped_positions_are_those_of_the_papers(method: object, wanted: obje
     torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-6, atol=0)  # float32 of leaky distances
     # queries are sampled, so that it may miss the largest by as much as they are apart
     assert farthest_position(plan, LONG) == pytest.approx(float(expected.nan_to_num(0).max()), abs=LONG / 63)
+
+
+def test_positions_of_each_pair_are_those_of_the_papers() -> None:
+    plan = DPE(scales=[2, 8], window=32).plan(scheme := detect_scheme(tiny_llama()), factor=4)
+    places = torch.arange(LONG)
+    for pair, group in ((0, 2), (3, 2), (4, 8), (7, 8)):
+        found = relative_positions(plan, places[-1:], places, pair)[0].tolist()
+        last = LONG - 1
+        wanted = [last - j if last - j < 32 else last // group + 32 - 32 // group - j // group for j in range(LONG)]
+        assert found == wanted
+    in_force = {"": torch.tensor([10_000.0 ** (-p / 8) for p in range(8)])}
+    table = phase_table(scheme, in_force, {"dpe": plan}, 64, LONG).set_index("pair")
+    turns = [float(in_force[""][p]) * ((LONG - 1) // g + 32 - 32 // g) / (2 * math.pi) for p, g in ((0, 2), (7, 8))]
+    assert table.turns[[0, 7]].tolist() == pytest.approx(turns)
 
 
 SAME = PositionMap()

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_posext import NTK, Linear, Llama3, LongRoPE, NoPE, Partial, Resonance, Theta, YaRN
 from hf_posext.errors import InvalidParameterError, MethodNotApplicableError, UnknownMethodError
-from hf_posext.methods import EABF, CoPE, JetLong, Llama4Temperature, Method, SelfLogistic, as_method
+from hf_posext.methods import DPE, EABF, CoPE, JetLong, LaMPE, Llama4Temperature, Method, SelfLogistic, as_method
 from hf_posext.patching.kernels import mapped
 from hf_posext.plan import RotaryPlan
 from hf_posext.scheme import PositionalScheme, Rotary
@@ -141,6 +141,71 @@ def test_groups_of_jet_long(trained: int, options: dict[str, int], wanted: dict[
     positions = torch.arange(40)
     for length, group in wanted.items():
         assert torch.equal(mapped(positions, far, torch.tensor([[length]]))[0], positions // group)
+
+
+@pytest.mark.parametrize(
+    ("table", "i", "j", "wanted"),
+    [
+        ("llama-3", 5000, 100, [1993, 1993, 2962, 1266, 1145, 1145, 1266, 1055]),
+        ("llama-3", 8191, 0, [2815, 2815, 4607, 1471, 1247, 1247, 1471, 1079]),
+        ("llama-3", 1023, 0, [1023] * 8),
+    ],
+)
+def test_distances_of_dpe_as_published(table: str, i: int, j: int, wanted: list[int]) -> None:
+    near, far = DPE(table=table).plan(sized(5e5, 8192), factor=2).parts
+    band = near if i - j < 1024 else far
+    query, key = (mapped(torch.tensor([[at]]), rule) for at, rule in ((i, band.query), (j, band.key)))
+    distances = (query - key).flatten().expand(64).tolist()
+    assert distances == [distance for distance in wanted for _ in range(8)]
+
+
+def test_dpe_guesses_no_scales() -> None:
+    with pytest.raises(InvalidParameterError, match="Expected dpe scales that were tuned to the model, got none"):
+        DPE().plan(sized(5e5, 8192), factor=2)
+    with pytest.raises(InvalidParameterError, match="llama-3, llama-3-config, llama-3.1, mistral, qwen-2.5"):
+        DPE(table="llama-4")
+    with pytest.raises(InvalidParameterError, match="divides 64 rotary pairs, got 3"):
+        DPE(scales=[1, 2, 4]).plan(sized(5e5, 8192), factor=2)
+    for scales in ([0.5, 2], [0, 1], []):
+        with pytest.raises(InvalidParameterError, match="whole numbers from 1"):
+            DPE(scales=scales)
+
+
+@pytest.mark.parametrize(
+    ("curve", "trained", "wanted"),
+    [
+        ("llama-3", 8192, {16384: 1993.957, 32768: 4501.089, 65536: 6129.908}),
+        ("llama-3.1", 131072, {262144: 82348.58}),
+    ],
+)
+def test_lampe_maps_as_many_positions_as_published(curve: str, trained: int, wanted: dict[int, float]) -> None:
+    """The published M, by way of the last token of a row, which is mapped to its whole part."""
+    far = LaMPE(curve=curve).plan(sized(5e5, trained), factor=8).parts[1]
+    for length, places in wanted.items():
+        last = mapped(torch.tensor([[length - 1]]), far.key, torch.tensor([[length]]))
+        assert last.item() == math.floor(places)
+    within = torch.arange(trained)[None]
+    for rule in (far.query, far.key):
+        assert torch.equal(mapped(within, rule, torch.tensor([[trained]])), within)
+
+
+@pytest.mark.parametrize(
+    ("trained", "lengths"), [(32_768, {131_072: 4.2}), (512, {1024: 2.0667, 2048: 4.2, 4096: 8.4667})]
+)
+def test_frequencies_of_jet_long_follow_the_row(trained: int, lengths: dict[int, float]) -> None:
+    """The slowest pair is slowed by the whole of s, the fastest not at all, and distances go on at the window."""
+    window = trained // 16
+    far = JetLong(frequencies=True).plan(sized(1e6, trained), factor=8).parts[1]
+    for length, scale in lengths.items():
+        apart = [
+            (mapped(torch.tensor([[i]]), far.query, n) - mapped(torch.tensor([[0]]), far.key, n))[0, 0]
+            for n in [torch.tensor([[length]])]
+            for i in (window, length - 1)
+        ]
+        assert apart[0].tolist() == pytest.approx([window] * 64)
+        assert apart[1][0] == length - 1
+        slow = (length - 1 - window) / (apart[1][-1].item() - window)
+        assert slow == pytest.approx(scale, abs=5e-5)  # as printed
 
 
 def test_bands_of_self_meet_and_follow_the_groups() -> None:

@@ -12,7 +12,7 @@ import pytest
 import hf_posext.plan as plan_module
 from hf_posext import ExtensionPlan, YaRN, detect_scheme
 from hf_posext.errors import PlanError
-from hf_posext.methods import as_method
+from hf_posext.methods import DPE, as_method
 
 from ..conftest import tiny_gpt2, tiny_llama
 
@@ -22,10 +22,15 @@ def plan() -> ExtensionPlan:
     return YaRN().plan(detect_scheme(tiny_llama()), factor=8)
 
 
-def test_a_plan_of_schema_1_is_read() -> None:
+def test_plans_of_older_schemas_are_read() -> None:
     plan = as_method("rerope+log-n").plan(detect_scheme(tiny_llama()), factor=8)
-    data = {**plan.to_dict(), "schema": 1}
-    data["original_length"] = data.pop("trained_length")
+    data = {**plan.to_dict(), "schema": 2}
+    for part in data["parts"]:
+        for side in ("query", "key"):
+            del part[side]["row_curve"], part[side]["pair_groups"], part[side]["pair_shares"]
+    del data["query_scale"]["row"]
+    assert ExtensionPlan.from_dict(data) == plan
+    data["schema"], data["original_length"] = 1, data.pop("trained_length")
     for part in data["parts"]:
         del part["fade"], part["decay"]
         for side in ("query", "key"):
@@ -47,6 +52,23 @@ def test_groups_that_follow_rows_are_checked(group: dict[str, int]) -> None:
     table["table"]["position"]["row_group"] = {"span": 9, "beyond": 0}
     with pytest.raises(PlanError, match="a table has no rows of text"):
         ExtensionPlan.from_dict(table)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"pair_groups": [1, 2, 0, 1, 1, 1, 1, 1]}, "groups of pairs below 1"),
+        ({"pair_groups": [1, 2]}, "another number than its scheme has"),
+        ({"pair_groups": [], "pair_shares": [0.5] * 8}, "shares of pairs without a group that follows rows"),
+        ({"pair_groups": [], "pair_shares": [1.5] * 8, "row_group": {"span": 9, "beyond": 0}}, "outside 0 to 1"),
+    ],
+)
+def test_maps_by_pair_are_checked(edit: dict[str, Any], message: str) -> None:
+    data = DPE(scales=[2, 4], window=32).plan(detect_scheme(tiny_llama()), factor=8).to_dict()
+    assert ExtensionPlan.from_dict(data).to_dict() == data
+    data["parts"][1]["key"] |= edit
+    with pytest.raises(PlanError, match=message):
+        ExtensionPlan.from_dict(data)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +111,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", 3), "schema 3; this version of hf_posext reads 1 to 2"),
+        (change("schema", 4), "schema 4; this version of hf_posext reads 1 to 3"),
         (change("surprise", 1), "unknown \\['surprise'\\]"),
         (lambda data: data.pop("factor"), "lacks \\['factor'\\]"),
         (change("factor", 1e300), "factor is 1e\\+300"),

@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import (
+    DPE,
     Decay,
     DualChunk,
     DynamicNTK,
@@ -40,6 +41,8 @@ METHODS: list[str | Method] = [
     DualChunk(chunk=12, local=4) + Fade(reference=3),
     DynamicNTK(),
     JetLong(),
+    JetLong(window=8, frequencies=True),
+    DPE(scales=[4, 2], window=8),
     "yarn",
 ]
 TEXT, SLOTS, STEPS = 10, 48, 14

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from hf_posext import detect_scheme, patch_model
 from hf_posext.errors import InvalidParameterError
 from hf_posext.methods import (
+    DPE,
     EABF,
     NTK,
     Decay,
@@ -24,6 +25,7 @@ from hf_posext.methods import (
     DynamicYaRN,
     Fade,
     JetLong,
+    LaMPE,
     LeakyReRoPE,
     Llama4Temperature,
     LogN,
@@ -33,6 +35,7 @@ from hf_posext.methods import (
     SelfLogistic,
     Sinks,
     StringShift,
+    YaRN,
 )
 from hf_posext.patching.remap.attention import _scaled
 from hf_posext.patching.signatures import cache_of, with_cache
@@ -40,8 +43,9 @@ from hf_posext.patching.signatures import cache_of, with_cache
 from ..conftest import TRAINED, logits, tiny_llama, tokens
 
 LENGTH = 5 * TRAINED
-Relative = Callable[[int, int], float | None]
-"""From query i and key j <= i: the distance that the phases have, or None where the pair is not attended."""
+Relative = Callable[[int, int], float | list[float] | None]
+"""From query i and key j <= i: the distance that the phases have, one for all pairs of channels or one for each, or
+None where the pair of tokens is not attended."""
 
 
 def naive_llama(
@@ -62,13 +66,13 @@ def naive_llama(
     heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     pairs = torch.tensor(inv_freq or [theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
     count = ids.shape[-1]
-    distance = torch.full((count, count), math.nan, dtype=torch.float64)
+    distance = torch.full((count, count, dim // 2), math.nan, dtype=torch.float64)
     for i in range(count):
         for j in range(i + 1):
             wanted = relative(i, j)
             if wanted is not None:
-                distance[i, j] = wanted
-    angle = distance.nan_to_num()[..., None] * pairs
+                distance[i, j] = torch.tensor(wanted, dtype=torch.float64)
+    angle = distance.nan_to_num() * pairs
     cos, sin = angle.cos() * attention_factor**2, angle.sin() * attention_factor**2
     added = torch.zeros(count, count, dtype=torch.float64)
     for i in range(count):
@@ -89,7 +93,7 @@ def naive_llama(
         cross = torch.einsum("ihp,jhp->hijp", q1, k2) - torch.einsum("ihp,jhp->hijp", q2, k1)
         scores = ((same * cos + cross * sin).sum(-1)) / math.sqrt(dim)
         scores = scores * (grow[:, None] if number >= first_layer else 1) + added
-        weights = scores.masked_fill(distance.isnan(), -math.inf).softmax(-1)
+        weights = scores.masked_fill(distance[..., 0].isnan(), -math.inf).softmax(-1)
         x = x + attention.o_proj(torch.einsum("hij,jhd->ihd", weights, v).reshape(count, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     result: torch.Tensor = model.lm_head(model.model.norm(x))
@@ -106,6 +110,32 @@ def dual_chunk(i: int, j: int, chunk: int = 24, local: int = 8) -> float:
         assert distance == i - j or i - j > local
         return distance
     return min(2 * size - 1, chunk) - j % size
+
+
+def dpe(i: int, j: int) -> list[float]:
+    """Four parts of two pairs."""
+    if i - j < 16:
+        return [i - j] * 8
+    return [i // g + 16 - 16 // g - j // g for g in (4, 4, 1, 1, 2, 2, 16, 16)]
+
+
+def jet_frequencies(i: int, j: int) -> list[float]:
+    """Beyond 6 tokens a pair is slowed as by YaRN, of which these are the frequencies."""
+    if i - j <= 6:
+        return [i - j] * 8
+    slowed = yarn_frequencies((LENGTH - 6) / (TRAINED - 6))
+    return [6 + (i - j - 6) * slowed[p] / 10_000 ** (-p / 8) for p in range(8)]
+
+
+def lampe(i: int, j: int) -> float:
+    """Llama 3's curve, in units of the trained length."""
+    if i - j <= 12:
+        return i - j
+    places = 6204.409324666837 / (
+        1 + math.exp(-(0.00010493097327094324 * LENGTH * 8192 / TRAINED - 2.466638011138158))
+    )
+    rate = places * TRAINED / 8192 / (LENGTH - 1)
+    return math.floor(i * rate) + 12 - (math.floor(12 * rate) + 1) - math.floor(j * rate)
 
 
 def sinks(i: int, j: int) -> float | None:
@@ -218,6 +248,31 @@ CASES: dict[str, tuple[Method, Relative, dict[str, object]]] = {
         lambda i, j: i - j if i - j < 24 else i // 8 + 24 - 24 // 8 - j // 8,  # ceil((320 - 24) / (64 - 24)) is 8
         {},
     ),
+    "jet-long by frequencies": (
+        JetLong(window=6, frequencies=True),
+        jet_frequencies,
+        {"query_factor": lambda i: 0.1 * math.log((LENGTH - 6) / (TRAINED - 6)) + 1},
+    ),
+    "jet-long by frequencies+decay": (
+        JetLong(window=6, frequencies=True) + Decay(),
+        jet_frequencies,
+        {
+            "query_factor": lambda i: 0.1 * math.log((LENGTH - 6) / (TRAINED - 6)) + 1,
+            "bias": lambda i, j: decay(i - j, 7) if i - j > 6 else 0.0,
+        },
+    ),
+    "dpe": (DPE(scales=[4, 1, 2, 16], window=16), dpe, {}),
+    "dpe+fade": (
+        DPE(scales=[4, 1, 2, 16], window=16) + Fade(),
+        dpe,
+        {"bias": lambda i, j: fade(i + 1 - 16, TRAINED) if i - j >= 16 else 0.0},
+    ),
+    "yarn+dpe": (
+        YaRN() + DPE(scales=[4, 1, 2, 16], window=16),
+        dpe,
+        {"inv_freq": yarn_frequencies(8), "attention_factor": 0.1 * math.log(8) + 1},
+    ),
+    "lampe": (LaMPE(head=12), lampe, {"query_factor": lambda i: (0.1 * math.log(2) + 1) ** 2}),
     "rerope+fade": (
         ReRoPE(window=16) + Fade(reference=20, strength=1.5),
         lambda i, j: min(i - j, 16),
@@ -283,7 +338,7 @@ def test_equals_a_loop_over_pairs(case: str) -> None:
     torch.testing.assert_close(logits(model, IDS)[0], reference(case), **TOLERANCE)
 
 
-FOLLOWING = ("dynamic", "jet-long")
+FOLLOWING = ("dynamic", "jet-long", "lampe")
 """Methods that follow the length of each row."""
 
 SINGLE_PASS = [case for case in CASES if not case.startswith(FOLLOWING)]

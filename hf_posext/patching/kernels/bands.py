@@ -26,21 +26,44 @@ def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | N
             them.
 
     Returns:
-        `torch.Tensor` of the same shape, float32 where positions may be fractional.
+        `torch.Tensor` of the same shape, with another dimension for slots of frequencies where the map has positions
+        for each. Floating-point where positions may be fractional.
     """
     if rule == PositionMap():
         return positions
     moved = positions if rule.modulo is None else positions % rule.modulo
-    if rule.row_group is not None:
-        assert lengths is not None, "a map that follows rows needs their lengths"
-        group = ((lengths - rule.row_group.beyond + rule.row_group.span - 1) // rule.row_group.span).clamp(min=1)
-        moved = moved // group + (rule.kept - rule.kept // group)
-    elif rule.group != 1:
-        moved = moved // rule.group
+    moved = _grouped(moved, rule, lengths)
+    if rule.kept:
+        moved = moved + (rule.kept - _grouped(positions.new_full((1,) * positions.ndim, rule.kept), rule, lengths))
+        if rule.row_curve is not None:
+            assert lengths is not None
+            moved = moved - (lengths > rule.row_curve.beyond).to(moved.dtype)
     if rule.rate != 1 or rule.offset != int(rule.offset):
         moved = moved.float() * rule.rate
     moved = moved + (int(rule.offset) if rule.offset == int(rule.offset) else rule.offset)
     return moved if rule.limit is None else moved.clamp(max=rule.limit)
+
+
+def _grouped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Return `f(p)` of a [`PositionMap`]."""
+    if not rule.follows_rows:
+        if rule.pair_groups:
+            groups = torch.tensor(rule.pair_groups, device=positions.device)
+            return positions // groups if len(groups) == 1 else positions[..., None] // groups
+        return positions if rule.group == 1 else positions // rule.group
+    assert lengths is not None, "a map that follows rows needs their lengths"
+    if rule.row_curve is not None:
+        curve, count = rule.row_curve, lengths.double()
+        rate = curve.limit / (1 + torch.exp(-(curve.slope * count + curve.shift))) / (count - 1).clamp(min=1)
+        return torch.where(lengths > curve.beyond, (positions * rate).floor().to(positions.dtype), positions)
+    assert rule.row_group is not None
+    span, beyond = rule.row_group.span, rule.row_group.beyond
+    if not rule.pair_shares:
+        return positions // ((lengths - beyond + span - 1) // span).clamp(min=1)
+    scale = ((lengths - beyond).double() / span).clamp(min=1)
+    shares = torch.tensor(rule.pair_shares, dtype=torch.float64, device=positions.device)
+    moved = positions[..., None] * (1 - shares * (1 - 1 / scale[..., None]))
+    return moved if len(shares) > 1 else moved[..., 0]
 
 
 def belongs(part: Band, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:

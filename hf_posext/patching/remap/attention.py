@@ -32,7 +32,7 @@ from .forward import ATTENTION, both_sides, positions_at
 from .layout import LayerLayout, Layout, Phases, Probing
 from .positions import Positions
 from .remapping import Remapping
-from .rotary import phases_at
+from .rotary import pair_phases, phases_at
 from .rotated_keys import cached_keys
 
 MASKS = {ATTENTION["sdpa"]: sdpa_mask, ATTENTION["eager"]: eager_mask}
@@ -254,8 +254,15 @@ def _rotations(
     """Queries or keys rotated to their positions under each of the maps. Phases are the same wherever `what` is."""
 
     def phases(some: tuple[PositionMap, ...]) -> Phases:
-        lengths = at.lengths(positions) if any(rule.row_group for rule in some) else None
-        wanted = torch.cat([mapped(positions, rule, lengths) for rule in some], -1)
+        lengths = at.lengths(positions) if any(rule.follows_rows for rule in some) else None
+        moved = [mapped(positions, rule, lengths) for rule in some]
+        slots = next((one.shape[-1] for one in moved if one.ndim > positions.ndim), 0)
+        if slots:
+            if positions.ndim == 3:
+                raise UnsupportedModelError("Positions on several axes cannot be mapped by rotary pairs.")
+            moved = [one if one.ndim == 3 else one[..., None].expand(*one.shape, slots) for one in moved]
+            return layout.phases(*pair_phases(at, torch.cat(moved, -2), states), states.dtype)
+        wanted = torch.cat(moved, -1)
         if not at.state.remapping.delta:
             return layout.phases(*phases_at(at, wanted, states), states.dtype)
         # the model has rotated by its own positions, and factor, already
@@ -285,7 +292,10 @@ def _scaled(query: torch.Tensor, at: Positions, positions: torch.Tensor, scale: 
     def make() -> torch.Tensor:
         first = positions if positions.ndim == 2 else positions[0]
         past = (first.float() + 1) / scale.length
-        if scale.step is None:
+        if scale.row is not None:
+            past = (at.lengths(first).float() - scale.row.beyond) / scale.row.span
+            factor = (1 + scale.temperature * past.clamp(min=1).log()) * scale.constant
+        elif scale.step is None:
             factor = (1 + scale.temperature * past.clamp(min=1).log()).square() * scale.constant
         else:
             factor = (1 + scale.temperature * ((first + 1) // scale.step + 1).float().log()) * scale.constant

@@ -170,6 +170,8 @@ def last_lengths(lengths: torch.Tensor, counted: torch.Tensor | None) -> torch.T
 
 def window_edge(parts: tuple[Band, ...]) -> int | None:
     """Return the one distance at which a key is rotated anew as tokens follow; 0 without one, `None` with several."""
+    if any(part.key.by_pair or part.query.by_pair for part in parts):
+        return None
     if len({part.key for part in parts}) <= 1:
         return 0
     if any(part.chunk > 1 or part.keys_below is not None for part in parts):

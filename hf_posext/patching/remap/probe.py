@@ -75,10 +75,15 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
         raise UnsupportedModelError(
             f"{plan.method}: two LongRoPE lists cannot be combined with remapping; give one list"
         )
-    indexed = any("Indexer" in type(module).__name__ for module in model.modules())
-    if indexed and plan.follows_rows:
+    by_pair = any(mapping.by_pair for part in plan.parts for mapping in (part.query, part.key))
+    if by_pair and any(entry.growth for entry in plan.rotaries):
         raise UnsupportedModelError(
-            f"{kind} selects keys by their rotated states; {plan.method} cannot follow each row there, yarn can"
+            f"{plan.method}: positions of each pair and frequencies that follow rows cannot be combined"
+        )
+    indexed = any("Indexer" in type(module).__name__ for module in model.modules())
+    if indexed and (plan.follows_rows or by_pair):
+        raise UnsupportedModelError(
+            f"{kind} selects keys by their rotated states; {plan.method} cannot follow rows or pairs there, yarn can"
         )
     config: Any = text_config(model.config)
     base = config._attn_implementation or "eager"

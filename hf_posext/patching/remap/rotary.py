@@ -73,6 +73,24 @@ def phases_at(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[
     return cos.view(*shape, -1), sin.view(*shape, -1)
 
 
+def pair_phases(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine (batch, tokens, slots) where each slot of frequencies has positions of its own.
+
+    A twin of the rotary module for each token has the angles for frequencies, and is asked for position 1.
+
+    Args:
+        at (`Positions`): of the forward.
+        wanted (`torch.Tensor` of shape `(batch or 1, tokens, slots of frequencies)`): positions.
+        like (`torch.Tensor`): its dtype and device are taken.
+    """
+    frequencies = _frequencies(at.site)
+    angles = wanted.to(frequencies.device) * frequencies
+    first = on_axes(torch.ones(1, 1, dtype=torch.long, device=frequencies.device), at.axes)
+    ask = torch.vmap(lambda angle: own_phases(_twin(at.site, angle), first, like))
+    cos, sin = ask(angles.flatten(0, 1))
+    return cos.view(*wanted.shape[:2], -1), sin.view(*wanted.shape[:2], -1)
+
+
 def own_phases(site: RotarySite, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what a module's own forward gives at positions, below the mixin. Layers may be on other devices."""
     module: Any = site.module
@@ -100,19 +118,24 @@ def _grown_phases(
     """Phases with the frequencies that a document of one length has: `numbers` (3, slots) and `temperature` are those
     of [`Growth`].
 
-    A twin of the module has these frequencies, and the module itself, which other threads may ask, keeps its own.
     """
     moving, power, kept = numbers
+    cos, sin = own_phases(_twin(site, moving * scale ** (-power) + kept), positions, like)
+    sharper = (1 + temperature * scale.log()).to(cos)
+    return cos * sharper, sin * sharper
+
+
+def _twin(site: RotarySite, frequencies: torch.Tensor) -> RotarySite:
+    """Return a twin of a rotary module with other frequencies; the module, which other threads may ask, keeps its
+    own."""
     twin: Any = object.__new__(type(site.module))
     twin.__dict__.update(site.module.__dict__)
-    name, frequencies = f"{site.prefix}inv_freq", moving * scale ** (-power) + kept
+    name = f"{site.prefix}inv_freq"
     if name in site.module._buffers:
         twin._buffers = {**site.module._buffers, name: frequencies}
     else:
         twin.__dict__[name] = frequencies
-    cos, sin = own_phases(RotarySite(site.path, twin, site.name, site.layer_type), positions, like)
-    sharper = (1 + temperature * scale.log()).to(cos)
-    return cos * sharper, sin * sharper
+    return RotarySite(site.path, twin, site.name, site.layer_type)
 
 
 def _identity(out: Any, rows: torch.Tensor | None = None) -> Any:

@@ -1,0 +1,60 @@
+"""LaMPE: as many positions for the far band as the length of the row is worth, by a logistic curve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import InvalidParameterError
+from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowCurve
+from .base import register
+from .remap import SAME, RemapMethod, default_window, require_window
+
+CURVES = {
+    "llama-3": (8192, 6204.409324666837, 0.00010493097327094324, -2.466638011138158),
+    "llama-2": (4096, 2489.1056, 8.6730064e-5, -0.6480123),
+    "llama-3.1": (131072, 82358.524, 4.5052611e-5, -2.7885769),
+}
+"""Trained length, and limit, slope and shift of the curve that the authors fitted to each model."""
+
+
+@register
+@dataclass(frozen=True)
+class LaMPE(RemapMethod):
+    """Distances up to `head` as they are, farther ones squeezed into a number of positions that follows the row.
+
+    In a row of n tokens, query i and key j farther apart than `head` get positions `floor(i r) + head - floor(head r)
+    - 1` and `floor(j r)` with `r = M / (n - 1)` and `M = c / (1 + exp(-(a n + b)))`. All logits are multiplied by
+    `(0.1 ln 2 + 1) ** 2`. Zhang et al., *LaMPE: Length-aware Multi-grained Positional Encoding for Adaptive
+    Long-context Scaling Without Training*, 2025. Rows up to the trained length keep their positions; the published
+    code maps them, too, from `2 * head` tokens on. It also counts the last 200 of the n distances one by one, which is
+    left out here: they concern the first tokens of a text, as its last ones see them.
+
+    Args:
+        curve (`str`, *optional*, defaults to `"llama-3"`): the model that a, b and c were fitted to: `llama-2`,
+            `llama-3` or `llama-3.1`. They are scaled to the trained length of the model at hand.
+        head (`int`, *optional*): in tokens; a sixteenth of the trained length by default.
+    """
+
+    name: ClassVar[str] = "lampe"
+    title: ClassVar[str] = "LaMPE"
+    url: ClassVar[str] = "https://arxiv.org/abs/2508.02308"
+
+    curve: str = "llama-3"
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.curve not in CURVES:
+            raise InvalidParameterError(f"Expected a lampe curve of {', '.join(CURVES)}, got {self.curve!r}.")
+
+    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+        head = require_window(self, "head", default_window(plan, 1 / 16) if self.head is None else self.head, plan)
+        trained, limit, slope, shift = CURVES[self.curve]
+        scale = plan.trained_length / trained
+        curve = RowCurve(limit=limit * scale, slope=slope / scale, shift=shift, beyond=plan.trained_length)
+        far = Band(PositionMap(row_curve=curve, kept=head), PositionMap(row_curve=curve), low=head + 1)
+        return Band(SAME, SAME, high=head + 1), far
+
+    def query_scale(self, plan: ExtensionPlan) -> QueryScale:
+        return QueryScale(length=max(plan.trained_length, 2), constant=(0.1 * math.log(2) + 1) ** 2)
