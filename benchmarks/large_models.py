@@ -18,7 +18,7 @@ import torch
 from measure import Way, read_in_turn
 from output import RESULTS, Run, console, figure, table
 
-from hf_posext.evaluation.protocols.control import control_stride
+from hf_posext.evaluation.protocols.control import control_windows
 from hf_posext.evaluation.scoring.scorer import LOGITS_BYTES, LOGITS_ROWS, Memory, TokenScorer
 
 CHUNKS = (None, 4096, 1024)
@@ -108,11 +108,6 @@ class Shape:
         """Time of the control: the first window of the trained length, and windows that end every eighth of it."""
         windows = control_windows(tokens, trained)
         return windows * self.seconds(min(tokens, trained), linear, attention)
-
-
-def control_windows(tokens: int, trained: int) -> int:
-    """Forwards of the control: past the trained length, the first window is read again among the sliding ones."""
-    return 1 if tokens <= trained else 2 + -(-(tokens - trained) // control_stride(trained))
 
 
 LARGE = (

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import patch_model
 from hf_posext.errors import PosExtError
 from hf_posext.evaluation import Document, evaluate_perplexity, load_documents
-from hf_posext.evaluation.questions.passkey import ask
+from hf_posext.evaluation.questions import ask
 
 SCHEMA = 1
 RESULT = RESULTS / "public_model.json"

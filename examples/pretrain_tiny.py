@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from hf_posext import evaluate_perplexity, load_documents
-from hf_posext.evaluation.questions.passkey import FILLER, NEEDLE, QUESTION, haystack
+from hf_posext.evaluation.prompts import FILLER, NEEDLE, QUESTION, haystack
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 512

@@ -30,8 +30,8 @@ GROUPS = {
     "Positions": "methods method factor target_length trained_length original_length",
     "Training": "preset learning_rate rank lora_ratio targets length steps batch_size accumulation warmup pack pose "
     "shifted longce finetune.alpha gradient_checkpointing load_in_4bit save_every",
-    "Measuring": "lengths protocol stride tail bos passkey retrieval tasks depths longppl alpha beta short_length "
-    "budget short_limit objective population generations evaluate evaluate_split every patience",
+    "Measuring": "lengths protocol stride tail bos passkey retrieval tasks depths chat longppl alpha beta "
+    "short_length budget short_limit objective population generations evaluate evaluate_split every patience",
     "Machine and memory": "dtype bf16 device prefill_chunk offload_cache seed",
 }
 """Parameters under each heading. One that means something else in another command carries its name, with a dot."""

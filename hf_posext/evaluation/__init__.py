@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from .contrast.key_tokens import find_key_tokens
     from .contrast.longppl import longce_weights, longppl
     from .perplexity import evaluate_perplexity
-    from .questions.passkey import passkey_accuracy
-    from .questions.retrieval import retrieval
+    from .questions import passkey_accuracy, retrieval
     from .results.results import Results
     from .results.tracking import log_results
     from .texts.documents import Document, Documents, load_documents
@@ -26,8 +25,7 @@ _HOMES = {
     "contrast.key_tokens": ("find_key_tokens",),
     "contrast.longppl": ("longce_weights", "longppl"),
     "perplexity": ("evaluate_perplexity",),
-    "questions.passkey": ("passkey_accuracy",),
-    "questions.retrieval": ("retrieval",),
+    "questions": ("passkey_accuracy", "retrieval"),
     "results.results": ("Results",),
     "results.tracking": ("log_results",),
     "texts.documents": ("Document", "Documents", "load_documents"),

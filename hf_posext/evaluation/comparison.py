@@ -114,7 +114,7 @@ def compare(
     criterion = check_key_search(request, trained_length, [name_of(plan) for plan in plans])
 
     setup = prepare(request, model, tokenizer, documents)
-    runs = [method_run(setup, plan, settled.passkey, request.questions) for plan in plans]
+    runs = [method_run(setup, plan) for plan in plans]
     patches: list[Enter] = [partial(patch_model, base, plan, tokenizer=tokenizer) for plan in plans]
     return measure_runs(
         setup,
@@ -124,7 +124,7 @@ def compare(
         criterion,
         unpatched=plans[0].changes_nothing,
         facts={"trained_length": trained_length, "not_applicable": not_applicable},
-        identity={"trained_length": trained_length, "passkey": settled.passkey},
+        identity={"trained_length": trained_length},
         models=[model],
         journal=journal,
         accelerator=accelerator,
@@ -165,7 +165,7 @@ def measure_runs(
     runs, enters = [run for run, _ in methods], [enter for _, enter in methods]
     search = key_search(setup, criterion, methods)
     bare = list(dict.fromkeys(run.scorer.model for run in ([control] if control else []) + runs))
-    depends = {**identity, **setup.questions.facts, **(search.identity if search else {})}
+    depends = {**identity, **setup.questions.identity(setup.tokenizer), **(search.identity if search else {})}
     whole_identity = run_identity(setup, [*bare, *(search.others if search else [])], plans, **depends)
     with ExitStack() as stack:
         for sharded in models:

@@ -55,6 +55,8 @@ class EvaluationConfig:
         retrieval (`int`, *optional*, defaults to 0): trials of each task at each length and depth; 0 for none.
         tasks (`Sequence[str]`, *optional*): tasks of retrieval, see [`task_prompt`]; all by default.
         depths (`Sequence[float]`, *optional*): depths of retrieval, from 0 (beginning) to 1 (end); by default five.
+        chat (`bool`, *optional*, defaults to `False`): ask passkeys and retrieval in the chat template of the
+            tokenizer.
         longppl (`str`, `PreTrainedModel` or `tuple`, *optional*): finds the key tokens of LongPPL
             ([`find_key_tokens`]), once, at the longest length, for all methods and the control. The label of one of
             the methods (`"yarn"`, or `"yarn x8"` where it has several factors), which is thereby favoured; or another
@@ -82,6 +84,7 @@ class EvaluationConfig:
     depths: Sequence[float] | None = _setting(
         "Of --retrieval: places in the text from 0 to 1; 0,0.25,0.5,0.75,1 if not given."
     )
+    chat: bool = _setting("Ask passkeys and retrieval in the tokenizer's chat template.", False)
     longppl: Any = _setting(
         "Perplexity of key tokens, found by one of the methods (its label), or by a model (a folder or Hub id, with a "
         "slash in it).",

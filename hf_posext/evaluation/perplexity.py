@@ -93,10 +93,8 @@ def evaluate_perplexity(
     criterion = check_key_search(request, control_length or scheme.trained_length, [title(label, factor)])
 
     setup = prepare(request, model, tokenizer, documents)
-    run = MethodRun(
-        setup, label, factor, setup.scorer, boundaries_of(scheme, plan),
-        passkey=settled.passkey, questions=request.questions,
-    )  # fmt: skip
+    boundaries = boundaries_of(scheme, plan)
+    run = MethodRun(setup, label, factor, setup.scorer, boundaries, questions=setup.questions)
     truncated, facts = None, {}
     if control is not None and control_length is not None:
         truncated = control_run(setup, setup.scorer_of(control), control_length)
@@ -108,7 +106,7 @@ def evaluate_perplexity(
         [plan],
         criterion,
         facts=facts,
-        identity={"label": label, "passkey": settled.passkey, **facts},
+        identity={"label": label, **facts},
         models=[one for one in (model, control) if one is not None],
         journal=journal,
         accelerator=accelerator,

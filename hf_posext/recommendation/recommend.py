@@ -12,7 +12,7 @@ from torch import nn
 from ..diagnosis import Diagnosis, diagnose
 from ..errors import InvalidParameterError, UnsupportedModelError
 from ..evaluation.config import EvaluationConfig, renamed
-from ..evaluation.questions.passkey import passkey_prompts
+from ..evaluation.questions import Questions
 from ..evaluation.running.journal import open_journal, run_identity
 from ..evaluation.running.setup import check_request, prepare
 from ..patching import detect_scheme, unwrap
@@ -146,8 +146,7 @@ def prepared(
             f"{type(base).__name__} is no causal language model, and recommend measures those; use hf-posext compare"
         )
     choice = candidates(base, scheme, methods, trained, target_length)
-    if passkey:
-        passkey_prompts(tokenizer, target_length, passkey, seed)
+    Questions(passkey, seed=seed).check(tokenizer, [target_length])
     setup = prepare(request, model, tokenizer, documents)
     plans = [*choice.plans, *choice.unseen]
     identity = run_identity(setup, [base], plans, recommend={"trained": trained, "passkey": passkey})

@@ -11,7 +11,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import EvaluationError
-from ..evaluation.protocols.control import CONTROL, control_stride
+from ..evaluation.protocols.control import CONTROL, control_windows
+from ..evaluation.questions import Questions
 from ..evaluation.results.statistics import bootstrap_interval, pooled_perplexity
 from ..evaluation.running.journal import RunJournal
 from ..evaluation.running.runner import Stage, measure
@@ -68,7 +69,8 @@ class Sweep:
         self.by_name = {name_of(plan): plan for plan in self.plans}
         self.runs = {name: method_run(self.setup, plan) for name, plan in self.by_name.items()}
         target = replace(self.setup, lengths=[self.target])
-        self.questions = {name: replace(run, setup=target, passkey=self.passkey) for name, run in self.runs.items()}
+        asked = Questions(self.passkey, seed=self.seed)
+        self.questions = {name: replace(run, setup=target, questions=asked) for name, run in self.runs.items()}
         short = replace(self.setup, lengths=[self.trained])
         self.short = MethodRun(short, SHORT, 1.0, self.setup.scorer)
         self.control = control_run(self.setup, self.setup.scorer, self.trained)
@@ -81,8 +83,7 @@ class Sweep:
     @cached_property
     def control_tokens(self) -> int:
         """Tokens that the control reads for a document."""
-        windows = 1 + math.ceil((self.target - self.trained) / control_stride(self.trained))
-        return (windows + 1) * self.trained
+        return control_windows(self.target, self.trained) * self.trained
 
     def prices(self, names: Iterable[Name]) -> Prices:
         """Cost of contenders, in tokens."""

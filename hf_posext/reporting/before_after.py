@@ -85,5 +85,5 @@ def _by_length(results: Results) -> list[Mapping[str, Any]]:
 
 
 def _with_extras(row: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What no sums give again: pass keys, LongPPL."""
+    """What no sums give again: passkeys, LongPPL."""
     return {**row, **{key: value for key, value in measured.items() if key not in row}}

@@ -15,7 +15,19 @@ from .tables import SHORT_CONTEXT, Grid, grids, row_name
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-MEASUREMENT = ("protocol", "stride", "tail", "start", "bos", "dataset", "split", "revision", "documents", "dtype")
+MEASUREMENT = (
+    "protocol",
+    "stride",
+    "tail",
+    "start",
+    "bos",
+    "dataset",
+    "split",
+    "revision",
+    "documents",
+    "dtype",
+    "chat",
+)
 """What must be the same for two numbers to be comparable."""
 
 SAME_RUN = ("model", "trained_length", *MEASUREMENT, "longppl")
@@ -45,7 +57,7 @@ def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
     for name, run in runs.items():
         if not run.rows:
             raise InvalidParameterError(f"{name} has no rows; measure again, or leave it out")
-        key = json.dumps([run.provenance.get(key) for key in SAME_RUN], sort_keys=True)
+        key = json.dumps([_setting(run, key) for key in SAME_RUN], sort_keys=True)
         groups.setdefault(key, {})[name] = run
     return [_join(group) for group in groups.values()]
 
@@ -68,7 +80,7 @@ def differences(runs: Sequence[Results]) -> list[str]:
     """A warning where runs stand in one table that were not measured in the same way; empty where all were."""
     said = []
     for key in MEASUREMENT:
-        values = {json.dumps(run.provenance.get(key), sort_keys=True): _told(run, key) for run in runs}
+        values = {json.dumps(_setting(run, key), sort_keys=True): _told(run, key) for run in runs}
         if len(values) > 1:
             said.append(f"{key} ({', '.join(values.values())})")
     return [f"Compare within a model, not across: the runs differ in {'; '.join(said)}."] if said else []
@@ -145,7 +157,7 @@ def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _filled(row: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """A row, and where it knows nothing (no pass keys were asked for, or there was no control) what another knows."""
+    """A row, and where it knows nothing (no passkeys were asked for, or there was no control) what another knows."""
     return {**row, **{key: value for key, value in other.items() if row.get(key) is None}}
 
 
@@ -158,9 +170,15 @@ def _unique(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict
     return list(found.values())
 
 
+def _setting(run: Results, key: str) -> Any:
+    """A setting of a run; earlier results contain no `chat`, which was off."""
+    value = run.provenance.get(key)
+    return bool(value) if key == "chat" else value
+
+
 def _told(run: Results, key: str) -> str:
     """A setting in a word: of the list of documents, their number."""
-    value = run.provenance.get(key)
+    value = _setting(run, key)
     if key == "longppl" and value is not None:
         settings = (f"{name} {value[name]:g}" for name in ("alpha", "beta", "short_length") if name in value)
         return f"by {value['evaluator']} with {', '.join(settings)}"

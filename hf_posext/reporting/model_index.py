@@ -18,7 +18,7 @@ METRICS = (
     ("perplexity_tail", "perplexity", "Perplexity of the second half"),
     ("bits_per_byte", "bits_per_byte", "Bits per byte"),
     ("gain", "gain", "Gain over the truncated context"),
-    ("passkey", "accuracy", "Pass-key retrieval"),
+    ("passkey", "accuracy", "Passkey retrieval"),
 )
 """Key of a row, type and name of the metric."""
 

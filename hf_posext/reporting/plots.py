@@ -1,4 +1,4 @@
-"""The pictures: perplexity, gain and pass keys by context length; gain by position; several models side by side."""
+"""The pictures: perplexity, gain and passkeys by context length; gain by position; several models side by side."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ABREAST = 3
 
 def plot_perplexity(results: Results, path: str | Path) -> None:
     """Draws the perplexity of the second half of the text by length, beside the truncation control, the gain over
-    that control, and pass-key accuracy where it was measured.
+    that control, and passkey accuracy where it was measured.
 
     Args:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
@@ -149,7 +149,7 @@ def plot_side_by_side(runs: Sequence[Results], titles: Sequence[str], path: str 
 def _draw_passkey(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Mapping[str, Style]) -> None:
     for name, rows in methods.items():
         draw_line(panel, name, rows, "passkey", {}, styles[name])
-    panel.set_title("Pass keys retrieved")
+    panel.set_title("Passkeys retrieved")
     panel.set_ylabel("accuracy (%)")
     panel.set_ylim(-0.06, 1.06)
     panel.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))

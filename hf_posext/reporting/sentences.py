@@ -19,7 +19,7 @@ TOLERANCE = 1.25
 
 
 def describe_methods(results: Results) -> list[str]:
-    """One sentence for each method: how far it holds, what that costs, whether the longer context pays, pass keys.
+    """One sentence for each method: how far it holds, what that costs, whether the longer context pays, passkeys.
 
     Args:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
@@ -43,7 +43,7 @@ def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row], tr
     if longest.get("gain") is not None:
         parts.append(_against_truncation(longest))
     if longest.get("passkey") is not None:
-        parts.append(f"it retrieves {100 * longest['passkey']:.0f} % of the pass keys there")
+        parts.append(f"it retrieves {100 * longest['passkey']:.0f} % of the passkeys there")
     return "; ".join(parts)
 
 

@@ -1,7 +1,7 @@
 """Results as text: the same grids for a terminal and in markdown.
 
 A *grid* is one question asked of every method at every length: how high is the perplexity, does the longer context
-pay (`gain`), are pass keys found. The truncation control is a row of the first grid: the same tokens, scored by the
+pay (`gain`), are passkeys found. The truncation control is a row of the first grid: the same tokens, scored by the
 unpatched model with its context cut to the trained length.
 """
 
@@ -191,6 +191,10 @@ def _longppl_grid(results: Results) -> Grid:
     return Grid(title, (rows[0]["length"],), tuple(cells))
 
 
+def _chat(results: Results) -> str:
+    return ", in the chat template" if results.provenance.get("chat") else ""
+
+
 def _retrieval_grid(results: Results, lengths: tuple[int, ...]) -> Grid:
     tasks: dict[str, dict[str, dict[int, list[float | None]]]] = {}
     for row in results.retrieval:
@@ -201,7 +205,7 @@ def _retrieval_grid(results: Results, lengths: tuple[int, ...]) -> Grid:
         rows.append((task, ()))
         rows += [(name, tuple(_share(found.get(length)) for length in lengths)) for name, found in methods.items()]
     trials = results.retrieval[0]["trials"]
-    title = f"Retrieval: share found, mean over depths (trials at each: {trials})"
+    title = f"Retrieval: share found, mean over depths (trials at each: {trials}{_chat(results)})"
     return Grid(title, lengths, tuple(rows), _retrieval_intervals(results, lengths[-1]))
 
 
@@ -243,7 +247,7 @@ def _share(accuracies: list[float | None] | None) -> str:
 
 def grids(results: Results) -> list[Grid]:
     """Every question the results can answer: first what happens inside the trained length, then perplexity at every
-    length, then gain, LongPPL, pass keys, retrieval and bits per byte where they were measured.
+    length, then gain, LongPPL, passkeys, retrieval and bits per byte where they were measured.
 
     Args:
         results ([`~hf_posext.evaluation.Results`]): Rows of one comparison.
@@ -274,7 +278,7 @@ def grids(results: Results) -> list[Grid]:
         answers.append(_longppl_grid(results))
     if any(row.get("passkey") is not None for row in results.rows):
         trials = next((f", {row['passkey_trials']} trials" for row in results.rows if row.get("passkey_trials")), "")
-        title = f"Pass keys retrieved (greedy decoding{trials})"
+        title = f"Passkeys retrieved (greedy decoding{trials}{_chat(results)})"
         answers.append(Grid(title, lengths, rows_of(_passkey_cell), _passkey_intervals(methods, lengths[-1])))
     if results.retrieval:
         answers.append(_retrieval_grid(results, lengths))

@@ -53,7 +53,7 @@ from .helpers import MODEL, compare, error_of
         ({"prefill_chunk": 0}, "--prefill-chunk is 0; give tokens, as in --prefill-chunk 2048"),
         ({"protocol": "sliding", "stride": 64}, "stride"),
         ({"passkey": -1}, "'--passkey'"),
-        ({"passkey": 1, "lengths": "16"}, "pass keys need at least"),
+        ({"passkey": 1, "lengths": "16"}, "for a prompt of the task 'passkey'"),
         ({"start": -1}, "start is -1"),
         ({"dtype": "int8"}, "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
         ({"device": "abacus"}, "; give one that torch has here, as in --device cpu"),

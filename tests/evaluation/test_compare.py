@@ -261,7 +261,7 @@ def test_mistakes_show_before_anything_is_measured(llama: LlamaForCausalLM) -> N
             {"methods": ["linear"] * 2},
         ),
         (InvalidParameterError, "give a list", {"methods": []}),
-        (InvalidParameterError, "pass keys need at least", {"lengths": [32, 128], "passkey": 2}),
+        (InvalidParameterError, "for a prompt of the task 'passkey'", {"lengths": [32, 128], "passkey": 2}),
         (InvalidParameterError, "passkey is -1", {"passkey": -1}),
         (InvalidParameterError, "protocol is 'rollin'", {"protocol": "rollin"}),
         (InvalidParameterError, "tail is 8, and protocol 'prefix' has none", {"tail": 8}),

@@ -1,4 +1,4 @@
-"""Pass keys: prompts that fit to the token, the same for every method, answered greedily."""
+"""Passkeys: prompts that fit to the token, the same for every method, answered greedily."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation import passkey_accuracy
-from hf_posext.evaluation.questions import passkey
-from hf_posext.evaluation.questions.passkey import answer_size, passkey_prompts
+from hf_posext.evaluation import passkey_accuracy, prompts, questions
+from hf_posext.evaluation.prompts import answer_size, passkey_prompts
 from hf_posext.patching import patch_model
 
 from ..conftest import EXAMPLES
 from .helpers import BOS, character_tokenizer
 
-SHORTEST = 59 + 38 + 6 + passkey.SLACK
+SHORTEST = 59 + 38 + 6 + prompts.SLACK
 """Characters of the key's line, of the question, and of the answer."""
 
 
@@ -27,41 +26,42 @@ SHORTEST = 59 + 38 + 6 + passkey.SLACK
 @settings(max_examples=30, deadline=None)
 def test_prompt_and_answer_fit_the_length_exactly(length: int, trials: int, seed: int, bos: bool) -> None:
     tokenizer = character_tokenizer(bos)
-    prompts = passkey_prompts(tokenizer, length, trials, seed)
-    answer = answer_size(tokenizer, [prompt.key for prompt in prompts])
-    for prompt in prompts:
-        assert len(prompt.tokens) + answer == length
+    written = passkey_prompts(tokenizer, length, trials, seed)
+    answer = answer_size(tokenizer, [prompt.answers[0] for prompt in written])
+    for prompt in written:
+        assert prompt.room == answer and len(prompt.tokens) + answer == length
         assert (prompt.tokens[0] == BOS) is bos
         text = "".join(tokenizer.convert_ids_to_tokens(prompt.tokens)).removeprefix("<s>")
-        line = f"The pass key is {prompt.key}. Remember it. {prompt.key} is the pass key.\n"
+        (key,) = prompt.answers
+        line = f"The pass key is {key}. Remember it. {key} is the pass key.\n"
         before, after = text.split(line)
         assert after.endswith("What is the pass key? The pass key is")
-        assert before == "" or before.endswith("again.\n") or len(before) < len(passkey.FILLER)
+        assert before == "" or before.endswith("again.\n") or len(before) < len(prompts.FILLER)
         assert prompt.depth == pytest.approx(len(before) / max(1, len(before) + len(after) - 37))
 
 
 def test_prompts_follow_from_seed_length_and_trial() -> None:
     tokenizer = character_tokenizer()
-    prompts = passkey_prompts(tokenizer, 2000, 20, seed=0)
-    assert passkey_prompts(tokenizer, 2000, 5, seed=0) == prompts[:5]
-    assert not {p.key for p in passkey_prompts(tokenizer, 2000, 20, seed=1)} & {p.key for p in prompts}
-    assert len({p.key for p in prompts}) == 20
-    depths = sorted(prompt.depth for prompt in prompts)
+    written = passkey_prompts(tokenizer, 2000, 20, seed=0)
+    assert passkey_prompts(tokenizer, 2000, 5, seed=0) == written[:5]
+    assert not {p.answers for p in passkey_prompts(tokenizer, 2000, 20, seed=1)} & {p.answers for p in written}
+    assert len({p.answers for p in written}) == 20
+    depths = sorted(prompt.depth for prompt in written)
     assert depths[0] < 0.2 and depths[-1] > 0.8 and len(set(depths)) > 10
 
 
 def test_a_length_that_holds_no_prompt_is_refused() -> None:
     tokenizer = character_tokenizer()
-    with pytest.raises(InvalidParameterError, match=r"need at least (\d+) tokens, and one length is 50") as error:
+    with pytest.raises(InvalidParameterError, match=r"lengths of (\d+) tokens or more .* got 50") as error:
         passkey_prompts(tokenizer, 50, 1, seed=0)
-    needed = int(str(error.value).split("at least ")[1].split()[0])
+    needed = int(str(error.value).split("lengths of ")[1].split()[0])
     assert passkey_prompts(tokenizer, needed, 1, seed=0)
     with pytest.raises(InvalidParameterError):
         passkey_prompts(tokenizer, needed - 1, 1, seed=0)
 
 
 def test_no_trials_are_refused(llama: LlamaForCausalLM) -> None:
-    with pytest.raises(InvalidParameterError, match="trials is 0"):
+    with pytest.raises(InvalidParameterError, match="trials .* got 0"):
         passkey_accuracy(llama, character_tokenizer(), [200], trials=0)
 
 
@@ -83,8 +83,8 @@ def test_an_answer_is_right_if_it_begins_with_the_key(
             rows.append(tokenizer(answer.format(key=key))["input_ids"])
         return torch.cat([input_ids, torch.tensor(rows)], dim=1)
 
-    monkeypatch.setattr(passkey, "generate_greedily", generate)
-    monkeypatch.setattr(passkey, "BATCH_TOKENS", 900)
+    monkeypatch.setattr(questions, "generate_greedily", generate)
+    monkeypatch.setattr(questions, "BATCH_TOKENS", 900)
     assert passkey_accuracy(llama, tokenizer, [200], trials=6) == {200: right}
     assert batches == [4, 2], "as many rows as fit the budget"
 
@@ -97,7 +97,7 @@ def test_decoding_is_greedy_whatever_the_model_says(llama: LlamaForCausalLM) -> 
         expected = torch.cat([expected, best], dim=1)
     llama.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0)
     llama.generation_config.eos_token_id = None
-    assert torch.equal(passkey.generate_greedily(llama, ids, 5), expected)
+    assert torch.equal(questions.generate_greedily(llama, ids, 5), expected)
 
 
 def test_the_shipped_model_finds_keys_inside_its_trained_length_and_with_yarn_beyond() -> None:

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation.questions import passkey
-from hf_posext.evaluation.questions.retrieval import DEPTHS, retrieval
-from hf_posext.evaluation.questions.tasks import TASKS, WORDS, answer_room, score, task_prompt
+from hf_posext.evaluation import prompts, questions, retrieval
+from hf_posext.evaluation.prompts import TASKS, WORDS, answer_room, task_prompt
+from hf_posext.evaluation.questions import DEPTHS, score
 from hf_posext.patching import patch_model
 from hf_posext.reporting import heatmaps
 
@@ -65,7 +65,7 @@ def test_prompts_follow_from_their_arguments_alone(task: str) -> None:
 def test_the_answer_stands_at_the_depth_asked(task: str, depth: float) -> None:
     text, answers = prompt_text(task, 900, depth)
     lines = text.split("\n")
-    filler = passkey.FILLER.strip()
+    filler = prompts.FILLER.strip()
     is_filler = [line == filler for line in lines]
     position = next(index for index, line in enumerate(lines) if answers[0] in line)
     # Whole lines of filler before the answer's, against their number: at most half a line beside the depth.
@@ -74,7 +74,7 @@ def test_the_answer_stands_at_the_depth_asked(task: str, depth: float) -> None:
 
 def test_what_each_task_hides_and_asks() -> None:
     text, (key,) = prompt_text("passkey", 600, 0.5)
-    assert passkey.NEEDLE.format(key=key) in text and text.endswith(passkey.QUESTION)
+    assert prompts.NEEDLE.format(key=key) in text and text.endswith(prompts.QUESTION)
 
     text, (key,) = prompt_text("multi-key", 600, 0.5)
     name = text.rsplit("pass key of ", 1)[1].removesuffix(" is")
@@ -115,9 +115,9 @@ def test_common_words_are_the_most_frequent_by_far(length: int) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_length_that_holds_no_prompt_is_refused(task: str) -> None:
-    with pytest.raises(InvalidParameterError, match=r"needs (\d+) tokens, and one length is 30") as error:
+    with pytest.raises(InvalidParameterError, match=r"lengths of (\d+) tokens or more .* got 30") as error:
         task_prompt(character_tokenizer(), task, 30, 0.5)
-    needed = int(str(error.value).split("needs ")[1].split()[0])
+    needed = int(str(error.value).split("lengths of ")[1].split()[0])
     assert 100 < needed < 800
     assert task_prompt(character_tokenizer(), task, needed + 50, 0.5)
 
@@ -152,7 +152,7 @@ def test_rows_have_the_scores_of_their_own_prompts(monkeypatch: pytest.MonkeyPat
         padded = [reply + [PIECES.eos_token_id] * (new_tokens - len(reply)) for reply in replies]
         return torch.cat([input_ids, torch.tensor(padded)], dim=1)
 
-    monkeypatch.setattr(passkey, "generate_greedily", generate)
+    monkeypatch.setattr(questions, "generate_greedily", generate)
     tasks = ["passkey", "common-words"]
     rows = retrieval(llama, PIECES, [500], tasks=tasks, depths=[0.0, 1.0], trials=3, seed=5, on_step=steps.append)
     assert [(row["task"], row["depth"], row["accuracy"]) for row in rows] == [
@@ -166,12 +166,12 @@ def test_rows_have_the_scores_of_their_own_prompts(monkeypatch: pytest.MonkeyPat
 
 def test_what_cannot_be_asked_is_refused(llama: LlamaForCausalLM) -> None:
     for wrong in ({"tasks": ["poetry"]}, {"tasks": []}, {"tasks": "passkey"}, {"tasks": ["passkey"] * 2}):
-        with pytest.raises(InvalidParameterError, match="tasks is .* passkey, multi-key, multi-value"):
+        with pytest.raises(InvalidParameterError, match="tasks .* passkey, multi-key, multi-value"):
             retrieval(llama, PIECES, [500], **wrong)
     for depths in ([], [1.5], [-0.1], [0.5, 0.5]):
-        with pytest.raises(InvalidParameterError, match="depths is"):
+        with pytest.raises(InvalidParameterError, match="Expected depths"):
             retrieval(llama, PIECES, [500], depths=depths)
-    with pytest.raises(InvalidParameterError, match="trials is 0"):
+    with pytest.raises(InvalidParameterError, match="trials .* got 0"):
         retrieval(llama, PIECES, [500], trials=0)
     with pytest.raises(InvalidParameterError, match="one twice"):
         retrieval(llama, PIECES, [500, 500])

@@ -12,8 +12,7 @@ from tokenizers import processors
 from hf_posext import evaluate_perplexity
 from hf_posext.errors import InvalidParameterError
 from hf_posext.evaluation import find_key_tokens
-from hf_posext.evaluation.questions.passkey import passkey_prompts
-from hf_posext.evaluation.questions.tasks import task_prompt
+from hf_posext.evaluation.prompts import passkey_prompts, task_prompt
 from hf_posext.evaluation.texts.documents import Document
 from hf_posext.evaluation.texts.tokens import special_prefix
 from hf_posext.training.rows import make_rows

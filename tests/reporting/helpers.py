@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from hf_posext.evaluation import Results
 
 LENGTHS = (512, 1024, 2048, 4096)
-# Perplexity, its tail, share of pass keys, at each length.
+# Perplexity, its tail, share of passkeys, at each length.
 MEASURED = {
     "none": [(40.1, 40.0, 1.0), (65.0, 105.6, 0.0), (103, 164, 0.0), (138, 185, 0.0)],
     "linear": [(132.7, 128.6, 0.0), (125.8, 119.5, 0.0), (117.9, 110.6, 0.0), (117.2, 116.3, 0.0)],

@@ -100,14 +100,14 @@ def test_each_method_gets_its_sentence() -> None:
     assert none == (
         "`none` holds up to 512 tokens and breaks by 1024 (tail perplexity 40.0 at 512, 106 there); "
         "at 4096 its perplexity is 5.5 times that of truncation (gain 0.18 [0.16, 0.20]); "
-        "it retrieves 0 % of the pass keys there."
+        "it retrieves 0 % of the passkeys there."
     )
     assert "keeps its perplexity level to 4096" in linear and "it costs 231 % [230, 232] of perplexity" in linear
     assert "holds up to 2048 tokens and breaks by 4096" in ntk
     assert yarn == (
         "`yarn x8` keeps its perplexity level to 4096 tokens (tail perplexity 43.4 at 512, 37.6 at 4096); "
         "inside the trained length, at 512, it costs 9 % [8, 10] of perplexity; "
-        "at 4096 it loses 11 % to truncation (gain 0.89 [0.87, 0.91]); it retrieves 90 % of the pass keys there."
+        "at 4096 it loses 11 % to truncation (gain 0.89 [0.87, 0.91]); it retrieves 90 % of the passkeys there."
     )
 
 
@@ -141,7 +141,7 @@ def test_the_picture_is_as_wide_as_a_readme_and_replaces_in_one_step(tmp_path: P
 @pytest.mark.parametrize(
     ("asked", "titles"),
     [
-        ({}, ["Perplexity of the second half of the text", "Gain over truncation", "Pass keys retrieved"]),
+        ({}, ["Perplexity of the second half of the text", "Gain over truncation", "Passkeys retrieved"]),
         ({"passkey": False}, ["Perplexity of the second half of the text", "Gain over truncation"]),
         ({"passkey": False, "control": False}, ["Perplexity of the second half of the text"]),
     ],
@@ -245,8 +245,8 @@ def test_intervals_that_were_infinite_are_left_out() -> None:
 
 def test_a_report_without_control_does_not_speak_of_it() -> None:
     text = render_report(make_results(control=False, passkey=False))
-    assert "runcat" not in text.replace("gain over truncation and pass keys by context length", "")
-    assert "pass keys ask" not in text.lower()
+    assert "runcat" not in text.replace("gain over truncation and passkeys by context length", "")
+    assert "passkeys ask" not in text.lower()
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +298,7 @@ def test_every_output_marks_a_legacy_average(tmp_path: Path, monkeypatch: pytest
         f"Short-context check: change of perplexity inside the trained length {mark}",
         f"Perplexity {mark}",
         f"Gain over truncation {mark} (above 1: the longer context pays)",
-        "Pass keys retrieved (greedy decoding, 20 trials)",
+        "Passkeys retrieved (greedy decoding, 20 trials)",
     ]
     assert dict(grids(results)[1].rows)["yarn x8"][3] == "38.4", "without a second half"
     assert mark in " ".join(line.strip() for line in printed(results))

@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
         [
             r"Short-context check.*\n.*\n.*\nyarn x4 +\+\d",
             r"Gain over truncation.*\n.*\n.*\nnone +1.00 +0\.[1-4]\d\nyarn x4 +0\.9\d +(0\.9|1\.0)\d\n",
-            r"Pass keys.*\n.*\n.*\nnone +100 % +0 %\nyarn x4 +100 % +100 %\n",
+            r"Passkeys.*\n.*\n.*\nnone +100 % +0 %\nyarn x4 +100 % +100 %\n",
             r"the report: reports/before_after/README.md\n",
         ],
     ),

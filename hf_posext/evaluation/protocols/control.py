@@ -23,6 +23,11 @@ def control_stride(trained_length: int) -> int:
     return max(1, trained_length // 8)
 
 
+def control_windows(tokens: int, trained_length: int) -> int:
+    """Forwards of the control over so many tokens of a document."""
+    return 1 + max(0, -(-(tokens - trained_length) // control_stride(trained_length)))
+
+
 class TruncatedReader:
     """
     Reads the windows of one document with at most so many tokens of context for each token.
@@ -63,4 +68,5 @@ class TruncatedReader:
 
     def _far_windows(self) -> list[Window]:
         windows = sliding_windows(len(self.row), self.size, control_stride(self.size), self.bos)
-        return [window for window in windows if window.end > self.since]
+        # The first `size` tokens were read with the windows, of which the first begins at token 0.
+        return [window for window in windows if window.end > max(self.size, self.since)]

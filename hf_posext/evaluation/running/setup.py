@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import logging
 import platform
 import shlex
@@ -25,8 +24,7 @@ from ...scheme import PositionalScheme
 from ..config import EvaluationConfig
 from ..protocols.choice import DECODER_PROTOCOLS, kind_of, protocol_for
 from ..protocols.protocol import PerplexityProtocol
-from ..questions.passkey import passkey_prompts
-from ..questions.retrieval import NO_QUESTIONS, Questions, check_questions
+from ..questions import Questions, check_questions
 from ..results.rows import Conditions
 from ..scoring.boundaries import check_positions
 from ..scoring.context_parallel import memory_for
@@ -55,7 +53,7 @@ class Request:
         lengths (`list[int]`): in tokens, ascending.
         protocol ([`PerplexityProtocol`]): how to measure.
         memory ([`Memory`]): how texts go through the model.
-        questions ([`Questions`]): of retrieval.
+        questions ([`Questions`]): passkeys and retrieval.
         accelerator (`Accelerator`, *optional*): of the processes that share the work.
     """
 
@@ -110,8 +108,18 @@ def check_request(
     for what, value in (("tasks", config.tasks), ("depths", config.depths)):
         if value is not None and not config.retrieval:
             raise InvalidParameterError(f"{what} is {list(value)}, and retrieval is 0; give retrieval=4, say, too")
-    trials = config.retrieval
-    questions = check_questions(trials, config.tasks, config.depths) if trials else NO_QUESTIONS
+    if config.chat and not (config.passkey or config.retrieval):
+        raise InvalidParameterError(
+            "chat is True, and nothing is asked. Pass passkey=4 or retrieval=4 too, or leave chat out."
+        )
+    rules: dict[str, Any] = {
+        "passkey": config.passkey, "seed": config.seed, "bos": config.bos, "chat": config.chat
+    }  # fmt: skip
+    questions = (
+        check_questions(config.retrieval, config.tasks, config.depths, **rules)
+        if config.retrieval
+        else Questions(**rules)
+    )
     return Request(config, scheme, lengths, protocol, memory, questions, accelerator)
 
 
@@ -235,7 +243,7 @@ class Setup:
         protocol ([`PerplexityProtocol`]): how to measure.
         memory ([`Memory`]): how texts go through the model.
         config ([`EvaluationConfig`]): the settings.
-        questions ([`Questions`]): of retrieval.
+        questions ([`Questions`]): passkeys and retrieval.
         conditions ([`Conditions`]): what every row contains.
         provenance (`dict`): what is needed to measure the same again.
     """
@@ -279,10 +287,7 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
         DocumentError, UnsupportedModelError: as [`evaluate_perplexity`].
     """
     config, lengths, protocol = request.config, request.lengths, request.protocol
-    for length in lengths if config.passkey else ():
-        passkey_prompts(tokenizer, length, config.passkey, config.seed, config.bos)
-    for length, task in itertools.product(lengths, request.questions.tasks):
-        request.questions.prompts(tokenizer, task, length, config.seed, config.bos)
+    request.questions.check(tokenizer, lengths)
     scorer = protocol.scorer(model, tokenizer, request.memory)
     texts = as_documents(documents)
     tokenized = tokenize_documents(texts, tokenizer, lengths[-1], config.start, config.bos)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,10 +13,9 @@ from ...patching.input_length import forget_length
 from ...plan import ExtensionPlan
 from ..contrast.key_tokens import KeyTokens
 from ..contrast.longppl import key_sums, longppl_cells
-from ..protocols.control import CONTROL, control_stride
+from ..protocols.control import CONTROL, control_windows
 from ..protocols.protocol import Measurement, cost_of
-from ..questions.passkey import passkey_accuracy
-from ..questions.retrieval import NO_QUESTIONS, Questions, retrieval
+from ..questions import NO_QUESTIONS, Questions
 from ..results.results import Results
 from ..results.rows import Record, document_record, make_rows
 from ..scoring.boundaries import Boundaries, boundaries_of
@@ -96,8 +94,7 @@ class MethodRun:
         scorer (`Any`): of the model.
         boundaries ([`Boundaries`], *optional*): where its positions depend on the length of the input.
         truncated (`int`, *optional*): tokens of context that each token gets at most; of the control only.
-        passkey (`int`, *optional*, defaults to 0): passkey trials at each length.
-        questions ([`Questions`], *optional*): of retrieval.
+        questions ([`Questions`], *optional*): passkeys and retrieval.
         keys ([`KeyTokens`], *optional*): tokens whose NLL is reported separately, at the longest length.
     """
 
@@ -107,7 +104,6 @@ class MethodRun:
     scorer: Any
     boundaries: Boundaries = Boundaries()
     truncated: int | None = None
-    passkey: int = 0
     questions: Questions = NO_QUESTIONS
     keys: KeyTokens | None = None
 
@@ -132,14 +128,15 @@ class MethodRun:
         """A task for each pass over each document, then one for each question."""
         return [
             *(task for lengths in self.passes for task in self._document_tasks(lengths)),
-            *self._passkeys,
-            *self._retrievals,
+            *self._questions,
         ]
 
     def measure(self, task: Task) -> Any:
         """The value of a task: records of its document by length, an accuracy, or the accuracy at each depth."""
         if task.kind != "nll":
-            return self._answer(task)
+            forget_length(self.scorer.model)
+            shares = self.questions.ask(self.scorer.model, self.setup.tokenizer, task.question, task.lengths[0])
+            return shares[0] if task.kind == "passkey" else shares
         protocol, documents, lengths = self.setup.protocol, self.setup.documents, list(task.lengths)
         index = self.documents.index(str(task.document))
         if self.truncated is None:
@@ -176,13 +173,15 @@ class MethodRun:
 
     def passkey_cells(self, length: int, outcomes: Outcomes) -> dict[str, Any]:
         """Cells of passkeys in the row of a length; none if no passkeys were asked."""
-        found = {task.lengths: outcomes[task].value for task in self._passkeys}
-        return {"passkey": found[(length,)], "passkey_trials": self.passkey} if found else {}
+        if not self.questions.passkey:
+            return {}
+        value = outcomes[Task("passkey", self.label, self.factor, (length,))].value
+        return {"passkey": value, "passkey_trials": self.questions.passkey}
 
     def retrieval_rows(self, outcomes: Outcomes) -> list[dict[str, Any]]:
         """A row for each task of retrieval, length and depth; the accuracy of those that failed is `None`."""
         rows = []
-        for task in self._retrievals:
+        for task in (task for task in self._questions if task.kind == "retrieval"):
             places = self.questions.places(str(task.question))
             accuracies = outcomes[task].value or [None] * len(places)
             of_task = {"method": self.label, "factor": self.factor, "task": task.question, "length": task.lengths[0]}
@@ -194,56 +193,33 @@ class MethodRun:
 
     def unanswered(self, outcomes: Outcomes) -> list[dict[str, Any]]:
         """Questions that failed, and why."""
-        entries = {
-            **{task: {"passkey": f"{self.name} at {task.lengths[0]}"} for task in self._passkeys},
-            **{
-                task: {"retrieval": f"{self.name} on {task.question} at {task.lengths[0]}"}
-                for task in self._retrievals
-            },
-        }
-        known = [(entry, outcomes[task].failure) for task, entry in entries.items() if task in outcomes]
-        return [{**entry, "reason": failure} for entry, failure in known if failure is not None]
+        entries = []
+        for task in self._questions:
+            if task in outcomes and (failure := outcomes[task].failure) is not None:
+                which = f" on {task.question}" if task.question else ""
+                entries.append({task.kind: f"{self.name}{which} at {task.lengths[0]}", "reason": failure})
+        return entries
 
     def _document_tasks(self, lengths: list[int]) -> list[Task]:
         longest = self.setup.documents.length
         if self.truncated is None:
             reads = self.setup.protocol.reads(lengths, longest)
         else:
-            windows = 1 + max(0, longest - self.truncated) // control_stride(self.truncated)
-            reads = [min(self.truncated, longest)] * windows
+            reads = [min(self.truncated, longest)] * control_windows(longest, self.truncated)
         return [task_of("nll", self.label, self.factor, lengths, reads, document=id) for id in self.documents]
 
     @cached_property
-    def _passkeys(self) -> list[Task]:
-        lengths = self.setup.lengths if self.passkey else []
-        return [task_of("passkey", self.label, self.factor, [n], [n] * self.passkey) for n in lengths]
-
-    @cached_property
-    def _retrievals(self) -> list[Task]:
-        prompts = {name: len(self.questions.places(name)) * self.questions.trials for name in self.questions.tasks}
+    def _questions(self) -> list[Task]:
+        """A task for passkeys at each length, then one for each task of retrieval at each length."""
+        kinds: list[tuple[Kind, list[str | None]]] = [
+            ("passkey", [None] if self.questions.passkey else []), ("retrieval", [*self.questions.tasks])
+        ]  # fmt: skip
         return [
-            task_of("retrieval", self.label, self.factor, [length], [length] * prompts[name], question=name)
-            for length, name in itertools.product(self.setup.lengths, prompts)
+            task_of(kind, self.label, self.factor, [length], [length] * self.questions.count(name), question=name)
+            for kind, names in kinds
+            for length in self.setup.lengths
+            for name in names
         ]
-
-    def _answer(self, task: Task) -> Any:
-        model, tokenizer, config = self.scorer.model, self.setup.tokenizer, self.setup.config
-        lengths = list(task.lengths)
-        forget_length(model)
-        if task.kind == "passkey":
-            return passkey_accuracy(model, tokenizer, lengths, self.passkey, config.seed, config.bos)[lengths[0]]
-        trials, _, depths = self.questions
-        rows = retrieval(
-            model,
-            tokenizer,
-            lengths,
-            tasks=[str(task.question)],
-            depths=depths,
-            trials=trials,
-            seed=config.seed,
-            bos=config.bos,
-        )
-        return [row["accuracy"] for row in rows]
 
     def _key_sums(self, index: int, measured: Measurement) -> Record:
         """Sums over the key tokens of a document; nothing where none were looked for."""
@@ -260,11 +236,11 @@ def control_run(setup: Setup, scorer: Any, trained_length: int) -> MethodRun:
     return MethodRun(setup, CONTROL, 1.0, scorer, truncated=trained_length)
 
 
-def method_run(setup: Setup, plan: ExtensionPlan, passkey: int = 0, questions: Questions = NO_QUESTIONS) -> MethodRun:
+def method_run(setup: Setup, plan: ExtensionPlan) -> MethodRun:
     """The run of the model with a plan in force."""
     factor = 1.0 if plan.changes_nothing else plan.factor
     boundaries = boundaries_of(plan.scheme, plan)
-    return MethodRun(setup, plan.method, factor, setup.scorer, boundaries, passkey=passkey, questions=questions)
+    return MethodRun(setup, plan.method, factor, setup.scorer, boundaries, questions=setup.questions)
 
 
 def name_of(plan: ExtensionPlan) -> str:

@@ -1,0 +1,343 @@
+"""Prompts that hide something in a long text: passkeys, and five tasks after RULER in words of our own.
+
+Mohtashami and Jaggi, 2023: Landmark Attention, https://arxiv.org/abs/2305.16300.
+Hsieh et al., 2024: RULER: What's the Real Context Size of Your Long-Context Language Models?,
+https://arxiv.org/abs/2404.06654. Scores are not RULER's: texts, names, answers and lengths are others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, NamedTuple
+
+from ..errors import InvalidParameterError
+from .texts.tokens import Bos, special_prefix, token_ids
+
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "What is the pass key? The pass key is"
+SLACK = 2
+"""Tokens left beside the answer's own, for a tokenizer that writes it otherwise after a text than alone."""
+
+KEYS, VALUES, VARIABLES, COMMON = 4, 3, 4, 3
+"""Keys in the text, of which one is asked; values of one key; variables of a chain; words that are asked."""
+
+COMMON_SHARE = 0.3
+"""Share of a word list that its common words take together."""
+
+NUMBERS = tuple(str(number) for number in range(10_007, 100_000, 997))
+"""A sample of five-digit numbers, which says how many tokens one takes."""
+
+TEXT = "[[TEXT]]"
+"""Stands in a chat message for the text, whose tokens are put in its place."""
+
+CHAT_DATE = "26 Jul 2024"
+"""Given to chat templates that contain the date (Llama 3's), so that prompts do not depend on the day."""
+
+WORDS = tuple(
+    """
+    anchor apron arrow bacon badge banjo barley basket beacon bishop blanket bottle bramble bridge bucket butter
+    button cabin camel candle canyon carpet castle cellar cherry chimney cider circus cobbler copper coral cotton
+    cradle cricket dagger daisy donkey dragon eagle ember engine falcon feather fiddle forest fountain garlic ginger
+    goblet hammer harbor hazel helmet hermit hollow honey island ivory jacket jungle kennel kettle kitten ladder
+    lantern lemon lizard magnet maple marble meadow mirror mitten monkey mosaic muffin needle nutmeg oyster paddle
+    palace parrot pebble pencil pepper pillow pirate planet pocket pony puddle quiver rabbit raven ribbon rocket
+    saddle salmon shovel silver spider statue temple thimble thunder timber trumpet tunnel turtle velvet violin wagon
+    walnut willow
+    """.split()
+)
+
+
+class Material(NamedTuple):
+    """Lines to hide, each at a depth from 0 to 1, ascending; the question that follows; and what answers it."""
+
+    lines: list[tuple[float, str]]
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Material of a task at a depth, and the answer: `count` of such `items`."""
+
+    write: Callable[[Random, float], Material]
+    items: Sequence[str]
+    count: int
+    has_depth: bool = True
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    One trial.
+
+    Args:
+        tokens (`list[int]`): the prompt; with `room` for its answer it has the length that was asked for.
+        answers (`tuple[str, ...]`): what is asked for.
+        room (`int`): tokens to generate as the answer.
+        depth (`float`, *optional*): place of what is hidden, from 0 (beginning) to 1 (end).
+    """
+
+    tokens: list[int]
+    answers: tuple[str, ...]
+    room: int
+    depth: float | None
+
+
+def frame(tokenizer: Any, question: str, bos: Bos = "auto", chat: bool = False) -> tuple[list[int], list[int]]:
+    """
+    Tokens that stand before the text of a prompt, and those after it, which ask.
+
+    Without `chat` they are the special prefix and the question. With it, text and question are the user's message in
+    the tokenizer's chat template, and the assistant's begins with the opening of the answer (`The pass key is`), as
+    RULER has it, so that answers are scored alike. The template says which special tokens there are, whatever `bos`.
+
+    Raises:
+        InvalidParameterError: no chat template, or one that does not render.
+    """
+    if chat:
+        before, after = chat_frame(tokenizer, question)
+        return token_ids(tokenizer, before), token_ids(tokenizer, after)
+    return special_prefix(tokenizer, bos), token_ids(tokenizer, question)
+
+
+def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
+    """The chat template around a text, with the question and the opening of its answer behind it."""
+    asked, _, opening = question.partition("? ")
+    name = type(tokenizer).__name__
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidParameterError(
+            f"Expected a tokenizer with a chat template for chat=True, got {name} without one. "
+            "Pass the tokenizer of a chat model, or leave chat out."
+        )
+    try:
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{TEXT}{asked}?"}],
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=CHAT_DATE,
+        )
+    except Exception as error:  # a template is code from outside, and may raise anything
+        raise InvalidParameterError(
+            f"The chat template of {name} does not render one message of a user: {' '.join(str(error).split())}"
+        ) from error
+    parts = chat.split(TEXT)
+    if len(parts) != 2:
+        raise InvalidParameterError(
+            f"Expected the chat template of {name} to contain the message of the user once, got it "
+            f"{len(parts) - 1} times. Leave chat out."
+        )
+    space = "" if parts[1][-1:].isspace() else " "
+    return parts[0], f"{parts[1]}{space}{opening}"
+
+
+def passkey_prompts(
+    tokenizer: Any, length: int, trials: int, seed: int, bos: Bos = "auto", chat: bool = False
+) -> list[Prompt]:
+    """
+    Prompts of equal size, so that a batch needs no padding; the same for every model and method.
+
+    The key and its depth follow from `(seed, length, trial)` alone. The filler is cut at its beginning to fit, and the
+    key stands on a line of its own between two whole lines of it.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        length (`int`): tokens of prompt and answer together.
+        trials (`int`): how many prompts.
+        seed (`int`): of keys and depths.
+        bos, chat (*optional*): as in [`frame`].
+
+    Raises:
+        InvalidParameterError: the length does not hold the key and the question, or no chat template.
+    """
+    begin, end = frame(tokenizer, QUESTION, bos, chat)
+    filler = token_ids(tokenizer, FILLER)
+    draws = [Random(f"{seed}-{length}-{trial}") for trial in range(trials)]
+    keys = [f"{draw.randint(10_000, 99_999)}" for draw in draws]
+    answer = answer_size(tokenizer, keys)
+    prompts = []
+    for draw, key in zip(draws, keys, strict=True):
+        needle = token_ids(tokenizer, NEEDLE.format(key=key))
+        room = _room(length, "passkey", begin, needle, end, answer)
+        lines, rest = divmod(room, len(filler))
+        before = draw.randint(0, lines)
+        tokens = [*begin, *haystack(filler, room, [(before, needle)]), *end]
+        prompts.append(Prompt(tokens, (key,), answer, (rest + before * len(filler)) / max(1, room)))
+    return prompts
+
+
+def task_prompt(
+    tokenizer: Any,
+    task: str,
+    length: int,
+    depth: float | None,
+    *,
+    trial: int = 0,
+    seed: int = 0,
+    bos: Bos = "auto",
+    chat: bool = False,
+) -> Prompt:
+    """
+    A prompt of exactly `length` tokens less [`answer_room`]; the same for every model and method.
+
+    All follows from `(seed, task, length, depth, trial)`. What is hidden stands on lines of its own between whole
+    lines of filler, which is cut at its beginning to fit.
+
+    | task | hidden | depth is that of | asked |
+    |---|---|---|---|
+    | `passkey` | a number | it | the number |
+    | `multi-key` | four numbers, each of a name | the one asked; the others are anywhere | the number of one name |
+    | `multi-value` | three numbers of one name | the first; the others follow anywhere | all three |
+    | `variable-tracking` | `a = 12345`, `b = a`, ... and another such chain | the first assignment | all four names |
+    | `common-words` | a list of words, 30 % of it three words in equal parts | (has none) | the three words |
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        task (`str`): a name of the table.
+        length (`int`): tokens of prompt and answer together.
+        depth (`float`, *optional*): from 0 (beginning) to 1 (end), rounded to whole lines; `None` where there is none.
+        trial (`int`, *optional*, defaults to 0): which of the prompts that share the other arguments.
+        seed (`int`, *optional*, defaults to 0): of everything drawn.
+        bos, chat (*optional*): as in [`frame`].
+
+    Raises:
+        InvalidParameterError: the length does not hold what is hidden, or no chat template.
+    """
+    draw = Random(f"{seed}-{task}-{length}-{depth}-{trial}")
+    lines, question, answers = TASKS[task].write(draw, depth or 0.0)
+    begin, end = frame(tokenizer, question, bos, chat)
+    answer = answer_room(tokenizer, task)
+    if lines:
+        filler = token_ids(tokenizer, FILLER)
+        needles = [(at, token_ids(tokenizer, line)) for at, line in lines]
+        hidden = [token for _, needle in needles for token in needle]
+        room = _room(length, task, begin, hidden, end, answer)
+        whole_lines = room // len(filler)
+        body = haystack(filler, room, [(round(at * whole_lines), needle) for at, needle in needles])
+    else:
+        rows = {word: token_ids(tokenizer, f"{word}\n") for word in WORDS}
+        # The shortest list contains the common words twice.
+        least = math.ceil(2 * sum(len(rows[word]) for word in answers) / COMMON_SHARE)
+        room = _room(length, task, begin, [], end, answer, least)
+        body = _word_list(tokenizer, draw, rows, answers, room)
+    return Prompt([*begin, *body, *end], answers, answer, depth)
+
+
+def haystack(filler: list[int], room: int, needles: Sequence[tuple[int, list[int]]]) -> list[int]:
+    """
+    Filler with needles in it: `room` tokens of filler, cut at its beginning to fit, and all of the needles' own.
+
+    Args:
+        filler (`list[int]`): tokens of one line.
+        room (`int`): tokens that filler takes in all.
+        needles (`Sequence[tuple[int, list[int]]]`): whole lines of filler before each needle, ascending, and its
+            tokens.
+    """
+    lines, rest = divmod(room, len(filler))
+    tokens, written = filler[len(filler) - rest :], 0
+    for before, needle in needles:
+        tokens += [*filler * (before - written), *needle]
+        written = before
+    return tokens + filler * (lines - written)
+
+
+def answer_size(tokenizer: Any, items: Sequence[str]) -> int:
+    """Tokens to leave for, and to generate as, an answer of one item."""
+    return SLACK + max(len(token_ids(tokenizer, f" {item}")) for item in items)
+
+
+def answer_room(tokenizer: Any, task: str) -> int:
+    """Tokens to leave for, and to generate as, the answer of a task; each item has two to spare, as for `, and`."""
+    return TASKS[task].count * answer_size(tokenizer, TASKS[task].items)
+
+
+def _room(
+    length: int, task: str, begin: list[int], hidden: list[int], end: list[int], answer: int, least: int = 0
+) -> int:
+    """Tokens of a prompt that are left for filler or a list, `least` or more."""
+    room = length - len(begin) - len(hidden) - len(end) - answer
+    if room < least:
+        raise InvalidParameterError(
+            f"Expected lengths of {length + least - room} tokens or more for a prompt of the task {task!r}, "
+            f"got {length}. Leave out the length, or the task."
+        )
+    return room
+
+
+def _word_list(
+    tokenizer: Any, draw: Random, rows: Mapping[str, list[int]], common: Sequence[str], room: int
+) -> list[int]:
+    """`room` tokens of words, one a row, shuffled; the other words repeat where they are too few, each as often."""
+    words = list(common) * int(COMMON_SHARE * room / sum(len(rows[word]) for word in common))
+    left = room - sum(len(rows[word]) for word in words)
+    others = draw.sample([word for word in WORDS if word not in common], len(WORDS) - len(common))
+    for word in itertools.cycle(others):
+        if len(rows[word]) > left:
+            break
+        words.append(word)
+        left -= len(rows[word])
+    draw.shuffle(words)
+    return haystack(token_ids(tokenizer, FILLER), left, []) + [token for word in words for token in rows[word]]
+
+
+def _numbers(draw: Random, count: int) -> list[str]:
+    return [str(number) for number in draw.sample(range(10_000, 100_000), count)]
+
+
+def _after(draw: Random, depth: float, count: int) -> list[float]:
+    """The depth, and `count - 1` anywhere behind it, ascending."""
+    return [depth, *sorted(draw.uniform(depth, 1.0) for _ in range(count - 1))]
+
+
+def _passkey(draw: Random, depth: float) -> Material:
+    (key,) = _numbers(draw, 1)
+    return Material([(depth, NEEDLE.format(key=key))], QUESTION, (key,))
+
+
+def _multi_key(draw: Random, depth: float) -> Material:
+    names, keys = draw.sample(WORDS, KEYS), _numbers(draw, KEYS)
+    depths = [depth, *(draw.random() for _ in range(KEYS - 1))]
+    line = "The pass key of {0} is {1}. Remember it. {1} is the pass key of {0}.\n"
+    lines = [(at, line.format(name, key)) for at, name, key in zip(depths, names, keys, strict=True)]
+    question = f"What is the pass key of {names[0]}? The pass key of {names[0]} is"
+    return Material(sorted(lines), question, (keys[0],))
+
+
+def _multi_value(draw: Random, depth: float) -> Material:
+    name, keys = draw.choice(WORDS), _numbers(draw, VALUES)
+    line = "A pass key of {0} is {1}. Remember it. {1} is a pass key of {0}.\n"
+    lines = [(at, line.format(name, key)) for at, key in zip(_after(draw, depth, VALUES), keys, strict=True)]
+    question = f"What are the {VALUES} pass keys of {name}? The pass keys of {name} are"
+    return Material(lines, question, tuple(keys))
+
+
+def _variable_tracking(draw: Random, depth: float) -> Material:
+    names, values = draw.sample(WORDS, 2 * VARIABLES), _numbers(draw, 2)
+    lines = []
+    for chain, value, start in zip(
+        (names[:VARIABLES], names[VARIABLES:]), values, (depth, draw.random()), strict=True
+    ):
+        assigned = [value, *chain[:-1]]
+        places = _after(draw, start, VARIABLES)
+        lines += [(at, f"{name} = {to}\n") for at, name, to in zip(places, chain, assigned, strict=True)]
+    question = f"Which {VARIABLES} variables are {values[0]}? The variables that are {values[0]} are"
+    return Material(sorted(lines, key=lambda line: line[0]), question, tuple(names[:VARIABLES]))
+
+
+def _common_words(draw: Random, depth: float) -> Material:
+    question = f"Which {COMMON} words are the most frequent ones of the list? The most frequent words are"
+    return Material([], question, tuple(draw.sample(WORDS, COMMON)))
+
+
+TASKS = {
+    "passkey": Task(_passkey, NUMBERS, 1),
+    "multi-key": Task(_multi_key, NUMBERS, 1),
+    "multi-value": Task(_multi_value, NUMBERS, VALUES),
+    "variable-tracking": Task(_variable_tracking, WORDS, VARIABLES),
+    "common-words": Task(_common_words, WORDS, COMMON, has_depth=False),
+}
+"""The tasks by name."""

@@ -1,0 +1,274 @@
+"""Questions about something hidden in a long text: passkeys, and retrieval by task, length and depth."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from ..errors import InvalidParameterError
+from ..patching.modes import evaluation_mode
+from .prompts import QUESTION, TASKS, Prompt, chat_frame, passkey_prompts, task_prompt
+from .scoring.scorer import BATCH_TOKENS, TokenScorer
+from .texts.tokens import Bos, check_lengths
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """
+    The questions of a run, the same for every model and method.
+
+    Args:
+        passkey (`int`, *optional*, defaults to 0): passkey trials at each length, each at a depth of its own.
+        trials (`int`, *optional*, defaults to 0): prompts of each task at each length and depth.
+        tasks (`tuple[str, ...]`, *optional*): names of [`TASKS`].
+        depths (`tuple[float, ...]`, *optional*): from 0 (beginning) to 1 (end).
+        seed (`int`, *optional*, defaults to 0): seed of everything that is drawn.
+        bos (`str`, *optional*, defaults to `"auto"`): as in [`special_prefix`].
+        chat (`bool`, *optional*, defaults to `False`): ask in the chat template of the tokenizer, see [`frame`].
+    """
+
+    passkey: int = 0
+    trials: int = 0
+    tasks: tuple[str, ...] = ()
+    depths: tuple[float, ...] = ()
+    seed: int = 0
+    bos: Bos = "auto"
+    chat: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Settings of retrieval for the provenance; empty without it."""
+        settings = {"trials": self.trials, "tasks": self.tasks, "depths": self.depths}
+        return {"retrieval": settings} if self.trials else {}
+
+    def identity(self, tokenizer: Any) -> dict[str, Any]:
+        """All that the answers depend on beyond the model, its tokens and the seed."""
+        template = {"chat": "".join(chat_frame(tokenizer, QUESTION))} if self.chat else {}
+        return {"passkey": self.passkey, **self.facts, **template}
+
+    def places(self, task: str | None) -> tuple[float | None, ...]:
+        """Depths of a task; a single `None` for `common-words`, which has none, and passkeys (`None`), which draw."""
+        return self.depths if task is not None and TASKS[task].has_depth else (None,)
+
+    def count(self, task: str | None) -> int:
+        """Number of prompts of a task at one length."""
+        return self.passkey if task is None else len(self.places(task)) * self.trials
+
+    def prompts(self, tokenizer: Any, task: str | None, length: int) -> list[Prompt]:
+        """All trials of a task, or of passkeys, at a length, depth by depth."""
+        if task is None:
+            return passkey_prompts(tokenizer, length, self.passkey, self.seed, self.bos, self.chat)
+        rules: dict[str, Any] = {"seed": self.seed, "bos": self.bos, "chat": self.chat}
+        return [
+            task_prompt(tokenizer, task, length, depth, trial=trial, **rules)
+            for depth in self.places(task)
+            for trial in range(self.trials)
+        ]
+
+    def check(self, tokenizer: Any, lengths: Sequence[int]) -> None:
+        """
+        Refuse lengths that do not hold the prompts.
+
+        Raises:
+            InvalidParameterError: a length is too short, or `chat` and the tokenizer has no usable template.
+        """
+        for length, task in itertools.product(lengths, [*([None] if self.passkey else []), *self.tasks]):
+            self.prompts(tokenizer, task, length)
+
+    def ask(
+        self, model: nn.Module, tokenizer: Any, task: str | None, length: int, new_tokens: int | None = None
+    ) -> list[float]:
+        """
+        Mean score of the greedy answers at each of [`places`], from 0 to 1.
+
+        Args:
+            model (`PreTrainedModel`): a causal language model, in evaluation mode.
+            tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+            task (`str`, *optional*): name of [`TASKS`]; passkeys if `None`.
+            length (`int`): tokens of prompt and answer together.
+            new_tokens (`int`, *optional*): tokens to generate; by default those that the prompt leaves.
+        """
+        prompts = self.prompts(tokenizer, task, length)
+        answers = ask(model, tokenizer, [prompt.tokens for prompt in prompts], new_tokens or prompts[0].room)
+        scores = [score(answer, prompt.answers) for answer, prompt in zip(answers, prompts, strict=True)]
+        trials = len(scores) // len(self.places(task))
+        return [sum(scores[at : at + trials]) / trials for at in range(0, len(scores), trials)]
+
+
+NO_QUESTIONS = Questions()
+
+
+def check_questions(
+    trials: int, tasks: Sequence[str] | None = None, depths: Sequence[float] | None = None, **others: Any
+) -> Questions:
+    """
+    Questions of retrieval, checked; all tasks and five depths by default.
+
+    Raises:
+        InvalidParameterError: an unknown task, a depth outside of 0 to 1, or no trials.
+    """
+    tasks, depths = tuple(TASKS) if tasks is None else tasks, DEPTHS if depths is None else depths
+    if isinstance(tasks, str) or not tasks or set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
+        raise InvalidParameterError(f"Expected tasks to be a list of some of {', '.join(TASKS)}, got {tasks!r}.")
+    if not depths or not all(0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
+        raise InvalidParameterError(f"Expected depths from 0 to 1, each once, got {list(depths)}.")
+    if trials < 1:
+        raise InvalidParameterError(f"Expected 1 or more trials per length and depth, got {trials}.")
+    return Questions(trials=trials, tasks=tuple(tasks), depths=tuple(map(float, depths)), **others)
+
+
+def passkey_accuracy(
+    model: nn.Module,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    trials: int,
+    seed: int = 0,
+    bos: Bos = "auto",
+    *,
+    chat: bool = False,
+    max_new_tokens: int | None = None,
+    on_length: Callable[[], Any] | None = None,
+) -> dict[int, float]:
+    """
+    Share of passkeys that greedy decoding gives back, by length.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model, patched or not.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        lengths (`Sequence[int]`): tokens of prompt and answer together.
+        trials (`int`): prompts per length, each with a key and a depth of its own.
+        seed (`int`, *optional*, defaults to 0): of keys and depths.
+        bos (`str`, *optional*, defaults to `"auto"`): whether BOS stands first: as the tokenizer has it, `"always"`,
+            or `"never"`.
+        chat (`bool`, *optional*, defaults to `False`): ask in the chat template of the tokenizer.
+        max_new_tokens (`int`, *optional*): tokens to generate; by default those of the longest key, and two more.
+        on_length (`Callable`, *optional*): called after each length (a progress bar).
+
+    Returns:
+        `dict[int, float]`: length to accuracy, from 0 to 1. An answer is right if it begins with the key.
+
+    Raises:
+        InvalidParameterError: no trials, a length that does not hold the prompt, or no chat template.
+        UnsupportedModelError: not a causal language model.
+    """
+    if trials < 1:
+        raise InvalidParameterError(f"Expected 1 or more trials per length, got {trials}.")
+    questions = Questions(passkey=trials, seed=seed, bos=bos, chat=chat)
+    unwrapped = TokenScorer(model).model
+    accuracy = {}
+    with evaluation_mode(unwrapped):
+        for length in check_lengths(lengths):
+            (accuracy[length],) = questions.ask(unwrapped, tokenizer, None, length, max_new_tokens)
+            if on_length is not None:
+                on_length()
+    return accuracy
+
+
+def retrieval(
+    model: nn.Module,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    *,
+    tasks: Sequence[str] | None = None,
+    depths: Sequence[float] | None = None,
+    trials: int = 4,
+    seed: int = 0,
+    bos: Bos = "auto",
+    chat: bool = False,
+    on_step: Callable[[int], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """
+    Share of what was hidden in a text that greedy decoding gives back, by task, length and depth.
+
+    The prompts are [`task_prompt`]'s, the same for every model and method; answers count as [`score`] says. Shorter
+    lengths come first.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model, patched or not.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        lengths (`Sequence[int]`): tokens of prompt and answer together.
+        tasks (`Sequence[str]`, *optional*): names, as in `tasks=["passkey", "multi-key"]`; all five by default.
+        depths (`Sequence[float]`, *optional*, defaults to `(0, 0.25, 0.5, 0.75, 1)`): places in the text, from 0
+            (beginning) to 1 (end).
+        trials (`int`, *optional*, defaults to 4): prompts per task, length and depth.
+        seed (`int`, *optional*, defaults to 0): of the prompts.
+        bos (`str`, *optional*, defaults to `"auto"`): whether BOS stands first: as the tokenizer has it, `"always"`,
+            or `"never"`.
+        chat (`bool`, *optional*, defaults to `False`): ask in the chat template of the tokenizer.
+        on_step (`Callable[[int], Any]`, *optional*): called with 1 after each task at each length (a progress bar).
+
+    Returns:
+        `list[dict]`: rows of `task`, `length`, `depth` (`None` for `common-words`, which has none), `accuracy` from 0
+        to 1 (the mean score of the trials) and `trials`.
+
+    Raises:
+        InvalidParameterError: an unknown task, a depth outside of 0 to 1, no trials, a length that does not hold the
+            prompt, or no chat template.
+        UnsupportedModelError: not a causal language model.
+    """
+    ascending = check_lengths(lengths)
+    questions = check_questions(trials, tasks, depths, seed=seed, bos=bos, chat=chat)
+    unwrapped = TokenScorer(model).model
+    rows = []
+    with evaluation_mode(unwrapped):
+        for length, task in itertools.product(ascending, questions.tasks):
+            accuracies = questions.ask(unwrapped, tokenizer, task, length)
+            rows += [
+                {"task": task, "length": length, "depth": depth, "accuracy": accuracy, "trials": trials}
+                for depth, accuracy in zip(questions.places(task), accuracies, strict=True)
+            ]
+            if on_step is not None:
+                on_step(1)
+    return rows
+
+
+def score(answer: str, answers: Sequence[str]) -> float:
+    """
+    Score an answer from 0 to 1.
+
+    One item: 1 if the answer begins with it, white space aside. Several: the share of them that occur in the answer as
+    whole words, in any order; there is no room to list much else.
+    """
+    if len(answers) == 1:
+        return float(answer.lstrip().startswith(answers[0]))
+    return sum(re.search(rf"\b{item}\b", answer) is not None for item in answers) / len(answers)
+
+
+def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+    """Greedy answers to prompts of equal size, without special tokens."""
+    answers: list[str] = []
+    per_batch = max(1, BATCH_TOKENS // (len(prompts[0]) + new_tokens))
+    for at in range(0, len(prompts), per_batch):
+        batch = torch.tensor(prompts[at : at + per_batch], device=model.device)
+        output = generate_greedily(model, batch, new_tokens)
+        answers += tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def generate_greedily(model: Any, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Greedy continuation of a batch without padding, whatever sampling the model's own generation config asks for."""
+    eos = model.generation_config.eos_token_id
+    pad = model.generation_config.pad_token_id
+    config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=eos,
+        pad_token_id=pad if pad is not None else (eos[0] if isinstance(eos, list) else eos),
+    )
+    output: torch.Tensor = model.generate(
+        input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
+    )
+    return output
