@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, JournalError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity, load_documents, retrieval
+from hf_posext.evaluation.questions import Questions
 from hf_posext.evaluation.results.results import RETRIEVAL_KEYS
-from hf_posext.evaluation.running import tasks as asking
 from hf_posext.reporting import markdown_table, merge_runs, merged_grids, print_tables, run_titles, write_report
 from hf_posext.reporting.heatmaps import heatmap_files
 from hf_posext.reporting.tables import grids, notes
@@ -117,13 +117,15 @@ def test_who_does_not_continue_texts_is_not_asked() -> None:
 
 
 def test_a_task_that_fails_is_a_gap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def ask(model: Any, tokenizer: Any, lengths: list[int], **options: Any) -> Any:
-        if lengths == [160] and options["tasks"] == ["passkey"]:
+    answered = Questions.ask
+
+    def ask(self: Questions, model: Any, tokenizer: Any, task: str, length: int) -> list[float]:
+        if (task, length) == ("passkey", 160):
             raise torch.OutOfMemoryError("out of memory")
-        return retrieval(model, tokenizer, lengths, **options)
+        return answered(self, model, tokenizer, task, length)
 
     whole = run(**SHORT)
-    monkeypatch.setattr(asking, "retrieval", ask)
+    monkeypatch.setattr(Questions, "ask", ask)
     other = run(**SHORT)
     failed = [(row["task"], row["length"]) == ("passkey", 160) for row in other.retrieval]
     assert [row["accuracy"] is None for row in other.retrieval] == failed and sum(failed) == 4
@@ -144,7 +146,7 @@ def test_nothing_is_asked_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     first = run(journal=journal, **SHORT).retrieval
     kinds = [json.loads(line)["task"]["kind"] for line in journal.read_text().splitlines()[1:]]
     assert kinds == ["nll", *(["nll"] + ["retrieval"] * 4) * 2]
-    monkeypatch.setattr(asking, "retrieval", None)
+    monkeypatch.setattr(Questions, "ask", None)
     assert run(journal=journal, **SHORT).retrieval == first
     for other in ({"depths": [0]}, {"retrieval": 2}, {"tasks": ["passkey"]}, {"seed": 1}):
         with pytest.raises(JournalError):
