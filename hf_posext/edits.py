@@ -1,18 +1,22 @@
-"""The edits that a plan consists of. Each is plain data, and checks itself: it may come from a file of anybody."""
+"""The edits that a plan consists of: plain data, each of which checks itself, since a plan may come from any file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .decode import MAX_NUMBER, short
 from .errors import PlanError
-from .scheme import PositionalScheme
+
+if TYPE_CHECKING:
+    from .plan import ExtensionPlan
 
 MAX_TABLE_BYTES = 2**31
 """Largest table of positions that a plan may ask for, at 4 bytes a number."""
+MAX_TABLE_ROWS = 2**24
+"""Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,8 @@ class RotaryPlan:
     rope_parameters: Mapping[str, Any] | None = None
     growth: Growth | None = None
 
-    def check(self, scheme: PositionalScheme) -> None:
-        """Refuse frequencies that no method can have meant for a scheme.
-
-        Raises:
-            PlanError: says which.
-        """
-        slots = next((rotary.slots for rotary in scheme.rotaries if rotary.name == self.name), None)
+    def check(self, plan: ExtensionPlan) -> None:
+        slots = next((rotary.slots for rotary in plan.scheme.rotaries if rotary.name == self.name), None)
         if slots is None:
             raise PlanError(f"plan changes frequencies {short(self.name)!r}, which its own scheme does not have")
         for numbers in filter(None, (self.inv_freq, self.short_inv_freq)):
@@ -136,15 +135,7 @@ class PositionMap:
         return replace(self, pair_groups=self.pair_groups[one], pair_shares=self.pair_shares[one])
 
     def check(self, rows: bool = False) -> None:
-        """Refuse a map that no method can have meant.
-
-        Args:
-            rows (`bool`, *optional*, defaults to `False`): it is for positions in rows of text, whose length a group
-                may follow.
-
-        Raises:
-            PlanError: a group or modulo below 1, or a group that follows rows in a map for a table.
-        """
+        """Refuse a group or modulo below 1, and a group that follows rows in a map that is not for rows of text."""
         group = self.row_group
         if self.kept < 0 or (group is not None and (group.span < 1 or group.beyond < 0)):
             raise PlanError("plan has groups that follow rows with a span below 1, or with a negative number")
@@ -219,16 +210,14 @@ class Band:
         """`True` where the band holds all farther keys, so that it grows without end."""
         return self.low > 0 and self.high is None and self.keys_below is None
 
-    def check(self) -> None:
-        """Refuse a band that no method can have meant.
-
-        Raises:
-            PlanError: says why.
-        """
+    def check(self, plan: ExtensionPlan) -> None:
         if self.chunk < 1:
             raise PlanError(f"plan has a band with chunk {self.chunk}; 1 or more belongs there")
-        self.query.check(rows=True)
-        self.key.check(rows=True)
+        slots = {rotary.slots for rotary in plan.scheme.rotaries}
+        for mapping in (self.query, self.key):
+            mapping.check(rows=True)
+            if mapping.by_pair and slots != {len(mapping.pair_groups or mapping.pair_shares)}:
+                raise PlanError(f"plan maps positions by rotary pairs of another number than its scheme has: {slots}")
         fade, decay = self.fade, self.decay
         if fade is not None and not (fade.strength > 0 and fade.reference >= 1 and self.is_far):
             raise PlanError(
@@ -258,11 +247,7 @@ class QueryScale:
     first_layer: int = 0
     row: RowGroup | None = None
 
-    def check(self) -> None:
-        """
-        Raises:
-            PlanError: a length whose logarithm is not above 0, a step below 1 or a layer below 0.
-        """
+    def check(self, plan: ExtensionPlan) -> None:
         if self.first_layer < 0 or (self.step is not None and self.step < 1):
             raise PlanError(
                 f"plan scales queries from layer {self.first_layer} on by steps of {self.step} tokens; layer 0 or "
@@ -291,19 +276,34 @@ class TablePlan:
     coarse: PositionMap | None = None
     alpha: float = 0.0
 
-    def check(self) -> None:
-        """
-        Raises:
-            PlanError: an interpolation or a share that does not exist.
-        """
+    def check(self, plan: ExtensionPlan) -> None:
         if self.interpolation not in ("linear", "cubic") or not 0 <= self.alpha < 1:
             raise PlanError(
                 f"plan interpolates a table by {short(self.interpolation)!r} with alpha {self.alpha:g}; "
                 "'linear' or 'cubic', and 0 <= alpha < 1 are possible"
             )
-        for entry in (self.position, self.coarse):
-            if entry is not None:
-                entry.check()
+        for entry in filter(None, (self.position, self.coarse)):
+            entry.check()
+        _check_rows(plan)
+        usable, width = (plan.scheme.table.usable, plan.scheme.table.width) if plan.scheme.table else (0, 1)
+        check_table_size(plan.target_length, width)
+        if plan.trained_length > usable:
+            raise PlanError(f"plan stretches {plan.trained_length} rows of a table that has {usable}")
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Slope of ALiBi of each head."""
+
+    values: tuple[float, ...]
+
+    def check(self, plan: ExtensionPlan) -> None:
+        heads = len(plan.scheme.slopes)
+        if len(self.values) != heads or min(self.values) < 0:
+            raise PlanError(
+                f"plan has {len(self.values)} slopes, the least {min(self.values):g}; its scheme has {heads} heads, "
+                "and slopes are not below 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -314,17 +314,34 @@ class BucketPlan:
     factor: float = 1.0
     max_distance: int | None = None
 
-    def check(self, scheme: PositionalScheme) -> None:
-        """
-        Raises:
-            PlanError: a divisor that is not above 0, or a shorter reach than the buckets of the scheme have.
-        """
-        shipped = scheme.buckets.max_distance if scheme.buckets else MAX_NUMBER
-        if self.factor <= 0 or (self.max_distance or shipped) < shipped or scheme.buckets is None:
+    def check(self, plan: ExtensionPlan) -> None:
+        buckets = plan.scheme.buckets
+        shipped = buckets.max_distance if buckets else MAX_NUMBER
+        if self.factor <= 0 or (self.max_distance or shipped) < shipped or buckets is None:
             raise PlanError(
                 f"plan divides distances by {self.factor:g} and has buckets up to {self.max_distance}; a number above "
                 f"0, and the {shipped} of its scheme or more are possible"
             )
+
+
+@dataclass(frozen=True)
+class Sinusoids:
+    """Position of which each token gets the sines."""
+
+    position: PositionMap
+
+    def check(self, plan: ExtensionPlan) -> None:
+        self.position.check()
+        _check_rows(plan)
+
+
+Edit: TypeAlias = RotaryPlan | Part | QueryScale | TablePlan | Slopes | BucketPlan | Sinusoids
+"""One change of a positional scheme. `check(plan)` raises `PlanError` where no method can have meant it."""
+
+
+def _check_rows(plan: ExtensionPlan) -> None:
+    if plan.target_length > MAX_TABLE_ROWS:
+        raise PlanError(f"plan has a table of {plan.target_length} positions; at most {MAX_TABLE_ROWS} are made")
 
 
 def check_table_size(rows: int, width: int, count: int = 1) -> None:

@@ -20,14 +20,16 @@ from .edits import (
     BucketPlan,
     CountFade,
     DistanceDecay,
+    Edit,
     Growth,
     PositionMap,
     QueryScale,
     RotaryPlan,
     RowCurve,
     RowGroup,
+    Sinusoids,
+    Slopes,
     TablePlan,
-    check_table_size,
 )
 from .errors import PlanError
 from .scheme import KINDS, PositionalScheme
@@ -37,6 +39,7 @@ __all__ = [
     "BucketPlan",
     "CountFade",
     "DistanceDecay",
+    "Edit",
     "ExtensionPlan",
     "Growth",
     "PositionMap",
@@ -44,6 +47,8 @@ __all__ = [
     "RotaryPlan",
     "RowCurve",
     "RowGroup",
+    "Sinusoids",
+    "Slopes",
     "TablePlan",
 ]
 
@@ -53,8 +58,6 @@ PLAN_FILE = "posext_plan.json"
 PLAN_KEY = "posext_plan"
 """Entry of `config.json`, or of `adapter_config.json`, that contains the plan whoever has written it."""
 MAX_PLAN_BYTES = 4 * 2**20
-MAX_TABLE_ROWS = 2**24
-"""Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
 MAX_PARTS = 64
 """Each band is one more pass over keys in every attention layer; no method here has more than a handful."""
 
@@ -94,6 +97,14 @@ class ExtensionPlan:
     sinusoids: PositionMap | None = None
 
     @property
+    def edits(self) -> tuple[Edit, ...]:
+        """Every change that the plan makes; empty where it leaves the model as it is (the method `none`)."""
+        slopes = Slopes(self.slopes) if self.slopes else None
+        sinusoids = Sinusoids(self.sinusoids) if self.sinusoids else None
+        single = (self.query_scale, self.table, slopes, self.buckets, sinusoids)
+        return (*self.rotaries, *self.parts, *(edit for edit in single if edit is not None))
+
+    @property
     def original_length(self) -> int:
         """The former name of `trained_length`."""
         return self.trained_length
@@ -113,7 +124,7 @@ class ExtensionPlan:
     @property
     def changes_nothing(self) -> bool:
         """`True` where the plan leaves the model as it is (the method `none`)."""
-        return not (self.rotaries or self.rotates_late or self.slopes or self.table or self.buckets or self.sinusoids)
+        return not self.edits
 
     def check(self) -> None:
         """Refuse a plan that asks for more than can be made, or for what no method can have meant.
@@ -126,22 +137,8 @@ class ExtensionPlan:
         self._check_lengths()
         if len(self.parts) > MAX_PARTS:
             raise PlanError(f"plan has {len(self.parts)} bands; at most {MAX_PARTS} are possible")
-        for entry in self.rotaries:
-            entry.check(self.scheme)
-        slots = {rotary.slots for rotary in self.scheme.rotaries}
-        for mapping in (mapping for part in self.parts for mapping in (part.query, part.key)):
-            if mapping.by_pair and slots != {len(mapping.pair_groups or mapping.pair_shares)}:
-                raise PlanError(f"plan maps positions by rotary pairs of another number than its scheme has: {slots}")
-        if self.buckets is not None:
-            self.buckets.check(self.scheme)
-        for edit in (*self.parts, self.query_scale, self.table, self.sinusoids):
-            if edit is not None:
-                edit.check()
-        if self.slopes and (len(self.slopes) != len(self.scheme.slopes) or min(self.slopes) < 0):
-            raise PlanError(
-                f"plan has {len(self.slopes)} slopes, the least {min(self.slopes):g}; its scheme has "
-                f"{len(self.scheme.slopes)} heads, and slopes are not below 0"
-            )
+        for edit in self.edits:
+            edit.check(self)
 
     def _check_lengths(self) -> None:
         sizes = {
@@ -162,13 +159,6 @@ class ExtensionPlan:
             raise PlanError(
                 f"plan has factor {self.factor:g}, but goes from {self.trained_length} to {self.target_length} tokens"
             )
-        if (self.table or self.sinusoids) and self.target_length > MAX_TABLE_ROWS:
-            raise PlanError(f"plan has a table of {self.target_length} positions; at most {MAX_TABLE_ROWS} are made")
-        if self.table is not None:
-            check_table_size(self.target_length, self.scheme.table.width if self.scheme.table else 1)
-            usable = self.scheme.table.usable if self.scheme.table else 0
-            if self.trained_length > usable:
-                raise PlanError(f"plan stretches {self.trained_length} rows of a table that has {usable}")
 
     def describe(self) -> str:
         """One line: method, lengths, parameters."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..patching.detect import text_config
-from ..plan import ExtensionPlan
+from ..plan import BucketPlan, ExtensionPlan, RotaryPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -16,22 +17,19 @@ def same_effect(plan: ExtensionPlan, other: ExtensionPlan) -> bool:
     """Whether two plans give every token the same positions, whatever they call it."""
 
     def effect(of: ExtensionPlan) -> Any:
-        rotaries = [(r.name, r.inv_freq, r.attention_factor, r.short_inv_freq, r.growth) for r in of.rotaries]
-        rest = (of.trained_length, of.target_length, of.parts, of.query_scale, of.table, of.slopes, of.buckets)
-        return sorted(rotaries, key=lambda rotary: rotary[0]), rest, of.sinusoids
+        edits = [replace(edit, rope_parameters=None) if isinstance(edit, RotaryPlan) else edit for edit in of.edits]
+        return of.trained_length, of.target_length, sorted(edits, key=lambda edit: getattr(edit, "name", ""))
 
     return bool(effect(plan) == effect(other))
 
 
 def computes(config: PreTrainedConfig, plan: ExtensionPlan) -> bool:
     """Whether transformers computes the plan's positions from a config, without this package."""
-    buckets = plan.buckets
-    if buckets is not None and buckets.factor == 1:
-        return bool(getattr(text_config(config), "relative_attention_max_distance", None) == buckets.max_distance)
-    only_rotary = plan.rotaries and not (
-        plan.rotates_late or plan.table or plan.buckets or plan.slopes or plan.sinusoids
-    )
-    if not only_rotary or any(entry.rope_parameters is None for entry in plan.rotaries):
+    match plan.edits:
+        case (BucketPlan(factor=1) as buckets,):
+            return bool(getattr(text_config(config), "relative_attention_max_distance", None) == buckets.max_distance)
+    said = [isinstance(edit, RotaryPlan) and bool(edit.rope_parameters) and not edit.growth for edit in plan.edits]
+    if not said or not all(said):
         return False
     held: Any = getattr(text_config(config), "rope_parameters", None) or {}
     return all(

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..patching.detect import text_config
-from ..plan import ExtensionPlan, RotaryPlan
+from ..plan import ExtensionPlan, RotaryPlan, TablePlan
 from ..scheme import Rotary
 from .serving import DIRECTORY, Serving, refuse
 
@@ -118,7 +118,7 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
     Raises:
         ExportError: llama.cpp cannot compute the positions.
     """
-    if plan.rotates_late or plan.slopes or plan.buckets or plan.sinusoids:
+    if plan.rotates_late or not all(isinstance(edit, RotaryPlan | TablePlan) for edit in plan.edits):
         instead = "a plan that only changes frequencies can be exported"
         if plan.method.startswith("self-extend"):
             instead += (

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_posext import load_patched, patch_model
 from hf_posext.adapters import load_adapter, save_adapter, verify_adapter
+from hf_posext.edits import MAX_TABLE_ROWS
 from hf_posext.errors import CheckpointError, PlanError, PlanMismatchError, PosExtError
 from hf_posext.patching.untrusted import MAX_JSON_BYTES
-from hf_posext.plan import MAX_PARTS, MAX_TABLE_ROWS, PositionMap
+from hf_posext.plan import MAX_PARTS, PositionMap
 from tests.adapters.helpers import files, with_adapter
 from tests.conftest import TRAINED, logits, tiny_gpt2, tiny_llama, tokens
 
