@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .decode import MAX_NUMBER, decode, short
+from .deprecation import RenamedAttribute
 from .edits import (
     Band,
     BucketPlan,
@@ -104,10 +105,7 @@ class ExtensionPlan:
         single = (self.query_scale, self.table, slopes, self.buckets, sinusoids)
         return (*self.rotaries, *self.parts, *(edit for edit in single if edit is not None))
 
-    @property
-    def original_length(self) -> int:
-        """The former name of `trained_length`."""
-        return self.trained_length
+    original_length = RenamedAttribute("trained_length")
 
     @property
     def rotates_late(self) -> bool:

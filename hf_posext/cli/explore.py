@@ -54,7 +54,7 @@ def inspect(
     Of a folder that was saved with a patch, or with an adapter trained under one, also the plan that is in force; all
     else is told of the model as it is without.
     """
-    from ..methods.refusals import by_reason
+    from ..methods.text import by_reason
     from ..patching import detect_scheme
     from .loading import base_of, load_config, saved_plan
 

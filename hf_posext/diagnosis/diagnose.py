@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..decode import MAX_NUMBER
+from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError, NoEffectError, PosExtError, UnsupportedModelError
 from ..evaluation.texts.documents import as_documents
 from ..evaluation.texts.files import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
-from ..methods.values import renamed_length
 from ..packages import machine, versions_of
 from ..patching import detect_scheme, find_patch, patch_model
 from ..patching.detect import unwrap
@@ -48,6 +48,7 @@ Plans = Mapping[str, ExtensionPlan | None]
 """What to compare by name; `None` is the model as it is."""
 
 
+@renamed_arguments(original_length="trained_length")
 def diagnose(
     model: nn.Module,
     tokenizer: Any | None = None,
@@ -56,7 +57,6 @@ def diagnose(
     methods: Sequence[str | Method] | None = None,
     target_length: int | None = None,
     trained_length: int | None = None,
-    original_length: int | None = None,
     start: int = 0,
     seed: int = 0,
 ) -> Diagnosis:
@@ -82,7 +82,6 @@ def diagnose(
             scaling, else four times the trained length, or less where documents are shorter. Without documents what it
             takes does not grow with the target: signals are samples of at most 2,048 columns.
         trained_length (`int`, *optional*): trained length in tokens; overrides what the model states.
-        original_length (`int`, *optional*): deprecated name of `trained_length`.
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
         seed (`int`, *optional*, defaults to 0): of bootstrap intervals.
 
@@ -108,7 +107,6 @@ def diagnose(
     if (tokenizer is None) != (documents is None):
         missing = "tokenizer" if tokenizer is None else "documents"
         raise InvalidParameterError(f"{missing} is missing; give both tokenizer and documents, or neither")
-    trained_length = renamed_length(trained_length, original_length)
     if trained_length is not None and trained_length < 1:
         raise InvalidParameterError(f"Expected a trained_length of at least 1 token, got {trained_length}.")
     scheme = detect_scheme(inner)

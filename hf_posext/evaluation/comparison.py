@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError
 from ..patching import detect_scheme, find_patch, patch_model, unwrap
 from ..patching.modes import evaluation_mode, outer_weights
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .texts.documents import Document
 
 
+@renamed_arguments(original_length="trained_length")
 def compare(
     model: nn.Module,
     tokenizer: Any,

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..errors import InvalidParameterError
-
-RENAMED = {"original_length": "trained_length"}
-"""Settings by their earlier names, which are accepted for one release."""
-
-
-def renamed(old: str, old_value: Any, new: str, new_value: Any, *, stacklevel: int = 3) -> Any:
-    """Value of an argument that has a new name, given under either; the old one is deprecated."""
-    if old_value is None:
-        return new_value
-    warnings.warn(f"{old} is now called {new}; pass {new}={old_value!r}", DeprecationWarning, stacklevel=stacklevel)
-    return old_value if new_value is None else new_value
 
 
 def _setting(help: str, default: Any = None, **flag: Any) -> Any:
@@ -125,9 +113,6 @@ class EvaluationConfig:
         Raises:
             InvalidParameterError: a name that is not a field, or no lengths.
         """
-        for old, new in RENAMED.items():
-            if old in settings:
-                settings[new] = renamed(old, settings.pop(old), new, settings.get(new), stacklevel=4)
         known = [entry.name for entry in fields(cls)]
         for name in settings:
             if name not in known:

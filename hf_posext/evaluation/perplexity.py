@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..patching import detect_scheme, find_patch
 from .comparison import measure_runs
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .texts.documents import Document
 
 
+@renamed_arguments(original_length="trained_length")
 def evaluate_perplexity(
     model: nn.Module,
     tokenizer: Any,

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, EvaluationError, InvalidParameterError, MethodNotApplicableError
-from ..evaluation.config import EvaluationConfig, renamed
+from ..evaluation.config import EvaluationConfig
 from ..evaluation.contrast.key_tokens import KeyTokens
 from ..evaluation.results.statistics import pooled_perplexity
 from ..evaluation.running.journal import RunJournal, open_journal, run_identity
@@ -42,6 +43,7 @@ SMALLEST = 4
 """Genomes that a population needs: two parents, a mutation and a crossing."""
 
 
+@renamed_arguments(original_length="trained_length")
 def search(
     model: nn.Module,
     tokenizer: Any,
@@ -49,7 +51,6 @@ def search(
     target_length: int,
     *,
     trained_length: int | None = None,
-    original_length: int | None = None,
     objective: str = "tail",
     attention_factor: float | None = None,
     population: int = 32,
@@ -75,7 +76,6 @@ def search(
             result on, as it is fitted to these.
         target_length (`int`): tokens to read, above the trained length.
         trained_length (`int`, *optional*): trained length in tokens, where the config is wrong about it.
-        original_length (`int`, *optional*): deprecated name of `trained_length`.
         objective (`str`, *optional*, defaults to `"tail"`): `"tail"`: the perplexity of the second half of the text;
             `"key-tokens"`: that of the tokens which need the long context ([`find_key_tokens`] with YaRN as the
             evaluator), after the needle-driven perplexity of LongRoPE2 (arXiv 2502.20082).
@@ -105,7 +105,6 @@ def search(
             f"the model has the patch {present.plan.method!r} in force, and a search begins unpatched; "
             "call unpatch_model(model) first"
         )
-    trained_length = renamed("original_length", original_length, "trained_length", trained_length)
     scheme = detect_scheme(base)
     yarn = check_search(
         scheme, target_length, trained_length=trained_length, objective=objective, attention_factor=attention_factor,

@@ -1,11 +1,8 @@
-"""The methods: pure maths, one paper = one file. To add one, write its file and name it here."""
+"""The methods: pure maths, a file for each paper. To add a method, write its file and name it here."""
 
-from .alibi_linear import ALiBiLinear
-from .alibi_ntk import ALiBiNTK
+from .alibi import ALiBiLinear, ALiBiNTK
 from .base import Composition, Method, get_method, hyper_parameters, list_methods, methods, register
-from .bucket import BucketMethod
-from .bucket_linear import BucketLinear
-from .bucket_max_distance import BucketMaxDistance
+from .bucket import BucketLinear, BucketMaxDistance, BucketMethod
 from .cope import CoPE
 from .decay import Decay
 from .dpe import DPE
@@ -35,12 +32,7 @@ from .self_logistic import SelfLogistic
 from .sinks import Sinks
 from .sinusoid_linear import SinusoidLinear
 from .string_shift import StringShift
-from .table import TableMethod
-from .table_cubic import TableCubic
-from .table_group import TableGroup
-from .table_hierarchical import TableHierarchical
-from .table_linear import TableLinear
-from .table_repeat import TableRepeat
+from .table import TableCubic, TableGroup, TableHierarchical, TableLinear, TableMethod, TableRepeat
 from .text import as_method
 from .theta import Theta
 from .yarn import YaRN

@@ -10,22 +10,25 @@ point.
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import numbers
 import re
+import sys
+import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import torch
 
 from ..decode import MAX_NUMBER, short
+from ..deprecation import renamed_arguments
 from ..errors import InvalidParameterError, MethodNotApplicableError, UnknownMethodError
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
-from .values import fits, number, renamed_length, type_text
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,11 @@ class Method:
         Raises:
             InvalidParameterError: a hyper-parameter of another type than its hint, or a number that is not finite.
         """
-        hints = get_type_hints(type(self))
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if not fits(value, hints[entry.name]):
+            value, hint = getattr(self, entry.name), _hint(type(self), entry.type)
+            if not _fits(value, hint):
                 raise InvalidParameterError(
-                    f"{self.name} {entry.name} is {short(repr(value))}; expected {type_text(hints[entry.name])}"
+                    f"{self.name} {entry.name} is {short(repr(value))}; expected {_type_text(hint)}"
                 )
             if isinstance(value, numbers.Real) and not isinstance(value, bool | int | float):  # of numpy
                 plain = int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -120,6 +122,7 @@ class Method:
             return f"{self.name} extends {' or '.join(self.kinds)} positions; {scheme.model_type} has {scheme.kind}"
         return scheme.obstacle
 
+    @renamed_arguments(original_length="trained_length")
     def plan(
         self,
         scheme: PositionalScheme,
@@ -127,7 +130,6 @@ class Method:
         factor: float | None = None,
         target_length: int | None = None,
         trained_length: int | None = None,
-        original_length: int | None = None,
     ) -> ExtensionPlan:
         """Plan the extension of a scheme; pure, touches no model.
 
@@ -136,15 +138,14 @@ class Method:
             factor (`float`, *optional*): used where the method has no factor of its own.
             target_length (`int`, *optional*): in tokens, instead of a factor.
             trained_length (`int`, *optional*): trained length in tokens, overriding what the scheme says.
-            original_length (`int`, *optional*): deprecated name of `trained_length`.
 
         Raises:
             MethodNotApplicableError: the method is for another scheme.
             InvalidParameterError: lengths or hyper-parameters out of bounds, or that contradict each other.
         """
-        trained_length = number("trained_length", renamed_length(trained_length, original_length), whole=True)
-        target_length = number("target_length", target_length, whole=True)
-        factor = number("factor", factor)
+        trained_length = _number("trained_length", trained_length, whole=True)
+        target_length = _number("target_length", target_length, whole=True)
+        factor = _number("factor", factor)
         reason = self.applies_to(scheme)
         if reason:
             usable = [name for name, cls in methods().items() if scheme.kind in cls.kinds]
@@ -255,6 +256,7 @@ class Composition(Method):
     def applies_to(self, scheme: PositionalScheme) -> str | None:
         return next((reason for part in self.parts if (reason := part.applies_to(scheme))), None)
 
+    @renamed_arguments(original_length="trained_length")
     def plan(self, scheme: PositionalScheme, **lengths: Any) -> ExtensionPlan:
         plan = super().plan(scheme, **lengths)
         self._require_traces(plan)
@@ -295,6 +297,66 @@ def _numbers(plan: ExtensionPlan) -> ExtensionPlan:
     """A plan without its labels: the method, its parameters, and how a config says the frequencies."""
     rotaries = tuple(replace(entry, rope_parameters=None) for entry in plan.rotaries)
     return replace(plan, method="", parameters=(), rotaries=rotaries)
+
+
+def _hint(method: type[Method], written: Any) -> Any:
+    """Return the type that an annotation means; `Any` where it cannot be resolved.
+
+    The module of a class may be gone (`runpy`) or another one than it was written in (`__main__`), so that names are
+    also looked up in the globals of the functions of the class. `typing.get_type_hints` looks in modules only.
+    """
+    names: dict[str, Any] = {}
+    for cls in reversed(method.__mro__):
+        names |= vars(sys.modules.get(cls.__module__, builtins))
+        for member in vars(cls).values():
+            names |= getattr(member, "__globals__", {})
+    try:
+        return eval(written, names) if isinstance(written, str) else written
+    except (NameError, AttributeError):  # imported inside the function that defines the class
+        return Any
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a type such as `float | None`, with finite numbers only."""
+    if hint is Any:
+        return True
+    arguments = get_args(hint)
+    if get_origin(hint) in (types.UnionType, Union):
+        return any(_fits(value, option) for option in arguments)
+    wanted = get_origin(hint) or hint
+    if isinstance(value, bool) or wanted is bool:
+        return isinstance(value, bool) and wanted is bool
+    if wanted in (float, int):
+        number = isinstance(value, numbers.Integral if wanted is int else numbers.Real)
+        return number and bool(abs(value) <= MAX_NUMBER)  # false of NaN, too
+    if wanted is Sequence:
+        return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value)
+    return isinstance(value, wanted)
+
+
+def _type_text(hint: Any) -> str:
+    """A type hint in words."""
+    words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "text", type(None): "None"}
+    if get_origin(hint) in (types.UnionType, Union):
+        return " or ".join(_type_text(option) for option in get_args(hint))
+    return "a list of finite numbers" if get_origin(hint) is Sequence else words.get(hint, str(hint))
+
+
+def _number(name: str, value: Any, *, whole: bool = False) -> Any:
+    """A length or factor as a plain Python number; `None` where it is not given.
+
+    Raises:
+        InvalidParameterError: anything else than a finite number, or a whole one where tokens are counted.
+    """
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or (whole and value != value // 1) or not abs(value) < float("inf"):
+        kind = "a whole number of tokens, e.g. 4096" if whole else "a finite number, e.g. 8"
+        raise InvalidParameterError(f"{name} is {short(repr(value))}; expected {kind}")
+    if not whole and abs(value) > MAX_NUMBER:
+        raise InvalidParameterError(f"{name} is {short(value)}; at most {MAX_NUMBER} is possible")
+    return int(value) if whole else float(value)
 
 
 def hyper_parameters(method: type[Method]) -> tuple[str, ...]:

@@ -1,14 +1,15 @@
-"""What the methods that sort relative distances into other buckets share."""
+"""Methods for relative distances in buckets that have a learned bias each (T5, MPNet)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import BucketPlan, ExtensionPlan
 from ..scheme import PositionalScheme
-from .base import Method
+from .base import Method, register
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,52 @@ class BucketMethod(Method):
                 f"it first: 'table-linear+{self.name}'"
             )
         return replace(plan, buckets=self.buckets(plan, plan.buckets or BucketPlan()))
+
+
+@register
+@dataclass(frozen=True)
+class BucketLinear(BucketMethod):
+    """Relative distances divided by the factor before they are sorted into buckets, rounded away from zero.
+
+    `sign(d) ceil(|d| / s)`: no other token shares the bucket of distance 0, and both directions stay apart.
+    Position interpolation (Chen et al., *Extending Context Window of Large Language Models via Positional
+    Interpolation*, 2023) of the buckets of Raffel et al., *Exploring the Limits of Transfer Learning with a Unified
+    Text-to-Text Transformer*, 2019.
+    """
+
+    name: ClassVar[str] = "bucket-linear"
+    title: ClassVar[str] = "interpolated relative distances"
+    url: ClassVar[str] = "https://arxiv.org/abs/2306.15595"
+
+    def buckets(self, plan: ExtensionPlan, current: BucketPlan) -> BucketPlan:
+        return replace(current, factor=current.factor * plan.factor)
+
+
+@register
+@dataclass(frozen=True)
+class BucketMaxDistance(BucketMethod):
+    """Buckets of relative distances that reach `s` times as far; the nearest half stay one for each distance.
+
+    `b + floor(ln(|d| / b) / ln(s D / b) * b)` for distances from `b` on, D being the trained maximum. This changes
+    what the far buckets have learned to mean: each now stands for farther distances. Buckets: Raffel et al.,
+    *Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer*, 2019.
+
+    Args:
+        max_distance (`int`, *optional*): in tokens; the model's own times the factor where not given.
+    """
+
+    name: ClassVar[str] = "bucket-max-distance"
+    title: ClassVar[str] = "raised maximum distance"
+    url: ClassVar[str] = "https://arxiv.org/abs/1910.10683"
+
+    max_distance: int | None = None
+
+    def buckets(self, plan: ExtensionPlan, current: BucketPlan) -> BucketPlan:
+        assert plan.scheme.buckets is not None
+        shipped = plan.scheme.buckets.max_distance
+        reach = math.ceil(shipped * plan.factor) if self.max_distance is None else self.max_distance
+        if reach < shipped:
+            raise InvalidParameterError(
+                f"{self.name}: expected max_distance from {shipped} (the model's own) on, got {reach}."
+            )
+        return replace(current, max_distance=reach)

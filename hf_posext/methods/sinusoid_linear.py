@@ -26,5 +26,5 @@ class SinusoidLinear(Method):
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         if plan.sinusoids is not None:
-            raise InvalidParameterError(f"{plan.method} squeezes positions twice; give {self.name} once")
+            raise InvalidParameterError(f"{plan.method} squeezes positions twice. Pass {self.name} once.")
         return replace(plan, sinusoids=PositionMap(rate=1 / plan.factor))

@@ -1,13 +1,16 @@
-"""What the methods that stretch a learned table of positions share."""
+"""Methods for a learned table of positions: longer tables from the rows of a trained one."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, PositionMap, TablePlan
-from .base import Method
+from .base import Method, register
+
+LONG_EMBED = "https://arxiv.org/abs/2404.12096"
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class TableMethod(Method):
     kinds: ClassVar[tuple[str, ...]] = ("learned",)
 
     def table(self, plan: ExtensionPlan) -> TablePlan:
-        """Which trained rows each position gets."""
+        """Return the source of the rows of the new table."""
         raise TypeError(f"{type(self).__name__} must implement table(plan)")
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
@@ -29,8 +32,8 @@ class TableMethod(Method):
         usable = plan.scheme.table.usable if plan.scheme.table else 0
         if plan.trained_length > usable:
             raise InvalidParameterError(
-                f"original_length is {plan.trained_length}, but {plan.scheme.model_type} has a table of {usable} "
-                f"positions; give {usable} or less"
+                f"Expected trained_length up to {usable}, the positions in the table of {plan.scheme.model_type}, got "
+                f"{plan.trained_length}."
             )
         return replace(plan, table=self.table(plan))
 
@@ -38,3 +41,107 @@ class TableMethod(Method):
 def squeezed(plan: ExtensionPlan) -> PositionMap:
     """`min(p / s, L - 1)`: back into the trained positions, which end at L - 1."""
     return PositionMap(rate=1 / plan.factor, limit=plan.trained_length - 1)
+
+
+@register
+@dataclass(frozen=True)
+class TableLinear(TableMethod):
+    """Positions squeezed back into a learned table, linearly between its rows.
+
+    Row p of the new table is the old one at `x = min(p / s, L - 1)`: `(1 - t) e_i + t e_(i+1)` with `i = floor(x)` and
+    `t = x - i`; past the last trained row, that row. Position interpolation (Chen et al., 2023) of tables: Zhu et al.,
+    *LongEmbed: Extending Embedding Models for Long Context Retrieval*, 2024.
+    """
+
+    name: ClassVar[str] = "table-linear"
+    title: ClassVar[str] = "position interpolation of a table"
+    url: ClassVar[str] = LONG_EMBED
+
+    def table(self, plan: ExtensionPlan) -> TablePlan:
+        return TablePlan(squeezed(plan))
+
+
+@register
+@dataclass(frozen=True)
+class TableCubic(TableMethod):
+    """Positions squeezed back into a learned table, along a cubic spline through its rows.
+
+    Row p of the new table is the natural spline (second derivative zero at both ends) through the L trained rows at
+    `min(p / s, L - 1)`. As [`TableLinear`], without its corners: position interpolation of tables as in Zhu et al.,
+    *LongEmbed: Extending Embedding Models for Long Context Retrieval*, 2024.
+    """
+
+    name: ClassVar[str] = "table-cubic"
+    title: ClassVar[str] = "cubic spline through a table"
+    url: ClassVar[str] = LONG_EMBED
+
+    def table(self, plan: ExtensionPlan) -> TablePlan:
+        return TablePlan(squeezed(plan), interpolation="cubic")
+
+
+@register
+@dataclass(frozen=True)
+class TableGroup(TableMethod):
+    """Each row of a learned table for several tokens in a row.
+
+    Row p is the old row `floor(p / s)`; a factor that is not whole is rounded up, since groups are whole tokens.
+    Grouped positions (GP): Zhu et al., *LongEmbed: Extending Embedding Models for Long Context Retrieval*, 2024.
+    """
+
+    name: ClassVar[str] = "table-group"
+    title: ClassVar[str] = "grouped positions (GP)"
+    url: ClassVar[str] = LONG_EMBED
+
+    def table(self, plan: ExtensionPlan) -> TablePlan:
+        return TablePlan(PositionMap(group=math.ceil(plan.factor)))
+
+
+@register
+@dataclass(frozen=True)
+class TableRepeat(TableMethod):
+    """A learned table over and over again: tokens L apart have the same position.
+
+    Row p is the old row `p mod L`. Recurrent positions (RP): Zhu et al., *LongEmbed: Extending Embedding Models for
+    Long Context Retrieval*, 2024.
+    """
+
+    name: ClassVar[str] = "table-repeat"
+    title: ClassVar[str] = "recurrent positions (RP)"
+    url: ClassVar[str] = LONG_EMBED
+
+    def table(self, plan: ExtensionPlan) -> TablePlan:
+        return TablePlan(PositionMap(modulo=plan.trained_length))
+
+
+@register
+@dataclass(frozen=True)
+class TableHierarchical(TableMethod):
+    """Two digits for each position: which stretch of L tokens, and where in it. The first L rows stay as they are.
+
+    `q_(iL+j) = alpha u_i + (1 - alpha) u_j` with `u_i = (e_i - alpha e_0) / (1 - alpha)`, up to `L ** 2` positions.
+    The rows past L are a start for fine-tuning, and little use before it. Su, *Hierarchical decomposition of
+    position embeddings*, 2020.
+
+    Args:
+        alpha (`float`, *optional*, defaults to 0.4): weight of the stretch, above 0 and below 1, other than one half,
+            where position `iL + j` would be the same as `jL + i`.
+    """
+
+    name: ClassVar[str] = "table-hierarchical"
+    title: ClassVar[str] = "hierarchical decomposition"
+    url: ClassVar[str] = "https://kexue.fm/archives/7947"
+
+    alpha: float = 0.4
+
+    def table(self, plan: ExtensionPlan) -> TablePlan:
+        length = plan.trained_length
+        if not 0 < self.alpha < 1 or self.alpha == 0.5:
+            raise InvalidParameterError(
+                f"{self.name}: expected alpha above 0 and below 1, except 0.5, got {self.alpha:g}. Pass alpha=0.4."
+            )
+        if plan.target_length > length**2:
+            raise InvalidParameterError(
+                f"{self.name} reaches {length**2} tokens, the square of {length}; the target is {plan.target_length}. "
+                f"Pass a factor up to {length}."
+            )
+        return TablePlan(PositionMap(modulo=length), coarse=PositionMap(group=length), alpha=self.alpha)

@@ -1,4 +1,4 @@
-"""Methods from text: `"yarn"`, `"YaRN+resonance"`, `"rerope(window=384)+log-n"`."""
+"""Methods from text, `"yarn"` or `"rerope(window=384)+log-n"`, and the reasons of those that do not apply."""
 
 from __future__ import annotations
 
@@ -99,3 +99,21 @@ def _literals(text: str, cls: type[Method]) -> dict[str, Any]:
             f"cannot read the parameters of {text!r}; pass names and plain values, as in {example!r}"
         ) from error
     return given
+
+
+def by_reason(refusals: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """
+    Group methods that share a reason.
+
+    Args:
+        refusals (`Mapping[str, str | None]`): reason of each method, `None` for one that applies.
+
+    Returns:
+        `dict[str, list[str]]`: names under each reason. A reason that begins with the name of its method is stated
+        without it, and methods that apply are under `""`.
+    """
+    groups: dict[str, list[str]] = {"": []}
+    for label, reason in refusals.items():
+        first, _, rest = (reason or "").partition(" ")
+        groups.setdefault(rest if first in label else str(reason), []).append(label)
+    return {reason: names for reason, names in groups.items() if names}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..deprecation import renamed_arguments
 from ..errors import (
     AlreadyPatchedError,
     InvalidParameterError,
@@ -24,7 +25,6 @@ from ..errors import (
     UnsupportedModelError,
 )
 from ..methods import Method, as_method
-from ..methods.values import renamed_length
 from ..plan import ExtensionPlan
 from .alibi import apply_slopes
 from .carrying import carry
@@ -217,6 +217,7 @@ class Patch:
             self.undo()
 
 
+@renamed_arguments(original_length="trained_length")
 def patch_model(
     model: nn.Module,
     method: str | Method | ExtensionPlan,
@@ -225,7 +226,6 @@ def patch_model(
     target_length: int | None = None,
     trained_length: int | None = None,
     tokenizer: Any | None = None,
-    original_length: int | None = None,
     **hyper_parameters: Any,
 ) -> Patch:
     """Change how a model encodes position, in place, so that it reads longer than it was trained to.
@@ -245,7 +245,6 @@ def patch_model(
         trained_length (`int`, *optional*): trained length in tokens, overriding what the config says.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its `model_max_length` is raised, and `save_pretrained`
             saves it with the model.
-        original_length (`int`, *optional*): deprecated name of `trained_length`.
         hyper_parameters: of the method, where it is a name: `patch_model(model, "yarn", factor=8, beta_fast=16)`.
 
     Returns:
@@ -262,7 +261,6 @@ def patch_model(
         PlanMismatchError: a plan made for a model with another scheme.
         UnsupportedModelError: not a transformers model, or one that cannot be patched; says why.
     """
-    trained_length = renamed_length(trained_length, original_length)
     given = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
     inner = unwrap(model)
     with _lock, torch.device("cpu"):  # not the default device of the process, which may be another than the model's

@@ -16,7 +16,7 @@ from ..evaluation.running.setup import Refusals, try_plans
 from ..evaluation.scoring.boundaries import check_positions
 from ..methods import Composition, Fade, Method, RemapMethod, as_method, list_methods
 from ..methods.base import hyper_parameters
-from ..methods.refusals import by_reason
+from ..methods.text import by_reason
 from ..patching.observe import frequencies_in_force
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..deprecation import renamed_arguments
 from ..diagnosis import Diagnosis, diagnose
 from ..errors import InvalidParameterError, UnsupportedModelError
-from ..evaluation.config import EvaluationConfig, renamed
+from ..evaluation.config import EvaluationConfig
 from ..evaluation.questions import Questions
 from ..evaluation.running.journal import open_journal, run_identity
 from ..evaluation.running.setup import check_request, prepare
@@ -34,6 +35,7 @@ SHARE = 0.25
 """Share of the cost of the exhaustive sweep: the budget where none is given."""
 
 
+@renamed_arguments(original_length="trained_length")
 def recommend(
     model: nn.Module,
     tokenizer: Any,
@@ -44,7 +46,6 @@ def recommend(
     methods: Sequence[str | Method] | None = None,
     short_limit: float = 0.01,
     trained_length: int | None = None,
-    original_length: int | None = None,
     passkey: int = 5,
     start: int = 0,
     seed: int = 0,
@@ -73,7 +74,6 @@ def recommend(
         short_limit (`float`, *optional*, defaults to 0.01): the largest increase of perplexity allowed inside the
             trained length; 0.01 is one per cent.
         trained_length (`int`, *optional*): trained length in tokens, where the diagnosis cannot find it.
-        original_length (`int`, *optional*): deprecated name of `trained_length`.
         passkey (`int`, *optional*, defaults to 5): pass-key trials of finalists that are level; 0 for none.
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
         seed (`int`, *optional*, defaults to 0): of intervals and pass keys.
@@ -92,7 +92,6 @@ def recommend(
         EvaluationError: the loss is no better than a guess.
         AlreadyPatchedError, UnsupportedModelError, JournalError: as [`evaluate_perplexity`].
     """
-    trained_length = renamed("original_length", original_length, "trained_length", trained_length)
     check_options(target_length, trained_length, short_limit, passkey)
     with prepared(
         model, tokenizer, documents, target_length, methods=methods, trained_length=trained_length,

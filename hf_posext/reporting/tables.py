@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.protocols.protocol import is_legacy
 from ..evaluation.results.statistics import share_interval
-from ..methods.refusals import by_reason
+from ..methods.text import by_reason
 from .markdown import cell
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from ..deprecation import renamed_arguments
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document
 from ..evaluation.texts.documents import as_documents
 from ..evaluation.texts.files import portable
 from ..methods import Method
-from ..methods.values import renamed_length
 from ..patching import Patch, patch_model
 from ..patching.modes import activation_checkpointing
 from ..patching.shifted_attention import shifted_sparse_attention
@@ -61,6 +61,7 @@ class Finetuned:
     provenance: dict[str, Any]
 
 
+@renamed_arguments(original_length="trained_length")
 def finetune(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -92,7 +93,6 @@ def finetune(
     seed: int = 0,
     callbacks: Iterable[TrainerCallback] = (),
     report_to: str = "none",
-    original_length: int | None = None,
 ) -> Finetuned:
     """
     Patch a model, put an adapter on it where the preset has one, and train it on long rows with transformers' Trainer.
@@ -172,7 +172,6 @@ def finetune(
     if patience is not None and evaluation is None:
         raise InvalidParameterError("`patience` requires `evaluation`.")
     texts = as_documents(documents)
-    trained_length = renamed_length(trained_length, original_length)
     lengths = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
     patch = patch_model(model, method or preset.method, tokenizer=tokenizer, **lengths)  # type: ignore[arg-type]
     network: nn.Module = model

@@ -64,7 +64,7 @@ def test_means_the_frequencies_of_the_plan(method: object, tmp_path: Path) -> No
     entry = plan.rotaries[0]
     lists = [(plan.target_length, entry.inv_freq)]
     if entry.short_inv_freq is not None:
-        lists.append((plan.original_length, entry.short_inv_freq))
+        lists.append((plan.trained_length, entry.short_inv_freq))
     for length, wanted in lists:
         frequencies, temperature = llama_cpp(path, length)
         # float32 divisors, and a power in another order

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 from transformers import LlamaForCausalLM
 
@@ -109,3 +114,49 @@ def test_a_patch_is_labelled_with_what_was_asked_for(llama: LlamaForCausalLM) ->
 def test_a_name_that_could_not_be_read_back_cannot_be_registered(name: str) -> None:
     with pytest.raises(InvalidParameterError, match="choose another name"):
         register(type("Bad", (YaRN,), {"name": name}))
+
+
+SOURCE = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hf_posext.methods import Method
+
+
+@dataclass(frozen=True)
+class Elsewhere(Method):
+    name: ClassVar[str] = "elsewhere"
+    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
+    depth: int | None = None
+
+    def extend(self, plan):
+        return plan
+"""
+
+
+@pytest.mark.parametrize("run_name", ["<run_path>", "__main__"])  # a script that is run, and a notebook's cells
+def test_a_method_whose_module_is_gone_checks_its_parameters(run_name: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SOURCE)
+    cls = runpy.run_path(str(tmp_path / "script.py"), run_name=run_name)["Elsewhere"]
+    assert cls(depth=3).depth == 3 and cls(factor=2).label == "elsewhere"
+    with pytest.raises(InvalidParameterError, match="elsewhere depth is 'deep'; expected a whole number or None"):
+        cls(depth="deep")
+    with pytest.raises(InvalidParameterError, match="elsewhere factor is nan; expected a finite number or None"):
+        cls(factor=float("nan"))
+
+
+def test_a_method_inside_a_function_checks_the_parameters_whose_types_are_known() -> None:
+    from decimal import Decimal
+
+    @dataclass(frozen=True)
+    class Local(Method):
+        name: ClassVar[str] = "local"
+        kinds: ClassVar[tuple[str, ...]] = ("rotary",)
+        exact: Decimal = Decimal(1)
+        depth: int = 1
+
+    assert Local(exact=Decimal(2), depth=3).depth == 3
+    with pytest.raises(InvalidParameterError, match="local depth is 'deep'; expected a whole number"):
+        Local(depth="deep")  # type: ignore[arg-type]

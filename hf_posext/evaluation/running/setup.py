@@ -16,7 +16,7 @@ from torch import nn
 
 from ...errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
 from ...methods import Method, as_method, list_methods
-from ...methods.refusals import by_reason
+from ...methods.text import by_reason
 from ...packages import machine, versions_of
 from ...patching import patch_model
 from ...plan import ExtensionPlan

@@ -1,0 +1,76 @@
+"""Former names of public things, which work for one release and warn. CONTRIBUTING.md states the policy.
+
+A former name is removed in the release after the one that deprecates it, together with its line here.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from .errors import InvalidParameterError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a function whose keyword arguments have new names.
+
+    The former names are not in the signature, so that type checkers and documentation show the new ones only.
+
+    Args:
+        names: the new name under each former one.
+
+    Example:
+
+    ```python
+    @renamed_arguments(original_length="trained_length")
+    def patch_model(model, *, trained_length=None): ...
+    ```
+
+    Calls of the function raise `InvalidParameterError` where an argument is given under both names.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for former, name in names.items():
+                value = kwargs.pop(former, None)
+                if value is None:
+                    continue
+                if kwargs.get(name) is not None:
+                    raise InvalidParameterError(f"{name} and {former} are the same. Pass {name} only.")
+                _warn(former, name, f"pass {name}={value!r}")
+                kwargs[name] = value
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+class RenamedAttribute:
+    """Attribute of a class by its former name; reading it warns.
+
+    Args:
+        name (`str`): the new name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __set_name__(self, owner: type, former: str) -> None:
+        self.former = former
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        _warn(self.former, self.name, f"read {self.name}")
+        return getattr(instance, self.name)
+
+
+def _warn(former: str, name: str, remedy: str) -> None:
+    warnings.warn(f"{former} is now called {name}; {remedy}", DeprecationWarning, stacklevel=3)

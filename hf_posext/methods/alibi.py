@@ -1,0 +1,54 @@
+"""Methods for the slopes of ALiBi."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..plan import ExtensionPlan
+from .base import Method, register
+
+
+@register
+@dataclass(frozen=True)
+class ALiBiLinear(Method):
+    """All slopes of ALiBi divided by the factor, so that the longest distance costs what it did in training.
+
+    `m_h / s`, at every length. Al-Khateeb et al., *Position Interpolation Improves ALiBi Extrapolation*, 2023.
+    """
+
+    name: ClassVar[str] = "alibi-linear"
+    title: ClassVar[str] = "ALiBi position interpolation"
+    url: ClassVar[str] = "https://arxiv.org/abs/2310.13017"
+    kinds: ClassVar[tuple[str, ...]] = ("alibi",)
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        slopes = plan.slopes or plan.scheme.slopes
+        return replace(plan, slopes=tuple(slope / plan.factor for slope in slopes))
+
+
+@register
+@dataclass(frozen=True)
+class ALiBiNTK(Method):
+    """The steepest slope of ALiBi kept, the flattest divided by the factor, those between in geometric steps.
+
+    `m_h / s ** ((h - 1) / (H - 1))` for heads h = 1 to H from steep to flat. Where the number of heads is not a power
+    of two, slopes are not a geometric series, and the exponent is `log(m_1 / m_h) / log(m_1 / m_H)`. After Keezen,
+    *NTK-ALiBi*, 2023; plain interpolation: Al-Khateeb et al., *Position Interpolation Improves ALiBi Extrapolation*,
+    2023.
+    """
+
+    name: ClassVar[str] = "alibi-ntk"
+    title: ClassVar[str] = "NTK-ALiBi"
+    url: ClassVar[str] = "https://github.com/keezen/ntk_alibi"
+    kinds: ClassVar[tuple[str, ...]] = ("alibi",)
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        slopes = plan.slopes or plan.scheme.slopes
+        steep, flat = max(slopes), min(slopes)
+
+        def share(slope: float) -> float:
+            return math.log(steep / slope) / math.log(steep / flat) if steep > flat else 1.0
+
+        return replace(plan, slopes=tuple(slope / plan.factor ** share(slope) for slope in slopes))
