@@ -335,7 +335,7 @@ class Sinusoids:
         _check_rows(plan)
 
 
-Edit: TypeAlias = RotaryPlan | Part | QueryScale | TablePlan | Slopes | BucketPlan | Sinusoids
+Edit: TypeAlias = RotaryPlan | Band | QueryScale | TablePlan | Slopes | BucketPlan | Sinusoids
 """One change of a positional scheme. `check(plan)` raises `PlanError` where no method can have meant it."""
 
 

@@ -202,7 +202,7 @@ def _announce(source: Source, dtype: str) -> None:
     """Say, before the minutes that it takes, that a GGUF file is being dequantised."""
     if source.gguf is None or rank():
         return
-    from ..patching.gguf_header import GGUFHeader
+    from ..patching.untrusted import GGUFHeader
 
     path = source.gguf_path()
     types = GGUFHeader.read(path).types

@@ -19,7 +19,7 @@ from ..patching.observe import (
     slope_scale,
     table_rows,
 )
-from ..patching.stretch import stretch
+from ..patching.tables import stretch
 from ..plan import BucketPlan, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
 from .phases import is_new, planned_frequencies, relative_positions

@@ -21,11 +21,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedModelError
 from ..plan import PLAN_FILE, PLAN_KEY, ExtensionPlan
 from .detect import text_config
-from .learned_table import set_rows, tables_of
 from .loading import check_loaded, serializable
 from .older_readers import entries_of_4
 from .saved_config import REPLACED_KEY, open_patched_config, saved_plan, text_path
 from .sites import LENGTH_FIELDS
+from .tables import set_rows, tables_of
 from .undo import UndoLog
 from .untrusted import check_directory
 

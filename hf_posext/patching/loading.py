@@ -18,8 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import CheckpointError
-from .gguf_header import GGUFHeader
-from .untrusted import PICKLES, check_shards
+from .untrusted import PICKLES, GGUFHeader, check_shards
 
 GGUF = ".gguf"
 

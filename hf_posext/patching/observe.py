@@ -17,7 +17,7 @@ from ..plan import BucketPlan, PositionMap
 from .detect import rotary_sites, text_config
 from .kernels import mapped
 from .sites import bucket_function, bucket_modules, first_row, position_tables, sinusoids, text_modules
-from .stretch import radians, sines
+from .tables import radians, sines
 
 OWN_ROWS = 2**14
 """Sines that a model is asked to make at once: 128 MB where they are 2048 wide."""

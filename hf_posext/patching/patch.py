@@ -26,18 +26,15 @@ from ..errors import (
 )
 from ..methods import Method, as_method
 from ..plan import ExtensionPlan
-from .alibi import apply_slopes
+from .biases import apply_buckets, apply_slopes
 from .carrying import carry
 from .checkpoint import open_saved, refuse_adapter, save_patched
 from .detect import detect_scheme, unwrap
 from .frequencies import apply_frequencies
-from .learned_table import apply_table, follow_tables, replaced_tables, tables_of
-from .limits import raise_limits
 from .ownership import InForce, mark_model, mark_of, own_configs, unmark
-from .relative_bias import apply_buckets
 from .remap.probe import apply_late_rotation
 from .saved_config import saved_plan
-from .sinusoidal import apply_sinusoids
+from .tables import apply_sinusoids, apply_table, follow_tables, raise_limits, replaced_tables, tables_of
 from .undo import Weak
 
 logger = logging.getLogger(__name__)

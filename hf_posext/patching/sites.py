@@ -1,19 +1,28 @@
-"""Modules of a model that hold positions other than rotary ones: tables, sinusoids, relative biases, ALiBi."""
+"""Modules of a model that hold positions other than rotary ones: tables, sinusoids, relative biases, ALiBi.
+
+The row of a learned table that position 0 reads is asked from the model, which runs up to that table. Families count
+rows from 0, from 2 (OPT, BART, and Nystromformer by a buffer), or from behind the padding row (RoBERTa), and no
+attribute says so in all of them.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from ..errors import UnsupportedModelError
 from ..scheme import Buckets, Table
-from .position_zero import row_of_position_zero
+from .modes import evaluation_mode
 
 TABLE_NAMES = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "positions_embed")
 """Names of a learned table of positions in the modeling files of transformers."""
@@ -178,3 +187,170 @@ def alibi_slopes(model: PreTrainedModel) -> tuple[float, ...]:
             biases = file.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)
     slopes = biases.reshape(heads, 2).float().diff(dim=1).flatten()
     return tuple(slopes.tolist())
+
+
+def probe_text(model: PreTrainedModel, count: int = 16) -> torch.Tensor:
+    """Some token ids of shape `(1, count)`, none of them the padding token.
+
+    They are on the CPU where the model has no device: accelerate's hooks move them if it is offloaded.
+    """
+    config = model.config.get_text_config(decoder=True)
+    ids = torch.arange(3, 3 + 2 * count, device="cpu") % getattr(config, "vocab_size", 2**15)
+    ids = ids[ids != (-1 if getattr(config, "pad_token_id", None) is None else config.pad_token_id)][:count]
+    return ids[None] if model.device.type == "meta" else ids[None].to(model.device)
+
+
+def logits_of_probe(model: PreTrainedModel) -> torch.Tensor:
+    """The first output for a short text, without gradients, in evaluation mode."""
+    with evaluation_mode(model), torch.no_grad():
+        out: torch.Tensor = model(input_ids=probe_text(model), use_cache=False)[0]
+    return out
+
+
+class _Reached(Exception):
+    """The table was read; the rest of the forward is not needed."""
+
+
+class _Lookup(TorchFunctionMode):
+    """Notes the rows that are read from a table, and ends the forward there.
+
+    With hooks of accelerate the forward has to go on: they take the weights that they brought away at its end.
+    """
+
+    def __init__(self, table: nn.Embedding, goes_on: bool) -> None:
+        super().__init__()
+        self.table = table
+        self.goes_on = goes_on
+        self.rows: torch.Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.embedding:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if weight is self.table.weight:
+                self.rows = args[0] if args else kwargs["input"]
+                if not self.goes_on:
+                    raise _Reached
+        return func(*args, **kwargs)
+
+
+class _Weightless(TorchFunctionMode):
+    """Puts the weights of a model that is built inside on the meta device, and leaves its index buffers real."""
+
+    makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        if func in self.makers and kwargs.get("device") is None and dtype.is_floating_point:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
+    """The row that position 0 reads in a table; `None` where the model cannot be asked.
+
+    Args:
+        model (`PreTrainedModel`): with weights, or on the meta device, where a twin with real index buffers is asked.
+        path (`str`): of the table.
+    """
+    if model.get_submodule(path).weight.is_meta and not _hooked(model):
+        try:
+            with _Weightless():
+                model = type(model)(copy.deepcopy(model.config))
+        except Exception:
+            return None
+    for holder in _holders(model, path):
+        rows = _rows_read(holder, model.get_submodule(path))
+        if rows is not None:
+            return rows
+    return None
+
+
+def _hooked(model: nn.Module) -> bool:
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def _holders(model: PreTrainedModel, path: str) -> list[PreTrainedModel]:
+    """The transformers models around a module, innermost first: the text part of a model needs no picture."""
+    around = [
+        (outer, module)
+        for outer, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and path.startswith(f"{outer}." if outer else "")
+    ]
+    return [module for _, module in sorted(around, key=lambda pair: -len(pair[0]))]
+
+
+def _rows_read(model: PreTrainedModel, table: Any) -> int | None:
+    """The first row that a text reads; `None` where the forward does not get there, or reads no rows in order."""
+    ids = probe_text(model, 4)
+    taken = inspect.signature(model.forward).parameters
+    names = [name for name in ("input_ids", "decoder_input_ids") if name in taken]
+    lookup = _Lookup(table, goes_on=_hooked(model))
+    try:
+        with evaluation_mode(model), torch.no_grad(), lookup:
+            model(**dict.fromkeys(names, ids))
+    except _Reached:
+        pass
+    except Exception:  # it wants more than text, or an index is on the meta device
+        return None
+    if lookup.rows is None or lookup.rows.is_meta:
+        return None
+    rows: list[int] = lookup.rows.flatten()[:4].tolist()
+    return rows[0] if rows == list(range(rows[0], rows[0] + 4)) else None
+
+
+def attention_projections(model: PreTrainedModel) -> list[str]:
+    """Paths of the linear maps in the attention of every layer: query, key, value and output, fused or not.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    found: dict[str, None] = {}
+    for path, module in text_modules(model):
+        if "attention" in type(module).__name__.lower() and not isinstance(module, PreTrainedModel):
+            inside = (name for name, part in module.named_modules() if isinstance(part, (nn.Linear, Conv1D)))
+            found |= dict.fromkeys(f"{path}.{name}" for name in inside)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no linear map inside an attention module; give the targets of the adapter "
+            "by name, or targets='all-linear'"
+        )
+    return list(found)
+
+
+def norms(model: PreTrainedModel) -> list[str]:
+    """Paths of the normalization layers that have weights."""
+    return [
+        path
+        for path, module in text_modules(model)
+        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def embeddings(model: PreTrainedModel) -> list[str]:
+    """Paths of the embedding of tokens, and of the learned tables of positions where there are such."""
+    tokens = model.get_input_embeddings()
+    return [path for path, module in model.named_modules() if module is tokens] + list(position_tables(model))
+
+
+def tied_head(model: PreTrainedModel) -> str | None:
+    """Path of the output layer whose weights are those of the embedding of tokens; `None` where they are its own."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not model.get_input_embeddings().weight:
+        return None
+    paths: dict[int, str] = {id(module): path for path, module in model.named_modules()}
+    return paths[id(head)]
+
+
+def shortest_names(paths: Iterable[str], model: nn.Module) -> list[str]:
+    """For each path the shortest end of it that no module outside of `paths` shares: `q_proj` rather than
+    `model.layers.0.self_attn.q_proj`, and `attention.dense` where `dense` is in the MLP, too."""
+    wanted = set(paths)
+    others = [path for path, _ in model.named_modules() if path not in wanted]
+    names: set[str] = set()
+    for path in wanted:
+        parts = path.split(".")
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        names.add(next(end for end in ends if end in names or not any(other.endswith(end) for other in others)))
+    return sorted(names)

@@ -13,7 +13,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers import PreTrainedModel
 
 from ..errors import InvalidParameterError
-from ..patching.parts import attention_projections, embeddings, norms, shortest_names, tied_head
+from ..patching.sites import attention_projections, embeddings, norms, shortest_names, tied_head
 
 MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of peft that write into the base weights, on which the adapter then depends."""

@@ -13,7 +13,7 @@ from scipy.interpolate import CubicSpline
 from hf_posext import detect_scheme, patch_model
 from hf_posext.errors import InvalidParameterError, NoEffectError, PlanError
 from hf_posext.methods import TableHierarchical, as_method
-from hf_posext.patching.stretch import stretch
+from hf_posext.patching.tables import stretch
 from hf_posext.plan import ExtensionPlan
 
 from ..conftest import TRAINED, logits, tiny_gpt2, tokens

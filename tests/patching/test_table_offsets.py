@@ -33,7 +33,7 @@ from transformers import (
 
 from hf_posext import detect_scheme, load_patched, patch_model
 from hf_posext.errors import UnsupportedModelError
-from hf_posext.patching.learned_table import position_tables
+from hf_posext.patching.tables import position_tables
 
 from ..conftest import TRAINED, sharpen, tiny_gpt2, tokens
 

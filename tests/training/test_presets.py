@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
-from hf_posext.patching.parts import attention_projections, embeddings, norms, shortest_names
+from hf_posext.patching.sites import attention_projections, embeddings, norms, shortest_names
 from hf_posext.training import PRESETS, Preset
 from hf_posext.training.prepare import count
 from hf_posext.training.presets import adapter_config, as_preset

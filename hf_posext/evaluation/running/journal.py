@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ...decode import short
 from ...errors import JournalError
 from ...locks import WriterLock, journal_file, journal_files
-from ...patching.input_length import forget_length
+from ...patching.frequencies import forget_length
 from ...plan import ExtensionPlan
 from ..scoring.distribution import everywhere, processes_of, rank_of
 from ..scoring.scorer import autocast_dtype, model_name

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from ...errors import EvaluationError
-from ...patching.input_length import forget_length
+from ...patching.frequencies import forget_length
 from ...plan import ExtensionPlan
 from ..contrast.key_tokens import KeyTokens
 from ..contrast.longppl import key_sums, longppl_cells

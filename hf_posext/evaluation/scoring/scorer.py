@@ -16,7 +16,7 @@ from torch import nn
 
 from ...errors import InvalidParameterError, NonFiniteError, UnsupportedModelError
 from ...patching.detect import unwrap
-from ...patching.input_length import forget_length
+from ...patching.frequencies import forget_length
 from ..texts.files import portable
 from .heads import PROBE_LENGTH, Head, deviation, find_head
 from .nonfinite import DAMAGED, Scorer

@@ -1,35 +1,42 @@
-"""Puts a longer table of positions into a live model, and the sizes that go with it.
+"""Tables of positions in a live model, learned or of sines: longer ones, and all sizes that go with them.
 
-The weights of the table are replaced, not resized, and put back by undo. All else that is as long as the table
+The weights of a table are replaced, not resized, and put back by undo. All else that is as long as the table
 follows: index buffers, causal masks that a few families keep, limits in the config, so that the saved model is one
-that plain transformers opens.
+that plain transformers opens. Rows are computed in float64 on the CPU, so that they do not depend on the device or the
+dtype of the model.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..edits import check_table_size
 from ..errors import NoEffectError, UnsupportedModelError
-from ..plan import ExtensionPlan
-from .limits import length_fields, set_limit
-from .position_zero import row_of_position_zero
-from .sites import path_without_adapter, position_tables, sinusoids, text_modules
-from .stretch import stretch
+from ..plan import ExtensionPlan, PositionMap, TablePlan
+from .kernels import mapped
+from .mixin import Mixin, mix
+from .sites import (
+    LENGTH_FIELDS,
+    path_without_adapter,
+    position_tables,
+    row_of_position_zero,
+    sinusoids,
+    text_configs,
+    text_modules,
+)
 from .undo import UndoLog
 
 logger = logging.getLogger(__name__)
 
 _MODULE_LENGTHS = ("max_length", "max_seqlen", "max_source_positions", "max_target_positions", "n_positions")
 """Attributes of modules that repeat the length of the table (ProphetNet, BigBird, BART, GPT)."""
-
 
 BLOCK = 2**14
 """Rows that are made at once: their arithmetic takes several times the memory of the table."""
@@ -186,6 +193,36 @@ def _resized(
     return None
 
 
+def length_fields(model: PreTrainedModel) -> Iterator[tuple[PreTrainedConfig, str, int]]:
+    """Every field of the configs of the text parts that holds the longest input: config, name, tokens."""
+    for config in text_configs(model):
+        for name in dict.fromkeys(config.attribute_map.get(name, name) for name in LENGTH_FIELDS):
+            held = getattr(config, name, None)
+            if isinstance(held, int):
+                yield config, name, held
+
+
+def set_limit(model: PreTrainedModel, config: PreTrainedConfig, name: str, length: int, log: UndoLog) -> None:
+    """Set one field of a config, and the generation limit if it is the same."""
+    old = getattr(config, name)
+    log.set(config, name, length)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.max_length == old:
+        log.set(generation, "max_length", length)
+
+
+def raise_limits(model: PreTrainedModel, length: int, tokenizer: Any | None, log: UndoLog) -> None:
+    """`max_position_embeddings` and its likes in the config and its text part, the generation limit, the tokenizer's.
+
+    A limit that is already higher stays.
+    """
+    for config, name, held in length_fields(model):
+        if held < length:
+            set_limit(model, config, name, length, log)
+    if tokenizer is not None and tokenizer.model_max_length < length:
+        log.set(tokenizer, "model_max_length", length)
+
+
 def _resize_config(model: PreTrainedModel, old: int, offset: int, new: int, log: UndoLog) -> None:
     """Limits in the config, which count the rows before position 0 in some families and not in others."""
     for config, name, held in length_fields(model):
@@ -235,3 +272,147 @@ def _follow_config(model: PreTrainedModel, before: dict[str, torch.Size] | None,
         log.set(module, "weight", nn.Parameter(weight, requires_grad=module.weight.requires_grad))
         log.set(module, "num_embeddings", shape[0])
     return None
+
+
+class OtherSines(Mixin):
+    """Mixed into a module that makes a table of sines, and makes it anew when the input is longer (XGLM, M2M-100)."""
+
+    _posext_positions: PositionMap
+    _posext_radians: tuple[float, ...]
+
+    def get_embedding(self, num_embeddings: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        table: torch.Tensor = super().get_embedding(num_embeddings, *args, **kwargs)  # type: ignore[misc]
+        first = getattr(self, "offset", 0)  # rows before position 0 are padding
+        positions = mapped(torch.arange(num_embeddings - first), self._posext_positions)
+        frequencies = torch.tensor(self._posext_radians, dtype=torch.float64)
+        other = sines(first + positions.double(), frequencies)
+        return torch.cat([table[:first], other.to(table)])
+
+
+def _differ(sines: torch.Tensor, before: torch.Tensor) -> bool:
+    """Return whether sines differ by more than the rounding of angles of a few thousand radians."""
+    common = min(len(sines), len(before))
+    return not torch.allclose(sines[:common].float(), before[:common].float(), atol=1e-3, rtol=0)
+
+
+def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
+    """Put the positions of a plan into a model.
+
+    Returns:
+        `str`, *optional*: `None` where the sines are saved with the weights, else why a saved checkpoint needs this
+        package.
+
+    Raises:
+        NoEffectError: positions stay as they are.
+        UnsupportedModelError: the sines of the model follow no formula that is known here.
+    """
+    assert plan.sinusoids is not None
+    found = sinusoids(model)
+    rows: dict[str, torch.Tensor] = {}
+    changed = False
+    for path, module in found.items():
+        table: Any = module.weight if isinstance(module, nn.Embedding) else module.weights
+        frequencies = radians(table, f"{path} of {plan.scheme.model_type}")
+        if isinstance(module, nn.Embedding):
+            check_table_size(plan.target_length, table.shape[1], len(found))
+            at = mapped(torch.arange(plan.target_length), plan.sinusoids)
+            rows[path] = sines(at, frequencies).to(table)
+            changed |= _differ(rows[path], table)
+            continue
+        log.set(module, "_posext_positions", plan.sinusoids)
+        log.set(module, "_posext_radians", tuple(frequencies.tolist()))
+        log.set(module, "__class__", mix(OtherSines, type(module)))
+        make: Any = module
+        # Sines are made on the CPU; the model's table may be elsewhere.
+        longer = make.get_embedding(len(table), table.shape[1], getattr(module, "padding_idx", None)).to(table)
+        changed |= _differ(longer, table)
+        log.set(module, "weights", longer)
+    if not changed:
+        raise NoEffectError(f"{plan.describe()} leaves positions as they are; pass a factor above 1, or method 'none'")
+    if rows:
+        obstacle = set_rows(model, rows, 0, log)
+        if obstacle:
+            return obstacle
+    ignored = model._keys_to_ignore_on_save or ()
+    if rows.keys() == found.keys() and not any(f"{path}.weight" in ignored for path in rows):
+        return None
+    return "transformers makes the sines anew when it opens a checkpoint"
+
+
+def stretch(table: torch.Tensor, plan: TablePlan, positions: torch.Tensor) -> torch.Tensor:
+    """The rows that a plan gives to positions.
+
+    Args:
+        table (`torch.Tensor` of shape `(trained positions, width)`): any dtype.
+        plan (`TablePlan`): which rows.
+        positions (`torch.LongTensor` of shape `(positions,)`): of the new table.
+
+    Returns:
+        `torch.Tensor` of shape `(positions, width)`: float64, on the CPU.
+    """
+    rows = table.detach().to("cpu", torch.float64)
+    curves = _second_derivatives(rows) if plan.interpolation == "cubic" else None
+    out = _between(rows, mapped(positions, plan.position), curves)
+    if plan.coarse is not None:
+        coarse = _between(rows, mapped(positions, plan.coarse), curves)
+        out = out + plan.alpha / (1 - plan.alpha) * (coarse - rows[0])
+    return out
+
+
+def _between(rows: torch.Tensor, at: torch.Tensor, curves: torch.Tensor | None) -> torch.Tensor:
+    """Rows at fractional positions: linear, or along the spline that has the given second derivatives in each row."""
+    at = at.double().clamp(0, len(rows) - 1)
+    low = at.floor().long()
+    high = (low + 1).clamp(max=len(rows) - 1)
+    right = (at - low)[:, None]
+    left = 1 - right
+    out = left * rows[low] + right * rows[high]
+    if curves is not None:
+        out = out + ((left**3 - left) * curves[low] + (right**3 - right) * curves[high]) / 6
+    return out
+
+
+def _second_derivatives(rows: torch.Tensor) -> torch.Tensor:
+    """Second derivatives of the natural cubic spline through rows at 0, 1, 2, ...: zero at both ends.
+
+    Inside, `m_(i-1) + 4 m_i + m_(i+1) = 6 (e_(i-1) - 2 e_i + e_(i+1))`, solved by elimination (Thomas).
+    """
+    bends = 6 * (rows[2:] - 2 * rows[1:-1] + rows[:-2])
+    pivots: list[float] = []
+    solved: list[torch.Tensor] = []
+    for bend in bends:
+        pivots.append(1 / (4 - (pivots[-1] if pivots else 0)))
+        solved.append(pivots[-1] * (bend - solved[-1] if solved else bend))
+    for i in reversed(range(len(solved) - 1)):
+        solved[i] = solved[i] - pivots[i] * solved[i + 1]
+    out = torch.zeros_like(rows)
+    if solved:
+        out[1:-1] = torch.stack(solved)
+    return out
+
+
+def sines(angles: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Sines of all frequencies, then cosines, float64 of shape `(positions, 2 * frequencies)`."""
+    phases = angles.double()[:, None] * frequencies[None]
+    return torch.cat([phases.sin(), phases.cos()], dim=-1)
+
+
+def radians(table: torch.Tensor, name: str) -> torch.Tensor:
+    """Radians per position, float64 of shape `(width / 2,)`: the formula whose row 3 is that of the table.
+
+    Raises:
+        UnsupportedModelError: neither formula is.
+    """
+    half = table.shape[1] // 2
+    steps = torch.arange(half, dtype=torch.float64)
+    candidates = [10_000 ** (-steps / half), 10_000 ** (-steps / max(half - 1, 1))]
+    row = table[3].detach().to("cpu", torch.float64)
+    if table.shape[1] == 2 * half:
+        three = torch.tensor([3])
+        errors = [float((sines(three, candidate)[0] - row).abs().max()) for candidate in candidates]
+        # half a unit in the last place of sines near 1, and a float32 angle
+        if min(errors) <= 1e-6 + torch.finfo(table.dtype).eps:
+            return candidates[errors.index(min(errors))]
+    raise UnsupportedModelError(
+        f"{name} does not hold sines of 10000 ** (-i / n); hf_posext cannot move its positions"
+    )
