@@ -183,8 +183,8 @@ def _open(source: Source, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     from ..adapters import load_adapter
-    from ..evaluation.protocols.choice import model_kind
     from ..patching import load_patched
+    from ..patching.detect import model_kind
     from ..patching.loading import open_config, open_weights
 
     folder = Path(source.name)
@@ -195,7 +195,7 @@ def _open(source: Source, dtype: torch.dtype) -> Any:
     classes = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
     config = open_config(source)
     _announce(source, str(dtype).removeprefix("torch."))
-    return open_weights(classes[model_kind(config.architectures or (), config)], source, config, dtype=dtype)
+    return open_weights(classes[model_kind(config)[0]], source, config, dtype=dtype)
 
 
 def _announce(source: Source, dtype: str) -> None:

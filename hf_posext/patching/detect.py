@@ -101,6 +101,34 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def model_kind(model: nn.Module | PreTrainedConfig) -> tuple[str, str]:
+    """Return the kind of a language model, and the name of its class.
+
+    Args:
+        model (`PreTrainedModel` or `PreTrainedConfig`): also inside a PEFT or DDP wrapper.
+
+    Returns:
+        `tuple[str, str]`: the kind is `"masked"` for an encoder with a masked-LM head, `"seq2seq"` for an
+        encoder-decoder with a head, else `"causal"`.
+    """
+    if isinstance(model, PreTrainedConfig):
+        config, classes = model, model.architectures or [model.model_type]
+    else:
+        base = unwrap(model)
+        config, classes = base.config, [cls.__name__ for cls in type(base).__mro__]
+    two_sided = getattr(config, "is_encoder_decoder", False)
+    heads = (
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        if two_sided
+        else modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+    named = {name for names in heads.values() for name in ([names] if isinstance(names, str) else names)}
+    # XLM and Flaubert have one class for both, and a config that tells which it is
+    if named.isdisjoint(classes) or (not two_sided and getattr(config, "causal", False)):
+        return "causal", classes[0]
+    return ("seq2seq" if two_sided else "masked"), classes[0]
+
+
 def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
     """Every set of rotary frequencies in the text part of a model.
 

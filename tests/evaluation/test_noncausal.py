@@ -19,13 +19,13 @@ from hf_posext import patch_model
 from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.protocols.choice import model_kind
 from hf_posext.evaluation.protocols.protocol import Measurement
 from hf_posext.evaluation.protocols.pseudo import MaskedScorer, Pseudo
 from hf_posext.evaluation.results.positions import gain_by_position
 from hf_posext.evaluation.results.rows import document_record
 from hf_posext.evaluation.scoring.scorer import Memory
 from hf_posext.evaluation.texts.tokens import TokenizedDocuments, special_tokens
+from hf_posext.patching.detect import model_kind
 from hf_posext.reporting import write_report
 
 from ..conftest import TRAINED, tiny_llama, tiny_t5
@@ -266,7 +266,7 @@ def test_a_head_that_sees_neighbours_is_refused() -> None:
 
 def test_kinds_are_told_from_class_and_config() -> None:
     def kind(model: PreTrainedModel) -> str:
-        return model_kind((cls.__name__ for cls in type(model).__mro__), model.config)
+        return model_kind(model)[0]
 
     assert [kind(build(name, task="masked-lm")) for name in ("bert", "roberta")] == ["masked"] * 2
     assert kind(SeesNeighbours(build("bert", task="masked-lm").config)) == "masked", "a class of somebody's own"

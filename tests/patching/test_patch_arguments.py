@@ -111,7 +111,7 @@ def test_original_length_is_the_former_name(llama: LlamaForCausalLM) -> None:
     with pytest.warns(DeprecationWarning, match="pass trained_length=") as also:
         patch_model(llama, "yarn", factor=8, original_length=32)
     assert {entry.filename for entry in (*caught, *also)} == {__file__}
-    with pytest.raises(InvalidParameterError, match="pass trained_length only"):
+    with pytest.raises(InvalidParameterError, match="Pass trained_length only"):
         YaRN().plan(scheme, factor=8, original_length=32, trained_length=32)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,13 @@ def test_patching_saving_and_loading_need_the_base_install_only() -> None:
 def test_commands_of_the_base_install(words: tuple[str, ...]) -> None:
     done = without_extras(command(*words), ALL)
     assert done.returncode == 0 and "yarn" in done.stdout, done.stderr
+
+
+def test_export_needs_the_base_install_only(tmp_path: Path) -> None:
+    model, out = str(EXAMPLES / "tiny" / "tiny-rope"), tmp_path / "out"
+    words = ("export", model, "--to", "vllm", "--output", str(out), "--method", "yarn", "--factor", "4")
+    done = without_extras(command(*words), ALL)
+    assert done.returncode == 0 and (out / "config.json").is_file(), done.stderr
 
 
 @pytest.mark.parametrize(

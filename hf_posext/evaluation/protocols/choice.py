@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.models.auto import modeling_auto
 
 from ...errors import InvalidParameterError
-from ...patching.detect import unwrap
+from ...patching.detect import model_kind
 from .decoders import Prefix, Rolling, Sliding, Tail, check_tail
 from .legacy import LegacyLongLoRA, LegacyYaRN
 from .protocol import PerplexityProtocol
@@ -25,43 +20,11 @@ FITTING = {"causal": DECODER_PROTOCOLS, "masked": ("pseudo",), "seq2seq": ("seq2
 """The protocols by the kind of language model, the one that is taken if none is asked for first."""
 
 
-def model_kind(classes: Iterable[str], config: PreTrainedConfig) -> str:
-    """
-    `"masked"` for an encoder with a masked-LM head, `"seq2seq"` for an encoder-decoder with a head, else `"causal"`.
-
-    Args:
-        classes (`Iterable[str]`): names of the model's classes, or the `architectures` of its config.
-        config (`PreTrainedConfig`): of the model.
-    """
-    known = set(classes)
-    if getattr(config, "is_encoder_decoder", False):
-        return "seq2seq" if known & _names(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) else "causal"
-    # XLM and Flaubert have one class for both, and a config that tells which it is.
-    is_masked = known & _names(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES) and not getattr(
-        config, "causal", False
-    )
-    return "masked" if is_masked else "causal"
-
-
-def kind_of(model: nn.Module | PreTrainedConfig) -> tuple[str, str]:
-    """
-    Kind of a language model as [`model_kind`] names it, and the name of its class.
-
-    Args:
-        model (`PreTrainedModel` or `PreTrainedConfig`): also inside a PEFT or DDP wrapper.
-    """
-    if isinstance(model, PreTrainedConfig):
-        classes = model.architectures or []
-        return model_kind(classes, model), classes[0] if classes else model.model_type
-    base = unwrap(model)
-    return model_kind((cls.__name__ for cls in type(base).__mro__), base.config), type(base).__name__
-
-
 def choose_protocol(
     name: str | None, model: nn.Module, lengths: list[int], *, stride: int | None = None, tail: int | None = None
 ) -> PerplexityProtocol:
     """The protocol of that name, or the one that fits the model; as [`protocol_for`]."""
-    return protocol_for(name, *kind_of(model), lengths, stride=stride, tail=tail)
+    return protocol_for(name, *model_kind(model), lengths, stride=stride, tail=tail)
 
 
 def protocol_for(
@@ -109,7 +72,3 @@ def protocol_for(
         check_tail(tail, lengths)
         return Tail(tail)
     return {protocol.name: protocol for protocol in (Prefix, Rolling, Pseudo, Seq2Seq)}[name]()
-
-
-def _names(mapping: dict[str, Any]) -> set[str]:
-    return {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}

@@ -19,10 +19,11 @@ from ...methods import Method, as_method, list_methods
 from ...methods.text import by_reason
 from ...packages import machine, versions_of
 from ...patching import patch_model
+from ...patching.detect import model_kind
 from ...plan import ExtensionPlan
 from ...scheme import PositionalScheme
 from ..config import EvaluationConfig
-from ..protocols.choice import DECODER_PROTOCOLS, kind_of, protocol_for
+from ..protocols.choice import DECODER_PROTOCOLS, protocol_for
 from ..protocols.protocol import PerplexityProtocol
 from ..questions import Questions, check_questions
 from ..results.rows import Conditions
@@ -85,7 +86,7 @@ def check_request(
     lengths = check_lengths(config.lengths)
     if config.start < 0:
         raise InvalidParameterError(f"start is {config.start}; give the number of tokens to leave out, 0 or more")
-    kind, name = kind_of(model)
+    kind, name = model_kind(model)
     protocol = protocol_for(config.protocol, kind, name, lengths, stride=config.stride, tail=config.tail)
     if config.bos != "auto" and protocol.name not in DECODER_PROTOCOLS:
         raise InvalidParameterError(
