@@ -109,12 +109,12 @@ def test_rows_that_were_never_trained_are_replaced() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     scheme = detect_scheme(tiny_gpt2())
-    with pytest.raises(InvalidParameterError, match="reaches 4096 tokens.*give a factor up to 64"):
+    with pytest.raises(InvalidParameterError, match="reaches 4096 tokens.*Pass a factor up to 64"):
         TableHierarchical().plan(scheme, factor=65)
     for alpha in (0.0, 0.5, 1.0):
         with pytest.raises(InvalidParameterError, match="alpha"):
             TableHierarchical(alpha=alpha).plan(scheme, factor=2)
-    with pytest.raises(InvalidParameterError, match="table of 64 positions; give 64 or less"):
+    with pytest.raises(InvalidParameterError, match="up to 64, the positions in the table"):
         as_method("table-linear").plan(scheme, factor=2, trained_length=128)
     with pytest.raises(InvalidParameterError, match="stretches the table twice"):
         as_method("table-linear+table-cubic").plan(scheme, factor=2)
