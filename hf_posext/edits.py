@@ -71,6 +71,12 @@ class Growth:
     kept: tuple[float, ...]
     temperature: float = 0.0
 
+    @property
+    def acts(self) -> bool:
+        """`True` where anything follows the length."""
+        powers = zip(self.moving, self.power, strict=True)
+        return self.temperature != 0 or any(moving != 0 and power != 0 for moving, power in powers)
+
 
 @dataclass(frozen=True)
 class RowGroup:
@@ -246,6 +252,12 @@ class QueryScale:
     step: int | None = None
     first_layer: int = 0
     row: RowGroup | None = None
+
+    def acts_at(self, position: int) -> bool:
+        """Return whether the query at a position is scaled by another number than 1."""
+        past = position + 1 > self.length
+        warmer = self.temperature != 0 and (past if self.step is None else position + 1 >= self.step)
+        return self.constant != 1 or warmer or (self.log and past)
 
     def check(self, plan: ExtensionPlan) -> None:
         if self.first_layer < 0 or (self.step is not None and self.step < 1):

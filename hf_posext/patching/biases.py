@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import NoEffectError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..plan import BucketPlan, ExtensionPlan
+from .effect import no_effect
 from .mixin import Mixin, mix
 from .observe import buckets_of
 from .sites import bucket_modules, logits_of_probe
@@ -112,9 +113,7 @@ def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> s
             model runs.
     """
     if plan.slopes == plan.scheme.slopes:
-        raise NoEffectError(
-            f"{plan.describe()} leaves the slopes as they are; pass a factor above 1, or method 'none'"
-        )
+        raise no_effect(plan, "the slopes")
     slopes = torch.tensor(plan.slopes, dtype=torch.float32)
     sites: dict[str, AttentionSlopes] = {}
     for path, module in model.named_modules():
@@ -190,9 +189,7 @@ def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> 
     before = buckets_of(model, distances, BucketPlan())
     obstacle = _swap(model, plan.buckets, reach, log)
     if torch.equal(buckets_of(model, distances, BucketPlan()), before):
-        raise NoEffectError(
-            f"{plan.describe()} leaves the buckets as they are; pass a factor above 1, or method 'none'"
-        )
+        raise no_effect(plan, "the buckets")
     return obstacle
 
 

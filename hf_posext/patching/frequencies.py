@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import NoEffectError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan, RotaryPlan
 from .detect import RotarySite, rotary_sites
+from .effect import no_effect
 from .mixin import Mixin, mix
 from .undo import UndoLog
 
@@ -61,7 +62,7 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
         `str`, *optional*: `None` where the config now says the same as the live model, else why it cannot.
 
     Raises:
-        NoEffectError: the phases that the model computes did not change.
+        NoEffectError: the phases that the model computes did not change, and do not follow the length of rows.
         UnsupportedModelError: the plan needs two sets of frequencies, and the model's own code cannot switch.
     """
     planned = {entry.name: entry for entry in plan.rotaries}
@@ -90,11 +91,9 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
     after = [[site.phases(probe) for probe in probes] for site in sites]
     for site, old, new in zip(sites, before, after, strict=True):
         same = (_same_phases(a, b, probe) for a, b, probe in zip(old, new, probes, strict=True))
-        if planned[site.name].growth is None and all(same):
-            raise NoEffectError(
-                f"{plan.describe()} leaves the phases of {site.path} ({plan.scheme.model_type}) as they are; "
-                "pass a factor above 1, or method 'none' to compare with the model as it is"
-            )
+        growth = planned[site.name].growth
+        if not (growth and growth.acts) and all(same):
+            raise no_effect(plan, f"the phases of {site.path}")
     return obstacle
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..edits import check_table_size
-from ..errors import NoEffectError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan, PositionMap, TablePlan
+from .effect import no_effect
 from .kernels import mapped
 from .mixin import Mixin, mix
 from .sites import (
@@ -73,7 +74,8 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> st
                 old[offset : offset + plan.trained_length], plan.table, positions
             ).to(old)
         rows[path] = torch.cat([old[:offset], longer])
-    refuse_no_effect(plan, {path: module.weight for path, module in tables.items()}, rows)
+    if all(torch.equal(tables[path].weight, rows[path]) for path in tables):
+        raise no_effect(plan, "the table")
     obstacle = set_rows(model, rows, offset, log)
     for path in tables:
         read = row_of_position_zero(model, path)
@@ -87,20 +89,6 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> st
 def _is_mask(buffer: torch.Tensor | None, tables: Mapping[str, nn.Embedding]) -> bool:
     sizes = {(module.num_embeddings, module.num_embeddings) for module in tables.values()}
     return buffer is not None and tuple(buffer.shape[-2:]) in sizes
-
-
-def refuse_no_effect(
-    plan: ExtensionPlan, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
-) -> None:
-    """
-    Raises:
-        NoEffectError: every table stays as it is.
-    """
-    if all(torch.equal(before[path], after[path]) for path in before):
-        raise NoEffectError(
-            f"{plan.describe()} leaves the table of {plan.scheme.model_type} as it is; pass a factor above 1, or "
-            "method 'none' to compare with the model as it is"
-        )
 
 
 def tables_of(model: PreTrainedModel) -> dict[str, nn.Embedding]:
@@ -328,7 +316,7 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
         changed |= _differ(longer, table)
         log.set(module, "weights", longer)
     if not changed:
-        raise NoEffectError(f"{plan.describe()} leaves positions as they are; pass a factor above 1, or method 'none'")
+        raise no_effect(plan, "the positions")
     if rows:
         obstacle = set_rows(model, rows, 0, log)
         if obstacle:

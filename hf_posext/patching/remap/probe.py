@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import Band, ExtensionPlan, PositionMap
 from ..detect import RotarySite, rotary_sites, text_config
+from ..effect import refuse_idle
 from ..mixin import mix
 from ..modes import evaluation_mode
 from ..signatures import cache_argument, cache_of, with_cache
@@ -69,6 +70,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
 
     Raises:
         UnsupportedModelError: the model's attention cannot be reached or does not rotate as RoPE; says which.
+        NoEffectError: the plan changes no pair of tokens that a layer sees.
     """
     kind = plan.scheme.model_type
     if any(entry.short_inv_freq is not None for entry in plan.rotaries):
@@ -99,6 +101,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
         raise UnsupportedModelError(both_sides(Remapping.of(plan, base, {}), kind, "is_causal=False in its config"))
     subject = _subject(model, backbone, prefix, sites)
     remapping = _studied(subject, model, plan, unmapped, kind)
+    refuse_idle(plan, map(model.get_submodule, remapping.layers))
     _install(Subject(model, "", backbone, sites, False), remapping, log)
     _hook(Subject(model, "", backbone, sites, False), remapping, log)
     return "positions are remapped inside attention"

@@ -1,0 +1,120 @@
+"""A plan without effect is refused, and one with an effect is not: the verdict against the logits themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from hf_posext import NTK, SelfExtend, patch_model
+from hf_posext.errors import InvalidParameterError, NoEffectError
+from hf_posext.methods import as_method, methods
+from hf_posext.patching.detect import detect_scheme
+from hf_posext.patching.remap import probe
+
+from ..conftest import TRAINED, logits, tiny_llama, tokens
+
+TARGET = 2 * TRAINED
+TEXT = tokens(2 * TARGET)
+"""As long as the verdict reaches."""
+
+SIZES: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TRAINED, "pad_token_id": 0}
+
+
+def sharp(model: PreTrainedModel) -> PreTrainedModel:
+    for weight in model.parameters():
+        if weight.ndim >= 2:
+            weight.data.mul_(4)
+    return model.double().eval()
+
+
+def windowed(window: int) -> PreTrainedModel:
+    """All layers see a window, which attention takes from the config."""
+    torch.manual_seed(0)
+    return sharp(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)))
+
+
+def mixed(window: int) -> PreTrainedModel:
+    """The first layer sees all tokens, the second a window."""
+    torch.manual_seed(0)
+    kinds = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    return sharp(Qwen2ForCausalLM(Qwen2Config(**SIZES, **kinds)))
+
+
+MODELS = {
+    "all": lambda: tiny_llama().double(),
+    "window 16": lambda: windowed(16),
+    "window 48": lambda: windowed(48),
+    "mixed 16": lambda: mixed(16),
+}
+LATE = [
+    name
+    for name, cls in methods().items()
+    if "rotary" in cls.kinds and cls.example(detect_scheme(tiny_llama())).plan(
+        detect_scheme(tiny_llama()), target_length=TARGET
+    ).rotates_late
+]  # fmt: skip
+TEXTS = [
+    *LATE,
+    "self-extend(group=1)",
+    "self-extend(group=2, window=16)",
+    "leaky-rerope(stride=1)",
+    "rerope(window=64)",
+    "rerope(window=15)",
+    "rerope(window=16)",
+    "dual-chunk(chunk=16)",
+    "llama4-temperature(step=1000)",
+    "llama4-temperature(step=257)",
+    "llama4-temperature(step=256)",
+    "rerope(window=64)+fade(reference=100000)",
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_verdict_is_what_logits_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS[name]()
+    before, scheme = logits(model, TEXT), detect_scheme(model)
+    judge, verdicts = probe.refuse_idle, {}
+    for text in TEXTS:
+        method = as_method(text) if "(" in text else methods()[text].example(scheme)
+        try:
+            plan = method.plan(scheme, target_length=TARGET)
+        except InvalidParameterError:
+            continue  # a method that has to come after another
+        refused: list[NoEffectError] = []
+
+        def note(*given: Any, refused: list[NoEffectError] = refused) -> None:
+            try:
+                judge(*given)
+            except NoEffectError as error:
+                refused.append(error)
+
+        monkeypatch.setattr(probe, "refuse_idle", note)
+        with patch_model(model, plan):
+            change = (logits(model, TEXT) - before).abs().max()
+        # float64: what leaves positions as they are differs by rounding, and logits spread by 4
+        verdicts[text] = not refused, bool(change > 1e-6)
+    assert {text: verdict for text, verdict in verdicts.items() if verdict[0] != verdict[1]} == {}
+    assert {verdict[0] for verdict in verdicts.values()} == {True, False}
+    monkeypatch.undo()
+    with pytest.raises(NoEffectError, match=r"leaves attention of \w+ as before"):
+        patch_model(model, "self-extend(group=1)", target_length=TARGET)
+    assert torch.equal(logits(model, TEXT), before)
+
+
+def test_frequencies_before_an_idle_remapping_count() -> None:
+    model = tiny_llama()
+    before = logits(model, TEXT)
+    with patch_model(model, NTK(factor=2) + SelfExtend(group=1, factor=2)):
+        assert not torch.allclose(logits(model, TEXT), before, atol=1e-2)
+
+
+def test_plans_for_lengths_that_no_machine_runs_are_judged() -> None:
+    model = tiny_llama()
+    with patch_model(model, "rerope", target_length=2**39):
+        pass
+    with pytest.raises(NoEffectError):
+        patch_model(model, "self-extend(group=1)", target_length=2**39)
