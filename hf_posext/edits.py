@@ -254,10 +254,14 @@ class QueryScale:
     row: RowGroup | None = None
 
     def acts_at(self, position: int) -> bool:
-        """Return whether the query at a position is scaled by another number than 1."""
-        past = position + 1 > self.length
-        warmer = self.temperature != 0 and (past if self.step is None else position + 1 >= self.step)
-        return self.constant != 1 or warmer or (self.log and past)
+        """Return whether the last query of a row, at a position, is scaled by another number than 1."""
+        count = position + 1
+        past = warmer = count > self.length
+        if self.step is not None:
+            warmer = count >= self.step
+        elif self.row is not None:
+            warmer = count - self.row.beyond > self.row.span
+        return self.constant != 1 or (self.temperature != 0 and warmer) or (self.log and past)
 
     def check(self, plan: ExtensionPlan) -> None:
         if self.first_layer < 0 or (self.step is not None and self.step < 1):

@@ -80,7 +80,9 @@ def _moves(bands: tuple[Band, ...], last: int, reach: int) -> bool:
         attended = torch.zeros_like(keys, dtype=torch.bool)
         for band in bands:
             inside = belongs(band, query, keys)[0]
-            changed = mapped(query, band.query, row).double() - mapped(keys, band.key, row).double() != distances
+            sides = (mapped(query, band.query, row), mapped(keys, band.key, row))
+            ours, theirs = (side.double().reshape(len(side), -1) for side in sides)  # a column for each rotary pair
+            changed = (ours - theirs != distances[:, None]).any(1)
             faded, decayed = fade(band, query, torch.float64), decay(band, distances, torch.float64)
             changed |= (faded is not None and faded != 0) | (decayed is not None and decayed != 0)
             if (inside & changed).any():
