@@ -89,13 +89,15 @@ def test_a_model_that_shares_the_config_is_untouched(name: str, kind: str, tmp_p
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_the_patch_is_known_from_every_handle(name: str, kind: str) -> None:
+def test_a_patch_is_one_from_every_handle(name: str, kind: str) -> None:
     model, method = build(name, kind)
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    scheme = detect_scheme(model)
-    handles = (model,) if method.plan(scheme, **LENGTHS).rotates_late else (model, model.base_model)
-    for handle in handles:
+    scheme, before = detect_scheme(model), logits(model, LONG)
+    with patch_model(model, method, **LENGTHS):
+        patched = logits(model, LONG)
+    for handle in (model, model.base_model):
         patch = patch_model(handle, method, **LENGTHS)
+        assert torch.equal(logits(model, LONG), patched)
         for part in (model, model.base_model) if handle is not model else parts:
             assert find_patch(part) is patch
             with pytest.raises(AlreadyPatchedError):
@@ -103,6 +105,7 @@ def test_the_patch_is_known_from_every_handle(name: str, kind: str) -> None:
         assert detect_scheme(model) == scheme
         unpatch_model(model)
         assert find_patch(model) is None and find_patch(model.base_model) is None
+        assert torch.equal(logits(model, LONG), before)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
