@@ -1,4 +1,4 @@
-"""What comes before any forward: importing the package, and `patch_model` itself."""
+"""Costs before any forward: the import of the package, and `patch_model` itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def import_rows(repeats: int) -> list[Row]:
-    """What each import takes in a fresh interpreter that has imported transformers and a model of it."""
+    """Measure each import in a fresh interpreter that has imported transformers and a model of it."""
     found: dict[str, list[float]] = {BASELINE: [], **{statement: [] for statement in IMPORTS}}
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
     for turn in range(repeats + 1):

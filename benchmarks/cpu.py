@@ -1,4 +1,4 @@
-"""What a patch costs on one CPU core: frequency methods nothing, remapped positions little more than attention.
+"""Cost of a patch on one CPU core: nothing for frequency methods, little more than attention for remapped positions.
 
 python benchmarks/cpu.py          # some 12 minutes and 12 GB; a table, and JSON in results/
 python benchmarks/cpu.py --tiny   # the same steps in seconds, on models that show nothing

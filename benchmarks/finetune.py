@@ -1,7 +1,7 @@
-"""What a few hundred rows of fine-tuning do for a model of 512 tokens that reads 4096: methods x what is trained.
+"""Effect of a few hundred rows of fine-tuning on a model of 512 tokens that reads 4096: methods x trained weights.
 
 Each run patches the shipped model, trains on the novels of `examples/data/train.jsonl`, and is measured on the novels
-that it never saw: perplexity by length, pass keys, gain over a context truncated to the trained length, and what
+that it never saw: perplexity by length, passkeys, gain over a context truncated to the trained length, and what
 changed inside that. All runs read the same tokens; PoSE reads them in rows of 512 with skipped positions. A run that
 is finished is kept in the result file and not made again, and one that is killed goes on from its last checkpoint:
 
@@ -150,13 +150,13 @@ def make(name: str, args: argparse.Namespace, control: dict[str, Any]) -> dict[s
 
 
 def ended(output: Path) -> bool:
-    """Whether the training in a directory is over."""
+    """Return whether the training in a directory has ended."""
     path = output / "provenance.json"
     return path.is_file() and "result" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def told(output: Path) -> dict[str, Any]:
-    """What the provenance of a training says for the result file."""
+    """Return the provenance of a training for the result file."""
     provenance = json.loads((output / "provenance.json").read_text(encoding="utf-8"))
     facts = {key: provenance["result"][key] for key in ("parameters", "loss", "resumed_from", "device")}
     seconds = provenance["result"]["seconds"]

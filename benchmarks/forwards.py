@@ -1,4 +1,4 @@
-"""What a patch costs in the forward: frequency methods, and positions that are remapped inside attention.
+"""Cost of a patch in the forward: frequency methods, and positions that are remapped inside attention.
 
 Ways take turns in one process, on the same weights or the same states; what else the machine does hits all alike.
 """

@@ -33,7 +33,7 @@ whole model patched against unpatched at 32k; GiB for the perplexity of 128k tok
 
 
 def setting(tiny: bool) -> tuple[int, dict[str, Method]]:
-    """What lengths are divided by, and the methods, for a model that claims to be trained on `TRAINED` tokens."""
+    """Divisor of lengths, and the methods, for a model that claims to be trained on `TRAINED` tokens."""
     shrink = 64 if tiny else 1
     every = remapping(WINDOW // shrink, CHUNK // shrink, GROUP // (8 if tiny else 1))
     return shrink, {name: every[name] for name in METHODS}

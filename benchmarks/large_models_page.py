@@ -1,22 +1,19 @@
 """Write `docs/large_models.md` from the formulas of `large_models.py` and the result files that check them.
 
 python benchmarks/large_models_page.py            # write the page
-python benchmarks/large_models_page.py --check    # exit 1 where the committed page is not what the files give
+python benchmarks/large_models_page.py --check    # exit 1 if the committed page is out of date
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from large_models import LARGE, Shape
 from models import SHAPES, config
 from output import RESULTS
-from page import markdown
+from page import fill, markdown, publish
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "large_models.md.jinja"
@@ -56,7 +53,7 @@ class Rates:
 
 
 def perplexity(gpu: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """What our way took for one document under the model of 1.2 B."""
+    """Return the reading of hf_posext for one document under the model of 1.2 B."""
     parts = [part for name, part in gpu["parts"].items() if name.startswith("perplexity")]
     (found,) = [part["rows"]["hf_posext"] for part in parts if part["tokens"] == tokens]
     row: dict[str, Any] = found
@@ -64,7 +61,7 @@ def perplexity(gpu: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def checks(gpu: dict[str, Any], chunks: list[dict[str, Any]]) -> list[tuple[str, str, float, float]]:
-    """What was measured, its unit, the reading and the formula; only rows that no rate was read from."""
+    """Return what was measured, its unit, the reading and the formula, for rows that no rate was read from."""
     rates, found = Rates(gpu), []
     for tokens in LENGTHS:
         extra = perplexity(gpu, tokens)["extra_mb"]
@@ -93,7 +90,7 @@ def check_table(rows: list[tuple[str, str, float, float]]) -> str:
 
 
 def memory_table() -> str:
-    """GB on one device: weights, and what a forward needs beside them."""
+    """Return GB on one device: the weights, and the memory of a forward beside them."""
     lines = []
     for shape in LARGE:
         for tokens in LENGTHS:
@@ -117,7 +114,7 @@ def memory_table() -> str:
 
 
 def time_table(rates: Rates) -> str:
-    """Seconds for one document: a method, the control for two trained lengths; and a method on several devices."""
+    """Return seconds for one document: a method, the control at two trained lengths, a method on several devices."""
     lines = []
     for shape in LARGE:
         for tokens in LENGTHS:
@@ -138,8 +135,8 @@ def render(results: Path = RESULTS) -> str:
     )
     rates = Rates(gpu)
     patches = {row["way"]: row for part in cpu["parts"].values() for row in part if row["what"] == "patch_model"}
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return fill(
+        TEMPLATE,
         rates=rates,
         patches=patches,
         gpu=gpu,
@@ -153,17 +150,5 @@ def render(results: Path = RESULTS) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    text = render()
-    if not parser.parse_args().check:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"{PAGE.name} differs from what the result files give. Run {Path(__file__).name}.", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(publish(__doc__, lambda: {PAGE: render()}))

@@ -1,4 +1,4 @@
-"""How these benchmarks measure: one thread, ways in turn, time of the processor, peak of resident memory.
+"""Measuring for these benchmarks: one thread, ways in turn, processor time, peak of resident memory.
 
 A job is a function that gets ready whatever it measures (model, tokens, a short run to warm up) and returns what is
 measured, a function without arguments. Every reading is taken in a child process of its own, forked from a server that

@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: a table of 80 columns, and JSON that says where the numbers come from."""
+"""Output of every benchmark: a table of 80 columns, and JSON with the origin of the numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("hf_posext", "torch", "transformers", "accelerate", "lm_eval", "long
 
 
 def machine() -> dict[str, Any]:
-    """Where and when, for the JSON."""
+    """Return the machine, date and versions for the JSON."""
     return {
         **packages.machine(),
         "load_average": os.getloadavg()[0],
@@ -71,7 +71,7 @@ class Run:
         return content["command"], content["machine"]["commit"], content["machine"]["versions"]
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
-        """What a part has found, now or before the run was killed."""
+        """Return the result of a part, from now or from before the run was killed."""
         if name not in self.content["parts"]:
             self.content["parts"][name] = make()
             if self._partial is not None:
@@ -112,7 +112,7 @@ def figure(value: float | None, digits: int = 2) -> str:
 
 
 def rows_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """What was measured of layers, models and imports."""
+    """Return the measurements of layers, models and imports as a table."""
     lines = []
     for row in rows:
         name = f"{row['what']}: {row['way']}".replace("from transformers import ", "transformers, ")

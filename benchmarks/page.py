@@ -1,17 +1,22 @@
 """Write `docs/benchmarks.md` from its template and the result files, so that no number comes from a keyboard.
 
-python benchmarks/page.py
+python benchmarks/page.py            # write the page
+python benchmarks/page.py --check    # exit 1 if the committed page is out of date
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from output import RESULTS, figure
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+
+from pages import fill, publish
+from pages import table as markdown
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "benchmarks.md.jinja"
@@ -19,13 +24,8 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 NAMES = ("perplexity", "cpu", "scaling", "gpu", "gpu_decoding")
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def origin(result: dict[str, Any]) -> str:
-    """Where, when and with what a result was made."""
+    """Return the command, date, machine and versions of a result."""
     where = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     device = where["gpu"] or f"{where['processor']}, {where['cores']} cores, {where['memory_gb']:.0f} GB"
@@ -44,7 +44,7 @@ def goals(result: dict[str, Any]) -> str:
 
 
 def sweep(found: dict[str, Any]) -> str:
-    """Ways of one sweep."""
+    """Return the ways of one sweep, a line for each."""
     rows = []
     for name, each in found["rows"].items():
         if "left_out" in each:
@@ -58,7 +58,7 @@ def sweep(found: dict[str, Any]) -> str:
 
 
 def rows(result: dict[str, Any], *kinds: str) -> str:
-    """What was measured of some kinds, in milliseconds."""
+    """Return the measurements of some kinds, in milliseconds."""
     lines = []
     measured = [each for part in result["parts"].values() if isinstance(part, list) for each in part]
     for each in measured:
@@ -75,7 +75,7 @@ def rows(result: dict[str, Any], *kinds: str) -> str:
 
 
 def fits(result: dict[str, Any]) -> str:
-    """Coefficients of the curves: of time for 1,000 tokens and their square, of memory for none and 1,000."""
+    """Return the coefficients of the curves: time by 1,000 tokens and their square, memory by none and 1,000."""
     lines = []
     for curve in result["parts"].values():
         (a, b), (c, d) = (curve[key]["coefficients"] for key in ("time_fit", "memory_fit"))
@@ -91,10 +91,9 @@ def render(results: Path = RESULTS) -> str:
         path = results / f"{name}.json"
         if path.exists():
             given[name] = json.loads(path.read_text(encoding="utf-8"))
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
-    environment.globals.update(origin=origin, goals=goals, sweep=sweep, rows=rows, fits=fits)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(given)
+    filters = {"origin": origin, "goals": goals, "sweep": sweep, "rows": rows, "fits": fits}
+    return fill(TEMPLATE, **filters, **given)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(), encoding="utf-8")
+    raise SystemExit(publish(__doc__, lambda: {PAGE: render()}))

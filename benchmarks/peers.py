@@ -39,7 +39,7 @@ times as long for each row."""
 @dataclass(frozen=True)
 class Task:
     """
-    What is measured.
+    Case of a measurement.
 
     Args:
         protocol (`str`): `"prefix"`, `"sliding"` or `"rolling"`.

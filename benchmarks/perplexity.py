@@ -1,4 +1,4 @@
-"""What the perplexity of one long document costs, beside its peers: same model, same tokens, same windows.
+"""Cost of the perplexity of one long document beside its peers: same model, same tokens, same windows.
 
     python benchmarks/perplexity.py          # some 7 minutes and 14 GB; a table, and JSON in results/
     python benchmarks/perplexity.py --tiny   # the same steps in seconds, on a model that shows nothing

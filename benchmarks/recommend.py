@@ -1,4 +1,4 @@
-"""How near `recommend` comes to the exhaustive sweep, at a quarter of its cost.
+"""Distance of `recommend` from the exhaustive sweep, at a quarter of its cost.
 
 For each model and target every contender and the control read every held-out novel, and the best is looked up. Then
 `recommend` runs with a quarter of those tokens; it finds its cells in the journal of the exhaustive sweep, since both

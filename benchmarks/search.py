@@ -1,4 +1,4 @@
-"""Whether searched frequencies beat YaRN's on novels that the search has not seen.
+"""Searched frequencies against YaRN's, on novels that the search has not seen.
 
 The search reads three of the training novels; the result is compared with YaRN on the eight held-out ones, against the
 control. A run that was stopped goes on from its journals in reports/search.

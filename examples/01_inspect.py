@@ -1,4 +1,4 @@
-"""How does a model encode position, what was it trained for, and what can be done past that?
+"""Inspect a model: its positions, the length that it was trained on, and the methods that extend it.
 
 One learns what `detect_scheme` reads from a config, what `diagnose` finds in the weights, and where the two differ:
 the config of `tiny-learned` claims 2,048 tokens, its table was trained on a quarter of them.

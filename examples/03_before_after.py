@@ -1,7 +1,7 @@
 """Is a longer context worth it? Methods side by side on held-out novels, against the same model truncated.
 
 One learns to read a comparison: what each method costs inside the trained length, whether perplexity stays level past
-it, whether that beats truncating the input (the gain), and whether pass keys are found. Writes the whole report, with
+it, whether that beats truncating the input (the gain), and whether passkeys are found. Writes the whole report, with
 pictures, into `--output`.
 
 python examples/03_before_after.py
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["none", "linear", "yarn", "self-extend"])
     parser.add_argument("--factor", type=float, default=4)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048])
-    parser.add_argument("--passkey", type=int, default=3, help="pass keys to hide and ask for, at each length")
+    parser.add_argument("--passkey", type=int, default=3, help="passkeys to hide and ask for, at each length")
     parser.add_argument("--output", type=Path, default=Path("reports") / "before_after")
     options = parser.parse_args()
 

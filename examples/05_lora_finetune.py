@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("reports") / "lora_finetune", help="a new directory")
     options = parser.parse_args()
     if options.output.exists():
-        parser.error(f"{options.output} is there already; give another --output, or remove it")
+        parser.error(f"{options.output} exists. Pass another --output, or remove it.")
 
     tuned = finetune(
         AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),

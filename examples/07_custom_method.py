@@ -55,7 +55,7 @@ class NTKMixed(FrequencyMethod):
 
     def __post_init__(self) -> None:
         if not 0 <= self.power <= 1:
-            raise InvalidParameterError(f"power is {self.power}; give a number from 0 to 1")
+            raise InvalidParameterError(f"Expected a power of 0 to 1, got {self.power}.")
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         places = torch.arange(1, rotary.pairs + 1, dtype=torch.float32)
@@ -64,7 +64,7 @@ class NTKMixed(FrequencyMethod):
 
 
 def install(folder: Path) -> None:
-    """What `pip install` leaves of a package that has this method; the module itself is this file."""
+    """Write the metadata that `pip install` leaves of a package with this method. The module itself is this file."""
     info = folder / "my_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")

@@ -36,7 +36,7 @@ def embed(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tensor:
 
 
 def embed_chunks(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tensor:
-    """What one does without a patch: the mean of the vectors of all stretches of 512 tokens."""
+    """Return the alternative without a patch: the mean of the vectors of all stretches of 512 tokens."""
     pieces = [embed(model, tokenizer, piece) for piece in texts.split(TRAINED - 2, dim=1)]
     return torch.nn.functional.normalize(torch.stack(pieces).mean(dim=0), dim=-1)
 

@@ -39,7 +39,7 @@ ANSWER_WEIGHT = 4.0
 
 class Rows(torch.utils.data.Dataset):
     """Row `index` follows from the seed and its number alone. One in eight is synthetic: two thirds of those hide a
-    pass key and ask for it, one third repeats a segment. In the labels, a token of an answer has the size of the
+    passkey and ask for it, one third repeats a segment. In the labels, a token of an answer has the size of the
     vocabulary added to it, by which `weighted_loss` knows it.
     """
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 class Rules(NamedTuple):
     """
-    What decoding refuses, and how.
+    Bounds of decoding, and the error of a refusal.
 
     Args:
         error (`type[PosExtError]`, *optional*): raised.

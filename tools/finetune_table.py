@@ -6,7 +6,6 @@ python tools/finetune_table.py --check    # exit 1 where the committed page is n
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -14,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from pages import ROOT, fill, publish
+from pages import table as markdown
 
 from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_perplexity
 from hf_posext.reporting.drawing import (
@@ -32,7 +32,6 @@ from hf_posext.reporting.drawing import (
 )
 from hf_posext.reporting.tables import NOTHING, format_perplexity
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
 CANDIDATES = ROOT / "benchmarks" / "results" / "finetune_candidates.json"
 PAGE = ROOT / "docs" / "finetune_results.md"
@@ -69,7 +68,7 @@ def trains_all(run: Run) -> bool:
 
 
 def share_of_full(name: str, runs: Mapping[str, Run]) -> float | None:
-    """How much of what training all weights gains a run gains, in ln of tail perplexity at the longest length.
+    """Return the gain of a run as a share of training all weights, in ln of tail perplexity at the longest length.
 
     `None` where the method as it was, or with all weights trained, is not there, or gained nothing.
     """
@@ -100,12 +99,9 @@ def table(found: Mapping[str, Any]) -> str:
     """One line a run, as the file has them, those of one method together."""
     runs, trials = found["runs"], found["settings"]["passkey"]
     first, *_, last = found["settings"]["lengths"]
-    keys = f" pass keys at {last} |" if trials else ""
-    lines = [
-        f"| | perplexity at {first} | change at {first} | perplexity at {last} | gain |{keys} of full | "
-        "trained parameters | seconds |",
-        f"|---|---:|---:|---:|---:|{'---:|' if trials else ''}---:|---:|---:|",
-    ]
+    heads = ["", f"perplexity at {first}", f"change at {first}", f"perplexity at {last}", "gain"]
+    heads += [*([f"passkeys at {last}"] if trials else []), "of full", "trained parameters", "seconds"]
+    lines = []
     for name in ordered(runs):
         run, row = runs[name], longest(runs[name])
         share, parameters = share_of_full(name, runs), run.get("parameters")
@@ -122,8 +118,8 @@ def table(found: Mapping[str, Any]) -> str:
             else NOTHING,
             f"{run['train_seconds']:.0f}" if "train_seconds" in run else NOTHING,
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
 def ordered(runs: Mapping[str, Run]) -> list[str]:
@@ -137,7 +133,7 @@ def ordered(runs: Mapping[str, Run]) -> list[str]:
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What the runs say: the best, whether it beats truncation, embeddings and norms, and what is missing."""
+    """Return sentences on the runs: the best, its gain over truncation, embeddings and norms, and missing runs."""
     runs, length = found["runs"], found["settings"]["lengths"][-1]
     best = min(runs, key=lambda name: longest(runs[name])["perplexity_tail"])
     above = [f"`{name}`" for name in ordered(runs) if longest(runs[name])["gain"] > 1]
@@ -234,7 +230,7 @@ def plot(found: Mapping[str, Any], path: Path = PICTURE) -> None:
 
 
 def command(settings: Mapping[str, Any]) -> str:
-    """What measured it."""
+    """Return the command of the result file."""
     given = " ".join(f"--{name} {settings[name]}" for name in ("steps", "batch", "warmup", "passkey", "seed"))
     output = RESULTS.relative_to(ROOT).as_posix()
     return (
@@ -247,10 +243,8 @@ def render(results: Path = RESULTS, tried: Path = CANDIDATES) -> str:
     """The page that the result files give; the second may be missing."""
     found = load(results)
     candidates = load(tried) if tried.is_file() else None
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
-    return template.render(
+    return fill(
+        TEMPLATE,
         settings=found["settings"],
         lengths=found["settings"]["lengths"],
         machine=found["machine"],
@@ -265,15 +259,5 @@ def render(results: Path = RESULTS, tried: Path = CANDIDATES) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with the committed page instead of writing")
-    if parser.parse_args().check:
-        return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != render())
-    PAGE.write_text(render(), encoding="utf-8")
-    plot(load(RESULTS))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(publish(__doc__, lambda: {PAGE: render()}, written=lambda: plot(load(RESULTS))))

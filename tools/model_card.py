@@ -15,10 +15,9 @@ from typing import Any
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index as index_of
-from jinja2 import Environment, StrictUndefined
+from pages import ROOT, fill
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "tools" / "MODEL_CARD.md.jinja"
 MODELS = {
     "tiny-rope": ("Llama, 2 key-value heads", "rotary, base 10,000"),
@@ -49,7 +48,7 @@ def count_parameters(model: str) -> int:
 
 
 def eval_results(rows: list[dict[str, Any]], start: int) -> list[EvalResult]:
-    """The Hub's form of the rows: perplexity and pass-key accuracy, one data set entry for each length."""
+    """The Hub's form of the rows: perplexity and passkey accuracy, one data set entry for each length."""
     entries = []
     for row in rows:
         common = {
@@ -64,7 +63,7 @@ def eval_results(rows: list[dict[str, Any]], start: int) -> list[EvalResult]:
         for kind, key, name in (
             ("perplexity", "perplexity", "perplexity"),
             ("perplexity", "perplexity_tail", "perplexity of the second half"),
-            ("accuracy", "passkey", "pass-key retrieval"),
+            ("accuracy", "passkey", "passkey retrieval"),
         ):
             entries.append(EvalResult(**common, metric_type=kind, metric_name=name, metric_value=round(row[key], 2)))
     return entries
@@ -109,10 +108,7 @@ def render(directory: Path) -> str:
                 "start": provenance["start"],
             }
         )
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["figure"] = "{:.2f}".format
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(metadata=metadata(results), models=models).rstrip() + "\n"
+    text = fill(TEMPLATE, metadata=metadata(results), models=models, figure="{:.2f}".format).rstrip() + "\n"
     loaded = ModelCard(text).data.eval_results
     if loaded is None or len(loaded) != 3 * sum(len(model["rows"]) for model in models):
         raise ValueError("huggingface_hub reads other results from the card than were written")

@@ -7,7 +7,6 @@ python tools/readme.py --check     # exit 1 where what is committed is not what 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from pages import ROOT, fill, publish, table
 from recommend_page import RECOMMEND, recommend_table
 from safetensors import safe_open
 
@@ -36,10 +35,9 @@ from hf_posext.reporting.tables import (
     markdown_table,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-from public_model_page import HELD_OUT, Cells, load  # type: ignore[import-not-found]  # noqa: E402
-from public_model_page import RESULT as PUBLIC  # noqa: E402
+from public_model_page import HELD_OUT, Cells, load  # type: ignore[import-not-found]
+from public_model_page import RESULT as PUBLIC
 
 PUBLIC_LENGTH = 16_384
 """Tokens of the rows in README's first table."""
@@ -81,14 +79,14 @@ def methods_table(names: Sequence[str] | None = None) -> str:
     Args:
         names (`Sequence[str]`, *optional*): methods to list; every registered one by default.
     """
-    lines = ["| method | extends | what it does | paper |", "|---|---|---|---|"]
+    lines = []
     for method in list_methods():
         if names is not None and method.name not in names:
             continue
         extends = "any" if method.name == "none" else ", ".join(method.kinds)
         paper = f"[{method.title}]({method.url})" if method.url else method.title
-        lines.append(f"| `{method.name}` | {extends} | {method.summary} | {paper} |")
-    return "\n".join(lines)
+        lines.append((f"`{method.name}`", extends, method.summary, paper))
+    return table(("method", "extends", "what it does", "paper"), lines, left=4)
 
 
 def tables_of(results: Results) -> str:
@@ -100,14 +98,10 @@ def summary_table(*comparisons: Results) -> str:
     """One line a method, the best first: what it costs inside the trained length, and gives at the longest one."""
     length = max(row["length"] for row in comparisons[0].rows)
     trained = comparisons[0].provenance["trained_length"]
-    lines = [
-        f"| | change at {trained} | perplexity at {length} | gain over truncation | pass keys found |",
-        "|---|---:|---:|---:|---:|",
-        f"| {control_name(comparisons[0])} | | "
-        f"{format_perplexity(control_rows(comparisons[0])[length]['perplexity_truncated_tail'])} | 1 | |",
-    ]
+    truncated = control_rows(comparisons[0])[length]["perplexity_truncated_tail"]
+    control = (control_name(comparisons[0]), "", format_perplexity(truncated), "1", "")
     known: set[str] = set()
-    measured: list[tuple[float, str]] = []
+    measured: list[tuple[float, tuple[str, ...]]] = []
     for results in comparisons:
         for name, rows in by_method(results).items():
             if name in known:
@@ -117,12 +111,13 @@ def summary_table(*comparisons: Results) -> str:
             trials, found = row["passkey_trials"], row["passkey"]
             interval = finite_interval(row, "gain_ci95")
             gain = f"{row['gain']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-            line = (
-                f"| {name} | {format_change(inside) if name != 'none' else ''} | "
-                f"{format_perplexity(row['perplexity_tail'])} | {gain} | {round(found * trials)} of {trials} |"
+            change, perplexity = (
+                format_change(inside) if name != "none" else "",
+                format_perplexity(row["perplexity_tail"]),
             )
-            measured.append((row["gain"], line))
-    return "\n".join([*lines, *(line for _, line in sorted(measured, reverse=True))])
+            measured.append((row["gain"], (name, change, perplexity, gain, f"{round(found * trials)} of {trials}")))
+    heads = ("", f"change at {trained}", f"perplexity at {length}", "gain over truncation", "passkeys found")
+    return table(heads, [control, *(line for _, line in sorted(measured, reverse=True))])
 
 
 def gains_table(results: Results) -> str:
@@ -130,7 +125,7 @@ def gains_table(results: Results) -> str:
     lengths = sorted({row["length"] for row in results.rows})
     passkeys = any(row.get("passkey_trials") for row in results.rows)
     heads = ["method", *(str(length) for length in lengths), *(["passkeys"] if passkeys else [])]
-    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    lines = []
     for name, rows in by_method(results).items():
         cells = [f"{rows[length]['gain']:.4f}" for length in lengths]
         interval = finite_interval(rows[lengths[-1]], "gain_ci95")
@@ -139,18 +134,18 @@ def gains_table(results: Results) -> str:
         if passkeys:
             row = rows[lengths[-1]]
             cells.append(f"{round(row['passkey'] * row['passkey_trials'])} of {row['passkey_trials']}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((name, *cells))
+    return table(heads, lines)
 
 
 def far_mass_table(found: Mapping[str, Any]) -> str:
     """Table of the share of attention on the far band, in per cent, by length."""
     lengths = sorted({row["length"] for row in found["rows"]})
-    lines = [f"| method | {' | '.join(map(str, lengths))} |", "|---|" + "---:|" * len(lengths)]
+    lines = []
     for method in dict.fromkeys(row["method"] for row in found["rows"]):
         share = {row["length"]: row["far_share"] for row in found["rows"] if row["method"] == method}
-        lines.append(f"| `{method}` | {' | '.join(f'{100 * share[length]:.1f} %' for length in lengths)} |")
-    return "\n".join(lines)
+        lines.append((f"`{method}`", *(f"{100 * share[length]:.1f} %" for length in lengths)))
+    return table(("method", *map(str, lengths)), lines)
 
 
 def million_parameters(model: str) -> str:
@@ -170,10 +165,8 @@ def render(page: Path = README) -> str:
     far_mass = json.loads(FAR_MASS.read_text(encoding="utf-8"))
     provenance = results.provenance
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
-        (ROOT / "tools" / PAGES[page]).read_text(encoding="utf-8")
-    )
-    return template.render(
+    return fill(
+        ROOT / "tools" / PAGES[page],
         picture=PICTURE.relative_to(ROOT).as_posix(),
         model=MODEL,
         trained=provenance["trained_length"],
@@ -223,19 +216,5 @@ def render(page: Path = README) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collect", action="store_true", help="take result files and picture from reports/demo")
-    parser.add_argument("--check", action="store_true", help="compare with the committed README instead of writing")
-    arguments = parser.parse_args()
-    if arguments.collect:
-        collect()
-    if arguments.check:
-        return int(any(not page.exists() or page.read_text(encoding="utf-8") != render(page) for page in PAGES))
-    for page in PAGES:
-        page.write_text(render(page), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(publish(__doc__, lambda: {page: render(page) for page in PAGES}, collect=collect))

@@ -6,13 +6,12 @@ python tools/recommend_page.py --check     # exit 1 where the committed page is 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from pages import ROOT, publish, table
+
 PAGE, RECOMMEND, SEARCH = ROOT / "docs" / "recommend.md", ROOT / "results" / "recommend", ROOT / "results" / "search"
 BEGIN, END = "<!-- measured: tools/recommend_page.py -->\n", "<!-- end of what is measured -->\n"
 HELD_BACK = ("tiny-learned", "tiny-alibi")
@@ -21,10 +20,6 @@ HELD_BACK = ("tiny-learned", "tiny-alibi")
 
 def recommend_table(results: list[dict[str, Any]]) -> str:
     """A line for each model and target."""
-    head = (
-        "| model | target | contenders | documents | recommended | best of all | gap | cost | gain of the best |\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
-    )
     lines = []
     for one in sorted(results, key=lambda one: (one["model"], one["target_length"])):
         best, model = one["exhaustive"]["best"], one["model"].rpartition("/")[2]
@@ -33,14 +28,17 @@ def recommend_table(results: list[dict[str, Any]]) -> str:
         told = {"extend": mine, "as it is": "change nothing", "truncate": f"truncate (else {mine})"}[advice]
         name = f"{model} (held back)" if model in HELD_BACK else model
         lines.append(
-            f"| {name} | {one['target_length']} | {count} | {one['documents']} | {told} | {_title(best)} | "
-            f"{one['gap']:.2%} | {one['cost']:.1%} | {best['gain']:.3f} |"
+            (
+                *(name, str(one["target_length"]), str(count), str(one["documents"]), told, _title(best)),
+                *(f"{one['gap']:.2%}", f"{one['cost']:.1%}", f"{best['gain']:.3f}"),
+            )
         )
-    return head + "\n".join(lines) + "\n"
+    heads = "model|target|contenders|documents|recommended|best of all|gap|cost|gain of the best".split("|")
+    return table(heads, lines, left=9) + "\n"
 
 
 def search_sentence(result: dict[str, Any]) -> str:
-    """What the search found on its own documents, and what is left of it on others."""
+    """Return the result of the search on its own documents, and on held-out ones."""
     search, heldout = result["search"], result["heldout"]
     ratio, span = heldout["searched_over_yarn"]["ratio"], heldout["searched_over_yarn"]["ci95"]
     rows = {row["method"].partition("(")[0]: row for row in heldout["rows"] if row["length"] == _target(search)}
@@ -62,7 +60,7 @@ def search_sentence(result: dict[str, Any]) -> str:
 
 
 def measured() -> str:
-    """What stands between the marks."""
+    """Return the text between the marks."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECOMMEND.glob("*.json"))]
     found = json.loads((SEARCH / "tiny-rope.json").read_text(encoding="utf-8"))
     return f"{recommend_table(results)}\n## What the search found\n{search_sentence(found)}"
@@ -84,20 +82,12 @@ def _length(row: dict[str, Any]) -> int:
     return int(row["length"])
 
 
-def main() -> int:
-    """Write or check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+def render() -> str:
+    """Return the page with its measured part anew."""
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
-    text = f"{before}{BEGIN}{measured()}{END}{rest.partition(END)[2]}"
-    if not parser.parse_args().check:
-        PAGE.write_text(text, encoding="utf-8")
-    elif page != text:
-        print(f"{PAGE.name} is not what results/ gives; run python tools/recommend_page.py", file=sys.stderr)
-        return 1
-    return 0
+    return f"{before}{BEGIN}{measured()}{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(publish(__doc__, lambda: {PAGE: render()}))

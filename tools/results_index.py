@@ -8,7 +8,6 @@ A file of an older schema is refused by name: numbers that the code beside them 
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import sys
@@ -16,10 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pages import ROOT, publish, table
+
 from hf_posext.errors import EvaluationError
 from hf_posext.evaluation.results.results import Results
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results_index.md"
 FOLDERS = ("results", "benchmarks/results")
 SCRIPTS = {
@@ -41,7 +41,7 @@ UNKNOWN = "not recorded"
 
 
 class Origin(NamedTuple):
-    """What a result file says of how it was made; `None` where it says nothing."""
+    """Origin of a result file. Fields that the file does not record are `None`."""
 
     file: str
     command: str | None
@@ -99,31 +99,15 @@ def render(found: Iterable[Origin]) -> str:
         days = f"{(max(dates) - datetime.date.fromisoformat(each.date)).days} days" if each.date else UNKNOWN
         command = f"`{each.command}`" if each.command else UNKNOWN
         cells = (f"[{each.file}](../{each.file})", command, each.commit or UNKNOWN, each.date or UNKNOWN, days)
-        lines.append(f"| {' | '.join((*cells, each.versions or UNKNOWN))} |")
+        lines.append((*cells, each.versions or UNKNOWN))
+    heads = ("file", "command", "commit", "date", "age", "versions")
     return (
         "# Result files\n"
         "The committed result files. A test refuses files of an older schema. Age is counted from the newest file. "
         "`python tools/results_index.py` writes this page.\n\n"
-        "| file | command | commit | date | age | versions |\n|---|---|---|---|---:|---|\n" + "\n".join(lines) + "\n"
+        f"{table(heads, lines, left=6)}\n"
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    check = parser.parse_args().check
-    try:
-        text = render(origins())
-    except EvaluationError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if not check:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"{PAGE.name} is not what the result files give. Run python tools/results_index.py.", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(publish(__doc__, lambda: {PAGE: render(origins())}))

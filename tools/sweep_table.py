@@ -7,18 +7,17 @@ python tools/sweep_table.py --check     # exit 1 where the committed table is no
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import transformers
+from pages import ROOT, publish
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_posext.packages import machine
 
-ROOT = Path(__file__).resolve().parent.parent
 # Where pytest's cache keeps what the sweep sets under "sweep/...".
 CACHE = ROOT / ".pytest_cache" / "v" / "sweep"
 FREQUENCIES = ROOT / "results" / "sweep-frequencies.json"
@@ -145,25 +144,16 @@ def render(results: dict[str, Any], late: dict[str, Any]) -> str:
     return text
 
 
-def main() -> int:
-    """Collect, write or check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collect", action="store_true", help="make the result file from the last sweep first")
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    arguments = parser.parse_args()
-    if arguments.collect:
-        for file, results in zip((FREQUENCIES, LATE), collect(), strict=True):
-            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    text = render(*(json.loads(file.read_text(encoding="utf-8")) for file in (FREQUENCIES, LATE)))
-    if arguments.check:
-        if TABLE.read_text(encoding="utf-8") == text:
-            return 0
-        print(f"{TABLE.name} is not what the files in results/ give; run python tools/sweep_table.py", file=sys.stderr)
-        return 1
-    TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(text, encoding="utf-8")
-    return 0
+def pages() -> dict[Path, str]:
+    """Return the page that the result files give."""
+    return {TABLE: render(*(json.loads(file.read_text(encoding="utf-8")) for file in (FREQUENCIES, LATE)))}
+
+
+def write_results() -> None:
+    """Write the records of the last sweep to the result files."""
+    for file, results in zip((FREQUENCIES, LATE), collect(), strict=True):
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(publish(__doc__, pages, collect=write_results))

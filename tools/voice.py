@@ -1,7 +1,8 @@
-"""Counts the mechanical part of the voice: openings of docstrings, and phrases that a native writer would not use.
+"""Count the mechanical part of the voice: openings of docstrings, and phrases that a native writer would not use.
 
-Each count has a budget in `tools/voice.json`. A count above its budget fails; `--update` lowers budgets to the counts
-and never raises one, so that the prose can only get better. `--list KIND` shows the places.
+Openings are counted in every module of the repository, phrases in the package, its scripts and its pages. Each count
+has a budget in `tools/voice.json`. A count above its budget fails. `--update` lowers budgets to the counts and never
+raises one. `--list [KIND]` shows the places.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PHRASES = {
     "that cannot be": r"\bthat cannot be\b(?! \w+(ed|en|t|d)\b)",
     "; give": r"; give\b",
     "of before": r"\bof before\b",
-    "pass key": r"\b[Pp]ass[ -]keys?\b",
+    "pass key": r"(?<!\b[Tt]he )\b[Pp]ass[ -]key\b|\b[Pp]ass[ -]keys\b",  # the prompt of the paper: "The pass key is"
     "original length": r"\boriginal length\b",
     "can be told": r"\b(can|could|cannot) be told\b",
 }
@@ -57,14 +58,18 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def findings() -> Iterator[tuple[str, str]]:
-    """Yield the kind and place of everything that is counted."""
-    modules = sorted((ROOT / "hf_posext").rglob("*.py"))
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for path in modules:
+    """Yield the kind and the place of every finding."""
+    package, scripts, tests = (
+        [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if path != Path(__file__)]
+        for folders in (["hf_posext"], ["tools", "benchmarks", "examples"], ["tests"])
+    )
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
+    pages += sorted((ROOT / "docs").glob("*.md"))
+    for path in [*package, *scripts, *tests]:
         for line, text in docstrings(path):
             if OPENING.match(text):
                 yield "opening", f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
-    for path in [*modules, *pages]:
+    for path in [*package, *scripts, *pages]:
         for line, text in prose(path):
             for kind, pattern in PHRASES.items():
                 for match in re.finditer(pattern, text):
@@ -76,11 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Print each count beside its budget. Return 1 where a count is above it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--update", action="store_true", help="lower the budgets to the counts")
-    parser.add_argument("--list", metavar="KIND", help="show the places of one kind")
+    parser.add_argument("--list", metavar="KIND", nargs="?", const="", help="show the places, of one kind if given")
     given = parser.parse_args(arguments)
     places = list(findings())
-    if given.list:
-        print("\n".join(place for kind, place in places if kind == given.list))
+    if given.list is not None:
+        print("\n".join(f"{kind}: {place}" for kind, place in places if given.list in ("", kind)))
         return 0
     counts = Counter(kind for kind, _ in places)
     budget: dict[str, int] = json.loads(BUDGET.read_text(encoding="utf-8")) if BUDGET.exists() else {}

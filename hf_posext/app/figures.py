@@ -1,4 +1,4 @@
-"""The figures of the page. Blue is what training has shown and orange what it has not, as in all pictures here."""
+"""Figures of the page. Blue is seen in training and orange is not, as in all pictures of this package."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
     from .view import View
 
 CELLS = 512
-"""Queries and keys of a mask at most; of longer texts every so many."""
+"""Largest number of queries and keys in a mask. Longer texts are sampled evenly."""
 
 STEPS = 256
-"""Colours of a mask."""
+"""Number of colours of a mask."""
 
 
 def signal_figure(view: View) -> Figure | None:
-    """The signal that tells the model where a token stands, as it is and with the method.
+    """Return the signal of positions, as it is and under the method.
 
     Returns:
-        `Figure`, *optional*: `None` where the model has none that can be drawn.
+        `Figure`, *optional*: `None` if the model has no positions that can be drawn.
     """
     signals = view.found.signals
     if not signals:
@@ -61,11 +61,11 @@ def signal_figure(view: View) -> Figure | None:
 
 
 def frequency_figure(view: View) -> Figure | None:
-    """Tokens for a turn of each rotary pair, as it is and with the method, in colours that say whether the text needs
-    phases of it that training has not shown.
+    """Return the wavelength of each rotary pair, as it is and under the method; orange if the text needs unseen
+    phases.
 
     Returns:
-        `Figure`, *optional*: `None` where the model has no rotary positions.
+        `Figure`, *optional*: `None` if the model has no rotary positions.
     """
     scheme = view.found.scheme
     if not scheme.rotaries:
@@ -83,8 +83,8 @@ def frequency_figure(view: View) -> Figure | None:
         tokens = 2 * np.pi / np.where(turning > 0, turning, np.nan)  # a pair that stands still has no wavelength
         new = phases[(phases.method == name) & (phases.set == rotary.name)].new.to_numpy()
         panel.plot(tokens, linewidth=1.2, label=_names(view)[name], **style | {"markersize": 0})
-        for wanted, colour in ((False, SHOWN), (True, NEW)):
-            points = np.where(new == wanted, tokens, np.nan)
+        for unseen, colour in ((False, SHOWN), (True, NEW)):
+            points = np.where(new == unseen, tokens, np.nan)
             panel.plot(points, linestyle="", markeredgecolor="white", **style | {"color": colour})
     panel.axhline(view.trained_length, color=INK, linewidth=1.0, linestyle=":")
     note(
@@ -110,10 +110,10 @@ def frequency_figure(view: View) -> Figure | None:
 
 
 def mask_figure(view: View) -> Figure | None:
-    """The relative position that each query gives to each key, as it is and with the method.
+    """Return the relative position of each query and key, as it is and under the method.
 
     Returns:
-        `Figure`, *optional*: `None` where the method leaves every pair at its own distance.
+        `Figure`, *optional*: `None` if the method leaves every pair at its own distance.
     """
     plan, length, trained = view.plan, view.found.target_length, view.trained_length
     if not plan.parts:
@@ -134,7 +134,7 @@ def mask_figure(view: View) -> Figure | None:
         dress(panel, replace(view.found, trained_length=None))  # a key has no distance, so none is the trained one
         panel.set_xticks(ticks)
         panel.set_yticks(ticks)
-    _part_borders(panels[1], view, at)
+    _draw_band_edges(panels[1], view, at)
     panels[0].set_ylabel("query (token)")
     panels[1].tick_params(labelleft=False)
     _draw_last_query(panels[2], view)
@@ -146,10 +146,10 @@ def mask_figure(view: View) -> Figure | None:
 
 
 def loss_figure(view: View) -> Figure:
-    """The loss by position, as the model is and with the method.
+    """Return the loss by position, as it is and under the method.
 
     Args:
-        view ([`View`]): after [`~hf_posext.app.view.read`].
+        view ([`View`]): a view after [`~hf_posext.app.view.read`].
     """
     figure = new_figure(3.8)
     panel = figure.subplots()
@@ -165,15 +165,15 @@ def _names(view: View) -> dict[str, str]:
 
 
 def _distance_colours(trained: int, length: int) -> Colormap:
-    """Blue up to the trained length and orange from there on, each the darker the farther."""
+    """Return blue up to the trained length and orange from there on, darker with the distance."""
     middles = (np.arange(STEPS) + 0.5) * length / STEPS
     inside, outside = 0.12 + 0.6 * middles / trained, 0.3 + 0.6 * (middles - trained) / max(length - trained, 1)
     colours = np.where((middles < trained)[:, None], MAPS[0](inside), MAPS[1](outside))
     return ListedColormap(colours).with_extremes(bad=(1.0, 1.0, 1.0, 0.0))
 
 
-def _part_borders(panel: Axes, view: View, at: torch.Tensor) -> None:
-    """White lines between the parts of a plan."""
+def _draw_band_edges(panel: Axes, view: View, at: torch.Tensor) -> None:
+    """Draw white lines between the bands of a plan."""
     number = np.zeros((len(at), len(at)))
     for place, part in enumerate(view.plan.parts):
         number[belongs(part, at, at).numpy()] = place
@@ -190,7 +190,7 @@ def _part_borders(panel: Axes, view: View, at: torch.Tensor) -> None:
 
 
 def _draw_last_query(panel: Axes, view: View) -> None:
-    """What the last token of the text makes of each distance."""
+    """Draw the relative position of each key, seen from the last token."""
     length = view.found.target_length
     apart = np.arange(length)
     given = relative_positions(view.plan, torch.tensor([length - 1]), torch.from_numpy(length - 1 - apart))[0].numpy()
@@ -217,7 +217,7 @@ def _draw_last_query(panel: Axes, view: View) -> None:
 
 
 def _dress_plain(panel: Axes) -> None:
-    """Fonts and colours, where tokens are not on the horizontal axis."""
+    """Set fonts and colours of a panel without tokens on its horizontal axis."""
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8.5, colors=INK)

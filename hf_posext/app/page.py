@@ -1,42 +1,73 @@
-"""The page: what can be chosen on the left, what becomes of it on the right."""
+"""The page: choices on the left and figures on the right, in the fonts of the reader's machine."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
 from matplotlib.figure import Figure
 
-from ..errors import PosExtError
+from ..errors import InvalidParameterError, PosExtError
+from ..reporting.signals import SHOWN as BLUE
 from . import words
 from .figures import frequency_figure, loss_figure, mask_figure, signal_figure
-from .shelf import DOCUMENTS, Shelf
-from .view import FACTOR, LARGEST_FACTOR, SHOWN, Choice, applicable, effect, first_look, look, read
+from .view import (
+    DOCUMENTS,
+    FACTOR,
+    LARGEST_FACTOR,
+    LARGEST_LENGTH,
+    Choice,
+    Shelf,
+    applicable,
+    effect,
+    first_look,
+    look,
+    read,
+)
 
 logger = logging.getLogger(__name__)
 
 DPI = 144
-"""Dots per inch: 9 inches are sharp at the width that they have here, and drawn in half the time that a file takes."""
+"""Dots per inch: sharp at the width of the page, and drawn in half the time of a file for print."""
 
 LEAST_LENGTH = 64
 UNKNOWN_LENGTH = 512
-"""Tokens that the slider of lengths counts from where nothing tells the trained length."""
+"""Trained length that the slider of lengths assumes if it is unknown, in tokens."""
 
 Updates = dict[Any, Any]
-"""New values by component; the others stay as they are."""
+"""New values by component. Other components keep theirs."""
+
+FONTS = ["Segoe UI", "Roboto", "Helvetica Neue", "Liberation Sans", "DejaVu Sans", "sans-serif"]
+"""Fonts of the reader's machine. The fonts of gradio's themes would be fetched."""
+
+CSS = """
+.gradio-container { max-width: 1320px !important; margin: 0 auto !important; }
+#title h1 { margin: 0; font-size: 1.5rem; font-weight: 700; }
+#title p { margin: 0.2em 0 0; color: #555; }
+#message .alert { border-left: 4px solid #D55E00; background: #FDF1E9; color: #5A2800; padding: 10px 14px; }
+#verdict .words { border-left: 4px solid #0072B2; background: #EFF6FB; color: #12303F; padding: 10px 14px;
+    line-height: 1.5; }
+#about a { padding: 0; margin: 0; color: #0072B2; }
+#about code { font-size: 0.8rem; }
+.plain { overflow-wrap: anywhere; font-size: 0.9rem; line-height: 1.45; color: #444; margin: 0 0 0.5em; }
+"""
+
+LIGHT = "() => document.body.classList.remove('dark')"
+"""Script that keeps the page as white as its figures."""
 
 
 def build_page(shelf: Shelf) -> Any:
-    """The page, with what happens when something is chosen; [`~hf_posext.app.server.serve`] serves it.
+    """Return the page with its handlers, which [`~hf_posext.app.server.serve`] launches.
 
     Args:
-        shelf ([`Shelf`]): what can be chosen.
+        shelf ([`Shelf`]): models and texts.
 
     Returns:
-        `gradio.Blocks`: not yet launched.
+        `gradio.Blocks`: the page.
     """
     with gr.Blocks(title="hf-posext", analytics_enabled=False) as page:
         gr.HTML(words.TITLE, elem_id="title")
@@ -47,9 +78,9 @@ def build_page(shelf: Shelf) -> Any:
                 method = gr.Dropdown([], label="Method", info=words.METHOD, allow_custom_value=True, elem_id="method")
                 factor = gr.Slider(1, LARGEST_FACTOR, FACTOR, step=0.5, label="Factor", elem_id="factor")
                 length = gr.Slider(**_bounds(None), step=1, label="Length (tokens)", elem_id="length")
-                trained = gr.Number(label="Trained length, if another", precision=0, minimum=2, elem_id="trained")
+                trained = gr.Number(label="Trained length (tokens), if different", elem_id="trained")
                 about = gr.HTML(elem_id="about")
-            with gr.Column(scale=8, min_width=480):
+            with gr.Column(scale=8, min_width=320):
                 message = gr.HTML(visible=False, elem_id="message")
                 verdict = gr.HTML(elem_id="verdict")
                 with gr.Tabs():
@@ -61,15 +92,15 @@ def build_page(shelf: Shelf) -> Any:
                         mask, mask_note = _figure("mask")
                     with gr.Tab("Loss"):
                         with gr.Row():
-                            told = f"Read {DOCUMENTS} texts"
-                            measure = gr.Button(told, variant="primary", scale=0, min_width=180, elem_id="measure")
+                            label = f"Read {DOCUMENTS} texts"
+                            measure = gr.Button(label, variant="primary", scale=0, min_width=180, elem_id="measure")
                         loss, loss_note = _figure("loss")
 
         def cleared() -> Updates:
             figures = dict.fromkeys((signal, frequency, mask, loss), gr.update(value=None, visible=False))
             return figures | dict.fromkeys((signal_note, frequency_note, mask_note, loss_note, about), "")
 
-        def choose(name: str) -> Updates:
+        def choose(name: Any) -> Updates:
             found = first_look(shelf, name)
             names = applicable(found.scheme)
             return {
@@ -81,8 +112,9 @@ def build_page(shelf: Shelf) -> Any:
                 trained: None,
             }
 
-        def bound(name: str, tokens: float | None) -> Updates:
-            return {length: gr.update(**_bounds(int(tokens or 0) or first_look(shelf, name).trained_length))}
+        def bound(name: Any, tokens: Any) -> Updates:
+            trained_length = _tokens("Trained length", tokens) if tokens else first_look(shelf, name).trained_length
+            return {length: gr.update(**_bounds(trained_length))}
 
         def draw(*chosen: Any) -> Updates:
             view = look(shelf, _choice(*chosen))
@@ -105,13 +137,17 @@ def build_page(shelf: Shelf) -> Any:
                 **_drawn(loss, loss_note, loss_figure(view), words.plain(effect(view))),
             }
 
-        def refused(told: str) -> Updates:
-            return {**cleared(), message: gr.update(value=words.alert(told), visible=True)}
+        def refused(reason: str) -> Updates:
+            return {**cleared(), message: gr.update(value=words.alert(reason), visible=True)}
 
         inputs = [model, method, factor, length, trained]
+        for component in inputs:
+            # Gradio would answer a value out of bounds with a red "Error" in each figure, and a traceback in the
+            # terminal. The handlers check the values themselves, and say what they expected.
+            component.preprocess = _as_sent
         outputs = [message, facts, verdict, method, length, trained, about, signal, frequency, mask, loss]
         outputs += [signal_note, frequency_note, mask_note, loss_note]
-        # One at a time: a patch changes the model that all of them look at.
+        # One at a time: a patch changes the model that all handlers share.
         shared: Mapping[str, Any] = {
             "outputs": outputs,
             "concurrency_limit": 1,
@@ -128,7 +164,7 @@ def build_page(shelf: Shelf) -> Any:
 
 
 def _figure(name: str) -> tuple[Any, Any]:
-    """A picture and the words below it."""
+    """Return a picture and the text below it."""
     picture = gr.Plot(
         label=f"{name} figure",
         format="png",
@@ -140,24 +176,51 @@ def _figure(name: str) -> tuple[Any, Any]:
     return picture, gr.HTML(elem_id=f"{name}-note")
 
 
-def _drawn(picture: Any, note: Any, figure: Figure | None, told: str) -> Updates:
+def _drawn(picture: Any, note: Any, figure: Figure | None, text: str) -> Updates:
     if figure is not None:
         figure.set_dpi(DPI)
-    return {picture: gr.update(value=figure, visible=figure is not None), note: told}
+    return {picture: gr.update(value=figure, visible=figure is not None), note: text}
 
 
 def _bounds(trained: int | None) -> dict[str, int]:
-    """Ends and place of the slider of lengths."""
+    """Return the bounds and the value of the slider of lengths."""
     tokens = trained or UNKNOWN_LENGTH
-    return {"minimum": min(LEAST_LENGTH, tokens), "maximum": SHOWN * tokens, "value": FACTOR * tokens}
+    return {"minimum": min(LEAST_LENGTH, tokens), "maximum": LARGEST_LENGTH * tokens, "value": FACTOR * tokens}
 
 
-def _choice(model: str, method: str | None, factor: float, length: float, trained: float | None) -> Choice:
-    return Choice(model, method or "", factor, int(length), int(trained) if trained else None)
+def _as_sent(value: Any) -> Any:
+    """Return the value that the browser sent."""
+    return value
+
+
+def _number(field: str, value: Any) -> float:
+    """Return the number in a field.
+
+    Raises:
+        InvalidParameterError: the field is empty or contains something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        got = "an empty field" if value in (None, "") else repr(value)[:40]
+        raise InvalidParameterError(f"Expected a number in the field {field}, got {got}.")
+    return value
+
+
+def _tokens(field: str, value: Any) -> int:
+    """Return the number of tokens in a field."""
+    if _number(field, value) != int(value) or value < 1:
+        raise InvalidParameterError(f"Expected a whole number of tokens in the field {field}, got {value:g}.")
+    return int(value)
+
+
+def _choice(model: Any, method: Any, factor: Any, length: Any, trained: Any) -> Choice:
+    if not isinstance(method, str) or not method.strip():
+        raise InvalidParameterError("Expected a method, got an empty field. Choose one, or type one such as yarn.")
+    trained_length = _tokens("Trained length", trained) if trained else None
+    return Choice(model, method, _number("Factor", factor), _tokens("Length", length), trained_length)
 
 
 def _one_line(refused: Callable[[str], Updates], handler: Callable[..., Updates]) -> Callable[..., Updates]:
-    """The same handler, with errors as one line on the page; of those that were not foreseen, the log tells more."""
+    """Wrap a handler so that errors become one line on the page. Unforeseen ones are logged as well."""
 
     @functools.wraps(handler)
     def guarded(*chosen: Any) -> Updates:
@@ -167,6 +230,17 @@ def _one_line(refused: Callable[[str], Updates], handler: Callable[..., Updates]
             return refused(str(error))
         except Exception as error:
             logger.exception("the page could not answer")
-            return refused(f"{type(error).__name__}, which was not foreseen; the terminal of hf-posext app tells more")
+            return refused(f"Unforeseen {type(error).__name__}. The terminal of hf-posext app shows more.")
 
     return guarded
+
+
+def theme() -> Any:
+    """Return the plainest theme of gradio, without fonts to fetch."""
+    plain = gr.themes.Base(primary_hue="sky", neutral_hue="slate", font=FONTS, font_mono=["monospace"])
+    return plain.set(
+        color_accent=BLUE,
+        slider_color=BLUE,
+        button_primary_background_fill=BLUE,
+        button_primary_background_fill_hover="#005A8C",
+    )

@@ -1,4 +1,4 @@
-"""Serves the page to this machine alone, and nothing but the page."""
+"""Server of the page: this machine alone, and nothing but the page."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..packages import require
-from .shelf import Shelf
+from .view import Shelf
 
 HOST = "127.0.0.1"
-"""The loopback address: no other machine reaches it."""
+"""Loopback address, which no other machine reaches."""
 
 NAMES = (HOST, "localhost")
-"""What a browser may call it. A page of another name that was made to lead here (DNS rebinding) gets nothing."""
+"""Host names that are answered. Another name that resolves to this machine (DNS rebinding) is refused."""
 
 PATHS = ("/assets/", "/static/", "/theme.css", "/favicon.ico", "/gradio_api/queue/", "/gradio_api/startup-events")
-"""What the page asks for. Gradio can do more (serve files, take uploads, fetch addresses): that is not found here."""
+"""Paths that the page needs. Gradio's other routes (files, uploads, proxies) answer 404."""
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'"
 )
-"""Tells the browser to fetch nothing from anywhere else."""
+"""Content security policy: the browser fetches nothing from elsewhere."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -31,10 +31,10 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Door:
-    """ASGI middleware that lets through what the page asks for, and no more.
+    """ASGI middleware that answers 404 except for the paths of the page.
 
     Args:
-        app (`Callable`): the ASGI application behind it.
+        app (`Callable`): the application to guard.
     """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
@@ -57,11 +57,11 @@ class Door:
 
 
 def serve(shelf: Shelf, port: int, opened: Callable[[str], None]) -> None:
-    """Serves the page until interrupted.
+    """Serve the page until interrupted.
 
     Args:
-        shelf ([`Shelf`]): what can be chosen.
-        port (`int`): of the loopback address.
+        shelf ([`Shelf`]): models and texts.
+        port (`int`): port of the loopback address.
         opened (`Callable`): called with the address once the page answers.
 
     Raises:
@@ -73,8 +73,7 @@ def serve(shelf: Shelf, port: int, opened: Callable[[str], None]) -> None:
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from .page import build_page
-    from .style import CSS, LIGHT, theme
+    from .page import CSS, LIGHT, build_page, theme
 
     page = build_page(shelf)
     guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES)), Middleware(Door)]

@@ -1,44 +1,200 @@
-"""What the page shows of one choice: a model as it is, and as one method would make it."""
+"""Models and texts that the page offers, and the effect of one choice: a model as it is, and under one method."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..diagnosis import Diagnosis, diagnose, position_signal
+from ..diagnosis.diagnosis import verdict
 from ..diagnosis.reading import long_rows, read_documents
-from ..diagnosis.verdict import verdict
 from ..errors import InvalidParameterError, PosExtError
+from ..evaluation import Results, load_documents
+from ..evaluation.protocols.control import CONTROL
+from ..evaluation.texts.documents import Documents
 from ..methods import as_method, list_methods
 from ..patching.observe import frequencies_in_force
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
-from .shelf import Shelf
+
+CHECKOUT = Path(__file__).parents[2]
+"""The repository, if the package runs from one. Only a repository contains the shipped models, novels and results."""
+
+MEASURED = ("demo", "fading", "remapping")
+"""Folders of `results/` that contain comparisons of the shipped models."""
+
+DOCUMENTS = 2
+"""Texts that the page reads: the fewest that give an interval."""
+
+FRONT_MATTER = 2000
+"""Tokens of front matter at the beginning of each shipped novel."""
+
+SHIPPED_LENGTH = 512
+"""Trained length of the shipped models, in tokens. The config of the ALiBi model has no field for it."""
 
 FACTOR = 4
-"""By how much the page extends, and how many times the trained length it shows, before anything is chosen."""
+"""Default factor, and the default length as a multiple of the trained length."""
 
 LARGEST_FACTOR = 16
-SHOWN = 8
-"""Times the trained length that can be shown at most."""
+LARGEST_LENGTH = 8
+"""Largest length, as a multiple of the trained length."""
 
 READ = 8192
-"""Tokens of a text that are read at most: on a CPU more would take minutes, and belongs on the command line."""
+"""Largest number of tokens of a text that the page reads. Longer texts take minutes on a CPU."""
+
+Opener = Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+"""Opens a folder as a model and its tokenizer; raises a `PosExtError` of one line."""
+
+
+class Gain(NamedTuple):
+    """Measured gain of a method over truncating the input, from a result file.
+
+    Args:
+        method (`str`): method with its factor.
+        length (`int`): tokens.
+        gain (`float`): truncated perplexity / extended perplexity.
+        low, high (`float`): 95 % interval.
+        documents (`int`): number of documents.
+        source (`str`): path of the result file in the repository.
+    """
+
+    method: str
+    length: int
+    gain: float
+    low: float
+    high: float
+    documents: int
+    source: str
+
+
+@dataclass
+class Shelf:
+    """Models by the name that the page shows, and texts.
+
+    Args:
+        models (`dict[str, Path]`): folders by name.
+        dataset (`Path`, *optional*): argument of [`load_documents`]; without it no loss can be measured.
+        start (`int`): tokens to leave out at the beginning of each text.
+        opener (`Callable`): opens a folder as a model and its tokenizer.
+    """
+
+    models: dict[str, Path]
+    dataset: Path | None
+    start: int
+    opener: Opener
+    _open: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = field(default_factory=dict)
+
+    def open(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return a model and its tokenizer, which are opened once.
+
+        Raises:
+            InvalidParameterError: the shelf has no model of that name.
+            PosExtError: the model cannot be opened.
+        """
+        if not isinstance(name, str) or name not in self.models:
+            raise InvalidParameterError(f"Expected one of the models {', '.join(self.models)}, got {name!r}.")
+        if name not in self._open:
+            self._open[name] = self.opener(str(self.models[name]))
+        return self._open[name]
+
+    def documents(self) -> Documents:
+        """Return the texts.
+
+        Raises:
+            InvalidParameterError: the page was started without texts.
+            DocumentError: the texts cannot be read.
+        """
+        if self.dataset is None:
+            raise InvalidParameterError(
+                "There are no texts to read. Start the page with hf-posext app --dataset texts.jsonl (or a .csv, "
+                ".parquet or .txt file, or a folder of .txt files)."
+            )
+        return load_documents(self.dataset, limit=DOCUMENTS)
+
+    def known_length(self, name: str) -> int | None:
+        """Return the trained length of a shipped model, `None` for other models."""
+        return SHIPPED_LENGTH if self.models[name].parent == _shipped_folder(CHECKOUT) else None
+
+    def known_gain(self, name: str, plan: ExtensionPlan) -> Gain | None:
+        """Return the committed gain of a shipped model under a method, at the nearest factor and longest length."""
+        if self.known_length(name) is None:
+            return None
+        gains = []
+        for path in (CHECKOUT / "results" / folder / f"{name}.json" for folder in MEASURED):
+            results = Results.load_json(path) if path.is_file() else None
+            for row in results.rows if results else ():
+                gain, (low, high) = row["gain"], row["gain_ci95"] or (None, None)
+                if row["method"] != plan.method or gain is None or low is None or high is None:
+                    continue
+                measured, source = f"{row['method']} x{row['factor']:g}", path.relative_to(CHECKOUT).as_posix()
+                entry = Gain(measured, row["length"], gain, low, high, row["documents"], source)
+                gains.append((abs(row["factor"] - plan.factor), -row["length"], entry))
+        return min(gains)[2] if gains else None
+
+
+def make_shelf(
+    folders: Sequence[Path], dataset: Path | None, start: int | None, opener: Opener, checkout: Path = CHECKOUT
+) -> Shelf:
+    """Return a shelf of the given models and then the shipped ones, with the given texts or the shipped novels.
+
+    Args:
+        folders (`Sequence[Path]`): folders of models.
+        dataset (`Path`, *optional*): a file or folder of texts.
+        start (`int`, *optional*): tokens to leave out at the beginning of each text. Defaults to the front matter of
+            the shipped novels, and to 0 for other texts.
+        opener (`Callable`): opens a folder as a model and its tokenizer.
+        checkout (`Path`, *optional*): repository with `examples/`.
+
+    Raises:
+        InvalidParameterError: a path does not exist, or there are neither given nor shipped models.
+    """
+    for path, option in [*((folder, "model") for folder in folders), *([(dataset, "dataset")] if dataset else [])]:
+        if not (path.is_dir() or option == "dataset" and path.is_file()):
+            what = "folder of a model" if option == "model" else "file or folder of texts"
+            raise InvalidParameterError(f"Expected a {what} on this machine, got --{option} {path}.")
+    # The rotary model comes first: it has something to show on every tab.
+    shipped = sorted((path.parent for path in _shipped_folder(checkout).glob("*/config.json")), reverse=True)
+    novels = checkout / "examples" / "data" / "heldout.jsonl"
+    chosen = [*folders, *shipped]
+    if not chosen:
+        raise InvalidParameterError(
+            "The page needs a model: the shipped ones are part of the repository (examples/tiny), not of the "
+            "installed package. Pass at least one: hf-posext app --model FOLDER --dataset texts.jsonl"
+        )
+    texts = dataset or (novels if novels.is_file() else None)
+    begin = start if start is not None else FRONT_MATTER if texts == novels else 0
+    return Shelf(_named(chosen), texts, begin, opener)
+
+
+def _shipped_folder(checkout: Path) -> Path:
+    return checkout / "examples" / "tiny"
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Name folders by their last component, or by the whole path if two have the same."""
+    ends = [folder.resolve().name for folder in folders]
+    return {
+        str(folder) if ends.count(end) > 1 else end: folder.resolve()
+        for folder, end in zip(folders, ends, strict=True)
+    }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a user has chosen.
+    """Values of the fields of the page.
 
     Args:
-        model (`str`): its name on the shelf.
-        method (`str`): as [`as_method`] reads it.
-        factor (`float`): how many times the trained length the method is for.
+        model (`str`): name of the model on the shelf.
+        method (`str`): argument of [`as_method`].
+        factor (`float`): target length of the method, as a multiple of the trained length.
         length (`int`): tokens to show, and to read.
-        trained_length (`int`, *optional*): tokens; what is found of the model if not given.
+        trained_length (`int`, *optional*): trained length in tokens; overrides what the model states.
     """
 
     model: str
@@ -50,27 +206,29 @@ class Choice:
 
 @dataclass(frozen=True)
 class View:
-    """One choice, worked out.
+    """Result of a choice.
 
     Args:
-        found ([`Diagnosis`]): up to the chosen length, with two signals where the model has any that can be drawn: as
-            it is, and with the method. After [`read`] with the losses of both.
-        plan (`ExtensionPlan`): of the method.
+        found ([`Diagnosis`]): diagnosis up to the chosen length, with the signals as it is and under the method. After
+            [`read`] with the losses of both and of the control.
+        plan (`ExtensionPlan`): plan of the method.
         in_force (`Mapping[str, torch.Tensor]`): rotary frequencies of the model as it is by set, radians per token.
+        gain ([`Gain`], *optional*): committed gain of the method on this model.
     """
 
     found: Diagnosis
     plan: ExtensionPlan
     in_force: Mapping[str, torch.Tensor]
+    gain: Gain | None = None
 
     @property
     def trained_length(self) -> int:
-        """Tokens that the plan counts from."""
+        """Trained length of the plan, in tokens."""
         return self.plan.trained_length
 
 
 def applicable(scheme: PositionalScheme) -> list[str]:
-    """Names of the methods that extend a scheme, those that need no more than a factor."""
+    """Return the methods that extend a scheme without parameters other than the factor."""
     names = []
     for name in (info.name for info in list_methods(scheme.kind) if info.name != "none"):
         try:
@@ -82,16 +240,16 @@ def applicable(scheme: PositionalScheme) -> list[str]:
 
 
 def first_look(shelf: Shelf, name: str, length: int | None = None, trained: int | None = None) -> Diagnosis:
-    """A model as it is, with the trained length that is known of it, if any.
+    """Return the diagnosis of a model as it is, without remedies' signals.
 
     Args:
-        shelf ([`Shelf`]): that the model is on.
-        name (`str`): of the model.
-        length (`int`, *optional*): tokens to look at; four times the trained length if not given.
-        trained (`int`, *optional*): trained length in tokens, overriding what is found.
+        shelf ([`Shelf`]): shelf of the model.
+        name (`str`): name of the model.
+        length (`int`, *optional*): tokens to cover; four times the trained length by default.
+        trained (`int`, *optional*): trained length in tokens; overrides what the model states.
 
     Raises:
-        PosExtError: it cannot be opened or looked at.
+        PosExtError: the model cannot be opened or diagnosed.
     """
     model, _ = shelf.open(name)
     found = diagnose(model, methods=[], target_length=length, trained_length=trained)
@@ -103,75 +261,82 @@ def first_look(shelf: Shelf, name: str, length: int | None = None, trained: int 
 
 
 def look(shelf: Shelf, choice: Choice) -> View:
-    """What the weights tell of a choice; no text is read.
+    """Return the view of a choice from the weights; no text is read.
 
     Raises:
-        InvalidParameterError: a length or factor out of bounds, or a trained length that nothing tells.
+        InvalidParameterError: a length or factor is out of bounds, or the trained length is unknown.
         PosExtError: the model cannot be opened, or the method does not apply to it.
     """
     found = first_look(shelf, choice.model, choice.length, choice.trained_length)
     trained = found.trained_length
     if trained is None:
-        raise InvalidParameterError(f"nothing tells the length that {choice.model} was trained on; give it in tokens")
-    if choice.length > SHOWN * trained:
         raise InvalidParameterError(
-            f"length is {choice.length}; give {SHOWN * trained} tokens at most, {SHOWN} times the trained length"
+            f"The trained length of {choice.model} is unknown. Enter it in the field Trained length, in tokens."
+        )
+    if choice.length > LARGEST_LENGTH * trained:
+        raise InvalidParameterError(
+            f"Expected a length of at most {LARGEST_LENGTH * trained} tokens ({LARGEST_LENGTH} times the trained "
+            f"length), got {choice.length}."
         )
     if not 1 <= choice.factor <= LARGEST_FACTOR:
-        raise InvalidParameterError(f"factor is {choice.factor:g}; give 1 to {LARGEST_FACTOR}")
+        raise InvalidParameterError(f"Expected a factor of 1 to {LARGEST_FACTOR}, got {choice.factor:g}.")
     plan = as_method(choice.method).plan(found.scheme, factor=choice.factor, trained_length=trained)
     model, _ = shelf.open(choice.model)
     signals = [position_signal(model, found.scheme, entry, choice.length, trained) for entry in (None, plan)]
     in_force = frequencies_in_force(model, choice.length) if found.scheme.rotaries else {}
-    return View(replace(found, signals=tuple(signal for signal in signals if signal is not None)), plan, in_force)
+    found = replace(found, signals=tuple(signal for signal in signals if signal is not None))
+    return View(found, plan, in_force, shelf.known_gain(choice.model, plan))
 
 
 def read(shelf: Shelf, choice: Choice) -> View:
-    """A choice with the loss by position, as the model is and with the method, and with the verdict on both.
+    """Return the view of a choice with the loss by position: as it is, under the method, and of the control.
 
     Raises:
-        InvalidParameterError: more tokens than are read here, or than the method makes positions for; no texts.
+        InvalidParameterError: more tokens than the page reads or than the method has positions for, or no texts.
         DocumentError: the texts are too short.
-        PosExtError: as of [`look`], and a model that cannot be measured.
+        PosExtError: see [`look`]; or the model cannot be measured.
     """
     view = look(shelf, choice)
     if choice.length > READ:
         raise InvalidParameterError(
-            f"length is {choice.length}, and the page reads {READ} tokens at most; choose less here, or take the "
-            "command line for it: hf-posext explain MODEL --dataset TEXTS --methods METHOD --target-length TOKENS"
+            f"Expected a length of at most {READ} tokens to read on the page, got {choice.length}. Longer texts "
+            "belong on the command line: hf-posext explain MODEL --dataset TEXTS --methods METHOD --target-length "
+            "TOKENS"
         )
     if view.found.scheme.ends and choice.length > view.plan.target_length:
         raise InvalidParameterError(
-            f"{view.plan.method} makes {view.plan.target_length} positions by factor {choice.factor:g}, and length is "
-            f"{choice.length}; choose a larger factor or a smaller length"
+            f"{view.plan.method} with factor {choice.factor:g} has {view.plan.target_length} positions, got a length "
+            f"of {choice.length}. Choose a larger factor or a smaller length."
         )
     model, tokenizer = shelf.open(choice.model)
     plans = {} if view.plan.changes_nothing else {view.plan.method: view.plan}
     texts = shelf.documents()
     rows = long_rows(texts, tokenizer, view.found, shelf.start, exactly=True)
-    found = read_documents(model, texts, rows, view.found, plans, 0, attention=False)
+    found = read_documents(model, texts, rows, view.found, plans, 0, attention=False, control=True)
     return replace(view, found=replace(found, verdict=verdict(found)))
 
 
 def effect(view: View) -> str:
-    """In one sentence, what the method does to the loss: means over the stretches of the curves, those that lie past
-    the trained length, and those up to there.
+    """Return the effect of the method on the loss, and its gain over truncation in the second half of the texts.
 
     Args:
-        view ([`View`]): after [`read`].
+        view ([`View`]): a view after [`read`].
     """
     lines, trained, method = view.found.tables["losses"], view.trained_length, view.plan.method
     if view.plan.changes_nothing:
-        return f"{method} changes nothing, so that there is nothing to compare."
+        return f"{method} changes nothing, so there is nothing to compare."
 
-    def mean(curve: str, past: bool) -> str:
-        inside = lines.begin >= trained if past else lines.end <= trained
-        own = lines[(lines.curve == curve) & inside]
-        return f"{np.average(own.nll, weights=own.end - own.begin):.2f}"
+    def mean(curve: str, begin: int, end: int | None = None) -> float:
+        stretches = lines[(lines.curve == curve) & (lines.begin >= begin) & (lines.end <= (end or lines.end.max()))]
+        return float(np.average(stretches.nll, weights=stretches.end - stretches.begin))
 
-    own = lines[lines.curve == "none"]
-    as_it_is = f"{mean('none', True)} nats per token as it is" if own.begin.max() >= trained else "undefined as it is"
+    readable = lines[lines.curve == "none"].begin.max() >= trained
+    as_it_is = f"{mean('none', trained):.2f} nats per token as it is" if readable else "undefined as it is"
+    half = view.found.target_length // 2
+    gain = float(np.exp(mean(CONTROL, half) - mean(method, half)))
     return (
-        f"Past token {trained} the loss is {as_it_is} and {mean(method, True)} with {method}; up to there it is "
-        f"{mean('none', False)} and {mean(method, False)}."
+        f"Past token {trained} the loss is {as_it_is} and {mean(method, trained):.2f} with {method}; up to there it "
+        f"is {mean('none', 0, trained):.2f} and {mean(method, 0, trained):.2f}. From token {half} on, {method} has a "
+        f"gain of {gain:.3f} over truncating the input to {trained} tokens. Above 1 the longer context helps; below 1 "
+        "truncation is the better choice."
     )

@@ -1,4 +1,4 @@
-"""What the page says, as HTML; whatever comes from models and users is escaped."""
+"""Texts of the page, as HTML. Everything that comes from models and users is escaped."""
 
 from __future__ import annotations
 
@@ -10,40 +10,39 @@ from ..diagnosis import Diagnosis
 from ..methods import Composition, Method, RemapMethod, as_method
 from ..reporting.signals import KINDS
 from ..reporting.three_panels import CLASSES
-from .shelf import DOCUMENTS
-from .view import View, applicable
+from .view import DOCUMENTS, Gain, View, applicable
 
 TITLE = (
-    "<h1>hf-posext</h1><p>How a model tells positions apart, what becomes of it past the length it was trained on, "
-    "and what a method does about it.</p>"
+    "<h1>hf-posext</h1><p>How a model encodes position, what happens past the length that it was trained on, and what "
+    "a method changes.</p>"
 )
 METHOD = "or type one: rerope(window=128), yarn+log-n"
 FIRST = ("self-extend", "table-linear")
-"""What is shown first where it applies: methods that show something on every tab, and help."""
+"""Methods that are preselected if they apply. They have something to show on every tab."""
 
 
 def first_method(names: Sequence[str]) -> str | None:
-    """The method that is shown before one is chosen."""
+    """Return the method that is preselected."""
     return next((name for name in FIRST if name in names), next(iter(names), None))
 
 
 def alert(message: str) -> str:
-    """An error, on one line."""
+    """Return an error on one line."""
     return f'<div class="alert" role="alert">{escape(" ".join(message.split()))}</div>'
 
 
 def verdict(text: str) -> str:
-    """Sentences that stand out."""
+    """Return sentences that stand out."""
     return f'<div class="words">{escape(text)}</div>'
 
 
 def plain(text: str) -> str:
-    """A paragraph below a picture."""
+    """Return a paragraph."""
     return f'<p class="plain">{escape(text)}</p>'
 
 
 def facts(found: Diagnosis) -> str:
-    """What a model has."""
+    """Return the scheme and the trained length of a model."""
     trained = f"{found.trained_length} tokens" if found.trained_length else "an unknown number of tokens"
     kind = KINDS[found.scheme.kind]
     lines = (
@@ -54,56 +53,68 @@ def facts(found: Diagnosis) -> str:
 
 
 def about(view: View) -> str:
-    """What the method is, and the plan that it made."""
+    """Return the summary of the method, and its plan."""
     chosen = as_method(view.plan.method)
-    parts: Sequence[Method] = chosen.parts if isinstance(chosen, Composition) else (chosen,)
-    told = []
-    for part in parts:
-        name = escape(part.title)
-        if part.url:
-            name = f'<a href="{escape(part.url)}" target="_blank" rel="noreferrer">{name}</a>'
-        told.append(f'<p class="plain">{name}: {escape(part.summary())}</p>')
-    return "".join(told) + f'<p class="plain"><code>{escape(view.plan.describe().replace("->", "→"))}</code></p>'
+    methods: Sequence[Method] = chosen.parts if isinstance(chosen, Composition) else (chosen,)
+    lines = []
+    for method in methods:
+        name = escape(method.title)
+        if method.url:
+            name = f'<a href="{escape(method.url)}" target="_blank" rel="noreferrer">{name}</a>'
+        lines.append(f'<p class="plain">{name}: {escape(method.summary())}</p>')
+    return "".join(lines) + f'<p class="plain"><code>{escape(view.plan.describe().replace("->", "→"))}</code></p>'
 
 
 def signal(view: View) -> str:
-    """Below the signal."""
+    """Return the text below the signal, with the measured gain of the method if it is known."""
     if not view.found.signals:
         return plain(f"{view.found.scheme.model_type} has no positions that can be drawn.")
     drawn = view.found.signals[0]
     return plain(
-        f"Each line is a {drawn.channel}, each column a {drawn.over}. Where it is orange, training has shown nothing "
-        "like it; a method that helps turns orange to blue."
+        f"Each line is a {drawn.channel}, each column a {drawn.over}. Orange is unseen in training. Blue under a "
+        "method is necessary, not enough: a model may still read worse than with a truncated input."
+    ) + gain(view.gain)
+
+
+def gain(known: Gain | None) -> str:
+    """Return the committed gain of a method on a shipped model."""
+    if known is None:
+        return plain("The gain of this method on this model is not known here. The tab Loss measures it.")
+    better = "The longer context helps" if known.low > 1 else "Neither is better"
+    better = "Truncating the input is the better choice" if known.high < 1 else better
+    return plain(
+        f"Measured: {known.method} has a gain of {known.gain:.3f} [{known.low:.3f}, {known.high:.3f}] over truncation "
+        f"at {known.length} tokens ({known.documents} documents, {known.source}). {better}."
     )
 
 
 def frequency(view: View) -> str:
-    """Below the frequencies."""
+    """Return the text below the frequencies."""
     if not view.found.scheme.rotaries:
         return plain(f"{Path(view.found.model).name} has {KINDS[view.found.scheme.kind]}, without frequencies.")
     return plain(
-        "A pair above the dotted line makes less than one turn within the trained length, so that a longer text takes "
-        "it to phases that training has not shown (orange). A method slows the pair, or keeps far tokens nearer."
+        "A pair above the dotted line makes less than one turn within the trained length, so a longer text takes it "
+        "to phases that training has not shown (orange). A method slows the pair, or keeps far tokens nearer."
     )
 
 
 def mask(view: View) -> str:
-    """Below the mask."""
+    """Return the text below the mask."""
     if view.plan.parts:
         return plain(
-            "Every query looks back at every key before it, and this is how far away the key seems. White lines part "
-            "the regions that the method treats differently."
+            "Every query attends to every key before it. The colour is the distance at which the key appears. White "
+            "lines separate the bands that the method treats differently."
         )
     remapping = [name for name in applicable(view.found.scheme) if isinstance(as_method(name), RemapMethod)]
-    others = f" Those that do not: {', '.join(remapping)}." if remapping else ""
+    others = f" Methods that change distances: {', '.join(remapping)}." if remapping else ""
     return plain(f"{view.plan.method} leaves every pair of tokens at its own distance.{others}")
 
 
 def loss(dataset: Path | None) -> str:
-    """Where the loss will be."""
+    """Return the text in place of the loss before it is measured."""
     if dataset is None:
-        return plain("There are no texts to read; start the page with some: hf-posext app --dataset texts.jsonl.")
+        return plain("There are no texts to read. Start the page with hf-posext app --dataset texts.jsonl.")
     return plain(
-        f"The first {DOCUMENTS} texts of {dataset.name} are read, up to the length chosen, as the model is and with "
-        "the method. That takes seconds with a small model."
+        f"Reads the first {DOCUMENTS} texts of {dataset.name} up to the chosen length: the model as it is, under the "
+        "method, and with its input truncated to the trained length. With a small model this takes seconds."
     )

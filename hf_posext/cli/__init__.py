@@ -1,15 +1,13 @@
-"""The command line: `hf-posext`, or `python -m hf_posext`. See what a model has, what can be done, and what it did."""
+"""The command line: `hf-posext`, or `python -m hf_posext`."""
 
 from .app import app, main
 from .card import card
 from .compare import compare
-from .env import env
 from .evaluate import evaluate
-from .explain import explain
-from .explore import inspect, methods
+from .explain import explain, page
+from .explore import env, inspect, methods
 from .export import export, gguf
 from .finetune import finetune
-from .page import page
 from .recommend import recommend, search
 from .report import report
 

@@ -1,4 +1,4 @@
-"""Standard output and standard error: control characters in names from files are shown, not sent to the terminal."""
+"""Standard output and standard error, with control characters made visible instead of sent to the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PlainConsole(Console):
     def __init__(self) -> None:
         super().__init__(width=80, highlight=False)
 
-    def render_str(self, text: str, **settings: Any) -> Text:  # every string, those in the cells of tables included
+    def render_str(self, text: str, **settings: Any) -> Text:  # every string, also in cells of tables
         return super().render_str(visible(text), **settings)
 
 

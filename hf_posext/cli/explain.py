@@ -1,8 +1,9 @@
-"""`explain`: why a model breaks past the length that it was trained on, in words and in a picture."""
+"""`explain` and `app`: the cause of a break past the trained length, in words, in a picture and on a page."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InvalidParameterError
+from ..packages import require
 from . import options
 from .app import app
 from .console import PlainConsole, say
@@ -24,15 +26,19 @@ NAMES = {"none": "as it is"}
 @app.command()
 def explain(
     context: typer.Context,
-    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids; weights are read.", metavar="MODEL...")],
-    dataset: Annotated[str | None, typer.Option(help="Texts to read, as of compare; none if not given.")] = None,
+    models: Annotated[
+        list[str], typer.Argument(help="Folders or Hub ids, whose weights are read.", metavar="MODEL...")
+    ],
+    dataset: Annotated[str | None, typer.Option(help="Texts to read, as for compare. Default: none.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="To draw, and to read the texts with; all that apply are drawn if not given.")
+        str | None, typer.Option(help="Methods to draw and to measure. Default: draw all that apply.")
     ] = None,
-    target_length: Annotated[int | None, typer.Option(help="Tokens to look at; 4 x trained if not given.")] = None,
+    target_length: Annotated[
+        int | None, typer.Option(help="Tokens to cover. Default: 4 times the trained length.")
+    ] = None,
     trained_length: options.TrainedLength = None,
     original_length: options.OriginalLength = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG to draw; of several models, a column for each.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG to write; several models become columns.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, tables included.")] = False,
     documents: options.Documents = None,
     start: options.Start = 0,
@@ -40,13 +46,14 @@ def explain(
     split: options.Split = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
-    device: Annotated[str, typer.Option(help="As torch calls it: cpu, cuda:0, mps.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device of torch: cpu, cuda:0, mps.")] = "cpu",
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Say how a model encodes position, how far that was trained, and what becomes of longer input.
+    """Explain how a model encodes position, how far that was trained, and the effect of longer input.
 
-    With a data set also where its loss departs. Of several models, each takes those of the methods that apply to it.
+    With a data set, also find the token where its loss departs. With several models, each takes the methods that apply
+    to it.
     """
     from ..methods import as_method
     from ..methods.text import split_outside_brackets
@@ -55,7 +62,7 @@ def explain(
     for name in chosen or ():
         as_method(name)
     if plot is not None and plot.suffix.lower() != ".png":
-        raise InvalidParameterError(f"plot is {plot}; give the name of a PNG, as in --plot {plot.with_suffix('.png')}")
+        raise InvalidParameterError(f"Expected the name of a PNG, got {plot}. Pass --plot {plot.with_suffix('.png')}.")
 
     # The imports that take seconds come after the checks that need none of them.
     from ..diagnosis import diagnose
@@ -64,11 +71,11 @@ def explain(
     from .loading import load_body, load_model, require_unpatched
 
     for model in models:
-        require_unpatched(model, "explain tells what a model is without one", "see its plan by hf-posext inspect")
+        require_unpatched(model, "explain describes a model without one", "show its plan with hf-posext inspect")
     texts = None
     if dataset is not None:
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
-    found: list[Diagnosis] = []
+    diagnoses: list[Diagnosis] = []
     for model in models:
         body = texts is None  # positions need no head
         opening = (model, dtype, device, trust_remote_code)
@@ -77,7 +84,7 @@ def explain(
         if chosen is not None and len(models) > 1:
             scheme = detect_scheme(network)
             fitting = [name for name in chosen if as_method(name).applies_to(scheme) is None]
-        found.append(
+        diagnoses.append(
             diagnose(
                 network,
                 tokenizer,
@@ -90,39 +97,40 @@ def explain(
             )
         )
     if as_json:
-        say(json.dumps([one.to_dict() for one in found] if len(found) > 1 else found[0].to_dict(), indent=1))
+        content = [diagnosis.to_dict() for diagnosis in diagnoses]
+        say(json.dumps(content if len(content) > 1 else content[0], indent=1))
     else:
-        _print(found)
+        _print(diagnoses)
     if plot is not None:
-        _draw(found, plot)
+        _draw(diagnoses, plot)
         say(f"picture: {plot}", err=as_json)
 
 
-def _draw(found: list[Diagnosis], path: Path) -> None:
+def _draw(diagnoses: list[Diagnosis], path: Path) -> None:
     from ..reporting.three_panels import plot_classes
 
-    if not any(one.signals for one in found):
-        raise InvalidParameterError("no model here has positions that can be drawn; leave out --plot")
+    if not any(diagnosis.signals for diagnosis in diagnoses):
+        raise InvalidParameterError("None of the models has positions that can be drawn. Leave out --plot.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if len(found) > 1:
-        plot_classes(found, path)
+    if len(diagnoses) > 1:
+        plot_classes(diagnoses, path)
     else:
-        found[0].plot(path)
+        diagnoses[0].plot(path)
 
 
-def _print(found: list[Diagnosis]) -> None:
+def _print(diagnoses: list[Diagnosis]) -> None:
     console = PlainConsole()
-    for index, one in enumerate(found):
+    for index, diagnosis in enumerate(diagnoses):
         if index:
             console.print()
         facts = Table(box=None, show_header=False, pad_edge=False)
         facts.add_column(no_wrap=True)
         facts.add_column()
-        for name, value in _facts(one):
+        for name, value in _facts(diagnosis):
             facts.add_row(name, escape(value))
         console.print(facts)
         console.print()
-        console.print(escape(one.verdict))
+        console.print(escape(diagnosis.verdict))
 
 
 def _facts(found: Diagnosis) -> list[tuple[str, str]]:
@@ -133,7 +141,7 @@ def _facts(found: Diagnosis) -> list[tuple[str, str]]:
         ("model", f"{found.model} ({found.scheme.model_type})"),
         ("positions", f"{found.scheme.kind} (generalization: {found.generalization}): {found.reason}"),
         ("trained length", f"{trained} ({found.trained_length_source})"),
-        ("looked at", f"{found.target_length} tokens"),
+        ("target length", f"{found.target_length} tokens"),
     ]
     if found.untrained:
         facts.append(("untrained rows", f"{found.untrained[0]} to {found.untrained[1]}"))
@@ -141,8 +149,10 @@ def _facts(found: Diagnosis) -> list[tuple[str, str]]:
         rotary = 2 * first_rotary(found.scheme).pairs
         facts.append(("whole turns", f"{found.critical_dimension} of {rotary} rotary channels of a head"))
     if "phases" in found.tables:
-        new = found.tables["phases"].groupby("method", sort=False).new.sum()
-        facts.append(("new phases", ", ".join(f"{NAMES.get(str(name), name)} {count}" for name, count in new.items())))
+        unseen = found.tables["phases"].groupby("method", sort=False).new.sum()
+        facts.append(
+            ("unseen phases", ", ".join(f"{NAMES.get(str(name), name)} {count}" for name, count in unseen.items()))
+        )
     if "reach" in found.tables:
         reach = found.tables["reach"].reach
         facts.append(
@@ -153,6 +163,38 @@ def _facts(found: Diagnosis) -> list[tuple[str, str]]:
     if "losses" in found.tables:
         interval = found.departure_interval
         span = f" [{interval[0]}, {interval[1]}]" if interval else ""
-        told = f"token {found.departure}{span}, by {found.rise:.2f} nats per token" if found.departure else "nowhere"
-        facts.append(("loss departs", told))
+        place = f"token {found.departure}{span}, by {found.rise:.2f} nats per token" if found.departure else "nowhere"
+        facts.append(("loss departs", place))
     return [*facts, *(("note", note) for note in found.notes)]
+
+
+@app.command("app")
+def page(
+    model: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a model, beside the shipped ones; may be repeated.")
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Texts on this machine, as for compare. Default: the shipped novels.")
+    ] = None,
+    start: Annotated[
+        int | None, typer.Option(min=0, help="Tokens to skip in each text. Default: 2000 in the shipped novels.")
+    ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1, which no other machine reaches.")
+    ] = 7860,
+) -> None:
+    """Open an interactive page: the positions and the loss of a model, as it is and under a method.
+
+    Needs the extra: pip install 'hf_posext[app]'. Nothing is fetched, and nothing leaves this machine.
+    """
+    require("app")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub reads it
+    from ..app import make_shelf
+    from ..app.server import serve
+    from .loading import load_model
+
+    shelf = make_shelf(
+        model or [], dataset, start, lambda folder: load_model(folder, "float32", "cpu", trust_remote_code)
+    )
+    serve(shelf, port, lambda address: say(f"the page is at {address} (Ctrl+C ends it)"))

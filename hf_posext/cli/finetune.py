@@ -74,7 +74,7 @@ def finetune(
     ] = None,
     every: Annotated[int, typer.Option(help="Of --evaluate: steps between two measurements.")] = 100,
     start: Annotated[int, typer.Option(help="Of --evaluate: tokens to leave out at the beginning of each.")] = 0,
-    passkey: Annotated[int, typer.Option(min=0, help="Of --evaluate: pass-key trials at each length.")] = 0,
+    passkey: Annotated[int, typer.Option(min=0, help="Of --evaluate: passkey trials at each length.")] = 0,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations that are no better.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth if not given.")] = None,
     documents: options.Documents = None,

@@ -1,4 +1,4 @@
-"""Models from a folder or the Hub; whatever goes wrong on the way is one line."""
+"""Models from a folder or the Hub. Every failure is one line."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def quiet_libraries() -> None:
-    """Keeps transformers and datasets from writing between the lines of a table.
+    """Keep transformers and datasets from writing between the lines of a table.
 
-    What datasets logs as an error it also raises, and is told then; transformers' errors still show.
+    Errors of transformers still show. Errors that datasets logs are also raised, and reported then.
     """
     import transformers
 
@@ -40,14 +40,14 @@ def quiet_libraries() -> None:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model, without its weights.
+    """Return the config of a model without its weights.
 
     Args:
         name (`str`): a folder, Hub id or GGUF file.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
     Raises:
-        InvalidParameterError: no such model, or a config that transformers cannot read.
+        InvalidParameterError: no such model, or transformers cannot read its config.
     """
     from ..patching.loading import locate, open_config
 
@@ -57,8 +57,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 
 
 def saved_plan(name: str) -> ExtensionPlan | None:
-    """The plan in a folder that was saved with a patch, or with an adapter trained under one; `None` of any other
-    model. The config beside it says positions as they are under the plan, and not what the model was trained on.
+    """Return the plan of a model that was saved with a patch, or with an adapter trained under one, else `None`.
+
+    The config beside a plan contains the positions under the plan, not those that the model was trained on.
 
     Args:
         name (`str`): a folder or Hub id.
@@ -71,7 +72,7 @@ def saved_plan(name: str) -> ExtensionPlan | None:
 
 
 def base_of(name: str) -> str | None:
-    """The base model that the adapter in a folder names; `None` where there is no adapter, or it names none."""
+    """Return the base model that the adapter in a folder names, `None` without an adapter or a name."""
     from ..patching.untrusted import read_json
 
     path = Path(name) / ADAPTER_FILE
@@ -80,31 +81,31 @@ def base_of(name: str) -> str | None:
 
 
 def require_unpatched(name: str, why: str, instead: str) -> None:
-    """Refuses, before weights are read, a folder whose model comes with a patch; for commands that begin without one.
+    """Refuse a model with a patch before its weights are read, for commands that start from an unpatched model.
 
     Args:
         name (`str`): a folder or Hub id.
-        why (`str`): what the command does, as `"a comparison begins unpatched"`.
-        instead (`str`): what to type for such a folder, as `"measure it by hf-posext evaluate"`.
+        why (`str`): reason of the command, such as `"a comparison begins unpatched"`.
+        instead (`str`): alternative for such a model, such as `"measure it by hf-posext evaluate"`.
 
     Raises:
-        AlreadyPatchedError: it was saved with a patch, or with an adapter trained under one; names the base to give.
-        PlanError: as of [`saved_plan`].
+        AlreadyPatchedError: the model was saved with a patch, or with an adapter trained under one.
+        PlanError: see [`saved_plan`].
     """
     plan = saved_plan(name)
     if plan is not None:
         raise AlreadyPatchedError(
-            f"{name} was saved with a patch ({plan.describe()}), and {why}; {instead}, or give the model that it was "
-            f"made from{f', {base}' if (base := base_of(name)) else ''}"
+            f"{name} was saved with a patch ({plan.describe()}), and {why}. Either {instead}, or pass the model that "
+            f"it was made from{f', {base}' if (base := base_of(name)) else ''}."
         )
 
 
 def load_model(
     name: str, dtype: str, device: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A language model (causal, masked or encoder-decoder, as its config says) and its tokenizer.
+    """Return a language model (causal, masked or encoder-decoder, by its config) and its tokenizer.
 
-    A folder that was saved with a patch, or with an adapter trained under one, is opened with the patch in force.
+    A model that was saved with a patch, or with an adapter trained under one, is opened under the patch.
 
     Args:
         name (`str`): a folder or Hub id.
@@ -113,8 +114,8 @@ def load_model(
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
     Raises:
-        InvalidParameterError: no such model, no language model, no tokenizer, or no such device.
-        PosExtError: of a folder with a patch or an adapter: see [`load_patched`] and [`load_adapter`].
+        InvalidParameterError: no such model or device, not a language model, or no tokenizer.
+        PosExtError: see [`load_patched`] and [`load_adapter`].
     """
     import torch
 
@@ -129,7 +130,7 @@ def load_model(
 
 
 def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without its head, and without a tokenizer: enough to look at its positions.
+    """Return a model without its head: enough to read its positions.
 
     Args:
         name (`str`): a folder or Hub id.
@@ -154,24 +155,28 @@ def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = Fals
 def _placed(model: Any, device: str) -> Any:
     try:
         return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # torch says so of a device unknown, or not compiled in
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # torch raises either for an unknown device, or one not compiled in
         raise InvalidParameterError(
-            f"device {device!r} cannot be used: {_first_line(error)}; give one that torch has here, as in --device cpu"
+            f"Expected a device that torch has on this machine, got {device!r}: {_first_line(error).rstrip('.')}. "
+            "Pass --device cpu."
         ) from error
 
 
 def load_evaluator(
     name: str | None, dtype: str, device: str, accelerator: Accelerator | None, trust_remote_code: bool = False
-) -> str | tuple[Any, Any] | None:
-    """What finds key tokens: a model and its tokenizer where the name has a slash in it, else the label as it is.
+) -> str | tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase] | None:
+    """Return the evaluator that finds key tokens: a model and its tokenizer if the name has a slash, else the label.
 
     Args:
-        name (`str`, *optional*): as of `--longppl`.
-        dtype, device: as of [`load_model`].
-        accelerator (`Accelerator`, *optional*): as of [`spread`].
+        name (`str`, *optional*): value of `--longppl`.
+        dtype, device: see [`load_model`].
+        accelerator (`Accelerator`, *optional*): see [`spread`].
 
     Raises:
-        InvalidParameterError, PosExtError: as [`load_model`].
+        InvalidParameterError, PosExtError: see [`load_model`].
     """
     if name is None or not ("/" in name or "\\" in name):
         return name
@@ -199,7 +204,7 @@ def _open(source: Source, dtype: torch.dtype) -> Any:
 
 
 def _announce(source: Source, dtype: str) -> None:
-    """Say, before the minutes that it takes, that a GGUF file is being dequantised."""
+    """Announce that a GGUF file is being dequantised, which takes minutes."""
     if source.gguf is None or rank():
         return
     from ..patching.untrusted import GGUFHeader
@@ -216,9 +221,11 @@ def one_line_errors(name: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     path = Path(name)
-    gguf = name.lower().endswith(".gguf")  # `locate` says what is wrong with it
+    gguf = name.lower().endswith(".gguf")  # `locate` refuses it with a reason
     if not path.exists() and not gguf and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise InvalidParameterError(f"no such folder: {name}; give a model folder or a Hub id such as org/name")
+        raise InvalidParameterError(
+            f"Expected a model folder or a Hub id such as org/name, got {name}: no such folder."
+        )
     try:
         yield
     except PosExtError:
@@ -230,8 +237,8 @@ def one_line_errors(name: str) -> Iterator[None]:
                 "and trust its author."
             ) from error
         raise InvalidParameterError(
-            f"cannot load {name}: {_first_line(error).rstrip('.')}; give a folder with a model and its tokenizer, "
-            "or a Hub id such as org/name"
+            f"Cannot load {name}: {_first_line(error).rstrip('.')}. Pass a folder with a model and its tokenizer, or "
+            "a Hub id such as org/name."
         ) from error
 
 

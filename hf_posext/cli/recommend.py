@@ -187,7 +187,7 @@ def _print(found: Recommendation) -> None:
     console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("contender", overflow="fold")
-    for head in ("documents", "tail ppl", "x best", "short", "pass keys"):
+    for head in ("documents", "tail ppl", "x best", "short", "passkeys"):
         table.add_column(head, justify="right")
     for line in found.contenders:
         keys = "" if line["passkey"] is None else f"{line['passkey']:.2f}"

@@ -1,4 +1,4 @@
-"""See why: how a model encodes position, how far that was trained, and what becomes of longer input."""
+"""Diagnosis of a model: its positions, the length that they were trained on, and the effect of longer input."""
 
 from ..packages import require
 

@@ -1,4 +1,4 @@
-"""Where a series leaves its level for good: one statistic, for the rows of a table and for the loss by position."""
+"""The change point of a series that leaves its level for good: rows of a table, or the loss by position."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from dataclasses import dataclass
 import numpy as np
 
 TOLERANCE = 0.1
-"""Nats per token, 10 % of perplexity: a smaller rise is not called a departure."""
+"""Smallest rise that counts as a departure, in nats per token: 10 % of perplexity."""
 
 BLOCK = 64
-"""Tokens of a document whose mean is one observation. Next to each other, tokens are not independent; stretches of
-this length nearly are, once the loss of the same tokens in a short context is taken off."""
+"""Tokens of a document whose mean is one observation. Neighbouring tokens are not independent. Blocks of this length
+nearly are, after the loss of the same tokens in a short context is subtracted."""
 
 SIGMAS = 4.0
-"""Standard errors by which the rise must differ from zero. It is tested where it looks largest, at one of some thirty
-independent places in a usual text, which three would not stand."""
+"""Standard errors by which the rise must differ from zero. The rise is tested where it looks largest, among some
+thirty independent places of a usual text, so three would give false alarms."""
 
 ONSET = 0.25
-"""Nats at most that the loss must have risen where it is said to depart: half-way up a steep rise is its place,
-half-way up a slow one would be late."""
+"""Largest rise that marks the place of a departure, in nats. Half-way up is the place of a steep rise; half-way up a
+slow one would be late."""
 
 FEWEST = 4
-"""Blocks that tell how much they vary."""
+"""Fewest blocks whose variance is estimated."""
 
 RESAMPLES = 999
 
 
 @dataclass(frozen=True)
 class Departure:
-    """Where the loss departs.
+    """Departure of the loss from its level.
 
     Args:
         token (`int`): index of the first token that is predicted worse.
-        interval (`tuple[int, int]`, *optional*): 95 % of what other documents like these would give; `None` of one.
-        rise (`float`): mean from there to the end, over the level, in nats per token.
+        interval (`tuple[int, int]`, *optional*): 95 % interval over documents; `None` with one document.
+        rise (`float`): mean rise over the level from there to the end, in nats per token.
     """
 
     token: int
@@ -44,57 +44,58 @@ class Departure:
 
 
 def last_stretch(values: np.ndarray) -> int | None:
-    """The first index of the stretch, up to the end, whose sum is largest: `argmax_k sum(values[k:])`.
+    """Return the first index of the final stretch with the largest sum: `argmax_k sum(values[k:])`.
 
-    The maximum-likelihood place of a change of mean from below zero to as far above it, and the CUSUM of Page (1954)
-    read from the end. Give `values - threshold`, the threshold half-way between the two levels.
+    This is the maximum-likelihood place of a change of mean from below zero to as far above it: the CUSUM of Page
+    (1954) read from the end. Pass `values - threshold`, with the threshold half-way between the two levels.
 
     Args:
-        values (`numpy.ndarray` of shape `(length,)`): in order.
+        values (`numpy.ndarray` of shape `(length,)`): the series.
 
     Returns:
-        `int`, *optional*: `None` where no stretch has a sum above zero.
+        `int`, *optional*: `None` if no stretch has a sum above zero.
     """
     sums = np.cumsum(np.asarray(values, dtype=np.float64)[::-1])[::-1]
     return int(sums.argmax()) if len(sums) and sums.max() > 0 else None
 
 
 def departure(excess: np.ndarray, seed: int = 0) -> Departure | None:
-    """Where the loss rises over its level for good, if it does.
-
-    Whether it does: [`last_stretch`] of the mean over documents, less half of the tolerance, must have a mean of at
-    least the tolerance, four standard errors away from zero over blocks of 64 tokens. Where: [`last_stretch`] of the
-    mean, less half of that rise, or a quarter of a nat if that is less. The interval is a percentile bootstrap over
-    documents.
+    """Return the place from which on the loss stays above its level, with a percentile bootstrap over documents.
 
     Args:
-        excess (`numpy.ndarray` of shape `(documents, tokens)`): what each token, from token 1 on, costs more than
-            its level, in nats. At most zero where all is well.
-        seed (`int`, *optional*, defaults to 0): of the bootstrap.
+        excess (`numpy.ndarray` of shape `(documents, tokens)`): loss of each token, from token 1 on, less its level,
+            in nats. At most zero if nothing is wrong.
+        seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
+
+    Returns:
+        [`Departure`], *optional*: `None` if the loss keeps its level.
     """
+    # A candidate: the final stretch that exceeds half of the tolerance by the largest sum.
     place = last_stretch(excess.mean(0) - TOLERANCE / 2)
     if place is None:
         return None
+    # The test: its mean reaches the tolerance, and four standard errors over blocks.
     tail = excess[:, place:]
     blocks = _block_means(tail)
     rise = float(tail.mean())
     if len(blocks) < FEWEST or rise < max(TOLERANCE, SIGMAS * blocks.std(ddof=1) / math.sqrt(len(blocks))):
         return None
+    # The place: the same statistic at half of that rise, or a quarter of a nat if that is less.
     onset = min(rise / 2, ONSET)
     place = last_stretch(excess.mean(0) - onset)
-    assert place is not None  # from the first place on the mean is the rise, twice the onset or more
+    assert place is not None  # from the first place on, the mean is the rise: at least twice the onset
     return Departure(place + 1, _interval(excess, onset, seed), float(excess[:, place:].mean()))
 
 
 def _block_means(tail: np.ndarray) -> np.ndarray:
-    """Means of whole blocks of each document, counted from the end; flat."""
+    """Return means of whole blocks of each document, counted from the end, as one row."""
     documents, tokens = tail.shape
     whole = tokens - tokens % BLOCK
     return np.asarray(tail[:, tokens - whole :].reshape(documents, -1, BLOCK).mean(-1).ravel())
 
 
 def _interval(excess: np.ndarray, onset: float, seed: int) -> tuple[int, int] | None:
-    """From documents drawn anew, with replacement; draws that show no departure say nothing of its place."""
+    """Return the interval over resampled documents. Samples without a departure are left out."""
     documents = len(excess)
     if documents < 2:
         return None

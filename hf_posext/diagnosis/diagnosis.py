@@ -1,4 +1,4 @@
-"""What a diagnosis says."""
+"""The diagnosis of a model, and its verdict in two sentences."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.texts.files import write_atomically
 from ..scheme import PositionalScheme
 from ..visible import visible
+from .weights import ALIKE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,33 +23,45 @@ if TYPE_CHECKING:
 DIGITS = 6
 """Significant digits of the numbers in a file."""
 
+EARLY = 0.9
+"""Share of the trained length before which a departure means that the model was trained on less."""
+
+REASONS = {
+    "learned": "a vector was learned for every position, and none exists for positions that training did not reach",
+    "alibi": "a distance costs a fixed price per token, which is defined however far, trusted or not",
+    "relative": "every distance falls into a learned bucket, the last of which has no end",
+    "sinusoidal": "a formula gives the sines of any position, trusted or not",
+    "rotary": "positions are angles, and longer inputs can be squeezed back into angles that training has shown",
+    "none": "the model has no positions that could be carried further",
+}
+
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """How a model encodes position, how far that was trained, and what becomes of longer input.
+    """Diagnosis of a model: its positions, the length that they were trained on, and the effect of longer input.
 
-    Made by [`diagnose`].
+    Returned by [`diagnose`].
 
     Args:
-        model (`str`): its name.
-        scheme (`PositionalScheme`): what it has.
-        reason (`str`): why it generalizes as it does.
-        trained_length (`int`, *optional*): tokens per sequence in training; `None` where nothing tells.
-        trained_length_source (`str`): where that number comes from.
-        target_length (`int`): tokens that the diagnosis looks up to.
+        model (`str`): name of the model.
+        scheme (`PositionalScheme`): positional scheme of the model.
+        reason (`str`): reason for its kind of generalization.
+        trained_length (`int`, *optional*): tokens per sequence in training; `None` if unknown.
+        trained_length_source (`str`): source of that number.
+        target_length (`int`): tokens that the diagnosis covers.
         remedies (`tuple[str, ...]`): names of the methods that bring the target back to what training has shown.
         untrained (`tuple[int, int]`, *optional*): first and last row of a learned table that look untrained, counted
             from position 0.
         critical_dimension (`int`, *optional*): rotary channels of a head that make a whole turn within training.
-        departure (`int`, *optional*): index of the first token from which on the loss is above its level for good;
-            `None` where it is not, and without documents.
-        departure_interval (`tuple[int, int]`, *optional*): 95 %, over documents.
-        rise (`float`, *optional*): mean from there on, in nats per token.
-        tables (`Mapping[str, pandas.DataFrame]`): whichever there are of `rows` (learned tables), `frequencies` and
-            `phases` (rotary), `reach` (ALiBi), `buckets` (relative), and with documents `losses` and `attention`.
-        signals (`tuple[Signal, ...]`): what `plot` draws: the model as it is, then each method.
-        notes (`tuple[str, ...]`): what could not be found, and why.
-        provenance (`Mapping`): versions, and what was read.
+        departure (`int`, *optional*): index of the token from which on the loss stays above its level; `None` if it
+            does not, and without documents.
+        departure_interval (`tuple[int, int]`, *optional*): 95 % interval over documents.
+        rise (`float`, *optional*): mean rise from there on, in nats per token.
+        tables (`Mapping[str, pandas.DataFrame]`): `rows` (learned tables), `frequencies` and `phases` (rotary),
+            `reach` (ALiBi), `buckets` (relative), and with documents `losses` and `attention`.
+        signals (`tuple[Signal, ...]`): signals that `plot` draws: the model as it is, then each method.
+        notes (`tuple[str, ...]`): methods and tables that are missing, with the reason.
+        provenance (`Mapping`): versions, and the documents that were read.
         verdict (`str`): two sentences.
     """
 
@@ -75,7 +88,7 @@ class Diagnosis:
         return f"Diagnosis({visible(facts)})"
 
     def _repr_html_(self) -> str:
-        """The facts as a table, for notebooks."""
+        """Return the facts as an HTML table, for notebooks."""
         rows = (f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._facts().items())
         return f"<table>{''.join(rows)}</table>"
 
@@ -95,7 +108,10 @@ class Diagnosis:
         return self.scheme.generalization
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: everything but the signals. Tables are lists of rows; what is not finite is `None`."""
+        """Return everything except the signals in plain JSON types.
+
+        Tables become lists of rows. Numbers that are not finite become `None`.
+        """
         scalars = (
             "model",
             "generalization",
@@ -113,20 +129,20 @@ class Diagnosis:
             "notes",
         )
         tables = {name: [_plain(row) for row in table.to_dict("records")] for name, table in self.tables.items()}
-        said = {name: getattr(self, name) for name in scalars}
-        whole = {**said, "scheme": self.scheme.to_dict(), "provenance": dict(self.provenance), "tables": tables}
+        facts = {name: getattr(self, name) for name in scalars}
+        whole = {**facts, "scheme": self.scheme.to_dict(), "provenance": dict(self.provenance), "tables": tables}
         plain: dict[str, Any] = json.loads(json.dumps(whole, allow_nan=False))
         return plain
 
     def save_json(self, path: str | Path) -> Path:
-        """Write `to_dict` into a file, a row of a table to a line."""
-        found = self.to_dict()
-        tables = found.pop("tables")
+        """Write `to_dict()` to a JSON file, one row of a table to a line."""
+        content = self.to_dict()
+        tables = content.pop("tables")
         lines = [
             f"  {json.dumps(name)}: [\n   " + ",\n   ".join(json.dumps(row) for row in rows) + "\n  ]"
             for name, rows in tables.items()
         ]
-        head = json.dumps(found, indent=1)[:-2]
+        head = json.dumps(content, indent=1)[:-2]
         return write_atomically(path, f'{head},\n "tables": {{\n' + ",\n".join(lines) + "\n }\n}\n")
 
     def plot(self, path: str | Path) -> None:
@@ -141,7 +157,7 @@ class Diagnosis:
 
 
 def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """Numbers of a row as Python's, rounded; NaN and infinity as `None`."""
+    """Return a row with numbers of Python, rounded; NaN and infinity become `None`."""
     return {str(key): _number(getattr(value, "item", lambda value=value: value)()) for key, value in row.items()}
 
 
@@ -149,3 +165,116 @@ def _number(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def verdict(found: Diagnosis) -> str:
+    """Return two sentences: what breaks, where and why, and what to try.
+
+    Args:
+        found ([`Diagnosis`]): a diagnosis without its verdict.
+    """
+    return f"{_cause(found)}{_measured(found)}. {_advice(found)}."
+
+
+def _cause(found: Diagnosis) -> str:
+    kind, trained, target = found.scheme.kind, found.trained_length, found.target_length
+    if kind == "learned" and found.scheme.table and trained:
+        return _table(found, found.scheme.table.usable, trained)
+    if kind == "rotary" and "phases" in found.tables:
+        return _phases(found)
+    if kind == "alibi":
+        reach = found.tables["reach"].reach
+        near = reach[reach < (trained or target)]
+        far = "and every head sees as far back as in training"
+        if len(near):
+            heads = f"{len(near)} of {len(reach)} heads see no" if len(near) < len(reach) else "no head sees"
+            far = f"though {heads} farther back than {near.max():.0f} tokens"
+        return f"A distance costs a fixed price per token, so that no input is too long to be read, {far}"
+    if kind == "relative" and "buckets" in found.tables:
+        last = found.tables["buckets"]["first"].iloc[-1]
+        return f"All distances of {last} tokens and more share one learned bias, so that far tokens look equally far"
+    if kind == "sinusoidal":
+        return f"The sines go on past the {_tokens(trained)} of training, where the model has never seen them"
+    if kind == "none":
+        return "Order comes from the causal mask or from a recurrent state, so that nothing ends at a length"
+    return f"{found.scheme.model_type} has {kind} positions, of which nothing more can be read from the weights"
+
+
+def _table(found: Diagnosis, rows: int, trained: int) -> str:
+    lines = found.tables["rows"]
+    if not found.untrained:
+        smooth = lines.cosine.max() > ALIKE
+        state = "looks trained throughout" if smooth else "shows no trace of training, since no row is like the next"
+        return (
+            f"The table of learned positions ends at {rows} tokens and {state}; a longer input has no position to read"
+        )
+    first = found.untrained[0]
+    before, after = lines[lines.end <= first].cosine.mean(), lines[lines.begin >= first].cosine.mean()
+    return (
+        f"Rows {first} to {found.untrained[1]} of the table of learned positions look untrained (neighbours have a "
+        f"cosine of {after:.2f}, and of {before:.2f} before), so that text past {trained} tokens is placed by noise"
+    )
+
+
+def _phases(found: Diagnosis) -> str:
+    lines = found.tables["phases"]
+    as_is = lines[lines.method == "none"]
+    trained, target = _tokens(found.trained_length), _tokens(found.target_length)
+    if as_is.new.any():
+        count, make = as_is.new.sum(), "make" if as_is.new.sum() > 1 else "makes"
+        return (
+            f"{count} of {len(as_is)} rotary pairs {make} less than a turn within the {trained} of training, so that "
+            f"an input of {target} needs phases that the model has never seen"
+        )
+    types = sorted({rotary.shipped_type for rotary in found.scheme.rotaries} - {"default"})
+    shipped = f" with the {' and '.join(types)} scaling that it ships with" if types else ""
+    return f"Every phase of an input of {target} is one that the {trained} of training have shown{shipped}"
+
+
+def _measured(found: Diagnosis) -> str:
+    if "losses" not in found.tables:
+        return ""
+    count, read = len(found.provenance["documents"]), found.provenance["read"]
+    where = f"; on {count} document{'s' if count > 1 else ''} the loss "
+    if found.departure is None:
+        return f"{where}keeps its level up to the {read} tokens that were read"
+    return f"{where}rises by {found.rise:.2f} nats per token from token {found.departure} on"
+
+
+def _advice(found: Diagnosis) -> str:
+    keep, read = _limit(found), found.provenance.get("read", 0)
+    if found.scheme.obstacle:
+        return f"No method of hf_posext applies ({found.scheme.obstacle}); {keep}"
+    names = ", ".join(found.remedies)
+    if found.scheme.kind == "none" and found.departure is None:
+        return (
+            f"Nothing needs to be changed up to {read} tokens"
+            if read
+            else ("Documents would show how far the model can be trusted")
+        )
+    if not names:
+        return f"No method of hf_posext applies; {keep}"
+    if found.departure is not None:
+        return f"Try {names}, or {keep}"
+    if read > (found.trained_length or 0):
+        return f"Nothing needs to be changed up to {read} tokens; to read farther, try {names}"
+    if found.generalization == "extrapolation":
+        return (
+            f"Documents would show whether it can be trusted there; if not, compare {names} with truncating the input"
+        )
+    if "phases" in found.tables:
+        phases = found.tables["phases"]
+        if not phases[phases.method == "none"].new.any():
+            return f"Up to there nothing needs to be changed; to read farther, try {names}"
+    return f"Try {names}, or {keep}"
+
+
+def _limit(found: Diagnosis) -> str:
+    trained, departure = found.trained_length, found.departure
+    early = departure is not None and departure < EARLY * (trained or departure + 1)
+    limit = departure - 1 if departure is not None and (early or not trained) else trained
+    return f"keep inputs within {_tokens(limit)}" if limit else "measure it on documents to see where it breaks"
+
+
+def _tokens(length: int | None) -> str:
+    return "unknown number of tokens" if length is None else f"{length} tokens"

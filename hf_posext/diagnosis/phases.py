@@ -1,4 +1,4 @@
-"""What rotary phases training has shown, and which ones a longer input asks for."""
+"""Rotary phases: those that training has shown, and those that a longer input needs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme, Rotary
 
 QUERIES = 64
-"""Queries, evenly over the target, of which the largest relative position is taken."""
+"""Queries, spread evenly over the target, whose largest relative position is taken."""
 
 Frequencies = Mapping[str, torch.Tensor]
 """Radians per token by the name of the set, float32 of shape `(slots,)`."""
 
 
 def frequency_table(scheme: PositionalScheme, in_force: Frequencies, trained_length: int) -> pd.DataFrame:
-    """A line for each rotary pair of each set.
+    """Return a line for each rotary pair of each set.
 
-    Columns: `set`, `pair`, `wavelength` (tokens for a turn, as trained), `turns` (within the trained length), and
-    `slowed` (by how much the shipped scaling slows the pair in an input of the shipped length; 1 without any).
+    Columns: `set`, `pair`, `wavelength` (tokens per turn, as trained), `turns` (within the trained length), and
+    `slowed` (factor by which the shipped scaling slows the pair in an input of the shipped length; 1 without scaling).
     """
     lines = []
     for rotary in scheme.rotaries:
@@ -44,9 +44,10 @@ def frequency_table(scheme: PositionalScheme, in_force: Frequencies, trained_len
 
 
 def critical_dimension(rotary: Rotary, trained_length: int) -> int:
-    """How many channels of a head make a whole turn within the trained length: `2 ceil(d / 2 log_theta(L / 2 pi))`.
+    """Return the number of channels of a head that make a turn within the trained length.
 
-    Liu et al., *Scaling Laws of RoPE-based Extrapolation*, 2023. All phases of the others are not seen in training.
+    `2 ceil(d / 2 log_theta(L / 2 pi))` of Liu et al., *Scaling Laws of RoPE-based Extrapolation*, 2023. Training does
+    not show all phases of the other channels.
     """
     if trained_length <= 2 * math.pi:
         return 0
@@ -61,15 +62,15 @@ def phase_table(
     trained_length: int,
     target_length: int,
 ) -> pd.DataFrame:
-    """Which phases a text of the target length needs, a line for each plan, set and pair.
+    """Return the phases that a text of the target length needs, a line for each plan, set and pair.
 
-    Columns: `method`, `set`, `pair`, `turns` (that the farthest pair of tokens is apart), `new` (whether that is more
-    than training has shown: past the phase of the trained length, and not a whole turn).
+    Columns: `method`, `set`, `pair`, `turns` (between the two tokens farthest apart), `new` (whether training has not
+    shown that phase: it is past the phase of the trained length, and the trained phases are less than a turn).
 
     Args:
         scheme (`PositionalScheme`): rotary.
-        in_force (`Mapping`): frequencies of the model as it is.
-        plans (`Mapping[str, ExtensionPlan or None]`): by what they shall be called; `None` is the model as it is.
+        in_force (`Mapping[str, torch.Tensor]`): frequencies of the model as it is.
+        plans (`Mapping[str, ExtensionPlan | None]`): plans by name; `None` is the model as it is.
         trained_length (`int`): tokens.
         target_length (`int`): tokens.
     """
@@ -91,11 +92,11 @@ def phase_table(
 
 
 def is_new(phases: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Whether training has shown nothing of a phase: past all it has shown, where that is less than a turn.
+    """Return whether training has not shown a phase: past all trained phases, which are less than a turn.
 
     Args:
         phases (`torch.Tensor`): radians.
-        shown (`torch.Tensor`): radians of the trained length, of the same pairs.
+        shown (`torch.Tensor`): radians of the same pairs at the trained length.
     """
     return (phases > shown) & (shown < 2 * math.pi)
 
@@ -103,7 +104,7 @@ def is_new(phases: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
 def planned_frequencies(
     rotary: Rotary, in_force: Frequencies, plan: ExtensionPlan | None, length: int
 ) -> torch.Tensor:
-    """Radians per token of one set in an input of `length` tokens, float32 of shape `(slots,)`."""
+    """Return the radians per token of one set in an input of `length` tokens, float32 of shape `(slots,)`."""
     entry = None if plan is None else next((entry for entry in plan.rotaries if entry.name == rotary.name), None)
     if plan is None or entry is None:
         return in_force[rotary.name]
@@ -119,28 +120,26 @@ def planned_frequencies(
 def relative_positions(
     plan: ExtensionPlan | None, queries: torch.Tensor, keys: torch.Tensor, pair: int = 0
 ) -> torch.Tensor:
-    """Return how many tokens apart a plan makes each pair of query and key; float64 of shape `(queries, keys)`.
+    """Return the relative position of each query and key under a plan, in tokens; float64 of shape `(queries, keys)`.
 
-    NaN where the query does not attend to the key: it comes later, or no part of the plan has the pair. Where rotary
-    pairs have positions of their own, those of one of them: the fastest by default.
+    NaN where the query does not attend to the key: the key comes later, or no band of the plan contains the pair of
+    tokens. If rotary pairs have positions of their own, those of rotary pair `pair`: the fastest by default.
     """
     apart = (queries[:, None] - keys[None]).double()
-    wanted = apart.clone() if plan is None or not plan.parts else torch.full_like(apart, math.nan)
+    relative = apart.clone() if plan is None or not plan.parts else torch.full_like(apart, math.nan)
     row = queries.max() + 1
     for part in plan.parts if plan is not None else ():
         sides = ((queries, part.query), (keys, part.key))
         moves = [mapped(side, rule.of_pair(pair) if rule.by_pair else rule, row) for side, rule in sides]
         moved = moves[0].double()[:, None] - moves[1].double()[None]
-        wanted = torch.where(belongs(part, queries, keys), moved, wanted)
-    return wanted.masked_fill(apart < 0, math.nan)
+        relative = torch.where(belongs(part, queries, keys), moved, relative)
+    return relative.masked_fill(apart < 0, math.nan)
 
 
 def farthest_position(plan: ExtensionPlan, length: int, pair: int = 0) -> float:
-    """Return the largest relative position that a plan gives to any pair of a text, in a rotary pair.
-
-    The keys that a query has in a part lie side by side, and their positions grow but where they begin anew
-    (`modulo`): the farthest is the first of them, or the first after that. No other keys are looked at.
-    """
+    """Return the largest relative position that a plan gives to any two tokens of a text, in a rotary pair."""
+    # The keys that a query has in a band are adjacent, and their positions grow except where they begin anew
+    # (`modulo`). The farthest is therefore the first of them, or the first one after such a beginning.
     queries = torch.linspace(0, length - 1, min(QUERIES, length), dtype=torch.float64).round().long()
     keys = torch.zeros(1, dtype=torch.long)
     for part in plan.parts:

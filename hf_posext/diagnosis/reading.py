@@ -1,30 +1,50 @@
-"""What documents tell: the loss by position, where it departs, and how sharp attention is."""
+"""Readings of documents: the loss by position, the token where it departs from its level, and entropy of attention."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import DocumentError, UnsupportedModelError
-from ..evaluation.scoring.scorer import TokenScorer
+from ..errors import DocumentError, EvaluationError, UnsupportedModelError
+from ..evaluation.protocols.control import CONTROL, TruncatedReader
+from ..evaluation.protocols.windows import Window
+from ..evaluation.scoring.scorer import TokenScorer, require_finite
 from ..evaluation.texts.documents import Document, Documents
 from ..evaluation.texts.files import portable
 from ..evaluation.texts.tokens import TokenizedDocuments, check_vocabulary, tokenize_documents
 from ..patching import patch_model
+from ..patching.attention_scores import last_query_scores
 from ..patching.modes import evaluation_mode
 from ..plan import ExtensionPlan
-from .attention import attention_table
 from .change_point import departure
 from .diagnosis import Diagnosis
-from .loss_curve import curve_table, require_skill, short_context_losses, token_losses
 
 BEYOND = 1.25
-"""How many times the trained length documents must have, or there is nothing to see."""
+"""Shortest documents that are read, as a multiple of the trained length; shorter ones show nothing past it."""
+
+STRETCHES = 32
+"""Lines of a curve: at 2,048 tokens one is the mean of 64 tokens of each document."""
+
+RESAMPLES = 1_999
+CHANCE = 0.99
+"""Share of the loss of a uniform guess from which on a model counts as untrained."""
+
+LAYERS = 4
+QUERIES = 64
+ATTENTION_DOCUMENTS = 2
+"""Documents whose attention is watched: enough to see a trend."""
+
+MASKED = -6e4
+"""Scores at or below are masked. Masks add the least number of a dtype, -65504 in float16."""
 
 
 def read_documents(
@@ -36,27 +56,30 @@ def read_documents(
     seed: int,
     *,
     attention: bool = True,
+    control: bool = False,
 ) -> Diagnosis:
-    """A diagnosis with what documents tell.
+    """Return a diagnosis completed by the losses and the attention on documents.
 
     Args:
         model (`torch.nn.Module`): causal, without a patch.
         texts (`list[Document]`): the documents.
-        tokenized ([`TokenizedDocuments`]): what [`long_rows`] made of them.
-        found ([`Diagnosis`]): without them.
-        plans (`Mapping[str, ExtensionPlan]`): to measure too, by name.
-        seed (`int`): of bootstrap intervals.
-        attention (`bool`, *optional*, defaults to `True`): whether attention is watched, too, in a pass of its own.
+        tokenized ([`TokenizedDocuments`]): the same documents, by [`long_rows`].
+        found ([`Diagnosis`]): the diagnosis from the weights.
+        plans (`Mapping[str, ExtensionPlan]`): plans to measure beside the model as it is, by name.
+        seed (`int`): seed of the bootstrap intervals.
+        attention (`bool`, *optional*, defaults to `True`): whether to watch attention, in a pass of its own.
+        control (`bool`, *optional*, defaults to `False`): whether to measure the unpatched model with its context
+            truncated to the trained length, as the curve "truncated".
     """
     try:
         scorer = TokenScorer(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{error}; or leave the documents out: what the weights tell of its positions needs none"
+            f"{error} Or leave the documents out: a diagnosis of the weights needs none."
         ) from error
     check_vocabulary(scorer.model, tokenized.tokens)
     context = _context(found.trained_length, tokenized.length)
-    own = _within_table(tokenized, found)
+    readable = _within_table(tokenized, found)
     with (
         evaluation_mode(scorer.model),
         tqdm(total=2 + len(plans), desc="reading", unit="pass", disable=None) as progress,
@@ -64,9 +87,11 @@ def read_documents(
         level = short_context_losses(scorer, tokenized, context)
         require_skill(level, scorer.model.get_input_embeddings().num_embeddings, found.model)
         progress.update()
-        losses = token_losses(scorer, own)
+        losses = token_losses(scorer, readable)
         progress.update()
         curves = [("none", losses), (f"last {context} tokens", level)]
+        if control and found.trained_length:
+            curves.append((CONTROL, truncated_losses(scorer, tokenized, found.trained_length)))
         for name, plan in plans.items():
             with patch_model(model, plan):
                 curves.append((name, token_losses(TokenScorer(model), tokenized)))
@@ -76,7 +101,7 @@ def read_documents(
     notes = found.notes
     try:
         if attention:
-            tables["attention"] = attention_table(scorer.model, own, scorer.model.device)
+            tables["attention"] = attention_table(scorer.model, readable, scorer.model.device)
     except UnsupportedModelError as error:
         notes = (*notes, str(error))
     source = texts.source if isinstance(texts, Documents) else {}
@@ -85,7 +110,7 @@ def read_documents(
         "left_out": tokenized.left_out,
         "dataset": source.get("dataset") and portable(source["dataset"]),
         "start": tokenized.start,
-        "read": own.length,
+        "read": readable.length,
         "context": context,
         "seed": seed,
         "dtype": str(scorer.model.dtype).removeprefix("torch."),
@@ -102,19 +127,20 @@ def read_documents(
 
 
 def long_rows(
-    texts: list[Document], tokenizer: Any, found: Diagnosis, start: int, *, exactly: bool
+    texts: list[Document], tokenizer: PreTrainedTokenizerBase, found: Diagnosis, start: int, *, exactly: bool
 ) -> TokenizedDocuments:
-    """Rows of the target length, past the trained one.
+    """Return rows of the target length, past the trained one.
 
     Args:
         texts (`list[Document]`): the documents.
         tokenizer (`PreTrainedTokenizerBase`): the model's.
-        found ([`Diagnosis`]): without them.
+        found ([`Diagnosis`]): the diagnosis from the weights.
         start (`int`): tokens to leave out at the beginning of each document.
-        exactly (`bool`): whether the target was asked for; else rows are no longer than half of the documents are.
+        exactly (`bool`): whether rows must have the target length. Otherwise they are at most as long as half of the
+            documents are.
 
     Raises:
-        DocumentError: no document is as long, or as long as there is something to see.
+        DocumentError: no document is as long, or 1.25 times as long as the trained length.
     """
     length, least = found.target_length, math.ceil(BEYOND * (found.trained_length or 0))
     if not exactly:
@@ -122,22 +148,164 @@ def long_rows(
         length = min(length, counts[(len(counts) - 1) // 2] - start)
     if length < least:
         raise DocumentError(
-            f"the documents would be read up to token {length}, and the model was trained on {found.trained_length}: "
-            f"nothing past that would be seen; give documents of {least} tokens and more (four times the trained "
-            "length is best), or trained_length= if the model was trained on less"
+            f"Expected documents of at least {least} tokens for a trained length of {found.trained_length}, got "
+            f"{length} tokens to read. Pass longer documents (four times the trained length is best), or "
+            "trained_length= if the model was trained on less."
         )
     return tokenize_documents(texts, tokenizer, length, start)
 
 
 def _context(trained_length: int | None, length: int) -> int:
-    """Tokens of the short context, even: a quarter of the trained length, or a sixteenth of what is read."""
-    wanted = trained_length // 4 if trained_length else length // 16
-    return max(2, min(wanted, length // 2) // 2 * 2)
+    """Return the short context, an even number: a quarter of the trained length, or a sixteenth of what is read."""
+    tokens = trained_length // 4 if trained_length else length // 16
+    return max(2, min(tokens, length // 2) // 2 * 2)
 
 
 def _within_table(tokenized: TokenizedDocuments, found: Diagnosis) -> TokenizedDocuments:
-    """What the model can read as it is: a learned table has an end."""
+    """Cut rows to what the unpatched model can read: a learned table has an end."""
     table = found.scheme.table
     if table is None or tokenized.length <= table.usable:
         return tokenized
     return dataclasses.replace(tokenized, tokens=tokenized.tokens[:, : table.usable])
+
+
+def token_losses(scorer: TokenScorer, documents: TokenizedDocuments) -> np.ndarray:
+    """Return the loss of tokens 1, 2, ... given all tokens before, in nats, float64 of shape `(documents, length -
+    1)`.
+
+    Raises:
+        NonFiniteError: a loss is not finite; names the document.
+    """
+    rows = []
+    for name, tokens in zip(documents.ids, documents.tokens, strict=True):
+        nll = scorer.token_nll(tokens[None])[0].double().numpy()
+        require_finite(nll, name, culprit=scorer.culprit)
+        rows.append(nll)
+    return np.stack(rows)
+
+
+def short_context_losses(scorer: TokenScorer, documents: TokenizedDocuments, context: int) -> np.ndarray:
+    """Return the loss of the same tokens, each given at most the last `context` tokens.
+
+    This is the level that positions cannot spoil. Windows of `context` tokens move by half of that. The first window
+    is scored whole and the second half of each other one, so that every token has at least half of the context. Each
+    window begins with the special tokens of the document.
+
+    Args:
+        scorer ([`TokenScorer`]): scorer of the model without a patch.
+        documents ([`TokenizedDocuments`]): rows.
+        context (`int`): an even number of tokens, fewer than a row has.
+    """
+    step, length = context // 2, documents.length
+    begins = list(range(step, length - context, step)) + [length - context]
+    rows = []
+    for name, tokens in zip(documents.ids, documents.tokens, strict=True):
+        windows = torch.stack([tokens[begin : begin + context] for begin in begins])
+        windows[:, : documents.bos] = tokens[: documents.bos]
+        nll = np.empty(length - 1)
+        nll[: context - 1] = scorer.token_nll(tokens[None, :context])[0].numpy()
+        for begin, scored in zip(begins, scorer.token_nll(windows, step).numpy(), strict=True):
+            nll[begin + step - 1 : begin + context - 1] = scored
+        require_finite(nll, name, culprit=scorer.culprit)
+        rows.append(nll)
+    return np.stack(rows)
+
+
+def truncated_losses(scorer: TokenScorer, documents: TokenizedDocuments, trained_length: int) -> np.ndarray:
+    """Return the loss of the same tokens, each given at most the trained length: the control of a gain."""
+    whole = Window(0, 1, documents.length)
+    readers = [TruncatedReader(scorer, tokens, trained_length, documents.bos) for tokens in documents.tokens]
+    return np.stack([reader.nll([whole]) for reader in readers])
+
+
+def require_skill(losses: np.ndarray, vocabulary: int, name: str) -> None:
+    """Refuse a model that predicts no better than a uniform guess, on which positions would show no effect.
+
+    Args:
+        losses (`numpy.ndarray`): losses in a short context.
+        vocabulary (`int`): size of the vocabulary.
+        name (`str`): name of the model.
+
+    Raises:
+        EvaluationError: the mean loss is that of a guess.
+    """
+    loss, guess = float(losses.mean()), math.log(vocabulary)
+    if loss >= CHANCE * guess:
+        raise EvaluationError(
+            f"{name} has a loss of {loss:.2f} nats per token in a short context, no better than a guess among its "
+            f"{vocabulary} tokens ({guess:.2f}), so nothing can be seen of its positions. Check that its weights are "
+            "trained, that the tokenizer is its own, and that the documents are in a language that it knows."
+        )
+
+
+def curve_table(curves: Sequence[tuple[str, np.ndarray]], seed: int = 0) -> pd.DataFrame:
+    """Return mean losses of stretches of the text, a line for each curve and stretch.
+
+    Columns: `curve`, `begin` and `end` (tokens, the end not included), `nll` (nats per token), `low` and `high`
+    (95 %, percentile bootstrap over documents; NaN with one document).
+
+    Args:
+        curves (`Sequence[tuple[str, numpy.ndarray]]`): names and losses of shape `(documents, length - 1)`.
+        seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
+    """
+    longest = max(losses.shape[1] for _, losses in curves) + 1
+    bounds = np.unique(np.maximum(np.arange(STRETCHES + 1) * longest // STRETCHES, 1))
+    lines: list[dict[str, Any]] = []
+    for name, losses in curves:
+        ends = bounds[bounds <= losses.shape[1] + 1]
+        means = np.stack([losses[:, a - 1 : b - 1].mean(1) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+        low, high = _interval(means, seed)
+        for line in zip(ends[:-1], ends[1:], means.mean(1), low, high, strict=True):
+            lines.append({"curve": name, **dict(zip(("begin", "end", "nll", "low", "high"), line, strict=True))})
+    return pd.DataFrame(lines)
+
+
+def _interval(means: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return 95 % intervals of the mean of each line of `(lines, documents)`, by the same draws in each."""
+    if means.shape[1] < 2:
+        return np.full(len(means), math.nan), np.full(len(means), math.nan)
+    from scipy.stats import bootstrap
+
+    interval = bootstrap(
+        (means,), np.mean, axis=-1, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return interval.low, interval.high
+
+
+def attention_table(model: PreTrainedModel, documents: TokenizedDocuments, device: torch.device) -> pd.DataFrame:
+    """Return entropy and spread of attention at some sixty positions, in up to four layers.
+
+    Columns: `position`, `layer`, `entropy` (nats; `exp` of it is the number of tokens that a head looks at), `spread`
+    (standard deviation of the scores over visible keys, biases of the model included). Means over heads and documents.
+
+    Raises:
+        UnsupportedModelError: the attention of the model cannot be watched.
+    """
+    chunk = max(2, documents.length // QUERIES)
+    lines = []
+    for tokens in documents.tokens[:ATTENTION_DOCUMENTS]:
+        for position, layers in last_query_scores(model, tokens.to(device), chunk):
+            for layer in sample(len(layers)):
+                entropy, spread = sharpness(layers[layer])
+                lines.append({"position": position, "layer": layer, "entropy": entropy, "spread": spread})
+    return pd.DataFrame(lines).groupby(["layer", "position"], as_index=False).mean()
+
+
+def sample(count: int) -> list[int]:
+    """Return up to four layers, evenly spaced, the first and last among them."""
+    return sorted({round(step * (count - 1) / (LAYERS - 1)) for step in range(LAYERS)})
+
+
+def sharpness(scores: torch.Tensor) -> tuple[float, float]:
+    """Return the entropy of the weights and the standard deviation of the visible scores, means over heads.
+
+    Args:
+        scores (`torch.Tensor` of shape `(heads, keys)`): inputs of the softmax, float32.
+    """
+    visible = scores > MASKED
+    logs = scores.masked_fill(~visible, -torch.inf).log_softmax(-1)
+    entropy = -(logs.exp() * logs.masked_fill(~visible, 0)).sum(-1)
+    count = visible.sum(-1).clamp(min=1)
+    mean = (scores.masked_fill(~visible, 0)).sum(-1) / count
+    variance = ((scores - mean[:, None]).masked_fill(~visible, 0) ** 2).sum(-1) / count
+    return float(entropy.mean()), float(variance.sqrt().mean())

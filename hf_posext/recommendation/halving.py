@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..diagnosis.loss_curve import require_skill
+from ..diagnosis.reading import require_skill
 from ..errors import EvaluationError
 from ..evaluation.scoring.scorer import model_name
 from ..methods import NoExtension

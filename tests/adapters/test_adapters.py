@@ -216,7 +216,7 @@ def test_plain_transformers_refuses_the_directory(adapter: Path) -> None:
 
 
 def test_plain_peft_with_the_config_beside_the_adapter(adapter: Path, base: Path) -> None:
-    """What the README of the adapter says to do without this package."""
+    """Follow the README of the adapter without this package."""
     said = (adapter / "README.md").read_text().split("```python\n")[2].split("```")[0].replace("PATH", str(adapter))
     names: dict[str, Any] = {}
     exec(said.replace('from_pretrained("base"', f'from_pretrained("{base}"'), names)

@@ -45,7 +45,7 @@ socket.socket.connect = watched
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where screenshots go: for a person to look at."""
+    """Folder of the screenshots, for a person to look at."""
     folder = os.environ.get("APP_SCREENSHOTS")
     path = Path(folder) if folder else tmp_path_factory.mktemp("screenshots")
     path.mkdir(parents=True, exist_ok=True)
@@ -177,6 +177,7 @@ def test_the_loss_is_measured_before_and_after(page: Page, pictures: Path) -> No
         r"Past token 512 the loss is ([\d.]+) nats per token as it is and ([\d.]+) with self-extend", told
     )
     assert found and float(found[1]) > float(found[2]) + 0.5
+    assert re.search(r"self-extend has a gain of [\d.]+ over truncating the input to 512 tokens", told)
     page.screenshot(path=pictures / "loss.png")
     type_in(page, "factor", "3")  # what was measured is of another choice now
     page.locator("#loss-figure img").wait_for(state="detached")
@@ -244,7 +245,7 @@ def test_an_error_that_was_not_foreseen_is_one_line_too(caplog: pytest.LogCaptur
         raise ZeroDivisionError("of the code")
 
     assert _one_line(lambda told: {"message": told}, broken)() == {
-        "message": "ZeroDivisionError, which was not foreseen; the terminal of hf-posext app tells more"
+        "message": "Unforeseen ZeroDivisionError. The terminal of hf-posext app shows more."
     }
     assert "of the code" in caplog.text
 

@@ -14,9 +14,9 @@ from matplotlib.colors import to_hex
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hf_posext import compare, load_documents
 from hf_posext.app import figures, words
-from hf_posext.app.shelf import Shelf
-from hf_posext.app.view import Choice, View, effect, look, read
+from hf_posext.app.view import Choice, Shelf, View, effect, look, read
 from hf_posext.reporting.signals import NEW, SHOWN
 
 from ..conftest import EXAMPLES, TRAINED, longer_gpt2, tiny_bloom, tiny_llama
@@ -172,18 +172,22 @@ def test_the_signal_of_a_table_is_its_rows_and_what_lies_between_them() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> View:
-    """tiny-rope as if trained on 64 tokens, on two stretches of a novel."""
+def two_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stretches of novels."""
     dataset = tmp_path_factory.mktemp("texts") / "two.jsonl"
     lines = (EXAMPLES / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:2]
     dataset.write_text(
         "".join(json.dumps({"text": json.loads(line)["text"][8000:9500]}) + "\n" for line in lines), encoding="utf-8"
     )
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(ROPE, dtype=torch.float32).eval(),
-        AutoTokenizer.from_pretrained(ROPE),
-    )
-    shelf = Shelf({"rope": ROPE}, dataset, 10, lambda _: (model, tokenizer))
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def measured(two_texts: Path) -> View:
+    """The view of tiny-rope as if it were trained on 64 tokens."""
+    model = AutoModelForCausalLM.from_pretrained(ROPE, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ROPE)
+    shelf = Shelf({"rope": ROPE}, two_texts, 10, lambda _: (model, tokenizer))
     return read(shelf, Choice("rope", "linear", 4, 4 * TRAINED, TRAINED))
 
 
@@ -217,10 +221,18 @@ def test_the_loss_is_that_of_plain_transformers_before_and_after(measured: View)
         assert drawn[name].get_ydata().tolist() == pytest.approx(values, abs=1e-4)
         means += [losses[TRAINED - 1 :].mean(), losses[: TRAINED - 1].mean()]
     past_before, within_before, past_after, within_after = means
-    assert effect(measured) == (
+    assert effect(measured).startswith(
         f"Past token 64 the loss is {past_before:.2f} nats per token as it is and {past_after:.2f} with linear; "
-        f"up to there it is {within_before:.2f} and {within_after:.2f}."
+        f"up to there it is {within_before:.2f} and {within_after:.2f}. From token 128 on, linear has a gain of "
     )
+
+
+def test_the_gain_of_the_page_is_the_gain_of_compare(measured: View, two_texts: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(ROPE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(ROPE)
+    lengths = {"lengths": [4 * TRAINED], "trained_length": TRAINED, "start": 10}
+    (row,) = compare(model, tokenizer, load_documents(two_texts), ["linear"], factor=4, **lengths).rows
+    assert f"linear has a gain of {row['gain']:.3f} over truncating the input to 64 tokens" in effect(measured)
 
 
 def test_the_verdict_after_reading_tells_of_the_documents(measured: View) -> None:

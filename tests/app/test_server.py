@@ -1,4 +1,4 @@
-"""What passes the door of the page's server; the rest of it is seen in a browser (test_browser.py)."""
+"""Requests that pass the door of the page's server. `test_browser.py` covers the rest of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_posext.app.server import Door
 
 
 def answer(path: str) -> list[MutableMapping[str, Any]]:
-    """What is sent for a path, by an application that answers everything."""
+    """Return the messages for a path, from an application that answers everything."""
     sent: list[MutableMapping[str, Any]] = []
 
     async def application(scope: Any, receive: Any, send: Any) -> None:

@@ -37,8 +37,11 @@ from .helpers import MODEL, compare, error_of
             "of the methods given nothing but none applies: linear, yarn: extends rotary positions; bloom has alibi; "
             "for alibi positions there are: alibi-linear",
         ),
-        ({"model": "./no/such/model"}, "no such folder: ./no/such/model"),
-        ({"model": EXAMPLES / "data"}, "; give a folder with a model and its tokenizer, or a Hub id such as org/name"),
+        ({"model": "./no/such/model"}, "got ./no/such/model: no such folder."),
+        (
+            {"model": EXAMPLES / "data"},
+            ". Pass a folder with a model and its tokenizer, or a Hub id such as org/name.",
+        ),
         ({"dataset": "no/such.jsonl"}, "no such path: no/such.jsonl"),
         ({"text_column": "body"}, "no column 'body'; it has id, source, text"),
         ({"documents": 0}, "--documents is 0"),
@@ -56,7 +59,7 @@ from .helpers import MODEL, compare, error_of
         ({"passkey": 1, "lengths": "16"}, "for a prompt of the task 'passkey'"),
         ({"start": -1}, "start is -1"),
         ({"dtype": "int8"}, "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
-        ({"device": "abacus"}, "; give one that torch has here, as in --device cpu"),
+        ({"device": "abacus"}, "Expected a device that torch has on this machine, got 'abacus'"),
         ({"metods": "none"}, "--metods"),
         ({"model": None}, "Missing option '--model'"),
         ({"config": "no.yaml"}, "no.yaml: No such file or directory; give a YAML file, as in --config run.yaml"),
@@ -115,7 +118,7 @@ def test_data_that_cannot_be_measured_is_refused(name: str, text: str, message: 
 def test_broken_weights_are_refused(tmp_path: Path) -> None:
     shutil.copytree(MODEL, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\0" * 100)
-    assert "cannot load" in error_of(compare(tmp_path / "out", model=tmp_path / "model"))
+    assert "Cannot load" in error_of(compare(tmp_path / "out", model=tmp_path / "model"))
 
 
 def test_an_encoder_is_refused_with_what_it_has(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from .helpers import MODEL, NOVELS, compare, error_of, run
 
 @pytest.fixture(scope="module")
 def figures(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What `card` is given of before and after."""
+    """Result files of before and after, as `card` takes them."""
     root = tmp_path_factory.mktemp("figures")
     assert compare(root / "before", documents=1, methods="none").exit_code == 0
     words = ["--model", adapter, "--dataset", NOVELS, "--documents", 1, "--lengths", "64,128"]

@@ -42,7 +42,7 @@ def test_documents_and_a_method_are_read_and_drawn(tmp_path: Path) -> None:
     options = ["--dataset", tmp_path / "novel.txt", "--methods", "yarn", "--target-length", "900", "--plot", picture]
     result = run("explain", MODEL, *options)
     assert result.exit_code == 0, result.output
-    assert "loss departs token" in words(result) and "new phases as it is 16" in words(result)
+    assert "loss departs token" in words(result) and "unseen phases as it is 16" in words(result)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -57,9 +57,9 @@ def test_ten_million_tokens_are_drawn_where_a_picture_can_show_them(tmp_path: Pa
     options = ["--target-length", "10000000", "--plot", tmp_path / "far.png"]
     for model in (MODEL, LEARNED):
         result = run("explain", model, *options)
-        assert result.exit_code == 0 and "looked at 10000000 tokens" in words(result), result.output
+        assert result.exit_code == 0 and "target length 10000000 tokens" in words(result), result.output
     both = run("explain", MODEL, LEARNED, *options)
-    assert both.exit_code == 2 and words(both).count("looked at 10000000 tokens") == 2, "what was found is told"
+    assert both.exit_code == 2 and words(both).count("target length 10000000 tokens") == 2, "what was found is told"
     assert "no wave of the 511 tokens of training, which are 1 of its 2048 columns" in both.stderr
     assert "give a shorter --target-length, as 16352" in both.stderr
 
@@ -70,7 +70,7 @@ def test_ten_million_tokens_are_drawn_where_a_picture_can_show_them(tmp_path: Pa
         (["./no/such/model"], "no such folder"),
         ([MODEL, "--methods", "yarm"], "did you mean 'yarn'"),
         ([MODEL, "--methods", "table-linear"], "table-linear extends learned positions"),
-        ([MODEL, "--plot", "found.pdf"], "give the name of a PNG"),
+        ([MODEL, "--plot", "found.pdf"], "Expected the name of a PNG, got found.pdf. Pass --plot found.png."),
         ([MODEL, "--trained-length", "0"], "--trained-length of at least 1 token, got 0"),
         ([MODEL, "--dataset", "no.jsonl"], "no such path"),
         ([], "Missing argument"),
@@ -85,6 +85,6 @@ def test_a_model_with_a_patch_is_refused_and_the_base_named(with_texts: bool, pa
     options = ["--dataset", NOVELS, "--documents", "1"] if with_texts else []
     message = error_of(run("explain", patched, *options))
     assert f"{patched} was saved with a patch (rerope(window=32): 64 -> 128 tokens (x2)" in message
-    assert "see its plan by hf-posext inspect, or give the model that it was made from" in message
+    assert "Either show its plan with hf-posext inspect, or pass the model that it was made from" in message
     message = error_of(run("explain", MODEL, adapter, *options))
-    assert f"{adapter} was saved with a patch (yarn: 64 -> 128" in message and message.endswith(f"from, {MODEL}")
+    assert f"{adapter} was saved with a patch (yarn: 64 -> 128" in message and message.endswith(f"from, {MODEL}.")

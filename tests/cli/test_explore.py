@@ -76,6 +76,5 @@ def test_the_module_refuses_wrong_input_with_exit_code_2() -> None:
         [sys.executable, "-m", "hf_posext", "inspect", "./no/such/model"], capture_output=True, text=True
     )
     assert refused.returncode == 2 and refused.stdout == ""
-    assert (
-        refused.stderr == "error: no such folder: ./no/such/model; give a model folder or a Hub id such as org/name\n"
-    )
+    expected = "error: Expected a model folder or a Hub id such as org/name, got ./no/such/model: no such folder."
+    assert refused.stderr == f"{expected}\n"

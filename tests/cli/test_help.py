@@ -12,7 +12,7 @@ import typer
 
 import hf_posext
 from hf_posext.cli import app
-from hf_posext.cli.help import COMMANDS, GREETING, GROUPS, Command, heading_of
+from hf_posext.cli.app import COMMANDS, GREETING, GROUPS, Command, heading_of
 
 from .helpers import MODEL, error_of, run
 
@@ -28,7 +28,7 @@ def test_without_a_command_there_are_three_to_begin_with() -> None:
     assert result.exit_code == 0 and result.stdout == f"{GREETING}\n"
     begun = [line.split()[1] for line in GREETING.splitlines() if line.startswith("  hf-posext ")]
     assert len(begun) == 3 and set(begun) <= set(COMMANDS)
-    assert max(map(len, GREETING.splitlines())) <= 89
+    assert max(map(len, GREETING.splitlines())) <= 80
 
 
 def test_commands_stand_in_the_order_of_use_and_summaries_are_whole() -> None:

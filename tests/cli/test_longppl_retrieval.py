@@ -89,7 +89,7 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
         ({"tasks": "poetry"}, "tasks is ['poetry']; give a list of some of passkey, multi-key"),
         ({"tasks": "passkey,multi-key"}, "a prompt of the task 'multi-key' needs"),
         ({"longppl": "ntk"}, "longppl is 'ntk', which none of the methods are: none, linear x2, yarn x2"),
-        ({"longppl": "./no/such"}, "no such folder: ./no/such"),
+        ({"longppl": "./no/such"}, "got ./no/such: no such folder"),
         ({"longppl": None}, "beta is -3.0, and there is no LongPPL"),
         ({"beta": 3}, "alpha is 2.0 and beta 3.0, in nats; give numbers, beta below 0"),
         ({"short_length": 126}, "--short-length is 126 and stride 31, and rows have up to 128 tokens"),

@@ -33,7 +33,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What one process finds that nothing happens to."""
+    """Results of one process that nothing happens to."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert compare(output).exit_code == 0
     return Results.load_json(output / "results.json")

@@ -1,4 +1,4 @@
-"""What every registered method promises; a new method is covered the moment it exists."""
+"""The contract of every registered method. A new method is covered as soon as it exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every registered method promises where other people hold the model: hooks, twins, threads, the collector."""
+"""The contract of every registered method on a model that others hold: hooks, twins, threads, the collector."""
 
 from __future__ import annotations
 

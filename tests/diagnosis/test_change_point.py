@@ -1,4 +1,4 @@
-"""Where a series leaves its level: against brute force, on curves whose change is known, and on curves without one."""
+"""Change points against brute force, on curves whose change is known, and on curves without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the diagnosis computes, against the model itself, formulas of the papers, and plain loops."""
+"""Numbers of the diagnosis against the model itself, formulas of the papers, and plain loops."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from hf_posext import detect_scheme, patch_model
 from hf_posext.diagnosis import position_signal
-from hf_posext.diagnosis.attention import sample, sharpness
-from hf_posext.diagnosis.loss_curve import curve_table, short_context_losses, token_losses
 from hf_posext.diagnosis.phases import critical_dimension, farthest_position, phase_table, relative_positions
+from hf_posext.diagnosis.reading import curve_table, sample, sharpness, short_context_losses, token_losses
 from hf_posext.errors import UnsupportedModelError
 from hf_posext.evaluation.scoring.scorer import TokenScorer
 from hf_posext.evaluation.texts.tokens import TokenizedDocuments

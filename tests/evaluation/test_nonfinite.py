@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from hf_posext.diagnosis.loss_curve import short_context_losses, token_losses
+from hf_posext.diagnosis.reading import short_context_losses, token_losses
 from hf_posext.errors import NonFiniteError
 from hf_posext.evaluation.protocols.pseudo import MaskedScorer
 from hf_posext.evaluation.protocols.seq2seq import Seq2SeqScorer

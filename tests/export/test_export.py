@@ -1,4 +1,4 @@
-"""What is exported runs elsewhere: plain transformers to the bit, servers by what their sources compute."""
+"""Exports run elsewhere: in plain transformers to the bit, in servers by the formulas of their sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which method is recommended: against a comparison of all of them, within the budget, and never at any price."""
+"""Recommendations against a comparison of all methods, within the budget, and never at any price."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_what_was_measured_is_within_a_per_cent_at_a_quarter_of_the_cost(path: P
 
 
 class Decided(Exception):
-    """What a sweep is asked for after the rungs: passkeys of some contenders, or no more than the rest."""
+    """Requests to a sweep after the rungs: passkeys of some contenders, or no more than the rest."""
 
 
 @pytest.mark.parametrize(("ratio", "asked"), [(1.0049, ["best", "next"]), (1.0051, None)])

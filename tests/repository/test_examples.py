@@ -99,12 +99,12 @@ ALONE = {"07_custom_method"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where examples are run, and leave their reports."""
+    """Folder in which examples run and leave their reports."""
     return tmp_path_factory.mktemp("examples")
 
 
 def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What an example prints."""
+    """Return the output of an example."""
     path, words = EXAMPLES / f"{name}.py", RUNS.get(name, ("", []))[0].split()
     if name in ALONE:
         environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}

@@ -38,7 +38,7 @@ def candidate_types() -> list[str]:
 
 
 def has_frequencies(model: PreTrainedModel) -> bool:
-    """Whether some module of the model holds rotary frequencies."""
+    """Return whether a module of the model holds rotary frequencies."""
     return any(name.endswith("inv_freq") for module in model.modules() for name in {*module._buffers, *vars(module)})
 
 

@@ -29,7 +29,7 @@ _TASKS = {
 
 
 def _sizes() -> dict[str, int]:
-    """What each size is called in the configs of transformers, with the small value that it gets here."""
+    """Names of each size in the configs of transformers, with the small value that it gets here."""
     named = {
         VOCABULARY: "vocab_size vocab_size_per_layer_input",
         # Six layers show both kinds of layer of every mixed model: gemma3 has one full layer in six.

@@ -1,4 +1,4 @@
-"""What single model types need beside the common sizes of `builder.py`, each with its reason.
+"""Settings of single model types beside the common sizes of `builder.py`, each with its reason.
 
 A key is a model type; it applies also where that type is a sub-config of another. `KEEP_DEFAULT` withdraws a common
 size.

@@ -1,4 +1,4 @@
-"""Which model types have which positional scheme, where it is not rotary frequencies.
+"""Model types by positional scheme, for schemes other than rotary frequencies.
 
 Read from the modeling files of transformers 5.23 by hand, so that what `hf_posext` detects is compared with something
 that it did not compute itself.

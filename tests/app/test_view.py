@@ -1,7 +1,8 @@
-"""What can be chosen, and what is told of what cannot."""
+"""Models and texts that the page offers, and its refusals."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import Any
 import pytest
 
 from hf_posext.app import make_shelf, words
-from hf_posext.app.shelf import Shelf
-from hf_posext.app.view import READ, Choice, applicable, first_look, look, read
+from hf_posext.app.view import READ, Choice, Shelf, applicable, first_look, look, read
 from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, PosExtError
 from hf_posext.packages import EXTRAS
@@ -55,7 +55,7 @@ def test_a_model_is_opened_once() -> None:
 
     shelf = Shelf({"model": Path("model")}, None, 0, count)
     assert shelf.open("model")[0] is shelf.open("model")[0] and opened == ["model"]
-    with pytest.raises(InvalidParameterError, match="no model 'other' here; there are: model"):
+    with pytest.raises(InvalidParameterError, match="Expected one of the models model, got 'other'"):
         shelf.open("other")
 
 
@@ -75,7 +75,7 @@ def test_the_trained_length_of_the_shipped_alibi_model_is_known_and_that_of_a_co
     found = first_look(shelf, "tiny-alibi")
     assert (found.trained_length, found.target_length) == (512, 2048)
     assert first_look(shelf, "copy").trained_length is None
-    with pytest.raises(InvalidParameterError, match="nothing tells the length that copy was trained on; give it"):
+    with pytest.raises(InvalidParameterError, match="The trained length of copy is unknown"):
         look(shelf, Choice("copy", "alibi-linear", 4, 2048))
     assert look(shelf, Choice("copy", "alibi-linear", 4, 2048, 512)).plan.target_length == 2048
 
@@ -90,9 +90,9 @@ def test_only_methods_that_need_no_more_than_a_factor_are_offered() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (Choice("model", "yarn", 4, 8 * TRAINED + 1), "length is 513; give 512 tokens at most"),
-        (Choice("model", "yarn", 17, TRAINED), "factor is 17; give 1 to 16"),
-        (Choice("model", "yarn", 4, 1), "target_length is 1"),
+        (Choice("model", "yarn", 4, 8 * TRAINED + 1), "length of at most 512 tokens .*, got 513"),
+        (Choice("model", "yarn", 17, TRAINED), "factor of 1 to 16, got 17"),
+        (Choice("model", "yarn", 4, 1), "target_length of 2 to .*, got 1"),
         (Choice("model", "yarm", 4, TRAINED), "did you mean 'yarn'"),
         (Choice("model", "", 4, TRAINED), "method"),
         (Choice("model", "table-linear", 4, TRAINED), "table-linear extends learned positions"),
@@ -106,15 +106,39 @@ def test_a_choice_that_cannot_be_is_refused(chosen: Choice, message: str) -> Non
 
 def test_a_long_text_is_left_to_the_command_line() -> None:
     model = tiny_llama(max_position_embeddings=READ)
-    with pytest.raises(InvalidParameterError, match="8192 tokens at most; choose less here, or take the command line"):
+    with pytest.raises(
+        InvalidParameterError, match="at most 8192 tokens .*, got 8193. Longer texts belong on the command line"
+    ):
         read(shelf_of(model), Choice("model", "yarn", 4, READ + 1))
 
 
 def test_a_text_longer_than_the_new_table_is_refused() -> None:
     with pytest.raises(
-        InvalidParameterError, match="makes 128 positions by factor 2, and length is 129; choose a larger"
+        InvalidParameterError, match="factor 2 has 128 positions, got a length of 129. Choose a larger"
     ):
         read(shelf_of(longer_gpt2()), Choice("model", "table-linear", 2, 129, TRAINED))
+
+
+def test_a_shipped_model_shows_the_gain_that_was_measured_and_another_one_does_not() -> None:
+    """F19: the figure of ALiBi turns blue under a method that measures three times worse than truncation."""
+    shelf = make_shelf([], None, None, opener)
+    view = look(shelf, Choice("tiny-alibi", "alibi-linear", 4, 2048))
+    assert not view.found.signals[1].new.any(), "all blue"
+    (row,) = [
+        row
+        for row in json.loads((EXAMPLES.parent / "results" / "demo" / "tiny-alibi.json").read_text())["rows"]
+        if (row["method"], row["length"]) == ("alibi-linear", 2048)
+    ]
+    below = words.signal(view)
+    assert f"alibi-linear x8 has a gain of {row['gain']:.3f} [" in below and row["gain"] < 0.5
+    assert "Truncating the input is the better choice." in below and "necessary, not enough" in below
+    fade = look(shelf, Choice("tiny-rope", "rerope+fade", 8, 2048)).gain
+    assert (
+        fade is not None and (fade.length, fade.low > 1) == (4096, True) and "longer context helps" in words.gain(fade)
+    )
+    assert look(shelf, Choice("tiny-rope", "cope", 4, 2048)).gain is None
+    assert look(shelf_of(tiny_llama()), Choice("model", "yarn", 4, TRAINED)).gain is None
+    assert "The tab Loss measures it" in words.gain(None)
 
 
 def test_what_is_said_is_escaped() -> None:
@@ -127,8 +151,8 @@ def test_what_is_said_is_escaped() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "org/name"], "--model is org/name, which does not exist. Name a folder of a model"),
-        (["--dataset", "pg19"], "--dataset is pg19, which does not exist. Name a file or folder of texts"),
+        (["--model", "org/name"], "Expected a folder of a model on this machine, got --model org/name"),
+        (["--dataset", "pg19"], "Expected a file or folder of texts on this machine, got --dataset pg19"),
         (["--port", "0"], "port"),
         (["--host", "0.0.0.0"], "No such option"),
         (["--share"], "No such option"),

