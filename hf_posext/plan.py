@@ -34,6 +34,7 @@ from .edits import (
 )
 from .errors import PlanError
 from .scheme import KINDS, PositionalScheme
+from .visible import html_table, visible
 
 __all__ = [
     "Band",
@@ -158,8 +159,14 @@ class ExtensionPlan:
                 f"plan has factor {self.factor:g}, but goes from {self.trained_length} to {self.target_length} tokens"
             )
 
+    def __repr__(self) -> str:
+        return f"ExtensionPlan({visible(self.describe())})"
+
+    def _repr_html_(self) -> str:
+        return html_table({"plan": self.describe(), "scheme": self.scheme.describe()})
+
     def describe(self) -> str:
-        """One line: method, lengths, parameters."""
+        """Return the method, the lengths and the parameters on one line."""
         given = ", ".join(
             f"{key}={short(value)}"
             for entry in self.parameters

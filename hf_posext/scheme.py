@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .visible import html_table, visible
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -192,8 +194,15 @@ class PositionalScheme:
         """Plain JSON types."""
         return {**asdict(self), "generalization": self.generalization}
 
+    def __repr__(self) -> str:
+        return f"PositionalScheme({visible(self.describe())})"
+
+    def _repr_html_(self) -> str:
+        name, *facts = self.describe().split("; ")
+        return html_table({"scheme": name, "numbers": "; ".join(facts), "generalization": self.generalization})
+
     def describe(self) -> str:
-        """One line for messages and tables."""
+        """Return the scheme on one line."""
         parts = [f"{self.model_type}: {self.kind} positions, trained on {self.trained_length or 'unknown'} tokens"]
         if self.shipped_length and self.shipped_length != self.trained_length:
             parts.append(f"shipped for {self.shipped_length}")

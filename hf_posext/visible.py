@@ -1,8 +1,10 @@
-"""Text from outside (names, labels, commands of a file) made fit to print: nothing in it acts on who shows it."""
+"""Text from outside (names, labels, commands of a file) made safe to print in a terminal, a CSV file or HTML."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 # C0 and C1 without tab and line feed, line separators, and the controls that reorder text (U+202A and so on).
@@ -28,3 +30,9 @@ def csv_cell(value: Any) -> Any:
         return value
     text = visible(value)
     return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
+
+
+def html_table(facts: Mapping[str, str]) -> str:
+    """Return facts as an HTML table with a row for each, for `_repr_html_` in notebooks."""
+    rows = (f"<tr><th>{escape(name)}</th><td>{escape(visible(value))}</td></tr>" for name, value in facts.items())
+    return f"<table>{''.join(rows)}</table>"

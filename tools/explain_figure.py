@@ -47,7 +47,7 @@ def measure(name: str, documents: Any = NOVELS, folder: Path = RESULTS) -> None:
     found = diagnose(load(name), tokenizer, texts, target_length=TARGET, start=START, **RUNS[name])
     folder.mkdir(parents=True, exist_ok=True)
     told = {**found.provenance, "command": COMMAND}
-    replace(found, model=f"examples/tiny/{name}", provenance=told).save_json(folder / f"{name}.json")
+    replace(found, model=f"examples/tiny/{name}", provenance=told).save(folder / f"{name}.json")
 
 
 def load(name: str) -> Any:

@@ -26,9 +26,7 @@ NAMES = {"none": "as it is"}
 @app.command()
 def explain(
     context: typer.Context,
-    models: Annotated[
-        list[str], typer.Argument(help="Folders or Hub ids, whose weights are read.", metavar="MODEL...")
-    ],
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids, whose weights are read.", metavar="MODEL")],
     dataset: Annotated[str | None, typer.Option(help="Texts to read, as for compare. Default: none.")] = None,
     methods: Annotated[
         str | None, typer.Option(help="Methods to draw and to measure. Default: draw all that apply.")

@@ -6,13 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..deprecation import RenamedAttribute
 from ..evaluation.texts.files import write_atomically
 from ..scheme import PositionalScheme
-from ..visible import visible
+from ..visible import html_table, visible
 from .weights import ALIKE
 
 if TYPE_CHECKING:
@@ -84,13 +84,14 @@ class Diagnosis:
     verdict: str = ""
 
     def __repr__(self) -> str:
-        facts = "; ".join(f"{name} {value}" for name, value in self._facts().items() if name != "verdict")
-        return f"Diagnosis({visible(facts)})"
+        return f"Diagnosis({self.describe()})"
 
     def _repr_html_(self) -> str:
-        """Return the facts as an HTML table, for notebooks."""
-        rows = (f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._facts().items())
-        return f"<table>{''.join(rows)}</table>"
+        return html_table(self._facts())
+
+    def describe(self) -> str:
+        """Return the facts without the verdict on one line."""
+        return visible("; ".join(f"{name} {value}" for name, value in self._facts().items() if name != "verdict"))
 
     def _facts(self) -> dict[str, str]:
         return {
@@ -134,7 +135,7 @@ class Diagnosis:
         plain: dict[str, Any] = json.loads(json.dumps(whole, allow_nan=False))
         return plain
 
-    def save_json(self, path: str | Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write `to_dict()` to a JSON file, one row of a table to a line."""
         content = self.to_dict()
         tables = content.pop("tables")
@@ -144,6 +145,8 @@ class Diagnosis:
         ]
         head = json.dumps(content, indent=1)[:-2]
         return write_atomically(path, f'{head},\n "tables": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+
+    save_json = RenamedAttribute("save")
 
     def plot(self, path: str | Path) -> None:
         """Draw the signals, and the loss by position where it was measured.

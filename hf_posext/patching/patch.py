@@ -26,6 +26,7 @@ from ..errors import (
 )
 from ..methods import Method, as_method
 from ..plan import ExtensionPlan
+from ..visible import html_table
 from .biases import apply_buckets, apply_slopes
 from .carrying import carry
 from .checkpoint import open_saved, refuse_adapter, save_patched
@@ -83,6 +84,10 @@ class Patch:
     def __repr__(self) -> str:
         state = "in force" if self.active else "undone"
         return f"Patch({type(self.model).__name__}, {self.plan.describe()}, {state})"
+
+    def _repr_html_(self) -> str:
+        scheme, plan, state = self.describe().splitlines()
+        return html_table({"model": type(self.model).__name__, "scheme": scheme, "plan": plan, "state": state})
 
     def describe(self) -> str:
         """Return three lines: the scheme, the plan, and how the patched model can be saved."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.texts.files import write_atomically
 from ..plan import ExtensionPlan
+from ..visible import html_table, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,12 @@ class Recommendation:
     left_out: Mapping[str, str]
     notes: tuple[str, ...]
     provenance: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Recommendation({visible(self.model)}: {visible(self._answer())})"
+
+    def _repr_html_(self) -> str:
+        return html_table({"model": self.model, "plan": self.plan.describe(), "text": self.text()})
 
     def frame(self) -> pd.DataFrame:
         """The contenders."""

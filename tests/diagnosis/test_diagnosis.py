@@ -211,7 +211,9 @@ def test_a_method_that_the_model_refuses_is_noted_and_not_read_with() -> None:
 
 def test_a_diagnosis_goes_to_a_file(tmp_path: Path) -> None:
     found = diagnose(shipped("tiny-learned"))
-    path = found.save_json(tmp_path / "found.json")
+    path = found.save(tmp_path / "found.json")
+    with pytest.warns(DeprecationWarning, match="save_json is now called save"):
+        assert found.save_json(tmp_path / "old.json").read_text() == path.read_text()
     assert json.loads(path.read_text(encoding="utf-8")) == found.to_dict()
     assert found.to_dict()["trained_length"] == 511 and len(found.to_dict()["tables"]["rows"]) == 128
 

@@ -108,7 +108,7 @@ def test_a_second_writer_is_refused_and_the_first_finds_equal_bits(
     second.start("shared", processes=1)
     assert second.wait() == [2]
     (line,) = second.said()
-    assert "is being written by another run; wait until that has ended" in line
+    assert "is being written by another run. Wait until it has ended" in line
     assert first.wait() == [0, 0] and first.result("shared") == whole
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
+from hf_posext import patch_model
 from hf_posext.cli.app import app, fail
 from hf_posext.cli.console import PlainConsole, say
 from hf_posext.reporting import print_tables, render_report, write_merged_report, write_report
 from hf_posext.reporting.markdown import alt, cell, code, console, inline
 from hf_posext.visible import csv_cell, visible
 
+from ..conftest import tiny_llama
 from .helpers import make_results
 
 HOSTILE = "a|b$x^$`c ``` <img src=x onerror=alert(1)> ![p](http://x/y.png) \\](z) &lt;b&gt;\x1b[31m\x07\u202e"
@@ -129,3 +132,18 @@ def test_inspect_shows_control_characters(
         app(["inspect", str(folder)])
     out = capsys.readouterr().out
     assert not ended.value.code and "\x1b" not in out and r"a\x1b[31mb (llama)" in out
+
+
+def test_objects_show_themselves_on_one_line_and_as_a_table() -> None:
+    """Names come from configs: nothing in them acts on a terminal or a notebook."""
+    model = tiny_llama()
+    with patch_model(model, "yarn", factor=2) as patch:
+        plan = dataclasses.replace(patch.plan, method="<b>\x1b")
+        scheme = dataclasses.replace(patch.plan.scheme, model_type="<b>\x1b")
+        for shown in (patch, plan, scheme):
+            assert "\n" not in repr(shown) and "\x1b" not in repr(shown) and len(repr(shown)) < 200
+            html = shown._repr_html_()
+            assert html.startswith("<table><tr>") and "<b>" not in html and "\x1b" not in html
+        assert repr(patch.plan) == f"ExtensionPlan({patch.plan.describe()})"
+        assert repr(patch.plan.scheme) == f"PositionalScheme({patch.plan.scheme.describe()})"
+    assert "undone" in repr(patch) and "undone" in patch._repr_html_()

@@ -57,3 +57,20 @@ def test_the_worked_example_runs_as_a_package_of_its_own(tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("power: 16 -> 16 tokens")
+
+
+def test_the_table_of_rooms_is_the_package() -> None:
+    """Every package and top-level module has a row, and everything that a row names exists."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (`[^|]*`) \|([^|]*)\|[^|]*\|$", text.split("## The house")[1].split("\n## ")[0], flags=re.M
+    )
+    rooms = [(room, contents) for names, contents in rows for room in re.findall(r"`([\w/.]+)`", names)]
+    package = ROOT / "hf_posext"
+    paths = [path for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    expected = {f"{path.name}/" if path.is_dir() else path.name for path in paths} - {"__init__.py", "__main__.py"}
+    named = {room for room, _ in rooms}
+    assert expected <= named and all((package / room).exists() for room in named)
+    for room, contents in rooms:
+        for name in re.findall(r"`([\w/]+(?:/|\.py))`", contents):
+            assert (package / room / name).exists() or (package / name).exists(), f"{room}: {name}"
