@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import Results, compare, evaluate_perplexity, load_patched, patch_model
 from hf_posext.adapters import load_adapter
 from hf_posext.evaluation import passkey_accuracy
-from hf_posext.evaluation.texts.files import write_atomically
+from hf_posext.evaluation.reading import write_atomically
 from hf_posext.packages import machine
 from hf_posext.training import PRESETS, Preset, finetune
 

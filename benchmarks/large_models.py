@@ -18,8 +18,8 @@ import torch
 from measure import Way, read_in_turn
 from output import RESULTS, Run, console, figure, table
 
-from hf_posext.evaluation.protocols.control import control_windows
-from hf_posext.evaluation.scoring.scorer import LOGITS_BYTES, LOGITS_ROWS, Memory, TokenScorer
+from hf_posext.evaluation.scorer import LOGITS_BYTES, LOGITS_ROWS, Memory, TokenScorer
+from hf_posext.evaluation.windows import control_windows
 
 CHUNKS = (None, 4096, 1024)
 VOCABULARY, TOKENS = 32_000, 16_384

@@ -24,10 +24,10 @@ import models
 import torch
 from torch.nn import CrossEntropyLoss
 
-from hf_posext.evaluation.protocols.choice import choose_protocol
-from hf_posext.evaluation.scoring.boundaries import Boundaries
-from hf_posext.evaluation.scoring.scorer import Memory
-from hf_posext.evaluation.texts.tokens import TokenizedDocuments
+from hf_posext.evaluation.memory import Boundaries
+from hf_posext.evaluation.protocols import choose_protocol
+from hf_posext.evaluation.scorer import Memory
+from hf_posext.evaluation.tokens import TokenizedDocuments
 
 Run = Callable[[], list[float]]
 

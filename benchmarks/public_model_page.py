@@ -18,8 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from page import markdown
 from public_model import BASELINE, CONTROL, METHODS, RESULT, SCHEMA
 
-from hf_posext.evaluation.results.positions import STRETCHES
-from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_perplexity
+from hf_posext.evaluation.rows import STRETCHES, bootstrap_interval, pooled_perplexity
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "public_model.md.jinja"

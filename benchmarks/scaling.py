@@ -23,7 +23,7 @@ from output import RESULTS, Run, console, figure, goal, goals_table, table
 from scipy.optimize import nnls
 
 from hf_posext import patch_model
-from hf_posext.evaluation.scoring.scorer import TokenScorer
+from hf_posext.evaluation.scorer import TokenScorer
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "scaling.png"
 VOCABULARY = 32_000

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext
-from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_perplexity
+from hf_posext.evaluation.rows import bootstrap_interval, pooled_perplexity
 from hf_posext.packages import machine
 
 ROOT = Path(__file__).resolve().parent.parent

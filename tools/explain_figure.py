@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_posext import load_documents
 from hf_posext.diagnosis import Diagnosis, diagnose
-from hf_posext.reporting.signals import plot_diagnosis
-from hf_posext.reporting.three_panels import plot_classes
+from hf_posext.reporting.signals import plot_classes, plot_diagnosis
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "examples" / "tiny"

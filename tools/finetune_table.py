@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from pages import ROOT, fill, publish
 from pages import table as markdown
 
-from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_perplexity
+from hf_posext.evaluation.rows import bootstrap_interval, pooled_perplexity
 from hf_posext.reporting.drawing import (
     BEFORE,
     COLOURS,

@@ -21,13 +21,13 @@ from recommend_page import RECOMMEND, recommend_table
 from safetensors import safe_open
 
 from hf_posext import Results, list_methods
-from hf_posext.evaluation.contrast.key_tokens import Criterion
-from hf_posext.evaluation.results.statistics import CONFIDENCE, RESAMPLES
-from hf_posext.reporting.sentences import describe_methods
+from hf_posext.evaluation.key_tokens import Criterion
+from hf_posext.evaluation.rows import CONFIDENCE, RESAMPLES
 from hf_posext.reporting.tables import (
     by_method,
     control_name,
     control_rows,
+    describe_methods,
     finite_interval,
     format_change,
     format_perplexity,

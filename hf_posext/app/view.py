@@ -16,8 +16,8 @@ from ..diagnosis.diagnosis import verdict
 from ..diagnosis.reading import long_rows, read_documents
 from ..errors import InvalidParameterError, PosExtError
 from ..evaluation import Results, load_documents
-from ..evaluation.protocols.control import CONTROL
-from ..evaluation.texts.documents import Documents
+from ..evaluation.documents import Documents
+from ..evaluation.windows import CONTROL
 from ..methods import as_method, list_methods
 from ..patching.observe import frequencies_in_force
 from ..plan import ExtensionPlan

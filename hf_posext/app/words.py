@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..diagnosis import Diagnosis
 from ..methods import Composition, Method, RemapMethod, as_method
-from ..reporting.signals import KINDS
-from ..reporting.three_panels import CLASSES
+from ..reporting.signals import CLASSES, KINDS
 from .view import DOCUMENTS, Gain, View, applicable
 
 TITLE = (

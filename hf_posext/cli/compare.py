@@ -86,9 +86,9 @@ def _check(model: str, methods: str, settings: EvaluationConfig, trust_remote_co
         raise InvalidParameterError(f"methods is {methods!r}; give at least one name, as in methods=['none', 'yarn']")
     chosen = [as_method(name) for name in names]
 
-    from ..evaluation.running.key_search import check_key_search
-    from ..evaluation.running.setup import check_request, plan_comparison
-    from ..evaluation.running.tasks import name_of
+    from ..evaluation.key_search import check_key_search
+    from ..evaluation.setup import check_request, plan_comparison
+    from ..evaluation.tasks import name_of
     from ..patching import detect_scheme
     from .loading import load_config, require_unpatched
 

@@ -77,7 +77,7 @@ def evaluate(
 
 def _check(model: str, settings: EvaluationConfig, trust_remote_code: bool) -> None:
     """Refuse settings that the model's config and its plan do not allow, before weights and documents are read."""
-    from ..evaluation.running.setup import check_reads, check_request
+    from ..evaluation.setup import check_reads, check_request
     from ..patching import detect_scheme
     from .loading import base_of, load_config, saved_plan
 

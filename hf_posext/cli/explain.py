@@ -105,7 +105,7 @@ def explain(
 
 
 def _draw(diagnoses: list[Diagnosis], path: Path) -> None:
-    from ..reporting.three_panels import plot_classes
+    from ..reporting.signals import plot_classes
 
     if not any(diagnosis.signals for diagnosis in diagnoses):
         raise InvalidParameterError("None of the models has positions that can be drawn. Leave out --plot.")

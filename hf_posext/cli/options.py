@@ -146,7 +146,7 @@ def _numbers(name: str, text: str, kind: type[Number], what: str, example: str) 
 
 def command_line(context: typer.Context) -> str:
     """The command that does the same again: every setting that is not the default, wherever it came from."""
-    from ..evaluation.texts.files import portable
+    from ..evaluation.reading import portable
 
     words = ["hf-posext", str(context.command.name)]
     for parameter in context.command.params:

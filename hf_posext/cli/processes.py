@@ -93,8 +93,7 @@ def _has_device() -> bool:
 
 def spread(model: PreTrainedModel, accelerator: Accelerator | None) -> PreTrainedModel:
     """The model as a process holds it: whole, or where the launcher asks for context parallelism its share."""
-    from ..evaluation.scoring.context_parallel import shard_weights
-    from ..evaluation.scoring.distribution import shares_texts
+    from ..evaluation.parallel import shard_weights, shares_texts
 
     return shard_weights(model, accelerator) if accelerator is not None and shares_texts(accelerator) else model
 

@@ -25,7 +25,7 @@ def report(
     """
     with output_directory(output):
         from ..evaluation import Results
-        from ..evaluation.texts.files import portable
+        from ..evaluation.reading import portable
         from ..reporting import differences, merge_runs, merged_grids, notes, print_grids, run_titles
         from ..reporting import write_merged_report as write
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..decode import MAX_NUMBER
 from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError, NoEffectError, PosExtError, UnsupportedModelError
-from ..evaluation.texts.documents import Document, as_documents
-from ..evaluation.texts.files import portable
+from ..evaluation.documents import Document, as_documents
+from ..evaluation.reading import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
 from ..packages import machine, versions_of

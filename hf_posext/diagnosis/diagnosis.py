@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..deprecation import RenamedAttribute
-from ..evaluation.texts.files import write_atomically
+from ..evaluation.reading import write_atomically
 from ..scheme import PositionalScheme
 from ..visible import html_table, visible
 from .weights import ALIKE

@@ -15,12 +15,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DocumentError, EvaluationError, UnsupportedModelError
-from ..evaluation.protocols.control import CONTROL, TruncatedReader
-from ..evaluation.protocols.windows import Window
-from ..evaluation.scoring.scorer import TokenScorer, require_finite
-from ..evaluation.texts.documents import Document, Documents
-from ..evaluation.texts.files import portable
-from ..evaluation.texts.tokens import TokenizedDocuments, check_vocabulary, tokenize_documents
+from ..evaluation.documents import Document, Documents
+from ..evaluation.reading import portable
+from ..evaluation.scorer import TokenScorer, require_finite
+from ..evaluation.tokens import TokenizedDocuments, check_vocabulary, tokenize_documents
+from ..evaluation.windows import CONTROL, TruncatedReader, Window
 from ..patching import patch_model
 from ..patching.attention_scores import last_query_scores
 from ..patching.modes import evaluation_mode

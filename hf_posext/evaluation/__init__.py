@@ -8,28 +8,20 @@ from typing import TYPE_CHECKING, Any
 from ..packages import require
 
 if TYPE_CHECKING:
-    from .comparison import compare
+    from .comparison import compare, evaluate_perplexity
     from .config import EvaluationConfig
-    from .contrast.key_tokens import find_key_tokens
-    from .contrast.longppl import longce_weights, longppl
-    from .perplexity import evaluate_perplexity
+    from .documents import RECIPES, Document, Documents, load_documents
+    from .key_tokens import find_key_tokens, longce_weights, longppl
     from .questions import passkey_accuracy, retrieval
-    from .results.results import Results
-    from .results.tracking import log_results
-    from .texts.documents import Document, Documents, load_documents
-    from .texts.recipes import RECIPES
+    from .results import Results, log_results
 
 _HOMES = {
-    "comparison": ("compare",),
+    "comparison": ("compare", "evaluate_perplexity"),
     "config": ("EvaluationConfig",),
-    "contrast.key_tokens": ("find_key_tokens",),
-    "contrast.longppl": ("longce_weights", "longppl"),
-    "perplexity": ("evaluate_perplexity",),
+    "documents": ("RECIPES", "Document", "Documents", "load_documents"),
+    "key_tokens": ("find_key_tokens", "longce_weights", "longppl"),
     "questions": ("passkey_accuracy", "retrieval"),
-    "results.results": ("Results",),
-    "results.tracking": ("log_results",),
-    "texts.documents": ("Document", "Documents", "load_documents"),
-    "texts.recipes": ("RECIPES",),
+    "results": ("Results", "log_results"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from ..errors import InvalidParameterError
-from .texts.tokens import Bos, special_prefix, token_ids
+from .tokens import Bos, special_prefix, token_ids
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"

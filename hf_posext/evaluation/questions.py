@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 from ..errors import InvalidParameterError
 from ..patching.modes import evaluation_mode
 from .prompts import QUESTION, TASKS, Prompt, chat_frame, passkey_prompts, task_prompt
-from .scoring.scorer import BATCH_TOKENS, TokenScorer
-from .texts.tokens import Bos, check_lengths
+from .scorer import BATCH_TOKENS, TokenScorer
+from .tokens import Bos, check_lengths
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -16,13 +16,13 @@ from torch import nn
 from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, EvaluationError, InvalidParameterError, MethodNotApplicableError
 from ..evaluation.config import EvaluationConfig
-from ..evaluation.contrast.key_tokens import KeyTokens
-from ..evaluation.results.statistics import pooled_perplexity
-from ..evaluation.running.journal import RunJournal, open_journal, run_identity
-from ..evaluation.running.key_search import default_criterion, key_search
-from ..evaluation.running.runner import Stage, measure
-from ..evaluation.running.setup import Setup, check_request, prepare
-from ..evaluation.running.tasks import MethodRun
+from ..evaluation.journal import RunJournal, open_journal, run_identity
+from ..evaluation.key_search import default_criterion, key_search
+from ..evaluation.key_tokens import KeyTokens
+from ..evaluation.rows import pooled_perplexity
+from ..evaluation.runner import Stage, measure
+from ..evaluation.setup import Setup, check_request, prepare
+from ..evaluation.tasks import MethodRun
 from ..methods import LongRoPE, YaRN
 from ..methods.yarn import yarn_mscale
 from ..patching import detect_scheme, find_patch, patch_model, unwrap

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.texts.files import write_atomically
+from ..evaluation.reading import write_atomically
 from ..methods import LongRoPE
 from ..plan import ExtensionPlan
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..diagnosis.phases import phase_table
 from ..errors import MethodNotApplicableError, PosExtError
-from ..evaluation.running.setup import Refusals, try_plans
-from ..evaluation.scoring.boundaries import check_positions
+from ..evaluation.memory import check_positions
+from ..evaluation.setup import Refusals, try_plans
 from ..methods import Composition, Fade, Method, RemapMethod, as_method, list_methods
 from ..methods.base import hyper_parameters
 from ..methods.text import by_reason

@@ -11,7 +11,7 @@ import torch
 
 from ..diagnosis.reading import require_skill
 from ..errors import EvaluationError
-from ..evaluation.scoring.scorer import model_name
+from ..evaluation.scorer import model_name
 from ..methods import NoExtension
 from ..patching.signatures import cache_of
 from .candidates import Candidates

@@ -13,9 +13,9 @@ from ..deprecation import renamed_arguments
 from ..diagnosis import Diagnosis, diagnose
 from ..errors import InvalidParameterError, UnsupportedModelError
 from ..evaluation.config import EvaluationConfig
+from ..evaluation.journal import open_journal, run_identity
 from ..evaluation.questions import Questions
-from ..evaluation.running.journal import open_journal, run_identity
-from ..evaluation.running.setup import check_request, prepare
+from ..evaluation.setup import check_request, prepare
 from ..patching import detect_scheme, unwrap
 from ..patching.modes import evaluation_mode
 from .candidates import Candidates, candidates

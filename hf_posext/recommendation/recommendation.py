@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.texts.files import write_atomically
+from ..evaluation.reading import write_atomically
 from ..plan import ExtensionPlan
 from ..visible import html_table, visible
 

@@ -11,13 +11,13 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import EvaluationError
-from ..evaluation.protocols.control import CONTROL, control_windows
+from ..evaluation.journal import RunJournal
 from ..evaluation.questions import Questions
-from ..evaluation.results.statistics import bootstrap_interval, pooled_perplexity
-from ..evaluation.running.journal import RunJournal
-from ..evaluation.running.runner import Stage, measure
-from ..evaluation.running.setup import Setup
-from ..evaluation.running.tasks import MethodRun, Outcomes, Task, control_run, method_run
+from ..evaluation.rows import bootstrap_interval, pooled_perplexity
+from ..evaluation.runner import Stage, measure
+from ..evaluation.setup import Setup
+from ..evaluation.tasks import MethodRun, Outcomes, Task, control_run, method_run
+from ..evaluation.windows import CONTROL, control_windows
 from ..patching import patch_model
 from ..plan import ExtensionPlan
 from .schedule import Prices

@@ -4,14 +4,20 @@ from ..packages import require
 
 require("eval")
 
-from .before_after import before_after
-from .card import model_card, write_model_card
-from .merge import differences, merge_runs, merged_grids, run_titles
-from .model_index import push_results, results_to_model_index
+from .card import before_after, model_card, write_model_card
 from .plots import plot_gain_by_position, plot_perplexity, plot_side_by_side
-from .report import render_report, write_merged_report, write_report
-from .tables import markdown_table, notes
-from .terminal import print_grids, print_tables
+from .report import (
+    differences,
+    merge_runs,
+    merged_grids,
+    push_results,
+    render_report,
+    results_to_model_index,
+    run_titles,
+    write_merged_report,
+    write_report,
+)
+from .tables import markdown_table, notes, print_grids, print_tables
 
 __all__ = [
     "before_after",

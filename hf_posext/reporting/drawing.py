@@ -15,9 +15,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from ..evaluation.results.rows import averaged
-from ..evaluation.results.statistics import bootstrap_interval
-from ..evaluation.texts.files import write_atomically
+from ..evaluation.reading import write_atomically
+from ..evaluation.rows import averaged, bootstrap_interval
 from ..visible import visible
 from .tables import Row, by_method, control_rows, finite_interval, format_perplexity
 

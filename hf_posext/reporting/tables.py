@@ -1,24 +1,68 @@
-"""Results as text: the same grids for a terminal and in markdown.
+"""Results as text: grids for a terminal and for markdown, and a sentence for each method.
 
 A *grid* is one question asked of every method at every length: how high is the perplexity, does the longer context
 pay (`gain`), are passkeys found. The truncation control is a row of the first grid: the same tokens, scored by the
-unpatched model with its context cut to the trained length.
+unpatched model with its context cut to the trained length. Names, labels and commands from outside are shown as they
+are, and mark up nothing.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.protocols.protocol import is_legacy
-from ..evaluation.results.statistics import share_interval
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..evaluation.rows import share_interval
+from ..evaluation.windows import is_legacy
 from ..methods.text import by_reason
-from .markdown import cell
+from ..visible import visible
 
 if TYPE_CHECKING:
     from ..evaluation import Results
+
+
+def inline(text: str) -> str:
+    """Text on one line that opens no HTML tag, no link and no picture."""
+    plain = visible(" ".join(text.split()))
+    plain = re.sub(r"&(?=#?\w+;)", "&amp;", plain)
+    plain = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", plain)
+    return re.sub(r"\](?=[(\[:])", "&#93;", plain)  # not a backslash, which another one before it would undo
+
+
+def cell(text: str) -> str:
+    """Text of a cell of a table: its pipes end no cell."""
+    return re.sub(r"\\*\|", lambda match: "&#92;" * (len(match[0]) - 1) + r"\|", inline(text))
+
+
+def alt(text: str) -> str:
+    """Description of a picture: its brackets do not end it."""
+    return inline(text).replace("[", "&#91;").replace("]", "&#93;")
+
+
+def code(text: str) -> str:
+    """Text between backticks, more of them than it has."""
+    plain = visible(" ".join(text.split()))
+    fence = "`" * (_longest_run(plain) + 1)
+    pad = " " if plain.startswith("`") or plain.endswith("`") else ""
+    return f"{fence}{pad}{plain}{pad}{fence}"
+
+
+def console(command: str) -> str:
+    """A block of commands, between fences that none of its lines ends."""
+    fence = "`" * max(3, _longest_run(command) + 1)
+    return f"{fence}console\n{visible(command)}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
 
 NOTHING = "-"
 SHORT_CONTEXT = "Short-context check"
@@ -294,3 +338,154 @@ def markdown_table(grid: Grid) -> str:
     body = [[cell(name), *map(cell, cells)] if cells else [f"**{cell(name)}**", *blank] for name, cells in grid.rows]
     lines = [header, ["---", *["---:"] * len(grid.lengths)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# A quarter more perplexity than at the shortest length (against the control, or by itself where there is none) is
+# what these sentences call broken: past it the curves of all methods that we measured rise steeply.
+TOLERANCE = 1.25
+
+
+def describe_methods(results: Results) -> list[str]:
+    """One sentence for each method: how far it holds, what that costs, whether the longer context pays, passkeys.
+
+    Args:
+        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
+    """
+    methods = by_method(results)
+    control = control_rows(results)
+    trained_length = results.provenance.get("trained_length") or 0
+    mark = inline(legacy_mark(results))
+    return [
+        f"{code(name)} {f'{mark} ' if mark else ''}{_describe(name, rows, control, trained_length)}."
+        for name, rows in methods.items()
+    ]
+
+
+def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row], trained_length: int) -> str:
+    parts = [_reach(rows, control)]
+    inside = [row for length, row in rows.items() if length <= trained_length and row.get("change") is not None]
+    if inside and name != "none":
+        parts.append(_inside(inside[-1]))
+    longest = rows[max(rows)]
+    if longest.get("gain") is not None:
+        parts.append(_against_truncation(longest))
+    if longest.get("passkey") is not None:
+        parts.append(f"it retrieves {100 * longest['passkey']:.0f} % of the passkeys there")
+    return "; ".join(parts)
+
+
+def _levels(rows: Mapping[int, Row], control: Mapping[int, Row]) -> dict[int, float]:
+    """Tail perplexity by length, divided by the control's where all lengths have one, since text gets easier."""
+    tails = {length: row["perplexity_tail"] for length, row in rows.items() if row.get("perplexity_tail") is not None}
+    if all(length in control for length in tails):
+        return {length: tail / control[length]["perplexity_truncated_tail"] for length, tail in tails.items()}
+    return tails
+
+
+def _reach(rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
+    levels = _levels(rows, control)
+    if not levels:
+        return "gave no finite perplexity"
+    lengths = list(levels)
+    first, longest = lengths[0], lengths[-1]
+    broken = next((length for length in lengths if levels[length] > TOLERANCE * levels[first]), None)
+    at_first = format_perplexity(rows[first]["perplexity_tail"])
+    what = "perplexity" if is_legacy(rows[first]["protocol"]) else "tail perplexity"
+    if broken is None:
+        at_longest = format_perplexity(rows[longest]["perplexity_tail"])
+        span = f"to {longest} tokens ({what} {at_first} at {first}, {at_longest} at {longest})"
+        return f"keeps its perplexity level {span if len(lengths) > 1 else f'at {first} tokens ({at_first})'}"
+    held = lengths[lengths.index(broken) - 1]
+    at_broken = format_perplexity(rows[broken]["perplexity_tail"])
+    figures = f"({what} {at_first} at {first}, {at_broken} there)"
+    return f"holds up to {held} tokens and breaks by {broken} {figures}"
+
+
+def _inside(row: Row) -> str:
+    """What the extension costs where the model needed none."""
+    change = row["change"]
+    interval = finite_interval(row, "change_ci95")
+    span = "" if interval is None else f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+    verb = "costs" if change >= 0 else "saves"
+    return f"inside the trained length, at {row['length']}, it {verb} {100 * abs(change):.0f} %{span} of perplexity"
+
+
+def _against_truncation(row: Row) -> str:
+    gain, interval = row["gain"], finite_interval(row, "gain_ci95")
+    figures = f"(gain {gain:.2f}{format_interval(interval)})"
+    length = row["length"]
+    if interval is not None and interval[0] <= 1 <= interval[1]:
+        return f"at {length} it is level with truncation {figures}"
+    if gain < 0.5:
+        return f"at {length} its perplexity is {1 / gain if gain else math.inf:.1f} times that of truncation {figures}"
+    verb, share = ("loses", 1 - gain) if gain < 1 else ("gains", gain - 1)
+    return f"at {length} it {verb} {100 * share:.0f} % {'to' if gain < 1 else 'over'} truncation {figures}"
+
+
+WIDTH = 80
+# Room for "theta x128" or "truncated to 131072"; a longer name is folded over two lines.
+NAME_WIDTH = 20
+GAP = 3  # spaces between columns, one of which is the rule that rich's box leaves blank
+HEAD = "tokens"
+"""What stands over the names: it tells what the heads of the other columns are."""
+
+
+def _plain(text: str) -> str:
+    """A text from outside, of which the terminal and rich's markup make nothing."""
+    return escape(visible(text))
+
+
+def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
+    """Splits the columns of a grid into groups that fit the terminal beside the names."""
+    groups: list[list[int]] = [[]]
+    used = name_width
+    for column, length in enumerate(grid.lengths):
+        width = GAP + max(len(str(length)), *(len(cells[column]) for _, cells in grid.rows if cells))
+        if groups[-1] and used + width > WIDTH:
+            groups.append([])
+            used = name_width
+        groups[-1].append(column)
+        used += width
+    return groups
+
+
+def _rich_table(grid: Grid, columns: list[int], name_width: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, GAP - 1), pad_edge=False, show_edge=False)
+    table.add_column(HEAD, width=name_width, overflow="fold")
+    for column in columns:
+        table.add_column(str(grid.lengths[column]), justify="right", no_wrap=True)
+    for name, cells in grid.rows:
+        table.add_row(
+            _plain(name), *(_plain(cells[column]) for column in columns if cells), style=None if cells else "bold"
+        )
+    return table
+
+
+def print_grids(answers: Sequence[Grid], remarks: Sequence[str], console: Console | None = None) -> None:
+    """Prints every grid in at most 80 columns, then the remarks; a grid of many lengths continues below itself.
+
+    Args:
+        answers (`Sequence[Grid]`): of one comparison, or of several.
+        remarks (`Sequence[str]`): sentences.
+        console (`rich.console.Console`, *optional*): where to; standard output if not given.
+    """
+    console = console or Console(width=WIDTH, highlight=False)
+    names = [HEAD, *(name for grid in answers for name, _ in grid.rows)]
+    name_width = min(NAME_WIDTH, max(map(len, names)))
+    for grid in answers:
+        console.print(_plain(grid.title), style="bold")
+        for columns in _column_groups(grid, name_width):
+            console.print(_rich_table(grid, columns, name_width))
+            console.print()
+    for remark in remarks:
+        console.print(_plain(remark))
+
+
+def print_tables(results: Results, console: Console | None = None) -> None:
+    """Prints the grids and notes of one comparison.
+
+    Args:
+        results ([`~hf_posext.evaluation.Results`]): its rows.
+        console (`rich.console.Console`, *optional*): where to; standard output if not given.
+    """
+    print_grids(grids(results), notes(results), console)

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..adapters.save import tell_adapters
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document, evaluate_perplexity
-from ..evaluation.texts.documents import as_documents
+from ..evaluation.documents import as_documents
 from ..patching import find_patch
 from ..plan import PLAN_FILE
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from ..deprecation import renamed_arguments
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document
-from ..evaluation.texts.documents import as_documents
-from ..evaluation.texts.files import portable
+from ..evaluation.documents import as_documents
+from ..evaluation.reading import portable
 from ..methods import Method
 from ..patching import Patch, patch_model
 from ..patching.modes import activation_checkpointing

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from ..errors import InvalidParameterError, UnsupportedModelError
-from ..evaluation.texts.tokens import check_vocabulary
+from ..evaluation.tokens import check_vocabulary
 from ..patching.position_ids import check_packing, check_skipping
 from .presets import Preset, adapter_config, tie_again
 from .rows import Rows

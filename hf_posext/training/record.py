@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidParameterError, TrainingError
-from ..evaluation.texts.files import portable, write_atomically
+from ..evaluation.reading import portable, write_atomically
 from ..packages import versions_of
 
 CHECKPOINTS = "checkpoints"

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import DocumentError
 from ..evaluation import Document
-from ..evaluation.texts.tokens import special_prefix, token_ids
+from ..evaluation.tokens import special_prefix, token_ids
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from hf_posext.diagnosis import position_signal
 from hf_posext.diagnosis.phases import critical_dimension, farthest_position, phase_table, relative_positions
 from hf_posext.diagnosis.reading import curve_table, sample, sharpness, short_context_losses, token_losses
 from hf_posext.errors import UnsupportedModelError
-from hf_posext.evaluation.scoring.scorer import TokenScorer
-from hf_posext.evaluation.texts.tokens import TokenizedDocuments
+from hf_posext.evaluation.scorer import TokenScorer
+from hf_posext.evaluation.tokens import TokenizedDocuments
 from hf_posext.methods import DPE, DualChunk, LeakyReRoPE, ReRoPE, SelfExtend, as_method
 from hf_posext.patching.attention_scores import last_query_scores
 from hf_posext.patching.detect import rotary_sites

@@ -12,8 +12,7 @@ from matplotlib.image import imread
 
 from hf_posext.diagnosis import Diagnosis, diagnose
 from hf_posext.reporting.drawing import new_figure
-from hf_posext.reporting.signals import NEW, SHOWN, draw_losses, draw_signal
-from hf_posext.reporting.three_panels import draw_class, plot_classes
+from hf_posext.reporting.signals import NEW, SHOWN, draw_class, draw_losses, draw_signal, plot_classes
 
 from ..conftest import TRAINED, longer_gpt2, tiny_bloom, tiny_llama, tiny_t5, tiny_xglm
 from ..zoo import build

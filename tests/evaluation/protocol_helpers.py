@@ -9,10 +9,10 @@ import pytest
 from torch import nn
 
 from hf_posext import detect_scheme
-from hf_posext.evaluation.protocols.protocol import Measurement
-from hf_posext.evaluation.scoring.boundaries import boundaries_of
-from hf_posext.evaluation.scoring.scorer import Memory
-from hf_posext.evaluation.texts.tokens import TokenizedDocuments
+from hf_posext.evaluation.memory import boundaries_of
+from hf_posext.evaluation.scorer import Memory
+from hf_posext.evaluation.tokens import TokenizedDocuments
+from hf_posext.evaluation.windows import Measurement
 from hf_posext.patching import find_patch
 
 from ..conftest import tokens

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from hf_posext.evaluation import compare
-from hf_posext.evaluation.results import statistics
+from hf_posext.evaluation import rows as statistics
 
 from ..conftest import tiny_llama
 from .helpers import character_tokenizer, random_texts

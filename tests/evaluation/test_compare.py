@@ -27,12 +27,11 @@ from hf_posext.errors import (
 )
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
 from hf_posext.evaluation import compare as compare_function
-from hf_posext.evaluation.protocols.control import control_stride
-from hf_posext.evaluation.protocols.decoders import Prefix
-from hf_posext.evaluation.protocols.protocol import Measurement
-from hf_posext.evaluation.results.positions import STRETCHES, gain_by_position, position_sums
-from hf_posext.evaluation.results.results import DOCUMENT_KEYS, PASSKEY_KEYS, ROW_KEYS
-from hf_posext.evaluation.texts.documents import Document
+from hf_posext.evaluation.decoders import Prefix
+from hf_posext.evaluation.documents import Document
+from hf_posext.evaluation.results import DOCUMENT_KEYS, PASSKEY_KEYS, ROW_KEYS
+from hf_posext.evaluation.rows import STRETCHES, gain_by_position, position_sums
+from hf_posext.evaluation.windows import Measurement, control_stride
 from hf_posext.patching import find_patch
 from hf_posext.reporting import notes
 

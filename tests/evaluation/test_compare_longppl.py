@@ -16,10 +16,10 @@ from transformers import LlamaForCausalLM
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError, InvalidParameterError, JournalError, NonFiniteError
 from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity, find_key_tokens, longppl
-from hf_posext.evaluation.contrast.key_tokens import Criterion
-from hf_posext.evaluation.results.results import DOCUMENT_KEYS, KEY_TOKEN_KEYS, LONGPPL_KEYS, ROW_KEYS
-from hf_posext.evaluation.running import key_search as key_search_module
-from hf_posext.evaluation.running.key_search import default_criterion
+from hf_posext.evaluation import key_search as key_search_module
+from hf_posext.evaluation.key_search import default_criterion
+from hf_posext.evaluation.key_tokens import Criterion
+from hf_posext.evaluation.results import DOCUMENT_KEYS, KEY_TOKEN_KEYS, LONGPPL_KEYS, ROW_KEYS
 
 from ..conftest import TRAINED, tiny_gpt2, tiny_llama
 from .helpers import BOS, CHARACTERS, character_tokenizer, naive_nll, naive_windowed_nll, random_texts
@@ -195,7 +195,7 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
     def read(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("hf_posext.evaluation.scoring.scorer.TokenScorer.token_nll", read)
+    monkeypatch.setattr("hf_posext.evaluation.scorer.TokenScorer.token_nll", read)
     with pytest.raises(InvalidParameterError, match=message):
         run(texts, **options)
 

@@ -17,9 +17,9 @@ from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, JournalError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity, load_documents, retrieval
 from hf_posext.evaluation.questions import Questions
-from hf_posext.evaluation.results.results import RETRIEVAL_KEYS
+from hf_posext.evaluation.results import RETRIEVAL_KEYS
 from hf_posext.reporting import markdown_table, merge_runs, merged_grids, print_tables, run_titles, write_report
-from hf_posext.reporting.heatmaps import heatmap_files
+from hf_posext.reporting.plots import heatmap_files
 from hf_posext.reporting.tables import grids, notes
 
 from ..conftest import EXAMPLES, tiny_t5
@@ -106,7 +106,7 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
     def read(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("hf_posext.evaluation.scoring.scorer.TokenScorer.token_nll", read)
+    monkeypatch.setattr("hf_posext.evaluation.scorer.TokenScorer.token_nll", read)
     with pytest.raises(InvalidParameterError, match=message):
         run(**options)
 

@@ -16,12 +16,10 @@ import typer.main
 
 from hf_posext.cli import app
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation import EvaluationConfig, Results, compare, evaluate_perplexity
-from hf_posext.evaluation.running import runner
-from hf_posext.evaluation.running.runner import Progress, Stage, measure
-from hf_posext.evaluation.running.tasks import Task
-from hf_posext.evaluation.scoring import scorer
-from hf_posext.evaluation.scoring.progress import tokens_read
+from hf_posext.evaluation import EvaluationConfig, Results, compare, evaluate_perplexity, runner, scorer
+from hf_posext.evaluation.runner import Progress, Stage, measure
+from hf_posext.evaluation.scorer import tokens_read
+from hf_posext.evaluation.tasks import Task
 
 from ..cli.helpers import compare as command
 from ..cli.helpers import error_of

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation.scoring.context_parallel import shares_texts, token_scorer
-from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer
+from hf_posext.evaluation.parallel import shares_texts, token_scorer
+from hf_posext.evaluation.scorer import Memory, TokenScorer
 
 from ..conftest import tiny_llama
 

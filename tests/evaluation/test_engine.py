@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from hf_posext.errors import InvalidParameterError, JournalError, NonFiniteError
-from hf_posext.evaluation.running.journal import RunJournal
-from hf_posext.evaluation.running.runner import Stage, measure
-from hf_posext.evaluation.running.tasks import Outcome, Task
-from hf_posext.evaluation.scoring.distribution import deal, everywhere, processes_of, rank_of
+from hf_posext.evaluation.journal import RunJournal
+from hf_posext.evaluation.parallel import deal, everywhere, processes_of, rank_of
+from hf_posext.evaluation.runner import Stage, measure
+from hf_posext.evaluation.tasks import Outcome, Task
 
 
 def task(method: str, document: object = "1") -> Task:

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from hf_posext import patch_model
 from hf_posext.errors import AlreadyPatchedError, InvalidParameterError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.results.results import PASSKEY_KEYS
+from hf_posext.evaluation.results import PASSKEY_KEYS
 
 from ..conftest import TRAINED, tiny_bloom, tiny_llama
 from .helpers import character_tokenizer, random_texts

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_posext import patch_model
-from hf_posext.evaluation.scoring.scorer import TokenScorer
+from hf_posext.evaluation.scorer import TokenScorer
 
 from ..conftest import EXAMPLES, TRAINED, tiny_llama
 from .helpers import BOS, character_tokenizer, random_texts

@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from hf_posext.errors import EvaluationError, InvalidParameterError
 from hf_posext.evaluation import Document
-from hf_posext.evaluation.contrast.key_tokens import Criterion, contrast_row, find_key_tokens
-from hf_posext.evaluation.contrast.longppl import longce_weights, longppl
+from hf_posext.evaluation.key_tokens import Criterion, contrast_row, find_key_tokens, longce_weights, longppl
 from hf_posext.evaluation.prompts import passkey_prompts
-from hf_posext.evaluation.scoring.scorer import TokenScorer
-from hf_posext.evaluation.texts.alignment import tokens_inside
+from hf_posext.evaluation.scorer import TokenScorer
+from hf_posext.evaluation.tokens import tokens_inside
 from hf_posext.patching import patch_model
 
 from ..conftest import EXAMPLES, tiny_gpt2, tiny_llama

@@ -14,7 +14,7 @@ import evaluate
 import pytest
 
 import hf_posext.metrics
-from hf_posext.evaluation.results.statistics import pooled_perplexity
+from hf_posext.evaluation.rows import pooled_perplexity
 from hf_posext.metrics import LongDocumentPerplexity
 
 FOLDER = Path(hf_posext.metrics.__file__).parent / "long_document_perplexity"

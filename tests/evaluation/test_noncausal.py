@@ -19,12 +19,11 @@ from hf_posext import patch_model
 from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.protocols.protocol import Measurement
-from hf_posext.evaluation.protocols.pseudo import MaskedScorer, Pseudo
-from hf_posext.evaluation.results.positions import gain_by_position
-from hf_posext.evaluation.results.rows import document_record
-from hf_posext.evaluation.scoring.scorer import Memory
-from hf_posext.evaluation.texts.tokens import TokenizedDocuments, special_tokens
+from hf_posext.evaluation.encoders import MaskedScorer, Pseudo
+from hf_posext.evaluation.rows import document_record, gain_by_position
+from hf_posext.evaluation.scorer import Memory
+from hf_posext.evaluation.tokens import TokenizedDocuments, special_tokens
+from hf_posext.evaluation.windows import Measurement
 from hf_posext.patching.detect import model_kind
 from hf_posext.reporting import write_report
 

@@ -13,11 +13,9 @@ from transformers import LlamaForCausalLM
 
 from hf_posext.diagnosis.reading import short_context_losses, token_losses
 from hf_posext.errors import NonFiniteError
-from hf_posext.evaluation.protocols.pseudo import MaskedScorer
-from hf_posext.evaluation.protocols.seq2seq import Seq2SeqScorer
-from hf_posext.evaluation.scoring.nonfinite import family
-from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer, require_finite
-from hf_posext.evaluation.texts.tokens import TokenizedDocuments
+from hf_posext.evaluation.encoders import MaskedScorer, Seq2SeqScorer
+from hf_posext.evaluation.scorer import Memory, TokenScorer, family, require_finite
+from hf_posext.evaluation.tokens import TokenizedDocuments
 
 from ..conftest import tiny_t5, tokens
 from ..zoo import build

@@ -14,9 +14,9 @@ import pytest
 from filelock import FileLock
 
 from hf_posext.errors import InvalidParameterError, JournalError
-from hf_posext.evaluation.running.journal import RunJournal
-from hf_posext.evaluation.running.tasks import Task
-from hf_posext.evaluation.scoring.distribution import processes_of
+from hf_posext.evaluation.journal import RunJournal
+from hf_posext.evaluation.parallel import processes_of
+from hf_posext.evaluation.tasks import Task
 from hf_posext.locks import WriterLock
 
 from ..cli.helpers import MODEL, NOVELS, compare, error_of, run

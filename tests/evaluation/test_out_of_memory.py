@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM
 
 from hf_posext import patch_model
 from hf_posext.errors import OutOfMemoryError
-from hf_posext.evaluation.protocols.pseudo import MaskedScorer
-from hf_posext.evaluation.scoring.room import Room, ran_out
-from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer
+from hf_posext.evaluation.encoders import MaskedScorer
+from hf_posext.evaluation.memory import Room, ran_out
+from hf_posext.evaluation.scorer import Memory, TokenScorer
 from hf_posext.methods import DynamicYaRN
 
 from ..conftest import tiny_llama, tokens

@@ -12,14 +12,12 @@ from transformers import LlamaForCausalLM
 
 from hf_posext import LongRoPE, detect_scheme, patch_model
 from hf_posext.errors import EvaluationError
-from hf_posext.evaluation.protocols.decoders import Prefix, Rolling, Sliding, Tail
-from hf_posext.evaluation.protocols.legacy import LegacyLongLoRA, LegacyYaRN
-from hf_posext.evaluation.protocols.protocol import cost_of
-from hf_posext.evaluation.protocols.pseudo import Pseudo
-from hf_posext.evaluation.protocols.seq2seq import Seq2Seq
-from hf_posext.evaluation.scoring.boundaries import Boundaries, boundaries_of
-from hf_posext.evaluation.scoring.scorer import Memory
-from hf_posext.evaluation.texts.tokens import TokenizedDocuments
+from hf_posext.evaluation.decoders import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
+from hf_posext.evaluation.encoders import Pseudo, Seq2Seq
+from hf_posext.evaluation.memory import Boundaries, boundaries_of
+from hf_posext.evaluation.scorer import Memory
+from hf_posext.evaluation.tokens import TokenizedDocuments
+from hf_posext.evaluation.windows import cost_of
 from hf_posext.patching import find_patch
 
 from ..conftest import tiny_gpt2, tiny_llama, tokens

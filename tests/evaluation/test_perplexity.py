@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM
 
 from hf_posext.errors import DocumentError, InvalidParameterError, UnsupportedModelError
 from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity
-from hf_posext.evaluation.protocols.choice import DECODER_PROTOCOLS
-from hf_posext.evaluation.protocols.protocol import is_legacy
-from hf_posext.evaluation.texts.tokens import tokenize_documents
+from hf_posext.evaluation.protocols import DECODER_PROTOCOLS
+from hf_posext.evaluation.tokens import tokenize_documents
+from hf_posext.evaluation.windows import is_legacy
 from hf_posext.patching import patch_model
 
 from ..conftest import tiny_gpt2, tiny_llama

@@ -13,9 +13,8 @@ from transformers import LlamaForCausalLM
 
 from hf_posext import patch_model
 from hf_posext.evaluation import compare
-from hf_posext.evaluation.protocols.control import control_stride
-from hf_posext.evaluation.protocols.protocol import Measurement
-from hf_posext.evaluation.results.positions import STRETCHES, gain_by_position, position_sums, stretch_bounds
+from hf_posext.evaluation.rows import STRETCHES, gain_by_position, position_sums, stretch_bounds
+from hf_posext.evaluation.windows import Measurement, control_stride
 from hf_posext.reporting import plot_gain_by_position
 
 from ..conftest import TRAINED, tiny_t5

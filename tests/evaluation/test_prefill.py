@@ -17,11 +17,9 @@ from transformers import PreTrainedModel
 
 from hf_posext import compare, evaluate_perplexity, patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
-from hf_posext.evaluation.protocols.pseudo import Pseudo
-from hf_posext.evaluation.protocols.seq2seq import Seq2Seq
-from hf_posext.evaluation.scoring.boundaries import Boundaries
-from hf_posext.evaluation.scoring.prefill import check_prefill, chunk_bounds
-from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer
+from hf_posext.evaluation.encoders import Pseudo, Seq2Seq
+from hf_posext.evaluation.memory import Boundaries, check_prefill, chunk_bounds
+from hf_posext.evaluation.scorer import Memory, TokenScorer
 from hf_posext.methods import (
     DualChunk,
     DynamicNTK,

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from hf_posext.evaluation.protocols.decoders import Prefix, Rolling, Sliding, Tail
-from hf_posext.evaluation.protocols.windows import Window, rolling_windows, sliding_windows
-from hf_posext.evaluation.scoring.scorer import Memory
-from hf_posext.evaluation.texts.tokens import TokenizedDocuments
+from hf_posext.evaluation.decoders import Prefix, Rolling, Sliding, Tail
+from hf_posext.evaluation.scorer import Memory
+from hf_posext.evaluation.tokens import TokenizedDocuments
+from hf_posext.evaluation.windows import Window, rolling_windows, sliding_windows
 
 from ..conftest import tiny_llama
 from .helpers import BOS, naive_protocol_nll

@@ -12,16 +12,13 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError, NonFiniteError
-from hf_posext.evaluation.protocols.choice import DECODER_PROTOCOLS, choose_protocol
-from hf_posext.evaluation.protocols.control import control_stride
-from hf_posext.evaluation.protocols.decoders import Prefix, Rolling, Sliding, Tail
-from hf_posext.evaluation.protocols.legacy import LegacyLongLoRA, LegacyYaRN
-from hf_posext.evaluation.protocols.protocol import Measurement, is_legacy
-from hf_posext.evaluation.protocols.pseudo import Pseudo
-from hf_posext.evaluation.protocols.seq2seq import Seq2Seq
-from hf_posext.evaluation.results.rows import Conditions, document_record, make_rows
-from hf_posext.evaluation.scoring.scorer import Memory, TokenScorer
-from hf_posext.evaluation.texts.tokens import TokenizedDocuments
+from hf_posext.evaluation.decoders import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
+from hf_posext.evaluation.encoders import Pseudo, Seq2Seq
+from hf_posext.evaluation.protocols import DECODER_PROTOCOLS, choose_protocol
+from hf_posext.evaluation.rows import Conditions, document_record, make_rows
+from hf_posext.evaluation.scorer import Memory, TokenScorer
+from hf_posext.evaluation.tokens import TokenizedDocuments
+from hf_posext.evaluation.windows import Measurement, control_stride, is_legacy
 
 from .helpers import BOS, naive_contexts, naive_nll, naive_protocol_nll, naive_windowed_nll
 from .protocol_helpers import LENGTHS, TOTAL, TRAINED, assert_equal, measured, named, rows

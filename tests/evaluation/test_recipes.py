@@ -14,7 +14,7 @@ import pytest
 
 from hf_posext.errors import DocumentError
 from hf_posext.evaluation import Document, load_documents
-from hf_posext.evaluation.texts.recipes import RECIPES
+from hf_posext.evaluation.documents import RECIPES
 
 LONG, SHORT = "Long ago, " * 30_000, "Short. "
 COLUMNS = {

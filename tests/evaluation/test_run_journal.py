@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from hf_posext.errors import JournalError
-from hf_posext.evaluation.running.journal import RunJournal
-from hf_posext.evaluation.running.tasks import Task, key_text
+from hf_posext.evaluation.journal import RunJournal
+from hf_posext.evaluation.tasks import Task, key_text
 from hf_posext.locks import journal_files
 
 CONFIGURATION = {"model": "tiny", "lengths": [64, 128], "versions": {"torch": "2.13"}}

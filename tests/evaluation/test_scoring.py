@@ -14,10 +14,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
-from hf_posext.evaluation.scoring import heads, projection, scorer
-from hf_posext.evaluation.scoring.boundaries import check_positions
-from hf_posext.evaluation.scoring.heads import SlicedHead
-from hf_posext.evaluation.scoring.scorer import TokenScorer
+from hf_posext.evaluation import heads, scorer
+from hf_posext.evaluation import heads as projection
+from hf_posext.evaluation.heads import SlicedHead
+from hf_posext.evaluation.memory import check_positions
+from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.patching.detect import detect_scheme
 from hf_posext.patching.modes import evaluation_mode
 from hf_posext.patching.sites import sinusoids

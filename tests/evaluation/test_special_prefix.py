@@ -12,9 +12,9 @@ from tokenizers import processors
 from hf_posext import evaluate_perplexity
 from hf_posext.errors import InvalidParameterError
 from hf_posext.evaluation import find_key_tokens
+from hf_posext.evaluation.documents import Document
 from hf_posext.evaluation.prompts import passkey_prompts, task_prompt
-from hf_posext.evaluation.texts.documents import Document
-from hf_posext.evaluation.texts.tokens import special_prefix
+from hf_posext.evaluation.tokens import special_prefix
 from hf_posext.training.rows import make_rows
 from tests.conftest import tiny_llama
 from tests.evaluation.helpers import BOS, character_tokenizer, naive_nll, random_texts

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_posext.evaluation.results.statistics import bootstrap_interval, pooled_perplexity
+from hf_posext.evaluation.rows import bootstrap_interval, pooled_perplexity
 
 RANDOM = np.random.default_rng(0)
 TOKENS = RANDOM.integers(50, 500, 8)

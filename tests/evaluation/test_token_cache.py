@@ -17,7 +17,7 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from hf_posext.evaluation import Document
-from hf_posext.evaluation.texts.tokens import tokenize_documents
+from hf_posext.evaluation.tokens import tokenize_documents
 
 from .helpers import character_tokenizer, random_texts
 
@@ -203,7 +203,7 @@ def test_of_processes_that_begin_together_one_tokenizes(documents: list[Document
 RUN = """
 import json
 from hf_posext.evaluation import Document
-from hf_posext.evaluation.texts.tokens import tokenize_documents
+from hf_posext.evaluation.tokens import tokenize_documents
 from tests.evaluation.helpers import random_texts
 from tests.evaluation.test_token_cache import Counting, counting
 

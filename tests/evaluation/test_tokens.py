@@ -17,8 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_posext.errors import DocumentError
 from hf_posext.evaluation import Document, load_documents
-from hf_posext.evaluation.texts.encoding import bytes_before
-from hf_posext.evaluation.texts.tokens import tokenize_documents
+from hf_posext.evaluation.tokens import bytes_before, tokenize_documents
 
 from ..conftest import EXAMPLES
 from .helpers import BOS, character_tokenizer

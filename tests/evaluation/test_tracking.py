@@ -15,9 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hf_posext.errors import InvalidParameterError
 from hf_posext.evaluation import Results
-from hf_posext.evaluation.results.results import ROW_KEYS
-from hf_posext.evaluation.results.tracking import log_results
-from hf_posext.reporting.model_index import results_to_model_index
+from hf_posext.evaluation.results import ROW_KEYS, log_results
+from hf_posext.reporting.report import results_to_model_index
 
 
 def a_row(method: str, factor: float, length: int, perplexity: float, **more: Any) -> dict[str, Any]:

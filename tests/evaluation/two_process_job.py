@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from hf_posext.errors import PosExtError
 from hf_posext.evaluation import compare
-from hf_posext.evaluation.results import statistics
+from hf_posext.evaluation import rows as statistics
 
 from ..conftest import tiny_llama
 from .helpers import character_tokenizer, random_texts

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from hf_posext.adapters import load_adapter, push_to_hub, verify_adapter
 from hf_posext.evaluation import Results
-from hf_posext.reporting.model_index import push_results
+from hf_posext.reporting.report import push_results
 from huggingface_hub.errors import HfHubHTTPError
 
 logging.basicConfig()

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from hf_posext.errors import JournalError
 from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity
-from hf_posext.evaluation.running.journal import weights_fingerprint
-from hf_posext.evaluation.texts.documents import Documents, as_documents
+from hf_posext.evaluation.documents import Documents, as_documents
+from hf_posext.evaluation.journal import weights_fingerprint
 
 from ..conftest import tiny_llama
 from ..evaluation.helpers import character_tokenizer, random_texts

@@ -32,7 +32,7 @@ from hf_posext.errors import (
     PlanMismatchError,
     UnsupportedModelError,
 )
-from hf_posext.evaluation.scoring.boundaries import Boundaries, boundaries_of
+from hf_posext.evaluation.memory import Boundaries, boundaries_of
 
 from ..conftest import EXAMPLES, TRAINED, logits, realigned, sharpen, tiny_gpt2, tiny_llama, tokens
 

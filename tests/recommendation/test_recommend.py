@@ -20,8 +20,8 @@ import hf_posext
 from hf_posext import ExtensionPlan, Recommendation, recommend
 from hf_posext.errors import DocumentError, EvaluationError, InvalidParameterError, MethodNotApplicableError
 from hf_posext.evaluation import Document
-from hf_posext.evaluation.results import statistics
-from hf_posext.evaluation.scoring.scorer import TokenScorer
+from hf_posext.evaluation import rows as statistics
+from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.recommendation.candidates import Candidates
 from hf_posext.recommendation.halving import Halving
 from hf_posext.recommendation.schedule import Prices, Rung, schedule

@@ -16,8 +16,8 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from hf_posext.evaluation import Results
-from hf_posext.evaluation.results.statistics import share_interval
-from hf_posext.evaluation.texts.files import portable, write_atomically
+from hf_posext.evaluation.reading import portable, write_atomically
+from hf_posext.evaluation.rows import share_interval
 from hf_posext.reporting import (
     markdown_table,
     notes,
@@ -27,9 +27,8 @@ from hf_posext.reporting import (
     render_report,
     write_report,
 )
-from hf_posext.reporting.model_index import results_to_model_index
-from hf_posext.reporting.sentences import describe_methods
-from hf_posext.reporting.tables import format_perplexity, grids
+from hf_posext.reporting.report import results_to_model_index
+from hf_posext.reporting.tables import describe_methods, format_perplexity, grids
 
 from .helpers import LENGTHS, MEASURED, TRUNCATED, make_results, panels
 

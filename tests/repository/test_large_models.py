@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from hf_posext import evaluate_perplexity
 from hf_posext.evaluation import Document
-from hf_posext.evaluation.scoring.scorer import TokenScorer
+from hf_posext.evaluation.scorer import TokenScorer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {

@@ -1,1 +1,0 @@
-"""Tokens that need the long context: LongPPL and LongCE."""

@@ -1,0 +1,307 @@
+"""Protocols of causal language models; those marked as legacy reproduce published averages, for old tables.
+
+Legacy protocols do not weigh tokens equally. What they compare the methods with, the control, is averaged in the same
+way. Bits per byte are not from their average: they are the sum of NLL over the bytes where a token counts once, else
+`None`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import EvaluationError, InvalidParameterError
+from .memory import Boundaries
+from .parallel import token_scorer
+from .scorer import Memory, TokenScorer, require_finite
+from .tokens import TokenizedDocuments
+from .windows import Measurement, TruncatedReader, Window, rolling_windows, sliding_windows, windows_nll
+
+GUARD_TOKENS = 64
+"""The last tokens of the shortest length are compared with a fresh forward: what follows the length of the input moves
+all tokens, these the most, and a head on all of them took 6 % of a run with a large vocabulary."""
+
+NO_BOS = "none: the tokenizer adds none"
+
+
+class OfDecoders:
+    """Base of the protocols of causal language models."""
+
+    legacy: ClassVar[bool] = False
+    bos_place: ClassVar[str] = "first token of each document"
+
+    def bos_rule(self, bos: int) -> str:
+        place = self.bos_place if bos < 2 else self.bos_place.replace("first token", f"first {bos} tokens", 1)
+        return place if bos else NO_BOS
+
+    def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> TokenScorer:
+        return token_scorer(model, memory)
+
+    def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
+        return documents
+
+
+@dataclass(frozen=True)
+class Prefix(OfDecoders):
+    """
+    Perplexity of the first `L` tokens of each document, for every length `L`.
+
+    Token `t` is scored given all tokens before it. Where positions do not depend on the length of the input, one
+    forward over the longest length gives all lengths, since a causal token does not see what follows. LongRoPE with
+    two lists takes two forwards, and dynamic NTK a fresh one for each length.
+    """
+
+    name: ClassVar[str] = "prefix"
+
+    def first(self, length: int, bos: int) -> int:
+        """The first token that counts at a length, after the special prefix of `bos` tokens."""
+        return max(1, bos)
+
+    def tail(self, length: int) -> int | None:
+        """Number of counted tokens in the second half, where that is not half of them."""
+        return None
+
+    def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
+        return boundaries.groups(lengths)
+
+    def measure(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
+    ) -> list[Measurement]:
+        row = documents.tokens[index]
+        nll = windows_nll(scorer, row, [self._window(lengths, lengths[-1], documents.bos)])
+        require_finite(
+            nll, documents.ids[index], range(self.first(lengths[0], documents.bos), lengths[-1]), scorer.culprit
+        )
+        if index == 0 and len(lengths) > 1:
+            shortest = self._window(lengths, lengths[0], documents.bos)
+            late = shortest._replace(first=max(shortest.first, shortest.end - GUARD_TOKENS))
+            fresh = windows_nll(scorer, row, [late])
+            require_agreement(fresh, nll[late.first - shortest.first :], lengths, scorer.model.dtype)
+        return self._at(lengths, nll, documents.bos)
+
+    def measure_control(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
+    ) -> list[Measurement]:
+        window = self._window(lengths, lengths[-1], documents.bos)
+        reader = TruncatedReader(scorer, documents.tokens[index], trained_length, documents.bos, window.first)
+        nll = reader.nll([window])
+        require_finite(
+            nll, documents.ids[index], range(self.first(lengths[0], documents.bos), lengths[-1]), scorer.culprit
+        )
+        return self._at(lengths, nll, documents.bos)
+
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        return lengths[-1:]
+
+    def _window(self, lengths: list[int], end: int, bos: int) -> Window:
+        return Window(0, self.first(lengths[0], bos), end)
+
+    def _at(self, lengths: list[int], nll: np.ndarray, bos: int) -> list[Measurement]:
+        """Measurements by length, from the NLL of the tokens that count at any length."""
+        begin, firsts = self.first(lengths[0], bos), [self.first(n, bos) for n in lengths]
+        return [
+            Measurement(n, nll[first - begin : n - begin], first, self.tail(n))
+            for n, first in zip(lengths, firsts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Tail(Prefix):
+    """
+    Perplexity of the last `K` of the first `L` tokens of each document, for every length `L`.
+
+    Read as by [`Prefix`]: token `t` is scored given all tokens before it, but only those count that have `L - K`
+    tokens or more before them.
+
+    Args:
+        tokens (`int`): `K`, at most `L - 1`.
+    """
+
+    tokens: int
+    name: ClassVar[str] = "tail"
+
+    def first(self, length: int, bos: int) -> int:
+        return max(1, bos, length - self.tokens)
+
+    def tail(self, length: int) -> int:
+        return min(self.tokens, (length + 1) // 2)
+
+
+class ReadsWindows(OfDecoders, ABC):
+    """Base of the protocols that read the whole document through windows of a length."""
+
+    @abstractmethod
+    def windows(self, total: int, length: int, bos: int) -> list[Window]:
+        """Windows of a row of `total` tokens."""
+
+    def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
+        """The NLL of the tokens that the windows score."""
+        return Measurement(length, nll, first=windows[0].first)
+
+    def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
+        return [[length] for length in lengths]
+
+    def measure(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
+    ) -> list[Measurement]:
+        # A window of this size is read as it is.
+        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
+
+    def measure_control(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
+    ) -> list[Measurement]:
+        reader = TruncatedReader(scorer, documents.tokens[index], trained_length, documents.bos)
+        found = []
+        for length in lengths:
+            windows = self.windows(documents.length, length, documents.bos)
+            nll = reader.nll(windows)
+            if not np.isfinite(nll).all():
+                scored = [token for window in windows for token in range(window.first, window.end)]
+                require_finite(nll, documents.ids[index], scored, scorer.culprit)
+            found.append(self.measurement(length, nll, windows))
+        return found
+
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        return [window.size for length in lengths for window in self.windows(longest, length, 0)]
+
+
+@dataclass(frozen=True)
+class Sliding(ReadsWindows):
+    """
+    Perplexity of the first `max(lengths)` tokens of each document, read through a window of `L` tokens.
+
+    The window moves by `stride`; each scores the tokens that no earlier one has scored, given what it holds of the
+    tokens before them: all in the first window, the last `stride` in the others. Where the tokenizer adds BOS, every
+    window begins with it and holds `L - 1` tokens more. These are the windows of PoSE, weighted by token (YaRN's
+    script has the same windows and averages their means: [`LegacyYaRN`]).
+
+    Args:
+        stride (`int`): tokens that the window moves by, at most `L - 1`, since a longer one would skip tokens.
+    """
+
+    stride: int
+    name: ClassVar[str] = "sliding"
+    bos_place: ClassVar[str] = "first token of every window"
+
+    def windows(self, total: int, length: int, bos: int) -> list[Window]:
+        return sliding_windows(total, length, self.stride, bos)
+
+
+@dataclass(frozen=True)
+class Rolling(ReadsWindows):
+    """
+    Perplexity of the first `max(lengths)` tokens of each document, read in disjoint windows of `L` tokens.
+
+    These are the windows of lm-eval's `loglikelihood_rolling` with `max_length = L`: the first reads tokens 0 to
+    `L - 1` and scores 1 to `L`; each later one reads the last token that was scored and the `L - 1` after it, and
+    scores the next `L`; the last window begins earlier, so that it reads `L` tokens, too. A token has from 1 to `L`
+    tokens of context, about `L / 2` on average. BOS, where the tokenizer adds one, is token 0 and in the first window
+    only (lm-eval puts one there for every tokenizer; here token 0 takes its place, and is not scored).
+    """
+
+    name: ClassVar[str] = "rolling"
+    bos_place: ClassVar[str] = "first token of the first window of each document"
+
+    def windows(self, total: int, length: int, bos: int) -> list[Window]:
+        return rolling_windows(total, length, bos)
+
+
+def check_tail(tokens: int, lengths: list[int]) -> None:
+    """Refuse a tail that is none, or longer than what is scored at the shortest length."""
+    if not 1 <= tokens <= lengths[0] - 1:
+        raise InvalidParameterError(
+            f"tail is {tokens} for texts of {lengths[0]} tokens; give 1 to {lengths[0] - 1} (the first is not scored)"
+        )
+
+
+def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dtype: torch.dtype) -> None:
+    """
+    The guard of measuring several lengths in one pass: a fresh forward at the shortest gives what the longest gave.
+
+    The mean absolute difference may be 1e-4 nats, a hundred times the rounding of float32 between products of other
+    shapes, or four eps of a shorter dtype (0.03 for bfloat16), whose logits are rounded to some eps of their size.
+    Positions that depend on the length move it by more: dynamic NTK by 0.1 and more.
+
+    Raises:
+        EvaluationError: they disagree.
+    """
+    deviation = float(np.abs(fresh - nll[: len(fresh)]).mean())
+    allowed = max(1e-4, 4 * torch.finfo(dtype).eps)
+    if deviation > allowed:
+        raise EvaluationError(
+            f"one forward over {lengths[-1]} tokens and a fresh one over {lengths[0]} disagree by {deviation:.2g} "
+            f"nats a token (allowed {allowed:.2g}): the positions of this model depend on the length of its input, "
+            "and neither its config nor its plan says so; measure one length at a time"
+        )
+
+
+BATCH = 32
+"""Windows in a batch of LongLoRA's script."""
+
+
+@dataclass(frozen=True)
+class LegacyYaRN(Sliding):
+    """
+    The number that YaRN's `eval/perplexity.py` prints: `exp` of the mean, over all windows of all documents, of the
+    mean NLL of the tokens that a window scores.
+
+    The windows are those of [`Sliding`]. The first scores `L - 1` tokens and weighs as much as any other, which scores
+    `stride`, and as the last, which may score one. The text is the first `max(lengths)` tokens of each document (the
+    script reads whole documents). With `--truncate` the script gives what [`Prefix`] does. Each token is scored once,
+    so that bits per byte are those of [`Sliding`].
+
+    Args:
+        stride (`int`): the script's `--sliding-window`; 256 in the paper's tables.
+    """
+
+    name: ClassVar[str] = "legacy-yarn"
+    legacy: ClassVar[bool] = True
+
+    def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
+        return Measurement(length, nll, windows[0].first, groups=tuple(w.end - w.first for w in windows))
+
+
+@dataclass(frozen=True)
+class LegacyLongLoRA(ReadsWindows):
+    """
+    The number that LongLoRA's `eval.py` prints: `exp` of the mean over batches of the mean NLL in a batch.
+
+    All documents (the first `max(lengths)` tokens of each, without BOS) are one stream. Windows of `L` tokens begin
+    at its tokens 0, `stride`, 2 `stride`, ... as long as a token follows them, all but the last of these windows; each
+    scores its tokens 1 to `L - 1`, so that a token counts up to `L / stride` times. Batches have 32 windows, the last
+    one what is left, and weigh the same. (The script's base of the exponential is 2.71828.) There are no bits per
+    byte: the sum counts a token as often as windows hold it, and no text has those bytes; [`Sliding`] gives them.
+
+    Args:
+        stride (`int`): tokens that the window moves by; 256 in the script.
+    """
+
+    stride: int
+    name: ClassVar[str] = "legacy-longlora"
+    legacy: ClassVar[bool] = True
+
+    def bos_rule(self, bos: int) -> str:
+        return "none: removed, as published" if bos else super().bos_rule(bos)
+
+    def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
+        stream = documents.tokens[:, int(documents.bos) :].flatten()
+        if len(stream) - documents.length <= self.stride:
+            raise InvalidParameterError(
+                f"the documents are a stream of {len(stream)} tokens, and {self.name} drops the last window "
+                f"of {documents.length}, which leaves none; give {documents.length + self.stride + 1} tokens or more"
+            )
+        count = len(documents.ids)
+        return TokenizedDocuments([f"stream of {count}"], stream[None], 0, [len(stream)], documents.left_out)
+
+    def windows(self, total: int, length: int, bos: int) -> list[Window]:
+        return [Window(begin, begin + 1, begin + length) for begin in range(0, total - length, self.stride)[:-1]]
+
+    def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
+        batches = [windows[at : at + BATCH] for at in range(0, len(windows), BATCH)]
+        sizes = tuple(len(batch) * (length - 1) for batch in batches)
+        return Measurement(length, nll, first=None, groups=sizes)

@@ -1,0 +1,322 @@
+"""Documents from files, `datasets` objects, lists, the Hub, or a recipe: `load_documents("pg19", limit=10)`.
+
+Recipes are the long-document data sets of the papers, by name. `datasets` 4 and newer run no loading scripts, so every
+recipe names a repository of plain parquet or JSON lines, or the plain files of one that has a script as well.
+
+Nothing here was downloaded when it was written: the tests read local files of the same layout. Ids, configurations,
+columns and file names are what the Hub's pages and public code say; these are what a first use should look at:
+
+- `proof-pile` and `booksum` are not pinned to a commit; pass `revision=`.
+- `booksum`: the column `text` of the configuration `books`, from its card.
+
+Minimum lengths are in characters, so that a document is left out before it is tokenized: roughly what 32,768 tokens
+(Proof-pile) and 16,384 tokens (GovReport, arXiv) take, at three or four characters each. Documents that pass and still
+have too few tokens are left out and listed by the measurement.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DocumentError
+from .reading import Texts, from_object, from_path, from_rows, json_lines, load_dataset, one_line_errors
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Where the documents of a data set are, and in which column.
+
+    Args:
+        name (`str`): what to type.
+        path (`str`): Hub id; or a folder that holds a copy of the repository, for machines without network:
+            `load_documents(dataclasses.replace(RECIPES["pg19"], path="copies/pg19"))`.
+        split (`str`): read unless another is asked for.
+        text_column (`str`): column of the text.
+        homepage (`str`): where the data set is described.
+        licence (`str`): what is said of the licence; a note, not advice.
+        config (`str`, *optional*): configuration of the repository.
+        revision (`str`, *optional*): commit; the newest where it is `None`.
+        files (`Mapping[str, str]`, *optional*): JSON-lines file of each split, for a repository that cannot be loaded
+            by its id because it has a loading script.
+        minimum_characters (`int`, *optional*, defaults to 0): shorter documents are left out.
+        streaming (`bool`, *optional*, defaults to `True`): read no more than is asked for; `False` keeps a copy of the
+            whole split in the cache of `datasets`.
+    """
+
+    name: str
+    path: str
+    split: str
+    text_column: str
+    homepage: str
+    licence: str
+    config: str | None = None
+    revision: str | None = None
+    files: Mapping[str, str] | None = None
+    minimum_characters: int = 0
+    streaming: bool = True
+
+    def request(self, split: str, revision: str | None) -> dict[str, Any]:
+        """
+        Arguments of `datasets.load_dataset`; with `files` its rows have one column, `text`, a line of JSON each.
+
+        Args:
+            split (`str`): to read.
+            revision (`str`, *optional*): commit, branch or tag.
+
+        Raises:
+            KeyError: a recipe of files has none for that split.
+        """
+        local = Path(self.path).is_dir()
+        if self.files is None:
+            path = str(Path(self.path).absolute()) if local else self.path
+            return {
+                "path": path,
+                "name": self.config,
+                "split": split,
+                "revision": None if local else revision,
+                "streaming": self.streaming,
+            }
+        root = str(Path(self.path).absolute()) if local else f"hf://datasets/{self.path}@{revision or 'main'}"
+        return {
+            # Not "json", which wants the same type of every column in every row: the `meta` of Proof-pile has many.
+            "path": "text",
+            "data_files": f"{root}/{self.files[split]}",
+            "split": "train",  # what datasets calls the one split of files that are given by name
+            "streaming": self.streaming,
+        }
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="pg19",
+            path="emozilla/pg19",
+            split="test",
+            text_column="text",
+            revision="c021754c8e01c5b1cc83a1f549c1f97fbbb756b8",
+            homepage="https://github.com/google-deepmind/pg19",
+            licence="Apache-2.0 for the collection; the books are in the public domain of the United States",
+        ),
+        Recipe(
+            name="proof-pile",
+            path="hoskinson-center/proof-pile",
+            split="test",
+            text_column="text",
+            files={"test": "test/proofpile_test.jsonl.gz", "validation": "dev/proofpile_dev.jsonl.gz"},
+            minimum_characters=98_304,
+            homepage="https://github.com/zhangir-azerbayev/proof-pile",
+            licence="tagged Apache-2.0; the sources, arXiv papers among them, keep their own",
+        ),
+        Recipe(
+            name="govreport",
+            path="ccdv/govreport-summarization",
+            config="document",
+            split="test",
+            text_column="report",
+            revision="4e21184e01ae8017e2c036e180fe5e541fef60a0",
+            minimum_characters=65_536,
+            homepage="https://gov-report-data.github.io",
+            licence="none stated; reports of the United States government (GAO, CRS)",
+        ),
+        Recipe(
+            name="arxiv",
+            path="ccdv/arxiv-summarization",
+            config="document",
+            split="test",
+            text_column="article",
+            revision="240aaf1a969b3f8cd0ade6986bfad0cd730ee288",
+            minimum_characters=49_152,
+            homepage="https://github.com/armancohan/long-summarization",
+            licence="none stated; papers keep their authors' licences (text in lower case, formulas replaced)",
+        ),
+        Recipe(
+            name="booksum",
+            path="ubaada/booksum-complete-cleaned",
+            config="books",
+            split="test",
+            text_column="text",
+            homepage="https://github.com/salesforce/booksum",
+            licence="BSD-3-Clause for BookSum; the novels are in the public domain of the United States",
+        ),
+    )
+}
+"""The recipes by name."""
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Document:
+    """
+    A text to measure on.
+
+    Lone surrogates, which UTF-8 cannot hold and tokenizers refuse, become U+FFFD, the replacement character.
+
+    Args:
+        id (`str`): a name for messages and result files: file name, `id` column, or index.
+        text (`str`): the text.
+    """
+
+    id: str
+    text: str
+
+    def __post_init__(self) -> None:
+        for name in ("id", "text"):
+            value = getattr(self, name)
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                logger.warning("the %s of document %r has lone surrogates; they become U+FFFD", name, self.id)
+                paired = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+                object.__setattr__(self, name, paired)
+
+
+class Documents(list[Document]):
+    """A list of [`Document`] that remembers where it comes from.
+
+    Args:
+        documents (`Iterable[Document]`): the documents.
+        source (`Mapping`): `dataset`, `split`, `revision` and `text_column`, for the provenance of results; `recipe`,
+            `config` and `minimum_characters` where there are such.
+    """
+
+    def __init__(self, documents: Iterable[Document], source: Mapping[str, Any]) -> None:
+        super().__init__(documents)
+        self.source = dict(source)
+
+
+def load_documents(
+    source: str | Path | Recipe | Iterable[str] | datasets.Dataset | datasets.IterableDataset,
+    *,
+    text_column: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    minimum_characters: int | None = None,
+) -> Documents:
+    """
+    Load texts to measure on.
+
+    A path is read as a whole, or refused: a folder that contains files of several kinds is refused with their names.
+
+    Args:
+        source (`str`, `Path`, [`Recipe`], `datasets.Dataset`, `datasets.IterableDataset`, `list` ...): one of
+
+            - the name of a recipe (`"pg19"`, `"proof-pile"`, `"govreport"`, `"arxiv"`, `"booksum"`), whatever lies in
+              the working directory: a folder of that name is `"./pg19"`;
+            - a file: `.txt` (one document), `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow` (a document a
+              row), in UTF-8, also compressed (`.gz`, `.xz`, `.bz2`, `.zst`);
+            - a folder of such files of one kind, at any depth, or one written by `Dataset.save_to_disk`;
+            - a Hub id;
+            - a list of texts or rows, a `Dataset`, a `DatasetDict`, a `DataFrame`, or a dict of columns.
+
+            Line ends in `.txt` files become `\\n`; all other text stays as it is.
+        text_column (`str`, *optional*): column of the text, by default the recipe's, or `"text"`; a column `id` names
+            the documents.
+        split (`str`, *optional*): of a folder, Hub id or `DatasetDict`; may be left out where there is only one. By
+            default the recipe's.
+        revision (`str`, *optional*): branch, tag or commit of a Hub data set; by default the recipe's.
+        limit (`int`, *optional*): how many documents to read, from the first on; all of them by default.
+        minimum_characters (`int`, *optional*): leave out shorter documents; `limit` counts those that stay. By default
+            the recipe's, or 0.
+
+    Returns:
+        [`Documents`]: a list of [`Document`], with its source.
+
+    Raises:
+        DocumentError: no such path or data set, no such split or column, a text that is none, or no documents at all.
+    """
+    if limit is not None and limit < 1:
+        raise DocumentError(f"limit is {limit}; give the number of documents to read, 1 or more, or leave it out")
+    if minimum_characters is not None and minimum_characters < 0:
+        raise DocumentError(f"minimum_characters is {minimum_characters}; give 0 or more, or leave it out")
+    recipe = _recipe(source)
+    extra: dict[str, Any] = {}
+    if recipe is not None:
+        text_column = text_column or recipe.text_column
+        split, revision = split or recipe.split, revision or recipe.revision
+        if minimum_characters is None:
+            minimum_characters = recipe.minimum_characters
+        extra = {"recipe": recipe.name, "config": recipe.config}
+    text_column = text_column or "text"
+    if minimum_characters is not None:
+        extra["minimum_characters"] = minimum_characters
+
+    if recipe is not None:
+        name = recipe.path
+        texts = _from_recipe(recipe, text_column, split or recipe.split, revision)
+    elif isinstance(source, str | Path):
+        name = str(source)
+        texts, read = from_path(Path(source), text_column, split, revision)
+        extra.update(read)
+    else:
+        name = type(source).__name__
+        texts = from_object(source, text_column, split)
+    kept = _long_enough(one_line_errors(texts, name), minimum_characters or 0)
+    documents: list[Document] = []
+    for id, text in itertools.islice(kept, limit):
+        if not isinstance(text, str):
+            raise DocumentError(f"document {id!r} of {name} is {type(text).__name__}, not text; drop or convert it")
+        documents.append(Document(id, text))
+    if not documents and minimum_characters:
+        raise DocumentError(
+            f"{name} has no document of {minimum_characters:,} characters or more; give a lower minimum_characters"
+        )
+    if not documents:
+        raise DocumentError(
+            f"{name} has no documents; give a data set with one row or more, or a folder of .txt files"
+        )
+    where = {"dataset": name, "split": split, "revision": revision, "text_column": text_column, **extra}
+    return Documents(_with_unique_ids(documents), where)
+
+
+def as_documents(source: Any) -> list[Document]:
+    """Documents as they are, numbered if ids repeat; anything else as [`load_documents`] reads it."""
+    if isinstance(source, list) and all(isinstance(document, Document) for document in source):
+        documents = _with_unique_ids(source)
+        return Documents(documents, source.source) if isinstance(source, Documents) else documents
+    return load_documents(source)
+
+
+def _recipe(source: Any) -> Recipe | None:
+    if isinstance(source, Recipe):
+        return source
+    if not isinstance(source, str) or source not in RECIPES:
+        return None
+    if Path(source).exists():
+        logger.warning("%r is read by its recipe; for what lies here under this name, write ./%s", source, source)
+    return RECIPES[source]
+
+
+def _from_recipe(recipe: Recipe, text_column: str, split: str, revision: str | None) -> Texts:
+    if recipe.files is not None and split not in recipe.files:
+        raise DocumentError(
+            f"the recipe {recipe.name!r} has no split {split!r}; choose one of {', '.join(recipe.files)}"
+        )
+    rows = load_dataset(recipe.path, **recipe.request(split, revision))
+    if recipe.files is not None:
+        rows = json_lines((line["text"] for line in rows), recipe.path)
+    return from_rows(rows, text_column, recipe.path)
+
+
+def _long_enough(texts: Texts, minimum: int) -> Texts:
+    return (pair for pair in texts if not isinstance(pair[1], str) or len(pair[1]) >= minimum)
+
+
+def _with_unique_ids(documents: list[Document]) -> list[Document]:
+    """Ids numbered where they repeat: results are paired by id."""
+    if len({document.id for document in documents}) == len(documents):
+        return documents
+    logger.warning("document ids repeat; they are numbered")
+    return [Document(f"{index}-{document.id}", document.text) for index, document in enumerate(documents)]

@@ -1,0 +1,295 @@
+"""Protocols of encoders and encoder-decoders, with special tokens around every text, as these are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import InvalidParameterError, UnsupportedModelError
+from .heads import hidden_states, with_hidden_states
+from .memory import Boundaries, Room
+from .scorer import BATCH_TOKENS, WHOLE, Memory, Scorer, require_finite, scored_model, tokens_read
+from .tokens import TokenizedDocuments, special_tokens
+from .windows import Measurement
+
+
+class FramedScorer(Scorer):
+    """A model, and the special tokens that belong around each text.
+
+    Raises:
+        InvalidParameterError: `memory` asks for chunks; such models read a text as a whole.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
+        self.model = scored_model(model)
+        if memory.prefill_chunk is not None:
+            raise InvalidParameterError(
+                f"prefill_chunk is {memory.prefill_chunk}, and {type(self.model).__name__} reads a text as a whole; "
+                "leave it out"
+            )
+        before, after = special_tokens(tokenizer)
+        # on the CPU, as texts are, whatever the default device of the process is
+        self.before, self.after = (torch.tensor(ids, dtype=torch.long, device="cpu") for ids in (before, after))
+
+    @property
+    def special(self) -> int:
+        """Number of special tokens."""
+        return len(self.before) + len(self.after)
+
+    def around(self, text: torch.Tensor) -> torch.Tensor:
+        """The tokens of a text with the special ones."""
+        return torch.cat([self.before, text, self.after])
+
+
+class OfFramedTexts:
+    """Base of the protocols that put special tokens around each text."""
+
+    legacy = False
+
+    def bos_rule(self, bos: int) -> str:
+        return "special tokens of the tokenizer around each text, counted"
+
+    def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
+        return documents
+
+    def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
+        return [[length] for length in lengths]
+
+
+def plain_text(documents: TokenizedDocuments, index: int) -> torch.Tensor:
+    """A row without the BOS that it begins with: it is one of the special tokens around a text here."""
+    return documents.tokens[index, int(documents.bos) :]
+
+
+def require_room(length: int, needed: int) -> None:
+    """Refuse a text that is too short to score."""
+    if length < needed:
+        raise InvalidParameterError(f"a text of {length} tokens is too short to score; give {needed} or more")
+
+
+SAMPLES = 64
+"""Tokens of a document that are masked, each in a forward of its own; eight novels give 512 of them."""
+
+
+class MaskedScorer(FramedScorer):
+    """
+    Scores masked tokens with an encoder.
+
+    Args:
+        model (`torch.nn.Module`): with a masked-LM head, also inside a PEFT or DDP wrapper.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+
+    Raises:
+        InvalidParameterError: the tokenizer has no mask token.
+        UnsupportedModelError: a model with prompt tuning.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
+        super().__init__(model, tokenizer, memory)
+        if tokenizer.mask_token_id is None:
+            raise InvalidParameterError("the tokenizer has no mask token; load the one that belongs to the encoder")
+        self.mask: int = tokenizer.mask_token_id
+        self._trunk: nn.Module = self.model.base_model
+        self._texts = Room("texts in a batch", BATCH_TOKENS)
+        self._checked = False
+
+    @torch.no_grad()
+    def token_nll(self, texts: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """
+        NLL of one token of each text, that token masked.
+
+        Args:
+            texts (`torch.LongTensor` of shape `(texts, length)`): without special tokens.
+            at (`torch.LongTensor` of shape `(texts,)`): which token of each.
+
+        Returns:
+            `torch.FloatTensor` of shape `(texts,)`, float32 on the CPU, in nats.
+        """
+        targets = texts.gather(1, at[:, None])[:, 0]
+        masked = texts.scatter(1, at[:, None], self.mask)
+        inputs = torch.stack([self.around(text) for text in masked]).to(self.model.device)
+        at = at + len(self.before)
+        if not self._checked:
+            self._check(inputs[:1], at[:1])
+        nll = torch.empty(len(inputs), device="cpu")
+        for part in self._texts.parts(range(len(inputs)), cost=inputs.shape[1]):
+            with part:
+                logits = self._logits(inputs[part.items], at[part.items]).float().cpu()
+                nll[part.items] = F.cross_entropy(logits, targets[part.items], reduction="none")
+                tokens_read(inputs[part.items].numel())
+        self.look_at(nll[:, None], lambda row: self._logits(inputs[row : row + 1], at[row : row + 1]))
+        return nll
+
+    def _logits(self, inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Logits at one place of each row, of shape `(rows, vocabulary)`; the head is given no other."""
+
+        def keep_one(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = hidden_states(output)
+            places = at.to(hidden.device)[:, None, None].expand(-1, 1, hidden.shape[-1])
+            return with_hidden_states(output, hidden.gather(1, places))
+
+        handle = self._trunk.register_forward_hook(keep_one)
+        try:
+            logits: torch.Tensor = self.model(input_ids=inputs).logits[:, 0]
+        finally:
+            handle.remove()
+        return logits
+
+    def _check(self, inputs: torch.Tensor, at: torch.Tensor) -> None:
+        """A head that needs more than its own token is refused: it would be scored wrongly."""
+        full = self.model(input_ids=inputs).logits[0, at[0]]
+        deviation = float((self._logits(inputs, at)[0] - full).abs().max())
+        if deviation > max(1e-4, 8 * torch.finfo(full.dtype).eps) * float(full.abs().max()):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has a head that reads more than the token that it predicts (logits "
+                f"differ by {deviation:.2g}), so it has no pseudo-perplexity"
+            )
+        self._checked = True
+
+
+@dataclass(frozen=True)
+class Pseudo(OfFramedTexts):
+    """
+    Pseudo-perplexity of an encoder (Salazar et al. 2020, arXiv 1910.14659): masked tokens given all others.
+
+    A text of length `L` is the first `n = L - specials` tokens of a document, with the tokenizer's special tokens
+    around it. Of its tokens, `S = min(samples, n)` are scored, the middle one of each of `S` equal stretches (token
+    `(2 j + 1) n // (2 S)` for `j` below `S`); each is masked alone, in a forward of its own, since other masks would
+    be missing from its context. The tail is the later half of them. All methods score the same tokens.
+
+    The control scores them in a window of the trained length `T`, special tokens included: `w = T - specials` tokens
+    that begin `w // 2` before the scored one, or nearer to it where the window would stick out of the text.
+
+    Args:
+        samples (`int`, *optional*, defaults to 64): tokens of each document that are scored at each length.
+    """
+
+    samples: int = SAMPLES
+    name: ClassVar[str] = "pseudo"
+
+    def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> MaskedScorer:
+        return MaskedScorer(model, tokenizer, memory)
+
+    def measure(
+        self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
+    ) -> list[Measurement]:
+        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
+
+    def measure_control(
+        self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
+    ) -> list[Measurement]:
+        require_room(min(lengths[0], trained_length), scorer.special + 1)
+        row = plain_text(documents, index)
+        found = []
+        for length in lengths:
+            count = length - scorer.special
+            size = min(length, trained_length) - scorer.special
+            scored = min(self.samples, count)
+            places = (2 * torch.arange(scored, device="cpu") + 1) * count // (2 * scored)
+            begins = (places - size // 2).clamp(0, count - size)
+            texts = torch.stack([row[begin : begin + size] for begin in begins.tolist()])
+            nll = scorer.token_nll(texts, places - begins).double().numpy()
+            require_finite(nll, documents.ids[index], places.tolist(), scorer.culprit)
+            at = places.numpy() + documents.bos
+            found.append(Measurement(length, nll, first=None, places=at, tail=(scored + 1) // 2))
+        return found
+
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        return [length for length in lengths for _ in range(min(self.samples, length))]
+
+
+TARGETS = 128
+"""Tokens that a decoder is asked for at most."""
+
+
+class Seq2SeqScorer(FramedScorer):
+    """
+    Scores a text that continues another, with an encoder-decoder.
+
+    Args:
+        model (`torch.nn.Module`): with a language-model head, also inside a PEFT or DDP wrapper.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+
+    Raises:
+        InvalidParameterError: the model does not say which token its decoder starts with.
+        UnsupportedModelError: a model with prompt tuning.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
+        super().__init__(model, tokenizer, memory)
+        generation = getattr(self.model, "generation_config", None)
+        said = (getattr(config, "decoder_start_token_id", None) for config in (generation, self.model.config))
+        start = next((token for token in said if token is not None), None)
+        if start is None:
+            raise InvalidParameterError(
+                f"{type(self.model).__name__} does not say what its decoder starts with; set "
+                "model.generation_config.decoder_start_token_id (mBART: the token of the language)"
+            )
+        self.start = torch.cat([torch.tensor([start], device="cpu"), self.before])
+
+    @torch.no_grad()
+    def token_nll(self, read: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """
+        NLL of each target given the encoded text and the targets before it.
+
+        Args:
+            read (`torch.LongTensor` of shape `(length,)`): what the encoder reads, without special tokens.
+            targets (`torch.LongTensor` of shape `(targets,)`): what the decoder is asked for.
+
+        Returns:
+            `torch.FloatTensor` of shape `(targets,)`, float32 on the CPU, in nats.
+        """
+        given = torch.cat([self.start, targets[:-1]])
+        inputs = {"input_ids": self.around(read), "decoder_input_ids": given}
+        on_device = {name: ids[None].to(self.model.device) for name, ids in inputs.items()}
+        logits = self.model(**on_device, use_cache=False).logits[0, len(self.before) :].float().cpu()
+        nll = F.cross_entropy(logits, targets, reduction="none")
+        tokens_read(len(read) + len(given))
+        self.look_at(nll[None], lambda row: self.model(**on_device, use_cache=False))
+        return nll
+
+
+@dataclass(frozen=True)
+class Seq2Seq(OfFramedTexts):
+    """
+    Perplexity of the text that follows what an encoder has read.
+
+    Of the first `L` tokens, special ones of the encoder's text included, the encoder reads the first `L - K` and the
+    decoder is teacher-forced on the next `K = min(128, L // 4)`: it is given its start token, what the tokenizer puts
+    before a text, and the targets before the one that is scored. All of them lie in the second half of the text, and
+    so in the tail. The control has the same targets, and the encoder reads of its text the last tokens only, so many
+    that they are the trained length with the special ones.
+    """
+
+    name: ClassVar[str] = "seq2seq"
+
+    def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> Seq2SeqScorer:
+        return Seq2SeqScorer(model, tokenizer, memory)
+
+    def measure(
+        self, scorer: Seq2SeqScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
+    ) -> list[Measurement]:
+        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
+
+    def measure_control(
+        self, scorer: Seq2SeqScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
+    ) -> list[Measurement]:
+        require_room(min(lengths[0] - lengths[0] // 4, trained_length), scorer.special + 1)
+        require_room(lengths[0], 4)
+        row = plain_text(documents, index)
+        found = []
+        for length in lengths:
+            count = min(TARGETS, length // 4)
+            end = length - count - scorer.special
+            begin = max(0, end + scorer.special - trained_length)
+            nll = scorer.token_nll(row[begin:end], row[end : end + count]).double().numpy()
+            require_finite(nll, documents.ids[index], range(end, end + count), scorer.culprit)
+            found.append(Measurement(length, nll, first=end + documents.bos, tail=count))
+        return found
+
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        return lengths

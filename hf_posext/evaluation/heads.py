@@ -1,0 +1,217 @@
+"""Runs a causal language model in two steps: what lies below its head, and the head on slices of that.
+
+The model's own `forward` is replayed on slices of what its trunk gave, so that the head and whatever follows it (logit
+scaling, softcaps) are the model's own code. The last product, hidden states times vocabulary, goes slice after slice
+into the same memory: 392 rows of 128,256 logits are 201 MB, which the system hands out, and takes back, page by page.
+Where a device can hand out float32 sums of products in half precision, it does: logits in bfloat16 are off by up to
+0.016 nats a token, such sums by 5e-5.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Projection:
+    """
+    Stands for the `forward` of a linear layer without bias. What it gives is overwritten by what it gives next.
+
+    Args:
+        layer (`torch.nn.Linear`): the layer.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        self._memory: torch.Tensor | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden (`torch.Tensor` of shape `(..., width)`): hidden states.
+
+        Returns:
+            `torch.Tensor` of shape `(..., vocabulary)`: valid until the next call.
+        """
+        weight = self.layer.weight
+        if hidden.dtype != weight.dtype or torch.is_autocast_enabled(hidden.device.type):
+            return nn.functional.linear(hidden, weight)
+        rows = hidden.flatten(0, -2)
+        wide = sums_in_float32(weight.device, weight.dtype)
+        if self._memory is None or len(self._memory) < len(rows):
+            self._memory = rows.new_empty(len(rows), len(weight), dtype=torch.float32 if wide else weight.dtype)
+        into = self._memory[: len(rows)]
+        kept = {"out_dtype": torch.float32} if wide else {}
+        logits = torch.mm(rows, weight.T, out=into, **kept)
+        return logits.view(*hidden.shape[:-1], -1)
+
+
+@functools.cache
+def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return `True` if a device gives products of matrices in half precision as float32; it is asked once."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    some = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        return bool((torch.mm(some, some, out_dtype=torch.float32) == 16).all())
+    except (RuntimeError, TypeError):  # not there, on this device or before PyTorch 2.8
+        return False
+
+
+def projection_of(model: Any) -> Projection | None:
+    """The last product of a model, if it is no more than that: no bias, no adapter, no quantised or shared weights."""
+    layer = model.get_output_embeddings()
+    plain = type(layer) is nn.Linear and layer.bias is None and "forward" not in vars(layer)
+    return Projection(layer) if plain and type(layer.weight.data) is torch.Tensor else None
+
+
+logger = logging.getLogger(__name__)
+
+PROBE_LENGTH = 16
+PROBE_SLICE = 5
+"""The check of a new model runs on this many tokens, in slices or chunks of this many (the last one is shorter)."""
+
+
+class Read(NamedTuple):
+    """
+    What a model made of some tokens.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens.
+        trunk (`Any`): what the head is to be given, of all tokens; `None` where the head has seen them.
+        output (`ModelOutput`): of the model; with logits of all tokens, or of the last one where `trunk` has the rest.
+        projection ([`Projection`], *optional*): what computes the logits of one slice where those of another lay.
+    """
+
+    input_ids: torch.Tensor
+    trunk: Any
+    output: Any
+    projection: Projection | None = None
+
+
+class FullHead:
+    """Logits of all tokens at once: the way that fits every model, and takes memory of length x vocabulary."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def read(self, input_ids: torch.Tensor, **kwargs: Any) -> Read:
+        """One forward; `kwargs` go to the model."""
+        return Read(input_ids, None, self.model(input_ids=input_ids, **kwargs))
+
+    def logits(self, read: Read, begin: int, end: int) -> torch.Tensor:
+        """Logits `(batch, end - begin, vocabulary)` of some of the tokens."""
+        logits: torch.Tensor = read.output.logits[:, begin:end]
+        return logits
+
+
+class SlicedHead:
+    """Logits of some tokens at a time, from one forward of the trunk, a model inside the model."""
+
+    def __init__(self, model: Any, trunk: nn.Module) -> None:
+        self.model = model
+        self.trunk = trunk
+
+    def read(self, input_ids: torch.Tensor, **kwargs: Any) -> Read:
+        """One forward in which the head sees the last token only; `kwargs` go to the model."""
+        original, kept = self.trunk.forward, []
+
+        def run_and_keep(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            kept.append(output)
+            return with_hidden_states(output, hidden_states(output)[:, -1:])
+
+        with _forward_replaced(self.trunk, run_and_keep):
+            output = self.model(input_ids=input_ids, **kwargs)
+        if len(kept) != 1:
+            raise RuntimeError(f"{type(self.trunk).__name__} runs {len(kept)} times in a forward")
+        (trunk,) = kept
+        return Read(input_ids, trunk, output, projection_of(self.model))
+
+    def logits(self, read: Read, begin: int, end: int) -> torch.Tensor:
+        """Logits `(batch, end - begin, vocabulary)` of some of the tokens; valid until others are asked for."""
+        piece = with_hidden_states(read.trunk, hidden_states(read.trunk)[:, begin:end])
+        project = read.projection
+        projecting = nullcontext() if project is None else _forward_replaced(project.layer, project)
+        with _forward_replaced(self.trunk, lambda *args, **kwargs: piece), projecting:
+            logits: torch.Tensor = self.model(input_ids=read.input_ids[:, begin:end], use_cache=False).logits
+        return logits
+
+
+Head = FullHead | SlicedHead
+
+
+def find_head(model: Any, input_ids: torch.Tensor, full: torch.Tensor) -> Head:
+    """
+    The head in slices, if some model inside this one is a trunk: the outermost for which slices of `input_ids` give
+    the logits `full` of one forward. Otherwise the head in full, which the log says.
+    """
+    reasons = []
+    for trunk in model.modules():
+        if trunk is model or not isinstance(trunk, PreTrainedModel):
+            continue
+        head, length = SlicedHead(model, trunk), input_ids.shape[1]
+        try:
+            read = head.read(input_ids, use_cache=False)
+            starts = range(0, length, PROBE_SLICE)
+            pieces = [head.logits(read, at, min(at + PROBE_SLICE, length)).clone() for at in starts]
+            difference = deviation(torch.cat(pieces, dim=1), full)
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {error}")
+            continue
+        if difference is None:
+            return head
+        reasons.append(f"slices differ from full logits by {difference:.2g}")
+    logger.warning(
+        "%s keeps its logits in full (memory: length x vocabulary), since its head cannot run in slices: %s",
+        type(model).__name__,
+        reasons[0] if reasons else "there is no model inside it",
+    )
+    return FullHead(model)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another `forward` on one instance, inside; without a trace afterwards."""
+    own = vars(module).get("forward")  # accelerate's hooks set one on the instance
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def hidden_states(output: Any) -> torch.Tensor:
+    """Hidden states that a trunk gives to the head."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
+    return hidden
+
+
+def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
+    """The same output of a trunk with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": hidden})
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """By how much logits differ, if by more than rounding; nothing is said of such that are not finite.
+
+    Relative to the largest: products of matrices of other shapes round differently, by some eps of the dtype, while
+    what sees other inputs is off by the size of the logits.
+    """
+    if not torch.isfinite(expected).all():
+        return None
+    largest = float((found - expected).abs().max())
+    allowed = max(1e-4, 8 * torch.finfo(expected.dtype).eps) * float(expected.abs().max())
+    return None if largest <= allowed else largest  # one that is not finite is not either

@@ -1,0 +1,314 @@
+"""The journal of a run: what is finished is on the disk before anything else is measured.
+
+One JSON object a line. The first contains what the run depends on, each of the others a task and its value:
+
+    {"schema": 2, "configuration": {"model": "...", "lengths": [512, 4096], ...}}
+    {"task": {"kind": "nll", "method": "yarn", "factor": 8.0, "lengths": [512], "document": "book-1"}, "value": [...]}
+
+Process 0 writes `journal.jsonl`, process n `journal-n.jsonl` beside it. A run that continues reads all of them, so
+that it may have another number of processes. A journal has one writer: while a run lives, a second one is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..decode import short
+from ..errors import JournalError
+from ..locks import WriterLock, journal_file, journal_files
+from ..patching.frequencies import forget_length
+from ..plan import ExtensionPlan
+from .parallel import everywhere, processes_of, rank_of
+from .scorer import autocast_dtype, model_name
+from .setup import Setup
+from .tasks import Task, key_text
+from .tokens import TokenizedDocuments
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SCHEMA = 2
+
+SAMPLES = 32
+"""Values of each tensor that stand for all of them: training changes every one."""
+
+
+class RunJournal:
+    """
+    A mapping from finished tasks to their values, kept in a file.
+
+    `journal[task] = value` appends a line, which is on the disk (fsync) before the next statement, so that a run that
+    is killed at any moment loses the task at hand and nothing else. A last line that was torn by that is cut off.
+    Nothing is written before the first task is finished.
+
+    Args:
+        path (`str` or `Path`): the file of process 0; those of others are named after it.
+        configuration (`Mapping`): plain JSON types; all that the measurements depend on.
+        rank (`int`, *optional*, defaults to 0): the index of this process.
+        processes (`int`, *optional*, defaults to 1): how many processes the run has.
+
+    Attributes:
+        values (`dict[str, Any]`): values of the tasks that all processes have finished, by `key_text`.
+
+    Raises:
+        JournalError: a journal of another configuration or that another run is writing, a corrupt line, or a file
+            that cannot be read.
+    """
+
+    def __init__(self, path: str | Path, configuration: Mapping[str, Any], rank: int = 0, processes: int = 1) -> None:
+        self.path = journal_file(path, rank)
+        self._header = {"schema": SCHEMA, "configuration": json.loads(json.dumps(configuration))}
+        self._file: FileIO | None = None
+        self._size = 0  # bytes of whole lines, as this process knows them
+        self.values: dict[str, Any] = {}
+        self._lock = WriterLock(path, rank, processes)
+        try:
+            for file in journal_files(path):
+                self.values |= dict(self._read(file))
+        except JournalError:
+            self.close()
+            raise
+
+    def __contains__(self, task: Task) -> bool:
+        return key_text(task) in self.values
+
+    def __getitem__(self, task: Task) -> Any:
+        return self.values[key_text(task)]
+
+    def __setitem__(self, task: Task, value: Any) -> None:
+        """
+        Write a finished task.
+
+        Args:
+            task ([`Task`]): what was measured.
+            value (`Any`): what was found, plain JSON types.
+
+        Raises:
+            JournalError: the file cannot be written, as when the disk is full. All earlier lines are kept.
+        """
+        try:
+            if self._file is None:
+                self._file = self._open()
+            self._write(self._file, {"task": task.key, "value": value})
+        except OSError as error:
+            raise JournalError(
+                f"cannot write {self.path}: {error.strerror}; all that was finished before is kept there: make room, "
+                "then run the same again with --resume (in Python, with the same journal=)"
+            ) from error
+
+    def close(self) -> None:
+        """Nothing is written after it, and others may write."""
+        if self._file is not None:
+            self._file.close()
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> FileIO:
+        """The file with its header, ready for the next line; what is behind the last whole line is cut off."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = FileIO(self.path, "a+")
+        file.seek(0)
+        self._require_unchanged(file.readall().rfind(b"\n") + 1)
+        file.truncate(self._size)
+        if not self._size:
+            self._write(file, self._header)
+        return file
+
+    def _write(self, file: FileIO, entry: Mapping[str, Any]) -> None:
+        self._require_unchanged(os.fstat(file.fileno()).st_size)
+        data = memoryview(json.dumps(entry).encode() + b"\n")
+        self._size += len(data)
+        while data:  # a disk that is getting full takes a part of it
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+
+    def _require_unchanged(self, size: int) -> None:
+        """Every line of the file is one that this process has read or written, whatever the file system locks."""
+        if size != self._size:
+            raise JournalError(
+                f"{self.path} has {size} bytes where this run left {self._size}: another run writes it; end that one, "
+                "and go on with --resume (in Python, with the same journal=), or give another output"
+            )
+
+    def _read(self, file: Path) -> Iterator[tuple[str, Any]]:
+        try:
+            *lines, torn = (data := file.read_bytes()).split(b"\n")  # behind the last newline
+        except OSError as error:
+            raise JournalError(
+                f"cannot read the journal {file}: {error.strerror}; give another --output (in Python, journal=)"
+            ) from error
+        if file == self.path:
+            self._size = len(data) - len(torn)
+        for number, line in enumerate(lines, 1):
+            entry = _parsed(line, ("task", "value") if number > 1 else ("schema", "configuration"))
+            if entry is None:
+                raise JournalError(
+                    f"{file} is corrupt at line {number}: {short(line.decode(errors='replace'))}; delete that line to "
+                    "go on without this measurement, or the whole file to begin anew"
+                )
+            if number > 1:
+                yield json.dumps(entry["task"]), entry["value"]
+            elif entry != self._header:
+                differences = "; ".join(_differences("", entry, self._header))
+                raise JournalError(
+                    f"{file} is the journal of another run, which cannot be continued by this one: {differences}; "
+                    "give another output, or the earlier settings"
+                )
+
+
+@contextmanager
+def open_journal(
+    path: str | Path | None, configuration: Mapping[str, Any], accelerator: Accelerator | None
+) -> Iterator[RunJournal | None]:
+    """
+    The journal of this process, which contains what all processes have finished; `None` without a path.
+
+    Raises:
+        JournalError: on every process, where one of them cannot read its files, or must not continue them.
+    """
+    if path is None:
+        yield None
+        return
+    rank, processes = rank_of(accelerator), processes_of(accelerator)
+    journals: list[RunJournal] = []  # a lock is of its process, so that journals do not travel
+
+    def read() -> dict[str, Any]:
+        journals.append(RunJournal(path, configuration, rank, processes))
+        return journals[0].values
+
+    try:
+        for values in everywhere(read, accelerator):  # machines may have no directory in common
+            journals[0].values |= values
+        yield journals[0]
+    finally:
+        for journal in journals:
+            journal.close()
+
+
+def _parsed(line: bytes, keys: tuple[str, ...]) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and tuple(entry) == keys else None
+
+
+def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
+    """Differences between two values of plain JSON types, as `lengths.0 is 512 there and 1024 here`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            yield from _differences(f"{where}.{key}", before.get(key), now.get(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(f"{where}.{index}", *pair)
+    elif before != now:
+        name = where.removeprefix(".").removeprefix("configuration.")
+        yield f"{name} is {short(before)} there and {short(now)} here"
+
+
+def run_identity(
+    setup: Setup, models: Sequence[Any], plans: Sequence[ExtensionPlan | None], **others: Any
+) -> dict[str, Any]:
+    """
+    All that the measurements of a run depend on.
+
+    How memory is saved is not among it: it changes no more than rounding, and a run that was killed for want of memory
+    shall be able to continue with smaller chunks.
+
+    Args:
+        setup ([`Setup`]): the documents and how they are read.
+        models (`Sequence[PreTrainedModel]`): those that read them.
+        plans (`Sequence[ExtensionPlan | None]`): what is in force on them, one after another.
+        others: plain JSON types.
+    """
+    config, versions = setup.config, dict(setup.provenance["versions"])
+    return {
+        "versions": {name: versions[name] for name in ("hf_posext", "torch", "transformers")},
+        "models": [
+            {
+                "model": model_name(model),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": model.device.type,
+                "autocast": autocast_dtype(model),
+                "matmul": torch.get_float32_matmul_precision(),
+                "attention": getattr(model.config, "_attn_implementation", None),
+                "quantization": quantization(model),
+                "weights": weights_fingerprint(model),
+            }
+            for model in models
+        ],
+        "plans": [None if plan is None else plan.to_dict() for plan in plans],
+        "lengths": setup.lengths,
+        "protocol": setup.protocol.name,
+        "stride": config.stride,
+        "tail": config.tail,
+        "start": config.start,
+        "seed": config.seed,
+        "tokens": tokens_fingerprint(setup.documents),
+        **others,
+    }
+
+
+def tokens_fingerprint(documents: TokenizedDocuments) -> str:
+    """Fingerprint of the ids and tokens of all documents, in their order."""
+    digest = hashlib.sha256(repr((documents.ids, documents.bos, tuple(documents.tokens.shape))).encode())
+    digest.update(documents.tokens.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def quantization(model: Any) -> str | None:
+    """Settings of the quantisation of a model, from its config."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    settings = config if isinstance(config, dict) else config.to_dict()
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+@torch.no_grad()
+def weights_fingerprint(model: nn.Module) -> str:
+    """
+    Fingerprint of all that a model computes with: names, shapes, dtypes, and some values of every tensor.
+
+    Tensors are parameters, what quantised layers save beside their weights, and buffers, also those that are not
+    saved. Where weights are sharded, every process has to call it.
+    """
+    forget_length(model)  # a dynamic rotary module remembers in its buffers what was read
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers(remove_duplicate=False)) | model.state_dict()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, torch.Tensor):
+            _add(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    elif is_traceable_wrapper_subclass(tensor):  # quantised by torchao: the numbers are in its parts
+        for part in tensor.__tensor_flatten__()[0]:
+            _add(digest, f"{name}.{part}", getattr(tensor, part))
+        return
+    if tensor.numel() and not tensor.is_meta:  # offloaded weights are nowhere to be looked at
+        places = torch.arange(SAMPLES, device=tensor.device) * (tensor.numel() - 1) // (SAMPLES - 1)
+        values = tensor.reshape(-1)[places]
+        values = torch.view_as_real(values) if values.is_complex() else values
+        digest.update(values.to("cpu", torch.float64).numpy().tobytes())

@@ -1,0 +1,217 @@
+"""LongPPL in a comparison: the key tokens are found once, before the methods are measured on them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from ..errors import EvaluationError, InvalidParameterError
+from ..patching.modes import evaluation_mode
+from .journal import RunJournal
+from .key_tokens import Criterion, KeyTokens, check_criterion, check_reads, evaluator_name, find_in_row
+from .parallel import token_scorer
+from .runner import Stage, measure
+from .scorer import TokenScorer
+from .setup import Request, Setup
+from .tasks import MethodRun, Task, task_of
+from .tokens import TokensRead, read_by
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+Evaluator = str | nn.Module | tuple[nn.Module, Any]
+"""Finder of key tokens: the label of a method that is compared, a model, or a model and its tokenizer."""
+
+Enter = Callable[[], AbstractContextManager[Any]]
+
+WHOLE = ("prefix", "sliding", "rolling")
+"""Protocols that, at the longest length, score every token given all tokens before it."""
+
+
+class FoundKeys(NamedTuple):
+    """The key tokens, and the reasons of the documents in which they could not be found."""
+
+    keys: KeyTokens
+    failures: dict[str, str]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts about them for the provenance."""
+        left_out = [{"document": id, "reason": reason} for id, reason in self.failures.items()]
+        return {"longppl": {"evaluator": self.keys.evaluator, **self.keys.criterion._asdict(), "left_out": left_out}}
+
+
+@dataclass(frozen=True)
+class KeySearch:
+    """
+    A search for key tokens.
+
+    Args:
+        setup ([`Setup`]): what is measured.
+        evaluator (`str`): its name.
+        scorer ([`TokenScorer`]): of the evaluator.
+        given ([`TokensRead`]): what it reads.
+        criterion ([`Criterion`]): what makes a token key.
+        enter (`Callable`): gives the context in which the evaluator is what its name says.
+    """
+
+    setup: Setup
+    evaluator: str
+    scorer: TokenScorer
+    given: TokensRead
+    criterion: Criterion
+    enter: Enter
+
+    @property
+    def others(self) -> list[Any]:
+        """The evaluator, if it is another model than the one that is measured."""
+        return [] if self.scorer is self.setup.scorer else [self.scorer.model]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that a run depends on in addition to the weights of the evaluator."""
+        read = hashlib.sha256(repr([row.tolist() for row in self.given.rows]).encode()).hexdigest()
+        return {"longppl": {"evaluator": self.evaluator, **self.criterion._asdict(), "tokens": read}}
+
+    def run(self, accelerator: Accelerator | None, journal: RunJournal | None) -> FoundKeys:
+        """
+        Find them, on all processes.
+
+        Raises:
+            EvaluationError: the evaluator failed on every document.
+        """
+        ids = self.given.ids
+        tasks = {id: self._task(index, id) for index, id in enumerate(ids)}
+        stage = Stage(f"key tokens by {self.evaluator}", self.enter, list(tasks.values()), self._find)
+        outcomes = measure([stage], accelerator=accelerator, journal=journal)
+        found = {id: outcomes[task] for id, task in tasks.items()}
+        failures = {id: one.failure for id, one in found.items() if one.failure is not None}
+        if len(failures) == len(ids):
+            raise EvaluationError(
+                f"no key tokens: {self.evaluator} failed on every document: {failures[ids[0]]}; give another "
+                "evaluator, as in --longppl org/name, or leave longppl out"
+            )
+        values = {id: one.value for id, one in found.items() if one.failure is None}
+        total = sum(value["found"] for value in values.values())
+        if not total:
+            logger.warning(
+                "no token is key, so there is no LongPPL: more than %d tokens of context do not help %s; use an "
+                "evaluator that reads longer, or a smaller short_length",
+                self.criterion.short_length,
+                self.evaluator,
+            )
+        indices = {id: value["indices"] for id, value in values.items()}
+        documents = self.setup.documents
+        keys = KeyTokens(indices, documents.length, total, self.evaluator, self.criterion, documents.start)
+        return FoundKeys(keys, failures)
+
+    def _find(self, task: Task) -> dict[str, Any]:
+        found = find_in_row(self.scorer, self.given, self.given.ids.index(str(task.document)), self.criterion)
+        return {"indices": found.indices, "found": found.found}
+
+    def _task(self, index: int, id: str) -> Task:
+        length, size = len(self.given.rows[index]), self.criterion.short_length + self.criterion.stride
+        windows = 1 + max(0, length - size) // self.criterion.stride
+        reads = [length, *[min(size, length)] * windows]
+        return task_of("keys", self.evaluator, 1.0, self.setup.lengths[-1:], reads, document=id)
+
+
+def check_key_search(request: Request, trained_length: int | None, labels: Sequence[str]) -> Criterion | None:
+    """
+    The criterion of key tokens, if they are asked for, checked before documents are read.
+
+    Args:
+        request ([`Request`]): what is to be measured.
+        trained_length (`int`, *optional*): of the measured model.
+        labels (`Sequence[str]`): names of the methods, as `"yarn x8"`.
+
+    Raises:
+        InvalidParameterError: a label that none has or several have, a protocol that does not score every token, or
+            a criterion that cannot be.
+    """
+    config = request.config
+    asked = {"alpha": config.alpha, "beta": config.beta, "short_length": config.short_length}
+    if config.longppl is None:
+        for name, value in asked.items():
+            if value is not None:
+                raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL; give longppl=, too")
+        return None
+    if request.protocol.name not in WHOLE:
+        raise InvalidParameterError(
+            f"longppl needs the NLL of every token given all tokens before it, which protocol "
+            f"{request.protocol.name!r} does not give; choose {', '.join(WHOLE)}, or leave longppl out"
+        )
+    criterion = default_criterion(asked, trained_length, request.lengths[-1])
+    if isinstance(config.longppl, str):
+        _find_label(config.longppl, labels)
+        check_criterion(criterion, request.lengths[-1])
+    return criterion
+
+
+def key_search(
+    setup: Setup, criterion: Criterion | None, methods: Sequence[tuple[MethodRun, Enter]]
+) -> KeySearch | None:
+    """
+    The search that was asked for.
+
+    Args:
+        setup ([`Setup`]): what is measured.
+        criterion ([`Criterion`], *optional*): as [`check_key_search`] gives it; there is no search without one.
+        methods (`Sequence[tuple[MethodRun, Callable]]`): what may be meant by a label, and what puts it in force.
+
+    Raises:
+        InvalidParameterError: an evaluator that cannot read the documents, or a criterion that cannot be.
+    """
+    if criterion is None:
+        return None
+    evaluator = setup.config.longppl
+    if isinstance(evaluator, str):
+        run, enter = methods[_find_label(evaluator, [run.name for run, _ in methods])]
+        given = read_by(None, setup.tokenizer, setup.texts, setup.documents)
+        search = KeySearch(setup, run.name, run.scorer, given, criterion, enter)
+    else:
+        model, tokenizer = evaluator if isinstance(evaluator, tuple) else (evaluator, None)
+        given = read_by(tokenizer, setup.tokenizer, setup.texts, setup.documents)
+        check_reads(model, given.rows)
+        scorer = token_scorer(model, setup.memory)
+        name = evaluator_name(model)
+        search = KeySearch(setup, name, scorer, given, criterion, lambda: evaluation_mode(scorer.model))
+    check_criterion(criterion, max(len(row) for row in given.rows))
+    return search
+
+
+def _find_label(label: str, names: Sequence[str]) -> int:
+    """Index of the method that is meant by its label, or by its name with the factor."""
+    meant = [index for index, name in enumerate(names) if label in (name, name.rpartition(" x")[0])]
+    if len(meant) != 1:
+        raise InvalidParameterError(
+            f"longppl is {label!r}, which {'several' if meant else 'none'} of the methods are: {', '.join(names)}; "
+            "give one of these, or a model (on the command line its folder or Hub id, with a slash in it)"
+        )
+    return meant[0]
+
+
+def default_criterion(asked: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
+    """
+    What was asked for, else the paper's thresholds and windows that fit.
+
+    The paper's short context of 4096 tokens is one that its models were all trained on, and well below the lengths
+    that it measures. Here it is half of the trained length, so that windows lie inside that, or half of the longest
+    length if that is less; at most 4096. It moves by a quarter of itself, as in the paper.
+
+    Args:
+        asked (`Mapping[str, float or None]`): as of [`key_search`].
+        trained_length (`int`, *optional*): of the model, if there is one.
+        longest (`int`): tokens of the rows.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    short = given.setdefault("short_length", min(4096, (trained_length or longest) // 2, longest // 2))
+    return Criterion(**given, stride=max(1, short // 4))

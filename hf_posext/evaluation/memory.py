@@ -1,0 +1,358 @@
+"""Texts within the memory of a device: lengths at which positions change, smaller parts, and chunks with a KV cache.
+
+What a chunk needs for its activations is free again before the next one comes, so that the longest text is bounded by
+the cache. Every token attends to the same keys as in one forward over the whole text; values differ by the rounding of
+products of other shapes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers import DynamicCache
+
+from ..errors import InvalidParameterError, OutOfMemoryError, UnsupportedModelError
+from ..patching.detect import detect_scheme
+from ..patching.patch import find_patch
+from ..patching.signatures import cache_argument, cache_of, with_cache
+from ..plan import ExtensionPlan
+from ..scheme import PositionalScheme
+from .heads import PROBE_LENGTH, PROBE_SLICE, FullHead, Head, Read, deviation
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """
+    Where the positions of a model depend on the length of its input.
+
+    Args:
+        switches (`tuple[int, ...]`): lengths in tokens, ascending; longer inputs have other frequencies (LongRoPE with
+            two lists: its original length).
+        dynamic (`bool`): whether every length has its own (dynamic NTK).
+    """
+
+    switches: tuple[int, ...] = ()
+    dynamic: bool = False
+
+    def groups(self, lengths: list[int]) -> list[list[int]]:
+        """Lengths at which a token has the same position, so that one forward over the longest tells the others."""
+        if self.dynamic:
+            return [[length] for length in lengths]
+        return [list(group) for _, group in itertools.groupby(lengths, lambda n: bisect_left(self.switches, n))]
+
+
+def boundaries_of(scheme: PositionalScheme, plan: ExtensionPlan | None) -> Boundaries:
+    """
+    The boundaries of a model.
+
+    Args:
+        scheme ([`PositionalScheme`]): what it came with.
+        plan ([`ExtensionPlan`], *optional*): what is in force; sets of frequencies that it does not change stay.
+    """
+    planned = plan.rotaries if plan is not None else ()
+    changed = {entry.name for entry in planned}
+    shipped = [rotary for rotary in scheme.rotaries if rotary.name not in changed]
+    switches = {
+        int(rotary.shipped.get("original_max_position_embeddings") or scheme.trained_length or 0)
+        for rotary in shipped
+        if rotary.shipped_type == "longrope"
+    }
+    if plan is not None and any(entry.short_inv_freq is not None for entry in planned):
+        switches.add(plan.trained_length)
+    dynamic = any(rotary.shipped_type == "dynamic" for rotary in shipped) or (plan is not None and plan.follows_rows)
+    return Boundaries(tuple(sorted(switches)), dynamic)
+
+
+def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int) -> None:
+    """
+    Refuse lengths past the end of a table: there is nothing to read there, and a GPU would abort.
+
+    Raises:
+        InvalidParameterError: the table, as it is or extended by the plan, is shorter than `longest`.
+    """
+    rows = scheme.shipped_length if plan is None or plan.changes_nothing else plan.target_length
+    if scheme.ends and rows is not None and longest > rows:
+        table = "learned table" if scheme.kind == "learned" else "table"
+        raise InvalidParameterError(
+            f"{scheme.model_type} has a {table} of {rows} positions, and {longest} tokens were asked for; "
+            f"give lengths up to {rows}"
+        )
+
+
+logger = logging.getLogger(__name__)
+
+
+def ran_out(error: Exception) -> bool:
+    """Return `True` if an error says that memory has run out, on whichever device."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
+
+
+def halved(what: str, amount: int, reason: str) -> int:
+    """Half of an amount. Says so, and gives back what the device holds for nobody.
+
+    To be called where the error is out of scope: its frames hold the tensors that did not fit.
+    """
+    clear_device_cache(garbage_collection=True)
+    logger.warning("out of memory, so %s go from %d to %d: %s", what, amount, amount // 2, reason)
+    return amount // 2
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error, without the advice that follows."""
+    return str(error).strip().split("\n", 1)[0]
+
+
+class Part:
+    """
+    Some items of a range, and whether memory ran out over them: inside `with part:` that error ends the block only.
+
+    Args:
+        begin (`int`): first item.
+        end (`int`): one past the last.
+        gives_way (`bool`): whether fewer items can be tried; else the error passes.
+
+    Attributes:
+        reason (`str`, *optional*): what the error said, once memory has run out.
+    """
+
+    def __init__(self, begin: int, end: int, gives_way: bool) -> None:
+        self.begin, self.end, self.gives_way = begin, end, gives_way
+        self.reason: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of items."""
+        return self.end - self.begin
+
+    @property
+    def items(self) -> slice:
+        """The items as an index."""
+        return slice(self.begin, self.end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not self.gives_way or not isinstance(error, RuntimeError) or not ran_out(error):
+            return False
+        self.reason = first_line(error)  # and not the error: its frames hold the tensors that did not fit
+        return True
+
+
+class Room:
+    """
+    Divides ranges into parts, each with as many items as there is room for.
+
+    ```python
+    for part in room.parts(range(len(rows)), cost=length):
+        with part:  # again, for a shorter part, where memory runs out
+            out[part.items] = work(rows[part.items])
+    ```
+
+    Args:
+        what (`str`): what the items are, for the log.
+        amount (`int`): how much fits at once, in units that items cost; halved where memory runs out, and so it stays.
+        gives_way (`bool`, *optional*, defaults to `True`): whether memory may run out; else that error passes.
+    """
+
+    def __init__(self, what: str, amount: int, gives_way: bool = True) -> None:
+        self.what = what
+        self.amount = amount
+        self.gives_way = gives_way
+
+    def parts(self, items: range, cost: int, otherwise: Callable[[str], None] | None = None) -> Iterator[Part]:
+        """
+        The parts of a range, one after another; one over which memory ran out comes again, shorter.
+
+        Args:
+            items (`range`): in steps of 1.
+            cost (`int`): of one item.
+            otherwise (`Callable[[str], None]`, *optional*): makes room in another way where a single item does not
+                fit, given what the error said, or raises. Without it that error passes.
+        """
+        begin = items.start
+        while begin < items.stop:
+            size = min(max(1, self.amount // cost), items.stop - begin)
+            part = Part(begin, begin + size, self.gives_way and (size > 1 or otherwise is not None))
+            yield part
+            if part.reason is None:
+                begin += size
+            elif size > 1:
+                self.amount = halved(self.what, size, part.reason) * cost
+            elif otherwise is not None:
+                otherwise(part.reason)
+
+
+NO_CACHE = "it has no cache that goes from one forward to the next"
+
+SMALLEST_CHUNK = 64
+"""Tokens; shorter chunks free next to nothing, so that where this one does not fit the cache does not."""
+
+
+class Chunk(NamedTuple):
+    """Tokens `begin` to `end` of a text, and what the model made of them."""
+
+    begin: int
+    end: int
+    read: Read
+
+
+def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[int, int]]:
+    """
+    Where the chunks of a text begin and end.
+
+    LongRoPE with two lists chooses one of them by the last position that a forward sees. The first chunk of a text
+    that is longer than the original length goes beyond that, so that all chunks have the same list.
+
+    Args:
+        length (`int`): tokens of the text.
+        chunk (`int`): tokens of a chunk.
+        boundaries ([`Boundaries`]): of the model.
+    """
+    first = max([chunk, *(switch + 1 for switch in boundaries.switches if switch < length)])
+    ends = [*range(min(first, length), length, chunk), length]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+class Prefill:
+    """
+    Reads texts with one model, in chunks where it is asked to.
+
+    With each patch it is checked, on a prefix of 16 tokens, that chunks give the logits of a whole forward.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        chunk (`int`, *optional*): tokens of a chunk; texts are read whole where not given.
+        offload_cache (`bool`): whether the cache lies in main memory, but for the layer at work and the next one.
+
+    Raises:
+        InvalidParameterError: the cache is to be offloaded from a device that is not CUDA.
+        UnsupportedModelError: a model without a cache is to read in chunks.
+    """
+
+    def __init__(self, model: Any, chunk: int | None, offload_cache: bool) -> None:
+        self.model = model
+        self.chunk = chunk
+        self.asked = chunk is not None
+        self.offload_cache = offload_cache
+        self._checked: tuple[Any, Boundaries, str | None] | None = None  # with which patch, and what was found
+        if chunk is not None and cache_argument(type(model).forward) is None:
+            raise UnsupportedModelError(self._refusal(NO_CACHE))
+        if offload_cache and model.device.type != "cuda":
+            raise InvalidParameterError(
+                f"offload_cache moves the cache of a CUDA device to main memory, and {type(model).__name__} is on "
+                f"{model.device.type!r}; leave it out"
+            )
+
+    def chunks(self, head: Head, input_ids: torch.Tensor) -> Iterator[Chunk]:
+        """
+        The chunks of some texts, one after the other.
+
+        Args:
+            head ([`FullHead`] or [`SlicedHead`]): of the model.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): the texts.
+
+        Raises:
+            UnsupportedModelError: the model, as it is patched now, gives other logits in chunks.
+        """
+        length = input_ids.shape[1]
+        if self.chunk is not None and self.chunk < length:
+            boundaries, obstacle = self._check(input_ids)
+            if obstacle is None:
+                yield from self._read(head, input_ids, chunk_bounds(length, self.chunk, boundaries))
+                return
+            if self.asked:
+                raise UnsupportedModelError(self._refusal(obstacle))
+        yield Chunk(0, length, head.read(input_ids, use_cache=False))
+
+    def shorten(self, input_ids: torch.Tensor, reason: str) -> None:
+        """Read in chunks half as long from now on, since these did not fit.
+
+        Raises:
+            OutOfMemoryError: shorter ones would not help, or the model cannot read in chunks.
+        """
+        length = input_ids.shape[1]
+        chunk = min(self.chunk or length, length)
+        _, obstacle = self._check(input_ids)
+        if obstacle is None and chunk >= 2 * SMALLEST_CHUNK:
+            self.chunk = halved("tokens in a chunk", chunk, reason)
+            return
+        why = f"not even in chunks of {chunk}" if obstacle is None else f"and not in chunks either: {obstacle}"
+        raise OutOfMemoryError(
+            f"{length} tokens do not fit into memory ({reason}), {why}; give shorter lengths, load the model with "
+            "dtype=torch.bfloat16, or choose offload_cache=True on a CUDA device"
+        )
+
+    def _read(self, head: Head, input_ids: torch.Tensor, bounds: list[tuple[int, int]]) -> Iterator[Chunk]:
+        forward = type(self.model).forward
+        cache = DynamicCache(config=self.model.config, offloading=True) if self.offload_cache else None
+        for begin, end in bounds:
+            read = head.read(input_ids[:, begin:end], use_cache=True, **with_cache(forward, cache))
+            yield Chunk(begin, end, read)
+            cache = cache_of(read.output)
+            if self.offload_cache:
+                torch.cuda.synchronize()  # transformers 5.10 fetches keys without waiting until they are put away
+
+    def _check(self, input_ids: torch.Tensor) -> tuple[Boundaries, str | None]:
+        """Boundaries of the positions, and the reason why the model, as it is patched now, cannot read in chunks."""
+        patch = find_patch(self.model)
+        if self._checked is None or self._checked[0] is not patch:
+            scheme, plan = detect_scheme(self.model), None if patch is None else patch.plan
+            boundaries = boundaries_of(scheme, plan)
+            obstacle = prefill_obstacle(scheme, plan) or self._probe(input_ids[:1, :PROBE_LENGTH], boundaries)
+            self._checked = (patch, boundaries, obstacle)
+        return self._checked[1:]
+
+    def _probe(self, input_ids: torch.Tensor, boundaries: Boundaries) -> str | None:
+        """Reason why chunks do not give the logits of the whole; `None` where they do."""
+        if cache_argument(type(self.model).forward) is None:
+            return NO_CACHE
+        head = FullHead(self.model)
+        full = head.read(input_ids, use_cache=False).output.logits
+        bounds = chunk_bounds(input_ids.shape[1], PROBE_SLICE, boundaries)
+        try:
+            logits = [chunk.read.output.logits for chunk in self._read(head, input_ids, bounds)]
+            difference = deviation(torch.cat(logits, dim=1), full)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None if difference is None else f"its logits differ by {difference:.2g}"
+
+    def _refusal(self, obstacle: str) -> str:
+        return f"{type(self.model).__name__} cannot read a text in chunks: {obstacle}; leave prefill_chunk out"
+
+
+def prefill_obstacle(scheme: PositionalScheme, plan: ExtensionPlan | None) -> str | None:
+    """Reason why a model with a plan in force, or without one, would give other values in chunks; `None` if none is
+    known: the positions of every token follow the length of the input (dynamic NTK, dynamic YaRN)."""
+    if not boundaries_of(scheme, plan).dynamic:
+        return None
+    what = scheme.model_type if plan is None or plan.changes_nothing else plan.method
+    return f"the positions of {what} follow the length of the input"
+
+
+def check_prefill(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int, chunk: int | None) -> None:
+    """
+    Refuse chunks that are known to give other values, before anything long begins.
+
+    Args:
+        scheme ([`PositionalScheme`]): of the model.
+        plan ([`ExtensionPlan`], *optional*): in force, or to be.
+        longest (`int`): tokens of the longest text.
+        chunk (`int`, *optional*): tokens of a chunk; `None` where texts are read whole.
+
+    Raises:
+        InvalidParameterError: there would be chunks, and there is an obstacle to them.
+    """
+    obstacle = prefill_obstacle(scheme, plan)
+    if chunk is not None and chunk < longest and obstacle is not None:
+        raise InvalidParameterError(
+            f"prefill_chunk is {chunk} for texts of {longest} tokens, but {obstacle}, so that chunks would give other "
+            "values; leave prefill_chunk out, or that method"
+        )

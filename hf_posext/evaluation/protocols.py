@@ -1,0 +1,71 @@
+"""Protocols by name, and the one that fits a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import InvalidParameterError
+from ..patching.detect import model_kind
+from .decoders import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail, check_tail
+from .encoders import Pseudo, Seq2Seq
+from .windows import PerplexityProtocol, check_stride
+
+STRIDED = {protocol.name: protocol for protocol in (Sliding, LegacyYaRN, LegacyLongLoRA)}
+DECODER_PROTOCOLS = ("prefix", "sliding", "rolling", "tail", "legacy-yarn", "legacy-longlora")
+
+FITTING = {"causal": DECODER_PROTOCOLS, "masked": ("pseudo",), "seq2seq": ("seq2seq",)}
+"""The protocols by the kind of language model, the one that is taken if none is asked for first."""
+
+
+def choose_protocol(
+    name: str | None, model: nn.Module, lengths: list[int], *, stride: int | None = None, tail: int | None = None
+) -> PerplexityProtocol:
+    """The protocol of that name, or the one that fits the model; as [`protocol_for`]."""
+    return protocol_for(name, *model_kind(model), lengths, stride=stride, tail=tail)
+
+
+def protocol_for(
+    name: str | None, kind: str, model: str, lengths: list[int], *, stride: int | None = None, tail: int | None = None
+) -> PerplexityProtocol:
+    """
+    The protocol of that name, or the one that fits the kind of model.
+
+    Args:
+        name (`str`, *optional*): by default `"prefix"`, `"pseudo"` or `"seq2seq"`, by the model.
+        kind (`str`): of the language model, as [`model_kind`] names it.
+        model (`str`): class of the model, for messages.
+        lengths (`list[int]`): in tokens, ascending.
+        stride (`int`, *optional*): of protocols whose windows overlap; required there, refused elsewhere.
+        tail (`int`, *optional*): tokens that protocol `"tail"` counts; required there, refused elsewhere.
+
+    Raises:
+        InvalidParameterError: no such protocol, one that does not fit the model, an option where it has none, none
+            where it has one, or one that cannot be.
+    """
+    fitting = FITTING[kind]
+    name = name or fitting[0]
+    known = [protocol for protocols in FITTING.values() for protocol in protocols]
+    if name not in known:
+        raise InvalidParameterError(f"protocol is {name!r}; choose one of {', '.join(known)}")
+    if name not in fitting:
+        raise InvalidParameterError(
+            f"protocol {name!r} does not fit {model}; choose {' or '.join(map(repr, fitting))}"
+        )
+    if stride is not None and name not in STRIDED:
+        raise InvalidParameterError(
+            f"stride is {stride}, and protocol {name!r} has none; leave it out, or choose {' or '.join(STRIDED)}"
+        )
+    if tail is not None and name != Tail.name:
+        raise InvalidParameterError(f"tail is {tail}, and protocol {name!r} has none; leave it out, or choose 'tail'")
+    if name in STRIDED:
+        if stride is None:
+            raise InvalidParameterError(f"protocol {name!r} needs a stride, as in stride=256")
+        for length in lengths:
+            check_stride(length, stride)
+        return STRIDED[name](stride)
+    if name == Tail.name:
+        if tail is None:
+            raise InvalidParameterError("protocol 'tail' needs the tokens that count, as in tail=128")
+        check_tail(tail, lengths)
+        return Tail(tail)
+    return {protocol.name: protocol for protocol in (Prefix, Rolling, Pseudo, Seq2Seq)}[name]()

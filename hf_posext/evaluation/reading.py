@@ -1,0 +1,429 @@
+"""Texts out of files, folders, the Hub and Python objects, as pairs of id and text; and how files are written.
+
+Every way in asks first what lies there, and then reads all of it or refuses it by name: no rule falls through to
+another one that takes a line for a document, or a part of a folder for the whole.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import importlib
+import io
+import itertools
+import json
+import logging
+import lzma
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..decode import short
+from ..errors import DocumentError
+
+
+def write_atomically(path: str | Path, data: str | bytes) -> Path:
+    """Writes a file beside its place and moves it there, so that neither a reader nor a crash meets half of it.
+
+    Args:
+        path (`str` or `Path`): where to; its directory exists.
+        data (`str` or `bytes`): all of the file; text is written as UTF-8.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        OSError: it cannot be written; a file that was there is still whole.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def portable(name: str) -> str:
+    """An absolute path inside the current directory as a relative one; any other text as it is.
+
+    What results say about their origin shall not name somebody's machine where it need not.
+    """
+    path = Path(name)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return name
+
+
+logger = logging.getLogger(__name__)
+
+Texts = Iterable[tuple[str, Any]]
+"""Pairs of a document's id and its text. A text that is not a string is refused by the caller."""
+
+KINDS = {
+    ".txt": "text",
+    ".jsonl": "JSON",
+    ".ndjson": "JSON",
+    ".json": "JSON",
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""Kinds of files by their ending in lower case."""
+
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+"""Compressed files by their last ending; `.zst` needs a package."""
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+ENDINGS = f"{', '.join(KINDS)} (also compressed: {', '.join((*OPENERS, '.zst'))})"
+
+
+@dataclass
+class Listing:
+    """Files of a folder.
+
+    Attributes:
+        taken (`dict[str, list[Path]]`): files to read, by kind, each list in the order of paths.
+        left (`list[Path]`): files that contain no documents.
+    """
+
+    taken: dict[str, list[Path]] = field(default_factory=dict)
+    left: list[Path] = field(default_factory=list)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the kind of a file by its ending, whatever its case and compression; `None` for any other file."""
+    endings = [suffix.lower() for suffix in path.suffixes]
+    if endings and endings[-1] in (*OPENERS, ".zst"):
+        endings.pop()
+    return KINDS.get(endings[-1]) if endings else None
+
+
+def list_folder(folder: Path) -> Listing:
+    """List a folder and the folders in it; hidden files and the metadata of `datasets` are no documents."""
+    from datasets.data_files import FILES_TO_IGNORE
+
+    listing = Listing()
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file():
+            continue
+        kind = None if path.name in FILES_TO_IGNORE else kind_of(path)
+        if kind is None:
+            listing.left.append(path)
+        else:
+            listing.taken.setdefault(kind, []).append(path)
+    return listing
+
+
+def from_path(
+    path: Path, text_column: str, split: str | None, revision: str | None
+) -> tuple[Texts, Mapping[str, Any]]:
+    """Read what lies at a path, or a data set of the Hub.
+
+    Args:
+        path (`Path`): a file, a folder, or a Hub id.
+        text_column (`str`): column of the text.
+        split (`str`, *optional*): of a folder of splits or a Hub id.
+        revision (`str`, *optional*): of a Hub id.
+
+    Returns:
+        The texts, and of a folder what was read and what was left, for the provenance.
+
+    Raises:
+        DocumentError: nothing there that can be read, files of several kinds, or a split that is not there.
+    """
+    if path.exists() and revision is not None:
+        raise DocumentError(f"revision is {revision!r}, and {path} is on this machine; leave revision out")
+    if path.is_file():
+        if split is not None:
+            raise DocumentError(f"split is {split!r}, and {path} is one file; leave split out")
+        kind = kind_of(path)
+        if kind is None:
+            raise DocumentError(f"{path} ends in {path.suffix!r}; give a file of {ENDINGS}, or a folder")
+        return _from_files(kind, [path], path.parent, text_column), {}
+    if path.is_dir():
+        return _from_folder(path, text_column, split)
+    if kind_of(path) is not None or not HUB_ID.fullmatch(str(path)):
+        raise DocumentError(f"no such path: {short(path)}; give a folder, a file of {ENDINGS}, or a Hub id")
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if str(path) in _PACKAGED_DATASETS_MODULES:
+        raise DocumentError(
+            f"{str(path)!r} is how datasets calls its reader of such files, and not a data set; give the files: a "
+            "path, or a Hub id such as org/name"
+        )
+    rows = _of_split(load_dataset(str(path), str(path), split=split, revision=revision), split, str(path))
+    return from_rows(rows, text_column, str(path)), {}
+
+
+def _from_folder(folder: Path, text_column: str, split: str | None) -> tuple[Texts, Mapping[str, Any]]:
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        import datasets
+
+        saved = _or_one_line(str(folder), lambda: datasets.load_from_disk(str(folder)))
+        return from_rows(_of_split(saved, split, str(folder)), text_column, str(folder)), {"saved": "save_to_disk"}
+    listing = list_folder(folder)
+    if not listing.taken:
+        others = f"; it contains {_names(listing.left, folder)}" if listing.left else ""
+        raise DocumentError(f"{folder} contains no documents{others}: give a folder with files of {ENDINGS}")
+    if len(listing.taken) > 1:
+        shown = "; ".join(f"{kind}: {_names(files, folder)}" for kind, files in listing.taken.items())
+        first = min((files[0] for files in listing.taken.values()), key=lambda file: len(file.parts))
+        raise DocumentError(
+            f"{folder} contains files of several kinds ({shown}); give one of them, as {first}, or a folder of "
+            "one kind"
+        )
+    ((kind, files),) = listing.taken.items()
+    if kind == "text":
+        if split is not None:
+            raise DocumentError(f"split is {split!r}, and in {folder} each .txt is a document; leave split out")
+    else:
+        files = _files_of_split(folder, kind, files, split)
+    if listing.left:
+        logger.warning("%d files of %s are read, not %s", len(files), folder, _names(listing.left, folder))
+    read = {"files": len(files), "files_left": [str(file.relative_to(folder)) for file in listing.left]}
+    return _from_files(kind, files, folder, text_column), read
+
+
+def _files_of_split(folder: Path, kind: str, files: list[Path], split: str | None) -> list[Path]:
+    """The files of one split, where names of files or folders, or a README, divide a folder into splits."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(str(folder.absolute())).config.data_files
+        splits = {str(name): [Path(file) for file in listed] for name, listed in found.items()}
+    except Exception:  # endings in upper case, which datasets does not know
+        splits = {"train": [file.absolute() for file in files]}
+    known = {file for listed in splits.values() for file in listed}
+    if set(splits) == {"train"} and any("train" not in str(file.relative_to(folder.absolute())) for file in known):
+        return files  # no name divides them; datasets leaves out endings in upper case
+    left = [file for file in files if file.absolute() not in known]
+    if left:
+        raise DocumentError(
+            f"{folder} contains files of the splits {', '.join(splits)} and besides {_names(left, folder)}; give one "
+            "file, or a folder in which every file is of a split or none is"
+        )
+    chosen: list[Path] = _of_split(splits, split, str(folder))
+    return [folder / file.relative_to(folder.absolute()) for file in chosen]
+
+
+def _names(files: list[Path], folder: Path) -> str:
+    names = [str(file.relative_to(folder)) for file in files[:3]]
+    return ", ".join(names) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+
+
+def _from_files(kind: str, files: list[Path], folder: Path, text_column: str) -> Texts:
+    if kind == "text":
+        return ((file.relative_to(folder).as_posix(), _open(file).read()) for file in files)
+    if kind in ("parquet", "arrow"):
+        names = [str(file.absolute()) for file in files]
+        shown = str(files[0] if len(files) == 1 else folder)
+        return from_rows(load_dataset(shown, kind, data_files=names, split="train"), text_column, shown)
+    readers: dict[str, Callable[[Path], Iterable[Any]]]
+    readers = {"JSON": _json_rows, "CSV": lambda file: _table(file, ","), "TSV": lambda file: _table(file, "\t")}
+    several = len(files) > 1
+    return itertools.chain.from_iterable(
+        from_rows(readers[kind](file), text_column, str(file), f"{file.relative_to(folder).as_posix()}:" * several)
+        for file in files
+    )
+
+
+def _open(path: Path, newline: str | None = None) -> io.TextIOBase:
+    """A file as text, decompressed, without its byte order mark."""
+    suffix = path.suffix.lower()
+    opener: Any = OPENERS.get(suffix, open)
+    if suffix == ".zst":
+        try:
+            zstandard = importlib.import_module("zstandard")
+        except ImportError as error:
+            raise DocumentError(f"{path} needs the package zstandard: pip install zstandard") from error
+        opener = zstandard.open
+    file: io.TextIOBase = opener(path, "rt", encoding="utf-8-sig", newline=newline)
+    return file
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    """Rows of a list, of lines, or one row. Not by `datasets`, which wants one type in a column, and drops lone
+    surrogates."""
+    with _open(path) as lines:
+        if ".json" in [suffix.lower() for suffix in path.suffixes]:
+            first = next((line for line in lines if line.strip()), "")
+            if not _is_json(first):  # a list or an object over several lines, or nothing that is JSON
+                content = json.loads(first + lines.read())
+                yield from content if isinstance(content, list) else [content]
+                return
+            row = json.loads(first)
+            yield from row if isinstance(row, list) else [row]
+        yield from json_lines(lines, str(path))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
+    """Parse a row from every line that is not empty.
+
+    Raises:
+        DocumentError: a line is not JSON.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DocumentError(f"cannot read {name}: line {number} is not JSON ({error})") from error
+
+
+def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
+    """Rows of a table. Not by `datasets`, which makes numbers of texts that look like some, and NaN of `NA`."""
+    csv.field_size_limit(sys.maxsize)
+    with _open(path, newline="") as file:  # line ends inside cells stay as they are
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        for number, row in enumerate(rows, start=1):
+            cells = sum(value is not None for name, value in row.items() if name is not None) + len(
+                row.get(None) or ()
+            )
+            if None in row or None in row.values():
+                raise DocumentError(
+                    f"cannot read {path}: row {number} has {cells} cells, and the header {len(rows.fieldnames or ())}"
+                )
+            yield row
+
+
+def from_rows(rows: Any, text_column: str, name: str, prefix: str = "") -> Texts:
+    """Take the column of text, and ids from a column `id` where there is one.
+
+    Args:
+        rows (`Iterable[Mapping]`): the rows.
+        text_column (`str`): column of the text.
+        name (`str`): what the rows are of, for messages.
+        prefix (`str`, *optional*): put before ids that are numbers of rows.
+
+    Raises:
+        DocumentError: a row is not an object, or lacks the column.
+    """
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DocumentError(f"row {index + 1} of {name} is {type(row).__name__}, not an object with columns")
+        if text_column not in row:
+            columns = ", ".join(map(str, row))
+            if index:
+                raise DocumentError(
+                    f"row {index + 1} of {name} has no {text_column!r}, which the rows before it have, only {columns}"
+                )
+            raise DocumentError(
+                f"{name} has no column {text_column!r}; it has {columns}: choose one with text_column="
+            )
+        id = row.get("id")
+        yield f"{prefix}{index}" if id is None or id == "" else str(id), row[text_column]
+
+
+def from_object(source: Any, text_column: str, split: str | None) -> Texts:
+    """Read a Python object by what it is: a data set, a table, columns, or a sequence of texts or rows.
+
+    Raises:
+        DocumentError: none of these.
+    """
+    name = type(source).__name__
+    if isinstance(source, Mapping):
+        if source and all(hasattr(value, "column_names") for value in source.values()):  # a DatasetDict
+            return from_rows(_of_split(source, split, name), text_column, name)
+        return from_rows(_rows_of_columns(source, name), text_column, name)
+    if hasattr(source, "iter_rows") and hasattr(source, "columns"):  # polars
+        return from_rows(source.iter_rows(named=True), text_column, name)
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
+        return from_rows(source.to_dict("records"), text_column, name)
+    if hasattr(source, "to_pylist") and hasattr(source, "column_names"):  # pyarrow
+        return from_rows(source.to_pylist(), text_column, name)
+    if hasattr(source, "column_names"):  # a Dataset, or one that streams
+        return from_rows(source, text_column, name)
+    if isinstance(source, bytes) or not isinstance(source, Iterable):
+        raise DocumentError(
+            f"Expected texts, got {name}. Pass a path, a list of texts, a Dataset, a DataFrame, or a dict of columns."
+        )
+    return _from_items(source, text_column, name)
+
+
+def _from_items(items: Iterable[Any], text_column: str, name: str) -> Texts:
+    for index, item in enumerate(items):
+        if isinstance(item, Mapping):
+            ((id, text),) = from_rows([item], text_column, f"element {index + 1} of {name}, a row,")
+            yield str(index) if id == "0" and item.get("id") in (None, "") else id, text
+        elif hasattr(item, "text") and hasattr(item, "id"):  # a Document
+            yield item.id, item.text
+        else:
+            yield str(index), item
+
+
+def _rows_of_columns(columns: Mapping[Any, Any], name: str) -> Iterator[dict[str, Any]]:
+    lengths = Counter(
+        len(column) if isinstance(column, list | tuple) or hasattr(column, "tolist") else None
+        for column in columns.values()
+    )
+    if len(lengths) != 1 or None in lengths:
+        shown = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in itertools.islice(columns.items(), 3))
+        raise DocumentError(
+            f"Expected lists of one length in {name}, got {{{shown}}}. Pass columns, as {{'text': [...]}}, or texts."
+        )
+    return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+def _of_split(found: Any, split: str | None, name: str) -> Any:
+    """One split of a data set that has several; the data set itself where it has none."""
+    if not isinstance(found, Mapping):
+        return found
+    if split is None and len(found) > 1:
+        raise DocumentError(f"{name} has the splits {', '.join(found)}; choose one, as split={next(iter(found))!r}")
+    if split is not None and split not in found:
+        raise DocumentError(f"{name} has no split {split!r}; there are: {', '.join(found)}")
+    return found[split or next(iter(found))]
+
+
+def load_dataset(shown: str, *args: Any, streaming: bool = True, **kwargs: Any) -> Any:
+    """Call `datasets.load_dataset`, streamed by default: a limit reads no more than it needs, nothing is copied.
+
+    Raises:
+        DocumentError: whatever it raises, on one line.
+    """
+    import datasets
+
+    return _or_one_line(shown, lambda: datasets.load_dataset(*args, streaming=streaming, **kwargs))
+
+
+def _or_one_line(shown: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:
+        raise unreadable(shown, error) from error
+
+
+def one_line_errors(texts: Texts, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the same texts; turn whatever the readers of files raise on the way into one line."""
+    try:
+        yield from texts
+    except DocumentError:
+        raise
+    except Exception as error:
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: Exception) -> DocumentError:
+    """Make one line of an error, with advice where the text is not UTF-8."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+    return DocumentError(f"cannot read {name}: {reason}{advice}")

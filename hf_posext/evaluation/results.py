@@ -1,0 +1,302 @@
+"""Results of a measurement: provenance, rows, and what each document gave; to and from files, and to trackers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..decode import Rules, decode, short
+from ..errors import EvaluationError, InvalidParameterError
+from ..visible import csv_cell, visible
+from .reading import write_atomically
+from .rows import STRETCHES, DocumentRecord, RetrievalRow, Row, required
+from .windows import is_legacy
+
+if TYPE_CHECKING:
+    import pandas
+    from accelerate import Accelerator
+
+SCHEMA = 2
+
+ROW_KEYS = required(Row)
+"""Keys of every row, in this order; those of LongPPL and of passkeys follow where they were asked for."""
+
+LONGPPL_KEYS = ("longppl", "longppl_ci95", "longppl_truncated", "key_tokens")
+PASSKEY_KEYS = ("passkey", "passkey_trials")
+DOCUMENT_KEYS = required(DocumentRecord)
+KEY_TOKEN_KEYS = ("key_nll_sum", "key_tokens")
+"""Additional keys of documents, where LongPPL was asked for."""
+
+RETRIEVAL_KEYS = required(RetrievalRow)
+TABLES: dict[str, type] = {"rows": Row, "per_document": DocumentRecord, "retrieval": RetrievalRow}
+"""The lists of results, and what their entries are."""
+
+INTERVALS = ("ci95", "gain_ci95", "change_ci95", "longppl_ci95")
+SIZES = {**dict.fromkeys(INTERVALS, 2), "position_nll_sums": STRETCHES}
+"""Numbers in each list."""
+
+RULES = Rules(EvaluationError, "measure again with this version", sys.float_info.max)
+
+
+@dataclass
+class Results:
+    """
+    Perplexity of one model by method and context length.
+
+    Args:
+        provenance (`dict`): versions, model, data, seed, protocol, lengths: what is needed to measure again.
+        rows (`list[dict]`): one per method and length; see the table in [`compare`].
+        per_document (`list[dict]`): sums of NLL and counts of tokens of every document, method and length, the control
+            (`"truncated"`) included, so that every perplexity and interval can be computed again; at the longest
+            length also the NLL of sixteen equally long stretches of the document, for the gain by position.
+        retrieval (`list[dict]`): one per method, task, length and depth, where that was asked for: `accuracy` from 0
+            to 1 (`None` where it failed) and `trials`, as [`retrieval`] gives them.
+    """
+
+    provenance: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    per_document: list[dict[str, Any]] = field(default_factory=list)
+    retrieval: list[dict[str, Any]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        methods = dict.fromkeys(
+            row["method"] if row["factor"] == 1 else f"{row['method']} x{row['factor']:g}" for row in self.rows
+        )
+        lengths = sorted({row["length"] for row in self.rows})
+        protocols = dict.fromkeys(row["protocol"] for row in self.rows)
+        documents = max((row["documents"] for row in self.rows), default=0)
+        parts = (
+            visible(str(self.provenance.get("model", "a model"))),
+            f"methods {', '.join(methods) or 'none measured'}",
+            f"lengths {', '.join(map(str, lengths))}",
+            f"protocol {', '.join(protocols)}",
+            f"{documents} documents",
+        )
+        return f"Results({'; '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """The rows as a table, for notebooks."""
+        return str(self.to_frame().to_html(index=False, na_rep="-"))
+
+    def row(self, method: str, length: int, factor: float | None = None) -> dict[str, Any]:
+        """
+        The row of a method at a length.
+
+        Args:
+            method (`str`): label of the method, such as `"yarn"`.
+            length (`int`): context length in tokens.
+            factor (`float`, *optional*): needed only where the method was measured at several factors.
+
+        Raises:
+            InvalidParameterError: there is no such row, or there are several.
+        """
+        found = [
+            row
+            for row in self.rows
+            if row["method"] == method and row["length"] == length and factor in (None, row["factor"])
+        ]
+        if len(found) != 1:
+            there = ", ".join(f"{row['method']} x{row['factor']:g} at {row['length']}" for row in found or self.rows)
+            raise InvalidParameterError(
+                f"{len(found)} rows are {method!r} at {length} (factor {factor}); choose one of: {there or 'none'}"
+            )
+        return found[0]
+
+    def short_context(self) -> list[dict[str, Any]]:
+        """
+        What each method changes where the model needed no extension: at the longest length that was measured and is
+        not above the trained one. Empty where there is none.
+
+        Returns:
+            `list[dict]`: `method`, `factor`, `length`, `change` and `change_ci95` of the rows.
+        """
+        trained = self.provenance.get("trained_length") or 0
+        longest = max((row["length"] for row in self.rows if row["length"] <= trained), default=None)
+        return [
+            {key: row[key] for key in ("method", "factor", "length", "change", "change_ci95")}
+            for row in self.rows
+            if row["length"] == longest and row["method"] != "none" and row["change"] is not None
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, what happens inside the trained length first; a number that is not finite is `None`."""
+        content = {
+            "provenance": self.provenance,
+            "short_context": self.short_context(),
+            "rows": self.rows,
+            "per_document": self.per_document,
+            **({"retrieval": self.retrieval} if self.retrieval else {}),
+        }
+        plain: dict[str, Any] = {"schema": SCHEMA, **_finite(content)}
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Results:
+        """
+        The results that `to_dict` gave.
+
+        Raises:
+            EvaluationError: another schema, keys missing or unknown, or values of another type.
+        """
+        if not isinstance(data, Mapping) or "schema" not in data:
+            raise EvaluationError(
+                "no results of hf_posext, which have the key 'schema'; give a results.json that compare wrote"
+            )
+        if data["schema"] != SCHEMA:
+            raise EvaluationError(
+                f"results have schema {data['schema']!r}; this version of hf_posext reads {SCHEMA}: "
+                "upgrade it, or measure again"
+            )
+        missing = [key for key in ("provenance", "rows", "per_document") if key not in data]
+        unknown = sorted(set(data) - {"schema", "provenance", "short_context", *TABLES})
+        if missing or unknown:
+            raise EvaluationError(f"results lack {missing} and have unknown {unknown}; {RULES.remedy}")
+        _check_provenance(data["provenance"])
+        tables = {name: _table(name, data.get(name, [])) for name in TABLES}
+        return cls(dict(data["provenance"]), **tables)
+
+    def save_json(self, path: str | Path) -> Path:
+        """Write the results; a file that is there stays whole until the new one is (atomic replacement)."""
+        return write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load_json(cls, path: str | Path) -> Results:
+        """
+        Read results from a file.
+
+        Raises:
+            EvaluationError: no such file, not JSON, or not results of this schema.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise EvaluationError(f"cannot read results at {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise EvaluationError(f"{path} is not JSON, so it holds no results: {error}; measure again") from error
+        try:
+            return cls.from_dict(data)
+        except EvaluationError as error:
+            raise EvaluationError(f"{path}: {error}") from error
+
+    def save_csv(self, path: str | Path) -> Path:
+        """Write the rows as a table; an interval takes two columns, `_low` and `_high`."""
+        rows = self._flat_rows()
+        return _save_table(path, rows, dict.fromkeys(key for row in rows or [dict.fromkeys(ROW_KEYS)] for key in row))
+
+    def save_retrieval_csv(self, path: str | Path) -> Path:
+        """Write what was retrieved as a table."""
+        return _save_table(path, self.retrieval, RETRIEVAL_KEYS)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The rows as a `pandas.DataFrame`, with the columns of `save_csv`."""
+        import pandas
+
+        return pandas.DataFrame(self._flat_rows())
+
+    def _flat_rows(self) -> list[dict[str, Any]]:
+        flat = []
+        for row in _finite(self.rows):
+            cells: dict[str, Any] = {}
+            for key, value in row.items():
+                if key in INTERVALS:
+                    cells[f"{key}_low"], cells[f"{key}_high"] = value or (None, None)
+                else:
+                    cells[key] = value
+            flat.append(cells)
+        return flat
+
+
+def _save_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> Path:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+    return write_atomically(path, text.getvalue())
+
+
+def _finite(value: Any) -> Any:
+    """The same, without NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_provenance(provenance: Any) -> None:
+    """Refuse what the reports could not read; they need no more of it than these."""
+    if not isinstance(provenance, Mapping):
+        raise EvaluationError("provenance of the results is no JSON object")
+    wanted = {"model": str, "trained_length": int, "seed": int, "not_applicable": dict, "documents": list}
+    for key, kind in wanted.items():
+        value = provenance.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise EvaluationError(f"provenance has {key} {short(value)}; measure again")
+
+
+def _table(name: str, entries: Any) -> list[dict[str, Any]]:
+    """The entries of a list of results, decoded."""
+    if not isinstance(entries, list):
+        raise EvaluationError(f"{name} of the results is {type(entries).__name__}, not a list")
+    records = []
+    for index, entry in enumerate(entries):
+        record: dict[str, Any] = decode(TABLES[name], entry, f"{name}.{index}", RULES)
+        records.append(record)
+        for key, value in record.items():
+            if isinstance(value, int) and value < 0:  # the other numbers are floats
+                raise EvaluationError(f"{name}.{index}.{key} is {value}; a count of 0 or more belongs there")
+            if isinstance(value, list) and len(value) != SIZES[key]:
+                raise EvaluationError(f"{name}.{index}.{key} is {short(value)}; {SIZES[key]} numbers belong there")
+    return records
+
+
+QUANTITIES = ("perplexity", "gain", "change", "passkey")
+
+
+def log_results(results: Results, accelerator: Accelerator) -> None:
+    """
+    Log the rows as curves over the context length: the step is the length in tokens, a curve is a method.
+
+    Curves are called `perplexity/yarn-x8`, `gain/yarn-x8` and so on, those of a legacy protocol
+    `perplexity-legacy-yarn/yarn-x8`; what a row does not have is left out. All methods of one length are logged
+    together and lengths in ascending order, since some trackers drop steps that go back.
+
+    ```python
+    accelerator = Accelerator(log_with="tensorboard", project_dir="runs")
+    accelerator.init_trackers("hf_posext")
+    log_results(compare(model, tokenizer, documents, ["none", "yarn"], factor=8, lengths=[512, 4096]), accelerator)
+    accelerator.end_training()
+    ```
+
+    Args:
+        results ([`Results`]): of a comparison or of one model.
+        accelerator (`Accelerator`): after `init_trackers`; on other processes than the main one nothing is logged.
+
+    Raises:
+        InvalidParameterError: there is no tracker, so that everything would be lost.
+    """
+    if accelerator.is_main_process and not accelerator.trackers:
+        raise InvalidParameterError(
+            "the accelerator has no tracker; make it as Accelerator(log_with='tensorboard', project_dir='runs') and "
+            "call accelerator.init_trackers('hf_posext') first"
+        )
+    for length in sorted({row["length"] for row in results.rows}):
+        values = {
+            f"{_curves(quantity, row['protocol'])}/{row['method']}-x{row['factor']:g}": row[quantity]
+            for row in results.rows
+            for quantity in QUANTITIES
+            if row["length"] == length and row.get(quantity) is not None and math.isfinite(row[quantity])
+        }
+        accelerator.log(values, step=length)
+
+
+def _curves(quantity: str, protocol: str) -> str:
+    """Name of the curves of a quantity; passkeys are asked for in the same way by every protocol."""
+    return f"{quantity}-{protocol}" if is_legacy(protocol) and quantity != "passkey" else quantity

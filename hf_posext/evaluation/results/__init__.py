@@ -1,1 +1,0 @@
-"""From sums per document to rows with intervals, and rows to and from files."""

@@ -1,0 +1,425 @@
+"""From NLL sums per document to the rows of a result: records, statistics, and the gain by position.
+
+Nothing here needs a model. No annotations from the future: as text they would hide from `TypedDict` which keys are not
+required.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, NamedTuple, NotRequired, Self, TypedDict
+
+import numpy as np
+
+from .tokens import TokenizedDocuments
+from .windows import Measurement, PerplexityProtocol
+
+Interval = list[float | None]
+"""Both ends of a 95 % interval; an end that is not finite is `None`."""
+
+
+class Row(TypedDict):
+    """One method at one length; see the table in [`compare`]. LongPPL and passkeys are there if asked for."""
+
+    method: str
+    factor: float
+    protocol: str
+    bos: str
+    dtype: str
+    length: int
+    perplexity: float | None
+    perplexity_tail: float | None
+    bits_per_byte: float | None
+    nll_sum: float | None
+    tokens: int
+    documents: int
+    ci95: Interval | None
+    perplexity_truncated: float | None
+    perplexity_truncated_tail: float | None
+    gain: float | None
+    gain_ci95: Interval | None
+    change: float | None
+    change_ci95: Interval | None
+    longppl: NotRequired[float | None]
+    longppl_ci95: NotRequired[Interval | None]
+    longppl_truncated: NotRequired[float | None]
+    key_tokens: NotRequired[int | None]
+    passkey: NotRequired[float | None]
+    passkey_trials: NotRequired[int]
+
+
+class DocumentRecord(TypedDict):
+    """Sums of one document, method and length; see [`document_record`]. Key tokens are there if asked for."""
+
+    document: str
+    method: str
+    factor: float
+    length: int
+    first: int | None
+    nll_sum: float | None
+    tokens: int
+    bytes: int | None
+    tail_nll_sum: float | None
+    tail_tokens: int
+    groups: int | None
+    group_mean_sum: float | None
+    position_nll_sums: list[float] | None
+    key_nll_sum: NotRequired[float | None]
+    key_tokens: NotRequired[int | None]
+
+
+class RetrievalRow(TypedDict):
+    """One method, task, length and depth, as [`retrieval`] gives them."""
+
+    method: str
+    factor: float
+    task: str
+    length: int
+    depth: float | None
+    accuracy: float | None
+    trials: int
+
+
+def required(record: type) -> tuple[str, ...]:
+    """Keys that every such record has, in their order."""
+    return tuple(key for key in record.__annotations__ if key in record.__required_keys__)  # type: ignore[attr-defined]
+
+
+CONFIDENCE = 0.95
+RESAMPLES = 9_999
+
+
+def pooled_perplexity(nll_sums: Any, tokens: Any, axis: int = -1) -> Any:
+    """
+    `exp(sum of NLL / sum of tokens)`: every token weighs the same, whichever document it is from.
+
+    The mean of the documents' perplexities is another number, and a larger one. Sums of *differences* of NLL over the
+    same tokens give the ratio of two perplexities.
+
+    Args:
+        nll_sums (`array` of shape `(..., documents)`): float64, in nats.
+        tokens (`array` of shape `(..., documents)`): tokens scored in each document.
+        axis (`int`, *optional*, defaults to -1): the axis of the documents.
+    """
+    with np.errstate(over="ignore"):  # a broken model's perplexity may be infinite; it is written as null
+        return np.exp(np.sum(nll_sums, axis=axis, dtype=np.float64) / np.sum(tokens, axis=axis))
+
+
+def share_interval(share: float, trials: int) -> tuple[float, float]:
+    """
+    95 % interval of a share of independent trials, after Wilson: 5 of 5 tells no more than that it is above 57 %.
+
+    Args:
+        share (`float`): found, from 0 to 1.
+        trials (`int`): 1 or more.
+    """
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    middle = share + z**2 / (2 * trials)
+    half = z * ((share * (1 - share) + z**2 / (4 * trials)) / trials) ** 0.5
+    scale = 1 + z**2 / trials
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def bootstrap_interval(nll_sums: Sequence[float], tokens: Sequence[int], seed: int) -> list[float] | None:
+    """
+    95 % interval of [`pooled_perplexity`] when documents are drawn anew, with replacement.
+
+    Documents are the independent unit; tokens of one document are not. Give differences of NLL sums for the interval
+    of a ratio of two perplexities on the same tokens: it is paired by document, which takes out how hard each one is.
+    Percentile, not BCa: BCa estimates an acceleration from a jackknife over documents, which is noise at the usual
+    eight and undefined where documents agree. With few documents the interval is somewhat too narrow.
+
+    Args:
+        nll_sums (`Sequence[float]`): one sum per document, in nats.
+        tokens (`Sequence[int]`): tokens scored in each.
+        seed (`int`): of the resampling.
+
+    Returns:
+        `list[float]`, *optional*: `[low, high]`; `None` with one document, which tells nothing about others.
+    """
+    if len(nll_sums) < 2:
+        return None
+    from scipy.stats import bootstrap
+
+    interval = bootstrap(
+        (np.asarray(nll_sums, dtype=np.float64), np.asarray(tokens)),
+        pooled_perplexity,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return [float(interval.low), float(interval.high)]
+
+
+STRETCHES = 16
+"""Few enough that eight documents tell something about each: at 4,096 tokens one holds 2,048 of them."""
+
+
+class StretchGain(NamedTuple):
+    """The gain of a method over the control on the tokens `begin` to `end` of every document."""
+
+    begin: int
+    end: int
+    gain: float
+    gain_ci95: list[float] | None
+
+
+def stretch_bounds(first: int, scored: int) -> np.ndarray:
+    """
+    The tokens at which the stretches begin, and their end; shape (17,).
+
+    They divide the tokens from the one before the first that is scored, which is where its context ends: where all of
+    a document is scored that is token 0, and they divide the document.
+
+    Args:
+        first (`int`): index of the first token that is scored.
+        scored (`int`): how many are.
+    """
+    return first - 1 + np.arange(STRETCHES + 1) * (scored + 1) // STRETCHES
+
+
+def position_sums(measurement: Measurement) -> list[float] | None:
+    """NLL summed over each stretch; `None` where tokens overlap, a sample does not have as many of each stretch, or
+    the protocol does not weigh tokens equally, as the gain by stretch does."""
+    nll = measurement.nll
+    if measurement.places is not None and len(nll) % STRETCHES == 0:
+        return [float(part.sum()) for part in np.split(nll, STRETCHES)]
+    if measurement.first is None or measurement.groups is not None:
+        return None
+    bounds = np.maximum(stretch_bounds(0, len(nll)), 0)
+    return [float(nll[begin:end].sum()) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def stretches(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds of the stretches of a record, shape (17,), and how many tokens of each are scored, shape (16,)."""
+    first, scored, every = record["first"], record["tokens"], np.arange(STRETCHES + 1)
+    if first is None:  # a sample, which is spread evenly
+        return every * record["length"] // STRETCHES, np.diff(every * scored // STRETCHES)
+    bounds = stretch_bounds(first, scored)
+    return bounds, np.diff(np.maximum(bounds, first))
+
+
+def gain_by_position(
+    records: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]], seed: int
+) -> list[StretchGain]:
+    """
+    The control's perplexity divided by the method's in each stretch of the documents, with paired intervals.
+
+    It is `exp` of the NLL that the longer context saves, averaged over the tokens of a stretch in all documents.
+
+    Args:
+        records (`Sequence[dict]`): of the method at the longest length, a document each, with `position_nll_sums`.
+        control (`Sequence[dict]`): of the control, the same documents in the same order.
+        seed (`int`): of the bootstrap.
+    """
+    bounds, counts = stretches(records[0])
+    saved = np.array([record["position_nll_sums"] for record in control]) - [
+        record["position_nll_sums"] for record in records
+    ]
+    found = []
+    for begin, end, count, sums in zip(bounds[:-1], bounds[1:], counts, saved.T, strict=True):
+        if count:
+            tokens = [int(count)] * len(records)
+            interval = bootstrap_interval(list(sums), tokens, seed)
+            found.append(StretchGain(int(begin), int(end), float(pooled_perplexity(sums, tokens)), interval))
+    return found
+
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """
+    How all rows of a run were measured: `Conditions.of(protocol, documents, dtype)`, once for a run.
+
+    Args:
+        protocol (`str`): name of the protocol.
+        bos (`str`): where BOS stands, in words.
+        dtype (`str`): of the model's weights, `"bfloat16"`.
+        joined (`int`, *optional*, defaults to 1): documents behind each record; more where the protocol joins them.
+    """
+
+    protocol: str
+    bos: str
+    dtype: str
+    joined: int = 1
+
+    @classmethod
+    def of(cls, protocol: PerplexityProtocol, documents: TokenizedDocuments, dtype: str) -> Self:
+        """
+        Args:
+            protocol ([`PerplexityProtocol`]): what measures.
+            documents ([`TokenizedDocuments`]): before `protocol.arrange`.
+            dtype (`str`): of the model's weights.
+        """
+        joined = len(documents.ids) // len(protocol.arrange(documents).ids)
+        rule = protocol.bos_rule(documents.bos)
+        if documents.prefix:
+            rule = f"{rule if documents.bos else 'none'}; {documents.prefix}"
+        return cls(protocol.name, rule, dtype, joined)
+
+
+def document_record(
+    measurement: Measurement,
+    documents: TokenizedDocuments,
+    index: int,
+    method: str,
+    factor: float,
+    *,
+    with_positions: bool,
+) -> Record:
+    """
+    What one document gave at one length, as float64 sums.
+
+    The tail is the second half of the tokens: of `n` tokens, those at positions `n/2 + 1` to `n`. The sum over all
+    tokens averages in the easy early positions, and so hides a break. `first` is told where the tokens that are
+    scored follow each other, `bytes` there and of samples, and `position_nll_sums` like them where `with_positions` is
+    set (at the longest length, which covers the others). Where a legacy protocol averages means, `groups` of them have
+    the sum `group_mean_sum`, all of them are the tail, and there are no `position_nll_sums`.
+
+    Args:
+        measurement ([`Measurement`]): of the document.
+        documents ([`TokenizedDocuments`]): as the protocol arranged them.
+        index (`int`): which of them it is.
+        method (`str`): label.
+        factor (`float`): of the method.
+        with_positions (`bool`): whether this is the longest length.
+    """
+    nll, first, groups = measurement.nll, measurement.first, measurement.groups
+    size = len(nll) // 2 + 1 if measurement.tail is None else measurement.tail
+    tail = nll if groups else nll[-size:]
+    means = [] if groups is None else [part.mean() for part in np.split(nll, np.cumsum(groups)[:-1])]
+    return {
+        "document": documents.ids[index],
+        "method": method,
+        "factor": factor,
+        "length": measurement.length,
+        "first": first,
+        "nll_sum": math.fsum(nll),
+        "tokens": len(nll),
+        "bytes": _bytes(documents, index, measurement),
+        "tail_nll_sum": math.fsum(tail),
+        "tail_tokens": len(tail),
+        "groups": groups and len(groups),
+        "group_mean_sum": groups and math.fsum(means),
+        "position_nll_sums": position_sums(measurement) if with_positions else None,
+    }
+
+
+def averaged(record: Mapping[str, Any], tail: bool = False) -> tuple[float, int]:
+    """A sum of NLL and its weight: the pooled quotient of these is the logarithm of the perplexity.
+
+    They are the sum over the tokens (of the tail) and their number; of a legacy protocol that of its groups' means.
+    """
+    if record["groups"] is not None:
+        return record["group_mean_sum"], record["groups"]
+    part = "tail_" if tail else ""
+    return record[f"{part}nll_sum"], record[f"{part}tokens"]
+
+
+def make_rows(
+    records: Sequence[Record],
+    *,
+    conditions: Conditions,
+    control: Sequence[Record] = (),
+    baseline: Sequence[Record] = (),
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """
+    One row per length of one method.
+
+    Args:
+        records (`Sequence[dict]`): of the method, every document at every length.
+        conditions ([`Conditions`]): how they were measured.
+        control (`Sequence[dict]`, *optional*): of the control on the same tokens; without it `gain` is `None`.
+        baseline (`Sequence[dict]`, *optional*): of the unpatched model; without it `change` is `None`.
+        seed (`int`, *optional*, defaults to 0): of the bootstrap.
+    """
+    lengths = sorted({record["length"] for record in records})
+    return [
+        _row(_at(records, length), _at(control, length), _at(baseline, length), length, conditions, seed)
+        for length in lengths
+    ]
+
+
+def _row(
+    own: list[Record],
+    control: list[Record],
+    baseline: list[Record],
+    length: int,
+    conditions: Conditions,
+    seed: int,
+) -> dict[str, Any]:
+    nll, weights = _averaged(own)
+    tail_nll, tail_weights = _averaged(own, tail=True)
+    row: dict[str, Any] = {
+        "method": own[0]["method"],
+        "factor": own[0]["factor"],
+        "protocol": conditions.protocol,
+        "bos": conditions.bos,
+        "dtype": conditions.dtype,
+        "length": length,
+        "perplexity": float(pooled_perplexity(nll, weights)),
+        "perplexity_tail": float(pooled_perplexity(tail_nll, tail_weights)),
+        "bits_per_byte": _bits_per_byte(own),
+        "nll_sum": math.fsum(record["nll_sum"] for record in own),
+        "tokens": sum(record["tokens"] for record in own),
+        "documents": len(own) * conditions.joined,
+        "ci95": bootstrap_interval(nll, weights, seed),
+        **dict.fromkeys(
+            ("perplexity_truncated", "perplexity_truncated_tail", "gain", "gain_ci95", "change", "change_ci95")
+        ),
+    }
+    if control:
+        row["perplexity_truncated"] = float(pooled_perplexity(_averaged(control)[0], weights))
+        truncated_tail = _averaged(control, tail=True)[0]
+        row["perplexity_truncated_tail"] = float(pooled_perplexity(truncated_tail, tail_weights))
+        saved = _difference(truncated_tail, tail_nll)
+        row["gain"] = float(pooled_perplexity(saved, tail_weights))
+        row["gain_ci95"] = bootstrap_interval(saved, tail_weights, seed)
+    if baseline:
+        added = _difference(nll, _averaged(baseline)[0])
+        row["change"] = float(pooled_perplexity(added, weights)) - 1
+        interval = bootstrap_interval(added, weights, seed)
+        row["change_ci95"] = interval and [end - 1 for end in interval]
+    return row
+
+
+def _at(records: Iterable[Record], length: int) -> list[Record]:
+    return [record for record in records if record["length"] == length]
+
+
+def _averaged(records: Iterable[Record], tail: bool = False) -> tuple[list[float], list[int]]:
+    """Sums and weights of several documents."""
+    sums, weights = zip(*(averaged(record, tail) for record in records), strict=True)
+    return list(sums), list(weights)
+
+
+def _bytes(documents: TokenizedDocuments, index: int, measurement: Measurement) -> int | None:
+    """UTF-8 bytes of the text of the tokens that are scored, each of them counted once."""
+    first, places = measurement.first, measurement.places
+    if documents.byte_ends is None:
+        return None
+    ends = documents.byte_ends[index].numpy()
+    if first is not None:
+        return int(ends[first + len(measurement.nll) - 1] - ends[first - 1])
+    if places is None or (places[0] == 0 and documents.start):  # where such a row begins is not told
+        return None
+    return int((ends[places] - np.concatenate([[0], ends])[places]).sum())
+
+
+def _bits_per_byte(records: Sequence[Record]) -> float | None:
+    """NLL in bits divided by the bytes of the text that is scored: comparable between tokenizers."""
+    if any(record["bytes"] is None for record in records):
+        return None
+    size: int = sum(record["bytes"] for record in records)
+    return math.fsum(record["nll_sum"] for record in records) / math.log(2) / size if size else None
+
+
+def _difference(left: Iterable[float], right: Iterable[float]) -> list[float]:
+    return [a - b for a, b in zip(left, right, strict=True)]

@@ -1,0 +1,189 @@
+"""Runs tasks: over processes, with a journal, past those that fail, and saying how far it is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import NonFiniteError, OutOfMemoryError, PosExtError
+from .journal import RunJournal
+from .parallel import deal, exchange, processes_of, rank_of, shares_texts
+from .scorer import on_tokens
+from .tasks import Outcome, Outcomes, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT = 1.0
+"""Seconds after which the clock of the progress bar moves, also in the middle of a long forward."""
+
+
+class Stage(NamedTuple):
+    """
+    Tasks that are measured in one state of the model.
+
+    Args:
+        label (`str`): shown by the progress bar.
+        enter (`Callable`): gives the context that puts the model into the state, and back.
+        tasks (`list[Task]`): what is measured in it.
+        measure (`Callable[[Task], Any]`): gives the value of a task, in plain JSON types.
+    """
+
+    label: str
+    enter: Callable[[], AbstractContextManager[Any]]
+    tasks: Sequence[Task]
+    measure: Callable[[Task], Any]
+
+
+def measure(
+    stages: Sequence[Stage],
+    *,
+    accelerator: Accelerator | None = None,
+    journal: RunJournal | None = None,
+    on_stage: Callable[[Outcomes], Any] | None = None,
+) -> Outcomes:
+    """
+    Measure every task of every stage, each on one of the processes.
+
+    All tasks are dealt to the processes by their cost; each process goes through the stages in order, with the tasks
+    that it has been dealt. A task that raises has failed, and the others go on: that is how logits that are not finite
+    or a lack of memory end. Any other error of this package ends the run, on all processes.
+
+    Args:
+        stages (`Sequence[Stage]`): in the order in which they are measured.
+        accelerator (`Accelerator`, *optional*): of the processes; without one there is only this process.
+        journal ([`RunJournal`], *optional*): contains the tasks that need not be measured again, the same on every
+            process, and gets those that are. Failed ones are not written, so that a run that continues tries them
+            again.
+        on_stage (`Callable`, *optional*): called with the outcomes so far after each stage; of several processes once,
+            at the end, since before it none of them knows all.
+
+    Returns:
+        `dict[Task, Outcome]`: all of them, in the order of the stages and their tasks.
+
+    Raises:
+        PosExtError: on every process, where one of them has met an error that no other document can be free of.
+    """
+    tasks = [task for stage in stages for task in stage.tasks]
+    outcomes = {task: Outcome(journal[task]) for task in tasks if task in journal} if journal is not None else {}
+    if outcomes:
+        logger.info("%d of %d measurements are in the journal", len(outcomes), len(tasks))
+    share = _share([task for task in tasks if task not in outcomes], accelerator)
+    is_alone = processes_of(accelerator) == 1
+    ended: Exception | None = None
+    try:
+        with Progress(share, rank_of(accelerator), processes_of(accelerator)) as progress:
+            for stage in stages:
+                todo = [task for task in stage.tasks if task in share]
+                if todo:
+                    with stage.enter():
+                        for task in todo:
+                            progress.begin(stage.label, task)
+                            try:
+                                outcomes[task] = Outcome(stage.measure(task))
+                            except Exception as error:
+                                outcomes[task] = _failed(task, error)
+                            else:
+                                if journal is not None:
+                                    journal[task] = outcomes[task].value
+                            progress.end(task)
+                if on_stage is not None and is_alone:
+                    on_stage(outcomes)
+    except Exception as error:
+        ended = error
+    for others in exchange(outcomes, ended, accelerator):
+        outcomes |= others
+    outcomes = {task: outcomes[task] for task in tasks}
+    if on_stage is not None and not is_alone:
+        on_stage(outcomes)
+    return outcomes
+
+
+def _share(tasks: Sequence[Task], accelerator: Accelerator | None) -> set[Task]:
+    """The tasks of this process; all of them where processes work on each text together."""
+    if shares_texts(accelerator):
+        return set(tasks)
+    owners = deal([task.cost for task in tasks], processes_of(accelerator))
+    return {task for task, owner in zip(tasks, owners, strict=True) if owner == rank_of(accelerator)}
+
+
+def _failed(task: Task, error: Exception) -> Outcome:
+    """The outcome of a task that raised, if others may do better.
+
+    Raises:
+        PosExtError: the error, if it ends the run.
+    """
+    if isinstance(error, NonFiniteError | OutOfMemoryError | torch.OutOfMemoryError):
+        logger.error("%s failed: %s", task, error)
+        return Outcome(failure=_first_line(error))
+    if isinstance(error, PosExtError):
+        raise error
+    logger.error("%s failed", task, exc_info=error)
+    return Outcome(failure=f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class Progress:
+    """
+    A bar that counts the tokens which this process still has to read, and shows what is being measured.
+
+    Tokens count as forwards end, and at the latest with their task. The clock moves every second, so that a long
+    forward can be told from a process that hangs. Only the first process shows a bar, and only on a terminal.
+
+    Args:
+        tasks (`Collection[Task]`): of this process.
+        rank (`int`): index of this process.
+        processes (`int`): how many take part.
+    """
+
+    def __init__(self, tasks: set[Task], rank: int, processes: int) -> None:
+        total = sum(task.tokens for task in tasks)
+        self.bar = tqdm(total=total, unit="tok", unit_scale=True, disable=True if rank else None)
+        self.processes = f"{processes} process{'es' if processes > 1 else ''}"
+        self._finished = 0  # tokens of tasks that have ended
+        self._limit = 0  # where the bar will stand when the task at hand has ended
+        self._stop = threading.Event()
+        self._clock = threading.Thread(target=self._tick, daemon=True)
+
+    def begin(self, label: str, task: Task) -> None:
+        """Show what is being measured."""
+        self._limit = self._finished + task.tokens
+        self.bar.set_description(label if task.document is None else f"{label}, {task.document}", refresh=False)
+        self.bar.set_postfix_str(self.processes)
+
+    def end(self, task: Task) -> None:
+        """Count the rest of a task, in whichever way it has ended."""
+        self._finished = self._limit
+        self.bar.update(self._limit - self.bar.n)
+
+    def __enter__(self) -> Self:
+        self._listening = on_tokens(self._add)
+        self._listening.__enter__()
+        if not self.bar.disable:
+            self._clock.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._clock.is_alive():
+            self._clock.join()
+        self._listening.__exit__(None, None, None)
+        self.bar.close()
+
+    def _add(self, tokens: int) -> None:
+        self.bar.update(max(0, min(tokens, self._limit - self.bar.n)))
+
+    def _tick(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            self.bar.refresh()

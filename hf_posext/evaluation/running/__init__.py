@@ -1,1 +1,0 @@
-"""A run: what there is to measure, over processes, with a journal, and past what fails."""

@@ -1,0 +1,351 @@
+"""Negative log-likelihood of every token, exact, with constant memory on the vocabulary side.
+
+A naive loop holds logits of shape `(length, vocabulary)`, several times: 168 GB at 128k tokens of Llama-3. Here the
+trunk (everything below the head) runs once, in chunks where it is asked to, and the head on slices of what it gave.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import InvalidParameterError, NonFiniteError, UnsupportedModelError
+from ..patching.detect import unwrap
+from ..patching.frequencies import forget_length
+from .heads import PROBE_LENGTH, Head, deviation, find_head
+from .memory import Prefill, Room
+from .reading import portable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_LISTENER: ContextVar[Callable[[int], None] | None] = ContextVar("tokens", default=None)
+
+
+@contextmanager
+def on_tokens(listener: Callable[[int], None]) -> Iterator[None]:
+    """Inside, `listener` is called with the tokens of each forward of this thread that has ended."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def tokens_read(count: int) -> None:
+    """Say that a model has read so many tokens."""
+    listener = _LISTENER.get()
+    if listener is not None:
+        listener(count)
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+"""A part of a path that is a number."""
+
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that are looked at; quantised ones cannot hold what is not finite, or not be asked."""
+
+DAMAGED = "weights that are not finite themselves"
+"""Beginning of the name of a source that no dtype and no factor would change."""
+
+
+class Scorer:
+    """
+    What scorers share: they remember how to find the layers in which numbers stopped being finite.
+
+    Attributes:
+        model (`PreTrainedModel`): without wrappers.
+        culprit (`Callable`, *optional*): once a value was not finite: names the layers that the latest such came from.
+    """
+
+    model: Any
+    culprit: Callable[[], str] | None = None
+
+    def look_at(self, nll: torch.Tensor, run: Callable[[int], object]) -> None:
+        """Remember what gave values that are not finite, if some are not.
+
+        Args:
+            nll (`torch.Tensor` of shape `(rows, ...)`): what was found.
+            run (`Callable[[int], object]`): runs the model on one row again.
+        """
+        bad = (~torch.isfinite(nll)).flatten(1).any(1).nonzero()
+        if len(bad):
+            self.culprit = functools.partial(first_not_finite, self.model, functools.partial(run, int(bad[0])))
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
+    """
+    The family of the first module whose output is not finite.
+
+    Layers of a stack are one family, as in `model.layers.*.mlp.down_proj (first in layer 3)`.
+
+    Args:
+        model (`torch.nn.Module`): with the patch that is in force.
+        run (`Callable`): runs the model once more on what gave such values; its result is not looked at.
+    """
+    weights = ((name, weight) for name, weight in model.named_parameters() if weight.dtype in COMPUTED)
+    damaged = next((name for name, weight in weights if not bool(torch.isfinite(weight).all())), None)
+    if damaged is not None:
+        return f"{DAMAGED}: {family(damaged)}"
+    found: list[str] = []
+
+    def look(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not all(bool(torch.isfinite(tensor).all()) for tensor in _floating(output)):
+                found.append(path)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(path)) for path, module in model.named_modules()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return family(found[0]) if found else "no module when it was run again"
+
+
+def family(path: str) -> str:
+    """The name of all modules that differ from one in the number of their layer only, and that number."""
+    numbers = _NUMBER.findall(path)
+    if not numbers:
+        return path or "what the model does after its head"
+    return f"{_NUMBER.sub('*', path)} (first in layer {'.'.join(numbers)})"
+
+
+def _floating(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors of floating point numbers in what a module gives."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _floating(part)
+
+
+LOGITS_ROWS = 512
+"""Rows of logits that exist at a time: with fewer, the weights of the head are read for too little work; more gain
+nothing."""
+
+LOGITS_BYTES = 192 * 2**20
+"""Bytes that they may take in float32, where the vocabulary is large: 392 rows of 128,256, as fast as 512 of them."""
+
+CACHED_BYTES = 2**20
+"""Float32 logits whose softmax stays in a CPU's cache."""
+
+BATCH_TOKENS = 16_384
+"""Tokens that go through the trunk together where windows of equal shape are batched."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    How a model is to read texts for which it has too little memory otherwise.
+
+    Args:
+        prefill_chunk (`int`, *optional*): tokens that go through the model at a time, with those before them in a KV
+            cache; a text goes through as a whole where not given.
+        offload_cache (`bool`, *optional*, defaults to `False`): keep the cache in main memory, except for the layer at
+            work and the next; for models on a CUDA device.
+        accelerator (`Accelerator`, *optional*): whose processes work on each text together, by context parallelism.
+
+    Raises:
+        InvalidParameterError: a chunk without tokens, or a cache to be offloaded where there is none.
+    """
+
+    prefill_chunk: int | None = None
+    offload_cache: bool = False
+    accelerator: Accelerator | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise InvalidParameterError(
+                f"prefill_chunk is {self.prefill_chunk}; give tokens, as in prefill_chunk=2048"
+            )
+        if self.offload_cache and self.prefill_chunk is None:
+            raise InvalidParameterError(
+                "offload_cache needs a cache, and there is none without chunks; give prefill_chunk=2048, too"
+            )
+
+
+WHOLE = Memory()
+"""Texts go through the model as a whole."""
+
+
+class TokenScorer(Scorer):
+    """
+    Scores tokens with a causal language model, for as long as a measurement lasts.
+
+    On first use it checks, on a prefix of 16 tokens, that the model is causal and that slices give the logits of a
+    full forward; where they do not, it says so in the log and keeps full logits from then on. Chunks are checked in
+    the same way, for each patch anew; a model that gives other logits in chunks is refused.
+
+    Where memory runs out, half as many logits, windows in a batch or tokens in a chunk are tried, which the log says;
+    the smaller amount stays. Values are the same up to rounding.
+
+    Args:
+        model (`torch.nn.Module`): a causal language model of transformers, also inside a PEFT or DDP wrapper.
+        memory ([`Memory`], *optional*): by default texts go through the model as a whole.
+
+    Raises:
+        InvalidParameterError: the cache is to be offloaded from a device that is not CUDA.
+        UnsupportedModelError: an encoder, an encoder-decoder, a model without head, or one with prompt tuning; or one
+            without a cache where `memory` asks for chunks.
+    """
+
+    def __init__(self, model: nn.Module, memory: Memory = WHOLE) -> None:
+        self.model = scored_model(model)
+        name = type(self.model).__name__
+        if getattr(self.model.config, "is_encoder_decoder", False) or not self.model.can_generate():
+            raise UnsupportedModelError(
+                f"{name} has no causal language-model loss, so it has no perplexity; "
+                "load a decoder with AutoModelForCausalLM.from_pretrained(...)"
+            )
+        self._prefill = Prefill(self.model, memory.prefill_chunk, memory.offload_cache)
+        self._windows = Room("windows in a batch", sys.maxsize)
+        self._head: Head | None = None
+
+    @torch.no_grad()
+    def token_nll(self, input_ids: torch.Tensor, first: int = 1, last_read: bool = True) -> torch.Tensor:
+        """
+        NLL of each token given all tokens before it in its row, whatever the model has read before.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): rows without padding.
+            first (`int`, *optional*, defaults to 1): index of the first token to score.
+            last_read (`bool`, *optional*, defaults to `True`): whether the model reads the last token, after which
+                nothing is scored; it counts where positions depend on the length of the input, or come to an end.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, length - first)`, float32 on the CPU, in nats. A value that is not
+            finite means that the logits there were not.
+
+        Raises:
+            OutOfMemoryError: not even the shortest chunk of one row fits.
+            UnsupportedModelError: the model is not causal, or gives other logits in chunks.
+        """
+        input_ids = input_ids.to(self.model.device)
+        if self._head is None:
+            self._find_head(input_ids[:1, :PROBE_LENGTH])
+        nll = torch.empty(len(input_ids), input_ids.shape[1] - first, device="cpu")
+
+        # Where memory runs out there are fewer rows at a time, and of a single row shorter chunks.
+        def shorten(reason: str) -> None:
+            self._prefill.shorten(input_ids[:1], reason)
+
+        for part in self._windows.parts(range(len(input_ids)), cost=input_ids.shape[1], otherwise=shorten):
+            with part:
+                nll[part.items] = self._nll(input_ids[part.items], first, last_read)
+        self.look_at(nll, lambda row: self._nll(input_ids[row : row + 1], first, last_read))
+        return nll
+
+    def _nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
+        """NLL of rows that go through the model together, chunk by chunk."""
+        assert self._head is not None
+        targets = input_ids[:, 1:]
+        forget_length(self.model)
+        # Not a list of pieces: they would lie between the large tensors that come and go, and keep the room of those
+        # from being used again.
+        nll = torch.empty(targets.shape[0], targets.shape[1] - first + 1, device=targets.device)
+        for chunk in self._prefill.chunks(self._head, input_ids if last_read else input_ids[:, :-1]):
+            rows = range(max(chunk.begin, first - 1), min(chunk.end, targets.shape[1]))
+            for part in self._logits.parts(rows, cost=len(input_ids)):
+                with part:
+                    logits = self._head.logits(chunk.read, part.begin - chunk.begin, part.end - chunk.begin)
+                    wanted = targets[:, part.items].to(logits.device)
+                    nll[:, part.begin - first + 1 : part.end - first + 1] = logits_nll(logits, wanted)
+            tokens_read(len(input_ids) * (chunk.end - chunk.begin))
+        return nll.cpu()
+
+    def _find_head(self, input_ids: torch.Tensor) -> None:
+        """The head, once it is known that the model is causal, and room for as many of its logits as are worth it."""
+        full = self.model(input_ids=input_ids, use_cache=False).logits
+        changed = input_ids.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % full.shape[-1]
+        other = self.model(input_ids=changed, use_cache=False).logits
+        if deviation(other[:, :-1], full[:, :-1]) is not None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} is not causal: its last token changes the logits of earlier ones, so it "
+                "has no perplexity; load a decoder with AutoModelForCausalLM.from_pretrained(...)"
+            )
+        self._head = find_head(self.model, input_ids, full)
+        self._logits = Room("rows of logits", max(1, min(LOGITS_ROWS, LOGITS_BYTES // (4 * full.shape[-1]))))
+
+
+def logits_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """NLL of tokens `(batch, length)` under logits `(batch, length, vocabulary)`.
+
+    Float32 whatever the model's dtype: in bfloat16 the sums of the softmax alone are off by a per cent.
+    """
+    flat, wanted = logits.flatten(0, 1), targets.reshape(-1, 1)
+    rows = max(1, CACHED_BYTES // (4 * flat.shape[1])) if flat.device.type == "cpu" else max(1, len(flat))
+    found = torch.empty_like(wanted, dtype=torch.float32)
+    memory = flat.new_empty(min(rows, len(flat)), flat.shape[1], dtype=torch.float32)  # fresh pages cost as much again
+    for begin in range(0, len(flat), rows):
+        here = slice(begin, begin + rows)
+        piece = torch.log_softmax(flat[here], -1, dtype=torch.float32, out=memory[: len(flat[here])])
+        found[here] = -piece.gather(1, wanted[here])
+    return found.view(targets.shape)
+
+
+def scored_model(model: nn.Module) -> Any:
+    """The transformers model inside a wrapper, if what it gives to a token is of this token.
+
+    Raises:
+        UnsupportedModelError: prompt tuning, which puts virtual tokens before the others.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            "the model has a PEFT adapter of the prompt-learning kind, whose virtual tokens would be scored; "
+            "measure a model with LoRA or merged weights, or without the adapter"
+        )
+    return unwrap(model)
+
+
+def require_finite(
+    nll: Any, document: str, tokens: Sequence[int] | None = None, culprit: Callable[[], str] | None = None
+) -> None:
+    """Refuse NLL that is not finite, naming the document, the position and the layers.
+
+    Args:
+        nll (`numpy.ndarray` of shape `(scored tokens,)`): of one document.
+        document (`str`): its id.
+        tokens (`Sequence[int]`, *optional*): which tokens they are of; 1, 2, ... if not given.
+        culprit (`Callable[[], str]`, *optional*): of the scorer; called only if something is not finite.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+    """
+    bad = (~torch.isfinite(torch.as_tensor(nll))).nonzero()
+    if len(bad):
+        first = tokens[int(bad[0])] if tokens else int(bad[0]) + 1
+        source = "" if culprit is None else f", from {culprit()}"
+        remedy = (
+            "load another checkpoint, since this one is damaged"
+            if source.startswith(f", from {DAMAGED}")
+            else "load the model with dtype=torch.float32 or bfloat16, or choose a smaller factor"
+        )
+        raise NonFiniteError(
+            f"logits are not finite in document {document!r}, first at token {first}{source}; {remedy}"
+        )
+
+
+def model_name(model: Any) -> str:
+    """Name or path that a model was loaded from, or its class."""
+    return portable(model.config.name_or_path) or type(model).__name__
+
+
+def autocast_dtype(model: Any) -> str | None:
+    """The dtype to which `torch.autocast` makes a model compute now; `None` outside of it."""
+    kind = model.device.type
+    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None

@@ -1,0 +1,338 @@
+"""A measurement before it begins: checked and planned before anything is read, then documents, tokenized."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
+from ..methods import Method, as_method, list_methods
+from ..methods.text import by_reason
+from ..packages import machine, versions_of
+from ..patching import patch_model
+from ..patching.detect import model_kind
+from ..plan import ExtensionPlan
+from ..scheme import PositionalScheme
+from .config import EvaluationConfig
+from .documents import Document, Documents, as_documents
+from .memory import check_positions, check_prefill
+from .parallel import memory_for, process_facts
+from .protocols import DECODER_PROTOCOLS, protocol_for
+from .questions import Questions, check_questions
+from .reading import portable
+from .rows import Conditions
+from .scorer import Memory, autocast_dtype, model_name
+from .tokens import TokenizedDocuments, check_lengths, check_vocabulary, tokenize_documents
+from .windows import PerplexityProtocol
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    What is to be measured, checked as far as the config of the model tells.
+
+    Args:
+        config ([`EvaluationConfig`]): the settings.
+        scheme (`PositionalScheme`): of the model.
+        lengths (`list[int]`): in tokens, ascending.
+        protocol ([`PerplexityProtocol`]): how to measure.
+        memory ([`Memory`]): how texts go through the model.
+        questions ([`Questions`]): passkeys and retrieval.
+        accelerator (`Accelerator`, *optional*): of the processes that share the work.
+    """
+
+    config: EvaluationConfig
+    scheme: PositionalScheme
+    lengths: list[int]
+    protocol: PerplexityProtocol
+    memory: Memory
+    questions: Questions
+    accelerator: Accelerator | None = None
+
+
+def check_request(
+    config: EvaluationConfig, scheme: PositionalScheme, model: nn.Module | PreTrainedConfig,
+    accelerator: Accelerator | None = None,
+) -> Request:  # fmt: skip
+    """
+    Check all settings that need neither weights nor documents.
+
+    Args:
+        config ([`EvaluationConfig`]): the settings.
+        scheme (`PositionalScheme`): of the model.
+        model (`PreTrainedModel` or `PreTrainedConfig`): to be measured, also inside a PEFT or DDP wrapper.
+        accelerator (`Accelerator`, *optional*): of the processes that share the work.
+
+    Raises:
+        InvalidParameterError: lengths, a protocol or its options, or questions that cannot be.
+    """
+    lengths = check_lengths(config.lengths)
+    if config.start < 0:
+        raise InvalidParameterError(f"start is {config.start}; give the number of tokens to leave out, 0 or more")
+    kind, name = model_kind(model)
+    protocol = protocol_for(config.protocol, kind, name, lengths, stride=config.stride, tail=config.tail)
+    if config.bos != "auto" and protocol.name not in DECODER_PROTOCOLS:
+        raise InvalidParameterError(
+            f"bos is {config.bos!r}, and protocol {protocol.name!r} puts all special tokens of the tokenizer around "
+            "each text; leave bos out"
+        )
+    memory = memory_for(accelerator, config.prefill_chunk, config.offload_cache)
+    for what, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):
+        if count < 0:
+            raise InvalidParameterError(f"{what} is {count}; give the number of trials, or 0 for none")
+        if count and protocol.name not in DECODER_PROTOCOLS:
+            raise InvalidParameterError(
+                f"{what} is {count}, and {name} does not continue a text as a decoder does; give 0"
+            )
+        if count and memory.accelerator is not None:
+            raise InvalidParameterError(
+                f"{what} is {count}, and a model spread over processes by cp_size does not generate; "
+                "give 0, and ask in a run without cp_size"
+            )
+    for what, value in (("tasks", config.tasks), ("depths", config.depths)):
+        if value is not None and not config.retrieval:
+            raise InvalidParameterError(f"{what} is {list(value)}, and retrieval is 0; give retrieval=4, say, too")
+    if config.chat and not (config.passkey or config.retrieval):
+        raise InvalidParameterError(
+            "chat is True, and nothing is asked. Pass passkey=4 or retrieval=4 too, or leave chat out."
+        )
+    rules: dict[str, Any] = {
+        "passkey": config.passkey, "seed": config.seed, "bos": config.bos, "chat": config.chat
+    }  # fmt: skip
+    questions = (
+        check_questions(config.retrieval, config.tasks, config.depths, **rules)
+        if config.retrieval
+        else Questions(**rules)
+    )
+    return Request(config, scheme, lengths, protocol, memory, questions, accelerator)
+
+
+def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[list[ExtensionPlan], Refusals]:
+    """
+    Plans of the methods that apply, `none` first, checked against the lengths; and reasons of those that do not apply.
+
+    Raises:
+        UnknownMethodError, MethodNotApplicableError: as [`plan_methods`].
+        InvalidParameterError: as [`plan_methods`], or a length that a plan or reading in chunks does not allow.
+    """
+    config, scheme = request.config, request.scheme
+    plans, refusals = plan_methods(
+        scheme, methods, factor=config.factor, target_length=config.target_length,
+        trained_length=config.trained_length,
+    )  # fmt: skip
+    for plan in plans:
+        check_reads(request, plan)
+    return plans, refusals
+
+
+def check_reads(request: Request, plan: ExtensionPlan | None) -> None:
+    """
+    Refuse lengths that the model with this plan in force cannot read, or not in chunks.
+
+    Raises:
+        InvalidParameterError: as [`check_positions`] and [`check_prefill`].
+    """
+    check_positions(request.scheme, plan, request.lengths[-1])
+    check_prefill(request.scheme, plan, request.lengths[-1], request.config.prefill_chunk)
+
+
+Refusals = dict[str, str]
+"""Reasons by the label of the method."""
+
+
+def plan_methods(
+    scheme: PositionalScheme, methods: Sequence[str | Method], **lengths: Any
+) -> tuple[list[ExtensionPlan], Refusals]:
+    """
+    The plans of the methods that apply to a scheme, `none` first, and the reasons of those that do not.
+
+    Args:
+        scheme (`PositionalScheme`): what the model has.
+        methods (`Sequence[str | Method]`): names or method objects, of any scheme.
+        lengths: `factor`, `target_length` and `trained_length`, as `Method.plan` takes them.
+
+    Raises:
+        UnknownMethodError: no such method.
+        InvalidParameterError: no methods, one twice at the same factor, or parameters or lengths that cannot be.
+        MethodNotApplicableError: `none` of them applies, leaving nothing to compare.
+    """
+    if isinstance(methods, str) or not methods:
+        raise InvalidParameterError(f"methods is {methods!r}; give a list, as in methods=['none', 'yarn']")
+    plans: list[ExtensionPlan] = []
+    refusals: Refusals = {}
+    for method in map(as_method, methods):
+        reason = method.applies_to(scheme)
+        if reason is None:
+            plans.append(method.plan(scheme, **lengths))
+        else:
+            refusals[method.label] = reason
+    labels = [(plan.method, plan.factor) for plan in plans]
+    for label, times in labels:
+        if labels.count((label, times)) > 1:
+            raise InvalidParameterError(
+                f"{label!r} at factor {times:g} is among the methods more than once, and label and factor tell rows "
+                "apart; give it once"
+            )
+    _require_one(scheme, plans, refusals)
+    return sorted(plans, key=lambda plan: not plan.changes_nothing), refusals
+
+
+def try_plans(model: nn.Module, plans: Sequence[ExtensionPlan], refusals: Refusals) -> list[ExtensionPlan]:
+    """
+    The plans that this very model takes; each is patched and undone once, so that what fails does so before hours.
+
+    Args:
+        model (`PreTrainedModel`): without a patch.
+        plans (`Sequence[ExtensionPlan]`): of its scheme.
+        refusals (`dict[str, str]`): gets the reasons of those that it does not take.
+
+    Raises:
+        MethodNotApplicableError: none but `none` is left.
+    """
+    taken = []
+    for plan in plans:
+        try:
+            patch_model(model, plan).undo()
+        except (UnsupportedModelError, NoEffectError) as error:
+            refusals[plan.method] = f"cannot be patched: {error}"
+        else:
+            taken.append(plan)
+    if plans:
+        _require_one(plans[0].scheme, taken, refusals)
+    for reason, names in by_reason(refusals).items():
+        logger.warning("left out: %s (%s)", ", ".join(names), reason)
+    return taken
+
+
+def _require_one(scheme: PositionalScheme, plans: Sequence[ExtensionPlan], refusals: Refusals) -> None:
+    if not refusals or any(not plan.changes_nothing for plan in plans):
+        return
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason(refusals).items())
+    usable = [info.name for info in list_methods(scheme.kind)]
+    what = f"nothing but {plans[0].method}" if plans else "nothing"
+    applies = "" if scheme.obstacle else f"; for {scheme.kind} positions there are: {', '.join(usable)}"
+    raise MethodNotApplicableError(f"of the methods given {what} applies: {reasons}{applies}")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and documents, checked and ready to be measured.
+
+    Args:
+        scorer (`Any`): of the model, as the protocol needs it.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        texts (`Sequence[Document]`): the documents as they were given, or loaded.
+        documents ([`TokenizedDocuments`]): rows of `max(lengths)` tokens, as the protocol arranges them.
+        lengths (`list[int]`): ascending, in tokens.
+        protocol ([`PerplexityProtocol`]): how to measure.
+        memory ([`Memory`]): how texts go through the model.
+        config ([`EvaluationConfig`]): the settings.
+        questions ([`Questions`]): passkeys and retrieval.
+        conditions ([`Conditions`]): what every row contains.
+        provenance (`dict`): what is needed to measure the same again.
+    """
+
+    scorer: Any
+    tokenizer: Any
+    texts: Sequence[Document]
+    documents: TokenizedDocuments
+    lengths: list[int]
+    protocol: PerplexityProtocol
+    memory: Memory
+    config: EvaluationConfig
+    questions: Questions
+    conditions: Conditions
+    provenance: dict[str, Any]
+
+    def scorer_of(self, model: nn.Module) -> Any:
+        """A scorer of the same tokens with another model.
+
+        Raises:
+            InvalidParameterError: its vocabulary is smaller than the tokenizer's.
+            UnsupportedModelError: the protocol means nothing for it.
+        """
+        scorer = self.protocol.scorer(model, self.tokenizer, self.memory)
+        check_vocabulary(scorer.model, self.documents.tokens)
+        return scorer
+
+
+def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) -> Setup:
+    """
+    Load and tokenize what a checked request is to be measured on.
+
+    Args:
+        request ([`Request`]): what is to be measured.
+        model (`PreTrainedModel`): to be measured.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        documents (`list[Document]`, or what [`load_documents`] takes): the texts.
+
+    Raises:
+        InvalidParameterError: a length that does not hold the questions, or a tokenizer of another model.
+        DocumentError, UnsupportedModelError: as [`evaluate_perplexity`].
+    """
+    config, lengths, protocol = request.config, request.lengths, request.protocol
+    request.questions.check(tokenizer, lengths)
+    scorer = protocol.scorer(model, tokenizer, request.memory)
+    texts = as_documents(documents)
+    tokenized = tokenize_documents(texts, tokenizer, lengths[-1], config.start, config.bos)
+    if request.protocol.name in DECODER_PROTOCOLS and lengths[0] <= tokenized.bos:
+        raise InvalidParameterError(
+            f"one length is {lengths[0]}, and {tokenized.bos} special tokens stand before each text; give lengths "
+            f"above {tokenized.bos}"
+        )
+    check_vocabulary(scorer.model, tokenized.tokens)
+    arranged = protocol.arrange(tokenized)
+    dtype, autocast = str(scorer.model.dtype).removeprefix("torch."), autocast_dtype(scorer.model)
+    conditions = Conditions.of(protocol, tokenized, dtype if autocast is None else f"{dtype}, autocast to {autocast}")
+    source = texts.source if isinstance(texts, Documents) else {"dataset": None, "split": None, "revision": None}
+    scheme, device = request.scheme, str(scorer.model.device)
+    provenance = {
+        "versions": _versions(),
+        "machine": machine(),
+        "model": model_name(scorer.model),
+        "model_type": scheme.model_type,
+        "kind": scheme.kind,
+        "generalization": scheme.generalization,
+        "dtype": conditions.dtype,
+        "device": device,
+        **process_facts(request.accelerator, device),
+        **source,
+        "dataset": source["dataset"] and portable(source["dataset"]),
+        **config.settings(),
+        **request.questions.facts,
+        "protocol": protocol.name,
+        "legacy": protocol.legacy,
+        "lengths": lengths,
+        "bos": conditions.bos,
+        "trained_length": scheme.trained_length,
+        "shipped_length": scheme.shipped_length,
+        "documents": [
+            {"document": id, "tokens": count} for id, count in zip(tokenized.ids, tokenized.counts, strict=True)
+        ],
+        "left_out": tokenized.left_out,
+        "command": shlex.join([Path(sys.argv[0]).name, *map(portable, sys.argv[1:])]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return Setup(
+        scorer, tokenizer, texts, arranged, lengths, protocol, request.memory, config, request.questions, conditions,
+        provenance,
+    )  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    return {**versions_of("hf_posext", "transformers", "torch"), "python": platform.python_version()}

@@ -1,0 +1,352 @@
+"""Units of work: a task is a document or a question, under one method, in one pass of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from ..errors import EvaluationError
+from ..patching.frequencies import forget_length
+from ..plan import ExtensionPlan
+from .key_tokens import KeyTokens, key_sums, longppl_cells
+from .memory import Boundaries, boundaries_of
+from .questions import NO_QUESTIONS, Questions
+from .results import Results
+from .rows import Record, document_record, make_rows
+from .setup import Setup
+from .windows import CONTROL, Measurement, control_windows, cost_of
+
+REMEDY = "give smaller lengths, another dtype (--dtype float32), or leave out the methods that failed"
+
+Kind = Literal["nll", "keys", "passkey", "retrieval"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A unit of work: one document, or one question, under one method, in one pass.
+
+    Tasks are dealt out to processes, kept in journals and assembled to results. Its value depends on nothing that was
+    measured before it, or else the number of processes would show.
+
+    Args:
+        kind (`str`): `"nll"` of a document, `"keys"` (its key tokens), `"passkey"` or `"retrieval"`.
+        method (`str`): label of the method, of the control, or of the evaluator of key tokens.
+        factor (`float`): of the method.
+        lengths (`tuple[int, ...]`): in tokens, ascending; measured together.
+        document (`str`, *optional*): id of the document.
+        question (`str`, *optional*): task of retrieval.
+        tokens (`int`, *optional*): tokens that go through the model, for progress.
+        cost (`float`, *optional*): time relative to that of other tasks, for dealing them out.
+    """
+
+    kind: Kind
+    method: str
+    factor: float
+    lengths: tuple[int, ...]
+    document: str | None = None
+    question: str | None = None
+    tokens: int = field(default=0, compare=False)
+    cost: float = field(default=1.0, compare=False)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Identity of the task, in plain JSON types; `None` is left out."""
+        parts = {"kind": self.kind, "method": self.method, "factor": self.factor, "lengths": list(self.lengths)}
+        given = {"document": self.document, "question": self.question}
+        return parts | {name: value for name, value in given.items() if value is not None}
+
+    def __str__(self) -> str:
+        what = {"nll": f"document {self.document!r}", "keys": f"key tokens of document {self.document!r}"}
+        which = what.get(self.kind, f"{self.kind} {self.question or ''}".strip())
+        return f"{title(self.method, self.factor)}, {which}, {' and '.join(map(str, self.lengths))} tokens"
+
+
+def task_of(kind: Kind, method: str, factor: float, lengths: Iterable[int], reads: list[int], **which: Any) -> Task:
+    """A task that makes the model read so many tokens in each of its forwards."""
+    return Task(kind, method, factor, tuple(lengths), tokens=sum(reads), cost=cost_of(reads), **which)
+
+
+class Outcome(NamedTuple):
+    """Value of a task, or the reason why it has none."""
+
+    value: Any = None
+    failure: str | None = None
+
+
+Outcomes = dict[Task, Outcome]
+
+
+@dataclass(frozen=True, eq=False)
+class MethodRun:
+    """
+    All that is measured under one method, or of the control: documents at all lengths, and questions.
+
+    Args:
+        setup ([`Setup`]): the documents, and how they are read.
+        label (`str`): of the method.
+        factor (`float`): of the method.
+        scorer (`Any`): of the model.
+        boundaries ([`Boundaries`], *optional*): where its positions depend on the length of the input.
+        truncated (`int`, *optional*): tokens of context that each token gets at most; of the control only.
+        questions ([`Questions`], *optional*): passkeys and retrieval.
+        keys ([`KeyTokens`], *optional*): tokens whose NLL is reported separately, at the longest length.
+    """
+
+    setup: Setup
+    label: str
+    factor: float
+    scorer: Any
+    boundaries: Boundaries = Boundaries()
+    truncated: int | None = None
+    questions: Questions = NO_QUESTIONS
+    keys: KeyTokens | None = None
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+        return title(self.label, self.factor)
+
+    @property
+    def documents(self) -> list[str]:
+        """Ids, in their order."""
+        return self.setup.documents.ids
+
+    @cached_property
+    def passes(self) -> list[list[int]]:
+        """Lengths, ascending, that are measured together."""
+        lengths = self.setup.lengths
+        return [lengths] if self.truncated else self.setup.protocol.passes(lengths, self.boundaries)
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """A task for each pass over each document, then one for each question."""
+        return [
+            *(task for lengths in self.passes for task in self._document_tasks(lengths)),
+            *self._questions,
+        ]
+
+    def measure(self, task: Task) -> Any:
+        """The value of a task: records of its document by length, an accuracy, or the accuracy at each depth."""
+        if task.kind != "nll":
+            forget_length(self.scorer.model)
+            shares = self.questions.ask(self.scorer.model, self.setup.tokenizer, task.question, task.lengths[0])
+            return shares[0] if task.kind == "passkey" else shares
+        protocol, documents, lengths = self.setup.protocol, self.setup.documents, list(task.lengths)
+        index = self.documents.index(str(task.document))
+        if self.truncated is None:
+            measured = protocol.measure(self.scorer, documents, index, lengths)
+        else:
+            measured = protocol.measure_control(self.scorer, documents, index, lengths, self.truncated)
+        longest = self.setup.lengths[-1]
+        return [
+            document_record(one, documents, index, self.label, self.factor, with_positions=one.length == longest)
+            | self._key_sums(index, one)
+            for one in measured
+        ]
+
+    def is_finished(self, outcomes: Outcomes) -> bool:
+        """Return `True` if all tasks have an outcome."""
+        return all(task in outcomes for task in self.tasks)
+
+    def by_document(self, outcomes: Outcomes) -> tuple[dict[str, list[Record]], dict[str, str]]:
+        """Records of each document by ascending length, and the reasons of those that failed."""
+        records: dict[str, list[Record]] = {}
+        reasons: dict[str, str] = {}
+        for id in self.documents:
+            passes = [outcomes[self.document_task(id, lengths)] for lengths in self.passes]
+            failures = [outcome.failure for outcome in passes if outcome.failure is not None]
+            if failures:
+                reasons[id] = failures[0]
+            else:
+                records[id] = [record for outcome in passes for record in outcome.value]
+        return records, reasons
+
+    def document_task(self, id: str, lengths: list[int]) -> Task:
+        """The task of a document in one pass."""
+        return Task("nll", self.label, self.factor, tuple(lengths), id)
+
+    def passkey_cells(self, length: int, outcomes: Outcomes) -> dict[str, Any]:
+        """Cells of passkeys in the row of a length; none if no passkeys were asked."""
+        if not self.questions.passkey:
+            return {}
+        value = outcomes[Task("passkey", self.label, self.factor, (length,))].value
+        return {"passkey": value, "passkey_trials": self.questions.passkey}
+
+    def retrieval_rows(self, outcomes: Outcomes) -> list[dict[str, Any]]:
+        """A row for each task of retrieval, length and depth; the accuracy of those that failed is `None`."""
+        rows = []
+        for task in (task for task in self._questions if task.kind == "retrieval"):
+            places = self.questions.places(str(task.question))
+            accuracies = outcomes[task].value or [None] * len(places)
+            of_task = {"method": self.label, "factor": self.factor, "task": task.question, "length": task.lengths[0]}
+            rows += [
+                {**of_task, "depth": depth, "accuracy": accuracy, "trials": self.questions.trials}
+                for depth, accuracy in zip(places, accuracies, strict=True)
+            ]
+        return rows
+
+    def unanswered(self, outcomes: Outcomes) -> list[dict[str, Any]]:
+        """Questions that failed, and why."""
+        entries = []
+        for task in self._questions:
+            if task in outcomes and (failure := outcomes[task].failure) is not None:
+                which = f" on {task.question}" if task.question else ""
+                entries.append({task.kind: f"{self.name}{which} at {task.lengths[0]}", "reason": failure})
+        return entries
+
+    def _document_tasks(self, lengths: list[int]) -> list[Task]:
+        longest = self.setup.documents.length
+        if self.truncated is None:
+            reads = self.setup.protocol.reads(lengths, longest)
+        else:
+            reads = [min(self.truncated, longest)] * control_windows(longest, self.truncated)
+        return [task_of("nll", self.label, self.factor, lengths, reads, document=id) for id in self.documents]
+
+    @cached_property
+    def _questions(self) -> list[Task]:
+        """A task for passkeys at each length, then one for each task of retrieval at each length."""
+        kinds: list[tuple[Kind, list[str | None]]] = [
+            ("passkey", [None] if self.questions.passkey else []), ("retrieval", [*self.questions.tasks])
+        ]  # fmt: skip
+        return [
+            task_of(kind, self.label, self.factor, [length], [length] * self.questions.count(name), question=name)
+            for kind, names in kinds
+            for length in self.setup.lengths
+            for name in names
+        ]
+
+    def _key_sums(self, index: int, measured: Measurement) -> Record:
+        """Sums over the key tokens of a document; nothing where none were looked for."""
+        if self.keys is None:
+            return {}
+        indices = self.keys.indices.get(self.documents[index])
+        if indices is None or measured.length < self.setup.lengths[-1]:
+            return {"key_nll_sum": None, "key_tokens": None}
+        return key_sums(measured.nll, indices)
+
+
+def control_run(setup: Setup, scorer: Any, trained_length: int) -> MethodRun:
+    """The run of an unpatched model whose context is truncated."""
+    return MethodRun(setup, CONTROL, 1.0, scorer, truncated=trained_length)
+
+
+def method_run(setup: Setup, plan: ExtensionPlan) -> MethodRun:
+    """The run of the model with a plan in force."""
+    factor = 1.0 if plan.changes_nothing else plan.factor
+    boundaries = boundaries_of(plan.scheme, plan)
+    return MethodRun(setup, plan.method, factor, setup.scorer, boundaries, questions=setup.questions)
+
+
+def name_of(plan: ExtensionPlan) -> str:
+    """Name of the run with a plan in force."""
+    return title(plan.method, 1.0 if plan.changes_nothing else plan.factor)
+
+
+def title(label: str, factor: float) -> str:
+    """Label with its factor, as in `"yarn x8"`; a factor of 1 is left out."""
+    return label if factor == 1 else f"{label} x{factor:g}"
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """
+    Makes results of outcomes: of the documents that every run could measure.
+
+    A document that failed in one run is left out of all of them, at every length, since rows compare only over the
+    same documents. A method that failed on every document is left out as a whole. Results report both, and why.
+
+    Args:
+        methods (`list[MethodRun]`): in the order of the rows.
+        control ([`MethodRun`], *optional*): what gains are counted against, and changes inside its length where there
+            is no `unpatched`.
+        unpatched ([`MethodRun`], *optional*): the first of the methods, if changes are counted from it.
+        provenance (`dict`, *optional*): beyond that of the setup.
+    """
+
+    methods: list[MethodRun]
+    control: MethodRun | None = None
+    unpatched: MethodRun | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    _rows: dict[Any, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
+
+    def results(self, outcomes: Outcomes) -> Results:
+        """
+        Results of the runs that are finished.
+
+        Raises:
+            EvaluationError: the control failed on every document, every method did, or no document is left.
+        """
+        runs = [*([self.control] if self.control else []), *self.methods]
+        found = {run: run.by_document(outcomes) for run in runs if run.is_finished(outcomes)}
+        failed = {run: next(iter(reasons.values())) for run, (records, reasons) in found.items() if not records}
+        if self.control in failed or all(run in failed for run in self.methods):
+            reasons = "; ".join(f"{run.name}: {reason}" for run, reason in failed.items())
+            raise EvaluationError(f"every document failed: {reasons}; {REMEDY}")
+        left_out: dict[str, str] = {}
+        for run, (_, reasons_of) in found.items():
+            for id, reason in reasons_of.items() if run not in failed else ():
+                left_out.setdefault(id, f"{run.name}: {reason}")
+        kept = [id for id in self.methods[0].documents if id not in left_out]
+        if not kept:
+            reasons = "; ".join(f"{id} ({reason})" for id, reason in left_out.items())
+            raise EvaluationError(f"no document is left that all could measure: {reasons}; {REMEDY}")
+
+        records = {
+            run: [record for id in kept for record in by_id[id]]
+            for run, (by_id, _) in found.items()
+            if run not in failed
+        }
+        results = Results(self._provenance(failed, left_out, outcomes))
+        results.per_document = [record for of_one in records.values() for record in of_one]
+        for run in self.methods:
+            if run in records:
+                results.rows += self._rows_of(run, records, outcomes)
+                results.retrieval += run.retrieval_rows(outcomes)
+        return results
+
+    def _rows_of(
+        self, run: MethodRun, records: Mapping[MethodRun, list[Record]], outcomes: Outcomes
+    ) -> list[dict[str, Any]]:
+        key = (run, *dict.fromkeys(record["document"] for record in records[run]))
+        if key not in self._rows:  # bootstraps take longest, and results are asked for after each method
+            seed = run.setup.config.seed
+            trained_length = (self.control and self.control.truncated) or 0
+            control = records[self.control] if self.control else []
+            # Inside the trained length the control is the unpatched model itself, whether or not `none` is asked for.
+            inside = [record for record in control if record["length"] <= trained_length]
+            baseline = records.get(self.unpatched, inside) if self.unpatched else inside
+            self._rows[key] = make_rows(
+                records[run], conditions=run.setup.conditions, control=control, baseline=baseline, seed=seed
+            )
+            if run.keys is not None:
+                for row in self._rows[key]:
+                    row |= longppl_cells(records[run], control, row["length"], seed)
+        return [{**row, **run.passkey_cells(row["length"], outcomes)} for row in self._rows[key]]
+
+    def _provenance(
+        self, failed: Mapping[MethodRun, str], left_out: Mapping[str, str], outcomes: Outcomes
+    ) -> dict[str, Any]:
+        whole = {**self.methods[0].setup.provenance, **self.provenance}
+        tokens = {entry["document"]: entry["tokens"] for entry in whole["documents"]}
+        return {
+            **whole,
+            "not_applicable": {
+                **whole.get("not_applicable", {}),
+                **{run.name: f"failed on every document: {reason}" for run, reason in failed.items()},
+            },
+            "documents": [entry for entry in whole["documents"] if entry["document"] not in left_out],
+            "left_out": [
+                *whole["left_out"],
+                *({"document": id, "tokens": tokens[id], "reason": reason} for id, reason in left_out.items()),
+                *(failure for run in self.methods for failure in run.unanswered(outcomes)),
+            ],
+        }
+
+
+def key_text(task: Task) -> str:
+    """The key of a task as text."""
+    return json.dumps(task.key)

@@ -1,1 +1,0 @@
-"""Documents, and the tokens of them that every method reads alike."""

@@ -1,0 +1,436 @@
+"""From documents to equally long rows of tokens: the same tokens for every method and every length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from ..errors import DocumentError, InvalidParameterError
+from .documents import Document
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the cached columns; another number makes all that was cached before unknown."""
+
+
+class Encoded(NamedTuple):
+    """
+    Tokens of one text, without special ones.
+
+    Args:
+        ids (`np.ndarray` of shape `(tokens,)`): int32.
+        ends (`np.ndarray` of shape `(tokens,)`, *optional*): UTF-8 bytes of the text up to the end of each token,
+            int64; `None` where the tokenizer gives no offsets (slow ones).
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray | None
+
+
+def encode(tokenizer: Any, text: str) -> Encoded:
+    """
+    Tokens of a text without special ones, and where each ends.
+
+    A character whose bytes are several tokens counts with the first of them, and what the tokenizer drops from the
+    text counts with the token behind it.
+    """
+    wanted = {"add_special_tokens": False, "verbose": False}  # verbose warns about the model's length
+    if not getattr(tokenizer, "is_fast", False):
+        return Encoded(np.array(tokenizer(text, **wanted)["input_ids"], dtype=np.int32), None)
+    encoded = tokenizer(text, **wanted, return_offsets_mapping=True, return_attention_mask=False)
+    ids = np.array(encoded["input_ids"], dtype=np.int32)
+    characters = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
+    return Encoded(ids, bytes_before(text)[characters])
+
+
+def bytes_before(text: str) -> np.ndarray:
+    """UTF-8 bytes before each character of a text, and of all of it; int64, of shape `(characters + 1,)`."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def encode_documents(documents: Sequence[Document], tokenizer: Any) -> Iterator[Encoded]:
+    """
+    Tokens of every document, in order.
+
+    They are kept in the cache of `datasets` under a fingerprint of the texts and the tokenizer, so that the next run
+    tokenizes nothing; of several processes that want the same, the first tokenizes and the others wait and read. With
+    `datasets.disable_caching()`, or where the cache cannot be written, they are kept in memory.
+
+    Args:
+        documents (`Sequence[Document]`): the texts.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+    """
+    import datasets
+
+    def encode_one(index: int) -> dict[str, Any]:
+        encoded = encode(tokenizer, documents[index].text)
+        return {"ids": encoded.ids, **({} if encoded.ends is None else {"ends": encoded.ends})}
+
+    def encode_all(**options: Any) -> Any:
+        # Indices and not texts, which would be copied, and of which a column of Arrow holds no more than 2 GB.
+        rows = datasets.Dataset.from_dict({"index": range(len(documents))})
+        return rows.map(
+            encode_one,
+            input_columns="index",
+            remove_columns="index",
+            writer_batch_size=16,  # long texts: what is not yet written is in memory
+            desc="tokenizing",
+            **options,
+        )
+
+    fingerprint = _fingerprint(documents, tokenizer) if datasets.is_caching_enabled() else None
+    if fingerprint is None:
+        table = encode_all(keep_in_memory=True, new_fingerprint="uncached")
+    else:
+        path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_posext" / f"tokens-{fingerprint}.arrow"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with nullcontext() if path.exists() else FileLock(f"{path}.lock"):
+                table = encode_all(cache_file_name=str(path), new_fingerprint=fingerprint)
+        except (OSError, ValueError) as error:  # what Arrow raises of a torn file is a ValueError
+            logger.warning("tokens cannot be kept at %s (%s); they are made again", path, error)
+            table = encode_all(keep_in_memory=True, new_fingerprint=fingerprint)
+    for row in table.with_format("numpy"):
+        yield Encoded(row["ids"], row.get("ends"))
+
+
+def _fingerprint(documents: Sequence[Document], tokenizer: Any) -> str | None:
+    """Of all that the tokens depend on; `None` if the tokenizer cannot be fingerprinted."""
+    from datasets.fingerprint import Hasher
+
+    if getattr(tokenizer, "is_fast", False):
+        tokenizer("a", verbose=False)  # clears what an earlier call left of padding and truncation
+        state = tokenizer.backend_tokenizer.to_str()
+    else:
+        try:
+            state = Hasher.hash(tokenizer)
+        except Exception as error:
+            logger.warning("tokens are not cached, since the tokenizer cannot be pickled (%s)", error)
+            return None
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    versions = [metadata.version(package) for package in ("tokenizers", "transformers")]
+    digest = hashlib.sha256()
+    digest.update(json.dumps([FORMAT, versions, kind, getattr(tokenizer, "split_special_tokens", False)]).encode())
+    for text in (state, *(document.text for document in documents)):
+        content = text.encode()
+        digest.update(b"%d:" % len(content))  # so that texts cannot run into each other
+        digest.update(content)
+    return digest.hexdigest()
+
+
+Bos = Literal["auto", "always", "never"]
+"""Rule for BOS before every text: the tokenizer's own, always, or never."""
+
+
+@dataclass(frozen=True)
+class TokenizedDocuments:
+    """
+    The first `length` tokens of every document that is long enough.
+
+    Args:
+        ids (`list[str]`): of the documents.
+        tokens (`torch.LongTensor` of shape `(documents, length)`): the rows, the special prefix included.
+        bos (`int`): tokens of the special prefix, with which each row begins; they are read, and not scored.
+        counts (`list[int]`): tokens that each document has, the prefix and what `start` leaves out included.
+        left_out (`list[dict]`): `document` and `tokens` of those that are too short.
+        byte_ends (`torch.LongTensor` of shape `(documents, length)`, *optional*): UTF-8 bytes of the document from its
+            beginning to the end of each token, so that differences are bytes of text; at the prefix, where the row
+            begins in the document (0 unless `start` leaves tokens out). `None` where the tokenizer gives no offsets
+            (slow ones).
+        start (`int`, *optional*, defaults to 0): tokens that are left out at the beginning of each document.
+        prefix (`str`, *optional*): the special prefix in words, where it is not the BOS that the tokenizer adds.
+    """
+
+    ids: list[str]
+    tokens: torch.Tensor
+    bos: int
+    counts: list[int] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    byte_ends: torch.Tensor | None = None
+    start: int = 0
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if len(set(self.ids)) != len(self.ids):  # tasks, journals and results are keyed by them
+            raise ValueError(f"Expected unique document ids, got {self.ids}. Pass documents through as_documents().")
+
+    @property
+    def length(self) -> int:
+        """Tokens per row."""
+        return self.tokens.shape[1]
+
+
+def check_lengths(lengths: Sequence[int]) -> list[int]:
+    """
+    Context lengths to measure at, ascending.
+
+    Args:
+        lengths (`Sequence[int]`): in tokens, each 2 or more (of one token nothing can be scored).
+
+    Raises:
+        InvalidParameterError: none, not whole numbers, below 2, or one twice.
+    """
+    if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 2 for n in lengths):
+        raise InvalidParameterError(
+            f"lengths is {list(lengths)}; give whole numbers of tokens, 2 or more, as in lengths=[512, 1024]"
+        )
+    if len(set(lengths)) != len(lengths):
+        raise InvalidParameterError(f"lengths {list(lengths)} has one twice; give each once")
+    return sorted(lengths)
+
+
+def special_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
+    """
+    Return the special tokens that stand before every text: `[gMASK]<sop>`, a class token, BOS, or nothing.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        bos (`str`, *optional*, defaults to `"auto"`): `"auto"` for what the tokenizer adds; `"always"` for BOS also
+            where the tokenizer has lost it; `"never"` for nothing.
+
+    Raises:
+        InvalidParameterError: `"always"`, and the tokenizer has no BOS token; or another value.
+    """
+    if bos not in get_args(Bos):
+        raise InvalidParameterError(f"Expected bos to be one of {', '.join(get_args(Bos))}, got {bos!r}.")
+    if bos == "never":
+        return []
+    added = special_tokens(tokenizer)[0]
+    if bos == "auto" or tokenizer.bos_token_id in added:
+        return added
+    if tokenizer.bos_token_id is None:
+        raise InvalidParameterError(
+            "bos is 'always', and the tokenizer has no BOS token; set tokenizer.bos_token, or pass bos='auto'"
+        )
+    return [tokenizer.bos_token_id, *added]
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return what a tokenizer puts before and after a text by itself: `[CLS]` and `[SEP]`, or nothing and `</s>`."""
+    plain, whole = token_ids(tokenizer, "a"), tokenizer("a")["input_ids"]
+    begin = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), None)
+    if begin is None:
+        raise InvalidParameterError(
+            f"{type(tokenizer).__name__} tokenizes a text differently with special tokens around it; expected "
+            f"{plain} within {whole}"
+        )
+    return whole[:begin], whole[begin + len(plain) :]
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text without special ones (`verbose=False`: no warning about the model's length)."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def check_vocabulary(
+    model: Any,
+    rows: Iterable[torch.Tensor],
+    name: str = "the model",
+    remedy: str = "load both from the same checkpoint",
+) -> None:
+    """
+    Refuse tokens that a model does not have: their tokenizer is another's.
+
+    Args:
+        model (`PreTrainedModel`): that is to read them.
+        rows (`Iterable[torch.LongTensor]`): the tokens.
+        name (`str`, *optional*): of the model, in the message.
+        remedy (`str`, *optional*): what the message says to do.
+
+    Raises:
+        InvalidParameterError: a token is not below the number of embeddings.
+    """
+    largest, vocabulary = max(int(row.max()) for row in rows), model.get_input_embeddings().num_embeddings
+    if largest >= vocabulary:
+        raise InvalidParameterError(f"the tokenizer gave token {largest}, and {name} has {vocabulary}; {remedy}")
+
+
+def tokenize_documents(
+    documents: Sequence[Document], tokenizer: Any, length: int, start: int = 0, bos: Bos = "auto"
+) -> TokenizedDocuments:
+    """
+    Cut every document to `special prefix + tokens[start:]`, first `length` tokens.
+
+    The prefix stands there once, also where the text begins with it.
+
+    Args:
+        documents (`Sequence[Document]`): the texts.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        length (`int`): tokens per row.
+        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
+        bos (`str`, *optional*, defaults to `"auto"`): as in [`special_prefix`].
+
+    Raises:
+        DocumentError: no documents, or none is long enough.
+        InvalidParameterError: a negative `start`.
+    """
+    if start < 0:
+        raise InvalidParameterError(f"start is {start}; give the number of tokens to leave out, 0 or more")
+    if not documents:
+        raise DocumentError("there are no documents; give one or more, as load_documents(...) reads them")
+    prefix = np.array(special_prefix(tokenizer, bos), dtype=np.int64)
+    ids, rows, byte_ends, counts = [], [], [], []
+    left_out: list[dict[str, Any]] = []
+    for document, encoded in zip(documents, encode_documents(documents, tokenizer), strict=True):
+        own = leading(encoded.ids, prefix)
+        count = len(prefix) + len(encoded.ids) - own
+        if count - start < length:
+            left_out.append({"document": document.id, "tokens": count})
+            continue
+        part = slice(own + start, own + start + length - len(prefix))
+        ids.append(document.id)
+        rows.append(np.concatenate([prefix, encoded.ids[part]]))
+        counts.append(count)
+        if encoded.ends is not None:
+            begins = encoded.ends[part.start - 1] if part.start else 0
+            byte_ends.append(np.concatenate([np.full(len(prefix), begins), encoded.ends[part]]))
+    if not rows:
+        longest = max((entry["tokens"] for entry in left_out), default=0)
+        usable = max(0, longest - start)
+        raise DocumentError(
+            f"all {len(documents)} documents are too short: the longest has {longest} tokens, and start + length is "
+            f"{start} + {length}; use lengths up to {usable}, or longer documents"
+        )
+    if left_out:
+        logger.warning(
+            "%d of %d documents are too short for %d tokens; left out", len(left_out), len(documents), length
+        )
+    ends = _table(byte_ends) if byte_ends else None
+    words = _prefix_in_words(tokenizer, prefix.tolist(), bos)
+    return TokenizedDocuments(ids, _table(rows), len(prefix), counts, left_out, ends, start, words)
+
+
+def leading(ids: np.ndarray, prefix: np.ndarray) -> int:
+    """Return how many of the first tokens of a text are of the special prefix, which is put before it anyway."""
+    others = np.flatnonzero(~np.isin(ids, prefix)) if len(prefix) else [0]
+    return int(others[0]) if len(others) else len(ids)
+
+
+def _prefix_in_words(tokenizer: Any, prefix: list[int], bos: Bos) -> str:
+    added = special_tokens(tokenizer)[0]
+    if prefix == added:
+        if prefix in ([], [tokenizer.bos_token_id]):
+            return ""
+        return f"special prefix {''.join(map(str, tokenizer.convert_ids_to_tokens(prefix)))}"
+    return f"bos={bos!r}; the tokenizer adds {'one' if added else 'none'}"
+
+
+def _table(rows: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class TokensRead:
+    """
+    The rows of the measured models as an evaluator reads them: as they are, or in tokens of its own.
+
+    Args:
+        ids (`list[str]`): of the documents.
+        rows (`list[torch.LongTensor]`): of shape `(tokens,)` each, of any lengths.
+        bos (`int`): tokens of the special prefix, with which each begins.
+        carry (`Callable[[int, numpy.ndarray], numpy.ndarray]`): from the index of a document and indices in the
+            evaluator's row to those in the row of the measured models.
+    """
+
+    ids: list[str]
+    rows: list[torch.Tensor]
+    bos: int
+    carry: Callable[[int, np.ndarray], np.ndarray] = lambda index, keys: keys
+
+
+def read_by(
+    evaluator_tokenizer: Any, tokenizer: Any, texts: Iterable[Document], rows: TokenizedDocuments
+) -> TokensRead:
+    """
+    The rows for an evaluator.
+
+    Args:
+        evaluator_tokenizer (`PreTrainedTokenizerBase`, *optional*): its own, where it has another.
+        tokenizer (`PreTrainedTokenizerBase`): of the measured models.
+        texts (`Iterable[Document]`): the documents.
+        rows ([`TokenizedDocuments`]): of the measured models.
+
+    Raises:
+        InvalidParameterError: two tokenizers of which one gives no offsets.
+    """
+    if evaluator_tokenizer is None or _are_same(evaluator_tokenizer, tokenizer):
+        return TokensRead(rows.ids, list(rows.tokens), rows.bos)
+    for own in (tokenizer, evaluator_tokenizer):
+        if not own.is_fast:
+            raise InvalidParameterError(
+                f"{type(own).__name__} gives no character offsets, so key tokens cannot be carried between it and "
+                "another tokenizer; use a fast tokenizer, or an evaluator with the same tokenizer"
+            )
+    text_of = {document.id: document.text for document in texts}
+    first, prefix = int(rows.bos), special_prefix(evaluator_tokenizer)
+    own_rows, aligned = [], []
+    for id, row in zip(rows.ids, rows.tokens, strict=True):
+        ids, spans = _offsets(tokenizer, text_of[id])
+        skipped = rows.start + leading(ids, row[:first].numpy())
+        begin = int(spans[skipped - 1, 1]) if skipped else 0
+        spans = np.maximum(spans[skipped : skipped + rows.length - first] - begin, 0)
+        covered = text_of[id][begin : begin + spans[-1, 1]]
+        others, other_spans = _offsets(evaluator_tokenizer, covered)
+        own_rows.append(torch.tensor([*prefix, *others.tolist()], device="cpu"))
+        aligned.append((covered, spans, other_spans))
+
+    def carry(index: int, keys: np.ndarray) -> np.ndarray:
+        covered, spans, other_spans = aligned[index]
+        carried = np.flatnonzero(tokens_inside(spans, other_spans[keys - len(prefix)], covered)) + first
+        return carried[carried >= max(1, first)]  # neither the prefix nor token 0 is scored
+
+    return TokensRead(rows.ids, own_rows, len(prefix), carry)
+
+
+def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarray:
+    """
+    Which tokens lie, but for white space, inside spans of characters.
+
+    Args:
+        offsets (`numpy.ndarray` of shape `(tokens, 2)`): first character and one past the last, of each token.
+        spans (`numpy.ndarray` of shape `(spans, 2)`): the same, of the spans; in any order, also overlapping.
+        text (`str`): what the characters are of.
+
+    Returns:
+        `numpy.ndarray` of shape `(tokens,)`, bool. A token that shares no character with the spans is in none of them.
+    """
+    covered = np.zeros(len(text), dtype=bool)
+    for begin, end in spans:
+        covered[begin:end] = True
+    is_space = np.fromiter((character.isspace() for character in text), dtype=bool, count=len(text))
+    inside, outside = (np.concatenate([[0], np.cumsum(mask)]) for mask in (covered, ~covered & ~is_space))
+    begins, ends = offsets[:, 0], offsets[:, 1]
+    result: np.ndarray = (inside[ends] > inside[begins]) & (outside[ends] == outside[begins])
+    return result
+
+
+def _offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a text without special ones, and their characters, `(tokens, 2)`."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return np.array(encoded["input_ids"], dtype=np.int64), spans
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give the same tokens, also where they were loaded from different places."""
+    if one is other or not (one.is_fast and other.is_fast):
+        return one is other
+    for tokenizer in (one, other):
+        tokenizer("a", verbose=False)  # clears what an earlier call left of padding and truncation
+    same: bool = one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    return same
