@@ -24,7 +24,8 @@ class SelfExtend(RemapMethod):
 
     Args:
         group (`int`, *optional*): `g`; where not given, the power of two that puts the target's farthest position at
-            three quarters of the trained length or before, since positions near its end are the least trained.
+            three quarters of the trained length or before, since positions near its end are the least trained. Under
+            a window that is wider than that, all trained positions count.
         window (`int`, *optional*): `w` in tokens; where not given, half the trained length, rounded down to a multiple
             of the group.
     """
@@ -40,7 +41,9 @@ class SelfExtend(RemapMethod):
         window = default_window(plan, 1 / 2) if self.window is None else self.window
         group = self.group
         if group is None:
-            room = max(default_window(plan, 3 / 4) - window, 1)
+            room = default_window(plan, 3 / 4) - window
+            if room <= 0:  # a wide window leaves only the positions near the end of the trained length
+                room = max(plan.trained_length - window, 1)
             group = 2 ** math.ceil(math.log2(max((plan.target_length - window) / room, 1)))
         if self.window is None and group > 0:
             window = max(window // group, 1) * group

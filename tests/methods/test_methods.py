@@ -386,3 +386,11 @@ def test_method_for_another_scheme_says_what_applies() -> None:
 def test_trained_length_that_nobody_tells() -> None:
     with pytest.raises(InvalidParameterError, match="pass trained_length="):
         YaRN().plan(scheme(trained_length=None, trained_length_source="the config does not tell"), factor=2)
+
+
+@pytest.mark.parametrize(("window", "group"), [(256, 32), (448, 64)])
+def test_groups_of_self_extend_fit_what_a_window_leaves(window: int, group: int) -> None:
+    """Trained on 512, read to 4096: (4096 - 256) / (384 - 256) = 30; a window above 384 leaves 512 - 448, so 57."""
+    far = as_method(f"self-extend(window={window})").plan(sized(1e4, 512), factor=8).parts[-1]
+    assert far.key.group == group
+    assert 4095 // group + window - window // group < 512  # no position that training did not show
