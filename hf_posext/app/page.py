@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from matplotlib.figure import Figure
 
+from ..decode import MAX_NUMBER
 from ..errors import InvalidParameterError, PosExtError
 from ..reporting.signals import SHOWN as BLUE
 from . import words
@@ -60,6 +61,13 @@ LIGHT = "() => document.body.classList.remove('dark')"
 """Script that keeps the page as white as its figures."""
 
 
+class _Page(gr.Blocks):  # type: ignore[misc]
+    """Page on which a tampered request with too few values has empty fields, like any other wrong value."""
+
+    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+        inputs += [None] * (len(block_fn.inputs) - len(inputs))
+
+
 def build_page(shelf: Shelf) -> Any:
     """Return the page with its handlers, which [`~hf_posext.app.server.serve`] launches.
 
@@ -69,7 +77,7 @@ def build_page(shelf: Shelf) -> Any:
     Returns:
         `gradio.Blocks`: the page.
     """
-    with gr.Blocks(title="hf-posext", analytics_enabled=False) as page:
+    with _Page(title="hf-posext", analytics_enabled=False) as page:
         gr.HTML(words.TITLE, elem_id="title")
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
@@ -141,10 +149,6 @@ def build_page(shelf: Shelf) -> Any:
             return {**cleared(), message: gr.update(value=words.alert(reason), visible=True)}
 
         inputs = [model, method, factor, length, trained]
-        for component in inputs:
-            # Gradio would answer a value out of bounds with a red "Error" in each figure, and a traceback in the
-            # terminal. The handlers check the values themselves, and say what they expected.
-            component.preprocess = _as_sent
         outputs = [message, facts, verdict, method, length, trained, about, signal, frequency, mask, loss]
         outputs += [signal_note, frequency_note, mask_note, loss_note]
         # One at a time: a patch changes the model that all handlers share.
@@ -153,6 +157,9 @@ def build_page(shelf: Shelf) -> Any:
             "concurrency_limit": 1,
             "concurrency_id": "model",
             "api_visibility": "private",
+            # Gradio would answer a value out of bounds with a red "Error" in each figure, and a traceback in the
+            # terminal. The handlers check the values themselves, and say what they expected.
+            "preprocess": False,
         }
         one_line = functools.partial(_one_line, refused)
         drawing = {"fn": one_line(draw), "inputs": inputs, "show_progress_on": [signal, frequency, mask], **shared}
@@ -188,11 +195,6 @@ def _bounds(trained: int | None) -> dict[str, int]:
     return {"minimum": min(LEAST_LENGTH, tokens), "maximum": LARGEST_LENGTH * tokens, "value": FACTOR * tokens}
 
 
-def _as_sent(value: Any) -> Any:
-    """Return the value that the browser sent."""
-    return value
-
-
 def _number(field: str, value: Any) -> float:
     """Return the number in a field.
 
@@ -207,7 +209,7 @@ def _number(field: str, value: Any) -> float:
 
 def _tokens(field: str, value: Any) -> int:
     """Return the number of tokens in a field."""
-    if _number(field, value) != int(value) or value < 1:
+    if not 1 <= _number(field, value) <= MAX_NUMBER or value != int(value):
         raise InvalidParameterError(f"Expected a whole number of tokens in the field {field}, got {value:g}.")
     return int(value)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
+from ..errors import PosExtError
 from ..packages import require
 from .view import Shelf
 
@@ -75,6 +77,8 @@ def serve(shelf: Shelf, port: int, opened: Callable[[str], None]) -> None:
 
     from .page import CSS, LIGHT, build_page, theme
 
+    with suppress(PosExtError, OSError):  # a model that cannot be opened is an error on the page
+        shelf.open(next(iter(shelf.models)))  # now, so that the first figure takes no longer than the others
     page = build_page(shelf)
     guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES)), Middleware(Door)]
     _, address, _ = page.launch(

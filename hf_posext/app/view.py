@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,7 +57,8 @@ class Gain(NamedTuple):
     """Measured gain of a method over truncating the input, from a result file.
 
     Args:
-        method (`str`): method with its factor.
+        method (`str`): method.
+        factor (`float`): its factor.
         length (`int`): tokens.
         gain (`float`): truncated perplexity / extended perplexity.
         low, high (`float`): 95 % interval.
@@ -65,6 +67,7 @@ class Gain(NamedTuple):
     """
 
     method: str
+    factor: float
     length: int
     gain: float
     low: float
@@ -125,17 +128,22 @@ class Shelf:
         """Return the committed gain of a shipped model under a method, at the nearest factor and longest length."""
         if self.known_length(name) is None:
             return None
-        gains = []
-        for path in (CHECKOUT / "results" / folder / f"{name}.json" for folder in MEASURED):
-            results = Results.load_json(path) if path.is_file() else None
-            for row in results.rows if results else ():
-                gain, (low, high) = row["gain"], row["gain_ci95"] or (None, None)
-                if row["method"] != plan.method or gain is None or low is None or high is None:
-                    continue
-                measured, source = f"{row['method']} x{row['factor']:g}", path.relative_to(CHECKOUT).as_posix()
-                entry = Gain(measured, row["length"], gain, low, high, row["documents"], source)
-                gains.append((abs(row["factor"] - plan.factor), -row["length"], entry))
-        return min(gains)[2] if gains else None
+        gains = [gain for gain in _measured_gains(name) if gain.method == plan.method]
+        return min(gains, key=lambda gain: (abs(gain.factor - plan.factor), -gain.length), default=None)
+
+
+@functools.cache
+def _measured_gains(name: str) -> list[Gain]:
+    """Return the gains of a shipped model in the committed results."""
+    gains = []
+    for path in (CHECKOUT / "results" / folder / f"{name}.json" for folder in MEASURED):
+        source = path.relative_to(CHECKOUT).as_posix()
+        for row in Results.load_json(path).rows if path.is_file() else ():
+            gain, (low, high) = row["gain"], row["gain_ci95"] or (None, None)
+            if gain is not None and low is not None and high is not None:
+                measured = row["method"], row["factor"], row["length"]
+                gains.append(Gain(*measured, gain, low, high, row["documents"], source))
+    return gains
 
 
 def make_shelf(

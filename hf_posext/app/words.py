@@ -82,8 +82,9 @@ def gain(known: Gain | None) -> str:
     better = "The longer context helps" if known.low > 1 else "Neither is better"
     better = "Truncating the input is the better choice" if known.high < 1 else better
     return plain(
-        f"Measured: {known.method} has a gain of {known.gain:.3f} [{known.low:.3f}, {known.high:.3f}] over truncation "
-        f"at {known.length} tokens ({known.documents} documents, {known.source}). {better}."
+        f"Measured: {known.method} x{known.factor:g} has a gain of {known.gain:.3f} [{known.low:.3f}, "
+        f"{known.high:.3f}] over truncation at {known.length} tokens ({known.documents} documents, {known.source}). "
+        f"{better}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -216,6 +217,52 @@ def test_what_cannot_be_is_told_in_one_line_and_can_be_taken_back(page: Page, pi
     type_in(page, "method", "yarn")
     drawn(page, "signal")
     assert page.get_by_role("alert").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("length", "9000", "Expected a length of at most 4096 tokens (8 times the trained length), got 9000."),
+        ("length", "", "Expected a number in the field Length, got an empty field."),
+        ("factor", "99", "Expected a factor of 1 to 16, got 99."),
+        ("factor", "", "Expected a number in the field Factor, got an empty field."),
+        ("trained", "-4", "Expected a whole number of tokens in the field Trained length, got -4."),
+        ("trained", "2.5", "Expected a whole number of tokens in the field Trained length, got 2.5."),
+    ],
+)
+def test_a_value_out_of_bounds_is_one_sentence(page: Page, field: str, value: str, message: str) -> None:
+    drawn(page, "signal")
+    type_in(page, field, value)
+    alert = page.get_by_role("alert").filter(has_text=message)
+    alert.wait_for()
+    assert alert.inner_text() == message and page.locator("#signal-figure img").count() == 0
+    assert page.get_by_text("Error", exact=True).count() == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([["tiny-rope"], "yarn", 4, 2048, None], "Expected one of the models tiny-rope"),
+        (["tiny-rope", {"a": 1}, 4, 2048, None], "Expected a method"),
+        (["tiny-rope", "yarn", "x" * 99, 2048, None], "Expected a number in the field Factor, got"),
+        (["tiny-rope", "yarn", 4, 1e300, None], "Expected"),
+        (["tiny-rope", "yarn", 4, True, None], "Expected a number in the field Length, got True"),
+        (["tiny-rope"], "Expected a method"),
+    ],
+)
+def test_a_tampered_request_is_one_sentence(values: list[Any], message: str) -> None:
+    """As the server answers it: gradio's own checks raise nothing, and the handler says what it expected."""
+    from hf_posext.app import make_shelf
+    from hf_posext.app.page import build_page
+    from hf_posext.cli.loading import load_model
+
+    page = build_page(make_shelf([], None, None, lambda folder: load_model(folder, "float32", "cpu")))
+    draw = next(function for function in page.fns.values() if function.name == "draw")
+    answer = asyncio.run(page.process_api(draw, list(values)))
+    (alert,) = [
+        update for update in answer["data"] if isinstance(update, dict) and "alert" in str(update.get("value"))
+    ]
+    assert message in alert["value"]
 
 
 def status(address: str, path: str, data: bytes | None = None, **headers: str) -> int:
