@@ -17,14 +17,12 @@ T = TypeVar("T")
 
 
 class Rules(NamedTuple):
-    """
-    Bounds of decoding, and the error of a refusal.
+    """Error and bound of decoding.
 
     Args:
         error (`type[PosExtError]`, *optional*): raised.
-        remedy (`str`, *optional*): what the message says to do about wrong keys.
-        largest (`float`, *optional*): numbers that are not whole may be no larger; whole ones no larger than
-            `MAX_NUMBER` in any case.
+        remedy (`str`, *optional*): advice in the message about wrong keys.
+        largest (`float`, *optional*): bound of floating-point numbers; that of whole ones is `MAX_NUMBER`.
     """
 
     error: type[PosExtError] = PlanError
@@ -36,11 +34,11 @@ PLAN_RULES = Rules()
 
 
 def decode(cls: type[T], data: Any, where: str = "plan", rules: Rules = PLAN_RULES) -> T:
-    """An instance of a dataclass, or a record of a `TypedDict`, from plain JSON types.
+    """Build a dataclass, or a record of a `TypedDict`, from plain JSON types.
 
     Raises:
-        PlanError: missing or unknown keys, another type than the hint says, a number that is not finite or too large;
-            the message tells where. Other rules have other errors.
+        PlanError: missing or unknown keys, another type than the hint, a number that is not finite or too large; other
+            rules have other errors.
     """
     if not isinstance(data, Mapping):
         raise rules.error(f"{where} is {short(data)}; an object of {cls.__name__} belongs there")
@@ -57,7 +55,7 @@ def decode(cls: type[T], data: Any, where: str = "plan", rules: Rules = PLAN_RUL
 
 
 def short(value: Any) -> str:
-    """A value as text, cut to one line's worth."""
+    """Return a value as text, cut to one line's worth."""
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 

@@ -28,8 +28,7 @@ class RotaryPlan:
         inv_freq (`tuple[float, ...]`): radians per token of each pair, each exactly a float32.
         attention_factor (`float`, *optional*, defaults to 1.0): cosine and sine are multiplied by it, so that
             attention logits scale by its square.
-        short_inv_freq (`tuple[float, ...]`, *optional*): used instead while the input is no longer than the original
-            length (LongRoPE).
+        short_inv_freq (`tuple[float, ...]`, *optional*): used instead within the trained length (LongRoPE).
         rope_parameters (`Mapping`, *optional*): the config entry from which transformers computes the same numbers;
             `None` where none of its rope types can say them.
         growth (`Growth`, *optional*): how they follow the length of each row; `inv_freq` are those of a short one.
@@ -62,7 +61,7 @@ class RotaryPlan:
 class Growth:
     """Frequencies that follow the length of each row.
 
-    With `s = max(1, row length / original length)`, pair i turns by `moving_i * s ** -power_i + kept_i` radians a
+    With `s = max(1, row length / trained length)`, pair i rotates by `moving_i * s ** -power_i + kept_i` radians a
     token, and cosine and sine are multiplied by `1 + temperature * ln s`.
     """
 
@@ -361,15 +360,10 @@ def _check_rows(plan: ExtensionPlan) -> None:
 
 
 def check_table_size(rows: int, width: int, count: int = 1) -> None:
-    """Refuse a table that would not fit into memory, before it is made.
-
-    Args:
-        rows (`int`): of the table.
-        width (`int`): numbers in a row.
-        count (`int`, *optional*, defaults to 1): tables of this size.
+    """Refuse tables that would not fit into memory, before they are made.
 
     Raises:
-        PlanError: with the most positions that are possible.
+        PlanError: contains the most positions that are possible.
     """
     if rows * width * count * 4 > MAX_TABLE_BYTES:
         raise PlanError(

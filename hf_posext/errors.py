@@ -1,29 +1,6 @@
-"""Every error this package raises, in one tree.
+"""Every error that this package raises; each is a [`PosExtError`].
 
-```
-PosExtError
-├── MissingExtraError (ImportError)        a package that an extra of hf_posext installs
-├── InvalidParameterError (ValueError)     a factor, length or option out of bounds
-├── UnknownMethodError (ValueError)        no method of that name
-├── MethodNotApplicableError (ValueError)  the method is for another positional scheme
-├── UnsupportedModelError                  a model this package cannot patch or measure, refused by name
-├── AlreadyPatchedError                    a second patch on a patched model
-├── NotPatchedError                        nothing to undo
-├── NoEffectError                          the patch would change nothing
-├── UndoError                              a change that could not be put back; the others were
-├── PlanError (ValueError)                 a plan that is corrupt, hostile or of a newer schema
-├── PlanMismatchError                      a plan made for another model
-├── CheckpointError (ValueError)           a checkpoint or adapter directory that is incomplete, corrupt or hostile
-├── ExportError                            positions that a server cannot compute
-├── DocumentError (ValueError)             an empty data set, a missing column, a text that is too short
-├── EvaluationError                        two ways of measuring that disagree, results that cannot be read
-│   ├── NonFiniteError                     logits that are not finite in one document
-│   └── OutOfMemoryError                   a text that does not fit, however little of it is read at a time
-├── JournalError                           the journal of another run, a corrupt one, or a full disk
-└── TrainingError                          a loss that is not finite, a run to resume that was another one
-```
-
-Each message says what was got, what is allowed, and what to type next.
+Each message states what was expected, what was got, and what to type next.
 """
 
 

@@ -100,7 +100,7 @@ class ExtensionPlan:
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """Every change that the plan makes; empty where it leaves the model as it is (the method `none`)."""
+        """Every change that the plan makes, as a tuple of typed edits; empty for the method `none`."""
         slopes = Slopes(self.slopes) if self.slopes else None
         sinusoids = Sinusoids(self.sinusoids) if self.sinusoids else None
         single = (self.query_scale, self.table, slopes, self.buckets, sinusoids)
@@ -115,21 +115,21 @@ class ExtensionPlan:
 
     @property
     def follows_rows(self) -> bool:
-        """Return whether positions or frequencies depend on the length of each row."""
+        """`True` where positions, frequencies or scales depend on the length of each row."""
         maps = (mapping for part in self.parts for mapping in (part.query, part.key))
         scale = self.query_scale is not None and self.query_scale.row is not None
         return scale or any(entry.growth for entry in self.rotaries) or any(mapping.follows_rows for mapping in maps)
 
     @property
     def changes_nothing(self) -> bool:
-        """`True` where the plan leaves the model as it is (the method `none`)."""
+        """`True` where the plan contains no edit (the method `none`)."""
         return not self.edits
 
     def check(self) -> None:
         """Refuse a plan that asks for more than can be made, or for what no method can have meant.
 
         Raises:
-            PlanError: says what, and the bound.
+            PlanError: contains the bound.
         """
         if self.scheme.kind not in KINDS:
             raise PlanError(f"plan.scheme.kind is {short(self.scheme.kind)}; there are: {', '.join(KINDS)}")
@@ -177,7 +177,7 @@ class ExtensionPlan:
         return f"{self.method}: {lengths}" + (f", {given}" if given else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, with the schema's number."""
+        """Return plain JSON types, with the number of the schema."""
         plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **asdict(self)}, allow_nan=False))
         return plain
 
@@ -189,9 +189,7 @@ class ExtensionPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> ExtensionPlan:
-        """Read a plan from its file, or from a directory.
-
-        In a directory, the plan is in `posext_plan.json`, or in the config of the adapter or the model.
+        """Read a plan from its file, or from `posext_plan.json` or the config in a directory of an adapter or a model.
 
         Raises:
             PlanError: no such file, not JSON, too large, of a newer schema, or with values out of bounds.
@@ -204,7 +202,7 @@ class ExtensionPlan:
 
     @classmethod
     def from_dict(cls, data: Any) -> ExtensionPlan:
-        """The plan that `to_dict` gave.
+        """Return the plan that `to_dict` gave.
 
         Raises:
             PlanError: a newer schema, missing or unknown keys, wrong types, or values out of bounds.
@@ -264,11 +262,7 @@ def _refuse_constant(text: str) -> float:
 
 
 def has_plan(directory: str | Path) -> bool:
-    """Return whether a directory contains a plan, in a file of its own or in a config.
-
-    Raises:
-        PlanError: a file that is not JSON, or too large.
-    """
+    """Return whether a directory contains a plan, in a file of its own or in a config."""
     return _in_directory(Path(directory)) is not None
 
 

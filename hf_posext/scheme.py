@@ -74,15 +74,15 @@ TABULATED = ("codegen", "ctrl", "gptj", "marian", "mpt", "pegasus", "roformer")
 class Rotary:
     """One set of rotary frequencies; most models have one, some one for each layer type.
 
-    Pair `i` of `pairs` turns by `theta ** (-2 i / dim)` radians a token; pairs from `pairs` to `slots` do not turn.
+    Pair `i` of `pairs` rotates by `theta ** (-2 i / dim)` radians a token; those from `pairs` on do not rotate.
 
     Args:
         name (`str`): the layer type, or `""` where the model has one set for all layers.
         theta (`float`): the base.
         dim (`int`): the width that the exponent runs over, normally the number of rotated channels of a head.
-        pairs (`int`): how many channel pairs turn.
+        pairs (`int`): number of channel pairs that rotate.
         slots (`int`): length of the module's frequency vector (more than `pairs` where the tail is padded with zeros).
-        window (`int`, *optional*): how far back the layers of this set see, where that is bounded.
+        window (`int`, *optional*): bound of the distances that the layers of this set see.
         shipped (`Mapping`): the `rope_parameters` that the model came with.
     """
 
@@ -96,7 +96,7 @@ class Rotary:
 
     @property
     def shipped_type(self) -> str:
-        """The `rope_type` that the model came with; `"default"` is plain, unscaled RoPE."""
+        """`rope_type` that the model came with; `"default"` is plain, unscaled RoPE."""
         return str(self.shipped.get("rope_type", "default"))
 
 
@@ -143,8 +143,8 @@ class PositionalScheme:
         kind (`str`): `rotary`, `learned`, `alibi`, `relative`, `sinusoidal` or `none`.
         model_type (`str`): the model type in transformers.
         trained_length (`int`, *optional*): tokens per sequence in pre-training, before any extension that the model
-            ships with. `None` where the config does not tell.
-        trained_length_source (`str`): where that number comes from.
+            ships with.
+        trained_length_source (`str`): source of that number.
         shipped_length (`int`, *optional*): tokens that the model as shipped claims to read.
         rotaries (`tuple[Rotary, ...]`): the sets of rotary frequencies; empty for the other kinds.
         layer_types (`tuple[str, ...]`): the distinct layer types of the config, in order of appearance.
@@ -168,21 +168,20 @@ class PositionalScheme:
 
     @property
     def generalization(self) -> str:
-        """`none`, `extrapolation` or `interpolation`: what the scheme does past its trained length."""
+        """`none`, `extrapolation` or `interpolation`; see [`Kind`]."""
         return KINDS[self.kind].generalization
 
     @property
     def ends(self) -> bool:
-        """`True` where the model cannot run past its length at all: its positions are in a table, learned or not."""
+        """`True` where the model cannot run past its length: its positions are in a table, learned or not."""
         return self.kind == "learned" or self.model_type in TABULATED
 
     def rotary(self, name: str) -> Rotary:
-        """The set of frequencies of that name."""
+        """Return the set of frequencies of a name."""
         return next(rotary for rotary in self.rotaries if rotary.name == name)
 
     def same_positions(self, other: PositionalScheme) -> bool:
-        """Return whether a plan made for `other` fits a model of this scheme: the same frequencies, table, slopes and
-        buckets."""
+        """Return whether a plan for `other` fits: the same frequencies, table, slopes and buckets."""
 
         def shape(scheme: PositionalScheme) -> tuple[Any, ...]:
             rotaries = tuple((r.name, r.theta, r.dim, r.pairs, r.slots) for r in scheme.rotaries)
@@ -191,7 +190,7 @@ class PositionalScheme:
         return shape(self) == shape(other)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         return {**asdict(self), "generalization": self.generalization}
 
     def __repr__(self) -> str:

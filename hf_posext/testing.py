@@ -73,7 +73,7 @@ def sharpen(model: Any) -> Any:
 
 
 def tiny_llama(**overrides: object) -> LlamaForCausalLM:
-    """A model of two layers whose positions are rotary."""
+    """Model of two layers whose positions are rotary."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TRAINED}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ..patching.checkpoint import upload
 from ..plan import ExtensionPlan
 from .directory import CONFIG_FILE, FILES, AdapterDirectory
 
@@ -40,8 +41,6 @@ def push_to_hub(
         CheckpointError: an adapter that is incomplete or corrupt.
         PlanError: the directory holds no plan, or a corrupt one.
     """
-    from huggingface_hub import HfApi
-
     path = Path(directory)
     if (path / CONFIG_FILE).exists():
         adapter = AdapterDirectory.read(path)
@@ -56,13 +55,13 @@ def push_to_hub(
             )
     else:
         plan = ExtensionPlan.load(path)
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=path,
-        allow_patterns=list(FILES),
+    return upload(
+        path,
+        repo_id,
+        plan,
+        files=FILES,
+        private=private,
         revision=revision,
-        commit_message=commit_message or f"Upload {plan.method} {plan.trained_length} -> {plan.target_length}",
+        commit_message=commit_message,
+        token=token,
     )
-    return str(commit.commit_url)

@@ -19,8 +19,7 @@ from ..evaluation.reading import portable
 from ..methods import Method, as_method, list_methods
 from ..methods.frequencies import first_rotary
 from ..packages import machine, versions_of
-from ..patching import detect_scheme, find_patch, patch_model
-from ..patching.detect import unwrap
+from ..patching import detect_scheme, find_patch, patch_model, unwrap
 from ..patching.observe import attends_both_ways, frequencies_in_force, slope_scale, table_rows
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import InvalidParameterError, NonFiniteError, UnsupportedModelError
-from ..patching.detect import unwrap
+from ..patching import unwrap
 from ..patching.frequencies import forget_length
 from .heads import PROBE_LENGTH, Head, deviation, find_head
 from .memory import Prefill, Room

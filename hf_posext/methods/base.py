@@ -81,14 +81,14 @@ class Method:
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of the docstring, or the title where there is none."""
+        """Return the first line of the docstring, or the title."""
         return ((cls.__doc__ or "").strip() or cls.title).splitlines()[0]
 
     @classmethod
     def example(cls, scheme: PositionalScheme) -> Method:
-        """An instance, or a composition with one, that works on the scheme at factor 8, for tests and documentation.
+        """Return an instance, or a composition with one, that works on the scheme at factor 8.
 
-        To be overridden by a method whose parameters have no defaults, or that needs another before it.
+        A method whose parameters have no defaults, or that needs another before it, overrides this.
         """
         return cls()
 
@@ -97,7 +97,7 @@ class Method:
         """Label in tables and plans, which [`as_method`] reads: the name, and parameters that are not the default.
 
         Lists are left out, since they fill pages: `LongRoPE(long_factor=[...])` is `longrope`. So is the factor, which
-        tables have a column for; only in a composition a part tells its own where it is not the plan's.
+        tables have a column for; only a component of a composition states a factor that is not the plan's.
         """
         return self._text(hidden="factor")
 
@@ -112,12 +112,12 @@ class Method:
         return f"{self.name}({', '.join(given)})" if given else self.name
 
     def parameters(self) -> tuple[Mapping[str, Any], ...]:
-        """Name and hyper-parameters of each method in the composition, as plain JSON."""
+        """Return name and hyper-parameters of each method in the composition, as plain JSON."""
         given = {key: list(value) if isinstance(value, tuple | list) else value for key, value in asdict(self).items()}
         return ({"name": self.name, **given},)
 
     def applies_to(self, scheme: PositionalScheme) -> str | None:
-        """`None` where the method can extend the scheme, else the reason why it cannot."""
+        """Return the reason why the method cannot extend a scheme; `None` where it can."""
         if scheme.kind not in self.kinds:
             return f"{self.name} extends {' or '.join(self.kinds)} positions; {scheme.model_type} has {scheme.kind}"
         return scheme.obstacle
@@ -165,7 +165,7 @@ class Method:
             return self.extend(start)
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
-        """The plan with this method applied on top."""
+        """Return the plan with this method applied on top."""
         raise TypeError(f"{type(self).__name__} must implement extend(plan)")
 
     def __add__(self, other: Method) -> Method:
@@ -230,8 +230,8 @@ class Method:
 class Composition(Method):
     """Several methods, each applied on top of the one before.
 
-    A part keeps its own factor where it has one (`NTK(factor=2) + DualChunk(factor=8)`: a base for twice the length
-    under chunks that read eight times it); the plan's is the largest of them.
+    A component keeps its own factor (`NTK(factor=2) + DualChunk(factor=8)`: a base for twice the length under chunks
+    that read eight times it); the plan's is the largest of them.
     """
 
     parts: tuple[Method, ...] = ()
@@ -243,7 +243,7 @@ class Composition(Method):
 
     @property
     def needs_factor(self) -> bool:  # type: ignore[override]
-        """`True` where one of the parts needs one."""
+        """`True` where a component needs one."""
         return any(part.needs_factor for part in self.parts)
 
     @property
@@ -263,10 +263,7 @@ class Composition(Method):
         return plan
 
     def _require_traces(self, plan: ExtensionPlan) -> None:
-        """
-        Raises:
-            InvalidParameterError: the plan would be the same without one of the parts.
-        """
+        """Refuse a plan that would be the same without one of the components."""
         blank = ExtensionPlan("", (), plan.scheme, plan.factor, plan.trained_length, plan.target_length)
         for index, part in enumerate(self.parts):
             others = (*self.parts[:index], *self.parts[index + 1 :])
@@ -294,7 +291,7 @@ class Composition(Method):
 
 
 def _numbers(plan: ExtensionPlan) -> ExtensionPlan:
-    """A plan without its labels: the method, its parameters, and how a config says the frequencies."""
+    """Return a plan without its labels: the method, its parameters, and the words of a config for the frequencies."""
     rotaries = tuple(replace(entry, rope_parameters=None) for entry in plan.rotaries)
     return replace(plan, method="", parameters=(), rotaries=rotaries)
 
@@ -335,7 +332,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _type_text(hint: Any) -> str:
-    """A type hint in words."""
+    """Return a type hint in words."""
     words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "text", type(None): "None"}
     if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(_type_text(option) for option in get_args(hint))
@@ -343,10 +340,10 @@ def _type_text(hint: Any) -> str:
 
 
 def _number(name: str, value: Any, *, whole: bool = False) -> Any:
-    """A length or factor as a plain Python number; `None` where it is not given.
+    """Return a length or factor as a plain Python number.
 
     Raises:
-        InvalidParameterError: anything else than a finite number, or a whole one where tokens are counted.
+        InvalidParameterError: not a finite number, or not a whole one where tokens are counted.
     """
     if value is None:
         return None
@@ -360,7 +357,7 @@ def _number(name: str, value: Any, *, whole: bool = False) -> Any:
 
 
 def hyper_parameters(method: type[Method]) -> tuple[str, ...]:
-    """The names of a method's hyper-parameters, without `factor`."""
+    """Return the names of a method's hyper-parameters, without `factor`."""
     return tuple(entry.name for entry in fields(method) if entry.name != "factor")
 
 
@@ -394,7 +391,7 @@ def register(method: M) -> M:
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every registered method by name, sorted; loads the entry points of the group `hf_posext.methods` once."""
+    """Return every registered method by name, sorted; loads the entry points of `hf_posext.methods` once."""
     global _pending
     if _pending:
         _pending = False
@@ -412,7 +409,7 @@ def methods() -> dict[str, type[Method]]:
 
 
 def get_method(name: str) -> type[Method]:
-    """The method of that name; case, hyphens and underscores do not count.
+    """Return the method of a name, in which case, hyphens and underscores do not count.
 
     Raises:
         UnknownMethodError: no such method; the message suggests the nearest names.
@@ -449,13 +446,10 @@ class MethodInfo:
 
 
 def list_methods(kind: str | None = None) -> list[MethodInfo]:
-    """Every method, or those that extend one kind of scheme.
+    """Return every method, or those that extend one kind of scheme, sorted by name.
 
     Args:
         kind (`str`, *optional*): `rotary`, `learned`, `alibi`, `relative`, `sinusoidal` or `none`.
-
-    Returns:
-        `list[MethodInfo]`: sorted by name.
     """
     return [
         MethodInfo(name, cls.title, cls.url, cls.kinds, cls.summary())

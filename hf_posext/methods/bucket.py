@@ -25,7 +25,7 @@ class BucketMethod(Method):
         return scheme.obstacle if scheme.buckets is not None else super().applies_to(scheme)
 
     def buckets(self, plan: ExtensionPlan, current: BucketPlan) -> BucketPlan:
-        """The plan with this method applied on top."""
+        """Return the buckets with this method applied on top."""
         raise TypeError(f"{type(self).__name__} must implement buckets(plan, current)")
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:

@@ -39,7 +39,7 @@ class TableMethod(Method):
 
 
 def squeezed(plan: ExtensionPlan) -> PositionMap:
-    """`min(p / s, L - 1)`: back into the trained positions, which end at L - 1."""
+    """Return `min(p / s, L - 1)`: back into the trained positions, which end at L - 1."""
     return PositionMap(rate=1 / plan.factor, limit=plan.trained_length - 1)
 
 

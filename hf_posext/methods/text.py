@@ -13,7 +13,7 @@ from .base import Composition, Method, get_method, hyper_parameters
 
 
 def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
-    """A method object from its name, or the object itself.
+    """Return a method object from its name, or the object itself.
 
     A name may have hyper-parameters in brackets, and several are composed by `+`: `"yarn"`, `"yarn+resonance"`,
     `"rerope(window=384)"`, `"yarn(beta_fast=16, variant='paper')+log-n"`. Values are Python literals. Case does not
@@ -25,8 +25,7 @@ def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
 
     Raises:
         UnknownMethodError: no such name.
-        InvalidParameterError: neither a name nor a method object, or a hyper-parameter that the method does not have
-            or whose value is out of bounds.
+        InvalidParameterError: neither a name nor a method object, or an unknown or refused hyper-parameter.
     """
     if isinstance(method, Method):
         if hyper_parameters:
@@ -50,12 +49,7 @@ def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """The pieces of a text between separators that stand in no bracket, stripped.
-
-    Args:
-        text (`str`): as in `"none, yarn(beta_fast=16, beta_slow=2)"`.
-        separator (`str`): one character.
-    """
+    """Return the pieces of a text between separators (one character) that stand in no bracket, stripped."""
     pieces, depth = [""], 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")
@@ -67,7 +61,7 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
 
 
 def _from_text(text: str, more: Mapping[str, Any]) -> Method:
-    """A method from its name, the values in brackets behind it, and more hyper-parameters by name."""
+    """Return a method from its name, the values in brackets behind it, and more hyper-parameters by name."""
     name, bracket, _ = text.partition("(")
     cls = get_method(name.strip())
     given = _literals(text, cls) if bracket else {}
@@ -84,7 +78,7 @@ def _from_text(text: str, more: Mapping[str, Any]) -> Method:
 
 
 def _literals(text: str, cls: type[Method]) -> dict[str, Any]:
-    """The parameters in brackets behind a name."""
+    """Return the parameters in brackets behind a name."""
     defaults = {entry.name: entry.default for entry in fields(cls) if entry.default is not None}
     example = next((f"{cls.name}({name}={value!r})" for name, value in defaults.items()), f"{cls.name}(factor=8)")
     try:
@@ -102,15 +96,11 @@ def _literals(text: str, cls: type[Method]) -> dict[str, Any]:
 
 
 def by_reason(refusals: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """
-    Group methods that share a reason.
-
-    Args:
-        refusals (`Mapping[str, str | None]`): reason of each method, `None` for one that applies.
+    """Group the names of methods by the reason of each, `None` for one that applies.
 
     Returns:
-        `dict[str, list[str]]`: names under each reason. A reason that begins with the name of its method is stated
-        without it, and methods that apply are under `""`.
+        `dict[str, list[str]]`: a reason that begins with the name of its method is stated without it, and methods that
+        apply are under `""`.
     """
     groups: dict[str, list[str]] = {"": []}
     for label, reason in refusals.items():

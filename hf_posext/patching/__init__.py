@@ -1,6 +1,7 @@
 """The only floor that knows transformers' internals: detect a scheme, apply a plan, put everything back."""
 
-from .detect import detect_scheme, unwrap
+from .detect import detect_scheme
+from .ownership import unwrap
 from .patch import Patch, find_patch, load_patched, patch_model, unpatch_model
 
 __all__ = ["Patch", "detect_scheme", "find_patch", "load_patched", "patch_model", "unpatch_model", "unwrap"]

@@ -24,18 +24,14 @@ from .undo import UndoLog
 
 
 class AttentionSlopes:
-    """Forward pre-hook of an attention layer: the slopes of a plan, and the biases that they make.
-
-    Args:
-        slopes (`torch.Tensor` of shape `(heads,)`): float32.
-    """
+    """Forward pre-hook of an attention layer: the float32 slopes (heads,) of a plan, and the biases that they make."""
 
     def __init__(self, slopes: torch.Tensor) -> None:
         self.slopes = slopes
         self.used = False
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """The slopes, float32; they stay on the device, as the host would wait for it to get them in every layer."""
+        """Return the slopes on a device, where they stay: the host would wait in every layer to move them."""
         if not self.used:
             self.used = True
         if self.slopes.device != device:
@@ -59,7 +55,7 @@ class AttentionSlopes:
         return args, kwargs | self.biased(module, kwargs["alibi"], kwargs["attention_mask"])
 
     def biased(self, module: Any, alibi: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The arguments `alibi` and `attention_mask` in place of those that the layer was given."""
+        """Return the arguments `alibi` and `attention_mask` in place of those that the layer was given."""
         raise NotImplementedError
 
 
@@ -102,15 +98,10 @@ _HOOKS = {"BloomAttention": BloomSlopes, "FalconAttention": FalconSlopes}
 
 
 def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
-    """Put the slopes of a plan into a model.
+    """Put the slopes of a plan into a model, and check that every layer runs with them.
 
     Returns:
         `str`: why a saved checkpoint needs this package.
-
-    Raises:
-        NoEffectError: the slopes are those that the model has.
-        UnsupportedModelError: no layer of the model is known to take other biases, or one does not take them when the
-            model runs.
     """
     if plan.slopes == plan.scheme.slopes:
         raise no_effect(plan, "the slopes")
@@ -157,7 +148,7 @@ class OtherBuckets(Mixin):
 
 
 class OtherBucketsOfMPNet(Mixin):
-    """The same for MPNet, which names the function otherwise and has no maximum distance of its own to set."""
+    """The same for MPNet, whose function has another name and takes the maximum distance as an argument."""
 
     _posext_buckets: BucketPlan
 
@@ -178,10 +169,7 @@ def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> 
     """Put the buckets of a plan into a model.
 
     Returns:
-        `str`, *optional*: `None` where the config now says the same as the live model, else why it cannot.
-
-    Raises:
-        NoEffectError: distances are sorted as before.
+        `str`, *optional*: why a config cannot state them; `None` where it does.
     """
     assert plan.buckets is not None and plan.scheme.buckets is not None
     reach = plan.buckets.max_distance
@@ -194,7 +182,7 @@ def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> 
 
 
 def _swap(model: PreTrainedModel, buckets: BucketPlan, reach: int | None, log: UndoLog) -> str | None:
-    """Buckets into every module that has some; returns why a config cannot say them."""
+    """Change the buckets of every module that has some, and return why a config cannot state them."""
     sites = bucket_modules(model).values()
     said = all(hasattr(module, "relative_attention_max_distance") for module in sites)
     if reach is not None and said:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedModelError
 from ..plan import PLAN_FILE, PLAN_KEY, ExtensionPlan
@@ -34,10 +34,36 @@ FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "posext_replaced/*"
 """Files of a patched model that are downloaded from the Hub."""
 
 
+def upload(
+    directory: str | Path,
+    repo_id: str,
+    plan: ExtensionPlan,
+    *,
+    files: Sequence[str] | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Upload the files of a directory to the Hub in one commit, and return its URL."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=directory,
+        allow_patterns=files,
+        revision=revision,
+        commit_message=commit_message or f"Upload {plan.method} {plan.trained_length} -> {plan.target_length}",
+    )
+    return str(commit.commit_url)
+
+
 def save_patched(
     model: PreTrainedModel,
     plan: ExtensionPlan,
-    tokenizer: Any | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     replaced: Mapping[str, torch.Tensor],
     directory: str | Path,
 ) -> None:

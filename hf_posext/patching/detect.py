@@ -32,15 +32,6 @@ from .sites import (
     sinusoids,
 )
 
-__all__ = [
-    "RotarySite",
-    "detect_scheme",
-    "model_code",
-    "rotary_sites",
-    "text_config",
-    "unwrap",
-]
-
 SINUSOID_TABLE_ROPE = ("codegen", "gptj", "roformer")
 """Rotary families of transformers that keep a table of sines instead of frequencies."""
 
@@ -49,8 +40,7 @@ SINUSOID_TABLE_ROPE = ("codegen", "gptj", "roformer")
 class RotarySite:
     """Place of one set of frequencies: a rotary module and the prefix of its attributes.
 
-    The set is called after its layer type, or, where a module has a config of its own (Granite SWA: one for each
-    base), after the path of the module.
+    The name is the layer type, or the path of a module with a config of its own (Granite SWA: one for each base).
     """
 
     path: str
@@ -64,11 +54,7 @@ class RotarySite:
         return f"{self.layer_type}_" if self.layer_type else ""
 
     def phases(self, positions: torch.Tensor) -> torch.Tensor:
-        """Cosine and sine (or the complex phase) that the module gives, float32, with positions on axis 0.
-
-        Args:
-            positions (`torch.LongTensor` of shape `(n,)`): the positions to ask for.
-        """
+        """Return cosine and sine (or the complex phase) of the module at positions (n,), float32 of shape (n, ...)."""
         device = getattr(self.module, f"{self.prefix}inv_freq").device
         wanted = inspect.signature(self.module.forward).parameters
         extra = {"layer_type": self.layer_type} if self.layer_type and "layer_type" in wanted else {}
@@ -80,11 +66,7 @@ class RotarySite:
 
 @contextmanager
 def model_code(name: str) -> Iterator[None]:
-    """Turn whatever the code of a model raises, while it is asked for its positions, into an error that names it.
-
-    Raises:
-        UnsupportedModelError: the code raised anything that is not an error of this package.
-    """
+    """Turn what the code of a model raises when it is asked for its positions into an `UnsupportedModelError`."""
     try:
         yield
     except PosExtError:
@@ -97,40 +79,32 @@ def model_code(name: str) -> Iterator[None]:
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the text decoder: the config itself, or a part of it in multimodal models."""
+    """Return the config of the text decoder: the config itself, or a part of it in multimodal models."""
     return config.get_text_config(decoder=True)
 
 
 def model_kind(model: nn.Module | PreTrainedConfig) -> tuple[str, str]:
-    """Return the kind of a language model, and the name of its class.
+    """Return the kind of a language model or config, also inside a wrapper, and the name of its class.
 
-    Args:
-        model (`PreTrainedModel` or `PreTrainedConfig`): also inside a PEFT or DDP wrapper.
-
-    Returns:
-        `tuple[str, str]`: the kind is `"masked"` for an encoder with a masked-LM head, `"seq2seq"` for an
-        encoder-decoder with a head, else `"causal"`.
+    The kind is `"masked"` for an encoder with a masked-LM head, `"seq2seq"` for an encoder-decoder with a head, else
+    `"causal"`.
     """
     if isinstance(model, PreTrainedConfig):
         config, classes = model, model.architectures or [model.model_type]
     else:
         base = unwrap(model)
         config, classes = base.config, [cls.__name__ for cls in type(base).__mro__]
-    two_sided = getattr(config, "is_encoder_decoder", False)
-    heads = (
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-        if two_sided
-        else modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
+    kind, heads = "masked", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if getattr(config, "is_encoder_decoder", False):
+        kind, heads = "seq2seq", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     named = {name for names in heads.values() for name in ([names] if isinstance(names, str) else names)}
-    # XLM and Flaubert have one class for both, and a config that tells which it is
-    if named.isdisjoint(classes) or (not two_sided and getattr(config, "causal", False)):
-        return "causal", classes[0]
-    return ("seq2seq" if two_sided else "masked"), classes[0]
+    # XLM and Flaubert have one class for both heads, and a config that states which it is
+    causal = named.isdisjoint(classes) or (kind == "masked" and getattr(config, "causal", False))
+    return "causal" if causal else kind, classes[0]
 
 
 def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
-    """Every set of rotary frequencies in the text part of a model.
+    """Return every set of rotary frequencies in the text part of a model.
 
     MusicFlamingo rotates its audio by timestamps, in a module with the config of the whole model: where some modules
     take positions of tokens, the others are not of text.
@@ -155,13 +129,10 @@ def _rotary_sites(model: PreTrainedModel) -> Iterator[RotarySite]:
 
 
 def detect_scheme(model_or_config: nn.Module | PreTrainedConfig) -> PositionalScheme:
-    """The positional encoding of a model, in its shipped state even while a patch is in force.
+    """Return the positional encoding of a model as shipped, even while a patch is in force.
 
     Args:
         model_or_config (`PreTrainedModel` or `PreTrainedConfig`): a config is enough; no weights are made then.
-
-    Returns:
-        [`PositionalScheme`]: kind, generalization, trained and shipped length in tokens, rotary sets.
 
     Raises:
         UnsupportedModelError: neither of the two, or a config of which transformers can build no model.
@@ -179,7 +150,7 @@ def detect_scheme(model_or_config: nn.Module | PreTrainedConfig) -> PositionalSc
 
 
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The modules of a model, on the meta device: structure without numbers."""
+    """Build the modules of a model on the meta device: structure without numbers."""
     import transformers
 
     config = without_stop(config)
@@ -257,7 +228,7 @@ def _rotary(site: RotarySite) -> Rotary | None:
 
 
 def _default_frequencies(site: RotarySite, config: Any) -> torch.Tensor | None:
-    """Unscaled frequencies as transformers computes them; the module's own buffer where it has no function for it."""
+    """Return the unscaled frequencies of transformers, or the module's own if it has no function for them."""
     compute: Any = getattr(site.module, "compute_default_rope_parameters", None)
     if compute is not None:
         with torch.device("cpu"):
@@ -289,7 +260,7 @@ def _window(config: Any, layer_type: str) -> int | None:
 
 
 def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | None, str, int | None]:
-    """Trained length, where it comes from, and the length that the model as shipped claims."""
+    """Return the trained length, its source, and the length that the model as shipped claims."""
     held = {name: getattr(config, name, None) for name in LENGTH_FIELDS}
     field, limit = next(((name, value) for name, value in held.items() if value and value > 0), ("", None))
     if limit is None:
@@ -310,7 +281,7 @@ def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | No
 
 
 def _kind(model: PreTrainedModel, config: PreTrainedConfig, rotates: bool) -> tuple[str, str | None]:
-    """The kind of a scheme, from the modules that the model has, and why it cannot be changed where that is so."""
+    """Return the kind of a scheme, from the modules of the model, and why it cannot be changed."""
     family = config.model_type
     if family in SINUSOID_TABLE_ROPE:
         return "rotary", f"{family} keeps a table of sines instead of frequencies; hf_posext cannot change it"

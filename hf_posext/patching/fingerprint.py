@@ -1,4 +1,4 @@
-"""Tells a base model from another of the same shape, without reading all of it twice.
+"""Identity of a base model among others of the same shape, without reading all of it twice.
 
 A few numbers of a few weights that no adapter layer holds. They survive a change of dtype to within its rounding, and
 a model that was trained further has others.
@@ -50,7 +50,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What an adapter remembers of the model that it was trained on.
+    """Identity of the model that an adapter was trained on.
 
     Args:
         architecture (`str`): class of the model in transformers.
@@ -64,7 +64,7 @@ class BaseModel:
 
     @classmethod
     def of(cls, model: nn.Module) -> BaseModel:
-        """Of a model in memory, with or without an adapter."""
+        """Return the identity of a model in memory, with or without an adapter."""
         inner = unwrap(model)
         found = {name: weight for name, weight in _weights(model).items() if weight.numel()}
         names = sorted(found)
@@ -74,7 +74,7 @@ class BaseModel:
 
     @classmethod
     def load(cls, directory: Path) -> BaseModel:
-        """From the directory of an adapter.
+        """Read the identity from the directory of an adapter.
 
         Raises:
             CheckpointError: no such file or entry, or not what [`~BaseModel.save`] writes.
@@ -89,19 +89,18 @@ class BaseModel:
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
         return plain
 
     def save(self, directory: Path) -> None:
-        """Into the directory of an adapter."""
+        """Write the identity into the directory of an adapter."""
         (directory / BASE_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     def differs(self, model: nn.Module, trained: Container[str] = ()) -> str | None:
-        """Return the difference between a model and the remembered one; `None` if there is none.
+        """Return the difference between a model, with or without an adapter, and this one; `None` without one.
 
         Args:
-            model (`PreTrainedModel`): with or without an adapter.
             trained (`Container[str]`): names in the file of the adapter, whose weights need not be those of the base.
         """
         name = type(unwrap(model)).__name__
@@ -121,8 +120,11 @@ class BaseModel:
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of the base by the path that they have without an adapter, except those that an adapter layer contains,
-    that a patch replaces, or of which this process has a share only."""
+    """Return the weights of the base by the path that they have without an adapter.
+
+    Those that an adapter layer contains, that a patch replaces, or of which this process has a share only, are left
+    out.
+    """
     inner = unwrap(model)
     adapted = tuple(
         f"{path}." for path, module in inner.named_modules() if type(module).__module__.startswith("peft.")

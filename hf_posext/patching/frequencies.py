@@ -46,7 +46,7 @@ class KeepsFrequencies(Mixin):
 
 @dataclass(frozen=True)
 class FixedFrequencies:
-    """Stands where a rotary module keeps a function to recompute its frequencies (PhiMoE does so in every forward)."""
+    """Function in place of the one by which PhiMoE recomputes its frequencies in every forward."""
 
     inv_freq: tuple[float, ...]
     attention_factor: float
@@ -56,14 +56,10 @@ class FixedFrequencies:
 
 
 def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
-    """Put the frequencies of a plan into a model.
+    """Put the frequencies of a plan into a model, and check that its phases changed or follow the length of rows.
 
     Returns:
-        `str`, *optional*: `None` where the config now says the same as the live model, else why it cannot.
-
-    Raises:
-        NoEffectError: the phases that the model computes did not change, and do not follow the length of rows.
-        UnsupportedModelError: the plan needs two sets of frequencies, and the model's own code cannot switch.
+        `str`, *optional*: why the config cannot state them; `None` where it does.
     """
     planned = {entry.name: entry for entry in plan.rotaries}
     sites = [site for site in rotary_sites(model) if site.name in planned]
@@ -98,7 +94,7 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
 
 
 def _probe_positions(plan: ExtensionPlan) -> list[torch.Tensor]:
-    """Positions at which phases are compared: one input of the original length, one of the target length."""
+    """Return positions to compare phases at: of an input of the trained length, and of one of the target length."""
     short, long = plan.trained_length, max(plan.target_length, plan.trained_length + 1)
     return [torch.tensor(sorted({1, 2, 3, last // 3, last // 2, last - 1})) for last in (short, long)]
 
@@ -113,7 +109,7 @@ def _same_phases(before: torch.Tensor, after: torch.Tensor, positions: torch.Ten
 
 
 def _write(site: RotarySite, entry: RotaryPlan, log: UndoLog) -> None:
-    """The numbers of one set into its module."""
+    """Write the numbers of one set into its module."""
     module, prefix = site.module, site.prefix
     short = entry.short_inv_freq or entry.inv_freq
     numbers = {f"{prefix}inv_freq": short, f"{prefix}original_inv_freq": short}
@@ -147,7 +143,7 @@ def _say_in_config(
     plan: ExtensionPlan,
     log: UndoLog,
 ) -> str | None:
-    """Write `rope_parameters` where transformers would compute the plan's numbers from them; else say why not."""
+    """Write `rope_parameters` if transformers computes the plan's numbers from them; else return why not."""
     module = sites[0].module
     config: Any = module.config
     if any(entry.rope_parameters is None for entry in plan.rotaries):
@@ -191,7 +187,7 @@ def _with_parameters(config: Any, planned: dict[str, RotaryPlan], plan: Extensio
 
 
 def _differs(module: nn.Module, candidate: Any, planned: dict[str, RotaryPlan], plan: ExtensionPlan) -> str | None:
-    """Return why a module built from the candidate config does not compute the plan's phases; `None` if it does."""
+    """Return why a module built from the candidate config does not compute the plan's phases."""
     try:
         native = type(module)(candidate)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
@@ -212,8 +208,7 @@ def _differs(module: nn.Module, candidate: Any, planned: dict[str, RotaryPlan], 
 
 
 def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, log: UndoLog) -> None:
-    """The DeepSeek family bakes the temperature of its shipped YaRN into `scaling` of every attention layer at
-    construction; a plan that replaces the shipped scaling replaces that too, by the family's own function."""
+    """Replace the temperature of a shipped YaRN that the DeepSeek family bakes into `scaling` of attention layers."""
     for module in model.modules():
         if not isinstance(getattr(module, "scaling", None), float):
             continue
@@ -247,14 +242,10 @@ def _baking(kind: type[nn.Module]) -> Callable[[Any, float], float] | None:
 
 
 def forget_length(model: PreTrainedModel) -> None:
-    """
-    Put the dynamic NTK scaling of transformers into the state of a model that has read nothing.
+    """Put transformers' dynamic NTK scaling into the state of a model that has read nothing.
 
-    Its rotary modules keep the frequencies of the longest input so far, until one is shorter than the original length;
-    what a text gives would depend on what was read before it.
-
-    Args:
-        model (`PreTrainedModel`): patched or not; one without such modules stays as it is.
+    Its rotary modules keep the frequencies of the longest input so far, until one is within the trained length. What a
+    text gives would depend on what was read before it.
     """
     for site in rotary_sites(model):
         module: Any = site.module

@@ -28,10 +28,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def outer_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, a model that FSDP2 has sharded together with its PEFT wrapper can be called without that.
+    """Let a model that FSDP2 has sharded together with its PEFT wrapper be called without that, in every process.
 
     The forward of the wrapper would gather embeddings and head; here they are whole until the end. Layers gather their
-    own weights as ever. Every process has to come here.
+    own weights as ever.
     """
     if not isinstance(model, FSDPModule) or unwrap(model) is model:
         yield
@@ -47,11 +47,7 @@ def outer_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, activations are computed again in the backward pass instead of kept.
-
-    Raises:
-        UnsupportedModelError: the model's code has no place for it.
-    """
+    """Compute activations again in the backward pass instead of keeping them."""
     if not model.supports_gradient_checkpointing:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not support gradient checkpointing; train without it"

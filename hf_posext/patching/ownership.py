@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan
@@ -40,7 +40,7 @@ class InForce:
 
     root: Weak
     plan: ExtensionPlan
-    tokenizer: Any | None
+    tokenizer: PreTrainedTokenizerBase | None
     log: UndoLog = field(default_factory=UndoLog)
     tables: dict[str, nn.Embedding] = field(default_factory=dict)
     native_obstacle: str | None = None
@@ -54,20 +54,21 @@ class InForce:
         return vars(self) | {"handle": None}
 
 
-def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT, DDP, FSDP or `torch.compile` wrapper.
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a PEFT, DDP, FSDP or `torch.compile` wrapper.
 
     Raises:
         UnsupportedModelError: there is no transformers model inside.
     """
-    if hasattr(model, "_orig_mod"):
-        return unwrap(model._orig_mod)
-    if hasattr(model, "get_base_model"):
-        return unwrap(model.get_base_model())
+    inner: Any = getattr(model, "_orig_mod", None)
+    if inner is None and hasattr(model, "get_base_model"):
+        inner = model.get_base_model()  # type: ignore[operator]
+    if inner is None and not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "module", None)
+    if isinstance(inner, nn.Module):
+        return unwrap(inner)
     if isinstance(model, PreTrainedModel):
         return model
-    if isinstance(getattr(model, "module", None), nn.Module):
-        return unwrap(model.module)
     raise UnsupportedModelError(
         f"Expected a `PreTrainedModel` (or a PEFT or DDP wrapper of one), got `{type(model).__name__}`."
     )
@@ -83,7 +84,7 @@ def mark_model(model: PreTrainedModel, state: InForce) -> None:
 
 
 def unmark(state: InForce) -> None:
-    """Take the mark of a patch away, once it is undone."""
+    """Remove the mark of a patch, once it is undone."""
     for reference in state.marked:
         module = reference()
         if module is not None and vars(module).get(MARK) is state:
@@ -92,7 +93,7 @@ def unmark(state: InForce) -> None:
 
 
 def mark_of(model: nn.Module) -> InForce | None:
-    """The patch in force on a model, or on a part of it; `None` where there is none."""
+    """Return the patch in force on a model, or on a part of it."""
     for module in model.modules():
         state: InForce | None = vars(module).get(MARK)
         if state is not None:
@@ -101,14 +102,10 @@ def mark_of(model: nn.Module) -> InForce | None:
 
 
 def own_configs(model: nn.Module, log: UndoLog) -> None:
-    """Give a model configs of its own, as two models made from one config share the object.
+    """Give a model, with its wrappers, configs of its own: two models made from one config share the object.
 
     Every module that held one gets the same copy. Undo puts the shared ones back, unless the copies were changed by
     others meanwhile; then the model keeps them, so that no setting is lost.
-
-    Args:
-        model (`nn.Module`): with its wrappers, which hold the config, too.
-        log (`UndoLog`): remembers what was there.
     """
     memo: dict[int, Any] = {}
     holders: list[tuple[Weak, str, Any, Any]] = []

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..deprecation import renamed_arguments
 from ..errors import (
@@ -29,10 +29,10 @@ from ..plan import ExtensionPlan
 from ..visible import html_table
 from .biases import apply_buckets, apply_slopes
 from .carrying import carry
-from .checkpoint import open_saved, refuse_adapter, save_patched
-from .detect import detect_scheme, unwrap
+from .checkpoint import open_saved, refuse_adapter, save_patched, upload
+from .detect import detect_scheme
 from .frequencies import apply_frequencies
-from .ownership import InForce, mark_model, mark_of, own_configs, unmark
+from .ownership import InForce, mark_model, mark_of, own_configs, unmark, unwrap
 from .remap.probe import apply_late_rotation
 from .saved_config import saved_plan
 from .tables import apply_sinusoids, apply_table, follow_tables, raise_limits, replaced_tables, tables_of
@@ -67,7 +67,7 @@ class Patch:
         return self._state.plan
 
     @property
-    def tokenizer(self) -> Any | None:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that was given to `patch_model`."""
         return self._state.tokenizer
 
@@ -145,62 +145,27 @@ class Patch:
         replaced = {} if self._state.lost_tables else replaced_tables(self.model, self._state.log)
         save_patched(self.model, self.plan, self._state.tokenizer, replaced, directory)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        token: str | bool | None = None,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what [`~Patch.save_pretrained`] writes, in one commit.
 
         Args:
             repo_id (`str`): `user/name`; the repository is made if it does not exist.
-            private (`bool`, *optional*): whether a new repository is private; by default as the organisation has it.
-            revision (`str`, *optional*): branch to commit to.
-            commit_message (`str`, *optional*): by default it names the plan.
-            token (`str` or `bool`, *optional*): by default the one of `hf auth login`.
+            options: `private`, `revision`, `commit_message` and `token`, as [`~hf_posext.adapters.push_to_hub`] takes
+                them.
 
         Returns:
             `str`: URL of the commit.
 
         Raises:
-            NotPatchedError: the patch is undone already.
-            UnsupportedModelError: the model has an adapter.
+            NotPatchedError, UnsupportedModelError: as [`~Patch.save_pretrained`].
         """
-        from huggingface_hub import HfApi
-
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
-            api = HfApi(token=token)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            lengths = f"{self.plan.trained_length} -> {self.plan.target_length}"
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=directory,
-                revision=revision,
-                commit_message=commit_message or f"Upload {self.plan.method} {lengths}",
-            )
-        return str(commit.commit_url)
+            return upload(directory, repo_id, self.plan, **options)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Patch:
-        """Open a patched model that was saved, with the patch in force. [`load_patched`] returns the model.
-
-        Args:
-            directory (`str` or `Path`): the saved directory, or a Hub id (`user/name`, `user/name@revision`).
-            kwargs: passed to `from_pretrained` of the model (`dtype`, `device_map`, ...).
-
-        Returns:
-            [`Patch`]: its `model` is patched; `undo()` gives the model as it was before it was patched.
-
-        Raises:
-            PlanError: no plan there, or a corrupt one.
-            PlanMismatchError: the plan does not fit the weights beside it.
-            CheckpointError: a directory that cannot be trusted.
-        """
+        """Open a patched model that was saved, as [`load_patched`] does, and return its patch."""
         model, plan, rows, reversible = open_saved(directory, **kwargs)
         patch = patch_model(model, plan)
         if plan.table:
@@ -227,7 +192,7 @@ def patch_model(
     factor: float | None = None,
     target_length: int | None = None,
     trained_length: int | None = None,
-    tokenizer: Any | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **hyper_parameters: Any,
 ) -> Patch:
     """Change how a model encodes position, in place, so that it reads longer than it was trained to.
@@ -310,7 +275,9 @@ def _checked(plan: ExtensionPlan, lengths: dict[str, Any], hyper_parameters: dic
     return plan
 
 
-def _apply(outer: nn.Module, model: PreTrainedModel, plan: ExtensionPlan, tokenizer: Any | None) -> InForce:
+def _apply(
+    outer: nn.Module, model: PreTrainedModel, plan: ExtensionPlan, tokenizer: PreTrainedTokenizerBase | None
+) -> InForce:
     """Put a plan into a model; whatever goes wrong, the model is then as it was."""
     state = InForce(Weak(model), plan, tokenizer)
     if plan.changes_nothing and any(entry["name"] != "none" for entry in plan.parameters):

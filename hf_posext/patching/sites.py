@@ -68,7 +68,7 @@ def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def text_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configs that say how long a text may be: of the model, of its text part, and of the text encoder of an
+    """Return the configs that limit a text: of the model, its text part, and the text encoder of an
     `EncoderDecoderModel`."""
     configs = [model.config, model.config.get_text_config(decoder=True)]
     encoder = getattr(model, "encoder", None)
@@ -84,8 +84,8 @@ def _parts(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def position_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
-    """The learned tables of positions by path: none, one, or one of the encoder and one of the decoder; and the copies
-    of them that adapters train."""
+    """Return the learned tables of positions by path, of encoder and decoder, and the copies of them that adapters
+    train."""
     return {
         path: module
         for path, module in text_modules(model)
@@ -118,12 +118,12 @@ def first_row(model: PreTrainedModel, path: str, table: nn.Embedding) -> int | N
 
 
 def sinusoids(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules that keep sines of positions by path: embeddings that are not trained, or a table that grows."""
+    """Return the modules that keep sines of positions by path: untrained embeddings, or tables that grow."""
     return {path: module for path, module in text_modules(model) if "Sinusoidal" in type(module).__name__}
 
 
 def bucket_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules that hold a learned bias for each bucket of relative distances, by path."""
+    """Return the modules by path that hold a learned bias for each bucket of relative distances."""
     return {
         path: module
         for path, module in text_modules(model)
@@ -132,12 +132,12 @@ def bucket_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def bucket_function(module: nn.Module) -> str | None:
-    """The name of the method by which a module sorts distances into buckets; `None` where it has none."""
+    """Return the name of the method by which a module sorts distances into buckets."""
     return next((name for name in _BUCKET_FUNCTIONS if hasattr(module, name)), None)
 
 
 def read_table(model: PreTrainedModel) -> tuple[Table | None, str | None]:
-    """Size of the learned tables, and why they cannot be stretched where that is so."""
+    """Return the size of the learned tables, or why they cannot be stretched."""
     tables = position_tables(model)
     shapes = {path: tuple(module.weight.shape) for path, module in tables.items()}
     if len(set(shapes.values())) > 1:
@@ -154,7 +154,7 @@ def read_table(model: PreTrainedModel) -> tuple[Table | None, str | None]:
 
 
 def read_buckets(model: PreTrainedModel) -> tuple[Buckets | None, str | None]:
-    """Count and reach of the buckets, and why they cannot be changed where that is so."""
+    """Return the count and reach of the buckets, or why they cannot be changed."""
     found = set()
     for path, module in bucket_modules(model).items():
         name = bucket_function(module)
@@ -175,7 +175,7 @@ def has_alibi(model: PreTrainedModel) -> bool:
 
 
 def alibi_slopes(model: PreTrainedModel) -> tuple[float, ...]:
-    """The slope of each head, as the modeling file computes its biases: from position 0 to position 1."""
+    """Return the slope of each head, as the modeling file computes its biases from position 0 to position 1."""
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     file = sys.modules[type(model).__module__]
@@ -190,7 +190,7 @@ def alibi_slopes(model: PreTrainedModel) -> tuple[float, ...]:
 
 
 def probe_text(model: PreTrainedModel, count: int = 16) -> torch.Tensor:
-    """Some token ids of shape `(1, count)`, none of them the padding token.
+    """Return token ids of shape `(1, count)`, none of them the padding token.
 
     They are on the CPU where the model has no device: accelerate's hooks move them if it is offloaded.
     """
@@ -201,7 +201,7 @@ def probe_text(model: PreTrainedModel, count: int = 16) -> torch.Tensor:
 
 
 def logits_of_probe(model: PreTrainedModel) -> torch.Tensor:
-    """The first output for a short text, without gradients, in evaluation mode."""
+    """Return the first output for a short text, by the path that users run."""
     with evaluation_mode(model), torch.no_grad():
         out: torch.Tensor = model(input_ids=probe_text(model), use_cache=False)[0]
     return out
@@ -212,7 +212,7 @@ class _Reached(Exception):
 
 
 class _Lookup(TorchFunctionMode):
-    """Notes the rows that are read from a table, and ends the forward there.
+    """Record the rows that are read from a table, and end the forward there.
 
     With hooks of accelerate the forward has to go on: they take the weights that they brought away at its end.
     """
@@ -235,7 +235,7 @@ class _Lookup(TorchFunctionMode):
 
 
 class _Weightless(TorchFunctionMode):
-    """Puts the weights of a model that is built inside on the meta device, and leaves its index buffers real."""
+    """Put the weights of a model that is built inside on the meta device, and leave its index buffers real."""
 
     makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
@@ -248,11 +248,9 @@ class _Weightless(TorchFunctionMode):
 
 
 def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
-    """The row that position 0 reads in a table; `None` where the model cannot be asked.
+    """Return the row that position 0 reads in the table at a path; `None` where the model cannot be asked.
 
-    Args:
-        model (`PreTrainedModel`): with weights, or on the meta device, where a twin with real index buffers is asked.
-        path (`str`): of the table.
+    On the meta device a twin of the model with real index buffers is asked.
     """
     if model.get_submodule(path).weight.is_meta and not _hooked(model):
         try:
@@ -272,7 +270,7 @@ def _hooked(model: nn.Module) -> bool:
 
 
 def _holders(model: PreTrainedModel, path: str) -> list[PreTrainedModel]:
-    """The transformers models around a module, innermost first: the text part of a model needs no picture."""
+    """Return the transformers models around a module, innermost first: the text part of a model needs no picture."""
     around = [
         (outer, module)
         for outer, module in model.named_modules()
@@ -282,7 +280,7 @@ def _holders(model: PreTrainedModel, path: str) -> list[PreTrainedModel]:
 
 
 def _rows_read(model: PreTrainedModel, table: Any) -> int | None:
-    """The first row that a text reads; `None` where the forward does not get there, or reads no rows in order."""
+    """Return the first row that a text reads; `None` where the forward does not get there, or rows have gaps."""
     ids = probe_text(model, 4)
     taken = inspect.signature(model.forward).parameters
     names = [name for name in ("input_ids", "decoder_input_ids") if name in taken]
@@ -301,10 +299,10 @@ def _rows_read(model: PreTrainedModel, table: Any) -> int | None:
 
 
 def attention_projections(model: PreTrainedModel) -> list[str]:
-    """Paths of the linear maps in the attention of every layer: query, key, value and output, fused or not.
+    """Return the paths of all linear maps inside attention modules: query, key, value and output, fused or not.
 
     Raises:
-        UnsupportedModelError: there are none.
+        UnsupportedModelError: the model has none.
     """
     found: dict[str, None] = {}
     for path, module in text_modules(model):
@@ -313,14 +311,14 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
             found |= dict.fromkeys(f"{path}.{name}" for name in inside)
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no linear map inside an attention module; give the targets of the adapter "
+            f"{type(model).__name__} has no linear map inside an attention module; pass the targets of the adapter "
             "by name, or targets='all-linear'"
         )
     return list(found)
 
 
 def norms(model: PreTrainedModel) -> list[str]:
-    """Paths of the normalization layers that have weights."""
+    """Return the paths of the normalization layers that have weights."""
     return [
         path
         for path, module in text_modules(model)
@@ -329,13 +327,13 @@ def norms(model: PreTrainedModel) -> list[str]:
 
 
 def embeddings(model: PreTrainedModel) -> list[str]:
-    """Paths of the embedding of tokens, and of the learned tables of positions where there are such."""
+    """Return the paths of the embedding of tokens and of the learned tables of positions."""
     tokens = model.get_input_embeddings()
     return [path for path, module in model.named_modules() if module is tokens] + list(position_tables(model))
 
 
 def tied_head(model: PreTrainedModel) -> str | None:
-    """Path of the output layer whose weights are those of the embedding of tokens; `None` where they are its own."""
+    """Return the path of the output layer, if it shares its weights with the embedding of tokens."""
     head = model.get_output_embeddings()
     if head is None or head.weight is not model.get_input_embeddings().weight:
         return None
@@ -344,8 +342,7 @@ def tied_head(model: PreTrainedModel) -> str | None:
 
 
 def shortest_names(paths: Iterable[str], model: nn.Module) -> list[str]:
-    """For each path the shortest end of it that no module outside of `paths` shares: `q_proj` rather than
-    `model.layers.0.self_attn.q_proj`, and `attention.dense` where `dense` is in the MLP, too."""
+    """Return the shortest end of each path that no module outside of `paths` shares, such as `q_proj`."""
     wanted = set(paths)
     others = [path for path, _ in model.named_modules() if path not in wanted]
     names: set[str] = set()

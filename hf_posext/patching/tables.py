@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import check_table_size
 from ..errors import UnsupportedModelError
@@ -47,12 +47,7 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> st
     """Stretch the learned tables of a model to the target length of a plan.
 
     Returns:
-        `str`, *optional*: `None` where plain transformers builds a model of these sizes from the config, else why not.
-
-    Raises:
-        NoEffectError: every row stays as it is.
-        PlanError: a table, or a mask that is as long, would be larger than is allowed.
-        UnsupportedModelError: the table has no weights in memory, or the model does not read the longer one.
+        `str`, *optional*: why plain transformers does not build a model of these sizes from the config.
     """
     assert plan.table is not None and plan.scheme.table is not None
     tables, offset = position_tables(model), plan.scheme.table.offset
@@ -104,16 +99,10 @@ def replaced_tables(model: PreTrainedModel, log: UndoLog) -> dict[str, torch.Ten
 
 
 def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], log: UndoLog) -> None:
-    """Take the tables that are in the model now for those that were replaced: merging an adapter that trained one puts
-    its copy there.
+    """Let undo put former tables where the tables are now: merging an adapter that trained one puts its copy there.
 
     Args:
-        model (`PreTrainedModel`): as it is now.
-        replaced (`Mapping[str, nn.Embedding]`): the modules by path that got other weights when it was patched.
-        log (`UndoLog`): of that patch.
-
-    Raises:
-        UnsupportedModelError: an adapter still trains a copy of one.
+        replaced (`Mapping[str, nn.Embedding]`): modules by path that got other weights when the model was patched.
     """
     paths = {path_without_adapter(path) for path in replaced}
     for path, module in tables_of(model).items():
@@ -127,17 +116,10 @@ def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], 
 
 
 def set_rows(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], offset: int, log: UndoLog) -> str | None:
-    """Replace the weights of tables, and make all that is as long as they are follow.
-
-    Args:
-        model (`PreTrainedModel`): with its tables, all of the same size.
-        rows (`Mapping[str, torch.Tensor]`): new weights by path, all of the same size.
-        offset (`int`): the row of position 0.
-        log (`UndoLog`): remembers what was there.
+    """Replace the weights of tables by path, and all that is as long as they are; `offset` is the row of position 0.
 
     Returns:
-        `str`, *optional*: why plain transformers does not build a model of these sizes from the config; `None` where
-        it does.
+        `str`, *optional*: why plain transformers does not build a model of these sizes from the config.
     """
     tables = tables_of(model)
     old, new = next(iter(tables.values())).num_embeddings, len(next(iter(rows.values())))
@@ -199,7 +181,7 @@ def set_limit(model: PreTrainedModel, config: PreTrainedConfig, name: str, lengt
         log.set(generation, "max_length", length)
 
 
-def raise_limits(model: PreTrainedModel, length: int, tokenizer: Any | None, log: UndoLog) -> None:
+def raise_limits(model: PreTrainedModel, length: int, tokenizer: PreTrainedTokenizerBase | None, log: UndoLog) -> None:
     """`max_position_embeddings` and its likes in the config and its text part, the generation limit, the tokenizer's.
 
     A limit that is already higher stays.
@@ -234,11 +216,7 @@ def _shapes(model: PreTrainedModel) -> dict[str, torch.Size] | None:
 
 
 def _follow_config(model: PreTrainedModel, before: dict[str, torch.Size] | None, log: UndoLog) -> str | None:
-    """Give weights the sizes that the changed config asks for, and say why a checkpoint would not open otherwise.
-
-    Raises:
-        UnsupportedModelError: a weight that a text reads would have to have another size.
-    """
+    """Give weights the sizes that the changed config asks for, or return why a checkpoint would not open."""
     after = _shapes(model)
     if before is None or after is None:
         return f"{type(model).__name__} cannot be built from its config alone"
@@ -284,15 +262,10 @@ def _differ(sines: torch.Tensor, before: torch.Tensor) -> bool:
 
 
 def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
-    """Put the positions of a plan into a model.
+    """Give the positions of a sinusoidal model the sines of a plan's positions.
 
     Returns:
-        `str`, *optional*: `None` where the sines are saved with the weights, else why a saved checkpoint needs this
-        package.
-
-    Raises:
-        NoEffectError: positions stay as they are.
-        UnsupportedModelError: the sines of the model follow no formula that is known here.
+        `str`, *optional*: why a saved checkpoint needs this package; `None` where sines are saved with the weights.
     """
     assert plan.sinusoids is not None
     found = sinusoids(model)
@@ -328,16 +301,7 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
 
 
 def stretch(table: torch.Tensor, plan: TablePlan, positions: torch.Tensor) -> torch.Tensor:
-    """The rows that a plan gives to positions.
-
-    Args:
-        table (`torch.Tensor` of shape `(trained positions, width)`): any dtype.
-        plan (`TablePlan`): which rows.
-        positions (`torch.LongTensor` of shape `(positions,)`): of the new table.
-
-    Returns:
-        `torch.Tensor` of shape `(positions, width)`: float64, on the CPU.
-    """
+    """Return the rows of a plan at positions (n,) of the new table, float64 on the CPU, of shape (n, width)."""
     rows = table.detach().to("cpu", torch.float64)
     curves = _second_derivatives(rows) if plan.interpolation == "cubic" else None
     out = _between(rows, mapped(positions, plan.position), curves)
@@ -361,7 +325,7 @@ def _between(rows: torch.Tensor, at: torch.Tensor, curves: torch.Tensor | None) 
 
 
 def _second_derivatives(rows: torch.Tensor) -> torch.Tensor:
-    """Second derivatives of the natural cubic spline through rows at 0, 1, 2, ...: zero at both ends.
+    """Return the second derivatives of the natural cubic spline through rows at 0, 1, 2, ...: zero at both ends.
 
     Inside, `m_(i-1) + 4 m_i + m_(i+1) = 6 (e_(i-1) - 2 e_i + e_(i+1))`, solved by elimination (Thomas).
     """
@@ -386,11 +350,7 @@ def sines(angles: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def radians(table: torch.Tensor, name: str) -> torch.Tensor:
-    """Radians per position, float64 of shape `(width / 2,)`: the formula whose row 3 is that of the table.
-
-    Raises:
-        UnsupportedModelError: neither formula is.
-    """
+    """Return the radians per position, float64 (width / 2,), of the formula that gives row 3 of a table of sines."""
     half = table.shape[1] // 2
     steps = torch.arange(half, dtype=torch.float64)
     candidates = [10_000 ** (-steps / half), 10_000 ** (-steps / max(half - 1, 1))]

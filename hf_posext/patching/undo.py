@@ -44,7 +44,7 @@ class _Change:
     old: Any
 
     def target(self) -> Any:
-        """The object that was changed; `None` once it is gone."""
+        """Return the object that was changed; `None` once it is gone."""
         return self.owner() if isinstance(self.owner, Weak) else self.owner
 
     def undo(self) -> None:
@@ -78,7 +78,7 @@ class UndoLog:
         """Set `owner.name` to a value and remember what it was.
 
         The name `__class__` swaps the class of an instance for one that [`~hf_posext.patching.mixin.mix`] made. Bound
-        methods that were stored on the instance before (`_old_forward` of accelerate's hooks) follow the class.
+        methods on the instance (`_old_forward` of accelerate's hooks) follow the class.
         """
         if name == "__class__":
             self._changes.append(_Change(Weak(owner), name, value._posext_mixins[-1]))
@@ -99,12 +99,11 @@ class UndoLog:
         ]
 
     def before(self, owner: Any, name: str) -> Any:
-        """The value of `owner.name` before the first change to it."""
+        """Return the value of `owner.name` before the first change to it."""
         return next(change.old for change in self._changes if change.target() is owner and change.name == name)
 
     def on_undo(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Remember a call to make on undo: a bound method or a module's function, so that copies call their own. It
-        must do no harm when called twice."""
+        """Remember a call to make on undo: of a bound method or a module's function, harmless when called twice."""
         self._changes.append(_Change(function, _CALL, arguments))
 
     def undo(self) -> None:

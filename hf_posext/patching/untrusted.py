@@ -29,7 +29,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.h5", "*.m
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object from a file of somebody else's.
+    """Return the JSON object in a file.
 
     Raises:
         CheckpointError: no such file, too large, not JSON, nested without end, or no object.
@@ -48,14 +48,10 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 
 def check_directory(directory: str | Path, weights: str = "model*.safetensors") -> None:
-    """Refuse a directory of weights that only pickle would open, or whose index names files outside of it.
-
-    Args:
-        directory (`str` or `Path`): the directory.
-        weights (`str`, *optional*): pattern of the files that hold the weights.
+    """Refuse a directory without weights that match a pattern, or whose index names files outside of it.
 
     Raises:
-        CheckpointError: says which file, and why.
+        CheckpointError: states which file, and why.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -68,14 +64,7 @@ def check_directory(directory: str | Path, weights: str = "model*.safetensors") 
 
 
 def check_shards(path: Path) -> None:
-    """Refuse a directory whose configs are not JSON, or whose index names files outside of it.
-
-    Args:
-        path (`Path`): the directory.
-
-    Raises:
-        CheckpointError: says which file, and why.
-    """
+    """Refuse a directory whose configs are not JSON, or whose index names files outside of it."""
     for name in ("config.json", "generation_config.json", "adapter_config.json"):
         if (path / name).exists():
             read_json(path / name)
@@ -125,24 +114,17 @@ class GGUFHeader:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
     def check_vocabulary(self, name: str) -> None:
-        """
-        Raises:
-            CheckpointError: the file contains no tokenizer.
-        """
+        """Refuse a file without a tokenizer; `name` is for the message."""
         if not self.has_vocabulary:
             raise CheckpointError(f"{name} contains no vocabulary; convert the model together with its tokenizer")
 
     def correct_positions(self, config: PreTrainedConfig, name: str) -> None:
         """Write the scaling of positions into a config that transformers read from this file without it.
 
-        The divisors of Llama 3 are turned back into the parameters that produced them. Any other scaling is refused.
-
-        Args:
-            config (`PreTrainedConfig`): changed in place.
-            name (`str`): the model, for the message.
+        The divisors of Llama 3 are turned back into the parameters that produced them.
 
         Raises:
-            CheckpointError: transformers would compute other positions than the file states.
+            CheckpointError: any other scaling, of which transformers would compute other positions.
         """
         rope = dict(getattr(config, "rope_parameters", None) or {})
         kind = self.scaling.get("rope.scaling.type", "linear")
@@ -166,12 +148,7 @@ class GGUFHeader:
 
 
 def llama3_of(divisors: np.ndarray, theta: float) -> dict[str, Any] | None:
-    """Return Llama 3's parameters that give these divisors of frequencies; `None` if none do.
-
-    Args:
-        divisors (`numpy.ndarray` of shape `(pairs,)`): 1 at high frequencies, the factor at low ones.
-        theta (`float`): base of the frequencies.
-    """
+    """Return Llama 3's parameters that give these divisors (pairs,) of frequencies to a base; `None` if none do."""
     divisors = np.asarray(divisors, dtype=np.float64)
     wavelengths = 2 * math.pi * theta ** (np.arange(len(divisors)) / len(divisors))
     factor = float(divisors.max())

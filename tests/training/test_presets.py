@@ -176,5 +176,5 @@ def test_a_model_without_attention_says_what_to_do() -> None:
     model = tiny_llama()
     for layer in model.model.layers:
         layer.self_attn = nn.Identity()
-    with pytest.raises(UnsupportedModelError, match="no linear map inside an attention module; give the targets"):
+    with pytest.raises(UnsupportedModelError, match="no linear map inside an attention module; pass the targets"):
         attention_projections(model)
