@@ -6,6 +6,7 @@ plan: an input that is long enough to show it may be longer than a machine can r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,8 +54,11 @@ def refuse_idle(plan: ExtensionPlan, layers: Iterable[nn.Module]) -> None:
 def _window(layer: Any) -> int | None:
     """Return how many tokens a layer sees; `None` without a bound.
 
-    Some layers take it from the config (Mistral), which is that of all of them where it has no layer types.
+    Some layers take it from the config (Mistral), which is that of all of them where it has no layer types. A window
+    counts where the file of the model makes masks for it: Moshi's attention has one, and its masks ignore it.
     """
+    if not hasattr(sys.modules[type(layer).__module__], "create_sliding_window_causal_mask"):
+        return None
     config = getattr(layer, "config", None)
     shared = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
     window: int | None = getattr(layer, "sliding_window", shared)

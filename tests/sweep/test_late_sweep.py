@@ -28,7 +28,8 @@ pytestmark = pytest.mark.sweep
 
 CHECKS = ("full", "padded", "decode", "doubled", "remapped", "undo")
 LENGTH, LONG, PREFILL = 24, 40, 12
-BEYOND, WITHIN = ReRoPE(window=TRAINED_LENGTH), SelfExtend(group=4, window=8)
+BEYOND, WITHIN = ReRoPE(window=TRAINED_LENGTH) + LogN(), SelfExtend(group=4, window=8)
+"""Both parts of the first act past the trained length only; one alone is refused where no layer sees so far."""
 DOUBLED = (Band(PositionMap(rate=2), PositionMap(rate=2)),)
 
 EXPECTED_REFUSALS = {
