@@ -95,8 +95,8 @@ def test_the_verdict_is_what_logits_show(name: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(probe, "refuse_idle", note)
         with patch_model(model, plan):
             change = (logits(model, TEXT) - before).abs().max()
-        # float64: what leaves positions as they are differs by rounding, and logits spread by 4
-        verdicts[text] = not refused, bool(change > 1e-6)
+        # the float32 phases of other positions at the same distance differ by up to 1e-6, the least effect is 3e-2
+        verdicts[text] = not refused, bool(change > 1e-4)
     assert {text: verdict for text, verdict in verdicts.items() if verdict[0] != verdict[1]} == {}
     assert {verdict[0] for verdict in verdicts.values()} == {True, False}
     monkeypatch.undo()
