@@ -25,16 +25,11 @@ from typing import Any
 
 import torch
 from transformers import (
-    BloomConfig,
     BloomForCausalLM,
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    T5Config,
     T5ForConditionalGeneration,
-    XGLMConfig,
     XGLMForCausalLM,
 )
 
@@ -72,43 +67,41 @@ def sharpen(model: Any) -> Any:
     return model.eval()
 
 
+def _tiny(cls: type[PreTrainedModel], sizes: dict[str, Any], overrides: dict[str, object]) -> Any:
+    torch.manual_seed(0)
+    return sharpen(cls(cls.config_class(**{"vocab_size": VOCABULARY, **sizes, **overrides})))
+
+
 def tiny_llama(**overrides: object) -> LlamaForCausalLM:
     """Model of two layers whose positions are rotary."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TRAINED}
-    return sharpen(LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "pad_token_id": 0, **overrides})))
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": TRAINED, "pad_token_id": 0}
+    return _tiny(LlamaForCausalLM, sizes, overrides)
 
 
 def tiny_gpt2(**overrides: object) -> GPT2LMHeadModel:
-    """A model of two layers with a learned table of positions."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": TRAINED}
-    return sharpen(GPT2LMHeadModel(GPT2Config(**{**sizes, **overrides})))
+    """Model of two layers with a learned table of positions."""
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": TRAINED}
+    return _tiny(GPT2LMHeadModel, sizes, overrides)
 
 
 def tiny_bloom(**overrides: object) -> BloomForCausalLM:
-    """A model of two layers with ALiBi's biases."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
-    return sharpen(BloomForCausalLM(BloomConfig(**{**sizes, **overrides})))
+    """Model of two layers with ALiBi's biases."""
+    sizes = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+    return _tiny(BloomForCausalLM, sizes, overrides)
 
 
 def tiny_t5(**overrides: object) -> T5ForConditionalGeneration:
-    """An encoder-decoder of two layers each with relative biases in buckets."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    config = T5Config(**{**sizes, "relative_attention_max_distance": 32, "decoder_start_token_id": 0, **overrides})
-    return sharpen(T5ForConditionalGeneration(config))
+    """Encoder-decoder of two layers each with relative biases in buckets."""
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    sizes |= {"relative_attention_max_distance": 32, "decoder_start_token_id": 0}
+    return _tiny(T5ForConditionalGeneration, sizes, overrides)
 
 
 def tiny_xglm(**overrides: object) -> XGLMForCausalLM:
-    """A model of two layers with sinusoidal positions."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "d_model": 64, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}
-    return sharpen(
-        XGLMForCausalLM(XGLMConfig(**{**sizes, "pad_token_id": 0, "max_position_embeddings": TRAINED, **overrides}))
-    )
+    """Model of two layers with sinusoidal positions."""
+    sizes = {"d_model": 64, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "pad_token_id": 0}
+    return _tiny(XGLMForCausalLM, {**sizes, "max_position_embeddings": TRAINED}, overrides)
 
 
 def longer_gpt2() -> GPT2LMHeadModel:
