@@ -6,6 +6,7 @@ A former name is removed in the release after the one that deprecates it, togeth
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -70,6 +71,23 @@ class RenamedAttribute:
             return self
         _warn(self.former, self.name, f"read {self.name}")
         return getattr(instance, self.name)
+
+
+def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module in which classes or functions have new names.
+
+    Args:
+        module (`str`): its `__name__`.
+        names: the new name under each former one.
+    """
+
+    def look_up(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        _warn(name, names[name], f"import {names[name]}")
+        return getattr(sys.modules[module], names[name])
+
+    return look_up
 
 
 def _warn(former: str, name: str, remedy: str) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .decode import MAX_NUMBER, decode, short
-from .deprecation import RenamedAttribute
+from .deprecation import RenamedAttribute, renamed_names
 from .edits import (
     Band,
     BucketPlan,
@@ -229,11 +228,7 @@ NEWER: dict[str, dict[str, Any]] = {
 """Fields that schemas 2 and 3 added, with what older plans meant."""
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Part":
-        warnings.warn("Part is now called Band", DeprecationWarning, stacklevel=2)
-        return Band
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = renamed_names(__name__, Part="Band")
 
 
 def _from_older(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,11 +60,12 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: there is no transformers model inside.
     """
-    inner: Any = getattr(model, "_orig_mod", None)
-    if inner is None and hasattr(model, "get_base_model"):
-        inner = model.get_base_model()  # type: ignore[operator]
+    wrapper: Any = model
+    inner = getattr(wrapper, "_orig_mod", None)
+    if inner is None and hasattr(wrapper, "get_base_model"):
+        inner = wrapper.get_base_model()
     if inner is None and not isinstance(model, PreTrainedModel):
-        inner = getattr(model, "module", None)
+        inner = getattr(wrapper, "module", None)
     if isinstance(inner, nn.Module):
         return unwrap(inner)
     if isinstance(model, PreTrainedModel):

@@ -12,6 +12,7 @@ import hf_posext
 from hf_posext.deprecation import RenamedAttribute, renamed_arguments
 from hf_posext.errors import InvalidParameterError
 from hf_posext.methods import Composition
+from hf_posext.plan import Band
 
 
 @renamed_arguments(size="length", colour="color")
@@ -50,6 +51,14 @@ def test_a_former_attribute_is_read_with_a_warning() -> None:
     with pytest.warns(DeprecationWarning, match="size is now called length; read length") as caught:
         assert Thing().size == 8
     assert caught[0].filename == __file__
+
+
+def test_a_former_name_of_a_module_is_imported_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="Part is now called Band; import Band") as caught:
+        from hf_posext.plan import Part
+    assert Part is Band and caught[0].filename == __file__
+    with pytest.raises(ImportError, match="Porte"):
+        from hf_posext.plan import Porte  # noqa: F401
 
 
 PUBLIC = {name: getattr(hf_posext, name) for name in hf_posext.__all__}
