@@ -67,70 +67,25 @@ if TYPE_CHECKING:
     from .training import finetune
 
 _HOMES = {
-    "adapters": ("load_adapter", "save_adapter", "verify_adapter"),
-    "diagnosis": ("Diagnosis", "diagnose"),
-    "errors": ("PosExtError",),
-    "evaluation": (
-        "EvaluationConfig",
-        "Results",
-        "compare",
-        "evaluate_perplexity",
-        "load_documents",
-        "longppl",
-        "retrieval",
-    ),
-    "export": ("export_checkpoint",),
-    "frequency_search": ("search",),
-    "methods": (
-        "NTK",
-        "SelfLogistic",
-        "Llama4Temperature",
-        "EABF",
-        "CoPE",
-        "ALiBiLinear",
-        "ALiBiNTK",
-        "BucketLinear",
-        "BucketMaxDistance",
-        "Decay",
-        "DualChunk",
-        "DynamicNTK",
-        "DynamicYaRN",
-        "Fade",
-        "DPE",
-        "JetLong",
-        "LaMPE",
-        "LeakyReRoPE",
-        "Linear",
-        "Llama3",
-        "LogN",
-        "LongRoPE",
-        "Method",
-        "NoExtension",
-        "NoPE",
-        "Partial",
-        "ReRoPE",
-        "Resonance",
-        "SelfExtend",
-        "Sinks",
-        "SinusoidLinear",
-        "StringShift",
-        "TableCubic",
-        "TableGroup",
-        "TableHierarchical",
-        "TableLinear",
-        "TableRepeat",
-        "Theta",
-        "YaRN",
-        "list_methods",
-        "register",
-    ),
-    "patching": ("Patch", "detect_scheme", "find_patch", "load_patched", "patch_model", "unpatch_model"),
-    "plan": ("ExtensionPlan",),
-    "recommendation": ("Recommendation", "recommend"),
-    "scheme": ("PositionalScheme",),
-    "training": ("finetune",),
+    "adapters": "load_adapter save_adapter verify_adapter",
+    "diagnosis": "Diagnosis diagnose",
+    "errors": "PosExtError",
+    "evaluation": "EvaluationConfig Results compare evaluate_perplexity load_documents longppl retrieval",
+    "export": "export_checkpoint",
+    "frequency_search": "search",
+    "methods": "ALiBiLinear ALiBiNTK BucketLinear BucketMaxDistance CoPE DPE Decay DualChunk DynamicNTK DynamicYaRN "
+    "EABF Fade JetLong LaMPE LeakyReRoPE Linear Llama3 Llama4Temperature LogN LongRoPE Method NTK NoExtension NoPE "
+    "Partial ReRoPE Resonance SelfExtend SelfLogistic Sinks SinusoidLinear StringShift TableCubic TableGroup "
+    "TableHierarchical TableLinear TableRepeat Theta YaRN list_methods register",
+    "patching": "Patch detect_scheme find_patch load_patched patch_model unpatch_model",
+    "plan": "ExtensionPlan",
+    "recommendation": "Recommendation recommend",
+    "scheme": "PositionalScheme",
+    "training": "finetune",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+"""Public names by the room that they are imported from when they are first used."""
+
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = sorted(_HOME_OF)
 

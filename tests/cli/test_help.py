@@ -1,19 +1,23 @@
-"""The face of the command line: version, completion, greeting, order, groups and `env`."""
+"""The face of the command line: version, completion, greeting, order and groups; `inspect`, `methods` and `env`."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import typer
+from transformers import AutoModelForCausalLM
 
 import hf_posext
+from hf_posext import patch_model
 from hf_posext.cli import app
 from hf_posext.cli.app import COMMANDS, GREETING, GROUPS, Command, heading_of
 
+from ..conftest import EXAMPLES
 from .helpers import MODEL, error_of, run
 
 GROUP = typer.main.get_command(app)
@@ -70,3 +74,67 @@ def test_env(patched: Path) -> None:
     assert found["plan"]["method"] == "rerope(window=32)" and found["versions"]["torch"][0].isdigit()
     assert run("env", MODEL).stdout.splitlines()[-1].split() == ["plan", "none"]
     assert "no such folder" in error_of(run("env", "./no/such/model"))
+
+
+def test_inspect_needs_the_config_alone(tmp_path: Path) -> None:
+    shutil.copy(MODEL / "config.json", tmp_path)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    assert "positions rotary (generalization: interpolation)" in words
+    assert "trained length 512 tokens (max_position_embeddings of the config)" in words
+    assert "theta 10000, 32 pairs, rope type default" in words and "yarn" in words
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_inspect_says_which_methods_do_not_apply_and_why() -> None:
+    result = run("inspect", EXAMPLES / "tiny" / "tiny-alibi")
+    assert "yarn: extends rotary positions; bloom has alibi" in " ".join(result.stdout.split())
+    found = json.loads(run("inspect", EXAMPLES / "tiny" / "tiny-alibi", "--json").stdout)
+    assert found["scheme"]["kind"] == "alibi" and found["scheme"]["generalization"] == "extrapolation"
+    assert found["methods"]["none"] is None and "bloom has alibi" in found["methods"]["yarn"]
+
+
+def test_inspect_tells_a_model_with_a_patch_as_it_is_without_and_the_plan(tmp_path: Path, adapter: Path) -> None:
+    """The config beside the plan says 2048 tokens, which the model was not trained on."""
+    with patch_model(AutoModelForCausalLM.from_pretrained(MODEL), "rerope", factor=4) as patch:
+        patch.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 2048
+    for folder, method, lengths in ((tmp_path, "rerope", "512 -> 2048"), (adapter, "yarn", "64 -> 128")):
+        words = " ".join(run("inspect", folder).stdout.split())
+        assert f"in force {method}: {lengths} tokens" in words
+        assert "trained length 512 tokens (max_position_embeddings of the config)" in words
+        found = json.loads(run("inspect", folder, "--json").stdout)
+        assert found["plan"]["method"] == method and found["scheme"]["trained_length"] == 512
+        assert found["base"] == (str(MODEL) if folder == adapter else None)
+    assert json.loads(run("inspect", MODEL, "--json").stdout)["plan"] is None
+
+
+def test_methods_are_listed_with_their_papers() -> None:
+    listed = json.loads(run("methods", "--json").stdout)
+    table = run("methods").stdout
+    assert {"none", "linear", "ntk", "yarn", "longrope", "llama3"} <= {method["name"] for method in listed}
+    for method in listed:
+        assert f"\n{method['name']} " in table and method["url"] in table, "the whole link must be there to be copied"
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_a_mistyped_command_is_one_line() -> None:
+    assert "No such command 'compar'" in error_of(run("compar"))
+
+
+def test_the_module_runs_and_its_help_loads_no_torch() -> None:
+    shown = subprocess.run([sys.executable, "-m", "hf_posext", "compare", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--trained-length" in shown.stdout
+    heavy = "{'torch', 'transformers', 'datasets', 'matplotlib'}"
+    code = f"import sys; import hf_posext.cli; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_module_refuses_wrong_input_with_exit_code_2() -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "hf_posext", "inspect", "./no/such/model"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and refused.stdout == ""
+    expected = "error: Expected a model folder or a Hub id such as org/name, got ./no/such/model: no such folder."
+    assert refused.stderr == f"{expected}\n"

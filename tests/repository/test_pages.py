@@ -1,0 +1,226 @@
+"""Pages: what templates, registry and result files give is committed, links resolve, and README's Python runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import typer
+import yaml
+from huggingface_hub import ModelCard
+
+import hf_posext
+from hf_posext import list_methods
+from hf_posext.cli import app
+from hf_posext.errors import EvaluationError
+from hf_posext.training import PRESETS
+
+from ..conftest import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import readme  # noqa: E402
+import results_index  # noqa: E402
+
+
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_what_is_committed_is_up_to_date(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == readme.render(page), "run: python tools/readme.py"
+
+
+def test_every_method_is_in_the_table() -> None:
+    table = readme.methods_table()
+    assert all(f"| `{method.name}` |" in table for method in list_methods())
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    named = set(re.findall(r"^hf-posext (\w+)", text, flags=re.MULTILINE))
+    assert named and named <= {command.name or command.callback.__name__ for command in app.registered_commands}
+
+
+def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Run the first block of Python on a tiny model in place of the Hub's, without the measurement."""
+    code = re.search(r"```python\n(.*?)```", readme.README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "novels.jsonl").write_text('{"text": "Once upon a time."}\n', encoding="utf-8")
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: tiny_llama())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: None)
+    monkeypatch.setattr(hf_posext, "compare", lambda *args, **kwargs: seen.update(methods=args[3]))
+    names: dict[str, object] = {"print": lambda text: seen.update(described=text)}
+    exec(code[1], names)
+    assert seen["methods"] == ["none", "yarn", "rerope"] and "yarn" in str(seen["described"])
+    assert (tmp_path / "smollm2-yarn-x4" / "model.safetensors").exists() and not names["patch"].active  # type: ignore[attr-defined]
+
+
+NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+
+
+def pages(nav: list[dict[str, str | list]]) -> list[str]:
+    """Paths in a navigation."""
+    entries = [entry for item in nav for entry in item.values()]
+    return [page for entry in entries for page in ([entry] if isinstance(entry, str) else pages(entry))]
+
+
+def test_every_page_is_in_the_navigation_and_there() -> None:
+    listed = set(pages(NAV))
+    written = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert written <= listed
+    rest = {page for page in listed - written if not page.startswith("reference/")} - {"index.md"}
+    assert all((ROOT / page).is_file() for page in rest)
+
+
+def test_every_room_with_a_reference_page_is_there() -> None:
+    rooms = [Path(page).stem for page in pages(NAV) if page.startswith("reference/")]
+    assert all((ROOT / "hf_posext" / room).is_dir() or (ROOT / "hf_posext" / f"{room}.py").is_file() for room in rooms)
+
+
+def test_no_relative_link_is_dead() -> None:
+    dead = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]:
+        for link in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if not (page.parent / link).exists():
+                dead.append(f"{page.name}: {link}")
+    assert dead == []
+
+
+PAGE = " ".join((ROOT / "docs" / "explain.md").read_text(encoding="utf-8").split())
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "results" / "explain" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["tiny-learned", "tiny-rope"])
+def test_the_page_says_where_the_loss_departs(name: str) -> None:
+    found = results(name)
+    low, high = found["departure_interval"]
+    assert (
+        f"`{name}` {'departs ' if name == 'tiny-learned' else ''}at token {found['departure']} [{low}, {high}]" in PAGE
+    )
+
+
+def test_alibi_does_not_depart() -> None:
+    assert results("tiny-alibi")["departure"] is None and "`tiny-alibi` nowhere" in PAGE
+
+
+@pytest.mark.parametrize("name", ["tiny-learned", "tiny-alibi", "tiny-rope"])
+def test_the_files_say_how_they_were_made(name: str) -> None:
+    found = results(name)
+    told = found["provenance"]
+    assert found["model"] == f"examples/tiny/{name}" and told["dataset"] == "examples/data/heldout.jsonl"
+    assert len(told["documents"]) == 8 and told["read"] == found["target_length"] == 2048
+    assert told["command"] == "python tools/explain_figure.py --measure" and set(told["versions"]) >= {"torch"}
+    assert (ROOT / "docs" / "images" / "explain.png").read_bytes().startswith(b"\x89PNG")
+
+
+TEXT = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8")
+
+
+def test_every_preset_is_there_with_its_rate() -> None:
+    found = re.findall(r"^\| `([a-z-]+)` \|.*\| (\S+) \|$", TEXT, flags=re.MULTILINE)
+    assert {name: float(rate) for name, rate in found} == {name: one.learning_rate for name, one in PRESETS.items()}
+
+
+def test_every_flag_exists() -> None:
+    command: Any = typer.main.get_command(app)
+    known = {name for one in command.commands.values() for option in one.params for name in option.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", TEXT))
+    assert len(named) > 20 and named <= known
+
+
+FILES = sorted(path for folder in results_index.FOLDERS for path in (ROOT / folder).rglob("*.json"))
+
+
+def test_the_page_lists_every_file() -> None:
+    text = results_index.render(results_index.origins())
+    assert results_index.PAGE.read_text(encoding="utf-8") == text, "run: python tools/results_index.py"
+    lines = [line for line in text.splitlines() if line.startswith("| [")]
+    assert len(lines) == len([path for path in FILES if ".partial." not in path.name])
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.relative_to(ROOT).as_posix() for path in FILES])
+def test_every_file_says_what_made_it(path: Path) -> None:
+    """A command, and the versions that it ran with; the sweeps of `recommend` and `search` contain none so far."""
+    found = results_index.origin(path)
+    assert found.command is not None
+    assert found.versions is not None or path.parent.name in ("recommend", "search")
+
+
+@pytest.mark.parametrize("file", ["results/tiny-rope.json", "benchmarks/results/public_model.json"])
+def test_an_older_schema_is_refused(file: str, tmp_path: Path) -> None:
+    content = json.loads((ROOT / file).read_text(encoding="utf-8"))
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert results_index.origin(path, tmp_path).file == file
+    path.write_text(json.dumps({**content, "schema": content["schema"] - 1}), encoding="utf-8")
+    with pytest.raises(EvaluationError, match=rf"(schema|got) {content['schema'] - 1}"):
+        results_index.origin(path, tmp_path)
+
+
+def test_a_file_without_a_schema_where_one_is_due_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks/results/public_model.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(EvaluationError, match="Expected schema 1"):
+        results_index.origin(path, tmp_path)
+
+
+MODELS = ("tiny-rope", "tiny-learned", "tiny-alibi")
+
+
+def check(results: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "model_card.py"), "--check", "--results", str(results)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def rows(model: str) -> list[dict[str, float]]:
+    return json.loads((ROOT / "results" / f"{model}.json").read_text(encoding="utf-8"))["rows"]
+
+
+def test_the_committed_card_is_what_the_results_give() -> None:
+    done = check(ROOT / "results")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_changed_figure_is_noticed(model: str, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "results", results)
+    path = results / f"{model}.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["rows"][-1]["perplexity"] += 0.01
+    path.write_text(json.dumps(content), encoding="utf-8")
+    done = check(results)
+    assert done.returncode == 1
+    assert "make card" in done.stderr
+
+
+def test_the_hub_library_reads_every_figure_of_every_model() -> None:
+    data = ModelCard.load(ROOT / "MODEL_CARD.md").data
+    assert (data.license, data.pipeline_tag, data.library_name) == ("apache-2.0", "text-generation", "transformers")
+    read = [(entry.dataset_args["length"], entry.metric_value) for entry in data.eval_results]
+    assert read == [
+        (row["length"], round(row[key], 2))
+        for model in MODELS
+        for row in rows(model)
+        for key in ("perplexity", "perplexity_tail", "passkey")
+    ]
+
+
+def test_the_index_has_an_entry_for_each_shipped_model() -> None:
+    """`ModelCard` joins the entries into one model; the Hub reads the metadata block itself."""
+    block = (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8").split("---\n")[1]
+    assert [entry["name"] for entry in yaml.safe_load(block)["model-index"]] == list(MODELS)
+    assert all((ROOT / "examples" / "tiny" / model).is_dir() for model in MODELS)
