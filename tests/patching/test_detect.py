@@ -1,4 +1,4 @@
-"""What a scheme says of real configs, without weights."""
+"""Schemes of real configs, without weights."""
 
 from __future__ import annotations
 

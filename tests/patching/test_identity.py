@@ -1,4 +1,4 @@
-"""What tells one run from another: all that its numbers depend on, wherever a model keeps it."""
+"""Identity of a run: all that its numbers depend on, wherever a model keeps it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the code of a model raises, or does not have, becomes an error that names it."""
+"""Errors of the code of a model become errors that name it."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_windows_of_gpt_neo_stay_as_wide() -> None:
 
 
 def test_a_trained_table_survives_saving(tmp_path: Path) -> None:
-    """What fine-tuning made of the longer table is what is loaded; undo gives the original one."""
+    """Load the longer table as fine-tuning left it; undo gives the original one."""
     model = tiny_gpt2()
     before = logits(model, tokens(TRAINED))
     patch = patch_model(model, "table-linear", factor=2)

@@ -1,4 +1,4 @@
-"""What people type into `patch_model`, right and wrong."""
+"""Arguments that people type into `patch_model`, right and wrong."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def build(family: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def rows_read(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What each table gives in a forward, by its path."""
+    """Output of each table in a forward, by its path."""
     rows: dict[str, torch.Tensor] = {}
     handles = [
         table.register_forward_hook(lambda _, __, out, path=path: rows.__setitem__(path, out.reshape(-1, 64).clone()))

@@ -1,4 +1,4 @@
-"""What undo promises: exact and complete, whoever has wrapped, hooked or changed the model meanwhile."""
+"""Promises of undo: exact and complete, whoever has wrapped, hooked or changed the model meanwhile."""
 
 from __future__ import annotations
 
