@@ -58,7 +58,7 @@ LENGTHS: dict[str, Any] = {"factor": 8, "trained_length": TRAINED}
 """Not every config contains the trained length, and a table may have more rows than were trained."""
 
 
-def sharpen(model: Any) -> Any:
+def sharpen(model: PreTrainedModel) -> PreTrainedModel:
     """Make weights larger, so that attention depends on positions well above rounding."""
     with torch.no_grad():
         for parameter in model.parameters():
