@@ -210,7 +210,7 @@ def test_a_plan_without_effect_is_refused() -> None:
         patch_model(model, "yarn", factor=4)
     with patch_model(model, "none"):
         pass
-    with pytest.raises(NoEffectError, match="pass a factor above 1"):
+    with pytest.raises(NoEffectError, match="Pass a factor above 1"):
         patch_model(tiny_llama(), "yarn", factor=1)
 
 
