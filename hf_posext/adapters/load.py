@@ -16,10 +16,8 @@ from ..patching.loading import locate, open_weights
 from ..patching.saved_config import open_patched_config
 from ..patching.untrusted import check_directory
 from ..plan import ExtensionPlan, has_plan
-from .directory import CARD_FILE, FILES, AdapterDirectory
-from .match import computes, same_effect
+from .directory import CARD_FILE, FILES, AdapterDirectory, computes, misfit, peft_config, same_effect, trained_shapes
 from .save import tell_adapters
-from .weights import misfit, peft_config, trained_shapes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterFit:
-    """Whether a model is what an adapter was trained on; true where it is.
+    """Result of comparing a model with what an adapter was trained on; true where they are alike.
 
     Attributes:
         reasons (`tuple[str, ...]`): why it is not; empty where it is.
@@ -45,7 +43,7 @@ class AdapterFit:
 
 
 def verify_adapter(model: nn.Module, directory: str | Path) -> AdapterFit:
-    """Whether an adapter belongs on a model: the same base, the same positions, a place for every weight.
+    """Check that an adapter belongs on a model: the same base, the same positions, a place for every weight.
 
     Nothing is changed.
 
@@ -124,7 +122,7 @@ def load_adapter(
         _fit_vocabulary(base, adapter)
     elif held and (adapter_name in held or not isinstance(base, PeftModel)):
         raise UnsupportedModelError(
-            f"the model has the adapters {', '.join(held)}; give another adapter_name to load one beside those of a "
+            f"the model has the adapters {', '.join(held)}. Pass another adapter_name to load one beside those of a "
             "PeftModel, or the base without an adapter"
         )
     patch = _apply(unwrap(base), adapter, tokenizer)
@@ -183,7 +181,7 @@ def _fit_vocabulary(base: PreTrainedModel, adapter: AdapterDirectory) -> None:
     tied = head is None or head.weight is embedding.weight
     if not tied and not any(key.startswith(names[id(head)]) for key in adapter.shapes):
         raise CheckpointError(
-            f"{adapter.path} has embeddings of {rows.pop()} tokens and no output weights for them; give the base with "
+            f"{adapter.path} has embeddings of {rows.pop()} tokens and no output weights for them. Pass the base with "
             "those that it was trained with: load_adapter(path, base=model)"
         )
     base.resize_token_embeddings(rows.pop(), mean_resizing=False)
@@ -202,7 +200,7 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
     """The base model that an adapter names; with its own plan in force where it was saved with one."""
     name = adapter.base_name
     if name is None:
-        raise CheckpointError(f"{adapter.path} does not name its base model; give it: load_adapter(path, base=model)")
+        raise CheckpointError(f"{adapter.path} does not name its base model. Pass it: load_adapter(path, base=model)")
     if Path(name).is_dir():
         check_directory(name)
         if has_plan(name):
@@ -214,7 +212,7 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"the base model of the adapter, {name}, cannot be opened ({reason}); give it: "
+            f"the base model of the adapter, {name}, cannot be opened ({reason}). Pass it: "
             "load_adapter(path, base=model)"
         ) from error
 

@@ -1,24 +1,29 @@
-"""Writes an adapter with the positions that it was trained with."""
+"""Writes an adapter with the positions that it was trained with: its files, its README, and to the Hub."""
 
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from ..errors import CheckpointError, NotPatchedError, PlanMismatchError, UnsupportedModelError
+from ..markdown import inline, render
 from ..packages import require
 from ..patching import Patch, find_patch, unwrap
 from ..patching.carrying import carry_in_adapters
-from ..patching.checkpoint import new_directory
+from ..patching.checkpoint import new_directory, upload
 from ..patching.fingerprint import BaseModel
-from .directory import CARD_FILE, CONFIG_FILE, OUR_KEYS, AdapterDirectory
-from .instructions import adapter_readme
-from .match import computes
-from .weights import blank_twin, misfit
+from ..patching.saved_config import REPLACED_KEY, open_patched_config
+from ..patching.untrusted import read_json
+from ..plan import ExtensionPlan
+from .directory import CARD_FILE, CONFIG_FILE, FILES, OUR_KEYS, AdapterDirectory, blank_twin, computes, misfit
 
 
 def save_adapter(
@@ -153,3 +158,153 @@ def _name_base(path: Path, base_model: str) -> None:
     entries = {key: value for key, value in config.items() if key not in OUR_KEYS}
     entries |= {**config["posext_replaced"], "base_model_name_or_path": base_model}
     path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that `--max-lora-rank` of vLLM takes."""
+
+
+def how_to_open(directory: Path) -> str:
+    """The part of a card that says how to open an adapter, or a checkpoint, with this package and without.
+
+    Args:
+        directory (`Path`): of the adapter or checkpoint.
+    """
+    adapter = AdapterDirectory.read(directory) if (directory / CONFIG_FILE).is_file() else None
+    plan = ExtensionPlan.load(directory)
+    return render(
+        "how_to_open.md.jinja",
+        "hf_posext.adapters",
+        plan=plan,
+        adapter=adapter is not None,
+        base=public_name(adapter.base_name) if adapter else "",
+        by_base=adapter is not None and REPLACED_KEY not in read_json(directory / CONFIG_FILE),
+        by_config=_in_config(directory, plan),
+        obstacle=adapter and serving_obstacle(adapter.config),
+        commands=[shlex.join(command) for command in serving_commands(adapter)] if adapter else [],
+    )
+
+
+def serving_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Return why servers do not load an adapter beside its base; `None` where they do.
+
+    vLLM refuses DoRA, biases and most of `modules_to_save`; 0.33.0 scales all layers alike (`lora/peft_helper.py`).
+    SGLang reads `target_modules`, `r` and `lora_alpha` (`srt/lora/lora_config.py`, commit 0ceb81fe4).
+
+    Args:
+        config (`Mapping`): entries of `adapter_config.json`.
+    """
+    if config.get("peft_type") != "LORA":
+        return f"an adapter of type {config.get('peft_type')}"
+    unknown = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
+    said = [name for name in (*unknown, "layer_replication", "use_qalora") if config.get(name)]
+    if config.get("bias", "none") != "none":
+        said.append("bias")
+    return ", ".join(said) or None
+
+
+def serving_commands(adapter: AdapterDirectory) -> list[list[str]]:
+    """Return the commands by which vLLM and SGLang serve an adapter beside a base whose config says the positions."""
+    base, length = public_name(adapter.base_name), str(adapter.plan.target_length)
+    rank = next((str(rank) for rank in VLLM_RANKS if rank >= adapter.config.get("r", 0)), "")
+    vllm = ["vllm", "serve", base, "--max-model-len", length, "--enable-lora", "--max-lora-rank", rank]
+    sglang = ["sglang", "serve", "--model-path", base, "--context-length", length, "--enable-lora"]
+    return [[*vllm, "--lora-modules", "adapter=PATH"], [*sglang, "--lora-paths", "adapter=PATH"]]
+
+
+def _in_config(directory: Path, plan: ExtensionPlan) -> bool:
+    """Return whether the config in a directory says the positions."""
+    if not (directory / "config.json").is_file():
+        return False
+    return computes(open_patched_config(directory), plan)
+
+
+def card_data(adapter: AdapterDirectory) -> ModelCardData:
+    """The metadata by which the Hub files an adapter."""
+    name = adapter.base_name
+    on_hub = name is not None and name.count("/") == 1 and not Path(name).exists() and not name.startswith(".")
+    return ModelCardData(
+        library_name="peft",
+        base_model=name if on_hub else None,
+        tags=tags(adapter.plan),
+        pipeline_tag="text-generation" if adapter.config.get("task_type") == "CAUSAL_LM" else None,
+    )
+
+
+def tags(plan: ExtensionPlan) -> list[str]:
+    """Of a model with this plan: the package, what it is for, and the methods by name."""
+    methods = (str(entry.get("name", plan.method)) for entry in plan.parameters)
+    return ["hf_posext", "long-context", "position-encoding", *dict.fromkeys(methods)]
+
+
+def adapter_readme(directory: Path) -> str:
+    """The README of an adapter that has no measured results yet."""
+    adapter = AdapterDirectory.read(directory)
+    title = f"# Adapter for {inline(public_name(adapter.base_name))} under {inline(adapter.plan.method)}\n\n"
+    text = f"---\n{card_data(adapter).to_yaml()}\n---\n\n{title}{how_to_open(directory)}"
+    return str(ModelCard(text))
+
+
+def public_name(name: str | None) -> str:
+    """A base model as a card may name it: not by a path of somebody's machine."""
+    if name is None:
+        return "the base model"
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+logger = logging.getLogger(__name__)
+
+
+def push_to_hub(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Upload an adapter, or a plan alone, with its card.
+
+    The files that [`save_adapter`], [`ExtensionPlan.save`] and [`~hf_posext.reporting.write_model_card`] write are
+    uploaded in one commit, and no others. An adapter is read first, as it is when it is opened.
+
+    Args:
+        directory (`str` or `Path`): that holds them.
+        repo_id (`str`): `user/name`; the repository is made if it does not exist.
+        private (`bool`, *optional*): whether a new repository is private; by default as the organisation has it.
+        revision (`str`, *optional*): branch to commit to.
+        commit_message (`str`, *optional*): by default it names the plan.
+        token (`str` or `bool`, *optional*): by default the one of `hf auth login`.
+
+    Returns:
+        `str`: URL of the commit.
+
+    Raises:
+        CheckpointError: an adapter that is incomplete or corrupt.
+        PlanError: the directory holds no plan, or a corrupt one.
+    """
+    path = Path(directory)
+    if (path / CONFIG_FILE).exists():
+        adapter = AdapterDirectory.read(path)
+        plan = adapter.plan
+        if adapter.base_name is None or Path(adapter.base_name).is_absolute():
+            logger.warning(
+                "%s names %s as its base model, which others do not have; they will have to give it: "
+                "load_adapter(%r, base=model)",
+                path,
+                adapter.base_name,
+                repo_id,
+            )
+    else:
+        plan = ExtensionPlan.load(path)
+    return upload(
+        path,
+        repo_id,
+        plan,
+        files=FILES,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        token=token,
+    )

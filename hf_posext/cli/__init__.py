@@ -10,6 +10,7 @@ from .export import export, gguf
 from .finetune import finetune
 from .recommend import recommend, search
 from .report import report
+from .serve import serve
 
 __all__ = [
     "app",
@@ -28,4 +29,5 @@ __all__ = [
     "recommend",
     "report",
     "search",
+    "serve",
 ]

@@ -27,6 +27,7 @@ COMMANDS = {
     "search": "Search a factor for every rotary pair, as LongRoPE does.",
     "finetune": "Train a patched model on long texts.",
     "export": "Write a patched model for transformers or a server.",
+    "serve": "Serve a patched model, remapped ones too.",
     "gguf": "Give a GGUF file the positions of a plan.",
     "report": "Merge the results of several runs into one report.",
     "card": "Write the model card of an extended model.",

@@ -49,7 +49,7 @@ def export(
     with output_directory(output):
         from ..export import export_checkpoint
 
-        network, tokenizer = _open(model, method, lengths, dtype, trust_remote_code)
+        network, tokenizer = open_patched(model, method, lengths, dtype, trust_remote_code)
         serving = export_checkpoint(network, output, to, tokenizer=tokenizer)
         say(f"{serving.plan.describe()} for {serving.server}, as read from {serving.read_from}")
         for line in serving.command_lines(str(output)):
@@ -71,15 +71,19 @@ def gguf(
     say(f"wrote {write_gguf(plan, source, output)}")
 
 
-def _open(
+def open_patched(
     model: str, method: str | None, lengths: dict[str, Any], dtype: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, Any]:
-    """A patched model without an adapter, and its tokenizer."""
+    """Open a patched model, or patch a plain one. An adapter is merged.
+
+    Raises:
+        InvalidParameterError: a plain model without a method, or a patched one with lengths.
+    """
     from ..patching import find_patch, patch_model
-    from .loading import load_config, load_model
+    from .loading import base_of, load_config, load_model
 
     if dtype == "auto":
-        dtype = str(load_config(model, trust_remote_code).dtype or "float32").removeprefix("torch.")
+        dtype = str(load_config(base_of(model) or model, trust_remote_code).dtype or "float32").removeprefix("torch.")
     network, tokenizer = load_model(model, dtype, "cpu", trust_remote_code)
     if getattr(network, "peft_config", None):
         network = network.merge_and_unload()
@@ -89,6 +93,6 @@ def _open(
             raise InvalidParameterError(f"{model} has a plan of its own; leave --method and lengths out")
         return network, tokenizer
     if method is None:
-        raise InvalidParameterError(f"{model} has no {PLAN_FILE}; give the method, as in --method yarn --factor 4")
+        raise InvalidParameterError(f"{model} has no {PLAN_FILE}. Pass the method, as in --method yarn --factor 4")
     patch_model(network, method, tokenizer=tokenizer, **lengths)
     return network, tokenizer

@@ -176,7 +176,7 @@ def _plan(
     from .loading import load_config, require_unpatched
 
     if method is None and preset != "nope":
-        raise InvalidParameterError("no method is given; give one, as in --method yarn --factor 8")
+        raise InvalidParameterError("no method. Pass one, as in --method yarn --factor 8")
     require_unpatched(model, "training begins unpatched", "go on with a run that was stopped by --resume")
     lengths = {"factor": factor, "target_length": target_length, "trained_length": original_length}
     return as_method(method or preset).plan(detect_scheme(load_config(model, trust_remote_code)), **lengths)  # type: ignore[arg-type]
@@ -184,14 +184,14 @@ def _plan(
 
 def _preset(name: str, given: dict[str, Any]) -> Preset:
     """A preset with the options that were given."""
-    from ..training.presets import as_preset
+    from ..training.settings import as_preset
 
     preset = as_preset(name)
     given = {option: value for option, value in given.items() if value is not None}
     of_adapters = sorted(given.keys() - {"learning_rate"})
     if preset.rank is None and of_adapters:
         raise InvalidParameterError(
-            f"preset {name!r} trains all weights, and {', '.join(of_adapters)} is of an adapter; give --preset lora"
+            f"preset {name!r} trains all weights, and {', '.join(of_adapters)} is of an adapter. Pass --preset lora"
         )
     if "targets" in given and given["targets"] not in ("attention", "all-linear"):
         given["targets"] = [name.strip() for name in given["targets"].split(",") if name.strip()]
@@ -224,7 +224,7 @@ def _load_4bit(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def _tell(result: Finetuned) -> None:
-    """What was trained, in how long, and what became of the perplexities."""
+    """Print what was trained, in how long, and the perplexities before and after."""
     told = result.provenance["result"]
     trained, whole = told["parameters"]["trained"], told["parameters"]["model"]
     say(f"trained {trained:,} parameters ({trained / whole:.2%}), {told['steps']} steps, {told['seconds']:.0f} s")

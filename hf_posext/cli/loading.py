@@ -124,7 +124,9 @@ def load_model(
     quiet_libraries()
     with one_line_errors(name):
         source = locate(name, trust_remote_code=trust_remote_code)
-        tokenizer = open_tokenizer(source)
+        own = (Path(name) / "tokenizer_config.json").is_file()  # a Trainer may save an adapter without its tokenizer
+        base = None if own else base_of(name)
+        tokenizer = open_tokenizer(source if base is None else locate(base, trust_remote_code=trust_remote_code))
         model = _open(source, getattr(torch, dtype))
     return _placed(model, device), tokenizer
 

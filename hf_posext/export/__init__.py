@@ -1,7 +1,7 @@
 """Patched models for servers: config, flags, and what each of them does otherwise."""
 
-from .gguf_file import read_gguf, write_gguf
-from .serving import Serving
+from .llama_cpp import read_gguf, write_gguf
+from .servers import Serving
 from .write import SERVERS, export_checkpoint
 
 __all__ = ["SERVERS", "Serving", "export_checkpoint", "read_gguf", "write_gguf"]

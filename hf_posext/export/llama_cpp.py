@@ -1,23 +1,28 @@
-"""llama.cpp: keys and tensors of a GGUF file.
+"""llama.cpp: keys and tensors of a GGUF file, and a copy of a file with the positions of a plan.
 
 Read from llama.cpp 0c1e57098 as vendored by llama-cpp-python 0.3.36: `src/llama-{model,context,arch}.cpp`,
 `src/models/*.cpp`, `ggml/src/ggml-cpu/ops.cpp`, `common/arg.cpp`, `conversion/{base,llama}.py`,
-`tools/{server,completion}/*.cpp`.
+`tools/{server,completion}/*.cpp`. The package `gguf` of llama.cpp reads and writes the files.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedConfig
 
+from ..errors import CheckpointError
+from ..packages import require
 from ..patching.detect import text_config
 from ..plan import ExtensionPlan, RotaryPlan, TablePlan
 from ..scheme import Rotary
-from .serving import DIRECTORY, Serving, refuse
+from .servers import DIRECTORY, Serving, refuse
 
 SERVER = "llama.cpp"
 READ_FROM = "llama.cpp 0c1e57098"
@@ -38,7 +43,7 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0
 
 @dataclass(frozen=True)
 class RopeKeys:
-    """What a GGUF file says of positions.
+    """Positions as a GGUF file says them.
 
     Attributes:
         keys (`Mapping[str, Any]`): metadata without the architecture in front (`"rope.freq_base"`).
@@ -54,7 +59,7 @@ class RopeKeys:
 
 
 def rope_keys(plan: ExtensionPlan) -> RopeKeys:
-    """What a GGUF file is to say so that llama.cpp gives every token the positions of a plan.
+    """Return the keys and tensors by which llama.cpp gives every token the positions of a plan.
 
     Raises:
         ExportError: it cannot.
@@ -168,7 +173,7 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
 
 
 def _config(config: PreTrainedConfig, plan: ExtensionPlan, said: RopeKeys) -> dict[str, Any]:
-    """What the converter reads: the plain base where it would write a type without its numbers."""
+    """Entries for the converter: the plain base where it would write a type without its numbers."""
     text: Any = text_config(config)
     if text.model_type == "gpt2":
         return {"n_ctx": plan.target_length}  # the one place where it looks for the length of GPT-2's table
@@ -177,3 +182,125 @@ def _config(config: PreTrainedConfig, plan: ExtensionPlan, said: RopeKeys) -> di
     entry = plan.rotaries[0]
     plain = {"rope_type": "default", "rope_theta": plan.scheme.rotary(entry.name).theta}
     return {"rope_parameters": {**text.rope_parameters, entry.name: plain} if entry.name else plain}
+
+
+OURS = re.compile(r"context_length|rope\.freq_base|rope\.scale_linear|rope\.scaling\..*")
+"""Metadata that is replaced; whatever else a file says of scaling would be added to the plan's."""
+
+TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str | Path) -> Path:
+    """Copy a GGUF file and give it the positions of a plan.
+
+    Args:
+        plan (`ExtensionPlan`, `str` or `Path`): or the directory that holds it, such as that of an export.
+        source (`str` or `Path`): made by llama.cpp's `convert_hf_to_gguf.py`; it may be quantised.
+        path (`str` or `Path`): of the new file; must not exist.
+
+    Returns:
+        `Path`: the new file.
+
+    Raises:
+        ExportError: llama.cpp cannot compute the positions for this architecture.
+        MissingExtraError: `gguf` is not installed.
+        CheckpointError: `source` is not a GGUF file, is one of several parts, or is of a model of another shape.
+        FileExistsError: `path` exists.
+    """
+    gguf = _library()
+    plan = plan if isinstance(plan, ExtensionPlan) else ExtensionPlan.load(plan)
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another name, or remove it first")
+    reader = _open(gguf, source)
+    said = rope_keys(plan)
+    arch = _check(reader, source, plan, said)
+    try:
+        _copy(gguf, reader, arch, said, path)
+    except BaseException:
+        path.unlink(missing_ok=True)  # half a file would be taken for a whole one
+        raise
+    return path
+
+
+def read_gguf(path: str | Path) -> RopeKeys:
+    """Read the positions of a GGUF file.
+
+    Args:
+        path (`str` or `Path`): of the file.
+
+    Raises:
+        CheckpointError: not a GGUF file.
+        MissingExtraError: `gguf` is not installed.
+    """
+    reader = _open(_library(), path)
+    arch = f"{_value(reader, 'general.architecture')}."
+    named = {name.removeprefix(arch): field for name, field in reader.fields.items()}
+    keys = {name: field.contents() for name, field in named.items() if OURS.fullmatch(name)}
+    tensors = {tensor.name: tuple(tensor.data.tolist()) for tensor in reader.tensors if tensor.name in TENSORS}
+    return RopeKeys(keys, tensors)
+
+
+def _copy(gguf: Any, reader: Any, arch: str, said: RopeKeys, path: Path) -> None:
+    """All of a file but what it says of positions, and that of a plan instead."""
+    writer = gguf.GGUFWriter(path, arch, endianess=reader.endianess)
+    for entry in reader.fields.values():
+        written = entry.name == "general.architecture" or entry.name.startswith("GGUF.")
+        if written or OURS.fullmatch(entry.name.removeprefix(f"{arch}.")):
+            continue
+        kind = entry.types[0]
+        inner = entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(entry.name, entry.contents(), kind, sub_type=inner)
+    for key, value in said.keys.items():
+        types = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+        writer.add_key_value(f"{arch}.{key}", value, types[type(value)])
+    for name, numbers in said.tensors.items():
+        writer.add_tensor(name, np.array(numbers, dtype=np.float32))
+    for tensor in reader.tensors:
+        if tensor.name not in TENSORS:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _library() -> Any:
+    require("gguf")
+    import gguf
+
+    return gguf
+
+
+def _open(gguf: Any, path: str | Path) -> Any:
+    try:
+        return gguf.GGUFReader(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, IndexError, MemoryError, OverflowError) as error:
+        raise CheckpointError(f"{path} is not a GGUF file: {error}") from error
+
+
+def _value(reader: Any, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _check(reader: Any, source: str | Path, plan: ExtensionPlan, said: RopeKeys) -> str:
+    """The architecture of a file that a plan fits."""
+    arch = _value(reader, "general.architecture")
+    if not isinstance(arch, str):
+        raise CheckpointError(f"{source} does not name its architecture")
+    if (_value(reader, "split.count") or 0) > 1:
+        raise CheckpointError(f"{source} is one of several parts; join them first: llama-gguf-split --merge")
+    known = LLAMA_LIKE if len(said.tensors) > 1 else WITH_FREQUENCIES
+    if said.tensors and arch not in known:
+        reason = f"of the architecture {arch!r} it loads no tensor of frequencies (of {', '.join(known)} it does)"
+        raise refuse(SERVER, plan, reason, "yarn, linear, ntk and theta can be exported to any")
+    for entry in plan.rotaries:
+        held, width = _value(reader, f"{arch}.rope.dimension_count"), plan.scheme.rotary(entry.name).dim
+        if held is not None and held != width:
+            raise CheckpointError(
+                f"{source} rotates {held} channels of a head, the plan is for {width}; convert the exported model"
+            )
+    return arch

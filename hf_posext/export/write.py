@@ -7,21 +7,21 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
 from ..errors import InvalidParameterError, NotPatchedError
+from ..markdown import render
 from ..patching import find_patch
 from ..patching.checkpoint import new_directory, refuse_adapter
 from ..patching.saved_config import text_path
-from . import llama_cpp, sglang, transformers, vllm
-from .serving import Serving
+from . import llama_cpp
+from .servers import Serving, serve_sglang, serve_transformers, serve_transformers_4, serve_vllm
 
 SERVERS = {
-    "transformers": transformers.serve,
-    "transformers-4": transformers.serve_4,
-    "vllm": vllm.serve,
-    "sglang": sglang.serve,
+    "transformers": serve_transformers,
+    "transformers-4": serve_transformers_4,
+    "vllm": serve_vllm,
+    "sglang": serve_sglang,
     "llama.cpp": llama_cpp.serve,
 }
 INSTRUCTIONS = "SERVING.md"
@@ -67,7 +67,14 @@ def export_checkpoint(
         tokenizer.save_pretrained(path)
     _edit_config(path / "config.json", text_path(patch.model.config), serving)
     _raise_tokenizer(path / "tokenizer_config.json", patch.plan.target_length)
-    (path / INSTRUCTIONS).write_text(_instructions(serving, path.name), encoding="utf-8")
+    instructions = render(
+        "serving.md.jinja",
+        "hf_posext.export",
+        {"shell": shlex.join},
+        serving=serving,
+        commands=serving.command_lines(path.name),
+    )
+    (path / INSTRUCTIONS).write_text(instructions, encoding="utf-8")
     return serving
 
 
@@ -89,13 +96,3 @@ def _raise_tokenizer(path: Path, length: int) -> None:
     if config.get("model_max_length", length) < length:
         config["model_max_length"] = length
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _instructions(serving: Serving, directory: str) -> str:
-    environment = Environment(
-        loader=PackageLoader("hf_posext.export", "."), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    environment.filters["shell"] = shlex.join
-    return environment.get_template("serving.md.jinja").render(
-        serving=serving, commands=serving.command_lines(directory), override=serving.override
-    )

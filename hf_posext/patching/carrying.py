@@ -53,13 +53,15 @@ class CarriesPlanInAdapter(Carried):
     _posext_entries: dict[str, Any]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write `adapter_config.json` with the plan, and with a type of adapter that PEFT alone refuses."""
+        """Write `adapter_config.json` with the plan, a type that PEFT refuses, and a rank that servers cannot
+        compute with: vLLM and SGLang do not look at the type."""
         super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "adapter_config.json"
         data = json.loads(path.read_text(encoding="utf-8"))
         stop = f"{data['peft_type']} under {named(self._posext_entries[PLAN_KEY])}"
-        data |= {**self._posext_entries, REPLACED_KEY: {"peft_type": data["peft_type"]}}
-        data["peft_type"] = f"{stop}; open the directory by hf_posext.load_adapter(path)"
+        replaced = {name: data[name] for name in ("peft_type", "r") if name in data}
+        stops = dict.fromkeys(replaced, f"{stop}; open the directory by hf_posext.load_adapter(path)")
+        data |= {**self._posext_entries, REPLACED_KEY: replaced, **stops}
         path.write_text(json.dumps(data, indent=2, sort_keys=True), encoding="utf-8")
 
 

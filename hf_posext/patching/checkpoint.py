@@ -22,8 +22,7 @@ from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedM
 from ..plan import PLAN_FILE, PLAN_KEY, ExtensionPlan
 from .detect import text_config
 from .loading import check_loaded, serializable
-from .older_readers import entries_of_4
-from .saved_config import REPLACED_KEY, open_patched_config, saved_plan, text_path
+from .saved_config import REPLACED_KEY, entries_of_4, open_patched_config, saved_plan, text_path
 from .sites import LENGTH_FIELDS
 from .tables import set_rows, tables_of
 from .undo import UndoLog
@@ -85,11 +84,7 @@ def save_patched(
 
 
 def _add_older_dialect(path: Path, part: str) -> None:
-    """Say the positions in the words of transformers 4, too.
-
-    Only here, and not in what a Trainer writes: it reads the config of a checkpoint as one of no model, which fails in
-    transformers 5 where `rope_scaling` and `rope_theta` are there.
-    """
+    """Say the positions in the words of transformers 4, too; of the types in `RESUMABLE` the config does so itself."""
     config = json.loads(path.read_text(encoding="utf-8"))
     text = config[part] if part else config
     older: dict[str, Any] | str = {}
@@ -187,7 +182,7 @@ def local_directory(name: str | Path, patterns: Sequence[str]) -> Path:
         return path
     repo_id, _, revision = str(name).partition("@")
     if path.is_absolute() or str(name).startswith(".") or repo_id.count("/") != 1:
-        raise CheckpointError(f"no such directory: {name}; give the directory that was saved, or a Hub id (user/name)")
+        raise CheckpointError(f"no such directory: {name}. Pass the directory that was saved, or a Hub id (user/name)")
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:

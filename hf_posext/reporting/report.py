@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from ..errors import InvalidParameterError
 from ..evaluation.reading import write_atomically
 from ..evaluation.results import Results
 from ..evaluation.windows import CONTROL, is_legacy
+from ..markdown import cell, render
 from ..visible import csv_cell
-from . import tables as markdown
 from .plots import file_names, heatmap_files, plot_gain_by_position, plot_perplexity, plot_side_by_side, write_heatmaps
 from .tables import (
     NOTHING,
@@ -441,20 +439,11 @@ def _front_matter(results: Results) -> str:
 
 
 def render_template(template: str, runs: Sequence[Results], **values: Any) -> str:
-    # Markdown, not HTML: what is from outside goes through the filters of `markdown`.
-    environment = Environment(
-        loader=PackageLoader("hf_posext.reporting", "."), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    environment.filters.update(
-        table=markdown_table,
-        cell=_cell,
-        text=markdown.inline,
-        alt=markdown.alt,
-        code=markdown.code,
-        console=markdown.console,
-    )
     used = dict.fromkeys(row["protocol"] for run in runs for row in run.rows)
-    return environment.get_template(template).render(
+    return render(
+        template,
+        "hf_posext.reporting",
+        {"table": markdown_table, "cell": _cell},
         documents=", ".join(str(max(row["documents"] for row in run.rows)) for run in runs),
         has_control=any(control_rows(run) for run in runs),
         has_positions=any(has_positions(run) for run in runs),
@@ -495,4 +484,4 @@ def _cell(value: Any) -> str:
         value = ": ".join(map(str, value.values()))
     elif isinstance(value, list | tuple):
         return ", ".join(map(_cell, value)) or NOTHING
-    return NOTHING if value is None else markdown.cell(str(value))
+    return NOTHING if value is None else cell(str(value))

@@ -9,7 +9,6 @@ are, and mark up nothing.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,47 +20,12 @@ from rich.table import Table
 
 from ..evaluation.rows import share_interval
 from ..evaluation.windows import is_legacy
+from ..markdown import cell, code, inline
 from ..methods.text import by_reason
 from ..visible import visible
 
 if TYPE_CHECKING:
     from ..evaluation import Results
-
-
-def inline(text: str) -> str:
-    """Text on one line that opens no HTML tag, no link and no picture."""
-    plain = visible(" ".join(text.split()))
-    plain = re.sub(r"&(?=#?\w+;)", "&amp;", plain)
-    plain = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", plain)
-    return re.sub(r"\](?=[(\[:])", "&#93;", plain)  # not a backslash, which another one before it would undo
-
-
-def cell(text: str) -> str:
-    """Text of a cell of a table: its pipes end no cell."""
-    return re.sub(r"\\*\|", lambda match: "&#92;" * (len(match[0]) - 1) + r"\|", inline(text))
-
-
-def alt(text: str) -> str:
-    """Description of a picture: its brackets do not end it."""
-    return inline(text).replace("[", "&#91;").replace("]", "&#93;")
-
-
-def code(text: str) -> str:
-    """Text between backticks, more of them than it has."""
-    plain = visible(" ".join(text.split()))
-    fence = "`" * (_longest_run(plain) + 1)
-    pad = " " if plain.startswith("`") or plain.endswith("`") else ""
-    return f"{fence}{pad}{plain}{pad}{fence}"
-
-
-def console(command: str) -> str:
-    """A block of commands, between fences that none of its lines ends."""
-    fence = "`" * max(3, _longest_run(command) + 1)
-    return f"{fence}console\n{visible(command)}\n{fence}"
-
-
-def _longest_run(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)
 
 
 NOTHING = "-"

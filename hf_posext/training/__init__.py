@@ -4,8 +4,8 @@ from ..packages import require
 
 require("eval", "train")
 
-from .callbacks import Evaluation, KeepsPlan
 from .finetune import Finetuned, finetune
-from .presets import PRESETS, Preset
+from .settings import PRESETS, Preset
+from .trainer import Evaluation, KeepsPlan
 
 __all__ = ["PRESETS", "Evaluation", "Finetuned", "KeepsPlan", "Preset", "finetune"]

@@ -24,14 +24,11 @@ from ..patching import Patch, patch_model
 from ..patching.modes import activation_checkpointing
 from ..patching.shifted_attention import shifted_sparse_attention
 from ..plan import ExtensionPlan
-from .callbacks import Evaluation, newest_checkpoint
 from .prepare import check_fit, check_model, count, trainable
-from .presets import Preset, as_preset
-from .record import CHECKPOINTS, begin, check_output, finish, forget
+from .record import CHECKPOINTS, begin, check_output, finish, forget, save
 from .rows import make_rows
-from .save import save
-from .settings import Settings
-from .trainer import Run, make_trainer, training_arguments
+from .settings import Preset, Settings, as_preset
+from .trainer import Evaluation, Run, make_trainer, newest_checkpoint, training_arguments
 
 if TYPE_CHECKING:
     import datasets
@@ -44,7 +41,7 @@ NOT_MEASURED = {"eval_runtime", "train_runtime"}
 @dataclass(frozen=True)
 class Finetuned:
     """
-    What a run gives.
+    Result of a run.
 
     Args:
         model (`PeftModel` or `PreTrainedModel`): trained, its patch in force, in evaluation mode.
@@ -150,7 +147,7 @@ def finetune(
     Raises:
         TrainingError: a loss that is not finite (the last good checkpoint stays), or another run to resume.
         DocumentError: texts that do not fill a row.
-        InvalidParameterError: settings that cannot be, or an output that holds files.
+        InvalidParameterError: settings out of bounds, or an output that holds files.
         UnsupportedModelError: no causal language model, one that does not honour what `pack`, `pose` or `shifted`
             ask for, or 4-bit weights that are to be trained.
         AlreadyPatchedError, MethodNotApplicableError, UnknownMethodError, NoEffectError: as [`patch_model`].
@@ -168,7 +165,7 @@ def finetune(
     if preset.method is not None and planned not in (None, preset.method):
         raise InvalidParameterError(f"the preset is for method {preset.method!r}; leave out method")
     if method is None and preset.method is None:
-        raise InvalidParameterError("method is None; give a name such as 'yarn', a method object or a plan")
+        raise InvalidParameterError("method is None. Pass a name such as 'yarn', a method object or a plan")
     if patience is not None and evaluation is None:
         raise InvalidParameterError("`patience` requires `evaluation`.")
     texts = as_documents(documents)

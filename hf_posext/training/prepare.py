@@ -16,9 +16,8 @@ from transformers import PreTrainedModel, set_seed
 from ..errors import InvalidParameterError, UnsupportedModelError
 from ..evaluation.tokens import check_vocabulary
 from ..patching.position_ids import check_packing, check_skipping
-from .presets import Preset, adapter_config, tie_again
 from .rows import Rows
-from .settings import Settings
+from .settings import Preset, Settings, adapter_config, tie_again
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -45,19 +44,19 @@ def check_model(model: Any, *, adapted: bool, bf16: bool) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
-            f"{name} is no transformers model without an adapter; give the PreTrainedModel itself, or "
+            f"Expected a transformers model without an adapter, got {name}. Pass the PreTrainedModel itself, or "
             "model.merge_and_unload() of one with an adapter"
         )
     if model.config.is_encoder_decoder or not model.can_generate():
         raise UnsupportedModelError(
-            f"{name} is no causal language model; load a decoder with AutoModelForCausalLM.from_pretrained(...)"
+            f"Expected a causal language model, got {name}. Load a decoder: AutoModelForCausalLM.from_pretrained(...)"
         )
     quantized = getattr(model, "is_quantized", False)
     if quantized and not adapted:
         raise UnsupportedModelError(f"the weights of {name} are quantized, and cannot be trained; use an adapter")
     if model.dtype in HALF and not (bf16 or quantized):
         raise InvalidParameterError(
-            f"{name} is {str(model.dtype).removeprefix('torch.')}; give bf16=True, so that what is trained is kept in "
+            f"{name} is {str(model.dtype).removeprefix('torch.')}. Pass bf16=True, so that what is trained is kept in "
             "float32, or load the model with dtype=torch.float32"
         )
 

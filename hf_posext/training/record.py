@@ -1,4 +1,4 @@
-"""What a run leaves in its directory: where each thing is, and a provenance from which the run can be made again.
+"""The directory of a run: what was trained, and a provenance from which the run can be made again.
 
 | path in `output` | what |
 |---|---|
@@ -13,13 +13,22 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+
+from ..adapters import save_adapter
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation.reading import portable, write_atomically
 from ..packages import versions_of
+from ..patching import Patch
 
 CHECKPOINTS = "checkpoints"
 LOG = "training_log.json"
@@ -39,11 +48,11 @@ def check_output(output: Path, resume: bool) -> None:
         return
     if not resume:
         raise InvalidParameterError(
-            f"output {output} holds files already; give another, or resume=True to go on with the run that is there"
+            f"output {output} holds files already. Pass another, or resume=True to go on with the run that is there"
         )
     if not (output / PROVENANCE).is_file():
         raise InvalidParameterError(
-            f"output {output} holds files and no {PROVENANCE}, so there is no run to resume; give another output"
+            f"output {output} holds files and no {PROVENANCE}, so there is no run to resume. Pass another output"
         )
     if "result" in _read(output):
         raise InvalidParameterError(
@@ -75,7 +84,7 @@ def begin(output: Path, run: dict[str, Any]) -> None:
     ]
     if changed:
         raise TrainingError(
-            f"the run in {output} is another one ({'; '.join(changed)}); give the same settings, or another output"
+            f"the run in {output} is another one ({'; '.join(changed)}). Pass the same settings, or another output"
         )
 
 
@@ -96,7 +105,7 @@ def finish(output: Path, result: dict[str, Any], log: list[dict[str, Any]]) -> d
 
 
 def provenance_of(saved: Path) -> dict[str, Any] | None:
-    """What the run that saved an adapter or a model left of itself beside it; `None` of any other folder.
+    """Return the provenance of the run that saved an adapter or a model; `None` for any other folder.
 
     Raises:
         TrainingError: a provenance that cannot be read.
@@ -117,9 +126,9 @@ def _read(output: Path) -> dict[str, Any]:
     try:
         found = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise TrainingError(f"{output / PROVENANCE} is not JSON: {error}; give another output") from error
+        raise TrainingError(f"{output / PROVENANCE} is not JSON: {error}. Pass another output") from error
     if not isinstance(found, dict):
-        raise TrainingError(f"{output / PROVENANCE} holds no object; give another output")
+        raise TrainingError(f"{output / PROVENANCE} holds no object. Pass another output")
     return found
 
 
@@ -129,3 +138,40 @@ def _versions() -> dict[str, str]:
 
 def _command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *map(portable, sys.argv[1:])])
+
+
+def save(network: nn.Module, patch: Patch, trainer: Trainer, output: Path) -> Path:
+    """
+    The adapter into `output/adapter`, or the model into `output/model`, with its plan.
+
+    Args:
+        network (`PeftModel` or `PreTrainedModel`): trained; shards of it are put together on every process.
+        patch ([`Patch`]): in force on it.
+        trainer (`Trainer`): that trained it.
+        output (`Path`): of the run.
+    """
+    adapted = isinstance(network, PeftModel)
+    path = output / ("adapter" if adapted else "model")
+    if trainer.is_fsdp_enabled:
+        _gather(network)
+    if trainer.args.should_save:
+        partial = path.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        if adapted:
+            save_adapter(network, partial)
+        else:
+            patch.save_pretrained(partial)
+        partial.rename(path)
+    return path
+
+
+@torch.no_grad()
+def _gather(network: nn.Module) -> None:
+    """Every weight whole, on the CPU, where FSDP left shards; it is not for training any more."""
+    whole: dict[int, nn.Parameter] = {}
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(weight, DTensor):
+                if id(weight) not in whole:  # tied weights stay tied
+                    whole[id(weight)] = nn.Parameter(weight.full_tensor().cpu(), requires_grad=weight.requires_grad)
+                setattr(module, name, whole[id(weight)])

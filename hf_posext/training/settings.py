@@ -1,10 +1,19 @@
-"""What a run is asked for, checked before anything long begins."""
+"""Settings of a run: its numbers, and the preset that says which weights are trained."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from transformers import PreTrainedModel
 
 from ..errors import InvalidParameterError
+from ..patching.sites import attention_projections, embeddings, norms, shortest_names, tied_head
 from ..plan import ExtensionPlan
 
 MULTIPLES = ("steps", "batch_size", "accumulation", "length")
@@ -40,20 +49,20 @@ class Settings:
     def check(self, plan: ExtensionPlan) -> None:
         """
         Raises:
-            InvalidParameterError: a number that cannot be, or two that exclude each other.
+            InvalidParameterError: a number out of bounds, or two that exclude each other.
         """
         for name in MULTIPLES:
             value = getattr(self, name)
             if value < 1:
-                raise InvalidParameterError(f"{name} is {value}; give 1 or more")
+                raise InvalidParameterError(f"{name} is {value}. Pass 1 or more")
         if not 0 <= self.warmup < self.steps:
             raise InvalidParameterError(
-                f"warmup is {self.warmup} of {self.steps} steps; give fewer, or 0 to start at the full learning rate"
+                f"warmup is {self.warmup} of {self.steps} steps. Pass fewer, or 0 to start at the full learning rate"
             )
         if self.length < 2 or self.length > plan.target_length:
             raise InvalidParameterError(
                 f"length is {self.length}, and {plan.method} reads {plan.trained_length} -> {plan.target_length} "
-                f"tokens; give 2 to {plan.target_length}, or a larger factor"
+                f"tokens. Pass 2 to {plan.target_length}, or a larger factor"
             )
         if self.pose is not None:
             self._check_pose(plan)
@@ -62,15 +71,15 @@ class Settings:
         if self.longce is not None:
             self._check_longce()
         if self.patience is not None and self.patience < 1:
-            raise InvalidParameterError(f"patience is {self.patience}; give 1 or more evaluations, or leave it out")
+            raise InvalidParameterError(f"patience is {self.patience}. Pass 1 or more evaluations, or leave it out")
 
     def _check_pose(self, plan: ExtensionPlan) -> None:
         if self.pose is not None and not 2 <= self.pose <= self.length:
-            raise InvalidParameterError(f"pose is {self.pose}; give the number of chunks in a row (the paper: 2)")
+            raise InvalidParameterError(f"pose is {self.pose}. Pass the number of chunks in a row (the paper: 2)")
         if self.length >= plan.target_length:
             raise InvalidParameterError(
-                f"pose skips positions between {self.length} and {plan.target_length} tokens, of which there are "
-                f"none; give a length below {plan.target_length}, such as {plan.trained_length}, or a larger factor"
+                f"pose skips positions between {self.length} and {plan.target_length} tokens, and finds "
+                f"none. Pass a length below {plan.target_length}, such as {plan.trained_length}, or a larger factor"
             )
         if self.pack or self.longce:
             other = "pack" if self.pack else "longce"
@@ -80,7 +89,7 @@ class Settings:
         groups = self.shifted or 0
         if groups < 2 or self.length % (2 * groups):
             raise InvalidParameterError(
-                f"shifted is {groups} and length {self.length}; give 2 or more groups (the paper: 4), twice whose "
+                f"shifted is {groups} and length {self.length}. Pass 2 or more groups (the paper: 4), twice whose "
                 "number divides the length"
             )
         if self.pack:
@@ -90,8 +99,130 @@ class Settings:
         short = self.longce or 0
         if not 1 <= short < self.length / 2:
             raise InvalidParameterError(
-                f"longce is {short} and length {self.length}; give the tokens of the short context, such as "
+                f"longce is {short} and length {self.length}. Pass the tokens of the short context, such as "
                 f"{self.length // 8}: twice as many are below the length"
             )
         if self.pack:
             raise InvalidParameterError("longce weighs by contexts of one document; leave out pack or longce")
+
+
+MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations of peft that write into the base weights, on which the adapter then depends."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    Weights that are trained, and their learning rates.
+
+    Args:
+        learning_rate (`float`): its peak.
+        rank (`int`, *optional*): of the LoRA matrices; `None` trains the weights themselves.
+        alpha (`float`, *optional*, defaults to 16): the product of the matrices is scaled by `alpha / rank`.
+        targets (`str` or `Sequence[str]`, *optional*, defaults to `"attention"`): the linear maps that get LoRA: those
+            in the attention of every layer, `"all-linear"`, or names as peft's `target_modules` takes them.
+        embeddings (`bool`, *optional*, defaults to `False`): train the embeddings of tokens, and tables of positions,
+            too; output weights that are tied to them stay so.
+        norms (`bool`, *optional*, defaults to `False`): train the normalization layers, too.
+        ratio (`float`, *optional*, defaults to 1): learning rate of the second LoRA matrix over that of the first
+            (LoRA+, https://arxiv.org/abs/2402.12354).
+        options (`Mapping`, *optional*): more arguments of `peft.LoraConfig`, such as `{"use_dora": True}`.
+        method (`str`, *optional*): the one method that the preset is for.
+    """
+
+    learning_rate: float
+    rank: int | None = None
+    alpha: float = 16
+    targets: str | Sequence[str] = "attention"
+    embeddings: bool = False
+    norms: bool = False
+    ratio: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    method: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("learning_rate", self.learning_rate), ("alpha", self.alpha), ("ratio", self.ratio)):
+            if not (math.isfinite(value) and value > 0):
+                raise InvalidParameterError(f"{name} is {value}. Pass a number above 0")
+        if self.rank is not None and self.rank < 1:
+            raise InvalidParameterError(f"rank is {self.rank}. Pass 1 or more, e.g. 8")
+        if self.rank is None and (self.options or self.embeddings or self.norms or self.ratio != 1):
+            raise InvalidParameterError("a preset without a rank trains all weights. Pass a rank for an adapter")
+        start = str(self.options.get("init_lora_weights", ""))
+        if start.startswith(MUTATING):
+            raise InvalidParameterError(
+                f"init_lora_weights={start!r} changes the base weights, so that the adapter would be wrong on the "
+                "base as it was; choose another, such as 'orthogonal'"
+            )
+
+
+PRESETS = {
+    "lora": Preset(learning_rate=2e-4, rank=8),
+    "lora-plus": Preset(learning_rate=2e-4, rank=8, embeddings=True, norms=True),
+    "dora": Preset(learning_rate=2e-4, rank=8, options={"use_dora": True}),
+    "full": Preset(learning_rate=2e-5),
+    "nope": Preset(learning_rate=1e-4, method="nope"),
+}
+"""
+`lora`: LoRA of rank 8 on query, key, value and output of every layer, as LongLoRA and most reports have it.
+`lora-plus`: embeddings and norms, too, which LongLoRA found to close the gap to `full` at 7 billion parameters
+(https://arxiv.org/abs/2309.12307). `dora`: magnitudes apart from directions (https://arxiv.org/abs/2402.09353).
+`full`: all weights. `nope`: all weights, after the positions were dropped, at the length that the model was trained at
+(DroPE).
+
+Learning rates are those that are usual for models of billions of parameters: 2e-5 for all weights (position
+interpolation, YaRN, LongLoRA, PoSE), 1e-4 after dropping positions (DroPE), and ten times that of `full` for adapters.
+Small models want more: the shipped ones 3e-3 for adapters, for all weights 6e-4 with 64 rows a step, 1e-4 with one.
+"""
+
+
+def as_preset(preset: str | Preset) -> Preset:
+    """A preset by name, or the object itself.
+
+    Raises:
+        InvalidParameterError: no such preset.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(str(preset), PRESETS, n=1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise InvalidParameterError(f"preset is {preset!r}; {guess}there are: {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def adapter_config(preset: Preset, model: PreTrainedModel) -> LoraConfig:
+    """The configuration of the adapter of a preset, for a model that has its patch already.
+
+    Raises:
+        InvalidParameterError: options that `LoraConfig` does not take.
+        UnsupportedModelError: no attention was found to put it on.
+    """
+    targets: Any = preset.targets
+    if targets == "attention":
+        targets = shortest_names(attention_projections(model), model)
+    saved = (embeddings(model) if preset.embeddings else []) + (norms(model) if preset.norms else [])
+    head = tied_head(model) if preset.embeddings else None
+    peft_ties = head is not None and saved[0].rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+    if head is not None and not peft_ties:
+        saved.append(head)  # `tie_again` does it
+    arguments = {
+        "task_type": "CAUSAL_LM",
+        "r": preset.rank,
+        "lora_alpha": preset.alpha,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "modules_to_save": shortest_names(saved, model) or None,
+        "ensure_weight_tying": peft_ties,
+    }
+    try:
+        return LoraConfig(**{**arguments, **preset.options})
+    except (TypeError, ValueError, ImportError) as error:
+        raise InvalidParameterError(f"peft does not take the options of the adapter: {error}") from error
+
+
+def tie_again(network: PeftModel) -> None:
+    """Tie the copies of tied embeddings and output weights that an adapter trains. peft does so for few names."""
+    layers = (network.get_base_model().get_input_embeddings(), network.get_base_model().get_output_embeddings())
+    inputs, outputs = (getattr(layer, "modules_to_save", None) for layer in layers)
+    if inputs is not None and outputs is not None:
+        outputs["default"].weight = inputs["default"].weight

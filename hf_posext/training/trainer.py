@@ -1,9 +1,10 @@
-"""`transformers.Trainer` as a run wants it; nothing of it is subclassed."""
+"""`transformers.Trainer` as a run wants it: arguments, loss, and callbacks. It is not subclassed."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,219 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
-from ..patching import Patch
-from .callbacks import Evaluation, KeepsPlan, MeasuresLengths, ShowsProgress, StopsAtNonFinite
-from .longce import LongCE
-from .presets import Preset
+from ..adapters.save import tell_adapters
+from ..errors import InvalidParameterError, TrainingError
+from ..evaluation import Document, evaluate_perplexity, longce_weights
+from ..evaluation.documents import as_documents
+from ..patching import Patch, find_patch
+from ..patching.modes import evaluation_mode
+from ..plan import PLAN_FILE
 from .record import CHECKPOINTS
-from .rows import Rows
-from .schedule import Collator, Skips, schedule
-from .settings import Settings
+from .rows import Collator, Rows, Skips, schedule
+from .settings import Preset, Settings
+
+
+@dataclass
+class LongCE:
+    """
+    The `compute_loss_func` of a Trainer whose labels are the tokens themselves.
+
+    The short contexts are windows of twice `short_length` that move by `short_length`, so that each token has
+    `short_length` to `2 * short_length - 1` tokens before it; that costs two forwards of short rows, without
+    gradients, beside the one of the long row. Tokens of the first window have no shorter context, and weigh 1.
+
+    Args:
+        model (`torch.nn.Module`): the model in training.
+        short_length (`int`): in tokens.
+        bos (`int`): special tokens that rows begin with, so that windows must, too.
+    """
+
+    model: nn.Module
+    short_length: int
+    bos: int
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        nll = token_nll(outputs["logits"], labels)
+        weights = longce_weights(nll.detach(), self.short_nll(labels, nll.detach()))
+        return (weights * nll).sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
+
+    @torch.no_grad()
+    def short_nll(self, ids: torch.Tensor, long_nll: torch.Tensor) -> torch.Tensor:
+        """NLL (batch, length - 1) given the short contexts; that of the long one where there is no shorter."""
+        short, size = long_nll.clone(), self.short_length
+        with evaluation_mode(self.model):
+            for begin in range(size, ids.shape[1] - size, size):
+                window = ids[:, begin : begin + 2 * size].clone()
+                window[:, : self.bos] = ids[:, : self.bos]
+                nll = token_nll(self.model(input_ids=window, use_cache=False)["logits"], window)
+                scored = nll[:, size - 1 :]  # the first value is that of token 1 of the window
+                at = begin + size - 1
+                short[:, at : at + scored.shape[1]] = scored
+        return short
+
+
+def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """NLL (batch, length - 1) of tokens 1, 2, ... of each row, float32."""
+    return cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Measurements while a model is trained.
+
+    Args:
+        documents (`list[Document]`, or what [`load_documents`] takes): texts that are not trained on.
+        lengths (`Sequence[int]`): context lengths in tokens.
+        every (`int`): steps between two measurements; before the first step there is one, too.
+        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document.
+        passkey (`int`, *optional*, defaults to 0): passkey trials per length.
+    """
+
+    documents: Sequence[Document] | Any
+    lengths: Sequence[int]
+    every: int
+    start: int = 0
+    passkey: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not self.lengths:
+            raise InvalidParameterError(
+                f"evaluation every {self.every} steps at lengths {list(self.lengths)}. Pass 1 or more, and a length"
+            )
+
+    @property
+    def metric(self) -> str:
+        """Metric of early stopping: the perplexity at the longest length."""
+        return f"eval_perplexity_{max(self.lengths)}"
+
+
+class MeasuresLengths(TrainerCallback):  # type: ignore[misc]
+    """Logs perplexity by length, and passkeys, at each evaluation of the Trainer: `eval_perplexity_4096`,
+    `eval_passkey_4096`."""
+
+    def __init__(self, trainer: Trainer, tokenizer: Any, evaluation: Evaluation, seed: int) -> None:
+        self.trainer = trainer
+        self.tokenizer = tokenizer
+        self.evaluation = evaluation
+        self.texts = as_documents(evaluation.documents)
+        self.seed = seed
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        asked = self.evaluation
+        results = evaluate_perplexity(
+            kwargs["model"],
+            self.tokenizer,
+            self.texts,
+            asked.lengths,
+            start=asked.start,
+            passkey=asked.passkey,
+            seed=self.seed,
+            # of a sharded model every process needs its share at every step, so that all of them measure everything
+            accelerator=None if self.trainer.is_fsdp_enabled else self.trainer.accelerator,
+        )
+        metrics = {f"eval_perplexity_{row['length']}": row["perplexity"] for row in results.rows}
+        if asked.passkey:
+            metrics |= {f"eval_passkey_{row['length']}": row["passkey"] for row in results.rows}
+        kwargs["metrics"].update(metrics)  # where the Trainer, and callbacks after this one, look for the best
+        self.trainer.log(metrics)
+
+
+class KeepsPlan(TrainerCallback):  # type: ignore[misc]
+    """Writes the plan of a patched model into every checkpoint of a `Trainer`, as the last of its files.
+
+    The configs in a checkpoint contain the plan already. With this callback a checkpoint that has `posext_plan.json`
+    is whole, its tokenizer is the one that [`patch_model`] was given, and prompt learning of PEFT can be saved.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        patch = find_patch(kwargs["model"])
+        if patch is not None:
+            tell_adapters(kwargs["model"], patch)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        args.distributed_state.wait_for_everyone()
+        patch = find_patch(kwargs["model"])
+        if patch is not None and state.is_world_process_zero:
+            path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            if patch.tokenizer is not None:
+                patch.tokenizer.save_pretrained(path)
+            patch.plan.save(path)
+
+
+class StopsAtNonFinite(TrainerCallback):  # type: ignore[misc]
+    """Ends a training whose loss or gradient is not finite before such weights are saved."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        wrong = {name: logs[name] for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))}
+        if not wrong:
+            return
+        kept = newest_checkpoint(Path(args.output_dir))
+        told = " and ".join(f"{name} {value}" for name, value in wrong.items())
+        raise TrainingError(
+            f"{told} at step {state.global_step} of {state.max_steps}; "
+            + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was saved before")
+            + "; try a lower learning rate or a longer warm-up"
+        )
+
+
+class ShowsProgress(TrainerCallback):  # type: ignore[misc]
+    """A progress bar on the main process; transformers' own prints every log."""
+
+    bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None
+            )
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None and "loss" in kwargs["logs"]:
+            self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the most steps that is whole; a training that is killed while it saves leaves half of one."""
+    found = [
+        (int(step), path)
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := path.name.rpartition("-")[2]).isdecimal() and (path / PLAN_FILE).is_file()
+    ]
+    return max(found)[1] if found else None
+
 
 BETAS = (0.9, 0.95)
 

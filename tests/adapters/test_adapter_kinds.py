@@ -117,7 +117,7 @@ def test_one_of_several_by_name(base: Path, tmp_path: Path) -> None:
     for name, saved in (("default", "long"), ("second", "other")):
         opened.set_adapter(name)
         assert torch.equal(logits(realigned(opened), IDS), wanted[saved])
-    with pytest.raises(UnsupportedModelError, match="has the adapters default, second; give another adapter_name"):
+    with pytest.raises(UnsupportedModelError, match="has the adapters default, second. Pass another adapter_name"):
         load_adapter(tmp_path / "other", base=opened)
     yarn = trained(base, LoraConfig(r=4, **LAYERS), "yarn")
     save_adapter(yarn, tmp_path / "yarn")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_posext import patch_model
+from hf_posext import load_patched, patch_model
 from hf_posext.adapters import load_adapter, save_adapter
 from hf_posext.export import read_gguf
 from tests.adapters.helpers import with_adapter
@@ -17,6 +17,7 @@ from tests.conftest import logits, realigned, tokens
 from tests.export.gguf_helpers import write_llama
 
 from .helpers import MODEL, error_of, run
+from .test_finetune import finetune
 
 IDS = tokens(700)
 
@@ -52,6 +53,28 @@ def test_adapter_is_merged(tmp_path: Path) -> None:
     assert torch.equal(logits(realigned(plain.eval()), IDS), logits(realigned(merged.eval()), IDS))
     refused = run(*words, "--output", tmp_path / "more", "--method", "yarn")
     assert "has a plan of its own; leave --method and lengths out" in error_of(refused)
+
+
+@pytest.mark.parametrize("preset", ["lora", "full"])
+def test_checkpoint_of_a_finetuning(preset: str, tmp_path: Path) -> None:
+    """The last checkpoint and what the run saved are the same model, also without the tokenizer in the checkpoint."""
+    result = finetune(tmp_path / "run", preset=preset, save_every=1)
+    assert result.exit_code == 0, result.output
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    saved = tmp_path / "run" / ("adapter" if preset == "lora" else "model")
+    if preset == "lora":
+        for file in checkpoint.glob("tokenizer*"):
+            file.unlink()
+    models = []
+    for number, path in enumerate((checkpoint, saved)):
+        out = tmp_path / f"out-{number}"
+        result = run("export", path, "--to", "transformers", "--output", out)
+        assert result.exit_code == 0, result.output
+        models.append(AutoModelForCausalLM.from_pretrained(out).eval())
+    opened = load_adapter(saved).merge_and_unload() if preset == "lora" else load_patched(saved)
+    wanted = logits(realigned(opened.to(models[0].dtype).eval()), IDS)
+    for model in models:
+        assert torch.equal(logits(realigned(model), IDS), wanted)
 
 
 def test_gguf_gets_the_positions_of_an_export(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
 @pytest.mark.parametrize(
     ("changed", "flags", "message"),
     [
-        ({"method": None}, (), "no method is given; give one, as in --method yarn --factor 8"),
+        ({"method": None}, (), "no method. Pass one, as in --method yarn --factor 8"),
         ({"method": "yran"}, (), "unknown method 'yran'; did you mean 'yarn'?"),
         ({"method": "alibi-linear"}, (), "alibi-linear extends alibi positions; llama has rotary"),
         ({"factor": None}, (), "needs --factor or --target-length"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ IDS = tokens(3 * TRAINED)
 PLANS: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
     "yarn": (tiny_llama, True),
     "ntk": (tiny_llama, True),
+    "linear": (tiny_llama, True),
     "table-linear": (tiny_gpt2, True),
     "rerope": (tiny_llama, False),
     "dynamic-ntk": (tiny_llama, False),
@@ -241,7 +243,7 @@ def test_prompt_learning_is_refused_or_told(base: Path, tmp_path: Path) -> None:
     assert find_patch(opened) is not None
 
 
-@pytest.mark.parametrize("method", ["yarn", "rerope"])
+@pytest.mark.parametrize("method", ["yarn", "ntk", "linear", "rerope"])
 def test_a_trainer_goes_on_from_its_checkpoint(method: str, tmp_path: Path) -> None:
     whole, halves = patched(method), patched(method)
     trainer(whole, tmp_path / "whole", max_steps=2).train()
@@ -249,3 +251,5 @@ def test_a_trainer_goes_on_from_its_checkpoint(method: str, tmp_path: Path) -> N
     again = patched(method)
     trainer(again, tmp_path / "halves", max_steps=2).train(str(tmp_path / "halves" / "checkpoint-1"))
     assert torch.equal(logits(again.eval(), IDS), logits(whole.eval(), IDS))
+    config = json.loads((tmp_path / "halves" / "checkpoint-1" / "config.json").read_text())
+    assert ("rope_theta" in config) == (method in ("ntk", "linear"))  # for transformers 4, where that can be resumed

@@ -227,24 +227,24 @@ def test_provenance_says_what_is_needed_to_train_again(tmp_path: Path) -> None:
     ("changed", "error", "message"),
     [
         ({"preset": "lorra"}, InvalidParameterError, "preset is 'lorra'; did you mean 'lora'"),
-        ({"method": None}, InvalidParameterError, "method is None; give a name such as 'yarn'"),
-        ({"steps": 0}, InvalidParameterError, "steps is 0; give 1 or more"),
-        ({"warmup": 2}, InvalidParameterError, "warmup is 2 of 2 steps; give fewer"),
-        ({"length": 256}, InvalidParameterError, "length is 256, and yarn reads 64 -> 128 tokens; give 2 to 128"),
-        ({"pose": 1}, InvalidParameterError, "pose is 1; give the number of chunks"),
-        ({"pose": 2, "length": 128}, InvalidParameterError, "of which there are none; give a length below 128"),
+        ({"method": None}, InvalidParameterError, "method is None. Pass a name such as 'yarn'"),
+        ({"steps": 0}, InvalidParameterError, "steps is 0. Pass 1 or more"),
+        ({"warmup": 2}, InvalidParameterError, "warmup is 2 of 2 steps. Pass fewer"),
+        ({"length": 256}, InvalidParameterError, "length is 256, and yarn reads 64 -> 128 tokens. Pass 2 to 128"),
+        ({"pose": 1}, InvalidParameterError, "pose is 1. Pass the number of chunks"),
+        ({"pose": 2, "length": 128}, InvalidParameterError, "and finds none. Pass a length below 128"),
         ({"pose": 2, "pack": True}, InvalidParameterError, "pose and pack both decide"),
-        ({"shifted": 3}, InvalidParameterError, "shifted is 3 and length 128; give 2 or more groups"),
+        ({"shifted": 3}, InvalidParameterError, "shifted is 3 and length 128. Pass 2 or more groups"),
         ({"shifted": 4, "pack": True}, InvalidParameterError, "shifted attention takes rows of one document"),
-        ({"longce": 64}, InvalidParameterError, "longce is 64 and length 128; give .* such as 16"),
+        ({"longce": 64}, InvalidParameterError, "longce is 64 and length 128. Pass .* such as 16"),
         ({"patience": 2}, InvalidParameterError, "`patience` requires `evaluation`"),
         (
             {"texts": ["short", "texts"]},
             DocumentError,
             "2 documents do not fill a row of 128 tokens: the longest has 5",
         ),
-        ({"model": tiny_t5()}, UnsupportedModelError, "T5ForConditionalGeneration is no causal language model"),
-        ({"model": tiny_llama().to(torch.bfloat16)}, InvalidParameterError, "LlamaForCausalLM is bfloat16; give bf16"),
+        ({"model": tiny_t5()}, UnsupportedModelError, "causal language model, got T5ForConditionalGeneration"),
+        ({"model": tiny_llama().to(torch.bfloat16)}, InvalidParameterError, "LlamaForCausalLM is bfloat16. Pass bf16"),
         ({"model": tiny_llama(vocab_size=40)}, InvalidParameterError, "and the model has 40; load both from the same"),
         (
             {"model": tiny_bloom(), "method": "alibi-linear", "trained_length": 64, "pose": 2},
@@ -271,7 +271,7 @@ def test_a_model_that_is_patched_or_adapted_already_is_refused(tmp_path: Path) -
     with patch_model(model, "linear", factor=2), pytest.raises(AlreadyPatchedError):
         train(tmp_path / "out", model)
     result = train(tmp_path / "out", model)
-    with pytest.raises(UnsupportedModelError, match="without an adapter; give the PreTrainedModel itself"):
+    with pytest.raises(UnsupportedModelError, match="without an adapter, got .*Pass the PreTrainedModel itself"):
         finetune(result.model, character_tokenizer(), ["text"], "yarn", output=tmp_path / "again", **QUICK)
 
 
@@ -284,7 +284,7 @@ def test_quantized_weights_are_not_trained(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InvalidParameterError, match="holds files already; give another, or resume=True"):
+    with pytest.raises(InvalidParameterError, match="holds files already. Pass another, or resume=True"):
         train(tmp_path)
     with pytest.raises(InvalidParameterError, match="no provenance.json, so there is no run to resume"):
         train(tmp_path, resume=True)

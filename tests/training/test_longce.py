@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_posext.training.longce import LongCE
+from hf_posext.training.trainer import LongCE
 
 from ..conftest import tiny_llama, tokens
 from ..evaluation.helpers import BOS, naive_nll, naive_windowed_nll

@@ -16,7 +16,7 @@ from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.patching.sites import attention_projections, embeddings, norms, shortest_names
 from hf_posext.training import PRESETS, Preset
 from hf_posext.training.prepare import count
-from hf_posext.training.presets import adapter_config, as_preset
+from hf_posext.training.settings import adapter_config, as_preset
 
 from ..conftest import logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
 from .helpers import adapted
@@ -152,10 +152,10 @@ def test_weights_in_half_precision_are_trained_in_float32() -> None:
             lambda: as_preset("lora-pluss"),
             "preset is 'lora-pluss'; did you mean 'lora-plus'\\? there are: lora,",
         ),
-        (lambda: Preset(learning_rate=0), "learning_rate is 0; give a number above 0"),
+        (lambda: Preset(learning_rate=0), "learning_rate is 0. Pass a number above 0"),
         (lambda: Preset(learning_rate=float("nan")), "learning_rate is nan"),
-        (lambda: Preset(learning_rate=1, rank=0), "rank is 0; give 1 or more, e.g. 8"),
-        (lambda: Preset(learning_rate=1, norms=True), "without a rank trains all weights; give a rank"),
+        (lambda: Preset(learning_rate=1, rank=0), "rank is 0. Pass 1 or more, e.g. 8"),
+        (lambda: Preset(learning_rate=1, norms=True), "without a rank trains all weights. Pass a rank"),
         (lambda: Preset(1e-3, 8, options={"init_lora_weights": "pissa_niter_4"}), "'pissa_niter_4' changes the base"),
         (
             lambda: adapter_config(replace(PRESETS["lora"], options={"use_dorra": True}), tiny_llama()),

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from hf_posext.errors import InvalidParameterError, TrainingError
 from hf_posext.training import Evaluation
-from hf_posext.training.callbacks import newest_checkpoint
+from hf_posext.training.trainer import newest_checkpoint
 
 from ..evaluation.helpers import random_texts
 from .helpers import assert_same_bits, preset, train

@@ -10,8 +10,7 @@ import torch
 from hf_posext.errors import DocumentError, UnsupportedModelError
 from hf_posext.evaluation import Document
 from hf_posext.patching.position_ids import check_packing
-from hf_posext.training.rows import NO_LABEL, make_rows
-from hf_posext.training.schedule import Collator, schedule
+from hf_posext.training.rows import NO_LABEL, Collator, make_rows, schedule
 
 from ..conftest import longer_gpt2, tiny_bloom, tiny_llama
 from ..evaluation.helpers import BOS, character_tokenizer, random_texts
@@ -46,11 +45,11 @@ def test_short_documents_are_left_out_and_named(caplog: pytest.LogCaptureFixture
 
 def test_text_shorter_than_a_row_is_refused() -> None:
     with pytest.raises(
-        DocumentError, match="2 documents do not fill a row of 32 tokens: the longest has 20; give lon"
+        DocumentError, match="2 documents do not fill a row of 32 tokens: the longest has 20. Pass lon"
     ):
         make_rows(documents(*random_texts(2, 20)), character_tokenizer(), 32)
     with pytest.raises(
-        DocumentError, match="of 64 tokens: all of them together have 40; give longer documents or a s"
+        DocumentError, match="of 64 tokens: all of them together have 40. Pass longer documents or a s"
     ):
         make_rows(documents(*random_texts(2, 20)), character_tokenizer(), 64, pack=True)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -30,6 +31,7 @@ from ..switching import forget_attention, register_attention
 from .decoding_step import step_queries, whole_step
 from .forward import ATTENTION, both_sides, positions_at
 from .layout import LayerLayout, Layout, Phases, Probing
+from .paged import not_paged, requests_of
 from .positions import Positions
 from .remapping import Remapping
 from .rotary import pair_phases, phases_at
@@ -84,9 +86,28 @@ def _late_attention(
         assert attention_mask is not None  # the indexer has read it
         attention_mask = _only(attention_mask, selected)
     layout = remapping.layer(module._posext_path, query.device)  # type: ignore[arg-type]
-    if layout is None:
+    at = None if layout is None else positions_at(module, remapping, layout.rotary)
+    if isinstance(kwargs.get("cache"), PagedAttentionCache):
+        return _paged_attention(remapping, module, layout, at, query, key, value, kwargs), None
+    if at is not None and at.state.paged:
+        raise UnsupportedModelError(not_paged(module, "does not hand the pages of keys to its attention function"))
+    return _attention_at(remapping, module, layout, at, query, key, value, attention_mask, **kwargs)
+
+
+def _attention_at(
+    remapping: Remapping,
+    module: nn.Module,
+    layout: LayerLayout | None,
+    at: Positions | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> Attended:
+    """Attention of the rows of a forward, or of one request of a batch."""
+    if layout is None or at is None:
         return _base_attention(remapping.base, module, query, key, value, attention_mask, **kwargs)
-    at = positions_at(module, remapping, layout.rotary)
     axes = at.once(("there", query.device), lambda: (at.query_axes.to(query.device), at.key_axes.to(query.device)))
     if axes[1].shape[-1] != key.shape[2]:
         key, value, attention_mask, axes = _known_keys(module, at, key, value, attention_mask, axes)
@@ -94,6 +115,33 @@ def _late_attention(
     if not parts or (window is not None and sees_one_band(parts[0], window)):
         return _near_attention(module, layout, at, axes, query, key, value, attention_mask, **kwargs)
     return _far_attention(module, layout, at, axes, query, key, value, attention_mask, **kwargs)
+
+
+@torch.compiler.disable
+def _paged_attention(
+    remapping: Remapping,
+    module: nn.Module,
+    layout: LayerLayout | None,
+    at: Positions | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Attention of a step of continuous batching (1, tokens, heads, dim), 0 for tokens that pad it."""
+    if at is not None and at.memo.setdefault(("paged", module), kwargs) is not kwargs:
+        raise UnsupportedModelError(not_paged(module, "attends twice, and a page keeps the keys of one call"))
+    key, value = kwargs.pop("cache").update(key, value, module.layer_idx, kwargs)
+    split = functools.partial(requests_of, module, remapping.base, at, query, kwargs)
+    # Layers with as many keys have the same requests: a window does nothing but drop keys.
+    requests = split() if at is None else at.once(("requests", key.shape[2], kwargs.get("sliding_window")), split)
+    out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+    for request in requests:
+        keys, values = key[:, :, request.keys], value[:, :, request.keys]
+        queries = query[:, :, request.queries]
+        attended = _attention_at(remapping, module, layout, request.at, queries, keys, values, request.mask, **kwargs)
+        out[:, request.queries] = attended[0]
+    return out
 
 
 def _near_attention(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ..detect import RotarySite, text_config
@@ -43,6 +44,7 @@ class ForwardState:
         mask (`torch.Tensor` of shape `(batch, keys)`, *optional*): True for tokens that are not padding; `None` where
             none are padding, or where it is not known.
         weights (`bool`): attention weights are asked for.
+        paged (`bool`): keys are in the pages of continuous batching.
         past (`torch.Tensor`, *optional*): positions of the keys in the cache.
         padding (`torch.Tensor`, *optional*): what is taken from the positions that the model counts; see
             `leading_padding`.
@@ -58,6 +60,7 @@ class ForwardState:
         self.record: KeyRecord | None = None
         self.mask: torch.Tensor | None = None
         self.weights = False
+        self.paged = False
         self.past: torch.Tensor | None = None
         self.padding: torch.Tensor | None = None
         self.slot: torch.Tensor | None = None
@@ -226,6 +229,7 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
         if sides is False or (sides is None and getattr(config, "is_causal", True) is False):
             raise UnsupportedModelError(both_sides(remapping, config.model_type, "is_causal=False"))
         state.weights = _weights_asked_for(config, given, remapping.base)
+    state.paged = isinstance(kwargs.get("cache"), PagedAttentionCache)
     state.open(find_cache((*args, *kwargs.values())), _padding_mask(given.get("attention_mask")))
 
 

@@ -23,6 +23,7 @@ from ..undo import UndoLog
 from .attention import HONOURED, Lease, arguments_read, base_function
 from .forward import ATTENTION, begin_forward, begin_layer, both_sides, end_forward
 from .layout import Captured, LayerLayout, Probing, Quarters, UnknownLayout, measure
+from .paged import ServesBatches
 from .remapping import Remapping
 from .rotary import RotatesLate, own_phases
 from .skeleton import copy_norms, skeleton_of
@@ -104,6 +105,8 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
     refuse_idle(plan, map(model.get_submodule, remapping.layers))
     _install(Subject(model, "", backbone, sites, False), remapping, log)
     _hook(Subject(model, "", backbone, sites, False), remapping, log)
+    if hasattr(model, "init_continuous_batching"):
+        log.set(model, "__class__", mix(ServesBatches, type(model)))
     return "positions are remapped inside attention"
 
 

@@ -1,0 +1,255 @@
+"""Commands and configs with which transformers, vLLM and SGLang run a plan, and how each differs from transformers.
+
+vLLM and SGLang both read `rope_parameters` of `config.json`. They differ from transformers in the same three places:
+they multiply the limit of a `linear` config by its factor, ignore `attention_factor` of `longrope`, and read
+`mrope_section` under some types only. Read from the wheels of vLLM 0.33.0 (4ba787ec9) and SGLang 0.5.23:
+`model_executor/layers/rotary_embedding/*.py`, `config/model.py`, `transformers_utils/config.py`,
+`model_executor/models/{llama,gemma3,gpt2}.py`; `srt/layers/rotary_embedding/*.py`, `srt/configs/model_config.py`,
+`srt/utils/hf_transformers/{common,config}.py`, `srt/models/{llama,qwen3,gemma3_causal}.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers import __version__ as transformers_version
+
+from ..errors import ExportError
+from ..patching.detect import text_config
+from ..patching.saved_config import LEAST, entries_of_4, text_path
+from ..plan import ExtensionPlan, RotaryPlan
+
+DIRECTORY = "{directory}"
+"""Stands in commands where the exported directory goes."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Instructions for a server to run a plan.
+
+    Attributes:
+        server (`str`): its name.
+        read_from (`str`): the version of its source that this was read from.
+        plan (`ExtensionPlan`): the positions.
+        commands (`tuple[tuple[str, ...], ...]`): to run one after the other; `{directory}` stands for the export.
+        text (`Mapping`): entries of the text part of `config.json` that are other than transformers would have them.
+        override (`tuple[str, ...]`): flags that give the base model, not exported, the same positions; empty if there
+            is no such flag.
+        differences (`tuple[str, ...]`): what the server ignores, or does in another way, as far as this plan goes.
+    """
+
+    server: str
+    read_from: str
+    plan: ExtensionPlan
+    commands: tuple[tuple[str, ...], ...] = ()
+    text: Mapping[str, Any] = field(default_factory=dict)
+    override: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+    def command_lines(self, directory: str) -> list[str]:
+        """The commands as a shell takes them.
+
+        Args:
+            directory (`str`): of the export.
+        """
+        return [shlex.join(word.replace(DIRECTORY, directory) for word in command) for command in self.commands]
+
+
+def refuse(server: str, plan: ExtensionPlan, reason: str, instead: str = "") -> ExportError:
+    """The error that a server cannot compute a plan's positions."""
+    what = instead or "a plan that only changes frequencies (yarn, ntk, theta, ...) can be exported"
+    if any(entry.growth for entry in plan.rotaries):
+        what += "; the rope type 'dynamic' of servers is another thing, a base that is fixed when they start"
+    return ExportError(f"{server} cannot run ({plan.describe()}): {reason}; {what}")
+
+
+def override_flag(config: PreTrainedConfig, plan: ExtensionPlan, entries: Mapping[str, Any]) -> str:
+    """Return the JSON of a flag that overrides `config.json`: at the top, or in its text part.
+
+    Args:
+        config (`PreTrainedConfig`): of the whole model.
+        plan (`ExtensionPlan`): for the length.
+        entries (`Mapping`): of the text config, other than for transformers.
+    """
+    changed = {"max_position_embeddings": plan.target_length, **entries}
+    path = text_path(config)
+    return json.dumps({path: changed} if path else changed, separators=(",", ":"))
+
+
+OLLAMA = ("default", "linear", "llama3")
+"""Rope types that the converter of ollama computes for Llama (`convert/convert_llama.go`)."""
+
+
+def serve_transformers_4(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
+    """The same, for version 4 as the oldest reader.
+
+    Raises:
+        ExportError: it would not compute the positions.
+    """
+    if not obstacle and isinstance(reason := _older(config, plan), str):
+        raise refuse("transformers 4", plan, reason, "export it for transformers, whose version 5 computes it")
+    return serve_transformers(config, plan, obstacle)
+
+
+def _older(config: PreTrainedConfig, plan: ExtensionPlan) -> dict[str, Any] | str:
+    return entries_of_4(text_config(config).to_dict()) if plan.rotaries else {}
+
+
+def serve_transformers(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
+    """
+    Raises:
+        ExportError: transformers cannot compute the positions from a config.
+    """
+    if obstacle:
+        instead = "patch.save_pretrained(path) saves the plan beside the weights, load_patched(path) opens both"
+        raise refuse("transformers", plan, obstacle, instead)
+    differences = []
+    older = _older(config, plan)
+    if isinstance(older, str):
+        differences.append(
+            f"The oldest reader is transformers 5.0: {older}. An older one opens the checkpoint with the positions of "
+            "a plain model, and says nothing. So do the converters of ollama and mlx-lm."
+        )
+    elif plan.rotaries:
+        differences.append(
+            f"The oldest reader is transformers {LEAST}, by `rope_theta` and `rope_scaling`; version 5 reads "
+            "`rope_parameters`, which says the same."
+        )
+        kind = older.get("rope_scaling", {}).get("rope_type", "default")
+        if kind not in OLLAMA:
+            differences.append(
+                f"ollama's converter (017eb8ae4) ignores `{kind}` for Llama, and says nothing. Export for llama.cpp: "
+                "ollama imports the GGUF file."
+            )
+        if kind == "longrope":
+            differences.append(
+                "mlx-lm (060aa4349) takes the long factors alone, and ignores `attention_factor` of `longrope`."
+            )
+    if any(entry.short_inv_freq is not None for entry in plan.rotaries):
+        differences.append(
+            "The two factor lists of LongRoPE change over at the trained length, by the longest row of a batch; keys "
+            "that are in the cache when a generation passes it keep the short ones."
+        )
+    return Serving("transformers", f"transformers {transformers_version}", plan, differences=tuple(differences))
+
+
+MROPE_TYPES = ("default", "yarn")
+"""Rope types under which positions of several axes (Qwen-VL) are kept."""
+
+Adapt = Callable[[RotaryPlan, dict[str, Any], list[str]], None]
+"""What one server does otherwise: changes the parameters of a set of frequencies, and adds sentences."""
+
+
+def config_entries(
+    server: str, config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None, adapt: Adapt
+) -> tuple[dict[str, Any], list[str]]:
+    """Entries of the text config that are other than for transformers, and in words what differs.
+
+    Raises:
+        ExportError: the plan needs more than a config and weights.
+    """
+    if obstacle or plan.buckets:
+        raise refuse(server, plan, obstacle or "it does not serve models with buckets of relative distances")
+    text: Any = text_config(config)
+    rope: dict[str, dict[str, Any]] = {}
+    entries: dict[str, Any] = {}
+    differences: list[str] = []
+    for entry in plan.rotaries:
+        parameters = rope[entry.name] = dict(entry.rope_parameters or {})
+        kind = parameters["rope_type"]
+        if "mrope_section" in parameters and kind not in MROPE_TYPES:
+            reason = f"under rope type {kind!r} it does not look at mrope_section"
+            raise refuse(server, plan, reason, "yarn, ntk and theta can be exported")
+        if "factor" in parameters:
+            parameters["factor"] = float(parameters["factor"])  # an int is taken for a list of factors
+        if kind == "longrope":
+            parameters |= {"short_mscale": entry.attention_factor, "long_mscale": entry.attention_factor}
+            differences += [
+                "`attention_factor` of a `longrope` config is ignored; `short_mscale` and `long_mscale` say it here.",
+                "`longrope` is refused for models that rotate neighbouring channels (GLM, Cohere, ERNIE 4.5).",
+            ]
+        if kind == "linear" and "gemma3" not in text.model_type:
+            limit = _least(plan.target_length, parameters["factor"])
+            entries["max_position_embeddings"] = limit
+            differences.append(
+                "The limit in a `linear` config is multiplied by its factor. It is therefore the original "
+                f"{limit} here, and {plan.target_length} in a checkpoint for transformers."
+            )
+        adapt(entry, parameters, differences)
+    if rope:
+        entries["rope_parameters"] = rope.get("", {**text.rope_parameters, **rope})
+    return entries, differences
+
+
+def _least(target: int, factor: float) -> int:
+    """The least length that `factor` times is the target or more."""
+    length = round(target / factor)
+    return length if length * factor >= target else length + 1
+
+
+def serve_vllm(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
+    """
+    Raises:
+        ExportError: vLLM cannot compute the positions.
+    """
+
+    def adapt(entry: RotaryPlan, parameters: dict[str, Any], differences: list[str]) -> None:
+        if parameters.get("partial_rotary_factor") == 0:
+            raise refuse("vLLM", plan, "it refuses a partial_rotary_factor of 0")
+        if parameters["rope_type"] == "longrope":
+            differences.append(
+                "Without `--max-model-len`, a `longrope` model is served at its trained length: keep the flag."
+            )
+        if entry.short_inv_freq is not None:
+            differences.append(
+                "The long factor list is used for every input, short ones too, as soon as `--max-model-len` is above "
+                f"{plan.trained_length}; transformers uses the short list up to there."
+            )
+
+    entries, differences = config_entries("vLLM", config, plan, obstacle, adapt)
+    length = ("--max-model-len", str(plan.target_length))
+    override = ("--hf-overrides", override_flag(config, plan, entries), *length) if plan.rotaries else ()
+    command = ("vllm", "serve", DIRECTORY, *length)
+    return Serving("vLLM", "vLLM 0.33.0 (4ba787ec9)", plan, (command,), entries, override, tuple(differences))
+
+
+def serve_sglang(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
+    """
+    Raises:
+        ExportError: SGLang cannot compute the positions.
+    """
+
+    def adapt(entry: RotaryPlan, parameters: dict[str, Any], differences: list[str]) -> None:
+        kind = parameters["rope_type"]
+        if entry.name and kind != "default":
+            reason = f"of rope_parameters that are nested by layer type it reads the base alone, not {kind!r}"
+            raise refuse("SGLang", plan, reason, "ntk and theta, which change the base, can be exported")
+        if kind == "proportional":
+            raise refuse("SGLang", plan, "it does not look at the partial_rotary_factor of rope type 'proportional'")
+        if kind == "yarn":
+            own = 0.1 * math.log(parameters["factor"]) + 1.0
+            if not math.isclose(entry.attention_factor, own, rel_tol=1e-6):
+                parameters["attn_factor"] = entry.attention_factor / own
+            made_up = "times `attn_factor`, which makes up for it here" if "attn_factor" in parameters else "as here"
+            differences.append(
+                "`attention_factor` of a `yarn` config is ignored: cosine and sine are multiplied by "
+                f"`0.1 ln(factor) + 1`, {made_up}."
+            )
+        if entry.short_inv_freq is not None:
+            differences.append(
+                "The long factor list is used for all requests of a batch once one of them has a position above "
+                f"{plan.trained_length}, and cached keys keep the list that they were made with: what a request gets "
+                "depends on the others."
+            )
+
+    entries, differences = config_entries("SGLang", config, plan, obstacle, adapt)
+    length = ("--context-length", str(plan.target_length))
+    override = ("--json-model-override-args", override_flag(config, plan, entries), *length) if plan.rotaries else ()
+    command = ("sglang", "serve", "--model-path", DIRECTORY, *length)
+    return Serving("SGLang", "SGLang 0.5.23", plan, (command,), entries, override, tuple(differences))

@@ -1,0 +1,140 @@
+"""Remapping under transformers' continuous batching: `model.generate_batch`, and the server of `transformers serve`.
+
+A step of continuous batching packs tokens of many requests into one row and keeps their keys in pages. The paged cache
+returns the keys of all requests one after the other, ordered by position and unrotated, as they came. Each request
+then attends alone, at its own positions, as in a forward of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+from ...errors import UnsupportedModelError
+from ..mixin import Mixin
+from .positions import Positions
+from .remapping import Remapping
+
+
+class ServesBatches(Mixin):
+    """Mixed into the class of a remapped model: continuous batching keeps the attention of the patch."""
+
+    _posext_remapping: Remapping
+
+    @torch.no_grad()
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        **kwargs: Any,
+    ) -> ContinuousBatchingManager:
+        """Make a manager as the unpatched model does. `generate_batch` and `transformers serve` call this.
+
+        Raises:
+            UnsupportedModelError: positions follow the length of a text, or transformers is too old.
+        """
+        method = self._posext_remapping.plan.method
+        if self._posext_remapping.plan.follows_rows:
+            raise UnsupportedModelError(
+                f"{method} follows the length of a text, and continuous batching reads a prompt in pieces whose sizes "
+                "depend on other requests. Call model.generate, or patch with a method of fixed positions (rerope)."
+            )
+        if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
+            raise UnsupportedModelError(
+                f"{method} under continuous batching needs transformers 5.23. Install it, or call model.generate."
+            )
+        cached = getattr(self, "_cached_continuous_batching_manager", None)
+        if isinstance(cached, ContinuousBatchingManager):
+            return cached
+        generation_config = generation_config or self.generation_config  # type: ignore[assignment]
+        if generation_config.eos_token_id is None:
+            generation_config.eos_token_id = -1  # as transformers: none
+        return _Manager(
+            model=self,
+            generation_config=generation_config,
+            continuous_batching_config=continuous_batching_config or ContinuousBatchingConfig(),
+            **kwargs,
+        )
+
+
+class _Manager(ContinuousBatchingManager):
+    """Keeps the attention of the patch, which is not in the closed list of names of the base class."""
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request in a step.
+
+    Attributes:
+        queries (`slice`): its tokens in the row.
+        keys (`slice`): its keys in the row.
+        at (`Positions`, *optional*): of its tokens and keys; `None` in a layer that does not rotate.
+        mask (`torch.Tensor` of shape `(1, 1, tokens, keys)`, *optional*): `None` where the causal default is right.
+    """
+
+    queries: slice
+    keys: slice
+    at: Positions | None
+    mask: torch.Tensor | None
+
+
+def requests_of(
+    module: nn.Module, base: str, at: Positions | None, query: torch.Tensor, kwargs: dict[str, Any]
+) -> list[Request]:
+    """
+    Return the requests of a step. A request has all keys up to its newest token, or those in a sliding window.
+
+    Args:
+        module (`nn.Module`): attention layer.
+        base (`str`): the attention of the unpatched model, `"sdpa"` or `"eager"`.
+        at (`Positions`, *optional*): of the whole row; `None` in a layer that does not rotate.
+        query (`torch.Tensor` of shape `(1, heads, tokens, dim)`): of the whole row.
+        kwargs (`dict[str, Any]`): arguments of the attention function, as the paged cache has left them.
+
+    Raises:
+        UnsupportedModelError: keys are missing from the pages of a layer without a sliding window.
+    """
+    tokens_end, keys_end = (kwargs[name].tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    window, requests = kwargs.get("sliding_window"), []
+    for i, (first, start) in enumerate(zip(tokens_end[:-1], keys_end[:-1], strict=True)):
+        queries, keys = slice(first, tokens_end[i + 1]), slice(start, keys_end[i + 1])
+        tokens, count = queries.stop - first, keys.stop - start
+        if not tokens:
+            continue  # pads the list of requests
+        alone = at
+        if at is not None:
+            positions = at.query_axes[..., queries]
+            known = positions[..., :1] + torch.arange(tokens - count, tokens, device=positions.device)
+            aligned = not known.flatten()[0]
+            if not aligned and window is None:
+                raise UnsupportedModelError(not_paged(module, "does not use the sliding window of its config"))
+            alone = replace(at, query_axes=positions, key_axes=known, aligned=aligned, regular=True, memo={})
+        requests.append(Request(queries, keys, alone, _mask(base, query, tokens, count, window)))
+    return requests
+
+
+def not_paged(module: nn.Module, reason: str) -> str:
+    """Return why a layer is refused in continuous batching."""
+    return f"{type(module).__name__} {reason}, so that continuous batching would be wrong. Call model.generate."
+
+
+def _mask(base: str, query: torch.Tensor, tokens: int, keys: int, window: int | None) -> torch.Tensor | None:
+    dropped = window is not None and keys > window
+    if not dropped and (tokens == 1 or base == "sdpa" and tokens == keys):
+        return None
+    index = torch.arange(keys, device=query.device)
+    distance = index[-tokens:, None] - index
+    seen = ((distance >= 0) & (distance < (window or keys)))[None, None]
+    if base == "sdpa":
+        return seen
+    return torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)

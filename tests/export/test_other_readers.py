@@ -1,0 +1,158 @@
+"""Converters that are not installed here: what ollama and mlx-lm compute from a saved config, by their sources.
+
+Read from `convert/convert_llama.go` of ollama (017eb8ae4) and `mlx_lm/models/{llama,rope_utils}.py` of mlx-lm
+(17772c052, 060aa4349), and written anew. Both read `rope_theta` and `rope_scaling`, and no `rope_parameters`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_posext import LongRoPE, patch_model
+from hf_posext.adapters import save_adapter
+from hf_posext.adapters.directory import AdapterDirectory
+from hf_posext.adapters.save import serving_commands, serving_obstacle
+from hf_posext.export import export_checkpoint
+
+from ..adapters.helpers import with_adapter
+from ..conftest import TRAINED, tiny_llama
+
+FACTOR = 4
+LISTS = {"long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.0], "short_factor": [1.0] * 8}
+METHODS = ("theta", "ntk", "linear", "llama3", "yarn", "yarn(attention_factor=1.5)")
+
+
+def exported(method: Any, path: Path) -> tuple[dict[str, Any], torch.Tensor, float, str]:
+    """Export for transformers; returns the config, frequencies and attention factor in force, and SERVING.md."""
+    model = tiny_llama()
+    patch_model(model, method, factor=FACTOR)
+    export_checkpoint(model, path, "transformers")
+    rotary = model.model.rotary_emb
+    config = json.loads((path / "config.json").read_text())
+    return config, rotary.inv_freq.double(), rotary.attention_scaling, (path / "SERVING.md").read_text()
+
+
+def llama3(base: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
+    """Wavelengths above the long bound are stretched by the factor, those between the bounds in part."""
+    length, low, high = (
+        scaling[f"{name}"] for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    turns = length * base / (2 * math.pi)
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return base * (share + (1 - share) / scaling["factor"])
+
+
+def by_mlx(config: dict[str, Any], dim: int) -> tuple[torch.Tensor, float]:
+    """Frequencies and the number that multiplies queries and keys."""
+    scaling = config.get("rope_scaling") or {}
+    base = config["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    kind = scaling.get("type") or scaling.get("rope_type", "default")
+    if kind in ("default", "linear"):
+        return base / scaling.get("factor", 1.0) if kind == "linear" else base, 1.0
+    if kind == "llama3":
+        return llama3(base, scaling), 1.0
+    length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    if kind == "longrope":
+        stretch = config["max_position_embeddings"] / length
+        return base / torch.tensor(scaling["long_factor"]), math.sqrt(1 + math.log(stretch) / math.log(length))
+    assert kind == "yarn"
+
+    def pair(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config["rope_theta"]))
+
+    low = max(math.floor(pair(scaling.get("beta_fast", 32))), 0)
+    high = min(math.ceil(pair(scaling.get("beta_slow", 1))), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    usual = 0.1 * math.log(factor) + 1
+    return base * (1 - ramp) + base / factor * ramp, scaling.get("attention_factor", usual)
+
+
+def by_ollama(config: dict[str, Any], dim: int) -> torch.Tensor:
+    """Frequencies of its GGUF file for Llama: a base, a `linear` factor by the key `type`, or Llama 3's divisors."""
+    scaling = config.get("rope_scaling") or {}
+    base = config["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if scaling.get("type") == "linear":
+        return base / scaling["factor"]
+    return llama3(base, scaling) if scaling.get("rope_type") == "llama3" else base
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mlx_computes_the_same(method: str, tmp_path: Path) -> None:
+    config, frequencies, attention, _ = exported(method, tmp_path)
+    theirs, scale = by_mlx(config, 2 * len(frequencies))
+    torch.testing.assert_close(theirs, frequencies, rtol=1e-6, atol=0)  # ours are float32
+    assert scale == pytest.approx(attention, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ollama_computes_the_same_or_is_named(method: str, tmp_path: Path) -> None:
+    config, frequencies, _, instructions = exported(method, tmp_path)
+    theirs = by_ollama(config, 2 * len(frequencies))
+    same = torch.allclose(theirs, frequencies, rtol=1e-6, atol=0)
+    assert same == ("ollama's converter" not in instructions) == (not method.startswith("yarn"))
+
+
+def test_longrope_is_named(tmp_path: Path) -> None:
+    config, frequencies, attention, instructions = exported(LongRoPE(**LISTS, attention_factor=1.25), tmp_path)
+    theirs, scale = by_mlx(config, 2 * len(frequencies))
+    assert scale != pytest.approx(attention, rel=1e-2)
+    assert "mlx-lm (060aa4349) takes the long factors alone" in instructions
+    assert "ollama's converter (017eb8ae4) ignores `longrope`" in instructions
+
+
+# Adapters beside their base
+
+
+def by_vllm(config: dict[str, Any], max_rank: int) -> None:
+    """The checks of vLLM's `lora/peft_helper.py`: the type of the adapter is not among them."""
+    scaling = config["lora_alpha"] / config["r"]
+    assert scaling > 0
+    saved = [name for name in config.get("modules_to_save") or [] if name not in ("classifier", "score")]
+    if saved or config.get("use_dora") or config.get("bias", "none") != "none" or config["r"] > max_rank:
+        raise ValueError("refused")
+
+
+@pytest.mark.parametrize(
+    ("options", "obstacle"),
+    [
+        ({"r": 4}, None),
+        ({"r": 9, "use_rslora": True}, None),
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ],
+)
+def test_adapters_that_servers_load(options: dict[str, Any], obstacle: str | None, tmp_path: Path) -> None:
+    model = tiny_llama()
+    patch = patch_model(model, "yarn", factor=FACTOR)
+    patch.save_pretrained(tmp_path / "base")
+    save_adapter(with_adapter(model, **options), tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    adapter = AdapterDirectory.read(tmp_path / "adapter")
+    assert serving_obstacle(adapter.config) == obstacle
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    if obstacle is not None:
+        assert f"Servers do not take it beside its base ({obstacle})" in card
+        return
+    vllm, sglang = serving_commands(adapter)
+    limit = int(vllm[vllm.index("--max-lora-rank") + 1])
+    by_vllm(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()), limit)
+    assert limit == {4: 8, 9: 16}[options["r"]]
+    assert ["--max-model-len", str(FACTOR * TRAINED)] == vllm[3:5]
+    assert " ".join(vllm) in card and " ".join(sglang) in card
+
+
+def test_servers_stop_at_an_adapter_that_needs_the_plan(tmp_path: Path) -> None:
+    model = tiny_llama()
+    patch_model(model, "rerope", factor=FACTOR)
+    with_adapter(model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "hf_posext plan (rerope" in config["r"]
+    with pytest.raises(TypeError):
+        by_vllm(config, 64)
