@@ -204,7 +204,7 @@ def model_class(config: PreTrainedConfig, name: str | Path) -> type[PreTrainedMo
 
 
 def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> dict[str, torch.Tensor]:
-    """The tables of before the patch into a model, as they were replaced; returns those that the model came with."""
+    """Put the replaced tables into a model; returns those that the model came with."""
     if not (plan.table or (plan.sinusoids and tables_of(model))):
         _restore_shipped(model.config, plan)
         return {}
