@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ def render(template: str, room: str, filters: Mapping[str, Callable[..., Any]] |
         values: of the template.
     """
     environment = Environment(loader=PackageLoader(room, "."), undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters.update(text=inline, alt=alt, code=code, console=console, literal=repr, **(filters or {}))
+    environment.filters.update(text=inline, alt=alt, code=code, console=console, literal=_literal, **(filters or {}))
     return environment.get_template(template).render(**values)
 
 
@@ -56,6 +57,10 @@ def console(command: str) -> str:
     """A block of commands, between fences that none of its lines ends."""
     fence = "`" * max(3, _longest_run(command) + 1)
     return f"{fence}console\n{visible(command)}\n{fence}"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(visible(text), ensure_ascii=False)
 
 
 def _longest_run(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -94,19 +95,19 @@ def test_requests_get_what_they_get_alone(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"),
+    ("family", "attention", "changed"),
     [
-        ("mistral", "sdpa"),  # sliding windows
-        ("gemma3_text", "sdpa"),  # windows and full layers
-        ("gemma2", "eager"),  # and capped scores
-        ("smollm3", "sdpa"),  # layers without rotation
-        ("smollm3", "eager"),
-        ("gpt_oss", "eager"),  # sinks
-        ("phi", "sdpa"),  # partial rotation
+        ("mistral", "sdpa", {"sliding_window": 100}),  # which sees several bands
+        ("gemma3_text", "sdpa", {}),  # windows and full layers
+        ("gemma2", "eager", {}),  # and capped scores
+        ("smollm3", "sdpa", {}),  # layers without rotation
+        ("smollm3", "eager", {}),
+        ("gpt_oss", "eager", {}),  # sinks
+        ("phi", "sdpa", {}),  # partial rotation
     ],
 )
-def test_requests_of_other_layers(family: str, attention: str) -> None:
-    model = build(family)
+def test_requests_of_other_layers(family: str, attention: str, changed: dict[str, Any]) -> None:
+    model = build(family, **changed)
     model.set_attn_implementation(attention)
     patch_model(model, "rerope", factor=4)
     check(model, share=True, tokens=16)
