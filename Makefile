@@ -53,7 +53,7 @@ test-lm-eval: .venv/.lm-eval
 	touch $@
 
 .venv/.trl: $(READY)
-	.venv/bin/python -m pip install --quiet -c constraints.txt 'trl>=1.16'
+	.venv/bin/python -m pip install --quiet -c constraints.txt trl
 	touch $@
 
 .venv/.lm-eval: $(READY)

@@ -344,6 +344,7 @@ def cached_pairs(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft 0.21 calls it that
 def test_prefix_tuning_is_refused_for_what_it_is(llama: LlamaForCausalLM) -> None:
     patch(llama, "rerope")
     model = get_peft_model(llama, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))

@@ -172,3 +172,10 @@ def test_the_floor_that_ci_runs_is_the_one_that_is_stated() -> None:
         name: floor(item) for name, item in required.items() if name != "torch"
     }
     assert [name for name, item in required.items() if newest[name] not in item.specifier] == []
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    (steps,) = re.findall(r"^steps=\((.*)\)$", script, flags=re.M)
+    assert set(steps.split()) <= set(re.findall(r"run: make (\S+)", workflow))

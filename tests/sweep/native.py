@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.zoo import TRAINED_LENGTH
@@ -13,15 +14,6 @@ SCALING_KEYS = (
     "low_freq_factor high_freq_factor short_factor long_factor"
 ).split()
 MSCALE_KEYS = ("mscale", "mscale_all_dim")
-
-NO_NATIVE = {
-    **dict.fromkeys(
-        "gemma4 gemma4_text gemma4_unified gemma4_unified_text lfm3".split(),
-        "transformers fails: its rope types give fewer frequencies than a proportional layer holds",
-    ),
-    "recurrent_gemma": "transformers computes plain frequencies only",
-}
-"""Types that transformers cannot run with another rope type; the position check stands alone for these."""
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -84,3 +76,20 @@ def native_model(model: PreTrainedModel, method: str, factor: float, long_factor
     reference = type(model)(config).eval()
     reference.load_state_dict(model.state_dict())
     return reference
+
+
+def frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The rotary frequencies of a model, by the path of their buffer."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+
+
+def why_no_reference(model: PreTrainedModel, native: PreTrainedModel) -> str:
+    """Why the installed transformers' own scaling of a model is no reference, and nothing where it is one."""
+    plain, scaled = frequencies(model), frequencies(native)
+    for name, buffer in plain.items():
+        got, held = scaled[name].numel(), buffer.numel()
+        if got != held:
+            return f"transformers' own scaling gives {got} frequencies, where the model has {held}"
+    if all(torch.equal(scaled[name], buffer) for name, buffer in plain.items()):
+        return "transformers computes plain frequencies only"
+    return ""

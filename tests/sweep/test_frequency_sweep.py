@@ -23,7 +23,7 @@ from hf_posext.errors import MethodNotApplicableError, PosExtError
 from hf_posext.methods import Method
 from tests.zoo import NOT_BUILT, TRAINED_LENGTH, build, candidate_types, has_frequencies, other_types, token_ids
 
-from .native import NO_NATIVE, is_shipped_scaled, native_model, text_config
+from .native import is_shipped_scaled, native_model, text_config, why_no_reference
 
 pytestmark = pytest.mark.sweep
 
@@ -33,9 +33,6 @@ LENGTH = TRAINED_LENGTH + 16
 
 WIDE_WINDOW = 4 * TRAINED_LENGTH
 """Sliding layers that see less than the trained length are left alone by design. Here all are to be patched."""
-
-EXPECTED_REFUSALS: frozenset[str] = frozenset()
-"""Rotary types that are refused, by name and with a reason. At most three may be."""
 
 MOVED_BY_MORE_THAN_PHASES = {
     "beam": "its layers without phases scale their queries by position",
@@ -111,10 +108,17 @@ def check_method(model: PreTrainedModel, name: str, before: torch.Tensor, outcom
     patch.undo()
     outcome.expect(torch.equal(logits(model, LENGTH), before), name, "undo leaves other logits")
     outcome.expect(model.config.to_dict() == config, name, "undo leaves another config")
-    if model_type not in NO_NATIVE:
-        native = logits(native_model(model, name, FACTOR, long_factor), LENGTH)
-        outcome.cells[name]["equals_native"] = True
-        outcome.expect(torch.equal(after, native), name, f"{relative(after, native):.1e} from transformers' own")
+    try:
+        reference = native_model(model, name, FACTOR, long_factor)
+        reason = why_no_reference(model, reference)
+    except UnboundLocalError as error:  # a fault of the code that raises: LongRoPE of deepseek_v4 in 5.10.1
+        reason = f"transformers' own {name} fails: {error}"
+    if reason:
+        outcome.cells[name]["reason"] = reason
+        return
+    native = logits(reference, LENGTH)
+    outcome.cells[name]["equals_native"] = True
+    outcome.expect(torch.equal(after, native), name, f"{relative(after, native):.1e} from transformers' own")
 
 
 @pytest.mark.parametrize("model_type", candidate_types())
@@ -133,13 +137,13 @@ def test_rotary_type(model_type: str, request: pytest.FixtureRequest) -> None:
             {"name": rotary.name, "pairs": rotary.pairs, "theta": rotary.theta, "shipped_type": rotary.shipped_type}
             for rotary in rotaries
         ],
-        "note": NO_NATIVE.get(model_type) or MOVED_BY_MORE_THAN_PHASES.get(model_type, ""),
+        "note": MOVED_BY_MORE_THAN_PHASES.get(model_type, ""),
     }
     request.config.cache.set(f"sweep/rotary/{model_type}", record | {"cells": outcome.cells})
     assert not outcome.failures, "\n".join(outcome.failures)
     # One list of factors cannot fit sets of two widths.
     by_width = {"longrope"} if len({rotary.pairs for rotary in rotaries}) > 1 else set()
-    assert outcome.refused == by_width or model_type in EXPECTED_REFUSALS, outcome.cells
+    assert outcome.refused == by_width, outcome.cells
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu"])
@@ -153,10 +157,6 @@ def test_temperature_inside_the_softmax_scale(model_type: str) -> None:
         check_method(model, name, before, outcome)
     assert not outcome.failures, "\n".join(outcome.failures)
     assert not outcome.refused
-
-
-def test_at_most_three_types_are_refused() -> None:
-    assert len(EXPECTED_REFUSALS) <= 3
 
 
 @pytest.mark.parametrize("model_type", other_types())

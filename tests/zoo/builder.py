@@ -82,6 +82,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """
     unused = set(overrides)
     config_class = CONFIG_MAPPING[model_type]
+    if getattr(config_class, "has_no_defaults_at_init", False):
+        config_class = model_class(model_type).config_class  # of the decoder alone
     arguments = _tiny_arguments(config_class(), overrides, unused)
     if unused:
         raise TypeError(f"{config_class.__name__} has no field {', '.join(sorted(unused))}")
