@@ -47,6 +47,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _LATENT | _INDEXER,
     "longcat_flash": _LATENT,
     "minicpm3": _LATENT,
+    "sarvam_mla": _LATENT,
     "youtu": _LATENT,
     "dbrx": {
         # Its attention reads fields that the default attention config lacks.
@@ -70,6 +71,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},  # null by default
     # Head width derived from the hidden size
     "falcon": {"num_kv_heads": 2},
+    # Layers that run several times in one forward, with a cache for each time
+    "dory": {"n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2}
+    | {"layer_types": _layers("sliding_attention", "full_attention")},
+    "inkling2_loop_text": {"n_layers_per_attn_res_block": 2, "loop_layer_index_start": 2, "loop_layer_index_end": 4}
+    | {"unpadded_vocab_size": 128, "loop_gate_rank": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2}
+    | {"swa_head_dim": 16},
     "lfm2_moe": {"layer_types": _layers("conv", "full_attention")},
     "mimo_v2_flash": {"head_dim": 24},  # a third of it is rotated, and must be an even width
     # Two widths
@@ -106,6 +113,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     # Already extended
     "apertus": {"rope_parameters": _LLAMA3 | _SHIPPED_LENGTHS, "max_position_embeddings": 128},
+    "apertus1p5_text": {"rope_parameters": _LLAMA3 | _SHIPPED_LENGTHS, "max_position_embeddings": 128},
     "cwm": {"rope_parameters": _LLAMA3 | _SHIPPED_LENGTHS, "max_position_embeddings": 128},
     "gpt_oss": {"rope_parameters": _YARN | {"truncate": False} | _SHIPPED_LENGTHS, "max_position_embeddings": 128},
     "ministral3": {

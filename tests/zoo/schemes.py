@@ -1,6 +1,6 @@
 """Model types by positional scheme, for schemes other than rotary frequencies.
 
-Read from the modeling files of transformers 5.23 by hand, so that what `hf_posext` detects is compared with something
+Read from the modeling files of transformers 5.24 by hand, so that what `hf_posext` detects is compared with something
 that it did not compute itself.
 """
 
@@ -13,7 +13,7 @@ _OTHER_SCHEMES = {
     ),
     "alibi": "bloom mpt",
     "sinusoidal": "ctrl marian musicgen musicgen_melody pegasus xglm",
-    "relative": "cpmant inkling_text inkling2_text xlnet",
+    "relative": "cpmant inkling_text inkling2_text inkling2_loop_text xlnet",
     "none": "falcon_mamba jamba kimi_linear mamba mamba2 nemotron_h rwkv xlstm zamba",
     "rotary table": "codegen gptj roformer",  # rotated by a table of sines, without a vector of frequencies
 }
