@@ -43,6 +43,12 @@ SCALES_QUERIES = ("beam",)
 """Types whose layers without phases scale queries by position, which remapping leaves as it is: where phases shall be
 at doubled positions, only the rotary modules are given these."""
 
+REFUSED = {
+    "deepseek_v4": "uses rotated states elsewhere",  # rotates the attention's output back, and has compressed keys
+    "dory": "mixes more than two channels",  # scales each channel of a query by itself, after the rotation
+}
+"""Types that are refused for what their attention does, with some words of the reason."""
+
 _DSA = {"index_topk": 8, "index_n_heads": 16}
 _QSA = {"indexer_budget": 8}
 INDEXED: dict[str, dict[str, Any]] = {
@@ -189,8 +195,8 @@ def check_remapped(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> d
 
 def expected_refusal(model: PreTrainedModel) -> str:
     """Some words of the reason for which the installed version's type is refused, and nothing where it is not."""
-    if model.config.model_type == "deepseek_v4":  # rotates the attention's output back, and has compressed keys
-        return "uses rotated states elsewhere"
+    if model.config.model_type in REFUSED:
+        return REFUSED[model.config.model_type]
     sources = {sys.modules[type(module).__module__] for module in model.modules()}
     return "" if any(hasattr(source, "ALL_ATTENTION_FUNCTIONS") for source in sources) else "AttentionInterface"
 

@@ -87,18 +87,20 @@ def test_the_committed_table_is_what_the_record_gives() -> None:
 
 
 def test_the_record_holds_what_is_promised() -> None:
-    """At most three rotary types do not work, of no fewer than 121."""
+    """At most three rotary types do not work, of no fewer than 121, and all but six equal transformers' own scaling."""
     rotary = json.loads((ROOT / "results" / "sweep-frequencies.json").read_text(encoding="utf-8"))["rotary"]
     required = ("linear", "yarn", "llama3")
     lame = [name for name, its in rotary.items() if {its["cells"][m]["verdict"] for m in required} != {"works"}]
     assert len(rotary) >= 121
     assert len(lame) <= 3, lame
+    alone = {name for name, its in rotary.items() if not all(its["cells"][m].get("equals_native") for m in required)}
+    assert alone == {*"gemma4 gemma4_text gemma4_unified gemma4_unified_text lfm3 recurrent_gemma".split()}
 
 
 def test_the_record_holds_what_is_promised_of_remapping() -> None:
-    """Of at least 121 rotary types, all but three pass every check with late rotation; those are refused by name."""
+    """Of at least 121 rotary types, all but four pass every check with late rotation; those are refused by name."""
     rotary = json.loads((ROOT / "results" / "sweep-late.json").read_text(encoding="utf-8"))["rotary"]
     lame = {name: its["reason"] for name, its in rotary.items() if set(its["verdicts"].values()) != {"works"}}
     assert len(rotary) >= 121
-    assert len(lame) <= 3, lame
+    assert len(lame) <= 4, lame
     assert all(name in reason for name, reason in lame.items())
