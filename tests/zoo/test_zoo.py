@@ -87,7 +87,7 @@ def test_the_committed_table_is_what_the_record_gives() -> None:
 
 
 def test_the_record_holds_what_is_promised() -> None:
-    """At most three rotary types do not work, of no fewer than 121, and all but six equal transformers' own scaling."""
+    """At most three rotary types do not work, of no fewer than 121, and all but six equal transformers itself."""
     rotary = json.loads((ROOT / "results" / "sweep-frequencies.json").read_text(encoding="utf-8"))["rotary"]
     required = ("linear", "yarn", "llama3")
     lame = [name for name, its in rotary.items() if {its["cells"][m]["verdict"] for m in required} != {"works"}]
