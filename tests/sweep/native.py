@@ -1,4 +1,4 @@
-"""The independent reference of the sweep: the same weights in a model that transformers itself configures."""
+"""Inputs of both sweeps, and their independent reference: the same weights in a model that transformers configures."""
 
 import copy
 import math
@@ -7,13 +7,31 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tests.zoo import TRAINED_LENGTH
+from hf_posext import detect_scheme
+from tests.zoo import TRAINED_LENGTH, token_ids
 
 SCALING_KEYS = (
     "rope_type type factor original_max_position_embeddings attention_factor beta_fast beta_slow "
     "low_freq_factor high_freq_factor short_factor long_factor"
 ).split()
 MSCALE_KEYS = ("mscale", "mscale_all_dim")
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, length: int, stride: int = 1) -> torch.Tensor:
+    """Logits `(length, vocabulary)` of one row of tokens at positions 0, stride, 2 * stride, ..."""
+    return model(
+        input_ids=token_ids(length),
+        # Without a mask, positions with gaps would be taken for a pack of several sequences.
+        attention_mask=torch.ones(1, length, dtype=torch.long),
+        position_ids=stride * torch.arange(length)[None],
+        use_cache=False,
+    ).logits[0]
+
+
+def given_length(model: PreTrainedModel) -> int | None:
+    """The trained length to pass for a model, which recurrent_gemma alone does not contain."""
+    return None if detect_scheme(model).trained_length else TRAINED_LENGTH
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:

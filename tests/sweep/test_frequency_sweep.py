@@ -21,9 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_posext import LongRoPE, detect_scheme, patch_model
 from hf_posext.errors import MethodNotApplicableError, PosExtError
 from hf_posext.methods import Method
-from tests.zoo import NOT_BUILT, TRAINED_LENGTH, build, candidate_types, has_frequencies, other_types, token_ids
+from tests.zoo import NOT_BUILT, TRAINED_LENGTH, build, candidate_types, has_frequencies, other_types
 
-from .native import is_shipped_scaled, native_model, text_config, why_no_reference
+from .native import given_length, is_shipped_scaled, logits, native_model, text_config, why_no_reference
 
 pytestmark = pytest.mark.sweep
 
@@ -43,18 +43,6 @@ MOVED_BY_MORE_THAN_PHASES = {
 # The smallest effect of any patch on any type is 6e-4 (jetmoe). Between position 4p and p only the order of float32
 # sums inside one matrix product differs, at most 9e-7 after six layers. All other comparisons are exact.
 CHANGED, EQUAL = 1e-4, 1e-5
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, length: int, stride: int = 1) -> torch.Tensor:
-    """Logits `(length, vocabulary)` of one row of tokens at positions 0, stride, 2 * stride, ..."""
-    return model(
-        input_ids=token_ids(length),
-        # Without a mask, positions with gaps would be taken for a pack of several sequences.
-        attention_mask=torch.ones(1, length, dtype=torch.long),
-        position_ids=stride * torch.arange(length)[None],
-        use_cache=False,
-    ).logits[0]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -88,12 +76,10 @@ def check_method(model: PreTrainedModel, name: str, before: torch.Tensor, outcom
     model_type = scheme.model_type
     long_factor = [1.0 + index for index in range(scheme.rotaries[0].pairs)]
     method: Method | str = LongRoPE(long_factor=long_factor) if name == "longrope" else name
-    # recurrent_gemma does not say how long it was trained.
-    trained_length = None if scheme.trained_length else TRAINED_LENGTH
     # Of the same tokens, not the start of a longer row: in some versions, models let a token see later ones.
     unpatched = logits(model, LENGTH // FACTOR)
     try:
-        patch = patch_model(model, method, factor=FACTOR, trained_length=trained_length)
+        patch = patch_model(model, method, factor=FACTOR, trained_length=given_length(model))
     except PosExtError as error:
         outcome.cells[name] = {"verdict": "refused", "reason": str(error)}
         outcome.expect(model_type in str(error), name, f"the refusal does not name {model_type}: {error}")

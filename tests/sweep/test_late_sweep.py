@@ -26,6 +26,8 @@ from hf_posext.patching.signatures import cache_of, with_cache
 from hf_posext.plan import Band, PositionMap
 from tests.zoo import TRAINED_LENGTH, build, candidate_types, token_ids
 
+from .native import given_length, logits
+
 pytestmark = pytest.mark.sweep
 
 CHECKS = ("full", "padded", "decode", "doubled", "remapped", "undo")
@@ -66,18 +68,6 @@ EQUAL, CHANGED = 1e-5, 1e-3
 # The unpatched models differ as well between a full forward and decoding: most by 1e-6, zamba2, whose recurrent
 # layers sum in another order then, by 1e-4.
 AGREES = 2e-4
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, length: int, stride: int = 1) -> torch.Tensor:
-    """Logits `(length, vocabulary)` of one row of tokens at positions 0, stride, 2 * stride, ..."""
-    return model(
-        input_ids=token_ids(length),
-        # Without a mask, positions with gaps would be taken for a pack of several sequences.
-        attention_mask=torch.ones(1, length, dtype=torch.long),
-        position_ids=stride * torch.arange(length)[None],
-        use_cache=False,
-    ).logits[0]
 
 
 @torch.no_grad()
@@ -157,11 +147,6 @@ def build_consistent(model_type: str, **sizes: Any) -> tuple[PreTrainedModel, di
         model.set_attn_implementation("eager")
         native = native_logits(model)
     return model, native
-
-
-def given_length(model: PreTrainedModel) -> int | None:
-    """The trained length, for the one model that does not tell it (recurrent_gemma)."""
-    return None if detect_scheme(model).trained_length else TRAINED_LENGTH
 
 
 def check_identity(model: PreTrainedModel, method: Method, native: dict[str, torch.Tensor]) -> dict[str, bool]:
