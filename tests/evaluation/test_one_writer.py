@@ -19,7 +19,7 @@ from hf_posext.evaluation.parallel import processes_of
 from hf_posext.evaluation.tasks import Task
 from hf_posext.locks import WriterLock
 
-from ..cli.helpers import MODEL, NOVELS, compare, error_of, run
+from ..cli.helpers import NOVELS, compare, error_of, run
 
 A, B = (Task("nll", "yarn", 8.0, (64,), document) for document in "ab")
 
@@ -130,19 +130,3 @@ def test_processes_that_accelerate_has_not_joined_are_refused(monkeypatch: pytes
     with pytest.raises(InvalidParameterError, match="WORLD_SIZE is 2, and the accelerator has joined 1, so that each"):
         processes_of(Alone())  # type: ignore[arg-type]
     assert processes_of(None) == 1, "a process that shares nothing is alone"
-
-
-def test_torchrun_on_a_cpu_joins_its_processes_without_being_told(tmp_path: Path) -> None:
-    """`ACCELERATE_USE_CPU` is not set."""
-    words = ["evaluate", "--model", MODEL, "--dataset", NOVELS, "--lengths", "64", "--documents", "2"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    done = subprocess.run(
-        [*launch, "-m", "hf_posext", *map(str, words), "--output", str(tmp_path / "out")],
-        cwd=Path(__file__).parents[2],
-        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("measured by 2 processes on cpu") == 1
-    files = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"journal.jsonl", "journal-1.jsonl"} <= files and not any(name.endswith(".lock") for name in files)
