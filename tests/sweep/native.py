@@ -101,13 +101,14 @@ def frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
 
 
-def why_no_reference(model: PreTrainedModel, native: PreTrainedModel) -> str:
+def why_no_reference(model: PreTrainedModel) -> str:
     """Why the installed transformers' own scaling of a model is no reference, and nothing where it is one."""
-    plain, scaled = frequencies(model), frequencies(native)
-    for name, buffer in plain.items():
+    try:
+        scaled = frequencies(native_model(model, "linear", 4, []))
+    except ValueError as error:
+        return f"transformers refuses: {error}"
+    for name, buffer in frequencies(model).items():
         got, held = scaled[name].numel(), buffer.numel()
         if got != held:
             return f"transformers' own scaling gives {got} frequencies, where the model has {held}"
-    if all(torch.equal(scaled[name], buffer) for name, buffer in plain.items()):
-        return "transformers computes plain frequencies only"
     return ""
