@@ -63,8 +63,7 @@ def test_a_killed_command_goes_on_with_resume(whole: Results, tmp_path: Path) ->
     assert process.wait() == -signal.SIGKILL
     done = journal.read_bytes()
     assert done.count(b"\n") >= 3
-    resumed = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
+    assert compare(tmp_path / "out", "--resume").exit_code == 0
     found = Results.load_json(tmp_path / "out" / "results.json")
     assert found.rows == whole.rows and found.per_document == whole.per_document
     assert journal.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
