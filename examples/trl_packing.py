@@ -5,6 +5,7 @@ The positions travel with whatever the trainer saves: `load_adapter` opens the r
 
 from pathlib import Path
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +21,10 @@ model = AutoModelForCausalLM.from_pretrained(HERE / "tiny" / "tiny-rope")
 patch_model(model, "yarn", factor=2, tokenizer=tokenizer)
 
 rows = load_dataset("json", data_files=str(HERE / "data" / "validation.jsonl"), split="train[:2]")
-arguments = SFTConfig("reports/sft", packing=True, max_length=1024, max_steps=4, learning_rate=1e-3, report_to="none")
+settings = {"max_steps": 4, "learning_rate": 1e-3, "report_to": "none"}
+if not torch.cuda.is_available():
+    settings |= {"use_cpu": True, "bf16": False}  # TRL would train in bfloat16 on a GPU
+arguments = SFTConfig("reports/sft", packing=True, max_length=1024, **settings)
 adapter = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
 trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
 trainer.train()

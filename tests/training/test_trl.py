@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,12 @@ def test_loss_on_the_assistant_alone(method: str, tmp_path: Path) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     assert 0 < int((batch["labels"] != -100).sum()) < int(batch["attention_mask"].sum())
     assert all(0 < entry["loss"] < 10 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_example_trains_saves_and_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "trl_packing.py"))
+    assert "It was" in capsys.readouterr().out
+    assert (tmp_path / "reports" / "sft" / "final" / "posext_plan.json").exists()
