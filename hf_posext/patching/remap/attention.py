@@ -185,6 +185,8 @@ def _far_attention(
         raise UnsupportedModelError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
         )
+    if remapping.base == "sdpa":
+        kwargs.pop("softcap", None)  # SDPA has none: transformers 5.10.1 leaves it out, later ones use eager attention
     if mask is None and query.shape[2] > 1 and not _is_causal(remapping.base, module, kwargs):
         raise UnsupportedModelError(both_sides(remapping, type(module).__name__, "no mask, and not causal"))
     places = axes if axes[0].ndim == 2 else (axes[0][0], axes[1] if axes[1].ndim == 2 else axes[1][0])
