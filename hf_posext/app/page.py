@@ -33,7 +33,7 @@ from .view import (
 logger = logging.getLogger(__name__)
 
 DPI = 144
-"""Dots per inch: sharp at the width of the page, and drawn in half the time of a file for print."""
+"""Dots per inch: sharp at the width of the page, and drawn faster than a file for print."""
 
 LEAST_LENGTH = 64
 UNKNOWN_LENGTH = 512
