@@ -139,9 +139,9 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     above = [f"`{name}`" for name in ordered(runs) if longest(runs[name])["gain"] > 1]
     gain = f"The best at {length} tokens is `{best}`, with a gain over truncation of {longest(runs[best])['gain']:.3f}"
     said = [
-        f"{gain}; above 1, where the longer context pays, are {', '.join(above)}."
+        f"{gain}. Above 1, where the longer context helps, are {', '.join(above)}."
         if above
-        else f"{gain}; none is above 1, so that by perplexity truncating the input is as good or better.",
+        else f"{gain}. None is above 1, so by perplexity truncating the input is as good or better.",
         *without_gain(found),
         *embeddings_and_norms(found),
     ]
@@ -171,15 +171,15 @@ def embeddings_and_norms(found: Mapping[str, Any]) -> list[str]:
             continue
         value, interval = ratio(both[0], both[1], found["settings"]["seed"])
         low, high = interval or (value, value)
-        verdict = "helps" if high < 1 else "harms" if low > 1 else "makes no difference that these documents tell"
+        verdict = "helps" if high < 1 else "harms" if low > 1 else "makes no difference that these documents show"
         span = f" [{percent(low - 1)}, {percent(high - 1)}]" if interval else ""
         verdicts.setdefault(verdict, []).append(f"`{method}` ({percent(value - 1)}{span})")
     if not verdicts:
         return []
     told = "; ".join(f"{verdict} with {', '.join(methods)}" for verdict, methods in verdicts.items())
     return [
-        "LongLoRA found, with models of billions of parameters, that LoRA needs embeddings and norms trained beside "
-        f"it. Here, after {found['settings']['steps']} steps, that {told}: `lora-plus` against `lora`, perplexity at "
+        "LongLoRA found, with models of billions of parameters, that LoRA needs trained embeddings and norms. "
+        f"Here, after {found['settings']['steps']} steps, that {told}: `lora-plus` against `lora`, perplexity at "
         f"{length} with 95 % intervals paired by document."
     ]
 

@@ -29,22 +29,22 @@ CHECKS = ("full", "padded", "decode", "doubled", "remapped", "undo")
 HEAD = """\
 # Architectures
 
-Made by `make sweep`; not edited by hand.
+Made by `make sweep`, not edited by hand.
 
 ## Frequency methods
 
 transformers {transformers}: of {causal} causal-LM types, {rotary} have rotary frequencies. Of these {works} work,
-{refused} are refused and {fails} fail. {other} have another scheme, and the frequency methods are refused by name;
-of {not_built} no tiny model is built.
+{refused} are refused and {fails} fail. {other} have another scheme; the frequency methods are refused by name. No tiny
+model of {not_built} is built.
 
 For each type a tiny random model is patched at factor 4. The logits past the trained length must change; they must
 equal those of a model of the same weights that transformers itself configured; linear interpolation by 4 must give at
 position 4p what the unpatched model gives at p (where the model ships unscaled); `undo` must restore every bit.
-Sliding windows are made wider than the trained length here, so that every set of frequencies is patched; a set whose
-layers see less than that is left as it is, and needs no list of longrope.
+Sliding windows are wider than the trained length here, so that every set of frequencies is patched. A set whose
+layers see less than that stays as it is, and needs no list for longrope.
 
 - `=`: works, and equals transformers' own to the bit.
-- `works`: everything but that comparison, which transformers cannot run; the note says why.
+- `works`: everything except that comparison, which transformers cannot run; the note gives the reason.
 
 | type | rotary sets | linear | yarn | llama3 | longrope | note |
 |---|---|---|---|---|---|---|
@@ -53,18 +53,19 @@ layers see less than that is left as it is, and needs no list of longrope.
 LATE_HEAD = """
 ## Remapping methods
 
-These rotate inside attention: rerope, self-extend, dual-chunk and their kin. transformers {transformers}: of {all}
+These rotate inside attention: rerope, self-extend, dual-chunk and similar methods. transformers {transformers}: of {all}
 rotary causal-LM types, {works} work, {refused} are refused by name and {fails} fail. Checked on the same tiny models,
 with sliding windows smaller than the input where a model has them:
 
 - full, padded, decode: with a window beyond the input, the logits equal the unpatched model's in a full forward, in a
   left-padded batch of three lengths, and in cached decoding token by token.
-- doubled: with every position doubled inside attention, they equal those of the unpatched model at doubled positions.
+- doubled: with every position doubled inside attention, the logits equal those of the unpatched model at doubled
+  positions.
 - remapped: with a window within the input they change, and cached decoding agrees with the full forward.
 - undo: restores every bit, and leaves nothing on the model or in the registries of transformers.
 
-Equal is within 1e-5 of the largest logit. Indexers (DeepSeek's sparse attention) go on selecting keys by the
-positions that the model has.
+Equal means within 1e-5 of the largest logit. Indexers (DeepSeek's sparse attention) still select keys by the positions
+of the unpatched model.
 
 | type | full | padded | decode | doubled | remapped | undo | note |
 |---|---|---|---|---|---|---|---|

@@ -93,7 +93,7 @@ def test_the_words_follow_the_numbers(results: Path) -> None:
     ratio = 33 / 36 - 1
     assert f"that helps with `yarn` ({100 * ratio:+.1f} % [" in verdict
     assert missing.startswith("Not measured yet: `none/untrained`") and "`yarn/" not in missing
-    for tail, tilt, words in ((39, 0.01, "harms"), (36.5, 0.05, "makes no difference that these documents tell")):
+    for tail, tilt, words in ((39, 0.01, "harms"), (36.5, 0.05, "makes no difference that these documents show")):
         found = finetune_table.load(results)
         found["runs"]["yarn/lora-plus"] = a_run(tail, tilt, 200)
         assert f"that {words} with `yarn`" in finetune_table.sentences(found)[1]
@@ -105,7 +105,7 @@ def test_training_that_gains_nothing_has_no_share(results: Path) -> None:
     assert "Training all weights raised the perplexity at 4096 of `yarn` (+5.0 %)." in finetune_table.sentences(found)
     assert finetune_table.share_of_full("yarn/lora", found["runs"]) is None
     found["runs"]["none/untrained"] = a_run(25)
-    assert "above 1, where the longer context pays, are `none/untrained`." in finetune_table.sentences(found)[0]
+    assert "Above 1, where the longer context helps, are `none/untrained`." in finetune_table.sentences(found)[0]
 
 
 def test_candidates_are_a_table_of_their_own_against_the_best_full(results: Path, tmp_path: Path) -> None:
