@@ -53,7 +53,7 @@ layers see less than that stays as it is, and needs no list for longrope.
 LATE_HEAD = """
 ## Remapping methods
 
-These rotate inside attention: rerope, self-extend, dual-chunk and similar methods. transformers {transformers}: of {all}
+These rotate inside attention: rerope, self-extend, dual-chunk and similar ones. transformers {transformers}: of {all}
 rotary causal-LM types, {works} work, {refused} are refused by name and {fails} fail. Checked on the same tiny models,
 with sliding windows smaller than the input where a model has them:
 
