@@ -27,7 +27,7 @@ from hf_posext.scheme import PositionalScheme
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, JOURNALS = ROOT / "results" / "methods", ROOT / "reports" / "methods"
 NOVELS = "examples/data/heldout.jsonl"
-DOCUMENTS, START, TRAINED, FACTOR, PASSKEYS = 4, 2000, 512, 8, 10
+DOCUMENTS, START, TRAINED, FACTOR, PASSKEYS = 4, 2000, 512, 8, 5
 LENGTHS = [512, 1024, 2048, 4096]
 
 ON_TOP = {
@@ -67,15 +67,15 @@ GROUPS = {
     "tables": Group("tiny-learned", lambda method: "learned" in method.kinds, passkeys=0),
     "biases": Group("tiny-alibi", lambda method: "alibi" in method.kinds),
     "frequencies": Group("tiny-rope", lambda method: issubclass(method, FrequencyMethod), ("yarn(variant='radix')",)),
-    "remapping": Group("tiny-rope", remaps, ("jet-long(offset=True)", "leaky-rerope+fade")),
+    "remapping": Group("tiny-rope", remaps, ("jet-long(offset=True)", "jet-long(frequencies=True)", "leaky-rerope+fade")),
 }
 
 
 def chosen(group: Group, scheme: PositionalScheme) -> list[Method]:
     """Return the methods of a group: as they are, on top of another one, or as their example where defaults fail."""
-    found = []
+    found: list[Method] = [] if scheme.ends else [as_method("none")]  # which could not read as far
     for name, cls in methods().items():
-        if not group.holds(cls):
+        if name == "none" or not group.holds(cls):
             continue
         method = as_method(ON_TOP.get(name, name))
         try:
@@ -100,7 +100,7 @@ def measure(name: str) -> None:
         model,
         tokenizer,
         texts,
-        ["none", *(method for method in chosen(group, hf_posext.detect_scheme(model)) if method.name != "none")],
+        chosen(group, hf_posext.detect_scheme(model)),
         lengths=LENGTHS,
         factor=FACTOR,
         trained_length=TRAINED,
