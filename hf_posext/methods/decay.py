@@ -27,8 +27,8 @@ class Decay(Method):
 
     Args:
         strength (`float`, *optional*, defaults to 1): above 0.
-        start (`int`, *optional*): first distance that loses, in tokens: the window of the remapping method by default,
-            and no less. With the trained length, nothing changes inside it.
+        start (`int`, *optional*): first distance that loses, in tokens, no less than the window of the remapping
+            method. The trained length by default, so that nothing changes inside it.
     """
 
     name: ClassVar[str] = "decay"
@@ -56,7 +56,7 @@ class Decay(Method):
             )
         if far.decay is not None:
             raise InvalidParameterError(f"Expected one decay, got two in {plan.method}. Keep one of them.")
-        start = far.low if self.start is None else self.start
+        start = max(far.low, plan.trained_length) if self.start is None else self.start
         if start < far.low:
             raise InvalidParameterError(f"Expected a decay start of {far.low} (the window) or more, got {start}.")
         return replace(plan, parts=(*plan.parts[:-1], replace(far, decay=DistanceDecay(self.strength, start))))

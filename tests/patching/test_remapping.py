@@ -254,7 +254,7 @@ CASES: dict[str, tuple[Method, Relative, dict[str, object]]] = {
         {"query_factor": lambda i: 0.1 * math.log((LENGTH - 6) / (TRAINED - 6)) + 1},
     ),
     "jet-long by frequencies+decay": (
-        JetLong(window=6, frequencies=True) + Decay(),
+        JetLong(window=6, frequencies=True) + Decay(start=7),
         jet_frequencies,
         {
             "query_factor": lambda i: 0.1 * math.log((LENGTH - 6) / (TRAINED - 6)) + 1,
@@ -291,7 +291,7 @@ CASES: dict[str, tuple[Method, Relative, dict[str, object]]] = {
     "leaky-rerope+decay": (
         LeakyReRoPE(window=16, stride=3.5) + Decay(),
         lambda i, j: i - j if i - j < 16 else 16 + (i - j - 16) / 3.5,
-        {"bias": lambda i, j: decay(i - j, 16) if i - j >= 16 else 0.0},
+        {"bias": lambda i, j: decay(i - j, TRAINED) if i - j >= TRAINED else 0.0},
     ),
     "string-shift+decay": (
         StringShift(shift=20, local=6) + Decay(strength=1.5, start=25),
@@ -299,11 +299,11 @@ CASES: dict[str, tuple[Method, Relative, dict[str, object]]] = {
         {"bias": lambda i, j: decay(i - j, 25, 1.5)},
     ),
     "rerope+log-n+decay+fade": (
-        ReRoPE(window=16) + LogN() + Decay(strength=0.3, start=TRAINED) + Fade(strength=0.2),
+        ReRoPE(window=16) + LogN() + Decay(strength=0.3, start=20) + Fade(strength=0.2),
         lambda i, j: min(i - j, 16),
         {
             "query_factor": lambda i: max(1, math.log(i + 1) / math.log(TRAINED)),
-            "bias": lambda i, j: decay(i - j, TRAINED, 0.3) + fade(i - 15, TRAINED, 0.2) if i - j >= 16 else 0.0,
+            "bias": lambda i, j: decay(i - j, 20, 0.3) + fade(i - 15, TRAINED, 0.2) if i - j >= 16 else 0.0,
         },
     ),
     "ntk+dual-chunk": (NTK() + DualChunk(chunk=24, local=8), dual_chunk, {"theta": 10_000.0 * 8 ** (16 / 14)}),
