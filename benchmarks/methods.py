@@ -36,6 +36,7 @@ ON_TOP = {
     "resonance": "yarn+resonance",
     "fade": "rerope+fade",
     "decay": "leaky-rerope+decay",
+    "dpe": "dpe(table='llama-3', window=256)",
 }
 """Compositions that stand for methods which change what another one leaves."""
 
@@ -67,7 +68,9 @@ GROUPS = {
     "tables": Group("tiny-learned", lambda method: "learned" in method.kinds, passkeys=0),
     "biases": Group("tiny-alibi", lambda method: "alibi" in method.kinds),
     "frequencies": Group("tiny-rope", lambda method: issubclass(method, FrequencyMethod), ("yarn(variant='radix')",)),
-    "remapping": Group("tiny-rope", remaps, ("jet-long(offset=True)", "jet-long(frequencies=True)", "leaky-rerope+fade")),
+    "remapping": Group(
+        "tiny-rope", remaps, ("jet-long(offset=True)", "jet-long(frequencies=True)", "leaky-rerope+fade")
+    ),
 }
 
 

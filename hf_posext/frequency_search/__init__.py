@@ -4,7 +4,6 @@ from ..packages import require
 
 require("eval")
 
-from .search import search
-from .searched import SearchedFactors
+from .search import SearchedFactors, search
 
 __all__ = ["SearchedFactors", "search"]

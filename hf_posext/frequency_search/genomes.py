@@ -28,7 +28,7 @@ DIGITS = 6
 @dataclass(frozen=True)
 class Breeding:
     """
-    How children come from parents.
+    Mutation and crossing of genomes.
 
     Args:
         largest (`float`): the largest factor; 1 is the smallest.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..evaluation.config import EvaluationConfig
 from ..evaluation.journal import RunJournal, open_journal, run_identity
 from ..evaluation.key_search import default_criterion, key_search
 from ..evaluation.key_tokens import KeyTokens
+from ..evaluation.reading import write_atomically
 from ..evaluation.rows import pooled_perplexity
 from ..evaluation.runner import Stage, measure
 from ..evaluation.setup import Setup, check_request, prepare
@@ -30,10 +32,10 @@ from ..patching.modes import evaluation_mode
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .genomes import Breeding, Genome, children_of, first_generation, seeds
-from .searched import SearchedFactors
 
 if TYPE_CHECKING:
     import datasets
+    import pandas as pd
     from accelerate import Accelerator
 
     from ..evaluation import Document
@@ -65,8 +67,8 @@ def search(
 
     YaRN, NTK-aware interpolation and mutations of them are the first population. In each generation the better half
     are parents, of which as many children come: half of them mutations, half crossings, with factors from 1 to
-    `1 + target / trained` that never fall from a fast pair to a slower one. Every genome reads every document once;
-    the best one is never lost, so that on these documents the result is no worse than the better seed.
+    `1 + target / trained` that never fall from a fast pair to a slower one. Every genome reads every document once.
+    The best one is never lost, so that on these documents the result is at least as good as the better seed.
 
     Args:
         model (`PreTrainedModel`): a causal language model with rotary positions and without a patch; as before
@@ -94,7 +96,7 @@ def search(
     Raises:
         AlreadyPatchedError: the model has a patch.
         MethodNotApplicableError: its positions are not rotary.
-        InvalidParameterError: an objective, population, or target that cannot be.
+        InvalidParameterError: an objective, population or target out of bounds.
         DocumentError, UnsupportedModelError, JournalError: as [`evaluate_perplexity`].
         EvaluationError: no genome could read a document, or no token needs the long context.
     """
@@ -161,7 +163,7 @@ def check_search(
         raise InvalidParameterError(f"objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     if population < SMALLEST or generations < 1:
         raise InvalidParameterError(
-            f"population is {population} and generations {generations}; give {SMALLEST} or more, and 1 or more"
+            f"Expected a population of {SMALLEST} or more and at least 1 generation, got {population} and {generations}."
         )
     if scheme.kind != "rotary" or scheme.obstacle:
         why = scheme.obstacle or f"{scheme.model_type} has {scheme.kind} positions"
@@ -170,7 +172,7 @@ def check_search(
     yarn = YaRN(attention_factor=attention_factor).plan(scheme, **lengths)
     if target_length == yarn.trained_length:
         raise InvalidParameterError(
-            f"target_length is {target_length}, the trained length, where nothing needs to be searched; give more"
+            f"Expected target_length above the trained length, got {target_length}, which needs no search."
         )
     return yarn
 
@@ -193,7 +195,7 @@ def _evolve(
 @dataclass(frozen=True)
 class Trial:
     """
-    What reads the documents with the factors of a genome.
+    Measurement of the factors of a genome on documents.
 
     Args:
         model (`PreTrainedModel`): without a patch.
@@ -227,8 +229,7 @@ class Trial:
         keys = finder.run(accelerator, journal).keys
         if not keys.found:
             raise EvaluationError(
-                "no token of the documents needs the long context, so there is nothing to search by; "
-                "give more documents, or objective='tail'"
+                "No token of the documents needs the long context. Pass more documents, or objective='tail'."
             )
         return replace(self, keys=keys)
 
@@ -258,3 +259,67 @@ class Trial:
     def _pooled(self, records: list[dict[str, Any]]) -> float:
         nll, tokens = ("tail_nll_sum", "tail_tokens") if self.keys is None else ("key_nll_sum", "key_tokens")
         return float(pooled_perplexity([one[nll] or 0.0 for one in records], [one[tokens] or 0 for one in records]))
+
+
+@dataclass(frozen=True)
+class SearchedFactors:
+    """
+    The best factors of a search, as the plan of LongRoPE.
+
+    The plan is native: a checkpoint that is saved with it opens in plain transformers, without this package.
+
+    Args:
+        plan (`ExtensionPlan`): of [`LongRoPE`] with the factors; for `patch_model`.
+        objective (`str`): what was made small: `"tail"` or `"key-tokens"`.
+        perplexity (`float`): of the objective's tokens, on the documents of the search. Of others it is larger.
+        seeds (`Mapping[str, float]`): the same of the factors of YaRN and of NTK-aware interpolation.
+        history (`tuple[Mapping, ...]`): by `generation`: `measured` genomes so far, and the `best` perplexity.
+        provenance (`Mapping`): what is needed to search again.
+    """
+
+    plan: ExtensionPlan
+    objective: str
+    perplexity: float
+    seeds: Mapping[str, float]
+    history: tuple[Mapping[str, Any], ...]
+    provenance: Mapping[str, Any]
+
+    @property
+    def method(self) -> LongRoPE:
+        """With the factors; for [`compare`] and `patch_model`."""
+        (given,) = self.plan.parameters
+        return LongRoPE(**{key: value for key, value in given.items() if key != "name"})
+
+    def frame(self) -> pd.DataFrame:
+        """The history, a line for each generation."""
+        import pandas
+
+        return pandas.DataFrame(self.history)
+
+    def describe(self) -> str:
+        """One line: what was found, against the better seed."""
+        name = min(self.seeds, key=lambda seed: self.seeds[seed])
+        gain = self.seeds[name] / self.perplexity - 1
+        told = f"{100 * gain:.1f} % below {name}'s" if gain > 0 else f"no better than {name}'s"
+        measured = self.history[-1]["measured"]
+        return (
+            f"{self.objective} perplexity {self.perplexity:.2f} at {self.plan.target_length} tokens, {told} "
+            f"{self.seeds[name]:.2f}, after {measured} genomes; on the documents of the search: measure it on others"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        whole = {
+            "plan": self.plan.to_dict(),
+            "objective": self.objective,
+            "perplexity": self.perplexity,
+            "seeds": dict(self.seeds),
+            "history": [dict(line) for line in self.history],
+            "provenance": dict(self.provenance),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(whole, allow_nan=False))
+        return plain
+
+    def save_plan(self, path: str | Path) -> Path:
+        """Write the plan to a file, for `ExtensionPlan.load`."""
+        return write_atomically(path, json.dumps(self.plan.to_dict(), indent=2, allow_nan=False) + "\n")

@@ -43,7 +43,7 @@ class DualChunk(RemapMethod):
         local = default_window(plan, 1 / 4) if self.local is None else self.local
         require_window(self, "chunk", chunk, plan)
         if not 1 <= local < chunk:
-            raise InvalidParameterError(f"dual-chunk local is {local} in chunks of {chunk}; give 1 to {chunk - 1}")
+            raise InvalidParameterError(f"Expected a dual-chunk local of 1 to {chunk - 1}, got {local}.")
         step = chunk - local
         key = PositionMap(modulo=step)
         return (

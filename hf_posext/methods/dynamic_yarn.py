@@ -41,7 +41,9 @@ class DynamicYaRN(FrequencyMethod):
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 10:
-            raise InvalidParameterError(f"dynamic-yarn temperature is {self.temperature}; give 0 to 10, e.g. 0.1")
+            raise InvalidParameterError(
+                f"Expected a dynamic-yarn temperature of 0 to 10, got {self.temperature}. Pass e.g. 0.1."
+            )
         YaRN(beta_fast=self.beta_fast, beta_slow=self.beta_slow)  # refuses what cannot be
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:

@@ -1,4 +1,4 @@
-"""What the methods that change rotary frequencies share.
+"""Base class and arithmetic of the methods that change rotary frequencies.
 
 All arithmetic is float32 and in the order in which transformers does it, so that a plan equals transformers' own rope
 types to the bit where they exist.
@@ -58,7 +58,7 @@ class FrequencyMethod(Method):
         Args:
             rotary (`Rotary`): what the model has.
             current (`RotaryPlan`): the frequencies so far: unscaled, or as the method before left them.
-            plan (`ExtensionPlan`): for `factor`, `original_length` and `target_length`.
+            plan (`ExtensionPlan`): for `factor`, `trained_length` and `target_length`.
         """
         raise TypeError(f"{type(self).__name__} must implement rescale(rotary, current, plan)")
 
@@ -142,7 +142,7 @@ def longrope(
     *,
     attention_factor: float,
 ) -> RotaryPlan:
-    """Each pair slowed by its own factor: one list past the original length, another up to it."""
+    """Return a plan that slows each pair by its factor, of one list past the trained length, of another up to it."""
     long, short = (
         1.0 / (torch.tensor(factors, dtype=torch.float32) * rotary.theta ** exponents(rotary))
         for factors in (long_factor, short_factor)

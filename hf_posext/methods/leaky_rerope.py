@@ -34,7 +34,7 @@ class LeakyReRoPE(RemapMethod):
 
     def __post_init__(self) -> None:
         if self.stride is not None and not 1 <= self.stride < math.inf:
-            raise InvalidParameterError(f"leaky-rerope stride is {self.stride}; give 1 or more")
+            raise InvalidParameterError(f"Expected a leaky-rerope stride of 1 or more, got {self.stride}.")
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = default_window(plan, 1 / 2) if self.window is None else self.window

@@ -40,8 +40,8 @@ class Llama3(FrequencyMethod):
     def __post_init__(self) -> None:
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise InvalidParameterError(
-                f"low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; "
-                "give 0 < low_freq_factor < high_freq_factor"
+                "Expected 0 < low_freq_factor < high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}."
             )
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:

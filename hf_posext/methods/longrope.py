@@ -50,8 +50,9 @@ class LongRoPE(FrequencyMethod):
             if factors is None or len(factors) != rotary.pairs or not all(0 < f < math.inf for f in factors):
                 got = "none" if factors is None else f"{len(factors)} numbers"
                 raise InvalidParameterError(
-                    f"longrope {name} for {rotary.name or 'the'} layers of {plan.scheme.model_type}: got {got}; give "
-                    f"{rotary.pairs} finite numbers above 0, one for each rotary pair, as LongRoPE(long_factor=[...])"
+                    f"Expected a longrope {name} of {rotary.pairs} finite numbers above 0, one for each rotary pair "
+                    f"of {rotary.name or 'the'} layers of {plan.scheme.model_type}, got {got}. "
+                    "Pass LongRoPE(long_factor=[...])."
                 )
         temperature = self.attention_factor
         if temperature is None:

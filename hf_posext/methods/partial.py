@@ -34,7 +34,7 @@ class Partial(FrequencyMethod):
 
     def __post_init__(self) -> None:
         if not 0 <= self.proportion <= 1:
-            raise InvalidParameterError(f"proportion is {self.proportion}; give a number from 0 to 1")
+            raise InvalidParameterError(f"Expected a partial proportion of 0 to 1, got {self.proportion}.")
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         turning = int(self.proportion * rotary.dim // 2)

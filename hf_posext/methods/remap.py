@@ -1,4 +1,4 @@
-"""What the methods that give each pair of query and key its own positions share."""
+"""Base class and checks of the methods that give each pair of query and key positions of its own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RemapMethod(Method):
         return replace(plan, parts=self.parts(plan), query_scale=self.query_scale(plan) or plan.query_scale)
 
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
-        """How queries grow with their position; not at all unless a subclass says so."""
+        """Return the growth of queries with their position; none by default."""
         return None
 
 
@@ -55,7 +55,7 @@ def require_window(method: Method, name: str, value: int, plan: ExtensionPlan) -
     """
     if not 1 <= value <= plan.trained_length:
         raise InvalidParameterError(
-            f"{method.name} {name} is {value}; give 1 to {plan.trained_length}, the trained length"
+            f"Expected a {method.name} {name} of 1 to {plan.trained_length} (the trained length), got {value}."
         )
     return value
 

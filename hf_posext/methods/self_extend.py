@@ -49,8 +49,8 @@ class SelfExtend(RemapMethod):
             window = max(window // group, 1) * group
         if group < 1 or window % group:
             raise InvalidParameterError(
-                f"self-extend group {group} and window {window}; give a window that is a multiple of the group, "
-                f"e.g. window={max(group, 1) * max(1, window // max(group, 1))}"
+                f"Expected a self-extend window that is a multiple of the group, got {window} and {group}. "
+                f"Pass e.g. window={max(group, 1) * max(1, window // max(group, 1))}."
             )
         require_window(self, "window", window, plan)
         return near_and_far(

@@ -37,8 +37,8 @@ class Sinks(RemapMethod):
         window = plan.trained_length - self.sinks if self.window is None else self.window
         if self.sinks < 1 or window < 1 or self.sinks + window > plan.trained_length:
             raise InvalidParameterError(
-                f"sinks {self.sinks} and window {window}; give 1 or more of each, "
-                f"{plan.trained_length} (the trained length) at most together"
+                f"Expected sinks and a window of 1 or more, together at most {plan.trained_length} (the trained "
+                f"length), got {self.sinks} and {window}."
             )
         reach = PositionMap(limit=self.sinks + window - 1)
         return Band(SAME, SAME, high=window), Band(reach, SAME, low=window, keys_below=self.sinks)

@@ -38,14 +38,16 @@ class StringShift(RemapMethod):
 
     def __post_init__(self) -> None:
         if not 0 < self.attention_factor < math.inf:
-            raise InvalidParameterError(f"attention_factor is {self.attention_factor}; give a number above 0")
+            raise InvalidParameterError(
+                f"Expected a string-shift attention_factor above 0, got {self.attention_factor}."
+            )
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         shift = default_window(plan, 1 / 3) if self.shift is None else self.shift
         require_window(self, "shift", shift, plan)
         local = max(1, shift // 8) if self.local is None else self.local
         if not 1 <= local <= shift:
-            raise InvalidParameterError(f"string-shift local is {local}; give 1 to {shift}, the shift")
+            raise InvalidParameterError(f"Expected a string-shift local of 1 to {shift} (the shift), got {local}.")
         return near_and_far(shift, PositionMap(offset=local - shift), SAME)
 
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:

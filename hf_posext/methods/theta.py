@@ -35,14 +35,16 @@ class Theta(FrequencyMethod):
 
     def __post_init__(self) -> None:
         if self.theta is not None and not (math.isfinite(self.theta) and self.theta > 1):
-            raise InvalidParameterError(f"theta is {self.theta}; give a base above 1, e.g. theta=500000")
+            raise InvalidParameterError(f"Expected a theta above 1, got {self.theta}. Pass e.g. theta=500000.")
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         theta = self.theta
         if theta is None:
             turns = [math.log(length / (2 * math.pi)) for length in (plan.target_length, plan.trained_length)]
             if turns[1] <= 0:
-                raise InvalidParameterError(f"trained length {plan.trained_length} is below one turn; give theta=")
+                raise InvalidParameterError(
+                    f"A trained length of {plan.trained_length} is below one turn. Pass theta=."
+                )
             theta = rotary.theta ** (turns[0] / turns[1])
         return from_tensor(
             rotary, powers(theta, rotary), rope_parameters={"rope_type": "default", "rope_theta": theta}

@@ -1,4 +1,4 @@
-"""YaRN, the four of it that are in circulation."""
+"""YaRN, in the four variants that are in circulation."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class YaRN(FrequencyMethod):
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
-            raise InvalidParameterError(f"yarn variant {self.variant!r}; there are: {', '.join(VARIANTS)}")
+            raise InvalidParameterError(f"Expected a yarn variant of {', '.join(VARIANTS)}, got {self.variant!r}.")
         if not 0 < self.beta_slow < self.beta_fast:
             raise InvalidParameterError(
-                f"beta_slow {self.beta_slow} and beta_fast {self.beta_fast}; give 0 < beta_slow < beta_fast"
+                f"Expected 0 < beta_slow < beta_fast, got {self.beta_slow} and {self.beta_fast}."
             )
         if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
-            raise InvalidParameterError(f"attention_factor is {self.attention_factor}; give a number above 0")
+            raise InvalidParameterError(f"Expected a yarn attention_factor above 0, got {self.attention_factor}.")
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         require_pairs(self, rotary)

@@ -33,7 +33,7 @@ WINDOWS = (1 / 4, 1 / 2, 3 / 4)
 
 class Candidates(NamedTuple):
     """
-    What there is to choose from.
+    Plans to choose from.
 
     Args:
         plans (`list[ExtensionPlan]`): worth measuring; those at the needed factor first, and first those of defaults.
@@ -54,7 +54,7 @@ def candidates(
     target_length: int,
 ) -> Candidates:
     """
-    All plans for a target, sorted out by what the weights tell.
+    All plans for a target, without those that leave unseen phases.
 
     Args:
         model (`PreTrainedModel`): without a patch; each plan is put in force once, and undone.

@@ -1,28 +1,39 @@
-"""From a model, documents and a budget to a recommendation."""
+"""From a model, documents and a budget to a recommendation, by successive halving.
+
+All contenders read a document, the better third of them twice as many, and so on (Jamieson and Talwalkar, 2016, arXiv
+1502.07943). The unit of the budget is a token that goes through the model. Tokens add up over documents and methods,
+and do not depend on the machine.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import nn
 
 from ..deprecation import renamed_arguments
 from ..diagnosis import Diagnosis, diagnose
-from ..errors import InvalidParameterError, UnsupportedModelError
+from ..diagnosis.reading import require_skill
+from ..errors import EvaluationError, InvalidParameterError, UnsupportedModelError
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.journal import open_journal, run_identity
 from ..evaluation.questions import Questions
+from ..evaluation.scorer import model_name
 from ..evaluation.setup import check_request, prepare
+from ..methods import NoExtension
 from ..patching import detect_scheme, unwrap
 from ..patching.modes import evaluation_mode
+from ..patching.signatures import cache_of
 from .candidates import Candidates, candidates
-from .halving import Halving
-from .recommendation import Recommendation
-from .schedule import least_tokens
-from .sweep import Sweep, name_of
+from .recommendation import AS_IT_IS, EXTEND, TRUNCATE, Recommendation, title
+from .sweep import Name, Prices, Ratio, Sweep, name_of
 
 if TYPE_CHECKING:
     import datasets
@@ -33,6 +44,21 @@ if TYPE_CHECKING:
 
 SHARE = 0.25
 """Share of the cost of the exhaustive sweep: the budget where none is given."""
+
+RATE = 3
+"""One of so many contenders goes on to the next rung, where documents are doubled."""
+
+FINALISTS = 3
+"""The winner and two runners-up, so that the certainty of the choice can be stated."""
+
+CONTROL_DOCUMENTS = 2
+"""The control reads a token some seven times over; two documents tell whether it is better at all."""
+
+TIE = 0.005
+"""Share of tail perplexity within which contenders are level, so that passkeys decide between them."""
+
+PROBE = 16
+"""Tokens of the forward that tells the size of the KV cache."""
 
 
 @renamed_arguments(original_length="trained_length")
@@ -60,7 +86,7 @@ def recommend(
     successive halving: all of them a few, the better third twice as many, and so on. Better is a lower perplexity of
     the second half of the target length, among those that change the perplexity inside the trained length by no more
     than the limit. At the end the control (the unpatched model with its context truncated to the trained length) tells
-    whether the longer context is worth anything; pass keys decide between contenders that are level.
+    whether the longer context is worth anything. Passkeys decide between contenders that are level.
 
     Args:
         model (`PreTrainedModel`): a causal language model without a patch; as before afterwards.
@@ -74,9 +100,9 @@ def recommend(
         short_limit (`float`, *optional*, defaults to 0.01): the largest increase of perplexity allowed inside the
             trained length; 0.01 is one per cent.
         trained_length (`int`, *optional*): trained length in tokens, where the diagnosis cannot find it.
-        passkey (`int`, *optional*, defaults to 5): pass-key trials of finalists that are level; 0 for none.
+        passkey (`int`, *optional*, defaults to 5): passkey trials of finalists that are level; 0 for none.
         start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
-        seed (`int`, *optional*, defaults to 0): of intervals and pass keys.
+        seed (`int`, *optional*, defaults to 0): of intervals and passkeys.
         journal (`str` or `Path`, *optional*): a file that gets what is measured at once, and from which a run goes on,
             also with a larger budget.
         accelerator (`Accelerator`, *optional*): of the processes that share the documents.
@@ -86,7 +112,7 @@ def recommend(
 
     Raises:
         InvalidParameterError: a target that is not above the trained length, a budget that does not pay for one
-            comparison, or options that cannot be.
+            comparison, or an option out of bounds.
         MethodNotApplicableError: every method is refused.
         DocumentError: no documents, or none as long as the target.
         EvaluationError: the loss is no better than a guess.
@@ -109,11 +135,11 @@ def check_options(target_length: int, trained_length: int | None, short_limit: f
         InvalidParameterError: a limit or trials below 0, or a target that is not above a trained length that is given.
     """
     if short_limit < 0 or passkey < 0:
-        raise InvalidParameterError(f"short_limit is {short_limit} and passkey {passkey}; give 0 or more of each")
+        raise InvalidParameterError(f"Expected short_limit and passkey of 0 or more, got {short_limit} and {passkey}.")
     if trained_length is not None and target_length <= trained_length:
         raise InvalidParameterError(
-            f"target_length is {target_length}, and the model was trained on {trained_length} tokens "
-            "(trained_length=), so that it needs no method; give a target above that"
+            f"Expected target_length above the trained length of {trained_length} tokens (trained_length=), got "
+            f"{target_length}, which needs no method."
         )
 
 
@@ -132,7 +158,7 @@ def prepared(
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
 ) -> Iterator[tuple[Sweep, Candidates]]:
-    """All that is checked before anything long begins, and a sweep that has measured nothing yet; as [`recommend`]."""
+    """Check all that can be checked early, and give a sweep that has measured nothing yet; as [`recommend`]."""
     base = unwrap(model)
     scheme = detect_scheme(base)
     found = diagnose(base, methods=[], trained_length=trained_length)
@@ -142,7 +168,7 @@ def prepared(
     )
     if request.protocol.name != "prefix":
         raise UnsupportedModelError(
-            f"{type(base).__name__} is no causal language model, and recommend measures those; use hf-posext compare"
+            f"Expected a causal language model, got {type(base).__name__}. Use hf-posext compare for others."
         )
     choice = candidates(base, scheme, methods, trained, target_length)
     Questions(passkey, seed=seed).check(tokenizer, [target_length])
@@ -157,13 +183,247 @@ def prepared(
 def _trained_length(found: Diagnosis, target_length: int) -> int:
     if found.trained_length is None:
         raise InvalidParameterError(
-            f"nothing tells the trained length of {found.model} ({found.trained_length_source}); give "
-            "trained_length= in tokens"
+            f"The trained length of {found.model} is not known ({found.trained_length_source}). Pass trained_length= "
+            "in tokens."
         )
     if target_length <= found.trained_length:
         raise InvalidParameterError(
-            f"target_length is {target_length}, and the model was trained on {found.trained_length} tokens "
-            f"({found.trained_length_source}), so that it needs no method; give a target above that, or "
-            "trained_length= if it was trained on less"
+            f"Expected target_length above the trained length of {found.trained_length} tokens "
+            f"({found.trained_length_source}), got {target_length}, which needs no method. Pass trained_length= if "
+            "the model was trained on less."
         )
     return found.trained_length
+
+
+@dataclass
+class Halving:
+    """
+    Successive halving over a sweep, within a budget.
+
+    Args:
+        sweep ([`Sweep`]): that measures.
+        short_limit (`float`): the largest increase of perplexity allowed inside the trained length.
+        budget (`int`): tokens that may go through the model.
+    """
+
+    sweep: Sweep
+    short_limit: float
+    budget: int
+
+    def run(self, choice: Candidates) -> Recommendation:
+        """
+        Run rung after rung, then the control, passkeys where they decide, and what the rest of the budget pays for.
+
+        Raises:
+            InvalidParameterError: the budget does not pay for one comparison.
+            EvaluationError: the loss is no better than a guess, or every contender failed.
+        """
+        sweep, names = self.sweep, [name_of(plan) for plan in choice.plans]
+        prices = sweep.prices(names)
+        plan = schedule(len(sweep.documents), prices, self.budget)
+        cut = names[plan.rungs[0].contenders :]
+        left = names[: plan.rungs[0].contenders]
+        measured: dict[Name, int] = {}
+        for number, rung in enumerate(plan.rungs, 1):
+            left = left[: rung.contenders]
+            sweep.read(left, sweep.documents[: rung.documents], f"round {number} of {len(plan.rungs)}")
+            if number == 1:
+                self._require_skill(rung.documents)
+            measured |= dict.fromkeys(left, rung.documents)
+            left = self._ranked(left, rung.documents)
+        reason = sweep.failure(left[0])
+        if reason is not None:
+            raise EvaluationError(f"every contender failed, so nothing can be recommended: {reason}")
+        control = plan.control
+        sweep.read_control(sweep.documents[:control])
+        count = plan.rungs[-1].documents
+        level = [name for name in left if self._level(name, left[0], count)]
+        undecided = len(level) > 1 or sweep.gain(left[0], sweep.documents[:control]).value < 1
+        if undecided and sweep.tokens + len(level) * prices.passkeys <= self.budget:
+            sweep.ask(level)
+            left.sort(key=lambda name: (name not in level, -(sweep.accuracy(name) or 0)))
+        control, count = self._spend_the_rest(left, control, count)
+        measured |= dict.fromkeys(left, count)
+        return self._answer(choice, left[0], measured, control, cut)
+
+    def _ranked(self, names: Sequence[Name], count: int) -> list[Name]:
+        """Those within the limit first, and of these the ones that read the target best."""
+        documents = self.sweep.documents[:count]
+
+        def place(name: Name) -> tuple[bool, float]:
+            return not self._within(name, documents), self.sweep.tail(name, documents)
+
+        return sorted(names, key=place)
+
+    def _within(self, name: Name, documents: Sequence[str]) -> bool:
+        return self.sweep.change(name, documents).value <= self.short_limit
+
+    def _level(self, name: Name, best: Name, count: int) -> bool:
+        documents = self.sweep.documents[:count]
+        same = self._within(name, documents) == self._within(best, documents)
+        return same and self.sweep.worse(name, best, documents).value <= 1 + TIE
+
+    def _spend_the_rest(self, left: Sequence[Name], control: int, count: int) -> tuple[int, int]:
+        """First the control reads what finalists have read; then all of them read on."""
+        sweep, prices = self.sweep, self.sweep.prices(left)
+        while control < count and sweep.tokens + prices.control <= self.budget:
+            control += 1
+            sweep.read_control(sweep.documents[:control])
+        more = sum(prices.methods) + prices.short + prices.control
+        while control == count < len(sweep.documents) and sweep.tokens + more <= self.budget:
+            control, count = control + 1, count + 1
+            sweep.read(left, sweep.documents[:count], "finalists")
+            sweep.read_control(sweep.documents[:control])
+        return control, count
+
+    def _require_skill(self, count: int) -> None:
+        sweep = self.sweep
+        losses = np.array(sweep.losses_inside(sweep.documents[:count]))
+        require_skill(losses, sweep.model.get_input_embeddings().num_embeddings, model_name(sweep.model))
+
+    def _answer(
+        self, choice: Candidates, best: Name, measured: dict[Name, int], control: int, cut: Sequence[Name]
+    ) -> Recommendation:
+        sweep = self.sweep
+        read = sweep.documents[:control]
+        gain = sweep.gain(best, read)
+        lines = {name: self._line(name, best, min(count, measured[best])) for name, count in measured.items()}
+        answer = self._decide(best, gain, lines[best])
+        plan = sweep.by_name[best]
+        if answer == TRUNCATE:
+            plan = NoExtension().plan(plan.scheme, trained_length=sweep.trained)
+        unseen = {title(*name_of(one)): "leaves phases that training has never shown" for one in choice.unseen}
+        unpaid = {title(*name): "the budget does not pay for it" for name in cut}
+        notes = (f"The budget left {len(cut)} contenders unmeasured.",) if cut else ()
+        lines = dict(sorted(lines.items(), key=lambda item: (-item[1]["documents"], item[1]["ratio"] or np.inf)))
+        return Recommendation(
+            model=model_name(sweep.model),
+            answer=answer,
+            plan=plan,
+            trained_length=sweep.trained,
+            target_length=sweep.target,
+            best=lines[best],
+            gain=gain.value,
+            gain_ci95=_ends(gain),
+            control_documents=control,
+            short_limit=self.short_limit,
+            contenders=tuple(lines.values()),
+            cost={"tokens": sweep.tokens, "budget": self.budget, "exhaustive_tokens": sweep.exhaustive_tokens},
+            use={
+                "seconds": sweep.seconds(best),
+                "seconds_trained": sweep.seconds(None),
+                "cache_bytes_per_token": cache_bytes_per_token(sweep.model),
+            },
+            left_out={**choice.refusals, **unseen, **unpaid},
+            notes=notes,
+            provenance={**sweep.setup.provenance, "trained_length": sweep.trained},
+        )
+
+    def _decide(self, best: Name, gain: Ratio, line: dict[str, Any]) -> str:
+        """Below a gain of 1, a contender that is level with truncation must find more passkeys than truncation can."""
+        level = gain.ci95 is not None and gain.ci95[1] >= 1
+        retrieves = (line["passkey"] or 0) > self.sweep.trained / self.sweep.target
+        if not line["short_change"] <= self.short_limit or not (gain.value >= 1 or (level and retrieves)):
+            return TRUNCATE
+        return AS_IT_IS if self.sweep.by_name[best].changes_nothing else EXTEND
+
+    def _line(self, name: Name, best: Name, count: int) -> dict[str, Any]:
+        sweep, documents = self.sweep, self.sweep.documents[:count]
+        ratio, change = sweep.worse(name, best, documents), sweep.change(name, documents)
+        return {
+            "method": name[0],
+            "factor": name[1],
+            "documents": count,
+            "perplexity_tail": sweep.tail(name, documents),
+            "ratio": ratio.value,
+            "ratio_ci95": _ends(ratio),
+            "short_change": change.value,
+            "short_change_ci95": _ends(change),
+            "passkey": sweep.accuracy(name),
+            "failure": sweep.failure(name),
+        }
+
+
+def _ends(ratio: Ratio) -> tuple[float, float] | None:
+    return None if ratio.ci95 is None else (ratio.ci95[0], ratio.ci95[1])
+
+
+@torch.inference_mode()
+def cache_bytes_per_token(model: Any) -> float | None:
+    """Bytes of keys and values in all layers; `None` where the model keeps no such cache."""
+    ids = torch.zeros(1, PROBE, dtype=torch.long, device=model.device)
+    cache = cache_of(model(input_ids=ids, use_cache=True))
+    tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", []) for name in ("keys", "values")]
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return sum(sizes) / PROBE if sizes else None
+
+
+class Rung(NamedTuple):
+    """A round in which contenders have each read a number of documents."""
+
+    contenders: int
+    documents: int
+
+
+class Schedule(NamedTuple):
+    """
+    Rungs that a budget pays for. The rest goes to passkeys, where they decide something, and to more documents.
+
+    Args:
+        rungs (`list[Rung]`): one after another; documents include those of earlier rungs.
+        control (`int`): documents that the control reads at least.
+    """
+
+    rungs: list[Rung]
+    control: int
+
+    def tokens(self, prices: Prices) -> int:
+        """Largest cost, in tokens."""
+        first = self.rungs[0].contenders
+        dearest = sorted(prices.methods[:first], reverse=True)
+        total, before = first * prices.guard, 0
+        for rung in self.rungs:
+            total += sum(dearest[: rung.contenders]) * (rung.documents - before)
+            before = rung.documents
+        return total + before * prices.short + self.control * prices.control
+
+
+def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
+    """
+    The fullest schedule within a budget.
+
+    It begins with as many documents as can be paid for. Where not even one can be for all contenders, the control
+    reads one only, and then the last contenders are given up.
+
+    Args:
+        documents (`int`): how many there are.
+        prices ([`Prices`]): in tokens, of all contenders.
+        budget (`int`): tokens.
+
+    Raises:
+        InvalidParameterError: it does not pay for one method and the control on one document.
+    """
+    contenders = len(prices.methods)
+    full = [_halved(contenders, first, documents, CONTROL_DOCUMENTS) for first in range(documents, 0, -1)]
+    fewer = [_halved(count, 1, documents, 1) for count in range(contenders, 0, -1)]
+    for found in (*full, *fewer):
+        if found.tokens(prices) <= budget:
+            return found
+    least = least_tokens(prices)
+    raise InvalidParameterError(
+        f"Expected a budget of at least {least} tokens (one method and the control on one document), got {budget}. "
+        "Pass more, or a smaller target_length."
+    )
+
+
+def least_tokens(prices: Prices) -> int:
+    """Cost of one comparison: the first contender and the control on one document."""
+    return _halved(1, 1, 1, 1).tokens(prices)
+
+
+def _halved(contenders: int, first: int, documents: int, control: int) -> Schedule:
+    rungs = [Rung(contenders, first)]
+    while rungs[-1].contenders > FINALISTS:
+        fewer = max(FINALISTS, math.ceil(rungs[-1].contenders / RATE))
+        rungs.append(Rung(fewer, min(2 * rungs[-1].documents, documents)))
+    return Schedule(rungs, min(control, rungs[-1].documents))

@@ -23,7 +23,7 @@ EXTEND, AS_IT_IS, TRUNCATE = "extend", "as it is", "truncate"
 @dataclass(frozen=True)
 class Recommendation:
     """
-    Which method a model should read longer texts with, if any. Made by [`recommend`].
+    Advice of [`recommend`]: the method that a model should read longer texts with, if any.
 
     Args:
         model (`str`): its name.
@@ -131,7 +131,7 @@ class Recommendation:
         )
         keys = ""
         if second["passkey"] is not None and self.best["passkey"] is not None:
-            keys = f"; it finds {second['passkey']:.0%} of the pass keys, the first {self.best['passkey']:.0%}"
+            keys = f"; it finds {second['passkey']:.0%} of the passkeys, the first {self.best['passkey']:.0%}"
         times = f"{second['ratio']:.3f} times its perplexity{_span(span)}"
         return f"Next is {_title(second)} with {times}, {sure}{keys}."
 

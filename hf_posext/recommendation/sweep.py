@@ -1,4 +1,4 @@
-"""Measures contenders on documents, each cell once, and knows what it cost."""
+"""Measurement of contenders on documents, each cell once, and its cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from ..evaluation.tasks import MethodRun, Outcomes, Task, control_run, method_ru
 from ..evaluation.windows import CONTROL, control_windows
 from ..patching import patch_model
 from ..plan import ExtensionPlan
-from .schedule import Prices
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,16 +38,35 @@ class Ratio(NamedTuple):
     ci95: list[float] | None
 
 
+class Prices(NamedTuple):
+    """
+    Tokens that go through the model.
+
+    Args:
+        methods (`tuple[int, ...]`): for a document with each of the contenders in force, in their order.
+        guard (`int`): beside that for the first document, which is read again to see that one pass tells two lengths.
+        short (`int`): for the trained length of a document, unpatched.
+        control (`int`): for a document with its context truncated.
+        passkeys (`int`): for the passkeys of one method.
+    """
+
+    methods: tuple[int, ...]
+    guard: int
+    short: int
+    control: int
+    passkeys: int
+
+
 @dataclass(eq=False)
 class Sweep:
     """
-    A model, documents, and contenders of which as many cells are measured as somebody asks for.
+    A model, documents, and contenders, of which cells are measured on request.
 
     Args:
         model (`PreTrainedModel`): without a patch.
         setup ([`Setup`]): the documents at the trained and at the target length.
         plans (`Sequence[ExtensionPlan]`): the contenders.
-        passkey (`int`): pass-key trials at the target length; 0 for none.
+        passkey (`int`): passkey trials at the target length; 0 for none.
         seed (`int`): of intervals.
         journal ([`RunJournal`], *optional*): has what was measured before, and gets what is.
         accelerator (`Accelerator`, *optional*): of the processes that share the readings.

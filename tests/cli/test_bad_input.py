@@ -23,7 +23,7 @@ from .helpers import MODEL, compare, error_of
         ({"methods": "yarn(beta_fast=16),yarn( beta_fast = 16 )"}, "'yarn(beta_fast=16)' at factor 2 is among"),
         ({"methods": "rerope(windw=32)"}, "rerope has no parameter 'windw'; did you mean 'window'?"),
         ({"methods": "rerope(window=32"}, "cannot read the parameters of 'rerope(window=32'"),
-        ({"methods": "rerope(window=640)"}, "rerope window is 640; give 1 to 64"),
+        ({"methods": "rerope(window=640)"}, "Expected a rerope window of 1 to 64 (the trained length), got 640"),
         ({"factor": 0}, "factor is 0"),
         ({"factor": "nan"}, "factor is nan"),
         ({"factor": "inf"}, "factor is inf"),

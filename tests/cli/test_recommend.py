@@ -74,7 +74,7 @@ def test_a_search_writes_its_plan(tmp_path: Path) -> None:
         ("recommend", {"target_length": None}, "Missing option '--target-length'"),
         ("search", {"model": LEARNED}, "gpt2 has learned positions"),
         ("search", {"population": 2}, "give 4 or more"),
-        ("search", {"target_length": 64}, "nothing needs to be searched"),
+        ("search", {"target_length": 64}, "which needs no search"),
         ("search", {"objective": "loss"}, "'--objective'"),
     ],
     ids=str,

@@ -23,9 +23,8 @@ from hf_posext.evaluation import Document
 from hf_posext.evaluation import rows as statistics
 from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.recommendation.candidates import Candidates
-from hf_posext.recommendation.halving import Halving
-from hf_posext.recommendation.schedule import Prices, Rung, schedule
-from hf_posext.recommendation.sweep import Ratio, Sweep
+from hf_posext.recommendation.recommend import Halving, Rung, schedule
+from hf_posext.recommendation.sweep import Prices, Ratio, Sweep
 
 from ..conftest import EXAMPLES, logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
 from ..evaluation.helpers import character_tokenizer, random_texts
@@ -166,14 +165,14 @@ def test_other_schemes_and_what_needs_no_method() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"target_length": TRAINED}, InvalidParameterError, "target_length is 64, and the model was trained on 64"),
-        ({"target_length": 32}, InvalidParameterError, "give a target above that"),
-        ({"budget": 100}, InvalidParameterError, "budget is 100 tokens, and one comparison"),
+        ({"target_length": TRAINED}, InvalidParameterError, "above the trained length of 64 tokens"),
+        ({"target_length": 32}, InvalidParameterError, "got 32, which needs no method"),
+        ({"budget": 100}, InvalidParameterError, "Expected a budget of at least"),
         ({"budget": -1}, InvalidParameterError, "or more, or a smaller target_length"),
         ({"methods": ["table-linear"]}, MethodNotApplicableError, "every method is refused"),
         ({"methods": []}, MethodNotApplicableError, "none was given; keep inputs within 64 tokens"),
         ({"target_length": 10**6, "methods": ["yarn"]}, DocumentError, "documents are too short"),
-        ({"short_limit": -1}, InvalidParameterError, "short_limit is -1"),
+        ({"short_limit": -1}, InvalidParameterError, "got -1 and 5"),
     ],
     ids=str,
 )
@@ -185,7 +184,7 @@ def test_bad_input_says_what_to_do(options: dict[str, Any], error: type[Exceptio
 def test_no_documents_and_no_trained_length() -> None:
     with pytest.raises(DocumentError, match="give one or more"):
         recommend(*shipped()[:2], [], TARGET, trained_length=TRAINED)
-    with pytest.raises(InvalidParameterError, match="give trained_length= in tokens"):
+    with pytest.raises(InvalidParameterError, match="Pass trained_length= in tokens"):
         recommend(tiny_bloom(), character_tokenizer(), random_texts(2, 140), TARGET)
 
 

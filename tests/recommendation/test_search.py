@@ -136,13 +136,13 @@ def test_key_tokens_as_the_objective() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"length": TRAINED}, InvalidParameterError, "the trained length, where nothing needs to be searched"),
+        ({"length": TRAINED}, InvalidParameterError, "which needs no search"),
         ({"length": 32}, InvalidParameterError, "below the trained length of 64"),
         ({"length": 1000}, DocumentError, "too short"),
-        ({"population": 3}, InvalidParameterError, "give 4 or more"),
-        ({"generations": 0}, InvalidParameterError, "1 or more"),
+        ({"population": 3}, InvalidParameterError, "Expected a population of 4 or more"),
+        ({"generations": 0}, InvalidParameterError, "at least 1 generation"),
         ({"objective": "ppl"}, InvalidParameterError, "choose one of tail, key-tokens"),
-        ({"objective": "key-tokens"}, EvaluationError, "no token of the documents needs the long context"),
+        ({"objective": "key-tokens"}, EvaluationError, "No token of the documents needs the long context"),
     ],
     ids=str,
 )
