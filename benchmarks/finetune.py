@@ -37,6 +37,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LENGTHS = [512, 1024, 2048, 4096]
 FACTOR = 8
 METHODS = ("none", "linear", "ntk", "theta", "yarn")
+FADED = "rerope+fade"
+"""Better than truncation without training, so that it is trained at the rates of all candidates."""
 
 LORA = replace(PRESETS["lora"], learning_rate=3e-3)
 TRAININGS: dict[str, tuple[Preset, int | None]] = {
@@ -52,6 +54,7 @@ CANDIDATES: dict[str, tuple[Preset, int | None]] = {
     "full-lr1e-4": (replace(PRESETS["full"], learning_rate=1e-4), None),
     "full-lr2e-4": (replace(PRESETS["full"], learning_rate=2e-4), None),
     "full-lr6e-4": (replace(PRESETS["full"], learning_rate=6e-4), None),
+    "lora-lr3e-4": (replace(LORA, learning_rate=3e-4), None),
     "lora-lr1e-3": (replace(LORA, learning_rate=1e-3), None),
     "lora-lr3e-3": (replace(LORA, learning_rate=3e-3), None),
     "lora-lr6e-3": (replace(LORA, learning_rate=6e-3), None),
@@ -197,7 +200,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
 
     names = args.runs.split(",") if args.runs else RUNS
-    known = {*RUNS, *(f"{method}/{training}" for method in METHODS for training in CANDIDATES)}
+    known = {*RUNS, *(f"{method}/{training}" for method in (*METHODS, FADED) for training in CANDIDATES)}
+    known |= {f"{FADED}/{training}" for training in ("untrained", *TRAININGS)}
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no such runs: {', '.join(unknown)}")
     same = ("steps", "batch", "warmup", "seed", "bf16", "start", "passkey")

@@ -12,10 +12,11 @@ import math
 import shutil
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from methods_page import measured_tables, methods_table
 from pages import ROOT, fill, publish, table
 from recommend_page import RECOMMEND, recommend_table
 from safetensors import safe_open
@@ -71,22 +72,6 @@ def collect() -> None:
     for run in sorted(DEMO.glob("*/results.json")):
         shutil.copy(run, RESULTS / f"{run.parent.name}.json")
     shutil.copy(DEMO / "perplexity.png", PICTURE)
-
-
-def methods_table(names: Sequence[str] | None = None) -> str:
-    """Table of methods: name, scheme, summary and paper.
-
-    Args:
-        names (`Sequence[str]`, *optional*): methods to list; every registered one by default.
-    """
-    lines = []
-    for method in list_methods():
-        if names is not None and method.name not in names:
-            continue
-        extends = "any" if method.name == "none" else ", ".join(method.kinds)
-        paper = f"[{method.title}]({method.url})" if method.url else method.title
-        lines.append((f"`{method.name}`", extends, method.summary, paper))
-    return table(("method", "extends", "what it does", "paper"), lines, left=4)
 
 
 def tables_of(results: Results) -> str:
@@ -204,6 +189,7 @@ def render(page: Path = README) -> str:
             [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECOMMEND.glob("*.json"))]
         ),
         methods_table=methods_table(),
+        measured_tables=measured_tables() if page == DOCS / "methods.md" else "",
         methods_short=methods_table(FIRST_METHODS),
         methods_count=len(list_methods()),
         confidence=f"{100 * CONFIDENCE:g}",

@@ -163,7 +163,8 @@ def check_search(
         raise InvalidParameterError(f"objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     if population < SMALLEST or generations < 1:
         raise InvalidParameterError(
-            f"Expected a population of {SMALLEST} or more and at least 1 generation, got {population} and {generations}."
+            f"Expected a population of at least {SMALLEST} and at least 1 generation, got {population} and "
+            f"{generations}."
         )
     if scheme.kind != "rotary" or scheme.obstacle:
         why = scheme.obstacle or f"{scheme.model_type} has {scheme.kind} positions"

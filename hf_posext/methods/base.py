@@ -46,6 +46,7 @@ class Method:
     name: ClassVar[str]
     title: ClassVar[str]
     url: ClassVar[str]
+    code: ClassVar[str] = ""
     kinds: ClassVar[tuple[str, ...]]
     needs_factor: ClassVar[bool] = True
 

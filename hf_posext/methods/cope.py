@@ -33,6 +33,7 @@ class CoPE(FrequencyMethod):
     name: ClassVar[str] = "cope"
     title: ClassVar[str] = "CoPE (soft clipping of slow pairs)"
     url: ClassVar[str] = "https://arxiv.org/abs/2602.05258"
+    code: ClassVar[str] = "https://github.com/hrlics/CoPE"
     needs_factor: ClassVar[bool] = False
 
     clip: int | None = None

@@ -42,6 +42,7 @@ class DPE(RemapMethod):
     name: ClassVar[str] = "dpe"
     title: ClassVar[str] = "dimension-wise positional embeddings (DPE)"
     url: ClassVar[str] = "https://arxiv.org/abs/2504.18857"
+    code: ClassVar[str] = "https://github.com/LuLuLuyi/DPE"
 
     table: str | None = None
     scales: Sequence[float] | None = None

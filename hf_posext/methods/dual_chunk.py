@@ -33,6 +33,7 @@ class DualChunk(RemapMethod):
     name: ClassVar[str] = "dual-chunk"
     title: ClassVar[str] = "dual chunk attention (DCA)"
     url: ClassVar[str] = "https://arxiv.org/abs/2402.17463"
+    code: ClassVar[str] = "https://github.com/HKUNLP/ChunkLlama"
 
     chunk: int | None = None
     local: int | None = None

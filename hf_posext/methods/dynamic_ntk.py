@@ -25,6 +25,7 @@ class DynamicNTK(FrequencyMethod):
     name: ClassVar[str] = "dynamic-ntk"
     title: ClassVar[str] = "dynamic NTK-aware interpolation"
     url: ClassVar[str] = "https://arxiv.org/abs/2309.00071"
+    code: ClassVar[str] = "https://github.com/jquesnelle/yarn"
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         require_pairs(self, rotary)

@@ -33,6 +33,7 @@ class DynamicYaRN(FrequencyMethod):
     name: ClassVar[str] = "dynamic-yarn"
     title: ClassVar[str] = "dynamic YaRN"
     url: ClassVar[str] = "https://arxiv.org/abs/2309.00071"
+    code: ClassVar[str] = "https://github.com/jquesnelle/yarn"
 
     beta_fast: float = 32
     beta_slow: float = 1

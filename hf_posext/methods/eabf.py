@@ -29,6 +29,7 @@ class EABF(FrequencyMethod):
     name: ClassVar[str] = "eabf"
     title: ClassVar[str] = "entropy-aware ABF"
     url: ClassVar[str] = "https://arxiv.org/abs/2401.07004"
+    code: ClassVar[str] = "https://github.com/GAIR-NLP/Entropy-ABF"
     needs_factor: ClassVar[bool] = False
 
     theta: float = 500_000.0

@@ -38,6 +38,7 @@ class JetLong(RemapMethod):
     name: ClassVar[str] = "jet-long"
     title: ClassVar[str] = "Jet-Long"
     url: ClassVar[str] = "https://arxiv.org/abs/2607.07740"
+    code: ClassVar[str] = "https://github.com/jet-ai-projects/Jet-Long"
 
     window: int | None = None
     offset: bool = False

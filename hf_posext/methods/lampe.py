@@ -40,6 +40,7 @@ class LaMPE(RemapMethod):
     name: ClassVar[str] = "lampe"
     title: ClassVar[str] = "LaMPE"
     url: ClassVar[str] = "https://arxiv.org/abs/2508.02308"
+    code: ClassVar[str] = "https://github.com/scar-on/LaMPE"
 
     curve: str = "llama-3"
     head: int | None = None

@@ -28,6 +28,7 @@ class LeakyReRoPE(RemapMethod):
     name: ClassVar[str] = "leaky-rerope"
     title: ClassVar[str] = "Leaky ReRoPE"
     url: ClassVar[str] = "https://github.com/bojone/rerope"
+    code: ClassVar[str] = "https://github.com/bojone/rerope"
 
     window: int | None = None
     stride: float | None = None

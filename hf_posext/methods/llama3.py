@@ -33,6 +33,7 @@ class Llama3(FrequencyMethod):
     name: ClassVar[str] = "llama3"
     title: ClassVar[str] = "Llama-3.1 scaling"
     url: ClassVar[str] = "https://arxiv.org/abs/2407.21783"
+    code: ClassVar[str] = "https://github.com/meta-llama/llama-models"
 
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0

@@ -28,6 +28,7 @@ class Llama4Temperature(Method):
     name: ClassVar[str] = "llama4-temperature"
     title: ClassVar[str] = "temperature of Llama 4"
     url: ClassVar[str] = "https://arxiv.org/abs/2501.19399"
+    code: ClassVar[str] = "https://github.com/meta-llama/llama-models"
     kinds: ClassVar[tuple[str, ...]] = ("rotary",)
     needs_factor: ClassVar[bool] = False
 

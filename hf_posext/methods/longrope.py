@@ -34,6 +34,7 @@ class LongRoPE(FrequencyMethod):
     name: ClassVar[str] = "longrope"
     title: ClassVar[str] = "LongRoPE"
     url: ClassVar[str] = "https://arxiv.org/abs/2402.13753"
+    code: ClassVar[str] = "https://github.com/microsoft/LongRoPE"
 
     long_factor: Sequence[float] | None = None
     short_factor: Sequence[float] | None = None

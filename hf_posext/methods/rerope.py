@@ -24,6 +24,7 @@ class ReRoPE(RemapMethod):
     name: ClassVar[str] = "rerope"
     title: ClassVar[str] = "ReRoPE"
     url: ClassVar[str] = "https://github.com/bojone/rerope"
+    code: ClassVar[str] = "https://github.com/bojone/rerope"
 
     window: int | None = None
 

@@ -25,6 +25,7 @@ class Resonance(FrequencyMethod):
     name: ClassVar[str] = "resonance"
     title: ClassVar[str] = "Resonance RoPE"
     url: ClassVar[str] = "https://arxiv.org/abs/2403.00071"
+    code: ClassVar[str] = "https://github.com/sheryc/resonance_rope"
     needs_factor: ClassVar[bool] = False
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:

@@ -33,6 +33,7 @@ class SelfExtend(RemapMethod):
     name: ClassVar[str] = "self-extend"
     title: ClassVar[str] = "Self-Extend"
     url: ClassVar[str] = "https://arxiv.org/abs/2401.01325"
+    code: ClassVar[str] = "https://github.com/datamllab/LongLM"
 
     group: int | None = None
     window: int | None = None

@@ -33,6 +33,7 @@ class SelfLogistic(RemapMethod):
     name: ClassVar[str] = "self-logistic"
     title: ClassVar[str] = "SELF"
     url: ClassVar[str] = "https://arxiv.org/abs/2505.17296"
+    code: ClassVar[str] = "https://github.com/alexeipc/SELF-LLM"
 
     window: int | None = None
     capacity: int = 33

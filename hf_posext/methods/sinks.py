@@ -28,6 +28,7 @@ class Sinks(RemapMethod):
     name: ClassVar[str] = "sinks"
     title: ClassVar[str] = "attention sinks (StreamingLLM)"
     url: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
+    code: ClassVar[str] = "https://github.com/mit-han-lab/streaming-llm"
     needs_factor: ClassVar[bool] = False
 
     sinks: int = 4

@@ -30,6 +30,7 @@ class StringShift(RemapMethod):
     name: ClassVar[str] = "string-shift"
     title: ClassVar[str] = "STRING"
     url: ClassVar[str] = "https://arxiv.org/abs/2410.18745"
+    code: ClassVar[str] = "https://github.com/HKUNLP/STRING"
     needs_factor: ClassVar[bool] = False
 
     shift: int | None = None

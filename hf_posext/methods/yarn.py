@@ -46,6 +46,7 @@ class YaRN(FrequencyMethod):
     name: ClassVar[str] = "yarn"
     title: ClassVar[str] = "YaRN"
     url: ClassVar[str] = "https://arxiv.org/abs/2309.00071"
+    code: ClassVar[str] = "https://github.com/jquesnelle/yarn"
 
     variant: str = "code"
     attention_factor: float | None = None

@@ -139,7 +139,7 @@ def test_key_tokens_as_the_objective() -> None:
         ({"length": TRAINED}, InvalidParameterError, "which needs no search"),
         ({"length": 32}, InvalidParameterError, "below the trained length of 64"),
         ({"length": 1000}, DocumentError, "too short"),
-        ({"population": 3}, InvalidParameterError, "Expected a population of 4 or more"),
+        ({"population": 3}, InvalidParameterError, "Expected a population of at least 4"),
         ({"generations": 0}, InvalidParameterError, "at least 1 generation"),
         ({"objective": "ppl"}, InvalidParameterError, "choose one of tail, key-tokens"),
         ({"objective": "key-tokens"}, EvaluationError, "No token of the documents needs the long context"),
