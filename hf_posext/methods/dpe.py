@@ -10,7 +10,7 @@ from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
 from .base import register
-from .remap import RemapMethod, near_and_far, require_one_set, require_window
+from .remap import RemapMethod, near_and_far, require_one_set, window_of
 
 SCALES = {
     "llama-3": (4, 4, 2, 16, 32, 32, 16, 128),
@@ -36,7 +36,8 @@ class DPE(RemapMethod):
         table (`str`, *optional*): `llama-3` (8B, their page), `llama-3-config` (their code), `llama-3.1`, `mistral`
             or `qwen-2.5` (7B).
         scales (`Sequence[float]`, *optional*): whole numbers from 1, for as many equal parts of the pairs.
-        window (`int`, *optional*, defaults to 1024): `w` in tokens.
+        window (`int`, *optional*): `w` in tokens; an eighth of the trained length by default, which is the 1024 of the
+            published code for Llama 3.
     """
 
     name: ClassVar[str] = "dpe"
@@ -46,7 +47,7 @@ class DPE(RemapMethod):
 
     table: str | None = None
     scales: Sequence[float] | None = None
-    window: int = 1024
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.table is not None and (self.table not in SCALES or self.scales is not None):
@@ -68,7 +69,7 @@ class DPE(RemapMethod):
                 f"authors if it is their model: table= one of {', '.join(SCALES)}."
             )
         rotary = require_one_set(self, plan)
-        window = require_window(self, "window", self.window, plan)
+        window = window_of(self, plan, 1 / 8)
         if rotary.pairs % len(scales):
             raise InvalidParameterError(
                 f"Expected a number of dpe scales that divides {rotary.pairs} rotary pairs, got {len(scales)}."

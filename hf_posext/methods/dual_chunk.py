@@ -8,7 +8,7 @@ from typing import ClassVar
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
 from .base import register
-from .remap import RemapMethod, default_window, require_window
+from .remap import RemapMethod, window_of
 
 
 @register
@@ -40,10 +40,8 @@ class DualChunk(RemapMethod):
     temperature: float = 0.0
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
-        chunk = default_window(plan, 3 / 4) if self.chunk is None else self.chunk
-        local = default_window(plan, 1 / 4) if self.local is None else self.local
-        require_window(self, "chunk", chunk, plan)
-        if not 1 <= local < chunk:
+        chunk, local = window_of(self, plan, 3 / 4, "chunk"), window_of(self, plan, 1 / 4, "local")
+        if local >= chunk:
             raise InvalidParameterError(f"Expected a dual-chunk local of 1 to {chunk - 1}, got {local}.")
         step = chunk - local
         key = PositionMap(modulo=step)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale
 from .base import register
 from .frequencies import FrequencyMethod
+from .remap import with_query_scale
 from .theta import Theta
 
 
@@ -41,7 +42,5 @@ class EABF(FrequencyMethod):
             raise InvalidParameterError(f"Expected an eabf skip of 0 layers or more, got {self.skip}.")
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
-        if plan.query_scale is not None:
-            raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
         scale = QueryScale(length=plan.trained_length, log=True, first_layer=self.skip)
-        return replace(Theta(theta=self.theta).extend(plan), query_scale=scale)
+        return with_query_scale(Theta(theta=self.theta).extend(plan), scale)

@@ -9,7 +9,7 @@ from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowGroup
 from .base import register
 from .frequencies import padded, require_pairs
-from .remap import SAME, RemapMethod, default_window, require_one_set, require_window
+from .remap import SAME, RemapMethod, require_one_set, window_of
 from .yarn import YaRN
 
 
@@ -50,8 +50,7 @@ class JetLong(RemapMethod):
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         trained = plan.trained_length
-        window = default_window(plan, 1 / 2 if self.offset else 1 / 16) if self.window is None else self.window
-        require_window(self, "window", window, plan)
+        window = window_of(self, plan, 1 / 2 if self.offset else 1 / 16)
         if window == trained and (self.offset or self.frequencies):
             raise InvalidParameterError(f"Expected a jet-long window below {trained} (the trained length).")
         beyond = RowGroup(span=trained - window, beyond=window)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowCurve
 from .base import register
-from .remap import SAME, RemapMethod, default_window, require_window
+from .remap import SAME, RemapMethod, window_of
 
 CURVES = {
     "llama-3": (8192, 6204.409324666837, 0.00010493097327094324, -2.466638011138158),
@@ -50,7 +50,7 @@ class LaMPE(RemapMethod):
             raise InvalidParameterError(f"Expected a lampe curve of {', '.join(CURVES)}, got {self.curve!r}.")
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
-        head = require_window(self, "head", default_window(plan, 1 / 16) if self.head is None else self.head, plan)
+        head = window_of(self, plan, 1 / 16, "head")
         trained, limit, slope, shift = CURVES[self.curve]
         scale = plan.trained_length / trained
         curve = RowCurve(limit=limit * scale, slope=slope / scale, shift=shift, beyond=plan.trained_length)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from .base import register
-from .remap import RemapMethod, default_window, near_and_far, require_window
+from .remap import RemapMethod, near_and_far, window_of
 
 
 @register
@@ -38,8 +38,7 @@ class LeakyReRoPE(RemapMethod):
             raise InvalidParameterError(f"Expected a leaky-rerope stride of 1 or more, got {self.stride}.")
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
-        window = default_window(plan, 1 / 2) if self.window is None else self.window
-        require_window(self, "window", window, plan)
+        window = window_of(self, plan, 1 / 2)
         stride = self.stride
         if stride is None:
             stride = max(1.0, 2 * (plan.target_length - window) / max(plan.trained_length - window, 1))

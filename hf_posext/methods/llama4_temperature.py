@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale
 from .base import Method, register
+from .remap import with_query_scale
 
 
 @register
@@ -42,8 +43,5 @@ class Llama4Temperature(Method):
             raise InvalidParameterError(f"Expected a llama4-temperature step of 1 token or more, got {self.step}.")
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
-        if plan.query_scale is not None:
-            raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
         step = plan.trained_length if self.step is None else self.step
-        scale = QueryScale(length=plan.trained_length, temperature=self.scale, step=step)
-        return replace(plan, query_scale=scale)
+        return with_query_scale(plan, QueryScale(length=plan.trained_length, temperature=self.scale, step=step))

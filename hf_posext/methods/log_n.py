@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale
 from .base import Method, register
+from .remap import with_query_scale
 
 
 @register
@@ -26,6 +26,4 @@ class LogN(Method):
     needs_factor: ClassVar[bool] = False
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
-        if plan.query_scale is not None:
-            raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
-        return replace(plan, query_scale=QueryScale(length=plan.trained_length, log=True))
+        return with_query_scale(plan, QueryScale(length=plan.trained_length, log=True))

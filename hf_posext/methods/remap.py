@@ -30,7 +30,8 @@ class RemapMethod(Method):
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         if plan.parts:
             raise InvalidParameterError(f"{plan.method} remaps positions twice; compose at most one such method")
-        return replace(plan, parts=self.parts(plan), query_scale=self.query_scale(plan) or plan.query_scale)
+        scale, plan = self.query_scale(plan), replace(plan, parts=self.parts(plan))
+        return plan if scale is None else with_query_scale(plan, scale)
 
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
         """Return the growth of queries with their position; none by default."""
@@ -42,22 +43,30 @@ def near_and_far(window: int, query: PositionMap, key: PositionMap) -> tuple[Ban
     return Band(SAME, SAME, high=window), Band(query, key, low=window)
 
 
-def default_window(plan: ExtensionPlan, share: float) -> int:
-    """A share of the trained length, at least one token."""
-    return max(1, round(plan.trained_length * share))
-
-
-def require_window(method: Method, name: str, value: int, plan: ExtensionPlan) -> int:
-    """Refuse a window outside the trained length.
+def window_of(method: Method, plan: ExtensionPlan, share: float, name: str = "window") -> int:
+    """Return a window of a method in tokens: its hyper-parameter, or a share of the trained length by default.
 
     Raises:
-        InvalidParameterError: says the bounds.
+        InvalidParameterError: it is outside the trained length.
     """
+    given: int | None = getattr(method, name)
+    value = max(1, round(plan.trained_length * share)) if given is None else given
     if not 1 <= value <= plan.trained_length:
         raise InvalidParameterError(
             f"Expected a {method.name} {name} of 1 to {plan.trained_length} (the trained length), got {value}."
         )
     return value
+
+
+def with_query_scale(plan: ExtensionPlan, scale: QueryScale) -> ExtensionPlan:
+    """Return a plan that scales queries as well.
+
+    Raises:
+        InvalidParameterError: it scales them already.
+    """
+    if plan.query_scale is not None:
+        raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
+    return replace(plan, query_scale=scale)
 
 
 def require_far_band(method: Method, plan: ExtensionPlan) -> Band:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..plan import Band, ExtensionPlan, PositionMap
 from .base import register
-from .remap import RemapMethod, default_window, near_and_far, require_window
+from .remap import RemapMethod, near_and_far, window_of
 
 
 @register
@@ -29,6 +29,5 @@ class ReRoPE(RemapMethod):
     window: int | None = None
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
-        window = default_window(plan, 3 / 4) if self.window is None else self.window
-        require_window(self, "window", window, plan)
+        window = window_of(self, plan, 3 / 4)
         return near_and_far(window, PositionMap(rate=0, offset=window), PositionMap(rate=0))

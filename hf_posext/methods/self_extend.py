@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from .base import register
-from .remap import RemapMethod, default_window, near_and_far, require_window
+from .remap import RemapMethod, near_and_far, window_of
 
 
 @register
@@ -39,10 +39,10 @@ class SelfExtend(RemapMethod):
     window: int | None = None
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
-        window = default_window(plan, 1 / 2) if self.window is None else self.window
+        window = window_of(self, plan, 1 / 2)
         group = self.group
         if group is None:
-            room = default_window(plan, 3 / 4) - window
+            room = round(plan.trained_length * 3 / 4) - window
             if room <= 0:  # a wide window leaves only the positions near the end of the trained length
                 room = max(plan.trained_length - window, 1)
             group = 2 ** math.ceil(math.log2(max((plan.target_length - window) / room, 1)))
@@ -53,7 +53,6 @@ class SelfExtend(RemapMethod):
                 f"Expected a self-extend window that is a multiple of the group, got {window} and {group}. "
                 f"Pass e.g. window={max(group, 1) * max(1, window // max(group, 1))}."
             )
-        require_window(self, "window", window, plan)
         return near_and_far(
             window, PositionMap(group=group, offset=window - window // group), PositionMap(group=group)
         )

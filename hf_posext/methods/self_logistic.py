@@ -10,7 +10,7 @@ from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
 from .base import register
-from .remap import SAME, RemapMethod, default_window, require_window
+from .remap import SAME, RemapMethod, window_of
 
 
 @register
@@ -66,8 +66,7 @@ class SelfLogistic(RemapMethod):
         return sizes
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
-        window = default_window(plan, 1 / 4) if self.window is None else self.window
-        require_window(self, "window", window, plan)
+        window = window_of(self, plan, 1 / 4)
         # A position is needed for each group. The list ends with the first that is too many, since the target may be
         # any number of tokens.
         room = plan.trained_length - window

@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
 from .base import register
-from .remap import SAME, RemapMethod, default_window, near_and_far, require_window
+from .remap import SAME, RemapMethod, near_and_far, window_of
 
 
 @register
@@ -44,8 +44,7 @@ class StringShift(RemapMethod):
             )
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
-        shift = default_window(plan, 1 / 3) if self.shift is None else self.shift
-        require_window(self, "shift", shift, plan)
+        shift = window_of(self, plan, 1 / 3, "shift")
         local = max(1, shift // 8) if self.local is None else self.local
         if not 1 <= local <= shift:
             raise InvalidParameterError(f"Expected a string-shift local of 1 to {shift} (the shift), got {local}.")
