@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from pages import ROOT, table
 from transformers import AutoConfig
 
 from hf_posext import detect_scheme
@@ -17,7 +17,6 @@ from hf_posext.methods.base import methods
 from hf_posext.plan import ExtensionPlan
 from hf_posext.reporting.tables import finite_interval
 
-ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "results" / "methods"
 SERVERS = {"vLLM": vllm, "SGLang": sglang, "llama.cpp": llama_cpp}
 
@@ -28,14 +27,14 @@ def methods_table(names: list[str] | None = None) -> str:
     Args:
         names (`list[str]`, *optional*): methods to list; every registered one by default.
     """
-    lines = ["| method | extends | what it does | paper |", "|---|---|---|---|"]
+    rows = []
     for name, method in methods().items():
         if names is None or name in names:
             extends = "any" if name == "none" else ", ".join(method.kinds)
             paper = f"[{method.title}]({method.url})" if method.url else method.title
             code = f", [code]({method.code})" if method.code and names is None else ""
-            lines.append(f"| `{name}` | {extends} | {method.summary()} | {paper}{code} |")
-    return "\n".join(lines)
+            rows.append((f"`{name}`", extends, method.summary(), paper + code))
+    return table(("method", "extends", "what it does", "paper"), rows, left=4)
 
 
 def measured_tables() -> str:
@@ -49,24 +48,21 @@ def measured_tables() -> str:
             by_method.setdefault(row["method"], {})[row["length"]] = row
         trained, *lengths = sorted({row["length"] for row in rows})
         keys = any(row.get("passkey") is not None for row in rows)
-        heads = [f"gain at {trained}", *(f"{length // trained}x" for length in lengths)]
-        heads += ["passkeys", "cost of a forward", "servers"] if keys else ["cost of a forward", "servers"]
-        plans = {name: _plan(name, facts) for name in by_method}
-        lines = [
-            f"**{path.stem.capitalize()}**, {facts['model'].rpartition('/')[2]}, trained on {trained} tokens:",
-            "",
-            f"| method | {' | '.join(heads)} |",
-            "|---|" + "---:|" * (len(heads) - 2) + "---|---|",
-        ]
-        best = sorted(by_method, key=lambda name: -by_method[name][lengths[-1]]["gain"])
-        for name in best:
-            cells = [f"{by_method[name][trained]['gain']:.3f}", *(_gain(by_method[name][one]) for one in lengths)]
+        heads = ["method", "cost of a forward", "servers", f"gain at {trained}"]
+        heads += [*(f"{length // trained}x" for length in lengths), *["passkeys"] * keys]
+        lines = []
+        for name in sorted(by_method, key=lambda name: -by_method[name][lengths[-1]]["gain"]):
+            plan, gains = _plan(name, facts), by_method[name]
+            cells = [_cost(plan), _servers(plan, facts), f"{gains[trained]['gain']:.3f}"]
+            cells += [_gain(gains[length]) for length in lengths]
             if keys:
-                row = by_method[name][lengths[-1]]
-                cells.append(f"{round(row['passkey'] * row['passkey_trials'])} of {row['passkey_trials']}")
-            lines.append(f"| `{name}` | {' | '.join([*cells, _cost(plans[name]), _servers(plans[name], facts)])} |")
-        lines += ["", f"[`{path.relative_to(ROOT)}`](../{path.relative_to(ROOT)}): `{facts['command']}`"]
-        texts.append("\n".join(lines))
+                found, trials = gains[lengths[-1]]["passkey"], gains[lengths[-1]]["passkey_trials"]
+                cells.append(f"{round(found * trials)} of {trials}")
+            lines.append((f"`{name}`", *cells))
+        title = f"**{path.stem.capitalize()}**, {facts['model'].rpartition('/')[2]}, trained on {trained} tokens:"
+        file = path.relative_to(ROOT)
+        made = f"[`{file}`](../{file}): `{facts['command']}`"
+        texts += [title, table(heads, lines, left=3), made]
     return "\n\n".join(texts)
 
 

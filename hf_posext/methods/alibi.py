@@ -42,6 +42,7 @@ class ALiBiNTK(Method):
     name: ClassVar[str] = "alibi-ntk"
     title: ClassVar[str] = "NTK-ALiBi"
     url: ClassVar[str] = "https://github.com/keezen/ntk_alibi"
+    code: ClassVar[str] = "https://github.com/keezen/ntk_alibi"
     kinds: ClassVar[tuple[str, ...]] = ("alibi",)
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
