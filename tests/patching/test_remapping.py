@@ -397,13 +397,13 @@ def test_dynamic_methods_leave_short_rows_alone_and_decode_with_a_small_residual
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (SelfExtend(group=5, window=12), "a multiple of the group, e.g. window=10"),
-        (SelfExtend(group=0, window=12), "self-extend group 0"),
+        (SelfExtend(group=5, window=12), "a multiple of the group, got 12 and 5. Pass e.g. window=10"),
+        (SelfExtend(group=0, window=12), "got 12 and 0"),
         (ReRoPE(window=0), r"Expected a rerope window of 1 to 64 \(the trained length\), got 0"),
         (ReRoPE(window=65), "got 65"),
         (DualChunk(chunk=16, local=16), "Expected a dual-chunk local of 1 to 15, got 16"),
         (StringShift(shift=16, local=17), r"local of 1 to 16 \(the shift\), got 17"),
-        (Sinks(sinks=60, window=5), "64 .the trained length. at most together"),
+        (Sinks(sinks=60, window=5), "together at most 64 .the trained length., got 60 and 5"),
         (ReRoPE() + SelfExtend(), "remaps positions twice"),
         (LogN() + LogN(), "scales queries twice"),
         (Fade(), "after a method with a band of far keys, got 'fade'. Pass e.g. 'rerope\\+fade'"),
@@ -420,7 +420,7 @@ def test_parameters_that_cannot_be(method: Method, message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         patch_model(tiny_llama(), method, factor=8)
     for make in (lambda: LeakyReRoPE(stride=0.5), lambda: DynamicYaRN(temperature=-1)):
-        with pytest.raises(InvalidParameterError, match="give"):
+        with pytest.raises(InvalidParameterError, match="Expected"):
             make()
     for fades in (Fade, Decay):
         for strength in (0, -1, math.nan, math.inf):

@@ -168,7 +168,7 @@ def test_other_schemes_and_what_needs_no_method() -> None:
         ({"target_length": TRAINED}, InvalidParameterError, "above the trained length of 64 tokens"),
         ({"target_length": 32}, InvalidParameterError, "got 32, which needs no method"),
         ({"budget": 100}, InvalidParameterError, "Expected a budget of at least"),
-        ({"budget": -1}, InvalidParameterError, "or more, or a smaller target_length"),
+        ({"budget": -1}, InvalidParameterError, "or a smaller target_length"),
         ({"methods": ["table-linear"]}, MethodNotApplicableError, "every method is refused"),
         ({"methods": []}, MethodNotApplicableError, "none was given; keep inputs within 64 tokens"),
         ({"target_length": 10**6, "methods": ["yarn"]}, DocumentError, "documents are too short"),
