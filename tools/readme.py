@@ -59,10 +59,8 @@ RESULTS = ROOT / "results" / "demo"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 MODEL = "tiny-rope"
 REMAPPING = ROOT / "results" / "remapping" / "tiny-rope.json"
-FADING = ROOT / "results" / "fading" / "tiny-rope.json"
-FADING_CHOICE = ROOT / "results" / "fading" / "validation.json"
-STRIDES = ROOT / "results" / "fading" / "strides.json"
-FAR_MASS = ROOT / "results" / "fading" / "far_mass.json"
+FADING = ROOT / "results" / "fading"
+FAR_MASS = FADING / "far_mass.json"
 
 
 def collect() -> None:
@@ -123,6 +121,14 @@ def gains_table(results: Results) -> str:
     return table(heads, lines)
 
 
+def measured(name: str) -> str:
+    """Table of gains from a file in `results/fading`, with the file and its command."""
+    file = f"results/fading/{name}.json"
+    results = Results.load_json(ROOT / file)
+    command = results.provenance["command"]
+    return f"{gains_table(results)}\n\nFigures: [`{file}`](../{file}), made by\n\n    {command}"
+
+
 def far_mass_table(found: Mapping[str, Any]) -> str:
     """Table of the share of attention on the far band, in per cent, by length."""
     lengths = sorted({row["length"] for row in found["rows"]})
@@ -145,7 +151,7 @@ def render(page: Path = README) -> str:
     path = RESULTS / f"{MODEL}.json"
     results = Results.load_json(path)
     remapping = Results.load_json(REMAPPING)
-    fading, choice, strides = (Results.load_json(path) for path in (FADING, FADING_CHOICE, STRIDES))
+    fading = Results.load_json(FADING / "tiny-rope.json")
     public = Cells(load(PUBLIC), HELD_OUT, PUBLIC_LENGTH)
     far_mass = json.loads(FAR_MASS.read_text(encoding="utf-8"))
     provenance = results.provenance
@@ -169,18 +175,9 @@ def render(page: Path = README) -> str:
         remapping_tables=tables_of(remapping),
         remapping_path=REMAPPING.relative_to(ROOT).as_posix(),
         remapping_command=remapping.provenance["command"],
-        fading_table=gains_table(fading),
-        fading_path=FADING.relative_to(ROOT).as_posix(),
-        fading_command=fading.provenance["command"],
+        measured=measured,
         fading_documents=len(fading.provenance["documents"]),
         start=fading.provenance["start"],
-        validation_table=gains_table(choice),
-        validation_path=FADING_CHOICE.relative_to(ROOT).as_posix(),
-        validation_command=choice.provenance["command"],
-        validation_documents=len(choice.provenance["documents"]),
-        strides_table=gains_table(strides),
-        strides_path=STRIDES.relative_to(ROOT).as_posix(),
-        strides_command=strides.provenance["command"],
         mass_table=far_mass_table(far_mass),
         mass_path=FAR_MASS.relative_to(ROOT).as_posix(),
         mass_command=far_mass["command"],
