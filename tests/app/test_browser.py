@@ -206,7 +206,7 @@ def test_what_cannot_be_is_told_in_one_line_and_can_be_taken_back(page: Page, pi
     for method, message in (
         ("yarm", "did you mean 'yarn'"),
         ("table-linear", "table-linear extends learned positions"),
-        ("yarn(beta_fast=0)", "give 0 < beta_slow < beta_fast"),
+        ("yarn(beta_fast=0)", "Expected 0 < beta_slow < beta_fast"),
     ):
         type_in(page, "method", method)
         alert = page.get_by_role("alert").filter(has_text=message)

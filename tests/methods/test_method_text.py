@@ -85,7 +85,7 @@ def test_a_label_leaves_out_the_factor_and_lists() -> None:
         ("yarn(truncate=1)", "yarn truncate is 1; expected True or False or None"),
         ("rerope(window=3.5)", "rerope window is 3.5; expected a whole number or None"),
         ("longrope(long_factor='12')", "longrope long_factor is '12'"),
-        ("yarn(beta_slow=40)", "give 0 < beta_slow < beta_fast"),
+        ("yarn(beta_slow=40)", "Expected 0 < beta_slow < beta_fast"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused(text: str, message: str) -> None:

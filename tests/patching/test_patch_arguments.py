@@ -53,7 +53,7 @@ HUGE = 10**400
         ({"factor": 8, "beta_fast": math.nan}, "yarn beta_fast is nan; expected a finite number"),
         ({"factor": 8, "beta_fast": HUGE}, "yarn beta_fast is 1000.*; expected a finite number"),
         ({"factor": 8, "beta_fats": 16}, "yarn has no parameter 'beta_fats'; did you mean 'beta_fast'"),
-        ({"factor": 8, "beta_fast": 0.5}, "give 0 < beta_slow < beta_fast"),
+        ({"factor": 8, "beta_fast": 0.5}, "Expected 0 < beta_slow < beta_fast"),
     ],
 )
 @pytest.mark.parametrize("method", ["yarn", "rerope"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from hf_posext.methods.base import methods
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 OPTIONAL = {"lm_eval", "longppl"}
@@ -190,3 +193,16 @@ def test_results_say_what_they_are(name: str, results: Results) -> None:
         assert goal["what"] and goal["met"] is expected, goal
     text = script("page").render(results.folder)
     assert all(goal["what"] in text for goal in found["goals"]) and found["command"] in text
+
+
+def test_every_method_for_a_shipped_model_was_measured() -> None:
+    """The page of methods has a row for each: by itself, or on top of another."""
+    benchmark = script("methods")
+    kinds = {"bucket-linear", "bucket-max-distance", "sinusoid-linear"}  # no such model is shipped
+    measured = "+".join(
+        row["method"]
+        for path in benchmark.RESULTS.glob("*.json")
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+    )
+    names = {part.partition("(")[0] for part in re.split(r"\+", measured)}
+    assert {name for name in methods() if name not in names} == kinds
