@@ -1,8 +1,8 @@
 """Count the mechanical part of the voice: openings of docstrings, and phrases that a native writer would not use.
 
-Openings are counted in every module of the repository, phrases in the package, its scripts and its pages. Each count
-has a budget in `tools/voice.json`. A count above its budget fails. `--update` lowers budgets to the counts and never
-raises one. `--list [KIND]` shows the places.
+Openings are counted in every module of the repository; phrases in the package, its scripts and its pages; in the
+package also errors that join their advice by a semicolon. Each count has a budget in `tools/voice.json`. A count above
+its budget fails. `--update` lowers budgets to the counts and never raises one. `--list [KIND]` shows the places.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ ROOT = Path(__file__).parent.parent
 BUDGET = Path(__file__).with_suffix(".json")
 
 OPENING = re.compile(r"\s*(What|Where|How|Which|Whether|Why)\b")
+ADVICE = re.compile(
+    r"; (call|check|choose|drop|give|keep|leave|load|make|measure|merge|name|open|pass|raise|run|save|say|see|set)\b"
+    r"|; (type|undo|use|wait|write)\b"
+)
+"""An error that joins its advice by a semicolon. The form is "Expected X, got Y. Pass Z."."""
+
 PHRASES = {
     "is no": r"(?<!there )\bis no\b(?! (longer|more|less|better))",
     "are none": r"\bare none\b",
@@ -57,6 +63,14 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
                 yield getattr(node, "lineno", 1), docstring
 
 
+def errors(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and text of every message that a module raises."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            parts = (part.value for part in ast.walk(node.exc) if isinstance(part, ast.Constant))
+            yield node.lineno, "".join(part for part in parts if isinstance(part, str))
+
+
 def findings() -> Iterator[tuple[str, str]]:
     """Yield the kind and the place of every finding."""
     package, scripts, tests = (
@@ -69,6 +83,10 @@ def findings() -> Iterator[tuple[str, str]]:
         for line, text in docstrings(path):
             if OPENING.match(text):
                 yield "opening", f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+    for path in package:
+        for line, text in errors(path):
+            if ADVICE.search(text):
+                yield "; advice", f"{path.relative_to(ROOT)}:{line}: {text}"
     for path in [*package, *scripts, *pages]:
         for line, text in prose(path):
             for kind, pattern in PHRASES.items():
@@ -89,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     counts = Counter(kind for kind, _ in places)
     budget: dict[str, int] = json.loads(BUDGET.read_text(encoding="utf-8")) if BUDGET.exists() else {}
-    kinds = ["opening", *PHRASES]
+    kinds = ["opening", "; advice", *PHRASES]
     for kind in kinds:
         print(f"{kind:<16} {counts[kind]:>4} of {budget.get(kind, 0)}")
     if given.update:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError
 from ..plan import ExtensionPlan, has_plan
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..patching.loading import Source
+
+
+Network = TypeVar("Network", bound="PreTrainedModel | PeftModel")
 
 
 def quiet_libraries() -> None:
@@ -154,7 +157,7 @@ def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = Fals
         return _placed(open_body(source, dtype=getattr(torch, dtype)), device)
 
 
-def _placed(model: Any, device: str) -> Any:
+def _placed(model: Network, device: str) -> Network:
     try:
         return model.to(device).eval()
     except (
@@ -186,7 +189,7 @@ def load_evaluator(
     return spread(model, accelerator), tokenizer
 
 
-def _open(source: Source, dtype: torch.dtype) -> Any:
+def _open(source: Source, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     from ..adapters import load_adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,25 +113,10 @@ class Diagnosis:
 
         Tables become lists of rows. Numbers that are not finite become `None`.
         """
-        scalars = (
-            "model",
-            "generalization",
-            "reason",
-            "trained_length",
-            "trained_length_source",
-            "target_length",
-            "remedies",
-            "untrained",
-            "critical_dimension",
-            "departure",
-            "departure_interval",
-            "rise",
-            "verdict",
-            "notes",
-        )
         tables = {name: [_plain(row) for row in table.to_dict("records")] for name, table in self.tables.items()}
-        facts = {name: getattr(self, name) for name in scalars}
-        whole = {**facts, "scheme": self.scheme.to_dict(), "provenance": dict(self.provenance), "tables": tables}
+        whole = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "signals"}
+        whole |= {"generalization": self.generalization, "scheme": self.scheme.to_dict()}
+        whole |= {"provenance": dict(self.provenance), "tables": tables}
         plain: dict[str, Any] = json.loads(json.dumps(whole, allow_nan=False))
         return plain
 
