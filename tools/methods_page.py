@@ -11,14 +11,15 @@ from transformers import AutoConfig
 
 from hf_posext import detect_scheme
 from hf_posext.errors import ExportError, PosExtError
-from hf_posext.export import llama_cpp, sglang, vllm
+from hf_posext.export.llama_cpp import serve as serve_llama_cpp
+from hf_posext.export.servers import serve_sglang, serve_vllm
 from hf_posext.methods import as_method
 from hf_posext.methods.base import methods
 from hf_posext.plan import ExtensionPlan
 from hf_posext.reporting.tables import finite_interval
 
 MEASURED = ROOT / "results" / "methods"
-SERVERS = {"vLLM": vllm, "SGLang": sglang, "llama.cpp": llama_cpp}
+SERVERS = {"vLLM": serve_vllm, "SGLang": serve_sglang, "llama.cpp": serve_llama_cpp}
 
 
 def methods_table(names: list[str] | None = None) -> str:
@@ -94,9 +95,9 @@ def _servers(plan: ExtensionPlan, facts: Mapping[str, Any]) -> str:
     if plan.rotates_late or plan.slopes or any(entry.rope_parameters is None for entry in plan.rotaries):
         obstacle = "positions that a config cannot say"
     able = []
-    for name, server in SERVERS.items():
+    for name, serve in SERVERS.items():
         try:
-            server.serve(config, plan, obstacle)
+            serve(config, plan, obstacle)
         except ExportError:
             continue
         able.append(name)
