@@ -42,13 +42,19 @@ def refuse_idle(plan: ExtensionPlan, layers: Iterable[nn.Module]) -> None:
     """
     if plan.rotaries:
         return  # new frequencies were compared with the former ones when they were written
-    last, scale = 2 * plan.target_length - 1, plan.query_scale
+    last, scale, windows = 2 * plan.target_length - 1, plan.query_scale, set()
     for layer in layers:
+        windows.add(window := _window(layer))
         if scale is not None and getattr(layer, "layer_idx", 0) >= scale.first_layer and scale.acts_at(last):
             return
-        if plan.parts and _moves(plan.parts, last, min(_window(layer) or last + 1, last + 1)):
+        if plan.parts and _moves(plan.parts, last, min(window or last + 1, last + 1)):
             return
-    raise no_effect(plan, "attention")
+    bounds = [window for window in windows if window is not None]
+    reach = f"at most {max(bounds)} tokens back" if len(bounds) == len(windows) else "all tokens"
+    raise NoEffectError(
+        f"{plan.describe()} changes no pair of tokens: the layers of {plan.scheme.model_type} see {reach}. Pass other "
+        "hyper-parameters, such as a smaller window, or method 'none' to compare with the unpatched model."
+    )
 
 
 def _window(layer: Any) -> int | None:
