@@ -42,7 +42,8 @@ def refuse_idle(plan: ExtensionPlan, layers: Iterable[nn.Module]) -> None:
     """
     if plan.rotaries:
         return  # new frequencies were compared with the former ones when they were written
-    last, scale, windows = 2 * plan.target_length - 1, plan.query_scale, set()
+    last, scale = 2 * plan.target_length - 1, plan.query_scale
+    windows: set[int | None] = set()
     for layer in layers:
         windows.add(window := _window(layer))
         if scale is not None and getattr(layer, "layer_idx", 0) >= scale.first_layer and scale.acts_at(last):
