@@ -116,7 +116,7 @@ def training_rows(shape: str, length: int, trained: int, chosen: dict[str, Metho
 
 
 def memory_rows(shape: str, length: int, repeats: int) -> list[Row]:
-    """The layer again, each in a process of its own, beside the formula as published: time, and peak of memory."""
+    """The layer again, each in its own process, beside the formula as published: time, and peak of memory."""
     settings = {"shape": shape, "length": length}
     needs = 5 * 4 * models.SHAPES[shape]["num_attention_heads"] * length**2 + 10**9
     ways = [Way("plain", layer_job, settings | {"name": None, "eager": False})]

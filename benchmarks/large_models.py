@@ -132,7 +132,7 @@ def job(shape: str, vocabulary: int, tokens: int, chunk: int | None) -> Callable
 
 
 def measure(shape: str, vocabulary: int, tokens: int, chunks: tuple[int | None, ...]) -> list[dict[str, Any]]:
-    """Time and memory of one document, whole and in chunks, beside what the formulas say of its memory."""
+    """Time and memory of one document, whole and in chunks, beside the memory of the formulas."""
     sizes = {"shape": shape, "vocabulary": vocabulary, "tokens": tokens}
     ways = [Way(str(chunk), job, {**sizes, "chunk": chunk}) for chunk in chunks]
     found = read_in_turn(ways, 1)

@@ -1,7 +1,7 @@
 """Measuring for these benchmarks: one thread, ways in turn, processor time, peak of resident memory.
 
 A job is a function that gets ready whatever it measures (model, tokens, a short run to warm up) and returns what is
-measured, a function without arguments. Every reading is taken in a child process of its own, forked from a server that
+measured, a function without arguments. Every reading is taken in its own child process, forked from a server that
 has done the imports, so that none finds memory or caches that another has left. Memory is read from /proc (Linux).
 """
 

@@ -21,7 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
 }
 SHAPES["layer"] = SHAPES["billion"] | {"num_hidden_layers": 1, "tie_word_embeddings": False}
-"""`tiny` has larger weights, so that equal numbers say something; `small` is 256 wide and 6 layers deep; `attention`
+"""`tiny` has larger weights, so that equal numbers mean something; `small` is 256 wide and 6 layers deep; `attention`
 and `llama-3-8b` are a layer of little else than attention, the second with the heads of that model; `billion` has the
 shape of Llama-3.2-1B, and `layer` is one of its layers."""
 

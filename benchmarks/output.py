@@ -127,9 +127,10 @@ def rows_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def goals_table(goals: Sequence[dict[str, Any]]) -> Table:
-    said = {True: "yes", False: "NO", None: "not measured"}
+    verdicts = {True: "yes", False: "NO", None: "not measured"}
     bounds = [f"<= {one['at_most']:g}" if "at_most" in one else f">= {one['at_least']:g}" for one in goals]
     rows = [
-        (one["what"], bound, figure(one["found"]), said[one["met"]]) for one, bound in zip(goals, bounds, strict=True)
+        (one["what"], bound, figure(one["found"]), verdicts[one["met"]])
+        for one, bound in zip(goals, bounds, strict=True)
     ]
     return table("Goals", ("", "goal", "found", "met"), rows)

@@ -34,12 +34,12 @@ def origin(result: dict[str, Any]) -> str:
 
 
 def goals(result: dict[str, Any]) -> str:
-    said = {True: "met", False: "**missed**", None: "not measured"}
+    verdicts = {True: "met", False: "**missed**", None: "not measured"}
     rows = []
     for goal in result["goals"]:
         kind = "at_most" if "at_most" in goal else "at_least"
         found = f"{goal['found']:.0e}" if goal.get("at_most") == 1e-5 and goal["found"] else figure(goal["found"])
-        rows.append((goal["what"], f"{kind.replace('_', ' ')} {goal[kind]:g}", found, said[goal["met"]]))
+        rows.append((goal["what"], f"{kind.replace('_', ' ')} {goal[kind]:g}", found, verdicts[goal["met"]]))
     return markdown(("goal", "bound", "found", ""), rows)
 
 

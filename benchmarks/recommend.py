@@ -32,7 +32,7 @@ DOCUMENTS = 4
 """Few, as the exhaustive sweep is what takes its time."""
 
 TRAINED = {"tiny-alibi": 512}
-"""Where neither the config nor the weights tell it."""
+"""Trained lengths that neither the config nor the weights contain."""
 
 
 def exhaustive(sweep: Sweep, short_limit: float = SHORT_LIMIT) -> dict[str, Any]:

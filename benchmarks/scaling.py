@@ -29,7 +29,7 @@ PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "scaling.
 VOCABULARY = 32_000
 WAYS = {"forward": None, "forward, yarn": "yarn", "forward, self-extend": "self-extend", "perplexity": None}
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
-"""Of Okabe and Ito: told apart by colour-blind readers."""
+"""Colours of Okabe and Ito, which colour-blind readers can distinguish."""
 
 MARKS = "os^D"
 FIT = 0.15

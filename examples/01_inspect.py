@@ -1,7 +1,7 @@
 """Inspect a model: its positions, the length that it was trained on, and the methods that extend it.
 
-One learns what `detect_scheme` reads from a config, what `diagnose` finds in the weights, and where the two differ:
-the config of `tiny-learned` claims 2,048 tokens, its table was trained on a quarter of them.
+`detect_scheme` reads the config, `diagnose` the weights. They differ for `tiny-learned`: its config states 2,048
+tokens, and its table was trained on a quarter of them.
 
 python examples/01_inspect.py
 python examples/01_inspect.py Qwen/Qwen3-0.6B
@@ -35,14 +35,14 @@ def inspect(name: str) -> None:
     facts = {
         "scheme": scheme.kind,
         "generalizes by": scheme.generalization,
-        "its config says": tokens(scheme.trained_length, scheme.trained_length_source),
-        "its weights say": tokens(found.trained_length, found.trained_length_source),
+        "in its config": tokens(scheme.trained_length, scheme.trained_length_source),
+        "in its weights": tokens(found.trained_length, found.trained_length_source),
         "methods": ", ".join(method.name for method in list_methods(scheme.kind) if method.name != "none"),
         "in short": found.verdict,
     }
     print(f"\n{Path(name).name}")
-    for title, told in facts.items():
-        print(textwrap.fill(f"{title:<15} {told}", **PAGE))
+    for title, fact in facts.items():
+        print(textwrap.fill(f"{title:<15} {fact}", **PAGE))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Patch a model, and go on with plain `generate`; then undo the patch, to the bit.
+"""Patch a model, call plain `generate`, and undo the patch to the bit.
 
-One learns the one call. A number is hidden at the beginning of a text four times as long as the model was trained to
-read, and asked for at its end: as it is, the model does not find it; with YaRN it does; undone, it is what it was.
+A number is hidden at the beginning of a text four times as long as the trained length, and asked for at its end. The
+model does not find it as it is, and finds it under YaRN. After `undo` it is the same model as before.
 
 python examples/02_patch_and_generate.py
 python examples/02_patch_and_generate.py --model Qwen/Qwen3-0.6B --method yarn --factor 2 --length 65536

@@ -1,8 +1,7 @@
-"""Is a longer context worth it? Methods side by side on held-out novels, against the same model truncated.
+"""Compare methods on held-out novels, with each other and with the same model truncated.
 
-One learns to read a comparison: what each method costs inside the trained length, whether perplexity stays level past
-it, whether that beats truncating the input (the gain), and whether passkeys are found. Writes the whole report, with
-pictures, into `--output`.
+A comparison shows the cost of each method inside the trained length, the perplexity past it, the gain over truncating
+the input, and the passkeys found. `--output` gets the report with pictures.
 
 python examples/03_before_after.py
 python examples/03_before_after.py --model Qwen/Qwen3-0.6B --factor 2 --lengths 32768 65536 --dataset novels.jsonl

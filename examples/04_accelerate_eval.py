@@ -1,7 +1,7 @@
-"""Measure a patched model on as many processes as the launcher starts; the numbers are those of one process.
+"""Measure a patched model on as many processes as the launcher starts, with the numbers of one process.
 
-One learns that an `Accelerator` is all there is to it: documents are shared out, sums are gathered and never averaged,
-and every process gets the whole result. For runs that are compared, journalled and resumed, see `eval_job.py`.
+An `Accelerator` is all that this needs. Documents are distributed, sums are gathered and never averaged, and every
+process gets the whole result. `eval_job.py` shows comparisons with a journal that resume.
 
 python examples/04_accelerate_eval.py
 accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/04_accelerate_eval.py

@@ -1,8 +1,8 @@
-"""Patch a model, put LoRA on it, and train it a little at the length that it shall read.
+"""Patch a model, add LoRA, and train a few steps at the target length.
 
-One learns that `finetune` is transformers' Trainer and peft on a patched model, that the adapter's directory holds the
-plan of its positions, and what a few steps give. A real run takes some hundred steps of 64 long rows: raise `--steps`
-and `--accumulation`. `06_load_adapter.py` opens what this one writes.
+`finetune` is transformers' Trainer and peft on a patched model. The directory of the adapter contains the plan of its
+positions. A real run takes some hundred steps of 64 long rows: raise `--steps` and `--accumulation`.
+`06_load_adapter.py` opens the adapter.
 
 python examples/05_lora_finetune.py
 python examples/05_lora_finetune.py --model Qwen/Qwen3-0.6B --factor 2 --length 65536 --learning-rate 2e-4

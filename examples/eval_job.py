@@ -1,4 +1,4 @@
-"""A comparison on as many processes as the launcher starts, which goes on where it was if it is started again:
+"""A comparison on as many processes as the launcher starts, which resumes when it is started again:
 
 accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/eval_job.py --output runs/demo
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/eval_job.py --output runs/demo

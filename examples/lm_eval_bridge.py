@@ -22,7 +22,7 @@ from hf_posext import patch_model
 def evaluate(
     model: Any, tokenizer: Any, tasks: list[str], include_path: str, max_length: int, limit: int | None
 ) -> dict[str, Any]:
-    """Results of lm-eval by task, for the model as it is now."""
+    """Return the results of lm-eval by task, for the model in its present state."""
     lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=1)
     manager = TaskManager(include_path=include_path, include_defaults=False)
     found = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)

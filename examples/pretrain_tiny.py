@@ -1,8 +1,8 @@
 """The recipe of the three shipped models: one scheme each, nothing longer than 512 tokens, transformers' Trainer.
 
-One learns how a model comes to know its positions as far as a length and no farther. As it stands, it takes a few
-steps on the eight novels at hand, and shows how far that is from the shipped weights. Those came from a longer run, on
-one H100 and 163 novels, which `MODEL_CARD.md` describes: `--steps 2000 --batch-size 64 --accumulation 8 --bf16` with
+Training shows a model positions up to a length and no farther. By default the script takes a few steps on the eight
+novels in `examples/data`, far from the shipped weights. Those came from a longer run on one H100 and 163 novels, which
+`MODEL_CARD.md` describes: `--steps 2000 --batch-size 64 --accumulation 8 --bf16` with
 `--dataset` those novels, and 1,144 steps for `--scheme alibi`.
 
 python examples/pretrain_tiny.py

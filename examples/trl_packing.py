@@ -1,6 +1,6 @@
 """Supervised fine-tuning by TRL under a patch, with short texts packed into rows. Needs trl: pip install trl.
 
-The positions travel with whatever the trainer saves: `load_adapter` opens the result in another process.
+The trainer saves the plan with the adapter. `load_adapter` opens the result in another process.
 """
 
 from pathlib import Path

@@ -28,7 +28,7 @@ RESULTS = ROOT / "results" / "explain"
 IMAGES = ROOT / "docs" / "images"
 COMMAND = "python tools/explain_figure.py --measure"
 
-# ALiBi's config tells no length; that of the table is found. From token 2000 of each novel on, past the front matter.
+# ALiBi's config contains no length; that of the table is measured. Token 2000 of each novel is past the front matter.
 RUNS: dict[str, dict[str, Any]] = {
     "tiny-learned": {"methods": ["table-linear"]},
     "tiny-alibi": {"methods": [], "trained_length": 512},
@@ -45,8 +45,8 @@ def measure(name: str, documents: Any = NOVELS, folder: Path = RESULTS) -> None:
     texts.source["dataset"] = Path(documents).relative_to(ROOT).as_posix()
     found = diagnose(load(name), tokenizer, texts, target_length=TARGET, start=START, **RUNS[name])
     folder.mkdir(parents=True, exist_ok=True)
-    told = {**found.provenance, "command": COMMAND}
-    replace(found, model=f"examples/tiny/{name}", provenance=told).save(folder / f"{name}.json")
+    provenance = {**found.provenance, "command": COMMAND}
+    replace(found, model=f"examples/tiny/{name}", provenance=provenance).save(folder / f"{name}.json")
 
 
 def load(name: str) -> Any:

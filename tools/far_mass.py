@@ -34,7 +34,7 @@ METHODS = ("rerope", "rerope+fade", "leaky-rerope", "leaky-rerope+decay")
 LENGTHS = (512, 768, 1024, 1536, 2048, 3072, 4096)
 DOCUMENTS, START, FACTOR = 3, 2000, 8
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
-"""Of Okabe and Ito: told apart by colour-blind readers."""
+"""Colours of Okabe and Ito, which colour-blind readers can distinguish."""
 
 
 def far_mass(model: Any, ids: torch.Tensor, window: int) -> dict[int, float]:

@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
         "",
         [
             r"tiny-rope\n  scheme +rotary\n  generalizes by +interpolation\n",
-            r"tiny-learned\n.*\n  generalizes by +none\n  its config says 2048 .*\n  its weights say 511 ",
+            r"tiny-learned\n.*\n  generalizes by +none\n  in its config +2048 .*\n  in its weights +511 ",
             r"tiny-alibi\n.*\n  generalizes by +extrapolation\n",
         ],
     ),
@@ -69,7 +69,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
             r"does the adapter fit\? +no: the adapter was trained under \(yarn: 512 -> 2048",
             r"does it fit now\? +yes\n",
             r"merged: .*\n +logits differ by [0-9.]+e-0[4-9] at most\n",  # float32, one product instead of three
-            r"plain transformers: .*\n +logits differ by 0e\+00 at most\n +its config says 2048 tokens\n",
+            r"plain transformers: .*\n +logits differ by 0e\+00 at most\n +in its config: 2048 tokens\n",
         ],
     ),
     "07_custom_method": (
@@ -134,11 +134,10 @@ def test_an_example_does_what_it_says(name: str, folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_says_what_one_learns_and_how_to_run_it(name: str) -> None:
-    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
-    docstring = text.split('"""')[1]
-    assert "One learns" in docstring
-    assert f"python examples/{name}.py" in docstring
+def test_an_example_has_a_title_an_explanation_and_its_command(name: str) -> None:
+    docstring = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+    title, explanation, *_, command = docstring.strip().split("\n\n")
+    assert title.endswith(".") and len(explanation.split()) > 15 and f"python examples/{name}.py" in command
 
 
 def test_the_page_lists_every_example() -> None:
