@@ -14,7 +14,7 @@ from hf_posext import detect_scheme
 from hf_posext.methods import Linear, Method, methods
 from hf_posext.plan import ExtensionPlan, RotaryPlan
 from hf_posext.scheme import Rotary
-from hf_posext.testing import CHECKS, MODELS, check_method, check_saved, read_again, save_case
+from hf_posext.testing import CHECKS, MODELS, cases, check_method, check_saved, read_again, save_case
 
 CASES = [
     pytest.param(name, kind, id=f"{name}-{kind}")
@@ -56,8 +56,10 @@ def test_saved_model_is_equal_in_a_new_process(name: str, kind: str, saved: Path
     check_saved(saved / f"{name}-{kind}", kind)
 
 
-def test_one_call_for_authors_of_methods_elsewhere() -> None:
-    check_method("linear")
+def test_a_name_stands_for_a_method_with_example_values() -> None:
+    """The whole call runs in examples/07_custom_method.py."""
+    ((method, kind),) = cases("longrope")
+    assert (method.name, kind) == ("longrope", "rotary") and method.long_factor
 
 
 def test_a_broken_promise_is_found() -> None:
