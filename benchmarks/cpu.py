@@ -14,11 +14,13 @@ import costs
 import decoding
 import forwards
 import torch
+from measure import ratio
 from output import RESULTS, Run, console, goal, goals_table, rows_table
 
-FREQUENCY, PREFILL, DECODE, IMPORT, PATCH = 1.02, 1.35, 1.25, 0.150, 0.100
+FREQUENCY, PREFILL, DECODE, FADING, IMPORT, PATCH = 1.02, 1.20, 1.20, 1.03, 0.150, 0.100
 """Goals: a forward with other frequencies takes at most so many times what it took; so do the attention layer over a
-text and a token with a cache, against SDPA; seconds that imports and `patch_model` may take."""
+text and a token with a cache, against SDPA, and both with a fade or decay, against the same without it; seconds that
+imports and `patch_model` may take."""
 
 SHORT = 128
 """Tokens of a forward with other frequencies: what it costs to choose them shows most in short ones, and turns that
@@ -62,6 +64,11 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for length in sorted({row["length"] for row in rows if row["what"] == what}):
             name = f"{what} / SDPA at {length:,}: every remapping method"
             listed.append(goal(name, worst(what, length=length), at_most=bound))
+    for what, name in ((what, name) for what in ("prefill", "decode") for name in forwards.fading(1)):
+        bases = [row["ratios"] for row in rows if row["what"] == what and row["way"] == name.split("+")[0]]
+        faded = [row["ratios"] for row in rows if row["what"] == what and row["way"] == name]
+        ratios = [ratio(*each) or 0.0 for each in zip(faded, bases, strict=True)]
+        listed.append(goal(f"{what}: {name} / {name.split('+')[0]}", max(ratios), at_most=FADING))
     for row in rows:
         if row["way"] in costs.IMPORTS:
             listed.append(goal(f"seconds after transformers: {row['way']}", row["seconds"], at_most=IMPORT))

@@ -19,7 +19,7 @@ from measure import Reading, Way, ratio, read_in_turn, seconds, seconds_in_turn
 from transformers import LlamaForCausalLM
 
 from hf_posext import patch_model
-from hf_posext.methods import FrequencyMethod, Method, methods
+from hf_posext.methods import Decay, Fade, FrequencyMethod, Method, methods
 from hf_posext.patching import detect_scheme
 
 FACTOR = 8
@@ -43,7 +43,14 @@ def row(what: str, way: str, length: int, times: list[float], others: list[float
 
 def cpu_methods(length: int) -> dict[str, Method]:
     """Near regions of a sixteenth of the text, half of what the model claims to be trained on."""
-    return remapping(window=length // 16, chunk=3 * length // 32, group=16)
+    window = length // 16
+    base = remapping(window=window, chunk=3 * length // 32, group=16)
+    return base | {name: base["rerope"] + fades for name, fades in fading(window).items()}
+
+
+def fading(reference: int) -> dict[str, Method]:
+    """What takes from the logits of far keys, by its name on top of `rerope`."""
+    return {"rerope+fade": Fade(reference=reference), "rerope+decay": Decay(start=reference)}
 
 
 def frequency_methods(shape: str, length: int) -> dict[str, Method]:

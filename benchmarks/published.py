@@ -5,13 +5,14 @@ Queries and keys are `(1, heads, tokens, dim)` before any rotation, with fewer h
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch.nn.functional import softmax
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hf_posext.methods import DualChunk, LeakyReRoPE, ReRoPE, SelfExtend, StringShift
+from hf_posext.methods import Composition, Decay, DualChunk, Fade, LeakyReRoPE, ReRoPE, SelfExtend, StringShift
 
 
 def distance(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -20,6 +21,8 @@ def distance(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     match method:
         case None:
             return d
+        case Composition(parts=(first, *_)):
+            return distance(first, i, j)
         case SelfExtend(group=g, window=w):
             return torch.where(d < w, d, i // g + w - w // g - j // g)
         case ReRoPE(window=w):
@@ -36,19 +39,34 @@ def distance(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     raise TypeError(f"no formula for {method}")
 
 
+def taken(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """What a fade or a decay takes from the logits of query `i` and key `j` beyond the window, float64."""
+    d = (i - j).double()
+    match method:
+        case Composition(parts=(ReRoPE(window=w), Fade(strength=s, reference=r))):
+            loss = s * ((i - w + 1).double() / r).clamp(min=1).log() + 0 * d
+        case Composition(parts=(ReRoPE(window=w), Decay(strength=s, start=start))):
+            octave = (d / start).clamp(min=1).log2().floor() + 0.5
+            loss = torch.where(d < start, 0, s * math.log(2) * octave)
+        case _:
+            return 0 * d
+    return torch.where(d < w, 0, loss)
+
+
 def exact(method: Any, states: tuple[torch.Tensor, ...], inv_freq: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Attention of some queries in float64, each pair rotated by its distance: `(rows, heads, dim)`."""
     query, key, value = (each[0].double() for each in states)
     groups, half = len(query) // len(key), query.shape[-1] // 2
     keys = torch.arange(key.shape[1], device=key.device)
     apart = distance(method, rows[:, None], keys).double()
+    lost = taken(method, rows[:, None], keys)
     angle = apart[..., None] * inv_freq.double()
     cos, sin = angle.cos(), angle.sin()
     found = []
     for head, states_of_head in enumerate(query[:, rows]):
         (a, b), (c, d) = (each.split(half, -1) for each in (states_of_head[:, None], key[head // groups][None]))
         scores = ((a * c + b * d) * cos + (a * d - b * c) * sin).sum(-1) * query.shape[-1] ** -0.5
-        weights = scores.masked_fill(keys > rows[:, None], -torch.inf).softmax(-1)
+        weights = (scores - lost).masked_fill(keys > rows[:, None], -torch.inf).softmax(-1)
         found.append(weights @ value[head // groups])
     return torch.stack(found, 1)
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_posext.patching.remap.attention as remap
 from hf_posext import load_documents, patch_model
 from hf_posext.packages import machine
-from hf_posext.patching.kernels import Branch, banded_attention
+from hf_posext.patching.kernels import Branch, Geometry, banded_attention, whole
 
 mpl.use("Agg")
 from matplotlib.figure import Figure
@@ -41,16 +41,18 @@ def far_mass(model: Any, ids: torch.Tensor, window: int) -> dict[int, float]:
     """Return the mean share of attention on keys at `window` or farther, for the last query of each length."""
     shares: dict[int, list[float]] = {length: [] for length in LENGTHS}
 
-    def watched(branches: list[Branch], value: torch.Tensor, queries: Any, keys: Any, **options: Any) -> torch.Tensor:
+    def watched(geometry: Geometry, branches: list[Branch], value: torch.Tensor, **options: Any) -> torch.Tensor:
+        keys, states = geometry.keys, [Branch(whole(query), key) for query, key in branches]
         for length in LENGTHS:
             last = slice(length - 1, length)
-            seen = [Branch(b.part, b.query[:, :, last], b.key[:, :, :length]) for b in branches]
+            seen = [Branch(query[:, :, last], key[:, :, :length]) for query, key in states]
+            place = Geometry(geometry.bands, geometry.queries[:, last], keys[:, :length], None, True)
             # with 1 as the value of far keys and 0 as that of near ones, what is attended is the share
             far = (keys[:, :length] <= length - 1 - window).to(value.dtype)
             value_of_far = far[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[-1])
-            out = banded_attention(seen, value_of_far, queries[:, last], keys[:, :length], **options)
+            out = banded_attention(place, seen, value_of_far, **options)
             shares[length].append(float(out.mean()))
-        return banded_attention(branches, value, queries, keys, **options)
+        return banded_attention(geometry, branches, value, **options)
 
     with mock.patch.object(remap, "banded_attention", watched), torch.inference_mode():
         model.base_model(ids[None])

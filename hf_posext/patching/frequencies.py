@@ -8,6 +8,7 @@ then is the config changed, and only then does a saved checkpoint open without t
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import sys
@@ -90,7 +91,31 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
         growth = planned[site.name].growth
         if not (growth and growth.acts) and all(same):
             raise no_effect(plan, f"the phases of {site.path}")
+    if any(entry.short_inv_freq is not None for entry in plan.rotaries):
+        hook = functools.partial(_watch_boundary, plan.trained_length)
+        log.on_undo(model.base_model.register_forward_pre_hook(hook, with_kwargs=True).remove)
     return obstacle
+
+
+def _watch_boundary(boundary: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hook of a model with two LongRoPE lists: warn where the other list begins while keys of the first are cached."""
+    values = (*args, *kwargs.values())
+    cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
+    read = next((value for value in values if isinstance(value, torch.Tensor)), None)
+    past = 0 if cache is None else cache.get_seq_length()
+    # a static cache counts on its device, for which the host does not wait
+    if read is not None and isinstance(past, int) and 0 < past <= boundary < past + read.shape[1]:
+        _warn_of_boundary(boundary)
+
+
+@functools.cache
+def _warn_of_boundary(boundary: int) -> None:
+    logger.warning(
+        "a text has passed %d tokens, where this model takes its second LongRoPE list, and the keys in its cache are "
+        "rotated by the first. What follows differs from a forward of the whole text, as in transformers. Read the "
+        "text anew to avoid it",
+        boundary,
+    )
 
 
 def _probe_positions(plan: ExtensionPlan) -> list[torch.Tensor]:

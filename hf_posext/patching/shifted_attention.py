@@ -49,7 +49,7 @@ def shifted_sparse_attention(model: PreTrainedModel, groups: int = 4) -> Iterato
     """
     if groups < 2:
         raise InvalidParameterError(
-            f"shifted is {groups}; give the number of groups in a row, 2 or more (the paper: 4)"
+            f"Expected shifted to be 2 groups of a row or more, got {groups}. Pass shifted=4, as the paper has it."
         )
     config = text_config(model.config)
     base, name = config._attn_implementation, f"posext-shifted-{groups}"

@@ -37,7 +37,7 @@ def cache_of(output: Any) -> Any:
     Return the cache that a model's output contains, `None` without one.
 
     Args:
-        output (`ModelOutput`): as a forward returned it. A plain tuple contains no cache that can be told apart.
+        output (`ModelOutput`): as a forward returned it. In a plain tuple no cache is recognised.
     """
     # asking an output of 5.24 for an old name warns, so the old names are looked up among the fields that it lists
     fields = set(output) if isinstance(output, Mapping) else set()

@@ -16,9 +16,10 @@ import torch
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError
 from hf_posext.methods import DualChunk, ReRoPE, Sinks
-from hf_posext.patching.kernels import Branch, attention_kernel, banded_attention, choice, cuda
+from hf_posext.patching.kernels import attention_kernel, choice
 
 from ..conftest import logits, tiny_llama, tokens
+from .bands import Branch, banded_attention
 from .test_banded_attention import BANDS, dense
 
 SCHEMAS = {
@@ -98,10 +99,10 @@ def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
 def substitutes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Substitutes:
     """The kernels of one machine: with cuDNN, without, and with the package alone."""
     those = Substitutes(request.param)
-    monkeypatch.setattr(cuda, "FLASH", those.flash)
-    monkeypatch.setattr(cuda, "CUDNN", those.cudnn)
-    monkeypatch.setattr(cuda, "PLANNED", 12)
-    picked = cuda.SDPBackend.CUDNN_ATTENTION if request.param == "cudnn" else cuda.SDPBackend.FLASH_ATTENTION
+    monkeypatch.setattr(choice, "FLASH", those.flash)
+    monkeypatch.setattr(choice, "CUDNN", those.cudnn)
+    monkeypatch.setattr(choice, "PLANNED", 12)
+    picked = choice.SDPBackend.CUDNN_ATTENTION if request.param == "cudnn" else choice.SDPBackend.FLASH_ATTENTION
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: picked.value)
     package = types.ModuleType("flash_attn")
     package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
@@ -150,9 +151,9 @@ def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
 def test_a_kernel_is_tried_before_it_is_used(substitutes: Substitutes) -> None:
     query, value = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
     choice._tried.clear()
-    assert choice.works(cuda.torch_kernel, query, value) and choice.works(cuda.flash_attn_kernel, query, value)
+    assert choice.works(choice.torch_kernel, query, value) and choice.works(choice.flash_attn_kernel, query, value)
     tried = list(substitutes.called)
-    assert choice.works(cuda.torch_kernel, query, value) and substitutes.called == tried, "once"
+    assert choice.works(choice.torch_kernel, query, value) and substitutes.called == tried, "once"
 
 
 @pytest.mark.parametrize("fault", ["raises", "window", "scale"])

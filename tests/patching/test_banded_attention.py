@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
-from hf_posext.patching.kernels import Branch, attention_kernel, banded_attention, belongs
+from hf_posext.patching.kernels import attention_kernel, belongs
 from hf_posext.plan import Band, CountFade, DistanceDecay, PositionMap
 
 from ..conftest import tiny_llama, tokens
+from .bands import Branch, banded_attention
 
 PLAIN, FAR = PositionMap(), PositionMap(rate=0)
 BANDS: dict[str, tuple[Band, ...]] = {
@@ -59,10 +60,10 @@ def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, ke
         score = branch.query @ branch.key.repeat_interleave(groups, 1).transpose(-1, -2) * kw["scaling"]
         if kw.get("softcap"):
             score = kw["softcap"] * torch.tanh(score / kw["softcap"])
-        if branch.part.fade or branch.part.decay:
-            added = [[bias(branch.part, i, j) for j in keys[0].tolist()] for i in queries[0].tolist()]
+        if branch.band.fade or branch.band.decay:
+            added = [[bias(branch.band, i, j) for j in keys[0].tolist()] for i in queries[0].tolist()]
             score = score + torch.tensor(added, dtype=score.dtype)
-        scores = torch.where(belongs(branch.part, queries, keys)[:, None], score, scores)
+        scores = torch.where(belongs(branch.band, queries, keys)[:, None], score, scores)
     scores = scores.masked_fill(~kw["mask"], -torch.inf)
     if kw.get("sinks") is not None:
         scores = torch.cat([scores, kw["sinks"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)

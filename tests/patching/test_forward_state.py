@@ -16,22 +16,14 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from hf_posext import patch_model, unpatch_model
 from hf_posext.errors import EvaluationError
-from hf_posext.methods import DualChunk, DynamicNTK, DynamicYaRN, LogN, Method, ReRoPE, SelfExtend, Sinks, YaRN
+from hf_posext.methods import LogN, Method, YaRN
 from hf_posext.patching.signatures import with_cache
 
 from ..conftest import logits, tiny_llama, tokens
 from ..zoo import build
+from .test_remapping_inputs import ALL
 
-METHODS: dict[str, Method] = {
-    "rerope": ReRoPE(window=8),
-    "self-extend": SelfExtend(group=4, window=8),
-    "dual-chunk": DualChunk(chunk=12, local=4),
-    "sinks": Sinks(window=12),
-    "log-n": LogN(),
-    "dynamic-ntk": DynamicNTK(),
-    "dynamic-yarn": DynamicYaRN(),
-    "yarn+log-n": YaRN() + LogN(),
-}
+METHODS: dict[str, Method] = ALL | {"yarn+log-n": YaRN() + LogN()}
 CLOSE = {"atol": 1e-5, "rtol": 0.0}  # float32 sums in another order; logits spread by 4
 
 

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from hf_posext import compare, patch_model
 from hf_posext.methods import Method
-from hf_posext.patching.kernels import Branch, banded_attention, choice
+from hf_posext.patching.kernels import choice
 from hf_posext.patching.kernels.choice import attention_kernel, choose, one_pass, one_step
 from hf_posext.patching.signatures import with_cache
 
 from ..conftest import tiny_llama
+from .bands import Branch, banded_attention
 from .test_banded_attention import BANDS, dense
 from .test_compiled_decoding import METHODS, two
 from .test_other_device import CASES, IDS, REMAPPING, ROOT, TINY_ROPE
@@ -80,7 +81,7 @@ def test_kernels_in_half_precision(bands: str, queries: int) -> None:
     given = {"mask": None, "aligned": True, "scaling": 0.1}
     assert choose(query, value) is not None and one_pass(query) is not None
     found = banded_attention(branches, value, at[:, -queries:], at, **given)
-    exact = [Branch(one.part, one.query.double().cpu(), one.key.double().cpu()) for one in branches]
+    exact = [Branch(one.band, one.query.double().cpu(), one.key.double().cpu()) for one in branches]
     places = at[:, -queries:].cpu(), at.cpu()
     wanted = dense(exact, value.double().cpu(), *places, mask=places[1][:, None] <= places[0][..., None], scaling=0.1)
     torch.testing.assert_close(found.double().cpu(), wanted, **HALF)

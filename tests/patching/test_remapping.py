@@ -6,8 +6,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -37,7 +35,7 @@ from hf_posext.methods import (
     StringShift,
     YaRN,
 )
-from hf_posext.patching.remap.attention import _scaled
+from hf_posext.patching.remap.attention import query_factor
 from hf_posext.patching.signatures import cache_of, with_cache
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens
@@ -434,8 +432,8 @@ def test_golden_values_of_the_temperature_of_llama_4() -> None:
     """As transformers has them, with a scale of 0.1 and a step of 8192."""
     scale = Llama4Temperature().plan(replace(detect_scheme(tiny_llama()), trained_length=8192)).query_scale
     positions = torch.tensor([[8190, 8191, 16383, 65535]])
-    at: Any = SimpleNamespace(once=lambda what, make: make())
-    found = _scaled(torch.ones(1, 1, 4, 1), at, positions, scale).flatten()
+    assert scale is not None
+    found = query_factor(scale, positions, lambda of: of).flatten()
     torch.testing.assert_close(found, torch.tensor([1, 1.069315, 1.109861, 1.219722]), atol=1e-6, rtol=0)  # as printed
 
 

@@ -3,6 +3,7 @@ arguments of trainers."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,7 +25,19 @@ from transformers import (
 
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError, PosExtError, UnsupportedModelError
-from hf_posext.methods import DualChunk, DynamicNTK, DynamicYaRN, LogN, Method, ReRoPE, SelfExtend, Sinks
+from hf_posext.methods import (
+    DualChunk,
+    DynamicNTK,
+    DynamicYaRN,
+    LogN,
+    LongRoPE,
+    Method,
+    ReRoPE,
+    SelfExtend,
+    Sinks,
+    YaRN,
+)
+from hf_posext.patching import frequencies
 from hf_posext.patching.signatures import with_cache
 
 from ..conftest import TRAINED, logits, sharpen, tiny_llama, tokens
@@ -68,6 +81,31 @@ def test_a_row_equals_itself_alone_whatever_padding(name: str, kind: str, side: 
     both = logits(model, ids, **inputs)
     torch.testing.assert_close(both[:1, mask[0].bool()], logits(model, short), **CLOSE)
     torch.testing.assert_close(both[1:], logits(model, long), **CLOSE)
+
+
+def mask_of_pairs(mask: torch.Tensor, form: str) -> Any:
+    """A mask (batch, tokens) as transformers makes it of pairs (batch, 1, tokens, tokens)."""
+    pairs = mask.bool()[:, None, None] & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
+    if form == "rows of padding see all":
+        return pairs | ~pairs.any(-1, keepdim=True)
+    return torch.where(pairs, 0.0, torch.finfo(torch.float32).min) if form == "additive" else pairs
+
+
+@pytest.mark.parametrize("form", ["bool", "additive", "rows of padding see all"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_mask_of_pairs_shows_padding(name: str, side: str, form: str) -> None:
+    model = tiny_llama()
+    patch(model, name)
+    short, long = tokens(20, seed=1), tokens(90, seed=2)
+    pad = torch.zeros(1, 70).long()
+    ids = torch.cat([torch.cat([pad, short] if side == "left" else [short, pad], 1), long])
+    mask = (ids != 0).long()
+    both = logits(model, ids, attention_mask=mask_of_pairs(mask, form))
+    torch.testing.assert_close(both[:1, mask[0].bool()], logits(model, short), **CLOSE)
+    torch.testing.assert_close(both[1:], logits(model, long), **CLOSE)
+    whole = logits(model, short.expand(2, -1), attention_mask=mask_of_pairs(torch.ones(1, 20), form))
+    torch.testing.assert_close(whole[1:], logits(model, short), **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -256,6 +294,69 @@ def test_steps_behind_an_image_equal_one_forward(name: str, kind: str) -> None:
     torch.testing.assert_close(torch.cat(found, 1), at_once, **CLOSE)
 
 
+# --- frequencies that follow the length of the input -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_remapping_of_frequencies_that_follow_the_input(kind: str) -> None:
+    """Bands ask for positions far below those of the model: steps would be rotated by another list than a text."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [1, 1.5, 2, 3, 4, 4, 4, 4.0]}
+        rope |= {"original_max_position_embeddings": TRAINED}
+    model = tiny_llama(max_position_embeddings=4 * TRAINED, rope_parameters=rope)
+    for name in ("rerope", "self-extend", "dual-chunk", "sinks"):
+        with pytest.raises(UnsupportedModelError, match=r"Pass a method .* as in 'yarn\+"):
+            patch(model, name)
+    patch_model(model, YaRN() + ReRoPE(window=8), factor=8, trained_length=16)
+    ids, cache = tokens(TRAINED + 20), DynamicCache(config=model.config)
+    steps = [logits(model, one, **with_cache(model.forward, cache)) for one in ids.split([TRAINED - 2, *[1] * 22], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), logits(model, ids, use_cache=False), **CLOSE)
+
+
+def test_a_text_that_passes_the_first_longrope_list(llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, as it passes, and only with keys of the first list in the cache."""
+    frequencies._warn_of_boundary.cache_clear()
+    patch_model(llama, LongRoPE(short_factor=[1.0] * 8, long_factor=[1, 1.5, 2, 3, 4, 4, 4, 4.0]), factor=4)
+    ids, counts = tokens(TRAINED + 10), []
+    for _ in range(2):
+        logits(llama, ids)
+        cache = DynamicCache(config=llama.config)
+        for part in ids.split([TRAINED - 1, 1, 1, 9], 1):
+            logits(llama, part, **with_cache(llama.forward, cache))
+            counts.append(sum("second LongRoPE list" in record.getMessage() for record in caplog.records))
+    assert counts == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+# --- replicas --------------------------------------------------------------------------------------------------------
+
+
+def replicas(model: PreTrainedModel, count: int) -> list[Any]:
+    """Return copies of a model as `DataParallel` makes them: new modules with the same attributes and hooks."""
+    modules = list(model.modules())
+    copies = [[module._replicate_for_data_parallel() for module in modules] for _ in range(count)]
+    number = {module: index for index, module in enumerate(modules)}
+    for made in copies:
+        for module, one in zip(modules, made, strict=True):
+            one._modules = {name: child and made[number[child]] for name, child in module._modules.items()}
+            one._parameters = dict(module._parameters)
+    return [made[0] for made in copies]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_replicas_of_data_parallel(name: str) -> None:
+    """Each reads some of the rows, in a thread of its own."""
+    model = build("llama")
+    patch(model, name)
+    rows = [tokens(count, seed=count) for count in (60, 33, 47)]
+    right = [logits(model, ids) for ids in rows]
+    twins = replicas(model, len(rows))
+    for _ in range(3):
+        with ThreadPoolExecutor(len(rows)) as pool:
+            found = list(pool.map(logits, twins, rows))
+        assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
+
+
 # --- caches that other code has changed ------------------------------------------------------------------------------
 
 
@@ -276,6 +377,8 @@ def test_evicted_and_rearranged_keys_are_found_out(name: str, kind: str) -> None
         lambda cache: keep(cache, torch.cat([torch.arange(4), torch.arange(30, 60)]), 2),  # kvpress, H2O
         lambda cache: keep(cache, torch.tensor([1, 0]), 0),  # beams, by hand
         lambda cache: keep(cache, torch.arange(59), 2),  # a crop, by hand
+        lambda cache: [layer.keys.copy_(layer.keys.flip(0)) for layer in cache.layers],  # beams, in place
+        lambda cache: cache.layers[-1].keys[:, :, 3].zero_(),
     ):
         cache = DynamicCache() if kind == "llama" else DynamicCache(config=model.config)
         logits(model, two, attention_mask=mask, **with_cache(model.forward, cache))
@@ -284,7 +387,7 @@ def test_evicted_and_rearranged_keys_are_found_out(name: str, kind: str) -> None
                 layer.keys = layer.keys.clone()
         else:
             change(cache)
-        with pytest.raises(EvaluationError, match="evicted, replaced or added by other code"):
+        with pytest.raises(EvaluationError, match="evicted, replaced, overwritten or added by other code"):
             logits(model, two[:, :1], **with_cache(model.forward, cache))
 
 

@@ -155,14 +155,16 @@ def test_changed_objects_are_asked_themselves() -> None:
         patch_model(model, KEEPS, factor=8)
 
 
+def wide(**settings: Any) -> Any:
+    """A model of some 60 million weights a layer, without its weights."""
+    sizes = {"vocab_size": 50_000, "hidden_size": 2048, "intermediate_size": 8192}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, **settings))
+
+
 def test_a_skeleton_is_narrow_and_disturbs_nothing() -> None:
     """Its size does not follow that of the model, and no number is drawn from the process."""
-    config = LlamaConfig(
-        vocab_size=50_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=3, num_attention_heads=32,
-        num_key_value_heads=8, pad_token_id=49_999,
-    )  # fmt: skip
-    with torch.device("meta"):
-        large = LlamaForCausalLM(config)
+    large = wide(num_hidden_layers=3, pad_token_id=49_999)
     state = torch.get_rng_state()
     skeleton = skeleton_of(large.model)
     assert skeleton is not None and torch.equal(torch.get_rng_state(), state)
@@ -173,13 +175,8 @@ def test_a_skeleton_is_narrow_and_disturbs_nothing() -> None:
 
 def test_a_model_of_a_billion_weights_is_patched_at_once() -> None:
     """In half a second on one core of a free machine. A forward would take several; none is made."""
-    config = LlamaConfig(
-        vocab_size=50_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=4096,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    rotary = type(model.model.rotary_emb)(config)
+    model = wide(num_hidden_layers=16, max_position_embeddings=4096)
+    rotary = type(model.model.rotary_emb)(model.config)
     model.to_empty(device="cpu").eval()
     model.model.rotary_emb = rotary
     patch_model(model, "yarn", factor=4).undo()  # what is loaded on first use

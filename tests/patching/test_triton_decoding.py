@@ -18,14 +18,14 @@ from triton.language import standard
 from hf_posext import patch_model
 from hf_posext.methods import Decay, DualChunk, Fade, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, StringShift
 from hf_posext.patching.kernels import attention_kernel, choice
-from hf_posext.patching.remap import decoding_step
+from hf_posext.patching.remap import rotated_keys
 from hf_posext.patching.signatures import with_cache
 
 from ..conftest import tiny_llama, tokens
 from .pretend_device import PretendDevice
 from .test_triton_kernels import compiled_for
 
-NAME = "hf_posext.patching.kernels.triton_step"
+NAME = "hf_posext.patching.kernels.triton_kernels"
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, met
 
     with patch_model(model, method, factor=8, trained_length=16):
         wanted, cache = steps()
-        monkeypatch.setattr(decoding_step, "one_step", lambda *given: interpreted.Step)
+        monkeypatch.setattr(rotated_keys, "one_step", lambda *given: interpreted.Step)
         found, other = steps()
     for one, two in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0)  # float32, sums in another order
@@ -149,7 +149,7 @@ def test_it_compiles(dtype: str, generation: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     kernels = importlib.import_module(NAME)
     kernel = kernels._attend
-    sizes: dict[str, Any] = {"HEADS": 8, "GROUP": 4, "PARTS": 2, "WIDTH": 128, "COLUMNS": 128, "ROWS": 16}
+    sizes: dict[str, Any] = {"HEADS": 8, "GROUP": 4, "BANDS": 2, "WIDTH": 128, "COLUMNS": 128, "ROWS": 16}
     sizes |= {"BLOCK": 32, "PRECISION": "ieee"} if dtype == "fp32" else {"BLOCK": 64, "PRECISION": "tf32"}
     sizes |= {"PIECES": kernels.PIECES, "FADES": True}
     kinds = dict.fromkeys(("out", "query", "key", "value"), f"*{dtype}") | dict.fromkeys(sizes, "constexpr")

@@ -16,13 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import hf_posext.patching.remap.layout as layout_module
-from hf_posext.patching.kernels import choice, regions
+from hf_posext.patching.kernels import banded, choice
 from hf_posext.patching.remap.layout import Layout
-from hf_posext.patching.remap.layout import _swaps as swaps
 
 from .pretend_device import PretendDevice
 
-NAME = "hf_posext.patching.kernels.triton_passes"
+NAME = "hf_posext.patching.kernels.triton_kernels"
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     found = importlib.import_module(NAME)
-    for module in (regions, layout_module):
+    for module in (banded, layout_module):
         monkeypatch.setattr(module, "one_pass", lambda states: found)
     return found
 
@@ -57,7 +56,7 @@ def test_rotation(fused: ModuleType, half: int, dtype: torch.dtype, rows: int) -
     given, partners = states(3, 37, dtype), torch.arange(24)
     partners[: 2 * half] = partners[: 2 * half].roll(half)
     weights = (torch.arange(24) < 2 * half).float()
-    layout = Layout(0, partners, partners, weights, swaps(partners, weights), bool(weights.all()))
+    layout = Layout(0, partners, partners, weights, direct=False)
     cos, sin = layout.phases(*torch.randn(2, rows, 37, 24).unbind(), dtype)
     called = spy(fused)
     found = layout.rotate(given, (cos, sin))
@@ -71,7 +70,7 @@ def test_other_layouts_are_rotated_by_pytorch(fused: ModuleType) -> None:
     """Neighbours in pairs, and one that is not regular."""
     for partners in (torch.arange(24) ^ 1, torch.arange(24).flip(0)):
         given, weights = states(3, 37, torch.float32), torch.ones(24)
-        layout = Layout(0, partners, partners, weights, swaps(partners, weights), bool(weights.all()))
+        layout = Layout(0, partners, partners, weights, direct=False)
         cos, sin = layout.phases(*torch.randn(2, 1, 37, 24).unbind(), torch.float32)
         called = spy(fused)
         torch.testing.assert_close(layout.rotate(given, (cos, sin)), given * cos + given[..., partners] * sin)
@@ -91,7 +90,7 @@ def test_merge(fused: ModuleType, dtype: torch.dtype) -> None:
     later, whole = slice(3, 36), slice(0, 37)
     held, sums = piece(whole, slice(0, 12))
     held[:, :, :5], sums[:, :, :5] = 0, -torch.inf
-    merged = regions.Merged(torch.empty(2, 3, 37, 24), value)
+    merged = banded.Merged(torch.empty(2, 3, 37, 24), value)
     merged.add(whole, held, sums)
     merged.add(later, *piece(later, slice(12, 20)))
     wanted, total = piece(whole, slice(0, 20))

@@ -147,7 +147,7 @@ def test_what_it_cannot_honour_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="runs with 'posext-sdpa' attention"), _entered(late):
         pass
     one = shifted_sparse_attention(tiny_llama(), 1)
-    with pytest.raises(InvalidParameterError, match="shifted is 1; give the number of groups"), one:
+    with pytest.raises(InvalidParameterError, match="2 groups of a row or more, got 1"), one:
         pass
     model = tiny_llama().train()
     with shifted_sparse_attention(model, GROUPS), pytest.raises(InvalidParameterError, match="of 8; got 30 tokens"):

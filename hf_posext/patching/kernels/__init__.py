@@ -4,14 +4,18 @@
 and rotations on one pass ([`one_pass`]). Other modules of this folder are private to it.
 """
 
-from .banded import Branch, banded_attention
-from .bands import belongs, mapped, step_fading
+from .banded import Branch, attention_with_weights, banded_attention
+from .bands import SAME, Geometry, belongs, mapped, starts, step_fading
 from .choice import attention_kernel, one_pass, one_step
-from .regions import starts
+from .fused import Rotated, whole
 
 __all__ = [
+    "SAME",
     "Branch",
+    "Geometry",
+    "Rotated",
     "attention_kernel",
+    "attention_with_weights",
     "banded_attention",
     "belongs",
     "mapped",
@@ -19,4 +23,5 @@ __all__ = [
     "one_step",
     "starts",
     "step_fading",
+    "whole",
 ]

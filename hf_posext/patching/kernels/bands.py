@@ -1,4 +1,4 @@
-"""Bands: which pairs are in one, the positions that it sees, and what is taken from its logits.
+"""Bands: which pairs are in one, the positions that it sees, what is taken from its logits, and the scores it fills.
 
 A fade counts the keys of a band, a decay their distance. Both are piecewise constant where kernels need them to be. A
 fade is one number for each query, so it shifts the log-sum-exp of the whole band. A decay is constant within an octave
@@ -10,18 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
 from ...plan import Band, PositionMap
 
+SAME = PositionMap()
+"""The map that leaves positions as they are."""
+
 
 def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the positions that a part sees.
+    """Return the positions that a band sees.
 
     Args:
         positions (`torch.LongTensor`): of tokens, before any remapping.
-        rule (`PositionMap`): what the part does to them.
+        rule (`PositionMap`): of queries or of keys.
         lengths (`torch.LongTensor` that broadcasts to the positions, *optional*): of the rows, for a map that follows
             them.
 
@@ -29,7 +33,7 @@ def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | N
         `torch.Tensor` of the same shape, with another dimension for slots of frequencies where the map has positions
         for each. Floating-point where positions may be fractional.
     """
-    if rule == PositionMap():
+    if rule == SAME:
         return positions
     moved = positions if rule.modulo is None else positions % rule.modulo
     moved = _grouped(moved, rule, lengths)
@@ -66,76 +70,321 @@ def _grouped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor |
     return moved if len(shares) > 1 else moved[..., 0]
 
 
-def belongs(part: Band, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+def belongs(band: Band, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
     """Mask of the pairs in a band: positions (batch, queries) and (batch, keys) give bool (batch, queries, keys)."""
-    distance = (query_positions // part.chunk)[..., :, None] - (key_positions // part.chunk)[..., None, :]
-    inside = distance >= part.low if part.low > 0 else torch.ones_like(distance, dtype=torch.bool)
-    if part.high is not None:
-        inside &= distance < part.high
-    if part.keys_below is not None:
-        inside &= key_positions[..., None, :] < part.keys_below
+    distance = (query_positions // band.chunk)[..., :, None] - (key_positions // band.chunk)[..., None, :]
+    inside = distance >= band.low if band.low > 0 else torch.ones_like(distance, dtype=torch.bool)
+    if band.high is not None:
+        inside &= distance < band.high
+    if band.keys_below is not None:
+        inside &= key_positions[..., None, :] < band.keys_below
     return inside
 
 
-def fade(part: Band, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return what a band's count fade adds to the logits of queries.
-
-    Args:
-        part (`Band`): the band.
-        positions (`torch.LongTensor` of shape `(batch, queries)`): positions of the queries before any remapping.
-        dtype (`torch.dtype`): floating-point dtype of the result.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, queries)`, 0 or less; `None` for a band without a fade.
-    """
-    if part.fade is None:
+def fade(band: Band, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return what a band's count fade adds to the logits of queries at positions (batch, queries): 0 or less, of the
+    same shape; `None` for a band without a fade."""
+    if band.fade is None:
         return None
-    count = (positions // part.chunk - part.low + 1) * part.chunk
-    return (count.to(dtype) / part.fade.reference).clamp(min=1).log() * -part.fade.strength
+    count = (positions // band.chunk - band.low + 1) * band.chunk
+    return (count.to(dtype) / band.fade.reference).clamp(min=1).log() * -band.fade.strength
 
 
-def decay(part: Band, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def decay(band: Band, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """Return what a band's decay adds to the logits of pairs at integer distances: 0 or less, of the same shape;
     `None` for a band without a decay. Distances below 0 get 0."""
-    if part.decay is None:
+    if band.decay is None:
         return None
     # the exponent of frexp is the bit length of a whole number below 2 ** 24
-    octave = torch.frexp((distance // part.decay.start).clamp(min=0).to(torch.float32)).exponent
-    return (octave.to(dtype) - 0.5).clamp(min=0) * (-part.decay.strength * math.log(2))
+    octave = torch.frexp((distance // band.decay.start).clamp(min=0).to(torch.float32)).exponent
+    return (octave.to(dtype) - 0.5).clamp(min=0) * (-band.decay.strength * math.log(2))
 
 
-def octaves(part: Band, reach: int) -> Iterator[tuple[Band, float]]:
-    """Yield the bands into which a decay cuts a band, nearest first, and what it adds to their logits.
-
-    Args:
-        part (`Band`): the band; one without a decay is yielded as it is.
-        reach (`int`): distances from here on do not occur.
-    """
-    if part.decay is None:
-        yield part, 0.0
+def octaves(band: Band, reach: int) -> Iterator[tuple[Band, float]]:
+    """Yield the bands into which a decay cuts a band, nearest first, and what it adds to their logits. Distances from
+    `reach` on do not occur."""
+    if band.decay is None:
+        yield band, 0.0
         return
-    low, last = part.low, reach if part.high is None else min(reach, part.high)
+    low, last = band.low, reach if band.high is None else min(reach, band.high)
     while low < last:
-        count = (low // part.decay.start).bit_length()
-        edge = part.decay.start << count
-        constant = -part.decay.strength * math.log(2) * max(count - 0.5, 0)
-        yield replace(part, low=low, high=part.high if edge >= last else edge, decay=None), constant
+        count = (low // band.decay.start).bit_length()
+        edge = band.decay.start << count
+        constant = -band.decay.strength * math.log(2) * max(count - 0.5, 0)
+        yield replace(band, low=low, high=band.high if edge >= last else edge, decay=None), constant
         low = edge
 
 
-def step_fading(parts: Sequence[Band], positions: torch.Tensor) -> torch.Tensor | None:
+def step_fading(bands: Sequence[Band], positions: torch.Tensor) -> torch.Tensor | None:
     """Return what a kernel of a step adds to logits, for queries at positions (batch, 1).
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, parts, 3)`: for each band its fade, what its decay adds in an octave, and
+        `torch.FloatTensor` of shape `(batch, bands, 3)`: for each band its fade, what its decay adds in an octave, and
         where that starts; `None` where no band has either.
     """
-    if all(part.fade is None and part.decay is None for part in parts):
+    if all(band.fade is None and band.decay is None for band in bands):
         return None
     nothing = torch.zeros_like(positions, dtype=torch.float32)
     rows = []
-    for part in parts:
-        shift = fade(part, positions, torch.float32)
-        rate, start = (0.0, 1) if part.decay is None else (-part.decay.strength * math.log(2), part.decay.start)
+    for band in bands:
+        shift = fade(band, positions, torch.float32)
+        rate, start = (0.0, 1) if band.decay is None else (-band.decay.strength * math.log(2), band.decay.start)
         rows.append([nothing if shift is None else shift, nothing + rate, nothing + min(start, 2**24)])
     return torch.stack([torch.cat(row, -1) for row in rows], 1)
+
+
+class Region(NamedTuple):
+    """Queries `rows` against `columns` of keys.
+
+    A query sees all of them. With `causal` (a square), it sees those up to its own. With `window`, it sees the latest
+    of those, where the last query sees the last key. `constant` is added to all logits.
+    """
+
+    rows: slice
+    columns: slice
+    causal: bool = False
+    window: int | None = None
+    constant: float = 0.0
+
+
+def regions(band: Band, queries: int, keys: int) -> list[Region] | None:
+    """Return the regions that a band fills where positions are the indices of the keys, for the last `queries` of some
+    keys; `None` where it fills others."""
+    if band.keys_below is not None:
+        return None
+    if band.chunk > 1:
+        return list(_chunks(band, queries, keys))
+    return [
+        region._replace(constant=constant)
+        for octave, constant in octaves(band, keys)
+        for region in _distances(octave, queries, keys)
+    ]
+
+
+def _distances(band: Band, queries: int, keys: int) -> Iterator[Region]:
+    first, newest = keys - queries, keys - band.low  # the last query sees keys up to but not `newest`
+    rows = slice(max(band.low - first, 0), queries)
+    if band.high is None or band.high >= keys:
+        yield from _triangle(rows, 0, newest)
+    elif rows.start < rows.stop:
+        start = max(first + rows.start - band.high + 1, 0)
+        yield Region(rows, slice(start, newest), window=band.high - band.low if rows.stop - rows.start > 1 else None)
+
+
+def starts(bands: Sequence[Band], keys: int) -> tuple[int, ...] | None:
+    """Return the first key that the newest token sees in each band; `None` unless each ends where the last starts."""
+    firsts, stop = [], keys
+    for band in bands:
+        for region in regions(replace(band, decay=None), 1, keys) or [Region(slice(0, 1), slice(0, 0))]:
+            if region.columns.stop != stop:
+                return None
+            stop = region.columns.start
+        firsts.append(stop)
+    return tuple(firsts) if stop == 0 else None
+
+
+def _triangle(rows: slice, low: int, high: int) -> Iterator[Region]:
+    # keys `low` to `high - 1`, of which the last query sees all and each one before it one less
+    if rows.start >= rows.stop:
+        return
+    if rows.stop - rows.start == 1:
+        yield Region(rows, slice(low, high))
+        return
+    square = high - (rows.stop - rows.start)
+    if square > low:
+        yield Region(rows, slice(low, square))
+    yield Region(rows, slice(square, high), causal=True)
+
+
+def _chunks(band: Band, queries: int, keys: int) -> Iterator[Region]:
+    first, size = keys - queries, band.chunk
+    for chunk in range(first // size, (keys - 1) // size + 1):
+        begin, end = max(chunk * size, first), min((chunk + 1) * size, keys)
+        rows = slice(begin - first, end - first)
+        low = 0 if band.high is None else max((chunk - band.high + 1) * size, 0)
+        if band.low == 0:
+            yield from _triangle(rows, low, end)
+        elif (high := (chunk - band.low + 1) * size) > low:
+            yield Region(rows, slice(low, high))
+
+
+class Piece(NamedTuple):
+    """A rectangle of scores: the queries of a block against the keys `low` to `high - 1` of a band.
+
+    `bias` (batch or 1, key heads or 1, rows, keys) is added to the scores: 0, or the least number where a pair is not
+    attended. It is `None` where all pairs are. `shift` is added as well: a number, or one for each row, of shape
+    (batch or 1, 1, rows). There is a row for each head behind the same key head.
+    """
+
+    band: int
+    low: int
+    high: int
+    bias: torch.Tensor | None
+    shift: torch.Tensor | float | None = None
+
+
+class Geometry:
+    """Places of queries and keys in the bands of one forward, the same for all its layers that see the same keys.
+
+    Args:
+        bands (`Sequence[Band]`): disjoint.
+        queries (`torch.Tensor` of shape `(batch, queries)`): positions before any remapping.
+        keys (`torch.Tensor` of shape `(batch, keys)`): the same of the keys.
+        mask (`torch.Tensor` broadcastable to `(batch, heads, queries, keys)`, *optional*): bool (attend) or additive;
+            without it, the last query sees all keys and each one before it one key less.
+        aligned (`bool`): positions are the indices of the keys, so that bands are stripes of the score matrix.
+    """
+
+    def __init__(
+        self,
+        bands: Sequence[Band],
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        mask: torch.Tensor | None,
+        aligned: bool,
+    ) -> None:
+        self.bands, self.queries, self.keys, self.mask = bands, queries, keys, mask
+        self.aligned = aligned
+        self._shifts: dict[torch.dtype, list[torch.Tensor | None]] = {}
+        self._biases: dict[Any, torch.Tensor] = {}
+        self._pieces: dict[Any, list[Piece]] = {}
+
+    def fades(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        """Return what the fade of each band adds to the logits of queries (batch, queries); `None` without one."""
+        if dtype not in self._shifts:
+            self._shifts[dtype] = [fade(band, self.queries, dtype) for band in self.bands]
+        return self._shifts[dtype]
+
+    def decay(self, band: Band, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return what a band's decay adds to the logits of all pairs (batch, queries, keys); `None` without one."""
+        return decay(band, self.queries[..., :, None] - self.keys[..., None, :], dtype)
+
+    def belongs(self, band: Band) -> torch.Tensor:
+        """Return which pairs (batch, queries, keys) are in a band."""
+        return belongs(band, self.queries, self.keys)
+
+    def pieces(self, start: int, stop: int, heads: int, key_heads: int, dtype: torch.dtype) -> list[Piece]:
+        """Return the rectangles of the queries `start` to `stop - 1`, for values of a dtype.
+
+        They hold no states, which autograd and checkpoints are to keep. Those of masks are as large as the mask, and
+        are made anew, except for a single query's.
+        """
+        stays = self.mask is None and self.aligned or self.queries.shape[1] == 1
+        kind = start, stop, heads, key_heads, dtype
+        pieces = self._pieces.get(kind) if stays else None
+        if pieces is None:
+            pieces = list(self._cut(start, stop, heads, key_heads, dtype))
+            if stays:
+                self._pieces[kind] = pieces
+        return pieces
+
+    def _cut(self, start: int, stop: int, heads: int, key_heads: int, dtype: torch.dtype) -> Iterator[Piece]:
+        keys, group = self.keys.shape[1], heads // key_heads
+        first, last = keys - self.queries.shape[1] + start, keys - self.queries.shape[1] + stop
+        mask, wide = self.mask, torch.promote_types(dtype, torch.float32)
+        here = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
+        for number, (band, faded) in enumerate(zip(self.bands, self.fades(wide), strict=True)):
+            shift = None if faded is None else faded[:, None, start:stop].repeat(1, 1, group)
+            for low, high, constant in _rectangles(band, first, last, keys, self.aligned, causal=mask is None):
+                if constant is not None:
+                    yield Piece(number, low, high, None, shift if not constant else summed(shift, constant))
+                    continue
+                # all blocks have the same edges, except for where chunks begin
+                alike = number, first % band.chunk, last - first, low - first, high - first, group, dtype
+                bias = self._biases.get(alike)
+                if bias is None:
+                    places = self.queries[:, start:stop], self.keys[:, low:high]
+                    if self.aligned and mask is None and band.chunk == 1 and band.keys_below is None:
+                        bias = _diagonals(band, dtype, (first, last), (low, high), places[0])
+                    else:
+                        bias = _bias(band, *places, dtype, here, (first, last), (low, high))
+                    shape = (bias.shape[0], key_heads, -1, high - low)
+                    bias = bias.repeat(1, 1, group, 1) if bias.shape[1] == 1 else bias.reshape(shape)
+                    if self.aligned and mask is None:
+                        self._biases[alike] = bias
+                yield Piece(number, low, high, bias, shift)
+
+
+def summed(one: Any, other: Any) -> Any:
+    """Return the sum of two numbers or tensors, either of which may be `None`."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+def _rectangles(
+    band: Band, first: int, last: int, keys: int, aligned: bool, causal: bool
+) -> Iterator[tuple[int, int, float | None]]:
+    """The keys of a band for queries `first` to `last - 1`: from, to, and what its decay adds to all of these logits;
+    `None` where that is not the same for all, or where some of the queries do not see some of the keys.
+
+    Where bands are stripes, keys that no query of the block sees are left out, and those that all of them see need no
+    bias: on a long input nearly all scores are there.
+    """
+    low, high = _stripe(band, first, last, keys) if aligned else (0, min(last, keys) if causal else keys)
+    # from the farthest octave of a decay to the nearest, which is from the first key to the last
+    for octave, constant in reversed(list(octaves(band, last)) if aligned and causal else []):
+        start, stop = _inner(octave, first, last, low, high)
+        if stop - start <= 4 * (last - first):  # not worth a rectangle of its own
+            continue
+        if low < start:
+            yield low, start, None
+        yield start, stop, constant
+        low = stop
+    if low < high:
+        yield low, high, None
+
+
+def _stripe(band: Band, first: int, last: int, keys: int) -> tuple[int, int]:
+    """The range of keys that some of the queries `first` to `last - 1` see in a band."""
+    oldest = 0 if band.high is None else (first // band.chunk - band.high + 1) * band.chunk
+    newest = ((last - 1) // band.chunk - band.low + 1) * band.chunk
+    return max(oldest, 0), min(newest, last, keys, keys if band.keys_below is None else band.keys_below)
+
+
+def _inner(band: Band, first: int, last: int, low: int, high: int) -> tuple[int, int]:
+    """The range of keys, within `low` to `high - 1`, that all of the queries `first` to `last - 1` see in a band."""
+    oldest = low if band.high is None else ((last - 1) // band.chunk - band.high + 1) * band.chunk
+    newest = min((first // band.chunk - band.low + 1) * band.chunk, first + 1)
+    return max(oldest, low), min(newest, high)
+
+
+def _diagonals(
+    band: Band, dtype: torch.dtype, rows: tuple[int, int], columns: tuple[int, int], queries: torch.Tensor
+) -> torch.Tensor:
+    """Return [`_bias`] where it follows from the distance: the last query's, moved by a key for each before it."""
+    count, width = rows[1] - rows[0], columns[1] - columns[0]
+    span = columns[0], columns[1] + count - 1
+    newest, keys = queries[:1, -1:], torch.arange(*span, device=queries.device)
+    row = _bias(band, newest, newest + keys - (rows[1] - 1), dtype, None, (rows[1] - 1, rows[1]), span)
+    return row[:, :, 0].unfold(-1, width, 1).flip(-2)
+
+
+def _bias(
+    band: Band,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    dtype: torch.dtype,
+    mask: torch.Tensor | None,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+) -> torch.Tensor:
+    """The decay and the mask's own number where a pair is attended, the least number of a dtype elsewhere; float32 or
+    float64.
+
+    That number is finite, so that a query that attends to nothing (padding, which no one reads) gets no NaN.
+    """
+    allowed = belongs(band, query_positions, key_positions)[:, None]
+    least = torch.finfo(dtype).min
+    bias = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=allowed.device)
+    if mask is None:
+        index = torch.arange(*columns, device=allowed.device)
+        allowed = allowed & (index <= torch.arange(*rows, device=allowed.device)[:, None])
+    elif mask.dtype == torch.bool:
+        allowed = allowed & mask[..., slice(*columns)]
+    else:
+        bias = mask[..., slice(*columns)].to(bias.dtype).clamp(min=least)
+    decayed = decay(band, query_positions[..., :, None] - key_positions[..., None, :], bias.dtype)
+    if decayed is not None:
+        bias = bias + decayed[:, None]
+    return torch.where(allowed, bias, least)

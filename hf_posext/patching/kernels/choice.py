@@ -1,7 +1,13 @@
 """Choice of the kernel that attends, by device and by a trial of the kernel there.
 
-Each is tried once on a small problem (`trial.py`). One that fails or computes something else is left alone, with a
-warning. [`attention_kernel`] forces one.
+Each is tried once on a small problem. One that fails or computes something else is left alone, with a warning.
+[`attention_kernel`] forces one.
+
+A kernel of CUDA takes queries (batch, heads, queries, dim) and keys and values (batch, key heads, keys, dim). It
+returns the attended values in the shape of the queries, and a float32 log-sum-exp (batch, heads, queries), by which
+pieces are merged. With `window`, query i of the last ones sees the latest `window` keys up to its own. Without it,
+queries see all keys, or, where `causal` (as many queries as keys), those up to their own. Heads share keys, which are
+not repeated.
 """
 
 from __future__ import annotations
@@ -9,15 +15,27 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from ...errors import InvalidParameterError
-from .cuda import KERNELS, Kernel, flash_attn_kernel, torch_kernel
-from .trial import ERROR, PASS_ERROR, error_of_kernel, error_of_passes, error_of_step, passes
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""`kernel(query, key, value, scaling=..., causal=..., window=...)`."""
+
+CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+FLASH = torch.ops.aten._flash_attention_forward.default
+"""Without a look at their overloads, which takes longer than to start them."""
+
+PLANNED = 128
+"""Queries from which cuDNN is worth the plan that it makes."""
 
 MAX_WIDTH = 256
 """Channels of a head that FlashAttention-2 takes at most."""
@@ -28,15 +46,63 @@ BLOCKS = ("cpu", "plain")
 ONE_PASS = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes that are rotated and merged by Triton."""
 
+KEYS = 256
+"""Keys of a small problem."""
+
+ERROR = 0.05
+"""Tolerance for attention: bfloat16 is off by 0.01, one key too many by more."""
+
+PASS_ERROR = 1e-4
+"""Tolerance for a rotation or a merge in float32."""
+
 _forced: list[str] = []
 _tried: dict[tuple[Any, ...], bool] = {}
+
+
+def torch_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, causal: bool, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend by PyTorch's kernels for CUDA: cuDNN where its attention would pick that, FlashAttention-2 otherwise.
+
+    cuDNN plans each shape anew, which takes longer than a step: not for a few queries, whose keys grow in number.
+    """
+    if window is None and query.shape[2] >= PLANNED and _picks_cudnn(query, key, value, scaling, causal):
+        out, total = CUDNN(query, key, value, None, True, 0.0, causal, False, scale=scaling)[:2]
+        return out, total.reshape(query.shape[:3])
+    states = (one.transpose(1, 2) for one in (query, key, value))
+    sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    out, total = FLASH(*states, None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scaling, **sides)[
+        :2
+    ]
+    return out.transpose(1, 2), total
+
+
+def _picks_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool) -> bool:
+    picked = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scaling, enable_gqa=True)
+    return bool(picked == SDPBackend.CUDNN_ATTENTION.value)
+
+
+def flash_attn_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, causal: bool, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend by the package flash-attn, version 2."""
+    package: Any = importlib.import_module("flash_attn")
+    states = (one.transpose(1, 2) for one in (query, key, value))
+    sides = (-1, -1) if window is None else (window - 1, 0)
+    out, total, _ = package.flash_attn_func(
+        *states, softmax_scale=scaling, causal=causal, window_size=sides, return_attn_probs=True
+    )
+    return out.transpose(1, 2), total
+
+
+KERNELS: dict[str, Kernel] = {"torch": torch_kernel, "flash_attn": flash_attn_kernel}
 
 
 @contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
     """
-    Inside, attention over parts runs on one kernel; where that cannot do what is asked (gradients, masks that are not
-    bands, ...), on the plain form.
+    Inside, attention over bands runs on one kernel; where that cannot do what is asked (gradients, masks that are not
+    stripes, ...), on the plain form.
 
     Args:
         name (`str`): `"torch"` (PyTorch's own on CUDA: the one that its attention picks, but FlashAttention-2 for
@@ -59,12 +125,12 @@ def attention_kernel(name: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The kernel that [`attention_kernel`] asks for."""
+    """Return the kernel that [`attention_kernel`] asks for."""
     return _forced[-1] if _forced else None
 
 
 def choose(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
-    """The kernel for bands on the device of the states, without a mask and gradients; `None` where there is none."""
+    """Return the kernel for bands on the device of the states, without a mask and gradients; `None` without one."""
     name = forced()
     if name is not None:
         return KERNELS.get(name)
@@ -98,9 +164,11 @@ def works(kernel: Kernel, query: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def one_pass(states: torch.Tensor) -> Any:
-    """The module of kernels by which states are rotated and merged in one pass; `None` where that is left to PyTorch:
-    without Triton, on other devices than the current one, where it would start them, and in graphs, transforms and
-    under autograd, which fuse and differentiate."""
+    """Return the module of kernels by which states are rotated and merged in one pass; `None` where PyTorch does it.
+
+    It does so without Triton, on other devices than the current one, where Triton would start them, and in graphs,
+    transforms and under autograd, which fuse and differentiate.
+    """
     if states.device.type != "cuda" or states.stride(-1) != 1 or states.dtype not in ONE_PASS:
         return None
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -116,15 +184,15 @@ def _one_pass(device: torch.device) -> Any:
         return None
 
     def error() -> float:
-        return error_of_passes(importlib.import_module(".triton_passes", __package__), device)
+        return error_of_passes(importlib.import_module(".triton_kernels", __package__), device)
 
     found = passes(f"Triton is not used on {device}", error, PASS_ERROR)
-    return importlib.import_module(".triton_passes", __package__) if found else None
+    return importlib.import_module(".triton_kernels", __package__) if found else None
 
 
-def one_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: int) -> Any:
-    """The class of such steps for states (batch, heads, tokens, dim) and some parts; `None` where they are left to
-    others. It is tried once on a small problem."""
+def one_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bands: int) -> Any:
+    """Return the class of steps in one kernel for states (batch, heads, tokens, dim) and some bands; `None` where
+    others do them."""
     if query.device.type != "cuda" or query.shape[2] != 1 or forced() or one_pass(query) is None:
         return None
     width = query.shape[-1]
@@ -137,14 +205,103 @@ def one_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts:
         return None
     if query.stride(1) != width or query.shape[0] > 1 and query.stride(0) != width * query.shape[1]:
         return None
-    return _step_of(query.device, query.dtype, query.shape[1], key.shape[1], width, parts)
+    return _step_of(query.device, query.dtype, query.shape[1], key.shape[1], width, bands)
 
 
 @functools.cache
-def _step_of(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, parts: int) -> Any:
-    kernels: Any = importlib.import_module(".triton_step", __package__)
-    if parts > kernels.MAX_PARTS or parts * heads // key_heads > kernels.MAX_ROWS:
+def _step_of(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, bands: int) -> Any:
+    kernels: Any = importlib.import_module(".triton_kernels", __package__)
+    if bands > kernels.MAX_BANDS or bands * heads // key_heads > kernels.MAX_ROWS:
         return None
-    like = device, dtype, heads, key_heads, width, parts
+    like = device, dtype, heads, key_heads, width, bands
     what = f"steps are not one kernel on {device} in {dtype}"
     return kernels.Step if passes(what, lambda: error_of_step(kernels.Step, *like), ERROR) else None
+
+
+def passes(what: str, error: Callable[[], float], allowed: float) -> bool:
+    """Return whether a kernel computes what it should; a warning says why it does not.
+
+    Args:
+        what (`str`): name of the kernel, and where it is tried.
+        error (`Callable`): runs the kernel on a small problem and returns its largest error. Whatever it raises (a
+            compiler that is missing, too little memory on a multiprocessor) counts as a failure.
+        allowed (`float`): largest error of a kernel that is used.
+    """
+    try:
+        off = error()
+    except Exception as raised:  # kernels raise whatever their library does
+        first = str(raised).splitlines()[0] if str(raised) else repr(raised)
+        logger.warning("%s: %s: %s", what, type(raised).__name__, first)
+        return False
+    if not off <= allowed:  # nor NaN
+        logger.warning("%s: it is off by %.2g", what, off)
+        return False
+    return True
+
+
+def error_of_kernel(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int
+) -> float:
+    """Return the largest error of a kernel on a square, a rectangle and a band."""
+    draw = torch.Generator(device).manual_seed(0)  # the user's numbers stay what they are
+    query, key, value = (
+        torch.randn(1, count, KEYS, width, device=device, dtype=dtype, generator=draw)
+        for count in (heads, key_heads, key_heads)
+    )
+    spread = [one.float().repeat_interleave(heads // key_heads, 1) for one in (key, value)]
+    distance = torch.arange(KEYS, device=device)[:, None] - torch.arange(KEYS, device=device)
+    errors = []
+    for rows, causal, window in ((KEYS, True, None), (KEYS // 2, False, None), (KEYS // 2, False, KEYS // 4)):
+        here = distance[-rows:]
+        hidden = (here < 0) & (causal or window is not None) | (here >= (window or KEYS))
+        scores = (query[:, :, -rows:].float() @ spread[0].mT * width**-0.5).masked_fill(hidden, -torch.inf)
+        out, total = kernel(query[:, :, -rows:], key, value, scaling=width**-0.5, causal=causal, window=window)
+        errors += [out.float() - scores.softmax(-1) @ spread[1], total.float() - scores.logsumexp(-1)]
+    return largest(*errors)
+
+
+def error_of_passes(kernels: Any, device: torch.device) -> float:
+    """Return the largest error of a rotation and a merge by Triton."""
+    draw = torch.Generator(device).manual_seed(0)
+    states, cos, sin = torch.randn(3, 1, 1, KEYS, 8, device=device, generator=draw).unbind()
+    rotated = kernels.rotate(states, cos, sin, 4) - (states * cos + states.roll(4, -1) * sin)
+    sums = states.sum(-1)
+    kernels.merge(held := states.clone(), torch.zeros_like(sums), cos, sums)
+    return largest(rotated, held - torch.lerp(states, cos, torch.sigmoid(sums)[..., None]))
+
+
+def error_of_step(
+    step: Any, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, bands: int
+) -> float:
+    """Return how far a step is off from matrix products in float32, its output or the key that leaves."""
+    draw = torch.Generator(device).manual_seed(0)  # the user's numbers stay what they are
+
+    def states(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, width, device=device, dtype=dtype, generator=draw)
+
+    query, key, value = states(heads, 1), states(key_heads, KEYS), states(key_heads, KEYS)
+    phases, leaving = states(2, bands + 1).float(), KEYS // 2
+    partners = torch.arange(width, device=device).roll(1)
+    starts = tuple(KEYS // bands * later for later in reversed(range(bands)))
+    wanted = key.to(torch.float32, copy=True)
+    last = wanted[:, :, leaving]
+    wanted[:, :, leaving] = last * phases[:, 0, -1] + last[..., partners] * phases[:, 1, -1]
+    spread = [one.repeat_interleave(heads // key_heads, 1) for one in (wanted, value.float())]
+    asked = query.float() * phases[:, None, 0] + query[..., partners].float() * phases[:, None, 1]
+    scores = [
+        asked[:, :, band, None] @ spread[0][:, :, start:stop].mT * width**-0.5
+        for band, start, stop in zip(range(bands), starts, (KEYS, *starts), strict=False)
+    ]
+    fading = torch.tensor([[0.0, 0.0, 1.0]] * (bands - 1) + [[-0.5, -0.3, 8.0]], device=device)[None]
+    distance = torch.arange(KEYS - 1, KEYS - 1 - starts[-2] if bands > 1 else -1, -1, device=device)
+    octave = torch.frexp((distance // 8).float()).exponent
+    scores[-1] += -0.5 - 0.3 * (octave - 0.5).clamp(min=0)
+    weights = torch.cat(scores[::-1], -1).softmax(-1)
+    made = step(query, key, torch.stack([partners, partners]), phases, starts, width**-0.5, fading)
+    found = made(query, key, value, leaving)
+    return largest(found.float() - (weights @ spread[1]).transpose(1, 2), key.float() - wanted)
+
+
+def largest(*errors: torch.Tensor) -> float:
+    """Return the largest absolute value in some tensors; NaN if one has it."""
+    return float(torch.stack([error.abs().max() for error in errors]).max())

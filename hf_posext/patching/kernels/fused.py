@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from .bands import Geometry, Piece
+
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 """Without a look at their overloads, which takes a sixth of a short call."""
@@ -23,26 +25,32 @@ NOTHING = -1e30
 """A log-sum-exp below it is that of a query which attends to nothing: its scores are lost in the least number."""
 
 
-class Piece(NamedTuple):
-    """A rectangle of scores: the queries of a block against the keys `low` to `high - 1` of a part.
+class Rotated(NamedTuple):
+    """Queries that are rotated block by block, as they are used, so that the rotated ones are never held.
 
-    `bias` (batch or 1, key heads or 1, rows, keys) is added to the scores: 0, or the least number where a pair is not
-    attended. It is `None` where all pairs are. `shift` is added as well: a number, or one for each row, of shape
-    (batch or 1, 1, rows).
+    Args:
+        states (`torch.Tensor` of shape `(batch, heads, queries, dim)`): not rotated.
+        rotate (`Callable`): `rotate(states[:, :, start:stop], start, stop)` returns a block of them rotated.
     """
 
-    part: int
-    low: int
-    high: int
-    bias: torch.Tensor | None
-    shift: torch.Tensor | float | None = None
+    states: torch.Tensor
+    rotate: Callable[[torch.Tensor, int, int], torch.Tensor]
+
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        """Return the queries `start` to `stop - 1`."""
+        return self.rotate(self.states[:, :, start:stop], start, stop)
 
 
-Edges = dict[tuple[int, ...], torch.Tensor]
-"""Biases of a forward or a backward that are met again: by their part and their place in its blocks."""
+def block(query: torch.Tensor | Rotated, start: int, stop: int) -> torch.Tensor:
+    """Return the queries `start` to `stop - 1`, rotated."""
+    if isinstance(query, Rotated):
+        return query.block(start, stop)
+    return query if stop - start == query.shape[2] else query[:, :, start:stop]
 
-Pieces = Callable[[int, int, Edges], list[Piece]]
-"""The pieces of the queries `start` to `stop - 1`. It holds no states, which autograd and checkpoints are to keep."""
+
+def whole(states: torch.Tensor | Rotated) -> torch.Tensor:
+    """Return all queries, rotated."""
+    return states.block(0, states.states.shape[2]) if isinstance(states, Rotated) else states
 
 
 def grouped(states: torch.Tensor, key_heads: int) -> torch.Tensor:
@@ -61,14 +69,14 @@ def grouped_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 def has_fused_gradients(mask: torch.Tensor | None) -> bool:
-    """Whether [`FusedAttention`] can be differentiated here: not for a bias, nor by what traces or transforms it."""
+    """Return whether [`FusedAttention`] can be differentiated: not by a bias, nor under a trace or a transform."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return not (traced or (mask is not None and mask.requires_grad))
 
 
 def fused_attention(
-    pieces: Pieces,
-    queries: Sequence[torch.Tensor],
+    geometry: Geometry,
+    queries: Sequence[torch.Tensor | Rotated],
     keys: Sequence[torch.Tensor],
     value: torch.Tensor,
     sinks: torch.Tensor | None,
@@ -80,36 +88,40 @@ def fused_attention(
 
     The log-sum-exp of all pieces is written into `total` (batch, heads, queries), if given.
     """
-    batch, heads, count, _ = queries[0].shape
-    edges: Edges = {}
+    first = queries[0]
+    batch, heads, count, _ = (first.states if isinstance(first, Rotated) else first).shape
+    key_heads, dtype = value.shape[1], value.dtype
 
     def attend(start: int, stop: int) -> torch.Tensor:
-        whole = stop - start == count
-        here = [grouped(query if whole else query[:, :, start:stop], value.shape[1]) for query in queries]
+        here: dict[int, torch.Tensor] = {}
 
         def attended(piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-            span = slice(piece.low, piece.high)
-            states = here[piece.part], keys[piece.part][:, :, span], value[:, :, span]
-            out, total = FORWARD(*states, attn_mask=piece.bias, scale=scaling)
-            if piece.shift is not None:
-                total = total + piece.shift
-            return out if out.dtype == total.dtype else out.to(total.dtype), total
+            band, low, high, bias, shift = piece
+            query = here.get(band)
+            if query is None:
+                query = block(queries[band], start, stop)
+                query = here[band] = grouped(query if query.dtype == dtype else query.to(dtype), key_heads)
+            key = keys[band]
+            span = key[:, :, low:high], value[:, :, low:high]
+            found, sums = FORWARD(query, *span, attn_mask=bias, scale=scaling)
+            sums = sums if shift is None else sums + shift
+            return found if found.dtype == sums.dtype else found.to(sums.dtype), sums
 
-        first, *others = pieces(start, stop, edges)
+        first, *others = geometry.pieces(start, stop, heads, key_heads, dtype)
         merged, *sums = attended(first)
         for piece in others:
-            out, added = attended(piece)
+            more, added = attended(piece)
             before = functools.reduce(torch.logaddexp, sums)
             # its share is the sigmoid of how far it is above the others
-            merged = torch.lerp(merged, out, (added - before).sigmoid_().unsqueeze(-1))
+            merged.lerp_(more, (added - before).sigmoid_().unsqueeze(-1))
             sums = [before, added]
         if sinks is not None:  # they have no value
-            sink = grouped_sinks(sinks, here[0]).to(merged.dtype)
+            sink = grouped_sinks(sinks, here[first.band]).to(merged.dtype)
             merged = merged * torch.sigmoid(functools.reduce(torch.logaddexp, sums).unsqueeze(-1) - sink)
             sums.append(sink[..., 0])
         if total is not None:  # a step of decoding is over before this is
             total[:, :, start:stop] = functools.reduce(torch.logaddexp, sums).reshape(batch, heads, -1)
-        merged = merged if merged.dtype == value.dtype else merged.to(value.dtype)
+        merged = merged if merged.dtype == dtype else merged.to(dtype)
         return merged.reshape(batch, heads, stop - start, -1).transpose(1, 2)
 
     if rows >= count:
@@ -121,52 +133,52 @@ def fused_attention(
 
 
 class FusedAttention(torch.autograd.Function):
-    """`FusedAttention.apply(pieces, scaling, rows, sinks, value, *queries, *keys)`, with a query and a key for each
-    part: [`fused_attention`] with gradients of all but biases, once."""
+    """`FusedAttention.apply(geometry, scaling, rows, sinks, value, *queries, *keys)`, with a query and a key for
+    each band: [`fused_attention`] with gradients of all but biases, once."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        pieces: Pieces,
+        geometry: Geometry,
         scaling: float,
         rows: int,
         sinks: torch.Tensor | None,
         value: torch.Tensor,
         *states: torch.Tensor,
     ) -> torch.Tensor:
-        parts = len(states) // 2
+        bands = len(states) // 2
         dtype = torch.promote_types(value.dtype, torch.float32)
         total = value.new_empty(*states[0].shape[:3], dtype=dtype)
-        out = fused_attention(pieces, states[:parts], states[parts:], value, sinks, scaling, rows, total)
-        ctx.given = pieces, scaling, rows
+        out = fused_attention(geometry, states[:bands], states[bands:], value, sinks, scaling, rows, total)
+        ctx.given = geometry, scaling, rows
         ctx.save_for_backward(out, total, sinks, value, *states)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        pieces, scaling, rows = ctx.given
+        geometry, scaling, rows = ctx.given
         out, total, sinks, value, *states = ctx.saved_tensors
         queries, keys = states[: len(states) // 2], states[len(states) // 2 :]
         # sums over many blocks
         value_grad, *grads = (torch.zeros_like(one, dtype=total.dtype) for one in (value, *states))
         # their weights would not sum to 1
         total = total.masked_fill(total < NOTHING, torch.inf)
-        edges: Edges = {}
+        sizes = out.shape[2], value.shape[1], value.dtype
         for start in range(0, out.shape[1], rows):
-            block = slice(start, min(start + rows, out.shape[1]))
-            given, merged = (grouped(one[:, block].transpose(1, 2), value.shape[1]) for one in (grad, out))
-            sums = grouped(total[:, :, block, None], value.shape[1])[..., 0]
-            for part, low, high, bias, shift in pieces(block.start, block.stop, edges):
+            here = slice(start, min(start + rows, out.shape[1]))
+            given, merged = (grouped(one[:, here].transpose(1, 2), value.shape[1]) for one in (grad, out))
+            sums = grouped(total[:, :, here, None], value.shape[1])[..., 0]
+            for band, low, high, bias, shift in geometry.pieces(here.start, here.stop, *sizes):
                 span = slice(low, high)
-                query = grouped(queries[part][:, :, block], value.shape[1])
-                pair = keys[part][:, :, span], value[:, :, span]
+                query = grouped(queries[band][:, :, here], value.shape[1])
+                pair = keys[band][:, :, span], value[:, :, span]
                 # exp(scores + shift - sums) are the weights, and the kernel knows nothing of the shift
                 level = sums if shift is None else sums - shift
                 found = BACKWARD(given, query, *pair, merged, level, 0.0, False, attn_mask=bias, scale=scaling)
-                of_query = grads[part][:, :, block]
+                of_query = grads[band][:, :, here]
                 of_query += found[0].reshape(of_query.shape)
-                grads[len(queries) + part][:, :, span] += found[1]
+                grads[len(queries) + band][:, :, span] += found[1]
                 value_grad[:, :, span] += found[2]
         sinks_grad = None
         if sinks is not None:

@@ -2,7 +2,7 @@
 
 Rotary modules return the identity (cosine 1, sine 0). A function in transformers' `AttentionInterface` rotates with
 the positions that the plan wants for each pair. No model's forward is copied. In a step of decoding whose cached keys
-stand rotated, the model rotates for the nearest pairs, and the function only what differs (`decoding_step.py`). Where
+stand rotated, the model rotates for the nearest pairs, and the function only what differs (`rotated_keys.py`). Where
 an indexer selects keys by their rotated states (DeepSeek's sparse attention), the model rotates as ever, and the
 function rotates by the difference.
 """
@@ -15,7 +15,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,23 +24,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...errors import EvaluationError, UnsupportedModelError
-from ...plan import Band, PositionMap, QueryScale
-from ..kernels import Branch, banded_attention, belongs, mapped
-from ..kernels.bands import decay, fade
+from ...plan import PositionMap, QueryScale
+from ..kernels import SAME, Branch, Geometry, Rotated, attention_with_weights, banded_attention, mapped, whole
 from ..switching import forget_attention, register_attention
-from .decoding_step import step_queries, whole_step
 from .forward import ATTENTION, both_sides, positions_at
 from .layout import LayerLayout, Layout, Phases, Probing
 from .paged import not_paged, requests_of
 from .positions import Positions
-from .remapping import Remapping
+from .remapping import Layer
 from .rotary import pair_phases, phases_at
-from .rotated_keys import cached_keys
+from .rotated_keys import cached_keys, step_queries, whole_step
 
 MASKS = {ATTENTION["sdpa"]: sdpa_mask, ATTENTION["eager"]: eager_mask}
-"""Masks that the model shall build, by the name of the attention function."""
-
-SAME = PositionMap()
+"""Functions that build the model's masks, by the name of the attention function."""
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]
 """Return type of attention functions: values (batch, queries, heads, dim) and, if computed, weights."""
@@ -54,25 +50,23 @@ HONOURED = frozenset("dropout scaling is_causal softcap s_aux sliding_window out
 """Arguments of attention functions that bands honour. A `cache` counts in paged attention alone."""
 
 
-def late_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Attended:
-    """The function in `AttentionInterface`: rotate as the plan says, then attend."""
-    remapping: Remapping | Probing | None = getattr(module, "_posext_remapping", None)
-    if isinstance(remapping, Probing):
-        return remapping.capture(module._posext_path, *args)  # type: ignore[arg-type]
-    if remapping is None:
-        raise EvaluationError(
-            f"{type(module).__name__} has no patch, but its config asks for one: the module was made after the patch, "
-            "or its model shares the config with a patched model. Undo the patch, then patch again"
-        )
-    text = torch.compiler.is_compiling() and args[0].shape[2] > 1
-    if text and args[0].device.type == UNPROVEN_ON and any(part.chunk > 1 for part in remapping.bands.parts):
-        attended: Attended = _outside_of_graphs(remapping, module, *args, **kwargs)
-        return attended
-    return _late_attention(remapping, module, *args, **kwargs)
+class Call(NamedTuple):
+    """One call of the attention function in a layer that rotates, on one device; see [`Positions`] for the axes."""
+
+    module: nn.Module
+    layer: Layer
+    layout: LayerLayout
+    at: Positions
+    query_axes: torch.Tensor
+    key_axes: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    options: dict[str, Any]
 
 
-def _late_attention(
-    remapping: Remapping,
+def late_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -80,195 +74,170 @@ def _late_attention(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Attended:
-    """A layer does not rotate, or it sees only the nearest band, or it sees several."""
-    selected = kwargs.pop("indices", None)
-    if selected is not None:
-        assert attention_mask is not None  # the indexer has read it
-        attention_mask = _only(attention_mask, selected)
-    layout = remapping.layer(module._posext_path, query.device)  # type: ignore[arg-type]
-    at = None if layout is None else positions_at(module, remapping, layout.rotary)
+    """The function in `AttentionInterface`: rotate as the plan says, then attend."""
+    remapping: Any = getattr(module, "_posext_remapping", None)
+    if isinstance(remapping, Probing):
+        return remapping.capture(module._posext_path, query, key, value, **kwargs)  # type: ignore[arg-type]
+    if remapping is None:
+        raise EvaluationError(
+            f"{type(module).__name__} has no patch, but its config asks for one: the module was made after the patch, "
+            "or its model shares the config with a patched model. Undo the patch, then patch again"
+        )
+    layer: Layer | None = getattr(module, "_posext_layer", None)
+    at = None if layer is None else positions_at(module, remapping, layer.layout.rotary)
     if isinstance(kwargs.get("cache"), PagedAttentionCache):
-        return _paged_attention(remapping, module, layout, at, query, key, value, kwargs), None
+        return _paged_attention(module, layer, at, query, key, value, kwargs), None
     if at is not None and at.state.paged:
         raise UnsupportedModelError(not_paged(module, "does not hand the pages of keys to its attention function"))
-    return _attention_at(remapping, module, layout, at, query, key, value, attention_mask, **kwargs)
+    return _attend(module, layer, at, query, key, value, attention_mask, kwargs)
 
 
-def _attention_at(
-    remapping: Remapping,
+def _attend(
     module: nn.Module,
-    layout: LayerLayout | None,
+    layer: Layer | None,
     at: Positions | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
+    mask: torch.Tensor | None,
+    options: dict[str, Any],
 ) -> Attended:
     """Attention of the rows of a forward, or of one request of a batch."""
-    if layout is None or at is None:
-        return _base_attention(remapping.base, module, query, key, value, attention_mask, **kwargs)
-    axes = at.once(("there", query.device), lambda: (at.query_axes.to(query.device), at.key_axes.to(query.device)))
+    if layer is None or at is None:  # it does not rotate
+        remapping: Any = module._posext_remapping
+        return base_function(remapping.base, module)(module, query, key, value, mask, **options)
+    selected = options.pop("indices", None)
+    if selected is not None:
+        assert mask is not None  # the indexer has read it
+        mask = _only(mask, selected)
+    window, device, known = options.get("sliding_window"), query.device, at
+    axes = at.once(("there", device), lambda: (known.query_axes.to(device), known.key_axes.to(device)))
+    call = Call(module, layer, layer.layout_on(device), at, *axes, query, key, value, mask, options)
     if axes[1].shape[-1] != key.shape[2]:
-        key, value, attention_mask, axes = _known_keys(module, at, key, value, attention_mask, axes)
-    parts, window = remapping.bands.parts, kwargs.get("sliding_window")
-    if not parts or (window is not None and sees_one_band(parts[0], window)):
-        return _near_attention(module, layout, at, axes, query, key, value, attention_mask, **kwargs)
-    return _far_attention(module, layout, at, axes, query, key, value, attention_mask, **kwargs)
+        call = _known_keys(call)
+    if layer.near if window == layer.window else layer.remapping.bands.sees_one(window):
+        return _near_attention(call)
+    text = torch.compiler.is_compiling() and query.shape[2] > 1
+    unproven = text and layer.remapping.bands.chunked and device.type == UNPROVEN_ON
+    attend: Callable[[Call], Attended] = _outside_of_graphs if unproven else _banded_attention
+    return attend(call)
 
 
 @torch.compiler.disable
 def _paged_attention(
-    remapping: Remapping,
     module: nn.Module,
-    layout: LayerLayout | None,
+    layer: Layer | None,
     at: Positions | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    kwargs: dict[str, Any],
+    options: dict[str, Any],
 ) -> torch.Tensor:
     """Attention of a step of continuous batching (1, tokens, heads, dim), 0 for tokens that pad it."""
-    if at is not None and at.memo.setdefault(("paged", module), kwargs) is not kwargs:
+    if at is not None and at.memo.setdefault(("paged", module), options) is not options:
         raise UnsupportedModelError(not_paged(module, "attends twice, and a page keeps the keys of one call"))
-    key, value = kwargs.pop("cache").update(key, value, module.layer_idx, kwargs)
-    split = functools.partial(requests_of, module, remapping.base, at, query, kwargs)
+    remapping: Any = module._posext_remapping
+    key, value = options.pop("cache").update(key, value, module.layer_idx, options)
+    split = functools.partial(requests_of, module, remapping.base, at, query, options)
     # Layers with as many keys have the same requests: a window does nothing but drop keys.
-    requests = split() if at is None else at.once(("requests", key.shape[2], kwargs.get("sliding_window")), split)
+    requests = split() if at is None else at.once(("requests", key.shape[2], options.get("sliding_window")), split)
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
     for request in requests:
         keys, values = key[:, :, request.keys], value[:, :, request.keys]
-        queries = query[:, :, request.queries]
-        attended = _attention_at(remapping, module, layout, request.at, queries, keys, values, request.mask, **kwargs)
-        out[:, request.queries] = attended[0]
+        states = query[:, :, request.queries], keys, values
+        out[:, request.queries] = _attend(module, layer, request.at, *states, request.mask, dict(options))[0]
     return out
 
 
-def _near_attention(
-    module: nn.Module,
-    layout: LayerLayout,
-    at: Positions,
-    axes: tuple[torch.Tensor, torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> Attended:
+def _near_attention(call: Call) -> Attended:
     """All pairs are at the positions of the model: rotate, then attend as the unpatched model does."""
-    remapping = at.state.remapping
-    key, rotated, _ = cached_keys(module, layout, at, key, query.shape[2])
+    layer, at, query = call.layer, call.at, _scaled(call)
+    key, rotated, _ = cached_keys(layer, call.layout, at, call.key, query.shape[2])
     if not at.rotated:
-        query = _rotations(layout.query, at, query, "same", (SAME,), axes[0])[0]
-    query = _scaled(query, at, axes[0], _scale(module, remapping))
+        query = _rotations(call, "same", call.layout.query, query, (SAME,), call.query_axes)[0]
     if not rotated:
-        key = _rotations(layout.key, at, key, "same", (SAME,), axes[1])[0]
-    return _base_attention(remapping.base, module, query, key, value, mask, **kwargs)
+        key = _rotations(call, "same", call.layout.key, key, (SAME,), call.key_axes)[0]
+    states = (whole(query), whole(key), call.value, call.mask)
+    return layer.base(call.module, *states, **call.options)
 
 
-def _far_attention(
-    module: nn.Module,
-    layout: LayerLayout,
-    at: Positions,
-    axes: tuple[torch.Tensor, torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> Attended:
+def _banded_attention(call: Call) -> Attended:
     """Pairs in several bands: rotate queries and keys for each, then attend to all of them by one softmax."""
-    remapping = at.state.remapping
+    layer, layout, at, value, mask, options = call.layer, call.layout, call.at, call.value, call.mask, call.options
+    remapping, count = layer.remapping, call.query.shape[2]
     bands = remapping.bands
-    unknown = [name for name, given in kwargs.items() if given is not None and name in remapping.refused]
+    unknown = [name for name, given in options.items() if given is not None and name in remapping.refused]
     if unknown:
         raise UnsupportedModelError(
-            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
+            f"{type(call.module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
         )
-    if remapping.base == "sdpa":
-        kwargs.pop("softcap", None)  # SDPA has none: transformers 5.10.1 leaves it out, later ones use eager attention
-    if mask is None and query.shape[2] > 1 and not _is_causal(remapping.base, module, kwargs):
-        raise UnsupportedModelError(both_sides(remapping, type(module).__name__, "no mask, and not causal"))
-    places = axes if axes[0].ndim == 2 else (axes[0][0], axes[1] if axes[1].ndim == 2 else axes[1][0])
+    if mask is None and count > 1 and not _is_causal(remapping.base, call.module, options):
+        raise UnsupportedModelError(both_sides(remapping, type(call.module).__name__, "no mask, and not causal"))
+    queries, keys = (one if one.ndim == 2 else one[0] for one in (call.query_axes, call.key_axes))
     # not where a sliding cache has dropped keys; chunks are bands where rows begin at position 0, windows anywhere
-    aligned = (
-        at.slot is None
-        and places[1].shape[1] == at.keys.shape[1]
-        and (at.aligned or at.regular and all(map(_slides, bands.parts)))
-    )
-    scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-    plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux")) and not kwargs.get("dropout")
-    whole = at.rotated and aligned and mask is None and plain and not at.state.weights
-    step = whole_step(layout, at, query, key, value, scaling) if whole else None
-    key, rotated, last = cached_keys(module, layout, at, key, query.shape[2], leave=step is not None)
+    aligned = at.slot is None and keys.shape[1] == at.keys.shape[1] and (at.aligned or at.regular and bands.slide)
+    # SDPA has no softcap: transformers 5.10.1 leaves it out, later ones use eager attention
+    softcap = None if remapping.base == "sdpa" else options.get("softcap")
+    scaling, sinks = options.get("scaling"), options.get("s_aux")
+    scaling, dropout = call.query.shape[-1] ** -0.5 if scaling is None else scaling, options.get("dropout") or 0.0
+    query, key, step = _scaled(call), call.key, None
+    if at.rotated and aligned and mask is softcap is sinks is None and not (dropout or at.state.weights):
+        step = whole_step(layout, at, query, key, value, scaling)
+    key, rotated, last = cached_keys(layer, layout, at, key, count, leave=step is not None)
     if step is not None:
-        return step(
-            _scaled(query, at, axes[0], _scale(module, remapping)), key, value, -1 if last is None else last
-        ), None
+        return step(query, key, value, -1 if last is None else last), None
     if at.rotated:
-        queries = step_queries(layout.query, at, query)
+        asked: Any = step_queries(layout.query, at, query)
     else:
-        queries = _rotations(layout.query, at, query, "query", bands.query_maps, axes[0])
-    scale = _scale(module, remapping)
-    queries = [_scaled(one, at, axes[0], scale) for one in queries]
-    keys = [key] if rotated else _rotations(layout.key, at, key, "key", bands.key_maps, axes[1])
-    branches = [
-        Branch(part, queries[i], key if rotated else keys[j])
-        for part, i, j in zip(bands.parts, bands.query_choice, bands.key_choice, strict=True)
-    ]
-    options = {
-        "scaling": scaling,
-        "softcap": kwargs.get("softcap"),
-        "sinks": kwargs.get("s_aux"),
-        "dropout": kwargs.get("dropout") or 0.0,
-    }
+        asked = _rotations(call, "query", layout.query, query, bands.query_maps, call.query_axes)
+    seen = [key] * len(bands.key_maps)
+    if not rotated:
+        seen = [whole(one) for one in _rotations(call, "key", layout.key, key, bands.key_maps, call.key_axes)]
+    branches = [Branch(asked[i], seen[j]) for i, j in zip(bands.query_choice, bands.key_choice, strict=True)]
+
+    def geometry() -> Geometry:
+        return Geometry(bands.bands, queries, keys, mask, aligned)
+
+    # it holds the mask, so that no other mask gets the same id while it is remembered
+    kind = "geometry", aligned, keys.shape[1], keys.device, id(mask)
+    places = geometry() if torch.compiler.is_compiling() else at.once(kind, geometry)
+    settings = {"scaling": scaling, "softcap": softcap, "sinks": sinks, "dropout": dropout}
     if at.state.weights:
-        return _attention_with_weights(branches, value, *places, mask, **options)
-    out = banded_attention(branches, value, *places, mask=mask, aligned=aligned, **options)
+        return attention_with_weights(places, branches, value, **settings)
+    out = banded_attention(places, branches, value, **settings)
     if mask is not None and mask.dtype == torch.bool and at.slot is None:
         # as SDPA: 0 where a query attends to nothing. Recurrent Gemma's convolutions read such padding
         out = out.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0)
     return out, None
 
 
-_outside_of_graphs: Any = torch.compiler.disable(_late_attention)  # type: ignore[no-untyped-call]
+_outside_of_graphs: Any = torch.compiler.disable(_banded_attention)  # type: ignore[no-untyped-call]
 
 
-def _known_keys(
-    module: nn.Module,
-    at: Positions,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    axes: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
+def _known_keys(call: Call) -> Call:
     """Keys, values, mask and positions of as many keys: a cache has free slots, or has dropped keys behind a window.
 
     Raises:
         EvaluationError: neither is so; other code has added keys, or taken some away.
     """
-    layers: list[Any] = getattr(at.state.cache, "layers", [])
-    index: Any = getattr(module, "layer_idx", None)
+    layers: list[Any] = getattr(call.at.state.cache, "layers", [])
+    index, key, positions = call.layer.index, call.key, call.key_axes
     if index is not None and 0 <= index < len(layers):  # a layer may be shared, or share the keys of another
         layers = [layers[index]]
-    known, count = axes[1].shape[-1], key.shape[2]
+    known, count = positions.shape[-1], key.shape[2]
     if known < count and any(getattr(layer, "max_cache_len", 0) >= count for layer in layers):
-        if query_is_single(at) and torch.compiler.is_compiling():
+        if call.at.query_axes.shape[-1] == 1 and torch.compiler.is_compiling():
             # a graph keeps the free slots, which are masked
-            return key, value, mask, (axes[0], nn.functional.pad(axes[1], (0, count - known)))
-        return key[:, :, :known], value[:, :, :known], None if mask is None else mask[..., :known], axes
+            return call._replace(key_axes=nn.functional.pad(positions, (0, count - known)))
+        mask = None if call.mask is None else call.mask[..., :known]
+        return call._replace(key=key[:, :, :known], value=call.value[:, :, :known], mask=mask)
     if known > count and any(getattr(layer, "is_sliding", False) for layer in layers):
-        return key, value, mask, (axes[0], axes[1][..., -count:])  # the latest are left
+        return call._replace(key_axes=positions[..., -count:])  # the latest are left
     raise EvaluationError(
-        f"{type(module).__name__} got {count} keys, and the positions of {known} are known. Layers that are called "
-        "one by one, and caches that drop keys on their own, do not tell where their keys are: call the model itself, "
-        "with a cache that keeps all keys, or undo the patch"
+        f"{type(call.module).__name__} got {count} keys, and the positions of {known} are known. Layers that are "
+        "called one by one, and caches that drop keys on their own, do not tell where their keys are: call the model "
+        "itself, with a cache that keeps all keys, or undo the patch"
     )
-
-
-def query_is_single(at: Positions) -> bool:
-    """Return whether a forward is of one token."""
-    return at.query_axes.shape[-1] == 1
 
 
 def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
@@ -282,28 +251,23 @@ def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
     return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
-def sees_one_band(part: Band, window: int) -> bool:
-    """Return whether a sliding window holds only pairs of a band that leaves positions as they are."""
-    unmoved = part.query == part.key == SAME
-    return unmoved and part.chunk == 1 and (part.high is None or window <= part.high)
-
-
-def _slides(part: Band) -> bool:
-    """Return whether a band is a window that moves with each query."""
-    return part.chunk == 1 and part.keys_below is None
-
-
 def _rotations(
-    layout: Layout,
-    at: Positions,
-    states: torch.Tensor,
+    call: Call,
     what: str,
+    layout: Layout,
+    states: torch.Tensor,
     rules: tuple[PositionMap, ...],
     positions: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Queries or keys rotated to their positions under each of the maps. Phases are the same wherever `what` is."""
+) -> list[torch.Tensor] | list[Rotated]:
+    """Queries or keys rotated to their positions under each of the maps.
 
-    def phases(some: tuple[PositionMap, ...]) -> Phases:
+    Those of a text are rotated as they are used. Phases are the same for all layers, and for queries and keys at the
+    same positions.
+    """
+    at = call.at
+    kind = layout.kind, positions.shape, states.dtype, states.device
+
+    def phases(*some: PositionMap) -> Phases:
         lengths = at.lengths(positions) if any(rule.follows_rows for rule in some) else None
         moved = [mapped(positions, rule, lengths) for rule in some]
         slots = next((one.shape[-1] for one in moved if one.ndim > positions.ndim), 0)
@@ -320,81 +284,49 @@ def _rotations(
         factor = getattr(at.site.module, f"{at.site.prefix}attention_scaling", 1.0)
         return layout.phases(cos / factor, sin / factor, states.dtype)
 
-    step = positions.shape[-1] == 1  # it has many small operations: all maps at once
-    rotated = []
-    for number, some in enumerate([rules] if step else [(rule,) for rule in rules]):
-        kind = what, number, layout.kind, positions.shape, states.dtype, states.device
-        rotated.append(layout.rotate(states, at.once(kind, functools.partial(phases, some))))
-    return list(rotated[0].chunk(len(rules), 2)) if step else rotated
+    if positions.shape[-1] == 1:  # a step has many small operations: all maps at once
+        rotated = layout.rotate(states, at.once((what, *kind), lambda: phases(*rules)))
+        return list(rotated.chunk(len(rules), 2))
+    what = "both" if call.query_axes is call.key_axes else what
+    return [_lazily(layout, states, at.once((what, rule, *kind), lambda r=rule: phases(r))) for rule in rules]
 
 
-def _scale(module: nn.Module, remapping: Remapping) -> QueryScale | None:
-    """Query scale of a layer. Layers are numbered if the first ones have none: see `probe.py`."""
-    scale, index = remapping.query_scale, getattr(module, "layer_idx", 0)
-    return None if scale is None or scale.first_layer > index else scale
+def _lazily(layout: Layout, states: torch.Tensor, phases: Phases) -> Rotated:
+    cos, sin = phases
+    return Rotated(
+        states,
+        lambda block, start, stop: layout.rotate(block, (cos[:, :, start:stop], sin[:, :, start:stop])),
+    )
 
 
-def _scaled(query: torch.Tensor, at: Positions, positions: torch.Tensor, scale: QueryScale | None) -> torch.Tensor:
-    """Queries (batch, heads, tokens, dim) that grow with their positions (batch, tokens), on the first axis."""
+def _scaled(call: Call) -> torch.Tensor:
+    """Queries (batch, heads, tokens, dim) that grow with their positions, on the first axis."""
+    scale, query = call.layer.scale, call.query
     if scale is None:
         return query
 
     def make() -> torch.Tensor:
-        first = positions if positions.ndim == 2 else positions[0]
-        past = (first.float() + 1) / scale.length
-        if scale.row is not None:
-            past = (at.lengths(first).float() - scale.row.beyond) / scale.row.span
-            factor = (1 + scale.temperature * past.clamp(min=1).log()) * scale.constant
-        elif scale.step is None:
-            factor = (1 + scale.temperature * past.clamp(min=1).log()).square() * scale.constant
-        else:
-            factor = (1 + scale.temperature * ((first + 1) // scale.step + 1).float().log()) * scale.constant
-        if scale.log:
-            factor = factor * ((first.float() + 1).log() / math.log(scale.length)).clamp(min=1)
-        return factor.to(query.dtype)[:, None, :, None]
+        positions = call.query_axes if call.query_axes.ndim == 2 else call.query_axes[0]
+        return query_factor(scale, positions, call.at.lengths).to(query.dtype)[:, None, :, None]
 
-    return query * at.once(("scale", query.dtype, query.device), make)
+    return query * call.at.once(("scale", query.dtype, query.device), make)
 
 
-def _attention_with_weights(
-    branches: list[Branch],
-    value: torch.Tensor,
-    query_positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    dropout: float,
-) -> Attended:
-    """Attention over bands with its weights (batch, heads, queries, keys), all of which are held, as in eager."""
-    repeats = branches[0].query.shape[1] // value.shape[1]
-    scores: torch.Tensor | None = None
-    for part, query, key in branches:
-        score = (query @ key.repeat_interleave(repeats, 1).mT).float() * scaling
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        faded = fade(part, query_positions, score.dtype)
-        decayed = decay(part, query_positions[..., None] - key_positions[:, None], score.dtype)
-        score = score if faded is None else score + faded[:, None, :, None]
-        score = score if decayed is None else score + decayed[:, None]
-        inside = belongs(part, query_positions, key_positions)[:, None]
-        scores = torch.where(inside, score, torch.finfo(value.dtype).min if scores is None else scores)
-    assert scores is not None
-    least = torch.finfo(value.dtype).min
-    if mask is None:
-        queries, keys = scores.shape[-2:]
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=value.device).tril(keys - queries)
-        scores = scores.masked_fill(~causal, least)
+def query_factor(
+    scale: QueryScale, positions: torch.Tensor, lengths: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return the factor of queries at positions, float32 of the same shape; `lengths` gives those of their rows."""
+    past = (positions.float() + 1) / scale.length
+    if scale.row is not None:
+        past = (lengths(positions).float() - scale.row.beyond) / scale.row.span
+        factor = (1 + scale.temperature * past.clamp(min=1).log()) * scale.constant
+    elif scale.step is None:
+        factor = (1 + scale.temperature * past.clamp(min=1).log()).square() * scale.constant
     else:
-        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask.clamp(min=least)
-    if sinks is not None:
-        extra = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        scores = torch.cat([scores, extra], -1)
-    weights = scores.softmax(-1)[..., : value.shape[2]].to(value.dtype)
-    weights = nn.functional.dropout(weights, dropout)
-    return (weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2).contiguous(), weights
+        factor = (1 + scale.temperature * ((positions + 1) // scale.step + 1).float().log()) * scale.constant
+    if scale.log:
+        factor = factor * ((positions.float() + 1).log() / math.log(scale.length)).clamp(min=1)
+    return factor
 
 
 def base_function(base: str, module: nn.Module) -> Callable[..., Attended]:
@@ -408,15 +340,9 @@ def base_function(base: str, module: nn.Module) -> Callable[..., Attended]:
     return function
 
 
-def _base_attention(
-    base: str, module: nn.Module, query: Any, key: Any, value: Any, mask: torch.Tensor | None, **kwargs: Any
-) -> Attended:
-    return base_function(base, module)(module, query, key, value, mask, **kwargs)
-
-
 def _is_causal(base: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether the attention of the unpatched model, without a mask, sees the past alone: eager attention never does,
-    sdpa asks the call and then the module."""
+    """Return whether the attention of the unpatched model, without a mask, sees the past alone: eager attention never
+    does, sdpa asks the call and then the module."""
     if base == "eager":
         return False
     said = kwargs.get("is_causal")

@@ -1,8 +1,8 @@
 """Record of the keys that a patched model has put into a cache: their positions and their rotation.
 
-One [`KeyRecord`] on the user's cache holds all of it. The methods of the cache that move rows or take keys back tell
-the record. Whatever else was done to the keys, evicted or rearranged by other code, is found when the next forward
-begins, and is refused.
+One [`KeyRecord`] on the user's cache holds all of it. The methods of the cache that move rows or take keys back report
+to the record. Whatever else was done to the keys, evicted, rearranged or overwritten by other code, is found when the
+next forward begins, and is refused.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class KeyRecord:
         self.rotated: dict[int, tuple[torch.Tensor, int]] = {}
         self.standing: tuple[frozenset[str], int] = frozenset(), 0
         self.newest: torch.Tensor | None = None
-        self._seen: list[weakref.ref[torch.Tensor] | None] | None = None
+        self._seen: list[tuple[weakref.ref[torch.Tensor], int] | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the tensors that were seen: a copy has others."""
+        """Return all but the tensors that were seen: a copy has others."""
         return vars(self) | {"_seen": None}
 
     def open(self, cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
@@ -82,9 +82,9 @@ class KeyRecord:
             known = 0 if self.positions is None else self.positions.shape[-1]
             raise EvaluationError(
                 f"Expected the {known} keys that the patched model left in the cache, got {length} keys, of which "
-                "some were evicted, replaced or added by other code. Change them by the cache's own crop, "
-                "reorder_cache, batch_select_indices or batch_repeat_interleave, which keep the positions of keys. "
-                + START_ANEW
+                "some were evicted, replaced, overwritten or added by other code. Change them by the cache's own "
+                "crop, reorder_cache, batch_select_indices or batch_repeat_interleave, which keep the positions of "
+                f"keys. {START_ANEW}"
             )
         if self.rotated and self.plan != plan:
             raise EvaluationError(f"The cache was filled under another patch. {START_ANEW}")
@@ -125,11 +125,10 @@ class KeyRecord:
         follows = (newest == self.newest + 1).all()
         torch._assert_async(follows, "the position of a single token must follow those in the cache")
         self.newest.copy_(newest.expand_as(self.newest))
-        self.contents = Contents.COUNTED  # WRITING -> COUNTED: all else that is known is of before such steps
+        self.contents = Contents.COUNTED  # WRITING -> COUNTED: the rest of the record is older than such steps
 
     def catch_up(self, cache: Any) -> None:
-        """Find what compiled steps have not told of the keys: rows count up by one, and all are rotated for the
-        newest."""
+        """Record what compiled steps did to the keys: rows count up by one, and all are rotated for the newest."""
         if self.contents is not Contents.COUNTED:
             return
         assert self.newest is not None
@@ -138,6 +137,7 @@ class KeyRecord:
         self.positions, self.standing = (newest + index).clamp(min=0), (self.standing[0], count)
         for layer in self.rotated:
             self.rotated[layer] = newest, count
+        self._look(cache)  # graphs write into the tensors
         self.contents = Contents.KNOWN  # COUNTED -> KNOWN
 
     def update_allowed(self, cache: Any) -> None:
@@ -205,11 +205,12 @@ class KeyRecord:
             self.newest = _kept(newest)
 
     def _look(self, cache: Any) -> None:
-        """Remember the tensors that the layers hold, so that others in their place are noticed."""
-        self._seen = None if torch.compiler.is_compiling() else [_key_reference(layer) for layer in _layers(cache)]
+        """Remember the tensors that the layers hold, so that others in their place, or other contents, are noticed."""
+        self._seen = None if torch.compiler.is_compiling() else [_seen(layer) for layer in _layers(cache)]
 
     def _same(self, cache: Any) -> bool:
-        """Return whether the layers hold the tensors that the last forward, or the cache's own methods, left.
+        """Return whether the layers hold the tensors that the last forward, or the cache's own methods, left, and
+        nobody has written into them.
 
         Caches that move their keys to another device and back hold others. So do copies. There the length counts.
         """
@@ -217,7 +218,8 @@ class KeyRecord:
             return True
         layers = _layers(cache)
         return len(layers) == len(self._seen) and all(
-            seen is None or seen() is layer.keys for seen, layer in zip(self._seen, layers, strict=True)
+            seen is None or (seen[0]() is layer.keys and seen[1] == _version(layer.keys))
+            for seen, layer in zip(self._seen, layers, strict=True)
         )
 
 
@@ -298,9 +300,14 @@ def _layers(cache: Any) -> list[Any]:
     return getattr(cache, "layers", [])
 
 
-def _key_reference(layer: Any) -> weakref.ref[torch.Tensor] | None:
+def _seen(layer: Any) -> tuple[weakref.ref[torch.Tensor], int] | None:
     keys = getattr(layer, "keys", None)
-    return weakref.ref(keys) if isinstance(keys, torch.Tensor) else None
+    return (weakref.ref(keys), _version(keys)) if isinstance(keys, torch.Tensor) else None
+
+
+def _version(keys: torch.Tensor) -> int:
+    """Return how often a tensor was written into; -1 in inference mode, which does not count."""
+    return -1 if keys.is_inference() else keys._version
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:

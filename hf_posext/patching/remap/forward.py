@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from ...errors import EvaluationError, UnsupportedModelError
-from ..detect import RotarySite, text_config
+from ..detect import RotarySite
 from .cache import KeyRecord, find_cache, follow, record_of, seen_for_free
 from .positions import Positions, first_axis, joined, leading_padding, order_of
 from .remapping import Remapping
@@ -165,7 +165,10 @@ class ForwardState:
         count = given.shape[-1]
         if self.mask.shape[-1] < first + count:  # of the new tokens alone
             first = self.mask.shape[-1] - count
-        return self.mask[:, first : first + count].to(given.device) if first >= 0 else None
+        if first < 0:
+            return None
+        counted = self.mask[:, first : first + count].to(given.device)
+        return counted.expand(max(given.shape[-2], counted.shape[0]), -1)
 
     def _without_padding(self, given: torch.Tensor) -> torch.Tensor:
         """Positions as they are counted from the first token that is not padding."""
@@ -216,7 +219,7 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     remapping: Remapping = module._posext_remapping
     state = ForwardState(remapping, getattr(_calls, "state", None))
     _calls.state = state  # first of all, since the hook after the forward runs after an error, too
-    config: Any = text_config(module.config)
+    config: Any = module._posext_text_config
     chosen = config._attn_implementation
     if chosen not in ATTENTION.values():
         raise EvaluationError(
@@ -224,7 +227,7 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
             "undo the patch, set the attention, then patch again"
         )
     given = arguments(module, args, kwargs)
-    if remapping.bands.parts:
+    if remapping.bands.bands:
         sides = given.get("is_causal")
         if sides is False or (sides is None and getattr(config, "is_causal", True) is False):
             raise UnsupportedModelError(both_sides(remapping, config.model_type, "is_causal=False"))
@@ -327,13 +330,28 @@ def arguments(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _padding_mask(mask: Any) -> torch.Tensor | None:
-    """Mask of the keys (batch, keys) that are not padding; `None` if all are, or if the mask does not tell."""
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+    """Return a mask of the keys (batch, keys) that are not padding; `None` if none are, or without a mask.
+
+    In a mask of pairs (batch, 1, queries, keys), or several by the type of layers, padding is attended by no token.
+    """
+    if isinstance(mask, Mapping):
+        mask = next((one for one in mask.values() if isinstance(one, torch.Tensor)), None)
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         return None
-    read = mask.bool()
+    read = mask.bool() if mask.ndim == 2 else _attended(mask)
     if not torch.compiler.is_compiling() and seen_for_free(read) and read.all():
         return None
     return read
+
+
+def _attended(mask: torch.Tensor) -> torch.Tensor:
+    """Return which keys (batch, keys) some token attends to, by a mask of pairs."""
+    seen = (mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()).any(1)
+    queries, keys = seen.shape[1:]
+    ahead = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)
+    # transformers lets padding at the left, which would attend to nothing, attend to everything
+    padding = (seen & ahead).any(-1, keepdim=True)
+    return (seen & ~padding).any(1)
 
 
 def _weights_asked_for(config: Any, given: dict[str, Any], base: str) -> bool:

@@ -1,6 +1,6 @@
 """Measures how each attention layer of a model rotates its queries and keys.
 
-transformers has nineteen different functions that apply rotary phases: halves or interleaved, part of the head or all
+transformers has nineteen different functions that apply rotary phases: halves or interleaved, some of the head or all
 of it, one that permutes its output, one that rotates the other way, a weighted norm after it. None is looked at. One
 forward of a few rows of the same five tokens, with the attention's output zeroed and every phase at 0 or 90 degrees,
 shows for each channel of the queries and keys that reach the attention function: `out_c = x_c cos[s] + g x_p sin[s]`,
@@ -12,8 +12,9 @@ the same classes with weights of our own (`skeleton.py`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Queries and keys (rows, heads, tokens, dim) that reached the attention function, by layer."""
 
 Quarters = dict[str, torch.Tensor]
-"""By the name of a set: 0 or 1 (quarter turns) for each row of a forward and each slot, of shape (rows, slots)."""
+"""By the name of a set: 0 or 1 (quarter rotations) for each row of a forward and each slot, of shape (rows, slots)."""
 
 
 class Probing:
@@ -35,17 +36,20 @@ class Probing:
 
     Attributes:
         captured (`Captured`): what reached the attention of each layer.
+        windows (`dict[str, int | None]`): sliding window that each layer asked for.
     """
 
     def __init__(self, quarters: Quarters) -> None:
         self.quarters = quarters
         self.captured: Captured = {}
+        self.windows: dict[str, int | None] = {}
 
     def capture(
-        self, path: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
+        self, path: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """Take the place of the attention function: keep queries and keys, attend to nothing."""
         self.captured[path] = query.detach().cpu(), key.detach().cpu()
+        self.windows[path] = kwargs.get("sliding_window")
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
@@ -63,65 +67,81 @@ Phases = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the channels of queries or keys turn; tensors of shape (dim,). Channels that do not turn have weight 0.
+    """Rotation of the channels of queries or keys.
 
-    Layouts of one `kind` are equal. `swaps` are slices of channels and of their partners, where few are enough.
-    `whole` says that all channels turn.
+    Args:
+        kind (`int`): layouts of one kind are equal.
+        slots (`torch.LongTensor` of shape `(dim,)`): slot of the rotary module's output that drives each channel.
+        partners (`torch.LongTensor` of shape `(dim,)`): the channel with which each is mixed.
+        weights (`torch.Tensor` of shape `(dim,)`): `g` above; 0 for channels that do not rotate.
+        direct (`bool`): slots are the channels themselves, so that phases are taken as they are.
+
+    Attributes:
+        swaps (`tuple[tuple[slice, slice], ...]`, *optional*): channels and their partners as slices, if two will do.
+        whole (`bool`): all channels rotate.
     """
 
     kind: int
     slots: torch.Tensor
     partners: torch.Tensor
     weights: torch.Tensor
-    swaps: tuple[tuple[slice, slice], ...] | None
-    whole: bool
+    direct: bool
+    swaps: tuple[tuple[slice, slice], ...] | None = field(init=False)
+    whole: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "swaps", _swaps(self.partners, self.weights))
+        object.__setattr__(self, "whole", bool(self.weights.ne(0).all()))
 
     def phases(self, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> Phases:
-        """What [`~Layout.rotate`] takes for states of a dtype, from cosine and sine (batch, tokens, slots)."""
+        """Return what [`~Layout.rotate`] takes for states of a dtype, from cosine and sine (batch, tokens, slots)."""
         weights = self.weights.to(sin.dtype)
-        cos, sin = cos.index_select(-1, self.slots), sin.index_select(-1, self.slots) * weights
+        if not self.direct:
+            cos, sin = cos.index_select(-1, self.slots), sin.index_select(-1, self.slots)
         if not self.whole:
             cos = torch.where(weights == 0, 1.0, cos)
-        return cos.unsqueeze(1).to(dtype), sin.unsqueeze(1).to(dtype)
+        return cos.unsqueeze(1).to(dtype), (sin * weights).unsqueeze(1).to(dtype)
 
     def rotate(self, states: torch.Tensor, phases: Phases) -> torch.Tensor:
-        """Queries or keys (batch, heads, tokens, dim) turned by the phases of their tokens, or one by each of some."""
+        """Return queries or keys (batch, heads, tokens, dim) rotated by the phases of their tokens, or a single one
+        rotated by each of some phases."""
         cos, sin = phases
         if self.swaps is None or states.shape[2] <= FEW:
             return (states * cos).add_(states.index_select(-1, self.partners) * sin)  # rounded as models do
         first, second = self.swaps[0]
         fused = one_pass(states) if first.stop == second.start else None
         if fused is not None:
-            rotated: torch.Tensor = fused.rotate(states, cos, sin, first.stop)
-            return rotated
-        turned = states * cos
+            passed: torch.Tensor = fused.rotate(states, cos, sin, first.stop)
+            return passed
+        rotated = states * cos
         for here, there in self.swaps:  # in place, so that no partners of all channels are held
-            turned[..., here].add_(states[..., there] * sin[..., here])
-        return turned
+            rotated[..., here].add_(states[..., there] * sin[..., here])
+        return rotated
 
     def rotate_(self, states: torch.Tensor, phases: Phases) -> None:
-        """The same for a few tokens, in place."""
+        """Rotate a few tokens in place."""
         cos, sin = phases
         partners = states.index_select(-1, self.partners)
         states.mul_(cos).addcmul_(partners, sin)
 
     def is_rotation(self) -> bool:
-        """Whether the opposite phases turn back: channels are each other's partners, with opposite weights."""
+        """Return whether the opposite phases rotate back: partners are mutual, with opposite weights."""
         mutual = self.partners[self.partners] == torch.arange(len(self.partners), device=self.partners.device)
-        opposite = (
-            self.weights * self.weights[self.partners] + 1
-        ).abs() < 1e-2  # measured in half precision, at worst
+        # measured in half precision, at worst
+        opposite = (self.weights * self.weights[self.partners] + 1).abs() < 1e-2
         return bool(((mutual & opposite) | (self.weights == 0)).all())
 
     def to(self, device: torch.device) -> Layout:
         """Return the same on a device."""
-        slots, partners, weights = (tensor.to(device) for tensor in (self.slots, self.partners, self.weights))
-        return Layout(self.kind, slots, partners, weights, self.swaps, self.whole)
+        there = copy.copy(self)
+        for name in ("slots", "partners", "weights"):
+            object.__setattr__(there, name, getattr(self, name).to(device))
+        return there
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """What the attention function has to know of one layer: its set of frequencies, and how channels turn."""
+    """Rotation of one layer: its set of frequencies, and the layouts of its queries and keys."""
 
     rotary: str
     query: Layout
@@ -132,23 +152,23 @@ class LayerLayout:
         return all(bool((side.weights.abs().round() == side.weights.abs()).all()) for side in (self.query, self.key))
 
     def to(self, device: torch.device) -> LayerLayout:
-        """The same on a device."""
+        """Return the same on a device."""
         if self.query.slots.device == device:
             return self
         return LayerLayout(self.rotary, self.query.to(device), self.key.to(device))
 
 
 class UnknownLayout(Exception):
-    """A layer whose queries and keys do not turn as rotary phases do."""
+    """A layer whose queries and keys do not rotate as rotary phases do."""
 
 
 def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tensor]) -> dict[str, LayerLayout]:
-    """The layouts of all layers that turn; layers without rotary phases are not in the answer.
+    """Return the layouts of all layers that rotate.
 
     Args:
-        forward: runs the model on as many equal rows as it is given quarter turns for, in place of phases, and tells
-            what reached attention.
-        pairs: for each set, the pair of each slot (slots of one pair have the same phase), int64 of shape (slots,).
+        forward (`Callable`): runs the model on as many equal rows as it is given quarter rotations for, in place of
+            phases, and returns what reached attention.
+        pairs (`dict[str, torch.LongTensor]`): by set, the pair of each slot. Slots of one pair have the same phase.
 
     Raises:
         UnknownLayout: names the layer.
@@ -160,7 +180,7 @@ def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tens
     count = max(first - 1, 1).bit_length()
 
     def rows(code: torch.Tensor) -> torch.Tensor:
-        """One that does not turn, one that turns throughout, and one for each binary digit of the code of a slot."""
+        """Rows: without rotation, all rotated, and one for each binary digit of the code of a slot."""
         digits = [code >> bit & 1 for bit in range(count)]
         return torch.stack([torch.zeros_like(code), torch.ones_like(code), *digits])
 
@@ -169,19 +189,21 @@ def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tens
     kinds: list[Layout] = []
     for layer, states in found.items():
         sides = [_layout(layer, side[0], side[1], side[2:]) for side in states]
-        if not any(bool(turns.any()) for _, _, turns, _ in sides):
+        if not any(bool(rotates.any()) for _, _, rotates, _ in sides):
             continue
-        code = torch.cat([code[turns] for _, _, turns, code in sides])
+        code = torch.cat([code[rotates] for _, _, rotates, code in sides])
         sets = [name for name in codes if bool(torch.isin(code, codes[name]).any())]
         if len(sets) != 1 or not bool(torch.isin(code, codes[sets[0]]).all()):
-            raise UnknownLayout(f"{layer} is turned by {len(sets)} sets of frequencies")
+            raise UnknownLayout(f"{layer} is rotated by {len(sets)} sets of frequencies")
+        known = codes[sets[0]]
         slot_of = {int(c): slot for slot, c in reversed(list(enumerate(codes[sets[0]].tolist())))}
         layouts = []
         for partners, weights, _, code in sides:
-            slots = torch.tensor([slot_of.get(int(c), 0) for c in code])
-            swaps = _swaps(partners, weights)
-            layout = Layout(len(kinds), slots, partners, weights, swaps, bool(weights.ne(0).all()))
-            layouts.append(next((known for known in kinds if _equal(known, layout)), layout))
+            # most modules give a slot for each channel; any slot of its pair would do
+            direct = torch.equal(known, code)
+            slots = torch.arange(len(code)) if direct else torch.tensor([slot_of.get(int(c), 0) for c in code])
+            layout = Layout(len(kinds), slots, partners, weights, direct)
+            layouts.append(next((one for one in kinds if _equal(one, layout)), layout))
             kinds.extend([layout] if layouts[-1] is layout else [])
         layers[layer] = LayerLayout(sets[0], *layouts)
     return layers
@@ -193,7 +215,7 @@ def _equal(one: Layout, other: Layout) -> bool:
 
 
 def _swaps(partners: torch.Tensor, weights: torch.Tensor) -> tuple[tuple[slice, slice], ...] | None:
-    """Channels that turn and their partners as slices, where halves are paired or neighbours; otherwise `None`."""
+    """Return channels that rotate and their partners as slices, where halves are paired or neighbours."""
     count = int(weights.ne(0).sum())
     half = count // 2
     for swaps in (
@@ -209,14 +231,14 @@ def _swaps(partners: torch.Tensor, weights: torch.Tensor) -> tuple[tuple[slice, 
 
 
 def _layout(
-    layer: str, still: torch.Tensor, turned: torch.Tensor, bits: torch.Tensor
+    layer: str, still: torch.Tensor, rotated: torch.Tensor, bits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Partners, weights, which channels rotate, and the code of the pair that drives each; all of shape (dim,)."""
     dim = still.shape[-1]
-    before, after = (states.reshape(-1, dim).double() for states in (still, turned))
+    before, after = (states.reshape(-1, dim).double() for states in (still, rotated))
     rounding = torch.finfo(still.dtype).eps
     largest = before.abs().max()
-    turns = (before - after).abs().amax(0) > TOLERANCE * largest
+    rotates = (before - after).abs().amax(0) > TOLERANCE * largest
     hidden = (before.abs().amax(0) == 0) | (after.abs().amax(0) == 0)
     if bool(hidden.any()):  # a weight of 0 in front of the rotation, or behind it
         raise UnknownLayout(
@@ -228,8 +250,8 @@ def _layout(
     rest = torch.zeros(dim, dim, dtype=torch.float64)
     for one, other in zip(before, after, strict=True):  # a row at a time, so that little is held
         torch.maximum(rest, (other[:, None] - weights * one).abs(), out=rest)
-    partners = torch.where(turns, rest.argmin(1), torch.arange(dim))
-    if bool((rest.min(1).values[turns] > max(20 * TOLERANCE, 4 * rounding) * largest).any()):
+    partners = torch.where(rotates, rest.argmin(1), torch.arange(dim))
+    if bool((rest.min(1).values[rotates] > max(20 * TOLERANCE, 4 * rounding) * largest).any()):
         raise UnknownLayout(f"{layer} mixes more than two channels")
     weights = weights[torch.arange(dim), partners]
     weights = torch.where((weights.abs() - 1).abs() < max(1e-4, rounding), weights.sign(), weights)
@@ -237,5 +259,5 @@ def _layout(
     for bit, states in enumerate(bits):
         probe = states.reshape(-1, dim).double()
         quarter = (probe - after).abs().amax(0) < (probe - before).abs().amax(0)
-        code += (quarter & turns).long() << bit
-    return partners, torch.where(turns, weights, 0.0), turns, code
+        code += (quarter & rotates).long() << bit
+    return partners, torch.where(rotates, weights, 0.0), rotates, code

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ...plan import Band, PositionMap
 from ..detect import RotarySite
-from ..kernels import belongs, mapped
 
 if TYPE_CHECKING:
     from .forward import ForwardState
@@ -166,31 +164,3 @@ def last_lengths(lengths: torch.Tensor, counted: torch.Tensor | None) -> torch.T
     index = torch.arange(counted.shape[-1], device=counted.device)
     last = torch.where(counted, index, 0).amax(-1, keepdim=True)
     return lengths.expand(counted.shape[0], -1).gather(-1, last)
-
-
-def window_edge(parts: tuple[Band, ...]) -> int | None:
-    """Return the one distance at which a key is rotated anew as tokens follow; 0 without one, `None` with several."""
-    if any(part.key.by_pair or part.query.by_pair for part in parts):
-        return None
-    if len({part.key for part in parts}) <= 1:
-        return 0
-    if any(part.chunk > 1 or part.keys_below is not None for part in parts):
-        return None
-    edges = {part.high for part in parts if part.high is not None} | {part.low for part in parts if part.low > 0}
-    return edges.pop() if len(edges) == 1 else None
-
-
-def rotated_positions(parts: tuple[Band, ...], newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return what keys at positions (rows, keys) are rotated to for a query at `newest` (rows, 1)."""
-    if len({part.key for part in parts}) <= 1:
-        return mapped(keys, parts[0].key) if parts else keys
-    wanted = mapped(keys, parts[0].key)
-    for part in parts[1:]:
-        wanted = torch.where(belongs(part, newest, keys)[:, 0], mapped(keys, part.key), wanted)
-    return wanted
-
-
-def key_map(parts: tuple[Band, ...], distance: int) -> PositionMap:
-    """Return how a key at a distance from the newest token is mapped, where bands are windows or map keys alike."""
-    inside = (part for part in parts if part.low <= distance and (part.high is None or distance < part.high))
-    return next(inside, parts[0]).key if parts else PositionMap()

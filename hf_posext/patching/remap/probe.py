@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import Band, ExtensionPlan, PositionMap
 from ..detect import RotarySite, rotary_sites, text_config
 from ..effect import refuse_idle
+from ..kernels import SAME
 from ..mixin import mix
 from ..modes import evaluation_mode
 from ..signatures import cache_argument, cache_of, with_cache
@@ -24,7 +26,7 @@ from .attention import HONOURED, Lease, arguments_read, base_function
 from .forward import ATTENTION, begin_forward, begin_layer, both_sides, end_forward
 from .layout import Captured, LayerLayout, Probing, Quarters, UnknownLayout, measure
 from .paged import ServesBatches
-from .remapping import Remapping
+from .remapping import Layer, Remapping
 from .rotary import RotatesLate, own_phases
 from .skeleton import copy_norms, skeleton_of
 
@@ -34,7 +36,10 @@ SELECTED = ("index_topk", "indexer_budget")
 """What configs call the number of keys that an indexer selects. The check is no longer than that, since selection
 follows the positions of the model."""
 
-SAME, TWICE = PositionMap(), PositionMap(rate=2)
+FAR = 2**24
+"""A position behind every length at which frequencies change."""
+
+TWICE = PositionMap(rate=2)
 
 TWO_BANDS = Band(SAME, SAME, high=CHECK_TOKENS // 3), Band(SAME, SAME, low=CHECK_TOKENS // 3)
 """Bands that leave all positions as they are: with them, attention over bands is that of the unpatched model."""
@@ -76,7 +81,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
     kind = plan.scheme.model_type
     if any(entry.short_inv_freq is not None for entry in plan.rotaries):
         raise UnsupportedModelError(
-            f"{plan.method}: two LongRoPE lists cannot be combined with remapping; give one list"
+            f"{plan.method}: two LongRoPE lists cannot be combined with remapping. Pass one list."
         )
     by_pair = any(mapping.by_pair for part in plan.parts for mapping in (part.query, part.key))
     if by_pair and any(entry.growth for entry in plan.rotaries):
@@ -97,9 +102,16 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
         )
     sites = list(rotary_sites(model))
     backbone, prefix = _backbone(model, sites[0])
-    unmapped = Remapping.of(replace(plan, parts=(), query_scale=None, rotaries=()), base, {}, delta=indexed)
+    unmapped = Remapping(replace(plan, parts=(), query_scale=None, rotaries=()), base, delta=indexed)
     if plan.parts and any(getattr(one, "is_causal", True) is False for one in (config, backbone.config)):
-        raise UnsupportedModelError(both_sides(Remapping.of(plan, base, {}), kind, "is_causal=False in its config"))
+        raise UnsupportedModelError(both_sides(Remapping(plan, base), kind, "is_causal=False in its config"))
+    following = next((site for site in sites if plan.parts and _follows_length(site)), None)
+    if following is not None:
+        raise UnsupportedModelError(
+            f"{following.path} of {kind} changes its frequencies with the length of the input, and {plan.method} asks "
+            f"for positions that do not grow with it. Pass a method that fixes the frequencies first, as in "
+            f"'yarn+{plan.method}'."
+        )
     subject = _subject(model, backbone, prefix, sites)
     remapping = _studied(subject, model, plan, unmapped, kind)
     refuse_idle(plan, map(model.get_submodule, remapping.layers))
@@ -108,6 +120,13 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
     if hasattr(model, "init_continuous_batching"):
         log.set(model, "__class__", mix(ServesBatches, type(model)))
     return "positions are remapped inside attention"
+
+
+def _follows_length(site: RotarySite) -> bool:
+    """Return whether phases of a position depend on the others in a call (two LongRoPE lists, dynamic NTK)."""
+    twin = replace(site, module=copy.deepcopy(site.module))
+    near, far = (own_phases(twin, torch.tensor([[1, last]]), torch.zeros(1)) for last in (2, FAR))
+    return any(not torch.equal(one[..., :1, :], other[..., :1, :]) for one, other in zip(near, far, strict=True))
 
 
 def _subject(model: PreTrainedModel, backbone: PreTrainedModel, prefix: str, sites: list[RotarySite]) -> Subject:
@@ -129,12 +148,13 @@ def _studied(
     Raises:
         UnsupportedModelError: see [`apply_late_rotation`].
     """
-    root, delta, base = subject.root, unmapped.delta, unmapped.base
+    root, delta = subject.root, unmapped.delta
     config: Any = text_config(root.config)
     selected = [getattr(config, name, CHECK_TOKENS) for name in SELECTED]
     ids = torch.arange(3, 3 + min(CHECK_TOKENS, *selected), device=root.device)[None] % config.vocab_size
     with evaluation_mode(root):
-        layers = _layouts(subject, model, ids[:, :5], kind)
+        layers, windows = _layouts(subject, model, ids[:, :5], kind)
+        unmapped = replace(unmapped, layers=layers, windows=windows)
         modules = dict(model.named_modules())
         if plan.query_scale is not None and plan.query_scale.first_layer > 0:
             unnumbered = [path for path in layers if not isinstance(getattr(modules[path], "layer_idx", None), int)]
@@ -146,23 +166,22 @@ def _studied(
         if plan.parts:
             free = [path for path in layers if not getattr(modules[path], "is_causal", True)]
             if free:
-                raise UnsupportedModelError(both_sides(Remapping.of(plan, base, layers), kind, free[0]))
+                raise UnsupportedModelError(both_sides(Remapping(plan, unmapped.base), kind, free[0]))
         strides = (1, 2) if delta else (1,)
         wanted = torch.cat([_states(root, ids, stride) for stride in strides])
         log = UndoLog()
         try:
             bones = {subject.prefix + path: module for path, module in root.named_modules()}
-            read = (arguments_read(base_function(base, bones[path])) for path in layers)
+            read = (arguments_read(base_function(unmapped.base, bones[path])) for path in layers)
             refused = frozenset().union(*read) - HONOURED
-            _install(subject, replace(unmapped, layers=layers), log)
-            _hook(subject, replace(unmapped, layers=layers), log)
-            got = [_staged(subject, replace(unmapped, layers=layers), ids)]
+            _install(subject, unmapped, log)
+            _hook(subject, unmapped, log)
+            got = [_states(root, ids)]
             if plan.parts:
-                bands = Remapping.of(replace(unmapped.plan, parts=TWO_BANDS), base, layers, delta=delta)
-                got.append(_staged(subject, bands, ids))
+                got.append(_staged(subject, replace(unmapped, plan=replace(unmapped.plan, parts=TWO_BANDS)), ids))
             if delta:  # so far nothing was rotated there: the model must also give what it gives at doubled positions
                 doubled = replace(unmapped.plan, parts=(Band(TWICE, TWICE),))
-                got.append(_staged(subject, Remapping.of(doubled, base, layers, delta=True), ids))
+                got.append(_staged(subject, replace(unmapped, plan=doubled), ids))
             tolerance = _tolerance(wanted)
             rows = [wanted[:1]] * (len(got) - len(strides) + 1) + [wanted[1:]] * (len(strides) - 1)
             difference = max((one - row).float().abs().max() for one, row in zip(got, rows, strict=True))
@@ -172,7 +191,7 @@ def _studied(
                     f"{tolerance:.1e} allowed): it uses rotated states elsewhere; {plan.method} cannot be applied, a "
                     "frequency method such as yarn can"
                 )
-            kept = Remapping.of(plan, base, layers, delta=delta, rotates_cached_keys=True, refused=refused)
+            kept = replace(unmapped, plan=plan, rotates_cached_keys=True, refused=refused)
             return kept if _keeps_rotated(subject, kept, ids[:, :7]) else replace(kept, rotates_cached_keys=False)
         except EvaluationError as error:
             raise UnsupportedModelError(
@@ -201,8 +220,8 @@ def _staged(subject: Subject, remapping: Remapping, ids: torch.Tensor) -> torch.
 
 
 def _stage(subject: Subject, remapping: Remapping) -> None:
-    for module in subject.root.modules():
-        module._posext_remapping = remapping
+    for module, name, value in _marks(subject, remapping):
+        setattr(module, name, value)
 
 
 def _keeps_rotated(subject: Subject, remapping: Remapping, ids: torch.Tensor) -> bool:
@@ -247,12 +266,28 @@ def _install(subject: Subject, remapping: Remapping | Probing, log: UndoLog) -> 
                 log.set(module, "_old_forward", type(module).forward.__get__(module))
     # Every module holds the lease: somebody may keep a part of the model alone, and its config names our attention.
     lease = Lease()
-    for path, module in root.named_modules():
-        log.set(module, "_posext_remapping", remapping)
-        log.set(module, "_posext_path", subject.prefix + path)
+    for module in root.modules():
         log.set(module, "_posext_lease", lease)
+    for mark in _marks(subject, remapping):
+        log.set(*mark)
     log.on_undo(_end, lease)
     switch_attention(root, ATTENTION[text_config(root.config)._attn_implementation or "eager"], log)
+
+
+def _marks(subject: Subject, remapping: Remapping | Probing) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield what the modules of a subject hold while a remapping is in force: module, attribute and value."""
+    for path, module in subject.root.named_modules():
+        path = subject.prefix + path
+        yield module, "_posext_remapping", remapping
+        if isinstance(remapping, Probing):
+            yield module, "_posext_path", path
+        elif path in remapping.layers:
+            index: Any = getattr(module, "layer_idx", None)
+            window, scale = remapping.windows[path], remapping.plan.query_scale
+            scale = None if scale is None or scale.first_layer > (index or 0) else scale
+            base = base_function(remapping.base, module)
+            near = remapping.bands.sees_one(window)
+            yield module, "_posext_layer", Layer(remapping, remapping.layers[path], window, near, scale, base, index)
 
 
 def _end(lease: Lease) -> None:
@@ -263,6 +298,7 @@ def _hook(subject: Subject, remapping: Remapping, log: UndoLog) -> None:
     """Hooks that make a state for each forward of the backbone, and find positions that came with phases."""
     backbone: Any = subject.backbone
     log.set(backbone, "_posext_arguments", tuple(inspect.signature(backbone.forward).parameters))
+    log.set(backbone, "_posext_text_config", text_config(backbone.config))
     for handle in (
         backbone.register_forward_pre_hook(begin_forward, with_kwargs=True),
         backbone.register_forward_hook(end_forward, with_kwargs=True, always_call=True),
@@ -288,8 +324,11 @@ def _backbone(model: PreTrainedModel, site: RotarySite) -> tuple[PreTrainedModel
     return backbone, f"{path}." if path else ""
 
 
-def _layouts(subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: str) -> dict[str, LayerLayout]:
-    """Measure every layer's layout, and refuse a model that does not show one."""
+def _layouts(
+    subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: str
+) -> tuple[dict[str, LayerLayout], dict[str, int | None]]:
+    """Measure every layer's layout, and refuse a model that does not show one. Return the sliding windows, too."""
+    windows: dict[str, int | None] = {}
     sites: dict[str, RotarySite] = {}
     for site in subject.sites:
         sites.setdefault(site.name, site)
@@ -307,6 +346,7 @@ def _layouts(subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: 
                 f"{kind} does not send its attention through transformers' AttentionInterface; remapping methods "
                 "cannot reach it, frequency methods can"
             )
+        windows.update(probing.windows)
         return probing.captured
 
     def groups(site: RotarySite) -> torch.Tensor:
@@ -333,4 +373,4 @@ def _layouts(subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: 
         ) from error
     if not layers:
         raise UnsupportedModelError(f"{kind} has no attention layer that rotates; there is nothing to remap")
-    return layers
+    return layers, windows

@@ -1,16 +1,16 @@
-"""Remapping of a patched model: one frozen object that all its forwards share."""
+"""Remapping of a patched model: frozen objects that all its forwards share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ...plan import Band, ExtensionPlan, Growth, PositionMap, QueryScale
-from ..kernels import mapped
+from ..kernels import SAME, belongs, mapped
 from .layout import LayerLayout
-from .positions import key_map, window_edge
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Bands:
     """The bands of a plan, and what follows from them alone.
 
     Args:
-        parts (`tuple[Band, ...]`): the bands; disjoint.
+        bands (`tuple[Band, ...]`): disjoint.
 
     Attributes:
         query_maps (`tuple[PositionMap, ...]`): each map of queries once.
@@ -29,9 +29,11 @@ class Bands:
         nearest (`PositionMap`): of a key at the newest token.
         stays (`int`, *optional*): which map of queries is `nearest`.
         onward (`tuple[PositionMap, ...]`): the other maps of queries.
+        slide (`bool`): all of them are windows that move with each query.
+        chunked (`bool`): some of them are made of chunks.
     """
 
-    parts: tuple[Band, ...]
+    bands: tuple[Band, ...]
     query_maps: tuple[PositionMap, ...] = field(init=False)
     query_choice: tuple[int, ...] = field(init=False)
     key_maps: tuple[PositionMap, ...] = field(init=False)
@@ -40,23 +42,61 @@ class Bands:
     nearest: PositionMap = field(init=False)
     stays: int | None = field(init=False)
     onward: tuple[PositionMap, ...] = field(init=False)
+    slide: bool = field(init=False)
+    chunked: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        queries, query_choice = _distinct([part.query for part in self.parts])
-        keys, key_choice = _distinct([part.key for part in self.parts])
-        nearest = key_map(self.parts, 0)
+        queries, query_choice = _distinct(band.query for band in self.bands)
+        keys, key_choice = _distinct(band.key for band in self.bands)
+        nearest = self._key_map(0)
+        chunked = any(band.chunk > 1 for band in self.bands)
         derived = {
             "query_maps": queries,
             "query_choice": query_choice,
             "key_maps": keys,
             "key_choice": key_choice,
-            "edge": window_edge(self.parts),
+            "edge": self._edge(len(keys)),
             "nearest": nearest,
             "stays": queries.index(nearest) if nearest in queries else None,
             "onward": tuple(rule for rule in queries if rule != nearest),
+            "slide": not chunked and all(band.keys_below is None for band in self.bands),
+            "chunked": chunked,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def _key_map(self, distance: int) -> PositionMap:
+        """Return how a key at a distance from the newest token is mapped, where bands slide or map keys alike."""
+        inside = (band for band in self.bands if band.low <= distance and (band.high is None or distance < band.high))
+        return next(inside, self.bands[0]).key if self.bands else SAME
+
+    def _edge(self, key_maps: int) -> int | None:
+        if any(band.key.by_pair or band.query.by_pair for band in self.bands):
+            return None
+        if key_maps <= 1:
+            return 0
+        if any(band.chunk > 1 or band.keys_below is not None for band in self.bands):
+            return None
+        edges = {edge for band in self.bands for edge in (band.low, band.high) if edge}
+        return edges.pop() if len(edges) == 1 else None
+
+    def sees_one(self, window: int | None) -> bool:
+        """Return whether a layer sees all pairs at the positions of the model.
+
+        There are no bands, or its sliding window holds only pairs of a band that leaves positions as they are.
+        """
+        if not self.bands:
+            return True
+        near = self.bands[0]
+        unmoved = near.query == near.key == SAME and near.chunk == 1
+        return window is not None and unmoved and (near.high is None or window <= near.high)
+
+    def rotated_positions(self, newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Return what keys at positions (rows, keys) are rotated to for a query at `newest` (rows, 1)."""
+        wanted = mapped(keys, self.bands[0].key) if self.bands else keys
+        for band in self.bands[1:] if len(self.key_maps) > 1 else ():
+            wanted = torch.where(belongs(band, newest, keys)[:, 0], mapped(keys, band.key), wanted)
+        return wanted
 
     def step_positions(self, newest: torch.Tensor) -> torch.Tensor:
         """
@@ -82,8 +122,43 @@ class Bands:
         if not self.edge:
             return [], []
         there = (newest - self.edge).clamp(min=0)
-        within, behind = (mapped(there, key_map(self.parts, self.edge - near)) for near in (1, 0))
+        within, behind = (mapped(there, self._key_map(self.edge - near)) for near in (1, 0))
         return [within], [behind]
+
+    def leaving(self, count: int) -> int | None:
+        """Return the index of the key, of some, that the newest pushes out of the window; `None` without one."""
+        return count - 1 - self.edge if self.edge and count > self.edge else None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention layer that rotates, as the attention function finds it on the module: decided when patched.
+
+    Args:
+        remapping (`Remapping`): of the model.
+        layout (`LayerLayout`): how it rotates, on the CPU.
+        window (`int`, *optional*): the sliding window that it asked its attention for.
+        near (`bool`): within it, all pairs are at the positions of the model; otherwise there are several bands.
+        scale (`QueryScale`, *optional*): of its queries.
+        base (`Callable`): the attention function of the unpatched module.
+        index (`int`, *optional*): its layer of the cache.
+    """
+
+    remapping: Remapping
+    layout: LayerLayout
+    window: int | None
+    near: bool
+    scale: QueryScale | None
+    base: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    index: int | None
+    _copies: dict[torch.device, LayerLayout] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def layout_on(self, device: torch.device) -> LayerLayout:
+        """Return how the layer rotates, on a device."""
+        layout = self._copies.get(device)
+        if layout is None:
+            layout = self._copies[device] = self.layout.to(device)
+        return layout
 
 
 @dataclass(frozen=True)
@@ -96,68 +171,51 @@ class Remapping:
         plan (`ExtensionPlan`): the plan.
         base (`str`): the attention of the unpatched model, `"sdpa"` or `"eager"`.
         layers (`dict[str, LayerLayout]`): for each attention layer that rotates, by its path, how.
+        windows (`dict[str, int | None]`): their sliding windows.
         delta (`bool`): the model rotates by its own positions, and attention adds the difference. So it is where an
             indexer reads rotated states (DeepSeek's sparse attention).
         rotates_cached_keys (`bool`): keys may stay rotated in the cache: the plan rotates one key anew at a step at
             most, rotations can be undone, and nothing else in the model reads the cached keys.
-        bands (`Bands`): of the plan. Empty where queries are scaled or frequencies follow the length only.
-        query_scale (`QueryScale`, *optional*): of the plan.
         refused (`frozenset[str]`): arguments that the unpatched attention reads, and attention over bands does not
             honour.
+
+    Attributes:
+        bands (`Bands`): of the plan. Empty where queries are scaled or frequencies follow the length only.
         growths (`dict[str, Growth]`): by set of frequencies, how they follow the length of a document.
     """
 
     plan: ExtensionPlan
     base: str
-    layers: dict[str, LayerLayout]
-    delta: bool
-    rotates_cached_keys: bool
-    bands: Bands
-    query_scale: QueryScale | None
-    refused: frozenset[str]
-    growths: dict[str, Growth]
-    _copies: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @classmethod
-    def of(
-        cls,
-        plan: ExtensionPlan,
-        base: str,
-        layers: dict[str, LayerLayout],
-        *,
-        delta: bool = False,
-        rotates_cached_keys: bool = False,
-        refused: frozenset[str] = frozenset(),
-    ) -> Remapping:
-        """Return what a plan does to a model of known layouts."""
-        growths = {entry.name: entry.growth for entry in plan.rotaries if entry.growth is not None}
-        bands = Bands(plan.parts)
-        return cls(plan, base, layers, delta, rotates_cached_keys, bands, plan.query_scale, refused, growths)
+    layers: dict[str, LayerLayout] = field(default_factory=dict)
+    windows: dict[str, int | None] = field(default_factory=dict)
+    delta: bool = False
+    rotates_cached_keys: bool = False
+    refused: frozenset[str] = frozenset()
+    bands: Bands = field(init=False)
+    growths: dict[str, Growth] = field(init=False)
+    _copies: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, growth in self.growths.items():
+        growths = {entry.name: entry.growth for entry in self.plan.rotaries if entry.growth is not None}
+        object.__setattr__(self, "bands", Bands(self.plan.parts))
+        object.__setattr__(self, "growths", growths)
+        for name, growth in growths.items():
             numbers = (growth.moving, growth.power, growth.kept)
             self._copies[name] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-
-    def layer(self, path: str, device: torch.device) -> LayerLayout | None:
-        """Return how an attention layer rotates, on a device; `None` where it does not rotate."""
-        known: LayerLayout | None = self._copies.get((path, device))
-        if known is None and path in self.layers:
-            known = self._copies[path, device] = self.layers[path].to(device)
-        return known
 
     def growth(self, name: str, device: torch.device) -> torch.Tensor:
         """Return `moving`, `power` and `kept` of [`Growth`] as float32 (3, slots) on a device.
 
         One copy is made for each device. To get it there in every forward, the host would wait.
         """
-        known: torch.Tensor | None = self._copies.get((name, device))
+        known = self._copies.get((name, device))
         if known is None:
             known = self._copies[name, device] = self._copies[name].to(device)
         return known
 
 
-def _distinct(maps: list[PositionMap]) -> tuple[tuple[PositionMap, ...], tuple[int, ...]]:
+def _distinct(maps: Iterable[PositionMap]) -> tuple[tuple[PositionMap, ...], tuple[int, ...]]:
     """Return each map once, and which of them each band has."""
+    maps = tuple(maps)
     distinct = tuple(dict.fromkeys(maps))
     return distinct, tuple(distinct.index(one) for one in maps)

@@ -9,10 +9,25 @@ import torch
 from ..detect import RotarySite
 from ..mixin import Mixin
 from .forward import ForwardState, carry, current_state
-from .identity_phases import unturned, worth_it
 from .layout import Probing
 from .positions import Positions, on_axes
 from .remapping import Remapping
+
+PRODUCTS = frozenset((torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__))
+SUMS = frozenset((torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__))
+VIEWS = frozenset(
+    (
+        torch.unsqueeze,
+        torch.Tensor.unsqueeze,
+        torch.Tensor.__getitem__,
+        torch.Tensor.repeat_interleave,
+        torch.Tensor.to,
+    )
+)
+"""Of all that models do to phases before they apply them, what leaves ones ones and zeros zeros."""
+
+MANY = 1024
+"""Tokens from which it is worth it: in Python, this takes a layer a tenth of a millisecond."""
 
 
 class RotatesLate(Mixin):
@@ -64,7 +79,7 @@ def phases_at(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[
     wanted, scales = wanted.expand(*wanted.shape[:-2], *shape), scales.to(wanted.device).expand(shape)
     device, temperature = _frequencies(at.site).device, remapping.growths[at.name].temperature
     numbers = remapping.growth(at.name, device)
-    # each token has its own frequencies, and neither the host nor a graph need know which
+    # each token has its own frequencies, and neither the host nor a graph needs to know which
     grown = torch.vmap(
         lambda position, scale: _grown_phases(at.site, numbers, temperature, position[..., None, None], scale, like),
         (-1, 0),
@@ -115,10 +130,8 @@ def _grown_phases(
     scale: torch.Tensor,
     like: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Phases with the frequencies that a document of one length has: `numbers` (3, slots) and `temperature` are those
-    of [`Growth`].
-
-    """
+    """Return phases with the frequencies of a document of one length, by the `numbers` (3, slots) and `temperature` of
+    [`Growth`]."""
     moving, power, kept = numbers
     cos, sin = own_phases(_twin(site, moving * scale ** (-power) + kept), positions, like)
     sharper = (1 + temperature * scale.log()).to(cos)
@@ -139,10 +152,10 @@ def _twin(site: RotarySite, frequencies: torch.Tensor) -> RotarySite:
 
 
 def _identity(out: Any, rows: torch.Tensor | None = None) -> Any:
-    """A rotary module's output with quarter rotations (rows, slots) in place of its phases; none if not given."""
+    """Return a rotary module's output with quarter rotations (rows, slots) in place of its phases, or with none."""
     cos, _ = _parts(out)
     if rows is None and not isinstance(out, torch.Tensor) and worth_it(cos):
-        return type(out)(unturned(cos))
+        return type(out)(unrotated(cos))
     quarters = torch.zeros_like(cos)
     if rows is not None:
         quarters = rows[:, None].to(cos).expand(*cos.shape[:-3], -1, *cos.shape[-2:])
@@ -152,5 +165,55 @@ def _identity(out: Any, rows: torch.Tensor | None = None) -> Any:
 
 
 def _parts(out: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of a rotary module's output, which may be complex."""
+    """Return cosine and sine of a rotary module's output, which may be complex."""
     return (out.real, out.imag) if isinstance(out, torch.Tensor) else (out[0], out[1])
+
+
+class Unrotated(torch.Tensor):
+    """
+    Phases that rotate nothing, by which a model multiplies at no cost: ones or zeros.
+
+    Every family applies its phases as `x * cos + rotate_half(x) * sin` or much like it: ten passes over memory, on a
+    GPU a sixth of the time of attention over 32k tokens, in order to leave queries and keys as they are. Products with
+    these ones, and sums with such zeros, are not computed. All other operations return ordinary tensors.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in VIEWS:
+                return func(*args, **(kwargs or {})).as_subclass(cls)
+            if func in PRODUCTS or func in SUMS:
+                constant, states = args if isinstance(args[0], Unrotated) else reversed(args)
+                if not kwargs and _leaves_its_form(constant, states):
+                    if isinstance(constant, Ones if func in PRODUCTS else Zeros):
+                        return states
+                    if func in PRODUCTS:
+                        return constant.expand(states.shape).as_subclass(Zeros)
+            return func(*args, **(kwargs or {}))
+
+
+class Ones(Unrotated):
+    """Cosines."""
+
+
+class Zeros(Unrotated):
+    """Sines, and products with them."""
+
+
+def worth_it(like: torch.Tensor) -> bool:
+    """Return whether phases (..., tokens, slots) are of so many tokens that it counts. Compiled graphs fuse anyway."""
+    return like.shape[-2] >= MANY and not torch.compiler.is_compiling()
+
+
+def unrotated(like: torch.Tensor) -> tuple[Ones, Zeros]:
+    """Return cosines and sines of the shape, dtype and device of others."""
+    return torch.ones_like(like).as_subclass(Ones), torch.zeros_like(like).as_subclass(Zeros)
+
+
+def _leaves_its_form(constant: torch.Tensor, states: Any) -> bool:
+    """Return whether states have the shape and dtype of their product or sum with a constant."""
+    if not isinstance(states, torch.Tensor) or isinstance(states, Unrotated) or states.ndim < constant.ndim:
+        return False
+    sizes = zip(constant.shape[::-1], states.shape[::-1], strict=False)
+    return torch.result_type(states, constant) == states.dtype and all(one in (1, size) for one, size in sizes)

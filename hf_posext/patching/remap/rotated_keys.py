@@ -1,7 +1,11 @@
-"""Keys that stay in the cache as the newest token sees them, so that a step of decoding rotates two and not all.
+"""Keys that stay rotated in the cache, and the rotations of a decoding step.
 
-There is one cache. A key is rotated for the near band as it comes, and for the far one as it leaves the window. A
-forward of several tokens, whose queries see the same key in both, gets the keys rotated back.
+There is one cache. A key is rotated for the near band as it comes, and for the far one as it leaves the window, so
+that a step rotates two keys and not all. A forward of several tokens, whose queries see the same key in both, gets the
+keys rotated back.
+
+The model itself rotates query and key of a single token, to where keys see the nearest pairs, by the phases that its
+rotary module returns. The phases of all that is left come from the same call.
 """
 
 from __future__ import annotations
@@ -10,15 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from ...errors import EvaluationError
-from ..kernels import mapped
+from ..kernels import mapped, one_step, starts, step_fading
 from .cache import START_ANEW, is_static
-from .decoding_step import leaving, step_keys
 from .layout import LayerLayout, Layout, Phases
-from .positions import Positions, rotated_positions
+from .positions import Positions
+from .remapping import Layer
 from .rotary import phases_at
 
 HOLDERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
@@ -27,13 +30,13 @@ quantised one holds others: there all keys are rotated at every step."""
 
 
 def cached_keys(
-    module: nn.Module, layout: LayerLayout, at: Positions, key: torch.Tensor, tokens: int, leave: bool = False
+    layer: Layer, layout: LayerLayout, at: Positions, key: torch.Tensor, tokens: int, leave: bool = False
 ) -> tuple[torch.Tensor, bool, int | None]:
     """Rotate the keys of a layer in the cache as the newest token sees them, where they may stay so.
 
     Args:
-        module (`nn.Module`): the attention layer.
-        layout (`LayerLayout`): of the layer.
+        layer (`Layer`): the attention layer.
+        layout (`LayerLayout`): how it rotates, on the device of the keys.
         at (`Positions`): of the forward.
         key (`torch.Tensor` of shape `(batch, heads, keys, dim)`): all keys that reached the attention.
         tokens (`int`): how many of them are new.
@@ -44,12 +47,12 @@ def cached_keys(
         and the index of the key that the caller has to rotate.
     """
     state = at.state
-    layer = _layer(module, at, key)
-    if layer is not None and at.slot is not None:
+    holder = _holder(layer, at, key)
+    if holder is not None and at.slot is not None:
         step_keys(layout.key, at, key, at.query_axes.to(key.device))
         return key, True, None
-    rotated = state.record.rotated if layer is not None and state.record is not None else {}
-    index: Any = getattr(module, "layer_idx", None)
+    rotated = state.record.rotated if holder is not None and state.record is not None else {}
+    index: Any = layer.index
     before = rotated.pop(index, None)
     settle = at.regular and at.key_axes.ndim == 2 and not key.requires_grad
     if before is None and at.rotated:
@@ -57,7 +60,7 @@ def cached_keys(
             "The cache gave a layer other keys than those that the last forward left there, and the model has rotated "
             f"the new key for those. {START_ANEW}"
         )
-    if layer is None or before is None and not (settle and (tokens == 1 or is_static(state.cache))):
+    if holder is None or before is None and not (settle and (tokens == 1 or is_static(state.cache))):
         state.loose.add(layout.rotary)
         return key, False, None  # static ones are rotated at once: in a compiled step there is no first time
     count = min(key.shape[2], at.keys.shape[1])  # of a static cache some slots are free, a sliding one drops keys
@@ -68,7 +71,7 @@ def cached_keys(
     if before is not None and before[1] == cached and settle and tokens == 1:
         # a step: two keys
         if leave:
-            last = leaving(state.remapping.bands, count)
+            last = state.remapping.bands.leaving(count)
         else:
             step_keys(layout.key, at, filled, newest)
     else:
@@ -78,46 +81,44 @@ def cached_keys(
         if before is None and tokens > 1:
             plain = filled.clone()
         if before is not None:
-            old = rotated_positions(bands.parts, before[0], positions[:, :cached])
+            old = bands.rotated_positions(before[0], positions[:, :cached])
             if at.rotated:  # a single token's, by the model
                 old = torch.cat([old, mapped(newest, bands.nearest)], 1)
             came = old.shape[1]
             back = _once(at, ("back", before[1], cached), layout.key, key, lambda: _back(*phases_at(at, old, key)))
             plain = torch.cat([layout.key.rotate(filled[:, :, :came], back), filled[:, :, came:]], 2)
-            stands = old == rotated_positions(bands.parts, newest, positions[:, :came])
+            stands = old == bands.rotated_positions(newest, positions[:, :came])
             wrong = torch.cat([~stands, positions[:, came:] >= 0], 1)
         if not settle:
             filled.copy_(plain)
             state.loose.add(layout.rotary)
             return plain, False, None
-        wanted = rotated_positions(bands.parts, newest, positions)
+        wanted = bands.rotated_positions(newest, positions)
         phases = _once(at, ("all", count), layout.key, key, lambda: phases_at(at, wanted, key))
-        turned = layout.key.rotate(plain, phases)
+        moved = layout.key.rotate(plain, phases)
         if wrong is not None:  # what stands right keeps its bits, so that no error adds up from step to step
-            turned = torch.where(wrong[:, None, :, None], turned, filled)
-        filled.copy_(turned)  # in place: the cache may hold a part of these keys, or must keep its memory
+            moved = torch.where(wrong[:, None, :, None], moved, filled)
+        filled.copy_(moved)  # in place: the cache may hold a part of these keys, or must keep its memory
         key = key if tokens == 1 else plain
-    rotated[index] = newest, min(count, layer.keys.shape[2])
+    rotated[index] = newest, min(count, holder.keys.shape[2])
     return key, tokens == 1, last
 
 
-def _layer(module: nn.Module, at: Positions, key: torch.Tensor) -> DynamicLayer | StaticLayer | None:
+def _holder(layer: Layer, at: Positions, key: torch.Tensor) -> DynamicLayer | StaticLayer | None:
     """The layer of the cache whose memory these very keys lie in, if it holds nothing but keys as they came."""
-    state, index = at.state, getattr(module, "layer_idx", None)
+    state, index = at.state, layer.index
     if not state.remapping.rotates_cached_keys or state.record is None or index is None:
         return None
     layers: list[Any] = getattr(state.cache, "layers", [])
     if not 0 <= index < len(layers):  # zamba2's shared one says -1
         return None
     if torch.compiler.is_compiling() and index not in state.record.rotated:
-        return None  # a graph keeps its shape, and cannot say how many keys there are
-    layer = layers[index]
-    if type(layer) not in HOLDERS:
+        return None  # a graph keeps its shape, and cannot know how many keys there are
+    holder = layers[index]
+    if type(holder) not in HOLDERS:
         return None
-    if at.slot is not None:
-        return layer
-    there = layer.keys is key or layer.keys.untyped_storage()._cdata == key.untyped_storage()._cdata
-    return layer if there else None
+    same = at.slot is not None or holder.keys is key
+    return holder if same or holder.keys.untyped_storage()._cdata == key.untyped_storage()._cdata else None
 
 
 def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,3 +133,118 @@ def _once(
     at: Positions, what: Any, layout: Layout, like: torch.Tensor, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 ) -> Phases:
     return at.once((what, "kept", layout.kind, like.dtype, like.device), lambda: layout.phases(*make(), like.dtype))
+
+
+def step_queries(layout: Layout, at: Positions, query: torch.Tensor) -> list[torch.Tensor]:
+    """Return a query (batch, heads, 1, dim), which the model has rotated to the nearest, under each map of queries."""
+    bands = at.state.remapping.bands
+    count = len(bands.onward)
+    rotated = list(layout.rotate(query, _onward(at, layout, query)[0]).chunk(count, 2)) if count else []
+    if bands.stays is not None:
+        rotated.insert(bands.stays, query)
+    return rotated
+
+
+def _onward(at: Positions, layout: Layout, like: torch.Tensor) -> tuple[Phases, Phases]:
+    """Rotations that carry the query to each other band, and that of the key that leaves the window."""
+
+    def make() -> tuple[Phases, Phases]:
+        cos, sin = (one[:, 1:].to(like.device) for one in at.memo["asked"])
+        cos, sin = layout.phases(*_between(cos, sin), like.dtype)
+        count = len(at.state.remapping.bands.onward)
+        return (cos[:, :, :count], sin[:, :, :count]), (cos[:, :, count:], sin[:, :, count:])
+
+    return at.once(("onward", layout.kind, like.dtype, like.device), make)
+
+
+def whole_step(
+    layer: LayerLayout,
+    at: Positions,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+) -> Any:
+    """Return what attends from a query that the model has rotated to the nearest, in one kernel, which rotates it on
+    for each band and rotates the key that leaves the nearest; `None` where that is left to others."""
+    bands = at.state.remapping.bands.bands
+    step = one_step(query, key, value, len(bands))
+    if step is None:
+        return None
+
+    def make() -> Any:
+        begins = starts(bands, key.shape[2])
+        fading = step_fading(bands, at.queries.to(query.device))
+        return begins and step(query, key, *_band_phases(layer, at, query), begins, scaling, fading)
+
+    like = "whole", layer.query.kind, layer.key.kind, query.shape, key.shape, query.dtype, query.device, scaling
+    return at.once(like, make)
+
+
+def _band_phases(layer: LayerLayout, at: Positions, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The partners (2, dim) of all channels of queries and keys, and phases (batch or 1, 2, bands + 1, dim).
+
+    In float32; of a query for each band, and of the key that leaves the window."""
+    bands = at.state.remapping.bands
+    like = like.new_empty(0, dtype=torch.float32)
+    onward, leaves = _onward(at, layer.query, like)[0], _onward(at, layer.key, like)[1]
+    sides = []
+    for side, still in enumerate((1.0, 0.0)):  # cosines, then sines
+        phases = list(onward[side].unbind(2))
+        if bands.stays is not None:
+            rows, *_, dim = onward[side].shape
+            phases.insert(bands.stays, onward[side].new_full((rows, 1, dim), still))
+        chosen = [phases[number] for number in bands.query_choice]
+        sides.append(torch.stack([*chosen, *(leaves[side].unbind(2) or phases[:1])], 2))
+    return torch.stack([layer.query.partners, layer.key.partners]), torch.cat(sides, 1)
+
+
+def step_keys(layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
+    """Rotate, in place, the key of a new token at `newest` (rows, 1), unless the model has, and the one that it pushes
+    out of the window.
+
+    Positions are regular, so that the same columns of all rows are rotated. In a compiled step these are a tensor, and
+    whether a key has come to the edge of the window yet must not be asked.
+    """
+    bands = at.state.remapping.bands
+    last, far, gone = key.shape[2] - 1, bands.edge or 0, bands.leaving(key.shape[2])
+    moves = gone is not None or (at.slot is not None and far > 0)
+    if at.rotated and not moves:
+        return
+
+    def phases() -> Phases:
+        steps = []
+        if at.rotated:
+            steps.append(_onward(at, layout, key)[1])
+        elif moves:
+            wanted = torch.cat([one for side in bands.crossing(newest) for one in side], -1)
+            asked = phases_at(at, wanted, key)
+            steps.append(layout.phases(*_between(*asked), key.dtype))
+        if at.slot is not None and moves:
+            there, (cos, sin) = at.slot >= far, steps[0]
+            steps = [(torch.where(there, cos, 1.0), torch.where(there, sin, 0.0))]
+        if not at.rotated:
+            steps.append(layout.phases(*phases_at(at, mapped(newest, bands.nearest), key), key.dtype))
+        cos, sin = steps[0] if len(steps) == 1 else (torch.cat(one, 2) for one in zip(*steps, strict=True))
+        return cos, sin
+
+    rotation = at.once(("step", layout.kind, last, key.dtype, key.device), phases)
+    if at.slot is None:
+        columns = key[:, :, gone::far] if moves else key[:, :, last:]
+        layout.rotate_(columns[:, :, :1] if at.rotated else columns, rotation)
+        return
+    slots = [(at.slot - far).clamp(min=0)] * moves + [at.slot] * (not at.rotated)
+    index = torch.stack(slots).to(key.device)
+    key.index_copy_(2, index, layout.rotate(key.index_select(2, index), rotation))
+
+
+def _between(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotations from the first half of cosines and sines (batch, 2 * rotations, slots) to the other, in float32 or
+    above. An attention factor, by which they are larger than 1, cancels out."""
+    dtype = torch.promote_types(cos.dtype, torch.float32)
+    old_cos, new_cos = cos.to(dtype).chunk(2, 1)
+    old_sin, new_sin = sin.to(dtype).chunk(2, 1)
+    size = (old_cos * old_cos).addcmul_(old_sin, old_sin)
+    along = (new_cos * old_cos).addcmul_(new_sin, old_sin)
+    across = (new_sin * old_cos).addcmul_(new_cos, old_sin, value=-1)
+    return along.div_(size), across.div_(size)

@@ -9,10 +9,10 @@ import torch
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
 
-import hf_posext.patching.remap.identity_phases as module
+import hf_posext.patching.remap.rotary as module
 from hf_posext import patch_model
 from hf_posext.methods import ReRoPE
-from hf_posext.patching.remap.identity_phases import Ones, Unturned, Zeros, unturned
+from hf_posext.patching.remap.rotary import Ones, Unrotated, Zeros, unrotated
 
 from ..conftest import tokens
 from ..zoo import build
@@ -24,7 +24,7 @@ QUERY, KEY = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
 
 
 def test_queries_and_keys_are_left_as_they_are() -> None:
-    query, key = halves(QUERY, KEY, *unturned(torch.empty(1, 6, 8)))
+    query, key = halves(QUERY, KEY, *unrotated(torch.empty(1, 6, 8)))
     assert query is QUERY and key is KEY
 
 
@@ -36,18 +36,18 @@ def test_queries_and_keys_are_left_as_they_are() -> None:
     ],
 )
 def test_what_else_is_asked_of_them_is_computed(apply: Any, like: torch.Tensor) -> None:
-    found = apply(QUERY, KEY, *unturned(like))
+    found = apply(QUERY, KEY, *unrotated(like))
     for turned, states in zip(found, (QUERY, KEY), strict=True):
         assert type(turned) is torch.Tensor and turned.dtype == torch.promote_types(states.dtype, like.dtype)
         assert torch.equal(turned, states.to(turned.dtype))
 
 
 def test_they_are_tensors_like_any() -> None:
-    ones, zeros = unturned(torch.empty(1, 6, 8, dtype=torch.bfloat16))
+    ones, zeros = unrotated(torch.empty(1, 6, 8, dtype=torch.bfloat16))
     assert torch.equal(ones, torch.ones(1, 6, 8, dtype=torch.bfloat16)) and not zeros.any()
     assert isinstance(ones[:, None], Ones) and isinstance(zeros.to(torch.float32), Zeros)
     larger = QUERY[:1, :, :1] * ones  # of another shape
-    assert torch.equal(larger, QUERY[:1, :, :1].expand(1, 4, 6, 8)) and not isinstance(larger, Unturned)
+    assert torch.equal(larger, QUERY[:1, :, :1].expand(1, 4, 6, 8)) and not isinstance(larger, Unrotated)
     assert torch.equal(ones + ones, torch.full_like(ones, 2)) and type(ones - zeros) is torch.Tensor
     assert torch.equal(torch.add(QUERY, zeros, alpha=2), QUERY) and torch.equal(QUERY + ones, QUERY + 1)
 

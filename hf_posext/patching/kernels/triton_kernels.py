@@ -1,0 +1,388 @@
+"""Kernels in Triton: a rotation, a merge, and a whole step of decoding.
+
+A rotation and a merge take one pass over memory each, where PyTorch's own operations take four and nine. Next to a
+kernel for attention as fast as a GPU has them, these passes are what is left of the cost of a remapped layer.
+
+Step by step a GPU waits for the host, which takes as long for each call as the GPU does for many: what PyTorch needs a
+dozen calls for in each layer is one here. Keys and values are read once, in pieces that all multiprocessors share, and
+the last to finish merges them (Dao et al., *Flash-Decoding*, 2023, https://pytorch.org/blog/flash-decoding).
+
+`choice.py` decides where they are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS = 16
+"""Tokens in a program. With 128 channels each thread reads 16 bytes at a time, once or twice."""
+
+TILE = 2**14
+"""Bytes of keys that a program reads at a time, and of values: three such pairs have room on a small GPU."""
+
+PROGRAMS = 264
+"""Programs that share the keys of a layer: two for each multiprocessor of an H100."""
+
+PIECES = 64
+"""Pieces that are merged at a time."""
+
+MAX_BANDS, MAX_ROWS = 3, 64
+"""Bands of a plan, and queries of one key head under all of them, that a program holds."""
+
+COUNTS = ["keys", "share", "first", "second", "leaving"]
+"""Numbers that grow from step to step, of which a kernel shall know nothing beforehand."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(heads, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row, head, tokens and columns of a program."""
+    row, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    return row, head, tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate(  # type: ignore[no-untyped-def]  # a kernel may read no globals, such as annotations
+    out,
+    states,
+    cos,
+    sin,
+    heads,
+    tokens,
+    out_batch,
+    out_head,
+    out_token,
+    batch_stride,
+    head_stride,
+    token_stride,
+    phase_batch,
+    phase_token,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row, head, token, column = _place(heads, COLUMNS, ROWS)
+    out += row * out_batch + head * out_head + token * out_token
+    states += row * batch_stride + head * head_stride + token * token_stride
+    phase = row * phase_batch + token * phase_token + column
+    here = (token < tokens) & (column < HALF)
+    first = tl.load(states + column, mask=here).to(tl.float32)
+    second = tl.load(states + HALF + column, mask=here).to(tl.float32)
+    rotated = first * tl.load(cos + phase, mask=here).to(tl.float32)
+    rotated += second * tl.load(sin + phase, mask=here).to(tl.float32)
+    tl.store(out + column, rotated.to(out.dtype.element_ty), mask=here)
+    rotated = second * tl.load(cos + HALF + phase, mask=here).to(tl.float32)
+    rotated += first * tl.load(sin + HALF + phase, mask=here).to(tl.float32)
+    tl.store(out + HALF + column, rotated.to(out.dtype.element_ty), mask=here)
+    for start in tl.static_range(2 * HALF, WIDTH, COLUMNS):  # channels that do not rotate
+        rest = (token < tokens) & (start + column < WIDTH)
+        tl.store(out + start + column, tl.load(states + start + column, mask=rest), mask=rest)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> torch.Tensor:
+    """Return each channel times its cosine, plus its partner times its signed sine, in float32.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): channels one behind the other.
+        cos (`torch.Tensor` of shape `(batch or 1, 1, tokens, dim)`): of each channel; `sin` the same.
+        half (`int`): channels that have their partners as many channels further on; those past both do not rotate.
+    """
+    batch, heads, tokens, width = states.shape
+    out = torch.empty_like(states)
+    _rotate[batch * heads, triton.cdiv(tokens, ROWS)](  # heads next to each other: they read the same phases
+        out,
+        states,
+        cos,
+        sin,
+        heads,
+        tokens,
+        *out.stride()[:3],
+        *states.stride()[:3],
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        cos.stride(2),
+        HALF=half,
+        WIDTH=width,
+        COLUMNS=triton.next_power_of_2(half),
+        ROWS=ROWS,
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _merge(  # type: ignore[no-untyped-def]
+    held,
+    held_sum,
+    out,
+    out_sum,
+    heads,
+    tokens,
+    held_batch,
+    held_head,
+    held_token,
+    held_sum_batch,
+    held_sum_head,
+    held_sum_token,
+    batch_stride,
+    head_stride,
+    token_stride,
+    sum_batch,
+    sum_head,
+    sum_token,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row, head, token, column = _place(heads, COLUMNS, ROWS)
+    inside = token < tokens
+    here = inside & (column < WIDTH)
+    held += row * held_batch + head * held_head
+    held_sum += row * held_sum_batch + head * held_sum_head
+    out += row * batch_stride + head * head_stride
+    out_sum += row * sum_batch + head * sum_head
+    before = tl.load(held_sum + token * held_sum_token, mask=inside, other=0.0)
+    new = tl.load(out_sum + token * sum_token, mask=inside, other=0.0)
+    share = 1 / (1 + tl.exp(before - new))
+    kept = tl.load(held + token * held_token + column, mask=here).to(tl.float32)
+    added = tl.load(out + token * token_stride + column, mask=here).to(tl.float32)
+    merged = kept + share * (added - kept)
+    tl.store(held + token * held_token + column, merged.to(held.dtype.element_ty), mask=here)
+    total = tl.maximum(before, new) - tl.log(tl.maximum(share, 1 - share))
+    tl.store(held_sum + token * held_sum_token, total, mask=inside)
+
+
+def merge(held: torch.Tensor, held_sum: torch.Tensor, out: torch.Tensor, out_sum: torch.Tensor) -> None:
+    """Merge a piece of a softmax into what is held of it, in place, in float32.
+
+    Args:
+        held (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): values; `out` the same of the piece.
+        held_sum (`torch.FloatTensor` of shape `(batch, heads, tokens)`): their log-sum-exp, `-inf` where nothing has
+            been attended so far; `out_sum` the same of the piece, finite.
+    """
+    batch, heads, tokens, width = out.shape
+    _merge[batch * heads, triton.cdiv(tokens, ROWS)](
+        held,
+        held_sum,
+        out,
+        out_sum,
+        heads,
+        tokens,
+        *held.stride()[:3],
+        *held_sum.stride(),
+        *out.stride()[:3],
+        *out_sum.stride(),
+        WIDTH=width,
+        COLUMNS=triton.next_power_of_2(width),
+        ROWS=ROWS,
+    )
+
+
+@triton.jit(do_not_specialize=COUNTS)  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, such as annotations
+    out,
+    pieces,
+    finished,
+    query,
+    key,
+    value,
+    partners,
+    phases,
+    fading,
+    scaling,
+    keys,
+    share,
+    first,
+    second,
+    leaving,
+    batch_stride,
+    head_stride,
+    phase_stride,
+    fading_stride,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BANDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FADES: tl.constexpr,
+):
+    batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
+    splits = tl.num_programs(1)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, keys)
+    column = tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    key += batch * batch_stride + head * head_stride
+    value += batch * batch_stride + head * head_stride
+    phases += batch * phase_stride
+
+    if (leaving >= begin) & (leaving < end):  # the key that leaves the nearest band is rotated in its place
+        place = key + leaving.to(tl.int64) * WIDTH
+        partner = tl.load(partners + WIDTH + column, mask=inside, other=0)
+        cos = tl.load(phases + BANDS * WIDTH + column, mask=inside)
+        sin = tl.load(phases + (2 * BANDS + 1) * WIDTH + column, mask=inside)
+        rotated = tl.load(place + column, mask=inside).to(tl.float32) * cos
+        rotated += tl.load(place + partner, mask=inside).to(tl.float32) * sin
+        tl.debug_barrier()  # all of it is read before some of it is written, and written before it is read below
+        tl.store(place + column, rotated.to(key.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+
+    row = tl.arange(0, ROWS)
+    band = row // GROUP
+    there = (band < BANDS)[:, None] & inside[None, :]
+    place = query + ((batch * HEADS + head) * GROUP + row % GROUP)[:, None] * WIDTH
+    partner = tl.load(partners + column, mask=inside, other=0)[None, :]
+    phase = band[:, None] * WIDTH + column[None, :]
+    cos = tl.load(phases + phase, mask=there, other=0)
+    sin = tl.load(phases + (BANDS + 1) * WIDTH + phase, mask=there, other=0)
+    rotated = tl.load(place + column[None, :], mask=there, other=0).to(tl.float32) * cos
+    rotated += tl.load(place + partner, mask=there, other=0).to(tl.float32) * sin
+    asked = rotated.to(key.dtype.element_ty)
+
+    low = tl.where(band == 0, first, tl.where(band == 1, second, 0))  # keys that a row sees, up to but not `high`
+    high = tl.where(band == 0, keys, tl.where(band == 1, first, second))
+    if FADES:  # what a band adds to all of its logits, and by which octave of distances
+        place = fading + batch * fading_stride + band * 3
+        shift = tl.load(place, mask=band < BANDS, other=0)
+        rate = tl.load(place + 1, mask=band < BANDS, other=0)
+        nearest = tl.load(place + 2, mask=band < BANDS, other=1).to(tl.int32)
+    highest = tl.full((ROWS,), -float("inf"), tl.float32)
+    weight = tl.full((ROWS,), 0, tl.float32)
+    held = tl.full((ROWS, COLUMNS), 0, tl.float32)
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        here = (token < end)[:, None] & inside[None, :]
+        offset = token.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        states = tl.load(key + offset, mask=here, other=0)
+        scores = tl.dot(asked, states.trans(), input_precision=PRECISION) * scaling
+        if FADES:  # the exponent of a float is the octave of a whole number below 2 ** 24
+            octave = (keys - 1 - token)[None, :] // nearest[:, None]
+            exponent = (octave.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            scores += shift[:, None] + tl.where(octave > 0, rate[:, None] * (exponent + 0.5), 0.0)
+        seen = (token[None, :] >= low[:, None]) & (token[None, :] < high[:, None]) & (token < end)[None, :]
+        scores = tl.where(seen, scores, -float("inf"))
+        above = tl.maximum(highest, tl.max(scores, 1))
+        level = tl.where(above == -float("inf"), 0.0, above)  # of a row that has seen nothing so far
+        chances = tl.exp(scores - level[:, None])
+        before = tl.exp(highest - level)
+        states = tl.load(value + offset, mask=here, other=0)
+        held = held * before[:, None] + tl.dot(chances.to(states.dtype), states, input_precision=PRECISION)
+        weight = weight * before + tl.sum(chances, 1)
+        highest = above
+    sums = pieces + tl.num_programs(0).to(tl.int64) * splits * ROWS * COLUMNS
+    own = (tl.program_id(0) * splits + tl.program_id(1)).to(tl.int64) * ROWS + row
+    some = tl.where(weight > 0, weight, 1.0)
+    tl.store(sums + own, tl.where(weight > 0, highest + tl.log(some), -float("inf")))
+    tl.store(pieces + own[:, None] * COLUMNS + column[None, :], held / some[:, None])
+
+    tl.debug_barrier()
+    if tl.atomic_add(finished + tl.program_id(0), 1) == splits - 1:  # all pieces of this key head are there
+        tl.store(finished + tl.program_id(0), 0)
+        for number in range(GROUP):
+            top, total = -float("inf"), 0.0
+            merged = tl.full((COLUMNS,), 0, tl.float32)
+            for start in range(0, splits * BANDS, PIECES):
+                one = start + tl.arange(0, PIECES)
+                here = one < splits * BANDS
+                piece = (tl.program_id(0) * splits + one // BANDS).to(tl.int64) * ROWS + one % BANDS * GROUP + number
+                added = tl.load(sums + piece, mask=here, other=-float("inf"), cache_modifier=".cg")
+                over = tl.maximum(top, tl.max(added, 0))
+                base = tl.where(over == -float("inf"), 0.0, over)
+                portions = tl.exp(added - base)
+                kept = tl.exp(top - base)
+                offset = piece[:, None] * COLUMNS + column[None, :]
+                found = tl.load(pieces + offset, mask=here[:, None], other=0, cache_modifier=".cg")
+                merged = merged * kept + tl.sum(found * portions[:, None], 0)
+                total = total * kept + tl.sum(portions, 0)
+                top = over
+            whole = out + ((batch * HEADS + head) * GROUP + number) * WIDTH + column
+            tl.store(whole, (merged / total).to(out.dtype.element_ty), mask=inside)
+
+
+class Step:
+    """
+    Attention of one query to keys of which each band sees a range, and sees the query rotated in its own way; the same
+    for all layers of a forward.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, 1, dim)`): of one of the layers.
+        key (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): of one of the layers.
+        partners (`torch.LongTensor` of shape `(2, dim)`): of all channels of queries, and of keys.
+        phases (`torch.FloatTensor` of shape `(batch or 1, 2, bands + 1, dim)`): cosines and signed sines by which
+            queries are rotated for each band, and last, the key that leaves.
+        starts (`tuple[int, ...]`): the first key of each band, the nearest first; it ends where the one before begins.
+        scaling (`float`): scores are multiplied by it.
+        fading (`torch.FloatTensor` of shape `(batch or 1, bands, 3)`, *optional*): what is added to the logits of each
+            band, what is added for each octave of distances, half of it for the first, and the distance from which
+            octaves count, a whole number up to 2 ** 24.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        partners: torch.Tensor,
+        phases: torch.Tensor,
+        starts: tuple[int, ...],
+        scaling: float,
+        fading: torch.Tensor | None = None,
+    ) -> None:
+        batch, heads, _, width = query.shape
+        key_heads, keys = key.shape[1:3]
+        group, bands = heads // key_heads, len(starts)
+        columns, rows = max(_power_of_two(width), 16), max(_power_of_two(bands * group), 16)
+        share = -(-keys // max(PROGRAMS // (batch * key_heads), 1))
+        block = max(TILE // (columns * query.element_size()), 16)
+        share = -(-share // block) * block
+        splits = -(-keys // share)
+        self.grid = batch * key_heads, splits
+        self.shape = batch, 1, heads, width
+        # layers follow each other: what one has left there is read no more
+        self.pieces = query.new_empty(batch * key_heads * splits * rows * (columns + 1), dtype=torch.float32)
+        self.finished = query.new_zeros(batch * key_heads, dtype=torch.int32)
+        first, second = (*starts, 0, 0)[:2]
+        self.rotations = partners, phases, phases if fading is None else fading
+        self.numbers = scaling, keys, share, first, second
+        self.phase_strides = [one.stride(0) if one is not None and one.shape[0] > 1 else 0 for one in (phases, fading)]
+        self.sizes: dict[str, Any] = {
+            "HEADS": key_heads,
+            "GROUP": group,
+            "BANDS": bands,
+            "WIDTH": width,
+            "COLUMNS": columns,
+            "ROWS": rows,
+            "BLOCK": block,
+            "PIECES": PIECES,
+            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # of float32 alone
+            "FADES": fading is not None,
+        }
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaving: int) -> torch.Tensor:
+        """
+        Args:
+            query (`torch.Tensor` of shape `(batch, heads, 1, dim)`): as it is rotated for no band yet; its heads lie
+                one behind the other.
+            key (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): rotated for all bands, one behind the other
+                in each head.
+            value (`torch.Tensor` of the same shape and strides): values.
+            leaving (`int`): which key is rotated, in its place; -1 for none.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, 1, heads, dim)`: contiguous.
+        """
+        out = query.new_empty(self.shape)
+        states = out, self.pieces, self.finished, query, key, value
+        strides = key.stride(0), key.stride(1), *self.phase_strides
+        _attend[self.grid](*states, *self.rotations, *self.numbers, leaving, *strides, **self.sizes)
+        return out
+
+
+def _power_of_two(number: int) -> int:
+    """Return the next power of two. Triton's own function takes as long as a call of PyTorch."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,34 @@
+"""Attention over bands, as tests call it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_posext.patching import kernels
+from hf_posext.plan import Band
+
+
+class Branch(NamedTuple):
+    """A band with the queries (batch, heads, queries, dim) and keys (batch, key heads, keys, dim) that it sees."""
+
+    band: Band
+    query: torch.Tensor
+    key: torch.Tensor
+
+
+def banded_attention(
+    branches: list[Branch],
+    value: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    aligned: bool,
+    **options: Any,
+) -> torch.Tensor:
+    """Attend from queries at some positions to keys at some."""
+    bands, *states = zip(*branches, strict=True)
+    each = [kernels.Branch(*one) for one in zip(*states, strict=True)]
+    return kernels.banded_attention(kernels.Geometry(bands, queries, keys, mask, aligned), each, value, **options)
