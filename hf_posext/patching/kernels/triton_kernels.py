@@ -46,25 +46,10 @@ def _place(heads, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotate(  # type: ignore[no-untyped-def]  # a kernel may read no globals, such as annotations
-    out,
-    states,
-    cos,
-    sin,
-    heads,
-    tokens,
-    out_batch,
-    out_head,
-    out_token,
-    batch_stride,
-    head_stride,
-    token_stride,
-    phase_batch,
-    phase_token,
-    HALF: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    out, states, cos, sin, heads, tokens,
+    out_batch, out_head, out_token, batch_stride, head_stride, token_stride, phase_batch, phase_token,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row, head, token, column = _place(heads, COLUMNS, ROWS)
     out += row * out_batch + head * out_head + token * out_token
     states += row * batch_stride + head * head_stride + token * token_stride
@@ -93,49 +78,20 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int
     """
     batch, heads, tokens, width = states.shape
     out = torch.empty_like(states)
-    _rotate[batch * heads, triton.cdiv(tokens, ROWS)](  # heads next to each other: they read the same phases
-        out,
-        states,
-        cos,
-        sin,
-        heads,
-        tokens,
-        *out.stride()[:3],
-        *states.stride()[:3],
-        cos.stride(0) if cos.shape[0] > 1 else 0,
-        cos.stride(2),
-        HALF=half,
-        WIDTH=width,
-        COLUMNS=triton.next_power_of_2(half),
-        ROWS=ROWS,
-    )
+    strides = *out.stride()[:3], *states.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(2)
+    sizes = {"HALF": half, "WIDTH": width, "COLUMNS": triton.next_power_of_2(half), "ROWS": ROWS}
+    grid = batch * heads, triton.cdiv(tokens, ROWS)  # heads next to each other: they read the same phases
+    _rotate[grid](out, states, cos, sin, heads, tokens, *strides, **sizes)
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
-    held,
-    held_sum,
-    out,
-    out_sum,
-    heads,
-    tokens,
-    held_batch,
-    held_head,
-    held_token,
-    held_sum_batch,
-    held_sum_head,
-    held_sum_token,
-    batch_stride,
-    head_stride,
-    token_stride,
-    sum_batch,
-    sum_head,
-    sum_token,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    held, held_sum, out, out_sum, heads, tokens,
+    held_batch, held_head, held_token, held_sum_batch, held_sum_head, held_sum_token,
+    batch_stride, head_stride, token_stride, sum_batch, sum_head, sum_token,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row, head, token, column = _place(heads, COLUMNS, ROWS)
     inside = token < tokens
     here = inside & (column < WIDTH)
@@ -163,55 +119,19 @@ def merge(held: torch.Tensor, held_sum: torch.Tensor, out: torch.Tensor, out_sum
             been attended so far; `out_sum` the same of the piece, finite.
     """
     batch, heads, tokens, width = out.shape
-    _merge[batch * heads, triton.cdiv(tokens, ROWS)](
-        held,
-        held_sum,
-        out,
-        out_sum,
-        heads,
-        tokens,
-        *held.stride()[:3],
-        *held_sum.stride(),
-        *out.stride()[:3],
-        *out_sum.stride(),
-        WIDTH=width,
-        COLUMNS=triton.next_power_of_2(width),
-        ROWS=ROWS,
-    )
+    strides = *held.stride()[:3], *held_sum.stride(), *out.stride()[:3], *out_sum.stride()
+    sizes = {"WIDTH": width, "COLUMNS": triton.next_power_of_2(width), "ROWS": ROWS}
+    _merge[batch * heads, triton.cdiv(tokens, ROWS)](held, held_sum, out, out_sum, heads, tokens, *strides, **sizes)
 
 
 @triton.jit(do_not_specialize=COUNTS)  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, such as annotations
-    out,
-    pieces,
-    finished,
-    query,
-    key,
-    value,
-    partners,
-    phases,
-    fading,
-    scaling,
-    keys,
-    share,
-    first,
-    second,
-    leaving,
-    batch_stride,
-    head_stride,
-    phase_stride,
-    fading_stride,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BANDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PIECES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    out, pieces, finished, query, key, value, partners, phases, fading,
+    scaling, keys, share, first, second, leaving, batch_stride, head_stride, phase_stride, fading_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, BANDS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     FADES: tl.constexpr,
-):
+):  # fmt: skip
     batch, head = (tl.program_id(0) // HEADS).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
     splits = tl.num_programs(1)
     begin = tl.program_id(1) * share
