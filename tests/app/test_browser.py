@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
@@ -258,7 +259,8 @@ def test_a_tampered_request_is_one_sentence(values: list[Any], message: str) -> 
 
     page = build_page(make_shelf([], None, None, lambda folder: load_model(folder, "float32", "cpu")))
     draw = next(function for function in page.fns.values() if function.name == "draw")
-    answer = asyncio.run(page.process_api(draw, list(values)))
+    with ThreadPoolExecutor() as other_thread:  # the event loop of this one is Playwright's
+        answer = other_thread.submit(asyncio.run, page.process_api(draw, list(values))).result()
     (alert,) = [
         update for update in answer["data"] if isinstance(update, dict) and "alert" in str(update.get("value"))
     ]
