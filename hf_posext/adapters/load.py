@@ -21,7 +21,7 @@ from .save import tell_adapters
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def load_adapter(
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
-    tokenizer: Any | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
 ) -> PeftModel:
     """Open an adapter that was trained under a patch: the base, the patch, and the adapter.
@@ -187,7 +187,9 @@ def _fit_vocabulary(base: PreTrainedModel, adapter: AdapterDirectory) -> None:
     base.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
-def _apply(base: PreTrainedModel, adapter: AdapterDirectory, tokenizer: Any | None) -> Patch | None:
+def _apply(
+    base: PreTrainedModel, adapter: AdapterDirectory, tokenizer: PreTrainedTokenizerBase | None
+) -> Patch | None:
     """The adapter's plan on a base that has no positions of its own making; `None` where nothing was to be done."""
     if find_patch(base) is not None or computes(base.config, adapter.plan):
         return None

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, NotPatchedError, PlanMismatchError, UnsupportedModelError
 from ..markdown import inline, render
@@ -32,7 +33,7 @@ def save_adapter(
     *,
     adapter_name: str | None = None,
     base_model: str | None = None,
-    tokenizer: Any | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """Save the adapter of a patched model, with all that opens it again.
 

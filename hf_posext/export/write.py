@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidParameterError, NotPatchedError
 from ..markdown import render
@@ -28,7 +28,11 @@ INSTRUCTIONS = "SERVING.md"
 
 
 def export_checkpoint(
-    model: nn.Module, directory: str | Path, to: str = "transformers", *, tokenizer: Any | None = None
+    model: nn.Module,
+    directory: str | Path,
+    to: str = "transformers",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Serving:
     """Save a patched model so that a server gives every token the positions of its plan.
 

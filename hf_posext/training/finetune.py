@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from ..deprecation import renamed_arguments
 from ..errors import InvalidParameterError, TrainingError
@@ -61,7 +61,7 @@ class Finetuned:
 @renamed_arguments(original_length="trained_length")
 def finetune(
     model: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     method: str | Method | ExtensionPlan | None = None,
     *,

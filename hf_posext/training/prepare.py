@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
@@ -29,7 +28,7 @@ SETTLED = (
 """What peft warns of in vain: a name that it uses itself, ties that `tie_again` makes, and what it sets right."""
 
 
-def check_model(model: Any, *, adapted: bool, bf16: bool) -> None:
+def check_model(model: nn.Module, *, adapted: bool, bf16: bool) -> None:
     """Refuse a model that cannot be trained.
 
     Args:

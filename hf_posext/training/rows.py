@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import DocumentError
 from ..evaluation import Document
@@ -45,7 +46,9 @@ class Rows:
     facts: dict[str, Any]
 
 
-def make_rows(documents: Sequence[Document], tokenizer: Any, length: int, *, pack: bool = False) -> Rows:
+def make_rows(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, *, pack: bool = False
+) -> Rows:
     """
     Cut documents into rows of `length` tokens, each with BOS before it if the tokenizer adds one.
 
@@ -139,7 +142,7 @@ def _columns(**columns: np.ndarray) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns).with_format("torch")
 
 
-def _padding(tokenizer: Any) -> int:
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token does: it is neither attended to nor predicted."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in known if token is not None)

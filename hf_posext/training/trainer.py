@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -116,7 +117,9 @@ class MeasuresLengths(TrainerCallback):  # type: ignore[misc]
     """Logs perplexity by length, and passkeys, at each evaluation of the Trainer: `eval_perplexity_4096`,
     `eval_passkey_4096`."""
 
-    def __init__(self, trainer: Trainer, tokenizer: Any, evaluation: Evaluation, seed: int) -> None:
+    def __init__(
+        self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation, seed: int
+    ) -> None:
         self.trainer = trainer
         self.tokenizer = tokenizer
         self.evaluation = evaluation
@@ -233,7 +236,7 @@ BETAS = (0.9, 0.95)
 class Run:
     """All that a training is made of, checked."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     rows: Rows
     patch: Patch
     preset: Preset
