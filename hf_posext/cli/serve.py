@@ -41,7 +41,7 @@ def serve(
 
     lengths = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
     network, tokenizer = open_patched(model, method, lengths, dtype, trust_remote_code)
-    network = network.to(device).eval()  # type: ignore[arg-type]
+    network = network.to(device).eval()
     patch = find_patch(network)
     assert patch is not None
     # Positions that follow the length of a text need the whole text: those requests run one after the other.

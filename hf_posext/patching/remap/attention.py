@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -27,7 +26,7 @@ from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import PositionMap, QueryScale
 from ..kernels import SAME, Branch, Geometry, Rotated, attention_with_weights, banded_attention, mapped, whole
 from ..switching import forget_attention, register_attention
-from .forward import ATTENTION, both_sides, positions_at
+from .forward import ATTENTION, both_sides, current_state, positions_at
 from .layout import LayerLayout, Layout, Phases, Probing
 from .paged import not_paged, requests_of
 from .positions import Positions
@@ -85,10 +84,9 @@ def late_attention(
         )
     layer: Layer | None = getattr(module, "_posext_layer", None)
     at = None if layer is None else positions_at(module, remapping, layer.layout.rotary)
-    if isinstance(kwargs.get("cache"), PagedAttentionCache):
+    state = current_state(remapping) if at is None else at.state
+    if state is not None and state.paged:
         return _paged_attention(module, layer, at, query, key, value, kwargs), None
-    if at is not None and at.state.paged:
-        raise UnsupportedModelError(not_paged(module, "does not hand the pages of keys to its attention function"))
     return _attend(module, layer, at, query, key, value, attention_mask, kwargs)
 
 
@@ -123,7 +121,7 @@ def _attend(
     return attend(call)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _paged_attention(
     module: nn.Module,
     layer: Layer | None,
@@ -134,10 +132,17 @@ def _paged_attention(
     options: dict[str, Any],
 ) -> torch.Tensor:
     """Attention of a step of continuous batching (1, tokens, heads, dim), 0 for tokens that pad it."""
-    if at is not None and at.memo.setdefault(("paged", module), options) is not options:
+    pages = options.pop("cache", None)  # to be written here up to transformers 5.23; later the layer has written them
+    if pages is None and not isinstance(options.get("cu_seq_lens_k"), torch.Tensor):
+        raise UnsupportedModelError(not_paged(module, "does not hand the pages of keys to its attention function"))
+    before = None if at is None else at.memo.get(("paged", module))
+    if before is not None and (pages is not None or before is not query):
         raise UnsupportedModelError(not_paged(module, "attends twice, and a page keeps the keys of one call"))
+    if at is not None:
+        at.memo["paged", module] = query
+    if pages is not None:
+        key, value = pages.update(key, value, module.layer_idx, options)
     remapping: Any = module._posext_remapping
-    key, value = options.pop("cache").update(key, value, module.layer_idx, options)
     split = functools.partial(requests_of, module, remapping.base, at, query, options)
     # Layers with as many keys have the same requests: a window does nothing but drop keys.
     requests = split() if at is None else at.once(("requests", key.shape[2], options.get("sliding_window")), split)

@@ -53,7 +53,8 @@ class ServesBatches(Mixin):
         cached = getattr(self, "_cached_continuous_batching_manager", None)
         if isinstance(cached, ContinuousBatchingManager):
             return cached
-        generation_config = generation_config or self.generation_config  # type: ignore[assignment]
+        default: GenerationConfig = self.generation_config  # type: ignore[assignment]
+        generation_config = generation_config or default
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1  # as transformers: none
         return _Manager(
@@ -64,7 +65,7 @@ class ServesBatches(Mixin):
         )
 
 
-class _Manager(ContinuousBatchingManager):
+class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
     """Keeps the attention of the patch, which is not in the closed list of names of the base class."""
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
