@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,7 +24,9 @@ def serve(
     factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
     target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
     trained_length: TrainedLength = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights; auto: as they are.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: as they are.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="As torch calls it: cuda:0, mps.")] = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_posext import load_patched, patch_model, unpatch_model
 from hf_posext.adapters import load_adapter, save_adapter, verify_adapter
+from hf_posext.adapters.save import adapter_readme
 from hf_posext.errors import (
     AlreadyPatchedError,
     CheckpointError,
@@ -314,3 +317,15 @@ def test_saving_never_writes_over_files(base: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not an empty directory"):
         make_adapter(base, path)
     assert files(path) == {"README.md": b"keep me"}
+
+
+def test_names_from_outside_mark_up_nothing_in_the_readme(base: Path, tmp_path: Path) -> None:
+    path = make_adapter(base, tmp_path / "adapter")
+    entries = json.loads((path / "adapter_config.json").read_text())
+    name = 'org/<img src=x>](http://x) """ \n``` {{ 7 * 7 }}'
+    (path / "adapter_config.json").write_text(json.dumps(entries | {"base_model_name_or_path": name}))
+    text = adapter_readme(path).partition("\n---\n")[2]
+    assert "**org/&lt;img" in text and "](http" not in text.replace(json.dumps(name), "").replace("](https://pypi", "")
+    code = [block.partition("\n```")[0] for block in text.split("```python\n")[1:]]
+    constants = [node.value for block in code for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
+    assert name in constants
