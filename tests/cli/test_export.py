@@ -93,7 +93,7 @@ def test_gguf_gets_the_positions_of_an_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "vllm"], "give the method, as in --method yarn --factor 4"),
+        (["--to", "vllm"], "Pass the method, as in --method yarn --factor 4"),
         (["--to", "vllm", "--method", "rerope", "--factor", "4"], "remapped inside attention"),
         (["--to", "vllm", "--method", "yarm", "--factor", "4"], "yarm"),
         (["--to", "tgi", "--method", "yarn", "--factor", "4"], "tgi"),

@@ -90,15 +90,15 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
         ({"preset": "lora+"}, (), "preset is 'lora+'; did you mean 'lora'?"),
         ({"preset": "full", "rank": 8}, (), "preset 'full' trains all weights, and rank is of an adapter"),
         ({"preset": "full", "lora_ratio": 4}, (), "preset 'full' trains all weights, and ratio is of an adapter"),
-        ({"lora_ratio": 0}, (), "ratio is 0.0; give a number above 0"),
+        ({"lora_ratio": 0}, (), "ratio is 0.0. Pass a number above 0"),
         ({"report_to": "tensorbord"}, (), "--report-to is 'tensorbord'; installed here are: "),
-        ({"rank": 0}, (), "rank is 0; give 1 or more"),
+        ({"rank": 0}, (), "rank is 0. Pass 1 or more"),
         ({"targets": "query"}, (), "peft cannot put the adapter on LlamaForCausalLM"),
         ({"learning_rate": "nan"}, (), "--learning-rate is nan"),
         ({"length": 4096}, (), "length is 4096, and yarn reads 64 -> 128 tokens"),
         ({"steps": 0}, (), "steps is 0"),
-        ({"pose": 2, "length": 128}, (), "give a length below 128"),
-        ({"dtype": "bfloat16"}, (), "LlamaForCausalLM is bfloat16; give --bf16"),
+        ({"pose": 2, "length": 128}, (), "Pass a length below 128"),
+        ({"dtype": "bfloat16"}, (), "LlamaForCausalLM is bfloat16. Pass --bf16"),
         ({"patience": 2}, (), "`patience` requires `evaluation`"),
         ({"dataset": "no/such.jsonl"}, (), "no such path: no/such.jsonl"),
         ({"lengths": "64,x"}, (), "lengths is '64,x'"),
@@ -116,7 +116,7 @@ def test_texts_that_are_too_short_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
     told = error_of(finetune(tmp_path / "out", dataset=tmp_path / "short.txt"))
     assert (
-        "do not fill a row of 128 tokens" in told and "give longer documents or a smaller length, or pack them" in told
+        "do not fill a row of 128 tokens" in told and "Pass longer documents or a smaller length, or pack them" in told
     )
 
 
