@@ -227,7 +227,7 @@ def test_a_pass_key_is_what_the_shipped_model_finds_key() -> None:
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
     prompt = passkey_prompts(tokenizer, 480, 1, seed=1)[0]
     assert prompt.depth < 0.7, "the key is farther away than the short context reaches"
-    text = tokenizer.decode(prompt.tokens) + f" {prompt.key}"
+    text = tokenizer.decode(prompt.tokens) + f" {prompt.answers[0]}"
     length = len(tokenizer(text)["input_ids"])
     # Digits of a short context are a guess among ten, 2.3 nats each, less what the model has of a bias.
     keys = find_key_tokens(model, tokenizer, [text], length=length, alpha=1.0, short_length=64, stride=16)
