@@ -23,11 +23,13 @@ class Rules(NamedTuple):
         error (`type[PosExtError]`, *optional*): raised.
         remedy (`str`, *optional*): advice in the message about wrong keys.
         largest (`float`, *optional*): bound of floating-point numbers; that of whole ones is `MAX_NUMBER`.
+        optional (`frozenset[str]`, *optional*): names of fields that may be missing where they have a default.
     """
 
     error: type[PosExtError] = PlanError
     remedy: str = "plan again with this version"
     largest: float = MAX_NUMBER
+    optional: frozenset[str] = frozenset()
 
 
 PLAN_RULES = Rules()
@@ -46,8 +48,13 @@ def decode(cls: type[T], data: Any, where: str = "plan", rules: Rules = PLAN_RUL
     if is_typeddict(cls):
         required = set(cls.__required_keys__)  # type: ignore[attr-defined]
     else:
-        required = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        hints = {name: hint for name, hint in hints.items() if name in required}
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        hints = {name: hint for name, hint in hints.items() if name in fields}
+        required = {
+            name
+            for name, field in fields.items()
+            if name not in rules.optional or field.default is dataclasses.MISSING
+        }
     if not required <= set(data) <= set(hints):
         missing, unknown = sorted(required - set(data)), sorted(set(data) - set(hints))
         raise rules.error(f"{where} lacks {missing} and has unknown {unknown}; {rules.remedy}")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .decode import MAX_NUMBER, decode, short
+from .decode import MAX_NUMBER, PLAN_RULES, Rules, decode, short
 from .deprecation import RenamedAttribute, renamed_names
 from .edits import (
     Band,
@@ -54,7 +54,10 @@ __all__ = [
 ]
 
 SCHEMA = 3
-"""Schemas 1 and 2 are read as well. They lacked fields in `NEWER`, and schema 1 said `original_length`."""
+"""Schemas 1 and 2 are read as well. Schema 1 said `original_length`."""
+NEWER = "fade decay step first_layer row row_group kept row_curve pair_groups pair_shares"
+OLDER = Rules(optional=frozenset(NEWER.split()))
+"""Fields that schemas 2 and 3 added have their defaults where an older plan lacks them."""
 PLAN_FILE = "posext_plan.json"
 PLAN_KEY = "posext_plan"
 """Entry of `config.json`, or of `adapter_config.json`, that contains the plan whoever has written it."""
@@ -213,43 +216,14 @@ class ExtensionPlan:
                 "upgrade it, or plan again"
             )
         data = {key: value for key, value in data.items() if key != "schema"}
-        if schema != SCHEMA:
-            data = _from_older(data)
-        plan = decode(cls, data)
+        if schema == 1 and "trained_length" not in data:
+            data["trained_length"] = data.pop("original_length", None)
+        plan = decode(cls, data, rules=PLAN_RULES if schema == SCHEMA else OLDER)
         plan.check()
         return plan
 
 
-NEWER: dict[str, dict[str, Any]] = {
-    "part": {"fade": None, "decay": None},
-    "query_scale": {"step": None, "first_layer": 0, "row": None},
-    "map": {"row_group": None, "kept": 0, "row_curve": None, "pair_groups": [], "pair_shares": []},
-}
-"""Fields that schemas 2 and 3 added, with what older plans meant."""
-
-
 __getattr__ = renamed_names(__name__, Part="Band")
-
-
-def _from_older(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same plan in today's schema; what does not fit stays for the decoder to refuse."""
-
-    def newer(kind: str, entry: Any, *maps: str) -> Any:
-        if not isinstance(entry, Mapping):
-            return entry
-        return NEWER.get(kind, {}) | {key: newer("map", entry[key]) if key in maps else entry[key] for key in entry}
-
-    changed = dict(data)
-    if "trained_length" not in data and "original_length" in data:
-        changed["trained_length"] = changed.pop("original_length")
-    if isinstance(data.get("parts"), list):
-        changed["parts"] = [newer("part", part, "query", "key") for part in data["parts"]]
-    for kind, maps in (("query_scale", ()), ("table", ("position", "coarse"))):
-        if kind in data:
-            changed[kind] = newer(kind, data[kind], *maps)
-    if "sinusoids" in data:
-        changed["sinusoids"] = newer("map", data["sinusoids"])
-    return changed
 
 
 def _refuse_constant(text: str) -> float:
