@@ -322,8 +322,10 @@ def _rectangles(
     bias: on a long input nearly all scores are there.
     """
     low, high = _stripe(band, first, last, keys) if aligned else (0, min(last, keys) if causal else keys)
-    # from the farthest octave of a decay to the nearest, which is from the first key to the last
-    for octave, constant in reversed(list(octaves(band, last)) if aligned and causal else []):
+    # from the farthest octave of a decay to the nearest, which is from the first key to the last; for a single query,
+    # a bias for all octaves costs less than a call for each
+    constants = aligned and causal and (band.decay is None or last - first > 1)
+    for octave, constant in reversed(list(octaves(band, last)) if constants else []):
         start, stop = _inner(octave, first, last, low, high)
         if stop - start <= 4 * (last - first):  # not worth a rectangle of its own
             continue
