@@ -18,7 +18,7 @@ from ..errors import DocumentError, EvaluationError, UnsupportedModelError
 from ..evaluation.documents import Document, Documents
 from ..evaluation.reading import portable
 from ..evaluation.scorer import TokenScorer, require_finite
-from ..evaluation.tokens import TokenizedDocuments, check_vocabulary, tokenize_documents
+from ..evaluation.tokens import TokenizedDocuments, check_vocabulary, first_scored, tokenize_documents
 from ..evaluation.windows import CONTROL, TruncatedReader, Window
 from ..patching import patch_model
 from ..patching.attention_scores import last_query_scores
@@ -84,7 +84,8 @@ def read_documents(
         tqdm(total=2 + len(plans), desc="reading", unit="pass", disable=None) as progress,
     ):
         level = short_context_losses(scorer, tokenized, context)
-        require_skill(level, scorer.model.get_input_embeddings().num_embeddings, found.model)
+        first = first_scored(tokenized.bos)
+        require_skill(level[:, first - 1 :], scorer.model.get_input_embeddings().num_embeddings, found.model)
         progress.update()
         losses = token_losses(scorer, readable)
         progress.update()
@@ -96,7 +97,7 @@ def read_documents(
                 curves.append((name, token_losses(TokenScorer(model), tokenized)))
             progress.update()
     place = departure(losses - level[:, : losses.shape[1]], seed)
-    tables = {**found.tables, "losses": curve_table(curves, seed)}
+    tables = {**found.tables, "losses": curve_table(curves, seed, first)}
     notes = found.notes
     try:
         if attention:
@@ -237,7 +238,7 @@ def require_skill(losses: np.ndarray, vocabulary: int, name: str) -> None:
         )
 
 
-def curve_table(curves: Sequence[tuple[str, np.ndarray]], seed: int = 0) -> pd.DataFrame:
+def curve_table(curves: Sequence[tuple[str, np.ndarray]], seed: int = 0, first: int = 1) -> pd.DataFrame:
     """Return mean losses of stretches of the text, a line for each curve and stretch.
 
     Columns: `curve`, `begin` and `end` (tokens, the end not included), `nll` (nats per token), `low` and `high`
@@ -246,9 +247,10 @@ def curve_table(curves: Sequence[tuple[str, np.ndarray]], seed: int = 0) -> pd.D
     Args:
         curves (`Sequence[tuple[str, numpy.ndarray]]`): names and losses of shape `(documents, length - 1)`.
         seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
+        first (`int`, *optional*, defaults to 1): first token that counts, behind special tokens.
     """
     longest = max(losses.shape[1] for _, losses in curves) + 1
-    bounds = np.unique(np.maximum(np.arange(STRETCHES + 1) * longest // STRETCHES, 1))
+    bounds = np.unique(np.maximum(np.arange(STRETCHES + 1) * longest // STRETCHES, first))
     lines: list[dict[str, Any]] = []
     for name, losses in curves:
         ends = bounds[bounds <= losses.shape[1] + 1]

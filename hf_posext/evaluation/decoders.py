@@ -19,7 +19,7 @@ from ..errors import EvaluationError, InvalidParameterError
 from .memory import Boundaries
 from .parallel import token_scorer
 from .scorer import Memory, TokenScorer, require_finite
-from .tokens import TokenizedDocuments
+from .tokens import TokenizedDocuments, first_scored
 from .windows import Measurement, TruncatedReader, Window, rolling_windows, sliding_windows, windows_nll
 
 GUARD_TOKENS = 64
@@ -60,7 +60,7 @@ class Prefix(OfDecoders):
 
     def first(self, length: int, bos: int) -> int:
         """The first token that counts at a length, after the special prefix of `bos` tokens."""
-        return max(1, bos)
+        return first_scored(bos)
 
     def tail(self, length: int) -> int | None:
         """Number of counted tokens in the second half, where that is not half of them."""
@@ -126,7 +126,7 @@ class Tail(Prefix):
     name: ClassVar[str] = "tail"
 
     def first(self, length: int, bos: int) -> int:
-        return max(1, bos, length - self.tokens)
+        return max(first_scored(bos), length - self.tokens)
 
     def tail(self, length: int) -> int:
         return min(self.tokens, (length + 1) // 2)

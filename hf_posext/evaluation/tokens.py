@@ -219,6 +219,11 @@ def special_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
     return [tokenizer.bos_token_id, *added]
 
 
+def first_scored(bos: int) -> int:
+    """Index of the first token that is scored of a text with `bos` special tokens in front: these are read only."""
+    return max(1, bos)
+
+
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return what a tokenizer puts before and after a text by itself: `[CLS]` and `[SEP]`, or nothing and `</s>`."""
     plain, whole = token_ids(tokenizer, "a"), tokenizer("a")["input_ids"]

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import InvalidParameterError
 from .memory import Boundaries
 from .scorer import BATCH_TOKENS, Memory, TokenScorer
-from .tokens import TokenizedDocuments
+from .tokens import TokenizedDocuments, first_scored
 
 
 class Measurement(NamedTuple):
@@ -146,7 +146,7 @@ class Window(NamedTuple):
 
 def check_stride(window: int, stride: int, bos: int = 1) -> None:
     """Refuse a stride that is none, or that skips tokens, where windows begin with `bos` special tokens."""
-    longest = window - max(1, bos)
+    longest = window - first_scored(bos)
     if not 1 <= stride <= longest:
         raise InvalidParameterError(
             f"stride is {stride} for windows of {window} tokens; give 1 to {longest} (a longer one skips tokens)"
@@ -165,7 +165,7 @@ def sliding_windows(total: int, window: int, stride: int, bos: int) -> list[Wind
     """
     bos = int(bos)
     check_stride(window, stride, bos)
-    windows = [Window(bos, max(1, bos), min(window, total), bos)]
+    windows = [Window(bos, first_scored(bos), min(window, total), bos)]
     while windows[-1].end < total:
         begin = windows[-1].begin + stride
         windows.append(Window(begin, windows[-1].end, min(begin + window - bos, total), bos))
@@ -182,7 +182,7 @@ def rolling_windows(total: int, window: int, bos: int = 0) -> list[Window]:
         window (`int`): tokens that a window reads, lm-eval's `max_seq_len`.
         bos (`int`, *optional*): tokens of the special prefix, in the first window only; they are not scored.
     """
-    windows = [Window(0, max(1, bos), min(window + 1, total), last_read=False)]
+    windows = [Window(0, first_scored(bos), min(window + 1, total), last_read=False)]
     while windows[-1].end < total:
         end = min(windows[-1].end + window, total)
         windows.append(Window(end - window - 1, windows[-1].end, end, last_read=False))
@@ -225,7 +225,7 @@ def windowed_nll(scorer: TokenScorer, row: torch.Tensor, window: int, stride: in
         window, stride, bos: as in [`sliding_windows`].
 
     Returns:
-        `numpy.ndarray` of shape `(tokens - max(1, bos),)`, float64, in nats.
+        `numpy.ndarray` of shape `(tokens - first_scored(bos),)`, float64, in nats.
     """
     return windows_nll(scorer, row, sliding_windows(len(row), window, stride, bos))
 

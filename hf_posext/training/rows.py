@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DocumentError
 from ..evaluation import Document
-from ..evaluation.tokens import special_prefix, token_ids
+from ..evaluation.tokens import first_scored, special_prefix, token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Rows:
 
     Args:
         dataset (`datasets.Dataset`): `input_ids` of each row; where documents are packed, `position_ids`, which begin
-            anew with each of them, and `labels`, which leave out the first token of each.
+            anew with each of them, and `labels`, which leave out the first token of each and special tokens in front.
         facts (`dict`): what they are made of, for the provenance.
     """
 
@@ -91,7 +91,11 @@ def make_rows(
             length,
         )
     used = sum(map(len, whole)) + (sum(map(len, ends)) if pack else 0)
-    dataset = _packed(whole, packs, length, _padding(tokenizer)) if pack else _columns(input_ids=np.array(whole))
+    dataset = (
+        _packed(whole, packs, length, _padding(tokenizer), first_scored(len(prefix)))
+        if pack
+        else _columns(input_ids=np.array(whole))
+    )
     facts = {
         "documents": sizes,
         "left_out": [] if pack else short,
@@ -121,7 +125,7 @@ def _pack(pieces: list[Tokens], length: int) -> list[list[Tokens]]:
     return rows
 
 
-def _packed(whole: list[Tokens], packs: list[list[Tokens]], length: int, padding: int) -> datasets.Dataset:
+def _packed(whole: list[Tokens], packs: list[list[Tokens]], length: int, padding: int, first: int) -> datasets.Dataset:
     count = len(whole) + len(packs)
     ids = np.full((count, length), padding)
     labels = np.full((count, length), NO_LABEL)
@@ -131,7 +135,7 @@ def _packed(whole: list[Tokens], packs: list[list[Tokens]], length: int, padding
         for piece in pieces:
             end = at + len(piece)
             ids[row, at:end] = piece
-            labels[row, at + 1 : end] = piece[1:]
+            labels[row, at + first : end] = piece[first:]
             positions[row, at:end] = range(len(piece))
             at = end
         positions[row, at:] = range(length - at)  # padding is a document of its own, which nobody is asked about
@@ -202,11 +206,16 @@ class Collator:
     """Rows to a batch, with labels, and with skipped positions where those are asked for."""
 
     skips: Skips | None = None
+    special: int = 0
+    """Special tokens in front of each row, which are not to be predicted."""
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         columns = [name for name in samples[0] if name != "sample"]
         batch = {name: torch.stack([sample[name] for sample in samples]) for name in columns}
-        batch.setdefault("labels", batch["input_ids"].clone())
+        if "labels" not in batch:
+            batch["labels"] = batch["input_ids"].clone()
+            if self.special > 1:  # nothing predicts the first token anyway, and the Trainer counts its label
+                batch["labels"][:, : self.special] = NO_LABEL
         if self.skips is not None:
             length = batch["input_ids"].shape[1]
             positions = [self.skips.positions(length, int(sample["sample"])) for sample in samples]

@@ -30,6 +30,7 @@ from ..adapters.save import tell_adapters
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document, evaluate_perplexity, longce_weights
 from ..evaluation.documents import as_documents
+from ..evaluation.tokens import first_scored
 from ..patching import Patch, find_patch
 from ..patching.modes import evaluation_mode
 from ..plan import PLAN_FILE
@@ -60,7 +61,9 @@ class LongCE:
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         nll = token_nll(outputs["logits"], labels)
         weights = longce_weights(nll.detach(), self.short_nll(labels, nll.detach()))
-        return (weights * nll).sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
+        losses = (weights * nll)[:, first_scored(self.bos) - 1 :]
+        share = losses.numel() / nll.numel()  # `num_items_in_batch` counts the special tokens, too
+        return losses.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch) / share
 
     @torch.no_grad()
     def short_nll(self, ids: torch.Tensor, long_nll: torch.Tensor) -> torch.Tensor:
@@ -314,7 +317,7 @@ def make_trainer(
     trainer = Trainer(
         model=network,
         args=arguments,
-        data_collator=Collator(skips),
+        data_collator=Collator(skips, special=0 if settings.longce else run.rows.facts["bos"]),
         train_dataset=schedule(run.rows.dataset, samples, settings.seed),
         # the Trainer wants one before it calls those who measure; it has no rows, so that nothing is measured twice
         eval_dataset=None if run.evaluation is None else datasets.Dataset.from_dict({"input_ids": []}),

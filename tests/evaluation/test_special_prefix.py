@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_posext import evaluate_perplexity
+from hf_posext.diagnosis import diagnose
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation import find_key_tokens
+from hf_posext.evaluation import find_key_tokens, load_documents
 from hf_posext.evaluation.documents import Document
 from hf_posext.evaluation.prompts import passkey_prompts, task_prompt
 from hf_posext.evaluation.tokens import special_prefix
-from hf_posext.training.rows import make_rows
-from tests.conftest import tiny_llama
+from hf_posext.training.rows import NO_LABEL, Collator, make_rows, schedule
+from tests.conftest import EXAMPLES, tiny_llama
 from tests.evaluation.helpers import BOS, character_tokenizer, naive_nll, random_texts
 
 TEXTS = random_texts(2, 60)
@@ -111,3 +113,43 @@ def test_training_rows_and_key_tokens_begin_with_the_prefix() -> None:
     )
     found = [index for indices in keys.indices.values() for index in indices]
     assert min(found) == 2, "every token is key by these thresholds, but for the prefix"
+
+
+def test_special_tokens_have_no_loss_in_training() -> None:
+    tokenizer, model = tokenizer_of(GLM), tiny_llama()
+    texts = [Document("a", TEXTS[0]), Document("b", TEXTS[1][:25])]
+    for pack in (False, True):
+        rows = make_rows(texts, tokenizer, 20, pack=pack)
+        samples = list(schedule(rows.dataset, len(rows.dataset), seed=0))
+        batch = Collator(special=rows.facts["bos"])(samples)
+        begins = batch.get("position_ids", torch.arange(20).expand(len(samples), 20)) == 0
+        special = begins | begins.roll(1, dims=1)
+        if not pack:
+            assert (batch["labels"][special] == NO_LABEL).all()
+            assert torch.equal(batch["labels"][~special], batch["input_ids"][~special])
+        with torch.no_grad():
+            loss = float(model(**batch, use_cache=False).loss)
+        nll = []
+        for text in texts:
+            ids = character_tokenizer()(text.text)["input_ids"]
+            for at in range(0, len(ids), 18):
+                row = torch.tensor([2, 0, *ids[at : at + 18]])
+                if len(row) == 20 or pack:
+                    nll.extend(naive_nll(model, row)[1:])
+        assert loss == pytest.approx(float(np.mean(nll)), rel=1e-5)  # float32, summed in another order
+
+
+def test_special_tokens_are_not_in_the_curve_of_a_diagnosis() -> None:
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / "tiny-rope", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    ids = [tokenizer.bos_token_id or 0] * 3
+    token = tokenizer.convert_ids_to_tokens(ids[0])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} {token} {token} $A", special_tokens=[(token, ids[0])]
+    )
+    texts = load_documents(EXAMPLES / "data" / "heldout.jsonl", limit=1)
+    losses = diagnose(model, tokenizer, texts, methods=[], target_length=640).tables["losses"]
+    first = losses[losses.curve == "none"].iloc[0]
+    assert (first.begin, first.end) == (3, 20), "the first stretch of twenty tokens, without the special ones"
+    row = torch.tensor([*ids, *tokenizer(texts[0].text, add_special_tokens=False)["input_ids"][:637]])
+    assert first.nll == pytest.approx(naive_nll(model, row)[2:19].mean(), rel=1e-5)
