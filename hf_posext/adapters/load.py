@@ -208,9 +208,11 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
         if has_plan(name):
             return load_patched(name, **kwargs)
     revision = adapter.config.get("revision") or adapter.base.revision
+    trusted = bool(kwargs.pop("trust_remote_code", False))
     try:
-        config = open_patched_config(name, revision=revision)
-        return open_weights(model_class(config, name), locate(name), config, revision=revision, **kwargs)
+        config = open_patched_config(name, revision, trusted)
+        source = locate(name, trust_remote_code=trusted)
+        return open_weights(model_class(config, name, trusted), source, config, revision=revision, **kwargs)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(

@@ -199,9 +199,9 @@ def _open(source: Source, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
 
     folder = Path(source.name)
     if (folder / ADAPTER_FILE).is_file():
-        return load_adapter(folder, dtype=dtype)
+        return load_adapter(folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
     if has_plan(folder):
-        return load_patched(folder, dtype=dtype)
+        return load_patched(folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
     classes = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
     config = open_config(source)
     _announce(source, str(dtype).removeprefix("torch."))

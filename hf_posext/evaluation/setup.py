@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
 from ..methods import Method, as_method, list_methods
@@ -308,6 +309,7 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
         "model_type": scheme.model_type,
         "kind": scheme.kind,
         "generalization": scheme.generalization,
+        "trust_remote_code": any(map(is_remote, (scorer.model, tokenizer))),
         "dtype": conditions.dtype,
         "device": device,
         **process_facts(request.accelerator, device),
@@ -332,6 +334,11 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
         scorer, tokenizer, texts, arranged, lengths, protocol, request.memory, config, request.questions, conditions,
         provenance,
     )  # fmt: skip
+
+
+def is_remote(thing: Any) -> bool:
+    """Return `True` if the class of a model or tokenizer comes from a checkpoint, and not from a package."""
+    return type(thing).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
 def _versions() -> dict[str, str]:

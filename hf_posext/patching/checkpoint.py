@@ -143,8 +143,9 @@ def open_saved(
     directory = local_directory(directory, FILES)
     check_directory(directory)
     plan = ExtensionPlan.load(directory)
-    config = open_patched_config(directory)
-    cls = model_class(config, directory)
+    trusted = bool(kwargs.get("trust_remote_code"))
+    config = open_patched_config(directory, trust_remote_code=trusted)
+    cls = model_class(config, directory, trusted)
     if config.model_type != plan.scheme.model_type and text_config(config).model_type != plan.scheme.model_type:
         raise PlanMismatchError(
             f"the plan in {directory} is for {plan.scheme.model_type}, the weights are {config.model_type}; "
@@ -190,14 +191,18 @@ def local_directory(name: str | Path, patterns: Sequence[str]) -> Path:
         raise CheckpointError(f"neither a directory nor a repository that can be read: {name} ({reason})") from error
 
 
-def model_class(config: PreTrainedConfig, name: str | Path) -> type[PreTrainedModel]:
-    """The class that a config names as its architecture.
+def model_class(config: PreTrainedConfig, name: str | Path, trust_remote_code: bool = False) -> Any:
+    """Return the class that a config names as its architecture; for code of its own, that is trusted, the auto class.
 
     Raises:
         UnsupportedModelError: transformers has no model of that name.
     """
     architecture = (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, None)
+    if trust_remote_code:
+        for auto, place in (getattr(config, "auto_map", None) or {}).items():
+            if str(place).endswith(f".{architecture}"):
+                return getattr(transformers, auto)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise UnsupportedModelError(f"{name} is of architecture {architecture!r}, which transformers does not have")
     return cls

@@ -131,16 +131,21 @@ def saved_plan(config: PreTrainedConfig) -> ExtensionPlan | None:
     return None if data is None else ExtensionPlan.from_dict(data)
 
 
-def open_patched_config(name: str | Path, revision: str | None = None) -> PreTrainedConfig:
+def open_patched_config(
+    name: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The config of a model, as it was in memory when it was written.
 
     Args:
         name (`str` or `Path`): directory or Hub id of a patched model, or of any other one.
         revision (`str`, *optional*): on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether the checkpoint's own Python code runs.
     """
     data, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     if REPLACED_KEY not in data or data.get("model_type") not in CONFIG_MAPPING:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
         return config
     cls = CONFIG_MAPPING[data["model_type"]]
     opened: PreTrainedConfig = cls.from_dict(_restored(data), name_or_path=str(name))

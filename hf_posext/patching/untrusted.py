@@ -1,7 +1,7 @@
 """Files that somebody else wrote, looked at before anything in them is opened.
 
-What is opened afterwards is safetensors, JSON and GGUF. Pickles are never read, and remote code is never run:
-transformers does so only with `trust_remote_code=True`, which this package does not pass. The header of a GGUF file
+What is opened afterwards is safetensors, JSON and GGUF. Pickles are never read, and remote code runs
+only where the user passes `trust_remote_code=True`. The header of a GGUF file
 states more about positions and vocabulary than transformers reads.
 """
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hf_posext import load_patched, patch_model
 from hf_posext.adapters import load_adapter, save_adapter, verify_adapter
@@ -119,6 +120,39 @@ def test_code_beside_a_checkpoint_is_not_run(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_patched(checkpoint)
     assert not list(checkpoint.parent.rglob(MARKER))
+
+
+MINE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_code_beside_a_checkpoint_runs_where_it_is_trusted(tmp_path: Path) -> None:
+    folder, saved, adapted = (tmp_path / name for name in ("mine", "saved", "adapter"))
+    tiny_llama().save_pretrained(folder)
+    (folder / "modeling_mine.py").write_text(MINE)
+    places = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    edit(folder / "config.json", model_type="mine", architectures=["MineForCausalLM"], auto_map=places)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    patch = patch_model(model, "yarn", factor=2)
+    patch.save_pretrained(saved)
+    expected = logits(model, tokens(60))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_patched(saved)
+    opened = load_patched(saved, trust_remote_code=True)
+    assert type(opened).__name__ == "MineForCausalLM" and torch.equal(logits(opened, tokens(60)), expected)
+    trained = with_adapter(model)
+    expected = logits(trained, tokens(60))
+    save_adapter(trained, adapted)
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
+        load_adapter(adapted)
+    assert torch.equal(logits(load_adapter(adapted, trust_remote_code=True), tokens(60)), expected)
 
 
 def test_module_that_peft_would_import(adapter: Path) -> None:
