@@ -16,7 +16,6 @@ from .processes import rank, spread
 ADAPTER_FILE = "adapter_config.json"
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -112,7 +111,7 @@ def load_model(
 
     Args:
         name (`str`): a folder or Hub id.
-        dtype (`str`): `float32`, `bfloat16` or `float16`.
+        dtype (`str`): `float32`, `bfloat16`, `float16`, or `auto` for that of the checkpoint.
         device (`str`): what torch calls it, e.g. `cpu` or `cuda:0`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
@@ -120,17 +119,16 @@ def load_model(
         InvalidParameterError: no such model or device, not a language model, or no tokenizer.
         PosExtError: see [`load_patched`] and [`load_adapter`].
     """
-    import torch
-
     from ..patching.loading import locate, open_tokenizer
 
+    require_device(device)
     quiet_libraries()
     with one_line_errors(name):
         source = locate(name, trust_remote_code=trust_remote_code)
         own = (Path(name) / "tokenizer_config.json").is_file()  # a Trainer may save an adapter without its tokenizer
         base = None if own else base_of(name)
         tokenizer = open_tokenizer(source if base is None else locate(base, trust_remote_code=trust_remote_code))
-        model = _open(source, getattr(torch, dtype))
+        model = _open(source, _dtype(source, dtype))
     return _placed(model, device), tokenizer
 
 
@@ -139,34 +137,52 @@ def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = Fals
 
     Args:
         name (`str`): a folder or Hub id.
-        dtype (`str`): `float32`, `bfloat16` or `float16`.
+        dtype (`str`): `float32`, `bfloat16`, `float16`, or `auto` for that of the checkpoint.
         device (`str`): what torch calls it, e.g. `cpu` or `cuda:0`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
     Raises:
         InvalidParameterError: no such model, or no such device.
     """
-    import torch
-
     from ..patching.loading import locate, open_body
 
+    require_device(device)
     quiet_libraries()
     with one_line_errors(name):
         source = locate(name, trust_remote_code=trust_remote_code)
-        _announce(source, dtype)
-        return _placed(open_body(source, dtype=getattr(torch, dtype)), device)
+        weights = _dtype(source, dtype)
+        _announce(source, weights)
+        return _placed(open_body(source, dtype=weights), device)
+
+
+def require_device(device: str) -> None:
+    """Refuse, before weights are read, a device that torch does not have here, or that holds no values (`meta`)."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # either, for an unknown device or one that is not compiled in
+        raise InvalidParameterError(
+            f"Expected a device that torch has on this machine, got {device!r}: {_first_line(error).rstrip('.')}. "
+            "Pass --device cpu."
+        ) from error
+
+
+def _dtype(source: Source, name: str) -> Any:
+    """Return a dtype as `from_pretrained` takes it; float32 for `"auto"` of a GGUF file, whose types are quantised."""
+    import torch
+
+    if name == "auto":
+        return torch.float32 if source.gguf else name
+    return getattr(torch, name)
 
 
 def _placed(model: Network, device: str) -> Network:
     try:
         return model.to(device).eval()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # torch raises either for an unknown device, or one not compiled in
+    except RuntimeError as error:  # the device is there, so that it is full
         raise InvalidParameterError(
-            f"Expected a device that torch has on this machine, got {device!r}: {_first_line(error).rstrip('.')}. "
-            "Pass --device cpu."
+            f"{type(model).__name__} does not fit on device {device!r}: {_first_line(error).rstrip('.')}."
         ) from error
 
 
@@ -189,7 +205,7 @@ def load_evaluator(
     return spread(model, accelerator), tokenizer
 
 
-def _open(source: Source, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+def _open(source: Source, dtype: Any) -> PreTrainedModel | PeftModel:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     from ..adapters import load_adapter
@@ -204,11 +220,11 @@ def _open(source: Source, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
         return load_patched(folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
     classes = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
     config = open_config(source)
-    _announce(source, str(dtype).removeprefix("torch."))
+    _announce(source, dtype)
     return open_weights(classes[model_kind(config)[0]], source, config, dtype=dtype)
 
 
-def _announce(source: Source, dtype: str) -> None:
+def _announce(source: Source, dtype: Any) -> None:
     """Announce that a GGUF file is being dequantised, which takes minutes."""
     if source.gguf is None or rank():
         return
@@ -217,7 +233,7 @@ def _announce(source: Source, dtype: str) -> None:
     path = source.gguf_path()
     types = GGUFHeader.read(path).types
     what = f"{path.stat().st_size / 2**20:,.0f} MiB{f' of {types[0]}' if types else ''}"
-    say(f"dequantising {source.name} ({what}) to {dtype}", err=True)
+    say(f"dequantising {source.name} ({what}) to {str(dtype).removeprefix('torch.')}", err=True)
 
 
 @contextmanager

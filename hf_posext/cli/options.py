@@ -20,7 +20,7 @@ from .settings import NEVER, use_config
 
 Number = TypeVar("Number", int, float)
 
-Model = Annotated[str, typer.Option(help="Model folder or Hub id.")]
+Model = Annotated[str, typer.Option(help="Model folder, GGUF file or Hub id.")]
 Dataset = Annotated[str, typer.Option(help="Folder of .txt; .jsonl, .json, .csv, .parquet; recipe; Hub id.")]
 Output = Annotated[Path, typer.Option(help="Directory for the report; new, or without files in it.")]
 Documents = Annotated[int | None, typer.Option(help="How many documents to read; all if not given.")]
@@ -28,7 +28,10 @@ Start = Annotated[int, typer.Option(help="Tokens to leave out at the beginning o
 TextColumn = Annotated[str | None, typer.Option(help="Column that holds the text; `text`, or the recipe's.")]
 Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub data set.")]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"],
+    typer.Option(help="Dtype of the weights; auto: that of the checkpoint (of a GGUF file float32)."),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that MODEL's folder or repository contains.")
 ]

@@ -108,7 +108,7 @@ def finish(results: Results, output: Path, accelerator: Accelerator | None, log_
         from ..reporting import print_tables
 
         print_tables(results)
-        say(f"measured by {_processes(results)}")
+        say(f"measured by {_processes(results)}, in {results.provenance['dtype']}")
         say(f"report: {output / 'README.md'}")
 
 

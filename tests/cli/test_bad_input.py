@@ -59,6 +59,8 @@ from .helpers import MODEL, compare, error_of
         ({"passkey": 1, "lengths": "16"}, "for a prompt of the task 'passkey'"),
         ({"start": -1}, "start is -1"),
         ({"dtype": "int8"}, "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        ({"device": "cuda:99"}, "Expected a device that torch has on this machine, got 'cuda:99'"),
+        ({"device": "meta"}, "Expected a device that torch has on this machine, got 'meta'"),
         ({"device": "abacus"}, "Expected a device that torch has on this machine, got 'abacus'"),
         ({"metods": "none"}, "--metods"),
         ({"model": None}, "Missing option '--model'"),

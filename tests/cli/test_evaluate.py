@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from hf_posext import Results
 
@@ -31,6 +34,20 @@ def test_a_plain_model_without_a_control(tmp_path: Path) -> None:
         ("none", 128, None),
     ]
     assert results.provenance["command"].startswith("hf-posext evaluate --model ")
+
+
+def test_the_dtype_of_a_checkpoint(tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(MODEL, half)
+    AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).save_pretrained(half)
+    for flags, dtype in (((), "float32"), (("--dtype", "auto"), "bfloat16")):
+        result = evaluate(tmp_path / dtype, *flags, model=half)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.splitlines()[-2] == f"measured by 1 process on cpu, in {dtype}"
+        provenance = Results.load_json(tmp_path / dtype / "results.json").provenance
+        assert provenance["dtype"] == dtype and provenance["trust_remote_code"] is False
+    text = " ".join(run("evaluate", "--help").output.split())
+    assert "auto: that of the checkpoint" in text and "default: float32" in text and "GGUF file" in text
 
 
 def test_a_saved_patch_is_in_force_and_gains_what_it_gains_in_a_comparison(patched: Path, tmp_path: Path) -> None:
