@@ -21,6 +21,7 @@ import hf_posext.patching.remap.attention as remap
 from hf_posext import load_documents, patch_model
 from hf_posext.packages import machine
 from hf_posext.patching.kernels import Branch, Geometry, banded_attention, whole
+from hf_posext.reporting.drawing import method_styles
 
 mpl.use("Agg")
 from matplotlib.figure import Figure
@@ -33,8 +34,6 @@ PICTURE = ROOT / "docs" / "images" / "fading.png"
 METHODS = ("rerope", "rerope+fade", "leaky-rerope", "leaky-rerope+decay")
 LENGTHS = (512, 768, 1024, 1536, 2048, 3072, 4096)
 DOCUMENTS, START, FACTOR = 3, 2000, 8
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
-"""Colours of Okabe and Ito, which colour-blind readers can distinguish."""
 
 
 def far_mass(model: Any, ids: torch.Tensor, window: int) -> dict[int, float]:
@@ -87,10 +86,10 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     """Draw the share against length."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    for method, colour in zip(METHODS, COLOURS, strict=True):
+    styles = method_styles(METHODS)
+    for method in METHODS:
         points = [(row["length"], 100 * row["far_share"]) for row in rows if row["method"] == method]
-        style = "-" if "+" in method else "--"
-        axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=method)
+        axes.plot(*zip(*points, strict=True), label=method, **styles[method])
     axes.set_xscale("log", base=2)
     axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS], rotation=45)
     axes.set_xlabel("position of the query, in tokens")

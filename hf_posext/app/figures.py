@@ -14,9 +14,8 @@ from matplotlib.lines import Line2D
 from ..diagnosis.phases import phase_table, planned_frequencies, relative_positions
 from ..methods.frequencies import first_rotary
 from ..patching.kernels import belongs
-from ..reporting.drawing import CONTROL, GRID, INK, new_figure, note
+from ..reporting.drawing import COLOURS, CONTROL, GRID, INK, new_figure, note
 from ..reporting.signals import (
-    AFTER,
     MAPS,
     NEW,
     SHADES,
@@ -195,7 +194,7 @@ def _draw_last_query(panel: Axes, view: View) -> None:
     apart = np.arange(length)
     given = relative_positions(view.plan, torch.tensor([length - 1]), torch.from_numpy(length - 1 - apart))[0].numpy()
     panel.plot(apart, apart, color=CONTROL, linewidth=1.2, linestyle="--")
-    panel.plot(apart, given, color=AFTER[0], linewidth=1.9)
+    panel.plot(apart, given, color=COLOURS[0], linewidth=1.9)
     panel.axhline(view.trained_length, color=INK, linewidth=1.0, linestyle=":")
     note(
         panel,

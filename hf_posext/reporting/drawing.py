@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+import re
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +27,25 @@ if TYPE_CHECKING:
 
     from ..evaluation import Results
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the marker says it a second time. The unpatched
-# model is black and its truncated control grey, so that the eye finds "before" at once.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "p", "h")
+# Okabe and Ito's colours without blue and vermilion, which mean shown and unseen positions, and two as dark as those,
+# each of another lightness. The marker says it a second time, also in grey. The unpatched model is black and its
+# truncated control grey, so that the eye finds "before" at once.
+COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#5D3A9B", "#7CC4EC", "#994F00")
+MARKERS = ("o", "s", "^", "D", "v", "p", "h", "P", "<", ">", "d")
 BEFORE, CONTROL, GRID, INK = "#000000", "#757575", "#E6E6E6", "#333333"
+
+# The first eleven differ in their markers. New ones go to the end, so that no picture changes.
+STYLED = (
+    "yarn linear ntk rerope self-extend dual-chunk leaky-rerope dynamic-yarn dynamic-ntk longrope llama3 theta fade "
+    "decay resonance log-n string-shift sinks partial nope jet-long cope eabf self-logistic llama4-temperature "
+    "alibi-linear alibi-ntk bucket-linear bucket-max-distance sinusoid-linear table-linear table-cubic table-group "
+    "table-repeat table-hierarchical dpe lampe"
+).split()
+"""Methods by the order of their styles."""
+
+DASHES = ("-.", (0, (5, 1.5)), (0, (1, 1.2)))
+FILLS = ("full", "none", "left", "right", "top", "bottom")
+"""Line of a composition, by what is put on top; markers of several variants of a method in one picture."""
 
 # 9 inches at 200 dots are 1800 pixels: sharp at the width of a README (900), where 9 points are 12 pixels high.
 WIDTH, DPI = 9.0, 200
@@ -76,15 +92,42 @@ def _legend_width(names: list[str], columns: int) -> int:
     return sum(max(map(len, column)) + HANDLE for column in np.array_split(names, columns))
 
 
-def method_styles(names: list[str]) -> dict[str, Style]:
-    """A colour and a marker for each method; their numbers are coprime, so that a pair returns after 42 methods."""
-    shared = {"markersize": 6, "linewidth": 1.9, "markeredgecolor": "white", "markeredgewidth": 0.8}
-    patched = [name for name in names if name != "none"]
-    styles: dict[str, Style] = {
-        name: {**shared, "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(patched)
-    }
-    return {"none": {**shared, "color": BEFORE, "marker": "X"}, **styles}
+def method_styles(names: Sequence[str]) -> dict[str, Style]:
+    """
+    Return the style of each method, the same in every picture.
+
+    Colour and marker are those of its name, whatever its factor and hyper-parameters. A composition has those of its
+    first component, and a broken line by the others. Variants of one method in one picture differ in how their markers
+    are filled.
+
+    Args:
+        names (`Sequence[str]`): names of rows, as `"none"`, `"yarn x8"` or `"rerope(window=384)+fade"`.
+    """
+    styles: dict[str, Style] = {}
+    seen: dict[str, int] = {}
+    for name in names:
+        plain = re.sub(r"\([^)]*\)| x[\d.e+]+$", "", name)
+        variant = seen[plain] = seen.get(plain, -1) + 1
+        styles[name] = _style(plain, FILLS[variant % len(FILLS)])
+    return styles
+
+
+def _style(name: str, fill: str) -> Style:
+    base, *others = name.split("+")
+    place = _place(base)
+    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    if base in ("none", "truncated"):
+        colour, marker = (BEFORE, "X") if base == "none" else (CONTROL, ".")
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.8}
+    if fill != "full":
+        edge = {"markeredgecolor": colour, "markeredgewidth": 1.2, "markerfacecoloralt": "white"}
+    line = {"linestyle": DASHES[sum(map(_place, others)) % len(DASHES)]} if others else {}
+    return {"markersize": 6, "linewidth": 1.9, "color": colour, "marker": marker, "fillstyle": fill, **edge, **line}
+
+
+def _place(name: str) -> int:
+    """Index of a method among those with a style; of others, as of other packages, a number by their name."""
+    return STYLED.index(name) if name in STYLED else zlib.crc32(name.encode())
 
 
 def draw_line(

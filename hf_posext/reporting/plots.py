@@ -139,8 +139,8 @@ def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], trained_length: int | 
     return image
 
 
-ABREAST = 3
-"""Models beside each other; more go below."""
+ABREAST, WIDEST = 3, 28
+"""Models beside each other, more go below; and letters of a title that fit above one of them."""
 
 
 def plot_perplexity(results: Results, path: str | Path) -> None:
@@ -158,7 +158,7 @@ def plot_perplexity(results: Results, path: str | Path) -> None:
     layout: list[Any] = [["perplexity", *panel] for panel in small] or [["perplexity"]]
     axes = figure.subplot_mosaic(layout, width_ratios=[1.35, 1] if small else None)
 
-    styles = method_styles(list(methods))
+    styles = method_styles([*methods])
     draw_perplexity(axes["perplexity"], results, styles, f"none, {control_name(results)}")
     mark = legacy_mark(results)
     axes["perplexity"].set_title(f"Perplexity\n{mark}" if mark else "Perplexity of the second half of the text")
@@ -235,7 +235,9 @@ def plot_side_by_side(runs: Sequence[Results], titles: Sequence[str], path: str 
         draw_perplexity(upper, run, styles, "none, truncated to the trained length")
         draw_gain(lower, by_method(run), styles)
         mark = legacy_mark(run).replace(": ", ":\n")  # three abreast leave no room for more
-        upper.set_title(f"{title}\n{scheme_name(run)}\n{mark}".rstrip())
+        scheme = scheme_name(run)
+        scheme = scheme if len(scheme) < WIDEST else scheme.replace(": ", ":\n")
+        upper.set_title(f"{title}\n{scheme}\n{mark}".rstrip())
         for panel in (upper, lower):
             lengths_as_ticks(panel, lengths_of(run), run.provenance.get("trained_length"), labelled=panel is lower)
             dress(panel, run)

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch as Swatch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from ..errors import InvalidParameterError
-from .drawing import BEFORE, CONTROL, GRID, INK, dress_axes, new_figure, note, save_figure
+from .drawing import BEFORE, CONTROL, GRID, INK, dress_axes, method_styles, new_figure, note, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 SHOWN, NEW = "#0072B2", "#D55E00"
 """Okabe and Ito's blue and vermilion, which colour-blind readers tell apart."""
-
-AFTER = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Of methods in the loss: none of the two above, which mean something else."""
 
 MAPS = (
     LinearSegmentedColormap.from_list("shown", ["#FFFFFF", "#7FB8DA", SHOWN, "#00263D"]),
@@ -123,7 +120,10 @@ def draw_losses(panel: Axes, found: Diagnosis) -> None:
     lines = found.tables["losses"]
     level = f"last {found.provenance['context']} tokens"
     methods = [name for name in dict.fromkeys(lines.curve) if name not in ("none", level)]
-    styles: dict[str, Any] = {name: {"color": AFTER[i % len(AFTER)]} for i, name in enumerate(methods)}
+    drawn = method_styles(methods)
+    styles: dict[str, Any] = {
+        name: {key: drawn[name][key] for key in ("color", "linestyle") if key in drawn[name]} for name in methods
+    }
     styles |= {"none": {"color": BEFORE}, level: {"color": CONTROL, "linestyle": "--", "zorder": 1}}
     names = {"none": "as it is", level: "as it is, short context"}
     for name in ("none", *methods, level):
@@ -309,9 +309,10 @@ def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
 def _name_methods(panel: Axes, found: Diagnosis) -> None:
     """The name of each method at its own line, since each model has others."""
     lines = found.tables["losses"]
-    for index, signal in enumerate(found.signals[1:]):
+    styles = method_styles([signal.method for signal in found.signals[1:]])
+    for signal in found.signals[1:]:
         own = lines[lines.curve == signal.method]
-        colour = AFTER[index % len(AFTER)]
+        colour = styles[signal.method]["color"]
         panel.annotate(
             signal.method,
             (found.target_length, own.high.iloc[-4:].max() if own.high.notna().all() else own.nll.iloc[-4:].max()),
