@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness on a model, as it is and patched; `pip install 'hf_posext[lm-eval]'` first.
 
 python examples/lm_eval_bridge.py --limit 1
+python examples/lm_eval_bridge.py --tasks niah_single_1 ruler_vt --ruler-lengths 1024 --max-length 1024 --limit 5
 """
 
 from __future__ import annotations
@@ -19,13 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import patch_model
 
 
-def evaluate(
-    model: Any, tokenizer: Any, tasks: list[str], include_path: str, max_length: int, limit: int | None
-) -> dict[str, Any]:
-    """Return the results of lm-eval by task, for the model in its present state."""
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=1)
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    found = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)
+def evaluate(model: Any, tokenizer: Any, tasks: list[str], manager: TaskManager, options: Any) -> dict[str, Any]:
+    """Results of lm-eval by task, for the model as it is now."""
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=options.max_length, batch_size=1)
+    found = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=options.limit, bootstrap_iters=0)
     results: dict[str, Any] = found["results"]
     return results
 
@@ -39,12 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--max-length", type=int, default=4096, help="tokens of a window, with and without the patch")
     parser.add_argument("--tasks", nargs="+", default=["heldout_novels"])
     parser.add_argument("--include-path", default="examples/lm_eval_tasks", help="folder of task YAML files")
+    parser.add_argument("--ruler-lengths", type=int, nargs="+", help="tokens of RULER's prompts; with its tasks only")
     parser.add_argument("--limit", type=int, help="documents of each task; all by default")
     options = parser.parse_args(arguments)
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    what = (tokenizer, options.tasks, options.include_path, options.max_length, options.limit)
+    # RULER writes its prompts to the token, with the tokenizer of the model
+    ruler = {"max_seq_lengths": options.ruler_lengths, "tokenizer": options.model} if options.ruler_lengths else None
+    manager = TaskManager(include_path=options.include_path, include_defaults=ruler is not None, metadata=ruler)
+    what = (tokenizer, options.tasks, manager, options)
     results = {"none": evaluate(model, *what)}
     with patch_model(model, options.method, factor=options.factor, tokenizer=tokenizer):
         results[options.method] = evaluate(model, *what)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import PlanError, PosExtError
 
@@ -14,6 +14,45 @@ MAX_NUMBER = 2**40
 """No length, factor or base of a plan is above this."""
 
 T = TypeVar("T")
+
+
+class Record(dict[str, Any]):
+    """
+    A dictionary of known keys, which are attributes, too. Subclasses declare them, optional ones as `= OptionalKey()`.
+
+    ```python
+    class Row(Record):
+        length: int
+        passkey: float | None = OptionalKey()
+
+    row = Row(length=512)
+    row.length, row["length"], row.passkey  # 512, 512, None
+    ```
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}") from None
+
+
+class OptionalKey:
+    """A key that not every record contains; `None` as an attribute where it is missing."""
+
+    def __new__(cls) -> Any:
+        return super().__new__(cls)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, record: Record | None, owner: type) -> Any:
+        return self if record is None else record.get(self.name)
+
+
+def required_keys(cls: type[Record]) -> tuple[str, ...]:
+    """Return the keys that every record of a class contains, in their order."""
+    return tuple(name for name in get_type_hints(cls) if not isinstance(vars(cls).get(name), OptionalKey))
 
 
 class Rules(NamedTuple):
@@ -36,7 +75,7 @@ PLAN_RULES = Rules()
 
 
 def decode(cls: type[T], data: Any, where: str = "plan", rules: Rules = PLAN_RULES) -> T:
-    """Build a dataclass, or a record of a `TypedDict`, from plain JSON types.
+    """Build a dataclass or a [`Record`] from plain JSON types.
 
     Raises:
         PlanError: missing or unknown keys, another type than the hint, a number that is not finite or too large; other
@@ -45,8 +84,8 @@ def decode(cls: type[T], data: Any, where: str = "plan", rules: Rules = PLAN_RUL
     if not isinstance(data, Mapping):
         raise rules.error(f"{where} is {short(data)}; an object of {cls.__name__} belongs there")
     hints = get_type_hints(cls)
-    if is_typeddict(cls):
-        required = set(cls.__required_keys__)  # type: ignore[attr-defined]
+    if issubclass(cls, Record):
+        required = set(required_keys(cls))
     else:
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         hints = {name: hint for name, hint in hints.items() if name in fields}

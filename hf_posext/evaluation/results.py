@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import math
@@ -12,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..decode import Rules, decode, short
+from ..decode import Record, Rules, decode, required_keys, short
 from ..errors import EvaluationError, InvalidParameterError
 from ..visible import csv_cell, visible
 from .reading import write_atomically
-from .rows import STRETCHES, DocumentRecord, RetrievalRow, Row, required
+from .rows import STRETCHES, DocumentRecord, RetrievalRow, Row
 from .windows import is_legacy
 
 if TYPE_CHECKING:
@@ -25,17 +26,17 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 
-ROW_KEYS = required(Row)
+ROW_KEYS = required_keys(Row)
 """Keys of every row, in this order; those of LongPPL and of passkeys follow where they were asked for."""
 
 LONGPPL_KEYS = ("longppl", "longppl_ci95", "longppl_truncated", "key_tokens")
 PASSKEY_KEYS = ("passkey", "passkey_trials")
-DOCUMENT_KEYS = required(DocumentRecord)
+DOCUMENT_KEYS = required_keys(DocumentRecord)
 KEY_TOKEN_KEYS = ("key_nll_sum", "key_tokens")
 """Additional keys of documents, where LongPPL was asked for."""
 
-RETRIEVAL_KEYS = required(RetrievalRow)
-TABLES: dict[str, type] = {"rows": Row, "per_document": DocumentRecord, "retrieval": RetrievalRow}
+RETRIEVAL_KEYS = required_keys(RetrievalRow)
+TABLES: dict[str, type[Record]] = {"rows": Row, "per_document": DocumentRecord, "retrieval": RetrievalRow}
 """The lists of results, and what their entries are."""
 
 INTERVALS = ("ci95", "gain_ci95", "change_ci95", "longppl_ci95")
@@ -52,18 +53,25 @@ class Results:
 
     Args:
         provenance (`dict`): versions, model, data, seed, protocol, lengths: what is needed to measure again.
-        rows (`list[dict]`): one per method and length; see the table in [`compare`].
-        per_document (`list[dict]`): sums of NLL and counts of tokens of every document, method and length, the control
-            (`"truncated"`) included, so that every perplexity and interval can be computed again; at the longest
-            length also the NLL of sixteen equally long stretches of the document, for the gain by position.
-        retrieval (`list[dict]`): one per method, task, length and depth, where that was asked for: `accuracy` from 0
-            to 1 (`None` where it failed) and `trials`, as [`retrieval`] gives them.
+        rows (`list[Row]`): one per method and length; see the table in [`compare`]. A row is a dictionary whose
+            entries are attributes, too: `row.gain`, `row["gain"]`.
+        per_document (`list[DocumentRecord]`): sums of NLL and counts of tokens of every document, method and length,
+            the control (`"truncated"`) included, so that every perplexity and interval can be computed again; at the
+            longest length also the NLL of sixteen equally long stretches of the document, for the gain by position.
+        retrieval (`list[RetrievalRow]`): one per method, task, length and depth, where that was asked for: `accuracy`
+            from 0 to 1 (`None` where it failed) and `trials`, as [`retrieval`] gives them.
     """
 
     provenance: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    per_document: list[dict[str, Any]] = field(default_factory=list)
-    retrieval: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    per_document: list[DocumentRecord] = field(default_factory=list)
+    retrieval: list[RetrievalRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # Plain dictionaries are taken, too.
+        self.rows = [row if isinstance(row, Row) else Row(row) for row in self.rows]
+        self.per_document = [r if isinstance(r, DocumentRecord) else DocumentRecord(r) for r in self.per_document]
+        self.retrieval = [row if isinstance(row, RetrievalRow) else RetrievalRow(row) for row in self.retrieval]
 
     def __repr__(self) -> str:
         methods = dict.fromkeys(
@@ -85,7 +93,7 @@ class Results:
         """The rows as a table, for notebooks."""
         return str(self.to_frame().to_html(index=False, na_rep="-"))
 
-    def row(self, method: str, length: int, factor: float | None = None) -> dict[str, Any]:
+    def row(self, method: str, length: int, factor: float | None = None) -> Row:
         """
         The row of a method at a length.
 
@@ -185,6 +193,33 @@ class Results:
         except EvaluationError as error:
             raise EvaluationError(f"{path}: {error}") from error
 
+    def save(self, path: str | Path) -> Path:
+        """
+        Write the results to a file: all of them where it ends in `.json`, the rows where it ends in `.csv`.
+
+        Raises:
+            InvalidParameterError: another suffix.
+        """
+        writers = {".json": self.save_json, ".csv": self.save_csv}
+        suffix = Path(path).suffix.lower()
+        if suffix not in writers:
+            raise InvalidParameterError(f"Expected a file that ends in .json or .csv, got {path}.")
+        return writers[suffix](path)
+
+    def save_report(self, directory: str | Path) -> Path:
+        """
+        Write tables, pictures and words to a directory; see [`write_report`].
+
+        Returns:
+            `Path`: its `README.md`.
+        """
+        written: Path = _reporting().write_report(self, directory)
+        return written
+
+    def describe(self) -> str:
+        """Return a sentence for each method: how far it holds, its cost, whether the longer context pays, passkeys."""
+        return "\n".join(_reporting().describe_methods(self))
+
     def save_csv(self, path: str | Path) -> Path:
         """Write the rows as a table; an interval takes two columns, `_low` and `_high`."""
         rows = self._flat_rows()
@@ -211,6 +246,11 @@ class Results:
                     cells[key] = value
             flat.append(cells)
         return flat
+
+
+def _reporting() -> Any:
+    """The room of reports. It stands above this one and imports it, so that it is looked up when it is asked for."""
+    return importlib.import_module("hf_posext.reporting")
 
 
 def _save_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> Path:
@@ -241,13 +281,13 @@ def _check_provenance(provenance: Any) -> None:
             raise EvaluationError(f"provenance has {key} {short(value)}; measure again")
 
 
-def _table(name: str, entries: Any) -> list[dict[str, Any]]:
+def _table(name: str, entries: Any) -> list[Any]:
     """The entries of a list of results, decoded."""
     if not isinstance(entries, list):
         raise EvaluationError(f"{name} of the results is {type(entries).__name__}, not a list")
     records = []
     for index, entry in enumerate(entries):
-        record: dict[str, Any] = decode(TABLES[name], entry, f"{name}.{index}", RULES)
+        record = decode(TABLES[name], entry, f"{name}.{index}", RULES)
         records.append(record)
         for key, value in record.items():
             if isinstance(value, int) and value < 0:  # the other numbers are floats

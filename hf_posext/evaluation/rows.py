@@ -1,17 +1,19 @@
 """From NLL sums per document to the rows of a result: records, statistics, and the gain by position.
 
-Nothing here needs a model. No annotations from the future: as text they would hide from `TypedDict` which keys are not
-required.
+Nothing here needs a model.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, NamedTuple, NotRequired, Self, TypedDict
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from ..decode import OptionalKey, Record
 from .tokens import TokenizedDocuments
 from .windows import Measurement, PerplexityProtocol
 
@@ -19,7 +21,7 @@ Interval = list[float | None]
 """Both ends of a 95 % interval; an end that is not finite is `None`."""
 
 
-class Row(TypedDict):
+class Row(Record):
     """One method at one length; see the table in [`compare`]. LongPPL and passkeys are there if asked for."""
 
     method: str
@@ -41,15 +43,15 @@ class Row(TypedDict):
     gain_ci95: Interval | None
     change: float | None
     change_ci95: Interval | None
-    longppl: NotRequired[float | None]
-    longppl_ci95: NotRequired[Interval | None]
-    longppl_truncated: NotRequired[float | None]
-    key_tokens: NotRequired[int | None]
-    passkey: NotRequired[float | None]
-    passkey_trials: NotRequired[int]
+    longppl: float | None = OptionalKey()
+    longppl_ci95: Interval | None = OptionalKey()
+    longppl_truncated: float | None = OptionalKey()
+    key_tokens: int | None = OptionalKey()
+    passkey: float | None = OptionalKey()
+    passkey_trials: int = OptionalKey()
 
 
-class DocumentRecord(TypedDict):
+class DocumentRecord(Record):
     """Sums of one document, method and length; see [`document_record`]. Key tokens are there if asked for."""
 
     document: str
@@ -65,11 +67,11 @@ class DocumentRecord(TypedDict):
     groups: int | None
     group_mean_sum: float | None
     position_nll_sums: list[float] | None
-    key_nll_sum: NotRequired[float | None]
-    key_tokens: NotRequired[int | None]
+    key_nll_sum: float | None = OptionalKey()
+    key_tokens: int | None = OptionalKey()
 
 
-class RetrievalRow(TypedDict):
+class RetrievalRow(Record):
     """One method, task, length and depth, as [`retrieval`] gives them."""
 
     method: str
@@ -79,11 +81,6 @@ class RetrievalRow(TypedDict):
     depth: float | None
     accuracy: float | None
     trials: int
-
-
-def required(record: type) -> tuple[str, ...]:
-    """Keys that every such record has, in their order."""
-    return tuple(key for key in record.__annotations__ if key in record.__required_keys__)  # type: ignore[attr-defined]
 
 
 CONFIDENCE = 0.95
@@ -229,9 +226,6 @@ def gain_by_position(
     return found
 
 
-Record = dict[str, Any]
-
-
 @dataclass(frozen=True)
 class Conditions:
     """
@@ -272,7 +266,7 @@ def document_record(
     factor: float,
     *,
     with_positions: bool,
-) -> Record:
+) -> DocumentRecord:
     """
     What one document gave at one length, as float64 sums.
 
@@ -294,21 +288,21 @@ def document_record(
     size = len(nll) // 2 + 1 if measurement.tail is None else measurement.tail
     tail = nll if groups else nll[-size:]
     means = [] if groups is None else [part.mean() for part in np.split(nll, np.cumsum(groups)[:-1])]
-    return {
-        "document": documents.ids[index],
-        "method": method,
-        "factor": factor,
-        "length": measurement.length,
-        "first": first,
-        "nll_sum": math.fsum(nll),
-        "tokens": len(nll),
-        "bytes": _bytes(documents, index, measurement),
-        "tail_nll_sum": math.fsum(tail),
-        "tail_tokens": len(tail),
-        "groups": groups and len(groups),
-        "group_mean_sum": groups and math.fsum(means),
-        "position_nll_sums": position_sums(measurement) if with_positions else None,
-    }
+    return DocumentRecord(
+        document=documents.ids[index],
+        method=method,
+        factor=factor,
+        length=measurement.length,
+        first=first,
+        nll_sum=math.fsum(nll),
+        tokens=len(nll),
+        bytes=_bytes(documents, index, measurement),
+        tail_nll_sum=math.fsum(tail),
+        tail_tokens=len(tail),
+        groups=groups and len(groups),
+        group_mean_sum=groups and math.fsum(means),
+        position_nll_sums=position_sums(measurement) if with_positions else None,
+    )
 
 
 def averaged(record: Mapping[str, Any], tail: bool = False) -> tuple[float, int]:
@@ -323,13 +317,13 @@ def averaged(record: Mapping[str, Any], tail: bool = False) -> tuple[float, int]
 
 
 def make_rows(
-    records: Sequence[Record],
+    records: Sequence[DocumentRecord],
     *,
     conditions: Conditions,
-    control: Sequence[Record] = (),
-    baseline: Sequence[Record] = (),
+    control: Sequence[DocumentRecord] = (),
+    baseline: Sequence[DocumentRecord] = (),
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """
     One row per length of one method.
 
@@ -348,33 +342,33 @@ def make_rows(
 
 
 def _row(
-    own: list[Record],
-    control: list[Record],
-    baseline: list[Record],
+    own: list[DocumentRecord],
+    control: list[DocumentRecord],
+    baseline: list[DocumentRecord],
     length: int,
     conditions: Conditions,
     seed: int,
-) -> dict[str, Any]:
+) -> Row:
     nll, weights = _averaged(own)
     tail_nll, tail_weights = _averaged(own, tail=True)
-    row: dict[str, Any] = {
-        "method": own[0]["method"],
-        "factor": own[0]["factor"],
-        "protocol": conditions.protocol,
-        "bos": conditions.bos,
-        "dtype": conditions.dtype,
-        "length": length,
-        "perplexity": float(pooled_perplexity(nll, weights)),
-        "perplexity_tail": float(pooled_perplexity(tail_nll, tail_weights)),
-        "bits_per_byte": _bits_per_byte(own),
-        "nll_sum": math.fsum(record["nll_sum"] for record in own),
-        "tokens": sum(record["tokens"] for record in own),
-        "documents": len(own) * conditions.joined,
-        "ci95": bootstrap_interval(nll, weights, seed),
+    row = Row(
+        method=own[0]["method"],
+        factor=own[0]["factor"],
+        protocol=conditions.protocol,
+        bos=conditions.bos,
+        dtype=conditions.dtype,
+        length=length,
+        perplexity=float(pooled_perplexity(nll, weights)),
+        perplexity_tail=float(pooled_perplexity(tail_nll, tail_weights)),
+        bits_per_byte=_bits_per_byte(own),
+        nll_sum=math.fsum(record["nll_sum"] for record in own),
+        tokens=sum(record["tokens"] for record in own),
+        documents=len(own) * conditions.joined,
+        ci95=bootstrap_interval(nll, weights, seed),
         **dict.fromkeys(
             ("perplexity_truncated", "perplexity_truncated_tail", "gain", "gain_ci95", "change", "change_ci95")
         ),
-    }
+    )
     if control:
         row["perplexity_truncated"] = float(pooled_perplexity(_averaged(control)[0], weights))
         truncated_tail = _averaged(control, tail=True)[0]
@@ -390,11 +384,11 @@ def _row(
     return row
 
 
-def _at(records: Iterable[Record], length: int) -> list[Record]:
+def _at(records: Iterable[DocumentRecord], length: int) -> list[DocumentRecord]:
     return [record for record in records if record["length"] == length]
 
 
-def _averaged(records: Iterable[Record], tail: bool = False) -> tuple[list[float], list[int]]:
+def _averaged(records: Iterable[DocumentRecord], tail: bool = False) -> tuple[list[float], list[int]]:
     """Sums and weights of several documents."""
     sums, weights = zip(*(averaged(record, tail) for record in records), strict=True)
     return list(sums), list(weights)
@@ -413,7 +407,7 @@ def _bytes(documents: TokenizedDocuments, index: int, measurement: Measurement) 
     return int((ends[places] - np.concatenate([[0], ends])[places]).sum())
 
 
-def _bits_per_byte(records: Sequence[Record]) -> float | None:
+def _bits_per_byte(records: Sequence[DocumentRecord]) -> float | None:
     """NLL in bits divided by the bytes of the text that is scored: comparable between tokenizers."""
     if any(record["bytes"] is None for record in records):
         return None

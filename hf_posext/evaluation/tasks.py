@@ -15,7 +15,7 @@ from .key_tokens import KeyTokens, key_sums, longppl_cells
 from .memory import Boundaries, boundaries_of
 from .questions import NO_QUESTIONS, Questions
 from .results import Results
-from .rows import Record, document_record, make_rows
+from .rows import DocumentRecord, RetrievalRow, Row, document_record, make_rows
 from .setup import Setup
 from .windows import CONTROL, Measurement, control_windows, cost_of
 
@@ -152,9 +152,9 @@ class MethodRun:
         """Return `True` if all tasks have an outcome."""
         return all(task in outcomes for task in self.tasks)
 
-    def by_document(self, outcomes: Outcomes) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    def by_document(self, outcomes: Outcomes) -> tuple[dict[str, list[DocumentRecord]], dict[str, str]]:
         """Records of each document by ascending length, and the reasons of those that failed."""
-        records: dict[str, list[Record]] = {}
+        records: dict[str, list[DocumentRecord]] = {}
         reasons: dict[str, str] = {}
         for id in self.documents:
             passes = [outcomes[self.document_task(id, lengths)] for lengths in self.passes]
@@ -162,7 +162,7 @@ class MethodRun:
             if failures:
                 reasons[id] = failures[0]
             else:
-                records[id] = [record for outcome in passes for record in outcome.value]
+                records[id] = [DocumentRecord(record) for outcome in passes for record in outcome.value]
         return records, reasons
 
     def document_task(self, id: str, lengths: list[int]) -> Task:
@@ -176,7 +176,7 @@ class MethodRun:
         value = outcomes[Task("passkey", self.label, self.factor, (length,))].value
         return {"passkey": value, "passkey_trials": self.questions.passkey}
 
-    def retrieval_rows(self, outcomes: Outcomes) -> list[dict[str, Any]]:
+    def retrieval_rows(self, outcomes: Outcomes) -> list[RetrievalRow]:
         """A row for each task of retrieval, length and depth; the accuracy of those that failed is `None`."""
         rows = []
         for task in (task for task in self._questions if task.kind == "retrieval"):
@@ -184,7 +184,7 @@ class MethodRun:
             accuracies = outcomes[task].value or [None] * len(places)
             of_task = {"method": self.label, "factor": self.factor, "task": task.question, "length": task.lengths[0]}
             rows += [
-                {**of_task, "depth": depth, "accuracy": accuracy, "trials": self.questions.trials}
+                RetrievalRow(of_task, depth=depth, accuracy=accuracy, trials=self.questions.trials)
                 for depth, accuracy in zip(places, accuracies, strict=True)
             ]
         return rows
@@ -219,7 +219,7 @@ class MethodRun:
             for name in names
         ]
 
-    def _key_sums(self, index: int, measured: Measurement) -> Record:
+    def _key_sums(self, index: int, measured: Measurement) -> dict[str, Any]:
         """Sums over the key tokens of a document; nothing where none were looked for."""
         if self.keys is None:
             return {}
@@ -271,7 +271,7 @@ class Assembly:
     control: MethodRun | None = None
     unpatched: MethodRun | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-    _rows: dict[Any, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _rows: dict[Any, list[Row]] = field(default_factory=dict, repr=False)
 
     def results(self, outcomes: Outcomes) -> Results:
         """
@@ -300,17 +300,17 @@ class Assembly:
             for run, (by_id, _) in found.items()
             if run not in failed
         }
-        results = Results(self._provenance(failed, left_out, outcomes))
-        results.per_document = [record for of_one in records.values() for record in of_one]
-        for run in self.methods:
-            if run in records:
-                results.rows += self._rows_of(run, records, outcomes)
-                results.retrieval += run.retrieval_rows(outcomes)
-        return results
+        measured = [run for run in self.methods if run in records]
+        return Results(
+            self._provenance(failed, left_out, outcomes),
+            [row for run in measured for row in self._rows_of(run, records, outcomes)],
+            [record for of_one in records.values() for record in of_one],
+            [row for run in measured for row in run.retrieval_rows(outcomes)],
+        )
 
     def _rows_of(
-        self, run: MethodRun, records: Mapping[MethodRun, list[Record]], outcomes: Outcomes
-    ) -> list[dict[str, Any]]:
+        self, run: MethodRun, records: Mapping[MethodRun, list[DocumentRecord]], outcomes: Outcomes
+    ) -> list[Row]:
         key = (run, *dict.fromkeys(record["document"] for record in records[run]))
         if key not in self._rows:  # bootstraps take longest, and results are asked for after each method
             seed = run.setup.config.seed
@@ -325,7 +325,7 @@ class Assembly:
             if run.keys is not None:
                 for row in self._rows[key]:
                     row |= longppl_cells(records[run], control, row["length"], seed)
-        return [{**row, **run.passkey_cells(row["length"], outcomes)} for row in self._rows[key]]
+        return [Row(row, **run.passkey_cells(row.length, outcomes)) for row in self._rows[key]]
 
     def _provenance(
         self, failed: Mapping[MethodRun, str], left_out: Mapping[str, str], outcomes: Outcomes

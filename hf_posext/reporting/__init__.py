@@ -17,10 +17,11 @@ from .report import (
     write_merged_report,
     write_report,
 )
-from .tables import markdown_table, notes, print_grids, print_tables
+from .tables import describe_methods, markdown_table, notes, print_grids, print_tables
 
 __all__ = [
     "before_after",
+    "describe_methods",
     "differences",
     "markdown_table",
     "merge_runs",

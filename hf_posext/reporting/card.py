@@ -11,7 +11,7 @@ from ..adapters.save import card_data, how_to_open, public_name, tags
 from ..errors import InvalidParameterError
 from ..evaluation.reading import write_atomically
 from ..evaluation.results import Results
-from ..evaluation.rows import Conditions, make_rows
+from ..evaluation.rows import Conditions, DocumentRecord, RetrievalRow, Row, make_rows
 from ..evaluation.windows import CONTROL
 from ..plan import ExtensionPlan
 from .plots import plot_perplexity
@@ -50,7 +50,7 @@ def before_after(before: Results, after: Results) -> Results:
     apart = differences([before, after])
     if apart:
         raise InvalidParameterError(f"before and after cannot be compared. {apart[0]} Measure both in the same way")
-    records = [record | {"method": THIS_MODEL} for record in after.per_document]
+    records = [DocumentRecord(record, method=THIS_MODEL) for record in after.per_document]
     named = {key: _records(before, key) for key in (CONTROL, "none")}
     lengths = {record["length"] for record in records}
     for name, held in named.items():
@@ -69,7 +69,7 @@ def before_after(before: Results, after: Results) -> Results:
         seed=before.provenance.get("seed") or 0,
     )
     rows = [_with_extras(new, old) for new, old in zip(rows, _by_length(after), strict=True)]
-    retrieval = [entry | {"method": THIS_MODEL} for entry in after.retrieval]
+    retrieval = [RetrievalRow(entry, method=THIS_MODEL) for entry in after.retrieval]
     return Results(
         dict(before.provenance),
         [*before.rows, *rows],
@@ -78,11 +78,11 @@ def before_after(before: Results, after: Results) -> Results:
     )
 
 
-def _records(results: Results, method: str) -> list[dict[str, Any]]:
+def _records(results: Results, method: str) -> list[DocumentRecord]:
     return [record for record in results.per_document if record["method"] == method]
 
 
-def _matching(held: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _matching(held: list[DocumentRecord], records: list[DocumentRecord]) -> list[DocumentRecord]:
     """The records of another method on the same documents, in the same order."""
     if not held:
         return []
@@ -90,13 +90,13 @@ def _matching(held: list[dict[str, Any]], records: list[dict[str, Any]]) -> list
     return [by_key[record["document"], record["length"]] for record in records]
 
 
-def _by_length(results: Results) -> list[Mapping[str, Any]]:
+def _by_length(results: Results) -> list[Row]:
     return sorted(results.rows, key=lambda row: row["length"])
 
 
-def _with_extras(row: dict[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+def _with_extras(row: Row, measured: Row) -> Row:
     """What no sums give again: passkeys, LongPPL."""
-    return {**row, **{key: value for key, value in measured.items() if key not in row}}
+    return Row(row, **{key: value for key, value in measured.items() if key not in row})
 
 
 PICTURE = "before_after.png"

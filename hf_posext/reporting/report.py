@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..decode import Record
 from ..errors import InvalidParameterError
 from ..evaluation.reading import write_atomically
 from ..evaluation.results import Results
+from ..evaluation.rows import Row
 from ..evaluation.windows import CONTROL, is_legacy
 from ..markdown import cell, render
 from ..visible import csv_cell
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from huggingface_hub import EvalResult
-
-    from ..evaluation import Results
 
 METRICS = (
     ("perplexity", "perplexity", "Perplexity"),
@@ -137,6 +137,8 @@ DOCUMENT = ("document", "method", "factor", "length")
 PROMPTS = ("method", "factor", "task", "length", "depth")
 """What tells the records of documents, and those of retrieval, apart."""
 
+R = TypeVar("R", bound=Record)
+
 AGREEMENT = 1e-6
 """Relative difference of NLL that another machine, or another number of threads, may make (float32 sums)."""
 
@@ -214,7 +216,7 @@ def merged_grids(runs: Sequence[Results], titles: Sequence[str]) -> list[Grid]:
 
 def _join(group: Mapping[str, Results]) -> Results:
     first = next(iter(group.values()))
-    rows: dict[Any, tuple[str, dict[str, Any]]] = {}
+    rows: dict[Any, tuple[str, Row]] = {}
     for name, run in group.items():
         for row in run.rows:
             key = (row["method"], row["factor"], row["length"])
@@ -257,14 +259,14 @@ def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return same_tokens and math.isclose(row["nll_sum"], other["nll_sum"], rel_tol=AGREEMENT)
 
 
-def _filled(row: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(row: R, other: Mapping[str, Any]) -> R:
     """A row, and where it knows nothing (no passkeys were asked for, or there was no control) what another knows."""
-    return {**row, **{key: value for key, value in other.items() if row.get(key) is None}}
+    return type(row)(row, **{key: value for key, value in other.items() if row.get(key) is None})
 
 
-def _unique(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+def _unique(records: Iterable[R], keys: Sequence[str]) -> list[R]:
     """The records of all runs, those with the same values of the keys once."""
-    found: dict[Any, dict[str, Any]] = {}
+    found: dict[Any, R] = {}
     for record in records:
         key = tuple(record[key] for key in keys)
         found[key] = _filled(found.get(key, record), record)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import pytest
 from hf_posext.errors import EvaluationError, InvalidParameterError
 from hf_posext.evaluation import Results
 from hf_posext.evaluation.results import DOCUMENT_KEYS, ROW_KEYS
+from hf_posext.reporting import describe_methods, write_report
+
+from ..reporting.helpers import make_results
 
 
 def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **more: Any) -> dict[str, Any]:
@@ -171,3 +176,29 @@ def test_row_is_found_or_the_choice_named() -> None:
         results.row("yarn", 512)
     with pytest.raises(InvalidParameterError, match="0 rows are 'ntk'.*none x1 at 512"):
         results.row("ntk", 512)
+
+
+def test_records_are_dictionaries_with_attributes(tmp_path: Path) -> None:
+    results = Results.load_json(some_results().save_json(tmp_path / "results.json"))
+    row, record = results.rows[1], results.per_document[0]
+    assert (row.method, row.factor, row.perplexity, row.passkey) == ("yarn", 8.0, 40.5, 0.9)
+    assert row.perplexity == row["perplexity"] and {**row} == row and list(row)[0] == "method"
+    assert results.rows[0].passkey is None and "passkey" not in results.rows[0], "a key that is not always there"
+    assert (record.document, record.tail_tokens, record.key_tokens) == ("Emma", 2, None)
+    with pytest.raises(AttributeError, match="Row has no 'perplexty'"):
+        _ = row.perplexty
+    assert type(copy.deepcopy(row)) is type(pickle.loads(pickle.dumps(row))) is type(row)
+    assert results.row("yarn", 512, 8.0).gain is row.gain
+
+
+def test_verbs_of_results(tmp_path: Path) -> None:
+    results = make_results()
+    assert Results.load_json(results.save(tmp_path / "all.json")) == Results.from_dict(results.to_dict())
+    assert results.save(tmp_path / "rows.CSV").read_text() == results.save_csv(tmp_path / "same.csv").read_text()
+    with pytest.raises(InvalidParameterError, match=r"Expected a file that ends in \.json or \.csv, got .*rows\.xls"):
+        results.save(tmp_path / "rows.xls")
+    assert results.describe().splitlines() == describe_methods(results)
+    readme = results.save_report(tmp_path / "report")
+    other = write_report(results, tmp_path / "other")
+    assert readme == tmp_path / "report" / "README.md" and readme.read_text() == other.read_text()
+    assert sorted(os.listdir(readme.parent)) == sorted(os.listdir(other.parent))
