@@ -48,6 +48,6 @@ def _saved(directory: Path) -> Path:
         if saved_plan(str(path)) is not None:
             return path
     raise InvalidParameterError(
-        f"{directory} holds no adapter and no model that was saved with a patch; give what finetune or "
-        "patch.save_pretrained wrote"
+        f"{directory} holds no adapter and no model that was saved with a patch. Pass what finetune or "
+        "patch.save_pretrained wrote."
     )

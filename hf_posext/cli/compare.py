@@ -83,7 +83,7 @@ def _check(model: str, methods: str, settings: EvaluationConfig, trust_remote_co
 
     names = [name for name in split_outside_brackets(methods, ",") if name]
     if not names:
-        raise InvalidParameterError(f"methods is {methods!r}; give at least one name, as in methods=['none', 'yarn']")
+        raise InvalidParameterError(f"methods is {methods!r}. Pass at least one name, as in methods=['none', 'yarn'].")
     chosen = [as_method(name) for name in names]
 
     from ..evaluation.key_search import check_key_search

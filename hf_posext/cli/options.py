@@ -144,7 +144,7 @@ def _numbers(name: str, text: str, kind: type[Number], what: str, example: str) 
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise InvalidParameterError(f"{name} is {text!r}; give {what}, as in --{name} {example}") from None
+        raise InvalidParameterError(f"{name} is {text!r}. Pass {what}, as in --{name} {example}.") from None
 
 
 def command_line(context: typer.Context) -> str:

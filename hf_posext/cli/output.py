@@ -57,8 +57,8 @@ def _require_writable(path: Path, resume: bool) -> None:
         )
     if files and not has_journal:
         raise InvalidParameterError(
-            f"output {path} holds files already{', and no journal to go on with' if resume else ''}; give another "
-            "--output, or move them away"
+            f"output {path} holds files already{', and no journal to go on with' if resume else ''}. Pass another "
+            "--output, or move them away."
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def _require_writable(path: Path, resume: bool) -> None:
             pass
     except OSError as error:
         raise InvalidParameterError(
-            f"cannot write to output {path}: {error.strerror or error}; give an --output that can be written"
+            f"cannot write to output {path}: {error.strerror or error}. Pass an --output that can be written."
         ) from error
 
 
@@ -89,7 +89,7 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
     """
     journal = path.with_suffix(".journal.jsonl")
     if path.suffix != ".json":
-        raise InvalidParameterError(f"output is {path}; give the name of a JSON file, as in --output plan.json")
+        raise InvalidParameterError(f"output is {path}. Pass the name of a JSON file, as in --output plan.json.")
     with WriterLock(journal, rank(), world_size()):
         if not rank():
             _require_new(path, journal, resume)
@@ -107,7 +107,7 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
 
 def _require_new(path: Path, journal: Path, resume: bool) -> None:
     if path.exists():
-        raise InvalidParameterError(f"output {path} exists; give another --output, or move it away")
+        raise InvalidParameterError(f"output {path} exists. Pass another --output, or move it away.")
     if journal_files(journal) and not resume:
         raise InvalidParameterError(
             f"{journal} is the journal of a run; to go on with it type the same with --resume, else give another "
@@ -119,7 +119,7 @@ def _require_new(path: Path, journal: Path, resume: bool) -> None:
             pass
     except OSError as error:
         raise InvalidParameterError(
-            f"cannot write to {path.parent}: {error.strerror or error}; give an --output that can be written"
+            f"cannot write to {path.parent}: {error.strerror or error}. Pass an --output that can be written."
         ) from error
 
 

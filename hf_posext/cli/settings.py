@@ -50,14 +50,14 @@ def read_config(path: str | Path, known: Collection[str], flags: Collection[str]
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise InvalidParameterError(
-            f"cannot read the settings in {path}: {error.strerror}; give a YAML file, as in --config run.yaml"
+            f"cannot read the settings in {path}: {error.strerror}. Pass a YAML file, as in --config run.yaml."
         ) from error
     except RecursionError as error:
-        raise InvalidParameterError(f"{path} is nested too deeply; give settings, a line each") from error
+        raise InvalidParameterError(f"{path} is nested too deeply. Pass settings, a line each.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidParameterError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
-        raise InvalidParameterError(f"{path} holds {type(data).__name__}; give settings, a line each, as 'factor: 8'")
+        raise InvalidParameterError(f"{path} holds {type(data).__name__}. Pass settings, a line each, as 'factor: 8'.")
     settings = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
@@ -88,5 +88,5 @@ def _as_text(path: str | Path, name: str, value: Any, is_flag: bool) -> str:
     for item in items:
         if isinstance(item, bool) != is_flag or not isinstance(item, str | int | float):
             kind = "a list of plain values" if name in LISTS else "true or false" if is_flag else "one plain value"
-            raise InvalidParameterError(f"{name} in {path} is {item!r}; give {kind}")
+            raise InvalidParameterError(f"{name} in {path} is {item!r}. Pass {kind}.")
     return ",".join(map(str, items))

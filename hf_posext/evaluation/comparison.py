@@ -289,14 +289,14 @@ def _control_length(control: nn.Module | None, trained_length: int | None) -> in
     if control is None:
         if trained_length is not None:
             raise InvalidParameterError(
-                f"trained_length is {trained_length}, and there is no control; give control= too, or leave it out"
+                f"trained_length is {trained_length}, and there is no control. Pass control= too, or leave it out."
             )
         return None
     if find_patch(control) is not None:
-        raise AlreadyPatchedError("the control has a patch in force; give the model as it was trained")
+        raise AlreadyPatchedError("the control has a patch in force. Pass the model as it was trained.")
     length = trained_length or detect_scheme(control).trained_length
     if length is None or length < 2:
         raise InvalidParameterError(
-            f"the trained length of the control is {length}; give trained_length=, in tokens, 2 or more"
+            f"the trained length of the control is {length}. Pass trained_length=, in tokens, 2 or more."
         )
     return length

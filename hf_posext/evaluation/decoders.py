@@ -215,7 +215,7 @@ def check_tail(tokens: int, lengths: list[int]) -> None:
     """Refuse a tail that is none, or longer than what is scored at the shortest length."""
     if not 1 <= tokens <= lengths[0] - 1:
         raise InvalidParameterError(
-            f"tail is {tokens} for texts of {lengths[0]} tokens; give 1 to {lengths[0] - 1} (the first is not scored)"
+            f"tail is {tokens} for texts of {lengths[0]} tokens. Pass 1 to {lengths[0] - 1} (the first is not scored)."
         )
 
 
@@ -293,7 +293,7 @@ class LegacyLongLoRA(ReadsWindows):
         if len(stream) - documents.length <= self.stride:
             raise InvalidParameterError(
                 f"the documents are a stream of {len(stream)} tokens, and {self.name} drops the last window "
-                f"of {documents.length}, which leaves none; give {documents.length + self.stride + 1} tokens or more"
+                f"of {documents.length}, which leaves none. Pass {documents.length + self.stride + 1} tokens or more."
             )
         count = len(documents.ids)
         return TokenizedDocuments([f"stream of {count}"], stream[None], 0, [len(stream)], documents.left_out)

@@ -238,9 +238,9 @@ def load_documents(
         DocumentError: no such path or data set, no such split or column, a text that is none, or no documents at all.
     """
     if limit is not None and limit < 1:
-        raise DocumentError(f"limit is {limit}; give the number of documents to read, 1 or more, or leave it out")
+        raise DocumentError(f"limit is {limit}. Pass the number of documents to read, 1 or more, or leave it out.")
     if minimum_characters is not None and minimum_characters < 0:
-        raise DocumentError(f"minimum_characters is {minimum_characters}; give 0 or more, or leave it out")
+        raise DocumentError(f"minimum_characters is {minimum_characters}. Pass 0 or more, or leave it out.")
     recipe = _recipe(source)
     extra: dict[str, Any] = {}
     if recipe is not None:
@@ -271,11 +271,11 @@ def load_documents(
         documents.append(Document(id, text))
     if not documents and minimum_characters:
         raise DocumentError(
-            f"{name} has no document of {minimum_characters:,} characters or more; give a lower minimum_characters"
+            f"{name} has no document of {minimum_characters:,} characters or more. Pass a lower minimum_characters."
         )
     if not documents:
         raise DocumentError(
-            f"{name} has no documents; give a data set with one row or more, or a folder of .txt files"
+            f"{name} has no documents. Pass a data set with one row or more, or a folder of .txt files."
         )
     where = {"dataset": name, "split": split, "revision": revision, "text_column": text_column, **extra}
     return Documents(_with_unique_ids(documents), where)

@@ -68,7 +68,7 @@ def plain_text(documents: TokenizedDocuments, index: int) -> torch.Tensor:
 def require_room(length: int, needed: int) -> None:
     """Refuse a text that is too short to score."""
     if length < needed:
-        raise InvalidParameterError(f"a text of {length} tokens is too short to score; give {needed} or more")
+        raise InvalidParameterError(f"a text of {length} tokens is too short to score. Pass {needed} or more.")
 
 
 SAMPLES = 64

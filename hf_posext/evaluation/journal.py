@@ -152,7 +152,7 @@ class RunJournal:
             *lines, torn = (data := file.read_bytes()).split(b"\n")  # behind the last newline
         except OSError as error:
             raise JournalError(
-                f"cannot read the journal {file}: {error.strerror}; give another --output (in Python, journal=)"
+                f"cannot read the journal {file}: {error.strerror}. Pass another --output (in Python, journal=)."
             ) from error
         if file == self.path:
             self._size = len(data) - len(torn)
@@ -168,8 +168,8 @@ class RunJournal:
             elif entry != self._header:
                 differences = "; ".join(_differences("", entry, self._header))
                 raise JournalError(
-                    f"{file} is the journal of another run, which cannot be continued by this one: {differences}; "
-                    "give another output, or the earlier settings"
+                    f"{file} is the journal of another run, which cannot be continued by this one: {differences}. "
+                    "Pass another output, or the earlier settings"
                 )
 
 

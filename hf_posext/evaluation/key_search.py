@@ -96,8 +96,8 @@ class KeySearch:
         failures = {id: one.failure for id, one in found.items() if one.failure is not None}
         if len(failures) == len(ids):
             raise EvaluationError(
-                f"no key tokens: {self.evaluator} failed on every document: {failures[ids[0]]}; give another "
-                "evaluator, as in --longppl org/name, or leave longppl out"
+                f"no key tokens: {self.evaluator} failed on every document: {failures[ids[0]]}. Pass another "
+                "evaluator, as in --longppl org/name, or leave longppl out."
             )
         values = {id: one.value for id, one in found.items() if one.failure is None}
         total = sum(value["found"] for value in values.values())
@@ -142,7 +142,7 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
     if config.longppl is None:
         for name, value in asked.items():
             if value is not None:
-                raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL; give longppl=, too")
+                raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL. Pass longppl=, too.")
         return None
     if request.protocol.name not in WHOLE:
         raise InvalidParameterError(
@@ -193,8 +193,8 @@ def _find_label(label: str, names: Sequence[str]) -> int:
     meant = [index for index, name in enumerate(names) if label in (name, name.rpartition(" x")[0])]
     if len(meant) != 1:
         raise InvalidParameterError(
-            f"longppl is {label!r}, which {'several' if meant else 'none'} of the methods are: {', '.join(names)}; "
-            "give one of these, or a model (on the command line its folder or Hub id, with a slash in it)"
+            f"longppl is {label!r}, which {'several' if meant else 'none'} of the methods are: {', '.join(names)}. "
+            "Pass one of these, or a model (on the command line its folder or Hub id, with a slash in it)"
         )
     return meant[0]
 

@@ -206,13 +206,13 @@ def check_criterion(criterion: Criterion, longest: int) -> None:
     alpha, beta, short_length, stride = criterion
     if not (math.isfinite(alpha) and math.isfinite(beta) and beta < 0):
         raise InvalidParameterError(
-            f"alpha is {alpha} and beta {beta}, in nats; give numbers, beta below 0 since it is a log-probability, "
-            "as in alpha=2, beta=-2"
+            f"alpha is {alpha} and beta {beta}, in nats. Pass numbers, beta below 0 since it is a log-probability, "
+            "as in alpha=2, beta=-2."
         )
     if short_length < 1 or stride < 1 or short_length + stride >= longest:
         raise InvalidParameterError(
             f"short_length is {short_length} and stride {stride}, and rows have up to {longest} tokens, so no context "
-            "is short; give positive numbers whose sum is below that, as in short_length=length // 8"
+            "is short. Pass positive numbers whose sum is below that, as in short_length=length // 8."
         )
 
 
@@ -303,9 +303,9 @@ def longppl(
         DocumentError, UnsupportedModelError: as [`evaluate_perplexity`].
     """
     if keys is not None and evaluator is not None:
-        raise InvalidParameterError("keys and evaluator both say which tokens count; give one of them")
+        raise InvalidParameterError("keys and evaluator both say which tokens count. Pass one of them.")
     if evaluator is None and evaluator_tokenizer is not None:
-        raise InvalidParameterError("evaluator_tokenizer is given without a model; give evaluator=, too, or neither")
+        raise InvalidParameterError("evaluator_tokenizer is given without a model. Pass evaluator=, too, or neither.")
     texts = as_documents(documents)
     rows = tokenize_documents(texts, tokenizer, length, start)
     if keys is None:
@@ -347,10 +347,10 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
     """
     if long_nll.shape != short_nll.shape:
         raise InvalidParameterError(
-            f"long_nll has shape {tuple(long_nll.shape)} and short_nll {tuple(short_nll.shape)}; give the same tokens"
+            f"long_nll has shape {tuple(long_nll.shape)} and short_nll {tuple(short_nll.shape)}. Pass the same tokens."
         )
     if not (cap > 0 and math.isfinite(cap)):
-        raise InvalidParameterError(f"cap is {cap}; give a positive number, as in cap=5.0")
+        raise InvalidParameterError(f"cap is {cap}. Pass a positive number, as in cap=5.0.")
     return (short_nll.detach() - long_nll.detach()).exp().clamp(max=cap)
 
 

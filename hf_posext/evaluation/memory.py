@@ -81,8 +81,8 @@ def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longes
     if scheme.ends and rows is not None and longest > rows:
         table = "learned table" if scheme.kind == "learned" else "table"
         raise InvalidParameterError(
-            f"{scheme.model_type} has a {table} of {rows} positions, and {longest} tokens were asked for; "
-            f"give lengths up to {rows}"
+            f"{scheme.model_type} has a {table} of {rows} positions, and {longest} tokens were asked for. "
+            f"Pass lengths up to {rows}"
         )
 
 
@@ -286,8 +286,8 @@ class Prefill:
             return
         why = f"not even in chunks of {chunk}" if obstacle is None else f"and not in chunks either: {obstacle}"
         raise OutOfMemoryError(
-            f"{length} tokens do not fit into memory ({reason}), {why}; give shorter lengths, load the model with "
-            "dtype=torch.bfloat16, or choose offload_cache=True on a CUDA device"
+            f"{length} tokens do not fit into memory ({reason}), {why}. Pass shorter lengths, load the model with "
+            "dtype=torch.bfloat16, or choose offload_cache=True on a CUDA device."
         )
 
     def _read(self, head: Head, input_ids: torch.Tensor, bounds: list[tuple[int, int]]) -> Iterator[Chunk]:

@@ -149,18 +149,18 @@ def from_path(
             raise DocumentError(f"split is {split!r}, and {path} is one file; leave split out")
         kind = kind_of(path)
         if kind is None:
-            raise DocumentError(f"{path} ends in {path.suffix!r}; give a file of {ENDINGS}, or a folder")
+            raise DocumentError(f"{path} ends in {path.suffix!r}. Pass a file of {ENDINGS}, or a folder.")
         return _from_files(kind, [path], path.parent, text_column), {}
     if path.is_dir():
         return _from_folder(path, text_column, split)
     if kind_of(path) is not None or not HUB_ID.fullmatch(str(path)):
-        raise DocumentError(f"no such path: {short(path)}; give a folder, a file of {ENDINGS}, or a Hub id")
+        raise DocumentError(f"no such path: {short(path)}. Pass a folder, a file of {ENDINGS}, or a Hub id.")
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     if str(path) in _PACKAGED_DATASETS_MODULES:
         raise DocumentError(
-            f"{str(path)!r} is how datasets calls its reader of such files, and not a data set; give the files: a "
-            "path, or a Hub id such as org/name"
+            f"{str(path)!r} is how datasets calls its reader of such files, and not a data set. Pass the files: a "
+            "path, or a Hub id such as org/name."
         )
     rows = _of_split(load_dataset(str(path), str(path), split=split, revision=revision), split, str(path))
     return from_rows(rows, text_column, str(path)), {}
@@ -180,8 +180,8 @@ def _from_folder(folder: Path, text_column: str, split: str | None) -> tuple[Tex
         shown = "; ".join(f"{kind}: {_names(files, folder)}" for kind, files in listing.taken.items())
         first = min((files[0] for files in listing.taken.values()), key=lambda file: len(file.parts))
         raise DocumentError(
-            f"{folder} contains files of several kinds ({shown}); give one of them, as {first}, or a folder of "
-            "one kind"
+            f"{folder} contains files of several kinds ({shown}). Pass one of them, as {first}, or a folder of "
+            "one kind."
         )
     ((kind, files),) = listing.taken.items()
     if kind == "text":
@@ -210,8 +210,8 @@ def _files_of_split(folder: Path, kind: str, files: list[Path], split: str | Non
     left = [file for file in files if file.absolute() not in known]
     if left:
         raise DocumentError(
-            f"{folder} contains files of the splits {', '.join(splits)} and besides {_names(left, folder)}; give one "
-            "file, or a folder in which every file is of a split or none is"
+            f"{folder} contains files of the splits {', '.join(splits)} and besides {_names(left, folder)}. Pass one "
+            "file, or a folder in which every file is of a split or none is."
         )
     chosen: list[Path] = _of_split(splits, split, str(folder))
     return [folder / file.relative_to(folder.absolute()) for file in chosen]

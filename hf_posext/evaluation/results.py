@@ -155,7 +155,7 @@ class Results:
         """
         if not isinstance(data, Mapping) or "schema" not in data:
             raise EvaluationError(
-                "no results of hf_posext, which have the key 'schema'; give a results.json that compare wrote"
+                "no results of hf_posext, which have the key 'schema'. Pass a results.json that compare wrote."
             )
         if data["schema"] != SCHEMA:
             raise EvaluationError(

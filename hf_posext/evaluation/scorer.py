@@ -170,11 +170,11 @@ class Memory:
     def __post_init__(self) -> None:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise InvalidParameterError(
-                f"prefill_chunk is {self.prefill_chunk}; give tokens, as in prefill_chunk=2048"
+                f"prefill_chunk is {self.prefill_chunk}. Pass tokens, as in prefill_chunk=2048."
             )
         if self.offload_cache and self.prefill_chunk is None:
             raise InvalidParameterError(
-                "offload_cache needs a cache, and there is none without chunks; give prefill_chunk=2048, too"
+                "offload_cache needs a cache, and there is none without chunks. Pass prefill_chunk=2048, too."
             )
 
 

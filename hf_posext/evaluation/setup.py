@@ -84,7 +84,7 @@ def check_request(
     """
     lengths = check_lengths(config.lengths)
     if config.start < 0:
-        raise InvalidParameterError(f"start is {config.start}; give the number of tokens to leave out, 0 or more")
+        raise InvalidParameterError(f"start is {config.start}. Pass the number of tokens to leave out, 0 or more.")
     kind, name = model_kind(model)
     protocol = protocol_for(config.protocol, kind, name, lengths, stride=config.stride, tail=config.tail)
     if config.bos != "auto" and protocol.name not in DECODER_PROTOCOLS:
@@ -95,19 +95,19 @@ def check_request(
     memory = memory_for(accelerator, config.prefill_chunk, config.offload_cache)
     for what, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):
         if count < 0:
-            raise InvalidParameterError(f"{what} is {count}; give the number of trials, or 0 for none")
+            raise InvalidParameterError(f"{what} is {count}. Pass the number of trials, or 0 for none.")
         if count and protocol.name not in DECODER_PROTOCOLS:
             raise InvalidParameterError(
-                f"{what} is {count}, and {name} does not continue a text as a decoder does; give 0"
+                f"{what} is {count}, and {name} does not continue a text as a decoder does. Pass 0."
             )
         if count and memory.accelerator is not None:
             raise InvalidParameterError(
-                f"{what} is {count}, and a model spread over processes by cp_size does not generate; "
-                "give 0, and ask in a run without cp_size"
+                f"{what} is {count}, and a model spread over processes by cp_size does not generate. "
+                "Pass 0, and ask in a run without cp_size"
             )
     for what, value in (("tasks", config.tasks), ("depths", config.depths)):
         if value is not None and not config.retrieval:
-            raise InvalidParameterError(f"{what} is {list(value)}, and retrieval is 0; give retrieval=4, say, too")
+            raise InvalidParameterError(f"{what} is {list(value)}, and retrieval is 0. Pass retrieval=4, say, too.")
     if config.chat and not (config.passkey or config.retrieval):
         raise InvalidParameterError(
             "chat is True, and nothing is asked. Pass passkey=4 or retrieval=4 too, or leave chat out."
@@ -173,7 +173,7 @@ def plan_methods(
         MethodNotApplicableError: `none` of them applies, leaving nothing to compare.
     """
     if isinstance(methods, str) or not methods:
-        raise InvalidParameterError(f"methods is {methods!r}; give a list, as in methods=['none', 'yarn']")
+        raise InvalidParameterError(f"methods is {methods!r}. Pass a list, as in methods=['none', 'yarn'].")
     plans: list[ExtensionPlan] = []
     refusals: Refusals = {}
     for method in map(as_method, methods):
@@ -187,7 +187,7 @@ def plan_methods(
         if labels.count((label, times)) > 1:
             raise InvalidParameterError(
                 f"{label!r} at factor {times:g} is among the methods more than once, and label and factor tell rows "
-                "apart; give it once"
+                "apart. Pass it once."
             )
     _require_one(scheme, plans, refusals)
     return sorted(plans, key=lambda plan: not plan.changes_nothing), refusals
@@ -293,8 +293,8 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
     tokenized = tokenize_documents(texts, tokenizer, lengths[-1], config.start, config.bos)
     if request.protocol.name in DECODER_PROTOCOLS and lengths[0] <= tokenized.bos:
         raise InvalidParameterError(
-            f"one length is {lengths[0]}, and {tokenized.bos} special tokens stand before each text; give lengths "
-            f"above {tokenized.bos}"
+            f"one length is {lengths[0]}, and {tokenized.bos} special tokens stand before each text. Pass lengths "
+            f"above {tokenized.bos}."
         )
     check_vocabulary(scorer.model, tokenized.tokens)
     arranged = protocol.arrange(tokenized)

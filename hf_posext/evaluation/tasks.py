@@ -19,7 +19,7 @@ from .rows import DocumentRecord, RetrievalRow, Row, document_record, make_rows
 from .setup import Setup
 from .windows import CONTROL, Measurement, control_windows, cost_of
 
-REMEDY = "give smaller lengths, another dtype (--dtype float32), or leave out the methods that failed"
+REMEDY = "Pass smaller lengths, another dtype (--dtype float32), or leave out the methods that failed."
 
 Kind = Literal["nll", "keys", "passkey", "retrieval"]
 
@@ -285,7 +285,7 @@ class Assembly:
         failed = {run: next(iter(reasons.values())) for run, (records, reasons) in found.items() if not records}
         if self.control in failed or all(run in failed for run in self.methods):
             reasons = "; ".join(f"{run.name}: {reason}" for run, reason in failed.items())
-            raise EvaluationError(f"every document failed: {reasons}; {REMEDY}")
+            raise EvaluationError(f"every document failed: {reasons}. {REMEDY}")
         left_out: dict[str, str] = {}
         for run, (_, reasons_of) in found.items():
             for id, reason in reasons_of.items() if run not in failed else ():
@@ -293,7 +293,7 @@ class Assembly:
         kept = [id for id in self.methods[0].documents if id not in left_out]
         if not kept:
             reasons = "; ".join(f"{id} ({reason})" for id, reason in left_out.items())
-            raise EvaluationError(f"no document is left that all could measure: {reasons}; {REMEDY}")
+            raise EvaluationError(f"no document is left that all could measure: {reasons}. {REMEDY}")
 
         records = {
             run: [record for id in kept for record in by_id[id]]

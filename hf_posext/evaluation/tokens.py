@@ -186,10 +186,10 @@ def check_lengths(lengths: Sequence[int]) -> list[int]:
     """
     if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 2 for n in lengths):
         raise InvalidParameterError(
-            f"lengths is {list(lengths)}; give whole numbers of tokens, 2 or more, as in lengths=[512, 1024]"
+            f"lengths is {list(lengths)}. Pass whole numbers of tokens, 2 or more, as in lengths=[512, 1024]."
         )
     if len(set(lengths)) != len(lengths):
-        raise InvalidParameterError(f"lengths {list(lengths)} has one twice; give each once")
+        raise InvalidParameterError(f"lengths {list(lengths)} has one twice. Pass each once.")
     return sorted(lengths)
 
 
@@ -285,9 +285,9 @@ def tokenize_documents(
         InvalidParameterError: a negative `start`.
     """
     if start < 0:
-        raise InvalidParameterError(f"start is {start}; give the number of tokens to leave out, 0 or more")
+        raise InvalidParameterError(f"start is {start}. Pass the number of tokens to leave out, 0 or more.")
     if not documents:
-        raise DocumentError("there are no documents; give one or more, as load_documents(...) reads them")
+        raise DocumentError("there are no documents. Pass one or more, as load_documents(...) reads them.")
     prefix = np.array(special_prefix(tokenizer, bos), dtype=np.int64)
     ids, rows, byte_ends, counts = [], [], [], []
     left_out: list[dict[str, Any]] = []

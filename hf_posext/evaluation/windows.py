@@ -149,7 +149,7 @@ def check_stride(window: int, stride: int, bos: int = 1) -> None:
     longest = window - first_scored(bos)
     if not 1 <= stride <= longest:
         raise InvalidParameterError(
-            f"stride is {stride} for windows of {window} tokens; give 1 to {longest} (a longer one skips tokens)"
+            f"stride is {stride} for windows of {window} tokens. Pass 1 to {longest} (a longer one skips tokens)."
         )
 
 

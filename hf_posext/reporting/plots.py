@@ -89,7 +89,7 @@ def plot_heatmaps(
     cells = [(row["task"], row["length"], row["depth"]) for row in rows]
     if not rows or len(set(cells)) < len(cells):
         raise InvalidParameterError(
-            f"{len(rows)} rows show {len(set(cells))} cells; give the rows of one retrieval, of one method at a time"
+            f"{len(rows)} rows show {len(set(cells))} cells. Pass the rows of one retrieval, of one method at a time."
         )
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(COLUMNS, len(tasks))

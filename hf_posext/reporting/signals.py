@@ -293,7 +293,7 @@ def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
     if rows.shape[1] < 2 * (SLOWEST + 1):
         raise InvalidParameterError(
             f"a picture up to token {signal.at[-1]} shows no wave of the {trained} tokens of training, which are "
-            f"{rows.shape[1]} of its {len(signal.at)} columns; give a shorter target_length, as {32 * trained}"
+            f"{rows.shape[1]} of its {len(signal.at)} columns. Pass a shorter target_length, as {32 * trained}."
         )
     steps = np.vander(np.linspace(-1, 1, rows.shape[1]), 3)
     rows = rows - (steps @ np.linalg.lstsq(steps, rows.T, rcond=None)[0]).T  # without its trend

@@ -233,7 +233,7 @@ def test_resume_begins_a_run_that_was_never_begun(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("precious")
     message = error_of(compare(tmp_path / "other", "--resume", methods="none", documents=1))
-    assert "holds files already, and no journal to go on with; give another --output" in message
+    assert "holds files already, and no journal to go on with. Pass another --output" in message
 
 
 def test_a_document_that_fails_is_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_ten_million_tokens_are_drawn_where_a_picture_can_show_them(tmp_path: Pa
     both = run("explain", MODEL, LEARNED, *options)
     assert both.exit_code == 2 and words(both).count("target length 10000000 tokens") == 2, "what was found is told"
     assert "no wave of the 511 tokens of training, which are 1 of its 2048 columns" in both.stderr
-    assert "give a shorter --target-length, as 16352" in both.stderr
+    assert "Pass a shorter --target-length, as 16352" in both.stderr
 
 
 @pytest.mark.parametrize(

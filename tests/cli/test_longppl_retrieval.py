@@ -85,13 +85,13 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"depths": "0,half"}, "depths is '0,half'; give numbers, as in --depths 0,0.5,1"),
-        ({"tasks": "poetry"}, "tasks is ['poetry']; give a list of some of passkey, multi-key"),
-        ({"tasks": "passkey,multi-key"}, "a prompt of the task 'multi-key' needs"),
+        ({"depths": "0,half"}, "depths is '0,half'. Pass numbers, as in --depths 0,0.5,1"),
+        ({"tasks": "poetry"}, "Expected tasks to be a list of some of passkey, multi-key"),
+        ({"tasks": "passkey,multi-key"}, "for a prompt of the task 'multi-key', got"),
         ({"longppl": "ntk"}, "longppl is 'ntk', which none of the methods are: none, linear x2, yarn x2"),
         ({"longppl": "./no/such"}, "got ./no/such: no such folder"),
         ({"longppl": None}, "beta is -3.0, and there is no LongPPL"),
-        ({"beta": 3}, "alpha is 2.0 and beta 3.0, in nats; give numbers, beta below 0"),
+        ({"beta": 3}, "alpha is 2.0 and beta 3.0, in nats. Pass numbers, beta below 0"),
         ({"short_length": 126}, "--short-length is 126 and stride 31, and rows have up to 128 tokens"),
         ({"retrieval": None}, "tasks is ['passkey'], and retrieval is 0"),
     ],

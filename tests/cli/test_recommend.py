@@ -40,7 +40,7 @@ def test_a_recommendation_is_told_and_its_plan_written(tmp_path: Path) -> None:
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
     plan = ExtensionPlan.load(tmp_path / "new" / "plan.json")
     assert plan.method == "rerope" and plan.target_length == 128
-    assert "exists; give another --output" in error_of(call("recommend", tmp_path / "new" / "plan.json"))
+    assert "exists. Pass another --output" in error_of(call("recommend", tmp_path / "new" / "plan.json"))
     (tmp_path / "new" / "plan.json").unlink()
     assert "type the same with --resume" in error_of(call("recommend", tmp_path / "new" / "plan.json"))
     again = call("recommend", tmp_path / "new" / "plan.json", "--resume", "--json")
@@ -73,7 +73,7 @@ def test_a_search_writes_its_plan(tmp_path: Path) -> None:
             {"model": EXAMPLES / "tiny" / "tiny-alibi", "trained_length": None},
             "Pass --trained-length in tokens",
         ),
-        ("recommend", {"output": "plan.yaml"}, "give the name of a JSON file"),
+        ("recommend", {"output": "plan.yaml"}, "Pass the name of a JSON file"),
         ("recommend", {"output": "/dev/null/plan.json"}, "cannot write to /dev/null"),
         ("recommend", {"target_length": None}, "Missing option '--target-length'"),
         ("search", {"model": LEARNED}, "gpt2 has learned positions"),

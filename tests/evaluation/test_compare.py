@@ -259,7 +259,7 @@ def test_mistakes_show_before_anything_is_measured(llama: LlamaForCausalLM) -> N
             "'linear' at factor 2 is among the methods more than once",
             {"methods": ["linear"] * 2},
         ),
-        (InvalidParameterError, "give a list", {"methods": []}),
+        (InvalidParameterError, "Pass a list", {"methods": []}),
         (InvalidParameterError, "for a prompt of the task 'passkey'", {"lengths": [32, 128], "passkey": 2}),
         (InvalidParameterError, "passkey is -1", {"passkey": -1}),
         (InvalidParameterError, "protocol is 'rollin'", {"protocol": "rollin"}),
@@ -337,14 +337,14 @@ def test_a_method_that_fails_on_every_document_is_left_out(
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ([("truncated", i) for i in range(3)], "every document failed: truncated: document 0 is broken; give smaller"),
+        ([("truncated", i) for i in range(3)], "every document failed: truncated: document 0 is broken. Pass smaller"),
         (
             [(name, i) for name in ("none", "linear") for i in range(3)],
-            "every document failed: none: document 0 is broken; linear x2: document 0 is broken; give smaller",
+            "every document failed: none: document 0 is broken; linear x2: document 0 is broken. Pass smaller",
         ),
         (
             [("truncated", 0), ("none", 1), ("linear", 2)],
-            r"no document is left that all could measure: 0 \(truncated: .*; 1 \(none: .*; 2 \(linear x2: .*; give",
+            r"no document is left that all could measure: 0 \(truncated: .*; 1 \(none: .*; 2 \(linear x2: .*. Pass",
         ),
     ],
     ids=["control", "methods", "documents"],

@@ -177,8 +177,8 @@ def test_the_short_context(asked: int | None, trained: int | None, longest: int,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"longppl": "yarn"}, "longppl is 'yarn', which none of the methods are: none, linear x2; give one of these"),
-        ({"longppl": None}, "short_length is 24, and there is no LongPPL; give longppl="),
+        ({"longppl": "yarn"}, "longppl is 'yarn', which none of the methods are: none, linear x2. Pass one of these"),
+        ({"longppl": None}, "short_length is 24, and there is no LongPPL. Pass longppl="),
         ({"longppl": None, "short_length": None, "beta": -1.0}, "beta is -1.0, and there is no LongPPL"),
         ({"longppl": None, "short_length": None, "alpha": 1.0}, "alpha is 1.0, and there is no LongPPL"),
         ({"longppl": "none", "beta": 2.0}, "alpha is 2.0 and beta 2.0, in nats; .*beta below 0"),
@@ -243,7 +243,7 @@ def test_a_document_whose_key_tokens_cannot_be_found_counts_for_the_rest(
     reason = "logits are not finite in document 1"
     assert found.provenance["longppl"]["left_out"] == [{"document": "1", "reason": reason}]
     fail_at({0, 1, 2, 3})
-    message = "no key tokens: none failed on every document: logits are not finite .*; give another evaluator, as in"
+    message = "no key tokens: none failed on every document: logits are not finite .*. Pass another evaluator, as in"
     with pytest.raises(EvaluationError, match=message):
         run(texts, longppl="none")
 

@@ -122,7 +122,7 @@ def test_bad_sources_are_one_clear_line(source: Any, options: dict[str, Any], me
 
 def test_bad_files_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "novels.docx").write_bytes(b"\x00")
-    with pytest.raises(DocumentError, match="ends in '.docx'; give a file of .txt"):
+    with pytest.raises(DocumentError, match="ends in '.docx'. Pass a file of .txt"):
         load_documents(tmp_path / "novels.docx")
     (tmp_path / "torn.jsonl").write_text('{"text": "whole"}\n{"text": "to')
     with pytest.raises(DocumentError, match="cannot read .*torn.jsonl") as error:
@@ -163,7 +163,7 @@ def test_text_files_in_folders_are_one_document_each(tmp_path: Path, caplog: pyt
     [
         (
             ("novels.jsonl", "LICENSE.txt"),
-            r"several kinds \(text: LICENSE.txt; JSON: novels.jsonl\); give one of them",
+            r"several kinds \(text: LICENSE.txt; JSON: novels.jsonl\). Pass one of them",
         ),
         (("a.csv", "sub/b.parquet"), r"several kinds \(CSV: a.csv; parquet: sub/b.parquet\)"),
         (("a.txt", "b.TXT", "c/d.txt", "e/f.txt", "g.tsv"), r"text: a.txt, b.TXT, c/d.txt and 1 more; TSV: g.tsv"),

@@ -75,7 +75,7 @@ def test_controls_that_cannot_be_are_refused(llama: LlamaForCausalLM) -> None:
     patch_model(patched, "linear", factor=2)
     with pytest.raises(AlreadyPatchedError, match="the control has a patch in force"):
         run(llama, control=patched)
-    with pytest.raises(InvalidParameterError, match="trained length of the control is None; give trained_length="):
+    with pytest.raises(InvalidParameterError, match="trained length of the control is None. Pass trained_length="):
         run(llama, control=tiny_bloom())
     with pytest.raises(InvalidParameterError, match="the tokenizer gave token .*, and the model has 50"):
         run(llama, control=tiny_llama(vocab_size=50))

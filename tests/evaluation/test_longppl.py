@@ -201,7 +201,7 @@ def test_what_cannot_be_is_refused(documents: list[Document], llama: LlamaForCau
         with pytest.raises(InvalidParameterError, match=f"short_length is {short} and stride {stride}"):
             measure(short_length=short, stride=stride)
     keys = find_key_tokens(llama, tokenizer, documents, length=LENGTH, **SETTINGS)
-    with pytest.raises(InvalidParameterError, match="give one of them"):
+    with pytest.raises(InvalidParameterError, match="Pass one of them"):
         measure(keys=keys, evaluator=llama)
     with pytest.raises(InvalidParameterError, match="without a model"):
         measure(evaluator_tokenizer=tokenizer)
@@ -248,7 +248,7 @@ def test_longce_weights() -> None:
     for cap in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(InvalidParameterError, match="cap is"):
             longce_weights(long, short, cap=cap)
-    with pytest.raises(InvalidParameterError, match="give the same tokens"):
+    with pytest.raises(InvalidParameterError, match="Pass the same tokens"):
         longce_weights(long, short[1:])
 
 

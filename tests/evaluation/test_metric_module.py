@@ -94,13 +94,13 @@ def test_a_broken_model_is_infinite(metric: LongDocumentPerplexity) -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"nll_sums": [], "tokens": []}, "no documents; give one NLL sum"),
+        ({"nll_sums": [], "tokens": []}, "no documents. Pass one NLL sum"),
         ({"nll_sums": [0.0], "tokens": [0]}, "all token counts are 0"),
         ({"nll_sums": [1.0, math.nan], "tokens": [1, 1]}, r"nll_sums\[1\] is nan"),
         ({"nll_sums": [math.inf], "tokens": [1]}, r"nll_sums\[0\] is inf"),
         ({"nll_sums": [1.0], "tokens": [-1]}, r"tokens\[0\] is -1"),
         ({"nll_sums": [1.0, 2.0], "tokens": [1]}, "Mismatch in the number of nll_sums"),
-        ({"nll_sums": [1.0], "tokens": [1], "byte_counts": [3, 4]}, "for 1 documents; give one count for each"),
+        ({"nll_sums": [1.0], "tokens": [1], "byte_counts": [3, 4]}, "for 1 documents. Pass one count for each"),
         ({"nll_sums": [1.0], "tokens": [1], "byte_counts": [0]}, "not all 0"),
         ({"nll_sums": [1.0, 1.0], "tokens": [1, 1], "byte_counts": [3, -1]}, "0 or more"),
     ],

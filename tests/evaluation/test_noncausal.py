@@ -222,7 +222,7 @@ def test_an_unknown_trained_length_is_asked_for() -> None:
         ("bert", {"protocol": "rolling"}, "protocol 'rolling' does not fit BertForMaskedLM"),
         ("bert", {"protocol": "suffix"}, "choose one of prefix, sliding, .*, pseudo, seq2seq"),
         ("bert", {"stride": 8}, "protocol 'pseudo' has none"),
-        ("bert", {"lengths": [2]}, "a text of 2 tokens is too short to score; give 3 or more"),
+        ("bert", {"lengths": [2]}, "a text of 2 tokens is too short to score. Pass 3 or more"),
         ("t5", {"lengths": [3]}, "a text of 3 tokens is too short"),
     ],
 )

@@ -133,7 +133,7 @@ def test_batches_go_before_chunks(llama: LlamaForCausalLM, caplog: pytest.LogCap
 
 def test_giving_up_says_what_to_type(llama: LlamaForCausalLM) -> None:
     limit(llama.model.layers[1], 16, failure_of_cuda)
-    advice = "give shorter lengths, load the model with dtype=torch.bfloat16, or choose offload_cache=True on a CUDA"
+    advice = "Pass shorter lengths, load the model with dtype=torch.bfloat16, or choose offload_cache=True on a CUDA"
     with pytest.raises(
         OutOfMemoryError, match=f"^200 tokens do not fit .*not even in chunks of 100; {advice}"
     ) as error:

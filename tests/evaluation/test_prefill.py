@@ -263,8 +263,8 @@ def test_a_model_without_a_cache_is_refused_before_anything_is_read() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prefill_chunk": 0}, "prefill_chunk is 0; give tokens, as in prefill_chunk=2048"),
-        ({"offload_cache": True}, "offload_cache needs a cache, .* give prefill_chunk=2048, too"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0. Pass tokens, as in prefill_chunk=2048"),
+        ({"offload_cache": True}, "offload_cache needs a cache, .* Pass prefill_chunk=2048, too"),
     ],
 )
 def test_memory_that_cannot_be(arguments: dict[str, Any], message: str) -> None:

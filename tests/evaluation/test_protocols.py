@@ -190,7 +190,7 @@ def test_the_tail_of_a_tail_is_in_the_second_half_of_the_text(llama: LlamaForCau
 
 
 def test_a_stream_without_a_window_is_refused() -> None:
-    with pytest.raises(InvalidParameterError, match="a stream of 48 tokens.*drops the last window of 24.*give 49 tok"):
+    with pytest.raises(InvalidParameterError, match="a stream of 48 tokens.*drops the last window of 24.*Pass 49 tok"):
         LegacyLongLoRA(24).arrange(rows())
     assert len(LegacyLongLoRA(23).windows(48, 24, False)) == 1
 
@@ -205,10 +205,10 @@ def test_a_stream_without_a_window_is_refused() -> None:
         ("rolling", {"stride": 5}, "'rolling' has none"),
         ("sliding", {}, "protocol 'sliding' needs a stride, as in stride=256"),
         ("legacy-yarn", {}, "'legacy-yarn' needs a stride"),
-        ("legacy-longlora", {"stride": 8}, "stride is 8 for windows of 8 tokens; give 1 to 7"),
-        ("sliding", {"stride": 0}, r"stride is 0 for windows of 8 tokens; give 1 to 7 \(a longer one skips tokens\)"),
+        ("legacy-longlora", {"stride": 8}, "stride is 8 for windows of 8 tokens. Pass 1 to 7"),
+        ("sliding", {"stride": 0}, r"stride is 0 for windows of 8 tokens. Pass 1 to 7 \(a longer one skips tokens\)"),
         ("tail", {}, "protocol 'tail' needs the tokens that count, as in tail=128"),
-        ("tail", {"tail": 8}, "tail is 8 for texts of 8 tokens; give 1 to 7"),
+        ("tail", {"tail": 8}, "tail is 8 for texts of 8 tokens. Pass 1 to 7"),
         ("tail", {"tail": 0}, "tail is 0"),
         ("prefix", {"tail": 4}, "tail is 4, and protocol 'prefix' has none; leave it out, or choose 'tail'"),
         ("suffix", {}, "protocol is 'suffix'; choose one of prefix, sliding, rolling, tail, legacy-yarn, legacy-lo"),

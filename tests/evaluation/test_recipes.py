@@ -147,7 +147,7 @@ def test_the_minimum_length_is_for_every_source() -> None:
     documents = load_documents(["one", "three", "four"], minimum_characters=4, limit=1)
     assert documents == [Document("1", "three")]
     assert documents.source["minimum_characters"] == 4
-    with pytest.raises(DocumentError, match="minimum_characters is -1; give 0 or more"):
+    with pytest.raises(DocumentError, match="minimum_characters is -1. Pass 0 or more"):
         load_documents(["one"], minimum_characters=-1)
 
 

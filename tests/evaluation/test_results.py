@@ -89,7 +89,7 @@ def test_the_old_file_stays_whole_when_writing_fails(tmp_path: Path, monkeypatch
     ("text", "message"),
     [
         ('{"schema": 2, "rows": [', "is not JSON"),
-        ("[]", "no results of hf_posext, .*; give a results.json"),
+        ("[]", "no results of hf_posext, .*. Pass a results.json"),
         ("[" * 100_000, "is not JSON"),
         ('{"schema": 1}', "schema 1; this version of hf_posext reads 2: upgrade it, or measure again"),
         ('{"schema": 2, "provenance": {}, "rows": []}', r"results lack \['per_document'\]"),

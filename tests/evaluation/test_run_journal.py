@@ -114,7 +114,7 @@ def test_a_journal_of_another_configuration_is_refused_with_what_differs(path: P
         ({"seed": 1}, "seed is None there and 1 here"),
     ]
     for change, message in changed:
-        with pytest.raises(JournalError, match=f"journal of another run, .*: {message}; give another output"):
+        with pytest.raises(JournalError, match=f"journal of another run, .*: {message}. Pass another output"):
             RunJournal(path, {**CONFIGURATION, **change})
     path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
     with pytest.raises(JournalError, match="schema is 1 there and 2 here"):
@@ -149,5 +149,5 @@ def test_a_full_disk_keeps_what_was_finished(path: Path, limit_of_files: Any) ->
 
 def test_a_journal_that_cannot_be_read_is_an_error(path: Path) -> None:
     path.mkdir(parents=True)
-    with pytest.raises(JournalError, match="cannot read the journal .*: Is a directory; give another --output"):
+    with pytest.raises(JournalError, match="cannot read the journal .*: Is a directory. Pass another --output"):
         finished(path)

@@ -98,7 +98,7 @@ def test_bos_that_is_not_there_and_other_values_are_refused() -> None:
         special_prefix(tokenizer, "always")
     with pytest.raises(InvalidParameterError, match="Expected bos to be one of auto, always, never, got 'yes'"):
         special_prefix(tokenizer, "yes")  # type: ignore[arg-type]
-    with pytest.raises(InvalidParameterError, match="2 special tokens stand before each text; give lengths above 2"):
+    with pytest.raises(InvalidParameterError, match="2 special tokens stand before each text. Pass lengths above 2"):
         evaluate_perplexity(tiny_llama(), tokenizer_of(GLM), TEXTS, [2])
 
 

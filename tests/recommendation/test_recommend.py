@@ -182,7 +182,7 @@ def test_bad_input_says_what_to_do(options: dict[str, Any], error: type[Exceptio
 
 
 def test_no_documents_and_no_trained_length() -> None:
-    with pytest.raises(DocumentError, match="give one or more"):
+    with pytest.raises(DocumentError, match="Pass one or more"):
         recommend(*shipped()[:2], [], TARGET, trained_length=TRAINED)
     with pytest.raises(InvalidParameterError, match="Pass trained_length= in tokens"):
         recommend(tiny_bloom(), character_tokenizer(), random_texts(2, 140), TARGET)

@@ -154,5 +154,5 @@ def test_bad_input_says_what_to_do(options: dict[str, Any], error: type[Exceptio
 def test_other_positions_and_no_documents_are_refused() -> None:
     with pytest.raises(MethodNotApplicableError, match="gpt2 has learned positions; see hf-posext recommend"):
         search(tiny_gpt2(), character_tokenizer(), random_texts(2, 140), LENGTH)
-    with pytest.raises(DocumentError, match="give one or more"):
+    with pytest.raises(DocumentError, match="Pass one or more"):
         search(tiny_llama(), character_tokenizer(), [], LENGTH)
