@@ -30,7 +30,7 @@ def check_tracker(option: str, name: str, installed: list[str]) -> None:
 
 
 def accelerate_trackers() -> list[str]:
-    """What `accelerate` can log to here."""
+    """Trackers that `accelerate` can log to here."""
     from accelerate.tracking import get_available_trackers
 
     return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]

@@ -98,7 +98,7 @@ def compare(
 
     Raises:
         AlreadyPatchedError: the model has a patch.
-        InvalidParameterError: an unknown setting, or lengths, a protocol, its options or methods that cannot be.
+        InvalidParameterError: an unknown setting, or impossible lengths, protocol, options or methods.
         DocumentError, UnsupportedModelError, EvaluationError, JournalError: as [`evaluate_perplexity`].
         UnknownMethodError: no such method.
         MethodNotApplicableError: no method applies to the model, or none except `none`.
@@ -238,7 +238,7 @@ def evaluate_perplexity(
         [`Results`]: one row per length, on every process. Without a control its columns are `None`.
 
     Raises:
-        InvalidParameterError: an unknown setting, or lengths, a protocol, its options or a control that cannot be.
+        InvalidParameterError: an unknown setting, or an impossible length, protocol, option or control.
         AlreadyPatchedError: the control has a patch.
         DocumentError: no documents, or all of them too short.
         UnsupportedModelError: a model without a language-model head.

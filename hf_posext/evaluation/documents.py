@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Recipe:
     """
-    Where the documents of a data set are, and in which column.
+    The place of a data set, and the column of its documents.
 
     Args:
         name (`str`): what to type.

@@ -81,7 +81,7 @@ PROBE_SLICE = 5
 
 class Read(NamedTuple):
     """
-    What a model made of some tokens.
+    The output of a model for some tokens.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens.

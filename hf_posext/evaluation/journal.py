@@ -169,7 +169,7 @@ class RunJournal:
                 differences = "; ".join(_differences("", entry, self._header))
                 raise JournalError(
                     f"{file} is the journal of another run, which cannot be continued by this one: {differences}. "
-                    "Pass another output, or the earlier settings"
+                    "Pass another output, or the earlier settings."
                 )
 
 

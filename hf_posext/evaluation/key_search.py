@@ -135,7 +135,7 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
 
     Raises:
         InvalidParameterError: a label that none has or several have, a protocol that does not score every token, or
-            a criterion that cannot be.
+            an impossible criterion.
     """
     config = request.config
     asked = {"alpha": config.alpha, "beta": config.beta, "short_length": config.short_length}
@@ -168,7 +168,7 @@ def key_search(
         methods (`Sequence[tuple[MethodRun, Callable]]`): what may be meant by a label, and what puts it in force.
 
     Raises:
-        InvalidParameterError: an evaluator that cannot read the documents, or a criterion that cannot be.
+        InvalidParameterError: an evaluator that cannot read the documents, or an impossible criterion.
     """
     if criterion is None:
         return None
@@ -194,14 +194,14 @@ def _find_label(label: str, names: Sequence[str]) -> int:
     if len(meant) != 1:
         raise InvalidParameterError(
             f"longppl is {label!r}, which {'several' if meant else 'none'} of the methods are: {', '.join(names)}. "
-            "Pass one of these, or a model (on the command line its folder or Hub id, with a slash in it)"
+            "Pass one of these, or a model (on the command line its folder or Hub id, with a slash in it)."
         )
     return meant[0]
 
 
 def default_criterion(asked: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
     """
-    What was asked for, else the paper's thresholds and windows that fit.
+    The criterion that was asked for, with the paper's thresholds and windows that fit where nothing was.
 
     The paper's short context of 4096 tokens is one that its models were all trained on, and well below the lengths
     that it measures. Here it is half of the trained length, so that windows lie inside that, or half of the longest

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 class Criterion(NamedTuple):
     """
-    What makes a token key; the defaults are the paper's.
+    The thresholds of a key token; the defaults are the paper's.
 
     Args:
         alpha (`float`, *optional*, defaults to 2.0): the least gain of the long context, in nats.
@@ -225,7 +225,7 @@ def check_reads(model: nn.Module, rows: Sequence[torch.Tensor]) -> None:
 
 
 def evaluator_name(model: nn.Module) -> str:
-    """What results call a model that finds key tokens: its name, and its patch where it has one."""
+    """Name of a model that finds key tokens in results, with its patch if it has one."""
     patch, name = find_patch(model), model_name(TokenScorer(model).model)
     return name if patch is None else f"{name}, {patch.plan.method} x{patch.plan.factor:g}"
 
@@ -356,7 +356,7 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
 
 def key_sums(nll: np.ndarray, indices: Sequence[int]) -> dict[str, Any]:
     """
-    What the key tokens of a document give.
+    Sums over the key tokens of a document.
 
     Args:
         nll (`numpy.ndarray` of shape `(tokens - 1,)`): of tokens 1, 2, ... of its row, in nats.
@@ -372,7 +372,7 @@ def longppl_cells(
     records: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]], length: int, seed: int
 ) -> dict[str, Any]:
     """
-    What the row of a length says of LongPPL.
+    Cells of LongPPL in the row of a length.
 
     Args:
         records (`Sequence[Mapping]`): of a method, with the [`key_sums`] of each document at the longest length, and

@@ -30,11 +30,11 @@ from .heads import PROBE_LENGTH, PROBE_SLICE, FullHead, Head, Read, deviation
 @dataclass(frozen=True)
 class Boundaries:
     """
-    Where the positions of a model depend on the length of its input.
+    The lengths at which the positions of a model change with the length of its input.
 
     Args:
         switches (`tuple[int, ...]`): lengths in tokens, ascending; longer inputs have other frequencies (LongRoPE with
-            two lists: its original length).
+            two lists: its trained length).
         dynamic (`bool`): whether every length has its own (dynamic NTK).
     """
 
@@ -82,7 +82,7 @@ def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longes
         table = "learned table" if scheme.kind == "learned" else "table"
         raise InvalidParameterError(
             f"{scheme.model_type} has a {table} of {rows} positions, and {longest} tokens were asked for. "
-            f"Pass lengths up to {rows}"
+            f"Pass lengths up to {rows}."
         )
 
 
@@ -206,10 +206,10 @@ class Chunk(NamedTuple):
 
 def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[int, int]]:
     """
-    Where the chunks of a text begin and end.
+    Bounds of the chunks of a text.
 
     LongRoPE with two lists chooses one of them by the last position that a forward sees. The first chunk of a text
-    that is longer than the original length goes beyond that, so that all chunks have the same list.
+    that is longer than the trained length goes beyond that, so that all chunks have the same list.
 
     Args:
         length (`int`): tokens of the text.

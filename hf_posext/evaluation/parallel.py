@@ -52,7 +52,7 @@ def processes_of(accelerator: Accelerator | None) -> int:
 
 def process_facts(accelerator: Accelerator | None, device: str) -> dict[str, Any]:
     """
-    What results say of the processes that measured. Every process has to call it.
+    The processes that measured, for the provenance. Every process has to call it.
 
     Args:
         accelerator (`Accelerator`, *optional*): of the processes.
@@ -167,7 +167,7 @@ def shard_weights(model: nn.Module, accelerator: Accelerator) -> Any:
 
 def memory_for(accelerator: Accelerator | None, prefill_chunk: int | None, offload_cache: bool) -> Memory:
     """
-    How texts are read on the processes of an accelerator.
+    Memory settings of the processes of an accelerator.
 
     Raises:
         InvalidParameterError: only some of the processes would share a text, or as [`Memory`].

@@ -40,7 +40,7 @@ def protocol_for(
 
     Raises:
         InvalidParameterError: no such protocol, one that does not fit the model, an option where it has none, none
-            where it has one, or one that cannot be.
+            where it has one, or an impossible one.
     """
     fitting = FITTING[kind]
     name = name or fitting[0]

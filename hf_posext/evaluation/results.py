@@ -119,7 +119,7 @@ class Results:
 
     def short_context(self) -> list[dict[str, Any]]:
         """
-        What each method changes where the model needed no extension: at the longest length that was measured and is
+        The change by each method where the model needed no extension: at the longest length that was measured and is
         not above the trained one. Empty where there is none.
 
         Returns:
@@ -273,7 +273,7 @@ def _finite(value: Any) -> Any:
 def _check_provenance(provenance: Any) -> None:
     """Refuse what the reports could not read; they need no more of it than these."""
     if not isinstance(provenance, Mapping):
-        raise EvaluationError("provenance of the results is no JSON object")
+        raise EvaluationError("Expected a JSON object as the provenance of the results.")
     wanted = {"model": str, "trained_length": int, "seed": int, "not_applicable": dict, "documents": list}
     for key, kind in wanted.items():
         value = provenance.get(key)

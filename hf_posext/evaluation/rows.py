@@ -229,7 +229,7 @@ def gain_by_position(
 @dataclass(frozen=True)
 class Conditions:
     """
-    How all rows of a run were measured: `Conditions.of(protocol, documents, dtype)`, once for a run.
+    Conditions that all rows of a run share: `Conditions.of(protocol, documents, dtype)`.
 
     Args:
         protocol (`str`): name of the protocol.
@@ -268,7 +268,7 @@ def document_record(
     with_positions: bool,
 ) -> DocumentRecord:
     """
-    What one document gave at one length, as float64 sums.
+    Sums of one document at one length, in float64.
 
     The tail is the second half of the tokens: of `n` tokens, those at positions `n/2 + 1` to `n`. The sum over all
     tokens averages in the easy early positions, and so hides a break. `first` is told where the tokens that are

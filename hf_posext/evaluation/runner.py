@@ -138,8 +138,8 @@ class Progress:
     """
     A bar that counts the tokens which this process still has to read, and shows what is being measured.
 
-    Tokens count as forwards end, and at the latest with their task. The clock moves every second, so that a long
-    forward can be told from a process that hangs. Only the first process shows a bar, and only on a terminal.
+    Tokens count as forwards end, and at the latest with their task. The clock moves every second, which tells a long
+    forward from a process that hangs. Only the first process shows a bar, and only on a terminal.
 
     Args:
         tasks (`Collection[Task]`): of this process.

@@ -60,7 +60,7 @@ DAMAGED = "weights that are not finite themselves"
 
 class Scorer:
     """
-    What scorers share: they remember how to find the layers in which numbers stopped being finite.
+    Base of scorers, which remember how to find the layers in which numbers stopped being finite.
 
     Attributes:
         model (`PreTrainedModel`): without wrappers.
@@ -150,7 +150,7 @@ BATCH_TOKENS = 16_384
 @dataclass(frozen=True)
 class Memory:
     """
-    How a model is to read texts for which it has too little memory otherwise.
+    Ways to read texts for which a model has too little memory otherwise.
 
     Args:
         prefill_chunk (`int`, *optional*): tokens that go through the model at a time, with those before them in a KV

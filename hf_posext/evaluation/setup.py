@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Request:
     """
-    What is to be measured, checked as far as the config of the model tells.
+    A measurement that was asked for, checked as far as the config of the model allows.
 
     Args:
         config ([`EvaluationConfig`]): the settings.
@@ -80,7 +80,7 @@ def check_request(
         accelerator (`Accelerator`, *optional*): of the processes that share the work.
 
     Raises:
-        InvalidParameterError: lengths, a protocol or its options, or questions that cannot be.
+        InvalidParameterError: lengths, a protocol or its options, or questions that are impossible.
     """
     lengths = check_lengths(config.lengths)
     if config.start < 0:
@@ -103,7 +103,7 @@ def check_request(
         if count and memory.accelerator is not None:
             raise InvalidParameterError(
                 f"{what} is {count}, and a model spread over processes by cp_size does not generate. "
-                "Pass 0, and ask in a run without cp_size"
+                "Pass 0, and ask in a run without cp_size."
             )
     for what, value in (("tasks", config.tasks), ("depths", config.depths)):
         if value is not None and not config.retrieval:
@@ -169,7 +169,7 @@ def plan_methods(
 
     Raises:
         UnknownMethodError: no such method.
-        InvalidParameterError: no methods, one twice at the same factor, or parameters or lengths that cannot be.
+        InvalidParameterError: no methods, one twice at the same factor, or impossible parameters or lengths.
         MethodNotApplicableError: `none` of them applies, leaving nothing to compare.
     """
     if isinstance(methods, str) or not methods:

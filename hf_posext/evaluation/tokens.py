@@ -404,7 +404,7 @@ def read_by(
 
 def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarray:
     """
-    Which tokens lie, but for white space, inside spans of characters.
+    Indices of the tokens that lie, except for white space, inside spans of characters.
 
     Args:
         offsets (`numpy.ndarray` of shape `(tokens, 2)`): first character and one past the last, of each token.
@@ -432,7 +432,7 @@ def _offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _are_same(one: Any, other: Any) -> bool:
-    """Whether two tokenizers give the same tokens, also where they were loaded from different places."""
+    """Return `True` if two tokenizers give the same tokens, also if they were loaded from different places."""
     if one is other or not (one.is_fast and other.is_fast):
         return one is other
     for tokenizer in (one, other):

@@ -23,7 +23,7 @@ from .tokens import TokenizedDocuments, first_scored
 
 class Measurement(NamedTuple):
     """
-    What one document gave at one context length.
+    NLL of one document at one context length.
 
     Args:
         length (`int`): context length in tokens.
@@ -48,7 +48,7 @@ class Measurement(NamedTuple):
 
 class PerplexityProtocol(Protocol):
     """
-    How one document is measured, in one pass at a time; looping and distributing is left to the caller.
+    A way to measure one document, in one pass at a time; looping and distributing is left to the caller.
 
     A pass is one document, and the lengths that it measures together.
     """

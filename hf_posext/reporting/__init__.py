@@ -1,4 +1,4 @@
-"""Where people look: tables, the picture, the report. Everything here is computed from `Results`."""
+"""Tables, pictures and reports, computed from `Results`."""
 
 from ..packages import require
 

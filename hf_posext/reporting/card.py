@@ -95,7 +95,7 @@ def _by_length(results: Results) -> list[Row]:
 
 
 def _with_extras(row: Row, measured: Row) -> Row:
-    """What no sums give again: passkeys, LongPPL."""
+    """The row with what no sums give again: passkeys, LongPPL."""
     return Row(row, **{key: value for key, value in measured.items() if key not in row})
 
 
@@ -176,7 +176,7 @@ def model_card(
 
 
 def _metadata(adapter: AdapterDirectory | None, plan: ExtensionPlan) -> ModelCardData:
-    """What the Hub files the model under."""
+    """Tags under which the Hub files the model."""
     from huggingface_hub import ModelCardData
 
     if adapter is not None:
@@ -185,7 +185,7 @@ def _metadata(adapter: AdapterDirectory | None, plan: ExtensionPlan) -> ModelCar
 
 
 def _limits(results: Results, plan: ExtensionPlan) -> list[str]:
-    """What was not measured, and what the figures do not tell."""
+    """Limits of the figures: what was not measured, and what they do not tell."""
     longest = lengths_of(results)[-1]
     own = [row for row in results.rows if row["method"] == THIS_MODEL]
     said = []
@@ -198,7 +198,7 @@ def _limits(results: Results, plan: ExtensionPlan) -> list[str]:
     if all(row.get("passkey") is None for row in own) and not results.retrieval:
         said.append("Whether it finds what stands far back was not measured; perplexity does not tell.")
     if all(row.get("gain") is None for row in own):
-        said.append("There is no control, so whether the longer context is of use at all was not measured.")
+        said.append("Whether the longer context is of use at all was not measured: there was not a control.")
     documents = max(row["documents"] for row in own)
     said.append(f"The figures are of {documents} documents of one kind; other texts, other languages may differ.")
     said.append("All that holds of the base model holds of this one: what it was trained on, its licence, its biases.")

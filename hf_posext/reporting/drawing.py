@@ -1,4 +1,4 @@
-"""What the pictures share: colours, lines with intervals, axes, and how a figure is saved."""
+"""Parts of all pictures: colours, lines with intervals, axes, and saving."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def note(
 
 
 def _has_room(panel: Axes, text: str, x: float) -> bool:
-    """Whether words that begin at `x` end inside the panel: about, since its size is not known before it is drawn."""
+    """Return `True` if words that begin at `x` end inside the panel, whose size is known only about before drawing."""
     place = panel.transAxes.inverted().transform(panel.transData.transform((x, panel.get_ylim()[0])))[0]
     inches = panel.get_position().width * panel.figure.get_figwidth()  # type: ignore[union-attr]
     return bool(inches * (1 - place) > LETTER * NOTE / 72 * len(text))
@@ -217,7 +217,7 @@ def note_trained_length(panel: Axes, results: Results) -> None:
 
 
 def dress(panel: Axes, results: Results) -> None:
-    """What all panels of results share: the grid, and where training ended."""
+    """Draw the grid and the end of training, as in all panels of results."""
     trained = results.provenance.get("trained_length")
     if trained:
         panel.axvline(trained, color=INK, linewidth=1.0, linestyle=":", zorder=0)
@@ -226,7 +226,7 @@ def dress(panel: Axes, results: Results) -> None:
 
 
 def dress_axes(panel: Axes) -> None:
-    """What all panels share: fonts and colours, lines above the grid, and no frame where there is no axis."""
+    """Set fonts and colours, lines above the grid, and no frame where there is no axis."""
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8.5, colors=INK)

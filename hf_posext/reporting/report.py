@@ -242,7 +242,7 @@ def _join(group: Mapping[str, Results]) -> Results:
 
 
 def _left_out(group: Mapping[str, Results]) -> list[dict[str, Any]]:
-    """What all runs have left out once, the rest with the name of its run: another may have measured it."""
+    """Documents that all runs have left out, once; the rest with the name of its run, as another may have it."""
     by_run = {name: run.provenance.get("left_out") or [] for name, run in group.items()}
     told: list[dict[str, Any]] = []
     for name, entries in by_run.items():
@@ -433,7 +433,7 @@ def _write_run(results: Results, directory: Path, prefix: str = "") -> None:
 
 
 def _front_matter(results: Results) -> str:
-    """What the Hub reads of the card of a model: its name and what was measured."""
+    """Metadata of a model card for the Hub: its name and what was measured."""
     from huggingface_hub import ModelCardData
 
     name = PurePath(str(results.provenance.get("model", "a model"))).name
@@ -461,7 +461,7 @@ def render_template(template: str, runs: Sequence[Results], **values: Any) -> st
 
 
 def has_positions(results: Results) -> bool:
-    """Whether there is a control, and what was scored is told by stretches of the document, as the gain is then."""
+    """Return `True` if there is a control with sums by stretches of the document, of which the gain is drawn."""
     longest = lengths_of(results)[-1]
     return any(
         record["method"] == CONTROL and record["length"] == longest and bool(record["position_nll_sums"])

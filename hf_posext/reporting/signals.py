@@ -89,7 +89,7 @@ def _title(found: Diagnosis) -> str:
 
 
 def channel_label(signal: Signal) -> str:
-    """What stands beside the channels of a signal."""
+    """Label beside the channels of a signal."""
     return f"{signal.channel}s" if signal.channel == "head" else f"{signal.channel}s\n(fast above slow)"
 
 
@@ -155,7 +155,7 @@ def dress(panel: Axes, found: Diagnosis) -> None:
 
 
 def colour_handles(shade: str = "") -> list[Any]:
-    """What the colours, their shades and the dotted line mean."""
+    """Legend of the colours, their shades and the dotted line."""
     return [
         Swatch(color=SHOWN, label=f"shown in training{shade}"),
         Swatch(color=NEW, label="never shown in training"),

@@ -93,7 +93,7 @@ def lengths_of(results: Results) -> tuple[int, ...]:
 
 
 def legacy_mark(results: Results) -> str:
-    """What stands beside every number that a legacy protocol gave; nothing for the other protocols."""
+    """Mark of every number that a legacy protocol gave; empty for the other protocols."""
     names = dict.fromkeys(row["protocol"] for row in results.rows if is_legacy(row["protocol"]))
     return f"({', '.join(names)}: a published average, not per token)" if names else ""
 
@@ -140,7 +140,7 @@ def format_change(row: Row) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """What the tables do not show, in words: methods that were left out, a short-context check that could not be.
+    """Notes on what the tables do not show: methods that were left out, a short-context check that could not be.
 
     Args:
         results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
@@ -366,7 +366,7 @@ def _reach(rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
 
 
 def _inside(row: Row) -> str:
-    """What the extension costs where the model needed none."""
+    """Cost of the extension where the model needed none."""
     change = row["change"]
     interval = finite_interval(row, "change_ci95")
     span = "" if interval is None else f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"

@@ -32,7 +32,7 @@ from .helpers import character_tokenizer, random_texts
 
 
 class Ring:
-    """What the scorer asks of an accelerator, on a mesh of CPUs."""
+    """Stand-in for an accelerator, on a mesh of CPUs."""
 
     def __init__(self) -> None:
         dist.init_process_group("gloo")

@@ -1,4 +1,4 @@
-"""What the tests of several processes run: `torchrun --nproc_per_node 2 -m tests.evaluation.distributed_job DIR`.
+"""Job of the tests of several processes: `torchrun --nproc_per_node 2 -m tests.evaluation.distributed_job DIR`.
 
 Each process writes what it has found. The same functions without an accelerator are what one process finds.
 """
@@ -27,7 +27,7 @@ POISON = "?"
 
 
 def plain(results: Results) -> dict[str, Any]:
-    """What does not depend on the day."""
+    """Results without what depends on the day."""
     left_out, skipped = (results.provenance[key] for key in ("left_out", "not_applicable"))
     return {"rows": results.rows, "per_document": results.per_document, "left_out": left_out, "skipped": skipped}
 
@@ -101,7 +101,7 @@ def crash(accelerator: Accelerator | None) -> str:
 
 
 def told(accelerator: Accelerator | None, run: Any, enter: Any = nullcontext) -> str:
-    """What two tasks raise."""
+    """Errors that two tasks raise."""
     try:
         tasks = [Task("nll", "x", 1.0, (64,), str(index)) for index in range(2)]
         measure([Stage("x", enter, tasks, run)], accelerator=accelerator)

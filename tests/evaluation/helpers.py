@@ -1,4 +1,4 @@
-"""What the tests of the evaluation share: a character tokenizer, texts, and the naive loops that all must equal."""
+"""Shared by the tests of the evaluation: a character tokenizer, texts, and the naive loops that all must equal."""
 
 from __future__ import annotations
 

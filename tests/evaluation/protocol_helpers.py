@@ -1,4 +1,4 @@
-"""What the tests of the protocols share: small documents, and what one protocol measures of them."""
+"""Shared by the tests of the protocols: small documents, and what one protocol measures of them."""
 
 from __future__ import annotations
 

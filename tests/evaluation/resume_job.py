@@ -1,4 +1,4 @@
-"""What the test of killed runs kills: all is imported once, and each run is a fork of this process.
+"""Job that the test of killed runs kills: all is imported once, and each run is a fork of this process.
 
 Reads lines of `JOURNAL RESULT`; for each it forks a run, and writes the id of its process, and then how it ended.
 """

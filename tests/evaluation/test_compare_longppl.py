@@ -38,7 +38,7 @@ def decided_llama(**overrides: object) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """What such a model says of itself: likely given all of it, and unlikely given a part."""
+    """Text that a model writes by itself: likely given all of it, and unlikely given a part."""
     model = decided_llama()
     other = [token for token in range(128) if not FIRST <= token < FIRST + len(CHARACTERS)]
     torch.manual_seed(0)
@@ -275,5 +275,5 @@ def test_a_run_goes_on_with_the_key_tokens_of_its_journal(
 
 
 def test_random_texts_have_few_key_tokens() -> None:
-    """What the fixture above is for."""
+    """Purpose of the fixture above."""
     assert run(random_texts(4, 140), longppl="none").row("none", 128)["key_tokens"] < 10

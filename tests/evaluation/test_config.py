@@ -186,7 +186,7 @@ def test_from_the_call_to_the_nll_are_nine_frames(monkeypatch: pytest.MonkeyPatc
 
 
 class Terminal(io.StringIO):
-    """What a progress bar takes for a terminal."""
+    """A stream that a progress bar takes for a terminal."""
 
     def isatty(self) -> bool:
         return True

@@ -39,7 +39,7 @@ class Server:
         return [int(word) for word in self.process.stdout.readline().split()]
 
     def wait(self) -> list[int]:
-        """How each process of the run has ended."""
+        """End of each process of the run."""
         assert self.process.stdout is not None
         return [int(word) for word in self.process.stdout.readline().split()]
 
@@ -75,7 +75,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
 
 @pytest.fixture(scope="module")
 def whole(servers: tuple[Server, Server]) -> bytes:
-    """What two processes find that nothing happens to."""
+    """Results of two processes that nothing happens to."""
     servers[0].start("whole")
     assert servers[0].wait() == [0, 0]
     assert len(journal_files(servers[0].journal("whole"))) == 2 and servers[0].lines("whole") == 2 + 6 * 4

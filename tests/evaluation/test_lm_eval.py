@@ -55,7 +55,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def log_likelihoods(model: PreTrainedModel, tasks: Path) -> list[float]:
-    """What lm-eval finds for each text."""
+    """Log-likelihoods of lm-eval for each text."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

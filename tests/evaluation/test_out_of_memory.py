@@ -1,4 +1,4 @@
-"""Where memory runs out half as much is tried, the log says so, and values stay as they were."""
+"""Half as much is tried when memory runs out, the log says so, and values stay as they were."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUNDING = {"rel": 2e-6, "abs": 2e-6}
 
 
 def real_failure() -> None:
-    """What torch raises on a CPU: a petabyte is more than any machine has."""
+    """The error of torch on a CPU: a petabyte is more than any machine has."""
     torch.empty(2**50, dtype=torch.uint8)
 
 

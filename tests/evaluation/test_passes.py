@@ -1,4 +1,4 @@
-"""How often a model is read, what each forward sees, and that nothing of an earlier one is left."""
+"""Number of forwards, what each of them sees, and that nothing of an earlier one is left."""
 
 from __future__ import annotations
 

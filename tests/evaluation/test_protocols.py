@@ -36,7 +36,7 @@ def controlled(protocol: Any, model: nn.Module, documents: TokenizedDocuments) -
 
 
 def expected_control(protocol: Any, model: nn.Module, row: torch.Tensor, length: int, bos: bool) -> np.ndarray:
-    """What fits the trained length as the protocol reads it; the rest through windows of that length."""
+    """NLL of what fits the trained length as the protocol reads it; of the rest through windows of that length."""
     far = naive_windowed_nll(model, row, TRAINED, control_stride(TRAINED), bos)
     found = []
     for token, given in naive_contexts(protocol, row, length, bos):

@@ -119,7 +119,7 @@ def test_limit_counts_what_is_long_enough(name: str) -> None:
 
 
 def test_no_more_is_read_than_the_limit_needs(name: str) -> None:
-    """What follows cannot be read, as is seen where it is asked for."""
+    """The rest cannot be read, as is seen where it is asked for."""
     copy = Path(RECIPES[name].path)
     files = RECIPES[name].files
     if files is not None:

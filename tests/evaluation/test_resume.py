@@ -29,7 +29,7 @@ class Runs:
         )  # fmt: skip
 
     def run(self, name: str, kill_at: int | None = None, delay: float = 0.0) -> int:
-        """How a run ended: 0, or the negative number of the signal.
+        """End of a run: 0, or the negative number of the signal.
 
         It is killed `delay` seconds after its journal has `kill_at` bytes, however busy the machine is.
         """

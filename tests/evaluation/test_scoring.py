@@ -146,7 +146,7 @@ class PositionBias(LlamaForCausalLM):
 
 
 class OnePiece(LlamaForCausalLM):
-    """What the model inside would give is computed without it."""
+    """Log-likelihoods of the model inside, computed without it."""
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutputWithPast:
         hidden = LlamaModel.forward(self.model, input_ids=input_ids, use_cache=False).last_hidden_state
@@ -261,7 +261,7 @@ def test_texts_beyond_the_limit_of_the_model(make: Callable[[], nn.Module]) -> N
 
 @pytest.mark.parametrize("model_type", ["codegen", "ctrl", "gptj", "marian", "mpt", "pegasus", "roformer"])
 def test_texts_beyond_a_table_are_refused(model_type: str) -> None:
-    """Where the model itself would read past the end of something."""
+    """Cases in which the model itself would read past the end of something."""
     model, scheme = build(model_type), detect_scheme(build(model_type))
     assert scheme.kind != "learned" and scheme.ends and scheme.shipped_length == TRAINED
     check_positions(scheme, None, TRAINED)

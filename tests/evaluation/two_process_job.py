@@ -1,4 +1,4 @@
-"""What the test of hostile runs starts: all is imported once, and each run is two forks of this process.
+"""Job that the test of hostile runs starts: all is imported once, and each run is two forks of this process.
 
 Reads lines of `JOURNAL RESULT PROCESSES LIMIT`; for each it forks the processes of a run, writes their ids, and then
 how each has ended. LIMIT is how many bytes a file may have, as on a full disk; 0 for no limit.
