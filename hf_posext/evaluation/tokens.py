@@ -306,10 +306,11 @@ def tokenize_documents(
             byte_ends.append(np.concatenate([np.full(len(prefix), begins), encoded.ends[part]]))
     if not rows:
         longest = max((entry["tokens"] for entry in left_out), default=0)
-        usable = max(0, longest - start)
+        usable = longest - start
+        shorter = f"lengths up to {usable}, or longer documents" if usable > 1 else "longer documents"
         raise DocumentError(
             f"all {len(documents)} documents are too short: the longest has {longest} tokens, and start + length is "
-            f"{start} + {length}; use lengths up to {usable}, or longer documents"
+            f"{start} + {length}. Pass {shorter}."
         )
     if left_out:
         logger.warning(

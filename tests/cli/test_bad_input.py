@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import transformers
 
 from ..conftest import EXAMPLES
-from .helpers import MODEL, compare, error_of
+from .helpers import LEARNED, MODEL, compare, error_of, run
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,14 @@ from .helpers import MODEL, compare, error_of
         ({"factor": "eight"}, "Invalid value for '--factor': "),
         ({"factor": "x8"}, "'x8'"),
         ({"factor": None}, "needs --factor or --target-length"),
+        ({"factor": "1e30"}, "--factor is 1e+30; at most 1099511627776"),
+        (
+            {"trained_length": "999999999999999"},
+            "--trained-length is 999999999999999; pass a number",
+        ),
+        ({"target_length": 100}, "factor 2 means 128 tokens, and --target-length is 100; pass one of the two"),
+        ({"methods": "none,none"}, "is among the methods more than once"),
+        ({"model": LEARNED, "methods": "table-linear", "factor": "1e8"}, "a table of 51200000000 positions; at most"),
         ({"factor": 0.5}, "below the trained length of 64"),
         ({"factor": None, "target_length": 32}, "below the trained length of 64"),
         (
@@ -75,6 +84,31 @@ def test_wrong_input_is_one_line_and_exit_code_2(changed: dict[str, Any], messag
     assert not output.exists()
 
 
+def test_names_of_methods_in_any_case_are_taken(tmp_path: Path) -> None:
+    result = compare(tmp_path / "out", methods="YaRN", lengths="64", documents=1)
+    assert result.exit_code == 0 and "yarn x2" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [("lots", "max_position_embeddings': TypeError"), (10**18, "pass a number of tokens, from 1 to 1099511627776")],
+)
+def test_a_config_with_wrong_values_is_refused_with_the_reason(positions: Any, message: str, tmp_path: Path) -> None:
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+    assert message in error_of(compare(tmp_path / "out", model=model, **{"trained-length": None}))
+
+
+@pytest.mark.parametrize("length", [10**30, -5, "long"])
+def test_lengths_that_results_cannot_have_are_refused(length: Any, tmp_path: Path) -> None:
+    results = json.loads((EXAMPLES.parent / "results" / "demo" / "tiny-rope.json").read_text())
+    results["rows"][0]["length"] = length
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    message = error_of(run("report", tmp_path / "results.json", "--output", tmp_path / "out"))
+    assert f"results.json: rows.0.length is {length}" in message
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -91,7 +125,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(changed: dict[str, Any], messag
         ("", "holds NoneType. Pass settings, a line each"),
         ("factor: [2", "is not YAML"),
         ("factor: 2\nfactor: 4", "'factor' is there twice"),
-        ("[" * 3000 + "]" * 3000, "is nested too deeply. Pass settings, a line each"),
+        ("[" * 20_000 + "]" * 20_000, "is nested too deeply. Pass settings, a line each"),
     ],
 )
 def test_wrong_config_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -108,7 +142,8 @@ def test_wrong_config_files_are_refused(text: str, message: str, tmp_path: Path)
         ("empty.jsonl", "", "empty.jsonl"),
         ("number.jsonl", '{"text": 3}\n', "not text"),
         ("torn.jsonl", '{"text": "a b', "cannot read"),
-        ("short.jsonl", '{"text": "Call me Ishmael."}\n', "128"),
+        ("short.jsonl", '{"text": "Call me Ishmael."}\n', "is 0 + 128. Pass lengths up to 8, or longer documents."),
+        ("empty.txt", "", "the longest has 0 tokens, and start + length is 0 + 128. Pass longer documents."),
         ("notes.docx", "text", "ends in '.docx'"),
     ],
 )

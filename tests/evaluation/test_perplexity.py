@@ -148,7 +148,7 @@ def test_short_documents_are_left_out_and_named() -> None:
 def test_all_documents_too_short_says_what_fits(llama: LlamaForCausalLM) -> None:
     texts = random_texts(1, 30) + random_texts(1, 45)
     with pytest.raises(
-        DocumentError, match=r"longest has 45 tokens, and start \+ length is 10 \+ 40; use lengths up to 35"
+        DocumentError, match=r"longest has 45 tokens, and start \+ length is 10 \+ 40. Pass lengths up to 35"
     ):
         evaluate_perplexity(llama, character_tokenizer(), texts, [40], start=10)
     evaluate_perplexity(llama, character_tokenizer(), texts, [35], start=10)
