@@ -149,7 +149,7 @@ def model_card(
     plan = ExtensionPlan.load(directory)
     data = _metadata(adapter, plan)
     data.model_name = directory.name
-    own = [row | {"method": plan.method} for row in results.rows if row["method"] == THIS_MODEL]
+    own = [Row(row, method=plan.method) for row in results.rows if row.method == THIS_MODEL]
     data.eval_results = results_to_model_index(Results(results.provenance, own))
     said = zip(by_method(results), describe_methods(results), strict=True)
     text = render_template(
