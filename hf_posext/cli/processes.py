@@ -66,7 +66,7 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
         return device or "cpu", None
     if device not in (None, "cpu"):
         raise InvalidParameterError(
-            f"device is {device!r}, and the launcher gives each process its own; leave --device out, or give cpu"
+            f"device is {device!r}, and the launcher gives each process its own. Leave --device out, or give cpu."
         )
     from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -76,8 +76,8 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
     if joined != (rank(), world_size()):
         raise InvalidParameterError(
             f"the launcher started process {rank()} of {world_size()}, and accelerate made it {joined[0]} of "
-            f"{joined[1]}, so that work would be done twice; start processes by accelerate launch or torchrun, or one "
-            "process without a launcher"
+            f"{joined[1]}, so that work would be done twice. Start processes by accelerate launch or torchrun, or one "
+            "process without a launcher."
         )
     if not accelerator.is_main_process:
         logging.getLogger("hf_posext").setLevel(logging.ERROR)  # the first process says the rest

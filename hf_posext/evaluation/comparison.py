@@ -107,8 +107,8 @@ def compare(
     present = find_patch(base)
     if present is not None:
         raise AlreadyPatchedError(
-            f"the model has the patch {present.plan.method!r} in force, and a comparison begins unpatched; "
-            "call unpatch_model(model) first"
+            f"the model has the patch {present.plan.method!r} in force, and a comparison begins unpatched. "
+            "Call unpatch_model(model) first."
         )
     settled = EvaluationConfig.of(config, **settings)
     request = check_request(settled, detect_scheme(base), base, accelerator)
@@ -251,7 +251,7 @@ def evaluate_perplexity(
     for name in ("factor", "target_length"):
         if (value := getattr(settled, name)) is not None:
             raise InvalidParameterError(
-                f"{name} is {value}, and a model is measured as it is; leave it out, or patch the model first"
+                f"{name} is {value}, and a model is measured as it is. Leave it out, or patch the model first."
             )
     patch = find_patch(model)
     plan = None if patch is None else patch.plan

@@ -236,7 +236,7 @@ def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dt
         raise EvaluationError(
             f"one forward over {lengths[-1]} tokens and a fresh one over {lengths[0]} disagree by {deviation:.2g} "
             f"nats a token (allowed {allowed:.2g}): the positions of this model depend on the length of its input, "
-            "and neither its config nor its plan says so; measure one length at a time"
+            "and neither its config nor its plan says so. Measure one length at a time."
         )
 
 

@@ -267,7 +267,7 @@ def load_documents(
     documents: list[Document] = []
     for id, text in itertools.islice(kept, limit):
         if not isinstance(text, str):
-            raise DocumentError(f"document {id!r} of {name} is {type(text).__name__}, not text; drop or convert it")
+            raise DocumentError(f"document {id!r} of {name} is {type(text).__name__}, not text. Drop or convert it.")
         documents.append(Document(id, text))
     if not documents and minimum_characters:
         raise DocumentError(
@@ -302,7 +302,7 @@ def _recipe(source: Any) -> Recipe | None:
 def _from_recipe(recipe: Recipe, text_column: str, split: str, revision: str | None) -> Texts:
     if recipe.files is not None and split not in recipe.files:
         raise DocumentError(
-            f"the recipe {recipe.name!r} has no split {split!r}; choose one of {', '.join(recipe.files)}"
+            f"the recipe {recipe.name!r} has no split {split!r}. Choose one of {', '.join(recipe.files)}."
         )
     rows = load_dataset(recipe.path, **recipe.request(split, revision))
     if recipe.files is not None:

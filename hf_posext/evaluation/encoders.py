@@ -28,8 +28,8 @@ class FramedScorer(Scorer):
         self.model = scored_model(model)
         if memory.prefill_chunk is not None:
             raise InvalidParameterError(
-                f"prefill_chunk is {memory.prefill_chunk}, and {type(self.model).__name__} reads a text as a whole; "
-                "leave it out"
+                f"prefill_chunk is {memory.prefill_chunk}, and {type(self.model).__name__} reads a text as a whole. "
+                "Leave it out."
             )
         before, after = special_tokens(tokenizer)
         # on the CPU, as texts are, whatever the default device of the process is
@@ -91,7 +91,7 @@ class MaskedScorer(FramedScorer):
     def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
         super().__init__(model, tokenizer, memory)
         if tokenizer.mask_token_id is None:
-            raise InvalidParameterError("the tokenizer has no mask token; load the one that belongs to the encoder")
+            raise InvalidParameterError("the tokenizer has no mask token. Load the one that belongs to the encoder.")
         self.mask: int = tokenizer.mask_token_id
         self._trunk: nn.Module = self.model.base_model
         self._texts = Room("texts in a batch", BATCH_TOKENS)
@@ -226,8 +226,8 @@ class Seq2SeqScorer(FramedScorer):
         start = next((token for token in said if token is not None), None)
         if start is None:
             raise InvalidParameterError(
-                f"{type(self.model).__name__} does not say what its decoder starts with; set "
-                "model.generation_config.decoder_start_token_id (mBART: the token of the language)"
+                f"{type(self.model).__name__} does not say what its decoder starts with. Set "
+                "model.generation_config.decoder_start_token_id (mBART: the token of the language)."
             )
         self.start = torch.cat([torch.tensor([start], device="cpu"), self.before])
 

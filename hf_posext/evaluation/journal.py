@@ -160,8 +160,8 @@ class RunJournal:
             entry = _parsed(line, ("task", "value") if number > 1 else ("schema", "configuration"))
             if entry is None:
                 raise JournalError(
-                    f"{file} is corrupt at line {number}: {short(line.decode(errors='replace'))}; delete that line to "
-                    "go on without this measurement, or the whole file to begin anew"
+                    f"{file} is corrupt at line {number}: {short(line.decode(errors='replace'))}. Delete that line to "
+                    "go on without this measurement, or the whole file to begin anew."
                 )
             if number > 1:
                 yield json.dumps(entry["task"]), entry["value"]

@@ -147,7 +147,7 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
     if request.protocol.name not in WHOLE:
         raise InvalidParameterError(
             f"longppl needs the NLL of every token given all tokens before it, which protocol "
-            f"{request.protocol.name!r} does not give; choose {', '.join(WHOLE)}, or leave longppl out"
+            f"{request.protocol.name!r} does not give. Choose {', '.join(WHOLE)}, or leave longppl out."
         )
     criterion = default_criterion(asked, trained_length, request.lengths[-1])
     if isinstance(config.longppl, str):

@@ -318,7 +318,7 @@ def longppl(
     if (keys.length, keys.start) != (length, start) or missing:
         raise InvalidParameterError(
             f"the key tokens are of length {keys.length} from token {keys.start} on and lack the documents {missing}, "
-            f"and length is {length}, start {start}; find them for the same documents, length and start"
+            f"and length is {length}, start {start}. Find them for the same documents, length and start."
         )
     check_reads(model, list(rows.tokens))
     scorer = TokenScorer(model)
@@ -425,8 +425,8 @@ def _pool(rows: TokenizedDocuments, nll: list[np.ndarray], keys: KeyTokens, seed
         raise EvaluationError(
             f"none of {sum(all_counts)} tokens is key ({keys.found} of the evaluator's own are): at alpha "
             f"{keys.criterion.alpha:g} and beta {keys.criterion.beta:g}, more than {keys.criterion.short_length} "
-            f"tokens of context do not help {keys.evaluator}; use an evaluator that reads longer, or a smaller "
-            "short_length"
+            f"tokens of context do not help {keys.evaluator}. Use an evaluator that reads longer, or a smaller "
+            "short_length."
         )
     return LongPPL(
         value=float(pooled_perplexity(sums, counts)),

@@ -248,7 +248,7 @@ class Prefill:
         if offload_cache and model.device.type != "cuda":
             raise InvalidParameterError(
                 f"offload_cache moves the cache of a CUDA device to main memory, and {type(model).__name__} is on "
-                f"{model.device.type!r}; leave it out"
+                f"{model.device.type!r}. Leave it out."
             )
 
     def chunks(self, head: Head, input_ids: torch.Tensor) -> Iterator[Chunk]:
@@ -354,5 +354,5 @@ def check_prefill(scheme: PositionalScheme, plan: ExtensionPlan | None, longest:
     if chunk is not None and chunk < longest and obstacle is not None:
         raise InvalidParameterError(
             f"prefill_chunk is {chunk} for texts of {longest} tokens, but {obstacle}, so that chunks would give other "
-            "values; leave prefill_chunk out, or that method"
+            "values. Leave prefill_chunk out, or that method."
         )

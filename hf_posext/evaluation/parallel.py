@@ -45,7 +45,7 @@ def processes_of(accelerator: Accelerator | None) -> int:
     if started > joined:
         raise InvalidParameterError(
             f"WORLD_SIZE is {started}, and the accelerator has joined {joined}, so that each process would do all of "
-            "the work; pass Accelerator(cpu=True) on a machine without a GPU, or set ACCELERATE_USE_CPU=true"
+            "the work. Pass Accelerator(cpu=True) on a machine without a GPU, or set ACCELERATE_USE_CPU=true."
         )
     return joined
 
@@ -202,7 +202,7 @@ class ContextParallelScorer(TokenScorer):
     def __init__(self, model: nn.Module, memory: Memory) -> None:
         if memory.prefill_chunk is not None:
             raise InvalidParameterError(
-                "prefill_chunk and context parallelism both divide a text; leave prefill_chunk out"
+                "prefill_chunk and context parallelism both divide a text. Leave prefill_chunk out."
             )
         super().__init__(model, memory)
         self._windows.gives_way = False
@@ -246,7 +246,7 @@ class ContextParallelScorer(TokenScorer):
         if by is not None:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} gives other values (off by {by:.2g} nats) when a text is shared out by "
-                "process; leave cp_size out, or choose a method that changes frequencies only, such as yarn"
+                "process. Leave cp_size out, or choose a method that changes frequencies only, such as yarn."
             )
 
 

@@ -46,17 +46,17 @@ def protocol_for(
     name = name or fitting[0]
     known = [protocol for protocols in FITTING.values() for protocol in protocols]
     if name not in known:
-        raise InvalidParameterError(f"protocol is {name!r}; choose one of {', '.join(known)}")
+        raise InvalidParameterError(f"protocol is {name!r}. Choose one of {', '.join(known)}.")
     if name not in fitting:
         raise InvalidParameterError(
-            f"protocol {name!r} does not fit {model}; choose {' or '.join(map(repr, fitting))}"
+            f"protocol {name!r} does not fit {model}. Choose {' or '.join(map(repr, fitting))}."
         )
     if stride is not None and name not in STRIDED:
         raise InvalidParameterError(
-            f"stride is {stride}, and protocol {name!r} has none; leave it out, or choose {' or '.join(STRIDED)}"
+            f"stride is {stride}, and protocol {name!r} has none. Leave it out, or choose {' or '.join(STRIDED)}."
         )
     if tail is not None and name != Tail.name:
-        raise InvalidParameterError(f"tail is {tail}, and protocol {name!r} has none; leave it out, or choose 'tail'")
+        raise InvalidParameterError(f"tail is {tail}, and protocol {name!r} has none. Leave it out, or choose 'tail'.")
     if name in STRIDED:
         if stride is None:
             raise InvalidParameterError(f"protocol {name!r} needs a stride, as in stride=256")

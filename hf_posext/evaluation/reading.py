@@ -143,10 +143,10 @@ def from_path(
         DocumentError: nothing there that can be read, files of several kinds, or a split that is not there.
     """
     if path.exists() and revision is not None:
-        raise DocumentError(f"revision is {revision!r}, and {path} is on this machine; leave revision out")
+        raise DocumentError(f"revision is {revision!r}, and {path} is on this machine. Leave revision out.")
     if path.is_file():
         if split is not None:
-            raise DocumentError(f"split is {split!r}, and {path} is one file; leave split out")
+            raise DocumentError(f"split is {split!r}, and {path} is one file. Leave split out.")
         kind = kind_of(path)
         if kind is None:
             raise DocumentError(f"{path} ends in {path.suffix!r}. Pass a file of {ENDINGS}, or a folder.")
@@ -186,7 +186,7 @@ def _from_folder(folder: Path, text_column: str, split: str | None) -> tuple[Tex
     ((kind, files),) = listing.taken.items()
     if kind == "text":
         if split is not None:
-            raise DocumentError(f"split is {split!r}, and in {folder} each .txt is a document; leave split out")
+            raise DocumentError(f"split is {split!r}, and in {folder} each .txt is a document. Leave split out.")
     else:
         files = _files_of_split(folder, kind, files, split)
     if listing.left:
@@ -388,7 +388,7 @@ def _of_split(found: Any, split: str | None, name: str) -> Any:
     if not isinstance(found, Mapping):
         return found
     if split is None and len(found) > 1:
-        raise DocumentError(f"{name} has the splits {', '.join(found)}; choose one, as split={next(iter(found))!r}")
+        raise DocumentError(f"{name} has the splits {', '.join(found)}. Choose one, as split={next(iter(found))!r}.")
     if split is not None and split not in found:
         raise DocumentError(f"{name} has no split {split!r}; there are: {', '.join(found)}")
     return found[split or next(iter(found))]

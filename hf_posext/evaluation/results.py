@@ -113,7 +113,7 @@ class Results:
         if len(found) != 1:
             there = ", ".join(f"{row['method']} x{row['factor']:g} at {row['length']}" for row in found or self.rows)
             raise InvalidParameterError(
-                f"{len(found)} rows are {method!r} at {length} (factor {factor}); choose one of: {there or 'none'}"
+                f"{len(found)} rows are {method!r} at {length} (factor {factor}). Choose one of: {there or 'none'}."
             )
         return found[0]
 
@@ -187,7 +187,7 @@ class Results:
         except OSError as error:
             raise EvaluationError(f"cannot read results at {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise EvaluationError(f"{path} is not JSON, so it holds no results: {error}; measure again") from error
+            raise EvaluationError(f"{path} is not JSON, so it holds no results: {error}. Measure again.") from error
         try:
             return cls.from_dict(data)
         except EvaluationError as error:
@@ -278,7 +278,7 @@ def _check_provenance(provenance: Any) -> None:
     for key, kind in wanted.items():
         value = provenance.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise EvaluationError(f"provenance has {key} {short(value)}; measure again")
+            raise EvaluationError(f"provenance has {key} {short(value)}. Measure again.")
 
 
 def _table(name: str, entries: Any) -> list[Any]:
@@ -324,8 +324,8 @@ def log_results(results: Results, accelerator: Accelerator) -> None:
     """
     if accelerator.is_main_process and not accelerator.trackers:
         raise InvalidParameterError(
-            "the accelerator has no tracker; make it as Accelerator(log_with='tensorboard', project_dir='runs') and "
-            "call accelerator.init_trackers('hf_posext') first"
+            "the accelerator has no tracker. Make it as Accelerator(log_with='tensorboard', project_dir='runs') and "
+            "call accelerator.init_trackers('hf_posext') first."
         )
     for length in sorted({row["length"] for row in results.rows}):
         values = {

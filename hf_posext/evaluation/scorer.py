@@ -208,8 +208,8 @@ class TokenScorer(Scorer):
         name = type(self.model).__name__
         if getattr(self.model.config, "is_encoder_decoder", False) or not self.model.can_generate():
             raise UnsupportedModelError(
-                f"{name} has no causal language-model loss, so it has no perplexity; "
-                "load a decoder with AutoModelForCausalLM.from_pretrained(...)"
+                f"{name} has no causal language-model loss, so it has no perplexity. "
+                "Load a decoder with AutoModelForCausalLM.from_pretrained(...)."
             )
         self._prefill = Prefill(self.model, memory.prefill_chunk, memory.offload_cache)
         self._windows = Room("windows in a batch", sys.maxsize)
@@ -276,7 +276,7 @@ class TokenScorer(Scorer):
         if deviation(other[:, :-1], full[:, :-1]) is not None:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} is not causal: its last token changes the logits of earlier ones, so it "
-                "has no perplexity; load a decoder with AutoModelForCausalLM.from_pretrained(...)"
+                "has no perplexity. Load a decoder with AutoModelForCausalLM.from_pretrained(...)."
             )
         self._head = find_head(self.model, input_ids, full)
         self._logits = Room("rows of logits", max(1, min(LOGITS_ROWS, LOGITS_BYTES // (4 * full.shape[-1]))))
@@ -306,8 +306,8 @@ def scored_model(model: nn.Module) -> Any:
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModelError(
-            "the model has a PEFT adapter of the prompt-learning kind, whose virtual tokens would be scored; "
-            "measure a model with LoRA or merged weights, or without the adapter"
+            "the model has a PEFT adapter of the prompt-learning kind, whose virtual tokens would be scored. "
+            "Measure a model with LoRA or merged weights, or without the adapter."
         )
     return unwrap(model)
 

@@ -90,7 +90,7 @@ def check_request(
     if config.bos != "auto" and protocol.name not in DECODER_PROTOCOLS:
         raise InvalidParameterError(
             f"bos is {config.bos!r}, and protocol {protocol.name!r} puts all special tokens of the tokenizer around "
-            "each text; leave bos out"
+            "each text. Leave bos out."
         )
     memory = memory_for(accelerator, config.prefill_chunk, config.offload_cache)
     for what, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):

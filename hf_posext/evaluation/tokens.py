@@ -214,7 +214,7 @@ def special_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
         return added
     if tokenizer.bos_token_id is None:
         raise InvalidParameterError(
-            "bos is 'always', and the tokenizer has no BOS token; set tokenizer.bos_token, or pass bos='auto'"
+            "bos is 'always', and the tokenizer has no BOS token. Set tokenizer.bos_token, or pass bos='auto'."
         )
     return [tokenizer.bos_token_id, *added]
 
@@ -380,7 +380,7 @@ def read_by(
         if not own.is_fast:
             raise InvalidParameterError(
                 f"{type(own).__name__} gives no character offsets, so key tokens cannot be carried between it and "
-                "another tokenizer; use a fast tokenizer, or an evaluator with the same tokenizer"
+                "another tokenizer. Use a fast tokenizer, or an evaluator with the same tokenizer."
             )
     text_of = {document.id: document.text for document in texts}
     first, prefix = int(rows.bos), special_prefix(evaluator_tokenizer)

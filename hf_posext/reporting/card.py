@@ -44,8 +44,8 @@ def before_after(before: Results, after: Results) -> Results:
     methods = list(dict.fromkeys(row["method"] for row in after.rows))
     if len(methods) != 1:
         raise InvalidParameterError(
-            f"results of the model after are of {', '.join(methods) or 'no method'}; measure it alone: "
-            "evaluate_perplexity(model, ...)"
+            f"results of the model after are of {', '.join(methods) or 'no method'}. Measure it alone: "
+            "evaluate_perplexity(model, ...)."
         )
     apart = differences([before, after])
     if apart:
@@ -56,7 +56,7 @@ def before_after(before: Results, after: Results) -> Results:
     for name, held in named.items():
         if held and not lengths <= {record["length"] for record in held}:
             raise InvalidParameterError(
-                f"{name} was not measured at every length of the model after; measure it there"
+                f"{name} was not measured at every length of the model after. Measure it there."
             )
     row = after.rows[0]
     joined = row["documents"] // sum(record["length"] == row["length"] for record in records)

@@ -159,7 +159,7 @@ def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
     groups: dict[str, dict[str, Results]] = {}
     for name, run in runs.items():
         if not run.rows:
-            raise InvalidParameterError(f"{name} has no rows; measure again, or leave it out")
+            raise InvalidParameterError(f"{name} has no rows. Measure again, or leave it out.")
         key = json.dumps([_setting(run, key) for key in SAME_RUN], sort_keys=True)
         groups.setdefault(key, {})[name] = run
     return [_join(group) for group in groups.values()]
@@ -224,7 +224,7 @@ def _join(group: Mapping[str, Results]) -> Results:
             if not _agree(row, other):
                 raise InvalidParameterError(
                     f"{other_name} and {name} contradict each other: {row_name(row)} at {row['length']} tokens has "
-                    f"perplexity {other['perplexity']} and {row['perplexity']}; leave one of them out"
+                    f"perplexity {other['perplexity']} and {row['perplexity']}. Leave one of them out."
                 )
             rows[key] = (other_name, _filled(other, row))
     refusals: dict[str, str] = {}

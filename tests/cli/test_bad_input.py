@@ -57,7 +57,7 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
         ({"lengths": "64,128k"}, "lengths is '64,128k'"),
         ({"lengths": "1"}, "2 or more"),
         ({"lengths": "64,10000000"}, "10000000"),
-        ({"protocol": "prefixx"}, "protocol is 'prefixx'; choose one of prefix, sliding"),
+        ({"protocol": "prefixx"}, "protocol is 'prefixx'. Choose one of prefix, sliding"),
         ({"stride": 8}, "--stride is 8, and protocol 'prefix' has none"),
         ({"alpha": 3}, "--alpha is 3.0, and there is no LongPPL. Pass --longppl, too"),
         ({"protocol": "sliding"}, "protocol 'sliding' needs a stride, as in --stride 256"),

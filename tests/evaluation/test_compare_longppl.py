@@ -185,7 +185,7 @@ def test_the_short_context(asked: int | None, trained: int | None, longest: int,
         ({"longppl": "none", "alpha": math.nan}, "alpha is nan and beta -2.0"),
         ({"longppl": "none", "short_length": 120}, "short_length is 120 and stride 30, and rows have up to 128"),
         ({"longppl": "none", "short_length": 0}, "short_length is 0"),
-        ({"longppl": "none", "protocol": "tail", "tail": 8}, "protocol 'tail' does not give; choose prefix, sliding"),
+        ({"longppl": "none", "protocol": "tail", "tail": 8}, "protocol 'tail' does not give. Choose prefix, sliding"),
         ({"longppl": "none", "protocol": "legacy-yarn", "stride": 8}, "'legacy-yarn' does not give"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_data_set_folder_goes_through_load_dataset(tmp_path: Path) -> None:
     write(folder / "train.jsonl", ROWS[:1])
     assert load_documents(folder, split="train") == EXPECTED[:1]
     assert load_documents(folder, split="test").source["split"] == "test"
-    with pytest.raises(DocumentError, match="has the splits .*; choose one, as split='"):
+    with pytest.raises(DocumentError, match="has the splits .*. Choose one, as split='"):
         load_documents(folder)
     with pytest.raises(DocumentError, match="has no split 'validation'; there are: train, test"):
         load_documents(folder, split="validation")
@@ -213,7 +213,7 @@ def test_data_sets_that_were_saved_to_disk_are_read(tmp_path: Path) -> None:
     assert load_documents(tmp_path / "one") == EXPECTED
     for source in (tmp_path / "both", both):
         assert load_documents(source, split="test") == EXPECTED[1:]
-        with pytest.raises(DocumentError, match="has the splits train, test; choose one, as split='train'"):
+        with pytest.raises(DocumentError, match="has the splits train, test. Choose one, as split='train'"):
             load_documents(source)
         with pytest.raises(DocumentError, match="has no split 'dev'; there are: train, test"):
             load_documents(source, split="dev")

@@ -215,10 +215,10 @@ def test_an_unknown_trained_length_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("bert", {"protocol": "prefix"}, "protocol 'prefix' does not fit BertForMaskedLM; choose 'pseudo'"),
+        ("bert", {"protocol": "prefix"}, "protocol 'prefix' does not fit BertForMaskedLM. Choose 'pseudo'"),
         ("bert", {"protocol": "seq2seq"}, "'seq2seq' does not fit BertForMaskedLM"),
         ("t5", {"protocol": "sliding", "stride": 8}, "'sliding' does not fit T5ForConditional.*choose 'seq2seq'"),
-        ("llama", {"protocol": "pseudo"}, "does not fit LlamaForCausalLM; choose 'prefix' or 'sliding' or"),
+        ("llama", {"protocol": "pseudo"}, "does not fit LlamaForCausalLM. Choose 'prefix' or 'sliding' or"),
         ("bert", {"protocol": "rolling"}, "protocol 'rolling' does not fit BertForMaskedLM"),
         ("bert", {"protocol": "suffix"}, "choose one of prefix, sliding, .*, pseudo, seq2seq"),
         ("bert", {"stride": 8}, "protocol 'pseudo' has none"),

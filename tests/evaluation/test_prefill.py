@@ -295,5 +295,5 @@ def test_models_that_read_both_ways_are_refused_chunks() -> None:
 
 def test_offloading_needs_a_cuda_device() -> None:
     """transformers' own offloading waits for CUDA streams, whatever the device; in main memory the cache is anyway."""
-    with pytest.raises(InvalidParameterError, match="LlamaForCausalLM is on 'cpu'; leave it out"):
+    with pytest.raises(InvalidParameterError, match="LlamaForCausalLM is on 'cpu'. Leave it out"):
         TokenScorer(tiny_llama(), Memory(prefill_chunk=CHUNK, offload_cache=True))

@@ -201,7 +201,7 @@ def test_a_stream_without_a_window_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("prefix", {"stride": 5}, "stride is 5, and protocol 'prefix' has none; leave it out, or choose sliding or"),
+        ("prefix", {"stride": 5}, "stride is 5, and protocol 'prefix' has none. Leave it out, or choose sliding or"),
         ("rolling", {"stride": 5}, "'rolling' has none"),
         ("sliding", {}, "protocol 'sliding' needs a stride, as in stride=256"),
         ("legacy-yarn", {}, "'legacy-yarn' needs a stride"),
@@ -210,8 +210,8 @@ def test_a_stream_without_a_window_is_refused() -> None:
         ("tail", {}, "protocol 'tail' needs the tokens that count, as in tail=128"),
         ("tail", {"tail": 8}, "tail is 8 for texts of 8 tokens. Pass 1 to 7"),
         ("tail", {"tail": 0}, "tail is 0"),
-        ("prefix", {"tail": 4}, "tail is 4, and protocol 'prefix' has none; leave it out, or choose 'tail'"),
-        ("suffix", {}, "protocol is 'suffix'; choose one of prefix, sliding, rolling, tail, legacy-yarn, legacy-lo"),
+        ("prefix", {"tail": 4}, "tail is 4, and protocol 'prefix' has none. Leave it out, or choose 'tail'"),
+        ("suffix", {}, "protocol is 'suffix'. Choose one of prefix, sliding, rolling, tail, legacy-yarn, legacy-lo"),
     ],
 )
 def test_what_cannot_be_is_said(llama: LlamaForCausalLM, name: str, options: dict[str, int], message: str) -> None:

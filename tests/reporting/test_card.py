@@ -64,7 +64,7 @@ def test_without_a_control_there_is_no_gain(before: Results) -> None:
 def test_what_cannot_be_compared(before: Results, adapter: tuple[Path, Results]) -> None:
     _, after = adapter
     several = compare(tiny_llama(), character_tokenizer(), TEXTS, ["linear", "yarn"], lengths=LENGTHS, factor=2.0)
-    with pytest.raises(InvalidParameterError, match="are of linear, yarn; measure it alone"):
+    with pytest.raises(InvalidParameterError, match="are of linear, yarn. Measure it alone"):
         before_after(before, several)
     other = copy.deepcopy(after)
     other.provenance["protocol"] = "sliding"

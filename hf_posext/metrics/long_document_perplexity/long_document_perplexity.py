@@ -68,7 +68,7 @@ class LongDocumentPerplexity(evaluate.Metric):  # type: ignore[misc]  # evaluate
             raise ValueError("no documents. Pass one NLL sum and one token count for each, one document or more.")
         for index, (nll, count) in enumerate(zip(nll_sums, tokens, strict=True)):
             if not math.isfinite(nll):
-                raise ValueError(f"nll_sums[{index}] is {nll}; leave out documents whose logits were not finite")
+                raise ValueError(f"nll_sums[{index}] is {nll}. Leave out documents whose logits were not finite.")
             if count < 0:
                 raise ValueError(f"tokens[{index}] is {count}. Pass how many tokens were scored, 0 or more.")
         nll, count = np.sum(nll_sums, dtype=np.float64), int(np.sum(tokens))
