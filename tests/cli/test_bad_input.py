@@ -38,7 +38,7 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
         ),
         ({"target_length": 100}, "factor 2 means 128 tokens, and --target-length is 100; pass one of the two"),
         ({"methods": "none,none"}, "is among the methods more than once"),
-        ({"model": LEARNED, "methods": "table-linear", "factor": "1e8"}, "a table of 51200000000 positions; at most"),
+        ({"model": LEARNED, "methods": "table-linear", "factor": "1e8"}, "positions; at most 16777216 are made"),
         ({"factor": 0.5}, "below the trained length of 64"),
         ({"factor": None, "target_length": 32}, "below the trained length of 64"),
         (
