@@ -135,7 +135,7 @@ def test_giving_up_says_what_to_type(llama: LlamaForCausalLM) -> None:
     limit(llama.model.layers[1], 16, failure_of_cuda)
     advice = "Pass shorter lengths, load the model with dtype=torch.bfloat16, or choose offload_cache=True on a CUDA"
     with pytest.raises(
-        OutOfMemoryError, match=f"^200 tokens do not fit .*not even in chunks of 100; {advice}"
+        OutOfMemoryError, match=f"^200 tokens do not fit .*not even in chunks of 100. {advice}"
     ) as error:
         TokenScorer(llama).token_nll(tokens(200))
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in str(error.value)
