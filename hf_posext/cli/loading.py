@@ -179,11 +179,12 @@ def _dtype(source: Source, name: str) -> Any:
 
 def _placed(model: Network, device: str) -> Network:
     try:
-        return model.to(device).eval()
+        placed: Network = model.to(device).eval()
     except RuntimeError as error:  # the device is there, so that it is full
         raise InvalidParameterError(
             f"{type(model).__name__} does not fit on device {device!r}: {_first_line(error).rstrip('.')}."
         ) from error
+    return placed
 
 
 def load_evaluator(
