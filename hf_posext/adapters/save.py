@@ -217,7 +217,10 @@ def _in_config(directory: Path, plan: ExtensionPlan) -> bool:
     """Return whether the config in a directory says the positions."""
     if not (directory / "config.json").is_file():
         return False
-    return computes(open_patched_config(directory), plan)
+    try:
+        return computes(open_patched_config(directory), plan)
+    except ValueError:  # a config with code of its own, which a card does not run
+        return False
 
 
 def card_data(adapter: AdapterDirectory) -> ModelCardData:

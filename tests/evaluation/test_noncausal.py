@@ -217,10 +217,10 @@ def test_an_unknown_trained_length_is_asked_for() -> None:
     [
         ("bert", {"protocol": "prefix"}, "protocol 'prefix' does not fit BertForMaskedLM. Choose 'pseudo'"),
         ("bert", {"protocol": "seq2seq"}, "'seq2seq' does not fit BertForMaskedLM"),
-        ("t5", {"protocol": "sliding", "stride": 8}, "'sliding' does not fit T5ForConditional.*choose 'seq2seq'"),
+        ("t5", {"protocol": "sliding", "stride": 8}, "'sliding' does not fit T5ForConditional.*Choose 'seq2seq'"),
         ("llama", {"protocol": "pseudo"}, "does not fit LlamaForCausalLM. Choose 'prefix' or 'sliding' or"),
         ("bert", {"protocol": "rolling"}, "protocol 'rolling' does not fit BertForMaskedLM"),
-        ("bert", {"protocol": "suffix"}, "choose one of prefix, sliding, .*, pseudo, seq2seq"),
+        ("bert", {"protocol": "suffix"}, "Choose one of prefix, sliding, .*, pseudo, seq2seq"),
         ("bert", {"stride": 8}, "protocol 'pseudo' has none"),
         ("bert", {"lengths": [2]}, "a text of 2 tokens is too short to score. Pass 3 or more"),
         ("t5", {"lengths": [3]}, "a text of 3 tokens is too short"),

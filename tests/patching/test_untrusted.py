@@ -150,7 +150,7 @@ def test_code_beside_a_checkpoint_runs_where_it_is_trusted(tmp_path: Path) -> No
     trained = with_adapter(model)
     expected = logits(trained, tokens(60))
     save_adapter(trained, adapted)
-    with pytest.raises(CheckpointError, match="trust_remote_code"):
+    with pytest.raises(CheckpointError, match="contains custom code"):
         load_adapter(adapted)
     assert torch.equal(logits(load_adapter(adapted, trust_remote_code=True), tokens(60)), expected)
 
