@@ -96,7 +96,7 @@ def test_a_corrupt_line_is_refused_by_its_number(path: Path) -> None:
         lines = [*whole]
         lines[number - 1] = line
         path.write_text("\n".join(lines) + "\n")
-        with pytest.raises(JournalError, match=rf"journal\.jsonl is corrupt at line {number}: .*delete that line"):
+        with pytest.raises(JournalError, match=rf"journal\.jsonl is corrupt at line {number}: .*Delete that line"):
             finished(path)
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(JournalError, match="corrupt at line 1"):
