@@ -124,12 +124,12 @@ class Shelf:
         """Return the trained length of a shipped model, `None` for other models."""
         return SHIPPED_LENGTH if self.models[name].parent == _shipped_folder(CHECKOUT) else None
 
-    def known_gain(self, name: str, plan: ExtensionPlan) -> Gain | None:
-        """Return the committed gain of a shipped model under a method, at the nearest factor and longest length."""
+    def known_gain(self, name: str, plan: ExtensionPlan, length: int) -> Gain | None:
+        """Return the committed gain of a shipped model under a method, at the nearest factor and length."""
         if self.known_length(name) is None:
             return None
         gains = [gain for gain in _measured_gains(name) if gain.method == plan.method]
-        return min(gains, key=lambda gain: (abs(gain.factor - plan.factor), -gain.length), default=None)
+        return min(gains, key=lambda gain: (abs(gain.factor - plan.factor), abs(gain.length - length)), default=None)
 
 
 @functools.cache
@@ -293,7 +293,7 @@ def look(shelf: Shelf, choice: Choice) -> View:
     signals = [position_signal(model, found.scheme, entry, choice.length, trained) for entry in (None, plan)]
     in_force = frequencies_in_force(model, choice.length) if found.scheme.rotaries else {}
     found = replace(found, signals=tuple(signal for signal in signals if signal is not None))
-    return View(found, plan, in_force, shelf.known_gain(choice.model, plan))
+    return View(found, plan, in_force, shelf.known_gain(choice.model, plan, choice.length))
 
 
 def read(shelf: Shelf, choice: Choice) -> View:
