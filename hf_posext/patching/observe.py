@@ -32,7 +32,7 @@ def table_rows(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     found = {}
     for path, module in position_tables(model).items():
         if module.weight.is_meta:
-            raise UnsupportedModelError(f"{path} is on the meta device; load the weights of the model, then diagnose")
+            raise UnsupportedModelError(f"{path} is on the meta device. Load its weights, then diagnose it.")
         found[path] = module.weight.detach()[first_row(model, path, module) or 0 :].float().cpu()
     return found
 
@@ -47,7 +47,7 @@ def frequencies_in_force(model: PreTrainedModel, length: int) -> dict[str, torch
         if site.name in found:
             continue
         if getattr(site.module, f"{site.prefix}inv_freq").is_meta:
-            raise UnsupportedModelError(f"{site.path} is on the meta device; load the weights of the model first")
+            raise UnsupportedModelError(f"{site.path} is on the meta device. Load the weights of the model first.")
         twin = replace(site, module=copy.deepcopy(site.module))
         twin.phases(torch.tensor([0, length - 1]))
         frequencies: torch.Tensor = getattr(twin.module, f"{site.prefix}inv_freq")

@@ -26,7 +26,7 @@ def check_packing(model: PreTrainedModel) -> None:
     first, second = _logits(model, positions, None)[:, HALF:]
     if not torch.equal(first, second):
         raise UnsupportedModelError(
-            f"{type(model).__name__} reads across the documents of a packed row; leave out pack, so that each row is "
+            f"{type(model).__name__} reads across the documents of a packed row. Leave out pack, so that each row is "
             "of one document"
         )
 
@@ -43,11 +43,11 @@ def check_skipping(model: PreTrainedModel) -> None:
     whole, jump = (_logits(model, positions, torch.ones(2, 2 * HALF)) for positions in (near, far))
     if torch.equal(whole[:, HALF:], jump[:, HALF:]):
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes no notice of position_ids, so positions cannot be skipped; leave out pose"
+            f"{type(model).__name__} takes no notice of position_ids, so positions cannot be skipped. Leave out pose."
         )
     if torch.equal(*jump[:, HALF:]):
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes a jump in its positions for another document; leave out pose"
+            f"{type(model).__name__} takes a jump in its positions for another document. Leave out pose."
         )
 
 
@@ -55,7 +55,7 @@ def _logits(model: PreTrainedModel, positions: torch.Tensor, mask: torch.Tensor 
     """Logits of two rows that differ in their first half only."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes no position_ids; leave out pack and pose, which are told to a model by them"
+            f"{type(model).__name__} takes no position_ids, which pack and pose depend on. Leave both out."
         )
     vocabulary = text_config(model.config).vocab_size
     ids = (torch.arange(4 * HALF).view(2, 2 * HALF) + 3) % vocabulary

@@ -30,8 +30,8 @@ EXACT = {"atol": 1e-12, "rtol": 0.0}  # float64, sums in another order
 
 
 def attend(query: Any, key: Any, value: Any, scaling: float, causal: bool, left: int, right: int) -> Any:
-    """What FlashAttention-2 computes, in the layout (batch, heads, tokens, dim): both sides of a window count from the
-    diagonal that ends in the last query and the last key; -1 is no bound."""
+    """Attend as FlashAttention-2 does, in the layout (batch, heads, tokens, dim). Both sides of a window count from the
+    diagonal that ends in the last query and the last key; -1 is for no bound."""
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
     queries, keys = scores.shape[-2:]

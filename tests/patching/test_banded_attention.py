@@ -41,7 +41,7 @@ BANDS: dict[str, tuple[Band, ...]] = {
 
 
 def bias(part: Band, i: int, j: int) -> float:
-    """What a part adds to the logit of a pair."""
+    """Number that a band adds to the logit of a pair."""
     added = 0.0
     if part.fade is not None:
         far = sum(i // part.chunk - key // part.chunk >= part.low for key in range((i // part.chunk + 1) * part.chunk))

@@ -179,7 +179,7 @@ def test_another_model_cannot_read_the_cache_in_a_graph() -> None:
 
 
 def test_a_text_outside_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where chunks are not known to be right inside, a graph breaks at them; one that must not break is refused."""
+    """A graph breaks at chunks where they are not known to be right inside. One that must not break is refused."""
     monkeypatch.setattr(attention_module, "UNPROVEN_ON", "cpu")
     model, ids = tiny_llama(), tokens(30)
     patch_model(model, METHODS[3], factor=8, trained_length=16)

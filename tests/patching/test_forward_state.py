@@ -1,4 +1,4 @@
-"""What belongs to one forward: threads, nested calls, hooks and copies of one patched model do not meet."""
+"""State of one forward: threads, nested calls, hooks and copies of one patched model do not meet."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def impatient() -> Iterator[None]:
 
 
 def in_threads(work: Callable[[int], torch.Tensor], count: int, rounds: int) -> list[list[torch.Tensor]]:
-    """What some threads give that run at once. An error in any of them is raised."""
+    """Run some threads at once and return what each gave. An error in any of them is raised."""
     given: list[list[torch.Tensor]] = [[] for _ in range(count)]
     errors: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows: its kernels, half precision, and that no step of decoding waits for it.
+"""Properties that only a GPU shows: its kernels, half precision, and that no step of decoding waits for it.
 
 These tests run where there is one (`pytest tests/patching/test_gpu.py`); everywhere else `test_attention_kernels.py`
 binds the kernels by their signatures, and `test_other_device.py` has a device that refuses what a GPU refuses.
@@ -35,7 +35,7 @@ HALF = {"atol": 2e-2, "rtol": 0.0}  # bfloat16 has 8 bits: sums of values up to 
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Where the host waits for the GPU, PyTorch raises."""
+    """Let PyTorch raise wherever the host waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield

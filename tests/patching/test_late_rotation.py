@@ -271,7 +271,7 @@ def test_copies_live_on_their_own(copied: Callable[[PreTrainedModel], PreTrained
 
 
 def test_a_step_leaves_nothing_that_cannot_be_learned_from(llama: LlamaForCausalLM) -> None:
-    """What rotary modules return in a step is kept; of inference mode, autograd takes no tensor."""
+    """Phases that rotary modules return in a step are kept; of inference mode, autograd takes no tensor."""
     patch_model(llama, ReRoPE(window=8), factor=8)
     token = tokens(1)
     with torch.inference_mode():

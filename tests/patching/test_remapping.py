@@ -166,12 +166,12 @@ def self_logistic(i: int, j: int, window: int = 16, capacity: int = 17, rate: fl
 
 
 def fade(count: int, reference: int, strength: float = 1.0) -> float:
-    """What a count fade adds to the logits of a query with so many far keys."""
+    """Number that a count fade adds to the logits of a query with so many far keys."""
     return -strength * math.log(max(1, count / reference))
 
 
 def decay(distance: int, start: int, strength: float = 1.0) -> float:
-    """What a decay adds: the same for all distances of an octave, of which the geometric middle is exact."""
+    """Number that a decay adds: the same for all distances of an octave, of which the geometric middle is exact."""
     for octave in range(40):
         if start * 2**octave <= distance < start * 2 ** (octave + 1):
             return -strength * math.log(math.sqrt(2) * 2**octave)

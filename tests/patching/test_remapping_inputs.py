@@ -1,5 +1,5 @@
-"""What users hand to a patched model: masks, padding, positions on several axes, caches that other code has changed,
-arguments of trainers."""
+"""Inputs that users hand to a patched model: masks, padding, positions on several axes, caches that other code has
+changed, arguments of trainers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model rotates is found on a skeleton of its code, so that its weights may be anything."""
+"""The rotation of a model is found on a skeleton of its code, so that its weights may be anything."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def by_products(
     query: Any, key: Any, value: Any, partners: Any, phases: Any, starts: Any, leaving: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What [`Step`] returns, and what keys are after it, by matrix products in float64."""
+    """Output of [`Step`], and the keys after it, by matrix products in float64."""
     query, key, value, phases = (one.double() for one in (query, key, value, phases))
     if leaving >= 0:
         last = key[:, :, leaving]

@@ -41,7 +41,7 @@ def states(heads: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def spy(fused: Any) -> list[int]:
-    """What is rotated from now on, by the widths of halves."""
+    """Record the widths of halves of all that is rotated from now on."""
     halves: list[int] = []
     rotate = fused.rotate
     fused.rotate = lambda states, cos, sin, half: (halves.append(half), rotate(states, cos, sin, half))[1]

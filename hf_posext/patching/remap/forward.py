@@ -223,8 +223,8 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     chosen = config._attn_implementation
     if chosen not in ATTENTION.values():
         raise EvaluationError(
-            f"the attention was set to {chosen!r} while a patch that rotates in it is in force; "
-            "undo the patch, set the attention, then patch again"
+            f"the attention was set to {chosen!r} while a patch that rotates in it is in force. "
+            "Undo the patch, set the attention, then patch again"
         )
     given = arguments(module, args, kwargs)
     if remapping.bands.bands:
