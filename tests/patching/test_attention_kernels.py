@@ -30,7 +30,7 @@ EXACT = {"atol": 1e-12, "rtol": 0.0}  # float64, sums in another order
 
 
 def attend(query: Any, key: Any, value: Any, scaling: float, causal: bool, left: int, right: int) -> Any:
-    """Attend as FlashAttention-2 does, in the layout (batch, heads, tokens, dim). Both sides of a window count from the
+    """Attend as FlashAttention-2 does, in the layout (batch, heads, tokens, dim). Sides of a window count from the
     diagonal that ends in the last query and the last key; -1 is for no bound."""
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
