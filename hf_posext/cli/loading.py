@@ -16,6 +16,7 @@ from .processes import rank, spread
 ADAPTER_FILE = "adapter_config.json"
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ..patching.loading import Source
 
 
-Network = TypeVar("Network", bound="PreTrainedModel | PeftModel")
+Network = TypeVar("Network", bound="torch.nn.Module")
 
 
 def quiet_libraries() -> None:
