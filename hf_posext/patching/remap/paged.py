@@ -53,7 +53,7 @@ class ServesBatches(Mixin):
         cached = getattr(self, "_cached_continuous_batching_manager", None)
         if isinstance(cached, ContinuousBatchingManager):
             return cached
-        default: GenerationConfig = self.generation_config  # type: ignore[assignment]
+        default: Any = self.generation_config
         generation_config = generation_config or default
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1  # as transformers: none
