@@ -73,4 +73,4 @@ def test_the_example_trains_saves_and_opens(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / "trl_packing.py"))
     assert "It was" in capsys.readouterr().out
-    assert (tmp_path / "reports" / "sft" / "final" / "posext_plan.json").exists()
+    assert "hf_posext plan (yarn: 512 -> 1024" in (tmp_path / "reports/sft/final/adapter_config.json").read_text()
