@@ -41,7 +41,7 @@ def far_mass(model: Any, ids: torch.Tensor, window: int) -> dict[int, float]:
     shares: dict[int, list[float]] = {length: [] for length in LENGTHS}
 
     def watched(geometry: Geometry, branches: list[Branch], value: torch.Tensor, **options: Any) -> torch.Tensor:
-        keys, states = geometry.keys, [Branch(whole(query), key) for query, key in branches]
+        keys, states = geometry.keys, [(whole(query), key) for query, key in branches]
         for length in LENGTHS:
             last = slice(length - 1, length)
             seen = [Branch(query[:, :, last], key[:, :, :length]) for query, key in states]

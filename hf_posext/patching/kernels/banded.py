@@ -65,7 +65,9 @@ def banded_attention(
     # float32 beside bfloat16; as SDPA does, the narrower is taken
     dtype, mask = value.dtype, geometry.mask
     value, keys = _ready(value, dtype), [_ready(key, dtype) for _, key in branches]
-    queries = [query if isinstance(query, Rotated) else _ready(query, dtype) for query, _ in branches]
+    queries: list[torch.Tensor | Rotated] = [
+        query if isinstance(query, Rotated) else _ready(query, dtype) for query, _ in branches
+    ]
     states = [query.states if isinstance(query, Rotated) else query for query in queries]
     learning = torch.is_grad_enabled() and any(
         one is not None and one.requires_grad for one in (sinks, value, *states, *keys)

@@ -159,11 +159,10 @@ def _near_attention(call: Call) -> Attended:
     layer, at, query = call.layer, call.at, _scaled(call)
     key, rotated, _ = cached_keys(layer, call.layout, at, call.key, query.shape[2])
     if not at.rotated:
-        query = _rotations(call, "same", call.layout.query, query, (SAME,), call.query_axes)[0]
+        query = whole(_rotations(call, "same", call.layout.query, query, (SAME,), call.query_axes)[0])
     if not rotated:
-        key = _rotations(call, "same", call.layout.key, key, (SAME,), call.key_axes)[0]
-    states = (whole(query), whole(key), call.value, call.mask)
-    return layer.base(call.module, *states, **call.options)
+        key = whole(_rotations(call, "same", call.layout.key, key, (SAME,), call.key_axes)[0])
+    return layer.base(call.module, query, key, call.value, call.mask, **call.options)
 
 
 def _banded_attention(call: Call) -> Attended:
