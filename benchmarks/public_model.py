@@ -165,7 +165,7 @@ def measure(
 
 
 def prompt(tokenizer: Any, document: Document, key: str, tokens: int, start: int = START) -> list[int]:
-    """A question about an excerpt that hides a pass key, in the model's chat template: exactly so many tokens."""
+    """A question about an excerpt that hides a passkey, in the model's chat template: exactly so many tokens."""
 
     def chat(text: str) -> list[int]:
         said = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]
