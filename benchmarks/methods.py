@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from output import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext
@@ -50,7 +49,8 @@ class Group:
         model (`str`): name of a shipped model.
         holds (`Callable[[type[Method]], bool]`): whether a method belongs to the group.
         more (`tuple[str, ...]`, *optional*): further settings of its methods.
-        passkeys (`int`, *optional*): trials at each length. None for a model that finds few within its trained length.
+        passkeys (`int`, *optional*): trials at each length. 0 for a model that finds few within its trained length,
+            and for methods whose passkeys are in `results/fading`.
     """
 
     model: str
@@ -69,7 +69,16 @@ GROUPS = {
     "biases": Group("tiny-alibi", lambda method: "alibi" in method.kinds),
     "frequencies": Group("tiny-rope", lambda method: issubclass(method, FrequencyMethod), ("yarn(variant='radix')",)),
     "remapping": Group(
-        "tiny-rope", remaps, ("jet-long(offset=True)", "jet-long(frequencies=True)", "leaky-rerope+fade")
+        "tiny-rope",
+        remaps,
+        (
+            "jet-long(offset=True)",
+            "jet-long(frequencies=True)",
+            "leaky-rerope+fade",
+            "self-extend+fade",
+            "dual-chunk+fade",
+        ),
+        passkeys=0,
     ),
 }
 
@@ -99,6 +108,12 @@ def measure(name: str) -> None:
     texts = hf_posext.load_documents(str(ROOT / NOVELS), limit=DOCUMENTS)
     texts.source["dataset"] = NOVELS
     JOURNALS.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+
+    def save(results: hf_posext.Results) -> None:
+        results.provenance["command"] = f"python benchmarks/methods.py --groups {name}"
+        results.save_json(RESULTS / f"{name}.json")
+
     results = hf_posext.compare(
         model,
         tokenizer,
@@ -110,11 +125,9 @@ def measure(name: str) -> None:
         passkey=group.passkeys,
         start=START,
         journal=JOURNALS / f"{name}.jsonl",
+        on_method=save,
     )
-    results.provenance["command"] = f"python benchmarks/methods.py --groups {name}"
-    results.provenance["commit"] = machine()["commit"]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    results.save_json(RESULTS / f"{name}.json")
+    save(results)
     for row in results.rows:
         print(name, row["method"], row["length"], f"{row['gain']:.4f}", row.get("passkey"), flush=True)
 
