@@ -56,16 +56,17 @@ def _grouped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor |
             return positions // groups if len(groups) == 1 else positions[..., None] // groups
         return positions if rule.group == 1 else positions // rule.group
     assert lengths is not None, "a map that follows rows needs their lengths"
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64  # which Apple's devices do not have
     if rule.row_curve is not None:
-        curve, count = rule.row_curve, lengths.double()
+        curve, count = rule.row_curve, lengths.to(wide)
         rate = curve.limit / (1 + torch.exp(-(curve.slope * count + curve.shift))) / (count - 1).clamp(min=1)
         return torch.where(lengths > curve.beyond, (positions * rate).floor().to(positions.dtype), positions)
     assert rule.row_group is not None
     span, beyond = rule.row_group.span, rule.row_group.beyond
     if not rule.pair_shares:
         return positions // ((lengths - beyond + span - 1) // span).clamp(min=1)
-    scale = ((lengths - beyond).double() / span).clamp(min=1)
-    shares = torch.tensor(rule.pair_shares, dtype=torch.float64, device=positions.device)
+    scale = ((lengths - beyond).to(wide) / span).clamp(min=1)
+    shares = torch.tensor(rule.pair_shares, dtype=wide, device=positions.device)
     moved = positions[..., None] * (1 - shares * (1 - 1 / scale[..., None]))
     return moved if len(shares) > 1 else moved[..., 0]
 
