@@ -121,7 +121,7 @@ def attention_with_weights(
     places = Geometry(geometry.bands, geometry.queries, geometry.keys, geometry.mask, aligned=False)
     pieces = places.pieces(0, count, heads, value.shape[1], value.dtype)
     out, shares = attend_pieces(pieces, queries, keys, value, **options)
-    weights = torch.stack(shares).sum(0).view(batch, heads, count, -1)
+    weights = torch.stack(list(shares)).sum(0).view(batch, heads, count, -1)
     return out.view(batch, heads, count, -1).transpose(1, 2).contiguous(), weights
 
 

@@ -292,7 +292,7 @@ def _rotations(
         rotated = layout.rotate(states, at.once((what, *kind), lambda: phases(*rules)))
         return list(rotated.chunk(len(rules), 2))
     what = "both" if call.query_axes is call.key_axes else what
-    return [_lazily(layout, states, at.once((what, rule, *kind), lambda r=rule: phases(r))) for rule in rules]
+    return [_lazily(layout, states, at.once((what, rule, *kind), functools.partial(phases, rule))) for rule in rules]
 
 
 def _lazily(layout: Layout, states: torch.Tensor, phases: Phases) -> Rotated:

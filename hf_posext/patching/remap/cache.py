@@ -218,7 +218,7 @@ class KeyRecord:
             return True
         layers = _layers(cache)
         return len(layers) == len(self._seen) and all(
-            seen is None or (seen[0]() is layer.keys and seen[1] == _version(layer.keys))
+            seen is None or ((keys := layer.keys) is not None and seen[0]() is keys and seen[1] == _version(keys))
             for seen, layer in zip(self._seen, layers, strict=True)
         )
 
