@@ -218,7 +218,7 @@ class KeyRecord:
             return True
         layers = _layers(cache)
         return len(layers) == len(self._seen) and all(
-            seen is None or ((keys := layer.keys) is not None and seen[0]() is keys and seen[1] == _version(keys))
+            seen is None or (seen[0]() is layer.keys and seen[1] == _version(layer.keys))
             for seen, layer in zip(self._seen, layers, strict=True)
         )
 
@@ -305,9 +305,9 @@ def _seen(layer: Any) -> tuple[weakref.ref[torch.Tensor], int] | None:
     return (weakref.ref(keys), _version(keys)) if isinstance(keys, torch.Tensor) else None
 
 
-def _version(keys: torch.Tensor) -> int:
-    """Return how often a tensor was written into; -1 in inference mode, which does not count."""
-    return -1 if keys.is_inference() else keys._version
+def _version(keys: torch.Tensor | None) -> int:
+    """Return how often a tensor was written into; -1 of none, and in inference mode, which does not count."""
+    return -1 if keys is None or keys.is_inference() else keys._version
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:
