@@ -49,7 +49,7 @@ def cpu_methods(length: int) -> dict[str, Method]:
 
 
 def fading(reference: int) -> dict[str, Method]:
-    """What takes from the logits of far keys, by its name on top of `rerope`."""
+    """Methods that lower the logits of far keys, by name on top of `rerope`."""
     return {"rerope+fade": Fade(reference=reference), "rerope+decay": Decay(start=reference)}
 
 

@@ -40,7 +40,7 @@ def distance(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
 
 
 def taken(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """What a fade or a decay takes from the logits of query `i` and key `j` beyond the window, float64."""
+    """Return what a fade or a decay subtracts from the logit of query `i` and key `j` beyond the window, float64."""
     d = (i - j).double()
     match method:
         case Composition(parts=(ReRoPE(window=w), Fade(strength=s, reference=r))):
