@@ -27,7 +27,7 @@ from .forward import ATTENTION, begin_forward, begin_layer, both_sides, end_forw
 from .layout import Captured, LayerLayout, Probing, Quarters, UnknownLayout, measure
 from .paged import ServesBatches
 from .remapping import Layer, Remapping
-from .rotary import RotatesLate, own_phases
+from .rotary import RotatesLate, follows_angles, own_phases
 from .skeleton import copy_norms, skeleton_of
 
 CHECK_TOKENS = 24
@@ -102,6 +102,10 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
         )
     sites = list(rotary_sites(model))
     backbone, prefix = _backbone(model, sites[0])
+    if by_pair and not all(follows_angles(site, plan.target_length) for site in sites):
+        raise UnsupportedModelError(
+            f"{kind} computes its frequencies in each call; {plan.method}, which maps rotary pairs, cannot change them"
+        )
     unmapped = Remapping(replace(plan, parts=(), query_scale=None, rotaries=()), base, delta=indexed)
     if plan.parts and any(getattr(one, "is_causal", True) is False for one in (config, backbone.config)):
         raise UnsupportedModelError(both_sides(Remapping(plan, base), kind, "is_causal=False in its config"))

@@ -106,6 +106,16 @@ def pair_phases(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tupl
     return cos.view(*wanted.shape[:2], -1), sin.view(*wanted.shape[:2], -1)
 
 
+def follows_angles(site: RotarySite, length: int) -> bool:
+    """Return whether a rotary module gives the phases of an angle, whatever position it comes from. One that computes
+    its frequencies anew in each call (phimoe) does not."""
+    frequencies = _frequencies(site)
+    last = torch.full((1, 1), length - 1, device=frequencies.device)
+    wanted = own_phases(site, last, frequencies)
+    found = own_phases(_twin(site, (length - 1) * frequencies), torch.ones_like(last), frequencies)
+    return all(torch.allclose(*sides, atol=1e-5, rtol=0) for sides in zip(wanted, found, strict=True))
+
+
 def own_phases(site: RotarySite, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what a module's own forward gives at positions, below the mixin. Layers may be on other devices."""
     module: Any = site.module
