@@ -70,6 +70,10 @@ class AdapterDirectory:
         check_directory(path, WEIGHTS_FILE)
         entries = read_json(path / CONFIG_FILE)
         replaced = entries.get(REPLACED_KEY) or {}
+        if not isinstance(replaced, Mapping):
+            raise CheckpointError(
+                f"Expected entries of PEFT under {REPLACED_KEY} in {path / CONFIG_FILE}, got {short(replaced)}."
+            )
         config = {key: value for key, value in entries.items() if key not in OUR_KEYS} | dict(replaced)
         plan = ExtensionPlan.load(path)
         if PLAN_KEY in entries and ExtensionPlan.from_dict(entries[PLAN_KEY]) != plan:

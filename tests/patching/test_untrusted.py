@@ -183,7 +183,7 @@ def test_tables_that_the_model_does_not_have(originals: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["../../nowhere", "/nowhere/base", "", None, 7])
 def test_base_that_is_not_there(adapter: Path, name: object) -> None:
     edit(adapter / "adapter_config.json", base_model_name_or_path=name)
-    refused(load_adapter, adapter, CheckpointError, r"give it: load_adapter\(path, base=model\)")
+    refused(load_adapter, adapter, CheckpointError, r"Pass it: load_adapter\(path, base=model\)")
 
 
 def test_directory_that_is_not_there(tmp_path: Path) -> None:
@@ -284,10 +284,17 @@ def test_too_many_parts(adapter: Path) -> None:
 
 @pytest.mark.parametrize("rank", [10**9, 0, -1, "8", None])
 def test_ranks_that_the_weights_do_not_have(adapter: Path, rank: object) -> None:
-    edit(adapter / "adapter_config.json", r=rank)
+    edit(adapter / "adapter_config.json", posext_replaced={"peft_type": "LORA", "r": rank})
     refused(load_adapter, adapter, CheckpointError, "its weights 4; one is wrong")
-    edit(adapter / "adapter_config.json", r=10**9, rank_pattern={"q_proj": rank})
+    kept = {"peft_type": "LORA", "r": 10**9}
+    edit(adapter / "adapter_config.json", posext_replaced=kept, rank_pattern={"q_proj": rank})
     refused(load_adapter, adapter, CheckpointError, "its weights 4; one is wrong")
+
+
+@pytest.mark.parametrize("kept", ["LORA", ["r"], 8])
+def test_replaced_entries_that_are_none(adapter: Path, kept: object) -> None:
+    edit(adapter / "adapter_config.json", posext_replaced=kept)
+    refused(load_adapter, adapter, CheckpointError, "Expected entries of PEFT under posext_replaced")
 
 
 @pytest.mark.parametrize("changes", [{"rank_pattern": [4]}, {"modules_to_save": "norm"}, {"modules_to_save": [1]}])

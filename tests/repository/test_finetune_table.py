@@ -88,7 +88,7 @@ def test_the_table_has_a_line_for_each_run_in_order(results: Path, tmp_path: Pat
 def test_the_words_follow_the_numbers(results: Path) -> None:
     best, verdict, missing = finetune_table.sentences(finetune_table.load(results))
     assert best.startswith(
-        "The best at 4096 tokens is `yarn/full`, with a gain over truncation of 0.938; none is above"
+        "The best at 4096 tokens is `yarn/full`, with a gain over truncation of 0.938. None is above"
     )
     ratio = 33 / 36 - 1
     assert f"that helps with `yarn` ({100 * ratio:+.1f} % [" in verdict

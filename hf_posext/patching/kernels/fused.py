@@ -122,6 +122,8 @@ def fused_attention(
         if total is not None:  # a step of decoding is over before this is
             total[:, :, start:stop] = functools.reduce(torch.logaddexp, sums).reshape(batch, heads, -1)
         merged = merged if merged.dtype == dtype else merged.to(dtype)
+        if torch.compiler.is_compiling():  # inductor takes a reshape of what its kernel returns for a view
+            merged = merged.contiguous()
         return merged.reshape(batch, heads, stop - start, -1).transpose(1, 2)
 
     if rows >= count:
