@@ -112,8 +112,9 @@ def fused_attention(
         for piece in others:
             more, added = attended(piece)
             before = functools.reduce(torch.logaddexp, sums)
-            # its share is the sigmoid of how far it is above the others
-            merged.lerp_(more, (added - before).sigmoid_().unsqueeze(-1))
+            share = (added - before).sigmoid_().unsqueeze(-1)  # the sigmoid of how far it is above the others
+            # A graph that writes in place keeps the strides of before, which are not those of the result.
+            merged = merged.lerp(more, share) if torch.compiler.is_compiling() else merged.lerp_(more, share)
             sums = [before, added]
         if sinks is not None:  # they have no value
             sink = grouped_sinks(sinks, here[first.band]).to(merged.dtype)
@@ -122,8 +123,6 @@ def fused_attention(
         if total is not None:  # a step of decoding is over before this is
             total[:, :, start:stop] = functools.reduce(torch.logaddexp, sums).reshape(batch, heads, -1)
         merged = merged if merged.dtype == dtype else merged.to(dtype)
-        if torch.compiler.is_compiling():  # inductor takes a reshape of what its kernel returns for a view
-            merged = merged.contiguous()
         return merged.reshape(batch, heads, stop - start, -1).transpose(1, 2)
 
     if rows >= count:
