@@ -117,13 +117,18 @@ def follows_angles(site: RotarySite, length: int) -> bool:
 
 
 def own_phases(site: RotarySite, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a module's own forward gives at positions, below the mixin. Layers may be on other devices."""
+    """Return what the forward of a module's class gives at positions, below the mixin. Layers may be on other devices.
+
+    A hook puts a forward on the instance that is bound to it, so that a twin with other frequencies would ask the
+    module instead.
+    """
     module: Any = site.module
     extra = {"layer_type": site.layer_type} if site.layer_type else {}
     device = _frequencies(site).device
     x = torch.empty(0, dtype=like.dtype, device=device)
-    below: Any = super(RotatesLate, module) if isinstance(module, RotatesLate) else module
-    cos, sin = _parts(below.forward(x, positions.to(device), **extra))
+    late = isinstance(module, RotatesLate)
+    forward: Any = super(RotatesLate, module).forward if late else type(module).forward.__get__(module)
+    cos, sin = _parts(forward(x, positions.to(device), **extra))
     return cos.to(like.device), sin.to(like.device)
 
 
