@@ -113,7 +113,7 @@ def fused_attention(
             more, added = attended(piece)
             before = functools.reduce(torch.logaddexp, sums)
             share = (added - before).sigmoid_().unsqueeze(-1)  # the sigmoid of how far it is above the others
-            # A graph that writes in place keeps the strides of before, which are not those of the result.
+            # A graph that writes in place keeps the former strides, which are not those of the result.
             merged = merged.lerp(more, share) if torch.compiler.is_compiling() else merged.lerp_(more, share)
             sums = [before, added]
         if sinks is not None:  # they have no value
