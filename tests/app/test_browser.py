@@ -71,14 +71,17 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "hf_posext", "app", "--port", str(port)]
     with subprocess.Popen(command, env=environment, cwd=watch, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        assert line == f"the page is at http://127.0.0.1:{port}/ (Ctrl+C ends it)\n"
-        listening = [entry for entry in psutil.Process(server.pid).net_connections() if entry.status == "LISTEN"]
-        assert {entry.laddr.ip for entry in listening} == {"127.0.0.1"}
-        yield f"http://127.0.0.1:{port}/"
-        server.send_signal(signal.SIGINT)
-        assert server.wait(SECONDS) == 130
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            assert line == f"the page is at http://127.0.0.1:{port}/ (Ctrl+C ends it)\n"
+            listening = [entry for entry in psutil.Process(server.pid).net_connections() if entry.status == "LISTEN"]
+            assert {entry.laddr.ip for entry in listening} == {"127.0.0.1"}
+            yield f"http://127.0.0.1:{port}/"
+            server.send_signal(signal.SIGINT)
+            assert server.wait(SECONDS) == 130
+        finally:
+            server.kill()  # Ctrl+C is ignored where the tests run in the background of a shell
     assert connections.read_text(encoding="utf-8") == ""
 
 
