@@ -130,7 +130,9 @@ class Cells:
         gains = {method: found[0] for method in self.methods if (found := self.gain(method)) is not None}
         above = [f"`{method}` ({gain:.4f})" for method, gain in gains.items() if gain >= 1]
         reached = f"only {', '.join(above)} reached" if above else "none reached"
-        alone = " One novel has no interval, so this ranks nothing." if len(self.documents) == 1 else ""
+        count = len(self.documents)
+        few = "One novel has no interval" if count == 1 else f"An interval over {count} novels is their range"
+        alone = f" {few}, so this ranks nothing." if count < 4 else ""
         return f"Of {len(gains)} methods measured here, {reached} the perplexity of truncation (gain of 1).{alone}"
 
     def missing(self, documents: int) -> list[str]:
