@@ -136,7 +136,7 @@ class Cells:
         return f"Of {len(gains)} methods measured here, {reached} the perplexity of truncation (gain of 1).{alone}"
 
     def missing(self, documents: int) -> list[str]:
-        """What lacks of so many documents, in words: methods by how many documents they lack."""
+        """Return lines that name the methods which lack some of so many documents, by their number."""
         lacks: dict[int, list[str]] = {}
         for method in (CONTROL, BASELINE, *METHODS):
             count = sum((document, method) in self.cells for document in self.documents)

@@ -90,7 +90,7 @@ def vmap_here(vmap: Callable[..., Any], func: Callable[..., Any], in_dims: Any) 
 
 
 def is_here(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is on the device; inside vmap they lose their class, and none comes from the host there."""
+    """Return whether a tensor is on the device. Inside vmap tensors lose their class, and none comes from the host."""
     return isinstance(tensor, OnDevice) or torch._C._functorch.is_batchedtensor(tensor)
 
 

@@ -48,7 +48,7 @@ def rope_parameters(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def is_shipped_scaled(model: PreTrainedModel) -> bool:
-    """Whether the model comes with its frequencies scaled already."""
+    """Return whether the model comes with its frequencies scaled already."""
     types = {parameters.get("rope_type") for parameters in rope_parameters(text_config(model)).values()}
     return not types <= {None, "default", "proportional"}
 
@@ -102,7 +102,7 @@ def frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def why_no_reference(model: PreTrainedModel) -> str:
-    """Why the installed transformers' own scaling of a model is no reference, and nothing where it is one."""
+    """Reason why the installed transformers' own scaling of a model is no reference; nothing where it is one."""
     try:
         scaled = frequencies(native_model(model, "linear", 4, []))
     except ValueError as error:

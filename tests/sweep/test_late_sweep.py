@@ -118,7 +118,7 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def native_logits(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What the unpatched model gives, for each of the checks against it."""
+    """Outputs of the unpatched model, for each of the checks against it."""
     return {
         "full": logits(model, LENGTH),
         "padded": padded_logits(model),
@@ -130,7 +130,7 @@ def native_logits(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def own_difference(native: dict[str, torch.Tensor]) -> float:
-    """What the unpatched model's decoding differs by from its full forward."""
+    """Difference between the unpatched model's decoding and its full forward."""
     return relative(native["long decode"], native["long"])
 
 
@@ -150,7 +150,7 @@ def build_consistent(model_type: str, **sizes: Any) -> tuple[PreTrainedModel, di
 
 
 def check_identity(model: PreTrainedModel, method: Method, native: dict[str, torch.Tensor]) -> dict[str, bool]:
-    """Which checks a method passes that does not reach the input."""
+    """Checks that a method passes which does not reach the input."""
     with patch_model(model, method, factor=4, trained_length=given_length(model)):
         got = {
             "full": logits(model, LENGTH),
@@ -161,7 +161,7 @@ def check_identity(model: PreTrainedModel, method: Method, native: dict[str, tor
 
 
 def check_doubled(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> dict[str, bool]:
-    """Whether doubled positions in attention are doubled positions of the model, and matter."""
+    """Return whether doubled positions in attention are doubled positions of the model, and matter."""
     plan = BEYOND.plan(detect_scheme(model), factor=4, trained_length=given_length(model))
     with patch_model(model, replace(plan, parts=DOUBLED)):
         got = logits(model, LENGTH)
@@ -170,7 +170,7 @@ def check_doubled(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> di
 
 
 def check_remapped(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> dict[str, bool]:
-    """Whether a method that reaches the input changes logits, and decodes what it gives in one forward."""
+    """Return whether a method that reaches the input changes logits, and decodes what it gives in one forward."""
     with patch_model(model, WITHIN, factor=4, trained_length=given_length(model)):
         full, decoded = logits(model, LONG), decoded_logits(model, LONG)
     own = own_difference(native)
@@ -187,7 +187,7 @@ def expected_refusal(model: PreTrainedModel) -> str:
 
 
 def traces(model: PreTrainedModel) -> list[str]:
-    """What a patch has left on a model or in the registries of transformers."""
+    """Traces that a patch has left on a model or in the registries of transformers."""
     registries = (AttentionInterface, AttentionMaskInterface)
     left = [name for registry in registries for name in registry._global_mapping if "posext" in name]
     for path, module in model.named_modules():

@@ -25,7 +25,7 @@ LENGTH, GROUPS = 32, 4
 
 
 def attended(length: int, groups: int, heads: int) -> torch.Tensor:
-    """Which keys each query of each head sees, (heads, queries, keys)."""
+    """Keys that each query of each head sees, (heads, queries, keys)."""
     size = length // groups
     seen = torch.zeros(heads, length, length, dtype=torch.bool)
     for head in range(heads):
