@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,15 +36,13 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("large_models")
+def script(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("large_models")
 
 
 @pytest.fixture(scope="module")
-def page(script: ModuleType) -> ModuleType:
-    return importlib.import_module("large_models_page")
+def page(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("large_models_page")
 
 
 def results(name: str) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,16 +20,13 @@ METHODS = ["none", "yarn", "rerope(window=480)"]
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    """`benchmarks/public_model.py`; the scripts import each other by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("public_model")
+def script(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("public_model")
 
 
 @pytest.fixture(scope="module")
-def page(script: ModuleType) -> ModuleType:
-    return importlib.import_module("public_model_page")
+def page(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("public_model_page")
 
 
 @pytest.fixture(scope="module")
