@@ -1,8 +1,7 @@
 """Tokens per second of `hf-posext serve` for tiny-rope: each method against the unpatched model, on the same requests.
 
-Clients send all prompts at once, of different lengths and past the trained length, and wait for all of them.
-
-    python -m benchmarks.serving --output benchmarks/results/serving.json
+The servers of all methods are open at once, and take turns: clients send eight prompts of different lengths, most of them
+past the trained length, and wait for all answers. Prompts of a round are new, so that no server finds them in its cache.
 """
 
 from __future__ import annotations
@@ -10,49 +9,65 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import transformers
+from output import RESULTS, Run, console, figure, table
 
-import hf_posext
-from hf_posext.packages import machine
-from tests.cli.test_serve import MODEL, NEW, NOVELS, complete, server
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-METHODS = ("none", "yarn", "rerope", "rerope+fade", "self-extend", "dual-chunk")
+from tests.cli.test_serve import MODEL, NOVELS, complete, server
+
+METHODS = ("none", "yarn", "rerope", "rerope+fade", "leaky-rerope+fade", "self-extend", "dual-chunk")
 LENGTHS = (6000, 5000, 4000, 3000, 2000, 1500, 1000, 500)
 """Characters of each prompt, about three for a token."""
 
 
-def measure(method: str, prompts: list[str], rounds: int) -> dict[str, Any]:
-    """Median seconds of a round. The first two are not counted: the second finds the prompts in the cache."""
-    with server(MODEL, "--method", method, "--factor", "4") as url, ThreadPoolExecutor(len(prompts)) as clients:
-        seconds = []
-        for _ in range(rounds + 2):
-            start = time.perf_counter()
-            answers = list(clients.map(lambda prompt: complete(url, prompt), prompts))
-            seconds.append(time.perf_counter() - start)
-    assert all(answers)
-    return {"method": method, "seconds": statistics.median(seconds[2:]), "rounds": seconds[2:]}
+def measure(methods: Sequence[str], lengths: Sequence[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Return seconds of each round after the first, which is not counted, and the ratio of speeds to the first method."""
+    novels = [json.loads(line)["text"] for line in NOVELS.read_text(encoding="utf-8").splitlines()]
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    with ExitStack() as stack:
+        urls = {method: stack.enter_context(server(MODEL, "--method", method, "--factor", "4")) for method in methods}
+        clients = stack.enter_context(ThreadPoolExecutor(len(lengths)))
+        for turn in range(rounds + 1):
+            start = 3000 + turn * max(lengths)
+            prompts = [novels[i % len(novels)][start:][:length] for i, length in enumerate(lengths)]
+            order = list(urls.items())
+            for method, url in order[turn % len(order) :] + order[: turn % len(order)]:
+                began = time.perf_counter()
+                answers = list(clients.map(lambda prompt, url=url: complete(url, prompt, tokens), prompts))
+                seconds[method].append(time.perf_counter() - began)
+                assert all(answers)
+    rows = []
+    for method, times in seconds.items():
+        ratios = [base / each for base, each in zip(seconds[methods[0]], times, strict=True)][1:]
+        speed = tokens * len(lengths) / statistics.median(times[1:])
+        rows.append(
+            {"method": method, "seconds": times[1:], "tokens_per_second": speed, "ratio": statistics.median(ratios)}
+            | {"ratio_range": [min(ratios), max(ratios)]}
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    novels = [json.loads(line)["text"] for line in NOVELS.read_text(encoding="utf-8").splitlines()]
-    prompts = [novels[i % len(novels)][3000 : 3000 + length] for i, length in enumerate(LENGTHS)]
-    rows = [measure(method, prompts, arguments.rounds) for method in METHODS]
-    for row in rows:
-        row["tokens_per_second"] = NEW * len(prompts) / row["seconds"]
-        row["ratio"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-        print(f"{row['method']:12} {row['tokens_per_second']:8.1f} tokens/s  {row['ratio']:.3f}")
-    facts = {"transformers": transformers.__version__, "hf_posext": hf_posext.__version__, **machine()}
-    result = {"model": MODEL.name, "requests": len(prompts), "new_tokens": NEW, "provenance": facts, "rows": rows}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=32, help="New tokens of each request.")
+    parser.add_argument("--output", type=Path, default=RESULTS / "serving.json")
+    given = parser.parse_args()
+    run = Run("serving", {"rounds": given.rounds, "tokens": given.tokens}, given.output)
+    setting = {"model": MODEL.name, "factor": 4, "characters": LENGTHS, "new_tokens": given.tokens}
+    run.part("setting", lambda: setting)
+    rows = run.part("throughput", lambda: measure(METHODS, LENGTHS, given.tokens, given.rounds))
+    run.finish([])
+    cells = [(row["method"], figure(row["tokens_per_second"], 1), figure(row["ratio"])) for row in rows]
+    console().print(table("hf-posext serve", ("", "tokens/s", "x unpatched"), cells))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def server(model: Path, *flags: str) -> Iterator[str]:
         process.wait(30)
 
 
-def complete(url: str, prompt: str) -> str:
-    body = {"prompt": prompt, "max_tokens": NEW, "temperature": 0.0}
+def complete(url: str, prompt: str, tokens: int = NEW) -> str:
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")
     with urllib.request.urlopen(request, timeout=300) as response:
