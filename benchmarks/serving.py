@@ -1,7 +1,7 @@
 """Tokens per second of `hf-posext serve` for tiny-rope: each method against the unpatched model, on the same requests.
 
-The servers of all methods are open at once, and take turns: clients send eight prompts of different lengths, most of them
-past the trained length, and wait for all answers. Prompts of a round are new, so that no server finds them in its cache.
+The servers of all methods are open at once and take turns. Clients send eight prompts of different lengths, most of
+them past the trained length, and wait for all answers. Prompts of a round are new, so that no cache holds them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LENGTHS = (6000, 5000, 4000, 3000, 2000, 1500, 1000, 500)
 
 
 def measure(methods: Sequence[str], lengths: Sequence[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Return seconds of each round after the first, which is not counted, and the ratio of speeds to the first method."""
+    """Return seconds of each round but the first, and the ratio of speeds to the first method."""
     novels = [json.loads(line)["text"] for line in NOVELS.read_text(encoding="utf-8").splitlines()]
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     with ExitStack() as stack:
