@@ -21,7 +21,7 @@ from pages import table as markdown
 HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "benchmarks.md.jinja"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
-NAMES = ("perplexity", "cpu", "scaling", "gpu", "gpu_decoding")
+NAMES = ("perplexity", "cpu", "scaling", "serving", "gpu", "gpu_decoding")
 
 
 def origin(result: dict[str, Any]) -> str:
@@ -85,13 +85,22 @@ def fits(result: dict[str, Any]) -> str:
     return markdown(("", "ms / k", "ms / k²", "MB", "MB / k", "time off by", "memory off by"), lines)
 
 
+def throughput(result: dict[str, Any]) -> str:
+    lines = []
+    for row in result["parts"]["throughput"]:
+        least, most = row["ratio_range"]
+        speed = figure(row["tokens_per_second"], 1)
+        lines.append((f"`{row['method']}`", speed, figure(row["ratio"]), f"{least:.2f} to {most:.2f}"))
+    return markdown(("", "tokens/s", "x unpatched", "of single rounds"), lines)
+
+
 def render(results: Path = RESULTS) -> str:
     given: dict[str, Any] = dict.fromkeys(NAMES)
     for name in NAMES:
         path = results / f"{name}.json"
         if path.exists():
             given[name] = json.loads(path.read_text(encoding="utf-8"))
-    filters = {"origin": origin, "goals": goals, "sweep": sweep, "rows": rows, "fits": fits}
+    filters = {"origin": origin, "goals": goals, "sweep": sweep, "rows": rows, "fits": fits, "throughput": throughput}
     return fill(TEMPLATE, **filters, **given)
 
 

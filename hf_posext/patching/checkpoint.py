@@ -8,7 +8,7 @@ checkpoint finds them, and put in again when the model is loaded: only then can 
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedM
 from ..plan import PLAN_FILE, PLAN_KEY, ExtensionPlan
 from .detect import text_config
 from .loading import check_loaded, serializable
-from .saved_config import REPLACED_KEY, entries_of_4, open_patched_config, saved_plan, text_path
+from .mixin import mix
+from .saved_config import CarriesPlan, open_patched_config, saved_plan
 from .sites import LENGTH_FIELDS
 from .tables import set_rows, tables_of
 from .undo import UndoLog
@@ -74,27 +75,16 @@ def save_patched(
     path = new_directory(directory)
     with serializable(model):
         model.save_pretrained(path)
-    _add_older_dialect(path / "config.json", text_path(model.config))
+    if plan.changes_nothing:  # the config of such a patch is the model's own, for readers of one generation
+        config = copy.deepcopy(model.config)
+        config.__class__ = mix(CarriesPlan, type(config))
+        config.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     plan.save(path)
     if replaced:
         (path / REPLACED_FILE).parent.mkdir()
         save_file({name: rows.detach().contiguous() for name, rows in replaced.items()}, path / REPLACED_FILE)
-
-
-def _add_older_dialect(path: Path, part: str) -> None:
-    """Say the positions in the words of transformers 4, too; of the types in `RESUMABLE` the config does so itself."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    text = config[part] if part else config
-    older: dict[str, Any] | str = {}
-    if REPLACED_KEY not in config:
-        older = entries_of_4(text)
-    elif "rope_parameters" in config[REPLACED_KEY]:
-        older = {"rope_scaling": {"rope_type": config["attn_implementation"], "factor": 1.0}}  # stops it, too
-    if older and not isinstance(older, str):
-        text |= older
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def new_directory(directory: str | Path) -> Path:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,11 @@ FAMILIES = frozenset(
 )
 """Model types whose config takes every rope type there, and whose rotary module reads all of it for the whole head."""
 
-RESUMABLE = ("default", "linear")
-"""Of these, the types whose `rope_scaling` stands in every config. `Trainer` reads the config of a checkpoint that it
-resumes as one of no model, which fails in transformers 5 under the other types; so only [`Patch.save_pretrained`] and
-exports write those."""
+UNREADABLE = ("yarn", "llama3", "longrope")
+"""Types whose `rope_scaling` transformers 5 cannot read as the config of no model, for want of a length in it."""
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+"""Directories from which `Trainer` resumes. It reads their config as the config of no model."""
 
 
 class CarriesPlan(Carried):
@@ -56,20 +58,22 @@ class CarriesPlan(Carried):
         path = Path(json_file_path)
         data = json.loads(path.read_text(encoding="utf-8"))
         name = text_path(self)
-        self._edit(data, data[name] if name else data)
+        self._edit(data, data[name] if name else data, bool(_CHECKPOINT.fullmatch(path.absolute().parent.name)))
         path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def _edit(self, data: dict[str, Any], text: dict[str, Any]) -> None:
+    def _edit(self, data: dict[str, Any], text: dict[str, Any], resumed: bool) -> None:
         """Change what is written: the whole config, and the part of it that is about text."""
         older = entries_of_4(text)
-        if not isinstance(older, str) and older.get("rope_scaling", {}).get("rope_type", "default") in RESUMABLE:
+        if not isinstance(older, str) and not (
+            resumed and older.get("rope_scaling", {}).get("rope_type") in UNREADABLE
+        ):
             text |= older
 
 
 class StopsReaders(CarriesPlan):
     """The same for positions that no config can say."""
 
-    def _edit(self, data: dict[str, Any], text: dict[str, Any]) -> None:
+    def _edit(self, data: dict[str, Any], text: dict[str, Any], resumed: bool) -> None:
         stop = f"{named(data[PLAN_KEY])}; open the directory by hf_posext.load_patched(path)"
         data |= dict.fromkeys(_IMPLEMENTATIONS, stop)  # which transformers itself never saves
         data[REPLACED_KEY] = {"part": text_path(self)}
@@ -79,6 +83,9 @@ class StopsReaders(CarriesPlan):
             for parameters in (rope, *rope.values()):
                 if isinstance(parameters, dict) and "rope_type" in parameters:
                     parameters["rope_type"] = stop
+            older = {key: float(rope[key]) for key in ("rope_theta",) if key in rope}
+            if older or not resumed:  # without the base, version 5 would warn of a deprecated key
+                text |= {**older, "rope_scaling": {"rope_type": stop, "factor": 1.0}}  # stops transformers 4
 
 
 def entries_of_4(text: Mapping[str, Any]) -> dict[str, Any] | str:

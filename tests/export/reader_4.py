@@ -51,11 +51,15 @@ def write(root: Path) -> None:
             plan = method
         model, name = build(family), f"{family}-{method}"
         patch = patch_model(model, plan, factor=4)
+        if family == "llama":
+            model.save_pretrained(root / f"{name}-by-itself")  # as trainer.save_model does
         if method in STOPPED:
             patch.save_pretrained(root / name)
             continue
         export_checkpoint(model, root / name, "transformers-4")
         expected[name] = logits(model, ids)
+        if family == "llama":
+            expected[f"{name}-by-itself"] = expected[name].clone()
     for family, reason in REFUSED.items():
         model = build(family)
         patch_model(model, "yarn", factor=4)
@@ -82,7 +86,7 @@ def read(root: Path) -> None:
             difference = (model.eval()(ids).logits - logits).abs().max() / logits.abs().max()
         print(f"{name}: {float(difference):.1e}")
         assert difference < 1e-5, name  # sums of float32 in another order
-    for path in (root / f"llama-{method}" for method in STOPPED):
+    for path in (root / f"llama-{method}{writer}" for method in STOPPED for writer in ("", "-by-itself")):
         plan = json.loads((path / "config.json").read_text())["posext_plan"]["method"]
         try:
             transformers.AutoModelForCausalLM.from_pretrained(path)

@@ -295,6 +295,8 @@ def test_docs_tell_the_measured_figures() -> None:
         figures = f"{row['transformers']:.3f} | {row['llama.cpp']:.3f} | {row['difference']:+.1e}"
         assert f"| {row['method']} | {figures} |" in text
         assert abs(row["difference"]) < 1e-5
+    for row in json.loads((root / "benchmarks/results/serving.json").read_text())["parts"]["throughput"]:
+        assert f"| `{row['method']}` | {row['tokens_per_second']:.1f} | {row['ratio']:.2f} |" in text
     phases = json.loads((root / "benchmarks" / "results" / "server_phases.json").read_text())
     assert all(row.get("largest_difference", 0.0) == 0.0 for row in phases["rows"])
     for version in (phases["versions"]["vllm"], phases["versions"]["sglang"]):

@@ -254,4 +254,21 @@ def test_a_trainer_goes_on_from_its_checkpoint(method: str, tmp_path: Path) -> N
     trainer(again, tmp_path / "halves", max_steps=2).train(str(tmp_path / "halves" / "checkpoint-1"))
     assert torch.equal(logits(again.eval(), IDS), logits(whole.eval(), IDS))
     config = json.loads((tmp_path / "halves" / "checkpoint-1" / "config.json").read_text())
-    assert ("rope_theta" in config) == (method in ("ntk", "linear"))  # for transformers 4, where that can be resumed
+    # transformers 4 reads what Trainer does not go on from, too: reader_4.py
+    assert ("rope_theta" in config, "rope_scaling" in config) == {
+        "yarn": (False, False),
+        "ntk": (True, False),
+        "linear": (True, True),
+        "rerope": (True, True),  # stops it
+    }[method]
+
+
+def test_every_directory_but_a_checkpoint_speaks_to_transformers_4(tmp_path: Path) -> None:
+    model = patched("yarn")
+    paths = [by_save_model(model, tmp_path / "final"), by_itself(model, tmp_path / "new"), tmp_path / "none"]
+    patch_model(tiny_llama(), "none", factor=4).save_pretrained(paths[-1])
+    for path in paths:
+        config = json.loads((path / "config.json").read_text())
+        rope = config["rope_parameters"]
+        assert config["rope_theta"] == rope.pop("rope_theta")
+        assert config.get("rope_scaling", {"rope_type": "default"}) == rope
