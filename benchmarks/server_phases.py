@@ -4,7 +4,7 @@ Neither server is installed: their rotary modules are taken from an unpacked whe
 replaced by names that do nothing.
 
     pip download vllm sglang --no-deps -d wheels && for w in wheels/*.whl; do unzip -q $w -d servers; done
-    python -m benchmarks.server_phases --servers servers --output benchmarks/results/server_phases.json
+    python benchmarks/server_phases.py --servers servers --output benchmarks/results/server_phases.json
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from torch import nn
 
 import hf_posext
 from hf_posext.errors import ExportError
-from hf_posext.export import export_checkpoint, sglang, vllm
+from hf_posext.export import export_checkpoint
 from hf_posext.methods import LongRoPE, Method, YaRN
 from hf_posext.packages import machine
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 from tests.conftest import TRAINED, tiny_llama
 
 ROTARY = {"vllm": "model_executor.layers.rotary_embedding", "sglang": "srt.layers.rotary_embedding"}
-VERSIONS = {"vllm": vllm.READ_FROM, "sglang": sglang.READ_FROM}
 FACTOR, WIDTH = 4, 16
 METHODS: list[str | Method] = ["theta", "ntk", "linear", "yarn", "llama3", "yarn+resonance", "partial"]
 METHODS += [YaRN(attention_factor=1.5), YaRN(truncate=False), YaRN(variant="paper")]
@@ -120,14 +122,15 @@ def measure(server: str, method: str | Method) -> dict[str, Any]:
     plan = hf_posext.patch_model(model, method, factor=FACTOR).plan
     with tempfile.TemporaryDirectory() as directory:
         try:
-            export_checkpoint(model, directory, server)
+            serving = export_checkpoint(model, directory, server)
         except ExportError as error:
             return {"server": server, "method": plan.method, "refused": str(error)}
         found = phases(server, json.loads((Path(directory) / "config.json").read_text()))
     cos, sin = model.model.rotary_emb(torch.zeros(1, 1, 1), torch.arange(FACTOR * TRAINED)[None])
     half = cos.shape[-1] // 2
     difference = (found - torch.cat([cos[0, :, :half], sin[0, :, :half]], -1)).abs().max()
-    return {"server": server, "method": plan.method, "largest_difference": float(difference)}
+    row = {"server": server, "method": plan.method, "read_from": serving.read_from}
+    return {**row, "largest_difference": float(difference)}
 
 
 def main() -> None:
@@ -142,7 +145,8 @@ def main() -> None:
             rows.append(measure(server, method))
             print(json.dumps(rows[-1]), flush=True)
     if given.output is not None:
-        versions = VERSIONS | {"transformers": transformers.__version__, "torch": torch.__version__}
+        versions = {row["server"]: row.pop("read_from") for row in rows if "read_from" in row}
+        versions |= {"transformers": transformers.__version__, "torch": torch.__version__}
         content = {"machine": machine(), "versions": versions, "rows": rows}
         given.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -7,6 +7,7 @@ The share is that of the query at the last position of each length, averaged ove
 
 from __future__ import annotations
 
+import argparse
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -101,6 +102,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     """Measure, write and draw."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = {"machine": machine(), **measure()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

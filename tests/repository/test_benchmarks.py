@@ -206,3 +206,8 @@ def test_every_method_for_a_shipped_model_was_measured() -> None:
     )
     names = {part.partition("(")[0] for part in re.split(r"\+", measured)}
     assert {name for name in methods() if name not in names} == kinds
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_can_be_imported(path: Path) -> None:
+    script(path.stem)
