@@ -6,7 +6,6 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, NotPatchedError, PlanMismatchError, UnsupportedModelError
+from ..export.servers import serving_obstacle
 from ..markdown import inline, render
 from ..packages import require
 from ..patching import Patch, find_patch, unwrap
@@ -184,24 +184,6 @@ def how_to_open(directory: Path) -> str:
         obstacle=adapter and serving_obstacle(adapter.config),
         commands=[shlex.join(command) for command in serving_commands(adapter)] if adapter else [],
     )
-
-
-def serving_obstacle(config: Mapping[str, Any]) -> str | None:
-    """Return why servers do not load an adapter beside its base; `None` where they do.
-
-    vLLM refuses DoRA, biases and most of `modules_to_save`; 0.33.0 scales all layers alike (`lora/peft_helper.py`).
-    SGLang reads `target_modules`, `r` and `lora_alpha` (`srt/lora/lora_config.py`, commit 0ceb81fe4).
-
-    Args:
-        config (`Mapping`): entries of `adapter_config.json`.
-    """
-    if config.get("peft_type") != "LORA":
-        return f"an adapter of type {config.get('peft_type')}"
-    unknown = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
-    said = [name for name in (*unknown, "layer_replication", "use_qalora") if config.get(name)]
-    if config.get("bias", "none") != "none":
-        said.append("bias")
-    return ", ".join(said) or None
 
 
 def serving_commands(adapter: AdapterDirectory) -> list[list[str]]:

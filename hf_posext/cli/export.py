@@ -15,7 +15,7 @@ from .options import OriginalLength, TrainedLength, TrustRemoteCode, renamed_len
 from .output import output_directory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @app.command()
@@ -49,8 +49,8 @@ def export(
     with output_directory(output):
         from ..export import export_checkpoint
 
-        network, tokenizer = open_patched(model, method, lengths, dtype, trust_remote_code)
-        serving = export_checkpoint(network, output, to, tokenizer=tokenizer)
+        network, tokenizer, merged = open_patched(model, method, lengths, dtype, trust_remote_code)
+        serving = export_checkpoint(network, output, to, tokenizer=tokenizer, merged=merged)
         say(f"{serving.plan.describe()} for {serving.server}, as read from {serving.read_from}")
         for line in serving.command_lines(str(output)):
             say(f"  {line}")
@@ -73,8 +73,8 @@ def gguf(
 
 def open_patched(
     model: str, method: str | None, lengths: dict[str, Any], dtype: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Any]:
-    """Open a patched model, or patch a plain one. An adapter is merged.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any] | None]:
+    """Open a patched model, or patch a plain one. An adapter is merged, and its config returned.
 
     Raises:
         InvalidParameterError: a plain model without a method, or a patched one with lengths.
@@ -85,14 +85,16 @@ def open_patched(
     if dtype == "auto":
         dtype = str(load_config(base_of(model) or model, trust_remote_code).dtype or "float32").removeprefix("torch.")
     network, tokenizer = load_model(model, dtype, "cpu", trust_remote_code)
-    if getattr(network, "peft_config", None):
+    merged = None
+    if adapters := getattr(network, "peft_config", None):
+        merged = next(iter(adapters.values())).to_dict()
         network = network.merge_and_unload()
     given = method is not None or any(value is not None for value in lengths.values())
     if find_patch(network) is not None:
         if given:
-            raise InvalidParameterError(f"{model} has a plan of its own; leave --method and lengths out")
-        return network, tokenizer
+            raise InvalidParameterError(f"{model} has a plan of its own. Leave out --method and lengths.")
+        return network, tokenizer, merged
     if method is None:
         raise InvalidParameterError(f"{model} has no {PLAN_FILE}. Pass the method, as in --method yarn --factor 4")
     patch_model(network, method, tokenizer=tokenizer, **lengths)
-    return network, tokenizer
+    return network, tokenizer, merged

@@ -42,7 +42,7 @@ def serve(
     from ..patching import find_patch
 
     lengths = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
-    network, tokenizer = open_patched(model, method, lengths, dtype, trust_remote_code)
+    network, tokenizer, _ = open_patched(model, method, lengths, dtype, trust_remote_code)
     network = network.to(device).eval()
     patch = find_patch(network)
     assert patch is not None

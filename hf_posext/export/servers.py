@@ -253,3 +253,21 @@ def serve_sglang(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | 
     override = ("--json-model-override-args", override_flag(config, plan, entries), *length) if plan.rotaries else ()
     command = ("sglang", "serve", "--model-path", DIRECTORY, *length)
     return Serving("SGLang", "SGLang 0.5.23", plan, (command,), entries, override, tuple(differences))
+
+
+def serving_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Return why servers do not load an adapter beside its base; `None` where they do.
+
+    vLLM refuses DoRA, biases and most of `modules_to_save`; 0.33.0 scales all layers alike (`lora/peft_helper.py`).
+    SGLang reads `target_modules`, `r` and `lora_alpha` (`srt/lora/lora_config.py`, commit 0ceb81fe4).
+
+    Args:
+        config (`Mapping`): entries of `adapter_config.json`.
+    """
+    if config.get("peft_type") != "LORA":
+        return f"an adapter of type {config.get('peft_type')}"
+    unknown = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
+    said = [name for name in (*unknown, "layer_replication", "use_qalora") if config.get(name)]
+    if config.get("bias", "none") != "none":
+        said.append("bias")
+    return ", ".join(said) or None

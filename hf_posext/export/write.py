@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +17,7 @@ from ..patching import find_patch
 from ..patching.checkpoint import new_directory, refuse_adapter
 from ..patching.saved_config import text_path
 from . import llama_cpp
-from .servers import Serving, serve_sglang, serve_transformers, serve_transformers_4, serve_vllm
+from .servers import Serving, serve_sglang, serve_transformers, serve_transformers_4, serve_vllm, serving_obstacle
 
 SERVERS = {
     "transformers": serve_transformers,
@@ -33,6 +35,7 @@ def export_checkpoint(
     to: str = "transformers",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    merged: Mapping[str, Any] | None = None,
 ) -> Serving:
     """Save a patched model so that a server gives every token the positions of its plan.
 
@@ -47,6 +50,8 @@ def export_checkpoint(
             not compute, `"vllm"`, `"sglang"`, `"llama.cpp"`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): saved with the model, its limit raised; by default the one
             that [`patch_model`] was given.
+        merged (`Mapping`, *optional*): config of the adapter that was merged into the model. `SERVING.md` then reports
+            whether the server loads it beside its base.
 
     Returns:
         [`Serving`]: commands, changed config entries, differences.
@@ -77,6 +82,8 @@ def export_checkpoint(
         {"shell": shlex.join},
         serving=serving,
         commands=serving.command_lines(path.name),
+        merged=merged is not None,
+        obstacle=merged and serving_obstacle(merged),
     )
     (path / INSTRUCTIONS).write_text(instructions, encoding="utf-8")
     return serving

@@ -44,15 +44,18 @@ def test_plain_model_with_a_method(tmp_path: Path) -> None:
 def test_adapter_is_merged(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     patch_model(model, "yarn", factor=4, tokenizer=AutoTokenizer.from_pretrained(MODEL))
-    save_adapter(with_adapter(model), tmp_path / "adapter")
+    save_adapter(with_adapter(model, use_dora=True), tmp_path / "adapter")
     words = ["export", tmp_path / "adapter", "--to", "transformers", "--dtype", "float32"]
     result = run(*words, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     merged = load_adapter(tmp_path / "adapter", dtype=torch.float32).merge_and_unload()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(realigned(plain.eval()), IDS), logits(realigned(merged.eval()), IDS))
+    words[3] = "vllm"
+    assert run(*words, "--output", tmp_path / "vllm").exit_code == 0
+    assert "vLLM does not load it beside its base (use_dora)." in (tmp_path / "vllm" / "SERVING.md").read_text()
     refused = run(*words, "--output", tmp_path / "more", "--method", "yarn")
-    assert "has a plan of its own; leave --method and lengths out" in error_of(refused)
+    assert "has a plan of its own. Leave out --method and lengths" in error_of(refused)
 
 
 @pytest.mark.parametrize("preset", ["lora", "full"])

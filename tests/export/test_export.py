@@ -7,17 +7,27 @@ import math
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from hf_posext import LongRoPE, SelfExtend, YaRN, load_patched, patch_model
+from hf_posext import LongRoPE, SelfExtend, YaRN, find_patch, load_patched, patch_model
 from hf_posext.errors import ExportError, InvalidParameterError, NotPatchedError, UnsupportedModelError
 from hf_posext.export import SERVERS, Serving, export_checkpoint
+from hf_posext.markdown import render
 from tests.adapters.helpers import files, with_adapter
 from tests.conftest import TRAINED, logits, realigned, sharpen, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
 
@@ -149,6 +159,62 @@ def test_flags_say_what_the_exported_config_says(to: str, flag: str, tmp_path: P
         assert shlex.join(serving.override) in (tmp_path / method / "SERVING.md").read_text()
 
 
+def overridden(base: Path, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a base as `_apply_dict_overrides` of vLLM 0.33.0 makes it of `--hf-overrides`."""
+    config = AutoConfig.from_pretrained(base)
+    config.update({key: value for key, value in overrides.items() if not isinstance(value, dict)})
+    for name, value in overrides.items():
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            for key, entry in value.items():
+                if isinstance(entry, dict) and isinstance(getattr(part, key, None), dict):
+                    getattr(part, key).update(entry)  # into what the base has there
+                else:
+                    setattr(part, key, entry)
+        elif isinstance(value, dict):
+            setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize("multimodal", [False, True])
+@pytest.mark.parametrize("method", ["theta", "ntk", "yarn", YaRN(attention_factor=1.5), "llama3", "linear"], ids=str)
+def test_a_base_under_the_flags_is_the_patched_model(method: Any, multimodal: bool, tmp_path: Path) -> None:
+    """Beside a base that is served so, an adapter of the plan finds its positions."""
+    model = tiny_llava() if multimodal else tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    serving = export(method, tmp_path / "out", "vllm", model)[1]
+    config = overridden(tmp_path / "base", json.loads(serving.override[1]))
+    text = config.get_text_config()
+    text.standardize_rope_params()  # `patch_rope_parameters` of vLLM
+    text.validate_rope()
+    limit = text.max_position_embeddings * (4 if method == "linear" else 1)  # multiplied by vLLM
+    assert limit == int(serving.override[-1]) == 4 * TRAINED
+    served = type(model).from_pretrained(tmp_path / "base", config=config).eval()
+    assert torch.equal(logits(realigned(served), IDS), logits(realigned(model), IDS))
+
+
+def test_names_from_outside_mark_up_nothing(tmp_path: Path) -> None:
+    model, _ = export("yarn", tmp_path / "a`b <b>", "vllm")
+    lines = (tmp_path / "a`b <b>" / "SERVING.md").read_text().splitlines()
+    assert "vllm serve 'a`b <b>' --max-model-len 256" in lines  # between fences, quoted for the shell
+    plan = find_patch(model).plan  # type: ignore[union-attr]
+    serving = SERVERS["vllm"](model.config, plan, None)
+    plain = {"merged": False, "obstacle": None}
+    hostile = replace(serving, plan=replace(plan, method="<img src=x> [a](b)"), differences=("<script>",))
+    text = render("serving.md.jinja", "hf_posext.export", {"shell": shlex.join}, serving=hostile, commands=[], **plain)
+    assert "&lt;img" in text and "&lt;script" in text and "<img" not in text and "](b)" not in text
+    text = render(
+        "serving.md.jinja",
+        "hf_posext.export",
+        {"shell": shlex.join},
+        serving=serving,
+        commands=[],
+        merged=True,
+        obstacle="an adapter of type <script>",
+    )
+    assert "(an adapter of type &lt;script>)" in text
+
+
 def test_limit_of_linear_is_multiplied_by_servers(tmp_path: Path) -> None:
     for to in ("vllm", "sglang"):
         export("linear", tmp_path / to, to)
@@ -157,11 +223,15 @@ def test_limit_of_linear_is_multiplied_by_servers(tmp_path: Path) -> None:
     assert config_of(tmp_path / "plain")["max_position_embeddings"] == 4 * TRAINED
 
 
-def test_text_part_of_a_multimodal_config(tmp_path: Path) -> None:
+def tiny_llava() -> PreTrainedModel:
     torch.manual_seed(0)
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = LlavaConfig(vision_config=vision, text_config=tiny_llama().config, image_token_index=3)
-    model = sharpen(LlavaForConditionalGeneration(config))
+    return sharpen(LlavaForConditionalGeneration(config))
+
+
+def test_text_part_of_a_multimodal_config(tmp_path: Path) -> None:
+    model = tiny_llava()
     patch_model(model, YaRN(attention_factor=1.5), factor=4)
     for to, flag in (("vllm", "--hf-overrides"), ("sglang", "--json-model-override-args")):
         serving = export_checkpoint(model, tmp_path / to, to)
@@ -171,7 +241,7 @@ def test_text_part_of_a_multimodal_config(tmp_path: Path) -> None:
         assert "rope_parameters" not in config_of(tmp_path / to)
         said = json.loads(serving.override[serving.override.index(flag) + 1])
         assert said == {"text_config": {key: text[key] for key in ("rope_parameters", "max_position_embeddings")}}
-    assert isinstance(config.text_config, LlamaConfig)
+    assert isinstance(model.config.text_config, LlamaConfig)
 
 
 @pytest.mark.parametrize(

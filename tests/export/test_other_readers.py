@@ -6,6 +6,7 @@ Read from `convert/convert_llama.go` of ollama (017eb8ae4) and `mlx_lm/models/{l
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 from hf_posext import LongRoPE, patch_model
 from hf_posext.adapters import save_adapter
 from hf_posext.adapters.directory import AdapterDirectory
-from hf_posext.adapters.save import serving_commands, serving_obstacle
+from hf_posext.adapters.save import how_to_open, serving_commands
 from hf_posext.export import export_checkpoint
+from hf_posext.export.servers import serving_obstacle
 
 from ..adapters.helpers import with_adapter
 from ..conftest import TRAINED, tiny_llama
@@ -146,6 +148,20 @@ def test_adapters_that_servers_load(options: dict[str, Any], obstacle: str | Non
     assert limit == {4: 8, 9: 16}[options["r"]]
     assert ["--max-model-len", str(FACTOR * TRAINED)] == vllm[3:5]
     assert " ".join(vllm) in card and " ".join(sglang) in card
+
+
+def test_a_base_names_nothing_but_itself_in_a_card(tmp_path: Path) -> None:
+    model = tiny_llama()
+    patch_model(model, "yarn", factor=FACTOR)
+    path = save_adapter(with_adapter(model), tmp_path / "adapter")
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = 'me/<script>[a](b) "x"`'
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    text = how_to_open(path)
+    outside, code = text.split("```python\nimport json")
+    assert "<script" not in outside and "](b)" not in outside
+    line = next(line for line in code.splitlines() if line.startswith("base ="))
+    assert ast.literal_eval(line.split("from_pretrained(")[1].split(", config=")[0]) == 'me/<script>[a](b) "x"`'
 
 
 def test_servers_stop_at_an_adapter_that_needs_the_plan(tmp_path: Path) -> None:
