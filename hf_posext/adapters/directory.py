@@ -77,7 +77,7 @@ class AdapterDirectory:
         config = {key: value for key, value in entries.items() if key not in OUR_KEYS} | dict(replaced)
         plan = ExtensionPlan.load(path)
         if PLAN_KEY in entries and ExtensionPlan.from_dict(entries[PLAN_KEY]) != plan:
-            raise PlanMismatchError(f"{path} contains two plans, in {PLAN_FILE} and in {CONFIG_FILE}; save it again")
+            raise PlanMismatchError(f"{path} contains two plans, in {PLAN_FILE} and in {CONFIG_FILE}. Save it again.")
         found = cls(path, config, plan, BaseModel.load(path), _saved_shapes(path / WEIGHTS_FILE))
         found._check_config()
         return found
@@ -110,8 +110,8 @@ class AdapterDirectory:
         for name in self.modules_to_save:
             if not any(f".{name}." in key for key in self.shapes):
                 raise CheckpointError(
-                    f"{self.path / WEIGHTS_FILE} lacks {name!r}, which {CONFIG_FILE} lists in modules_to_save; save "
-                    "the adapter again by save_adapter(model, path), which keeps all that was trained"
+                    f"{self.path / WEIGHTS_FILE} lacks {name!r}, which {CONFIG_FILE} lists in modules_to_save. Save "
+                    "the adapter again by save_adapter(model, path), which keeps all that was trained."
                 )
 
 
@@ -197,8 +197,8 @@ def misfit(adapter: AdapterDirectory, model: PreTrainedModel) -> str | None:
     missing = sorted(trained.keys() - adapter.shapes.keys())
     if missing:
         raise CheckpointError(
-            f"{adapter.path} lacks {len(missing)} weights of its own config, {missing[0]} among them; save the "
-            "adapter again by save_adapter(model, path)"
+            f"{adapter.path} lacks {len(missing)} weights of its own config, {missing[0]} among them. Save the "
+            "adapter again by save_adapter(model, path)."
         )
     for key, shape in adapter.shapes.items():
         place = trained.get(key, all_saved.get(key))

@@ -14,14 +14,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, NotPatchedError, PlanMismatchError, UnsupportedModelError
-from ..export.servers import serving_obstacle
+from ..export.servers import IGNORED, serving_obstacle
 from ..markdown import inline, render
 from ..packages import require
 from ..patching import Patch, find_patch, unwrap
-from ..patching.carrying import carry_in_adapters
 from ..patching.checkpoint import new_directory, upload
 from ..patching.fingerprint import BaseModel
-from ..patching.saved_config import REPLACED_KEY, open_patched_config
+from ..patching.saved_config import REPLACED_KEY, carry_in_adapters, open_patched_config
 from ..patching.untrusted import read_json
 from ..plan import ExtensionPlan
 from .directory import CARD_FILE, CONFIG_FILE, FILES, OUR_KEYS, AdapterDirectory, blank_twin, computes, misfit
@@ -80,8 +79,8 @@ def save_adapter(
         AutoConfig.from_pretrained(base_model, trust_remote_code=False), patch.plan
     ):
         raise PlanMismatchError(
-            f"the config of {base_model} does not say the positions of ({patch.plan.describe()}); name a checkpoint "
-            "that patch.save_pretrained wrote under this plan, or leave base_model out"
+            f"the config of {base_model} does not say the positions of ({patch.plan.describe()}). Name a checkpoint "
+            "that patch.save_pretrained wrote under this plan, or leave base_model out."
         )
     path = new_directory(directory)
     tell_adapters(model, patch)
@@ -99,8 +98,8 @@ def save_adapter(
     if homeless:
         shutil.rmtree(path)
         raise UnsupportedModelError(
-            f"PEFT does not build the adapter {name!r} again from what it saves of it: {homeless}; merge it into the "
-            "weights, model.merge_and_unload(), and save the model"
+            f"PEFT does not build the adapter {name!r} again from what it saves of it: {homeless}. Merge it into the "
+            "weights, model.merge_and_unload(), and save the model."
         )
     tokenizer = tokenizer or patch.tokenizer
     if tokenizer is not None:
@@ -181,18 +180,22 @@ def how_to_open(directory: Path) -> str:
         base=public_name(adapter.base_name) if adapter else "",
         by_base=adapter is not None and REPLACED_KEY not in read_json(directory / CONFIG_FILE),
         by_config=_in_config(directory, plan),
-        obstacle=adapter and serving_obstacle(adapter.config),
-        commands=[shlex.join(command) for command in serving_commands(adapter)] if adapter else [],
+        obstacles={name: serving_obstacle(adapter.config, name) for name in IGNORED} if adapter else {},
+        commands={name: shlex.join(words) for name, words in serving_commands(adapter).items()} if adapter else {},
     )
 
 
-def serving_commands(adapter: AdapterDirectory) -> list[list[str]]:
-    """Return the commands by which vLLM and SGLang serve an adapter beside a base whose config says the positions."""
+def serving_commands(adapter: AdapterDirectory) -> dict[str, list[str]]:
+    """Return the commands by which servers load an adapter beside a base whose config says the positions."""
     base, length = public_name(adapter.base_name), str(adapter.plan.target_length)
-    rank = next((str(rank) for rank in VLLM_RANKS if rank >= adapter.config.get("r", 0)), "")
+    most = max([adapter.config.get("r", 0), *(adapter.config.get("rank_pattern") or {}).values()])
+    rank = next((str(rank) for rank in VLLM_RANKS if rank >= most), "")
     vllm = ["vllm", "serve", base, "--max-model-len", length, "--enable-lora", "--max-lora-rank", rank]
     sglang = ["sglang", "serve", "--model-path", base, "--context-length", length, "--enable-lora"]
-    return [[*vllm, "--lora-modules", "adapter=PATH"], [*sglang, "--lora-paths", "adapter=PATH"]]
+    return {
+        "vLLM": [*vllm, "--lora-modules", "adapter=PATH"],
+        "SGLang": [*sglang, "--lora-paths", "adapter=PATH"],
+    }
 
 
 def _in_config(directory: Path, plan: ExtensionPlan) -> bool:

@@ -6,11 +6,10 @@ from .compare import compare
 from .evaluate import evaluate
 from .explain import explain, page
 from .explore import env, inspect, methods
-from .export import export, gguf
+from .export import export, gguf, serve
 from .finetune import finetune
 from .recommend import recommend, search
 from .report import report
-from .serve import serve
 
 __all__ = [
     "app",

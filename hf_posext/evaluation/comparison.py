@@ -28,6 +28,7 @@ from .tasks import Assembly, MethodRun, Outcomes, control_run, method_run, name_
 if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
 
     from ..methods.base import Method
     from ..plan import ExtensionPlan
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 @renamed_arguments(original_length="trained_length")
 def compare(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     methods: Sequence[str | Method],
     config: EvaluationConfig | None = None,
@@ -200,7 +201,7 @@ def measure_runs(
 @renamed_arguments(original_length="trained_length")
 def evaluate_perplexity(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     lengths: Sequence[int] | None = None,
     config: EvaluationConfig | None = None,

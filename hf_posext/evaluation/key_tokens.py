@@ -29,6 +29,7 @@ from .windows import windowed_nll
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase
 
 
 class Criterion(NamedTuple):
@@ -84,12 +85,12 @@ class Contrast(NamedTuple):
 
 def find_key_tokens(
     evaluator: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     *,
     length: int,
     start: int = 0,
-    evaluator_tokenizer: Any = None,
+    evaluator_tokenizer: PreTrainedTokenizerBase | None = None,
     alpha: float = 2.0,
     beta: float = -2.0,
     short_length: int = 4096,
@@ -261,13 +262,13 @@ class LongPPL:
 
 def longppl(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     *,
     length: int,
     start: int = 0,
     evaluator: nn.Module | None = None,
-    evaluator_tokenizer: Any = None,
+    evaluator_tokenizer: PreTrainedTokenizerBase | None = None,
     keys: KeyTokens | None = None,
     alpha: float = 2.0,
     beta: float = -2.0,

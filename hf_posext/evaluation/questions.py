@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import InvalidParameterError
 from ..patching.modes import evaluation_mode
@@ -128,7 +128,7 @@ def check_questions(
 
 def passkey_accuracy(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     lengths: Sequence[int],
     trials: int,
     seed: int = 0,
@@ -175,7 +175,7 @@ def passkey_accuracy(
 
 def retrieval(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     lengths: Sequence[int],
     *,
     tasks: Sequence[str] | None = None,

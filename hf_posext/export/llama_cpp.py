@@ -211,7 +211,7 @@ def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str |
     plan = plan if isinstance(plan, ExtensionPlan) else ExtensionPlan.load(plan)
     path = Path(path)
     if path.exists():
-        raise FileExistsError(f"{path} exists; choose another name, or remove it first")
+        raise FileExistsError(f"{path} exists. Choose another name, or remove it first.")
     reader = _open(gguf, source)
     said = rope_keys(plan)
     arch = _check(reader, source, plan, said)

@@ -255,19 +255,31 @@ def serve_sglang(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | 
     return Serving("SGLang", "SGLang 0.5.23", plan, (command,), entries, override, tuple(differences))
 
 
-def serving_obstacle(config: Mapping[str, Any]) -> str | None:
-    """Return why servers do not load an adapter beside its base; `None` where they do.
+REFUSED = (
+    "use_dora modules_to_save lora_bias layer_replication use_qalora use_bdlora alora_invocation_tokens "
+    "trainable_token_indices"
+).split()
+"""Entries of `adapter_config.json` that vLLM refuses (`lora/peft_helper.py`), and SGLang refuses or ignores."""
 
-    vLLM refuses DoRA, biases and most of `modules_to_save`; 0.33.0 scales all layers alike (`lora/peft_helper.py`).
-    SGLang reads `target_modules`, `r` and `lora_alpha` (`srt/lora/lora_config.py`, commit 0ceb81fe4).
+IGNORED = {"vLLM": (), "SGLang": ("rank_pattern", "alpha_pattern", "use_rslora")}
+"""Entries that a server ignores: SGLang scales every layer by `lora_alpha / r` (`srt/lora/{lora,lora_config}.py`)."""
+
+MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations of PEFT that write into the base weights, on which the adapter then depends."""
+
+
+def serving_obstacle(config: Mapping[str, Any], server: str) -> str | None:
+    """Return why a server does not load an adapter beside its base; `None` where it does.
 
     Args:
         config (`Mapping`): entries of `adapter_config.json`.
+        server (`str`): `"vLLM"` or `"SGLang"`.
     """
     if config.get("peft_type") != "LORA":
         return f"an adapter of type {config.get('peft_type')}"
-    unknown = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
-    said = [name for name in (*unknown, "layer_replication", "use_qalora") if config.get(name)]
+    names = [name for name in (*REFUSED, *IGNORED[server]) if config.get(name)]
     if config.get("bias", "none") != "none":
-        said.append("bias")
-    return ", ".join(said) or None
+        names.append("bias")
+    if str(config.get("init_lora_weights", "")).lower().startswith(MUTATING):
+        names.append("init_lora_weights")
+    return ", ".join(names) or None

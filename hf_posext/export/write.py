@@ -17,7 +17,15 @@ from ..patching import find_patch
 from ..patching.checkpoint import new_directory, refuse_adapter
 from ..patching.saved_config import text_path
 from . import llama_cpp
-from .servers import Serving, serve_sglang, serve_transformers, serve_transformers_4, serve_vllm, serving_obstacle
+from .servers import (
+    IGNORED,
+    Serving,
+    serve_sglang,
+    serve_transformers,
+    serve_transformers_4,
+    serve_vllm,
+    serving_obstacle,
+)
 
 SERVERS = {
     "transformers": serve_transformers,
@@ -83,7 +91,8 @@ def export_checkpoint(
         serving=serving,
         commands=serving.command_lines(path.name),
         merged=merged is not None,
-        obstacle=merged and serving_obstacle(merged),
+        obstacle=serving_obstacle(merged, serving.server) if merged and serving.server in IGNORED else None,
+        beside=serving.server in IGNORED,
     )
     (path / INSTRUCTIONS).write_text(instructions, encoding="utf-8")
     return serving

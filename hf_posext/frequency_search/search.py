@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import datasets
     import pandas as pd
     from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
 
     from ..evaluation import Document
 
@@ -48,7 +49,7 @@ SMALLEST = 4
 @renamed_arguments(original_length="trained_length")
 def search(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     target_length: int,
     *,

@@ -95,7 +95,7 @@ def new_directory(directory: str | Path) -> Path:
     """
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(file.suffix != ".lock" for file in path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
+        raise FileExistsError(f"{path} exists and is not an empty directory. Choose another, or remove it first.")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -107,7 +107,7 @@ def refuse_adapter(model: PreTrainedModel) -> None:
     """
     if getattr(model, "peft_config", None):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has an adapter; save it by save_adapter(model, path). To merge it into the "
+            f"{type(model).__name__} has an adapter. Save it by save_adapter(model, path). To merge it into the "
             "weights, call merge_and_unload() of the PeftModel, or of load_adapter(path)"
         )
 

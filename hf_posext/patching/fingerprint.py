@@ -85,7 +85,7 @@ class BaseModel:
             return decode(cls, read_json(path) if beside is None else beside, where=BASE_FILE)
         except PlanError as error:
             raise CheckpointError(
-                f"{directory / BASE_FILE} is corrupt: {error}; save the adapter again: save_adapter(model, path)"
+                f"{directory / BASE_FILE} is corrupt: {error}. Save the adapter again: save_adapter(model, path)"
             ) from error
 
     def to_dict(self) -> dict[str, Any]:

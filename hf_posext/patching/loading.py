@@ -84,7 +84,7 @@ def locate(name: str | Path, *, trust_remote_code: bool = False) -> Source:
         return Source(text, str(path.parent), _whole(path.name), trust_remote_code)
     parts = text.split("/")
     if path.is_absolute() or text.startswith(".") or len(parts) < 3 or "\\" in text:
-        raise CheckpointError(f"no such file: {text}; pass a GGUF file, or one of a Hub id, as org/name/model.gguf")
+        raise CheckpointError(f"no such file: {text}. Pass a GGUF file, or one of a Hub id, as org/name/model.gguf")
     return Source(text, "/".join(parts[:2]), _whole("/".join(parts[2:])), trust_remote_code)
 
 
@@ -204,7 +204,7 @@ def check_weights(place: str | Path | None) -> None:
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles and not any(path.glob("*.safetensors")):
         raise CheckpointError(
-            f"{place} contains only {', '.join(pickles)}, which could execute code when opened; save the weights as "
+            f"{place} contains only {', '.join(pickles)}, which could execute code when opened. Save the weights as "
             "safetensors: model.save_pretrained(path)"
         )
 

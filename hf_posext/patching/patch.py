@@ -28,13 +28,12 @@ from ..methods import Method, as_method
 from ..plan import ExtensionPlan
 from ..visible import html_table
 from .biases import apply_buckets, apply_slopes
-from .carrying import carry
 from .checkpoint import open_saved, refuse_adapter, save_patched, upload
 from .detect import detect_scheme
 from .frequencies import apply_frequencies
 from .ownership import InForce, mark_model, mark_of, own_configs, unmark, unwrap
 from .remap.probe import apply_late_rotation
-from .saved_config import saved_plan
+from .saved_config import carry, saved_plan
 from .tables import apply_sinusoids, apply_table, follow_tables, raise_limits, replaced_tables, tables_of
 from .undo import Weak
 

@@ -311,7 +311,7 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
             found |= dict.fromkeys(f"{path}.{name}" for name in inside)
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no linear map inside an attention module; pass the targets of the adapter "
+            f"{type(model).__name__} has no linear map inside an attention module. Pass the targets of the adapter "
             "by name, or targets='all-linear'"
         )
     return list(found)

@@ -60,7 +60,7 @@ def check_directory(directory: str | Path, weights: str = "model*.safetensors") 
     if not any(path.glob(weights)):
         pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
         held = f"only {', '.join(pickles)}, which could execute code when opened" if pickles else "no weights"
-        raise CheckpointError(f"{directory} holds {held}; save the weights as safetensors ({weights})")
+        raise CheckpointError(f"{directory} holds {held}. Save the weights as safetensors ({weights}).")
 
 
 def check_shards(path: Path) -> None:

@@ -38,6 +38,7 @@ from .sweep import Name, Prices, Ratio, Sweep, name_of
 if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
 
     from ..evaluation import Document
     from ..methods import Method
@@ -64,7 +65,7 @@ PROBE = 16
 @renamed_arguments(original_length="trained_length")
 def recommend(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     target_length: int,
     budget: int | None = None,
@@ -146,7 +147,7 @@ def check_options(target_length: int, trained_length: int | None, short_limit: f
 @contextmanager
 def prepared(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Any,
     target_length: int,
     *,

@@ -13,6 +13,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers import PreTrainedModel
 
 from ..errors import InvalidParameterError
+from ..export.servers import MUTATING
 from ..patching.sites import attention_projections, embeddings, norms, shortest_names, tied_head
 from ..plan import ExtensionPlan
 
@@ -83,7 +84,7 @@ class Settings:
             )
         if self.pack or self.longce:
             other = "pack" if self.pack else "longce"
-            raise InvalidParameterError(f"pose and {other} both decide what a row's positions mean; leave one out")
+            raise InvalidParameterError(f"pose and {other} both decide what a row's positions mean. Leave one out.")
 
     def _check_shifted(self) -> None:
         groups = self.shifted or 0
@@ -93,7 +94,7 @@ class Settings:
                 "number divides the length"
             )
         if self.pack:
-            raise InvalidParameterError("shifted attention takes rows of one document; leave out pack or shifted")
+            raise InvalidParameterError("shifted attention takes rows of one document. Leave out pack or shifted.")
 
     def _check_longce(self) -> None:
         short = self.longce or 0
@@ -103,11 +104,7 @@ class Settings:
                 f"{self.length // 8}: twice as many are below the length"
             )
         if self.pack:
-            raise InvalidParameterError("longce weighs by contexts of one document; leave out pack or longce")
-
-
-MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations of peft that write into the base weights, on which the adapter then depends."""
+            raise InvalidParameterError("longce weighs by contexts of one document. Leave out pack or longce.")
 
 
 @dataclass(frozen=True)
@@ -148,11 +145,11 @@ class Preset:
             raise InvalidParameterError(f"rank is {self.rank}. Pass 1 or more, e.g. 8")
         if self.rank is None and (self.options or self.embeddings or self.norms or self.ratio != 1):
             raise InvalidParameterError("a preset without a rank trains all weights. Pass a rank for an adapter")
-        start = str(self.options.get("init_lora_weights", ""))
+        start = str(self.options.get("init_lora_weights", "")).lower()
         if start.startswith(MUTATING):
             raise InvalidParameterError(
                 f"init_lora_weights={start!r} changes the base weights, so that the adapter would be wrong on the "
-                "base as it was; choose another, such as 'orthogonal'"
+                "base as it was. Choose another, such as 'orthogonal'."
             )
 
 

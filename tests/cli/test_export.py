@@ -90,7 +90,7 @@ def test_gguf_gets_the_positions_of_an_export(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     said = read_gguf(tmp_path / "model.gguf")
     assert said.keys["context_length"] == 2048 and len(said.tensors["rope_freqs.weight"]) == 32
-    assert "choose another name" in error_of(run("gguf", tmp_path / "out", source, tmp_path / "model.gguf"))
+    assert "Choose another name" in error_of(run("gguf", tmp_path / "out", source, tmp_path / "model.gguf"))
 
 
 @pytest.mark.parametrize(

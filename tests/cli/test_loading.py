@@ -126,7 +126,7 @@ def test_a_folder_of_pickles_is_refused_in_one_line(command: str, tmp_path: Path
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     line = error_of(run(command.split()[0], *words_of(command, folder, tmp_path / "out")))
-    assert "contains only pytorch_model.bin, which could execute code when opened; save the weights as" in line
+    assert "contains only pytorch_model.bin, which could execute code when opened. Save the weights as" in line
 
 
 # Code of the checkpoint

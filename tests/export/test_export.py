@@ -199,7 +199,7 @@ def test_names_from_outside_mark_up_nothing(tmp_path: Path) -> None:
     assert "vllm serve 'a`b <b>' --max-model-len 256" in lines  # between fences, quoted for the shell
     plan = find_patch(model).plan  # type: ignore[union-attr]
     serving = SERVERS["vllm"](model.config, plan, None)
-    plain = {"merged": False, "obstacle": None}
+    plain = {"merged": False, "obstacle": None, "beside": True}
     hostile = replace(serving, plan=replace(plan, method="<img src=x> [a](b)"), differences=("<script>",))
     text = render("serving.md.jinja", "hf_posext.export", {"shell": shlex.join}, serving=hostile, commands=[], **plain)
     assert "&lt;img" in text and "&lt;script" in text and "<img" not in text and "](b)" not in text
@@ -210,6 +210,7 @@ def test_names_from_outside_mark_up_nothing(tmp_path: Path) -> None:
         serving=serving,
         commands=[],
         merged=True,
+        beside=True,
         obstacle="an adapter of type <script>",
     )
     assert "(an adapter of type &lt;script>)" in text

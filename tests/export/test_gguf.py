@@ -146,7 +146,7 @@ def test_model_of_another_shape(tmp_path: Path) -> None:
 def test_files_are_never_written_over(tmp_path: Path) -> None:
     plan, path = make("yarn", tmp_path)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="choose another name"):
+    with pytest.raises(FileExistsError, match="Choose another name"):
         write_gguf(plan, tmp_path / "source.gguf", path)
     assert path.read_bytes() == before
 

@@ -116,38 +116,47 @@ def by_vllm(config: dict[str, Any], max_rank: int) -> None:
     scaling = config["lora_alpha"] / config["r"]
     assert scaling > 0
     saved = [name for name in config.get("modules_to_save") or [] if name not in ("classifier", "score")]
-    if saved or config.get("use_dora") or config.get("bias", "none") != "none" or config["r"] > max_rank:
+    most = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if saved or config.get("use_dora") or config.get("bias", "none") != "none" or most > max_rank:
         raise ValueError("refused")
 
 
 @pytest.mark.parametrize(
-    ("options", "obstacle"),
+    ("options", "obstacles"),
     [
-        ({"r": 4}, None),
-        ({"r": 9, "use_rslora": True}, None),
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"r": 4}, {}),
+        ({"r": 9, "use_rslora": True}, {"SGLang": "use_rslora"}),
+        ({"use_dora": True}, dict.fromkeys(("vLLM", "SGLang"), "use_dora")),
+        ({"modules_to_save": ["norm"]}, dict.fromkeys(("vLLM", "SGLang"), "modules_to_save")),
+        ({"bias": "all"}, dict.fromkeys(("vLLM", "SGLang"), "bias")),
+        ({"r": 4, "rank_pattern": {"q_proj": 12}}, {"SGLang": "rank_pattern"}),
     ],
+    ids=str,
 )
-def test_adapters_that_servers_load(options: dict[str, Any], obstacle: str | None, tmp_path: Path) -> None:
+def test_adapters_that_servers_load(options: dict[str, Any], obstacles: dict[str, str], tmp_path: Path) -> None:
     model = tiny_llama()
     patch = patch_model(model, "yarn", factor=FACTOR)
     patch.save_pretrained(tmp_path / "base")
     save_adapter(with_adapter(model, **options), tmp_path / "adapter", base_model=str(tmp_path / "base"))
     adapter = AdapterDirectory.read(tmp_path / "adapter")
-    assert serving_obstacle(adapter.config) == obstacle
     card = (tmp_path / "adapter" / "README.md").read_text()
-    if obstacle is not None:
-        assert f"Servers do not take it beside its base ({obstacle})" in card
-        return
-    vllm, sglang = serving_commands(adapter)
+    for server, words in serving_commands(adapter).items():
+        assert serving_obstacle(adapter.config, server) == obstacles.get(server)
+        refusal = f"{server} does not load it beside its base ({obstacles.get(server)})"
+        assert (refusal in card, " ".join(words) in card) == (server in obstacles, server not in obstacles)
+    vllm = serving_commands(adapter)["vLLM"]
     limit = int(vllm[vllm.index("--max-lora-rank") + 1])
-    by_vllm(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()), limit)
-    assert limit == {4: 8, 9: 16}[options["r"]]
+    if "vLLM" not in obstacles:
+        by_vllm(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()), limit)
+        assert limit == (8 if options == {"r": 4} else 16)
     assert ["--max-model-len", str(FACTOR * TRAINED)] == vllm[3:5]
-    assert " ".join(vllm) in card and " ".join(sglang) in card
+
+
+@pytest.mark.parametrize("start", ["PiSSA", "pissa_niter_4", "olora", "loftq", "lora_ga"])
+def test_adapters_that_changed_the_base_are_named(start: str) -> None:
+    config = {"peft_type": "LORA", "init_lora_weights": start}
+    assert [serving_obstacle(config, server) for server in ("vLLM", "SGLang")] == ["init_lora_weights"] * 2
+    assert serving_obstacle(config | {"init_lora_weights": "orthogonal"}, "vLLM") is None
 
 
 def test_a_base_names_nothing_but_itself_in_a_card(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_loading_refuses_weights_of_another_model(llama: LlamaForCausalLM, tmp_p
 def test_saving_overwrites_nothing(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     patch = patch_model(llama, "yarn", factor=8)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="choose another"):
+    with pytest.raises(FileExistsError, match="Choose another"):
         patch.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     patch.undo()

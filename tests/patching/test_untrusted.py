@@ -228,7 +228,7 @@ def test_files_that_are_missing(adapter: Path, name: str) -> None:
 
 def test_a_corrupt_fingerprint_says_what_to_do(adapter: Path) -> None:
     edit(adapter / "posext_base.json", samples=3)
-    refused(load_adapter, adapter, CheckpointError, r"is corrupt: .*; save the adapter again: save_adapter")
+    refused(load_adapter, adapter, CheckpointError, r"is corrupt: .*. Save the adapter again: save_adapter")
 
 
 # Numbers

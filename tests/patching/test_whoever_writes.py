@@ -236,7 +236,7 @@ def test_prompt_learning_is_refused_or_told(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     patch_model(model, "rerope", factor=4)
     peft = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
-    with pytest.raises(UnsupportedModelError, match="save by save_adapter.*KeepsPlan"):
+    with pytest.raises(UnsupportedModelError, match="Save by save_adapter.*KeepsPlan"):
         peft.save_pretrained(tmp_path / "lost")
     trained = trainer(peft, tmp_path / "run", callbacks=[KeepsPlan()])
     trained.train()

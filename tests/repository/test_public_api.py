@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -160,3 +162,16 @@ def test_versions() -> None:
     assert (
         found["hf_posext"] == "0.1.0" and found["torch"][0].isdigit() and found["no-such-package"] == "not installed"
     )
+
+
+@pytest.mark.parametrize("room", ["", ".adapters", ".evaluation", ".export", ".recommendation", ".training"])
+def test_models_and_tokenizers_of_public_functions_have_types(room: str) -> None:
+    module = importlib.import_module(f"hf_posext{room}")
+    functions = [entry for name in module.__all__ if inspect.isfunction(entry := getattr(module, name))]
+    parameters = [
+        (function.__name__, parameter.name, str(parameter.annotation))
+        for function in functions
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name in ("model", "tokenizer")
+    ]
+    assert parameters and not [entry for entry in parameters if entry[-1] == "Any"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_posext.training import PRESETS, Finetuned, Preset, finetune
-from hf_posext.training.prepare import trainable
+from hf_posext.training.finetune import trainable
 from hf_posext.training.settings import Settings
 
 from ..conftest import tiny_llama

@@ -91,7 +91,7 @@ def test_nope_drops_the_positions_and_trains_at_the_trained_length(tmp_path: Pat
     # without positions one layer sees a bag of tokens; float32, summed in another order
     last = [logits(one_layer.model, ids)[0, -1] for ids in (forth, back)]
     torch.testing.assert_close(*last, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InvalidParameterError, match="the preset is for method 'nope'; leave out method"):
+    with pytest.raises(InvalidParameterError, match="The preset is for method 'nope'. Leave out method"):
         train(tmp_path / "other", method="yarn", preset=preset("nope"))
 
 
@@ -278,7 +278,7 @@ def test_a_model_that_is_patched_or_adapted_already_is_refused(tmp_path: Path) -
 def test_quantized_weights_are_not_trained(tmp_path: Path) -> None:
     model = tiny_llama()
     model.is_quantized = True
-    with pytest.raises(UnsupportedModelError, match="are quantized, and cannot be trained; use an adapter"):
+    with pytest.raises(UnsupportedModelError, match="the quantized ones of .*. Use an adapter"):
         train(tmp_path / "out", model, preset=preset("full"))
 
 

@@ -15,7 +15,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GPTNeoXConfig,
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.patching.sites import attention_projections, embeddings, norms, shortest_names
 from hf_posext.training import PRESETS, Preset
-from hf_posext.training.prepare import count
+from hf_posext.training.finetune import count
 from hf_posext.training.settings import adapter_config, as_preset
 
 from ..conftest import logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
@@ -157,6 +157,7 @@ def test_weights_in_half_precision_are_trained_in_float32() -> None:
         (lambda: Preset(learning_rate=1, rank=0), "rank is 0. Pass 1 or more, e.g. 8"),
         (lambda: Preset(learning_rate=1, norms=True), "without a rank trains all weights. Pass a rank"),
         (lambda: Preset(1e-3, 8, options={"init_lora_weights": "pissa_niter_4"}), "'pissa_niter_4' changes the base"),
+        (lambda: Preset(1e-3, 8, options={"init_lora_weights": "PiSSA"}), "'pissa' changes the base"),
         (
             lambda: adapter_config(replace(PRESETS["lora"], options={"use_dorra": True}), tiny_llama()),
             "peft does not take the options of the adapter: .*use_dorra",
@@ -176,5 +177,5 @@ def test_a_model_without_attention_says_what_to_do() -> None:
     model = tiny_llama()
     for layer in model.model.layers:
         layer.self_attn = nn.Identity()
-    with pytest.raises(UnsupportedModelError, match="no linear map inside an attention module; pass the targets"):
+    with pytest.raises(UnsupportedModelError, match="no linear map inside an attention module. Pass the targets"):
         attention_projections(model)
