@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from shipped import ROOT, load, novels
 
 import hf_posext
 from hf_posext.errors import InvalidParameterError
@@ -23,9 +21,7 @@ from hf_posext.methods import FrequencyMethod, Method, as_method
 from hf_posext.methods.base import methods
 from hf_posext.scheme import PositionalScheme
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS, JOURNALS = ROOT / "results" / "methods", ROOT / "reports" / "methods"
-NOVELS = "examples/data/heldout.jsonl"
 DOCUMENTS, START, TRAINED, FACTOR, PASSKEYS = 4, 2000, 512, 8, 5
 LENGTHS = [512, 1024, 2048, 4096]
 
@@ -101,12 +97,7 @@ def chosen(group: Group, scheme: PositionalScheme) -> list[Method]:
 def measure(name: str) -> None:
     """Measure one group and write its result file."""
     group = GROUPS[name]
-    path = f"examples/tiny/{group.model}"
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / path)
-    model = AutoModelForCausalLM.from_pretrained(ROOT / path, dtype=torch.float32)
-    model.config.name_or_path = path
-    texts = hf_posext.load_documents(str(ROOT / NOVELS), limit=DOCUMENTS)
-    texts.source["dataset"] = NOVELS
+    model, tokenizer = load(group.model)
     JOURNALS.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
 
@@ -117,7 +108,7 @@ def measure(name: str) -> None:
     results = hf_posext.compare(
         model,
         tokenizer,
-        texts,
+        novels("heldout", DOCUMENTS),
         chosen(group, hf_posext.detect_scheme(model)),
         lengths=LENGTHS,
         factor=FACTOR,
@@ -135,7 +126,6 @@ def measure(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", default=",".join(GROUPS), help="with commas between them")
-    torch.set_num_threads(1)
     for name in parser.parse_args().groups.split(","):
         measure(name)
 

@@ -15,18 +15,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from shipped import ROOT, load, novels
 
 import hf_posext
 from hf_posext.packages import machine
 from hf_posext.recommendation.recommend import SHARE, prepared
 from hf_posext.recommendation.sweep import Sweep, name_of
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "recommend"
 JOURNALS = ROOT / "reports" / "recommend"
-NOVELS = "examples/data/heldout.jsonl"
 START, PASSKEYS, SHORT_LIMIT = 2000, 5, 0.01
 DOCUMENTS = 4
 """Few, as the exhaustive sweep is what takes its time."""
@@ -84,13 +81,9 @@ def main() -> None:
     parser.add_argument("--target", type=int, required=True)
     parser.add_argument("--methods", help="with commas between them; all that apply if not given")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    path, output = f"examples/tiny/{given.model}", RESULTS / f"{given.model}-{given.target}.json"
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / path)
-    model = AutoModelForCausalLM.from_pretrained(ROOT / path, dtype=torch.float32)
-    model.config.name_or_path = path
-    texts = hf_posext.load_documents(str(ROOT / NOVELS), limit=DOCUMENTS)
-    texts.source["dataset"] = NOVELS
+    output = RESULTS / f"{given.model}-{given.target}.json"
+    model, tokenizer = load(given.model)
+    texts = novels("heldout", DOCUMENTS)
     RESULTS.mkdir(parents=True, exist_ok=True)
     methods = None if given.methods is None else given.methods.split(",")
     options = {"start": START, "trained_length": TRAINED.get(given.model), "methods": methods}
@@ -99,7 +92,7 @@ def main() -> None:
     print(found["recommended"]["text"])
     chosen = "" if methods is None else f" --methods {given.methods}"
     command = f"python benchmarks/recommend.py --model {given.model} --target {given.target}{chosen}"
-    content = {"command": command, "machine": machine(), "model": path, **found}
+    content = {"command": command, "machine": machine(), "model": model.config.name_or_path, **found}
     output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -13,24 +13,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from shipped import ROOT, load, novels
 
 import hf_posext
 from hf_posext.evaluation.rows import bootstrap_interval, pooled_perplexity
 from hf_posext.packages import machine
 
-ROOT = Path(__file__).resolve().parent.parent
 JOURNALS = ROOT / "reports" / "search"
-MODEL, DATA = "examples/tiny/tiny-rope", "examples/data"
 TRAINED, TARGET, START = 512, 2048, 2000
 SEARCH_NOVELS, POPULATION, GENERATIONS = 3, 16, 6
-
-
-def novels(name: str, limit: int | None = None) -> Any:
-    found = hf_posext.load_documents(str(ROOT / DATA / f"{name}.jsonl"), limit=limit)
-    found.source["dataset"] = f"{DATA}/{name}.jsonl"
-    return found
 
 
 def paired(results: hf_posext.Results, method: str, other: str) -> dict[str, Any]:
@@ -52,10 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     output = parser.parse_args().output
-    torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / MODEL)
-    model = AutoModelForCausalLM.from_pretrained(ROOT / MODEL, dtype=torch.float32)
-    model.config.name_or_path = MODEL
+    model, tokenizer = load("tiny-rope")
     options = {"population": POPULATION, "generations": GENERATIONS, "start": START}
     journals = [JOURNALS / f"{output.stem}.{part}.jsonl" for part in ("search", "heldout")]
     found = hf_posext.search(model, tokenizer, novels("train", SEARCH_NOVELS), TARGET, journal=journals[0], **options)

@@ -42,6 +42,9 @@ METHODS = ("none", "linear", "ntk", "theta", "yarn")
 TRAININGS = ("untrained", "lora", "lora-plus", "full", "pose-lora")
 """What a whole result file has: `method/training` of each."""
 
+FADED = "rerope+fade"
+"""Trained by LoRA alone, at a learning rate of its own."""
+
 Run = Mapping[str, Any]
 
 
@@ -127,7 +130,7 @@ def ordered(runs: Mapping[str, Run]) -> list[str]:
 
     def place(name: str) -> tuple[int, int]:
         method, _, training = name.partition("/")
-        return METHODS.index(method), TRAININGS.index(training) if training in TRAININGS else len(TRAININGS)
+        return (*METHODS, FADED).index(method), TRAININGS.index(training) if training in TRAININGS else len(TRAININGS)
 
     return sorted(runs, key=place)
 
@@ -187,12 +190,14 @@ def embeddings_and_norms(found: Mapping[str, Any]) -> list[str]:
 def plot(found: Mapping[str, Any], path: Path = PICTURE) -> None:
     """A dot for each run, a line for each method: gain at the longest length, and change at the trained one."""
     runs, lengths = found["runs"], found["settings"]["lengths"]
-    methods = [method for method in METHODS if any(name.startswith(f"{method}/") for name in runs)]
+    methods = [method for method in (*METHODS, FADED) if any(name.startswith(f"{method}/") for name in runs)]
     figure = new_figure(1.4 + 0.8 * len(methods))
     panels = figure.subplots(1, 2, sharey=True)
     colours, markers = (BEFORE, *COLOURS), ("X", *MARKERS)
     for index, training in enumerate(TRAININGS):
-        own = {row: run for row, m in enumerate(methods) if (run := runs.get(f"{m}/{training}"))}
+        # the name of a training may end in its learning rate
+        trained = {name.partition("-lr")[0]: run for name, run in runs.items()}
+        own = {row: run for row, m in enumerate(methods) if (run := trained.get(f"{m}/{training}"))}
         heights = [row + 0.16 * (index - 2) for row in own]  # beside each other where they are equal
         style: dict[str, Any] = {"linestyle": "none", "markersize": 7, "markeredgecolor": "white"}
         style |= {"color": colours[index], "marker": markers[index], "label": training}

@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,6 @@ PICTURE = ROOT / "docs" / "images" / "demo.png"
 MODEL = "tiny-rope"
 REMAPPING = ROOT / "results" / "remapping" / "tiny-rope.json"
 FADING = ROOT / "results" / "fading"
-FAR_MASS = FADING / "far_mass.json"
 
 
 def collect() -> None:
@@ -129,13 +128,12 @@ def measured(name: str) -> str:
     return f"{gains_table(results)}\n\nFigures: [`{file}`](../{file}), made by\n\n    {command}"
 
 
-def far_mass_table(found: Mapping[str, Any]) -> str:
-    """Table of the share of attention on the far band, in per cent, by length."""
-    lengths = sorted({row["length"] for row in found["rows"]})
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in found["rows"]):
-        share = {row["length"]: row["far_share"] for row in found["rows"] if row["method"] == method}
-        lines.append((f"`{method}`", *(f"{100 * share[length]:.1f} %" for length in lengths)))
+def by_length(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
+    """Return a table of one number of each row, a line for each method and a column for each length."""
+    lengths = sorted({row["length"] for row in rows})
+    cells = {(row["method"], row["length"]): cell(row) for row in rows}
+    methods = dict.fromkeys(row["method"] for row in rows)
+    lines = [(f"`{method}`", *(cells[method, length] for length in lengths)) for method in methods]
     return table(("method", *map(str, lengths)), lines)
 
 
@@ -153,7 +151,8 @@ def render(page: Path = README) -> str:
     remapping = Results.load_json(REMAPPING)
     fading = Results.load_json(FADING / "tiny-rope.json")
     public = Cells(load(PUBLIC), HELD_OUT, PUBLIC_LENGTH)
-    far_mass = json.loads(FAR_MASS.read_text(encoding="utf-8"))
+    trained = json.loads((ROOT / "benchmarks" / "results" / "finetune_faded.json").read_text("utf-8"))
+    far_mass, alibi = (json.loads((FADING / f"{name}.json").read_text("utf-8")) for name in ("far_mass", "alibi"))
     provenance = results.provenance
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     return fill(
@@ -178,10 +177,15 @@ def render(page: Path = README) -> str:
         measured=measured,
         fading_documents=len(fading.provenance["documents"]),
         start=fading.provenance["start"],
-        mass_table=far_mass_table(far_mass),
-        mass_path=FAR_MASS.relative_to(ROOT).as_posix(),
+        mass_table=by_length(far_mass["rows"], lambda row: f"{100 * row['far_share']:.1f} %"),
         mass_command=far_mass["command"],
         mass_documents=far_mass["documents"],
+        alibi_table=by_length(alibi["rows"], lambda row: f"{row['gain']:.4f}"),
+        alibi_command=alibi["command"],
+        trained_table=by_length(
+            [{"method": name, **row} for name, run in trained["runs"].items() for row in run["rows"]],
+            lambda row: f"{row['gain']:.4f}",
+        ),
         recommend_table=recommend_table(
             [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECOMMEND.glob("*.json"))]
         ),

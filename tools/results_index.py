@@ -25,12 +25,14 @@ FOLDERS = ("results", "benchmarks/results")
 SCRIPTS = {
     "benchmarks/results/finetune.json": "python benchmarks/finetune.py",
     "benchmarks/results/finetune_candidates.json": "python benchmarks/finetune.py",
+    "benchmarks/results/finetune_faded.json": "python benchmarks/finetune.py",
     "benchmarks/results/llama_cpp.json": "python benchmarks/llama_cpp.py",
     "benchmarks/results/public_model.json": "python benchmarks/public_model.py",
     "benchmarks/results/server_phases.json": "python benchmarks/server_phases.py",
     "results/encoder-table.json": "python examples/08_encoder_table.py",
     "results/sweep-frequencies.json": "make sweep",
     "results/sweep-late.json": "make sweep",
+    "results/sweep-methods.json": "make sweep",
 }
 """Scripts of the files that do not contain their command."""
 

@@ -1,4 +1,4 @@
-"""Write `docs/architectures.md`, which rotary models can be patched, from the results of the two sweeps.
+"""Write `docs/architectures.md`, which rotary models can be patched, from the results of the three sweeps.
 
 python tools/sweep_table.py --collect   # first make the result files from the last `make sweep`
 python tools/sweep_table.py             # write the table
@@ -8,6 +8,7 @@ python tools/sweep_table.py --check     # exit 1 where the committed table is no
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hf_posext.packages import machine
 CACHE = ROOT / ".pytest_cache" / "v" / "sweep"
 FREQUENCIES = ROOT / "results" / "sweep-frequencies.json"
 LATE = ROOT / "results" / "sweep-late.json"
+MORE = ROOT / "results" / "sweep-methods.json"
 TABLE = ROOT / "docs" / "architectures.md"
 METHODS = ("linear", "yarn", "llama3", "longrope")
 CHECKS = ("full", "padded", "decode", "doubled", "remapped", "undo")
@@ -71,25 +73,43 @@ of the unpatched model.
 |---|---|---|---|---|---|---|---|
 """
 
+MORE_HEAD = """
+## Methods that fade, follow rows or map pairs
 
-def collect() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The records of the last sweep: of frequency methods, and of remapping methods.
+On the same models. Each of these must change the logits past the trained length and leave no trace after `undo`, or is
+refused by name. Groups of pairs that are all alike (`dpe`) must give what `self-extend` gives.
+
+| method | works | refused | fails |
+|---|---:|---:|---:|
+"""
+
+
+def collect() -> dict[Path, dict[str, Any]]:
+    """Return the content of the result file of each sweep that the cache of pytest contains.
 
     Raises:
-        ValueError: types are missing, or were swept under another version of transformers.
+        ValueError: there is none, or types are missing, or were swept under another version of transformers.
     """
-    rotary, late, other, not_built = (
+    rotary, late, more, other, not_built = (
         {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted((CACHE / kind).glob("*"))}
-        for kind in ("rotary", "late", "other", "not_built")
+        for kind in ("rotary", "late", "methods", "other", "not_built")
     )
-    missing = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - rotary.keys() - other.keys() - not_built.keys()
-    missing |= rotary.keys() ^ late.keys()
-    records = [*rotary.values(), *late.values()]
+    types = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    missing = types - rotary.keys() - other.keys() - not_built.keys() if rotary else set()
+    known = rotary or json.loads(FREQUENCIES.read_text(encoding="utf-8"))["rotary"]
+    for swept in filter(None, (late, more)):
+        missing |= known.keys() ^ swept.keys()
+    records = [*rotary.values(), *late.values(), *more.values()]
     stale = sum(record.pop("transformers") != transformers.__version__ for record in records)
-    if missing or stale:
+    if missing or stale or not records:
         raise ValueError(f"{len(missing)} types not swept, {stale} under another transformers; run make sweep")
     version = {"transformers": transformers.__version__, "machine": machine()}
-    return version | {"rotary": rotary, "other": other, "not_built": not_built}, version | {"rotary": late}
+    whole = {
+        FREQUENCIES: {"rotary": rotary, "other": other, "not_built": not_built},
+        LATE: {"rotary": late},
+        MORE: {"rotary": more},
+    }
+    return {path: version | content for path, content in whole.items() if content["rotary"]}
 
 
 def verdict(record: dict[str, Any]) -> str:
@@ -122,8 +142,32 @@ def render_late(results: dict[str, Any]) -> str:
     return text
 
 
-def render(results: dict[str, Any], late: dict[str, Any]) -> str:
-    """Both tables as Markdown."""
+def render_more(results: dict[str, Any]) -> str:
+    """Return the table of the third sweep, and below it the refused types by reason."""
+    rotary, text = results["rotary"], MORE_HEAD
+    for method in next(iter(rotary.values()))["verdicts"]:
+        verdicts = [record["verdicts"][method] for record in rotary.values()]
+        counts = (str(verdicts.count(word)) for word in ("works", "refused", "fails"))
+        text += f"| `{method}` | {' | '.join(counts)} |\n"
+    refused: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for name, record in rotary.items():
+        for method, reason in record["reasons"].items():
+            # what is left without the type, the method and the advice is alike for all types of a kind
+            kind = re.sub(
+                rf"^{name}(_text)?:? (model\S* )?| for {method.partition('(')[0]}$",
+                "",
+                re.split("; |, got ", reason)[0],
+            )
+            methods, types = refused.setdefault(kind, ({}, {}))
+            methods[f"`{method}`"] = types[name] = None
+    text += "\nRefused:\n\n"
+    return text + "".join(
+        f"- {kind} ({', '.join(methods)}): {', '.join(types)}\n" for kind, (methods, types) in refused.items()
+    )
+
+
+def render(results: dict[str, Any], late: dict[str, Any], more: dict[str, Any]) -> str:
+    """Return all tables as Markdown."""
     verdicts = [verdict(record) for record in results["rotary"].values()]
     counts = {word: verdicts.count(word) for word in ("works", "refused", "fails")}
     sizes = {kind: len(results[kind]) for kind in ("rotary", "other", "not_built")}
@@ -134,7 +178,7 @@ def render(results: dict[str, Any], late: dict[str, Any]) -> str:
         reasons = dict.fromkeys(cell["reason"] for cell in outcomes if "reason" in cell)
         notes = "; ".join([*filter(None, [record["note"]]), *reasons])
         text += f"| {name} | {show_sets(record['sets'])} | {cells} | {notes} |\n"
-    text += render_late(late)
+    text += render_late(late) + render_more(more)
     text += "\n## Other schemes\n\n"
     schemes = sorted(set(results["other"].values()))
     for scheme in schemes:
@@ -147,12 +191,12 @@ def render(results: dict[str, Any], late: dict[str, Any]) -> str:
 
 def pages() -> dict[Path, str]:
     """Return the page that the result files give."""
-    return {TABLE: render(*(json.loads(file.read_text(encoding="utf-8")) for file in (FREQUENCIES, LATE)))}
+    return {TABLE: render(*(json.loads(file.read_text(encoding="utf-8")) for file in (FREQUENCIES, LATE, MORE)))}
 
 
 def write_results() -> None:
     """Write the records of the last sweep to the result files."""
-    for file, results in zip((FREQUENCIES, LATE), collect(), strict=True):
+    for file, results in collect().items():
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -100,7 +100,7 @@ def recommend(
         )
         if rank():
             return
-        found.save_plan(output)
+        found.save(output)
         if as_json:
             say(json.dumps(found.to_dict(), indent=1))
         else:
@@ -145,8 +145,8 @@ def search(
 
         # The imports that take seconds come after the checks that need none of them.
         from ..evaluation import load_documents
+        from ..frequency_search import check_search
         from ..frequency_search import search as evolve
-        from ..frequency_search.search import check_search
         from ..patching import detect_scheme
         from .loading import load_config, load_model, require_unpatched
 
@@ -174,7 +174,7 @@ def search(
         )
         if rank():
             return
-        found.save_plan(output)
+        found.save(output)
         say(found.describe())
         say(f"plan: {output}")
 
@@ -183,7 +183,7 @@ def _print(found: Recommendation) -> None:
     from ..recommendation.recommendation import title
 
     console = PlainConsole()
-    console.print(escape(found.text()))
+    console.print(escape(found.describe()))
     console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("contender", overflow="fold")

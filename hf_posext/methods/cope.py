@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -30,11 +29,11 @@ class CoPE(FrequencyMethod):
             trained length.
     """
 
-    name: ClassVar[str] = "cope"
-    title: ClassVar[str] = "CoPE (soft clipping of slow pairs)"
-    url: ClassVar[str] = "https://arxiv.org/abs/2602.05258"
-    code: ClassVar[str] = "https://github.com/hrlics/CoPE"
-    needs_factor: ClassVar[bool] = False
+    name = "cope"
+    title = "CoPE (soft clipping of slow pairs)"
+    url = "https://arxiv.org/abs/2602.05258"
+    code = "https://github.com/hrlics/CoPE"
+    needs_factor = False
 
     clip: int | None = None
 

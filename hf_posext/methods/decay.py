@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
-from ..plan import DistanceDecay, ExtensionPlan
+from ..plan import CountFade, DistanceDecay, ExtensionPlan
 from ..scheme import PositionalScheme
 from .base import Method, register
 from .leaky_rerope import LeakyReRoPE
@@ -21,21 +20,23 @@ class Decay(Method):
 
     A key at distance d loses `strength * ln(max(1, d / start))`, rounded to octaves: all distances from
     `start * 2 ** k` to twice as far lose `strength * ln(2) * (k + 1/2)`, so that every kernel computes the same. That
-    is at most `0.35 * strength` off. Not for dual-chunk, whose far band begins at no fixed distance. The shape is that
-    of KERPLE's logarithmic bias (Chi et al., *KERPLE: Kernelized Relative Positional Embedding for Length
-    Extrapolation*, 2022), which is trained. See docs/fading.md.
+    is at most `0.35 * strength` off. By default, nothing changes up to twice the trained length L. A query at position
+    i beyond it has `n = i + 1 - window` far keys, and all of these lose `strength * ln(n / (2 L - window))` as well:
+    the count fade of [`Fade`], unless one stands before the decay. Not for dual-chunk, whose far band begins at no
+    fixed distance. The shape is that of KERPLE's logarithmic bias (Chi et al., *KERPLE: Kernelized Relative Positional
+    Embedding for Length Extrapolation*, 2022), which is trained. See docs/fading.md.
 
     Args:
         strength (`float`, *optional*, defaults to 1): above 0.
         start (`int`, *optional*): first distance that loses, in tokens, no less than the window of the remapping
-            method. The trained length by default, so that nothing changes inside it.
+            method. Keys then lose by distance alone. Twice the trained length by default, with the count fade.
     """
 
-    name: ClassVar[str] = "decay"
-    title: ClassVar[str] = "logarithmic decay"
-    url: ClassVar[str] = "https://arxiv.org/abs/2205.09921"
-    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
-    needs_factor: ClassVar[bool] = False
+    name = "decay"
+    title = "logarithmic decay"
+    url = "https://arxiv.org/abs/2205.09921"
+    kinds = ("rotary",)
+    needs_factor = False
 
     strength: float = 1.0
     start: int | None = None
@@ -56,7 +57,11 @@ class Decay(Method):
             )
         if far.decay is not None:
             raise InvalidParameterError(f"Expected one decay, got two in {plan.method}. Keep one of them.")
-        start = max(far.low, plan.trained_length) if self.start is None else self.start
+        start = self.start
+        if start is None:
+            # the last band of a chain may begin past the trained length
+            start = 2 * max(plan.trained_length, far.low)
+            far = replace(far, fade=far.fade or CountFade(self.strength, reference=start - far.low))
         if start < far.low:
             raise InvalidParameterError(f"Expected a decay start of {far.low} (the window) or more, got {start}.")
         return replace(plan, parts=(*plan.parts[:-1], replace(far, decay=DistanceDecay(self.strength, start))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
@@ -40,10 +40,10 @@ class DPE(RemapMethod):
             published code for Llama 3.
     """
 
-    name: ClassVar[str] = "dpe"
-    title: ClassVar[str] = "dimension-wise positional embeddings (DPE)"
-    url: ClassVar[str] = "https://arxiv.org/abs/2504.18857"
-    code: ClassVar[str] = "https://github.com/LuLuLuyi/DPE"
+    name = "dpe"
+    title = "dimension-wise positional embeddings (DPE)"
+    url = "https://arxiv.org/abs/2504.18857"
+    code = "https://github.com/LuLuLuyi/DPE"
 
     table: str | None = None
     scales: Sequence[float] | None = None

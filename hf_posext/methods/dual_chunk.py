@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
@@ -30,10 +29,10 @@ class DualChunk(RemapMethod):
             trained length; ChunkLlama uses 0.05 and Qwen2.5-1M 0.1.
     """
 
-    name: ClassVar[str] = "dual-chunk"
-    title: ClassVar[str] = "dual chunk attention (DCA)"
-    url: ClassVar[str] = "https://arxiv.org/abs/2402.17463"
-    code: ClassVar[str] = "https://github.com/HKUNLP/ChunkLlama"
+    name = "dual-chunk"
+    title = "dual chunk attention (DCA)"
+    url = "https://arxiv.org/abs/2402.17463"
+    code = "https://github.com/HKUNLP/ChunkLlama"
 
     chunk: int | None = None
     local: int | None = None

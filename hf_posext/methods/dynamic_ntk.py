@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from ..plan import ExtensionPlan, Growth, RotaryPlan
 from ..scheme import Rotary
@@ -22,10 +21,10 @@ class DynamicNTK(FrequencyMethod):
     were computed under the smaller s of their time.
     """
 
-    name: ClassVar[str] = "dynamic-ntk"
-    title: ClassVar[str] = "dynamic NTK-aware interpolation"
-    url: ClassVar[str] = "https://arxiv.org/abs/2309.00071"
-    code: ClassVar[str] = "https://github.com/jquesnelle/yarn"
+    name = "dynamic-ntk"
+    title = "dynamic NTK-aware interpolation"
+    url = "https://arxiv.org/abs/2309.00071"
+    code = "https://github.com/jquesnelle/yarn"
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         require_pairs(self, rotary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
@@ -30,10 +29,10 @@ class DynamicYaRN(FrequencyMethod):
         temperature (`float`, *optional*, defaults to 0.1): cosine and sine are multiplied by `1 + t ln s`.
     """
 
-    name: ClassVar[str] = "dynamic-yarn"
-    title: ClassVar[str] = "dynamic YaRN"
-    url: ClassVar[str] = "https://arxiv.org/abs/2309.00071"
-    code: ClassVar[str] = "https://github.com/jquesnelle/yarn"
+    name = "dynamic-yarn"
+    title = "dynamic YaRN"
+    url = "https://arxiv.org/abs/2309.00071"
+    code = "https://github.com/jquesnelle/yarn"
 
     beta_fast: float = 32
     beta_slow: float = 1

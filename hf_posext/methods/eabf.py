@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale
@@ -27,11 +26,11 @@ class EABF(FrequencyMethod):
         skip (`int`, *optional*, defaults to 2): first layers whose queries stay as they are.
     """
 
-    name: ClassVar[str] = "eabf"
-    title: ClassVar[str] = "entropy-aware ABF"
-    url: ClassVar[str] = "https://arxiv.org/abs/2401.07004"
-    code: ClassVar[str] = "https://github.com/GAIR-NLP/Entropy-ABF"
-    needs_factor: ClassVar[bool] = False
+    name = "eabf"
+    title = "entropy-aware ABF"
+    url = "https://arxiv.org/abs/2401.07004"
+    code = "https://github.com/GAIR-NLP/Entropy-ABF"
+    needs_factor = False
 
     theta: float = 500_000.0
     skip: int = 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import CountFade, ExtensionPlan
@@ -30,11 +29,11 @@ class Fade(Method):
         reference (`int`, *optional*): number of far keys up to which nothing changes; the trained length by default.
     """
 
-    name: ClassVar[str] = "fade"
-    title: ClassVar[str] = "count fade"
-    url: ClassVar[str] = "https://arxiv.org/abs/2205.09921"
-    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
-    needs_factor: ClassVar[bool] = False
+    name = "fade"
+    title = "count fade"
+    url = "https://arxiv.org/abs/2205.09921"
+    kinds = ("rotary",)
+    needs_factor = False
 
     strength: float = 1.0
     reference: int | None = None
@@ -52,7 +51,9 @@ class Fade(Method):
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         far = require_far_band(self, plan)
         if far.fade is not None:
-            raise InvalidParameterError(f"Expected one fade, got two in {plan.method}. Keep one of them.")
+            raise InvalidParameterError(
+                f"Expected one fade, got two in {plan.method}. Keep one of them. A decay without a start contains one."
+            )
         reference = plan.trained_length if self.reference is None else self.reference
         faded = replace(far, fade=CountFade(strength=self.strength, reference=reference))
         return replace(plan, parts=(*plan.parts[:-1], faded))

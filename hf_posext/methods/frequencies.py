@@ -18,24 +18,8 @@ from ..scheme import PositionalScheme, Rotary
 from .base import Method
 
 SCALING_KEYS = frozenset(
-    {
-        "rope_type",
-        "type",
-        "factor",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-        "low_freq_factor",
-        "high_freq_factor",
-        "short_factor",
-        "long_factor",
-        "short_mscale",
-        "long_mscale",
-        "rope_theta",
-    }
+    "rope_type type factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor "
+    "high_freq_factor short_factor long_factor short_mscale long_mscale rope_theta".split()
 )
 """Keys of `rope_parameters` that say how frequencies are scaled. A plan replaces them and keeps all others, which mean
 other things to the model (`mrope_section`, `partial_rotary_factor`, `llama_4_scaling_beta`, ...)."""
@@ -49,7 +33,7 @@ class FrequencyMethod(Method):
     length (the sliding-window layers of Gemma-3 and others) are left as shipped: no distance in them is ever new.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
+    kinds = ("rotary",)
     covers_local_layers: ClassVar[bool] = False
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowGroup
@@ -35,10 +34,10 @@ class JetLong(RemapMethod):
         frequencies (`bool`, *optional*, defaults to `False`): slow the pairs instead of grouping tokens.
     """
 
-    name: ClassVar[str] = "jet-long"
-    title: ClassVar[str] = "Jet-Long"
-    url: ClassVar[str] = "https://arxiv.org/abs/2607.07740"
-    code: ClassVar[str] = "https://github.com/jet-ai-projects/Jet-Long"
+    name = "jet-long"
+    title = "Jet-Long"
+    url = "https://arxiv.org/abs/2607.07740"
+    code = "https://github.com/jet-ai-projects/Jet-Long"
 
     window: int | None = None
     offset: bool = False

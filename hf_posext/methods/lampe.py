@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowCurve
@@ -37,10 +36,10 @@ class LaMPE(RemapMethod):
         head (`int`, *optional*): in tokens; a sixteenth of the trained length by default.
     """
 
-    name: ClassVar[str] = "lampe"
-    title: ClassVar[str] = "LaMPE"
-    url: ClassVar[str] = "https://arxiv.org/abs/2508.02308"
-    code: ClassVar[str] = "https://github.com/scar-on/LaMPE"
+    name = "lampe"
+    title = "LaMPE"
+    url = "https://arxiv.org/abs/2508.02308"
+    code = "https://github.com/scar-on/LaMPE"
 
     curve: str = "llama-3"
     head: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
@@ -25,10 +24,10 @@ class LeakyReRoPE(RemapMethod):
             between the window and the trained length, since distances near its end are the least trained.
     """
 
-    name: ClassVar[str] = "leaky-rerope"
-    title: ClassVar[str] = "Leaky ReRoPE"
-    url: ClassVar[str] = "https://github.com/bojone/rerope"
-    code: ClassVar[str] = "https://github.com/bojone/rerope"
+    name = "leaky-rerope"
+    title = "Leaky ReRoPE"
+    url = "https://github.com/bojone/rerope"
+    code = "https://github.com/bojone/rerope"
 
     window: int | None = None
     stride: float | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
@@ -20,9 +19,9 @@ class Linear(FrequencyMethod):
     Models via Positional Interpolation*, 2023.
     """
 
-    name: ClassVar[str] = "linear"
-    title: ClassVar[str] = "position interpolation (PI)"
-    url: ClassVar[str] = "https://arxiv.org/abs/2306.15595"
+    name = "linear"
+    title = "position interpolation (PI)"
+    url = "https://arxiv.org/abs/2306.15595"
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         return from_tensor(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -30,10 +29,10 @@ class Llama3(FrequencyMethod):
         high_freq_factor (`float`, *optional*, defaults to 4): turns above which it is kept.
     """
 
-    name: ClassVar[str] = "llama3"
-    title: ClassVar[str] = "Llama-3.1 scaling"
-    url: ClassVar[str] = "https://arxiv.org/abs/2407.21783"
-    code: ClassVar[str] = "https://github.com/meta-llama/llama-models"
+    name = "llama3"
+    title = "Llama-3.1 scaling"
+    url = "https://arxiv.org/abs/2407.21783"
+    code = "https://github.com/meta-llama/llama-models"
 
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0

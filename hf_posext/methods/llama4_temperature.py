@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale
@@ -26,12 +25,12 @@ class Llama4Temperature(Method):
         step (`int`, *optional*): tokens of a step; the trained length by default.
     """
 
-    name: ClassVar[str] = "llama4-temperature"
-    title: ClassVar[str] = "temperature of Llama 4"
-    url: ClassVar[str] = "https://arxiv.org/abs/2501.19399"
-    code: ClassVar[str] = "https://github.com/meta-llama/llama-models"
-    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
-    needs_factor: ClassVar[bool] = False
+    name = "llama4-temperature"
+    title = "temperature of Llama 4"
+    url = "https://arxiv.org/abs/2501.19399"
+    code = "https://github.com/meta-llama/llama-models"
+    kinds = ("rotary",)
+    needs_factor = False
 
     scale: float = 0.1
     step: int | None = None

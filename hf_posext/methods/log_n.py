@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..plan import ExtensionPlan, QueryScale
 from .base import Method, register
@@ -19,11 +18,11 @@ class LogN(Method):
     argument from entropy: Chiang and Cholak, *Overcoming a Theoretical Limitation of Self-Attention*, 2022.
     """
 
-    name: ClassVar[str] = "log-n"
-    title: ClassVar[str] = "log-n query scaling"
-    url: ClassVar[str] = "https://arxiv.org/abs/2202.12172"
-    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
-    needs_factor: ClassVar[bool] = False
+    name = "log-n"
+    title = "log-n query scaling"
+    url = "https://arxiv.org/abs/2202.12172"
+    kinds = ("rotary",)
+    needs_factor = False
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         return with_query_scale(plan, QueryScale(length=plan.trained_length, log=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
@@ -31,10 +31,10 @@ class LongRoPE(FrequencyMethod):
         attention_factor (`float`, *optional*): instead of `sqrt(1 + ln s / ln L)`.
     """
 
-    name: ClassVar[str] = "longrope"
-    title: ClassVar[str] = "LongRoPE"
-    url: ClassVar[str] = "https://arxiv.org/abs/2402.13753"
-    code: ClassVar[str] = "https://github.com/microsoft/LongRoPE"
+    name = "longrope"
+    title = "LongRoPE"
+    url = "https://arxiv.org/abs/2402.13753"
+    code = "https://github.com/microsoft/LongRoPE"
 
     long_factor: Sequence[float] | None = None
     short_factor: Sequence[float] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..plan import ExtensionPlan
 from ..scheme import KINDS, PositionalScheme
@@ -15,11 +14,11 @@ from .base import Method, register
 class NoExtension(Method):
     """The model as it is."""
 
-    name: ClassVar[str] = "none"
-    title: ClassVar[str] = "no extension"
-    url: ClassVar[str] = ""
-    kinds: ClassVar[tuple[str, ...]] = tuple(KINDS)
-    needs_factor: ClassVar[bool] = False
+    name = "none"
+    title = "no extension"
+    url = ""
+    kinds = tuple(KINDS)
+    needs_factor = False
 
     def applies_to(self, scheme: PositionalScheme) -> str | None:
         return None

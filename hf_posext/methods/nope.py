@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
@@ -21,11 +20,11 @@ class NoPE(FrequencyMethod):
     a trained model and recalibrated: Gelberg et al., *DroPE*, 2025.
     """
 
-    name: ClassVar[str] = "nope"
-    title: ClassVar[str] = "no positional encoding (NoPE, DroPE)"
-    url: ClassVar[str] = "https://arxiv.org/abs/2305.19466"
-    needs_factor: ClassVar[bool] = False
-    covers_local_layers: ClassVar[bool] = True
+    name = "nope"
+    title = "no positional encoding (NoPE, DroPE)"
+    url = "https://arxiv.org/abs/2305.19466"
+    needs_factor = False
+    covers_local_layers = True
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         return Partial(proportion=0.0).rescale(rotary, current, plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
@@ -21,9 +20,9 @@ class NTK(FrequencyMethod):
     scaled RoPE*, 2023.
     """
 
-    name: ClassVar[str] = "ntk"
-    title: ClassVar[str] = "NTK-aware interpolation"
-    url: ClassVar[str] = "https://arxiv.org/abs/2309.00071"
+    name = "ntk"
+    title = "NTK-aware interpolation"
+    url = "https://arxiv.org/abs/2309.00071"
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         require_pairs(self, rotary)

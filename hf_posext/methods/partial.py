@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
@@ -24,11 +23,11 @@ class Partial(FrequencyMethod):
         proportion (`float`, *optional*, defaults to 0.75): `p`, the share of pairs that turn.
     """
 
-    name: ClassVar[str] = "partial"
-    title: ClassVar[str] = "partial rotation (p-RoPE)"
-    url: ClassVar[str] = "https://arxiv.org/abs/2410.06205"
-    needs_factor: ClassVar[bool] = False
-    covers_local_layers: ClassVar[bool] = True
+    name = "partial"
+    title = "partial rotation (p-RoPE)"
+    url = "https://arxiv.org/abs/2410.06205"
+    needs_factor = False
+    covers_local_layers = True
 
     proportion: float = 0.75
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
@@ -21,7 +20,7 @@ class RemapMethod(Method):
     Subclasses implement [`~RemapMethod.parts`].
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("rotary",)
+    kinds = ("rotary",)
 
     def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         """Return the bands: disjoint, of the causal pairs, nearest first."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..plan import Band, ExtensionPlan, PositionMap
 from .base import register
@@ -21,10 +20,10 @@ class ReRoPE(RemapMethod):
         window (`int`, *optional*): `w` in tokens; three quarters of the trained length where not given.
     """
 
-    name: ClassVar[str] = "rerope"
-    title: ClassVar[str] = "ReRoPE"
-    url: ClassVar[str] = "https://github.com/bojone/rerope"
-    code: ClassVar[str] = "https://github.com/bojone/rerope"
+    name = "rerope"
+    title = "ReRoPE"
+    url = "https://github.com/bojone/rerope"
+    code = "https://github.com/bojone/rerope"
 
     window: int | None = None
 

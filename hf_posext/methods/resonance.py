@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
@@ -22,11 +21,11 @@ class Resonance(FrequencyMethod):
     Large Language Models*, 2024.
     """
 
-    name: ClassVar[str] = "resonance"
-    title: ClassVar[str] = "Resonance RoPE"
-    url: ClassVar[str] = "https://arxiv.org/abs/2403.00071"
-    code: ClassVar[str] = "https://github.com/sheryc/resonance_rope"
-    needs_factor: ClassVar[bool] = False
+    name = "resonance"
+    title = "Resonance RoPE"
+    url = "https://arxiv.org/abs/2403.00071"
+    code = "https://github.com/sheryc/resonance_rope"
+    needs_factor = False
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         inv_freq = frequencies(current, rotary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
@@ -30,10 +29,10 @@ class SelfExtend(RemapMethod):
             of the group.
     """
 
-    name: ClassVar[str] = "self-extend"
-    title: ClassVar[str] = "Self-Extend"
-    url: ClassVar[str] = "https://arxiv.org/abs/2401.01325"
-    code: ClassVar[str] = "https://github.com/datamllab/LongLM"
+    name = "self-extend"
+    title = "Self-Extend"
+    url = "https://arxiv.org/abs/2401.01325"
+    code = "https://github.com/datamllab/LongLM"
 
     group: int | None = None
     window: int | None = None

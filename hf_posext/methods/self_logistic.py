@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
@@ -30,10 +30,10 @@ class SelfLogistic(RemapMethod):
         rate (`float`, *optional*, defaults to 0.02): `r`, how fast groups grow.
     """
 
-    name: ClassVar[str] = "self-logistic"
-    title: ClassVar[str] = "SELF"
-    url: ClassVar[str] = "https://arxiv.org/abs/2505.17296"
-    code: ClassVar[str] = "https://github.com/alexeipc/SELF-LLM"
+    name = "self-logistic"
+    title = "SELF"
+    url = "https://arxiv.org/abs/2505.17296"
+    code = "https://github.com/alexeipc/SELF-LLM"
 
     window: int | None = None
     capacity: int = 33

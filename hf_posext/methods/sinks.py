@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
@@ -25,11 +24,11 @@ class Sinks(RemapMethod):
         window (`int`, *optional*): latest tokens that stay; the rest of the trained length where not given.
     """
 
-    name: ClassVar[str] = "sinks"
-    title: ClassVar[str] = "attention sinks (StreamingLLM)"
-    url: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
-    code: ClassVar[str] = "https://github.com/mit-han-lab/streaming-llm"
-    needs_factor: ClassVar[bool] = False
+    name = "sinks"
+    title = "attention sinks (StreamingLLM)"
+    url = "https://arxiv.org/abs/2309.17453"
+    code = "https://github.com/mit-han-lab/streaming-llm"
+    needs_factor = False
 
     sinks: int = 4
     window: int | None = None

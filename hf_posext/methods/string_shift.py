@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
@@ -27,11 +26,11 @@ class StringShift(RemapMethod):
             `0.1 ln 2 + 1`.
     """
 
-    name: ClassVar[str] = "string-shift"
-    title: ClassVar[str] = "STRING"
-    url: ClassVar[str] = "https://arxiv.org/abs/2410.18745"
-    code: ClassVar[str] = "https://github.com/HKUNLP/STRING"
-    needs_factor: ClassVar[bool] = False
+    name = "string-shift"
+    title = "STRING"
+    url = "https://arxiv.org/abs/2410.18745"
+    code = "https://github.com/HKUNLP/STRING"
+    needs_factor = False
 
     shift: int | None = None
     local: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
@@ -27,9 +26,9 @@ class Theta(FrequencyMethod):
         theta (`float`, *optional*): the new base, e.g. 500000.
     """
 
-    name: ClassVar[str] = "theta"
-    title: ClassVar[str] = "adjusted base frequency (ABF)"
-    url: ClassVar[str] = "https://arxiv.org/abs/2309.16039"
+    name = "theta"
+    title = "adjusted base frequency (ABF)"
+    url = "https://arxiv.org/abs/2309.16039"
 
     theta: float | None = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -43,10 +42,10 @@ class YaRN(FrequencyMethod):
         truncate (`bool`, *optional*): round the ends of the ramp to whole pairs; as shipped, or `True`.
     """
 
-    name: ClassVar[str] = "yarn"
-    title: ClassVar[str] = "YaRN"
-    url: ClassVar[str] = "https://arxiv.org/abs/2309.00071"
-    code: ClassVar[str] = "https://github.com/jquesnelle/yarn"
+    name = "yarn"
+    title = "YaRN"
+    url = "https://arxiv.org/abs/2309.00071"
+    code = "https://github.com/jquesnelle/yarn"
 
     variant: str = "code"
     attention_factor: float | None = None

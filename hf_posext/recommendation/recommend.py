@@ -31,9 +31,8 @@ from ..methods import NoExtension
 from ..patching import detect_scheme, unwrap
 from ..patching.modes import evaluation_mode
 from ..patching.signatures import cache_of
-from .candidates import Candidates, candidates
 from .recommendation import AS_IT_IS, EXTEND, TRUNCATE, Recommendation, title
-from .sweep import Name, Prices, Ratio, Sweep, name_of
+from .sweep import Candidates, Name, Prices, Ratio, Sweep, candidates, name_of
 
 if TYPE_CHECKING:
     import datasets
@@ -109,7 +108,7 @@ def recommend(
         accelerator (`Accelerator`, *optional*): of the processes that share the documents.
 
     Returns:
-        [`Recommendation`]: with `answer`, `plan`, `text()`, `frame()`, `save_plan(path)`.
+        [`Recommendation`]: with `answer`, `plan`, `describe()`, `to_frame()`, `save(path)`.
 
     Raises:
         InvalidParameterError: a target that is not above the trained length, a budget that does not pay for one

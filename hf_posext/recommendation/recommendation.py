@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..deprecation import RenamedAttribute
 from ..evaluation.reading import write_atomically
 from ..plan import ExtensionPlan
 from ..visible import html_table, visible
@@ -71,9 +72,9 @@ class Recommendation:
         return f"Recommendation({visible(self.model)}: {visible(self._answer())})"
 
     def _repr_html_(self) -> str:
-        return html_table({"model": self.model, "plan": self.plan.describe(), "text": self.text()})
+        return html_table({"model": self.model, "plan": self.plan.describe(), "text": self.describe()})
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """The contenders."""
         import pandas
 
@@ -82,18 +83,22 @@ class Recommendation:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; a number that is not finite is `None`."""
         whole = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        text = json.dumps({**_plain(whole | {"plan": self.plan.to_dict()}), "text": self.text()}, allow_nan=False)
+        text = json.dumps({**_plain(whole | {"plan": self.plan.to_dict()}), "text": self.describe()}, allow_nan=False)
         plain: dict[str, Any] = json.loads(text)
         return plain
 
-    def save_plan(self, path: str | Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the plan to a file, for `ExtensionPlan.load`."""
         return write_atomically(path, json.dumps(self.plan.to_dict(), indent=2, allow_nan=False) + "\n")
 
-    def text(self) -> str:
-        """A few sentences of plain English."""
+    def describe(self) -> str:
+        """Return the answer, its certainty and its cost in a few sentences."""
         told = (self._answer(), self._sure(), self._inside(), self._later(), self._finetuning(), *self.notes)
         return " ".join(filter(None, told))
+
+    frame = RenamedAttribute("to_frame")
+    save_plan = RenamedAttribute("save")
+    text = RenamedAttribute("describe")
 
     def _answer(self) -> str:
         best, many = _title(self.best), "s" if self.control_documents > 1 else ""

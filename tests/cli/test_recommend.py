@@ -64,7 +64,7 @@ def test_a_search_writes_its_plan(tmp_path: Path) -> None:
             "Expected --target-length above the trained length of 64 tokens (--trained-length), got 64",
         ),
         ("recommend", {"budget": 100}, "Expected a budget of at least"),
-        ("recommend", {"methods": "table-linear"}, "every method is refused"),
+        ("recommend", {"methods": "table-linear"}, "Every method is refused"),
         ("recommend", {"methods": "yarm"}, "did you mean 'yarn'"),
         ("recommend", {"dataset": "no.jsonl"}, "no such path"),
         ("recommend", {"target_length": 10_000_000, "budget": None}, "documents are too short"),

@@ -67,3 +67,14 @@ def test_nothing_changes_inside_the_trained_length(base: str, fading: str) -> No
     # float32; the log-sum-exp of pieces in another order where a decay cuts them
     torch.testing.assert_close(found[:, :TRAINED], wanted[:, :TRAINED], atol=1e-5, rtol=0)
     assert (found - wanted)[:, 3 * TRAINED :].abs().max() > 1e-2
+
+
+def test_a_decay_changes_nothing_up_to_twice_the_trained_length() -> None:
+    ids = tokens(4 * TRAINED)
+    with patch_model(model := tiny_llama(), "leaky-rerope", factor=8):
+        base = logits(model, ids)
+    with patch_model(model, "leaky-rerope+decay", factor=8):
+        decayed = logits(model, ids)
+    # float32; the log-sum-exp of pieces in another order
+    torch.testing.assert_close(decayed[:, : 2 * TRAINED], base[:, : 2 * TRAINED], atol=1e-5, rtol=0)
+    assert (decayed - base)[:, 2 * TRAINED + 1 :].abs().amax(-1).min() > 1e-5

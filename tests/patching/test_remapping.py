@@ -289,7 +289,12 @@ CASES: dict[str, tuple[Method, Relative, dict[str, object]]] = {
     "leaky-rerope+decay": (
         LeakyReRoPE(window=16, stride=3.5) + Decay(),
         lambda i, j: i - j if i - j < 16 else 16 + (i - j - 16) / 3.5,
-        {"bias": lambda i, j: decay(i - j, TRAINED) if i - j >= TRAINED else 0.0},
+        {"bias": lambda i, j: decay(i - j, 2 * TRAINED) + fade(i + 1 - 16, 2 * TRAINED - 16) if i - j >= 16 else 0.0},
+    ),
+    "leaky-rerope+fade+decay": (
+        LeakyReRoPE(window=16, stride=3.5) + Fade(strength=0.2, reference=20) + Decay(strength=0.7),
+        lambda i, j: i - j if i - j < 16 else 16 + (i - j - 16) / 3.5,
+        {"bias": lambda i, j: decay(i - j, 2 * TRAINED, 0.7) + fade(i - 15, 20, 0.2) if i - j >= 16 else 0.0},
     ),
     "string-shift+decay": (
         StringShift(shift=20, local=6) + Decay(strength=1.5, start=25),
@@ -411,6 +416,7 @@ def test_dynamic_methods_leave_short_rows_alone_and_decode_with_a_small_residual
         (DualChunk() + Decay(), "a far band that begins at a distance, got the chunks of dual-chunk"),
         (ReRoPE() + Fade() + Fade(), "one fade, got two"),
         (ReRoPE() + Decay() + Decay(), "one decay, got two"),
+        (ReRoPE() + Decay() + Fade(), "one fade, got two .* A decay without a start contains one"),
         (ReRoPE(window=20) + Decay(start=19), "a decay start of 20 .the window. or more, got 19"),
     ],
 )

@@ -22,9 +22,8 @@ from hf_posext.errors import DocumentError, EvaluationError, InvalidParameterErr
 from hf_posext.evaluation import Document
 from hf_posext.evaluation import rows as statistics
 from hf_posext.evaluation.scorer import TokenScorer
-from hf_posext.recommendation.candidates import Candidates
 from hf_posext.recommendation.recommend import Halving, Rung, schedule
-from hf_posext.recommendation.sweep import Prices, Ratio, Sweep
+from hf_posext.recommendation.sweep import Candidates, Prices, Ratio, Sweep
 
 from ..conftest import EXAMPLES, logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
 from ..evaluation.helpers import character_tokenizer, random_texts
@@ -105,12 +104,17 @@ def test_with_enough_budget_the_numbers_are_those_of_a_comparison() -> None:
         assert line["documents"] == 6
         assert (line["perplexity_tail"], line["short_change"]) == pytest.approx((tail, change), rel=1e-9, abs=1e-12)
     assert found.gain == pytest.approx(everything[found.best["method"], found.best["factor"]][1], rel=1e-9)
-    assert found.answer == "extend" and f"Use {found.best['method']}" in found.text()
+    assert found.answer == "extend" and f"Use {found.best['method']}" in found.describe()
 
 
 def test_the_plan_is_the_one_to_use(tmp_path: Path) -> None:
     found = run(methods=["rerope", "linear"], budget=10**6)
-    plan = ExtensionPlan.load(found.save_plan(tmp_path / "plan.json"))
+    plan = ExtensionPlan.load(found.save(tmp_path / "plan.json"))
+    former: Any = found
+    with pytest.warns(DeprecationWarning, match="save_plan is now called save"):
+        assert ExtensionPlan.load(former.save_plan(tmp_path / "plan.json")) == plan
+    with pytest.warns(DeprecationWarning, match="text is now called describe"):
+        assert former.text() == found.describe()
     assert plan == found.plan and plan.method == "rerope" and plan.target_length == TARGET
     model, ids = shipped()[0], tokens(TARGET)
     before = logits(model, ids)
@@ -124,13 +128,13 @@ def test_the_plan_is_the_one_to_use(tmp_path: Path) -> None:
 def test_truncation_is_recommended_where_it_is_better() -> None:
     found = run(methods=["linear"], short_limit=100.0)
     assert found.answer == "truncate" and found.gain < 1 and found.plan.changes_nothing
-    assert "Do not extend: truncate the input to the last 64 tokens" in found.text()
+    assert "Do not extend: truncate the input to the last 64 tokens" in found.describe()
 
 
 def test_a_method_over_the_limit_is_not_recommended_at_any_gain() -> None:
     loose, strict = run(methods=["yarn"], short_limit=1.0), run(methods=["yarn"], short_limit=0.0)
     assert loose.best["short_change"] > 0
-    assert strict.answer == "truncate" and "No contender keeps the change inside" in strict.text()
+    assert strict.answer == "truncate" and "No contender keeps the change inside" in strict.describe()
     assert run(methods=["yarn", "rerope"], short_limit=0.001).best["method"] == "rerope"
 
 
@@ -158,8 +162,8 @@ def test_a_run_goes_on_from_its_journal_also_with_more_budget(tmp_path: Path, re
 def test_other_schemes_and_what_needs_no_method() -> None:
     model, tokenizer, texts = shipped()
     found = recommend(model, tokenizer, texts, 256, 10**6, trained_length=32, methods=["none"], passkey=0)
-    assert found.answer == "as it is" and "Change nothing" in found.text()  # it was trained on 512
-    assert found.to_dict()["plan"]["method"] == "none" and list(found.frame().method) == ["none"]
+    assert found.answer == "as it is" and "Change nothing" in found.describe()  # it was trained on 512
+    assert found.to_dict()["plan"]["method"] == "none" and list(found.to_frame().method) == ["none"]
 
 
 @pytest.mark.parametrize(
@@ -169,8 +173,8 @@ def test_other_schemes_and_what_needs_no_method() -> None:
         ({"target_length": 32}, InvalidParameterError, "got 32, which needs no method"),
         ({"budget": 100}, InvalidParameterError, "Expected a budget of at least"),
         ({"budget": -1}, InvalidParameterError, "or a smaller target_length"),
-        ({"methods": ["table-linear"]}, MethodNotApplicableError, "every method is refused"),
-        ({"methods": []}, MethodNotApplicableError, "none was given; keep inputs within 64 tokens"),
+        ({"methods": ["table-linear"]}, MethodNotApplicableError, "Every method is refused"),
+        ({"methods": []}, MethodNotApplicableError, "none was given. Keep inputs within 64 tokens"),
         ({"target_length": 10**6, "methods": ["yarn"]}, DocumentError, "documents are too short"),
         ({"short_limit": -1}, InvalidParameterError, "short_limit and passkey of 0 or more, got -1"),
     ],

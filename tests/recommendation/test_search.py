@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_posext
 from hf_posext import ExtensionPlan
 from hf_posext.errors import DocumentError, EvaluationError, InvalidParameterError, MethodNotApplicableError
-from hf_posext.frequency_search import SearchedFactors, search
-from hf_posext.frequency_search.genomes import Breeding, children_of, first_generation, seeds
+from hf_posext.frequency_search import SearchedFactors, children_of, first_generation, ordered, search, seeds
 from hf_posext.patching import detect_scheme
 
 from ..conftest import EXAMPLES, TRAINED, logits, realigned, tiny_gpt2, tiny_llama, tokens
@@ -41,7 +40,7 @@ def found() -> SearchedFactors:
 def test_the_best_is_no_worse_than_the_seeds_and_measured_as_by_a_comparison() -> None:
     best = found()
     assert best.perplexity <= min(best.seeds.values()) and list(best.seeds) == ["yarn", "ntk"]
-    assert list(best.frame().measured) == [6, 9, 12] and list(best.frame().best)[-1] == best.perplexity
+    assert list(best.to_frame().measured) == [6, 9, 12] and list(best.to_frame().best)[-1] == best.perplexity
     results = hf_posext.compare(
         tiny_llama(), character_tokenizer(), random_texts(2, 140), ["yarn", best.method],
         lengths=[LENGTH], target_length=LENGTH,
@@ -78,7 +77,7 @@ def test_a_finished_search_goes_on_through_more_generations(tmp_path: Path) -> N
 
 def test_the_result_opens_in_plain_transformers_without_this_package(tmp_path: Path) -> None:
     model, ids = tiny_llama(), tokens(LENGTH)
-    plan = ExtensionPlan.load(found().save_plan(tmp_path / "plan.json"))
+    plan = ExtensionPlan.load(found().save(tmp_path / "plan.json"))
     with hf_posext.patch_model(model, plan) as patch:
         assert patch.native_obstacle is None
         patch.save_pretrained(tmp_path / "saved")
@@ -107,15 +106,14 @@ def test_seeds_are_the_published_formulas() -> None:
 
 
 def test_children_never_fall_and_keep_the_bounds() -> None:
-    draw, breeding = np.random.default_rng(0), Breeding(largest=9.0)
-    parents = first_generation([(1.0,) * 8, tuple(float(n) for n in range(1, 9))], 20, breeding, draw)
-    children = children_of(parents, set(parents), 40, breeding, draw)
+    draw, largest = np.random.default_rng(0), 9.0
+    parents = first_generation([(1.0,) * 8, tuple(float(n) for n in range(1, 9))], 20, largest, draw)
+    children = children_of(parents, set(parents), 40, largest, draw)
     assert len(set(children)) == 40 and not set(children) & set(parents)
     for child in children:
         assert child[0] >= 1 and child[-1] <= 9 and list(child) == sorted(child)
-    assert breeding.ordered(np.log([1.0, 4.0, 2.0, 8.0])) == pytest.approx(
-        (1, math.sqrt(8), math.sqrt(8), 8), abs=1e-6
-    )
+    whole = ordered(np.log([1.0, 4.0, 2.0, 8.0]), largest)
+    assert whole == pytest.approx((1, math.sqrt(8), math.sqrt(8), 8), abs=1e-6)
 
 
 def test_key_tokens_as_the_objective() -> None:
@@ -141,7 +139,7 @@ def test_key_tokens_as_the_objective() -> None:
         ({"length": 1000}, DocumentError, "too short"),
         ({"population": 3}, InvalidParameterError, "Expected a population of at least 4"),
         ({"generations": 0}, InvalidParameterError, "at least 1 generation"),
-        ({"objective": "ppl"}, InvalidParameterError, "choose one of tail, key-tokens"),
+        ({"objective": "ppl"}, InvalidParameterError, "Expected an objective of tail, key-tokens"),
         ({"objective": "key-tokens"}, EvaluationError, "No token of the documents needs the long context"),
     ],
     ids=str,
@@ -152,7 +150,7 @@ def test_bad_input_says_what_to_do(options: dict[str, Any], error: type[Exceptio
 
 
 def test_other_positions_and_no_documents_are_refused() -> None:
-    with pytest.raises(MethodNotApplicableError, match="gpt2 has learned positions; see hf-posext recommend"):
+    with pytest.raises(MethodNotApplicableError, match="gpt2 has learned positions. See hf-posext recommend"):
         search(tiny_gpt2(), character_tokenizer(), random_texts(2, 140), LENGTH)
     with pytest.raises(DocumentError, match="Pass one or more"):
         search(tiny_llama(), character_tokenizer(), [], LENGTH)

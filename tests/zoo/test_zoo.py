@@ -103,3 +103,13 @@ def test_the_record_holds_what_is_promised_of_remapping() -> None:
     assert len(rotary) >= 121
     assert len(lame) <= 4, lame
     assert all(name in reason for name, reason in lame.items())
+
+
+def test_the_record_holds_what_is_promised_of_methods_that_fade_follow_rows_or_map_pairs() -> None:
+    """Each works, or is refused with a reason, on the types of the other two sweeps."""
+    kinds = ("frequencies", "methods")
+    rotary, more = (json.loads((ROOT / "results" / f"sweep-{kind}.json").read_text())["rotary"] for kind in kinds)
+    assert rotary.keys() == more.keys()
+    for name, record in more.items():
+        assert set(record["verdicts"].values()) <= {"works", "refused"}, name
+        assert {m for m, verdict in record["verdicts"].items() if verdict == "refused"} == record["reasons"].keys()

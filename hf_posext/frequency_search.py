@@ -1,4 +1,9 @@
-"""Evolution of per-pair factors on documents, as in LongRoPE; it goes on from its journal."""
+"""A search for rotary frequencies: what LongRoPE's evolution finds on some documents, as native parameters.
+
+A genome is a factor for every rotary pair, never smaller than that of a faster pair. Ding et al., *LongRoPE: Extending
+LLM Context Window Beyond 2 Million Tokens*, 2024, draw children that break the order again, up to twenty times. Here
+isotonic regression puts them in order, so that no draw is lost.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +16,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .packages import require
+
+require("eval")
+
 import numpy as np
+from scipy.optimize import isotonic_regression
 from torch import nn
 
-from ..deprecation import renamed_arguments
-from ..errors import AlreadyPatchedError, EvaluationError, InvalidParameterError, MethodNotApplicableError
-from ..evaluation.config import EvaluationConfig
-from ..evaluation.journal import RunJournal, open_journal, run_identity
-from ..evaluation.key_search import default_criterion, key_search
-from ..evaluation.key_tokens import KeyTokens
-from ..evaluation.reading import write_atomically
-from ..evaluation.rows import pooled_perplexity
-from ..evaluation.runner import Stage, measure
-from ..evaluation.setup import Setup, check_request, prepare
-from ..evaluation.tasks import MethodRun
-from ..methods import LongRoPE, YaRN
-from ..methods.yarn import yarn_mscale
-from ..patching import detect_scheme, find_patch, patch_model, unwrap
-from ..patching.modes import evaluation_mode
-from ..plan import ExtensionPlan
-from ..scheme import PositionalScheme
-from .genomes import Breeding, Genome, children_of, first_generation, seeds
+from .deprecation import RenamedAttribute, renamed_arguments
+from .errors import AlreadyPatchedError, EvaluationError, InvalidParameterError, MethodNotApplicableError
+from .evaluation.config import EvaluationConfig
+from .evaluation.journal import RunJournal, open_journal, run_identity
+from .evaluation.key_search import default_criterion, key_search
+from .evaluation.key_tokens import KeyTokens
+from .evaluation.reading import write_atomically
+from .evaluation.rows import pooled_perplexity
+from .evaluation.runner import Stage, measure
+from .evaluation.setup import Setup, check_request, prepare
+from .evaluation.tasks import MethodRun
+from .methods import NTK, LongRoPE, YaRN
+from .methods.frequencies import first_rotary, frequencies, powers
+from .methods.yarn import yarn_mscale
+from .patching import detect_scheme, find_patch, patch_model, unwrap
+from .patching.modes import evaluation_mode
+from .plan import ExtensionPlan
+from .scheme import PositionalScheme
 
 if TYPE_CHECKING:
     import datasets
@@ -39,11 +49,40 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
-    from ..evaluation import Document
+    from .evaluation import Document
+
+__all__ = ["SearchedFactors", "search"]
 
 OBJECTIVES = ("tail", "key-tokens")
 SMALLEST = 4
 """Genomes that a population needs: two parents, a mutation and a crossing."""
+
+Genome = tuple[float, ...]
+"""A factor for each pair, fastest first; the frequency is divided by it."""
+
+DIGITS = 6
+"""Decimals of a factor: far below what any text shows, and two searches tell their genomes apart by them."""
+
+RATE, SPREAD = 0.3, 0.2
+"""Chance of each pair to change in a mutation, as in LongRoPE, and standard deviation of the change of a logarithm."""
+
+
+def mutate(parent: Genome, largest: float, draw: np.random.Generator) -> Genome:
+    """Multiply some factors by a number near 1."""
+    logs = np.log(parent)
+    chosen = draw.random(len(logs)) < RATE
+    return ordered(logs + chosen * draw.normal(0.0, SPREAD, len(logs)), largest)
+
+
+def cross(one: Genome, other: Genome, largest: float, draw: np.random.Generator) -> Genome:
+    """Take each factor from one parent or the other."""
+    return ordered(np.log(np.where(draw.random(len(one)) < 0.5, one, other)), largest)
+
+
+def ordered(logs: np.ndarray, largest: float) -> Genome:
+    """Return the nearest factors that do not fall, from 1 to the largest."""
+    nearest = np.clip(np.exp(isotonic_regression(logs).x), 1.0, largest)
+    return tuple(round(float(factor), DIGITS) for factor in nearest)
 
 
 @renamed_arguments(original_length="trained_length")
@@ -92,7 +131,7 @@ def search(
         accelerator (`Accelerator`, *optional*): of the processes that share the readings.
 
     Returns:
-        [`SearchedFactors`]: with `plan`, `method`, `frame()`, `describe()`, `save_plan(path)`.
+        [`SearchedFactors`]: with `plan`, `method`, `to_frame()`, `describe()`, `save(path)`.
 
     Raises:
         AlreadyPatchedError: the model has a patch.
@@ -105,8 +144,8 @@ def search(
     present = find_patch(base)
     if present is not None:
         raise AlreadyPatchedError(
-            f"the model has the patch {present.plan.method!r} in force, and a search begins unpatched; "
-            "call unpatch_model(model) first"
+            f"Expected a model without a patch, got one with {present.plan.method!r} in force. Call "
+            "unpatch_model(model) first."
         )
     scheme = detect_scheme(base)
     yarn = check_search(
@@ -161,7 +200,7 @@ def check_search(
         MethodNotApplicableError, InvalidParameterError: as [`search`].
     """
     if objective not in OBJECTIVES:
-        raise InvalidParameterError(f"objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        raise InvalidParameterError(f"Expected an objective of {', '.join(OBJECTIVES)}, got {objective!r}.")
     if population < SMALLEST or generations < 1:
         raise InvalidParameterError(
             f"Expected a population of at least {SMALLEST} and at least 1 generation, got {population} and "
@@ -169,7 +208,7 @@ def check_search(
         )
     if scheme.kind != "rotary" or scheme.obstacle:
         why = scheme.obstacle or f"{scheme.model_type} has {scheme.kind} positions"
-        raise MethodNotApplicableError(f"a search is of rotary frequencies, and {why}; see hf-posext recommend")
+        raise MethodNotApplicableError(f"A search is of rotary frequencies, but {why}. See hf-posext recommend.")
     lengths = {"target_length": target_length, "trained_length": trained_length}
     yarn = YaRN(attention_factor=attention_factor).plan(scheme, **lengths)
     if target_length == yarn.trained_length:
@@ -179,16 +218,67 @@ def check_search(
     return yarn
 
 
+def seeds(scheme: PositionalScheme, trained_length: int, target_length: int) -> dict[str, Genome]:
+    """The factors of YaRN and of NTK-aware interpolation, which the search begins with.
+
+    Args:
+        scheme (`PositionalScheme`): rotary.
+        trained_length, target_length (`int`): in tokens.
+    """
+    lengths = {"target_length": target_length, "trained_length": trained_length}
+    plans = [method.plan(scheme, **lengths) for method in (YaRN(), NTK())]
+    return {plan.method: factors_of(plan) for plan in plans}
+
+
+def factors_of(plan: ExtensionPlan) -> Genome:
+    """Divisors of each frequency in a plan, in the set that reaches farthest."""
+    rotary = first_rotary(plan.scheme)
+    planned = next(entry for entry in plan.rotaries if entry.name == rotary.name)
+    factors = powers(rotary.theta, rotary).double() / frequencies(planned, rotary).double()
+    return tuple(round(float(factor), DIGITS) for factor in factors)
+
+
+def first_generation(parents: Sequence[Genome], count: int, largest: float, draw: np.random.Generator) -> list[Genome]:
+    """The parents, and mutations of them in turn, all different."""
+    found = dict.fromkeys(parents)
+    while len(found) < count:
+        found[mutate(parents[len(found) % len(parents)], largest, draw)] = None
+    return list(found)[:count]
+
+
+def children_of(
+    parents: Sequence[Genome], known: set[Genome], count: int, largest: float, draw: np.random.Generator
+) -> list[Genome]:
+    """Half of them mutations, half crossings, none of them known.
+
+    Args:
+        parents (`Sequence[Genome]`): two or more.
+        known (`set[Genome]`): those that were measured.
+        count (`int`): how many children.
+        largest (`float`): the largest factor.
+        draw (`numpy.random.Generator`): of all chance.
+    """
+    found: dict[Genome, None] = {}
+    while len(found) < count:
+        one, other = (parents[index] for index in draw.choice(len(parents), 2, replace=False))
+        child = mutate(one, largest, draw) if len(found) < count // 2 else cross(one, other, largest, draw)
+        if child in known or child in found:  # parents that agree cross to what is known
+            child = mutate(child, largest, draw)
+        if child not in known:
+            found[child] = None
+    return list(found)
+
+
 def _evolve(
     run: Any, first: list[Genome], population: int, generations: int, largest: float, seed: int
 ) -> tuple[dict[Genome, float], list[dict[str, Any]]]:
     """All genomes that were measured with their perplexities, and the course of it."""
-    draw, breeding = np.random.default_rng(seed), Breeding(largest)
-    found: dict[Genome, float] = run(first_generation(first, population, breeding, draw), name="generation 0")
+    draw = np.random.default_rng(seed)
+    found: dict[Genome, float] = run(first_generation(first, population, largest, draw), name="generation 0")
     history = [{"generation": 0, "measured": len(found), "best": min(found.values())}]
     for generation in range(1, generations + 1):
         parents = sorted(found, key=lambda genome: (found[genome], genome))[: population // 2]
-        children = children_of(parents, set(found), population // 2, breeding, draw)
+        children = children_of(parents, set(found), population // 2, largest, draw)
         found |= run(children, name=f"generation {generation} of {generations}, best {min(found.values()):.2f}")
         history.append({"generation": generation, "measured": len(found), "best": min(found.values())})
     return found, history
@@ -292,7 +382,7 @@ class SearchedFactors:
         (given,) = self.plan.parameters
         return LongRoPE(**{key: value for key, value in given.items() if key != "name"})
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """The history, a line for each generation."""
         import pandas
 
@@ -322,6 +412,9 @@ class SearchedFactors:
         plain: dict[str, Any] = json.loads(json.dumps(whole, allow_nan=False))
         return plain
 
-    def save_plan(self, path: str | Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the plan to a file, for `ExtensionPlan.load`."""
         return write_atomically(path, json.dumps(self.plan.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    frame = RenamedAttribute("to_frame")
+    save_plan = RenamedAttribute("save")
