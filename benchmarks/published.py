@@ -21,7 +21,7 @@ def distance(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     match method:
         case None:
             return d
-        case Composition(parts=(first, *_)):
+        case Composition(components=(first, *_)):
             return distance(first, i, j)
         case SelfExtend(group=g, window=w):
             return torch.where(d < w, d, i // g + w - w // g - j // g)
@@ -43,9 +43,9 @@ def taken(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     """Return what a fade or a decay subtracts from the logit of query `i` and key `j` beyond the window, float64."""
     d = (i - j).double()
     match method:
-        case Composition(parts=(ReRoPE(window=w), Fade(strength=s, reference=r))):
+        case Composition(components=(ReRoPE(window=w), Fade(strength=s, reference=r))):
             loss = s * ((i - w + 1).double() / r).clamp(min=1).log() + 0 * d
-        case Composition(parts=(ReRoPE(window=w), Decay(strength=s, start=start))):
+        case Composition(components=(ReRoPE(window=w), Decay(strength=s, start=start))):
             octave = (d / start).clamp(min=1).log2().floor() + 0.5
             loss = torch.where(d < start, 0, s * math.log(2) * octave)
         case _:

@@ -44,7 +44,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
                     continue
                 if kwargs.get(name) is not None:
                     raise InvalidParameterError(f"{name} and {former} are the same. Pass {name} only.")
-                _warn(former, name, f"pass {name}={value!r}")
+                warn_of_former(former, name, f"pass {name}={value!r}")
                 kwargs[name] = value
             return function(*args, **kwargs)
 
@@ -69,7 +69,7 @@ class RenamedAttribute:
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
             return self
-        _warn(self.former, self.name, f"read {self.name}")
+        warn_of_former(self.former, self.name, f"read {self.name}")
         return getattr(instance, self.name)
 
 
@@ -84,11 +84,12 @@ def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
     def look_up(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        _warn(name, names[name], f"import {names[name]}")
+        warn_of_former(name, names[name], f"import {names[name]}")
         return getattr(sys.modules[module], names[name])
 
     return look_up
 
 
-def _warn(former: str, name: str, remedy: str) -> None:
+def warn_of_former(former: str, name: str, remedy: str) -> None:
+    """Warn that somebody used a former name."""
     warnings.warn(f"{former} is now called {name}; {remedy}", DeprecationWarning, stacklevel=3)

@@ -351,7 +351,8 @@ class Sinusoids:
 
 
 Edit: TypeAlias = RotaryPlan | Band | QueryScale | TablePlan | Slopes | BucketPlan | Sinusoids
-"""One change of a positional scheme. `check(plan)` raises `PlanError` where no method can have meant it."""
+"""One change of a positional scheme. `check(plan)` raises `PlanError` where no method can have meant it. A plan has
+its edits in this order."""
 
 
 def _check_rows(plan: ExtensionPlan) -> None:

@@ -6,15 +6,16 @@ and drawn where the method that made it is not installed.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar, get_args
 
 from .decode import MAX_NUMBER, PLAN_RULES, Rules, decode, short
-from .deprecation import RenamedAttribute, renamed_names
+from .deprecation import RenamedAttribute, renamed_names, warn_of_former
 from .edits import (
     Band,
     BucketPlan,
@@ -62,36 +63,27 @@ PLAN_FILE = "posext_plan.json"
 PLAN_KEY = "posext_plan"
 """Entry of `config.json`, or of `adapter_config.json`, that contains the plan whoever has written it."""
 MAX_PLAN_BYTES = 4 * 2**20
-MAX_PARTS = 64
+MAX_BANDS = 64
 """Each band is one more pass over keys in every attention layer; no method here has more than a handful."""
 
 
+E = TypeVar("E", bound=Edit)
+
+
 @dataclass(frozen=True)
-class ExtensionPlan:
-    """Edits of one positional scheme by one method.
-
-    Args:
-        method (`str`): the method's name, or several joined by `+`.
-        parameters (`tuple[Mapping, ...]`): the hyper-parameters of each of them, with its `name`.
-        scheme (`PositionalScheme`): what the plan was made for.
-        factor (`float`): `target_length / trained_length`.
-        trained_length (`int`): trained length that the plan counts from, in tokens.
-        target_length (`int`): length that the plan is for, in tokens.
-        rotaries (`tuple[RotaryPlan, ...]`): the sets of frequencies that change; the others stay as shipped.
-        parts (`tuple[Band, ...]`): which positions each pair of query and key gets; all as they are where empty.
-        query_scale (`QueryScale`, *optional*): how queries grow with their position.
-        table (`TablePlan`, *optional*): how the learned table is stretched to `target_length` positions.
-        slopes (`tuple[float, ...]`): the slope of ALiBi of each head; as they are where empty.
-        buckets (`BucketPlan`, *optional*): how distances are sorted into buckets.
-        sinusoids (`PositionMap`, *optional*): the position of which each token gets the sines.
-    """
-
+class _Labels:
     method: str
     parameters: tuple[Mapping[str, Any], ...]
     scheme: PositionalScheme
     factor: float
     trained_length: int
     target_length: int
+
+
+@dataclass(frozen=True)
+class _File(_Labels):
+    """A plan as its file contains it: a field for each type of edit, in the order of `Edit`."""
+
     rotaries: tuple[RotaryPlan, ...] = ()
     parts: tuple[Band, ...] = ()
     query_scale: QueryScale | None = None
@@ -102,23 +94,94 @@ class ExtensionPlan:
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """Every change that the plan makes, as a tuple of typed edits; empty for the method `none`."""
         slopes = Slopes(self.slopes) if self.slopes else None
         sinusoids = Sinusoids(self.sinusoids) if self.sinusoids else None
         single = (self.query_scale, self.table, slopes, self.buckets, sinusoids)
         return (*self.rotaries, *self.parts, *(edit for edit in single if edit is not None))
 
+
+EDITS: tuple[type[Edit], ...] = get_args(Edit)
+FORMER_FIELDS = dict(zip([entry.name for entry in fields(_File)][-len(EDITS) :], EDITS, strict=True))
+
+
+@dataclass(frozen=True)
+class ExtensionPlan(_Labels):
+    """Edits of one positional scheme by one method.
+
+    Args:
+        method (`str`): the method's name, or several joined by `+`.
+        parameters (`tuple[Mapping, ...]`): the hyper-parameters of each of them, with its `name`.
+        scheme (`PositionalScheme`): what the plan was made for.
+        factor (`float`): `target_length / trained_length`.
+        trained_length (`int`): trained length that the plan counts from, in tokens.
+        target_length (`int`): length that the plan is for, in tokens.
+        edits (`tuple[Edit, ...]`): every change that the plan makes, in the order of `Edit`; empty for the method
+            `none`.
+    """
+
+    edits: tuple[Edit, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edits", tuple(sorted(self.edits, key=lambda edit: EDITS.index(type(edit)))))
+
+    def of(self, kind: type[E]) -> tuple[E, ...]:
+        """Return the edits of one type."""
+        return tuple(edit for edit in self.edits if isinstance(edit, kind))
+
+    def with_edits(self, kind: type[E], *edits: E) -> Self:
+        """Return the plan with other edits of one type."""
+        return replace(self, edits=(*(edit for edit in self.edits if not isinstance(edit, kind)), *edits))
+
+    @property
+    def rotaries(self) -> tuple[RotaryPlan, ...]:
+        """The sets of frequencies that change; the others stay as shipped."""
+        return self.of(RotaryPlan)
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """The positions that pairs of query and key get; all as they are where empty."""
+        return self.of(Band)
+
+    @property
+    def query_scale(self) -> QueryScale | None:
+        """The growth of queries with their position."""
+        return next(iter(self.of(QueryScale)), None)
+
+    @property
+    def table(self) -> TablePlan | None:
+        """The source of the rows of a longer learned table."""
+        return next(iter(self.of(TablePlan)), None)
+
+    @property
+    def slopes(self) -> tuple[float, ...]:
+        """The slope of ALiBi of each head; as they are where empty."""
+        return next((edit.values for edit in self.of(Slopes)), ())
+
+    @property
+    def buckets(self) -> BucketPlan | None:
+        """The way in which distances are sorted into buckets."""
+        return next(iter(self.of(BucketPlan)), None)
+
+    @property
+    def sinusoids(self) -> PositionMap | None:
+        """The position of which each token gets the sines."""
+        return next((edit.position for edit in self.of(Sinusoids)), None)
+
+    parts = RenamedAttribute("bands")
     original_length = RenamedAttribute("trained_length")
 
     @property
     def rotates_late(self) -> bool:
         """`True` where phases depend on the pair of query and key, or on the row, and are applied in attention."""
-        return bool(self.parts) or self.query_scale is not None or any(entry.growth for entry in self.rotaries)
+        return any(
+            isinstance(edit, Band | QueryScale) or (isinstance(edit, RotaryPlan) and edit.growth is not None)
+            for edit in self.edits
+        )
 
     @property
     def follows_rows(self) -> bool:
         """`True` where positions, frequencies or scales depend on the length of each row."""
-        maps = (mapping for part in self.parts for mapping in (part.query, part.key))
+        maps = (mapping for band in self.bands for mapping in (band.query, band.key))
         scale = self.query_scale is not None and self.query_scale.row is not None
         return scale or any(entry.growth for entry in self.rotaries) or any(mapping.follows_rows for mapping in maps)
 
@@ -136,18 +199,16 @@ class ExtensionPlan:
         if self.scheme.kind not in KINDS:
             raise PlanError(f"plan.scheme.kind is {short(self.scheme.kind)}; there are: {', '.join(KINDS)}")
         self._check_lengths()
-        if len(self.parts) > MAX_PARTS:
-            raise PlanError(f"plan has {len(self.parts)} bands; at most {MAX_PARTS} are possible")
+        for kind in EDITS:
+            count, most = len(self.of(kind)), {RotaryPlan: len(self.scheme.rotaries), Band: MAX_BANDS}.get(kind, 1)
+            if count > most:
+                raise PlanError(f"plan has {count} edits of the type {kind.__name__}; at most {most} are possible")
         for edit in self.edits:
             edit.check(self)
 
     def _check_lengths(self) -> None:
-        sizes = {
-            "factor": self.factor,
-            "trained_length": self.trained_length,
-            "target_length": self.target_length,
-        }
-        for name, number in sizes.items():
+        for name in ("factor", "trained_length", "target_length"):
+            number = getattr(self, name)
             if not (isinstance(number, int) or name == "factor") or not math.isfinite(number) or number > MAX_NUMBER:
                 kind = "number" if name == "factor" else "whole number"
                 raise PlanError(f"plan.{name} is {short(number)}; a {kind} of at most {MAX_NUMBER} belongs there")
@@ -180,7 +241,9 @@ class ExtensionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, with the number of the schema."""
-        plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **asdict(self)}, allow_nan=False))
+        names = [entry.name for entry in fields(_File)]
+        file = _File(**{name: getattr(self, "bands" if name == "parts" else name) for name in names})
+        plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **asdict(file)}, allow_nan=False))
         return plain
 
     def save(self, directory: str | Path) -> Path:
@@ -218,12 +281,30 @@ class ExtensionPlan:
         data = {key: value for key, value in data.items() if key != "schema"}
         if schema == 1 and "trained_length" not in data:
             data["trained_length"] = data.pop("original_length", None)
-        plan = decode(cls, data, rules=PLAN_RULES if schema == SCHEMA else OLDER)
+        file = decode(_File, data, rules=PLAN_RULES if schema == SCHEMA else OLDER)
+        plan = cls(**{entry.name: getattr(file, entry.name) for entry in fields(cls)})
         plan.check()
         return plan
 
 
-__getattr__ = renamed_names(__name__, Part="Band")
+def _accept_former_fields(init: Callable[..., None]) -> Callable[..., None]:
+    """Let `ExtensionPlan(...)` and `dataclasses.replace` take the fields that plans had before `edits`, and warn."""
+
+    @functools.wraps(init)
+    def call(self: ExtensionPlan, *labels: Any, edits: tuple[Edit, ...] = (), **given: Any) -> None:
+        former = {name: given.pop(name) for name in FORMER_FIELDS if name in given}
+        if former:
+            warn_of_former(", ".join(former), "edits", "call plan.with_edits(type, ...)")
+            replaced = tuple(FORMER_FIELDS[name] for name in former)
+            kept = tuple(edit for edit in edits if not isinstance(edit, replaced))
+            edits = (*kept, *_File("", (), None, 1, 1, 1, **former).edits)  # type: ignore[arg-type]
+        init(self, *labels, edits=edits, **given)
+
+    return call
+
+
+ExtensionPlan.__init__ = _accept_former_fields(ExtensionPlan.__init__)  # type: ignore[method-assign]
+__getattr__ = renamed_names(__name__, Part="Band", MAX_PARTS="MAX_BANDS")
 
 
 def _refuse_constant(text: str) -> float:

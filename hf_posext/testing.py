@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers import (
     T5ForConditionalGeneration,
     XGLMForCausalLM,
 )
+from transformers.utils import logging as transformers_logging
 
 from .methods import Method, as_method, methods
 from .patching import detect_scheme, load_patched, patch_model, unpatch_model
@@ -238,31 +240,25 @@ def save_case(method: Method, kind: str, directory: Path) -> None:
 
 
 def read_again(root: Path) -> None:
-    """Open every saved case in new processes: in one without this package where plain transformers can, and in one
-    with it."""
-    for reader in (_PLAIN_READER, _OUR_READER):
-        subprocess.run([sys.executable, "-c", reader, str(root)], check=True)
+    """Open every saved case in a new process: without this package where plain transformers can, then with it."""
+    subprocess.run([sys.executable, "-c", _READER, str(root)], check=True)
 
 
-_PLAIN_READER = """
+_READER = """
 import sys; sys.modules["hf_posext"] = None  # importing it would raise
 import pathlib, torch, transformers
-for answer in pathlib.Path(sys.argv[1]).glob("*.pt"):
-    wanted = torch.load(answer)
-    if wanted["native"]:
-        model = getattr(transformers, wanted["class"]).from_pretrained(answer.with_suffix(""))
-        with torch.no_grad():
-            wanted["plain"] = model(**wanted["arguments"]).logits
-        torch.save(wanted, answer)
-"""
-_OUR_READER = """
-import sys, pathlib, torch
-from hf_posext import load_patched
-for answer in pathlib.Path(sys.argv[1]).glob("*.pt"):
-    wanted = torch.load(answer)
-    with torch.no_grad():
-        wanted["ours"] = load_patched(answer.with_suffix(""))(**wanted["arguments"]).logits
-    torch.save(wanted, answer)
+transformers.utils.logging.disable_progress_bar()
+answers = {path: torch.load(path) for path in pathlib.Path(sys.argv[1]).glob("*.pt")}
+with torch.no_grad():
+    for path, answer in answers.items():
+        if answer["native"]:
+            model = getattr(transformers, answer["class"]).from_pretrained(path.with_suffix(""))
+            answer["plain"] = model(**answer["arguments"]).logits
+    del sys.modules["hf_posext"]
+    from hf_posext import load_patched
+    for path, answer in answers.items():
+        answer["ours"] = load_patched(path.with_suffix(""))(**answer["arguments"]).logits
+        torch.save(answer, path)
 """
 
 
@@ -295,9 +291,19 @@ def cases(method: str | Method | type[Method]) -> Iterator[tuple[Method, str]]:
         yield from ((given, kind) for kind in given.kinds if kind in MODELS)
 
 
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def check_method(method: str | Method | type[Method]) -> None:
-    """
-    Check a method against the whole contract, on a tiny model of each kind of scheme that it extends.
+    """Check a method against the whole contract, on a tiny model of each kind of scheme that it extends.
 
     Args:
         method (`str`, [`Method`] or its class): a name or class is tried with example values of its parameters. A
@@ -313,7 +319,7 @@ def check_method(method: str | Method | type[Method]) -> None:
     >>> check_method("yarn")
     ```
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_progress_bars():
         saved = []
         for tried, kind in cases(method):
             for check in CHECKS:

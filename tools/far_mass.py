@@ -72,7 +72,7 @@ def measure() -> dict[str, Any]:
     rows = []
     for method in METHODS:
         with patch_model(model, method, factor=FACTOR) as patch:
-            window = patch.plan.parts[-1].low
+            window = patch.plan.bands[-1].low
             each = [far_mass(model, ids, window) for ids in texts]
         rows += [
             {"method": method, "length": n, "window": window, "far_share": sum(one[n] for one in each) / len(each)}

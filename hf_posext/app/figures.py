@@ -115,7 +115,7 @@ def mask_figure(view: View) -> Figure | None:
         `Figure`, *optional*: `None` if the method leaves every pair at its own distance.
     """
     plan, length, trained = view.plan, view.found.target_length, view.trained_length
-    if not plan.parts:
+    if not plan.bands:
         return None
     figure = new_figure(4.1)
     panels = figure.subplots(1, 3)
@@ -174,7 +174,7 @@ def _distance_colours(trained: int, length: int) -> Colormap:
 def _draw_band_edges(panel: Axes, view: View, at: torch.Tensor) -> None:
     """Draw white lines between the bands of a plan."""
     number = np.zeros((len(at), len(at)))
-    for place, part in enumerate(view.plan.parts):
+    for place, part in enumerate(view.plan.bands):
         number[belongs(part, at, at).numpy()] = place
     number[np.triu_indices(len(at), 1)] = 0
     if number.any():
@@ -182,7 +182,7 @@ def _draw_band_edges(panel: Axes, view: View, at: torch.Tensor) -> None:
             at.numpy(),
             at.numpy(),
             number,
-            levels=np.arange(len(view.plan.parts)) + 0.5,
+            levels=np.arange(len(view.plan.bands)) + 0.5,
             colors="white",
             linewidths=1.0,
         )

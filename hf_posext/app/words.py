@@ -54,7 +54,7 @@ def facts(found: Diagnosis) -> str:
 def about(view: View) -> str:
     """Return the summary of the method, and its plan."""
     chosen = as_method(view.plan.method)
-    methods: Sequence[Method] = chosen.parts if isinstance(chosen, Composition) else (chosen,)
+    methods: Sequence[Method] = chosen.components if isinstance(chosen, Composition) else (chosen,)
     lines = []
     for method in methods:
         name = escape(method.title)
@@ -100,7 +100,7 @@ def frequency(view: View) -> str:
 
 def mask(view: View) -> str:
     """Return the text below the mask."""
-    if view.plan.parts:
+    if view.plan.bands:
         return plain(
             "Every query attends to every key before it. The colour is the distance at which the key appears. White "
             "lines separate the bands that the method treats differently."

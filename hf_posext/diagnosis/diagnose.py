@@ -199,7 +199,7 @@ def _with_remedies(
         except PosExtError as error:
             logger.info("left out of the diagnosis: %s", error)
         else:
-            if causal or not plan.parts:  # remapping is defined for causal attention
+            if causal or not plan.bands:  # remapping is defined for causal attention
                 plans[name] = plan
     found = replace(found, remedies=tuple(plans))
     drawn = plans if trained and goal == target else {}

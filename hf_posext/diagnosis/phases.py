@@ -76,7 +76,7 @@ def phase_table(
     """
     lines = []
     for method, plan in plans.items():
-        by_pair = plan is not None and any(part.query.by_pair for part in plan.parts)
+        by_pair = plan is not None and any(part.query.by_pair for part in plan.bands)
         for rotary in scheme.rotaries:
             farthest = [
                 target_length - 1 if plan is None else farthest_position(plan, target_length, pair)
@@ -126,9 +126,9 @@ def relative_positions(
     tokens. If rotary pairs have positions of their own, those of rotary pair `pair`: the fastest by default.
     """
     apart = (queries[:, None] - keys[None]).double()
-    relative = apart.clone() if plan is None or not plan.parts else torch.full_like(apart, math.nan)
+    relative = apart.clone() if plan is None or not plan.bands else torch.full_like(apart, math.nan)
     row = queries.max() + 1
-    for part in plan.parts if plan is not None else ():
+    for part in plan.bands if plan is not None else ():
         sides = ((queries, part.query), (keys, part.key))
         moves = [mapped(side, rule.of_pair(pair) if rule.by_pair else rule, row) for side, rule in sides]
         moved = moves[0].double()[:, None] - moves[1].double()[None]
@@ -142,7 +142,7 @@ def farthest_position(plan: ExtensionPlan, length: int, pair: int = 0) -> float:
     # (`modulo`). The farthest is therefore the first of them, or the first one after such a beginning.
     queries = torch.linspace(0, length - 1, min(QUERIES, length), dtype=torch.float64).round().long()
     keys = torch.zeros(1, dtype=torch.long)
-    for part in plan.parts:
+    for part in plan.bands:
         chunks = 0 * queries if part.high is None else (queries // part.chunk - part.high + 1).clamp(min=0)
         first, step = chunks * part.chunk, part.key.modulo or 1
         keys = torch.cat([keys, first, (first + step - 1) // step * step])

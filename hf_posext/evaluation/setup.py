@@ -21,6 +21,7 @@ from ..methods.text import by_reason
 from ..packages import machine, versions_of
 from ..patching import patch_model
 from ..patching.detect import model_kind
+from ..patching.effect import refuse_idle_components
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .config import EvaluationConfig
@@ -208,7 +209,8 @@ def try_plans(model: nn.Module, plans: Sequence[ExtensionPlan], refusals: Refusa
     taken = []
     for plan in plans:
         try:
-            patch_model(model, plan).undo()
+            with patch_model(model, plan):
+                refuse_idle_components(model, plan)
         except (UnsupportedModelError, NoEffectError) as error:
             refusals[plan.method] = f"cannot be patched: {error}"
         else:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from ..plan import ExtensionPlan
+from ..plan import ExtensionPlan, Slopes
 from .base import Method, register
 
 
@@ -25,7 +25,7 @@ class ALiBiLinear(Method):
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         slopes = plan.slopes or plan.scheme.slopes
-        return replace(plan, slopes=tuple(slope / plan.factor for slope in slopes))
+        return plan.with_edits(Slopes, Slopes(tuple(slope / plan.factor for slope in slopes)))
 
 
 @register
@@ -52,4 +52,4 @@ class ALiBiNTK(Method):
         def share(slope: float) -> float:
             return math.log(steep / slope) / math.log(steep / flat) if steep > flat else 1.0
 
-        return replace(plan, slopes=tuple(slope / plan.factor ** share(slope) for slope in slopes))
+        return plan.with_edits(Slopes, Slopes(tuple(slope / plan.factor ** share(slope) for slope in slopes)))

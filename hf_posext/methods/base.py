@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
@@ -25,9 +25,9 @@ from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 import torch
 
 from ..decode import MAX_NUMBER, short
-from ..deprecation import renamed_arguments
+from ..deprecation import RenamedAttribute, renamed_arguments
 from ..errors import InvalidParameterError, MethodNotApplicableError, UnknownMethodError
-from ..plan import ExtensionPlan
+from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import PositionalScheme
 
 
@@ -102,6 +102,10 @@ class Method:
         """
         return self._text(hidden="factor")
 
+    def label_under(self, factor: float | None) -> str:
+        """Return the label of a component of a composition, which states a factor that is not the composition's."""
+        return self.label if self.factor in (None, factor) else self._text()
+
     def _text(self, hidden: str = "") -> str:
         given = [
             f"{entry.name}={value!r}"
@@ -170,7 +174,7 @@ class Method:
         raise TypeError(f"{type(self).__name__} must implement extend(plan)")
 
     def __add__(self, other: Method) -> Method:
-        return Composition(parts=(self, other))
+        return Composition(components=(self, other))
 
     def _lengths(
         self,
@@ -182,11 +186,11 @@ class Method:
         original = trained_length if trained_length is not None else scheme.trained_length
         if original is None:
             raise InvalidParameterError(
-                f"{scheme.model_type}: {scheme.trained_length_source}; pass trained_length= in tokens"
+                f"{scheme.model_type}: {scheme.trained_length_source}. Pass trained_length= in tokens."
             )
         if not 1 <= original <= MAX_NUMBER:
             raise InvalidParameterError(
-                f"trained_length is {short(original)}; pass a number of tokens, from 1 to {MAX_NUMBER}"
+                f"trained_length is {short(original)}. Pass a number of tokens, from 1 to {MAX_NUMBER}."
             )
         if factor is None and target_length is None:
             if self.needs_factor:
@@ -194,16 +198,16 @@ class Method:
             factor = 1.0
         if factor is not None:
             if factor <= 0:
-                raise InvalidParameterError(f"factor is {factor:g}; pass a number above 0, e.g. factor=8")
+                raise InvalidParameterError(f"factor is {factor:g}. Pass a number above 0, e.g. factor=8.")
             if original * factor > MAX_NUMBER:
                 raise InvalidParameterError(
                     f"factor {factor:g} times the trained {original} tokens is above {MAX_NUMBER} tokens, the most "
-                    "that a plan can hold; pass a smaller factor"
+                    "that a plan can hold. Pass a smaller factor."
                 )
             if target_length is not None and target_length != round(original * factor):
                 raise InvalidParameterError(
                     f"factor {factor:g} means {round(original * factor)} tokens, and target_length is "
-                    f"{short(target_length)}; pass one of the two"
+                    f"{short(target_length)}. Pass one of the two."
                 )
             target_length = round(original * factor)
         assert target_length is not None
@@ -213,16 +217,16 @@ class Method:
             )
         if target_length < original:
             raise InvalidParameterError(
-                f"target of {target_length} tokens is below the trained length of {original}; "
-                "pass factor >= 1, or trained_length= if the model was trained on less"
+                f"target of {target_length} tokens is below the trained length of {original}. "
+                "Pass factor >= 1, or trained_length= if the model was trained on less."
             )
         shipped = scheme.shipped_length
         scaled = any(rotary.shipped_type != "default" for rotary in scheme.rotaries)
         if self.needs_factor and scaled and trained_length is None and shipped and target_length < shipped:
             raise InvalidParameterError(
                 f"target of {target_length} tokens ({original} trained x {target_length / original:g}) is below the "
-                f"{shipped} that the model ships with by its own scaling, which the plan would replace; "
-                f"pass a target_length above {shipped}, or trained_length={original} to mean it"
+                f"{shipped} that the model ships with by its own scaling, which the plan would replace. "
+                f"Pass a target_length above {shipped}, or trained_length={original} to mean it."
             )
         return original, target_length
 
@@ -235,66 +239,87 @@ class Composition(Method):
     that read eight times it); the plan's is the largest of them.
     """
 
-    parts: tuple[Method, ...] = ()
+    components: tuple[Method, ...] = ()
+    parts: ClassVar[Any] = RenamedAttribute("components")
 
     def __post_init__(self) -> None:
-        own = [part.factor for part in self.parts if part.factor is not None]
+        own = [component.factor for component in self.components if component.factor is not None]
         if own and self.factor is None:
             object.__setattr__(self, "factor", max(own))
 
     @property
     def needs_factor(self) -> bool:  # type: ignore[override]
         """`True` where a component needs one."""
-        return any(part.needs_factor for part in self.parts)
+        return any(component.needs_factor for component in self.components)
 
     @property
     def label(self) -> str:
-        return "+".join(part.label if part.factor in (None, self.factor) else part._text() for part in self.parts)
+        return "+".join(component.label_under(self.factor) for component in self.components)
 
     def parameters(self) -> tuple[Mapping[str, Any], ...]:
-        return tuple(entry for part in self.parts for entry in part.parameters())
+        return tuple(entry for component in self.components for entry in component.parameters())
 
     def applies_to(self, scheme: PositionalScheme) -> str | None:
-        return next((reason for part in self.parts if (reason := part.applies_to(scheme))), None)
+        return next((reason for each in self.components if (reason := each.applies_to(scheme))), None)
 
     @renamed_arguments(original_length="trained_length")
     def plan(self, scheme: PositionalScheme, **lengths: Any) -> ExtensionPlan:
         plan = super().plan(scheme, **lengths)
-        self._require_traces(plan)
-        return plan
-
-    def _require_traces(self, plan: ExtensionPlan) -> None:
-        """Refuse a plan that would be the same without one of the components."""
-        blank = ExtensionPlan("", (), plan.scheme, plan.factor, plan.trained_length, plan.target_length)
-        for index, part in enumerate(self.parts):
-            others = (*self.parts[:index], *self.parts[index + 1 :])
-            try:
-                with torch.device("cpu"):
-                    without = Composition(factor=self.factor, parts=others).extend(blank)
-            except InvalidParameterError:
-                continue  # the others cannot do without it
+        for label, without in without_each(plan, self.components):
             if _numbers(without) == _numbers(plan):
                 raise InvalidParameterError(
-                    f"{part.label} leaves no trace in {self.label}: it changes nothing, or a method after it computes "
-                    "the same positions anew; leave it out, or write it last"
+                    f"{label} leaves no trace in {self.label}: it changes nothing, or a method after it computes "
+                    "the same positions anew. Leave it out, or write it last."
                 )
+        return plan
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         factor, target = plan.factor, plan.target_length
-        for part in self.parts:
-            own = factor if part.factor is None else part.factor
-            length = target if part.factor is None else round(plan.trained_length * own)
-            plan = part.extend(replace(plan, factor=own, target_length=length))
+        for component in self.components:
+            own = factor if component.factor is None else component.factor
+            length = target if component.factor is None else round(plan.trained_length * own)
+            plan = component.extend(replace(plan, factor=own, target_length=length))
         return replace(plan, factor=factor, target_length=target)
 
     def __add__(self, other: Method) -> Method:
-        return Composition(parts=(*self.parts, other))
+        return Composition(components=(*self.components, other))
+
+
+Composition.__init__ = renamed_arguments(parts="components")(Composition.__init__)  # type: ignore[method-assign]
+
+
+def components_of(plan: ExtensionPlan) -> tuple[Method, ...]:
+    """Return the methods that a plan was made by; none where one of them is not installed."""
+    known = methods()
+    try:
+        return tuple(
+            known[entry["name"]](**{key: value for key, value in entry.items() if key != "name"})
+            for entry in plan.parameters
+        )
+    except (KeyError, TypeError, InvalidParameterError):  # of another version, too
+        return ()
+
+
+def without_each(plan: ExtensionPlan, components: Sequence[Method]) -> Iterator[tuple[str, ExtensionPlan]]:
+    """Yield the label of each component of a composition, and the plan without it.
+
+    A component that the others need, such as the method whose far band fades, is left out.
+    """
+    blank = ExtensionPlan("", (), plan.scheme, plan.factor, plan.trained_length, plan.target_length)
+    for index, component in enumerate(components):
+        others = Composition(factor=plan.factor, components=(*components[:index], *components[index + 1 :]))
+        try:
+            with torch.device("cpu"):
+                without = others.extend(blank)
+        except InvalidParameterError:
+            continue
+        yield component.label_under(plan.factor), without
 
 
 def _numbers(plan: ExtensionPlan) -> ExtensionPlan:
     """Return a plan without its labels: the method, its parameters, and the words of a config for the frequencies."""
-    rotaries = tuple(replace(entry, rope_parameters=None) for entry in plan.rotaries)
-    return replace(plan, method="", parameters=(), rotaries=rotaries)
+    plan = plan.with_edits(RotaryPlan, *(replace(entry, rope_parameters=None) for entry in plan.rotaries))
+    return replace(plan, method="", parameters=())
 
 
 def _hint(method: type[Method], written: Any) -> Any:
@@ -333,7 +358,6 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _type_text(hint: Any) -> str:
-    """Return a type hint in words."""
     words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "text", type(None): "None"}
     if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(_type_text(option) for option in get_args(hint))
@@ -384,9 +408,9 @@ def register(method: M) -> M:
         raise InvalidParameterError(f"{method.__name__} lacks {', '.join(missing)}, which every method has")
     taken = _methods.get(name)
     if taken is not None and taken is not method:
-        raise InvalidParameterError(f"method {name!r} is registered as {taken.__module__}; choose another name")
+        raise InvalidParameterError(f"method {name!r} is registered as {taken.__module__}. Choose another name.")
     if not name or set(name) & set("+,("):
-        raise InvalidParameterError(f"method name {name!r} is empty or holds one of '+,('; choose another name")
+        raise InvalidParameterError(f"method name {name!r} is empty or holds one of '+,('. Choose another name.")
     _methods[name] = method
     return method
 

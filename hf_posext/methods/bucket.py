@@ -31,10 +31,10 @@ class BucketMethod(Method):
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         if plan.scheme.table is not None and plan.table is None:
             raise InvalidParameterError(
-                f"{plan.scheme.model_type} has a learned table too, which {self.name} leaves at its length; stretch "
-                f"it first: 'table-linear+{self.name}'"
+                f"{plan.scheme.model_type} has a learned table too, which {self.name} leaves at its length. Stretch "
+                f"it first: 'table-linear+{self.name}'."
             )
-        return replace(plan, buckets=self.buckets(plan, plan.buckets or BucketPlan()))
+        return plan.with_edits(BucketPlan, self.buckets(plan, plan.buckets or BucketPlan()))
 
 
 @register
@@ -83,4 +83,4 @@ class BucketMaxDistance(BucketMethod):
             raise InvalidParameterError(
                 f"{self.name}: expected max_distance from {shipped} (the model's own) on, got {reach}."
             )
-        return replace(current, max_distance=reach)
+        return replace(current, max_distance=None if reach == shipped else reach)

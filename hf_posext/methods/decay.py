@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..errors import InvalidParameterError
-from ..plan import CountFade, DistanceDecay, ExtensionPlan
+from ..plan import Band, CountFade, DistanceDecay, ExtensionPlan
 from ..scheme import PositionalScheme
 from .base import Method, register
 from .leaky_rerope import LeakyReRoPE
@@ -64,4 +64,5 @@ class Decay(Method):
             far = replace(far, fade=far.fade or CountFade(self.strength, reference=start - far.low))
         if start < far.low:
             raise InvalidParameterError(f"Expected a decay start of {far.low} (the window) or more, got {start}.")
-        return replace(plan, parts=(*plan.parts[:-1], replace(far, decay=DistanceDecay(self.strength, start))))
+        decayed = replace(far, decay=DistanceDecay(self.strength, start))
+        return plan.with_edits(Band, *plan.bands[:-1], decayed)

@@ -61,7 +61,7 @@ class DPE(RemapMethod):
     def example(cls, scheme: PositionalScheme) -> Self:
         return cls(scales=(4, 8), window=max(1, (scheme.trained_length or 2) // 2))
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         scales = self.scales if self.table is None else SCALES[self.table]
         if scales is None:
             raise InvalidParameterError(

@@ -38,7 +38,7 @@ class DualChunk(RemapMethod):
     local: int | None = None
     temperature: float = 0.0
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         chunk, local = window_of(self, plan, 3 / 4, "chunk"), window_of(self, plan, 1 / 4, "local")
         if local >= chunk:
             raise InvalidParameterError(f"Expected a dual-chunk local of 1 to {chunk - 1}, got {local}.")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..errors import InvalidParameterError
-from ..plan import CountFade, ExtensionPlan
+from ..plan import Band, CountFade, ExtensionPlan
 from ..scheme import PositionalScheme
 from .base import Method, register
 from .remap import require_far_band
@@ -56,4 +56,4 @@ class Fade(Method):
             )
         reference = plan.trained_length if self.reference is None else self.reference
         faded = replace(far, fade=CountFade(strength=self.strength, reference=reference))
-        return replace(plan, parts=(*plan.parts[:-1], faded))
+        return plan.with_edits(Band, *plan.bands[:-1], faded)

@@ -54,7 +54,7 @@ class FrequencyMethod(Method):
                 continue
             current = so_far.get(rotary.name) or unscaled(rotary)
             so_far[rotary.name] = self.rescale(rotary, current, plan)
-        return replace(plan, rotaries=tuple(so_far.values()))
+        return plan.with_edits(RotaryPlan, *so_far.values())
 
 
 def exponents(rotary: Rotary) -> torch.Tensor:
@@ -143,11 +143,11 @@ def longrope(
     return entry if torch.equal(long, short) else replace(entry, short_inv_freq=padded(rotary, short))
 
 
-def require_pairs(method: Method, rotary: Rotary, least: int = 2) -> None:
+def require_pairs(method: Method, rotary: Rotary) -> None:
     """Refuse a set of frequencies that the formula is not defined for."""
-    if rotary.pairs < least:
+    if rotary.pairs < 2:
         raise InvalidParameterError(
-            f"{method.name} needs at least {least} rotary pairs; {rotary.name or 'the model'} has {rotary.pairs}"
+            f"{method.name} needs at least 2 rotary pairs; {rotary.name or 'the model'} has {rotary.pairs}"
         )
 
 

@@ -47,7 +47,7 @@ class JetLong(RemapMethod):
         if self.offset and self.frequencies:
             raise InvalidParameterError("Expected jet-long with offset or with frequencies, got both.")
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         trained = plan.trained_length
         window = window_of(self, plan, 1 / 2 if self.offset else 1 / 16)
         if window == trained and (self.offset or self.frequencies):
@@ -69,5 +69,5 @@ class JetLong(RemapMethod):
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
         if not self.frequencies:
             return None
-        row = self.parts(plan)[1].query.row_group
+        row = self.bands(plan)[1].query.row_group
         return QueryScale(length=max(plan.trained_length, 2), temperature=0.1, row=row)

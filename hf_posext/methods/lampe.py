@@ -48,7 +48,7 @@ class LaMPE(RemapMethod):
         if self.curve not in CURVES:
             raise InvalidParameterError(f"Expected a lampe curve of {', '.join(CURVES)}, got {self.curve!r}.")
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         head = window_of(self, plan, 1 / 16, "head")
         trained, limit, slope, shift = CURVES[self.curve]
         scale = plan.trained_length / trained

@@ -36,7 +36,7 @@ class LeakyReRoPE(RemapMethod):
         if self.stride is not None and not 1 <= self.stride < math.inf:
             raise InvalidParameterError(f"Expected a leaky-rerope stride of 1 or more, got {self.stride}.")
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = window_of(self, plan, 1 / 2)
         stride = self.stride
         if stride is None:

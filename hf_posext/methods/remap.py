@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
+from ..deprecation import RenamedAttribute, warn_of_former
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
 from ..scheme import Rotary
@@ -17,19 +19,26 @@ SAME = PositionMap()
 class RemapMethod(Method):
     """A method that remaps positions inside attention, with the frequencies of the model or of a method before it.
 
-    Subclasses implement [`~RemapMethod.parts`].
+    Subclasses implement [`~RemapMethod.bands`].
     """
 
     kinds = ("rotary",)
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         """Return the bands: disjoint, of the causal pairs, nearest first."""
-        raise TypeError(f"{type(self).__name__} must implement parts(plan)")
+        former: Any = type(self).parts
+        if not isinstance(former, RenamedAttribute):  # a subclass with the former name
+            warn_of_former("parts", "bands", f"rename the method of {type(self).__name__}")
+            bands: tuple[Band, ...] = former(self, plan)
+            return bands
+        raise TypeError(f"{type(self).__name__} must implement bands(plan)")
+
+    parts = RenamedAttribute("bands")
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
-        if plan.parts:
+        if plan.bands:
             raise InvalidParameterError(f"{plan.method} remaps positions twice; compose at most one such method")
-        scale, plan = self.query_scale(plan), replace(plan, parts=self.parts(plan))
+        scale, plan = self.query_scale(plan), plan.with_edits(Band, *self.bands(plan))
         return plan if scale is None else with_query_scale(plan, scale)
 
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
@@ -65,7 +74,7 @@ def with_query_scale(plan: ExtensionPlan, scale: QueryScale) -> ExtensionPlan:
     """
     if plan.query_scale is not None:
         raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
-    return replace(plan, query_scale=scale)
+    return plan.with_edits(QueryScale, scale)
 
 
 def require_far_band(method: Method, plan: ExtensionPlan) -> Band:
@@ -74,12 +83,12 @@ def require_far_band(method: Method, plan: ExtensionPlan) -> Band:
     Raises:
         InvalidParameterError: the methods before have none.
     """
-    if not plan.parts or not plan.parts[-1].is_far:
+    if not plan.bands or not plan.bands[-1].is_far:
         raise InvalidParameterError(
             f"Expected {method.name} after a method with a band of far keys, got {plan.method!r}. "
             f"Pass e.g. 'rerope+{method.name}'."
         )
-    return plan.parts[-1]
+    return plan.bands[-1]
 
 
 def require_one_set(method: Method, plan: ExtensionPlan) -> Rotary:

@@ -27,6 +27,6 @@ class ReRoPE(RemapMethod):
 
     window: int | None = None
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = window_of(self, plan, 3 / 4)
         return near_and_far(window, PositionMap(rate=0, offset=window), PositionMap(rate=0))

@@ -37,7 +37,7 @@ class SelfExtend(RemapMethod):
     group: int | None = None
     window: int | None = None
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = window_of(self, plan, 1 / 2)
         group = self.group
         if group is None:

@@ -65,7 +65,7 @@ class SelfLogistic(RemapMethod):
             covered += sizes[-1]
         return sizes
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = window_of(self, plan, 1 / 4)
         # A position is needed for each group. The list ends with the first that is too many, since the target may be
         # any number of tokens.

@@ -33,7 +33,7 @@ class Sinks(RemapMethod):
     sinks: int = 4
     window: int | None = None
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = plan.trained_length - self.sinks if self.window is None else self.window
         if self.sinks < 1 or window < 1 or self.sinks + window > plan.trained_length:
             raise InvalidParameterError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, PositionMap
+from ..plan import ExtensionPlan, PositionMap, Sinusoids
 from .base import Method, register
 
 
@@ -27,4 +27,4 @@ class SinusoidLinear(Method):
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         if plan.sinusoids is not None:
             raise InvalidParameterError(f"{plan.method} squeezes positions twice. Pass {self.name} once.")
-        return replace(plan, sinusoids=PositionMap(rate=1 / plan.factor))
+        return plan.with_edits(Sinusoids, Sinusoids(PositionMap(rate=1 / plan.factor)))

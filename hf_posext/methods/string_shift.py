@@ -42,7 +42,7 @@ class StringShift(RemapMethod):
                 f"Expected a string-shift attention_factor above 0, got {self.attention_factor}."
             )
 
-    def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+    def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         shift = window_of(self, plan, 1 / 3, "shift")
         local = max(1, shift // 8) if self.local is None else self.local
         if not 1 <= local <= shift:

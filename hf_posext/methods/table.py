@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidParameterError
@@ -35,7 +35,7 @@ class TableMethod(Method):
                 f"Expected trained_length up to {usable}, the positions in the table of {plan.scheme.model_type}, got "
                 f"{plan.trained_length}."
             )
-        return replace(plan, table=self.table(plan))
+        return plan.with_edits(TablePlan, self.table(plan))
 
 
 def squeezed(plan: ExtensionPlan) -> PositionMap:

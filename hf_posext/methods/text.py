@@ -30,22 +30,22 @@ def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
     if isinstance(method, Method):
         if hyper_parameters:
             raise InvalidParameterError(
-                f"a method object has its hyper-parameters already, got {', '.join(hyper_parameters)}; "
-                f"pass them to {type(method).__name__}(...)"
+                f"a method object has its hyper-parameters already, got {', '.join(hyper_parameters)}. "
+                f"Pass them to {type(method).__name__}(...)."
             )
         return method
     if not isinstance(method, str):
         raise InvalidParameterError(
-            f"method is {method!r}; pass a name such as 'yarn' or an object such as YaRN(factor=8)"
+            f"method is {method!r}. Pass a name such as 'yarn' or an object such as YaRN(factor=8)."
         )
     texts = split_outside_brackets(method, "+")
     if hyper_parameters and len(texts) > 1:
         raise InvalidParameterError(
-            f"{method!r} composes {len(texts)} methods, got {', '.join(hyper_parameters)}; write hyper-parameters in "
-            f"brackets behind the name of theirs, as in {texts[0].partition('(')[0]}(...)+{texts[1]}"
+            f"{method!r} composes {len(texts)} methods, got {', '.join(hyper_parameters)}. Write hyper-parameters in "
+            f"brackets behind the name of theirs, as in {texts[0].partition('(')[0]}(...)+{texts[1]}."
         )
-    parts = tuple(_from_text(text, hyper_parameters) for text in texts)
-    return parts[0] if len(parts) == 1 else Composition(parts=parts)
+    components = tuple(_from_text(text, hyper_parameters) for text in texts)
+    return components[0] if len(components) == 1 else Composition(components=components)
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
@@ -67,7 +67,7 @@ def _from_text(text: str, more: Mapping[str, Any]) -> Method:
     given = _literals(text, cls) if bracket else {}
     twice = sorted(given.keys() & more.keys())
     if twice:
-        raise InvalidParameterError(f"{cls.name} gets {', '.join(twice)} in brackets and by keyword; pass it once")
+        raise InvalidParameterError(f"{cls.name} gets {', '.join(twice)} in brackets and by keyword. Pass it once.")
     known = ("factor", *hyper_parameters(cls))
     for key in (given := {**given, **more}):
         if key not in known:
@@ -90,7 +90,7 @@ def _literals(text: str, cls: type[Method]) -> dict[str, Any]:
             raise ValueError("a parameter twice, or **")
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise InvalidParameterError(
-            f"cannot read the parameters of {text!r}; pass names and plain values, as in {example!r}"
+            f"cannot read the parameters of {text!r}. Pass names and plain values, as in {example!r}."
         ) from error
     return given
 

@@ -8,7 +8,6 @@ length is ever held.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,10 +18,8 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from .detect import text_config
 from .modes import evaluation_mode
-from .ownership import own_configs
 from .signatures import cache_of, with_cache
-from .switching import switch_attention
-from .undo import UndoLog
+from .switching import switched_attention
 
 _SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax)
 
@@ -66,7 +63,7 @@ def last_query_scores(
             "the eager attention of falcon adds ALiBi's biases twice, so its attention cannot be watched"
         )
     trunk, cache = model.base_model, None
-    with _eager(model), evaluation_mode(model):
+    with switched_attention(model, "eager"), evaluation_mode(model):
         for begin in range(0, len(input_ids) - chunk + 1, chunk):
             watch = _Watch()
             watch.queries = chunk
@@ -77,15 +74,3 @@ def last_query_scores(
                 what = "keeps no cache of keys" if cache is None else "hands no attention scores to a softmax"
                 raise UnsupportedModelError(f"{type(model).__name__} {what}, so its attention cannot be watched")
             yield begin + chunk - 1, watch.seen
-
-
-@contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """The eager implementation of attention inside; afterwards the one that was there."""
-    log = UndoLog()
-    try:
-        own_configs(model, log)  # another model may share them
-        switch_attention(model, "eager", log)
-        yield
-    finally:
-        log.undo()

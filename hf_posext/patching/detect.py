@@ -160,7 +160,7 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     cls = next((getattr(transformers, name) for name in flat if name and hasattr(transformers, name)), None)
     if cls is None:
         raise UnsupportedModelError(
-            f"transformers has no model for config type {config.model_type!r}; load the model and give that instead"
+            f"transformers has no model for config type {config.model_type!r}. Load the model and give that instead."
         )
     wanted = cls.config_class if cls.config_class is not None else type(config)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Plans that would change nothing are refused by name.
+"""Plans, and components of a composition, that would change nothing are refused by name.
 
 What a plan writes into modules is compared with what was there. What it does inside attention is computed from the
 plan: an input that is long enough to show it may be longer than a machine can run.
@@ -6,20 +6,38 @@ plan: an input that is long enough to show it may be longer than a machine can r
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..errors import NoEffectError
-from ..plan import Band, ExtensionPlan
-from .kernels import belongs, mapped
+from ..methods.base import components_of, without_each
+from ..plan import Band, ExtensionPlan, QueryScale, RotaryPlan
+from .kernels import SAME, belongs, mapped
 from .kernels.bands import decay, fade
+
+logger = logging.get_logger(__name__)
 
 DISTANCES = 1024
 """Distances of each kind that are looked at: the nearest ones, those of the first keys, and some evenly between."""
+
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Relative difference of frequencies that are computed by other operations, such as YaRN's at factor 1."""
+
+LATE = RotaryPlan | Band | QueryScale
+"""Edits of which this module computes whether they change a pair of tokens."""
+
+Layers = set[tuple[int | None, int]]
+"""Attention layers that rotate: how many tokens each sees, `None` without a bound, and its number."""
+
+EVERYWHERE: Layers = {(None, sys.maxsize)}
+"""One layer that sees all tokens and comes after all others."""
 
 
 def no_effect(plan: ExtensionPlan, what: str) -> NoEffectError:
@@ -30,32 +48,104 @@ def no_effect(plan: ExtensionPlan, what: str) -> NoEffectError:
     )
 
 
-def refuse_idle(plan: ExtensionPlan, layers: Iterable[nn.Module]) -> None:
+def layers_seen(modules: Iterable[nn.Module]) -> Layers:
+    """Return what the attention layers that rotate see."""
+    return {(_window(module), getattr(module, "layer_idx", None) or 0) for module in modules}
+
+
+def refuse_idle(plan: ExtensionPlan, layers: Layers) -> None:
     """Refuse edits that change no pair of tokens within reach of a layer, in texts of up to twice the target length.
 
     Args:
         plan (`ExtensionPlan`): with edits that attention applies.
-        layers (`Iterable[nn.Module]`): the attention layers that rotate.
+        layers (`set`): what the attention layers that rotate see.
 
     Raises:
         NoEffectError: every distance, and every logit, stays as it is.
     """
-    if plan.rotaries:
-        return  # new frequencies were compared with the former ones when they were written
-    last, scale = 2 * plan.target_length - 1, plan.query_scale
-    windows: set[int | None] = set()
-    for layer in layers:
-        windows.add(window := _window(layer))
-        if scale is not None and getattr(layer, "layer_idx", 0) >= scale.first_layer and scale.acts_at(last):
-            return
-        if plan.parts and _moves(plan.parts, last, min(window or last + 1, last + 1)):
-            return
-    bounds = [window for window in windows if window is not None]
-    reach = f"at most {max(bounds)} tokens back" if len(bounds) == len(windows) else "all tokens"
+    # new frequencies were compared with the former ones when they were written
+    if plan.rotaries or _differ(plan, replace(plan, edits=()), 2 * plan.target_length - 1, layers):
+        return
+    bounds = [window for window, _ in layers if window is not None]
+    reach = f"at most {max(bounds)} tokens back" if len(bounds) == len(layers) else "all tokens"
     raise NoEffectError(
         f"{plan.describe()} changes no pair of tokens: the layers of {plan.scheme.model_type} see {reach}. Pass other "
         "hyper-parameters, such as a smaller window, or method 'none' to compare with the unpatched model."
     )
+
+
+def refuse_idle_components(model: nn.Module, plan: ExtensionPlan) -> None:
+    """Refuse a composition of which a component changes nothing, in texts of up to twice the target length.
+
+    A component that begins to act behind the target length is named in a warning: at the lengths that the plan is for,
+    logits are those of the other components.
+
+    Args:
+        model (`PreTrainedModel`): under the plan.
+        plan (`ExtensionPlan`): in force.
+
+    Raises:
+        NoEffectError: names the component.
+    """
+    target = plan.target_length
+    components = components_of(plan) if len(plan.parameters) > 1 else ()
+    layers = layers_seen(module for module in model.modules() if hasattr(module, "_posext_layer")) or EVERYWHERE
+    for component, without in without_each(plan, components):
+        if not _differ(plan, without, 2 * target - 1, layers):
+            raise NoEffectError(
+                f"Expected each component of {plan.method!r} to change something, got {component!r} without effect up "
+                f"to {2 * target:,} tokens. Pass other hyper-parameters of it, or leave it out."
+            )
+        if target > plan.trained_length and not _differ(plan, without, target - 1, layers):
+            logger.warning_once(
+                f"{component!r} of {plan.method!r} has no effect up to {target:,} tokens, the target length: it "
+                "begins to act in longer texts. Up to there, logits are those of the other components alone"
+            )
+
+
+def _differ(plan: ExtensionPlan, other: ExtensionPlan, last: int, layers: Layers) -> bool:
+    """Return whether two plans of one scheme treat a pair of tokens within reach of a layer in other ways.
+
+    Args:
+        plan (`ExtensionPlan`): a plan.
+        other (`ExtensionPlan`): one with fewer edits.
+        last (`int`): position of the last token of the text.
+        layers (`set`): what the attention layers see.
+    """
+    # what the model shows when it is written: tables, slopes, buckets
+    ours, theirs = ([edit for edit in each.edits if not isinstance(edit, LATE)] for each in (plan, other))
+    if ours != theirs:
+        return True
+    others, trained = {entry.name: entry for entry in other.rotaries}, plan.trained_length
+    for entry in plan.rotaries:
+        if entry.name not in others or _turn_apart(entry, others[entry.name], last, trained):
+            return True
+    scale = plan.query_scale if plan.query_scale != other.query_scale else None
+    return any(
+        (scale is not None and number >= scale.first_layer and scale.acts_at(last))
+        or _move(plan.bands, other.bands, last, min(window or last + 1, last + 1))
+        for window, number in layers
+    )
+
+
+def _turn_apart(entry: RotaryPlan, other: RotaryPlan, last: int, trained: int) -> bool:
+    """Return whether two plans of one set of frequencies rotate a pair of tokens by other angles, or scale it."""
+    return any(
+        abs(one - two) * length > ROUNDING * (1 + length)
+        for length in {trained, last + 1}
+        for one, two in zip(_turns(entry, length, trained), _turns(other, length, trained), strict=True)
+    )
+
+
+def _turns(entry: RotaryPlan, length: int, trained: int) -> list[float]:
+    """Return the frequencies of a set, and the factor of its phases, in a row of some length."""
+    longer, growth = max(1.0, length / trained), entry.growth
+    if growth is not None:
+        moved = zip(growth.moving, growth.power, growth.kept, strict=True)
+        grown = [moving * longer**-power + kept for moving, power, kept in moved]
+        return [*grown, entry.attention_factor * (1 + growth.temperature * math.log(longer))]
+    short = entry.short_inv_freq if length <= trained else None
+    return [*(short or entry.inv_freq), entry.attention_factor]
 
 
 def _window(layer: Any) -> int | None:
@@ -72,33 +162,45 @@ def _window(layer: Any) -> int | None:
     return window
 
 
-def _moves(bands: tuple[Band, ...], last: int, reach: int) -> bool:
-    """Return whether bands change a pair of the query at `last`, or of the first one in its chunk.
+def _move(bands: tuple[Band, ...], others: tuple[Band, ...], last: int, reach: int) -> bool:
+    """Return whether bands treat a pair of the query at `last`, or of the first one in its chunk, unlike others do.
 
     Args:
         bands (`tuple[Band, ...]`): of a plan.
+        others (`tuple[Band, ...]`): of another plan; without one, positions are those of the tokens.
         last (`int`): position of the query.
         reach (`int`): number of keys that it sees.
     """
+    if bands == others:
+        return False
     periods = {period for band in bands for period in (band.chunk, band.query.modulo, band.key.modulo) if period}
     for position in {last} | {last // period * period for period in periods}:
-        query, most = torch.tensor([position]), min(reach - 1, position)
+        most = min(reach - 1, position)
         edges = [edge * band.chunk for band in bands for edge in (band.low, band.high or 0)]
         ends = torch.arange(min(DISTANCES, most + 1))
         between = torch.linspace(0, most, DISTANCES, dtype=torch.float64).long()
         distances = torch.cat([ends, most - ends, between, torch.tensor(edges).clamp(max=most)])
-        keys, row = query - distances, query + 1
-        attended = torch.zeros_like(keys, dtype=torch.bool)
-        for band in bands:
-            inside = belongs(band, query, keys)[0]
-            sides = (mapped(query, band.query, row), mapped(keys, band.key, row))
-            ours, theirs = (side.double().reshape(len(side), -1) for side in sides)  # a column for each rotary pair
-            changed = (ours - theirs != distances[:, None]).any(1)
-            faded, decayed = fade(band, query, torch.float64), decay(band, distances, torch.float64)
-            changed |= (faded is not None and faded != 0) | (decayed is not None and decayed != 0)
-            if (inside & changed).any():
-                return True
-            attended |= inside
-        if not attended.all():
+        ours, theirs = (_seen(each or (Band(SAME, SAME),), position, distances) for each in (bands, others))
+        if any((one != two).any() for one, two in zip(ours, theirs, strict=True)):
             return True
     return False
+
+
+def _seen(bands: tuple[Band, ...], position: int, distances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a query sees of keys at some distances (keys,).
+
+    Returns:
+        `torch.DoubleTensor` of shape `(keys, 1 or slots)` and `(keys, 1)`: the distance that phases have, for each
+        rotary pair where it has its own, and what is added to the logit. Keys in no band get minus infinity.
+    """
+    query = torch.tensor([position])
+    keys, row = query - distances, query + 1
+    apart, added = torch.zeros(len(keys), 1).double(), torch.full((len(keys), 1), -torch.inf).double()
+    for band in bands:
+        inside = belongs(band, query, keys)[0][:, None]
+        sides = (mapped(query, band.query, row), mapped(keys, band.key, row))
+        ours, theirs = (side.double().reshape(len(side), -1) for side in sides)
+        shifts = (fade(band, query, torch.float64), decay(band, distances, torch.float64))
+        apart = torch.where(inside, ours - theirs, apart)
+        added = torch.where(inside, sum(shift[:, None] for shift in shifts if shift is not None), added)
+    return apart, added

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan, RotaryPlan
@@ -27,7 +27,7 @@ from .effect import no_effect
 from .mixin import Mixin, mix
 from .undo import UndoLog
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 class KeepsFrequencies(Mixin):
@@ -66,14 +66,14 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
     sites = [site for site in rotary_sites(model) if site.name in planned]
     probes = _probe_positions(plan)
     if any(getattr(site.module, f"{site.prefix}inv_freq").is_meta for site in sites):
-        raise UnsupportedModelError(f"{plan.scheme.model_type} is on the meta device; load its weights, then patch")
+        raise UnsupportedModelError(f"{plan.scheme.model_type} is on the meta device. Load its weights, then patch.")
     before = [[site.phases(probe) for probe in probes] for site in sites]
 
     obstacle = "positions are remapped inside attention" if plan.rotates_late else None
     obstacle = obstacle or _say_in_config(model, sites, planned, plan, log)
     if obstacle and any(entry.short_inv_freq is not None for entry in plan.rotaries):
         raise UnsupportedModelError(
-            f"{plan.method} with two factor lists needs the model's own longrope, but {obstacle}; pass one list"
+            f"{plan.method} with two factor lists needs the model's own longrope, but {obstacle}. Pass one list."
         )
     for site in sites:
         _write(site, planned[site.name], log)
@@ -83,7 +83,7 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
         if factor != 1.0 and site.phases(torch.tensor([0])).max() == 1:
             raise UnsupportedModelError(
                 f"{site.path} ({type(site.module).__name__}) does not multiply its phases by {factor:g}, as "
-                f"{plan.method} asks for; pass attention_factor=1.0"
+                f"{plan.method} asks for. Pass attention_factor=1.0."
             )
     after = [[site.phases(probe) for probe in probes] for site in sites]
     for site, old, new in zip(sites, before, after, strict=True):
@@ -105,17 +105,12 @@ def _watch_boundary(boundary: int, module: nn.Module, args: tuple[Any, ...], kwa
     past = 0 if cache is None else cache.get_seq_length()
     # a static cache counts on its device, for which the host does not wait
     if read is not None and isinstance(past, int) and 0 < past <= boundary < past + read.shape[1]:
-        _warn_of_boundary(boundary)
-
-
-@functools.cache
-def _warn_of_boundary(boundary: int) -> None:
-    logger.warning(
-        "a text has passed %d tokens, where this model takes its second LongRoPE list, and the keys in its cache are "
-        "rotated by the first. What follows differs from a forward of the whole text, as in transformers. Read the "
-        "text anew to avoid it",
-        boundary,
-    )
+        logger.warning_once(
+            "a text has passed %d tokens, where this model takes its second LongRoPE list, and the keys in its cache "
+            "are rotated by the first. What follows differs from a forward of the whole text, as in transformers. "
+            "Read the text anew to avoid it",
+            boundary,
+        )
 
 
 def _probe_positions(plan: ExtensionPlan) -> list[torch.Tensor]:

@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from .ownership import unwrap
 
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(PreTrainedModel, f"{CHECKPOINTING}_enable"):  # before transformers 5.24
+    CHECKPOINTING = "gradient_checkpointing"
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
@@ -52,10 +56,8 @@ def activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not support gradient checkpointing; train without it"
         )
-    # transformers called it gradient checkpointing before, and warns of that name since
-    named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{named}_checkpointing_enable")({"use_reentrant": False})
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     try:
         yield
     finally:
-        getattr(model, f"{named}_checkpointing_disable")()
+        getattr(model, f"{CHECKPOINTING}_disable")()

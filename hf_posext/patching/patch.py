@@ -6,6 +6,7 @@ import logging
 import tempfile
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,17 +26,18 @@ from ..errors import (
     UnsupportedModelError,
 )
 from ..methods import Method, as_method
-from ..plan import ExtensionPlan
+from ..plan import Band, BucketPlan, Edit, ExtensionPlan, QueryScale, RotaryPlan, Sinusoids, Slopes, TablePlan
 from ..visible import html_table
 from .biases import apply_buckets, apply_slopes
 from .checkpoint import open_saved, refuse_adapter, save_patched, upload
 from .detect import detect_scheme
+from .effect import refuse_idle_components
 from .frequencies import apply_frequencies
 from .ownership import InForce, mark_model, mark_of, own_configs, unmark, unwrap
 from .remap.probe import apply_late_rotation
 from .saved_config import carry, saved_plan
 from .tables import apply_sinusoids, apply_table, follow_tables, raise_limits, replaced_tables, tables_of
-from .undo import Weak
+from .undo import UndoLog, Weak
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ class Patch:
             if self._state.lost_tables:
                 raise UnsupportedModelError(
                     f"the patch {self.plan.method!r} cannot be undone: what saved the model did not keep the table "
-                    "before the patch, only patch.save_pretrained(path) does; open the original model"
+                    "before the patch, only patch.save_pretrained(path) does. Open the original model."
                 )
             follow_tables(self.model, self._state.tables, self._state.log)
             self._state.log.undo()
@@ -222,7 +224,7 @@ def patch_model(
         InvalidParameterError: a factor, length or hyper-parameter out of bounds, or a target below the trained or
             shipped length.
         AlreadyPatchedError: the model, or a part of it, carries a patch, or was saved with one.
-        NoEffectError: the positions of the model would not change.
+        NoEffectError: the positions of the model would not change, or a component of a composition changes nothing.
         PlanError: a plan that asks for more than can be made.
         PlanMismatchError: a plan made for a model with another scheme.
         UnsupportedModelError: not a transformers model, or one that cannot be patched; says why.
@@ -233,14 +235,14 @@ def patch_model(
         in_force = find_patch(inner)
         if in_force is not None:
             raise AlreadyPatchedError(
-                f"the model carries the patch {in_force.plan.describe()!r}; undo it first: unpatch_model(model)"
+                f"the model carries the patch {in_force.plan.describe()!r}. Undo it first: unpatch_model(model)."
             )
         saved = saved_plan(inner.config)
         if saved is not None:
             raise AlreadyPatchedError(
                 f"Expected a model without a patch, got one whose config carries the patch {saved.describe()!r}: it "
                 "was saved under it, or made from the config of a patched model. Open a saved directory by "
-                "load_patched(path) and undo its patch; copy a config before patching the model that it belongs to."
+                "load_patched(path) and undo its patch. Copy a config before patching the model that it belongs to."
             )
         _refuse_meta(inner)
         scheme = detect_scheme(inner)
@@ -258,6 +260,13 @@ def patch_model(
             except PlanError as error:
                 raise InvalidParameterError(f"{plan.method} on {scheme.model_type}: {error}") from error
         patch = Patch(inner, _apply(model, inner, plan, tokenizer))
+        try:
+            refuse_idle_components(inner, plan)
+        except NoEffectError as error:
+            if not isinstance(method, ExtensionPlan):
+                patch.undo()
+                raise
+            logger.warning("%s", error)  # what was saved under such a plan still opens
     patch._state.handle = weakref.ref(patch)
     logger.info("patched: %s", plan.describe())
     return patch
@@ -268,10 +277,22 @@ def _checked(plan: ExtensionPlan, lengths: dict[str, Any], hyper_parameters: dic
     given = [name for name, value in (lengths | hyper_parameters).items() if value is not None]
     if given:
         raise InvalidParameterError(
-            f"a plan has its lengths already, got {', '.join(given)}; pass a method to choose others"
+            f"a plan has its lengths already, got {', '.join(given)}. Pass a method to choose others."
         )
     plan.check()
     return plan
+
+
+_ROOMS: dict[type[Edit], Callable[[PreTrainedModel, ExtensionPlan, UndoLog], str | None]] = {
+    RotaryPlan: apply_frequencies,
+    Band: apply_late_rotation,
+    QueryScale: apply_late_rotation,
+    TablePlan: apply_table,
+    Slopes: apply_slopes,
+    BucketPlan: apply_buckets,
+    Sinusoids: apply_sinusoids,
+}
+"""Function that puts all edits of a type into a model. Each is called once, in the order of the edits."""
 
 
 def _apply(
@@ -281,22 +302,19 @@ def _apply(
     state = InForce(Weak(model), plan, tokenizer)
     if plan.changes_nothing and any(entry["name"] != "none" for entry in plan.parameters):
         raise NoEffectError(
-            f"{plan.describe()} leaves the positions of {plan.scheme.model_type} as they are: {_why_nothing(plan)}; "
-            "use method 'none' to compare with the model as it is"
+            f"{plan.describe()} leaves the positions of {plan.scheme.model_type} as they are: {_why_nothing(plan)}. "
+            "Use method 'none' to compare with the model as it is."
         )
+    if plan.rotates_late:
+        _refuse_prefixes(outer, plan)
     try:
         if not plan.changes_nothing:
             own_configs(outer, state.log)
-            for planned, apply in (
-                (plan.rotaries, apply_frequencies),
-                (plan.rotates_late, apply_late_rotation),
-                (plan.table, apply_table),
-                (plan.slopes, apply_slopes),
-                (plan.buckets, apply_buckets),
-                (plan.sinusoids, apply_sinusoids),
-            ):
-                if planned:
-                    state.native_obstacle = apply(model, plan, state.log) or state.native_obstacle
+            rooms = [_ROOMS[type(edit)] for edit in plan.edits]
+            if plan.rotates_late:  # also where frequencies grow with rows
+                rooms.append(apply_late_rotation)
+            for apply in dict.fromkeys(rooms):
+                state.native_obstacle = apply(model, plan, state.log) or state.native_obstacle
             raise_limits(model, plan.target_length, tokenizer, state.log)
         tables = tables_of(model).items()
         state.tables = {path: module for path, module in tables if state.log.knows(module, "weight")}
@@ -322,7 +340,18 @@ def _refuse_meta(model: PreTrainedModel) -> None:
     if any(weight.is_meta for weight in model.parameters()) and not any(
         hasattr(module, "_hf_hook") for module in model.modules()
     ):
-        raise UnsupportedModelError(f"{type(model).__name__} is on the meta device; load its weights, then patch")
+        raise UnsupportedModelError(f"{type(model).__name__} is on the meta device. Load its weights, then patch.")
+
+
+def _refuse_prefixes(model: nn.Module, plan: ExtensionPlan) -> None:
+    """Refuse adapters whose keys come from no token. The first forward refuses one that was added after the patch."""
+    configs = [getattr(module, "peft_config", None) or {} for module in model.modules()]
+    kinds = {str(getattr(each.peft_type, "value", each.peft_type)) for config in configs for each in config.values()}
+    if refused := kinds & {"PREFIX_TUNING", "CARTRIDGE"}:
+        raise UnsupportedModelError(
+            f"Expected keys of tokens for {plan.method}, which gives them positions in attention, got an adapter of "
+            f"the type {refused.pop()}, whose keys have none. Pass a frequency method such as yarn."
+        )
 
 
 def find_patch(model: nn.Module) -> Patch | None:

@@ -16,8 +16,7 @@ HALF = 8
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """
-    Refuse a model that attends across documents in one row, where only positions that begin anew tell them apart.
+    """Refuse a model that attends across documents in one row, where only positions that begin anew tell them apart.
 
     Raises:
         UnsupportedModelError: it takes no positions, or what one document says changes what the next one gives.
@@ -32,8 +31,7 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def check_skipping(model: PreTrainedModel) -> None:
-    """
-    Refuse a model that takes no notice of a jump in its positions, or takes it for the border of two documents.
+    """Refuse a model that takes no notice of a jump in its positions, or takes it for the border of two documents.
 
     Raises:
         UnsupportedModelError: it does.

@@ -23,10 +23,8 @@ from transformers.masking_utils import sdpa_mask
 from ..errors import InvalidParameterError, UnsupportedModelError
 from .detect import text_config
 from .modes import evaluation_mode
-from .ownership import own_configs
 from .remap.attention import arguments_read
-from .switching import forget_attention, register_attention, switch_attention
-from .undo import UndoLog
+from .switching import forget_attention, register_attention, switched_attention
 
 HONOURED = {"dropout", "scaling", "is_causal", "sliding_window", "output_attentions", "cache"}
 """Arguments of sdpa attention that shifted attention honours."""
@@ -140,12 +138,9 @@ def _refuse(module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, g
 @contextmanager
 def _attention(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
     """The model's attention under a name of transformers' registries, which forget it afterwards."""
-    log = UndoLog()
     register_attention(name, function, sdpa_mask)
     try:
-        own_configs(model, log)  # another model may share them
-        switch_attention(model, name, log)
-        yield
+        with switched_attention(model, name):
+            yield
     finally:
-        log.undo()
         forget_attention(name)

@@ -16,8 +16,7 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """
-    Return the name of the argument that takes the cache.
+    """Return the name of the argument that takes the cache.
 
     Args:
         forward (`Callable`): forward of a model or of a layer, bound or not. Decorators of transformers and hooks of
@@ -33,8 +32,7 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
 
 
 def cache_of(output: Any) -> Any:
-    """
-    Return the cache that a model's output contains, `None` without one.
+    """Return the cache that a model's output contains, `None` without one.
 
     Args:
         output (`ModelOutput`): as a forward returned it. In a plain tuple no cache is recognised.
@@ -45,8 +43,7 @@ def cache_of(output: Any) -> Any:
 
 
 def with_cache(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
-    """
-    Return the keyword arguments that hand a cache to a forward.
+    """Return the keyword arguments that hand a cache to a forward.
 
     Args:
         forward (`Callable`): forward of a model.

@@ -78,7 +78,6 @@ def text_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def _parts(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configs of the parts of a multimodal or encoder-decoder model."""
     parts = (getattr(model.config, name, None) for name in model.config.sub_configs or {})
     return [part for part in parts if part is not None]
 

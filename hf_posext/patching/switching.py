@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .detect import text_config
+from .ownership import own_configs
 from .undo import UndoLog
 
 _lock = threading.RLock()  # the collector may end a use within another
@@ -39,3 +41,15 @@ def switch_attention(model: PreTrainedModel, name: str, log: UndoLog) -> None:
     """Make a model and its text part run on a registered attention implementation, until the undo log is undone."""
     for config in {id(config): config for config in (model.config, text_config(model.config))}.values():
         log.set(config, "_attn_implementation_internal", name)
+
+
+@contextmanager
+def switched_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Another attention implementation inside; afterwards the one that was there."""
+    log = UndoLog()
+    try:
+        own_configs(model, log)  # another model may share them
+        switch_attention(model, name, log)
+        yield
+    finally:
+        log.undo()

@@ -58,8 +58,8 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> st
     for path, module in tables.items():
         if module.weight.is_meta:
             raise UnsupportedModelError(
-                f"{path} of {plan.scheme.model_type} is offloaded or on the meta device; keep it in memory by "
-                f"device_map={{..., {path!r}: 'cpu'}}, then patch"
+                f"{path} of {plan.scheme.model_type} is offloaded or on the meta device. Keep it in memory by "
+                f"device_map={{..., {path!r}: 'cpu'}}, then patch."
             )
         old = module.weight.detach()
         longer = old.new_empty(plan.target_length, old.shape[1])
@@ -110,8 +110,8 @@ def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], 
             log.transfer(replaced[path], module)
         if path_without_adapter(path) in paths and not log.knows(module, "weight"):
             raise UnsupportedModelError(
-                f"an adapter trains a copy of the table that was stretched ({path}); merge or drop the adapter first: "
-                "model.merge_and_unload() or model.unload()"
+                f"an adapter trains a copy of the table that was stretched ({path}). Merge or drop the adapter first: "
+                "model.merge_and_unload() or model.unload()."
             )
 
 

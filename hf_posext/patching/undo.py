@@ -137,7 +137,6 @@ class UndoLog:
 
 
 def _holds(owner: Any, name: str) -> bool:
-    """Return whether an object has an attribute of its own, buffers and parameters included."""
     places = (vars(owner), getattr(owner, "_buffers", ()), getattr(owner, "_parameters", ()))
     return any(name in place for place in places)
 

@@ -116,7 +116,7 @@ class GGUFHeader:
     def check_vocabulary(self, name: str) -> None:
         """Refuse a file without a tokenizer; `name` is for the message."""
         if not self.has_vocabulary:
-            raise CheckpointError(f"{name} contains no vocabulary; convert the model together with its tokenizer")
+            raise CheckpointError(f"{name} contains no vocabulary. Convert the model together with its tokenizer.")
 
     def correct_positions(self, config: PreTrainedConfig, name: str) -> None:
         """Write the scaling of positions into a config that transformers read from this file without it.

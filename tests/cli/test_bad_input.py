@@ -34,9 +34,9 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
         ({"factor": "1e30"}, "--factor is 1e+30; at most 1099511627776"),
         (
             {"trained_length": "999999999999999"},
-            "--trained-length is 999999999999999; pass a number",
+            "--trained-length is 999999999999999. Pass a number",
         ),
-        ({"target_length": 100}, "factor 2 means 128 tokens, and --target-length is 100; pass one of the two"),
+        ({"target_length": 100}, "factor 2 means 128 tokens, and --target-length is 100. Pass one of the two"),
         ({"methods": "none,none"}, "is among the methods more than once"),
         ({"model": LEARNED, "methods": "table-linear", "factor": "1e8"}, "positions; at most 16777216 are made"),
         ({"factor": 0.5}, "below the trained length of 64"),
@@ -91,7 +91,7 @@ def test_names_of_methods_in_any_case_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("positions", "message"),
-    [("lots", "max_position_embeddings': TypeError"), (10**18, "pass a number of tokens, from 1 to 1099511627776")],
+    [("lots", "max_position_embeddings': TypeError"), (10**18, "Pass a number of tokens, from 1 to 1099511627776")],
 )
 def test_a_config_with_wrong_values_is_refused_with_the_reason(positions: Any, message: str, tmp_path: Path) -> None:
     model = shutil.copytree(MODEL, tmp_path / "model")

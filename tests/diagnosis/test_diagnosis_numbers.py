@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,7 +96,7 @@ PARTS = {
 @pytest.mark.parametrize("name", [*PARTS, "self-extend(group=8, window=32)", "dual-chunk(chunk=48, local=16)", "yarn"])
 def test_the_farthest_of_few_keys_is_the_farthest_of_all(name: str, length: int) -> None:
     plan = as_method("yarn" if name in PARTS else name).plan(detect_scheme(tiny_llama()), target_length=length)
-    plan = replace(plan, parts=PARTS.get(name, plan.parts))
+    plan = plan.with_edits(Band, *PARTS.get(name, plan.bands))
     queries = torch.linspace(0, length - 1, 64, dtype=torch.float64).round().long()
     all_keys = relative_positions(plan, queries, torch.arange(length))
     assert farthest_position(plan, length) == float(all_keys.nan_to_num(0).max()) > 0

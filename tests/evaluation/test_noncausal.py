@@ -207,7 +207,7 @@ def test_tokens_before_a_text_go_before_the_targets_too() -> None:
 
 
 def test_an_unknown_trained_length_is_asked_for() -> None:
-    with pytest.raises(InvalidParameterError, match="pass trained_length="):
+    with pytest.raises(InvalidParameterError, match="Pass trained_length="):
         compare(tiny_t5(), tokenizer(), TEXTS, ["bucket-linear"], lengths=LENGTHS, factor=2.0)
     assert evaluate_perplexity(tiny_t5(), tokenizer(), TEXTS, LENGTHS).row("none", 120)["perplexity"] > 1
 

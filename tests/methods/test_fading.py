@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from hf_posext import patch_model
+from hf_posext import detect_scheme, patch_model
+from hf_posext.methods import as_method
 from hf_posext.patching.kernels.bands import decay, fade, octaves
 from hf_posext.plan import Band, CountFade, DistanceDecay, PositionMap
 
@@ -52,6 +53,18 @@ def test_octaves_are_the_decay(start: int, reach: int) -> None:
         distance = torch.arange(band.low, min(reach, band.high or reach))
         assert len(distance)
         torch.testing.assert_close(decay(part, distance, torch.float64), torch.full(distance.shape, constant).double())
+
+
+def test_a_fade_under_chunks_begins_at_twice_the_trained_length() -> None:
+    """Counted key by key: up to there, the older chunks hold no more keys than the reference, the trained length."""
+    far = as_method("dual-chunk+fade").plan(detect_scheme(tiny_llama()), factor=8).bands[-1]
+    chunk = 3 * TRAINED // 4 - TRAINED // 4
+    counts = [sum(p // chunk - key // chunk >= 2 for key in range(p + 1)) for p in range(8 * TRAINED)]
+    wanted = torch.tensor([-math.log(max(1, count / TRAINED)) for count in counts], dtype=torch.float64)
+    shift = fade(far, torch.arange(8 * TRAINED)[None], torch.float64)
+    assert shift is not None
+    torch.testing.assert_close(shift[0], wanted, atol=1e-15, rtol=1e-15)
+    assert int(wanted.ne(0).nonzero()[0]) == 2 * TRAINED
 
 
 @pytest.mark.parametrize("base", ["rerope", "leaky-rerope", "self-extend", "dual-chunk"])

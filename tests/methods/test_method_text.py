@@ -27,7 +27,7 @@ from hf_posext.methods.text import split_outside_brackets
         ("yarn(factor=16, truncate=False)", YaRN(factor=16, truncate=False)),
         ("yarn(attention_factor=None)", YaRN()),
         ("longrope(long_factor=[1, 2.5])", LongRoPE(long_factor=[1, 2.5])),
-        ("yarn(beta_fast=16)+log-n", Composition(parts=(YaRN(beta_fast=16), LogN()))),
+        ("yarn(beta_fast=16)+log-n", Composition(components=(YaRN(beta_fast=16), LogN()))),
     ],
 )
 def test_text_is_read(text: str, method: Method) -> None:
@@ -70,7 +70,7 @@ def test_a_label_leaves_out_the_factor_and_lists() -> None:
         ("linear(x=1)", "linear has no parameter 'x'; there are: factor"),
         (
             "yarn(16)",
-            "cannot read the parameters of 'yarn(16)'; pass names and plain values, as in \"yarn(variant='code')\"",
+            "cannot read the parameters of 'yarn(16)'. Pass names and plain values, as in \"yarn(variant='code')\"",
         ),
         ("linear(8)", "as in 'linear(factor=8)'"),
         ("yarn(beta_fast=__import__('os').getpid())", "cannot read the parameters"),
@@ -107,12 +107,12 @@ def test_pieces_are_split_outside_brackets_only() -> None:
 
 def test_a_patch_is_labelled_with_what_was_asked_for(llama: LlamaForCausalLM) -> None:
     with patch_model(llama, "rerope(window=48)", factor=2) as patch:
-        assert patch.plan.method == "rerope(window=48)" and patch.plan.parts[0].high == 48
+        assert patch.plan.method == "rerope(window=48)" and patch.plan.bands[0].high == 48
 
 
 @pytest.mark.parametrize("name", ["a+b", "a,b", "a(b", ""])
 def test_a_name_that_could_not_be_read_back_cannot_be_registered(name: str) -> None:
-    with pytest.raises(InvalidParameterError, match="choose another name"):
+    with pytest.raises(InvalidParameterError, match="Choose another name"):
         register(type("Bad", (YaRN,), {"name": name}))
 
 

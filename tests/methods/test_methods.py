@@ -137,7 +137,7 @@ def test_groups_of_self_grow_as_published() -> None:
     ],
 )
 def test_groups_of_jet_long(trained: int, options: dict[str, int], wanted: dict[int, int]) -> None:
-    far = JetLong(**options).plan(sized(1e4, trained), factor=8).parts[1].key  # type: ignore[arg-type]
+    far = JetLong(**options).plan(sized(1e4, trained), factor=8).bands[1].key  # type: ignore[arg-type]
     positions = torch.arange(40)
     for length, group in wanted.items():
         assert torch.equal(mapped(positions, far, torch.tensor([[length]]))[0], positions // group)
@@ -152,7 +152,7 @@ def test_groups_of_jet_long(trained: int, options: dict[str, int], wanted: dict[
     ],
 )
 def test_distances_of_dpe_as_published(table: str, i: int, j: int, wanted: list[int]) -> None:
-    near, far = DPE(table=table).plan(sized(5e5, 8192), factor=2).parts
+    near, far = DPE(table=table).plan(sized(5e5, 8192), factor=2).bands
     band = near if i - j < 1024 else far
     query, key = (mapped(torch.tensor([[at]]), rule) for at, rule in ((i, band.query), (j, band.key)))
     distances = (query - key).flatten().expand(64).tolist()
@@ -180,7 +180,7 @@ def test_dpe_guesses_no_scales() -> None:
 )
 def test_lampe_maps_as_many_positions_as_published(curve: str, trained: int, wanted: dict[int, float]) -> None:
     """The published M, by way of the last token of a row, which is mapped to its whole part."""
-    far = LaMPE(curve=curve).plan(sized(5e5, trained), factor=8).parts[1]
+    far = LaMPE(curve=curve).plan(sized(5e5, trained), factor=8).bands[1]
     for length, places in wanted.items():
         last = mapped(torch.tensor([[length - 1]]), far.key, torch.tensor([[length]]))
         assert last.item() == math.floor(places)
@@ -195,7 +195,7 @@ def test_lampe_maps_as_many_positions_as_published(curve: str, trained: int, wan
 def test_frequencies_of_jet_long_follow_the_row(trained: int, lengths: dict[int, float]) -> None:
     """The slowest pair is slowed by the whole of s, the fastest not at all, and distances go on at the window."""
     window = trained // 16
-    far = JetLong(frequencies=True).plan(sized(1e6, trained), factor=8).parts[1]
+    far = JetLong(frequencies=True).plan(sized(1e6, trained), factor=8).bands[1]
     for length, scale in lengths.items():
         apart = [
             (mapped(torch.tensor([[i]]), far.query, n) - mapped(torch.tensor([[0]]), far.key, n))[0, 0]
@@ -210,7 +210,7 @@ def test_frequencies_of_jet_long_follow_the_row(trained: int, lengths: dict[int,
 
 def test_bands_of_self_meet_and_follow_the_groups() -> None:
     method = SelfLogistic(window=1024)
-    parts = method.plan(scheme(), factor=8).parts
+    parts = method.plan(scheme(), factor=8).bands
     sizes = method.sizes(8 * TRAINED)
     position, distance = 1024, 1024
     for near, far in zip(parts, parts[1:], strict=False):
@@ -322,7 +322,7 @@ def test_lengths_that_cannot_be(kwargs: dict[str, float], message: str) -> None:
 def test_a_methods_own_factor_goes_first() -> None:
     assert YaRN(factor=16).plan(scheme(), factor=8).factor == 16
     assert YaRN().plan(scheme(), target_length=8 * TRAINED).factor == 8
-    with pytest.raises(InvalidParameterError, match="pass one of the two"):
+    with pytest.raises(InvalidParameterError, match="Pass one of the two"):
         YaRN(factor=16).plan(scheme(), target_length=8 * TRAINED)
 
 
@@ -359,7 +359,7 @@ def test_a_target_below_the_shipped_length_is_refused_with_both_numbers() -> Non
         (lambda: planned(LongRoPE(long_factor=[1.0])), "got 1 numbers"),
         (lambda: planned(LongRoPE(long_factor=[math.nan] * 64)), "a list of finite numbers"),
         (lambda: planned(LongRoPE(long_factor=[0.0] * 64)), "finite numbers above 0"),
-        (lambda: as_method(8), "pass a name such as 'yarn'"),  # type: ignore[arg-type]
+        (lambda: as_method(8), "Pass a name such as 'yarn'"),  # type: ignore[arg-type]
     ],
 )
 def test_hyper_parameters_that_cannot_be(make: object, message: str) -> None:
@@ -384,13 +384,13 @@ def test_method_for_another_scheme_says_what_applies() -> None:
 
 
 def test_trained_length_that_nobody_tells() -> None:
-    with pytest.raises(InvalidParameterError, match="pass trained_length="):
+    with pytest.raises(InvalidParameterError, match="Pass trained_length="):
         YaRN().plan(scheme(trained_length=None, trained_length_source="the config does not tell"), factor=2)
 
 
 @pytest.mark.parametrize(("window", "group"), [(256, 32), (448, 64)])
 def test_groups_of_self_extend_fit_what_a_window_leaves(window: int, group: int) -> None:
     """Trained on 512, read to 4096: (4096 - 256) / (384 - 256) = 30; a window above 384 leaves 512 - 448, so 57."""
-    far = as_method(f"self-extend(window={window})").plan(sized(1e4, 512), factor=8).parts[-1]
+    far = as_method(f"self-extend(window={window})").plan(sized(1e4, 512), factor=8).bands[-1]
     assert far.key.group == group
     assert 4095 // group + window - window // group < 512  # no position that training did not show

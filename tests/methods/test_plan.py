@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,48 @@ import pytest
 import hf_posext.plan as plan_module
 from hf_posext import ExtensionPlan, YaRN, detect_scheme
 from hf_posext.errors import PlanError
-from hf_posext.methods import DPE, as_method
+from hf_posext.methods import DPE, Composition, LogN, RemapMethod, ReRoPE, as_method
+from hf_posext.plan import Band, PositionMap, QueryScale, Sinusoids, Slopes
 
-from ..conftest import tiny_gpt2, tiny_llama
+from ..conftest import tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5
 
 
 @pytest.fixture(scope="module")
 def plan() -> ExtensionPlan:
     return YaRN().plan(detect_scheme(tiny_llama()), factor=8)
+
+
+SCHEMA_3 = {
+    "method": "rerope+log-n",
+    "parameters": [{"name": "rerope", "factor": None, "window": None}, {"name": "log-n", "factor": None}],
+    "factor": 8.0,
+    "trained_length": 64,
+    "target_length": 512,
+    "rotaries": [],
+    "query_scale": {**vars(QueryScale(length=64, log=True))},
+    "table": None,
+    "slopes": [],
+    "buckets": None,
+    "sinusoids": None,
+}
+"""A file as it was written when plans had a field for each type of edit, without its scheme and bands."""
+
+
+def test_files_have_a_field_for_each_type_of_edit() -> None:
+    plan = as_method("rerope+log-n").plan(detect_scheme(tiny_llama()), factor=8)
+    data = plan.to_dict()
+    assert {key: data[key] for key in SCHEMA_3} == SCHEMA_3
+    assert data.keys() - SCHEMA_3.keys() == {"schema", "scheme", "parts"}
+    assert [(part["low"], part["high"]) for part in data["parts"]] == [(0, 48), (48, None)]
+    for builder, text, field in (
+        (tiny_gpt2, "table-linear", "table"),
+        (tiny_bloom, "alibi-linear", "slopes"),
+        (tiny_t5, "bucket-linear", "buckets"),
+    ):
+        plan = as_method(text).plan(detect_scheme(builder()), factor=8, trained_length=64)
+        written = {key for key in ("rotaries", *SCHEMA_3, "parts") if plan.to_dict()[key]} - {"method", "parameters"}
+        assert written == {"factor", "trained_length", "target_length", field}
+        assert ExtensionPlan.from_dict(plan.to_dict()) == plan
 
 
 def test_plans_of_older_schemas_are_read() -> None:
@@ -168,6 +203,45 @@ def test_describe_tells_lengths_and_parameters(plan: ExtensionPlan) -> None:
     assert plan.describe().startswith("yarn: 64 -> 512 tokens (x8), variant=code, beta_fast=32")
 
 
-def test_the_former_name_of_a_band() -> None:
+def test_former_names() -> None:
     with pytest.warns(DeprecationWarning, match="Part is now called Band"):
         assert plan_module.Part is plan_module.Band
+    with pytest.warns(DeprecationWarning, match="MAX_PARTS is now called MAX_BANDS"):
+        assert plan_module.MAX_PARTS == plan_module.MAX_BANDS
+    plan = as_method("rerope+log-n").plan(detect_scheme(tiny_llama()), factor=8)
+    with pytest.warns(DeprecationWarning, match="parts is now called bands"):
+        assert plan.parts == plan.bands
+    with pytest.warns(DeprecationWarning, match="parts is now called bands"):
+        assert ReRoPE().parts(plan) == plan.bands
+    with pytest.warns(DeprecationWarning, match="parts is now called components"):
+        composition = Composition(parts=(ReRoPE(), LogN()))  # type: ignore[call-arg]
+    assert composition == as_method("rerope+log-n")
+    with pytest.warns(DeprecationWarning, match="parts is now called components"):
+        assert composition.parts == (ReRoPE(), LogN())
+
+
+def test_former_fields() -> None:
+    """Methods of other packages give them to `dataclasses.replace`."""
+    plan = as_method("rerope+log-n").plan(detect_scheme(tiny_llama()), factor=8)
+    with pytest.warns(DeprecationWarning, match=r"parts, query_scale is now called edits; call plan.with_edits"):
+        assert replace(plan, parts=plan.bands[:1], query_scale=None).edits == plan.bands[:1]  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match="slopes, sinusoids is now called edits"):
+        more = replace(plan, slopes=(0.5,), sinusoids=PositionMap(rate=2))  # type: ignore[call-arg]
+    assert more.edits == (*plan.edits, Slopes((0.5,)), Sinusoids(PositionMap(rate=2)))
+    assert (more.slopes, more.sinusoids) == ((0.5,), PositionMap(rate=2))
+
+    class Former(RemapMethod):
+        name = "former"
+
+        def parts(self, plan: ExtensionPlan) -> tuple[Band, ...]:
+            return (Band(PositionMap(group=2), PositionMap(group=2)),)
+
+    with pytest.warns(DeprecationWarning, match="rename the method of Former"):
+        assert Former().plan(detect_scheme(tiny_llama()), factor=8).bands == Former().parts(plan)
+
+
+def test_edits_have_one_order_and_are_bounded() -> None:
+    plan = as_method("yarn+rerope+log-n").plan(detect_scheme(tiny_llama()), factor=8)
+    assert replace(plan, edits=plan.edits[::-1]).edits == (*plan.rotaries, *plan.bands[::-1], plan.query_scale)
+    with pytest.raises(PlanError, match="2 edits of the type QueryScale; at most 1"):
+        replace(plan, edits=(*plan.edits, QueryScale(length=9))).check()

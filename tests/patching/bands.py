@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
 from hf_posext.patching import kernels
+from hf_posext.patching.kernels import choice
 from hf_posext.plan import Band
+
+
+def attention_kernel(name: str) -> AbstractContextManager[Any]:
+    """Inside, one form of attention: `"torch"`, `"cpu"` or `"plain"`."""
+    return patch.object(choice, "FORCED", name)
 
 
 class Branch(NamedTuple):

@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model
 from hf_posext.methods import ReRoPE, SelfExtend
-from hf_posext.patching.kernels import attention_kernel
 
 from ..conftest import tiny_llama, tokens
-from .bands import Branch, banded_attention
+from .bands import Branch, attention_kernel, banded_attention
 from .test_banded_attention import BANDS, dense
 from .test_remapping import CASES, naive_llama
 

@@ -5,21 +5,17 @@ The kernels of CUDA cannot run here. Substitutes that compute the same take thei
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
-import types
 from typing import Any
 
 import pytest
 import torch
 
 from hf_posext import patch_model
-from hf_posext.errors import InvalidParameterError
 from hf_posext.methods import DualChunk, ReRoPE, Sinks
-from hf_posext.patching.kernels import attention_kernel, choice
+from hf_posext.patching.kernels import choice
 
 from ..conftest import logits, tiny_llama, tokens
-from .bands import Branch, banded_attention
+from .bands import Branch, attention_kernel, banded_attention
 from .test_banded_attention import BANDS, dense
 
 SCHEMAS = {
@@ -67,26 +63,6 @@ class Substitutes:
         self.called.append("cudnn")
         return out, total[..., None], *[None] * 7
 
-    def flash_attn_func(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        dropout_p: float = 0.0,
-        softmax_scale: Any = None,
-        causal: bool = False,
-        window_size: Any = (-1, -1),
-        softcap: float = 0.0,
-        alibi_slopes: Any = None,
-        deterministic: bool = False,
-        return_attn_probs: bool = False,
-    ) -> Any:
-        """The signature of flash-attn 2.8."""
-        assert return_attn_probs
-        out, total = attend(*(s.transpose(1, 2) for s in (q, k, v)), softmax_scale, causal, *window_size)
-        self.called.append("flash_attn")
-        return out.transpose(1, 2), total, None
-
 
 def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
     """Arguments by their names in the kernel's schema."""
@@ -95,20 +71,16 @@ def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-@pytest.fixture(params=["cudnn", "flash", "flash_attn"])
+@pytest.fixture(params=["cudnn", "flash"])
 def substitutes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Substitutes:
-    """The kernels of one machine: with cuDNN, without, and with the package alone."""
+    """The kernels of one machine: with cuDNN, and without."""
     those = Substitutes(request.param)
     monkeypatch.setattr(choice, "FLASH", those.flash)
     monkeypatch.setattr(choice, "CUDNN", those.cudnn)
     monkeypatch.setattr(choice, "PLANNED", 12)
     picked = choice.SDPBackend.CUDNN_ATTENTION if request.param == "cudnn" else choice.SDPBackend.FLASH_ATTENTION
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: picked.value)
-    package = types.ModuleType("flash_attn")
-    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
-    package.flash_attn_func = those.flash_attn_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    with attention_kernel("flash_attn" if request.param == "flash_attn" else "torch"):
+    with attention_kernel("torch"):
         yield those
 
 
@@ -142,16 +114,14 @@ def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
     for queries, far in ((100, "cudnn"), (5, "flash")):
         given, _ = problem("window", queries, 100)
         banded_attention(*given, mask=None, aligned=True, scaling=0.3)
-        torch_has = ["window", far if substitutes.machine == "cudnn" else "flash"]
-        wanted = {"cudnn": torch_has, "flash": torch_has}.get(substitutes.machine, ["flash_attn", "flash_attn"])
-        assert substitutes.called[:2] == wanted
+        assert substitutes.called[:2] == ["window", far if substitutes.machine == "cudnn" else "flash"]
         substitutes.called.clear()
 
 
 def test_a_kernel_is_tried_before_it_is_used(substitutes: Substitutes) -> None:
     query, value = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
     choice._tried.clear()
-    assert choice.works(choice.torch_kernel, query, value) and choice.works(choice.flash_attn_kernel, query, value)
+    assert choice.works(choice.torch_kernel, query, value)
     tried = list(substitutes.called)
     assert choice.works(choice.torch_kernel, query, value) and substitutes.called == tried, "once"
 
@@ -196,13 +166,3 @@ def test_a_model_on_each_kernel_that_runs_here(method: Any) -> None:
             found = logits(model, ids, use_cache=False)
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)  # float32 sums in another order
     assert torch.equal(logits(model, ids, use_cache=False), wanted)
-
-
-def test_kernels_that_cannot_be() -> None:
-    for name, message in (
-        ("sdpa", "among torch, flash_attn, cpu, plain, got 'sdpa'"),
-        ("flash_attn", "pip install flash-attn"),
-    ):
-        with pytest.raises(InvalidParameterError, match=message), attention_kernel(name):
-            pass
-    assert choice.forced() is None

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
-from hf_posext.patching.kernels import attention_kernel, belongs
+from hf_posext.patching.kernels import belongs
 from hf_posext.plan import Band, CountFade, DistanceDecay, PositionMap
 
 from ..conftest import tiny_llama, tokens
-from .bands import Branch, banded_attention
+from .bands import Branch, attention_kernel, banded_attention
 
 PLAIN, FAR = PositionMap(), PositionMap(rate=0)
 BANDS: dict[str, tuple[Band, ...]] = {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from hf_posext import NTK, SelfExtend, patch_model
+from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, NoEffectError
+from hf_posext.evaluation.setup import try_plans
 from hf_posext.methods import as_method, methods
+from hf_posext.patching import patch
 from hf_posext.patching.detect import detect_scheme
 from hf_posext.patching.remap import probe
 
@@ -69,7 +73,6 @@ TEXTS = [
     "llama4-temperature(step=1000)",
     "llama4-temperature(step=257)",
     "llama4-temperature(step=256)",
-    "rerope(window=64)+fade(reference=100000)",
 ]
 
 
@@ -106,11 +109,65 @@ def test_the_verdict_is_what_logits_show(name: str, monkeypatch: pytest.MonkeyPa
     assert torch.equal(logits(model, TEXT), before)
 
 
-def test_frequencies_before_an_idle_remapping_count() -> None:
-    model = tiny_llama()
-    before = logits(model, TEXT)
-    with patch_model(model, NTK(factor=2) + SelfExtend(group=1, factor=2)):
-        assert not torch.allclose(logits(model, TEXT), before, atol=1e-2)
+COMPONENTS = [
+    ("dual-chunk", "fade"),  # up to twice the trained length, older chunks hold no more keys than the reference
+    ("dual-chunk(chunk=32, local=16)", "fade"),
+    ("dual-chunk", "log-n"),
+    ("rerope(window=48)", "fade(reference=100000)"),
+    ("rerope(window=48)", "fade(reference=128)"),
+    ("rerope(window=48)", "fade(reference=48)"),
+    ("rerope(window=48)", "llama4-temperature(step=1000)"),
+    ("rerope(window=48)", "llama4-temperature(step=256)"),
+    ("leaky-rerope", "decay"),
+    ("leaky-rerope", "decay(start=128)"),
+    ("leaky-rerope", "decay(start=256)"),
+    ("ntk", "self-extend(group=1)"),
+    ("ntk", "rerope(window=48)"),
+    ("dynamic-yarn", "rerope(window=48)"),
+    ("yarn", "cope(clip=2)"),
+    ("rerope(window=48)+log-n", "fade(reference=128)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["all", "window 48"])
+def test_a_component_is_judged_as_logits_show(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A component is refused where logits of twice the target stay, and named where those of the target do."""
+    model, verdicts = MODELS[name](), set()
+    for base, component in COMPONENTS:
+        method = as_method(f"{base}+{component}")
+        if name != "all" and "rerope(window=48)" in base:
+            continue  # the base has no effect in layers that see 48 tokens
+        seen = []
+        for text in (base, method):
+            monkeypatch.setattr(patch, "refuse_idle_components", lambda *given: None)
+            with patch_model(model, text, target_length=TARGET):
+                seen.append([logits(model, TEXT[:, :length]) for length in (TARGET, 2 * TARGET)])
+            monkeypatch.undo()
+        # as above: the rounding of phases is 1e-6
+        early, late = (bool((one - two).abs().max() > 1e-4) for one, two in zip(*seen, strict=True))
+        logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+        caplog.clear()
+        if late:
+            with patch_model(model, method, target_length=TARGET):
+                assert (f"{component!r} of {method.label!r} has no effect up to 128 tokens" in caplog.text) != early
+        else:
+            message = f"got {component!r} without effect up to 256 tokens"
+            with pytest.raises(NoEffectError, match=re.escape(message)):
+                patch_model(model, method, target_length=TARGET)
+            with patch_model(model, method.plan(detect_scheme(model), target_length=TARGET)):  # a saved plan opens
+                assert message in caplog.text
+        verdicts.add((early, late))
+    assert verdicts == {(False, False), (False, True), (True, True)}
+
+
+def test_measuring_leaves_out_a_composition_with_an_idle_component() -> None:
+    model, refusals = tiny_llama(), dict[str, str]()
+    texts = ("rerope", "rerope+fade", "rerope+fade(reference=100000)")
+    plans = [as_method(text).plan(detect_scheme(model), factor=8) for text in texts]
+    assert try_plans(model, plans, refusals) == plans[:2]
+    assert "got 'fade(reference=100000)' without effect" in refusals[texts[2]]
 
 
 def test_plans_for_lengths_that_no_machine_runs_are_judged() -> None:

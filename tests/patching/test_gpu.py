@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from hf_posext import compare, patch_model
 from hf_posext.methods import Method
 from hf_posext.patching.kernels import choice
-from hf_posext.patching.kernels.choice import attention_kernel, choose, one_pass, one_step
+from hf_posext.patching.kernels.choice import choose, one_pass, one_step
 from hf_posext.patching.signatures import with_cache
 
 from ..conftest import tiny_llama
-from .bands import Branch, banded_attention
+from .bands import Branch, attention_kernel, banded_attention
 from .test_banded_attention import BANDS, dense
 from .test_compiled_decoding import METHODS, two
 from .test_other_device import CASES, IDS, REMAPPING, ROOT, TINY_ROPE

@@ -193,7 +193,7 @@ def test_a_trained_table_survives_saving(tmp_path: Path) -> None:
     (tmp_path / "saved" / "posext_replaced" / "tables.safetensors").unlink()
     kept = load_patched(tmp_path / "saved")
     assert torch.equal(logits(realigned(kept), tokens(2 * TRAINED)), trained)
-    with pytest.raises(UnsupportedModelError, match="cannot be undone.*open the original model"):
+    with pytest.raises(UnsupportedModelError, match="cannot be undone.*Open the original model"):
         unpatch_model(kept)
     assert find_patch(kept) is not None
 

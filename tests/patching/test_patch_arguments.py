@@ -39,7 +39,7 @@ HUGE = 10**400
         ({"factor": math.nan}, "factor is nan; expected a finite number"),
         ({"factor": HUGE}, "factor is 1000.*; at most 1099511627776"),
         ({"factor": 1e30}, "factor is 1e.30; at most 1099511627776"),
-        ({"factor": -2}, "factor is -2; pass a number above 0"),
+        ({"factor": -2}, "factor is -2. Pass a number above 0"),
         ({"target_length": "4096"}, "target_length is '4096'; expected a whole number of tokens"),
         ({"target_length": 512.5}, "target_length is 512.5; expected a whole number of tokens"),
         ({"target_length": math.nan}, "target_length is nan; expected a whole number"),
@@ -47,8 +47,8 @@ HUGE = 10**400
         ({"target_length": 10**30}, "target_length is 1000.*; at most 1099511627776 tokens"),
         ({"factor": 8, "trained_length": "512"}, "trained_length is '512'; expected a whole number"),
         ({"factor": 8, "trained_length": 512.5}, "trained_length is 512.5; expected a whole number"),
-        ({"factor": 8, "trained_length": 10**30}, "trained_length is 1000.*; pass a number of tokens, from 1"),
-        ({"factor": 8, "target_length": 1000}, "factor 8 means 512 tokens, and target_length is 1000; pass one of"),
+        ({"factor": 8, "trained_length": 10**30}, "trained_length is 1000.*Pass a number of tokens, from 1"),
+        ({"factor": 8, "target_length": 1000}, "factor 8 means 512 tokens, and target_length is 1000. Pass one of"),
         ({"factor": 8, "beta_fast": "16"}, "yarn beta_fast is '16'; expected a finite number"),
         ({"factor": 8, "beta_fast": math.nan}, "yarn beta_fast is nan; expected a finite number"),
         ({"factor": 8, "beta_fast": HUGE}, "yarn beta_fast is 1000.*; expected a finite number"),
@@ -86,7 +86,7 @@ def test_hyper_parameters_are_keywords(llama: LlamaForCausalLM) -> None:
     with patch_model(llama, "theta", theta=5e5, factor=8) as patch:
         assert patch.plan.rotaries[0].rope_parameters["rope_theta"] == 5e5  # type: ignore[index]
     for method, message in (
-        ("yarn+log-n", r"composes 2 methods, got beta_fast; write .* as in yarn\(...\)\+log-n"),
+        ("yarn+log-n", r"composes 2 methods, got beta_fast. Write .* as in yarn\(...\)\+log-n"),
         (YaRN(), "a method object has its hyper-parameters already, got beta_fast"),
         (YaRN().plan(scheme, factor=8), "a plan has its lengths already, got beta_fast"),
         ("yarn(beta_fast=16)", "yarn gets beta_fast in brackets and by keyword"),
@@ -175,7 +175,7 @@ def test_a_model_without_weights_is_refused_in_one_line() -> None:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(tiny_llama().config)
     for method in ("yarn", "rerope", "dynamic-ntk"):
-        with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is on the meta device; load its weights"):
+        with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is on the meta device. Load its weights"):
             patch_model(skeleton, method, factor=8)
 
 

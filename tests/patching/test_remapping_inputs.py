@@ -3,6 +3,7 @@ changed, arguments of trainers."""
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +38,6 @@ from hf_posext.methods import (
     Sinks,
     YaRN,
 )
-from hf_posext.patching import frequencies
 from hf_posext.patching.signatures import with_cache
 
 from ..conftest import TRAINED, logits, sharpen, tiny_llama, tokens
@@ -316,7 +316,7 @@ def test_remapping_of_frequencies_that_follow_the_input(kind: str) -> None:
 
 def test_a_text_that_passes_the_first_longrope_list(llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
     """Once, as it passes, and only with keys of the first list in the cache."""
-    frequencies._warn_of_boundary.cache_clear()
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     patch_model(llama, LongRoPE(short_factor=[1.0] * 8, long_factor=[1, 1.5, 2, 3, 4, 4, 4, 4.0]), factor=4)
     ids, counts = tokens(TRAINED + 10), []
     for _ in range(2):
@@ -449,8 +449,15 @@ def cached_pairs(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft 0.21 calls it that
 def test_prefix_tuning_is_refused_for_what_it_is(llama: LlamaForCausalLM) -> None:
-    patch(llama, "rerope")
     model = get_peft_model(llama, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    before = model(input_ids=IDS).logits
+    for method in ("rerope", "log-n"):
+        with pytest.raises(UnsupportedModelError, match=f"for {method}.*an adapter of the type PREFIX_TUNING"):
+            patch_model(model, method, factor=2)
+    with patch_model(model, "yarn", factor=2):
+        assert not torch.equal(model(input_ids=IDS).logits, before)
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    patch(llama, "rerope")  # the adapter around the model cannot be seen from inside
     with pytest.raises(EvaluationError, match="positions are not known: .*prefix tuning"):
         model(input_ids=IDS)
 
@@ -521,9 +528,8 @@ def test_attention_weights(name: str, kind: str) -> None:
 
 
 def test_attention_weights_that_sdpa_does_not_have(llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
-    from hf_posext.patching.remap import forward
 
-    forward._warn_of_weights.cache_clear()
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     patch(llama, "rerope")
     for _ in range(2):
         logits(llama, IDS, output_attentions=True)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Fo
 from hf_posext import patch_model
 from hf_posext.errors import UnsupportedModelError
 from hf_posext.methods import DynamicNTK, LogN, Method, ReRoPE, SelfExtend, Sinks
-from hf_posext.patching.remap.skeleton import skeleton_of
+from hf_posext.patching.remap.layout import skeleton_of
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens
 from ..zoo import build

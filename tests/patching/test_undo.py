@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_posext import find_patch, patch_model, unpatch_model
 from hf_posext.errors import NotPatchedError, UndoError, UnsupportedModelError
-from hf_posext.patching.attention_scores import _eager
 from hf_posext.patching.mixin import Mixin, mix, without
 from hf_posext.patching.shifted_attention import shifted_sparse_attention
+from hf_posext.patching.switching import switched_attention
 from hf_posext.patching.undo import UndoLog
 
 from ..conftest import TRAINED, logits, sharpen, tiny_bloom, tiny_llama, tokens
@@ -204,7 +204,7 @@ def test_attention_is_switched_for_one_model_only() -> None:
     model = tiny_llama().train()
     twin = type(model)(model.config).eval()
     before, shared = logits(twin, LONG), model.config
-    for switched in (shifted_sparse_attention(model, 4), _eager(model)):
+    for switched in (shifted_sparse_attention(model, 4), switched_attention(model, "eager")):
         with switched:
             assert model.config._attn_implementation != "sdpa" and twin.config._attn_implementation == "sdpa"
             assert torch.equal(logits(twin, LONG), before)

@@ -20,7 +20,7 @@ from hf_posext.adapters import load_adapter, save_adapter, verify_adapter
 from hf_posext.edits import MAX_TABLE_ROWS
 from hf_posext.errors import CheckpointError, PlanError, PlanMismatchError, PosExtError
 from hf_posext.patching.untrusted import MAX_JSON_BYTES
-from hf_posext.plan import MAX_PARTS, PositionMap
+from hf_posext.plan import MAX_BANDS, PositionMap
 from tests.adapters.helpers import files, with_adapter
 from tests.conftest import TRAINED, logits, tiny_gpt2, tiny_llama, tokens
 
@@ -278,8 +278,8 @@ def test_too_many_parts(adapter: Path) -> None:
         "fade": None,
         "decay": None,
     }
-    edit(adapter / "posext_plan.json", parts=[part] * (MAX_PARTS + 1))
-    refused(load_adapter, adapter, PlanError, f"has {MAX_PARTS + 1} bands; at most {MAX_PARTS}")
+    edit(adapter / "posext_plan.json", parts=[part] * (MAX_BANDS + 1))
+    refused(load_adapter, adapter, PlanError, f"has {MAX_BANDS + 1} edits of the type Band; at most {MAX_BANDS}")
 
 
 @pytest.mark.parametrize("rank", [10**9, 0, -1, "8", None])

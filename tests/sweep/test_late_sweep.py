@@ -10,7 +10,6 @@ The outcome of each type goes to pytest's cache, as that of the frequency sweep 
 """
 
 import sys
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,7 +162,7 @@ def check_identity(model: PreTrainedModel, method: Method, native: dict[str, tor
 def check_doubled(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Return whether doubled positions in attention are doubled positions of the model, and matter."""
     plan = BEYOND.plan(detect_scheme(model), factor=4, trained_length=given_length(model))
-    with patch_model(model, replace(plan, parts=DOUBLED)):
+    with patch_model(model, plan.with_edits(Band, *DOUBLED)):
         got = logits(model, LENGTH)
     matters = relative(native["doubled"], native["full"]) > CHANGED
     return {"doubled": matters and relative(got, native["doubled"]) < EQUAL}

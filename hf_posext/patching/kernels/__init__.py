@@ -4,17 +4,15 @@
 and rotations on one pass ([`one_pass`]). Other modules of this folder are private to it.
 """
 
-from .banded import Branch, attention_with_weights, banded_attention
+from .banded import Branch, Rotated, attention_with_weights, banded_attention, whole
 from .bands import SAME, Geometry, belongs, mapped, starts, step_fading
-from .choice import attention_kernel, one_pass, one_step
-from .fused import Rotated, whole
+from .choice import one_pass, one_step
 
 __all__ = [
     "SAME",
     "Branch",
     "Geometry",
     "Rotated",
-    "attention_kernel",
     "attention_with_weights",
     "banded_attention",
     "belongs",

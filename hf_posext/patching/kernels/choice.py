@@ -1,7 +1,6 @@
 """Choice of the kernel that attends, by device and by a trial of the kernel there.
 
 Each is tried once on a small problem. One that fails or computes something else is left alone, with a warning.
-[`attention_kernel`] forces one.
 
 A kernel of CUDA takes queries (batch, heads, queries, dim) and keys and values (batch, key heads, keys, dim). It
 returns the attended values in the shape of the queries, and a float32 log-sum-exp (batch, heads, queries), by which
@@ -16,14 +15,11 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
-
-from ...errors import InvalidParameterError
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +36,9 @@ PLANNED = 128
 MAX_WIDTH = 256
 """Channels of a head that FlashAttention-2 takes at most."""
 
-BLOCKS = ("cpu", "plain")
-"""The forms that go through blocks of queries, with biases: they take masks, softcaps and any device."""
+FORCED: str | None = None
+"""Form of attention that tests ask for: `"torch"`, PyTorch's own on CUDA; or, through blocks of queries, with biases,
+masks and softcaps, `"cpu"`, PyTorch's own there, or `"plain"`, matrix products on any device."""
 
 ONE_PASS = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes that are rotated and merged by Triton."""
@@ -55,7 +52,6 @@ ERROR = 0.05
 PASS_ERROR = 1e-4
 """Tolerance for a rotation or a merge in float32."""
 
-_forced: list[str] = []
 _tried: dict[tuple[Any, ...], bool] = {}
 
 
@@ -82,72 +78,16 @@ def _picks_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sc
     return bool(picked == SDPBackend.CUDNN_ATTENTION.value)
 
 
-def flash_attn_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, causal: bool, window: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend by the package flash-attn, version 2."""
-    package: Any = importlib.import_module("flash_attn")
-    states = (one.transpose(1, 2) for one in (query, key, value))
-    sides = (-1, -1) if window is None else (window - 1, 0)
-    out, total, _ = package.flash_attn_func(
-        *states, softmax_scale=scaling, causal=causal, window_size=sides, return_attn_probs=True
-    )
-    return out.transpose(1, 2), total
-
-
-KERNELS: dict[str, Kernel] = {"torch": torch_kernel, "flash_attn": flash_attn_kernel}
-
-
-@contextmanager
-def attention_kernel(name: str) -> Iterator[None]:
-    """
-    Inside, attention over bands runs on one kernel; where that cannot do what is asked (gradients, masks that are not
-    stripes, ...), on the plain form.
-
-    Args:
-        name (`str`): `"torch"` (PyTorch's own on CUDA: the one that its attention picks, but FlashAttention-2 for
-            windows), `"flash_attn"` (the package), `"cpu"` (PyTorch's own on the CPU, with gradients) or `"plain"`
-            (matrix products, everywhere).
-
-    Raises:
-        InvalidParameterError: there is no such kernel, or its package is not installed.
-    """
-    known = (*KERNELS, *BLOCKS)
-    if name not in known:
-        raise InvalidParameterError(f"Expected an attention kernel among {', '.join(known)}, got {name!r}.")
-    if name == "flash_attn" and importlib.util.find_spec(name) is None:
-        raise InvalidParameterError(f"Expected the package of {name!r} to be installed: pip install flash-attn.")
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def forced() -> str | None:
-    """Return the kernel that [`attention_kernel`] asks for."""
-    return _forced[-1] if _forced else None
-
-
 def choose(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
     """Return the kernel for bands on the device of the states, without a mask and gradients; `None` without one."""
-    name = forced()
-    if name is not None:
-        return KERNELS.get(name)
+    if FORCED:
+        return torch_kernel if FORCED == "torch" else None
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return None
     if not query.shape[-1] == value.shape[-1] <= MAX_WIDTH:
         return None
-    kernels = [torch_kernel] if torch.backends.cuda.is_flash_attention_available() else []
-    if _has("flash_attn"):
-        kernels.append(flash_attn_kernel)
-    return next((kernel for kernel in kernels if works(kernel, query, value)), None)
-
-
-@functools.cache
-def _has(package: str) -> bool:
-    """Return whether a package is installed. Cached: a lookup takes as long as a decoding step in one layer."""
-    return importlib.util.find_spec(package) is not None
+    available = torch.backends.cuda.is_flash_attention_available()
+    return torch_kernel if available and works(torch_kernel, query, value) else None
 
 
 def works(kernel: Kernel, query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -180,7 +120,7 @@ def one_pass(states: torch.Tensor) -> Any:
 
 @functools.cache
 def _one_pass(device: torch.device) -> Any:
-    if not _has("triton"):
+    if importlib.util.find_spec("triton") is None:
         return None
 
     def error() -> float:
@@ -193,7 +133,7 @@ def _one_pass(device: torch.device) -> Any:
 def one_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bands: int) -> Any:
     """Return the class of steps in one kernel for states (batch, heads, tokens, dim) and some bands; `None` where
     others do them."""
-    if query.device.type != "cuda" or query.shape[2] != 1 or forced() or one_pass(query) is None:
+    if query.device.type != "cuda" or query.shape[2] != 1 or FORCED or one_pass(query) is None:
         return None
     width = query.shape[-1]
     strides = key.stride()

@@ -39,7 +39,6 @@ COUNTS = ["keys", "share", "first", "second", "leaving"]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _place(heads, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Row, head, tokens and columns of a program."""
     row, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     return row, head, tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
 
@@ -284,8 +283,7 @@ class Step:
         }
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaving: int) -> torch.Tensor:
-        """
-        Args:
+        """Args:
             query (`torch.Tensor` of shape `(batch, heads, 1, dim)`): as it is rotated for no band yet; its heads lie
                 one behind the other.
             key (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): rotated for all bands, one behind the other

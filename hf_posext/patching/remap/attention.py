@@ -354,8 +354,7 @@ def _is_causal(base: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 
 def arguments_read(function: Callable[..., Any]) -> frozenset[str]:
-    """
-    Return the names of arguments that an attention function reads: its parameters, and what it looks up by name.
+    """Return the names of arguments that an attention function reads: its parameters, and what it looks up by name.
 
     Trainers and collators hand all kinds of names down to the attention (`seq_idx`, `shift_labels`, the lengths of
     packed documents for FlashAttention). Which of them count is asked from the code of the unpatched function. A

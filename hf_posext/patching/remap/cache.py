@@ -260,8 +260,7 @@ def find_cache(values: Iterable[Any]) -> Any:
 
 
 def record_of(cache: Any) -> KeyRecord:
-    """
-    Return the record of a cache, a new one for an empty cache.
+    """Return the record of a cache, a new one for an empty cache.
 
     Raises:
         EvaluationError: the cache holds keys that no patched model has put there.

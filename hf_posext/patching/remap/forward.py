@@ -7,8 +7,6 @@ layer again when its forward is over, in another thread even.
 
 from __future__ import annotations
 
-import functools
-import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -17,9 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.utils import logging
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ..detect import RotarySite
+from ..modes import CHECKPOINTING
 from .cache import KeyRecord, find_cache, follow, record_of, seen_for_free
 from .positions import Positions, first_axis, joined, leading_padding, order_of
 from .remapping import Remapping
@@ -27,7 +27,7 @@ from .remapping import Remapping
 ATTENTION = {"sdpa": "posext-sdpa", "eager": "posext-eager"}
 """Names under which the attention function is registered, by the attention of the unpatched model."""
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 _calls = threading.local()
 """Of this thread: `state`, the innermost forward; `carried`, the positions that came with a layer's phases. Not a
@@ -299,7 +299,7 @@ def positions_at(module: nn.Module, remapping: Remapping, name: str) -> Position
     if at is None or at.task != task:
         raise EvaluationError(
             "a gradient checkpoint runs a layer again whose phases came without their positions; "
-            "turn gradient checkpointing off for this model: model.gradient_checkpointing_disable()"
+            f"turn it off for this model: model.{CHECKPOINTING}_disable()"
         )
     return at
 
@@ -360,16 +360,11 @@ def _weights_asked_for(config: Any, given: dict[str, Any], base: str) -> bool:
     if not (getattr(config, "output_attentions", False) if asked is None else asked):
         return False
     if base != "eager":
-        _warn_of_weights()
+        logger.warning_once(
+            "attention weights are asked for, and sdpa attention does not compute them: undo the patch, call "
+            "model.set_attn_implementation('eager'), then patch again"
+        )
     return base == "eager"
-
-
-@functools.cache
-def _warn_of_weights() -> None:
-    logger.warning(
-        "attention weights are asked for, and sdpa attention does not compute them: undo the patch, call "
-        "model.set_attn_implementation('eager'), then patch again"
-    )
 
 
 def _carried(values: Iterable[Any]) -> Iterator[Positions]:

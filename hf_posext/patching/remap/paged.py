@@ -92,8 +92,7 @@ class Request:
 def requests_of(
     module: nn.Module, base: str, at: Positions | None, query: torch.Tensor, kwargs: dict[str, Any]
 ) -> list[Request]:
-    """
-    Return the requests of a step. A request has all keys up to its newest token, or those in a sliding window.
+    """Return the requests of a step. A request has all keys up to its newest token, or those in a sliding window.
 
     Args:
         module (`nn.Module`): attention layer.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import Band, ExtensionPlan, PositionMap
 from ..detect import RotarySite, rotary_sites, text_config
-from ..effect import refuse_idle
+from ..effect import layers_seen, refuse_idle
 from ..kernels import SAME
 from ..mixin import mix
 from ..modes import evaluation_mode
@@ -24,11 +24,10 @@ from ..switching import switch_attention
 from ..undo import UndoLog
 from .attention import HONOURED, Lease, arguments_read, base_function
 from .forward import ATTENTION, begin_forward, begin_layer, both_sides, end_forward
-from .layout import Captured, LayerLayout, Probing, Quarters, UnknownLayout, measure
+from .layout import Captured, LayerLayout, Probing, Quarters, UnknownLayout, copy_norms, measure, skeleton_of
 from .paged import ServesBatches
 from .remapping import Layer, Remapping
 from .rotary import RotatesLate, follows_angles, own_phases
-from .skeleton import copy_norms, skeleton_of
 
 CHECK_TOKENS = 24
 
@@ -65,8 +64,7 @@ class Subject:
 
 
 def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
-    """
-    Make a model rotate in its attention, at the positions of the plan.
+    """Make a model rotate in its attention, at the positions of the plan.
 
     Before positions are remapped, the code of the model must give the same states as with its own rotation, through
     the branch of attention that users then run. A model that does not is refused.
@@ -83,7 +81,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
         raise UnsupportedModelError(
             f"{plan.method}: two LongRoPE lists cannot be combined with remapping. Pass one list."
         )
-    by_pair = any(mapping.by_pair for part in plan.parts for mapping in (part.query, part.key))
+    by_pair = any(mapping.by_pair for band in plan.bands for mapping in (band.query, band.key))
     if by_pair and any(entry.growth for entry in plan.rotaries):
         raise UnsupportedModelError(
             f"{plan.method}: positions of each pair and frequencies that follow rows cannot be combined"
@@ -106,10 +104,10 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
         raise UnsupportedModelError(
             f"{kind} computes its frequencies in each call; {plan.method}, which maps rotary pairs, cannot change them"
         )
-    unmapped = Remapping(replace(plan, parts=(), query_scale=None, rotaries=()), base, delta=indexed)
-    if plan.parts and any(getattr(one, "is_causal", True) is False for one in (config, backbone.config)):
+    unmapped = Remapping(replace(plan, edits=()), base, delta=indexed)
+    if plan.bands and any(getattr(one, "is_causal", True) is False for one in (config, backbone.config)):
         raise UnsupportedModelError(both_sides(Remapping(plan, base), kind, "is_causal=False in its config"))
-    following = next((site for site in sites if plan.parts and _follows_length(site)), None)
+    following = next((site for site in sites if plan.bands and _follows_length(site)), None)
     if following is not None:
         raise UnsupportedModelError(
             f"{following.path} of {kind} changes its frequencies with the length of the input, and {plan.method} asks "
@@ -118,7 +116,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
         )
     subject = _subject(model, backbone, prefix, sites)
     remapping = _studied(subject, model, plan, unmapped, kind)
-    refuse_idle(plan, map(model.get_submodule, remapping.layers))
+    refuse_idle(plan, layers_seen(map(model.get_submodule, remapping.layers)))
     _install(Subject(model, "", backbone, sites, False), remapping, log)
     _hook(Subject(model, "", backbone, sites, False), remapping, log)
     if hasattr(model, "init_continuous_batching"):
@@ -167,7 +165,7 @@ def _studied(
                     f"{kind} does not number its attention layers ({unnumbered[0]} has no layer_idx); "
                     f"{plan.method} treats the first ones in another way"
                 )
-        if plan.parts:
+        if plan.bands:
             free = [path for path in layers if not getattr(modules[path], "is_causal", True)]
             if free:
                 raise UnsupportedModelError(both_sides(Remapping(plan, unmapped.base), kind, free[0]))
@@ -181,10 +179,10 @@ def _studied(
             _install(subject, unmapped, log)
             _hook(subject, unmapped, log)
             got = [_states(root, ids)]
-            if plan.parts:
-                got.append(_staged(subject, replace(unmapped, plan=replace(unmapped.plan, parts=TWO_BANDS)), ids))
+            if plan.bands:
+                got.append(_staged(subject, replace(unmapped, plan=replace(unmapped.plan, edits=TWO_BANDS)), ids))
             if delta:  # so far nothing was rotated there: the model must also give what it gives at doubled positions
-                doubled = replace(unmapped.plan, parts=(Band(TWICE, TWICE),))
+                doubled = replace(unmapped.plan, edits=(Band(TWICE, TWICE),))
                 got.append(_staged(subject, replace(unmapped, plan=doubled), ids))
             tolerance = _tolerance(wanted)
             rows = [wanted[:1]] * (len(got) - len(strides) + 1) + [wanted[1:]] * (len(strides) - 1)
@@ -218,7 +216,6 @@ def _states(root: PreTrainedModel, ids: torch.Tensor, stride: int = 1, **kwargs:
 
 
 def _staged(subject: Subject, remapping: Remapping, ids: torch.Tensor) -> torch.Tensor:
-    """Return the output of the subject under a remapping."""
     _stage(subject, remapping)
     return _states(subject.root, ids)
 

@@ -13,7 +13,6 @@ from ..kernels import SAME, belongs, mapped
 from .layout import LayerLayout
 
 
-@dataclass(frozen=True)
 class Bands:
     """The bands of a plan, and what follows from them alone.
 
@@ -29,51 +28,30 @@ class Bands:
         nearest (`PositionMap`): of a key at the newest token.
         stays (`int`, *optional*): which map of queries is `nearest`.
         onward (`tuple[PositionMap, ...]`): the other maps of queries.
-        slide (`bool`): all of them are windows that move with each query.
         chunked (`bool`): some of them are made of chunks.
+        slide (`bool`): all of them are windows that move with each query.
     """
 
-    bands: tuple[Band, ...]
-    query_maps: tuple[PositionMap, ...] = field(init=False)
-    query_choice: tuple[int, ...] = field(init=False)
-    key_maps: tuple[PositionMap, ...] = field(init=False)
-    key_choice: tuple[int, ...] = field(init=False)
-    edge: int | None = field(init=False)
-    nearest: PositionMap = field(init=False)
-    stays: int | None = field(init=False)
-    onward: tuple[PositionMap, ...] = field(init=False)
-    slide: bool = field(init=False)
-    chunked: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        queries, query_choice = _distinct(band.query for band in self.bands)
-        keys, key_choice = _distinct(band.key for band in self.bands)
-        nearest = self._key_map(0)
-        chunked = any(band.chunk > 1 for band in self.bands)
-        derived = {
-            "query_maps": queries,
-            "query_choice": query_choice,
-            "key_maps": keys,
-            "key_choice": key_choice,
-            "edge": self._edge(len(keys)),
-            "nearest": nearest,
-            "stays": queries.index(nearest) if nearest in queries else None,
-            "onward": tuple(rule for rule in queries if rule != nearest),
-            "slide": not chunked and all(band.keys_below is None for band in self.bands),
-            "chunked": chunked,
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+    def __init__(self, bands: tuple[Band, ...]) -> None:
+        self.bands = bands
+        self.query_maps, self.query_choice = _distinct(band.query for band in bands)
+        self.key_maps, self.key_choice = _distinct(band.key for band in bands)
+        self.edge = self._edge()
+        self.nearest = self._key_map(0)
+        self.stays = self.query_maps.index(self.nearest) if self.nearest in self.query_maps else None
+        self.onward = tuple(rule for rule in self.query_maps if rule != self.nearest)
+        self.chunked = any(band.chunk > 1 for band in bands)
+        self.slide = not self.chunked and all(band.keys_below is None for band in bands)
 
     def _key_map(self, distance: int) -> PositionMap:
         """Return how a key at a distance from the newest token is mapped, where bands slide or map keys alike."""
         inside = (band for band in self.bands if band.low <= distance and (band.high is None or distance < band.high))
         return next(inside, self.bands[0]).key if self.bands else SAME
 
-    def _edge(self, key_maps: int) -> int | None:
+    def _edge(self) -> int | None:
         if any(band.key.by_pair or band.query.by_pair for band in self.bands):
             return None
-        if key_maps <= 1:
+        if len(self.key_maps) <= 1:
             return 0
         if any(band.chunk > 1 or band.keys_below is not None for band in self.bands):
             return None
@@ -99,8 +77,7 @@ class Bands:
         return wanted
 
     def step_positions(self, newest: torch.Tensor) -> torch.Tensor:
-        """
-        Return all positions of which a step of decoding asks its rotary module, in one call.
+        """Return all positions of which a step of decoding asks its rotary module, in one call.
 
         The query is rotated on for each other band, and a key as it leaves the window. Not by phases at the distance
         between: a module rounds angles to float32, so that these would be another rotation at far positions.
@@ -197,7 +174,7 @@ class Remapping:
 
     def __post_init__(self) -> None:
         growths = {entry.name: entry.growth for entry in self.plan.rotaries if entry.growth is not None}
-        object.__setattr__(self, "bands", Bands(self.plan.parts))
+        object.__setattr__(self, "bands", Bands(self.plan.bands))
         object.__setattr__(self, "growths", growths)
         for name, growth in growths.items():
             numbers = (growth.moving, growth.power, growth.kept)
@@ -215,7 +192,6 @@ class Remapping:
 
 
 def _distinct(maps: Iterable[PositionMap]) -> tuple[tuple[PositionMap, ...], tuple[int, ...]]:
-    """Return each map once, and which of them each band has."""
     maps = tuple(maps)
     distinct = tuple(dict.fromkeys(maps))
     return distinct, tuple(distinct.index(one) for one in maps)

@@ -185,8 +185,7 @@ def _parts(out: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Unrotated(torch.Tensor):
-    """
-    Phases that rotate nothing, by which a model multiplies at no cost: ones or zeros.
+    """Phases that rotate nothing, by which a model multiplies at no cost: ones or zeros.
 
     Every family applies its phases as `x * cos + rotate_half(x) * sin` or much like it: ten passes over memory, on a
     GPU a sixth of the time of attention over 32k tokens, in order to leave queries and keys as they are. Products with
