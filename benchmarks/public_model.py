@@ -57,6 +57,9 @@ METHODS = (
     "dual-chunk+fade",
 )
 
+BEGIN_AT = dict.fromkeys(("leaky-rerope+decay", "dual-chunk+fade"), 2)
+"""Methods whose decay or fade begins at so many times the trained length; up to there they are their base methods."""
+
 
 class Cell(NamedTuple):
     """Name of a cell: one document, read once to one length under one method (or by the control)."""

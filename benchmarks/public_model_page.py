@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from page import markdown
-from public_model import BASELINE, CONTROL, METHODS, RESULT, SCHEMA
+from public_model import BASELINE, BEGIN_AT, CONTROL, METHODS, RESULT, SCHEMA
 
 from hf_posext.evaluation.rows import STRETCHES, bootstrap_interval, pooled_perplexity
 
@@ -47,6 +47,8 @@ class Cells:
     def __init__(self, content: dict[str, Any], dataset: str, length: int) -> None:
         self.length, self.trained = length, content["model"]["trained_length"]
         kept = [each for each in content["cells"] if (each["dataset"], each["length"]) == (dataset, length)]
+        self.without_effect = [method for method, times in BEGIN_AT.items() if length <= times * self.trained]
+        kept = [each for each in kept if each["asked"] not in self.without_effect]
         self.cells = {(each["document"], each["asked"]): each for each in kept}
         self.documents = list(dict.fromkeys(each["document"] for each in kept))
 
@@ -138,7 +140,7 @@ class Cells:
     def missing(self, documents: int) -> list[str]:
         """Return lines that name the methods which lack some of so many documents, by their number."""
         lacks: dict[int, list[str]] = {}
-        for method in (CONTROL, BASELINE, *METHODS):
+        for method in (CONTROL, BASELINE, *(each for each in METHODS if each not in self.without_effect)):
             count = sum((document, method) in self.cells for document in self.documents)
             lacks.setdefault(max(0, documents - count), []).append(f"`{method}`")
         return [
