@@ -25,9 +25,10 @@ import torch
 from torch.nn import CrossEntropyLoss
 
 from hf_posext.evaluation.memory import Boundaries
-from hf_posext.evaluation.protocols import choose_protocol
+from hf_posext.evaluation.protocols import protocol_for
 from hf_posext.evaluation.scorer import Memory
 from hf_posext.evaluation.tokens import TokenizedDocuments
+from hf_posext.patching.detect import model_kind
 
 Run = Callable[[], list[float]]
 
@@ -62,7 +63,7 @@ def hf_posext(model: Any, task: Task) -> Run:
     """The protocol, as `evaluate_perplexity` and `compare` call it: with its check of the model and its guard."""
 
     def run() -> list[float]:
-        protocol = choose_protocol(task.protocol, model, task.lengths, stride=task.stride)
+        protocol = protocol_for(task.protocol, *model_kind(model), task.lengths, stride=task.stride)
         documents = TokenizedDocuments(["random"], task.row[None], bos=False)
         scorer = protocol.scorer(model, None, Memory())
         passes = protocol.passes(task.lengths, Boundaries())

@@ -318,7 +318,7 @@ class Trial:
         criterion = default_criterion({}, self.trained_length, self.target_length)
         finder = key_search(self.setup, criterion, [(run, partial(patch_model, self.model, yarn))])
         assert finder is not None
-        keys = finder.run(accelerator, journal).keys
+        keys, _ = finder.run(accelerator, journal)
         if not keys.found:
             raise EvaluationError(
                 "No token of the documents needs the long context. Pass more documents, or objective='tail'."

@@ -2,12 +2,11 @@
 
 from .app import app, main
 from .card import card
-from .compare import compare
-from .evaluate import evaluate
 from .explain import explain, page
 from .explore import env, inspect, methods
 from .export import export, gguf, serve
 from .finetune import finetune
+from .measuring import compare, evaluate
 from .recommend import recommend, search
 from .report import report
 

@@ -1,20 +1,14 @@
-"""The options that measuring commands share, and those that derive from the settings of a measurement."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
 from ..errors import InvalidParameterError
-from ..evaluation.config import EvaluationConfig
-from ..packages import require
 from .console import say
 from .settings import NEVER, use_config
 
@@ -53,38 +47,6 @@ TrainedLength = Annotated[int | None, typer.Option(help="Trained length, if the 
 OriginalLength = Annotated[int | None, typer.Option(hidden=True, help="Earlier name of --trained-length.")]
 
 
-def measuring(command: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    Give a command an option for each field of [`EvaluationConfig`], and its argument `settings` what they say.
-
-    A setting that is of one command only names it in its metadata. Sequences are text with commas between the values.
-    """
-    parameters = list(inspect.signature(command, eval_str=True).parameters.values())
-    at = next(index for index, parameter in enumerate(parameters) if parameter.name == "settings")
-    hints = get_type_hints(EvaluationConfig)
-    derived = [
-        _option(entry, hints[entry.name])
-        for entry in fields(EvaluationConfig)
-        if entry.metadata.get("flag", {}).get("of", command.__name__) == command.__name__
-    ]
-    derived.append(_keyword("original_length", OriginalLength, None))
-    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    taken = [*own[:at], *derived, *own[at + 1 :]]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> Any:
-        require("eval")
-        given["trained_length"] = renamed_length(given["context"], given["trained_length"], given["original_length"])
-        values = {parameter.name: given.pop(parameter.name) for parameter in derived}
-        del values["original_length"]
-        parsed = {name: _parsed(name, hints[name], value) for name, value in values.items()}
-        return command(**given, settings=EvaluationConfig(**parsed))
-
-    run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
-    return run
-
-
 def renamed_length(context: typer.Context, trained_length: int | None, original_length: int | None) -> int | None:
     """The trained length, given by its flag or by the earlier name of that, which a line on standard error says."""
     if original_length is None:
@@ -95,52 +57,13 @@ def renamed_length(context: typer.Context, trained_length: int | None, original_
     return length
 
 
-def _option(entry: Any, hint: Any) -> inspect.Parameter:
-    """The option of a setting, as typer reads it."""
-    flag = {key: value for key, value in entry.metadata.get("flag", {}).items() if key != "of"}
-    if hint is bool:  # without the negative of it
-        flag["names"] = (f"--{entry.name.replace('_', '-')}",)
-    elif _items(hint) or hint is Any:
-        hint = str if entry.default is MISSING else str | None
-    names = flag.pop("names", ())
-    annotation = Annotated[hint, typer.Option(*names, help=entry.metadata["help"], **flag)]
-    return _keyword(entry.name, annotation, inspect.Parameter.empty if entry.default is MISSING else entry.default)
-
-
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-
-
-def _items(hint: Any) -> Any:
-    """Type of the items of a sequence, also of an optional one; `None` for other hints."""
-    for one in (hint, *get_args(hint)):
-        if get_origin(one) is Sequence:
-            return get_args(one)[0]
-    return None
-
-
-def _parsed(name: str, hint: Any, value: Any) -> Any:
-    """The value of a setting, from what was typed."""
-    kind = _items(hint)
-    if kind is None or value is None:
-        return value
-    if kind is str:
-        return [part.strip() for part in value.split(",") if part.strip()]
-    if kind is int:
-        return numbers(value, name)
-    return _numbers(name, value, float, "numbers", "0,0.5,1")
-
-
-def numbers(lengths: str, name: str = "lengths") -> list[int]:
-    """The lengths as numbers.
+def numbers(text: str, name: str = "lengths", kind: type[Number] = int) -> list[Number]:
+    """Numbers with commas between them.
 
     Raises:
         InvalidParameterError: something between the commas is none.
     """
-    return _numbers(name, lengths, int, "whole numbers", "512,1024")
-
-
-def _numbers(name: str, text: str, kind: type[Number], what: str, example: str) -> list[Number]:
+    what, example = ("whole numbers", "512,1024") if kind is int else ("numbers", "0,0.5,1")
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -26,11 +26,7 @@ def output_directory(path: Path, resume: bool | None = None) -> Iterator[None]:
     """Make sure, before any work, that a report can be written, and that nobody else writes a journal there meanwhile.
 
     Of several processes the first one looks; a launcher stops the others if it refuses. An empty directory is removed.
-
-    Args:
-        path (`Path`): the directory.
-        resume (`bool`, *optional*): whether it may contain a journal, and other files beside it. `None` for commands
-            that keep no journal, which find the directory empty.
+    With `resume` it may contain a journal, and other files beside it; `None` is of commands that keep no journal.
 
     Raises:
         JournalError: another run writes to it.
@@ -60,13 +56,17 @@ def _require_writable(path: Path, resume: bool) -> None:
             f"output {path} holds files already{', and no journal to go on with' if resume else ''}. Pass another "
             "--output, or move them away."
         )
+    _make_writable(path)
+
+
+def _make_writable(directory: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise InvalidParameterError(
-            f"cannot write to output {path}: {error.strerror or error}. Pass an --output that can be written."
+            f"cannot write to {directory}: {error.strerror or error}. Pass an --output that can be written."
         ) from error
 
 
@@ -74,14 +74,7 @@ def _require_writable(path: Path, resume: bool) -> None:
 def plan_file(path: Path, resume: bool) -> Iterator[Path]:
     """Make sure, before any work, that a plan can be written, and that nobody else writes it meanwhile.
 
-    Where measuring ends early, what is kept is said.
-
-    Args:
-        path (`Path`): a JSON file that does not exist yet.
-        resume (`bool`): whether its journal may exist.
-
-    Yields:
-        `Path`: the journal, beside the plan.
+    Yields its journal, which lies beside the plan. Where measuring ends early, what is kept is said.
 
     Raises:
         JournalError: another run writes the journal.
@@ -113,24 +106,12 @@ def _require_new(path: Path, journal: Path, resume: bool) -> None:
             f"{journal} is the journal of a run; to go on with it type the same with --resume, else give another "
             "--output"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InvalidParameterError(
-            f"cannot write to {path.parent}: {error.strerror or error}. Pass an --output that can be written."
-        ) from error
+    _make_writable(path.parent)
 
 
 @contextmanager
 def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]:
-    """Writes the report of results, as often as there are new ones; says what is kept where measuring ends early.
-
-    Args:
-        output (`Path`): its directory, with the journal.
-        command (`str`): for the provenance.
-    """
+    """Writes the report of results, as often as there are new ones; says what is kept where measuring ends early."""
     from ..reporting import write_report
 
     finished: list[str] = []

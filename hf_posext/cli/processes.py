@@ -47,16 +47,10 @@ def _from_launcher(names: tuple[str, ...], default: int) -> int:
 
 
 def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
-    """
-    Device of this process, and the accelerator by which it shares the work with the others of its launcher.
+    """Device of this process, and the accelerator by which it shares the work with the others of its launcher.
 
     Processes of a launcher compute on CPUs where there is no accelerator device, also without `ACCELERATE_USE_CPU`.
-
-    Args:
-        device (`str`, *optional*): what was asked for.
-
-    Returns:
-        `tuple[str, Accelerator | None]`: without a launcher the device that was asked for, or the CPU, and nothing.
+    Without a launcher there is no accelerator, and the device is the one that was asked for, or the CPU.
 
     Raises:
         InvalidParameterError: a launcher gives the devices, and one was asked for; or accelerate has not joined all

@@ -34,13 +34,9 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def read_config(path: str | Path, known: Collection[str], flags: Collection[str] = ()) -> dict[str, str]:
-    """The settings in a YAML file, as text by option name.
+    """The settings in a YAML file, as text by option name; an empty value leaves the default.
 
-    Args:
-        path (`str` or `Path`): a mapping from option names (`target-length` or `target_length`) to values; an empty
-            value leaves the default.
-        known (`Collection[str]`): the names there are, with underscores.
-        flags (`Collection[str]`, *optional*): those that are true or false.
+    `known` names have underscores; `flags` are those that are true or false.
 
     Raises:
         InvalidParameterError: no such file, not YAML, not a mapping, an unknown name or one twice, or a value of a

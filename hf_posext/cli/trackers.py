@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_tracker(option: str, name: str, installed: list[str]) -> None:
-    """Refuses, before any work, a tracker that is not there.
-
-    Args:
-        option (`str`): that names it, as `"log_with"`.
-        name (`str`): of the tracker.
-        installed (`list[str]`): those that the library in question can use here.
+    """Refuse, before any work, a tracker that is not among those that the library in question can use here.
 
     Raises:
         InvalidParameterError: another name, or one that is not installed.
@@ -37,14 +32,8 @@ def accelerate_trackers() -> list[str]:
 
 
 def track(results: Results, name: str, output: Path, accelerator: Accelerator | None) -> None:
-    """Logs results as curves over the context length.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): of a run that has ended.
-        name (`str`): of the tracker, as `check_tracker` let it pass.
-        output (`Path`): where trackers that write files write theirs, into `hf_posext`.
-        accelerator (`Accelerator`, *optional*): of the run, where a launcher started it.
-    """
+    """Log results of a run that has ended as curves over the context length; trackers that write files write to
+    `hf_posext` in `output`."""
     from accelerate import Accelerator
 
     from ..evaluation import log_results

@@ -15,15 +15,16 @@ from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..patching import detect_scheme, find_patch, patch_model, unwrap
 from ..patching.modes import evaluation_mode, outer_weights
-from .config import EvaluationConfig
+from .config import EvaluationConfig, check_type
 from .journal import open_journal, run_identity
 from .key_search import Enter, check_key_search, key_search
 from .memory import boundaries_of
 from .results import Results
+from .rows import title
 from .runner import Stage, measure
 from .scorer import model_name
 from .setup import Setup, check_reads, check_request, plan_comparison, prepare, try_plans
-from .tasks import Assembly, MethodRun, Outcomes, control_run, method_run, name_of, title
+from .tasks import Assembly, MethodRun, Outcomes, control_run, method_run, name_of
 
 if TYPE_CHECKING:
     import datasets
@@ -152,20 +153,10 @@ def measure_runs(
     accelerator: Accelerator | None,
     on_method: Callable[[Results], None] | None = None,
 ) -> Results:
-    """
-    Measure the control and the methods, one after another, and assemble results; key tokens are found first.
+    """Measure the control and the methods, one after another, and assemble results; key tokens are found first.
 
-    Args:
-        setup ([`Setup`]): the documents, and how they are read.
-        methods (`list[tuple[MethodRun, Callable]]`): each with what puts it in force.
-        control ([`MethodRun`], *optional*): the control.
-        plans (`Sequence[ExtensionPlan | None]`): in force, one after another.
-        criterion ([`Criterion`], *optional*): of key tokens, where they are asked for.
-        unpatched (`bool`, *optional*, defaults to `False`): whether the first method is the unpatched model.
-        facts (`dict`): for the provenance.
-        identity (`dict`): what the numbers depend on, beyond the setup.
-        models (`Sequence[torch.nn.Module]`): to be measured, with their wrappers.
-        journal, accelerator, on_method: as in [`compare`].
+    Each of `methods` is a run with what puts it in force, `plans` are those in force, `facts` go into the provenance,
+    and `identity` contains what the numbers depend on beyond the setup.
     """
     runs, enters = [run for run, _ in methods], [enter for _, enter in methods]
     search = key_search(setup, criterion, methods)
@@ -179,10 +170,9 @@ def measure_runs(
             stack.enter_context(evaluation_mode(one))
         written = stack.enter_context(open_journal(journal, whole_identity, accelerator))
         if search is not None:
-            found = search.run(accelerator, written)
-            runs = [replace(run, keys=found.keys) for run in runs]
-            control = control and replace(control, keys=found.keys)
-            facts = facts | found.facts
+            keys, facts["longppl"] = search.run(accelerator, written)
+            runs = [replace(run, keys=keys) for run in runs]
+            control = control and replace(control, keys=keys)
         assembly = Assembly(runs, control, runs[0] if unpatched else None, facts)
 
         def report(outcomes: Outcomes) -> None:
@@ -249,6 +239,7 @@ def evaluate_perplexity(
     if lengths is not None:
         settings["lengths"] = lengths
     settled = EvaluationConfig.of(config, **settings)
+    check_type("label", label, str | None)
     for name in ("factor", "target_length"):
         if (value := getattr(settled, name)) is not None:
             raise InvalidParameterError(

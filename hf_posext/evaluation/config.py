@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ..decode import short
 from ..errors import InvalidParameterError
+
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """
+    Refuse a value of another type than its hint. A bool is not a number, and a string not a sequence.
+
+    Raises:
+        InvalidParameterError: it is.
+    """
+    if not _fits(value, hint):
+        raise InvalidParameterError(f"Expected {name} to be {_in_words(hint)}, got {short(repr(value))}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is Sequence:
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return is_sequence and all(_fits(item, arguments[0]) for item in value)
+    if arguments:  # of a union
+        return any(_fits(value, argument) for argument in arguments)
+    kinds = (int, float) if hint is float else hint
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_origin(hint) is Sequence:
+        return f"a list of {WORDS[get_args(hint)[0]].removeprefix('a ')}s".replace("texts", "names")
+    return " or ".join(map(_in_words, get_args(hint))) or WORDS[hint]
 
 
 def _setting(help: str, default: Any = None, **flag: Any) -> Any:
@@ -101,6 +140,10 @@ class EvaluationConfig:
     offload_cache: bool = _setting("With --prefill-chunk: KV cache on the CPU.", False)
     seed: int = _setting("Seed of passkeys and bootstrap intervals.", 0)
 
+    def __post_init__(self) -> None:
+        for name, hint in _hints().items():
+            check_type(name, getattr(self, name), hint)
+
     @classmethod
     def of(cls, config: EvaluationConfig | None = None, **settings: Any) -> EvaluationConfig:
         """
@@ -120,6 +163,10 @@ class EvaluationConfig:
                 guess = f"did you mean {near[0]!r}? " if near else ""
                 raise InvalidParameterError(f"unknown setting {name!r}; {guess}there are: {', '.join(known)}")
         if config is not None:
+            if not isinstance(config, cls):
+                raise InvalidParameterError(
+                    f"Expected config to be an EvaluationConfig, got {type(config).__name__}. Pass settings by name."
+                )
             return replace(config, **settings)
         if "lengths" not in settings:
             raise InvalidParameterError("Expected lengths, got none. Pass lengths=[512, 1024].")
@@ -130,3 +177,8 @@ class EvaluationConfig:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["longppl"] = self.longppl if isinstance(self.longppl, str) else None
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(EvaluationConfig)

@@ -7,7 +7,7 @@ way. Bits per byte are not from their average: they are the sum of NLL over the 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,15 @@ from .memory import Boundaries
 from .parallel import token_scorer
 from .scorer import Memory, TokenScorer, require_finite
 from .tokens import TokenizedDocuments, first_scored
-from .windows import Measurement, TruncatedReader, Window, rolling_windows, sliding_windows, windows_nll
+from .windows import (
+    Measurement,
+    PerplexityProtocol,
+    TruncatedReader,
+    Window,
+    rolling_windows,
+    sliding_windows,
+    windows_nll,
+)
 
 GUARD_TOKENS = 64
 """The last tokens of the shortest length are compared with a fresh forward: what follows the length of the input moves
@@ -29,10 +37,9 @@ all tokens, these the most, and a head on all of them took 6 % of a run with a l
 NO_BOS = "none: the tokenizer adds none"
 
 
-class OfDecoders:
+class OfDecoders(PerplexityProtocol):
     """Base of the protocols of causal language models."""
 
-    legacy: ClassVar[bool] = False
     bos_place: ClassVar[str] = "first token of each document"
 
     def bos_rule(self, bos: int) -> str:
@@ -41,9 +48,6 @@ class OfDecoders:
 
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> TokenScorer:
         return token_scorer(model, memory)
-
-    def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
-        return documents
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Tail(Prefix):
         return min(self.tokens, (length + 1) // 2)
 
 
-class ReadsWindows(OfDecoders, ABC):
+class ReadsWindows(OfDecoders):
     """Base of the protocols that read the whole document through windows of a length."""
 
     @abstractmethod
@@ -142,15 +146,6 @@ class ReadsWindows(OfDecoders, ABC):
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
         """The NLL of the tokens that the windows score."""
         return Measurement(length, nll, first=windows[0].first)
-
-    def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
-        return [[length] for length in lengths]
-
-    def measure(
-        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
-    ) -> list[Measurement]:
-        # A window of this size is read as it is.
-        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
 
     def measure_control(
         self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
@@ -289,7 +284,7 @@ class LegacyLongLoRA(ReadsWindows):
         return "none: removed, as published" if bos else super().bos_rule(bos)
 
     def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
-        stream = documents.tokens[:, int(documents.bos) :].flatten()
+        stream = documents.tokens[:, documents.bos :].flatten()
         if len(stream) - documents.length <= self.stride:
             raise InvalidParameterError(
                 f"the documents are a stream of {len(stream)} tokens, and {self.name} drops the last window "

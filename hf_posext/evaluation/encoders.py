@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import InvalidParameterError, UnsupportedModelError
-from .heads import hidden_states, with_hidden_states
-from .memory import Boundaries, Room
+from .heads import deviation, hidden_states, with_hidden_states
+from .memory import Room
 from .scorer import BATCH_TOKENS, WHOLE, Memory, Scorer, require_finite, scored_model, tokens_read
 from .tokens import TokenizedDocuments, special_tokens
-from .windows import Measurement
+from .windows import Measurement, PerplexityProtocol
 
 
 class FramedScorer(Scorer):
@@ -45,24 +45,11 @@ class FramedScorer(Scorer):
         return torch.cat([self.before, text, self.after])
 
 
-class OfFramedTexts:
+class OfFramedTexts(PerplexityProtocol):
     """Base of the protocols that put special tokens around each text."""
-
-    legacy = False
 
     def bos_rule(self, bos: int) -> str:
         return "special tokens of the tokenizer around each text, counted"
-
-    def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
-        return documents
-
-    def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
-        return [[length] for length in lengths]
-
-
-def plain_text(documents: TokenizedDocuments, index: int) -> torch.Tensor:
-    """A row without the BOS that it begins with: it is one of the special tokens around a text here."""
-    return documents.tokens[index, int(documents.bos) :]
 
 
 def require_room(length: int, needed: int) -> None:
@@ -76,12 +63,7 @@ SAMPLES = 64
 
 
 class MaskedScorer(FramedScorer):
-    """
-    Scores masked tokens with an encoder.
-
-    Args:
-        model (`torch.nn.Module`): with a masked-LM head, also inside a PEFT or DDP wrapper.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
+    """Scores masked tokens with an encoder that has a masked-LM head.
 
     Raises:
         InvalidParameterError: the tokenizer has no mask token.
@@ -99,16 +81,8 @@ class MaskedScorer(FramedScorer):
 
     @torch.no_grad()
     def token_nll(self, texts: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """
-        NLL of one token of each text, that token masked.
-
-        Args:
-            texts (`torch.LongTensor` of shape `(texts, length)`): without special tokens.
-            at (`torch.LongTensor` of shape `(texts,)`): which token of each.
-
-        Returns:
-            `torch.FloatTensor` of shape `(texts,)`, float32 on the CPU, in nats.
-        """
+        """NLL `(texts,)` of token `at` of each text `(texts, length)` without special tokens, that token masked;
+        float32 on the CPU, in nats."""
         targets = texts.gather(1, at[:, None])[:, 0]
         masked = texts.scatter(1, at[:, None], self.mask)
         inputs = torch.stack([self.around(text) for text in masked]).to(self.model.device)
@@ -142,11 +116,11 @@ class MaskedScorer(FramedScorer):
     def _check(self, inputs: torch.Tensor, at: torch.Tensor) -> None:
         """A head that needs more than its own token is refused: it would be scored wrongly."""
         full = self.model(input_ids=inputs).logits[0, at[0]]
-        deviation = float((self._logits(inputs, at)[0] - full).abs().max())
-        if deviation > max(1e-4, 8 * torch.finfo(full.dtype).eps) * float(full.abs().max()):
+        difference = deviation(self._logits(inputs, at)[0], full)
+        if difference is not None:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has a head that reads more than the token that it predicts (logits "
-                f"differ by {deviation:.2g}), so it has no pseudo-perplexity"
+                f"differ by {difference:.2g}), so it has no pseudo-perplexity"
             )
         self._checked = True
 
@@ -174,16 +148,11 @@ class Pseudo(OfFramedTexts):
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> MaskedScorer:
         return MaskedScorer(model, tokenizer, memory)
 
-    def measure(
-        self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
-    ) -> list[Measurement]:
-        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
-
     def measure_control(
         self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
     ) -> list[Measurement]:
         require_room(min(lengths[0], trained_length), scorer.special + 1)
-        row = plain_text(documents, index)
+        row = documents.tokens[index, documents.bos :]  # the prefix is among the special tokens around a text
         found = []
         for length in lengths:
             count = length - scorer.special
@@ -207,12 +176,7 @@ TARGETS = 128
 
 
 class Seq2SeqScorer(FramedScorer):
-    """
-    Scores a text that continues another, with an encoder-decoder.
-
-    Args:
-        model (`torch.nn.Module`): with a language-model head, also inside a PEFT or DDP wrapper.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
+    """Scores a text that continues another, with an encoder-decoder.
 
     Raises:
         InvalidParameterError: the model does not say which token its decoder starts with.
@@ -233,16 +197,8 @@ class Seq2SeqScorer(FramedScorer):
 
     @torch.no_grad()
     def token_nll(self, read: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """
-        NLL of each target given the encoded text and the targets before it.
-
-        Args:
-            read (`torch.LongTensor` of shape `(length,)`): what the encoder reads, without special tokens.
-            targets (`torch.LongTensor` of shape `(targets,)`): what the decoder is asked for.
-
-        Returns:
-            `torch.FloatTensor` of shape `(targets,)`, float32 on the CPU, in nats.
-        """
+        """NLL `(targets,)` of each target given the text `(length,)` that the encoder reads and the targets before it;
+        float32 on the CPU, in nats."""
         given = torch.cat([self.start, targets[:-1]])
         inputs = {"input_ids": self.around(read), "decoder_input_ids": given}
         on_device = {name: ids[None].to(self.model.device) for name, ids in inputs.items()}
@@ -270,17 +226,12 @@ class Seq2Seq(OfFramedTexts):
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> Seq2SeqScorer:
         return Seq2SeqScorer(model, tokenizer, memory)
 
-    def measure(
-        self, scorer: Seq2SeqScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
-    ) -> list[Measurement]:
-        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
-
     def measure_control(
         self, scorer: Seq2SeqScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
     ) -> list[Measurement]:
         require_room(min(lengths[0] - lengths[0] // 4, trained_length), scorer.special + 1)
         require_room(lengths[0], 4)
-        row = plain_text(documents, index)
+        row = documents.tokens[index, documents.bos :]  # the prefix is among the special tokens around a text
         found = []
         for length in lengths:
             count = min(TARGETS, length // 4)

@@ -21,25 +21,14 @@ from transformers import PreTrainedModel
 
 
 class Projection:
-    """
-    Stands for the `forward` of a linear layer without bias. What it gives is overwritten by what it gives next.
-
-    Args:
-        layer (`torch.nn.Linear`): the layer.
-    """
+    """Stands for the `forward` of a linear layer without bias. What it gives is overwritten by what it gives next."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
         self._memory: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            hidden (`torch.Tensor` of shape `(..., width)`): hidden states.
-
-        Returns:
-            `torch.Tensor` of shape `(..., vocabulary)`: valid until the next call.
-        """
+        """Logits `(..., vocabulary)` of hidden states `(..., width)`, valid until the next call."""
         weight = self.layer.weight
         if hidden.dtype != weight.dtype or torch.is_autocast_enabled(hidden.device.type):
             return nn.functional.linear(hidden, weight)

@@ -2,7 +2,7 @@
 
 One JSON object a line. The first contains what the run depends on, each of the others a task and its value:
 
-    {"schema": 2, "configuration": {"model": "...", "lengths": [512, 4096], ...}}
+    {"schema": 3, "configuration": {"model": "...", "lengths": [512, 4096], ...}}
     {"task": {"kind": "nll", "method": "yarn", "factor": 8.0, "lengths": [512], "document": "book-1"}, "value": [...]}
 
 Process 0 writes `journal.jsonl`, process n `journal-n.jsonl` beside it. A run that continues reads all of them, so
@@ -39,32 +39,27 @@ from .tokens import TokenizedDocuments
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SCHEMA = 2
+SCHEMA = 3
 
 SAMPLES = 32
 """Values of each tensor that stand for all of them: training changes every one."""
 
 
 class RunJournal:
-    """
-    A mapping from finished tasks to their values, kept in a file.
+    """A mapping from finished tasks to their values, kept in a file.
 
     `journal[task] = value` appends a line, which is on the disk (fsync) before the next statement, so that a run that
     is killed at any moment loses the task at hand and nothing else. A last line that was torn by that is cut off.
-    Nothing is written before the first task is finished.
+    Nothing is written before the first task is finished. `values` are those that all processes have finished, by
+    `key_text`.
 
     Args:
         path (`str` or `Path`): the file of process 0; those of others are named after it.
         configuration (`Mapping`): plain JSON types; all that the measurements depend on.
-        rank (`int`, *optional*, defaults to 0): the index of this process.
-        processes (`int`, *optional*, defaults to 1): how many processes the run has.
-
-    Attributes:
-        values (`dict[str, Any]`): values of the tasks that all processes have finished, by `key_text`.
 
     Raises:
-        JournalError: a journal of another configuration or that another run is writing, a corrupt line, or a file
-            that cannot be read.
+        JournalError: a journal of another configuration or that another run is writing, a corrupt line, or a file that
+            cannot be read.
     """
 
     def __init__(self, path: str | Path, configuration: Mapping[str, Any], rank: int = 0, processes: int = 1) -> None:
@@ -88,12 +83,7 @@ class RunJournal:
         return self.values[key_text(task)]
 
     def __setitem__(self, task: Task, value: Any) -> None:
-        """
-        Write a finished task.
-
-        Args:
-            task ([`Task`]): what was measured.
-            value (`Any`): what was found, plain JSON types.
+        """Write the value of a finished task, in plain JSON types.
 
         Raises:
             JournalError: the file cannot be written, as when the disk is full. All earlier lines are kept.
@@ -226,17 +216,10 @@ def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
 def run_identity(
     setup: Setup, models: Sequence[Any], plans: Sequence[ExtensionPlan | None], **others: Any
 ) -> dict[str, Any]:
-    """
-    All that the measurements of a run depend on.
+    """All that the measurements of a run depend on.
 
     How memory is saved is not among it: it changes no more than rounding, and a run that was killed for want of memory
     shall be able to continue with smaller chunks.
-
-    Args:
-        setup ([`Setup`]): the documents and how they are read.
-        models (`Sequence[PreTrainedModel]`): those that read them.
-        plans (`Sequence[ExtensionPlan | None]`): what is in force on them, one after another.
-        others: plain JSON types.
     """
     config, versions = setup.config, dict(setup.provenance["versions"])
     return {

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -36,32 +36,9 @@ WHOLE = ("prefix", "sliding", "rolling")
 """Protocols that, at the longest length, score every token given all tokens before it."""
 
 
-class FoundKeys(NamedTuple):
-    """The key tokens, and the reasons of the documents in which they could not be found."""
-
-    keys: KeyTokens
-    failures: dict[str, str]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Facts about them for the provenance."""
-        left_out = [{"document": id, "reason": reason} for id, reason in self.failures.items()]
-        return {"longppl": {"evaluator": self.keys.evaluator, **self.keys.criterion._asdict(), "left_out": left_out}}
-
-
 @dataclass(frozen=True)
 class KeySearch:
-    """
-    A search for key tokens.
-
-    Args:
-        setup ([`Setup`]): what is measured.
-        evaluator (`str`): its name.
-        scorer ([`TokenScorer`]): of the evaluator.
-        given ([`TokensRead`]): what it reads.
-        criterion ([`Criterion`]): what makes a token key.
-        enter (`Callable`): gives the context in which the evaluator is what its name says.
-    """
+    """A search for key tokens by one evaluator; `enter` gives the context in which it is what its name says."""
 
     setup: Setup
     evaluator: str
@@ -81,9 +58,9 @@ class KeySearch:
         read = hashlib.sha256(repr([row.tolist() for row in self.given.rows]).encode()).hexdigest()
         return {"longppl": {"evaluator": self.evaluator, **self.criterion._asdict(), "tokens": read}}
 
-    def run(self, accelerator: Accelerator | None, journal: RunJournal | None) -> FoundKeys:
+    def run(self, accelerator: Accelerator | None, journal: RunJournal | None) -> tuple[KeyTokens, dict[str, Any]]:
         """
-        Find them, on all processes.
+        Find them, on all processes, and facts about them for the provenance.
 
         Raises:
             EvaluationError: the evaluator failed on every document.
@@ -111,7 +88,8 @@ class KeySearch:
         indices = {id: value["indices"] for id, value in values.items()}
         documents = self.setup.documents
         keys = KeyTokens(indices, documents.length, total, self.evaluator, self.criterion, documents.start)
-        return FoundKeys(keys, failures)
+        left_out = [{"document": id, "reason": reason} for id, reason in failures.items()]
+        return keys, {"evaluator": self.evaluator, **self.criterion._asdict(), "left_out": left_out}
 
     def _find(self, task: Task) -> dict[str, Any]:
         found = find_in_row(self.scorer, self.given, self.given.ids.index(str(task.document)), self.criterion)
@@ -125,17 +103,11 @@ class KeySearch:
 
 
 def check_key_search(request: Request, trained_length: int | None, labels: Sequence[str]) -> Criterion | None:
-    """
-    The criterion of key tokens, if they are asked for, checked before documents are read.
-
-    Args:
-        request ([`Request`]): what is to be measured.
-        trained_length (`int`, *optional*): of the measured model.
-        labels (`Sequence[str]`): names of the methods, as `"yarn x8"`.
+    """The criterion of key tokens, if they are asked for, checked before documents are read.
 
     Raises:
-        InvalidParameterError: a label that none has or several have, a protocol that does not score every token, or
-            an impossible criterion.
+        InvalidParameterError: a label that none or several of the methods (`"yarn x8"`) have, a protocol that does not
+            score every token, or an impossible criterion.
     """
     config = request.config
     asked = {"alpha": config.alpha, "beta": config.beta, "short_length": config.short_length}
@@ -144,6 +116,8 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
             if value is not None:
                 raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL. Pass longppl=, too.")
         return None
+    if isinstance(config.longppl, tuple) and len(config.longppl) != 2:
+        raise InvalidParameterError("Expected longppl to be a label, a model, or (model, tokenizer).")
     if request.protocol.name not in WHOLE:
         raise InvalidParameterError(
             f"longppl needs the NLL of every token given all tokens before it, which protocol "
@@ -159,13 +133,7 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
 def key_search(
     setup: Setup, criterion: Criterion | None, methods: Sequence[tuple[MethodRun, Enter]]
 ) -> KeySearch | None:
-    """
-    The search that was asked for.
-
-    Args:
-        setup ([`Setup`]): what is measured.
-        criterion ([`Criterion`], *optional*): as [`check_key_search`] gives it; there is no search without one.
-        methods (`Sequence[tuple[MethodRun, Callable]]`): what may be meant by a label, and what puts it in force.
+    """The search that was asked for; its label means one of the methods, which come with what puts them in force.
 
     Raises:
         InvalidParameterError: an evaluator that cannot read the documents, or an impossible criterion.
@@ -200,17 +168,11 @@ def _find_label(label: str, names: Sequence[str]) -> int:
 
 
 def default_criterion(asked: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
-    """
-    The criterion that was asked for, with the paper's thresholds and windows that fit where nothing was.
+    """The criterion that was asked for, with the paper's thresholds and windows that fit where nothing was.
 
     The paper's short context of 4096 tokens is one that its models were all trained on, and well below the lengths
     that it measures. Here it is half of the trained length, so that windows lie inside that, or half of the longest
     length if that is less; at most 4096. It moves by a quarter of itself, as in the paper.
-
-    Args:
-        asked (`Mapping[str, float or None]`): as of [`key_search`].
-        trained_length (`int`, *optional*): of the model, if there is one.
-        longest (`int`): tokens of the rows.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     short = given.setdefault("short_length", min(4096, (trained_length or longest) // 2, longest // 2))

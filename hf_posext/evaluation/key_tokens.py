@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..errors import EvaluationError, InvalidParameterError
 from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode
+from .config import check_type
 from .documents import Document, as_documents
 from .memory import check_positions
 from .rows import bootstrap_interval, pooled_perplexity
@@ -141,14 +142,7 @@ class Found(NamedTuple):
 
 
 def find_in_row(scorer: TokenScorer, given: TokensRead, index: int, criterion: Criterion) -> Found:
-    """
-    The key tokens of one document.
-
-    Args:
-        scorer ([`TokenScorer`]): of the evaluator.
-        given ([`TokensRead`]): what it reads.
-        index (`int`): of the document.
-        criterion ([`Criterion`]): what makes a token key.
+    """The key tokens of one document.
 
     Raises:
         NonFiniteError: logits are not finite.
@@ -176,15 +170,7 @@ def find_in_rows(
 
 
 def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: int, criterion: Criterion) -> Contrast:
-    """
-    NLL of every token with the long and with the short context.
-
-    Args:
-        scorer ([`TokenScorer`]): of a causal language model, patched or not.
-        row (`torch.LongTensor` of shape `(tokens,)`): the document.
-        id (`str`): its name in messages.
-        bos (`int`): tokens of the special prefix, which are never key.
-        criterion ([`Criterion`]): its `short_length` and `stride`.
+    """NLL of every token of a document with the long and with the short context.
 
     Raises:
         NonFiniteError: logits are not finite.
@@ -205,6 +191,8 @@ def whole_nll(scorer: TokenScorer, row: torch.Tensor, id: str) -> np.ndarray:
 def check_criterion(criterion: Criterion, longest: int) -> None:
     """Refuse thresholds that no token passes, and windows with which no context of `longest` tokens is short."""
     alpha, beta, short_length, stride = criterion
+    for name, hint in get_type_hints(Criterion).items():
+        check_type(name, getattr(criterion, name), hint)
     if not (math.isfinite(alpha) and math.isfinite(beta) and beta < 0):
         raise InvalidParameterError(
             f"alpha is {alpha} and beta {beta}, in nats. Pass numbers, beta below 0 since it is a log-probability, "
@@ -356,35 +344,17 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
 
 
 def key_sums(nll: np.ndarray, indices: Sequence[int]) -> dict[str, Any]:
-    """
-    Sums over the key tokens of a document.
-
-    Args:
-        nll (`numpy.ndarray` of shape `(tokens - 1,)`): of tokens 1, 2, ... of its row, in nats.
-        indices (`Sequence[int]`): of the key tokens in the row.
-
-    Returns:
-        `dict`: `key_nll_sum`, float64, and `key_tokens`, how many they are.
-    """
+    """Sums over the key tokens of a document: `key_nll_sum`, float64, and how many they are. `nll` is of tokens 1, 2,
+    ... of its row."""
     return {"key_nll_sum": math.fsum(nll[index - 1] for index in indices), "key_tokens": len(indices)}
 
 
 def longppl_cells(
     records: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]], length: int, seed: int
 ) -> dict[str, Any]:
-    """
-    Cells of LongPPL in the row of a length.
+    """Cells of LongPPL in the row of a length; `None` where key tokens are not known.
 
-    Args:
-        records (`Sequence[Mapping]`): of a method, with the [`key_sums`] of each document at the longest length, and
-            `None` at the others, and where key tokens are not known.
-        control (`Sequence[Mapping]`): of the control, with those of the same key tokens; or none.
-        length (`int`): of the row.
-        seed (`int`): of the bootstrap.
-
-    Returns:
-        `dict`: `longppl`, `longppl_ci95`, `longppl_truncated` and `key_tokens`; `None` at a
-        length where they are not known, and all but the last without key tokens.
+    Records contain the [`key_sums`] of each document at the longest length, and `None` at the others.
     """
     own, truncated = ([record for record in each if record["length"] == length] for each in (records, control))
     known = any(record["key_tokens"] is not None for record in own)

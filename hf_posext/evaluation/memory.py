@@ -25,6 +25,7 @@ from ..patching.signatures import cache_argument, cache_of, with_cache
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .heads import PROBE_LENGTH, PROBE_SLICE, FullHead, Head, Read, deviation
+from .reading import first_line
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,8 @@ class Boundaries:
 
 
 def boundaries_of(scheme: PositionalScheme, plan: ExtensionPlan | None) -> Boundaries:
-    """
-    The boundaries of a model.
-
-    Args:
-        scheme ([`PositionalScheme`]): what it came with.
-        plan ([`ExtensionPlan`], *optional*): what is in force; sets of frequencies that it does not change stay.
-    """
+    """The boundaries of a model; sets of frequencies that the plan does not change stay as the model came with
+    them."""
     planned = plan.rotaries if plan is not None else ()
     changed = {entry.name for entry in planned}
     shipped = [rotary for rotary in scheme.rotaries if rotary.name not in changed]
@@ -104,22 +100,11 @@ def halved(what: str, amount: int, reason: str) -> int:
     return amount // 2
 
 
-def first_line(error: Exception) -> str:
-    """First line of an error, without the advice that follows."""
-    return str(error).strip().split("\n", 1)[0]
-
-
 class Part:
-    """
-    Some items of a range, and whether memory ran out over them: inside `with part:` that error ends the block only.
+    """Some items of a range, and whether memory ran out over them: inside `with part:` that error ends the block only.
 
-    Args:
-        begin (`int`): first item.
-        end (`int`): one past the last.
-        gives_way (`bool`): whether fewer items can be tried; else the error passes.
-
-    Attributes:
-        reason (`str`, *optional*): what the error said, once memory has run out.
+    Where fewer items cannot be tried (`gives_way`), the error passes. `reason` is what the error said, once memory has
+    run out.
     """
 
     def __init__(self, begin: int, end: int, gives_way: bool) -> None:
@@ -147,8 +132,7 @@ class Part:
 
 
 class Room:
-    """
-    Divides ranges into parts, each with as many items as there is room for.
+    """Divides ranges into parts, each with as many items as there is room for.
 
     ```python
     for part in room.parts(range(len(rows)), cost=length):
@@ -156,10 +140,8 @@ class Room:
             out[part.items] = work(rows[part.items])
     ```
 
-    Args:
-        what (`str`): what the items are, for the log.
-        amount (`int`): how much fits at once, in units that items cost; halved where memory runs out, and so it stays.
-        gives_way (`bool`, *optional*, defaults to `True`): whether memory may run out; else that error passes.
+    `amount` fits at once, in units that items cost; it is halved where memory runs out, and so it stays. Without
+    `gives_way` that error passes.
     """
 
     def __init__(self, what: str, amount: int, gives_way: bool = True) -> None:
@@ -168,14 +150,10 @@ class Room:
         self.gives_way = gives_way
 
     def parts(self, items: range, cost: int, otherwise: Callable[[str], None] | None = None) -> Iterator[Part]:
-        """
-        The parts of a range, one after another; one over which memory ran out comes again, shorter.
+        """The parts of a range in steps of 1, one after another; one over which memory ran out comes again, shorter.
 
-        Args:
-            items (`range`): in steps of 1.
-            cost (`int`): of one item.
-            otherwise (`Callable[[str], None]`, *optional*): makes room in another way where a single item does not
-                fit, given what the error said, or raises. Without it that error passes.
+        Where a single item does not fit, `otherwise` makes room in another way, given what the error said, or raises.
+        Without it that error passes.
         """
         begin = items.start
         while begin < items.stop:
@@ -205,16 +183,10 @@ class Chunk(NamedTuple):
 
 
 def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[int, int]]:
-    """
-    Bounds of the chunks of a text.
+    """Bounds of the chunks of a text of `length` tokens.
 
     LongRoPE with two lists chooses one of them by the last position that a forward sees. The first chunk of a text
     that is longer than the trained length goes beyond that, so that all chunks have the same list.
-
-    Args:
-        length (`int`): tokens of the text.
-        chunk (`int`): tokens of a chunk.
-        boundaries ([`Boundaries`]): of the model.
     """
     first = max([chunk, *(switch + 1 for switch in boundaries.switches if switch < length)])
     ends = [*range(min(first, length), length, chunk), length]
@@ -222,15 +194,9 @@ def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[
 
 
 class Prefill:
-    """
-    Reads texts with one model, in chunks where it is asked to.
+    """Reads texts with one model, in chunks of `chunk` tokens where it is asked to.
 
     With each patch it is checked, on a prefix of 16 tokens, that chunks give the logits of a whole forward.
-
-    Args:
-        model (`PreTrainedModel`): a causal language model.
-        chunk (`int`, *optional*): tokens of a chunk; texts are read whole where not given.
-        offload_cache (`bool`): whether the cache lies in main memory, but for the layer at work and the next one.
 
     Raises:
         InvalidParameterError: the cache is to be offloaded from a device that is not CUDA.
@@ -252,12 +218,7 @@ class Prefill:
             )
 
     def chunks(self, head: Head, input_ids: torch.Tensor) -> Iterator[Chunk]:
-        """
-        The chunks of some texts, one after the other.
-
-        Args:
-            head ([`FullHead`] or [`SlicedHead`]): of the model.
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): the texts.
+        """The chunks of some texts `(batch, length)`, one after the other.
 
         Raises:
             UnsupportedModelError: the model, as it is patched now, gives other logits in chunks.
@@ -338,17 +299,10 @@ def prefill_obstacle(scheme: PositionalScheme, plan: ExtensionPlan | None) -> st
 
 
 def check_prefill(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int, chunk: int | None) -> None:
-    """
-    Refuse chunks that are known to give other values, before anything long begins.
-
-    Args:
-        scheme ([`PositionalScheme`]): of the model.
-        plan ([`ExtensionPlan`], *optional*): in force, or to be.
-        longest (`int`): tokens of the longest text.
-        chunk (`int`, *optional*): tokens of a chunk; `None` where texts are read whole.
+    """Refuse chunks that are known to give other values, before anything long begins.
 
     Raises:
-        InvalidParameterError: there would be chunks, and there is an obstacle to them.
+        InvalidParameterError: the longest text would be read in chunks, and there is an obstacle to them.
     """
     obstacle = prefill_obstacle(scheme, plan)
     if chunk is not None and chunk < longest and obstacle is not None:

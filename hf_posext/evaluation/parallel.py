@@ -50,20 +50,6 @@ def processes_of(accelerator: Accelerator | None) -> int:
     return joined
 
 
-def process_facts(accelerator: Accelerator | None, device: str) -> dict[str, Any]:
-    """
-    The processes that measured, for the provenance. Every process has to call it.
-
-    Args:
-        accelerator (`Accelerator`, *optional*): of the processes.
-        device (`str`): of the model on this process.
-
-    Returns:
-        `dict`: `processes`, their number, and `devices`, one for each.
-    """
-    return {"processes": processes_of(accelerator), "devices": everywhere(lambda: device, accelerator)}
-
-
 def shares_texts(accelerator: Accelerator | None) -> bool:
     """Return `True` if the processes work on one text together, instead of on a text each.
 
@@ -82,15 +68,9 @@ def shares_texts(accelerator: Accelerator | None) -> bool:
 
 
 def deal(costs: Sequence[float], processes: int) -> list[int]:
-    """
-    The process of each piece of work: the longest first, each to the process that has least so far.
+    """The process of each piece of work: the longest first, each to the process that has least so far.
 
-    Args:
-        costs (`Sequence[float]`): of the pieces, in any unit.
-        processes (`int`): how many share them.
-
-    Returns:
-        `list[int]`: index of a process for each piece; the same on every process. Of equal costs the first goes first.
+    It is the same on every process. Of equal costs the first goes first.
     """
     loads, owners = [0.0] * processes, [0] * len(costs)
     for piece in sorted(range(len(costs)), key=lambda index: -costs[index]):
@@ -100,18 +80,10 @@ def deal(costs: Sequence[float], processes: int) -> list[int]:
 
 
 def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T]:
-    """
-    Do a process' share of the work, and learn what all of them have got.
+    """Do a process' share of the work, and learn what all of them have got, in their order.
 
     Every process has to call it. An error is carried to the others before it is raised, so that none of them waits for
     a process that has stopped; Ctrl-C is not, since launchers stop all processes then.
-
-    Args:
-        work (`Callable`): what this process does; its result can be pickled.
-        accelerator (`Accelerator`, *optional*): of the processes; without one there is only this process.
-
-    Returns:
-        `list`: the results of all processes, in their order.
 
     Raises:
         Exception: of `work`; on the other processes the same if it is a [`PosExtError`], else an [`EvaluationError`].
@@ -128,13 +100,9 @@ def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T
 
 
 def exchange(result: T, ended: Exception | None, accelerator: Accelerator | None) -> list[T]:
-    """
-    Results of all processes, in their order, once each has ended its share. Every process has to call it.
+    """Results of all processes, in their order, once each has ended its share, early by an error or not.
 
-    Args:
-        result (`Any`): of this process; can be pickled.
-        ended (`Exception`, *optional*): why its share ended early.
-        accelerator (`Accelerator`, *optional*): of the processes; without one there is only this process.
+    Every process has to call it.
 
     Raises:
         Exception: `ended`; on the other processes the same if it is a [`PosExtError`], else an [`EvaluationError`].
@@ -165,16 +133,6 @@ def shard_weights(model: nn.Module, accelerator: Accelerator) -> Any:
     return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))[0]
 
 
-def memory_for(accelerator: Accelerator | None, prefill_chunk: int | None, offload_cache: bool) -> Memory:
-    """
-    Memory settings of the processes of an accelerator.
-
-    Raises:
-        InvalidParameterError: only some of the processes would share a text, or as [`Memory`].
-    """
-    return Memory(prefill_chunk, offload_cache, accelerator if shares_texts(accelerator) else None)
-
-
 def token_scorer(model: nn.Module, memory: Memory) -> TokenScorer:
     """Scorer of tokens with a causal language model, on this process or on all of them together."""
     if memory.accelerator is None:
@@ -183,16 +141,11 @@ def token_scorer(model: nn.Module, memory: Memory) -> TokenScorer:
 
 
 class ContextParallelScorer(TokenScorer):
-    """
-    Scores tokens as [`TokenScorer`] does, each text shared out over all processes.
+    """Scores tokens as [`TokenScorer`] does, each text shared out over all processes.
 
     Every process has to make the same calls, and gets all values. A shared text is compared with a whole one on a
-    prefix, for each patch anew; models and patches whose attention is not PyTorch's are refused by that.
-
-    Args:
-        model (`torch.nn.Module`): prepared by the accelerator.
-        memory ([`Memory`]): with the accelerator. Where memory runs out the run ends: one process cannot shrink its
-            share alone.
+    prefix, for each patch anew; models and patches whose attention is not PyTorch's are refused by that. Where memory
+    runs out the run ends: one process cannot shrink its share alone.
 
     Raises:
         InvalidParameterError: chunks are asked for, too.

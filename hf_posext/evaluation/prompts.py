@@ -138,18 +138,10 @@ def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
 def passkey_prompts(
     tokenizer: Any, length: int, trials: int, seed: int, bos: Bos = "auto", chat: bool = False
 ) -> list[Prompt]:
-    """
-    Prompts of equal size, so that a batch needs no padding; the same for every model and method.
+    """Prompts of equal size, so that a batch needs no padding; the same for every model and method.
 
     The key and its depth follow from `(seed, length, trial)` alone. The filler is cut at its beginning to fit, and the
     key stands on a line of its own between two whole lines of it.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        length (`int`): tokens of prompt and answer together.
-        trials (`int`): how many prompts.
-        seed (`int`): of keys and depths.
-        bos, chat (*optional*): as in [`frame`].
 
     Raises:
         InvalidParameterError: the length does not hold the key and the question, or no chat template.
@@ -181,11 +173,11 @@ def task_prompt(
     bos: Bos = "auto",
     chat: bool = False,
 ) -> Prompt:
-    """
-    A prompt of exactly `length` tokens less [`answer_room`]; the same for every model and method.
+    """A prompt of exactly `length` tokens less [`answer_room`]; the same for every model and method.
 
     All follows from `(seed, task, length, depth, trial)`. What is hidden stands on lines of its own between whole
-    lines of filler, which is cut at its beginning to fit.
+    lines of filler, which is cut at its beginning to fit. The depth, from 0 (beginning) to 1 (end), is rounded to
+    whole lines.
 
     | task | hidden | depth is that of | asked |
     |---|---|---|---|
@@ -194,15 +186,6 @@ def task_prompt(
     | `multi-value` | three numbers of one name | the first; the others follow anywhere | all three |
     | `variable-tracking` | `a = 12345`, `b = a`, ... and another such chain | the first assignment | all four names |
     | `common-words` | a list of words, 30 % of it three words in equal parts | (has none) | the three words |
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        task (`str`): a name of the table.
-        length (`int`): tokens of prompt and answer together.
-        depth (`float`, *optional*): from 0 (beginning) to 1 (end), rounded to whole lines; `None` where there is none.
-        trial (`int`, *optional*, defaults to 0): which of the prompts that share the other arguments.
-        seed (`int`, *optional*, defaults to 0): of everything drawn.
-        bos, chat (*optional*): as in [`frame`].
 
     Raises:
         InvalidParameterError: the length does not hold what is hidden, or no chat template.
@@ -228,14 +211,9 @@ def task_prompt(
 
 
 def haystack(filler: list[int], room: int, needles: Sequence[tuple[int, list[int]]]) -> list[int]:
-    """
-    Filler with needles in it: `room` tokens of filler, cut at its beginning to fit, and all of the needles' own.
+    """Filler with needles in it: `room` tokens of filler, cut at its beginning to fit, and all of the needles' own.
 
-    Args:
-        filler (`list[int]`): tokens of one line.
-        room (`int`): tokens that filler takes in all.
-        needles (`Sequence[tuple[int, list[int]]]`): whole lines of filler before each needle, ascending, and its
-            tokens.
+    A needle is the number of whole lines of filler before it, ascending, and its tokens.
     """
     lines, rest = divmod(room, len(filler))
     tokens, written = filler[len(filler) - rest :], 0

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from ..errors import InvalidParameterError
-from ..patching.detect import model_kind
 from .decoders import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail, check_tail
 from .encoders import Pseudo, Seq2Seq
 from .windows import PerplexityProtocol, check_stride
@@ -17,26 +14,10 @@ FITTING = {"causal": DECODER_PROTOCOLS, "masked": ("pseudo",), "seq2seq": ("seq2
 """The protocols by the kind of language model, the one that is taken if none is asked for first."""
 
 
-def choose_protocol(
-    name: str | None, model: nn.Module, lengths: list[int], *, stride: int | None = None, tail: int | None = None
-) -> PerplexityProtocol:
-    """The protocol of that name, or the one that fits the model; as [`protocol_for`]."""
-    return protocol_for(name, *model_kind(model), lengths, stride=stride, tail=tail)
-
-
 def protocol_for(
     name: str | None, kind: str, model: str, lengths: list[int], *, stride: int | None = None, tail: int | None = None
 ) -> PerplexityProtocol:
-    """
-    The protocol of that name, or the one that fits the kind of model.
-
-    Args:
-        name (`str`, *optional*): by default `"prefix"`, `"pseudo"` or `"seq2seq"`, by the model.
-        kind (`str`): of the language model, as [`model_kind`] names it.
-        model (`str`): class of the model, for messages.
-        lengths (`list[int]`): in tokens, ascending.
-        stride (`int`, *optional*): of protocols whose windows overlap; required there, refused elsewhere.
-        tail (`int`, *optional*): tokens that protocol `"tail"` counts; required there, refused elsewhere.
+    """The protocol of that name, or the first that fits the kind of model (see [`model_kind`]).
 
     Raises:
         InvalidParameterError: no such protocol, one that does not fit the model, an option where it has none, none

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import InvalidParameterError
 from ..patching.modes import evaluation_mode
+from .config import check_type
 from .prompts import QUESTION, TASKS, Prompt, chat_frame, passkey_prompts, task_prompt
 from .scorer import BATCH_TOKENS, TokenScorer
 from .tokens import Bos, check_lengths
@@ -23,17 +24,10 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Questions:
-    """
-    The questions of a run, the same for every model and method.
+    """The questions of a run, the same for every model and method.
 
-    Args:
-        passkey (`int`, *optional*, defaults to 0): passkey trials at each length, each at a depth of its own.
-        trials (`int`, *optional*, defaults to 0): prompts of each task at each length and depth.
-        tasks (`tuple[str, ...]`, *optional*): names of [`TASKS`].
-        depths (`tuple[float, ...]`, *optional*): from 0 (beginning) to 1 (end).
-        seed (`int`, *optional*, defaults to 0): seed of everything that is drawn.
-        bos (`str`, *optional*, defaults to `"auto"`): as in [`special_prefix`].
-        chat (`bool`, *optional*, defaults to `False`): ask in the chat template of the tokenizer, see [`frame`].
+    `passkey` are trials at each length, each at a depth of its own; `trials` are prompts of each task at each length
+    and depth. The others are as in [`retrieval`].
     """
 
     passkey: int = 0
@@ -87,15 +81,9 @@ class Questions:
     def ask(
         self, model: nn.Module, tokenizer: Any, task: str | None, length: int, new_tokens: int | None = None
     ) -> list[float]:
-        """
-        Mean score of the greedy answers at each of [`places`], from 0 to 1.
+        """Mean score of the greedy answers at each of [`places`], from 0 to 1.
 
-        Args:
-            model (`PreTrainedModel`): a causal language model, in evaluation mode.
-            tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-            task (`str`, *optional*): name of [`TASKS`]; passkeys if `None`.
-            length (`int`): tokens of prompt and answer together.
-            new_tokens (`int`, *optional*): tokens to generate; by default those that the prompt leaves.
+        `length` counts tokens of prompt and answer together; `new_tokens` are by default those that the prompt leaves.
         """
         prompts = self.prompts(tokenizer, task, length)
         answers = ask(model, tokenizer, [prompt.tokens for prompt in prompts], new_tokens or prompts[0].room)
@@ -116,6 +104,8 @@ def check_questions(
     Raises:
         InvalidParameterError: an unknown task, a depth outside of 0 to 1, or no trials.
     """
+    check_type("trials", trials, int)
+    check_type("depths", depths, Sequence[float] | None)
     tasks, depths = tuple(TASKS) if tasks is None else tasks, DEPTHS if depths is None else depths
     if isinstance(tasks, str) or not tasks or set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
         raise InvalidParameterError(f"Expected tasks to be a list of some of {', '.join(TASKS)}, got {tasks!r}.")
@@ -160,6 +150,8 @@ def passkey_accuracy(
         InvalidParameterError: no trials, a length that does not hold the prompt, or no chat template.
         UnsupportedModelError: not a causal language model.
     """
+    check_type("trials", trials, int)
+    check_type("seed", seed, int)
     if trials < 1:
         raise InvalidParameterError(f"Expected 1 or more trials per length, got {trials}.")
     questions = Questions(passkey=trials, seed=seed, bos=bos, chat=chat)

@@ -20,7 +20,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,7 @@ from ..errors import DocumentError
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> Path:
-    """Writes a file beside its place and moves it there, so that neither a reader nor a crash meets half of it.
-
-    Args:
-        path (`str` or `Path`): where to; its directory exists.
-        data (`str` or `bytes`): all of the file; text is written as UTF-8.
-
-    Returns:
-        `Path`: the file.
+    """Write a file beside its place and move it there, so that neither a reader nor a crash meets half of it.
 
     Raises:
         OSError: it cannot be written; a file that was there is still whole.
@@ -49,6 +41,11 @@ def write_atomically(path: str | Path, data: str | bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def portable(name: str) -> str:
@@ -87,19 +84,6 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 ENDINGS = f"{', '.join(KINDS)} (also compressed: {', '.join((*OPENERS, '.zst'))})"
 
 
-@dataclass
-class Listing:
-    """Files of a folder.
-
-    Attributes:
-        taken (`dict[str, list[Path]]`): files to read, by kind, each list in the order of paths.
-        left (`list[Path]`): files that contain no documents.
-    """
-
-    taken: dict[str, list[Path]] = field(default_factory=dict)
-    left: list[Path] = field(default_factory=list)
-
-
 def kind_of(path: Path) -> str | None:
     """Return the kind of a file by its ending, whatever its case and compression; `None` for any other file."""
     endings = [suffix.lower() for suffix in path.suffixes]
@@ -108,21 +92,25 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(endings[-1]) if endings else None
 
 
-def list_folder(folder: Path) -> Listing:
-    """List a folder and the folders in it; hidden files and the metadata of `datasets` are no documents."""
+def list_folder(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Files of a folder and the folders in it, by kind and in the order of paths, and those without documents.
+
+    Hidden files are left out. The metadata of `datasets` are no documents.
+    """
     from datasets.data_files import FILES_TO_IGNORE
 
-    listing = Listing()
+    taken: dict[str, list[Path]] = {}
+    left: list[Path] = []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
         if hidden or not path.is_file():
             continue
         kind = None if path.name in FILES_TO_IGNORE else kind_of(path)
         if kind is None:
-            listing.left.append(path)
+            left.append(path)
         else:
-            listing.taken.setdefault(kind, []).append(path)
-    return listing
+            taken.setdefault(kind, []).append(path)
+    return taken, left
 
 
 def from_path(
@@ -130,19 +118,17 @@ def from_path(
 ) -> tuple[Texts, Mapping[str, Any]]:
     """Read what lies at a path, or a data set of the Hub.
 
-    Args:
-        path (`Path`): a file, a folder, or a Hub id.
-        text_column (`str`): column of the text.
-        split (`str`, *optional*): of a folder of splits or a Hub id.
-        revision (`str`, *optional*): of a Hub id.
-
     Returns:
         The texts, and of a folder what was read and what was left, for the provenance.
 
     Raises:
         DocumentError: nothing there that can be read, files of several kinds, or a split that is not there.
     """
-    if path.exists() and revision is not None:
+    try:
+        is_there = path.exists()
+    except OSError:  # a name that is too long, as a text is that was given for a path
+        raise DocumentError(f"no such path: {short(path)}. Pass a list, also of one text.") from None
+    if is_there and revision is not None:
         raise DocumentError(f"revision is {revision!r}, and {path} is on this machine. Leave revision out.")
     if path.is_file():
         if split is not None:
@@ -172,26 +158,26 @@ def _from_folder(folder: Path, text_column: str, split: str | None) -> tuple[Tex
 
         saved = _or_one_line(str(folder), lambda: datasets.load_from_disk(str(folder)))
         return from_rows(_of_split(saved, split, str(folder)), text_column, str(folder)), {"saved": "save_to_disk"}
-    listing = list_folder(folder)
-    if not listing.taken:
-        others = f"; it contains {_names(listing.left, folder)}" if listing.left else ""
+    taken, left = list_folder(folder)
+    if not taken:
+        others = f"; it contains {_names(left, folder)}" if left else ""
         raise DocumentError(f"{folder} contains no documents{others}: give a folder with files of {ENDINGS}")
-    if len(listing.taken) > 1:
-        shown = "; ".join(f"{kind}: {_names(files, folder)}" for kind, files in listing.taken.items())
-        first = min((files[0] for files in listing.taken.values()), key=lambda file: len(file.parts))
+    if len(taken) > 1:
+        shown = "; ".join(f"{kind}: {_names(files, folder)}" for kind, files in taken.items())
+        first = min((files[0] for files in taken.values()), key=lambda file: len(file.parts))
         raise DocumentError(
             f"{folder} contains files of several kinds ({shown}). Pass one of them, as {first}, or a folder of "
             "one kind."
         )
-    ((kind, files),) = listing.taken.items()
+    ((kind, files),) = taken.items()
     if kind == "text":
         if split is not None:
             raise DocumentError(f"split is {split!r}, and in {folder} each .txt is a document. Leave split out.")
     else:
         files = _files_of_split(folder, kind, files, split)
-    if listing.left:
-        logger.warning("%d files of %s are read, not %s", len(files), folder, _names(listing.left, folder))
-    read = {"files": len(files), "files_left": [str(file.relative_to(folder)) for file in listing.left]}
+    if left:
+        logger.warning("%d files of %s are read, not %s", len(files), folder, _names(left, folder))
+    read = {"files": len(files), "files_left": [str(file.relative_to(folder)) for file in left]}
     return _from_files(kind, files, folder, text_column), read
 
 
@@ -306,13 +292,7 @@ def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
 
 
 def from_rows(rows: Any, text_column: str, name: str, prefix: str = "") -> Texts:
-    """Take the column of text, and ids from a column `id` where there is one.
-
-    Args:
-        rows (`Iterable[Mapping]`): the rows.
-        text_column (`str`): column of the text.
-        name (`str`): what the rows are of, for messages.
-        prefix (`str`, *optional*): put before ids that are numbers of rows.
+    """Take the column of text, and ids from a column `id` where there is one, else `prefix` and the number of the row.
 
     Raises:
         DocumentError: a row is not an object, or lacks the column.
@@ -424,6 +404,5 @@ def one_line_errors(texts: Texts, name: str) -> Iterator[tuple[str, Any]]:
 
 def unreadable(name: str, error: Exception) -> DocumentError:
     """Make one line of an error, with advice where the text is not UTF-8."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-    return DocumentError(f"cannot read {name}: {reason}{advice}")
+    return DocumentError(f"cannot read {name}: {first_line(error)}{advice}")

@@ -17,7 +17,7 @@ from ..decode import Record, Rules, decode, required_keys, short
 from ..errors import EvaluationError, InvalidParameterError
 from ..visible import csv_cell, visible
 from .reading import write_atomically
-from .rows import STRETCHES, DocumentRecord, RetrievalRow, Row
+from .rows import STRETCHES, DocumentRecord, RetrievalRow, Row, title
 from .windows import is_legacy
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ class Results:
         self.retrieval = [row if isinstance(row, RetrievalRow) else RetrievalRow(row) for row in self.retrieval]
 
     def __repr__(self) -> str:
-        methods = dict.fromkeys(
-            row["method"] if row["factor"] == 1 else f"{row['method']} x{row['factor']:g}" for row in self.rows
-        )
+        methods = dict.fromkeys(title(row.method, row.factor) for row in self.rows)
         lengths = sorted({row["length"] for row in self.rows})
         protocols = dict.fromkeys(row["protocol"] for row in self.rows)
         documents = max((row["documents"] for row in self.rows), default=0)

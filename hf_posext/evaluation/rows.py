@@ -83,34 +83,27 @@ class RetrievalRow(Record):
     trials: int
 
 
+def title(label: str, factor: float) -> str:
+    """Label of a method with its factor, as in `"yarn x8"`; a factor of 1 is left out."""
+    return label if factor == 1 else f"{label} x{factor:g}"
+
+
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
 
 
 def pooled_perplexity(nll_sums: Any, tokens: Any, axis: int = -1) -> Any:
-    """
-    `exp(sum of NLL / sum of tokens)`: every token weighs the same, whichever document it is from.
+    """`exp(sum of NLL / sum of tokens)`: every token weighs the same, whichever document it is from.
 
     The mean of the documents' perplexities is another number, and a larger one. Sums of *differences* of NLL over the
-    same tokens give the ratio of two perplexities.
-
-    Args:
-        nll_sums (`array` of shape `(..., documents)`): float64, in nats.
-        tokens (`array` of shape `(..., documents)`): tokens scored in each document.
-        axis (`int`, *optional*, defaults to -1): the axis of the documents.
+    same tokens give the ratio of two perplexities. Both arrays are of shape `(..., documents)`, float64, in nats.
     """
     with np.errstate(over="ignore"):  # a broken model's perplexity may be infinite; it is written as null
         return np.exp(np.sum(nll_sums, axis=axis, dtype=np.float64) / np.sum(tokens, axis=axis))
 
 
 def share_interval(share: float, trials: int) -> tuple[float, float]:
-    """
-    95 % interval of a share of independent trials, after Wilson: 5 of 5 tells no more than that it is above 57 %.
-
-    Args:
-        share (`float`): found, from 0 to 1.
-        trials (`int`): 1 or more.
-    """
+    """95 % interval of a share of independent trials, after Wilson: 5 of 5 says no more than that it is above 57 %."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     middle = share + z**2 / (2 * trials)
     half = z * ((share * (1 - share) + z**2 / (4 * trials)) / trials) ** 0.5
@@ -120,20 +113,12 @@ def share_interval(share: float, trials: int) -> tuple[float, float]:
 
 def bootstrap_interval(nll_sums: Sequence[float], tokens: Sequence[int], seed: int) -> list[float] | None:
     """
-    95 % interval of [`pooled_perplexity`] when documents are drawn anew, with replacement.
+    95 % interval of [`pooled_perplexity`] when documents are drawn anew, with replacement; `None` with one document.
 
     Documents are the independent unit; tokens of one document are not. Give differences of NLL sums for the interval
     of a ratio of two perplexities on the same tokens: it is paired by document, which takes out how hard each one is.
     Percentile, not BCa: BCa estimates an acceleration from a jackknife over documents, which is noise at the usual
     eight and undefined where documents agree. With few documents the interval is somewhat too narrow.
-
-    Args:
-        nll_sums (`Sequence[float]`): one sum per document, in nats.
-        tokens (`Sequence[int]`): tokens scored in each.
-        seed (`int`): of the resampling.
-
-    Returns:
-        `list[float]`, *optional*: `[low, high]`; `None` with one document, which tells nothing about others.
     """
     if len(nll_sums) < 2:
         return None
@@ -166,15 +151,10 @@ class StretchGain(NamedTuple):
 
 
 def stretch_bounds(first: int, scored: int) -> np.ndarray:
-    """
-    The tokens at which the stretches begin, and their end; shape (17,).
+    """The tokens at which the stretches begin, and their end; shape (17,).
 
     They divide the tokens from the one before the first that is scored, which is where its context ends: where all of
     a document is scored that is token 0, and they divide the document.
-
-    Args:
-        first (`int`): index of the first token that is scored.
-        scored (`int`): how many are.
     """
     return first - 1 + np.arange(STRETCHES + 1) * (scored + 1) // STRETCHES
 
@@ -203,15 +183,11 @@ def stretches(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 def gain_by_position(
     records: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]], seed: int
 ) -> list[StretchGain]:
-    """
-    The control's perplexity divided by the method's in each stretch of the documents, with paired intervals.
+    """The control's perplexity divided by the method's in each stretch of the documents, with paired intervals.
 
     It is `exp` of the NLL that the longer context saves, averaged over the tokens of a stretch in all documents.
-
-    Args:
-        records (`Sequence[dict]`): of the method at the longest length, a document each, with `position_nll_sums`.
-        control (`Sequence[dict]`): of the control, the same documents in the same order.
-        seed (`int`): of the bootstrap.
+    Records are those of the longest length, with `position_nll_sums`; those of the control are of the same documents
+    in order.
     """
     bounds, counts = stretches(records[0])
     saved = np.array([record["position_nll_sums"] for record in control]) - [
@@ -228,14 +204,9 @@ def gain_by_position(
 
 @dataclass(frozen=True)
 class Conditions:
-    """
-    Conditions that all rows of a run share: `Conditions.of(protocol, documents, dtype)`.
+    """Conditions that all rows of a run share: protocol, place of BOS in words, dtype of the model's weights.
 
-    Args:
-        protocol (`str`): name of the protocol.
-        bos (`str`): where BOS stands, in words.
-        dtype (`str`): of the model's weights, `"bfloat16"`.
-        joined (`int`, *optional*, defaults to 1): documents behind each record; more where the protocol joins them.
+    `joined` documents are behind each record; more than one where the protocol joins them.
     """
 
     protocol: str
@@ -267,22 +238,13 @@ def document_record(
     *,
     with_positions: bool,
 ) -> DocumentRecord:
-    """
-    Sums of one document at one length, in float64.
+    """Sums of one document at one length, in float64.
 
     The tail is the second half of the tokens: of `n` tokens, those at positions `n/2 + 1` to `n`. The sum over all
-    tokens averages in the easy early positions, and so hides a break. `first` is told where the tokens that are
-    scored follow each other, `bytes` there and of samples, and `position_nll_sums` like them where `with_positions` is
-    set (at the longest length, which covers the others). Where a legacy protocol averages means, `groups` of them have
-    the sum `group_mean_sum`, all of them are the tail, and there are no `position_nll_sums`.
-
-    Args:
-        measurement ([`Measurement`]): of the document.
-        documents ([`TokenizedDocuments`]): as the protocol arranged them.
-        index (`int`): which of them it is.
-        method (`str`): label.
-        factor (`float`): of the method.
-        with_positions (`bool`): whether this is the longest length.
+    tokens averages in the easy early positions, and so hides a break. `first` is told where the tokens that are scored
+    follow each other, `bytes` there and of samples, and `position_nll_sums` like them where `with_positions` is set
+    (at the longest length, which covers the others). Where a legacy protocol averages means, `groups` of them have the
+    sum `group_mean_sum`, all of them are the tail, and there are no `position_nll_sums`.
     """
     nll, first, groups = measurement.nll, measurement.first, measurement.groups
     size = len(nll) // 2 + 1 if measurement.tail is None else measurement.tail
@@ -324,15 +286,9 @@ def make_rows(
     baseline: Sequence[DocumentRecord] = (),
     seed: int = 0,
 ) -> list[Row]:
-    """
-    One row per length of one method.
+    """One row per length of one method, whose records are of every document at every length.
 
-    Args:
-        records (`Sequence[dict]`): of the method, every document at every length.
-        conditions ([`Conditions`]): how they were measured.
-        control (`Sequence[dict]`, *optional*): of the control on the same tokens; without it `gain` is `None`.
-        baseline (`Sequence[dict]`, *optional*): of the unpatched model; without it `change` is `None`.
-        seed (`int`, *optional*, defaults to 0): of the bootstrap.
+    Without records of the control `gain` is `None`; without those of the unpatched model (`baseline`) `change` is.
     """
     lengths = sorted({record["length"] for record in records})
     return [

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..errors import NonFiniteError, OutOfMemoryError, PosExtError
 from .journal import RunJournal
 from .parallel import deal, exchange, processes_of, rank_of, shares_texts
+from .reading import first_line
 from .scorer import on_tokens
 from .tasks import Outcome, Outcomes, Task
 
@@ -27,15 +28,8 @@ HEARTBEAT = 1.0
 
 
 class Stage(NamedTuple):
-    """
-    Tasks that are measured in one state of the model.
-
-    Args:
-        label (`str`): shown by the progress bar.
-        enter (`Callable`): gives the context that puts the model into the state, and back.
-        tasks (`list[Task]`): what is measured in it.
-        measure (`Callable[[Task], Any]`): gives the value of a task, in plain JSON types.
-    """
+    """Tasks that are measured in one state of the model, which `enter` puts it into; `measure` gives a task's value,
+    in plain JSON types."""
 
     label: str
     enter: Callable[[], AbstractContextManager[Any]]
@@ -50,19 +44,15 @@ def measure(
     journal: RunJournal | None = None,
     on_stage: Callable[[Outcomes], Any] | None = None,
 ) -> Outcomes:
-    """
-    Measure every task of every stage, each on one of the processes.
+    """Measure every task of every stage, each on one of the processes.
 
     All tasks are dealt to the processes by their cost; each process goes through the stages in order, with the tasks
     that it has been dealt. A task that raises has failed, and the others go on: that is how logits that are not finite
-    or a lack of memory end. Any other error of this package ends the run, on all processes.
+    or a lack of memory end. Any other error of this package ends the run, on all processes. Tasks in the journal, the
+    same on every process, are not measured again; failed ones are not written there, so that a run that continues
+    tries them again.
 
     Args:
-        stages (`Sequence[Stage]`): in the order in which they are measured.
-        accelerator (`Accelerator`, *optional*): of the processes; without one there is only this process.
-        journal ([`RunJournal`], *optional*): contains the tasks that need not be measured again, the same on every
-            process, and gets those that are. Failed ones are not written, so that a run that continues tries them
-            again.
         on_stage (`Callable`, *optional*): called with the outcomes so far after each stage; of several processes once,
             at the end, since before it none of them knows all.
 
@@ -123,28 +113,18 @@ def _failed(task: Task, error: Exception) -> Outcome:
     """
     if isinstance(error, NonFiniteError | OutOfMemoryError | torch.OutOfMemoryError):
         logger.error("%s failed: %s", task, error)
-        return Outcome(failure=_first_line(error))
+        return Outcome(failure=first_line(error))
     if isinstance(error, PosExtError):
         raise error
     logger.error("%s failed", task, exc_info=error)
-    return Outcome(failure=f"{type(error).__name__}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return Outcome(failure=f"{type(error).__name__}: {first_line(error)}")
 
 
 class Progress:
-    """
-    A bar that counts the tokens which this process still has to read, and shows what is being measured.
+    """A bar that counts the tokens which this process still has to read, and shows what is being measured.
 
     Tokens count as forwards end, and at the latest with their task. The clock moves every second, which tells a long
     forward from a process that hangs. Only the first process shows a bar, and only on a terminal.
-
-    Args:
-        tasks (`Collection[Task]`): of this process.
-        rank (`int`): index of this process.
-        processes (`int`): how many take part.
     """
 
     def __init__(self, tasks: set[Task], rank: int, processes: int) -> None:

@@ -59,24 +59,17 @@ DAMAGED = "weights that are not finite themselves"
 
 
 class Scorer:
-    """
-    Base of scorers, which remember how to find the layers in which numbers stopped being finite.
+    """Base of scorers of a `model` without wrappers.
 
-    Attributes:
-        model (`PreTrainedModel`): without wrappers.
-        culprit (`Callable`, *optional*): once a value was not finite: names the layers that the latest such came from.
+    Once a value was not finite, `culprit` names the layers that the latest such came from.
     """
 
     model: Any
     culprit: Callable[[], str] | None = None
 
     def look_at(self, nll: torch.Tensor, run: Callable[[int], object]) -> None:
-        """Remember what gave values that are not finite, if some are not.
-
-        Args:
-            nll (`torch.Tensor` of shape `(rows, ...)`): what was found.
-            run (`Callable[[int], object]`): runs the model on one row again.
-        """
+        """Remember what gave values `(rows, ...)` that are not finite, if some are not; `run` runs the model on one
+        row again."""
         bad = (~torch.isfinite(nll)).flatten(1).any(1).nonzero()
         if len(bad):
             self.culprit = functools.partial(first_not_finite, self.model, functools.partial(run, int(bad[0])))
@@ -84,14 +77,9 @@ class Scorer:
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
-    """
-    The family of the first module whose output is not finite.
+    """The family of the first module whose output is not finite when the model runs once more.
 
     Layers of a stack are one family, as in `model.layers.*.mlp.down_proj (first in layer 3)`.
-
-    Args:
-        model (`torch.nn.Module`): with the patch that is in force.
-        run (`Callable`): runs the model once more on what gave such values; its result is not looked at.
     """
     weights = ((name, weight) for name, weight in model.named_parameters() if weight.dtype in COMPUTED)
     damaged = next((name for name, weight in weights if not bool(torch.isfinite(weight).all())), None)
@@ -183,8 +171,7 @@ WHOLE = Memory()
 
 
 class TokenScorer(Scorer):
-    """
-    Scores tokens with a causal language model, for as long as a measurement lasts.
+    """Scores tokens with a causal language model, for as long as a measurement lasts.
 
     On first use it checks, on a prefix of 16 tokens, that the model is causal and that slices give the logits of a
     full forward; where they do not, it says so in the log and keeps full logits from then on. Chunks are checked in
@@ -192,10 +179,6 @@ class TokenScorer(Scorer):
 
     Where memory runs out, half as many logits, windows in a batch or tokens in a chunk are tried, which the log says;
     the smaller amount stays. Values are the same up to rounding.
-
-    Args:
-        model (`torch.nn.Module`): a causal language model of transformers, also inside a PEFT or DDP wrapper.
-        memory ([`Memory`], *optional*): by default texts go through the model as a whole.
 
     Raises:
         InvalidParameterError: the cache is to be offloaded from a device that is not CUDA.
@@ -302,26 +285,23 @@ def scored_model(model: nn.Module) -> Any:
     """The transformers model inside a wrapper, if what it gives to a token is of this token.
 
     Raises:
-        UnsupportedModelError: prompt tuning, which puts virtual tokens before the others.
+        UnsupportedModelError: prompt tuning, which puts virtual tokens before the others; or no weights.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModelError(
             "the model has a PEFT adapter of the prompt-learning kind, whose virtual tokens would be scored. "
             "Measure a model with LoRA or merged weights, or without the adapter."
         )
-    return unwrap(model)
+    bare = unwrap(model)
+    if all(weight.is_meta for weight in bare.parameters()):
+        raise UnsupportedModelError(f"{type(bare).__name__} is on the meta device. Load its weights.")
+    return bare
 
 
 def require_finite(
     nll: Any, document: str, tokens: Sequence[int] | None = None, culprit: Callable[[], str] | None = None
 ) -> None:
-    """Refuse NLL that is not finite, naming the document, the position and the layers.
-
-    Args:
-        nll (`numpy.ndarray` of shape `(scored tokens,)`): of one document.
-        document (`str`): its id.
-        tokens (`Sequence[int]`, *optional*): which tokens they are of; 1, 2, ... if not given.
-        culprit (`Callable[[], str]`, *optional*): of the scorer; called only if something is not finite.
+    """Refuse NLL `(scored tokens,)` that is not finite, naming the document, the token of `tokens` and the layers.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.

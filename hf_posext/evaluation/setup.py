@@ -27,7 +27,7 @@ from ..scheme import PositionalScheme
 from .config import EvaluationConfig
 from .documents import Document, Documents, as_documents
 from .memory import check_positions, check_prefill
-from .parallel import memory_for, process_facts
+from .parallel import everywhere, processes_of, shares_texts
 from .protocols import DECODER_PROTOCOLS, protocol_for
 from .questions import Questions, check_questions
 from .reading import portable
@@ -43,20 +43,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """
-    A measurement that was asked for, checked as far as the config of the model allows.
-
-    Args:
-        config ([`EvaluationConfig`]): the settings.
-        scheme (`PositionalScheme`): of the model.
-        lengths (`list[int]`): in tokens, ascending.
-        protocol ([`PerplexityProtocol`]): how to measure.
-        memory ([`Memory`]): how texts go through the model.
-        questions ([`Questions`]): passkeys and retrieval.
-        accelerator (`Accelerator`, *optional*): of the processes that share the work.
-    """
+    """A measurement that was asked for, checked as far as the config of the model allows. Lengths are ascending."""
 
     config: EvaluationConfig
     scheme: PositionalScheme
@@ -71,14 +60,7 @@ def check_request(
     config: EvaluationConfig, scheme: PositionalScheme, model: nn.Module | PreTrainedConfig,
     accelerator: Accelerator | None = None,
 ) -> Request:  # fmt: skip
-    """
-    Check all settings that need neither weights nor documents.
-
-    Args:
-        config ([`EvaluationConfig`]): the settings.
-        scheme (`PositionalScheme`): of the model.
-        model (`PreTrainedModel` or `PreTrainedConfig`): to be measured, also inside a PEFT or DDP wrapper.
-        accelerator (`Accelerator`, *optional*): of the processes that share the work.
+    """Check all settings that need neither weights nor documents.
 
     Raises:
         InvalidParameterError: lengths, a protocol or its options, or questions that are impossible.
@@ -86,6 +68,8 @@ def check_request(
     lengths = check_lengths(config.lengths)
     if config.start < 0:
         raise InvalidParameterError(f"start is {config.start}. Pass the number of tokens to leave out, 0 or more.")
+    if config.seed < 0:
+        raise InvalidParameterError(f"seed is {config.seed}. Pass a whole number, 0 or more.")
     kind, name = model_kind(model)
     protocol = protocol_for(config.protocol, kind, name, lengths, stride=config.stride, tail=config.tail)
     if config.bos != "auto" and protocol.name not in DECODER_PROTOCOLS:
@@ -93,7 +77,7 @@ def check_request(
             f"bos is {config.bos!r}, and protocol {protocol.name!r} puts all special tokens of the tokenizer around "
             "each text. Leave bos out."
         )
-    memory = memory_for(accelerator, config.prefill_chunk, config.offload_cache)
+    memory = Memory(config.prefill_chunk, config.offload_cache, accelerator if shares_texts(accelerator) else None)
     for what, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):
         if count < 0:
             raise InvalidParameterError(f"{what} is {count}. Pass the number of trials, or 0 for none.")
@@ -121,7 +105,10 @@ def check_request(
         if config.retrieval
         else Questions(**rules)
     )
-    return Request(config, scheme, lengths, protocol, memory, questions, accelerator)
+    return Request(
+        config=config, scheme=scheme, lengths=lengths, protocol=protocol, memory=memory, questions=questions,
+        accelerator=accelerator,
+    )  # fmt: skip
 
 
 def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[list[ExtensionPlan], Refusals]:
@@ -160,13 +147,7 @@ Refusals = dict[str, str]
 def plan_methods(
     scheme: PositionalScheme, methods: Sequence[str | Method], **lengths: Any
 ) -> tuple[list[ExtensionPlan], Refusals]:
-    """
-    The plans of the methods that apply to a scheme, `none` first, and the reasons of those that do not.
-
-    Args:
-        scheme (`PositionalScheme`): what the model has.
-        methods (`Sequence[str | Method]`): names or method objects, of any scheme.
-        lengths: `factor`, `target_length` and `trained_length`, as `Method.plan` takes them.
+    """The plans of the methods that apply to a scheme, `none` first, and the reasons of those that do not.
 
     Raises:
         UnknownMethodError: no such method.
@@ -195,13 +176,9 @@ def plan_methods(
 
 
 def try_plans(model: nn.Module, plans: Sequence[ExtensionPlan], refusals: Refusals) -> list[ExtensionPlan]:
-    """
-    The plans that this very model takes; each is patched and undone once, so that what fails does so before hours.
+    """The plans that this very model takes; each is patched and undone once, so that what fails does so before hours.
 
-    Args:
-        model (`PreTrainedModel`): without a patch.
-        plans (`Sequence[ExtensionPlan]`): of its scheme.
-        refusals (`dict[str, str]`): gets the reasons of those that it does not take.
+    `refusals` gets the reasons of the others.
 
     Raises:
         MethodNotApplicableError: none but `none` is left.
@@ -232,33 +209,18 @@ def _require_one(scheme: PositionalScheme, plans: Sequence[ExtensionPlan], refus
     raise MethodNotApplicableError(f"of the methods given {what} applies: {reasons}{applies}")
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A model and documents, checked and ready to be measured.
+@dataclass(frozen=True, kw_only=True)
+class Setup(Request):
+    """A checked request with its model and documents, ready to be measured.
 
-    Args:
-        scorer (`Any`): of the model, as the protocol needs it.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        texts (`Sequence[Document]`): the documents as they were given, or loaded.
-        documents ([`TokenizedDocuments`]): rows of `max(lengths)` tokens, as the protocol arranges them.
-        lengths (`list[int]`): ascending, in tokens.
-        protocol ([`PerplexityProtocol`]): how to measure.
-        memory ([`Memory`]): how texts go through the model.
-        config ([`EvaluationConfig`]): the settings.
-        questions ([`Questions`]): passkeys and retrieval.
-        conditions ([`Conditions`]): what every row contains.
-        provenance (`dict`): what is needed to measure the same again.
+    `scorer` is of the model, as the protocol needs it. `documents` are rows of `max(lengths)` tokens of `texts`, as
+    the protocol arranges them. All rows contain the `conditions`.
     """
 
     scorer: Any
     tokenizer: Any
     texts: Sequence[Document]
     documents: TokenizedDocuments
-    lengths: list[int]
-    protocol: PerplexityProtocol
-    memory: Memory
-    config: EvaluationConfig
-    questions: Questions
     conditions: Conditions
     provenance: dict[str, Any]
 
@@ -275,14 +237,7 @@ class Setup:
 
 
 def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) -> Setup:
-    """
-    Load and tokenize what a checked request is to be measured on.
-
-    Args:
-        request ([`Request`]): what is to be measured.
-        model (`PreTrainedModel`): to be measured.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        documents (`list[Document]`, or what [`load_documents`] takes): the texts.
+    """Load and tokenize what a checked request is to be measured on.
 
     Raises:
         InvalidParameterError: a length that does not hold the questions, or a tokenizer of another model.
@@ -314,7 +269,8 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
         "trust_remote_code": any(map(is_remote, (scorer.model, tokenizer))),
         "dtype": conditions.dtype,
         "device": device,
-        **process_facts(request.accelerator, device),
+        "processes": processes_of(request.accelerator),
+        "devices": everywhere(lambda: device, request.accelerator),
         **source,
         "dataset": source["dataset"] and portable(source["dataset"]),
         **config.settings(),
@@ -333,8 +289,8 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return Setup(
-        scorer, tokenizer, texts, arranged, lengths, protocol, request.memory, config, request.questions, conditions,
-        provenance,
+        **vars(request), scorer=scorer, tokenizer=tokenizer, texts=texts, documents=arranged, conditions=conditions,
+        provenance=provenance,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from .key_tokens import KeyTokens, key_sums, longppl_cells
 from .memory import Boundaries, boundaries_of
 from .questions import NO_QUESTIONS, Questions
 from .results import Results
-from .rows import DocumentRecord, RetrievalRow, Row, document_record, make_rows
+from .rows import DocumentRecord, RetrievalRow, Row, document_record, make_rows, title
 from .setup import Setup
 from .windows import CONTROL, Measurement, control_windows, cost_of
 
@@ -82,17 +82,11 @@ Outcomes = dict[Task, Outcome]
 
 @dataclass(frozen=True, eq=False)
 class MethodRun:
-    """
-    All that is measured under one method, or of the control: documents at all lengths, and questions.
+    """All that is measured under one method, or of the control: documents at all lengths, and questions.
 
     Args:
-        setup ([`Setup`]): the documents, and how they are read.
-        label (`str`): of the method.
-        factor (`float`): of the method.
-        scorer (`Any`): of the model.
         boundaries ([`Boundaries`], *optional*): where its positions depend on the length of the input.
         truncated (`int`, *optional*): tokens of context that each token gets at most; of the control only.
-        questions ([`Questions`], *optional*): passkeys and retrieval.
         keys ([`KeyTokens`], *optional*): tokens whose NLL is reported separately, at the longest length.
     """
 
@@ -130,11 +124,10 @@ class MethodRun:
         ]
 
     def measure(self, task: Task) -> Any:
-        """The value of a task: records of its document by length, an accuracy, or the accuracy at each depth."""
+        """The value of a task: records of its document by length, or the accuracy at each place of its questions."""
         if task.kind != "nll":
             forget_length(self.scorer.model)
-            shares = self.questions.ask(self.scorer.model, self.setup.tokenizer, task.question, task.lengths[0])
-            return shares[0] if task.kind == "passkey" else shares
+            return self.questions.ask(self.scorer.model, self.setup.tokenizer, task.question, task.lengths[0])
         protocol, documents, lengths = self.setup.protocol, self.setup.documents, list(task.lengths)
         index = self.documents.index(str(task.document))
         if self.truncated is None:
@@ -174,7 +167,7 @@ class MethodRun:
         if not self.questions.passkey:
             return {}
         value = outcomes[Task("passkey", self.label, self.factor, (length,))].value
-        return {"passkey": value, "passkey_trials": self.questions.passkey}
+        return {"passkey": value and value[0], "passkey_trials": self.questions.passkey}
 
     def retrieval_rows(self, outcomes: Outcomes) -> list[RetrievalRow]:
         """A row for each task of retrieval, length and depth; the accuracy of those that failed is `None`."""
@@ -246,25 +239,13 @@ def name_of(plan: ExtensionPlan) -> str:
     return title(plan.method, 1.0 if plan.changes_nothing else plan.factor)
 
 
-def title(label: str, factor: float) -> str:
-    """Label with its factor, as in `"yarn x8"`; a factor of 1 is left out."""
-    return label if factor == 1 else f"{label} x{factor:g}"
-
-
 @dataclass(frozen=True)
 class Assembly:
-    """
-    Makes results of outcomes: of the documents that every run could measure.
+    """Makes results of outcomes: of the documents that every run could measure.
 
     A document that failed in one run is left out of all of them, at every length, since rows compare only over the
-    same documents. A method that failed on every document is left out as a whole. Results report both, and why.
-
-    Args:
-        methods (`list[MethodRun]`): in the order of the rows.
-        control ([`MethodRun`], *optional*): what gains are counted against, and changes inside its length where there
-            is no `unpatched`.
-        unpatched ([`MethodRun`], *optional*): the first of the methods, if changes are counted from it.
-        provenance (`dict`, *optional*): beyond that of the setup.
+    same documents. A method that failed on every document is left out as a whole. Results report both, and why. Gains
+    are counted against the control, and changes against `unpatched`, or against the control inside its length.
     """
 
     methods: list[MethodRun]

@@ -10,13 +10,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
 
 from ..errors import DocumentError, InvalidParameterError
+from .config import check_type
 from .documents import Document
 
 logger = logging.getLogger(__name__)
@@ -63,16 +64,11 @@ def bytes_before(text: str) -> np.ndarray:
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Any) -> Iterator[Encoded]:
-    """
-    Tokens of every document, in order.
+    """Tokens of every document, in order.
 
     They are kept in the cache of `datasets` under a fingerprint of the texts and the tokenizer, so that the next run
     tokenizes nothing; of several processes that want the same, the first tokenizes and the others wait and read. With
     `datasets.disable_caching()`, or where the cache cannot be written, they are kept in memory.
-
-    Args:
-        documents (`Sequence[Document]`): the texts.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
     """
     import datasets
 
@@ -175,16 +171,13 @@ class TokenizedDocuments:
 
 
 def check_lengths(lengths: Sequence[int]) -> list[int]:
-    """
-    Context lengths to measure at, ascending.
-
-    Args:
-        lengths (`Sequence[int]`): in tokens, each 2 or more (of one token nothing can be scored).
+    """Context lengths in tokens to measure at, ascending; of one token nothing can be scored.
 
     Raises:
         InvalidParameterError: none, not whole numbers, below 2, or one twice.
     """
-    if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 2 for n in lengths):
+    check_type("lengths", lengths, Sequence[int])
+    if not lengths or min(lengths) < 2:
         raise InvalidParameterError(
             f"lengths is {list(lengths)}. Pass whole numbers of tokens, 2 or more, as in lengths=[512, 1024]."
         )
@@ -205,8 +198,7 @@ def special_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
     Raises:
         InvalidParameterError: `"always"`, and the tokenizer has no BOS token; or another value.
     """
-    if bos not in get_args(Bos):
-        raise InvalidParameterError(f"Expected bos to be one of {', '.join(get_args(Bos))}, got {bos!r}.")
+    check_type("bos", bos, Bos)
     if bos == "never":
         return []
     added = special_tokens(tokenizer)[0]
@@ -238,6 +230,10 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text without special ones (`verbose=False`: no warning about the model's length)."""
+    if not callable(tokenizer):
+        raise InvalidParameterError(
+            f"Expected a tokenizer, got {type(tokenizer).__name__}. Pass AutoTokenizer.from_pretrained(...)."
+        )
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -248,14 +244,7 @@ def check_vocabulary(
     name: str = "the model",
     remedy: str = "load both from the same checkpoint",
 ) -> None:
-    """
-    Refuse tokens that a model does not have: their tokenizer is another's.
-
-    Args:
-        model (`PreTrainedModel`): that is to read them.
-        rows (`Iterable[torch.LongTensor]`): the tokens.
-        name (`str`, *optional*): of the model, in the message.
-        remedy (`str`, *optional*): what the message says to do.
+    """Refuse tokens that a model does not have: their tokenizer is another's.
 
     Raises:
         InvalidParameterError: a token is not below the number of embeddings.
@@ -268,22 +257,16 @@ def check_vocabulary(
 def tokenize_documents(
     documents: Sequence[Document], tokenizer: Any, length: int, start: int = 0, bos: Bos = "auto"
 ) -> TokenizedDocuments:
-    """
-    Cut every document to `special prefix + tokens[start:]`, first `length` tokens.
+    """Cut every document to `special prefix + tokens[start:]`, first `length` tokens.
 
-    The prefix stands there once, also where the text begins with it.
-
-    Args:
-        documents (`Sequence[Document]`): the texts.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        length (`int`): tokens per row.
-        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
-        bos (`str`, *optional*, defaults to `"auto"`): as in [`special_prefix`].
+    The prefix ([`special_prefix`]) stands there once, also where the text begins with it.
 
     Raises:
         DocumentError: no documents, or none is long enough.
         InvalidParameterError: a negative `start`.
     """
+    check_type("length", length, int)
+    check_type("start", start, int)
     if start < 0:
         raise InvalidParameterError(f"start is {start}. Pass the number of tokens to leave out, 0 or more.")
     if not documents:
@@ -342,15 +325,10 @@ def _table(rows: list[np.ndarray]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TokensRead:
-    """
-    The rows of the measured models as an evaluator reads them: as they are, or in tokens of its own.
+    """The rows of the measured models as an evaluator reads them: as they are, or in tokens of its own.
 
-    Args:
-        ids (`list[str]`): of the documents.
-        rows (`list[torch.LongTensor]`): of shape `(tokens,)` each, of any lengths.
-        bos (`int`): tokens of the special prefix, with which each begins.
-        carry (`Callable[[int, numpy.ndarray], numpy.ndarray]`): from the index of a document and indices in the
-            evaluator's row to those in the row of the measured models.
+    `rows` begin with the `bos` tokens of its special prefix. `carry` gives, of the index of a document and indices in
+    the evaluator's row, those in the row of the measured models.
     """
 
     ids: list[str]
@@ -362,14 +340,7 @@ class TokensRead:
 def read_by(
     evaluator_tokenizer: Any, tokenizer: Any, texts: Iterable[Document], rows: TokenizedDocuments
 ) -> TokensRead:
-    """
-    The rows for an evaluator.
-
-    Args:
-        evaluator_tokenizer (`PreTrainedTokenizerBase`, *optional*): its own, where it has another.
-        tokenizer (`PreTrainedTokenizerBase`): of the measured models.
-        texts (`Iterable[Document]`): the documents.
-        rows ([`TokenizedDocuments`]): of the measured models.
+    """The rows for an evaluator, which may have another tokenizer.
 
     Raises:
         InvalidParameterError: two tokenizers of which one gives no offsets.
@@ -383,7 +354,7 @@ def read_by(
                 "another tokenizer. Use a fast tokenizer, or an evaluator with the same tokenizer."
             )
     text_of = {document.id: document.text for document in texts}
-    first, prefix = int(rows.bos), special_prefix(evaluator_tokenizer)
+    first, prefix = rows.bos, special_prefix(evaluator_tokenizer)
     own_rows, aligned = [], []
     for id, row in zip(rows.ids, rows.tokens, strict=True):
         ids, spans = _offsets(tokenizer, text_of[id])
@@ -404,16 +375,10 @@ def read_by(
 
 
 def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarray:
-    """
-    Indices of the tokens that lie, except for white space, inside spans of characters.
+    """Mask of the tokens that lie, except for white space, inside spans of characters; bool, of shape `(tokens,)`.
 
-    Args:
-        offsets (`numpy.ndarray` of shape `(tokens, 2)`): first character and one past the last, of each token.
-        spans (`numpy.ndarray` of shape `(spans, 2)`): the same, of the spans; in any order, also overlapping.
-        text (`str`): what the characters are of.
-
-    Returns:
-        `numpy.ndarray` of shape `(tokens,)`, bool. A token that shares no character with the spans is in none of them.
+    Offsets `(tokens, 2)` and spans `(spans, 2)` are first characters and those past the last; spans come in any order,
+    also overlapping. A token that shares no character with the spans is in none of them.
     """
     covered = np.zeros(len(text), dtype=bool)
     for begin, end in spans:

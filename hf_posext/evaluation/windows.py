@@ -8,8 +8,9 @@ sees no more than its trained length, too. The worth of a longer context is the 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -46,24 +47,25 @@ class Measurement(NamedTuple):
     places: np.ndarray | None = None
 
 
-class PerplexityProtocol(Protocol):
+class PerplexityProtocol(ABC):
     """
     A way to measure one document, in one pass at a time; looping and distributing is left to the caller.
 
     A pass is one document, and the lengths that it measures together.
+
+    Attributes:
+        name (`str`): in results and on the command line.
+        legacy (`bool`): `True` for a published average that weighs tokens unequally; marked in every output.
     """
 
-    @property
-    def name(self) -> str:
-        """Name in results and on the command line."""
+    name: ClassVar[str]
+    legacy: ClassVar[bool] = False
 
-    @property
-    def legacy(self) -> bool:
-        """`True` if it reproduces a published average that weighs tokens unequally; marked in every output."""
-
+    @abstractmethod
     def bos_rule(self, bos: int) -> str:
         """Place of the `bos` special tokens that stand before a text, in words."""
 
+    @abstractmethod
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> Any:
         """Scorer of tokens for this protocol; it has the bare model as `model`, and is handed to the methods below.
 
@@ -72,23 +74,27 @@ class PerplexityProtocol(Protocol):
         """
 
     def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
-        """The rows as the protocol measures them: most often as they are.
+        """The rows as the protocol measures them.
 
         Raises:
             InvalidParameterError: too few tokens for it.
         """
+        return documents
 
     def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
         """The lengths, ascending, by pass."""
+        return [[length] for length in lengths]
 
     def measure(self, scorer: Any, documents: TokenizedDocuments, index: int, lengths: list[int]) -> list[Measurement]:
-        """One document at the lengths of one pass.
+        """One document at the lengths of one pass; a context of that length cuts nothing off.
 
         Raises:
             NonFiniteError: logits of this document are not finite.
             EvaluationError: nothing can be measured in this way.
         """
+        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
 
+    @abstractmethod
     def measure_control(
         self, scorer: Any, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
     ) -> list[Measurement]:
@@ -97,6 +103,7 @@ class PerplexityProtocol(Protocol):
         Where a length is not above `trained_length` this is what `measure` gives, up to rounding.
         """
 
+    @abstractmethod
     def reads(self, lengths: list[int], longest: int) -> list[int]:
         """Tokens of each forward in one pass over a document of `longest` tokens, for progress and balancing."""
 
@@ -154,16 +161,10 @@ def check_stride(window: int, stride: int, bos: int = 1) -> None:
 
 
 def sliding_windows(total: int, window: int, stride: int, bos: int) -> list[Window]:
-    """
-    Windows that score each token of a text exactly once, except for the first where no special token is before it.
+    """Windows that score each token of a text exactly once, except for the first where no special token is before it.
 
-    Args:
-        total (`int`): tokens of the document, the special prefix included.
-        window (`int`): tokens that a window holds, the special prefix included.
-        stride (`int`): tokens that it moves by, at most `window - 1`.
-        bos (`int`): tokens of the special prefix, with which every window begins.
+    Texts of `total` tokens and every window of `window` tokens include the special prefix of `bos` tokens.
     """
-    bos = int(bos)
     check_stride(window, stride, bos)
     windows = [Window(bos, first_scored(bos), min(window, total), bos)]
     while windows[-1].end < total:
@@ -173,14 +174,10 @@ def sliding_windows(total: int, window: int, stride: int, bos: int) -> list[Wind
 
 
 def rolling_windows(total: int, window: int, bos: int = 0) -> list[Window]:
-    """
-    Disjoint windows of lm-eval (`get_rolling_token_windows` with `context_len=1`): each reads `window` tokens and
-    scores the `window` after its first; the last one begins earlier, so that it reads as many.
+    """Disjoint windows of lm-eval (`get_rolling_token_windows` with `context_len=1`, `max_seq_len=window`).
 
-    Args:
-        total (`int`): tokens of the document, what conditions the first (lm-eval's `prefix_token`) included.
-        window (`int`): tokens that a window reads, lm-eval's `max_seq_len`.
-        bos (`int`, *optional*): tokens of the special prefix, in the first window only; they are not scored.
+    Each reads `window` tokens and scores the `window` after its first; the last one begins earlier, so that it reads
+    as many. Special tokens are in the first window only, and are not scored.
     """
     windows = [Window(0, first_scored(bos), min(window + 1, total), last_read=False)]
     while windows[-1].end < total:
@@ -190,17 +187,8 @@ def rolling_windows(total: int, window: int, bos: int = 0) -> list[Window]:
 
 
 def windows_nll(scorer: TokenScorer, row: torch.Tensor, windows: Sequence[Window]) -> np.ndarray:
-    """
-    NLL of the tokens that windows score, in their order; neighbours of equal shape are batched.
-
-    Args:
-        scorer ([`TokenScorer`]): of the model.
-        row (`torch.LongTensor` of shape `(tokens,)`): the document.
-        windows (`Sequence[Window]`): each scores a token or more.
-
-    Returns:
-        `numpy.ndarray` of shape `(scored tokens,)`, float64, in nats.
-    """
+    """NLL of the tokens of a row that windows score, in their order; float64, in nats. Neighbours of equal shape are
+    batched."""
     pieces = []
     shape = {"key": lambda w: (w.end - w.begin, w.end - w.first, w.bos, w.last_read)}
     for (size, scored, bos, last_read), alike in itertools.groupby(windows, **shape):
@@ -216,17 +204,8 @@ def windows_nll(scorer: TokenScorer, row: torch.Tensor, windows: Sequence[Window
 
 
 def windowed_nll(scorer: TokenScorer, row: torch.Tensor, window: int, stride: int, bos: int) -> np.ndarray:
-    """
-    NLL of one document read through a sliding window, from the first token after the special prefix on.
-
-    Args:
-        scorer ([`TokenScorer`]): of the model.
-        row (`torch.LongTensor` of shape `(tokens,)`): the document.
-        window, stride, bos: as in [`sliding_windows`].
-
-    Returns:
-        `numpy.ndarray` of shape `(tokens - first_scored(bos),)`, float64, in nats.
-    """
+    """NLL of one document read through a sliding window, from the first token after the special prefix on; float64, in
+    nats."""
     return windows_nll(scorer, row, sliding_windows(len(row), window, stride, bos))
 
 
@@ -245,20 +224,12 @@ def control_windows(tokens: int, trained_length: int) -> int:
 
 
 class TruncatedReader:
-    """
-    Reads the windows of one document with at most so many tokens of context for each token.
+    """Reads the windows of one document with at most `size` tokens of context for each token.
 
     What a window scores among its first `size` tokens comes from one forward over them, exactly as the protocol reads
     them; later tokens come from windows of `size` tokens that end every [`control_stride`] tokens of the document, and
     begin with the special prefix of the document: without it many models collapse, and the control would be unfairly
-    weak. A window of no more than `size` tokens is read as it is.
-
-    Args:
-        scorer ([`TokenScorer`]): of the unpatched model.
-        row (`torch.LongTensor` of shape `(tokens,)`): the document.
-        size (`int`): tokens, 2 or more.
-        bos (`int`): tokens of the special prefix.
-        since (`int`, *optional*, defaults to 1): the first token that a window scores.
+    weak. A window of no more than `size` tokens is read as it is. No window scores a token before `since`.
     """
 
     def __init__(self, scorer: TokenScorer, row: torch.Tensor, size: int, bos: int, since: int = 1) -> None:

@@ -189,9 +189,9 @@ class Method:
                 f"{scheme.model_type}: {scheme.trained_length_source}. Pass trained_length= in tokens."
             )
         if not 1 <= original <= MAX_NUMBER:
-            raise InvalidParameterError(
-                f"trained_length is {short(original)}. Pass a number of tokens, from 1 to {MAX_NUMBER}."
-            )
+            from_config = trained_length is None
+            said = f"the config of {scheme.model_type} has a trained length of" if from_config else "trained_length is"
+            raise InvalidParameterError(f"{said} {short(original)}. Pass a number of tokens, from 1 to {MAX_NUMBER}.")
         if factor is None and target_length is None:
             if self.needs_factor:
                 raise InvalidParameterError(f"{self.label} needs factor= or target_length=; e.g. factor=8")

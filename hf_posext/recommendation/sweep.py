@@ -287,8 +287,8 @@ class Sweep:
 
     def accuracy(self, name: Name) -> float | None:
         """Share of passkeys found; `None` where none were asked."""
-        found = [self.outcomes[task].value for task in self._passkeys(name) if task in self.outcomes]
-        return found[0] if found else None
+        shares = [self.outcomes[task].value for task in self._passkeys(name) if task in self.outcomes]
+        return shares[0][0] if shares and shares[0] else None
 
     def tail(self, name: Name, documents: Sequence[str]) -> float:
         """Perplexity of the second half of the target length; infinite where a document could not be read."""

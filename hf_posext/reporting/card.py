@@ -19,9 +19,7 @@ from .report import differences, flatten, render_template, results_to_model_inde
 from .tables import by_method, control_name, describe_methods, grids, lengths_of, notes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
 THIS_MODEL = "this model"
 
@@ -51,7 +49,7 @@ def before_after(before: Results, after: Results) -> Results:
     if apart:
         raise InvalidParameterError(f"before and after cannot be compared. {apart[0]} Measure both in the same way")
     records = [DocumentRecord(record, method=THIS_MODEL) for record in after.per_document]
-    named = {key: _records(before, key) for key in (CONTROL, "none")}
+    named = {key: [record for record in before.per_document if record.method == key] for key in (CONTROL, "none")}
     lengths = {record["length"] for record in records}
     for name, held in named.items():
         if held and not lengths <= {record["length"] for record in held}:
@@ -68,7 +66,9 @@ def before_after(before: Results, after: Results) -> Results:
         baseline=_matching(named["none"], records),
         seed=before.provenance.get("seed") or 0,
     )
-    rows = [_with_extras(new, old) for new, old in zip(rows, _by_length(after), strict=True)]
+    measured = sorted(after.rows, key=lambda row: row.length)
+    # What no sums give again (passkeys, LongPPL) is as it was measured.
+    rows = [Row({**old, **new}) for new, old in zip(rows, measured, strict=True)]
     retrieval = [RetrievalRow(entry, method=THIS_MODEL) for entry in after.retrieval]
     return Results(
         dict(before.provenance),
@@ -78,25 +78,12 @@ def before_after(before: Results, after: Results) -> Results:
     )
 
 
-def _records(results: Results, method: str) -> list[DocumentRecord]:
-    return [record for record in results.per_document if record["method"] == method]
-
-
 def _matching(held: list[DocumentRecord], records: list[DocumentRecord]) -> list[DocumentRecord]:
     """The records of another method on the same documents, in the same order."""
     if not held:
         return []
     by_key = {(record["document"], record["length"]): record for record in held}
     return [by_key[record["document"], record["length"]] for record in records]
-
-
-def _by_length(results: Results) -> list[Row]:
-    return sorted(results.rows, key=lambda row: row["length"])
-
-
-def _with_extras(row: Row, measured: Row) -> Row:
-    """The row with what no sums give again: passkeys, LongPPL."""
-    return Row(row, **{key: value for key, value in measured.items() if key not in row})
 
 
 PICTURE = "before_after.png"
@@ -141,13 +128,14 @@ def model_card(
     Returns:
         `huggingface_hub.ModelCard`: it can be pushed as it is; its picture is not in it.
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     directory = Path(directory)
     results = before_after(before, after)
     adapter = AdapterDirectory.read(directory) if (directory / CONFIG_FILE).is_file() else None
     plan = ExtensionPlan.load(directory)
-    data = _metadata(adapter, plan)
+    whole = {"library_name": "transformers", "tags": tags(plan), "pipeline_tag": "text-generation"}
+    data = ModelCardData(**whole) if adapter is None else card_data(adapter)
     data.model_name = directory.name
     own = [Row(row, method=plan.method) for row in results.rows if row.method == THIS_MODEL]
     data.eval_results = results_to_model_index(Results(results.provenance, own))
@@ -173,15 +161,6 @@ def model_card(
         ),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
-
-
-def _metadata(adapter: AdapterDirectory | None, plan: ExtensionPlan) -> ModelCardData:
-    """Tags under which the Hub files the model."""
-    from huggingface_hub import ModelCardData
-
-    if adapter is not None:
-        return card_data(adapter)
-    return ModelCardData(library_name="transformers", tags=tags(plan), pipeline_tag="text-generation")
 
 
 def _limits(results: Results, plan: ExtensionPlan) -> list[str]:

@@ -1,4 +1,7 @@
-"""The pictures: perplexity, gain and passkeys by length; gain by position; models side by side; heat maps."""
+"""The pictures: perplexity, gain and passkeys by length; gain by position; models side by side; heat maps.
+
+Each is a PNG, 1800 pixels wide, that is replaced in one step.
+"""
 
 from __future__ import annotations
 
@@ -48,24 +51,13 @@ def file_names(titles: Sequence[str]) -> list[str]:
 
 
 def heatmap_files(results: Results, prefix: str = "") -> dict[str, str]:
-    """The PNG of each method that was asked to retrieve, by the name that it is shown under, `"yarn x8"`.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
-        prefix (`str`, *optional*, defaults to `""`): what the names of the files begin with.
-    """
+    """The PNG of each method that was asked to retrieve, by the name that it is shown under, `"yarn x8"`."""
     names = list(dict.fromkeys(map(row_name, results.retrieval)))
     return {name: f"{prefix}retrieval_{plain}.png" for name, plain in zip(names, file_names(names), strict=True)}
 
 
 def write_heatmaps(results: Results, directory: str | Path, prefix: str = "") -> None:
-    """Draws a heat map for each method that was asked to retrieve.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
-        directory (`str` or `Path`): is there.
-        prefix (`str`, *optional*, defaults to `""`): what the names of the files begin with.
-    """
+    """Draws a heat map for each method that was asked to retrieve."""
     trained_length = results.provenance.get("trained_length")
     for name, file in heatmap_files(results, prefix).items():
         rows = [row for row in results.retrieval if row_name(row) == name]
@@ -75,13 +67,9 @@ def write_heatmaps(results: Results, directory: str | Path, prefix: str = "") ->
 def plot_heatmaps(
     rows: Sequence[Mapping[str, Any]], path: str | Path, *, trained_length: int | None = None, title: str | None = None
 ) -> None:
-    """Draws accuracy by depth and length, a heat map for each task, of one model under one method.
+    """Draw accuracy by depth and length to a PNG, a heat map for each task, of one model under one method.
 
-    Args:
-        rows (`Sequence[Mapping]`): of [`~hf_posext.evaluation.questions.retrieval.retrieval`], in any order.
-        path (`str` or `Path`): the PNG to write, 1800 pixels wide; replaced in one step.
-        trained_length (`int`, *optional*): in tokens; a dotted line parts the lengths above it from the others.
-        title (`str`, *optional*): above all panels, as in `"yarn x8"`.
+    Rows are those of [`retrieval`], in any order. A dotted line parts lengths above the trained one from the others.
 
     Raises:
         InvalidParameterError: no rows, or two of the same task, length and depth (of two methods?).
@@ -144,13 +132,8 @@ ABREAST, WIDEST = 3, 28
 
 
 def plot_perplexity(results: Results, path: str | Path) -> None:
-    """Draws the perplexity of the second half of the text by length, beside the truncation control, the gain over
-    that control, and passkey accuracy where it was measured.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
-        path (`str` or `Path`): the PNG to write, 1800 pixels wide; replaced in one step.
-    """
+    """Draw the perplexity of the second half of the text by length to a PNG, beside the truncation control, the gain
+    over that control, and passkey accuracy where it was measured."""
     methods = by_method(results)
     has_passkey = any(row.get("passkey") is not None for row in results.rows)
     small = ([["gain"]] if control_rows(results) else []) + ([["passkey"]] if has_passkey else [])
@@ -179,12 +162,8 @@ def plot_perplexity(results: Results, path: str | Path) -> None:
 
 
 def plot_gain_by_position(results: Results, path: str | Path) -> None:
-    """Draws where in the document the longer context pays: the gain over truncation in sixteen stretches of it.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): of one comparison that has the control.
-        path (`str` or `Path`): the PNG to write, 1800 pixels wide; replaced in one step.
-    """
+    """Draw to a PNG where in the document the longer context pays: the gain over the control in sixteen stretches of
+    it."""
     longest = lengths_of(results)[-1]
     at_longest = [
         record for record in results.per_document if record["length"] == longest and record["position_nll_sums"]
@@ -217,12 +196,9 @@ def plot_gain_by_position(results: Results, path: str | Path) -> None:
 
 
 def plot_side_by_side(runs: Sequence[Results], titles: Sequence[str], path: str | Path) -> None:
-    """Draws a column for each run: perplexity of the second half of the text by length above, gain below.
+    """Draw a column for each run to a PNG: perplexity of the second half of the text by length above, gain below.
 
-    Args:
-        runs (`Sequence[Results]`): one or more.
-        titles (`Sequence[str]`): the name of each; the scheme of its model and how that generalizes go below it.
-        path (`str` or `Path`): the PNG to write, 1800 pixels wide; replaced in one step.
+    Below each title go the scheme of its model and how that generalizes.
     """
     styles = method_styles(list(dict.fromkeys(name for run in runs for name in by_method(run))))
     columns = min(ABREAST, len(runs))

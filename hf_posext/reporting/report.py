@@ -338,11 +338,7 @@ def write_report(results: Results, directory: str | Path) -> Path:
 
 
 def render_report(results: Results) -> str:
-    """The text of the report, in markdown.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
-    """
+    """The text of the report of one comparison, in markdown."""
     provenance = dict(results.provenance)
     return render_template(
         "report.md.jinja",

@@ -54,12 +54,7 @@ KINDS = {
 
 
 def plot_diagnosis(found: Diagnosis, path: str | Path) -> None:
-    """Draws the signal of one model as it is and under each method, and below it the loss by position if measured.
-
-    Args:
-        found ([`~hf_posext.diagnosis.Diagnosis`]): of the model.
-        path (`str` or `Path`): the PNG to write, 1800 pixels wide; replaced in one step.
-    """
+    """Draws the signal of one model as it is and under each method, and below it the loss by position if measured."""
     signals, measured = found.signals, "losses" in found.tables
     columns = min(ABREAST, max(1, len(signals)))
     rows = -(-len(signals) // columns)
@@ -191,14 +186,10 @@ LOWEST = -32.0
 
 
 def plot_classes(runs: Sequence[Diagnosis], path: str | Path) -> None:
-    """Draws a column for each model: what its position signal does past the trained length, and what its loss does.
+    """Draw a column for each model to a PNG: what its position signal does past the trained length, and its loss.
 
-    A rotary model that has been diagnosed with a method has the phases of that method beside its own.
-
-    Args:
-        runs (`Sequence[Diagnosis]`): one or more; three make the textbook's figure. Models without positions that can
-            be drawn are left out.
-        path (`str` or `Path`): the PNG to write, 1800 pixels wide; replaced in one step.
+    Three models make the textbook's figure. Those without positions that can be drawn are left out. A rotary model
+    that has been diagnosed with a method has the phases of that method beside its own.
 
     Raises:
         InvalidParameterError: the target is so long that a table's trained rows are fewer than ten columns.

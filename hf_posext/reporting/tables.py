@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..evaluation.rows import share_interval
+from ..evaluation.rows import share_interval, title
 from ..evaluation.windows import is_legacy
 from ..markdown import cell, code, inline
 from ..methods.text import by_reason
+from ..scheme import KINDS
 from ..visible import visible
 
 if TYPE_CHECKING:
@@ -39,12 +40,7 @@ Row = Mapping[str, Any]
 class Grid:
     """One question, answered for every method at every length.
 
-    Args:
-        title (`str`): What is shown, in words.
-        lengths (`tuple[int, ...]`): Context lengths in tokens, ascending: the columns.
-        rows (`tuple[tuple[str, tuple[str, ...]], ...]`): The name of each row and its cells, one per length; no cells
-            where the row is a heading of those below it.
-        remark (`str`, *optional*): What reports say below it.
+    A row without cells is the heading of those below it. Reports say `remark` below the grid.
     """
 
     title: str
@@ -53,30 +49,17 @@ class Grid:
     remark: str = ""
 
 
-SCHEMES = {
-    "rotary": "RoPE",
-    "learned": "learned table",
-    "alibi": "ALiBi",
-    "relative": "relative buckets",
-    "sinusoidal": "sinusoids",
-    "none": "no positions",
-}
-"""What readers call the kinds of positional schemes."""
-
-
 def scheme_name(results: Results) -> str:
     """The scheme of the model and what it does past its trained length, `"RoPE: interpolation"`."""
     kind, generalization = results.provenance.get("kind"), results.provenance.get("generalization")
     words = "no generalization" if generalization == "none" else generalization
-    return "unknown scheme" if kind is None else f"{SCHEMES.get(kind, kind)}: {words}"
+    label = KINDS[kind].label if kind in KINDS else kind
+    return "unknown scheme" if kind is None else f"{label}: {words}"
 
 
 def row_name(row: Row) -> str:
     """The name under which a row is shown: the method, and the factor where it is not 1 (`"yarn x8"`)."""
-    factor = row.get("factor")
-    if row["method"] == "none" or factor in (None, 1):
-        return str(row["method"])
-    return f"{row['method']} x{factor:g}"
+    return title(row["method"], row["factor"])
 
 
 def by_method(results: Results) -> dict[str, dict[int, Row]]:
@@ -140,11 +123,7 @@ def format_change(row: Row) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """Notes on what the tables do not show: methods that were left out, a short-context check that could not be.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
-    """
+    """Notes on what the tables do not show: methods that were left out, a short-context check that could not be."""
     refusals = by_reason(results.provenance.get("not_applicable") or {})
     said = [f"Left out: {', '.join(names)} ({reason})." for reason, names in refusals.items()]
     for entry in results.provenance.get("left_out") or ():
@@ -255,11 +234,7 @@ def _share(accuracies: list[float | None] | None) -> str:
 
 def grids(results: Results) -> list[Grid]:
     """Every question the results can answer: first what happens inside the trained length, then perplexity at every
-    length, then gain, LongPPL, passkeys, retrieval and bits per byte where they were measured.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): Rows of one comparison.
-    """
+    length, then gain, LongPPL, passkeys, retrieval and bits per byte where they were measured."""
     lengths, methods, control = lengths_of(results), by_method(results), control_rows(results)
     mark = legacy_mark(results)
 
@@ -310,11 +285,7 @@ TOLERANCE = 1.25
 
 
 def describe_methods(results: Results) -> list[str]:
-    """One sentence for each method: how far it holds, what that costs, whether the longer context pays, passkeys.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): rows of one comparison.
-    """
+    """One sentence for each method: how far it holds, what that costs, whether the longer context pays, passkeys."""
     methods = by_method(results)
     control = control_rows(results)
     trained_length = results.provenance.get("trained_length") or 0
@@ -378,7 +349,7 @@ def _against_truncation(row: Row) -> str:
     gain, interval = row["gain"], finite_interval(row, "gain_ci95")
     figures = f"(gain {gain:.2f}{format_interval(interval)})"
     length = row["length"]
-    if interval is not None and interval[0] <= 1 <= interval[1]:
+    if (interval[0] <= 1 <= interval[1]) if interval else round(gain, 2) == 1:
         return f"at {length} it is level with truncation {figures}"
     if gain < 0.5:
         return f"at {length} its perplexity is {1 / gain if gain else math.inf:.1f} times that of truncation {figures}"
@@ -426,13 +397,7 @@ def _rich_table(grid: Grid, columns: list[int], name_width: int) -> Table:
 
 
 def print_grids(answers: Sequence[Grid], remarks: Sequence[str], console: Console | None = None) -> None:
-    """Prints every grid in at most 80 columns, then the remarks; a grid of many lengths continues below itself.
-
-    Args:
-        answers (`Sequence[Grid]`): of one comparison, or of several.
-        remarks (`Sequence[str]`): sentences.
-        console (`rich.console.Console`, *optional*): where to; standard output if not given.
-    """
+    """Prints every grid in at most 80 columns, then the remarks; a grid of many lengths continues below itself."""
     console = console or Console(width=WIDTH, highlight=False)
     names = [HEAD, *(name for grid in answers for name, _ in grid.rows)]
     name_width = min(NAME_WIDTH, max(map(len, names)))
@@ -446,10 +411,5 @@ def print_grids(answers: Sequence[Grid], remarks: Sequence[str], console: Consol
 
 
 def print_tables(results: Results, console: Console | None = None) -> None:
-    """Prints the grids and notes of one comparison.
-
-    Args:
-        results ([`~hf_posext.evaluation.Results`]): its rows.
-        console (`rich.console.Console`, *optional*): where to; standard output if not given.
-    """
+    """Prints the grids and notes of one comparison."""
     print_grids(grids(results), notes(results), console)

@@ -91,7 +91,10 @@ def test_names_of_methods_in_any_case_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("positions", "message"),
-    [("lots", "max_position_embeddings': TypeError"), (10**18, "Pass a number of tokens, from 1 to 1099511627776")],
+    [
+        ("lots", "max_position_embeddings': TypeError"),
+        (10**18, f"the config of llama has a trained length of {10**18}. Pass a number of tokens"),
+    ],
 )
 def test_a_config_with_wrong_values_is_refused_with_the_reason(positions: Any, message: str, tmp_path: Path) -> None:
     model = shutil.copytree(MODEL, tmp_path / "model")
@@ -173,7 +176,7 @@ def test_an_output_with_files_in_it_is_refused_and_left_alone(tmp_path: Path) ->
 
 def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "cannot write to output" in error_of(compare(tmp_path / "file" / "out"))
+    assert "cannot write to" in error_of(compare(tmp_path / "file" / "out"))
 
 
 def test_an_output_without_write_permission_is_refused_before_any_work(
@@ -185,4 +188,4 @@ def test_an_output_without_write_permission_is_refused_before_any_work(
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     # The model does not exist either: the output is looked at first.
     message = error_of(compare(tmp_path / "out", model="./no/such/model"))
-    assert "cannot write to output" in message and "Permission denied" in message
+    assert "cannot write to" in message and "Permission denied" in message

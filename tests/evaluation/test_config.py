@@ -15,8 +15,18 @@ import torch
 import typer.main
 
 from hf_posext.cli import app
-from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation import EvaluationConfig, Results, compare, evaluate_perplexity, runner, scorer
+from hf_posext.errors import InvalidParameterError, PosExtError
+from hf_posext.evaluation import (
+    EvaluationConfig,
+    Results,
+    compare,
+    evaluate_perplexity,
+    longppl,
+    passkey_accuracy,
+    retrieval,
+    runner,
+    scorer,
+)
 from hf_posext.evaluation.runner import Progress, Stage, measure
 from hf_posext.evaluation.scorer import tokens_read
 from hf_posext.evaluation.tasks import Task
@@ -62,6 +72,49 @@ def test_unknown_settings_are_refused_with_a_suggestion() -> None:
         run(lenghts=[48])
     with pytest.raises(InvalidParameterError, match=r"Expected lengths, got none\. Pass lengths="):
         run(factor=2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lengths": "512"}, "Expected lengths to be a list of whole numbers, got '512'"),
+        ({"lengths": 48}, "Expected lengths to be a list of whole numbers, got 48"),
+        ({"lengths": torch.tensor([48])}, "Expected lengths to be a list of whole numbers, got tensor"),
+        ({"passkey": "3"}, "Expected passkey to be a whole number, got '3'"),
+        ({"passkey": True}, "Expected passkey to be a whole number, got True"),
+        ({"start": 1.5}, "Expected start to be a whole number, got 1.5"),
+        ({"tasks": "passkey"}, "Expected tasks to be a list of names or None, got 'passkey'"),
+        ({"depths": ["x"]}, r"Expected depths to be a list of numbers or None, got \['x'\]"),
+        ({"stride": 2.5}, "Expected stride to be a whole number or None, got 2.5"),
+        ({"alpha": "x"}, "Expected alpha to be a number or None, got 'x'"),
+        ({"chat": "yes"}, "Expected chat to be True or False, got 'yes'"),
+        ({"bos": True}, "Expected bos to be one of auto, always, never, got True"),
+        ({"seed": -1}, "seed is -1. Pass a whole number, 0 or more"),
+        ({"longppl": (1,)}, r"Expected longppl to be a label, a model, or \(model, tokenizer\)"),
+        ({"config": {"lengths": [48]}}, "Expected config to be an EvaluationConfig, got dict"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        run(**{**SETTINGS, **settings})
+
+
+def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
+    model, tokenizer = tiny_llama(), character_tokenizer()
+    for given, message in (
+        ((model, None, TEXTS), "Expected a tokenizer, got NoneType"),
+        ((tiny_llama().to("meta"), tokenizer, TEXTS), "is on the meta device. Load its weights"),
+        ((model, tokenizer, "word " * 999), "no such path: word .*Pass a list, also of one text"),
+    ):
+        with pytest.raises(PosExtError, match=message):
+            evaluate_perplexity(*given, [48])
+    with pytest.raises(InvalidParameterError, match="Expected label to be text or None, got 3"):
+        evaluate_perplexity(model, tokenizer, TEXTS, [48], label=3)  # type: ignore[arg-type]
+    for ask in (passkey_accuracy, retrieval):
+        with pytest.raises(InvalidParameterError, match="Expected trials to be a whole number, got '2'"):
+            ask(model, tokenizer, [128], trials="2")
+    with pytest.raises(InvalidParameterError, match="Expected length to be a whole number, got 48.5"):
+        longppl(model, tokenizer, TEXTS, length=48.5)  # type: ignore[arg-type]
 
 
 def test_the_earlier_name_of_the_trained_length_works_and_warns() -> None:

@@ -14,11 +14,12 @@ from transformers import LlamaForCausalLM
 from hf_posext.errors import InvalidParameterError, NonFiniteError
 from hf_posext.evaluation.decoders import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
 from hf_posext.evaluation.encoders import Pseudo, Seq2Seq
-from hf_posext.evaluation.protocols import DECODER_PROTOCOLS, choose_protocol
+from hf_posext.evaluation.protocols import DECODER_PROTOCOLS, protocol_for
 from hf_posext.evaluation.rows import Conditions, document_record, make_rows
 from hf_posext.evaluation.scorer import Memory, TokenScorer
 from hf_posext.evaluation.tokens import TokenizedDocuments
 from hf_posext.evaluation.windows import Measurement, control_stride, is_legacy
+from hf_posext.patching.detect import model_kind
 
 from .helpers import BOS, naive_contexts, naive_nll, naive_protocol_nll, naive_windowed_nll
 from .protocol_helpers import LENGTHS, TOTAL, TRAINED, assert_equal, measured, named, rows
@@ -216,12 +217,12 @@ def test_a_stream_without_a_window_is_refused() -> None:
 )
 def test_what_cannot_be_is_said(llama: LlamaForCausalLM, name: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
-        choose_protocol(name, llama, LENGTHS, **options)
+        protocol_for(name, *model_kind(llama), LENGTHS, **options)
 
 
 def test_every_protocol_is_found_by_its_name(llama: LlamaForCausalLM) -> None:
     options = {"tail": {"tail": 7}, **{name: {"stride": 3} for name in ("sliding", "legacy-yarn", "legacy-longlora")}}
-    found = [choose_protocol(name, llama, LENGTHS, **options.get(name, {})) for name in DECODER_PROTOCOLS]
+    found = [protocol_for(name, *model_kind(llama), LENGTHS, **options.get(name, {})) for name in DECODER_PROTOCOLS]
     assert [protocol.name for protocol in found] == list(DECODER_PROTOCOLS)
     assert found[3] == Tail(7) and found[1] == Sliding(3)
     assert all(protocol.legacy == is_legacy(protocol.name) for protocol in [*found, Pseudo(), Seq2Seq()])

@@ -45,7 +45,7 @@ def test_what_was_written_is_read_to_the_bit(path: Path) -> None:
         assert [journal[task] for task, _ in ENTRIES] == [value for _, value in ENTRIES]
         assert Task("nll", "yarn", 8.0, (64,), "book 0 é\n") not in journal
     header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert header == {"schema": 2, "configuration": CONFIGURATION}
+    assert header == {"schema": 3, "configuration": CONFIGURATION}
     assert [list(line) for line in lines] == [["task", "value"]] * 4
 
 
@@ -116,8 +116,8 @@ def test_a_journal_of_another_configuration_is_refused_with_what_differs(path: P
     for change, message in changed:
         with pytest.raises(JournalError, match=f"journal of another run, .*: {message}. Pass another output"):
             RunJournal(path, {**CONFIGURATION, **change})
-    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
-    with pytest.raises(JournalError, match="schema is 1 there and 2 here"):
+    path.write_text(path.read_text().replace('"schema": 3', '"schema": 1'))
+    with pytest.raises(JournalError, match="schema is 1 there and 3 here"):
         finished(path)
     path.write_bytes(before)
     assert len(finished(path)) == 4

@@ -116,6 +116,7 @@ def test_each_method_gets_its_sentence() -> None:
         (1.08, [1.02, 1.11], "it gains 8 % over truncation (gain 1.08 [1.02, 1.11])"),
         (0.99, [0.97, 1.01], "it is level with truncation (gain 0.99 [0.97, 1.01])"),
         (0.9, None, "it loses 10 % to truncation (gain 0.90)"),
+        (1.0, None, "it is level with truncation (gain 1.00)"),
         (0.0, [0.0, 0.0], "its perplexity is inf times that of truncation (gain 0.00 [0.00, 0.00])"),
     ],
 )
