@@ -280,6 +280,9 @@ def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)
     with _open(path, newline="") as file:  # line ends inside cells stay as they are
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        columns = rows.fieldnames or ()
+        if len(set(columns)) < len(columns):  # of columns of one name a row would have the last
+            raise DocumentError(f"cannot read {path}: its columns are {', '.join(columns)}, some twice. Rename them.")
         for number, row in enumerate(rows, start=1):
             cells = sum(value is not None for name, value in row.items() if name is not None) + len(
                 row.get(None) or ()

@@ -301,3 +301,9 @@ def test_a_split_or_revision_that_means_nothing_is_refused(tmp_path: Path) -> No
         load_documents(path, split="test")
     with pytest.raises(DocumentError, match="revision is 'abc'.*is on this machine"):
         load_documents(path, revision="abc")
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text,text\n1,first,second\n")
+    with pytest.raises(DocumentError, match=r"a\.csv: its columns are id, text, text, some twice\. Rename them"):
+        load_documents(tmp_path / "a.csv")
