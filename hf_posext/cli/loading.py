@@ -253,7 +253,9 @@ def one_line_errors(name: str) -> Iterator[None]:
         yield
     except PosExtError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (
+        OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError, StrictDataclassError
+    ) as error:  # fmt: skip
         if "trust_remote_code" in str(error):
             raise InvalidParameterError(
                 f"{name} contains code of its own, which is not run. Pass --trust-remote-code if you have read it "

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from ..decode import short
 from ..errors import InvalidParameterError
 
@@ -39,6 +41,15 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     kinds = (int, float) if hint is float else hint
     return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy as Python's own."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return value
 
 
 def _in_words(hint: Any) -> str:
@@ -142,6 +153,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for name, hint in _hints().items():
+            object.__setattr__(self, name, _plain(getattr(self, name)))
             check_type(name, getattr(self, name), hint)
 
     @classmethod

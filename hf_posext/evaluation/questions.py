@@ -20,6 +20,8 @@ from .scorer import BATCH_TOKENS, TokenScorer
 from .tokens import Bos, check_lengths
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MAX_TRIALS = 10_000
+"""All prompts of a length are in memory at once; each trial is a forward."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ def check_questions(
         raise InvalidParameterError(f"Expected tasks to be a list of some of {', '.join(TASKS)}, got {tasks!r}.")
     if not depths or not all(0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
         raise InvalidParameterError(f"Expected depths from 0 to 1, each once, got {list(depths)}.")
-    if trials < 1:
-        raise InvalidParameterError(f"Expected 1 or more trials per length and depth, got {trials}.")
+    if not 1 <= trials <= MAX_TRIALS:
+        raise InvalidParameterError(f"Expected 1 to {MAX_TRIALS:,} trials per length and depth, got {trials}.")
     return Questions(trials=trials, tasks=tuple(tasks), depths=tuple(map(float, depths)), **others)
 
 
@@ -152,8 +154,8 @@ def passkey_accuracy(
     """
     check_type("trials", trials, int)
     check_type("seed", seed, int)
-    if trials < 1:
-        raise InvalidParameterError(f"Expected 1 or more trials per length, got {trials}.")
+    if not 1 <= trials <= MAX_TRIALS:
+        raise InvalidParameterError(f"Expected 1 to {MAX_TRIALS:,} trials per length, got {trials}.")
     questions = Questions(passkey=trials, seed=seed, bos=bos, chat=chat)
     unwrapped = TokenScorer(model).model
     accuracy = {}

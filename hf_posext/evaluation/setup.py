@@ -29,7 +29,7 @@ from .documents import Document, Documents, as_documents
 from .memory import check_positions, check_prefill
 from .parallel import everywhere, processes_of, shares_texts
 from .protocols import DECODER_PROTOCOLS, protocol_for
-from .questions import Questions, check_questions
+from .questions import MAX_TRIALS, Questions, check_questions
 from .reading import portable
 from .rows import Conditions
 from .scorer import Memory, autocast_dtype, model_name
@@ -79,8 +79,10 @@ def check_request(
         )
     memory = Memory(config.prefill_chunk, config.offload_cache, accelerator if shares_texts(accelerator) else None)
     for what, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):
-        if count < 0:
-            raise InvalidParameterError(f"{what} is {count}. Pass the number of trials, or 0 for none.")
+        if not 0 <= count <= MAX_TRIALS:
+            raise InvalidParameterError(
+                f"{what} is {count}. Pass the number of trials, at most {MAX_TRIALS:,}, or 0 for none."
+            )
         if count and protocol.name not in DECODER_PROTOCOLS:
             raise InvalidParameterError(
                 f"{what} is {count}, and {name} does not continue a text as a decoder does. Pass 0."

@@ -161,6 +161,12 @@ def test_broken_weights_are_refused(tmp_path: Path) -> None:
     assert "Cannot load" in error_of(compare(tmp_path / "out", model=tmp_path / "model"))
 
 
+def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert "Cannot load" in error_of(compare(tmp_path / "out", model=tmp_path / "model"))
+
+
 def test_an_encoder_is_refused_with_what_it_has(tmp_path: Path) -> None:
     transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
     assert "nothing applies: yarn: extends rotary positions; bert has learned" in error_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import traceback
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer.main
@@ -89,6 +91,8 @@ def test_unknown_settings_are_refused_with_a_suggestion() -> None:
         ({"alpha": "x"}, "Expected alpha to be a number or None, got 'x'"),
         ({"chat": "yes"}, "Expected chat to be True or False, got 'yes'"),
         ({"bos": True}, "Expected bos to be one of auto, always, never, got True"),
+        ({"passkey": 10**19}, "passkey is 10000000000000000000. Pass the number of trials, at most 10,000, or 0"),
+        ({"retrieval": 10_001}, "retrieval is 10001. Pass the number of trials, at most 10,000, or 0 for none"),
         ({"seed": -1}, "seed is -1. Pass a whole number, 0 or more"),
         ({"longppl": (1,)}, r"Expected longppl to be a label, a model, or \(model, tokenizer\)"),
         ({"config": {"lengths": [48]}}, "Expected config to be an EvaluationConfig, got dict"),
@@ -97,6 +101,14 @@ def test_unknown_settings_are_refused_with_a_suggestion() -> None:
 def test_a_setting_of_another_type_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         run(**{**SETTINGS, **settings})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = EvaluationConfig(
+        lengths=np.array([48, 64]), start=np.int64(3), alpha=np.float64(2.0), depths=[np.float32(0.5)]
+    )
+    assert given == EvaluationConfig(lengths=[48, 64], start=3, alpha=2.0, depths=[0.5])
+    assert json.loads(json.dumps(given.settings()))["lengths"] == [48, 64]
 
 
 def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
@@ -113,6 +125,8 @@ def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
     for ask in (passkey_accuracy, retrieval):
         with pytest.raises(InvalidParameterError, match="Expected trials to be a whole number, got '2'"):
             ask(model, tokenizer, [128], trials="2")
+        with pytest.raises(InvalidParameterError, match="Expected 1 to 10,000 trials"):
+            ask(model, tokenizer, [128], trials=10**19)
     with pytest.raises(InvalidParameterError, match="Expected length to be a whole number, got 48.5"):
         longppl(model, tokenizer, TEXTS, length=48.5)  # type: ignore[arg-type]
 
