@@ -128,14 +128,22 @@ class Cells:
         return markdown(heads, [*rows[:at], truncated, *rows[at:]])
 
     def summary(self) -> str:
-        """Return a sentence with the methods that reach truncation."""
-        gains = {method: found[0] for method in self.methods if (found := self.gain(method)) is not None}
-        above = [f"`{method}` ({gain:.4f})" for method, gain in gains.items() if gain >= 1]
-        reached = f"only {', '.join(above)} reached" if above else "none reached"
+        """Return sentences with the methods that reach truncation, and those whose interval does."""
+        gains = {method: found for method in self.methods if (found := self.gain(method)) is not None}
+        above = [f"`{method}` ({gain:.4f})" for method, (gain, _, _) in gains.items() if gain >= 1]
+        reached = f"{_and(above)} reached" if above else "none reached"
+        said = f"Of {len(gains)} methods measured here, {reached} the perplexity of truncation (gain of 1)."
         count = len(self.documents)
-        few = "One novel has no interval" if count == 1 else f"An interval over {count} novels is their range"
-        alone = f" {few}, so this ranks nothing." if count < 4 else ""
-        return f"Of {len(gains)} methods measured here, {reached} the perplexity of truncation (gain of 1).{alone}"
+        if count < 4:
+            few = "One novel has no interval" if count == 1 else f"An interval over {count} novels is their range"
+            return f"{said} {few}, so this ranks nothing."
+        sure = [f"`{method}`" for method, (_, interval, _) in gains.items() if interval and interval[0] > 1]
+        return said + (f" Only the interval of {_and(sure)} lies above 1." if sure else " No interval lies above 1.")
+
+    def without_first(self, method: str) -> str:
+        """Return the gain of a method over all documents but the first, with its interval."""
+        found = self.gain(method, self.documents[1:])
+        return LACKS if found is None else _interval(*found[:2])
 
     def missing(self, documents: int) -> list[str]:
         """Return lines that name the methods which lack some of so many documents, by their number."""
@@ -146,6 +154,10 @@ class Cells:
         return [
             f"{count} of {documents} novels: {', '.join(names)}" for count, names in sorted(lacks.items()) if count
         ]
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _pooled(gain: float, interval: list[float] | None, documents: int) -> str:
