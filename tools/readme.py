@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from hf_posext import Results, list_methods
 from hf_posext.evaluation.key_tokens import Criterion
-from hf_posext.evaluation.rows import CONFIDENCE, RESAMPLES
+from hf_posext.evaluation.rows import CONFIDENCE, RESAMPLES, bootstrap_interval, pooled_perplexity
 from hf_posext.reporting.tables import (
     by_method,
     control_name,
@@ -128,6 +128,23 @@ def measured(name: str) -> str:
     return f"{gains_table(results)}\n\nFigures: [`{file}`](../{file}), made by\n\n    {command}"
 
 
+def against_base(results: Results) -> str:
+    """Table of the gain of each composition by its defaults over its base method, with intervals over documents."""
+    cells = {(cell["method"], cell["length"], cell["document"]): cell for cell in results.per_document}
+    documents = list(dict.fromkeys(document for _, _, document in cells))
+    rows = []
+    for method, length in dict.fromkeys((method, length) for method, length, _ in cells):
+        base, *rest = method.split("+")
+        if rest and "(" not in method:
+            pairs = [(cells[base, length, document], cells[method, length, document]) for document in documents]
+            saved = [one["tail_nll_sum"] - other["tail_nll_sum"] for one, other in pairs]
+            tokens = [one["tail_tokens"] for one, _ in pairs]
+            low, high = bootstrap_interval(saved, tokens, results.provenance["seed"]) or (math.nan, math.nan)
+            rows.append({"method": method, "length": length})
+            rows[-1]["gain"] = f"{float(pooled_perplexity(saved, tokens)):.4f} [{low:.4f}, {high:.4f}]"
+    return by_length(rows, lambda row: str(row["gain"]))
+
+
 def by_length(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
     """Return a table of one number of each row, a line for each method and a column for each length."""
     lengths = sorted({row["length"] for row in rows})
@@ -175,6 +192,7 @@ def render(page: Path = README) -> str:
         remapping_path=REMAPPING.relative_to(ROOT).as_posix(),
         remapping_command=remapping.provenance["command"],
         measured=measured,
+        against_base=against_base(fading),
         fading_documents=len(fading.provenance["documents"]),
         start=fading.provenance["start"],
         mass_table=by_length(far_mass["rows"], lambda row: f"{100 * row['far_share']:.1f} %"),
