@@ -50,7 +50,13 @@ def no_effect(plan: ExtensionPlan, what: str) -> NoEffectError:
 
 def layers_seen(modules: Iterable[nn.Module]) -> Layers:
     """Return what the attention layers that rotate see."""
-    return {(_window(module), getattr(module, "layer_idx", None) or 0) for module in modules}
+    return {(_window(module), layer_number(module) or 0) for module in modules}
+
+
+def layer_number(layer: nn.Module) -> int | None:
+    """Return the number of an attention layer; `None` where it has none, or is shared by several (-1 in Zamba2)."""
+    number = getattr(layer, "layer_idx", None)
+    return number if isinstance(number, int) and number >= 0 else None
 
 
 def refuse_idle(plan: ExtensionPlan, layers: Layers) -> None:

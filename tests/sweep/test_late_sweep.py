@@ -32,7 +32,8 @@ pytestmark = pytest.mark.sweep
 CHECKS = ("full", "padded", "decode", "doubled", "remapped", "undo")
 LENGTH, LONG, PREFILL = 24, 40, 12
 BEYOND, WITHIN = ReRoPE(window=TRAINED_LENGTH) + LogN(), SelfExtend(group=4, window=8)
-"""Both parts of the first act past the trained length only; one alone is refused where no layer sees so far."""
+"""Both components of the first act past the trained length only. ReRoPE alone is refused where no layer sees so far,
+and as a component by its name; a plan that was made before is not."""
 DOUBLED = (Band(PositionMap(rate=2), PositionMap(rate=2)),)
 
 ASKED_FOR = {"moshi": {"sliding_window": TRAINED_LENGTH}, "zamba2": {"chunk_size": TRAINED_LENGTH}}
@@ -150,7 +151,8 @@ def build_consistent(model_type: str, **sizes: Any) -> tuple[PreTrainedModel, di
 
 def check_identity(model: PreTrainedModel, method: Method, native: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Checks that a method passes which does not reach the input."""
-    with patch_model(model, method, factor=4, trained_length=given_length(model)):
+    plan = method.plan(detect_scheme(model), factor=4, trained_length=given_length(model))
+    with patch_model(model, plan):
         got = {
             "full": logits(model, LENGTH),
             "padded": padded_logits(model),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import Band, ExtensionPlan, PositionMap
 from ..detect import RotarySite, rotary_sites, text_config
-from ..effect import layers_seen, refuse_idle
+from ..effect import layer_number, layers_seen, refuse_idle
 from ..kernels import SAME
 from ..mixin import mix
 from ..modes import evaluation_mode
@@ -159,10 +159,10 @@ def _studied(
         unmapped = replace(unmapped, layers=layers, windows=windows)
         modules = dict(model.named_modules())
         if plan.query_scale is not None and plan.query_scale.first_layer > 0:
-            unnumbered = [path for path in layers if not isinstance(getattr(modules[path], "layer_idx", None), int)]
+            unnumbered = [path for path in layers if layer_number(modules[path]) is None]
             if unnumbered:
                 raise UnsupportedModelError(
-                    f"{kind} does not number its attention layers ({unnumbered[0]} has no layer_idx); "
+                    f"{kind} does not number its attention layers ({unnumbered[0]} has no layer_idx of its own); "
                     f"{plan.method} treats the first ones in another way"
                 )
         if plan.bands:
@@ -285,7 +285,7 @@ def _marks(subject: Subject, remapping: Remapping | Probing) -> Iterator[tuple[n
         elif path in remapping.layers:
             index: Any = getattr(module, "layer_idx", None)
             window, scale = remapping.windows[path], remapping.plan.query_scale
-            scale = None if scale is None or scale.first_layer > (index or 0) else scale
+            scale = None if scale is None or scale.first_layer > (layer_number(module) or 0) else scale
             base = base_function(remapping.base, module)
             near = remapping.bands.sees_one(window)
             yield module, "_posext_layer", Layer(remapping, remapping.layers[path], window, near, scale, base, index)
