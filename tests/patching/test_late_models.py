@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,24 @@ def test_layers_without_positions_are_left_alone(kind: str) -> None:
     layers = next(model.modules())._posext_remapping.layers
     free = [path for path, module in model.named_modules() if hasattr(module, "q_proj") and path not in layers]
     assert 0 < len(free) < 6
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("llama", {}), ("zamba2", {"chunk_size": 64})])
+def test_log_n_grows_the_queries_of_every_layer(kind: str, sizes: dict[str, Any]) -> None:
+    """Also of an attention that several layers share, which has the number -1 in Zamba2."""
+    model, ids, hooks = build(kind, **sizes), tokens(60), []
+    growth = (torch.arange(1, 61).double().log() / math.log(16)).clamp(min=1).float()[:, None]
+    plain = logits(model, ids)
+    for path, module in model.named_modules():
+        if path.endswith("q_proj") or "linear_q_adapter_list." in path and path.endswith(".1"):
+            hooks.append(module.register_forward_hook(lambda module, args, out: out * growth))
+    assert hooks
+    wanted = logits(model, ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert (wanted - plain).abs().max() > 1e-2
+    patch_model(model, LogN(), factor=8, trained_length=16)
+    torch.testing.assert_close(logits(model, ids, use_cache=False), wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
