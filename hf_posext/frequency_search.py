@@ -102,8 +102,7 @@ def search(
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
 ) -> SearchedFactors:
-    """
-    Search a factor for every rotary pair that reads the target length best.
+    """Search a factor for every rotary pair that reads the target length best.
 
     YaRN, NTK-aware interpolation and mutations of them are the first population. In each generation the better half
     are parents, of which as many children come: half of them mutations, half crossings, with factors from 1 to
@@ -190,8 +189,7 @@ def check_search(
     population: int = 32,
     generations: int = 20,
 ) -> ExtensionPlan:
-    """
-    Refuse what cannot be searched, as far as the config of the model tells; arguments as in [`search`].
+    """Refuse what cannot be searched, as far as the config of the model tells; arguments as in [`search`].
 
     Returns:
         `ExtensionPlan`: YaRN's, one of the seeds.
@@ -286,8 +284,7 @@ def _evolve(
 
 @dataclass(frozen=True)
 class Trial:
-    """
-    Measurement of the factors of a genome on documents.
+    """Measurement of the factors of a genome on documents.
 
     Args:
         model (`PreTrainedModel`): without a patch.
@@ -355,8 +352,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchedFactors:
-    """
-    The best factors of a search, as the plan of LongRoPE.
+    """The best factors of a search, as the plan of LongRoPE.
 
     The plan is native: a checkpoint that is saved with it opens in plain transformers, without this package.
 

@@ -20,8 +20,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class WriterLock:
-    """
-    Lock on the journal of a run and the report beside it, for as long as this object lives.
+    """Lock on the journal of a run and the report beside it, for as long as this object lives.
 
     Each process of a run holds the lock of its own file. Process 0 also holds the locks of files that an earlier run
     has left, because one of its processes may have outlived its launcher. The operating system releases a lock when

@@ -29,8 +29,7 @@ EXTRAS = {
 
 
 def require(*extras: str) -> None:
-    """
-    Raise unless the packages of some extras are installed. Nothing is imported.
+    """Raise unless the packages of some extras are installed. Nothing is imported.
 
     Args:
         extras (`str`): keys of `EXTRAS`.
@@ -46,8 +45,7 @@ def require(*extras: str) -> None:
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    """
-    Return the installed version of each package, "not installed" without one.
+    """Return the installed version of each package, "not installed" without one.
 
     Args:
         packages (`str`): names on PyPI. `hf_posext` has a version in a bare checkout, too.
@@ -62,8 +60,7 @@ def versions_of(*packages: str) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """
-    Return what a result was measured on, and when, for its provenance.
+    """Return what a result was measured on, and when, for its provenance.
 
     Returns:
         `dict`: `date` (UTC), `processor`, `cores`, `memory_gb` (10^9 bytes; `None` where the system does not report

@@ -144,8 +144,7 @@ app = _Typer(
 
 
 def in_flags(message: str, flags: Mapping[str, str]) -> str:
-    """
-    Return a message of the package with the flags of a command in place of keyword arguments.
+    """Return a message of the package with the flags of a command in place of keyword arguments.
 
     `factor=8` becomes `--factor 8`, `lengths=[512, 1024]` becomes `--lengths 512,1024`, `longppl=` becomes
     `--longppl`, and so does a name at the beginning, as in "stride is 0". Parameters of methods, as in

@@ -84,8 +84,7 @@ class Run:
 
 
 def measuring(command: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    Give a command an option for each field of [`Run`] and of [`EvaluationConfig`], and these two what they say.
+    """Give a command an option for each field of [`Run`] and of [`EvaluationConfig`], and these two what they say.
 
     A setting that is of one command only names it in its metadata. Sequences are text with commas between the values.
     """

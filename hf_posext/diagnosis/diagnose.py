@@ -56,8 +56,7 @@ def diagnose(
     start: int = 0,
     seed: int = 0,
 ) -> Diagnosis:
-    """
-    Diagnose the positions of a model, the length that they were trained on, and the effect of longer input.
+    """Diagnose the positions of a model, the length that they were trained on, and the effect of longer input.
 
     Without documents no text runs through the model. The diagnosis then has the scheme, its kind of generalization,
     the trained length with its source, and the statistics of the scheme's own numbers. With documents it also has the

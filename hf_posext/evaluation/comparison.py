@@ -50,8 +50,7 @@ def compare(
     on_method: Callable[[Results], None] | None = None,
     **settings: Any,
 ) -> Results:
-    """
-    Perplexity, gain over the control, and retrieval of several methods on one model.
+    """Perplexity, gain over the control, and retrieval of several methods on one model.
 
     All methods are planned before documents are read, so that a mistake costs no hours; those that do not apply to
     the model are left out, with the reason in `provenance["not_applicable"]`. The control is measured once; `none`,

@@ -18,8 +18,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """
-    Refuse a value of another type than its hint. A bool is not a number, and a string not a sequence.
+    """Refuse a value of another type than its hint. A bool is not a number, and a string not a sequence.
 
     Raises:
         InvalidParameterError: it is.
@@ -67,8 +66,7 @@ def _setting(help: str, default: Any = None, **flag: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """
-    Settings of [`compare`] and [`evaluate_perplexity`].
+    """Settings of [`compare`] and [`evaluate_perplexity`].
 
     Each field is a keyword argument in Python, a line of a YAML file, and a flag of `hf-posext compare` and
     `evaluate`. `None` means the default that depends on the model or on other settings.
@@ -158,8 +156,7 @@ class EvaluationConfig:
 
     @classmethod
     def of(cls, config: EvaluationConfig | None = None, **settings: Any) -> EvaluationConfig:
-        """
-        A config with some of its settings replaced, or a new one.
+        """A config with some of its settings replaced, or a new one.
 
         Args:
             config ([`EvaluationConfig`], *optional*): the others come from here.

@@ -52,8 +52,7 @@ class OfDecoders(PerplexityProtocol):
 
 @dataclass(frozen=True)
 class Prefix(OfDecoders):
-    """
-    Perplexity of the first `L` tokens of each document, for every length `L`.
+    """Perplexity of the first `L` tokens of each document, for every length `L`.
 
     Token `t` is scored given all tokens before it. Where positions do not depend on the length of the input, one
     forward over the longest length gives all lengths, since a causal token does not see what follows. LongRoPE with
@@ -116,8 +115,7 @@ class Prefix(OfDecoders):
 
 @dataclass(frozen=True)
 class Tail(Prefix):
-    """
-    Perplexity of the last `K` of the first `L` tokens of each document, for every length `L`.
+    """Perplexity of the last `K` of the first `L` tokens of each document, for every length `L`.
 
     Read as by [`Prefix`]: token `t` is scored given all tokens before it, but only those count that have `L - K`
     tokens or more before them.
@@ -167,8 +165,7 @@ class ReadsWindows(OfDecoders):
 
 @dataclass(frozen=True)
 class Sliding(ReadsWindows):
-    """
-    Perplexity of the first `max(lengths)` tokens of each document, read through a window of `L` tokens.
+    """Perplexity of the first `max(lengths)` tokens of each document, read through a window of `L` tokens.
 
     The window moves by `stride`; each scores the tokens that no earlier one has scored, given what it holds of the
     tokens before them: all in the first window, the last `stride` in the others. Where the tokenizer adds BOS, every
@@ -189,8 +186,7 @@ class Sliding(ReadsWindows):
 
 @dataclass(frozen=True)
 class Rolling(ReadsWindows):
-    """
-    Perplexity of the first `max(lengths)` tokens of each document, read in disjoint windows of `L` tokens.
+    """Perplexity of the first `max(lengths)` tokens of each document, read in disjoint windows of `L` tokens.
 
     These are the windows of lm-eval's `loglikelihood_rolling` with `max_length = L`: the first reads tokens 0 to
     `L - 1` and scores 1 to `L`; each later one reads the last token that was scored and the `L - 1` after it, and
@@ -215,8 +211,7 @@ def check_tail(tokens: int, lengths: list[int]) -> None:
 
 
 def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dtype: torch.dtype) -> None:
-    """
-    The guard of measuring several lengths in one pass: a fresh forward at the shortest gives what the longest gave.
+    """The guard of measuring several lengths in one pass: a fresh forward at the shortest gives what the longest gave.
 
     The mean absolute difference may be 1e-4 nats, a hundred times the rounding of float32 between products of other
     shapes, or four eps of a shorter dtype (0.03 for bfloat16), whose logits are rounded to some eps of their size.
@@ -241,8 +236,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class LegacyYaRN(Sliding):
-    """
-    The number that YaRN's `eval/perplexity.py` prints: `exp` of the mean, over all windows of all documents, of the
+    """The number that YaRN's `eval/perplexity.py` prints: `exp` of the mean, over all windows of all documents, of the
     mean NLL of the tokens that a window scores.
 
     The windows are those of [`Sliding`]. The first scores `L - 1` tokens and weighs as much as any other, which scores
@@ -263,8 +257,7 @@ class LegacyYaRN(Sliding):
 
 @dataclass(frozen=True)
 class LegacyLongLoRA(ReadsWindows):
-    """
-    The number that LongLoRA's `eval.py` prints: `exp` of the mean over batches of the mean NLL in a batch.
+    """The number that LongLoRA's `eval.py` prints: `exp` of the mean over batches of the mean NLL in a batch.
 
     All documents (the first `max(lengths)` tokens of each, without BOS) are one stream. Windows of `L` tokens begin
     at its tokens 0, `stride`, 2 `stride`, ... as long as a token follows them, all but the last of these windows; each

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """
-    The place of a data set, and the column of its documents.
+    """The place of a data set, and the column of its documents.
 
     Args:
         name (`str`): what to type.
@@ -65,8 +64,7 @@ class Recipe:
     streaming: bool = True
 
     def request(self, split: str, revision: str | None) -> dict[str, Any]:
-        """
-        Arguments of `datasets.load_dataset`; with `files` its rows have one column, `text`, a line of JSON each.
+        """Arguments of `datasets.load_dataset`; with `files` its rows have one column, `text`, a line of JSON each.
 
         Args:
             split (`str`): to read.
@@ -158,8 +156,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """
-    A text to measure on.
+    """A text to measure on.
 
     Lone surrogates, which UTF-8 cannot hold and tokenizers refuse, become U+FFFD, the replacement character.
 
@@ -205,8 +202,7 @@ def load_documents(
     limit: int | None = None,
     minimum_characters: int | None = None,
 ) -> Documents:
-    """
-    Load texts to measure on.
+    """Load texts to measure on.
 
     A path is read as a whole, or refused: a folder that contains files of several kinds is refused with their names.
 

@@ -127,8 +127,7 @@ class MaskedScorer(FramedScorer):
 
 @dataclass(frozen=True)
 class Pseudo(OfFramedTexts):
-    """
-    Pseudo-perplexity of an encoder (Salazar et al. 2020, arXiv 1910.14659): masked tokens given all others.
+    """Pseudo-perplexity of an encoder (Salazar et al. 2020, arXiv 1910.14659): masked tokens given all others.
 
     A text of length `L` is the first `n = L - specials` tokens of a document, with the tokenizer's special tokens
     around it. Of its tokens, `S = min(samples, n)` are scored, the middle one of each of `S` equal stretches (token
@@ -211,8 +210,7 @@ class Seq2SeqScorer(FramedScorer):
 
 @dataclass(frozen=True)
 class Seq2Seq(OfFramedTexts):
-    """
-    Perplexity of the text that follows what an encoder has read.
+    """Perplexity of the text that follows what an encoder has read.
 
     Of the first `L` tokens, special ones of the encoder's text included, the encoder reads the first `L - K` and the
     decoder is teacher-forced on the next `K = min(128, L // 4)`: it is given its start token, what the tokenizer puts

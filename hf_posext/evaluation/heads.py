@@ -69,8 +69,7 @@ PROBE_SLICE = 5
 
 
 class Read(NamedTuple):
-    """
-    The output of a model for some tokens.
+    """The output of a model for some tokens.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens.
@@ -138,8 +137,7 @@ Head = FullHead | SlicedHead
 
 
 def find_head(model: Any, input_ids: torch.Tensor, full: torch.Tensor) -> Head:
-    """
-    The head in slices, if some model inside this one is a trunk: the outermost for which slices of `input_ids` give
+    """The head in slices, if some model inside this one is a trunk: the outermost for which slices of `input_ids` give
     the logits `full` of one forward. Otherwise the head in full, which the log says.
     """
     reasons = []

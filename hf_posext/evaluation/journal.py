@@ -167,8 +167,7 @@ class RunJournal:
 def open_journal(
     path: str | Path | None, configuration: Mapping[str, Any], accelerator: Accelerator | None
 ) -> Iterator[RunJournal | None]:
-    """
-    The journal of this process, which contains what all processes have finished; `None` without a path.
+    """The journal of this process, which contains what all processes have finished; `None` without a path.
 
     Raises:
         JournalError: on every process, where one of them cannot read its files, or must not continue them.
@@ -267,8 +266,7 @@ def quantization(model: Any) -> str | None:
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """
-    Fingerprint of all that a model computes with: names, shapes, dtypes, and some values of every tensor.
+    """Fingerprint of all that a model computes with: names, shapes, dtypes, and some values of every tensor.
 
     Tensors are parameters, what quantised layers save beside their weights, and buffers, also those that are not
     saved. Where weights are sharded, every process has to call it.

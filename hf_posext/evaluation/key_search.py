@@ -59,8 +59,7 @@ class KeySearch:
         return {"longppl": {"evaluator": self.evaluator, **self.criterion._asdict(), "tokens": read}}
 
     def run(self, accelerator: Accelerator | None, journal: RunJournal | None) -> tuple[KeyTokens, dict[str, Any]]:
-        """
-        Find them, on all processes, and facts about them for the provenance.
+        """Find them, on all processes, and facts about them for the provenance.
 
         Raises:
             EvaluationError: the evaluator failed on every document.

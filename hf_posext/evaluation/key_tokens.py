@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 
 class Criterion(NamedTuple):
-    """
-    The thresholds of a key token; the defaults are the paper's.
+    """The thresholds of a key token; the defaults are the paper's.
 
     Args:
         alpha (`float`, *optional*, defaults to 2.0): the least gain of the long context, in nats.
@@ -52,8 +51,7 @@ class Criterion(NamedTuple):
 
 @dataclass(frozen=True)
 class KeyTokens:
-    """
-    The key tokens that one evaluator found, in rows of `length` tokens of the measured models' tokenizer.
+    """The key tokens that one evaluator found, in rows of `length` tokens of the measured models' tokenizer.
 
     Args:
         indices (`dict[str, list[int]]`): of the key tokens in their row (BOS included), ascending, by document.
@@ -97,8 +95,7 @@ def find_key_tokens(
     short_length: int = 4096,
     stride: int = 1024,
 ) -> KeyTokens:
-    """
-    Tokens that the evaluator predicts well with the long context, and much worse with a short one.
+    """Tokens that the evaluator predicts well with the long context, and much worse with a short one.
 
     Token `t` is key if `log P(t | long) - log P(t | short) > alpha` and `log P(t | long) > beta`. The long context is
     all before it; the short one is what a window of `short_length + stride` tokens that moves by `stride` holds of it,
@@ -221,8 +218,7 @@ def evaluator_name(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class LongPPL:
-    """
-    Perplexity of the key tokens of all documents, each weighing the same.
+    """Perplexity of the key tokens of all documents, each weighing the same.
 
     Args:
         value (`float`): `exp(nll_sum / key_tokens)`.
@@ -264,8 +260,7 @@ def longppl(
     stride: int = 1024,
     seed: int = 0,
 ) -> LongPPL:
-    """
-    LongPPL of a model on the first `length` tokens of each document.
+    """LongPPL of a model on the first `length` tokens of each document.
 
     Two LongPPLs compare only over the same key tokens. Without an evaluator the model, as it is, chooses its own: that
     tells how one model uses its context, and is unfit for comparing methods, since one that reads worse then counts
@@ -318,8 +313,7 @@ def longppl(
 
 
 def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: float = 5.0) -> torch.Tensor:
-    """
-    LongCE's soft weight of each token's loss: `min(P(t | long) / P(t | short), cap)`.
+    """LongCE's soft weight of each token's loss: `min(P(t | long) / P(t | short), cap)`.
 
     Args:
         long_nll (`torch.Tensor`): NLL of each token given the long context, in nats: the losses of the training step.

@@ -30,8 +30,7 @@ from .reading import first_line
 
 @dataclass(frozen=True)
 class Boundaries:
-    """
-    The lengths at which the positions of a model change with the length of its input.
+    """The lengths at which the positions of a model change with the length of its input.
 
     Args:
         switches (`tuple[int, ...]`): lengths in tokens, ascending; longer inputs have other frequencies (LongRoPE with
@@ -67,8 +66,7 @@ def boundaries_of(scheme: PositionalScheme, plan: ExtensionPlan | None) -> Bound
 
 
 def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int) -> None:
-    """
-    Refuse lengths past the end of a table: there is nothing to read there, and a GPU would abort.
+    """Refuse lengths past the end of a table: there is nothing to read there, and a GPU would abort.
 
     Raises:
         InvalidParameterError: the table, as it is or extended by the plan, is shorter than `longest`.

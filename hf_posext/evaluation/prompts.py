@@ -72,8 +72,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Prompt:
-    """
-    One trial.
+    """One trial.
 
     Args:
         tokens (`list[int]`): the prompt; with `room` for its answer it has the length that was asked for.
@@ -89,8 +88,7 @@ class Prompt:
 
 
 def frame(tokenizer: Any, question: str, bos: Bos = "auto", chat: bool = False) -> tuple[list[int], list[int]]:
-    """
-    Tokens that stand before the text of a prompt, and those after it, which ask.
+    """Tokens that stand before the text of a prompt, and those after it, which ask.
 
     Without `chat` they are the special prefix and the question. With it, text and question are the user's message in
     the tokenizer's chat template, and the assistant's begins with the opening of the answer (`The pass key is`), as

@@ -71,8 +71,7 @@ class Questions:
         ]
 
     def check(self, tokenizer: Any, lengths: Sequence[int]) -> None:
-        """
-        Refuse lengths that do not hold the prompts.
+        """Refuse lengths that do not hold the prompts.
 
         Raises:
             InvalidParameterError: a length is too short, or `chat` and the tokenizer has no usable template.
@@ -100,8 +99,7 @@ NO_QUESTIONS = Questions()
 def check_questions(
     trials: int, tasks: Sequence[str] | None = None, depths: Sequence[float] | None = None, **others: Any
 ) -> Questions:
-    """
-    Questions of retrieval, checked; all tasks and five depths by default.
+    """Questions of retrieval, checked; all tasks and five depths by default.
 
     Raises:
         InvalidParameterError: an unknown task, a depth outside of 0 to 1, or no trials.
@@ -130,8 +128,7 @@ def passkey_accuracy(
     max_new_tokens: int | None = None,
     on_length: Callable[[], Any] | None = None,
 ) -> dict[int, float]:
-    """
-    Share of passkeys that greedy decoding gives back, by length.
+    """Share of passkeys that greedy decoding gives back, by length.
 
     Args:
         model (`PreTrainedModel`): a causal language model, patched or not.
@@ -180,8 +177,7 @@ def retrieval(
     chat: bool = False,
     on_step: Callable[[int], Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """
-    Share of what was hidden in a text that greedy decoding gives back, by task, length and depth.
+    """Share of what was hidden in a text that greedy decoding gives back, by task, length and depth.
 
     The prompts are [`task_prompt`]'s, the same for every model and method; answers count as [`score`] says. Shorter
     lengths come first.
@@ -226,8 +222,7 @@ def retrieval(
 
 
 def score(answer: str, answers: Sequence[str]) -> float:
-    """
-    Score an answer from 0 to 1.
+    """Score an answer from 0 to 1.
 
     One item: 1 if the answer begins with it, white space aside. Several: the share of them that occur in the answer as
     whole words, in any order; there is no room to list much else.

@@ -48,8 +48,7 @@ RULES = Rules(EvaluationError, "measure again with this version", sys.float_info
 
 @dataclass
 class Results:
-    """
-    Perplexity of one model by method and context length.
+    """Perplexity of one model by method and context length.
 
     Args:
         provenance (`dict`): versions, model, data, seed, protocol, lengths: what is needed to measure again.
@@ -92,8 +91,7 @@ class Results:
         return str(self.to_frame().to_html(index=False, na_rep="-"))
 
     def row(self, method: str, length: int, factor: float | None = None) -> Row:
-        """
-        The row of a method at a length.
+        """The row of a method at a length.
 
         Args:
             method (`str`): label of the method, such as `"yarn"`.
@@ -145,8 +143,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, data: Any) -> Results:
-        """
-        The results that `to_dict` gave.
+        """The results that `to_dict` gave.
 
         Raises:
             EvaluationError: another schema, keys missing or unknown, or values of another type.
@@ -174,8 +171,7 @@ class Results:
 
     @classmethod
     def load_json(cls, path: str | Path) -> Results:
-        """
-        Read results from a file.
+        """Read results from a file.
 
         Raises:
             EvaluationError: no such file, not JSON, or not results of this schema.
@@ -192,8 +188,7 @@ class Results:
             raise EvaluationError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> Path:
-        """
-        Write the results to a file: all of them where it ends in `.json`, the rows where it ends in `.csv`.
+        """Write the results to a file: all of them where it ends in `.json`, the rows where it ends in `.csv`.
 
         Raises:
             InvalidParameterError: another suffix.
@@ -205,8 +200,7 @@ class Results:
         return writers[suffix](path)
 
     def save_report(self, directory: str | Path) -> Path:
-        """
-        Write tables, pictures and words to a directory; see [`write_report`].
+        """Write tables, pictures and words to a directory; see [`write_report`].
 
         Returns:
             `Path`: its `README.md`.
@@ -299,8 +293,7 @@ QUANTITIES = ("perplexity", "gain", "change", "passkey")
 
 
 def log_results(results: Results, accelerator: Accelerator) -> None:
-    """
-    Log the rows as curves over the context length: the step is the length in tokens, a curve is a method.
+    """Log the rows as curves over the context length: the step is the length in tokens, a curve is a method.
 
     Curves are called `perplexity/yarn-x8`, `gain/yarn-x8` and so on, those of a legacy protocol
     `perplexity-legacy-yarn/yarn-x8`; what a row does not have is left out. All methods of one length are logged

@@ -216,11 +216,10 @@ class Conditions:
 
     @classmethod
     def of(cls, protocol: PerplexityProtocol, documents: TokenizedDocuments, dtype: str) -> Self:
-        """
-        Args:
-            protocol ([`PerplexityProtocol`]): what measures.
-            documents ([`TokenizedDocuments`]): before `protocol.arrange`.
-            dtype (`str`): of the model's weights.
+        """Args:
+        protocol ([`PerplexityProtocol`]): what measures.
+        documents ([`TokenizedDocuments`]): before `protocol.arrange`.
+        dtype (`str`): of the model's weights.
         """
         joined = len(documents.ids) // len(protocol.arrange(documents).ids)
         rule = protocol.bos_rule(documents.bos)

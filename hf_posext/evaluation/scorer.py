@@ -137,8 +137,7 @@ BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Memory:
-    """
-    Ways to read texts for which a model has too little memory otherwise.
+    """Ways to read texts for which a model has too little memory otherwise.
 
     Args:
         prefill_chunk (`int`, *optional*): tokens that go through the model at a time, with those before them in a KV
@@ -200,8 +199,7 @@ class TokenScorer(Scorer):
 
     @torch.no_grad()
     def token_nll(self, input_ids: torch.Tensor, first: int = 1, last_read: bool = True) -> torch.Tensor:
-        """
-        NLL of each token given all tokens before it in its row, whatever the model has read before.
+        """NLL of each token given all tokens before it in its row, whatever the model has read before.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): rows without padding.

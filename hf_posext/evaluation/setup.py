@@ -132,8 +132,7 @@ def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[
 
 
 def check_reads(request: Request, plan: ExtensionPlan | None) -> None:
-    """
-    Refuse lengths that the model with this plan in force cannot read, or not in chunks.
+    """Refuse lengths that the model with this plan in force cannot read, or not in chunks.
 
     Raises:
         InvalidParameterError: as [`check_positions`] and [`check_prefill`].

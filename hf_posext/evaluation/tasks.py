@@ -26,8 +26,7 @@ Kind = Literal["nll", "keys", "passkey", "retrieval"]
 
 @dataclass(frozen=True)
 class Task:
-    """
-    A unit of work: one document, or one question, under one method, in one pass.
+    """A unit of work: one document, or one question, under one method, in one pass.
 
     Tasks are dealt out to processes, kept in journals and assembled to results. Its value depends on nothing that was
     measured before it, or else the number of processes would show.
@@ -255,8 +254,7 @@ class Assembly:
     _rows: dict[Any, list[Row]] = field(default_factory=dict, repr=False)
 
     def results(self, outcomes: Outcomes) -> Results:
-        """
-        Results of the runs that are finished.
+        """Results of the runs that are finished.
 
         Raises:
             EvaluationError: the control failed on every document, every method did, or no document is left.

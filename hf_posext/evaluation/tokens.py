@@ -27,8 +27,7 @@ FORMAT = 1
 
 
 class Encoded(NamedTuple):
-    """
-    Tokens of one text, without special ones.
+    """Tokens of one text, without special ones.
 
     Args:
         ids (`np.ndarray` of shape `(tokens,)`): int32.
@@ -41,8 +40,7 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Any, text: str) -> Encoded:
-    """
-    Tokens of a text without special ones, and where each ends.
+    """Tokens of a text without special ones, and where each ends.
 
     A character whose bytes are several tokens counts with the first of them, and what the tokenizer drops from the
     text counts with the token behind it.
@@ -134,8 +132,7 @@ Bos = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """
-    The first `length` tokens of every document that is long enough.
+    """The first `length` tokens of every document that is long enough.
 
     Args:
         ids (`list[str]`): of the documents.
@@ -187,8 +184,7 @@ def check_lengths(lengths: Sequence[int]) -> list[int]:
 
 
 def special_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
-    """
-    Return the special tokens that stand before every text: `[gMASK]<sop>`, a class token, BOS, or nothing.
+    """Return the special tokens that stand before every text: `[gMASK]<sop>`, a class token, BOS, or nothing.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's.

@@ -23,8 +23,7 @@ from .tokens import TokenizedDocuments, first_scored
 
 
 class Measurement(NamedTuple):
-    """
-    NLL of one document at one context length.
+    """NLL of one document at one context length.
 
     Args:
         length (`int`): context length in tokens.
@@ -48,8 +47,7 @@ class Measurement(NamedTuple):
 
 
 class PerplexityProtocol(ABC):
-    """
-    A way to measure one document, in one pass at a time; looping and distributing is left to the caller.
+    """A way to measure one document, in one pass at a time; looping and distributing is left to the caller.
 
     A pass is one document, and the lengths that it measures together.
 
@@ -124,8 +122,7 @@ def cost_of(reads: Iterable[int]) -> float:
 
 
 class Window(NamedTuple):
-    """
-    Some tokens of a row that a model reads in one forward.
+    """Some tokens of a row that a model reads in one forward.
 
     Args:
         begin (`int`): tokens `begin` to `end` are read, all but the last if `last_read` is not set.

@@ -78,8 +78,7 @@ def recommend(
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
 ) -> Recommendation:
-    """
-    Find the method and factor that read the target length best, by measuring where it matters.
+    """Find the method and factor that read the target length best, by measuring where it matters.
 
     The diagnosis tells the trained length, and which methods leave rotary phases that training has never shown; those
     are not measured. The others, at one and two times the needed factor and with several windows, read documents by
@@ -197,8 +196,7 @@ def _trained_length(found: Diagnosis, target_length: int) -> int:
 
 @dataclass
 class Halving:
-    """
-    Successive halving over a sweep, within a budget.
+    """Successive halving over a sweep, within a budget.
 
     Args:
         sweep ([`Sweep`]): that measures.
@@ -211,8 +209,7 @@ class Halving:
     budget: int
 
     def run(self, choice: Candidates) -> Recommendation:
-        """
-        Run rung after rung, then the control, passkeys where they decide, and what the rest of the budget pays for.
+        """Run rung after rung, then the control, passkeys where they decide, and what the rest of the budget pays for.
 
         Raises:
             InvalidParameterError: the budget does not pay for one comparison.
@@ -366,8 +363,7 @@ class Rung(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """
-    Rungs that a budget pays for. The rest goes to passkeys, where they decide something, and to more documents.
+    """Rungs that a budget pays for. The rest goes to passkeys, where they decide something, and to more documents.
 
     Args:
         rungs (`list[Rung]`): one after another; documents include those of earlier rungs.
@@ -389,8 +385,7 @@ class Schedule(NamedTuple):
 
 
 def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
-    """
-    The fullest schedule within a budget.
+    """The fullest schedule within a budget.
 
     It begins with as many documents as can be paid for. Where not even one can be for all contenders, the control
     reads one only, and then the last contenders are given up.

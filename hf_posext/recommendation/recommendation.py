@@ -23,8 +23,7 @@ EXTEND, AS_IT_IS, TRUNCATE = "extend", "as it is", "truncate"
 
 @dataclass(frozen=True)
 class Recommendation:
-    """
-    Advice of [`recommend`]: the method that a model should read longer texts with, if any.
+    """Advice of [`recommend`]: the method that a model should read longer texts with, if any.
 
     Args:
         model (`str`): its name.

@@ -49,8 +49,7 @@ WINDOWS = (1 / 4, 1 / 2, 3 / 4)
 
 
 class Candidates(NamedTuple):
-    """
-    Plans to choose from.
+    """Plans to choose from.
 
     Args:
         plans (`list[ExtensionPlan]`): worth measuring; those at the needed factor first, and first those of defaults.
@@ -70,8 +69,7 @@ def candidates(
     trained_length: int,
     target_length: int,
 ) -> Candidates:
-    """
-    All plans for a target, without those that leave unseen phases.
+    """All plans for a target, without those that leave unseen phases.
 
     Args:
         model (`PreTrainedModel`): without a patch; each plan is put in force once, and undone.
@@ -182,8 +180,7 @@ class Ratio(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """
-    Tokens that go through the model.
+    """Tokens that go through the model.
 
     Args:
         methods (`tuple[int, ...]`): for a document with each of the contenders in force, in their order.
@@ -202,8 +199,7 @@ class Prices(NamedTuple):
 
 @dataclass(eq=False)
 class Sweep:
-    """
-    A model, documents, and contenders, of which cells are measured on request.
+    """A model, documents, and contenders, of which cells are measured on request.
 
     Args:
         model (`PreTrainedModel`): without a patch.

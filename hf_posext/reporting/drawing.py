@@ -93,8 +93,7 @@ def _legend_width(names: list[str], columns: int) -> int:
 
 
 def method_styles(names: Sequence[str]) -> dict[str, Style]:
-    """
-    Return the style of each method, the same in every picture.
+    """Return the style of each method, the same in every picture.
 
     Colour and marker are those of its name, whatever its factor and hyper-parameters. A composition has those of its
     first component, and a broken line by the others. Variants of one method in one picture differ in how their markers

@@ -49,8 +49,7 @@ METRICS = (
 
 
 def results_to_model_index(results: Results, dataset_name: str | None = None) -> list[EvalResult]:
-    """
-    The rows in the Hub's form; the card shows them as evaluation results.
+    """The rows in the Hub's form; the card shows them as evaluation results.
 
     Method, length and protocol are in the configuration and the arguments of the data set: the Hub groups results by
     the former, and would otherwise take those of two lengths for one. What is missing or not finite is left out.
@@ -93,8 +92,7 @@ def results_to_model_index(results: Results, dataset_name: str | None = None) ->
 
 
 def push_results(results: Results, repo_id: str, *, overwrite: bool = False, token: str | bool | None = None) -> str:
-    """
-    Add results to the card of a model on the Hub, and leave the rest of the card as it is.
+    """Add results to the card of a model on the Hub, and leave the rest of the card as it is.
 
     Args:
         results ([`Results`]): of a comparison or of one model.
@@ -144,8 +142,7 @@ AGREEMENT = 1e-6
 
 
 def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
-    """
-    Runs of one model that were measured in the same way, joined; the order is that of the first of each.
+    """Runs of one model that were measured in the same way, joined; the order is that of the first of each.
 
     A method that several of them measured (`none`, most often) is kept once, with all that any of them found. What was
     left out is that of all of them, with the name of its run as `run` where not every run has left it out.

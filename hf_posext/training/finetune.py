@@ -56,8 +56,7 @@ SETTLED = (
 
 @dataclass(frozen=True)
 class Finetuned:
-    """
-    Result of a run.
+    """Result of a run.
 
     Args:
         model (`PeftModel` or `PreTrainedModel`): trained, its patch in force, in evaluation mode.

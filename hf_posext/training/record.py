@@ -38,8 +38,7 @@ PACKAGES = ("hf_posext", "transformers", "peft", "accelerate", "datasets", "torc
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """
-    Refuse a directory in which something would be lost.
+    """Refuse a directory in which something would be lost.
 
     Raises:
         InvalidParameterError: it holds files, and the run is not one to resume; or the run there has ended.
@@ -61,8 +60,7 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def begin(output: Path, run: dict[str, Any]) -> None:
-    """
-    Write what a run is, or compare it with what is there.
+    """Write what a run is, or compare it with what is there.
 
     Args:
         output (`Path`): of the run.
@@ -141,8 +139,7 @@ def _command() -> str:
 
 
 def save(network: nn.Module, patch: Patch, trainer: Trainer, output: Path) -> Path:
-    """
-    The adapter into `output/adapter`, or the model into `output/model`, with its plan.
+    """The adapter into `output/adapter`, or the model into `output/model`, with its plan.
 
     Args:
         network (`PeftModel` or `PreTrainedModel`): trained; shards of it are put together on every process.

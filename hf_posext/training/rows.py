@@ -33,8 +33,7 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class Rows:
-    """
-    Rows to train on.
+    """Rows to train on.
 
     Args:
         dataset (`datasets.Dataset`): `input_ids` of each row; where documents are packed, `position_ids`, which begin
@@ -49,8 +48,7 @@ class Rows:
 def make_rows(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, *, pack: bool = False
 ) -> Rows:
-    """
-    Cut documents into rows of `length` tokens, each with BOS before it if the tokenizer adds one.
+    """Cut documents into rows of `length` tokens, each with BOS before it if the tokenizer adds one.
 
     A row is of one document, and what is left at the end of each document is not used. With `pack`, these ends and
     the documents that are shorter than a row share rows: whole, side by side, and told apart by their positions.
@@ -153,8 +151,7 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def schedule(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
-    """
-    Rows in the order in which they are trained on, with the number of each `sample`.
+    """Rows in the order in which they are trained on, with the number of each `sample`.
 
     Args:
         rows (`datasets.Dataset`): in `torch` format.
@@ -173,8 +170,7 @@ def schedule(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
 
 @dataclass(frozen=True)
 class Skips:
-    """
-    Positional skip-wise training (PoSE): rows are short, and their positions are spread over the length to come.
+    """Positional skip-wise training (PoSE): rows are short, and their positions are spread over the length to come.
 
     A row is cut into chunks, and each chunk after the first is moved on by a random number of positions, so that with
     many rows all distances up to `target` are seen. The text is that of the row as it stands. Zhu et al., 2023: PoSE:

@@ -23,8 +23,7 @@ MULTIPLES = ("steps", "batch_size", "accumulation", "length")
 
 @dataclass(frozen=True)
 class Settings:
-    """
-    The numbers of a run; each is described in [`finetune`].
+    """The numbers of a run; each is described in [`finetune`].
 
     Args:
         length (`int`): tokens per row.
@@ -109,8 +108,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Preset:
-    """
-    Weights that are trained, and their learning rates.
+    """Weights that are trained, and their learning rates.
 
     Args:
         learning_rate (`float`): its peak.

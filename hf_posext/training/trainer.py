@@ -41,8 +41,7 @@ from .settings import Preset, Settings
 
 @dataclass
 class LongCE:
-    """
-    The `compute_loss_func` of a Trainer whose labels are the tokens themselves.
+    """The `compute_loss_func` of a Trainer whose labels are the tokens themselves.
 
     The short contexts are windows of twice `short_length` that move by `short_length`, so that each token has
     `short_length` to `2 * short_length - 1` tokens before it; that costs two forwards of short rows, without
@@ -87,8 +86,7 @@ def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """
-    Measurements while a model is trained.
+    """Measurements while a model is trained.
 
     Args:
         documents (`list[Document]`, or what [`load_documents`] takes): texts that are not trained on.

@@ -35,8 +35,7 @@ CITATION = """\
 
 
 class LongDocumentPerplexity(evaluate.Metric):  # type: ignore[misc]  # evaluate has no type information
-    """
-    Token-weighted perplexity over documents.
+    """Token-weighted perplexity over documents.
 
     The mean of the documents' own perplexities is left out on purpose: it is another number, ruled by the worst
     document, and where both circulate, tables cannot be compared.
