@@ -106,6 +106,7 @@ def render(found: Iterable[Origin]) -> str:
     return (
         "# Result files\n"
         "The committed result files. A test refuses files of an older schema. Age is counted from the newest file. "
+        "Where a branch was rebased after a run, the commit is the one that landed the same change. "
         "`python tools/results_index.py` writes this page.\n\n"
         f"{table(heads, lines, left=6)}\n"
     )
