@@ -29,7 +29,7 @@ demo: $(READY)
 		--lengths 512,1024,2048 --documents 4 --start 2000 --output reports/demo/tiny-learned
 	$(COMPARE) --model examples/tiny/tiny-alibi --methods none,alibi-linear --factor 8 --trained-length 512 \
 		--lengths 512,1024,2048 --documents 4 --start 2000 --output reports/demo/tiny-alibi
-	$(COMPARE) --model examples/tiny/tiny-rope --methods none,linear,ntk,yarn --factor 8 \
+	$(COMPARE) --model examples/tiny/tiny-rope --methods none,linear,ntk,yarn,rerope+fade --factor 8 \
 		--lengths 512,1024,2048,4096 --documents 8 --start 2000 --passkey 5 --output reports/demo/tiny-rope
 	.venv/bin/hf-posext report reports/demo/tiny-learned/results.json reports/demo/tiny-alibi/results.json \
 		reports/demo/tiny-rope/results.json --output reports/demo
