@@ -19,8 +19,8 @@ FREE = 256
 """Slots of a static cache for the tokens that are timed."""
 
 CUDNN = "plain, by cuDNN"
-"""What PyTorch picks for the unpatched model on a GPU. cuDNN plans each shape anew, and a cache that grows has another
-at each step: by FlashAttention-2 it takes a part of that time, and that is what all ways are measured against."""
+"""Kernel that PyTorch picks for the unpatched model on a GPU. cuDNN plans each shape anew, and a cache that grows has
+another at each step: by FlashAttention-2 it takes a part of that time, and that is what all ways are measured against."""
 
 Step = Callable[[], torch.Tensor]
 

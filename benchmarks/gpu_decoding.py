@@ -23,7 +23,7 @@ AGAINST = (
     ("step by step, as PyTorch picks,", "decode", decoding.CUDNN),
     ("step by step, FlashAttention-2,", "decode", "plain"),
 )
-"""How a token is read, and by what the unpatched model attends."""
+"""Way in which a token is read, and kernel by which the unpatched model attends."""
 
 STEPS = 8
 """Timed for each of the repeats."""

@@ -40,7 +40,7 @@ TEMPLATE = ROOT / "tools" / "finetune_results.md.jinja"
 
 METHODS = ("none", "linear", "ntk", "theta", "yarn")
 TRAININGS = ("untrained", "lora", "lora-plus", "full", "pose-lora")
-"""What a whole result file has: `method/training` of each."""
+"""Runs in a whole result file: `method/training` of each."""
 
 FADED = "rerope+fade"
 """Trained by LoRA alone, at a learning rate of its own."""

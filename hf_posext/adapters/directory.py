@@ -34,7 +34,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, PLAN_FILE, BASE_FILE, CARD_FILE, "config.json", "*.png", "tokenizer*", "*.jinja")
-"""What goes to the Hub, and what is taken from there."""
+"""Files that go to the Hub, and are taken from there."""
 
 OUR_KEYS = (PLAN_KEY, BASE_KEY, REPLACED_KEY, "needs_the_positions_of_posext_plan_see_README")
 """Entries of `adapter_config.json` that PEFT does not know; the last one is of directories from before 0.2."""

@@ -38,7 +38,7 @@ WITH_FREQUENCIES = [
 the tensor is refused by llama.cpp."""
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0
-"""What llama.cpp takes for YaRN's bounds where no flag says otherwise."""
+"""Bounds of YaRN that llama.cpp takes where no flag says otherwise."""
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ MROPE_TYPES = ("default", "yarn")
 """Rope types under which positions of several axes (Qwen-VL) are kept."""
 
 Adapt = Callable[[RotaryPlan, dict[str, Any], list[str]], None]
-"""What one server does otherwise: changes the parameters of a set of frequencies, and adds sentences."""
+"""Function for one server: it changes the parameters of a set of frequencies, and adds sentences."""
 
 
 def config_entries(

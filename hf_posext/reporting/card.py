@@ -88,7 +88,7 @@ def _matching(held: list[DocumentRecord], records: list[DocumentRecord]) -> list
 
 PICTURE = "before_after.png"
 MEASURED = ("model", "dataset", "split", "revision", "protocol", "start", "dtype", "seed", "versions")
-"""What a card tells of how the figures were measured."""
+"""Settings of the measurement that a card tells."""
 
 
 def write_model_card(

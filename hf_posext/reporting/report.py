@@ -127,13 +127,13 @@ MEASUREMENT = (
     "dtype",
     "chat",
 )
-"""What must be the same for two numbers to be comparable."""
+"""Settings that are the same where two numbers are comparable."""
 
 SAME_RUN = ("model", "trained_length", *MEASUREMENT, "longppl")
 
 DOCUMENT = ("document", "method", "factor", "length")
 PROMPTS = ("method", "factor", "task", "length", "depth")
-"""What tells the records of documents, and those of retrieval, apart."""
+"""Keys that tell the records of documents, and those of retrieval, apart."""
 
 R = TypeVar("R", bound=Record)
 

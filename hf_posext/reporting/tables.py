@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NOTHING = "-"
 SHORT_CONTEXT = "Short-context check"
-"""How the title begins of what is to be looked at first."""
+"""Beginning of the title of the table to look at first."""
 
 Row = Mapping[str, Any]
 
@@ -362,7 +362,7 @@ WIDTH = 80
 NAME_WIDTH = 20
 GAP = 3  # spaces between columns, one of which is the rule that rich's box leaves blank
 HEAD = "tokens"
-"""What stands over the names: it tells what the heads of the other columns are."""
+"""Head over the names; it tells what the heads of the other columns are."""
 
 
 def _plain(text: str) -> str:

@@ -51,7 +51,7 @@ SETTLED = (
     "Model has `tie_word_embeddings=True`",
     "fan_in_fan_out is set to",
 )
-"""What peft warns of in vain: a name that it uses itself, ties that `tie_again` makes, and what it sets right."""
+"""Warnings of peft in vain: a name that it uses itself, ties that `tie_again` makes, and what it sets right."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=8, task_type="CAUSAL_LM"),
 }
 UNMERGED = ("prompt", "p-tuning")
-"""What PEFT cannot put into weights."""
+"""Kinds that PEFT cannot put into weights."""
 
 
 @pytest.fixture

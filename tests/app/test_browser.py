@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 SECONDS = 120
-"""How long anything on the page may take before the test gives up; nothing here takes a tenth of it."""
+"""Time that anything on the page may take before the test gives up; nothing here takes a tenth of it."""
 
 WATCH = """
 import os, socket

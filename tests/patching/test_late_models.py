@@ -23,7 +23,7 @@ KEEPS = ReRoPE(window=TRAINED) + LogN()
 """Within the trained length this is the identity."""
 
 WIDE = {"cohere2": {"sliding_window": 2 * TRAINED}}
-"""Where all layers that rotate slide, their window is wider than that of the method, which is refused otherwise."""
+"""Windows wider than that of the method, which is refused where all layers that rotate slide within it."""
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "cohere2", "deepseek_v3", "hunyuan_v1_dense"])

@@ -55,7 +55,7 @@ class Outcome:
     """The outcome of one type: the cells of its row in the table, and what must not be."""
 
     no_reference: str
-    """Why transformers' own scaling is not compared with, if it is not."""
+    """Reason not to compare with transformers' own scaling, if there is one."""
 
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)

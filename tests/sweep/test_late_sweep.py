@@ -37,7 +37,7 @@ and as a component by its name; a plan that was made before is not."""
 DOUBLED = (Band(PositionMap(rate=2), PositionMap(rate=2)),)
 
 ASKED_FOR = {"moshi": {"sliding_window": TRAINED_LENGTH}, "zamba2": {"chunk_size": TRAINED_LENGTH}}
-"""What the zoo does not set. Moshi's cache is cut to a window that its mask ignores, so that transformers' own
+"""Sizes that the zoo does not set. Moshi's cache is cut to a window that its mask ignores, so that transformers' own
 decoding differs from its full forward unless the window holds the whole input. Mamba layers of zamba2 add up their
 chunks wrongly in transformers 5.10.1, for which its forwards depend on the length unless one chunk holds the input."""
 

@@ -41,8 +41,8 @@ Attended = tuple[torch.Tensor, torch.Tensor | None]
 """Return type of attention functions: values (batch, queries, heads, dim) and, if computed, weights."""
 
 UNPROVEN_ON = "cuda"
-"""Where a text attends outside of compiled graphs, if bands are chunks: on an H100 and an H200, torch 2.11 fused the
-biases of three bands and their softmax into one kernel that was wrong, though each alone is right. Steps of decoding
+"""Device on which a text attends outside of compiled graphs, if bands are chunks: on an H100 and an H200, torch 2.11
+fused the biases of three bands and their softmax into one kernel that was wrong, though each alone is right. Steps of decoding
 compute no such thing, and their graphs are right there (`tests/patching/test_gpu.py`)."""
 
 HONOURED = frozenset("dropout scaling is_causal softcap s_aux sliding_window output_attentions cache".split())

@@ -32,7 +32,7 @@ from .rotary import RotatesLate, follows_angles, own_phases
 CHECK_TOKENS = 24
 
 SELECTED = ("index_topk", "indexer_budget")
-"""What configs call the number of keys that an indexer selects. The check is no longer than that, since selection
+"""Names in configs of the number of keys that an indexer selects. The check is no longer than that, since selection
 follows the positions of the model."""
 
 FAR = 2**24
