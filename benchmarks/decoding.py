@@ -20,7 +20,8 @@ FREE = 256
 
 CUDNN = "plain, by cuDNN"
 """Kernel that PyTorch picks for the unpatched model on a GPU. cuDNN plans each shape anew, and a cache that grows has
-another at each step: by FlashAttention-2 it takes a part of that time, and that is what all ways are measured against."""
+another at each step: by FlashAttention-2 it takes a part of that time, and all ways
+are measured against that."""
 
 Step = Callable[[], torch.Tensor]
 

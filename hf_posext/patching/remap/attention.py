@@ -42,8 +42,8 @@ Attended = tuple[torch.Tensor, torch.Tensor | None]
 
 UNPROVEN_ON = "cuda"
 """Device on which a text attends outside of compiled graphs, if bands are chunks: on an H100 and an H200, torch 2.11
-fused the biases of three bands and their softmax into one kernel that was wrong, though each alone is right. Steps of decoding
-compute no such thing, and their graphs are right there (`tests/patching/test_gpu.py`)."""
+fused the biases of three bands and their softmax into one kernel that was wrong, though each alone is right. Steps of
+decoding compute no such thing, and their graphs are right there (`tests/patching/test_gpu.py`)."""
 
 HONOURED = frozenset("dropout scaling is_causal softcap s_aux sliding_window output_attentions cache".split())
 """Arguments of attention functions that bands honour. A `cache` counts in paged attention alone."""
