@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import patch_model
 from hf_posext.errors import PosExtError
 from hf_posext.evaluation import Document, evaluate_perplexity, load_documents
-from hf_posext.evaluation.questions import ask
+from hf_posext.evaluation.prompts import TASKS
+from hf_posext.evaluation.questions import Questions, ask
 
 SCHEMA = 1
 RESULT = RESULTS / "public_model.json"
@@ -77,6 +78,11 @@ NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION_TOKENS, DEPTH, NEW_TOKENS = 12_000, 0.25, 64
 """Tokens of the prompt with the chat template; where in the excerpt the pass key stands; tokens of an answer."""
 
+QUESTIONS = {None: Questions(passkey=4, chat=True)} | {
+    task: Questions(trials=2, tasks=(task,), depths=(0.5,), chat=True) for task in TASKS if task != "passkey"
+}
+"""Questions in the chat template, by task: passkeys (`None`) at drawn depths, tasks of retrieval in the middle."""
+
 
 class Book:
     """
@@ -103,6 +109,10 @@ class Book:
         """The answers that the file contains; the length is that of the prompt."""
         return {Cell(each["document"], each["asked"], each["tokens"]) for each in self._read()["answers"]}
 
+    def questioned(self) -> set[Cell]:
+        """The questions that the file contains, by task."""
+        return {Cell(each["task"], each["asked"], each["length"]) for each in self._read()["questions"]}
+
     def add(self, cells: Iterable[dict[str, Any]], table: str = "cells") -> None:
         """Write cells to the file, each with the number of the run (machine, versions, commit) that measured it."""
         with self._lock:
@@ -119,12 +129,12 @@ class Book:
 
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():
-            return {"schema": SCHEMA, "model": self.model, "runs": [], "cells": [], "answers": []}
+            return {"schema": SCHEMA, "model": self.model, "runs": [], "cells": [], "answers": [], "questions": []}
         content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         for key, expected in (("schema", SCHEMA), ("model", self.model)):
             if content.get(key) != expected:
                 raise SystemExit(f"Expected {key} {expected} in {self.path}, got {content.get(key)}. Pass --output.")
-        content.setdefault("answers", [])
+        content = {"answers": [], "questions": [], **content}
         return content
 
 
@@ -199,6 +209,17 @@ def answer(
     return {**told, "expected": key, "answer": text, "right": key in text, **seconds}
 
 
+def question(model: Any, tokenizer: Any, task: str | None, method: str, length: int, trained: int) -> dict[str, Any]:
+    """Share of right answers to the questions of one task at one length; the factor is 2 or more."""
+    questions = QUESTIONS[task]
+    began, busy = time.perf_counter(), time.process_time()
+    with nullcontext() if method == BASELINE else patch_model(model, method, factor=max(2.0, length / trained)):
+        (share,) = questions.ask(model, tokenizer, task, length)
+    seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+    named = {"task": task or "passkey", "asked": method, "length": length}
+    return {**named, "accuracy": share, "trials": questions.count(task), **seconds}
+
+
 def open_model(path: str) -> tuple[Any, Any, dict[str, Any]]:
     """A model and its tokenizer, in float32, from a GGUF file, a folder or the Hub; and what the file says of it."""
     file = Path(path)
@@ -220,6 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=[BASELINE, *METHODS])
     parser.add_argument("--start", type=int, default=START, help="tokens left out at the beginning of each document")
     parser.add_argument("--answers", nargs="*", metavar="METHOD", help="ask the long question instead of measuring")
+    parser.add_argument(
+        "--questions", nargs="*", metavar="TASK", help="ask passkeys and retrieval instead of measuring"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     given = parser.parse_args(arguments)
     documents = load_documents(given.dataset)
@@ -231,6 +255,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for document, method in itertools.product(chosen, given.answers or ASKED):
             if Cell(document.id, method, QUESTION_TOKENS) not in book.answered():
                 book.add([answer(model, tokenizer, document, method, QUESTION_TOKENS, 2.0, given.start)], "answers")
+        return
+    if given.questions is not None:
+        for task, length, method in itertools.product(given.questions or TASKS, given.lengths, given.methods):
+            if Cell(task, method, length) not in book.questioned():
+                asked = None if task == "passkey" else task
+                shares = question(model, tokenizer, asked, method, length, trained)
+                book.add([shares], "questions")
+                told = "{task} {length} {asked}: {accuracy:.0%} of {trials}, {cpu_seconds:.0f} s"
+                print(told.format(**shares), flush=True)
         return
     for length in given.lengths:
         for document in chosen:

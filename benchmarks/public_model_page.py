@@ -18,7 +18,8 @@ from jinja2 import Environment, StrictUndefined
 from page import markdown
 from public_model import BASELINE, BEGIN_AT, CONTROL, METHODS, RESULT, SCHEMA
 
-from hf_posext.evaluation.rows import STRETCHES, bootstrap_interval, pooled_perplexity
+from hf_posext.evaluation.prompts import TASKS
+from hf_posext.evaluation.rows import STRETCHES, bootstrap_interval, pooled_perplexity, share_interval
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "public_model.md.jinja"
@@ -166,6 +167,26 @@ class Cells:
         ]
 
 
+def questions_table(content: dict[str, Any]) -> str:
+    """A line for each task and method: right answers of the trials by length, with the 95 % interval of the share."""
+    asked = content.get("questions", [])
+    lengths = sorted({each["length"] for each in asked})
+    cells = {(each["task"], each["asked"], each["length"]): each for each in asked}
+    rows = list(dict.fromkeys((task, method) for task, method, _ in cells))
+    lines = [
+        (task, f"`{method}`", *(_share(cells.get((task, method, length))) for length in lengths))
+        for task, method in sorted(rows, key=lambda row: list(TASKS).index(row[0]))
+    ]
+    return markdown(("task", "method", *(f"{length:,}" for length in lengths)), lines)
+
+
+def _share(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return LACKS
+    low, high = share_interval(cell["accuracy"], cell["trials"])
+    return f"{cell['accuracy']:.0%} of {cell['trials']} [{low:.0%}, {high:.0%}]"
+
+
 def _and(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
@@ -191,7 +212,10 @@ def origins(content: dict[str, Any]) -> str:
     """The machines, commits and versions of all runs, and how many cells each measured."""
     lines = []
     for number, run in enumerate(content["runs"]):
-        cells = sum(each["run"] == number for each in [*content["cells"], *content.get("answers", [])])
+        cells = sum(
+            each["run"] == number
+            for each in [cell for table in ("cells", "answers", "questions") for cell in content.get(table, [])]
+        )
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         commit = (run["commit"] or "no commit")[:7] + (" and changes" if run["dirty"] else "")
         device = run["gpu"] or f"{run['processor']}, {run['cores']} cores"
@@ -210,6 +234,7 @@ def render(path: Path = RESULT) -> str:
         missing={length: cells.missing(GOALS[length]) for length, cells in held_out.items()},
         validation=Cells(content, VALIDATION, 16_384),
         answers=content.get("answers", []),
+        questions=questions_table(content) if content.get("questions") else "",
         origins=origins(content),
     )
 

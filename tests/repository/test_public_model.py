@@ -100,6 +100,30 @@ def test_an_answer_is_asked_once(script: ModuleType, tmp_path: Path, monkeypatch
     assert asked == ["none", "yarn"] and len(read(path)["answers"]) == 2
 
 
+def test_questions_are_asked_once_and_stand_in_the_page(
+    script: ModuleType, page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = tmp_path / "public_model.json", []
+
+    def share(questions: Any, model: Any, tokenizer: Any, task: str | None, length: int) -> list[float]:
+        asked.append(
+            (task, length, hasattr(model, "_posext_patch") or bool(model.config.rope_parameters.get("factor")))
+        )
+        return [0.5]
+
+    monkeypatch.setattr(script.Questions, "ask", share)
+    rules = ["--questions", "passkey", "multi-key", "--lengths", "512", "1024", "--output", str(path)]
+    for methods in (["none"], ["none", "yarn"]):
+        script.main(["--model", str(TINY), "--methods", *methods, *rules])
+    assert asked == [
+        *((task, length, False) for task in (None, "multi-key") for length in (512, 1024)),
+        *((task, length, True) for task in (None, "multi-key") for length in (512, 1024)),
+    ]
+    table = page.questions_table(read(path)).splitlines()
+    assert table[2] == "| passkey | `none` | 50% of 4 [15%, 85%] | 50% of 4 [15%, 85%] |"
+    assert [line.split(" | ")[1] for line in table[2:]] == ["`none`", "`yarn`"] * 2
+
+
 def test_the_summary_names_what_is_above_one(result: Path, page: ModuleType, compared: Results) -> None:
     told = page.Cells(read(result), NOVELS.name, LENGTH).summary()
     above = [method for method in METHODS if compared.row(method, LENGTH)["gain"] >= 1]
