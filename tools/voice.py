@@ -55,12 +55,11 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and docstring of a module, of its classes and of its functions."""
+    """Yield the line and text of every docstring: of modules, classes and functions, and below constants and fields."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield getattr(node, "lineno", 1), docstring
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(text))):  # any string that is a statement of its own
+                yield node.lineno, text
 
 
 def errors(path: Path) -> Iterator[tuple[int, str]]:

@@ -15,8 +15,10 @@ from .loading import ADAPTER_FILE, saved_plan
 
 @app.command()
 def card(
-    directory: Annotated[Path, typer.Argument(help="Saved adapter or model, or the OUTPUT of finetune.")],
-    before: Annotated[Path, typer.Option(help="results.json of compare on the base, method none at least.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="Saved adapter or model, or the OUTPUT of finetune.")
+    ],
+    before: Annotated[Path, typer.Option(help="results.json of compare on the base, with the method none.")],
     after: Annotated[Path, typer.Option(help="results.json of evaluate on this model, measured in the same way.")],
     push: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the adapter and its card to the Hub: user/name.")
@@ -24,7 +26,8 @@ def card(
 ) -> None:
     """Write the model card of a fine-tuned or extended model: what it is, before and after, training, limits.
 
-    DIRECTORY gets README.md, with the model-index, and before_after.png. What finetune recorded is told, too.
+    Writes README.md, with the model-index, and before_after.png into DIRECTORY. The card contains the record of
+    finetune, if there is one.
     """
     saved = _saved(directory)
     if push is not None and not (saved / ADAPTER_FILE).is_file():

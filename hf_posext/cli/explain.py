@@ -26,13 +26,13 @@ NAMES = {"none": "as it is"}
 @app.command()
 def explain(
     context: typer.Context,
-    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids, whose weights are read.", metavar="MODEL")],
-    dataset: Annotated[str | None, typer.Option(help="Texts to read, as for compare. Default: none.")] = None,
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids; their weights are read.", metavar="MODEL")],
+    dataset: Annotated[str | None, typer.Option(help="Texts to read, in the forms of compare. Default: none.")] = None,
     methods: Annotated[
         str | None, typer.Option(help="Methods to draw and to measure. Default: draw all that apply.")
     ] = None,
     target_length: Annotated[
-        int | None, typer.Option(help="Tokens to cover. Default: 4 times the trained length.")
+        int | None, typer.Option(help="Target length in tokens. Default: 4 times the trained length.")
     ] = None,
     trained_length: options.TrainedLength = None,
     original_length: options.OriginalLength = None,
@@ -48,7 +48,7 @@ def explain(
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Explain how a model encodes position, how far that was trained, and the effect of longer input.
+    """Explain how a model encodes position, up to what length it was trained, and what longer input does.
 
     With a data set, also find the token where its loss departs. With several models, each takes the methods that apply
     to it.
@@ -169,10 +169,11 @@ def _facts(found: Diagnosis) -> list[tuple[str, str]]:
 @app.command("app")
 def page(
     model: Annotated[
-        list[Path] | None, typer.Option(help="Folder of a model, beside the shipped ones; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="Folder of a model in addition to the shipped ones; may be repeated.", metavar="FOLDER"),
     ] = None,
     dataset: Annotated[
-        Path | None, typer.Option(help="Texts on this machine, as for compare. Default: the shipped novels.")
+        Path | None, typer.Option(help="Texts on this machine, in the forms of compare. Default: the shipped novels.")
     ] = None,
     start: Annotated[
         int | None, typer.Option(min=0, help="Tokens to skip in each text. Default: 2000 in the shipped novels.")

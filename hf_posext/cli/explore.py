@@ -52,7 +52,7 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id; its config is enough, no weights are read.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id. Only its config is read.")],
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -114,7 +114,7 @@ def _facts(
 
 @app.command()
 def env(
-    model: Annotated[str | None, typer.Argument(help="Folder or Hub id whose plan to print.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or Hub id whose plan to print.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print versions and devices for a bug report, and the plan of a model that was saved with a patch."""

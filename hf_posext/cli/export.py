@@ -12,36 +12,37 @@ from ..packages import require
 from ..plan import PLAN_FILE
 from .app import app
 from .console import say
-from .options import OriginalLength, TrainedLength, TrustRemoteCode, renamed_length
+from .options import Dtype, Factor, OriginalLength, TargetLength, TrainedLength, TrustRemoteCode, renamed_length
 from .output import output_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Source = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Saved patch, adapter folder, or with --method a model folder or Hub id."),
+]
+SourceMethod = Annotated[str | None, typer.Option(help="Method for an unpatched model, such as 'rerope+fade'.")]
+
 
 @app.command()
 def export(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(help="Patched model as saved, adapter directory, or with --method a model folder or Hub id."),
-    ],
+    model: Source,
     to: Annotated[
         Literal["transformers", "transformers-4", "vllm", "sglang", "llama.cpp"],
-        typer.Option(help="What will run it."),
+        typer.Option(help="Server or library that will run it."),
     ],
-    output: Annotated[Path, typer.Option(help="Directory for the checkpoint; new, or without files in it.")],
-    method: Annotated[str | None, typer.Option(help="For a plain model: method, as 'yarn(beta_fast=16)'.")] = None,
-    factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
-    target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
+    output: Annotated[Path, typer.Option(help="Directory of the checkpoint; new or empty.")],
+    method: SourceMethod = None,
+    factor: Factor = None,
+    target_length: TargetLength = None,
     trained_length: TrainedLength = None,
     original_length: OriginalLength = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: as they are.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a checkpoint whose positions a server computes, and say how to start it and what it does otherwise.
+    """Write a checkpoint for a server, with the command that starts it and its differences from this package.
 
     An adapter is merged into its base. A plan that the server cannot run is refused before anything is written.
     """
@@ -62,9 +63,9 @@ def export(
 
 @app.command()
 def gguf(
-    plan: Annotated[Path, typer.Argument(help="Plan, or the directory that holds it, as `export` wrote it.")],
-    source: Annotated[Path, typer.Argument(help="GGUF file that convert_hf_to_gguf.py made of the export.")],
-    output: Annotated[Path, typer.Argument(help="GGUF file to write; must not exist.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan, or the folder that export wrote.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="GGUF file that convert_hf_to_gguf.py wrote.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="GGUF file to write; must not exist.")],
 ) -> None:
     """Copy a GGUF file and give it the positions of a plan."""
     from ..export import write_gguf
@@ -75,10 +76,10 @@ def gguf(
 def open_patched(
     model: str, method: str | None, lengths: dict[str, Any], dtype: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any] | None]:
-    """Open a patched model, or patch a plain one. An adapter is merged, and its config returned.
+    """Open a patched model, or patch an unpatched one. Merge an adapter, and also return its config.
 
     Raises:
-        InvalidParameterError: a plain model without a method, or a patched one with lengths.
+        InvalidParameterError: an unpatched model without a method, or a patched one with lengths.
     """
     from ..patching import find_patch, patch_model
     from .loading import base_of, load_config, load_model
@@ -96,7 +97,7 @@ def open_patched(
             raise InvalidParameterError(f"{model} has a plan of its own. Leave out --method and lengths.")
         return network, tokenizer, merged
     if method is None:
-        raise InvalidParameterError(f"{model} has no {PLAN_FILE}. Pass the method, as in --method yarn --factor 4")
+        raise InvalidParameterError(f"{model} has no {PLAN_FILE}. Pass the method, as in --method yarn --factor 4.")
     patch_model(network, method, tokenizer=tokenizer, **lengths)
     return network, tokenizer, merged
 
@@ -104,18 +105,13 @@ def open_patched(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(help="Patched model as saved, adapter directory, or with --method a model folder or Hub id."),
-    ],
-    method: Annotated[str | None, typer.Option(help="For a plain model: method, as 'rerope+fade'.")] = None,
-    factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
-    target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
+    model: Source,
+    method: SourceMethod = None,
+    factor: Factor = None,
+    target_length: TargetLength = None,
     trained_length: TrainedLength = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: as they are.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="As torch calls it: cuda:0, mps.")] = "cpu",
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="Device of torch, such as cuda:0 or mps.")] = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a patched model over HTTP by `transformers serve`, remapped positions included.
@@ -138,7 +134,7 @@ def serve(
     words = [] if patch.plan.follows_rows else ["--continuous-batching"]
 
     class OpenModel(model_manager.ModelManager):  # type: ignore[misc]
-        """The model that is open, in place of one that the server loads."""
+        """Manager of the opened model, in place of one that the server loads."""
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
             return network

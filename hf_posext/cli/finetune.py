@@ -27,31 +27,35 @@ def finetune(
     context: typer.Context,
     model: options.Model,
     dataset: options.Dataset,
-    output: Annotated[Path, typer.Option(help="Directory of the run; new, or that of one to go on with.")],
-    method: Annotated[str | None, typer.Option(help="As 'yarn(beta_fast=16)'; preset nope has its own.")] = None,
-    factor: Annotated[float | None, typer.Option(help="How many times the trained length to read.")] = None,
-    target_length: Annotated[int | None, typer.Option(help="Tokens to read, instead of a factor.")] = None,
+    output: Annotated[Path, typer.Option(help="Directory of the run; new, or with --resume that of an earlier one.")],
+    method: Annotated[
+        str | None, typer.Option(help="Method, such as 'yarn(beta_fast=16)'. The preset nope has its own.")
+    ] = None,
+    factor: options.Factor = None,
+    target_length: options.TargetLength = None,
     trained_length: options.TrainedLength = None,
     original_length: options.OriginalLength = None,
     preset: Annotated[str, typer.Option(help="lora, lora-plus (and embeddings, norms), dora, full, nope.")] = "lora",
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak; the preset's if not given.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of LoRA; the preset's if not given.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the preset's.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of LoRA. Default: the preset's.")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA is scaled by alpha / rank.")] = None,
     lora_ratio: Annotated[
         float | None,
-        typer.Option(help="Learning rate of the second LoRA matrix over the first's (LoRA+), such as 16."),
+        typer.Option(help="Learning rate of LoRA's second matrix relative to the first (LoRA+), such as 16."),
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(help="What gets LoRA: attention, all-linear, or names with commas between them.")
+        str | None, typer.Option(help="Layers with LoRA: attention, all-linear, or names separated by commas.")
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per row; the target's if not given.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per row. Default: the target length.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Rows per process and forward.")] = 1,
-    accumulation: Annotated[int, typer.Option(help="Forwards per step.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Rows per process and forward pass.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Forward passes per step.")] = 8,
     warmup: Annotated[
-        int | None, typer.Option(help="Steps until the learning rate is reached; 20, or half of all, if not given.")
+        int | None, typer.Option(help="Steps until the peak learning rate. Default: 20, at most half of all steps.")
     ] = None,
-    pack: Annotated[bool, typer.Option("--pack", help="Short texts share rows, without seeing each other.")] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Pack short texts into shared rows, without attention between them.")
+    ] = False,
     pose: Annotated[
         int | None, typer.Option(help="Short rows with skipped positions (PoSE): chunks in a row, such as 2.")
     ] = None,
@@ -59,43 +63,50 @@ def finetune(
         int | None, typer.Option(help="Attend within groups while training (S2): groups in a row, such as 4.")
     ] = None,
     longce: Annotated[
-        int | None, typer.Option(help="Weigh tokens by what the long context tells (LongCE): tokens of the short one.")
+        int | None,
+        typer.Option(help="Weight tokens by the gain of the long context (LongCE): tokens of the short context."),
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 by autocast.")] = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Save memory at the cost of time.")
     ] = False,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The base, by bitsandbytes.")] = False,
-    evaluate: Annotated[str | None, typer.Option(help="Texts to measure on while training; as --dataset.")] = None,
-    evaluate_split: Annotated[str | None, typer.Option(help="Of --evaluate: split of that data set.")] = None,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Load the base in 4 bits by bitsandbytes.")
+    ] = False,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Texts to measure during training, in the forms of --dataset.")
+    ] = None,
+    evaluate_split: Annotated[str | None, typer.Option(help="Split of the data set of --evaluate.")] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Of --evaluate: context lengths in tokens; the trained and the target if not given."),
+        typer.Option(help="For --evaluate: context lengths in tokens. Default: the trained and the target length."),
     ] = None,
-    every: Annotated[int, typer.Option(help="Of --evaluate: steps between two measurements.")] = 100,
-    start: Annotated[int, typer.Option(help="Of --evaluate: tokens to leave out at the beginning of each.")] = 0,
-    passkey: Annotated[int, typer.Option(min=0, help="Of --evaluate: passkey trials at each length.")] = 0,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations that are no better.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth if not given.")] = None,
+    every: Annotated[int, typer.Option(help="For --evaluate: steps between measurements.")] = 100,
+    start: Annotated[int, typer.Option(help="For --evaluate: tokens to skip at the beginning of each document.")] = 0,
+    passkey: Annotated[int, typer.Option(min=0, help="For --evaluate: passkey trials at each length.")] = 0,
+    patience: Annotated[int | None, typer.Option(help="Stop after this many evaluations without improvement.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. Default: a tenth of all steps.")
+    ] = None,
     documents: options.Documents = None,
     text_column: options.TextColumn = None,
     split: options.Split = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "float32",
     trust_remote_code: options.TrustRemoteCode = False,
-    seed: Annotated[int, typer.Option(help="Of the adapter, the order of rows, and skips.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the adapter, the order of rows, and skipped positions.")] = 0,
     report_to: Annotated[
         str, typer.Option(metavar="TRACKER", help="Log training as the Trainer does: tensorboard, wandb, mlflow.")
     ] = "none",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUTPUT, if any.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in OUTPUT, if any.")] = False,
     config: options.Config = None,
 ) -> None:
     """Patch a model, put an adapter on it, train it on long texts, and save the adapter with its plan.
 
-    OUTPUT gets adapter (or model, where all weights are trained), checkpoints, training_log.json and provenance.json.
-    A run that was stopped goes on with --resume. Several processes train together under accelerate launch, with the
-    configurations in examples/accelerate_configs. Texts of --evaluate are in the column of --text-column, too, and of
-    the same --revision where they are of the same data set; they have a split of their own.
+    Writes adapter (or model, if all weights are trained), checkpoints, training_log.json and provenance.json into
+    OUTPUT. --resume continues a stopped run. Under accelerate launch several processes train together, with the
+    configurations in examples/accelerate_configs. --text-column also applies to --evaluate, and so does --revision if
+    both are the same data set.
     """
     trained_length = options.renamed_length(context, trained_length, original_length)
     plan = _plan(model, method, preset, factor, target_length, trained_length, trust_remote_code)
@@ -170,20 +181,20 @@ def _plan(
     original_length: int | None,
     trust_remote_code: bool,
 ) -> ExtensionPlan:
-    """The plan by the model's config alone, so that what cannot be is told before weights are read."""
+    """Return the plan by the config of the model alone, so that a refusal comes before weights are read."""
     from ..methods import as_method
     from ..patching import detect_scheme
     from .loading import load_config, require_unpatched
 
     if method is None and preset != "nope":
-        raise InvalidParameterError("no method. Pass one, as in --method yarn --factor 8")
+        raise InvalidParameterError("Expected a method, got none. Pass one, as in --method yarn --factor 8.")
     require_unpatched(model, "training begins unpatched", "go on with a run that was stopped by --resume")
     lengths = {"factor": factor, "target_length": target_length, "trained_length": original_length}
     return as_method(method or preset).plan(detect_scheme(load_config(model, trust_remote_code)), **lengths)  # type: ignore[arg-type]
 
 
 def _preset(name: str, given: dict[str, Any]) -> Preset:
-    """A preset with the options that were given."""
+    """Return a preset with the given options."""
     from ..training.settings import as_preset
 
     preset = as_preset(name)
@@ -191,7 +202,8 @@ def _preset(name: str, given: dict[str, Any]) -> Preset:
     of_adapters = sorted(given.keys() - {"learning_rate"})
     if preset.rank is None and of_adapters:
         raise InvalidParameterError(
-            f"preset {name!r} trains all weights, and {', '.join(of_adapters)} is of an adapter. Pass --preset lora"
+            f"The preset {name!r} trains all weights, but {', '.join(of_adapters)} is an option of adapters. Pass "
+            "--preset lora."
         )
     if "targets" in given and given["targets"] not in ("attention", "all-linear"):
         given["targets"] = [name.strip() for name in given["targets"].split(",") if name.strip()]

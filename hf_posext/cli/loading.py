@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,10 +38,10 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with suppress(ImportError):  # comes with the extra eval
-        import datasets
-
-        datasets.logging.set_verbosity(logging.CRITICAL)
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].logging.set_verbosity(logging.CRITICAL)
+    else:  # read when datasets is imported, which takes a second that most commands do not need
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:

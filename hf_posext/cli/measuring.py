@@ -162,16 +162,15 @@ def _parsed(name: str, hint: Any, value: Any) -> Any:
 def compare(
     context: typer.Context,
     run: Run,
-    methods: Annotated[str, typer.Option(help="Names with commas between them, as 'none,yarn(beta_fast=16)'.")],
+    methods: Annotated[str, typer.Option(help="Methods separated by commas, such as 'none,yarn(beta_fast=16)'.")],
     settings: EvaluationConfig,
 ) -> None:
     """Measure perplexity by context length before and after, against truncation, and write a report.
 
-    OUTPUT gets results.json, results.csv, perplexity.png, gain_by_position.png and README.md. They are written after
-    every method, and what is finished of one is kept in journal.jsonl, so that an interrupted run goes on with
-    --resume. With --retrieval there are retrieval.csv and a heat map of each method, too. Methods that do not apply to
-    the model are left out, and listed with the reason. Under accelerate launch or torchrun, documents are shared out
-    over the processes.
+    Writes README.md, results.json, results.csv, perplexity.png and gain_by_position.png into OUTPUT after every
+    method, with --retrieval also retrieval.csv and heat maps. journal.jsonl records finished work, so that --resume
+    continues an interrupted run. Methods that do not apply to the model are left out and listed with the reason. Under
+    accelerate launch or torchrun, the processes share the documents.
     """
     with output_directory(run.output, run.resume):
         chosen = _chosen(run, methods, settings)
@@ -192,15 +191,15 @@ def evaluate(
     settings: EvaluationConfig,
     control: Annotated[
         str | None,
-        typer.Option(help="Unpatched model to compare with, its context truncated; of a fine-tuned one its base."),
+        typer.Option(help="Unpatched model whose truncated context is the control; for a fine-tuned model its base."),
     ] = None,
-    label: Annotated[str | None, typer.Option(help="What the tables call the model.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name of the model in tables.")] = None,
 ) -> None:
-    """Measure perplexity by context length of one model as it is: plain, saved with a patch, or fine-tuned.
+    """Measure perplexity by context length of one model as it is: unpatched, saved with a patch, or fine-tuned.
 
-    OUTPUT gets results.json, results.csv, perplexity.png, README.md, and journal.jsonl, from which an interrupted run
-    goes on with --resume. With --control there is a gain over truncation, too. Under accelerate launch or torchrun,
-    documents are shared out over the processes.
+    Writes README.md, results.json, results.csv and perplexity.png into OUTPUT. journal.jsonl records finished work, so
+    that --resume continues an interrupted run. With --control there is also a gain over truncation. Under accelerate
+    launch or torchrun, the processes share the documents.
     """
     with output_directory(run.output, run.resume):
         _check(run, settings)
@@ -226,7 +225,9 @@ def _chosen(run: Run, methods: str, settings: EvaluationConfig) -> list[Method]:
 
     names = [name for name in split_outside_brackets(methods, ",") if name]
     if not names:
-        raise InvalidParameterError(f"methods is {methods!r}. Pass at least one name, as in methods=['none', 'yarn'].")
+        raise InvalidParameterError(
+            f"Expected methods, got methods={methods!r}. Pass at least one, as in --methods none,yarn."
+        )
     chosen = [as_method(name) for name in names]
 
     from ..evaluation.key_search import check_key_search

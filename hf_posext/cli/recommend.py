@@ -20,11 +20,12 @@ from .processes import join_processes, rank
 if TYPE_CHECKING:
     from ..recommendation import Recommendation
 
-Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")]
-TargetLength = Annotated[int, typer.Option(help="Tokens to read, above the trained length.")]
-PlanOutput = Annotated[Path, typer.Option(help="JSON file for the plan; must not exist. The journal is beside it.")]
-TrainedLength = Annotated[int | None, typer.Option(help="Trained length, if it is found wrongly, or not at all.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run whose journal is beside OUTPUT, if any.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")]
+TargetLength = Annotated[int, typer.Option(help="Target length in tokens, above the trained length.")]
+PlanOutput = Annotated[
+    Path, typer.Option(help="JSON file of the plan; must not exist. The journal is written beside it.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the run whose journal is beside OUTPUT, if any.")]
 
 
 @app.command()
@@ -36,18 +37,18 @@ def recommend(
     output: PlanOutput,
     budget: Annotated[
         int | None,
-        typer.Option(help="Tokens that may go through the model; a quarter of the exhaustive sweep if not given."),
+        typer.Option(help="Tokens that may go through the model. Default: a quarter of the exhaustive sweep."),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="To choose from, with commas between them; all that apply if not given.")
+        str | None, typer.Option(help="Methods to choose from, separated by commas. Default: all that apply.")
     ] = None,
     short_limit: Annotated[
         float, typer.Option(help="Largest increase of perplexity allowed inside the trained length; 0.01 is 1 %.")
     ] = 0.01,
-    trained_length: TrainedLength = None,
+    trained_length: options.TrainedLength = None,
     original_length: options.OriginalLength = None,
     documents: options.Documents = None,
-    passkey: Annotated[int, typer.Option(min=0, help="Passkey trials of contenders that are level; 0: none.")] = 5,
+    passkey: Annotated[int, typer.Option(min=0, help="Passkey trials of contenders that are level; 0 for none.")] = 5,
     start: options.Start = 0,
     text_column: options.TextColumn = None,
     split: options.Split = None,
@@ -61,8 +62,8 @@ def recommend(
 ) -> None:
     """Find the method that reads a length best, or say that truncation is better, and write the plan to use.
 
-    Methods that apply are measured on the documents by successive halving, within the budget. OUTPUT gets the plan:
-    patch_model(model, ExtensionPlan.load(OUTPUT)). An interrupted run goes on with --resume, also with more budget.
+    Methods that apply are measured on the documents by successive halving, within the budget. OUTPUT is the plan:
+    patch_model(model, ExtensionPlan.load(OUTPUT)). --resume continues an interrupted run, also with more budget.
     """
     with plan_file(output, resume) as journal:
         from ..methods import as_method
@@ -120,8 +121,8 @@ def search(
         typer.Option(help="Perplexity of the second half of texts, or of the tokens that need the long context."),
     ] = "tail",
     population: Annotated[int, typer.Option(help="Sets of factors in a generation, 4 or more.")] = 32,
-    generations: Annotated[int, typer.Option(help="How often the worse half is replaced.")] = 20,
-    trained_length: TrainedLength = None,
+    generations: Annotated[int, typer.Option(help="Number of generations; each replaces the worse half.")] = 20,
+    trained_length: options.TrainedLength = None,
     original_length: options.OriginalLength = None,
     documents: options.Documents = None,
     start: options.Start = 0,
@@ -131,14 +132,14 @@ def search(
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
     resume: Resume = False,
 ) -> None:
     """Search a factor for every rotary pair, as LongRoPE does, and write the plan.
 
-    The plan is native longrope parameters, so that a checkpoint with it opens in plain transformers. Measure it on
-    documents that the search has not read. An interrupted search goes on with --resume, to the same result; a
-    finished one through more --generations.
+    The plan consists of native longrope parameters: a checkpoint with it opens in plain transformers. Measure it on
+    documents that the search has not read. --resume continues an interrupted search, to the same result, and a
+    finished one for more --generations.
     """
     with plan_file(output, resume) as journal:
         trained_length = options.renamed_length(context, trained_length, original_length)

@@ -14,14 +14,15 @@ from .output import output_directory
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="The results.json of each run.")],
-    output: Annotated[Path, typer.Option(help="Directory for the report; new, or without files in it.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RESULTS", help="results.json of each run.")],
+    output: Annotated[Path, typer.Option(help="Directory of the report; new or empty.")],
 ) -> None:
     """Merge the results of several runs into one table, one picture and one report.
 
-    Runs of one model that were measured in the same way become one; what was measured otherwise (another protocol,
-    other documents) stays apart, and the report says so. OUTPUT gets README.md, perplexity.png and results.csv of all;
-    of each model results.json, the gain by position and heat maps. A README of one model has its model-index.
+    Runs of one model that were measured in the same way become one run. Runs that were measured otherwise (another
+    protocol, other documents) stay apart, and the report says so. OUTPUT contains README.md, perplexity.png and
+    results.csv of all, and of each model results.json, the gain by position and heat maps. With one model, README.md
+    begins with its model-index.
     """
     with output_directory(output):
         from ..evaluation import Results

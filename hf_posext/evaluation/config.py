@@ -108,45 +108,43 @@ class EvaluationConfig:
         seed (`int`, *optional*, defaults to 0): seed of the bootstrap and of the passkeys.
     """
 
-    lengths: Sequence[int] = field(metadata={"help": "Context lengths in tokens, with commas between them."})
-    factor: float | None = _setting("How many times the trained length to read.", of="compare")
-    target_length: int | None = _setting("Tokens to read, instead of a factor.", of="compare")
-    trained_length: int | None = _setting("Trained length, if the config is wrong about it.")
+    lengths: Sequence[int] = field(metadata={"help": "Context lengths in tokens, separated by commas."})
+    factor: float | None = _setting("Target length as a multiple of the trained length.", of="compare")
+    target_length: int | None = _setting("Target length in tokens, instead of a factor.", of="compare")
+    trained_length: int | None = _setting("Trained length in tokens, if the config is wrong or lacks it.")
     passkey: int = _setting("Passkey trials at each length; 0 for none.", 0, min=0)
     retrieval: int = _setting("Trials of each task at each length and depth; 0 for none.", 0, min=0)
     tasks: Sequence[str] | None = _setting(
-        "Of --retrieval: passkey, multi-key, multi-value, variable-tracking, common-words; all if not given."
+        "Tasks of --retrieval: passkey, multi-key, multi-value, variable-tracking, common-words. Default: all."
     )
-    depths: Sequence[float] | None = _setting(
-        "Of --retrieval: places in the text from 0 to 1; 0,0.25,0.5,0.75,1 if not given."
-    )
+    depths: Sequence[float] | None = _setting("Depths of --retrieval, from 0 to 1. Default: 0,0.25,0.5,0.75,1.")
     chat: bool = _setting("Ask passkeys and retrieval in the tokenizer's chat template.", False)
     longppl: Any = _setting(
-        "Perplexity of key tokens, found by one of the methods (its label), or by a model (a folder or Hub id, with a "
-        "slash in it).",
+        "Also measure the perplexity of key tokens. They are found by one of the methods (its label) or by a model (a "
+        "folder or Hub id that contains a slash).",
         metavar="EVALUATOR",
     )
     alpha: float | None = _setting(
-        "Of --longppl: nats that the long context gains on a key token; the paper's 2 if not given."
+        "For --longppl: least gain of a key token by the long context, in nats. Default: 2, as in the paper."
     )
     beta: float | None = _setting(
-        "Of --longppl: log-probability of a key token at the least, nats; the paper's -2 if not given."
+        "For --longppl: least log-probability of a key token, in nats. Default: -2, as in the paper."
     )
     short_length: int | None = _setting(
-        "Of --longppl: tokens of the short context; by default half the trained length, at most 4096."
+        "For --longppl: tokens of the short context. Default: half the trained length, at most 4096."
     )
     protocol: str | None = _setting(
-        "prefix, sliding, rolling, tail, legacy-yarn, legacy-longlora (decoders), pseudo (encoders), seq2seq; by the "
-        "model if not given."
+        "prefix, sliding, rolling, tail, legacy-yarn, legacy-longlora (decoders), pseudo (encoders), seq2seq. "
+        "Default: the first that fits the model."
     )
-    stride: int | None = _setting("Tokens that windows move by, where they overlap.")
-    tail: int | None = _setting("Tokens that protocol tail counts.")
-    start: int = _setting("Tokens to leave out at the beginning of each document.", 0)
+    stride: int | None = _setting("Step of overlapping windows, in tokens.")
+    tail: int | None = _setting("Tokens scored by the protocol tail.")
+    start: int = _setting("Tokens to skip at the beginning of each document.", 0)
     bos: Literal["auto", "always", "never"] = _setting(
-        "BOS before each text: as the tokenizer has it; always, where it has lost it; never.", "auto"
+        "BOS before each text: as the tokenizer adds it, always, or never.", "auto"
     )
-    prefill_chunk: int | None = _setting("Tokens read at a time, to save memory; all if not given.")
-    offload_cache: bool = _setting("With --prefill-chunk: KV cache on the CPU.", False)
+    prefill_chunk: int | None = _setting("Tokens per forward pass, to save memory. Default: all.")
+    offload_cache: bool = _setting("With --prefill-chunk: keep the KV cache on the CPU.", False)
     seed: int = _setting("Seed of passkeys and bootstrap intervals.", 0)
 
     def __post_init__(self) -> None:

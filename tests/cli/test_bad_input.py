@@ -19,7 +19,7 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
     ("changed", "message"),
     [
         ({"methods": "none,yran"}, "unknown method 'yran'; did you mean 'yarn'?"),
-        ({"methods": ","}, "methods is ','. Pass at least one name"),
+        ({"methods": ","}, "got --methods ,. Pass at least one"),
         ({"methods": "yarn,yarn"}, "more than once, and label and factor tell rows apart. Pass it once"),
         ({"methods": "yarn(beta_fast=16),yarn( beta_fast = 16 )"}, "'yarn(beta_fast=16)' at factor 2 is among"),
         ({"methods": "rerope(windw=32)"}, "rerope has no parameter 'windw'; did you mean 'window'?"),
@@ -54,7 +54,7 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
         ({"dataset": "no/such.jsonl"}, "no such path: no/such.jsonl"),
         ({"text_column": "body"}, "no column 'body'; it has id, source, text"),
         ({"documents": 0}, "--documents is 0"),
-        ({"lengths": "64,128k"}, "lengths is '64,128k'"),
+        ({"lengths": "64,128k"}, "separated by commas, got --lengths 64,128k."),
         ({"lengths": "1"}, "2 or more"),
         ({"lengths": "64,10000000"}, "10000000"),
         ({"protocol": "prefixx"}, "protocol is 'prefixx'. Choose one of prefix, sliding"),

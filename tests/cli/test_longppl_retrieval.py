@@ -85,7 +85,7 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"depths": "0,half"}, "depths is '0,half'. Pass numbers, as in --depths 0,0.5,1"),
+        ({"depths": "0,half"}, "got --depths 0,half. Pass --depths 0,0.5,1"),
         ({"tasks": "poetry"}, "Expected tasks to be a list of some of passkey, multi-key"),
         ({"tasks": "passkey,multi-key"}, "for a prompt of the task 'multi-key', got"),
         ({"longppl": "ntk"}, "longppl is 'ntk', which none of the methods are: none, linear x2, yarn x2"),
