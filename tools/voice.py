@@ -55,7 +55,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and text of every docstring: of modules, classes and functions, and below constants and fields."""
+    """Yield the line and text of every docstring: of modules, classes, functions, constants and fields."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
             case ast.Expr(value=ast.Constant(value=str(text))):  # any string that is a statement of its own

@@ -89,7 +89,11 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
         ({"factor": None}, (), "needs --factor or --target-length"),
         ({"preset": "lora+"}, (), "preset is 'lora+'; did you mean 'lora'?"),
         ({"preset": "full", "rank": 8}, (), "The preset 'full' trains all weights, but rank is an option of adapters"),
-        ({"preset": "full", "lora_ratio": 4}, (), "The preset 'full' trains all weights, but ratio is an option of adapters"),
+        (
+            {"preset": "full", "lora_ratio": 4},
+            (),
+            "The preset 'full' trains all weights, but ratio is an option of adapters",
+        ),
         ({"lora_ratio": 0}, (), "ratio is 0.0. Pass a number above 0"),
         ({"report_to": "tensorbord"}, (), "--report-to is 'tensorbord'; installed here are: "),
         ({"rank": 0}, (), "rank is 0. Pass 1 or more"),
