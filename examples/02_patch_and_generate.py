@@ -28,7 +28,7 @@ QUESTION = "What is the pass key? The pass key is"
 
 
 def hidden_key(tokenizer: Any, length: int) -> torch.Tensor:
-    """Token ids (1, at most `length`): a line of filler, the key, filler, and the question."""
+    """Return token ids, `(1, at most length)`: a line of filler, the key, filler, and the question."""
     line, rest = (len(tokenizer(text)["input_ids"]) for text in (FILLER, FILLER + NEEDLE + QUESTION))
     text = FILLER + NEEDLE + FILLER * ((length - rest) // line) + QUESTION
     return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]

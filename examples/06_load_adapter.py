@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 
 @torch.inference_mode()
 def read(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """Logits, and the perplexity of the text, in words."""
+    """Return the logits, and a phrase with the perplexity of the text."""
     output = model(input_ids=ids, labels=ids)
     return output.logits, f"perplexity {output.loss.exp():6.1f} over {ids.shape[1]} tokens"
 

@@ -64,7 +64,7 @@ class NTKMixed(FrequencyMethod):
 
 
 def install(folder: Path) -> None:
-    """Write the metadata that `pip install` leaves of a package with this method. The module itself is this file."""
+    """Write the metadata that `pip install` writes for a package with this method. Its module is this file."""
     info = folder / "my_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")

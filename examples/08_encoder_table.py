@@ -27,7 +27,7 @@ TRAINED = 512
 
 @torch.inference_mode()
 def embed(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tensor:
-    """Unit vectors, `(texts, width)`: the mean over all tokens of a text, `[CLS]` and `[SEP]` included."""
+    """Return unit vectors, `(texts, width)`: means over the tokens of a text, `[CLS]` and `[SEP]` included."""
     before, after = (torch.full((len(texts), 1), id) for id in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     whole = torch.cat([before, texts, after], dim=1)
     pooled = torch.cat([model(input_ids=rows).last_hidden_state.mean(dim=1) for rows in whole.split(8)])
@@ -35,7 +35,7 @@ def embed(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tensor:
 
 
 def embed_chunks(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tensor:
-    """Return the alternative without a patch: the mean of the vectors of all stretches of 512 tokens."""
+    """Return the alternative without a patch: the mean of the vectors of chunks of 512 tokens."""
     pieces = [embed(model, tokenizer, piece) for piece in texts.split(TRAINED - 2, dim=1)]
     return torch.nn.functional.normalize(torch.stack(pieces).mean(dim=0), dim=-1)
 
@@ -50,7 +50,7 @@ def ranks(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
 def measure(
     model: Any, tokenizer: Any, texts: torch.Tensor, methods: Sequence[str], passage: int
 ) -> list[dict[str, Any]]:
-    """Rows for documents of one length, `texts` of shape `(documents, length - 2)`.
+    """Return the rows for documents of one length, `texts` of shape `(documents, length - 2)`.
 
     Passages of `passage` tokens begin every 256 tokens from token 64 on. Those that cross token 512, where the
     truncated document ends, are left out.

@@ -21,7 +21,7 @@ from hf_posext import patch_model
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: list[str], manager: TaskManager, options: Any) -> dict[str, Any]:
-    """Results of lm-eval by task, for the model as it is now."""
+    """Return the results of lm-eval by task, for the model in its present state."""
     lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=options.max_length, batch_size=1)
     found = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=options.limit, bootstrap_iters=0)
     results: dict[str, Any] = found["results"]

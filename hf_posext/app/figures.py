@@ -11,7 +11,7 @@ import torch
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.lines import Line2D
 
-from ..diagnosis.phases import phase_table, planned_frequencies, relative_positions
+from ..diagnosis.signals import phase_table, planned_frequencies, relative_positions
 from ..methods.frequencies import first_rotary
 from ..patching.kernels import belongs
 from ..reporting.drawing import COLOURS, CONTROL, GRID, INK, new_figure, note
@@ -97,7 +97,7 @@ def frequency_figure(view: View) -> Figure | None:
     panel.set_yscale("log")
     panel.set_title("Wavelength of each rotary pair")
     panel.set_xlabel("rotary pair (fast to slow)")
-    panel.set_ylabel("tokens for a turn")
+    panel.set_ylabel("tokens per rotation")
     panel.grid(axis="y", color=GRID, linewidth=0.8)
     _dress_plain(panel)
     series = [

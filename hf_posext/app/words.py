@@ -93,8 +93,8 @@ def frequency(view: View) -> str:
     if not view.found.scheme.rotaries:
         return plain(f"{Path(view.found.model).name} has {KINDS[view.found.scheme.kind]}, without frequencies.")
     return plain(
-        "A pair above the dotted line makes less than one turn within the trained length, so a longer text takes it "
-        "to phases that training has not shown (orange). A method slows the pair, or keeps far tokens nearer."
+        "A pair above the dotted line makes less than one rotation within the trained length, so a longer text takes "
+        "it to phases that training has not shown (orange). A method slows the pair, or keeps far tokens nearer."
     )
 
 

@@ -2,8 +2,7 @@
 
 from .app import app, main
 from .card import card
-from .explain import explain, page
-from .explore import env, inspect, methods
+from .explore import env, explain, inspect, methods, page
 from .export import export, gguf, serve
 from .finetune import finetune
 from .measuring import compare, evaluate

@@ -78,7 +78,8 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
 
     Raises:
         JournalError: another run writes the journal.
-        InvalidParameterError: the file exists, or its journal and no `resume`, or it cannot be written.
+        InvalidParameterError: the file exists and there is no journal to resume; its journal exists and `resume` is
+            false; or it cannot be written.
     """
     journal = path.with_suffix(".journal.jsonl")
     if path.suffix != ".json":
@@ -99,7 +100,7 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
 
 
 def _require_new(path: Path, journal: Path, resume: bool) -> None:
-    if path.exists():
+    if path.exists() and not (resume and journal_files(journal)):
         raise InvalidParameterError(f"output {path} exists. Pass another --output, or move it away.")
     if journal_files(journal) and not resume:
         raise InvalidParameterError(

@@ -24,9 +24,8 @@ from ..patching.observe import attends_both_ways, frequencies_in_force, slope_sc
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .diagnosis import REASONS, Diagnosis, verdict
-from .phases import critical_dimension, frequency_table, phase_table
 from .reading import long_rows, read_documents
-from .signals import position_signal
+from .signals import critical_dimension, frequency_table, phase_table, position_signal
 from .weights import bucket_table, has_pattern, reach_table, row_statistics, untrained_from
 
 logger = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ def diagnose(
     scheme = detect_scheme(inner)
     with torch.device("cpu"):  # whatever the default device of the process is
         found = _structure(inner, scheme, trained_length)
-    target = target_length or _target(found)
+    target = _target(found) if target_length is None else target_length
     if not 2 <= target <= MAX_NUMBER:
         raise InvalidParameterError(f"Expected a target_length of 2 to {MAX_NUMBER} tokens, got {target}.")
     found = replace(found, target_length=target)

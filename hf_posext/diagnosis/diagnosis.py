@@ -52,7 +52,7 @@ class Diagnosis:
         remedies (`tuple[str, ...]`): names of the methods that bring the target back to what training has shown.
         untrained (`tuple[int, int]`, *optional*): first and last row of a learned table that look untrained, counted
             from position 0.
-        critical_dimension (`int`, *optional*): rotary channels of a head that make a whole turn within training.
+        critical_dimension (`int`, *optional*): rotary channels of a head that rotate fully within training.
         departure (`int`, *optional*): index of the token from which on the loss stays above its level; `None` if it
             does not, and without documents.
         departure_interval (`tuple[int, int]`, *optional*): 95 % interval over documents.
@@ -211,8 +211,8 @@ def _phases(found: Diagnosis) -> str:
     if as_is.new.any():
         count, make = as_is.new.sum(), "make" if as_is.new.sum() > 1 else "makes"
         return (
-            f"{count} of {len(as_is)} rotary pairs {make} less than a turn within the {trained} of training, so that "
-            f"an input of {target} needs phases that the model has never seen"
+            f"{count} of {len(as_is)} rotary pairs {make} less than one rotation within the {trained} of training, so "
+            f"that an input of {target} needs phases that the model has never seen"
         )
     types = sorted({rotary.shipped_type for rotary in found.scheme.rotaries} - {"default"})
     shipped = f" with the {' and '.join(types)} scaling that it ships with" if types else ""

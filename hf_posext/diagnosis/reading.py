@@ -24,8 +24,8 @@ from ..patching import patch_model
 from ..patching.attention_scores import last_query_scores
 from ..patching.modes import evaluation_mode
 from ..plan import ExtensionPlan
-from .change_point import departure
 from .diagnosis import Diagnosis
+from .weights import last_stretch
 
 BEYOND = 1.25
 """Shortest documents that are read, as a multiple of the trained length; shorter ones show nothing past it."""
@@ -44,6 +44,42 @@ ATTENTION_DOCUMENTS = 2
 
 MASKED = -6e4
 """Scores at or below are masked. Masks add the least number of a dtype, -65504 in float16."""
+
+
+TOLERANCE = 0.1
+"""Smallest rise that counts as a departure, in nats per token: 10 % of perplexity."""
+
+BLOCK = 64
+"""Tokens of a document whose mean is one observation. Neighbouring tokens are not independent. Blocks of this length
+nearly are, after the loss of the same tokens in a short context is subtracted."""
+
+SIGMAS = 4.0
+"""Standard errors by which the rise must differ from zero. The rise is tested where it looks largest, among some
+thirty independent places of a usual text, so three would give false alarms."""
+
+ONSET = 0.25
+"""Largest rise that marks the place of a departure, in nats. Half-way up is the place of a steep rise; half-way up a
+slow one would be late."""
+
+FEWEST = 4
+"""Fewest blocks whose variance is estimated."""
+
+DEPARTURE_RESAMPLES = 999
+
+
+@dataclasses.dataclass(frozen=True)
+class Departure:
+    """Departure of the loss from its level.
+
+    Args:
+        token (`int`): index of the first token that is predicted worse.
+        interval (`tuple[int, int]`, *optional*): 95 % interval over documents; `None` with one document.
+        rise (`float`): mean rise over the level from there to the end, in nats per token.
+    """
+
+    token: int
+    interval: tuple[int, int] | None
+    rise: float
 
 
 def read_documents(
@@ -310,3 +346,49 @@ def sharpness(scores: torch.Tensor) -> tuple[float, float]:
     mean = (scores.masked_fill(~visible, 0)).sum(-1) / count
     variance = ((scores - mean[:, None]).masked_fill(~visible, 0) ** 2).sum(-1) / count
     return float(entropy.mean()), float(variance.sqrt().mean())
+
+
+def departure(excess: np.ndarray, seed: int = 0) -> Departure | None:
+    """Return the place from which on the loss stays above its level, with a percentile bootstrap over documents.
+
+    Args:
+        excess (`numpy.ndarray` of shape `(documents, tokens)`): loss of each token, from token 1 on, less its level,
+            in nats. At most zero if nothing is wrong.
+        seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
+
+    Returns:
+        [`Departure`], *optional*: `None` if the loss keeps its level.
+    """
+    # A candidate: the final stretch that exceeds half of the tolerance by the largest sum.
+    place = last_stretch(excess.mean(0) - TOLERANCE / 2)
+    if place is None:
+        return None
+    # The test: its mean reaches the tolerance, and four standard errors over blocks.
+    tail = excess[:, place:]
+    blocks = _block_means(tail)
+    rise = float(tail.mean())
+    if len(blocks) < FEWEST or rise < max(TOLERANCE, SIGMAS * blocks.std(ddof=1) / math.sqrt(len(blocks))):
+        return None
+    # The place: the same statistic at half of that rise, or a quarter of a nat if that is less.
+    onset = min(rise / 2, ONSET)
+    place = last_stretch(excess.mean(0) - onset)
+    assert place is not None  # from the first place on, the mean is the rise: at least twice the onset
+    return Departure(place + 1, _departure_interval(excess, onset, seed), float(excess[:, place:].mean()))
+
+
+def _block_means(tail: np.ndarray) -> np.ndarray:
+    """Return means of whole blocks of each document, counted from the end, as one row."""
+    documents, tokens = tail.shape
+    whole = tokens - tokens % BLOCK
+    return np.asarray(tail[:, tokens - whole :].reshape(documents, -1, BLOCK).mean(-1).ravel())
+
+
+def _departure_interval(excess: np.ndarray, onset: float, seed: int) -> tuple[int, int] | None:
+    """Return the interval over resampled documents. Samples without a departure are left out."""
+    documents = len(excess)
+    if documents < 2:
+        return None
+    weights = np.random.default_rng(seed).multinomial(documents, [1 / documents] * documents, size=DEPARTURE_RESAMPLES)
+    places = [last_stretch(mean - onset) for mean in weights / documents @ excess]
+    low, high = np.percentile([place + 1 for place in places if place is not None], [2.5, 97.5])
+    return round(low), round(high)

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from ..patching.observe import buckets_of
 from ..plan import BucketPlan
 from ..scheme import Buckets
-from .change_point import last_stretch
 
 WINDOW = 16
 """Rows in a line of the statistics, and rows that are averaged before they count as alike or unlike."""
@@ -31,6 +30,22 @@ SLOW = 0.1
 
 FADED = 0.01
 """Weight, relative to the nearest token, below which a token is out of reach of a head."""
+
+
+def last_stretch(values: np.ndarray) -> int | None:
+    """Return the first index of the final stretch with the largest sum: `argmax_k sum(values[k:])`.
+
+    This is the maximum-likelihood place of a change of mean from below zero to as far above it: the CUSUM of Page
+    (1954) read from the end. Pass `values - threshold`, with the threshold half-way between the two levels.
+
+    Args:
+        values (`numpy.ndarray` of shape `(length,)`): the series.
+
+    Returns:
+        `int`, *optional*: `None` if no stretch has a sum above zero.
+    """
+    sums = np.cumsum(np.asarray(values, dtype=np.float64)[::-1])[::-1]
+    return int(sums.argmax()) if len(sums) and sums.max() > 0 else None
 
 
 def untrained_from(rows: np.ndarray) -> int | None:

@@ -264,7 +264,7 @@ def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | No
     held = {name: getattr(config, name, None) for name in LENGTH_FIELDS}
     field, limit = next(((name, value) for name, value in held.items() if value and value > 0), ("", None))
     if limit is None:
-        return None, "the config does not tell the trained length", None
+        return None, "the config does not contain the trained length", None
     scaled = next((rotary for rotary in rotaries if rotary.shipped_type not in ("default", "proportional")), None)
     if scaled is None:
         return limit, f"{field} of the config", limit

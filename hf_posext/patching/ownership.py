@@ -70,8 +70,10 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
         return unwrap(inner)
     if isinstance(model, PreTrainedModel):
         return model
+    embedder = isinstance(model, nn.Sequential) and len(model) and hasattr(model[0], "auto_model")
     raise UnsupportedModelError(
         f"Expected a `PreTrainedModel` (or a PEFT or DDP wrapper of one), got `{type(model).__name__}`."
+        f"{' Pass model[0].auto_model.' if embedder else ''}"
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from ..diagnosis.phases import phase_table
+from ..diagnosis.signals import phase_table
 from ..errors import EvaluationError, MethodNotApplicableError, PosExtError
 from ..evaluation.journal import RunJournal
 from ..evaluation.memory import check_positions

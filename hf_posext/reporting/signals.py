@@ -100,7 +100,7 @@ def draw_signal(panel: Axes, signal: Signal, found: Diagnosis) -> None:
         values = np.exp(values)
     low, high = np.nanmin(values), np.nanmax(values)
     share = (values - low) / max(high - low, 1e-12)
-    image = np.where(signal.new[..., None], MAPS[1](share), MAPS[0](share))
+    image = np.where(signal.unseen[..., None], MAPS[1](share), MAPS[0](share))
     image[np.isnan(values)] = (0.93, 0.93, 0.93, 1.0)  # no such row
     image = image.repeat(-(-TALLEST // len(image)), axis=0)
     extent = (0.0, float(found.target_length), float(len(signal.channels)), 0.0)
@@ -262,7 +262,7 @@ def draw_class(panel: Axes, found: Diagnosis) -> None:
 
 def _line(panel: Axes, signal: Signal, line: int, place: int = 0, scale: float = 1.0, **style: Any) -> None:
     """One channel, blue as far as training has shown it."""
-    values, new = signal.values[line] / scale - place, signal.new[line]
+    values, new = signal.values[line] / scale - place, signal.unseen[line]
     for wanted, colour in ((False, SHOWN), (True, NEW)):
         inside = new == wanted
         inside[:-1] |= inside[1:]  # the two colours meet

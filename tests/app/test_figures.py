@@ -128,7 +128,7 @@ def test_wavelengths_are_those_of_transformers_own_yarn() -> None:
 
 
 def test_points_are_orange_where_the_text_goes_past_what_training_has_shown() -> None:
-    """As it is: pairs of less than a turn within training. With linear x4 and four times the length: none."""
+    """As it is: pairs of less than one rotation within training. With linear x4 and four times the length: none."""
     model = tiny_llama()
     figure = figures.frequency_figure(view_of(model, "linear", length=4 * TRAINED))
     assert figure is not None
@@ -165,8 +165,8 @@ def test_the_signal_of_a_table_is_its_rows_and_what_lies_between_them() -> None:
         assert before.values[line].tolist() == pytest.approx(rows[:LENGTH, dimension].tolist())
         squeezed = [np.interp(place / 4, range(TRAINED), rows[:TRAINED, dimension]) for place in range(LENGTH)]
         assert after.values[line].tolist() == pytest.approx(squeezed, abs=1e-6)  # float32 rows
-    assert before.new.tolist() == [[place >= TRAINED for place in range(LENGTH)]] * len(before.channels)
-    assert not after.new.any()
+    assert before.unseen.tolist() == [[place >= TRAINED for place in range(LENGTH)]] * len(before.channels)
+    assert not after.unseen.any()
     figure = figures.signal_figure(view)
     assert figure is not None and [panel.get_title() for panel in figure.axes] == ["as it is", "table-linear"]
 

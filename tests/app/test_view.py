@@ -123,7 +123,7 @@ def test_a_shipped_model_shows_the_gain_that_was_measured_and_another_one_does_n
     """F19: the figure of ALiBi turns blue under a method that measures three times worse than truncation."""
     shelf = make_shelf([], None, None, opener)
     view = look(shelf, Choice("tiny-alibi", "alibi-linear", 4, 2048))
-    assert not view.found.signals[1].new.any(), "all blue"
+    assert not view.found.signals[1].unseen.any(), "all blue"
     (row,) = [
         row
         for row in json.loads((EXAMPLES.parent / "results" / "demo" / "tiny-alibi.json").read_text())["rows"]

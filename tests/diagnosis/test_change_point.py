@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hf_posext.diagnosis.change_point import departure, last_stretch
+from hf_posext.diagnosis.reading import departure
+from hf_posext.diagnosis.weights import last_stretch
 
 LENGTH, PLACE = 2048, 900
 """Of the curves; their level changes at token 901, which is at index 900."""

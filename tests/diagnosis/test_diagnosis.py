@@ -108,7 +108,9 @@ def test_rotary_phases_are_counted() -> None:
     new = found.tables["phases"].groupby("method").new.sum()
     assert new["none"] == 16 and new["yarn"] == 0 and new["ntk"] == 15
     assert "yarn" in found.remedies and "self-extend" in found.remedies and "ntk" not in found.remedies
-    assert found.verdict.startswith("16 of 32 rotary pairs make less than a turn within the 512 tokens of training")
+    assert found.verdict.startswith(
+        "16 of 32 rotary pairs make less than one rotation within the 512 tokens of training"
+    )
 
 
 def test_scaling_that_a_model_ships_with_is_what_it_is_judged_by() -> None:

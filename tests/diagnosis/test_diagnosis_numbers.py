@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from hf_posext import detect_scheme, patch_model
 from hf_posext.diagnosis import position_signal
-from hf_posext.diagnosis.phases import critical_dimension, farthest_position, phase_table, relative_positions
 from hf_posext.diagnosis.reading import curve_table, sample, sharpness, short_context_losses, token_losses
+from hf_posext.diagnosis.signals import critical_dimension, farthest_position, phase_table, relative_positions
 from hf_posext.errors import UnsupportedModelError
 from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.evaluation.tokens import TokenizedDocuments
@@ -122,7 +122,7 @@ def test_a_rotary_signal_is_what_the_patched_model_turns_by(method: str) -> None
         for own, before in zip(turns, unscaled, strict=True)
     ]
     apart = np.arange(LONG) != TRAINED  # there, rounding decides
-    np.testing.assert_array_equal(signal.new[:, apart], np.array(expected)[:, apart])
+    np.testing.assert_array_equal(signal.unseen[:, apart], np.array(expected)[:, apart])
 
 
 def test_a_table_signal_is_the_rows_of_the_patched_model() -> None:
@@ -140,7 +140,7 @@ def test_a_table_signal_is_the_rows_of_the_patched_model() -> None:
         np.testing.assert_array_equal(known.astype(np.float32), rows[:LONG, signal.channels].T)
         assert np.isnan(signal.values[:, len(rows) :]).all()
         unseen = np.arange(LONG) >= TRAINED if signal.method == "none" else np.zeros(LONG, dtype=bool)
-        assert (signal.new == unseen).all()
+        assert (signal.unseen == unseen).all()
 
 
 def test_an_alibi_signal_goes_on_past_training() -> None:
@@ -153,7 +153,7 @@ def test_an_alibi_signal_goes_on_past_training() -> None:
     slopes = [2 ** (-8 * (head + 1) / 4) for head in range(4)]
     np.testing.assert_allclose(own.values, -np.outer(slopes, np.arange(LONG)), rtol=1e-6)
     np.testing.assert_allclose(other.values, own.values / 4, rtol=1e-6)
-    assert own.new.sum() == 4 * (LONG - TRAINED - 1) and not other.new.any()
+    assert own.unseen.sum() == 4 * (LONG - TRAINED - 1) and not other.unseen.any()
 
 
 def test_sines_are_squeezed() -> None:
@@ -165,7 +165,7 @@ def test_sines_are_squeezed() -> None:
     assert own is not None and other is not None
     # position 4 p of the squeezed sines is position p of the others
     np.testing.assert_allclose(other.values[:, ::4], own.values[:, :TRAINED], atol=1e-7)
-    assert own.new.any() and not other.new.any()
+    assert own.unseen.any() and not other.unseen.any()
     sines = model.model.embed_positions
     for signal, method in ((own, "none"), (other, plan)):
         with patch_model(model, method):
@@ -189,7 +189,7 @@ def test_bucket_signals_are_the_biases_of_the_model() -> None:
     attention = model.encoder.block[0].layer[0].SelfAttention
     bias = attention.compute_bias(LONG, LONG)[0, :, -1].flip(-1).detach()  # of the last query, nearest key first
     signal = position_signal(model, scheme, None, LONG, TRAINED)
-    assert signal is not None and not signal.new.any()
+    assert signal is not None and not signal.unseen.any()
     np.testing.assert_array_equal(signal.values.astype(np.float32), bias.numpy())
     squeezed = buckets_of(model, torch.arange(0, LONG, 4), BucketPlan(factor=4))
     assert torch.equal(squeezed, buckets_of(model, torch.arange(LONG // 4), BucketPlan()))
@@ -199,7 +199,7 @@ def test_bucket_signals_are_the_biases_of_the_model() -> None:
 def test_long_signals_are_means_of_positions() -> None:
     model = tiny_bloom()
     signal = position_signal(model, detect_scheme(model), None, 32_768, None)
-    assert signal is not None and signal.values.shape == (4, 2048) and not signal.new.any()
+    assert signal is not None and signal.values.shape == (4, 2048) and not signal.unseen.any()
     np.testing.assert_allclose(signal.values[0], -0.25 * (16 * np.arange(2048) + 7), rtol=1e-6)  # 0, 2, ... 14 of 16
 
 

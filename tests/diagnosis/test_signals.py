@@ -55,7 +55,7 @@ def test_orange_is_what_training_has_not_shown(llama: Diagnosis) -> None:
         image = np.asarray(panel.images[0].get_array())
         orange = image[..., 0] > image[..., 2]  # more red than blue
         assert orange[:, :TRAINED].sum() == 0
-        assert orange.any() == beyond == signal.new.any()
+        assert orange.any() == beyond == signal.unseen.any()
         assert panel.get_title() == ("as it is" if signal.method == "none" else signal.method)
 
 
@@ -76,7 +76,7 @@ def test_the_lines_of_a_class_are_blue_then_orange(llama: Diagnosis) -> None:
         return [np.flatnonzero(~np.isnan(np.asarray(line.get_ydata(), dtype=float))) for line in lines]
 
     broken = [(blue, orange) for blue, orange in zip(drawn(SHOWN), drawn(NEW), strict=True) if len(orange)]
-    assert broken, "a pair that makes less than a turn"
+    assert broken, "a pair that makes less than one rotation"
     for blue, orange in broken:
         assert blue.min() == 0 and blue.max() == TRAINED and orange.max() == 4 * TRAINED - 1
         assert orange.min() == TRAINED, "the two colours meet at the trained length"
