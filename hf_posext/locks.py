@@ -65,7 +65,8 @@ class WriterLock:
         """Release the lock. No lock file is left, and no empty directory that was created for it."""
         for lock, first in reversed(self._locks):
             if first:  # deleted under the lock: a waiting process sees that its file is gone, and creates a new one
-                Path(lock.lock_file).unlink(missing_ok=True)
+                with suppress(OSError):  # the directory is gone
+                    Path(lock.lock_file).unlink()
             lock.release()
         self._locks.clear()
         with suppress(OSError):  # usually not empty

@@ -131,7 +131,7 @@ def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]
     except (PosExtError, OSError) as error:
         if isinstance(error, JournalError) or not journal_files(output / JOURNAL):
             raise
-        raise InvalidParameterError(f"{error}; {_kept(finished, output)}") from error
+        raise InvalidParameterError(f"{str(error).rstrip('.')}; {_kept(finished, output)}") from error
 
 
 def _kept(finished: list[str], output: Path) -> str:

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
 from torch import nn
 
 from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..patching import detect_scheme, find_patch, patch_model, unwrap
 from ..patching.modes import evaluation_mode, outer_weights
-from .config import EvaluationConfig, check_type
+from .config import EvaluationConfig, checked
 from .journal import open_journal, run_identity
 from .key_search import Enter, check_key_search, key_search
 from .memory import boundaries_of
@@ -25,10 +26,10 @@ from .runner import Stage, measure
 from .scorer import model_name
 from .setup import Setup, check_reads, check_request, plan_comparison, prepare, try_plans
 from .tasks import Assembly, MethodRun, Outcomes, control_run, method_run, name_of
+from .windows import CONTROL
 
 if TYPE_CHECKING:
     import datasets
-    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
     from ..methods.base import Method
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 
 @renamed_arguments(original_length="trained_length")
+@checked
 def compare(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -188,6 +190,7 @@ def measure_runs(
 
 
 @renamed_arguments(original_length="trained_length")
+@checked
 def evaluate_perplexity(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -238,7 +241,8 @@ def evaluate_perplexity(
     if lengths is not None:
         settings["lengths"] = lengths
     settled = EvaluationConfig.of(config, **settings)
-    check_type("label", label, str | None)
+    if label == CONTROL:  # records, tasks and lines of the journal are known by their label
+        raise InvalidParameterError(f"label is {label!r}, as records call the control. Pass another label.")
     for name in ("factor", "target_length"):
         if (value := getattr(settled, name)) is not None:
             raise InvalidParameterError(

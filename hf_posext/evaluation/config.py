@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from ..decode import short
 from ..errors import InvalidParameterError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
 
@@ -27,10 +32,44 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         raise InvalidParameterError(f"Expected {name} to be {_in_words(hint)}, got {short(repr(value))}.")
 
 
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of a public function: arguments of other types than their annotations are refused, as by
+    [`check_type`].
+
+    Numbers of numpy are passed on as Python's. An argument whose annotation contains a type that the module imports
+    for type checkers only is left to the function.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        for name, hint in _hints(function).items():
+            if name in bound.arguments:
+                bound.arguments[name] = _plain(bound.arguments[name])
+                check_type(name, bound.arguments[name], hint)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Types of the named parameters of a function, as far as its module knows them."""
+    hints = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            with suppress(NameError):
+                hints[name] = eval(parameter.annotation, function.__globals__)
+    return hints
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
+    if origin is Callable:
+        return callable(value)
     if origin is Literal:
         return isinstance(value, str) and value in arguments
     if origin is Sequence:
@@ -56,7 +95,11 @@ def _in_words(hint: Any) -> str:
         return f"one of {', '.join(get_args(hint))}"
     if get_origin(hint) is Sequence:
         return f"a list of {WORDS[get_args(hint)[0]].removeprefix('a ')}s".replace("texts", "names")
-    return " or ".join(map(_in_words, get_args(hint))) or WORDS[hint]
+    if get_origin(hint) is Callable:
+        return "a function"
+    if get_args(hint):
+        return " or ".join(map(_in_words, get_args(hint)))
+    return WORDS.get(hint) or f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
 
 
 def _setting(help: str, default: Any = None, **flag: Any) -> Any:
@@ -148,7 +191,7 @@ class EvaluationConfig:
     seed: int = _setting("Seed of passkeys and bootstrap intervals.", 0)
 
     def __post_init__(self) -> None:
-        for name, hint in _hints().items():
+        for name, hint in get_type_hints(EvaluationConfig).items():
             object.__setattr__(self, name, _plain(getattr(self, name)))
             check_type(name, getattr(self, name), hint)
 
@@ -170,10 +213,6 @@ class EvaluationConfig:
                 guess = f"did you mean {near[0]!r}? " if near else ""
                 raise InvalidParameterError(f"unknown setting {name!r}; {guess}there are: {', '.join(known)}")
         if config is not None:
-            if not isinstance(config, cls):
-                raise InvalidParameterError(
-                    f"Expected config to be an EvaluationConfig, got {type(config).__name__}. Pass settings by name."
-                )
             return replace(config, **settings)
         if "lengths" not in settings:
             raise InvalidParameterError("Expected lengths, got none. Pass lengths=[512, 1024].")
@@ -184,8 +223,3 @@ class EvaluationConfig:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["longppl"] = self.longppl if isinstance(self.longppl, str) else None
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-@functools.cache
-def _hints() -> dict[str, Any]:
-    return get_type_hints(EvaluationConfig)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DocumentError
+from .config import checked
 from .reading import Texts, from_object, from_path, from_rows, json_lines, load_dataset, one_line_errors
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ class Documents(list[Document]):
         self.source = dict(source)
 
 
+@checked
 def load_documents(
     source: str | Path | Recipe | Iterable[str] | datasets.Dataset | datasets.IterableDataset,
     *,
@@ -258,7 +260,7 @@ def load_documents(
         extra.update(read)
     else:
         name = type(source).__name__
-        texts = from_object(source, text_column, split)
+        texts = from_object(source, text_column, split, revision)
     kept = _long_enough(one_line_errors(texts, name), minimum_characters or 0)
     documents: list[Document] = []
     for id, text in itertools.islice(kept, limit):

@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 SCHEMA = 3
 
 SAMPLES = 32
-"""Values of each tensor that stand for all of them: training changes every one."""
+"""Values of each tensor that a fingerprint contains beside the sum of all, which is the same in another order."""
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of the same bits as a value, by its size in bytes."""
 
 
 class RunJournal:
@@ -122,7 +125,13 @@ class RunJournal:
         return file
 
     def _write(self, file: FileIO, entry: Mapping[str, Any]) -> None:
-        self._require_unchanged(os.fstat(file.fileno()).st_size)
+        status = os.fstat(file.fileno())
+        self._require_unchanged(status.st_size)
+        if not (self.path.exists() and os.path.samestat(status, self.path.stat())):  # another run may begin there
+            raise JournalError(
+                f"{self.path} was moved or deleted during the run, and what is finished with it. Start again in a "
+                "directory that nothing else changes."
+            )
         data = memoryview(json.dumps(entry).encode() + b"\n")
         self._size += len(data)
         while data:  # a disk that is getting full takes a part of it
@@ -231,7 +240,7 @@ def run_identity(
                 "autocast": autocast_dtype(model),
                 "matmul": torch.get_float32_matmul_precision(),
                 "attention": getattr(model.config, "_attn_implementation", None),
-                "quantization": quantization(model),
+                "config": _config(model),
                 "weights": weights_fingerprint(model),
             }
             for model in models
@@ -249,27 +258,26 @@ def run_identity(
 
 
 def tokens_fingerprint(documents: TokenizedDocuments) -> str:
-    """Fingerprint of the ids and tokens of all documents, in their order."""
+    """Fingerprint of the ids, tokens and bytes of all documents, in their order."""
     digest = hashlib.sha256(repr((documents.ids, documents.bos, tuple(documents.tokens.shape))).encode())
-    digest.update(documents.tokens.numpy().tobytes())
+    for table in (documents.tokens, documents.byte_ends):
+        digest.update(b"" if table is None else table.numpy().tobytes())
     return digest.hexdigest()
 
 
-def quantization(model: Any) -> str | None:
-    """Settings of the quantisation of a model, from its config."""
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        return None
-    settings = config if isinstance(config, dict) else config.to_dict()
-    return json.dumps(settings, sort_keys=True, default=str)
+def _config(model: Any) -> dict[str, Any]:
+    """The config of a model, quantisation included, without its place and what versions and patches write there."""
+    config = json.loads(json.dumps(model.config.to_dict(), default=str))
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """Fingerprint of all that a model computes with: names, shapes, dtypes, and some values of every tensor.
+    """Fingerprint of all that a model computes with: each tensor by name, shape, dtype and values, and plain numbers.
 
     Tensors are parameters, what quantised layers save beside their weights, and buffers, also those that are not
-    saved. Where weights are sharded, every process has to call it.
+    saved. Numbers are the config's and those that modules contain (epsilons, the scaling of an adapter). Where weights
+    are sharded, every process has to call it.
     """
     forget_length(model)  # a dynamic rotary module remembers in its buffers what was read
     tensors = dict(model.named_parameters()) | dict(model.named_buffers(remove_duplicate=False)) | model.state_dict()
@@ -277,7 +285,16 @@ def weights_fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, torch.Tensor):
             _add(digest, name, tensor)
+    for name, module in model.named_modules():
+        numbers = sorted((key, value) for key, value in vars(module).items() if _is_numeric(value))
+        digest.update(repr((name, numbers)).encode())
     return digest.hexdigest()
+
+
+def _is_numeric(value: Any) -> bool:
+    """Return `True` for a float, or floats by name. Integers count calls, too."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return bool(values) and all(isinstance(item, float) for item in values)
 
 
 def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
@@ -289,7 +306,7 @@ def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
             _add(digest, f"{name}.{part}", getattr(tensor, part))
         return
     if tensor.numel() and not tensor.is_meta:  # offloaded weights are nowhere to be looked at
-        places = torch.arange(SAMPLES, device=tensor.device) * (tensor.numel() - 1) // (SAMPLES - 1)
-        values = tensor.reshape(-1)[places]
-        values = torch.view_as_real(values) if values.is_complex() else values
-        digest.update(values.to("cpu", torch.float64).numpy().tobytes())
+        values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        bits = values.view(BITS[values.element_size()]).reshape(-1)
+        places = torch.arange(SAMPLES, device=bits.device) * (bits.numel() - 1) // (SAMPLES - 1)
+        digest.update(torch.cat([bits[places].long(), bits.sum(dtype=torch.int64)[None]]).cpu().numpy().tobytes())

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..errors import EvaluationError, InvalidParameterError
 from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode
-from .config import check_type
+from .config import check_type, checked
 from .documents import Document, as_documents
 from .memory import check_positions
 from .rows import bootstrap_interval, pooled_perplexity
@@ -82,6 +82,7 @@ class Contrast(NamedTuple):
         return np.flatnonzero(gains & (-self.long > criterion.beta)) + 1
 
 
+@checked
 def find_key_tokens(
     evaluator: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -244,6 +245,7 @@ class LongPPL:
     keys: KeyTokens
 
 
+@checked
 def longppl(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -312,6 +314,7 @@ def longppl(
     return _pool(rows, nll, keys, seed)
 
 
+@checked
 def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: float = 5.0) -> torch.Tensor:
     """LongCE's soft weight of each token's loss: `min(P(t | long) / P(t | short), cap)`.
 

@@ -36,7 +36,10 @@ TEXT = "[[TEXT]]"
 """Stands in a chat message for the text, whose tokens are put in its place."""
 
 CHAT_DATE = "26 Jul 2024"
-"""Given to chat templates that contain the date (Llama 3's), so that prompts do not depend on the day."""
+"""Date of all chats, so that prompts do not depend on the day. Templates read `date_string` (Llama 3's), or ask
+`strftime_now` (SmolLM3's, Granite's)."""
+
+FIXED_DAY = f"{{% macro strftime_now(format) %}}{CHAT_DATE}{{% endmacro %}}"
 
 WORDS = tuple(
     """
@@ -115,6 +118,7 @@ def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
     try:
         chat = tokenizer.apply_chat_template(
             [{"role": "user", "content": f"{TEXT}{asked}?"}],
+            chat_template=FIXED_DAY + tokenizer.get_chat_template(),
             tokenize=False,
             add_generation_prompt=True,
             date_string=CHAT_DATE,

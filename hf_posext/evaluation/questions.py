@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import InvalidParameterError
 from ..patching.modes import evaluation_mode
-from .config import check_type
+from .config import checked
 from .prompts import QUESTION, TASKS, Prompt, chat_frame, passkey_prompts, task_prompt
 from .scorer import BATCH_TOKENS, TokenScorer
 from .tokens import Bos, check_lengths
@@ -104,8 +104,6 @@ def check_questions(
     Raises:
         InvalidParameterError: an unknown task, a depth outside of 0 to 1, or no trials.
     """
-    check_type("trials", trials, int)
-    check_type("depths", depths, Sequence[float] | None)
     tasks, depths = tuple(TASKS) if tasks is None else tasks, DEPTHS if depths is None else depths
     if isinstance(tasks, str) or not tasks or set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
         raise InvalidParameterError(f"Expected tasks to be a list of some of {', '.join(TASKS)}, got {tasks!r}.")
@@ -116,6 +114,7 @@ def check_questions(
     return Questions(trials=trials, tasks=tuple(tasks), depths=tuple(map(float, depths)), **others)
 
 
+@checked
 def passkey_accuracy(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -149,10 +148,10 @@ def passkey_accuracy(
         InvalidParameterError: no trials, a length that does not hold the prompt, or no chat template.
         UnsupportedModelError: not a causal language model.
     """
-    check_type("trials", trials, int)
-    check_type("seed", seed, int)
     if not 1 <= trials <= MAX_TRIALS:
         raise InvalidParameterError(f"Expected 1 to {MAX_TRIALS:,} trials per length, got {trials}.")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InvalidParameterError(f"Expected max_new_tokens of 1 or more, got {max_new_tokens}.")
     questions = Questions(passkey=trials, seed=seed, bos=bos, chat=chat)
     unwrapped = TokenScorer(model).model
     accuracy = {}
@@ -164,6 +163,7 @@ def passkey_accuracy(
     return accuracy
 
 
+@checked
 def retrieval(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -281,8 +281,7 @@ def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
     with _open(path, newline="") as file:  # line ends inside cells stay as they are
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         columns = rows.fieldnames or ()
-        if len(set(columns)) < len(columns):  # of columns of one name a row would have the last
-            raise DocumentError(f"cannot read {path}: its columns are {', '.join(columns)}, some twice. Rename them.")
+        require_unique(columns, str(path))
         for number, row in enumerate(rows, start=1):
             cells = sum(value is not None for name, value in row.items() if name is not None) + len(
                 row.get(None) or ()
@@ -292,6 +291,13 @@ def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
                     f"cannot read {path}: row {number} has {cells} cells, and the header {len(rows.fieldnames or ())}"
                 )
             yield row
+
+
+def require_unique(columns: Iterable[Any], name: str) -> None:
+    """Refuse columns of one name, of which a row would have the last only."""
+    names = list(map(str, columns))
+    if len(set(names)) < len(names):
+        raise DocumentError(f"cannot read {name}: its columns are {', '.join(names)}, some twice. Rename them.")
 
 
 def from_rows(rows: Any, text_column: str, name: str, prefix: str = "") -> Texts:
@@ -316,21 +322,25 @@ def from_rows(rows: Any, text_column: str, name: str, prefix: str = "") -> Texts
         yield f"{prefix}{index}" if id is None or id == "" else str(id), row[text_column]
 
 
-def from_object(source: Any, text_column: str, split: str | None) -> Texts:
+def from_object(source: Any, text_column: str, split: str | None, revision: str | None) -> Texts:
     """Read a Python object by what it is: a data set, a table, columns, or a sequence of texts or rows.
 
     Raises:
-        DocumentError: none of these.
+        DocumentError: none of these, or a split or revision where there is none.
     """
     name = type(source).__name__
+    if isinstance(source, Mapping) and source and all(hasattr(value, "column_names") for value in source.values()):
+        source, split = _of_split(source, split, name), None  # of a DatasetDict
+    for what, value in (("split", split), ("revision", revision)):
+        if value is not None:
+            raise DocumentError(f"{what} is {value!r}, and {name} has none. Leave {what} out.")
     if isinstance(source, Mapping):
-        if source and all(hasattr(value, "column_names") for value in source.values()):  # a DatasetDict
-            return from_rows(_of_split(source, split, name), text_column, name)
         return from_rows(_rows_of_columns(source, name), text_column, name)
     if hasattr(source, "iter_rows") and hasattr(source, "columns"):  # polars
         return from_rows(source.iter_rows(named=True), text_column, name)
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
-        return from_rows(source.to_dict("records"), text_column, name)
+        require_unique(source.columns, name)
+        return from_rows(source.astype(object).where(source.notna(), None).to_dict("records"), text_column, name)
     if hasattr(source, "to_pylist") and hasattr(source, "column_names"):  # pyarrow
         return from_rows(source.to_pylist(), text_column, name)
     if hasattr(source, "column_names"):  # a Dataset, or one that streams

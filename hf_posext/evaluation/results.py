@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
+
 from ..decode import Record, Rules, decode, required_keys, short
 from ..errors import EvaluationError, InvalidParameterError
 from ..visible import csv_cell, visible
+from .config import checked
 from .reading import write_atomically
 from .rows import STRETCHES, DocumentRecord, RetrievalRow, Row, title
 from .windows import is_legacy
 
 if TYPE_CHECKING:
     import pandas
-    from accelerate import Accelerator
 
 SCHEMA = 2
 
@@ -292,6 +294,7 @@ def _table(name: str, entries: Any) -> list[Any]:
 QUANTITIES = ("perplexity", "gain", "change", "passkey")
 
 
+@checked
 def log_results(results: Results, accelerator: Accelerator) -> None:
     """Log the rows as curves over the context length: the step is the length in tokens, a curve is a method.
 

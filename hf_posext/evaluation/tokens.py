@@ -226,12 +226,17 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text without special ones (`verbose=False`: no warning about the model's length)."""
+    require_tokenizer(tokenizer)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is not a tokenizer."""
     if not callable(tokenizer):
         raise InvalidParameterError(
             f"Expected a tokenizer, got {type(tokenizer).__name__}. Pass AutoTokenizer.from_pretrained(...)."
         )
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def check_vocabulary(
@@ -341,6 +346,8 @@ def read_by(
     Raises:
         InvalidParameterError: two tokenizers of which one gives no offsets.
     """
+    if evaluator_tokenizer is not None:
+        require_tokenizer(evaluator_tokenizer)
     if evaluator_tokenizer is None or _are_same(evaluator_tokenizer, tokenizer):
         return TokensRead(rows.ids, list(rows.tokens), rows.bos)
     for own in (tokenizer, evaluator_tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}.\n{{ message.content | trim }} end\n{% endfor %}"
     "{% if add_generation_prompt %}assistant.\n{% endif %}"
 )
+ASKING = "{{ bos_token }}{% set today = strftime_now('%d %b %Y') %}{{ today }}\n" + TEMPLATE.removeprefix(
+    "{{ bos_token }}"
+)
 DATED = "{{ bos_token }}{{ date_string or strftime_now('%d %b %Y') }}\n" + TEMPLATE.removeprefix("{{ bos_token }}")
 
 
@@ -46,7 +50,7 @@ def both(tokenizer: Any, task: str | None, length: int) -> tuple[Prompt, Prompt]
     return write(length, True), write(length, False)
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, DATED])
+@pytest.mark.parametrize("template", [TEMPLATE, DATED, ASKING])
 @pytest.mark.parametrize("task", [None, *TASKS])
 def test_a_prompt_is_the_rendered_conversation_to_the_token(task: str | None, template: str) -> None:
     tokenizer = chatting(template)
@@ -54,14 +58,15 @@ def test_a_prompt_is_the_rendered_conversation_to_the_token(task: str | None, te
     prompt, _ = both(tokenizer, task, length)
     assert len(prompt.tokens) + prompt.room == length
     said = "".join(tokenizer.convert_ids_to_tokens(prompt.tokens))
-    begin = "<s>" + ("26 Jul 2024\n" if template == DATED else "") + "user.\n"
+    begin = "<s>" + ("" if template == TEMPLATE else "26 Jul 2024\n") + "user.\n"
     assert said.startswith(begin)
     body, question, opening = said.removeprefix(begin).partition(" end\nassistant.\n")
     assert question and body.endswith("?"), "the question ends the message of the user"
     assert opening.endswith((" is", " are")) and "?" not in opening, "the assistant's begins with the answer"
+    today = datetime.now().strftime("%d %b %Y")
     whole = tokenizer.apply_chat_template(
         [{"role": "user", "content": body}], tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
-    )
+    ).replace(today, "26 Jul 2024")  # the day of one that asks for it is fixed, too
     assert prompt.tokens == tokenizer(whole + opening, add_special_tokens=False)["input_ids"]
 
 

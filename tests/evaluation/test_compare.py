@@ -396,6 +396,10 @@ def test_a_journal_is_continued_by_the_same_run_only(llama: LlamaForCausalLM, tm
         moved.model.layers[1].mlp.up_proj.weight.mul_(1.0001)
     with pytest.raises(JournalError, match=r"models\.0\.weights is .* there and .* here"):
         run(moved, journal=journal)
+    moved = copy.deepcopy(llama)
+    moved.config.attention_dropout = 0.5  # as in a config.json that was edited
+    with pytest.raises(JournalError, match=r"models\.0\.config\.attention_dropout is 0.0 there and 0.5 here"):
+        run(moved, journal=journal)
     with pytest.raises(JournalError, match=r"models\.0\.dtype is float32 there and bfloat16 here"):
         run(copy.deepcopy(llama).bfloat16(), journal=journal)
     llama.register_forward_pre_hook(lambda *_: pytest.fail("everything is in the journal"))

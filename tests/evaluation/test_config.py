@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 import typer.main
 
+from hf_posext import evaluation
 from hf_posext.cli import app
 from hf_posext.errors import InvalidParameterError, PosExtError
 from hf_posext.evaluation import (
@@ -23,6 +25,9 @@ from hf_posext.evaluation import (
     Results,
     compare,
     evaluate_perplexity,
+    find_key_tokens,
+    load_documents,
+    log_results,
     longppl,
     passkey_accuracy,
     retrieval,
@@ -95,7 +100,7 @@ def test_unknown_settings_are_refused_with_a_suggestion() -> None:
         ({"retrieval": 10_001}, "retrieval is 10001. Pass the number of trials, at most 10,000, or 0 for none"),
         ({"seed": -1}, "seed is -1. Pass a whole number, 0 or more"),
         ({"longppl": (1,)}, r"Expected longppl to be a label, a model, or \(model, tokenizer\)"),
-        ({"config": {"lengths": [48]}}, "Expected config to be an EvaluationConfig, got dict"),
+        ({"config": {"lengths": [48]}}, "Expected config to be an EvaluationConfig or None, got {'lengths"),
     ],
 )
 def test_a_setting_of_another_type_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -120,15 +125,62 @@ def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
     ):
         with pytest.raises(PosExtError, match=message):
             evaluate_perplexity(*given, [48])
-    with pytest.raises(InvalidParameterError, match="Expected label to be text or None, got 3"):
-        evaluate_perplexity(model, tokenizer, TEXTS, [48], label=3)  # type: ignore[arg-type]
     for ask in (passkey_accuracy, retrieval):
-        with pytest.raises(InvalidParameterError, match="Expected trials to be a whole number, got '2'"):
-            ask(model, tokenizer, [128], trials="2")
         with pytest.raises(InvalidParameterError, match="Expected 1 to 10,000 trials"):
             ask(model, tokenizer, [128], trials=10**19)
-    with pytest.raises(InvalidParameterError, match="Expected length to be a whole number, got 48.5"):
-        longppl(model, tokenizer, TEXTS, length=48.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (compare, {"journal": 3}, "journal to be text or a Path or None, got 3"),
+        (compare, {"accelerator": 3}, "accelerator to be an Accelerator or None, got 3"),
+        (compare, {"on_method": 3}, "on_method to be a function or None, got 3"),
+        (compare, {"config": {"lengths": [48]}}, "config to be an EvaluationConfig or None"),
+        (compare, {"model": 3}, "model to be a Module, got 3"),
+        (evaluate_perplexity, {"journal": b"j"}, "journal to be text or a Path or None, got b'j'"),
+        (evaluate_perplexity, {"accelerator": "gpu"}, "accelerator to be an Accelerator or None, got 'gpu'"),
+        (evaluate_perplexity, {"control": "none"}, "control to be a Module or None, got 'none'"),
+        (evaluate_perplexity, {"label": 3}, "label to be text or None, got 3"),
+        (longppl, {"length": 48.5}, "length to be a whole number, got 48.5"),
+        (longppl, {"length": 48, "keys": 3}, "keys to be a KeyTokens or None, got 3"),
+        (longppl, {"length": 48, "seed": "x"}, "seed to be a whole number, got 'x'"),
+        (find_key_tokens, {"length": 48, "alpha": "2"}, "alpha to be a number, got '2'"),
+        (passkey_accuracy, {"lengths": [128], "trials": "2"}, "trials to be a whole number, got '2'"),
+        (passkey_accuracy, {"lengths": [128], "trials": 1, "max_new_tokens": "x"}, "max_new_tokens to be a whole"),
+        (passkey_accuracy, {"lengths": [128], "trials": 1, "max_new_tokens": 0}, "max_new_tokens of 1 or more, got 0"),
+        (passkey_accuracy, {"lengths": [128], "trials": 1, "on_length": 3}, "on_length to be a function or None"),
+        (retrieval, {"lengths": [128], "seed": "x"}, "seed to be a whole number, got 'x'"),
+        (retrieval, {"lengths": [128], "tasks": 3}, "tasks to be a list of names or None, got 3"),
+        (retrieval, {"lengths": [128], "depths": "0"}, "depths to be a list of numbers or None, got '0'"),
+        (retrieval, {"lengths": [128], "on_step": 3}, "on_step to be a function or None, got 3"),
+        (log_results, {"results": 3, "accelerator": 3}, "results to be a Results, got 3"),
+        (load_documents, {"source": ["a"], "limit": "2"}, "limit to be a whole number or None, got '2'"),
+        (load_documents, {"source": ["a"], "split": 3}, "split to be text or None, got 3"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_whatever_the_function(
+    function: Any, arguments: dict[str, Any], message: str
+) -> None:
+    """One mechanism for all public functions: the annotations."""
+    given: dict[str, Any] = {"model": tiny_llama(), "tokenizer": character_tokenizer()}
+    if function in (compare, evaluate_perplexity, longppl, find_key_tokens):
+        given["documents"] = TEXTS
+    if function is compare:
+        given["methods"] = ["none"]
+    if function in (log_results, load_documents):
+        given = {}
+    if function is find_key_tokens:
+        given["evaluator"] = given.pop("model")
+    with pytest.raises(InvalidParameterError, match=f"^Expected {message}"):
+        function(**{**given, **arguments})
+
+
+def test_every_public_function_is_checked() -> None:
+    functions = [value for name in evaluation.__all__ if inspect.isfunction(value := getattr(evaluation, name))]
+    assert len(functions) >= 9
+    for function in functions:
+        assert hasattr(function, "__wrapped__"), f"@checked is missing on {function.__name__}"
 
 
 def test_the_earlier_name_of_the_trained_length_works_and_warns() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 
 from hf_posext.errors import DocumentError
@@ -301,9 +302,20 @@ def test_a_split_or_revision_that_means_nothing_is_refused(tmp_path: Path) -> No
         load_documents(path, split="test")
     with pytest.raises(DocumentError, match="revision is 'abc'.*is on this machine"):
         load_documents(path, revision="abc")
+    for source in (["a"], datasets.Dataset.from_list(ROWS), {"text": ["a"]}, pandas.DataFrame({"text": ["a"]})):
+        for option in ({"split": "test"}, {"revision": "abc"}):
+            with pytest.raises(DocumentError, match=r"(split|revision) is '.*', and \w+ has none. Leave"):
+                load_documents(source, **option)
 
 
 def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,text,text\n1,first,second\n")
     with pytest.raises(DocumentError, match=r"a\.csv: its columns are id, text, text, some twice\. Rename them"):
         load_documents(tmp_path / "a.csv")
+    with pytest.raises(DocumentError, match=r"DataFrame: its columns are text, text, some twice\. Rename them"):
+        load_documents(pandas.DataFrame([["first", "second"]], columns=["text", "text"]))
+
+
+def test_a_row_of_a_frame_without_an_id_is_known_by_its_number() -> None:
+    frame = pandas.DataFrame({"text": ["first", "second"], "id": ["a", None]}, index=[7, 3])
+    assert [document.id for document in load_documents(frame)] == ["a", "1"]

@@ -67,6 +67,12 @@ def test_pass_keys_of_one_model_are_those_of_a_comparison(llama: LlamaForCausalL
     ]
 
 
+def test_the_name_of_the_control_is_not_a_label(llama: LlamaForCausalLM) -> None:
+    """Tasks are known by their label: the model's would have been the control's, and every gain 1."""
+    with pytest.raises(InvalidParameterError, match="label is 'truncated', as records call the control"):
+        run(llama, label="truncated", control=tiny_llama())
+
+
 def test_controls_that_cannot_be_are_refused(llama: LlamaForCausalLM) -> None:
     llama.register_forward_pre_hook(lambda *_: pytest.fail("nothing may be measured"))
     with pytest.raises(InvalidParameterError, match="trained_length is 64, and there is no control"):

@@ -1,4 +1,7 @@
-"""Two processes that are killed, that meet a second writer, or a full disk: equal bits in the end, or one line."""
+"""Two processes that are killed, that meet a second writer, or a full disk: equal bits in the end, or one line.
+
+`python -m tests.evaluation.hostile_run` attacks the command itself, at more moments and in more ways.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,7 @@ def whole(servers: tuple[Server, Server]) -> bytes:
 def test_processes_that_are_killed_go_on_to_equal_bits(servers: tuple[Server, Server], whole: bytes) -> None:
     server, _ = servers
     for index in range(KILLS):
-        name, draw = f"killed-{index}", random.Random()
+        name, draw = f"killed-{index}", random.Random(index)
         moment, victim, delay = draw.randint(0, 24), draw.randint(0, 1), draw.uniform(0, 0.03)
         children = server.start(name)
         server.until(name, moment)
@@ -139,3 +142,15 @@ def test_a_full_disk_ends_in_one_line_and_the_rest_is_measured_later(
     server.start("full")
     assert server.wait() == [0, 0], server.errors.read_text()
     assert server.result("full") == whole
+
+
+def test_a_journal_that_is_taken_away_ends_in_one_line(servers: tuple[Server, Server], whole: bytes) -> None:
+    server, _ = servers
+    server.start("gone")
+    server.until("gone", 6)
+    for file in journal_files(server.journal("gone")):
+        file.unlink()
+    assert 2 in server.wait()
+    assert any("was moved or deleted during the run" in line for line in server.said()), server.errors.read_text()
+    server.start("gone")
+    assert server.wait() == [0, 0] and server.result("gone") == whole

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from hf_posext.errors import JournalError
-from hf_posext.evaluation.journal import RunJournal
+from hf_posext.evaluation.journal import RunJournal, weights_fingerprint
 from hf_posext.evaluation.tasks import Task, key_text
 from hf_posext.locks import journal_files
+
+from ..conftest import tiny_llama
 
 CONFIGURATION = {"model": "tiny", "lengths": [64, 128], "versions": {"torch": "2.13"}}
 ENTRIES: list[tuple[Task, Any]] = [
@@ -145,6 +149,38 @@ def test_a_full_disk_keeps_what_was_finished(path: Path, limit_of_files: Any) ->
     limit_of_files(resource.RLIM_INFINITY)
     write(path, ENTRIES[3:])
     assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("act", ["delete", "move", "replace"])
+def test_a_journal_that_is_taken_away_ends_the_run(path: Path, act: str) -> None:
+    """Finished tasks would go nowhere, and another run may have begun a journal in its place."""
+    with RunJournal(path, CONFIGURATION) as journal:
+        journal[ENTRIES[0][0]] = ENTRIES[0][1]
+        if act == "move":
+            path.parent.rename(path.parent.with_name("elsewhere"))
+        else:
+            shutil.rmtree(path.parent)
+        if act == "replace":
+            write(path, ENTRIES[:1])
+        with pytest.raises(JournalError, match=r"journal\.jsonl was moved or deleted during the run"):
+            journal[ENTRIES[1][0]] = ENTRIES[1][1]
+
+
+def test_a_fingerprint_notices_all_that_a_model_computes_with() -> None:
+    model = tiny_llama()
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(tiny_llama()) == before
+    flat = model.model.layers[1].mlp.up_proj.weight.data.view(-1)
+    value = flat[7].item()
+    flat[7] = value + 1.0  # between the samples
+    assert weights_fingerprint(model) != before
+    flat[7] = value
+    model.model.layers[0].input_layernorm.variance_epsilon = 1e-3
+    assert weights_fingerprint(model) != before
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    before = weights_fingerprint(adapted)
+    adapted.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] = 3.0
+    assert weights_fingerprint(adapted) != before
 
 
 def test_a_journal_that_cannot_be_read_is_an_error(path: Path) -> None:
