@@ -113,8 +113,8 @@ def serve_transformers(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: 
     older = _older(config, plan)
     if isinstance(older, str):
         differences.append(
-            f"The oldest reader is transformers 5.0: {older}. An older one opens the checkpoint with the positions of "
-            "a plain model, and says nothing. So do the converters of ollama and mlx-lm."
+            f"The oldest reader is transformers 5.0: {older}. An older one stops. The converters of ollama and mlx-lm "
+            "take the positions of a plain model, and say nothing."
         )
     elif plan.rotaries:
         differences.append(

@@ -15,7 +15,7 @@ from ..errors import InvalidParameterError, NotPatchedError
 from ..markdown import render
 from ..patching import find_patch
 from ..patching.checkpoint import new_directory, refuse_adapter
-from ..patching.saved_config import text_path
+from ..patching.saved_config import stop_4, stop_readers, text_path
 from . import llama_cpp
 from .servers import (
     IGNORED,
@@ -104,6 +104,10 @@ def _edit_config(path: Path, part: str, serving: Serving) -> None:
     if "rope_parameters" in serving.text:  # what transformers 4 reads would come first, and says something else
         text.pop("rope_scaling", None)
         text.pop("rope_theta", None)
+        if serving.server == llama_cpp.SERVER:  # its converter gets the base, and the file the plan in the next step
+            stop_readers(config, part)
+        else:
+            stop_4(config)
     text.update(serving.text)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -12,8 +12,10 @@ quotes the name. Servers refuse an unknown rope type in the same way. So these e
 
 transformers 5 writes `rope_parameters`. transformers 4 ignores the name and computes the positions of a plain model.
 It reads `rope_scaling` and `rope_theta`, as the converters of ollama and MLX do. Both can stand in one config.
-Version 5 takes `rope_scaling` first where both are there, so both have to be right. Facts about version 4 are from
-4.57.6, its last: `modeling_rope_utils.py`, `models/*/modeling_*.py`.
+Version 5 takes `rope_scaling` first where both are there, so both have to be right. Where they cannot stand together, or
+version 4 would compute other positions from them, `pruned_heads` contains the sentence: version 4 expects numbers there
+and stops, version 5 ignores the entry. Facts about version 4 are from 4.57.6, its last: `configuration_utils.py`,
+`modeling_rope_utils.py`, `models/*/modeling_*.py`.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ REPLACED_KEY = "posext_replaced"
 """Entry of a config that contains what stood where its readers are stopped."""
 
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
+_STOP_4 = "pruned_heads"
+"""Entry of a config in which transformers 4 accepts numbers alone, and that transformers 5 does not know."""
 
 LEAST = "4.57"
 
@@ -78,15 +83,15 @@ class CarriesPlan(Carried):
             resumed and older.get("rope_scaling", {}).get("rope_type") in UNREADABLE
         ):
             text |= older
+        elif PLAN_KEY in data:  # without it, the model computes what transformers makes of its config
+            stop_4(data)
 
 
 class StopsReaders(CarriesPlan):
     """The same for positions that no config can say."""
 
     def _edit(self, data: dict[str, Any], text: dict[str, Any], resumed: bool) -> None:
-        stop = f"{named(data[PLAN_KEY])}; open the directory by hf_posext.load_patched(path)"
-        data |= dict.fromkeys(_IMPLEMENTATIONS, stop)  # which transformers itself never saves
-        data[REPLACED_KEY] = {"part": text_path(self)}
+        stop = stop_readers(data, text_path(self))
         rope = text.get("rope_parameters")
         if rope:
             data[REPLACED_KEY]["rope_parameters"] = copy.deepcopy(rope)
@@ -95,7 +100,28 @@ class StopsReaders(CarriesPlan):
                     parameters["rope_type"] = stop
             older = {key: float(rope[key]) for key in ("rope_theta",) if key in rope}
             if older or not resumed:  # without the base, version 5 would warn of a deprecated key
-                text |= {**older, "rope_scaling": {"rope_type": stop, "factor": 1.0}}  # stops transformers 4
+                text |= {**older, "rope_scaling": {"rope_type": stop, "factor": 1.0}}  # for converters
+
+
+def stop_4(data: dict[str, Any]) -> None:
+    """Let a config with a plan stop transformers 4, and not version 5."""
+    data[_STOP_4] = {f"{named(data[PLAN_KEY])}; open the directory by transformers 5": []}
+
+
+def stop_readers(data: dict[str, Any], part: str) -> str:
+    """Let a config with a plan stop both generations of transformers when a model is built from it.
+
+    Args:
+        data (`dict`): entries of `config.json`, which are changed.
+        part (`str`): name of the text part, as [`text_path`] returns it.
+
+    Returns:
+        `str`: the sentence that readers quote.
+    """
+    stop = f"{named(data[PLAN_KEY])}; open the directory by hf_posext.load_patched(path)"
+    data |= dict.fromkeys(_IMPLEMENTATIONS, stop)  # which transformers itself never saves
+    data |= {_STOP_4: {stop: []}, REPLACED_KEY: {"part": part}}
+    return stop
 
 
 def entries_of_4(text: Mapping[str, Any]) -> dict[str, Any] | str:
@@ -163,6 +189,8 @@ def open_patched_config(
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
+        if PLAN_KEY in data:
+            vars(config).pop(_STOP_4, None)
         return config
     cls = CONFIG_MAPPING[data["model_type"]]
     opened: PreTrainedConfig = cls.from_dict(_restored(data), name_or_path=str(name))
@@ -180,7 +208,7 @@ def without_stop(config: PreTrainedConfig) -> PreTrainedConfig:
 def _restored(data: dict[str, Any]) -> dict[str, Any]:
     """The entries of a config with what stood where its readers are stopped."""
     replaced = data[REPLACED_KEY]
-    data = {key: value for key, value in data.items() if key not in (REPLACED_KEY, *_IMPLEMENTATIONS)}
+    data = {key: value for key, value in data.items() if key not in (REPLACED_KEY, _STOP_4, *_IMPLEMENTATIONS)}
     text = data[replaced["part"]] if replaced["part"] else data
     if "rope_parameters" in replaced:
         text.pop("rope_scaling", None)

@@ -21,6 +21,8 @@ REFUSED = {
     "phi": "families",
     "gemma3_text": "layer types",
 }
+CHECKPOINT = "checkpoint-7"
+"""Directory in which `Trainer` has to find `rope_parameters` alone."""
 
 
 def write(root: Path) -> None:
@@ -69,6 +71,11 @@ def write(root: Path) -> None:
             assert reason in str(error), error
         else:
             raise AssertionError(f"{family} was exported for transformers 4")
+        model.save_pretrained(root / family)
+    model = build("llama")
+    patch_model(model, "yarn", factor=4)
+    model.save_pretrained(root / CHECKPOINT)
+    export_checkpoint(model, root / "vllm", "vllm")
     save_file({"ids": ids, **expected}, root / "expected.safetensors")
 
 
@@ -86,11 +93,12 @@ def read(root: Path) -> None:
             difference = (model.eval()(ids).logits - logits).abs().max() / logits.abs().max()
         print(f"{name}: {float(difference):.1e}")
         assert difference < 1e-5, name  # sums of float32 in another order
-    for path in (root / f"llama-{method}{writer}" for method in STOPPED for writer in ("", "-by-itself")):
+    stopped = [f"llama-{method}{writer}" for method in STOPPED for writer in ("", "-by-itself")]
+    for path in (root / name for name in (*stopped, *REFUSED, CHECKPOINT, "vllm")):
         plan = json.loads((path / "config.json").read_text())["posext_plan"]["method"]
         try:
             transformers.AutoModelForCausalLM.from_pretrained(path)
-        except KeyError as error:
+        except ValueError as error:
             assert f"hf_posext plan ({plan}: 64 -> 256" in str(error), error
             print(f"{path.name}: stops")
         else:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -273,6 +274,8 @@ def test_converter_of_llama_cpp_reads_no_type_without_its_numbers(tmp_path: Path
     """It would write `longrope` and no factors, which llama.cpp runs as the base model."""
     export("yarn+resonance", tmp_path / "a", "llama.cpp")
     assert config_of(tmp_path / "a")["rope_parameters"] == {"rope_type": "default", "rope_theta": 10_000.0}
+    with pytest.raises(ValueError, match=r"hf_posext plan \(yarn\+resonance: .*load_patched"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a")  # to which it would be the base model, too
     export("yarn", tmp_path / "b", "llama.cpp")
     assert config_of(tmp_path / "b")["rope_parameters"]["rope_type"] == "yarn"
     export("table-linear", tmp_path / "c", "llama.cpp", tiny_gpt2())

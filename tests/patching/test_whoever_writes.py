@@ -254,13 +254,14 @@ def test_a_trainer_goes_on_from_its_checkpoint(method: str, tmp_path: Path) -> N
     trainer(again, tmp_path / "halves", max_steps=2).train(str(tmp_path / "halves" / "checkpoint-1"))
     assert torch.equal(logits(again.eval(), IDS), logits(whole.eval(), IDS))
     config = json.loads((tmp_path / "halves" / "checkpoint-1" / "config.json").read_text())
-    # transformers 4 reads what Trainer does not go on from, too: reader_4.py
-    assert ("rope_theta" in config, "rope_scaling" in config) == {
-        "yarn": (False, False),
-        "ntk": (True, False),
-        "linear": (True, True),
-        "rerope": (True, True),  # stops it
+    # transformers 4 reads what Trainer does not go on from, too, or stops at the last: reader_4.py
+    assert [key in config for key in ("rope_theta", "rope_scaling", "pruned_heads")] == {
+        "yarn": [False, False, True],
+        "ntk": [True, False, False],
+        "linear": [True, True, False],
+        "rerope": [True, True, True],
     }[method]
+    assert not hasattr(load_patched(tmp_path / "halves" / "checkpoint-1").config, "pruned_heads")
 
 
 def test_every_directory_but_a_checkpoint_speaks_to_transformers_4(tmp_path: Path) -> None:
