@@ -85,7 +85,7 @@ def test_gguf_gets_the_positions_of_an_export(tmp_path: Path) -> None:
     result = run("export", MODEL, *options, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert f"hf-posext gguf {tmp_path / 'out'} converted.gguf model.gguf" in result.stdout
-    source = write_llama(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "converted.gguf")
+    source = write_llama(AutoModelForCausalLM.from_pretrained(MODEL), tmp_path / "converted.gguf")
     result = run("gguf", tmp_path / "out", source, tmp_path / "model.gguf")
     assert result.exit_code == 0, result.output
     said = read_gguf(tmp_path / "model.gguf")
