@@ -1,9 +1,12 @@
-"""Perplexity of tiny-rope under llama.cpp and under transformers, with the same plans on the same tokens.
+"""Perplexity of a model under llama.cpp and under transformers, with the same plans on the same tokens.
 
 llama.cpp gets a GGUF file with the positions that `hf-posext gguf` writes; transformers the patched model. Both
-compute in float32 (keys and values of llama.cpp's cache too). Needs `pip install llama-cpp-python gguf`.
+compute in float32 (keys and values of llama.cpp's cache too). Needs `pip install llama-cpp-python gguf`. With
+`--converter`, the file is what llama.cpp's own converter makes of an export, as `SERVING.md` says.
 
     python -m benchmarks.llama_cpp --length 2048 --output benchmarks/results/llama_cpp.json
+    python -m benchmarks.llama_cpp --model SMOLLM2 --converter convert_hf_to_gguf.py --trained-length 1024 \\
+        --documents 1 --output benchmarks/results/llama_cpp_converted.json
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,12 +24,13 @@ import llama_cpp
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_posext
-from hf_posext.export import write_gguf
-from hf_posext.export.llama_cpp import READ_FROM
+from hf_posext.export import export_checkpoint, write_gguf
+from hf_posext.export.llama_cpp import READ_FROM, rope_keys
 from hf_posext.packages import machine
+from hf_posext.patching.loading import Source, locate, open_config, open_tokenizer, open_weights
 from hf_posext.plan import ExtensionPlan
 from tests.export.gguf_helpers import write_llama
 
@@ -32,9 +38,9 @@ MODEL, NOVELS = Path("examples/tiny/tiny-rope"), Path("examples/data/heldout.jso
 METHODS = ("none", "linear", "ntk", "theta", "yarn", "yarn(attention_factor=1.4)", "llama3", "yarn+resonance")
 
 
-def documents(length: int, count: int) -> list[list[int]]:
+def documents(source: Source, length: int, count: int) -> list[list[int]]:
     """The first tokens of the first documents that are long enough."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = open_tokenizer(source)
     rows = []
     with NOVELS.open(encoding="utf-8") as lines:
         for line in lines:
@@ -44,53 +50,83 @@ def documents(length: int, count: int) -> list[list[int]]:
     return rows
 
 
-def nll(logits: torch.Tensor, ids: list[int]) -> float:
-    """Sum over all tokens but the first, in float64 from float32 logits."""
+def nll(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """NLL (length - 1,) of all tokens but the first, float64 from float32 logits."""
     scores = logits[:-1].float().log_softmax(-1).double()
-    return -float(scores.gather(-1, torch.tensor(ids[1:])[:, None]).sum())
+    return -scores.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 @torch.no_grad()
-def by_transformers(model: PreTrainedModel, rows: list[list[int]]) -> float:
-    return sum(nll(model(input_ids=torch.tensor([ids])).logits[0], ids) for ids in rows)
+def by_transformers(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
+    return torch.cat([nll(model(input_ids=torch.tensor([ids])).logits[0], ids) for ids in rows])
 
 
-def by_llama_cpp(path: Path, rows: list[list[int]]) -> float:
+def by_llama_cpp(path: Path, rows: list[list[int]]) -> torch.Tensor:
     length, f32 = len(rows[0]), llama_cpp.GGML_TYPE_F32
     options: dict[str, Any] = {"n_ctx": length, "n_batch": length, "logits_all": True, "verbose": False}
     model = llama_cpp.Llama(str(path), n_threads=1, type_k=f32, type_v=f32, flash_attn=False, **options)
-    total = 0.0
+    losses = []
     for ids in rows:
         model.reset()
         model.eval(ids)
-        total += nll(torch.from_numpy(np.array(model.scores[:length])), ids)
-    return total
+        losses.append(nll(torch.from_numpy(np.array(model.scores[:length])), ids))
+    return torch.cat(losses)
 
 
-def measure(method: str, factor: float, rows: list[list[int]], directory: Path) -> dict[str, Any]:
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    source = write_llama(model, directory / "source.gguf")
-    path = source
+def convert(converter: Path, model: PreTrainedModel, source: Source, directory: Path) -> Path:
+    """The GGUF file of a model, patched or not, by llama.cpp's converter and the command of `SERVING.md`."""
+    tokenizer, export, path = open_tokenizer(source), directory / "export", directory / "source.gguf"
+    patch = hf_posext.find_patch(model)
+    if patch is None:
+        model.save_pretrained(export)
+        tokenizer.save_pretrained(export)
+    else:
+        export_checkpoint(model, export, "llama.cpp", tokenizer=tokenizer)
+    words = [sys.executable, converter, export, "--outfile", path, "--outtype", "f32"]
+    subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if patch is None or rope_keys(patch.plan).by_converter:
+        return path
+    return write_gguf(patch.plan, path, directory / "model.gguf")
+
+
+def measure(
+    method: str,
+    source: Source,
+    lengths: dict[str, Any],
+    converter: Path | None,
+    rows: list[list[int]],
+    directory: Path,
+) -> dict[str, Any]:
+    model = open_weights(AutoModelForCausalLM, source, dtype=torch.float32)
+    path = None if converter else write_llama(model, directory / "source.gguf")
     if method != "none":
-        plan: ExtensionPlan = hf_posext.patch_model(model, method, factor=factor).plan
-        path = write_gguf(plan, source, directory / "model.gguf")
-    tokens = sum(len(ids) - 1 for ids in rows)
-    ours, theirs = (math.exp(total / tokens) for total in (by_transformers(model, rows), by_llama_cpp(path, rows)))
-    return {"method": method, "transformers": ours, "llama.cpp": theirs, "difference": theirs / ours - 1}
+        plan: ExtensionPlan = hf_posext.patch_model(model, method, **lengths).plan
+        path = path and write_gguf(plan, path, directory / "model.gguf")
+    path = path or convert(converter, model, source, directory)  # type: ignore[arg-type]
+    losses = by_transformers(model, rows), by_llama_cpp(path, rows)
+    ours, theirs = (math.exp(loss.mean()) for loss in losses)
+    largest = float((losses[0] - losses[1]).abs().max())
+    row = {"method": method, "transformers": ours, "llama.cpp": theirs, "difference": theirs / ours - 1}
+    return {**row, "largest_per_token": largest}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(MODEL), help="Directory or GGUF file.")
+    parser.add_argument("--converter", type=Path, help="convert_hf_to_gguf.py of llama.cpp.")
+    parser.add_argument("--trained-length", type=int, help="Of the plans; the model's if not given.")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    rows = documents(given.length, given.documents)
-    trained = AutoModelForCausalLM.from_pretrained(MODEL).config.max_position_embeddings
+    source = locate(given.model)
+    rows = documents(source, given.length, given.documents)
+    trained = given.trained_length or open_config(source).max_position_embeddings
+    lengths = {"factor": given.length / trained, "trained_length": given.trained_length}
     results = []
     for method in METHODS:
         with tempfile.TemporaryDirectory() as directory:
-            results.append(measure(method, given.length / trained, rows, Path(directory)))
+            results.append(measure(method, source, lengths, given.converter, rows, Path(directory)))
         print(json.dumps(results[-1]), flush=True)
     if given.output is not None:
         versions = {
@@ -100,7 +136,9 @@ def main() -> None:
         }
         versions |= {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": READ_FROM.split()[-1]}
         head = {
-            "model": "tiny-rope",
+            "model": Path(given.model).stem,
+            "converter": given.converter and given.converter.name,
+            "trained_length": trained,
             "length": given.length,
             "documents": len(rows),
             "machine": machine(),
