@@ -12,10 +12,10 @@ quotes the name. Servers refuse an unknown rope type in the same way. So these e
 
 transformers 5 writes `rope_parameters`. transformers 4 ignores the name and computes the positions of a plain model.
 It reads `rope_scaling` and `rope_theta`, as the converters of ollama and MLX do. Both can stand in one config.
-Version 5 takes `rope_scaling` first where both are there, so both have to be right. Where they cannot stand together, or
-version 4 would compute other positions from them, `pruned_heads` contains the sentence: version 4 expects numbers there
-and stops, version 5 ignores the entry. Facts about version 4 are from 4.57.6, its last: `configuration_utils.py`,
-`modeling_rope_utils.py`, `models/*/modeling_*.py`.
+Version 5 takes `rope_scaling` first where both are there, so both have to be right. Where they cannot stand together,
+or version 4 would compute other positions from them, `pruned_heads` contains the sentence: version 4 expects numbers
+there and stops, version 5 ignores the entry. Facts about version 4 are from 4.57.6, its last:
+`configuration_utils.py`, `modeling_rope_utils.py`, `models/*/modeling_*.py`.
 """
 
 from __future__ import annotations
