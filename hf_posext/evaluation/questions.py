@@ -105,7 +105,7 @@ def check_questions(
         InvalidParameterError: an unknown task, a depth outside of 0 to 1, or no trials.
     """
     tasks, depths = tuple(TASKS) if tasks is None else tasks, DEPTHS if depths is None else depths
-    if isinstance(tasks, str) or not tasks or set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
+    if not tasks or set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
         raise InvalidParameterError(f"Expected tasks to be a list of some of {', '.join(TASKS)}, got {tasks!r}.")
     if not depths or not all(0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
         raise InvalidParameterError(f"Expected depths from 0 to 1, each once, got {list(depths)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import types
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -213,9 +213,11 @@ def test_what_cannot_be_is_refused(documents: list[Document], llama: LlamaForCau
         longppl(llama, tokenizer, [Document("new", documents[0].text)], length=LENGTH, keys=keys)
     with pytest.raises(InvalidParameterError, match="gave token .* give each model its own tokenizer"):
         measure(evaluator=tiny_llama(vocab_size=20))
-    slow = types.SimpleNamespace(is_fast=False, bos_token_id=None)
-    with pytest.raises(InvalidParameterError, match="SimpleNamespace gives no character offsets"):
+    slow = Mock(is_fast=False, bos_token_id=None)
+    with pytest.raises(InvalidParameterError, match="Mock gives no character offsets"):
         measure(evaluator=llama, evaluator_tokenizer=slow)
+    with pytest.raises(InvalidParameterError, match="Expected a tokenizer, got int"):
+        measure(evaluator=llama, evaluator_tokenizer=3)
     with pytest.raises(InvalidParameterError, match="learned table of 64 positions"):
         texts = random_texts(1, 100)
         longppl(tiny_gpt2(), tokenizer, texts, length=80, **SETTINGS)
