@@ -78,7 +78,7 @@ class AdapterDirectory:
         plan = ExtensionPlan.load(path)
         if PLAN_KEY in entries and ExtensionPlan.from_dict(entries[PLAN_KEY]) != plan:
             raise PlanMismatchError(f"{path} contains two plans, in {PLAN_FILE} and in {CONFIG_FILE}. Save it again.")
-        found = cls(path, config, plan, BaseModel.load(path), _saved_shapes(path / WEIGHTS_FILE))
+        found = cls(path, config, plan, BaseModel.load(path), _file_shapes(path / WEIGHTS_FILE))
         found._check_config()
         return found
 
@@ -87,11 +87,6 @@ class AdapterDirectory:
         """Folder or Hub id of the base model, as PEFT wrote it."""
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        """Modules of the base that were trained whole."""
-        return tuple(self.config.get("modules_to_save") or ())
 
     def _check_config(self) -> None:
         """Refuse what PEFT would act on before any weight is compared."""
@@ -107,7 +102,7 @@ class AdapterDirectory:
         ranks = patterns.values() or [self.config.get("r")]  # the general rank may be of no module beside patterns
         if held is not None and not all(isinstance(rank, int) and 0 < rank <= held for rank in ranks):
             raise CheckpointError(f"{where} has rank {short(max(ranks, key=str))}, its weights {held}; one is wrong")
-        for name in self.modules_to_save:
+        for name in named:
             if not any(f".{name}." in key for key in self.shapes):
                 raise CheckpointError(
                     f"{self.path / WEIGHTS_FILE} lacks {name!r}, which {CONFIG_FILE} lists in modules_to_save. Save "
@@ -115,7 +110,7 @@ class AdapterDirectory:
                 )
 
 
-def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as weights:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
@@ -191,7 +186,7 @@ def misfit(adapter: AdapterDirectory, model: PreTrainedModel) -> str | None:
         with unchanged(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             built = _build(model, config)
-            trained, all_saved = _shapes(built, False), _shapes(built, True)
+            trained, all_saved = saved_shapes(built), saved_shapes(built, embeddings=True)
     except BUILDING as error:
         return f"PEFT cannot put it on a {type(model).__name__}: {error}"
     missing = sorted(trained.keys() - adapter.shapes.keys())
@@ -210,11 +205,6 @@ def misfit(adapter: AdapterDirectory, model: PreTrainedModel) -> str | None:
     return None
 
 
-def trained_shapes(model: nn.Module, name: str = "default") -> Shapes:
-    """Shapes of the weights that PEFT saves of an adapter, by the names that they have in a file."""
-    return _shapes(model, False, name)
-
-
 def _build(model: PreTrainedModel, config: PeftConfig) -> Any:
     """An adapter on a model, its weights on the meta device."""
     from peft import get_peft_model
@@ -225,7 +215,8 @@ def _build(model: PreTrainedModel, config: PeftConfig) -> Any:
     return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
-def _shapes(model: Any, embeddings: bool, name: str = "default") -> Shapes:
+def saved_shapes(model: Any, name: str = "default", *, embeddings: bool = False) -> Shapes:
+    """Shapes of the weights that PEFT saves of an adapter, by the names that they have in a file."""
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)

@@ -16,7 +16,7 @@ from ..patching.loading import locate, open_weights
 from ..patching.saved_config import open_patched_config
 from ..patching.untrusted import check_directory
 from ..plan import ExtensionPlan, has_plan
-from .directory import CARD_FILE, FILES, AdapterDirectory, computes, misfit, peft_config, same_effect, trained_shapes
+from .directory import CARD_FILE, FILES, AdapterDirectory, computes, misfit, peft_config, same_effect, saved_shapes
 from .save import tell_adapters
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def load_adapter(
     else:
         config.inference_mode = not is_trainable
         model.add_adapter(adapter_name, config)  # else PEFT would read the config, whose type it does not know
-        if trained_shapes(model, adapter_name) != adapter.shapes:
+        if saved_shapes(model, adapter_name) != adapter.shapes:
             model.delete_adapter(adapter_name)
             raise PlanMismatchError(f"the adapter in {directory} does not fit the weights of this model")
         model.load_adapter(str(path), adapter_name, is_trainable=is_trainable)

@@ -18,8 +18,8 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError
-from ..packages import require
 from ..patching.detect import text_config
+from ..patching.untrusted import DIVISORS, open_gguf
 from ..plan import ExtensionPlan, RotaryPlan, TablePlan
 from ..scheme import Rotary
 from .servers import DIRECTORY, Serving, refuse
@@ -187,8 +187,6 @@ def _config(config: PreTrainedConfig, plan: ExtensionPlan, said: RopeKeys) -> di
 OURS = re.compile(r"context_length|rope\.freq_base|rope\.scale_linear|rope\.scaling\..*")
 """Metadata that is replaced; whatever else a file says of scaling would be added to the plan's."""
 
-TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-
 
 def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str | Path) -> Path:
     """Copy a GGUF file and give it the positions of a plan.
@@ -207,16 +205,15 @@ def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str |
         CheckpointError: `source` is not a GGUF file, is one of several parts, or is of a model of another shape.
         FileExistsError: `path` exists.
     """
-    gguf = _library()
     plan = plan if isinstance(plan, ExtensionPlan) else ExtensionPlan.load(plan)
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists. Choose another name, or remove it first.")
-    reader = _open(gguf, source)
+    reader, arch = open_gguf(source)
     said = rope_keys(plan)
-    arch = _check(reader, source, plan, said)
+    _check(reader, arch, source, plan, said)
     try:
-        _copy(gguf, reader, arch, said, path)
+        _copy(reader, arch, said, path)
     except BaseException:
         path.unlink(missing_ok=True)  # half a file would be taken for a whole one
         raise
@@ -233,16 +230,17 @@ def read_gguf(path: str | Path) -> RopeKeys:
         CheckpointError: not a GGUF file.
         MissingExtraError: `gguf` is not installed.
     """
-    reader = _open(_library(), path)
-    arch = f"{_value(reader, 'general.architecture')}."
-    named = {name.removeprefix(arch): field for name, field in reader.fields.items()}
+    reader, arch = open_gguf(path)
+    named = {name.removeprefix(f"{arch}."): field for name, field in reader.fields.items()}
     keys = {name: field.contents() for name, field in named.items() if OURS.fullmatch(name)}
-    tensors = {tensor.name: tuple(tensor.data.tolist()) for tensor in reader.tensors if tensor.name in TENSORS}
+    tensors = {tensor.name: tuple(tensor.data.tolist()) for tensor in reader.tensors if tensor.name in DIVISORS}
     return RopeKeys(keys, tensors)
 
 
-def _copy(gguf: Any, reader: Any, arch: str, said: RopeKeys, path: Path) -> None:
-    """All of a file but what it says of positions, and that of a plan instead."""
+def _copy(reader: Any, arch: str, said: RopeKeys, path: Path) -> None:
+    """Write all of a file except its positions, and those of a plan instead."""
+    import gguf
+
     writer = gguf.GGUFWriter(path, arch, endianess=reader.endianess)
     for entry in reader.fields.values():
         written = entry.name == "general.architecture" or entry.name.startswith("GGUF.")
@@ -257,7 +255,7 @@ def _copy(gguf: Any, reader: Any, arch: str, said: RopeKeys, path: Path) -> None
     for name, numbers in said.tensors.items():
         writer.add_tensor(name, np.array(numbers, dtype=np.float32))
     for tensor in reader.tensors:
-        if tensor.name not in TENSORS:
+        if tensor.name not in DIVISORS:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -265,32 +263,13 @@ def _copy(gguf: Any, reader: Any, arch: str, said: RopeKeys, path: Path) -> None
     writer.close()
 
 
-def _library() -> Any:
-    require("gguf")
-    import gguf
-
-    return gguf
-
-
-def _open(gguf: Any, path: str | Path) -> Any:
-    try:
-        return gguf.GGUFReader(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, IndexError, MemoryError, OverflowError) as error:
-        raise CheckpointError(f"{path} is not a GGUF file: {error}") from error
-
-
 def _value(reader: Any, key: str) -> Any:
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
 
-def _check(reader: Any, source: str | Path, plan: ExtensionPlan, said: RopeKeys) -> str:
-    """The architecture of a file that a plan fits."""
-    arch = _value(reader, "general.architecture")
-    if not isinstance(arch, str):
-        raise CheckpointError(f"{source} does not name its architecture")
+def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, said: RopeKeys) -> None:
+    """Refuse a file that a plan does not fit."""
     if (_value(reader, "split.count") or 0) > 1:
         raise CheckpointError(f"{source} is one of several parts; join them first: llama-gguf-split --merge")
     known = LLAMA_LIKE if len(said.tensors) > 1 else WITH_FREQUENCIES
@@ -303,4 +282,3 @@ def _check(reader: Any, source: str | Path, plan: ExtensionPlan, said: RopeKeys)
             raise CheckpointError(
                 f"{source} rotates {held} channels of a head, the plan is for {width}; convert the exported model"
             )
-    return arch

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import CheckpointError
-from .untrusted import PICKLES, GGUFHeader, check_shards
+from .untrusted import GGUFHeader, check_directory, check_shards, pickles_of
 
 GGUF = ".gguf"
 
@@ -199,14 +199,9 @@ def check_weights(place: str | Path | None) -> None:
     """
     if place is None or not Path(place).is_dir():
         return
-    path = Path(place)
-    check_shards(path)
-    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    if pickles and not any(path.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{place} contains only {', '.join(pickles)}, which could execute code when opened. Save the weights as "
-            "safetensors: model.save_pretrained(path)"
-        )
+    check_shards(Path(place))
+    if pickles_of(Path(place)):  # without any weights, transformers names the files that it looked for
+        check_directory(place, "*.safetensors")
 
 
 def check_loaded(loaded: dict[str, Any], name: str | Path) -> None:

@@ -58,9 +58,14 @@ def check_directory(directory: str | Path, weights: str = "model*.safetensors") 
         raise CheckpointError(f"no such directory: {directory}")
     check_shards(path)
     if not any(path.glob(weights)):
-        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        pickles = pickles_of(path)
         held = f"only {', '.join(pickles)}, which could execute code when opened" if pickles else "no weights"
-        raise CheckpointError(f"{directory} holds {held}. Save the weights as safetensors ({weights}).")
+        raise CheckpointError(f"{directory} contains {held}. Save the weights as safetensors ({weights}).")
+
+
+def pickles_of(path: Path) -> list[str]:
+    """Names of the files in a directory that only pickle and its kin would open."""
+    return sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
 
 
 def check_shards(path: Path) -> None:
@@ -108,10 +113,7 @@ class GGUFHeader:
             MissingExtraError: the package gguf is not installed.
         """
         path = Path(path)
-        try:
-            return _read(path, path.stat().st_mtime_ns)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        return _read(path, path.stat().st_mtime_ns if path.exists() else 0)
 
     def check_vocabulary(self, name: str) -> None:
         """Refuse a file without a tokenizer; `name` is for the message."""
@@ -174,17 +176,36 @@ def llama3_of(divisors: np.ndarray, theta: float) -> dict[str, Any] | None:
     }
 
 
-@lru_cache(maxsize=4)
-def _read(path: Path, written: int) -> GGUFHeader:
-    """Read a header once: a vocabulary of 100,000 tokens takes seconds."""
+def open_gguf(path: str | Path) -> tuple[Any, str]:
+    """Open a GGUF file by the package `gguf`.
+
+    Returns:
+        `tuple`: the reader, and the architecture of the model.
+
+    Raises:
+        CheckpointError: the file is not GGUF, or does not name its architecture.
+        MissingExtraError: the package gguf is not installed.
+    """
     require("gguf")
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(path)
-        arch = f"{reader.fields['general.architecture'].contents()}."
+        arch = reader.fields["general.architecture"].contents()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, IndexError, MemoryError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a GGUF file: {error}") from error
+    if not isinstance(arch, str):
+        raise CheckpointError(f"{path} does not name its architecture")
+    return reader, arch
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, written: int) -> GGUFHeader:
+    """Read a header once: a vocabulary of 100,000 tokens takes seconds."""
+    reader, arch = open_gguf(path)
+    arch += "."
     scaling = {
         name.removeprefix(arch): field.contents()
         for name, field in reader.fields.items()

@@ -32,7 +32,7 @@ from ..patching.position_ids import check_packing, check_skipping
 from ..patching.shifted_attention import shifted_sparse_attention
 from ..plan import ExtensionPlan
 from .record import CHECKPOINTS, begin, check_output, finish, forget, save
-from .rows import Rows, make_rows
+from .rows import make_rows
 from .settings import Preset, Settings, adapter_config, as_preset, tie_again
 from .trainer import Evaluation, Run, make_trainer, newest_checkpoint, training_arguments
 
@@ -208,7 +208,11 @@ def finetune(
         )
         settings.check(plan)
         rows = make_rows(texts, tokenizer, settings.length, pack=pack)
-        check_fit(model, rows, settings)
+        check_vocabulary(model, rows.dataset["input_ids"])
+        if settings.pack:
+            check_packing(model)
+        if settings.pose is not None:
+            check_skipping(model)
         network = trainable(model, preset, settings, adapter)
         run = Run(tokenizer, rows, patch, preset, settings, evaluation, output, arguments)
         facts = {"base": portable(model.config.name_or_path) or type(model).__name__, **_facts(run, texts)}
@@ -295,17 +299,7 @@ def _train(
 
 
 def check_model(model: nn.Module, *, adapted: bool, bf16: bool) -> None:
-    """Refuse a model that cannot be trained.
-
-    Args:
-        model (`PreTrainedModel`): without an adapter.
-        adapted (`bool`): whether an adapter is trained, and not the weights.
-        bf16 (`bool`): whether the training computes in bfloat16.
-
-    Raises:
-        UnsupportedModelError: no causal language model, one with an adapter, or 4-bit weights that are to be trained.
-        InvalidParameterError: weights in half precision without `bf16`.
-    """
+    """Refuse a model that cannot be trained; `adapted` where an adapter is, and not the weights."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
@@ -326,19 +320,6 @@ def check_model(model: nn.Module, *, adapted: bool, bf16: bool) -> None:
             f"{name} is {str(model.dtype).removeprefix('torch.')}. Pass bf16=True, so that what is trained is kept in "
             "float32, or load the model with dtype=torch.float32"
         )
-
-
-def check_fit(model: PreTrainedModel, rows: Rows, settings: Settings) -> None:
-    """
-    Raises:
-        InvalidParameterError: a tokenizer of another model.
-        UnsupportedModelError: the model does not honour the positions of packed or skipping rows.
-    """
-    check_vocabulary(model, rows.dataset["input_ids"])
-    if settings.pack:
-        check_packing(model)
-    if settings.pose is not None:
-        check_skipping(model)
 
 
 def trainable(

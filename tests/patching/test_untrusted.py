@@ -85,7 +85,7 @@ def test_untouched_directories_open(adapter: Path, checkpoint: Path) -> None:
 def test_adapter_of_pickles(adapter: Path, name: str) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / name).write_bytes(pickle.dumps(Bomb(adapter.parent / MARKER)))
-    refused(load_adapter, adapter, CheckpointError, f"holds only {name}, which could execute code")
+    refused(load_adapter, adapter, CheckpointError, f"contains only {name}, which could execute code")
 
 
 def test_pickle_beside_the_weights_is_not_opened(adapter: Path, checkpoint: Path) -> None:
