@@ -180,6 +180,13 @@ def questions_table(content: dict[str, Any]) -> str:
     return markdown(("task", "method", *(f"{length:,}" for length in lengths)), lines)
 
 
+def loses(content: dict[str, Any]) -> bool:
+    """Return whether the unpatched model misses a passkey inside its trained length."""
+    trained = content["model"]["trained_length"]
+    inside = [each for each in content.get("questions", []) if each["length"] <= trained]
+    return any((each["task"], each["asked"]) == ("passkey", BASELINE) and each["accuracy"] < 1 for each in inside)
+
+
 def _share(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return LACKS
@@ -234,6 +241,7 @@ def render(path: Path = RESULT) -> str:
         missing={length: cells.missing(GOALS[length]) for length, cells in held_out.items()},
         validation=Cells(content, VALIDATION, 16_384),
         answers=content.get("answers", []),
+        loses=loses(content),
         questions=questions_table(content) if content.get("questions") else "",
         origins=origins(content),
     )
