@@ -123,28 +123,27 @@ def main() -> None:
     rows = documents(source, given.length, given.documents)
     trained = given.trained_length or open_config(source).max_position_embeddings
     lengths = {"factor": given.length / trained, "trained_length": given.trained_length}
-    results = []
+    versions = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "hf_posext": hf_posext.__version__,
+    }
+    content: dict[str, Any] = {
+        "model": Path(given.model).stem,
+        "converter": given.converter and given.converter.name,
+        "trained_length": trained,
+        "length": given.length,
+        "documents": len(rows),
+        "machine": machine(),
+        "versions": versions | {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": READ_FROM.split()[-1]},
+        "rows": [],
+    }
     for method in METHODS:
         with tempfile.TemporaryDirectory() as directory:
-            results.append(measure(method, source, lengths, given.converter, rows, Path(directory)))
-        print(json.dumps(results[-1]), flush=True)
-    if given.output is not None:
-        versions = {
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "hf_posext": hf_posext.__version__,
-        }
-        versions |= {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": READ_FROM.split()[-1]}
-        head = {
-            "model": Path(given.model).stem,
-            "converter": given.converter and given.converter.name,
-            "trained_length": trained,
-            "length": given.length,
-            "documents": len(rows),
-            "machine": machine(),
-            "versions": versions,
-        }
-        given.output.write_text(json.dumps(head | {"rows": results}, indent=1) + "\n", encoding="utf-8")
+            content["rows"].append(measure(method, source, lengths, given.converter, rows, Path(directory)))
+        print(json.dumps(content["rows"][-1]), flush=True)
+        if given.output is not None:
+            given.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

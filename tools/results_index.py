@@ -27,6 +27,7 @@ SCRIPTS = {
     "benchmarks/results/finetune_candidates.json": "python benchmarks/finetune.py",
     "benchmarks/results/finetune_faded.json": "python benchmarks/finetune.py",
     "benchmarks/results/llama_cpp.json": "python benchmarks/llama_cpp.py",
+    "benchmarks/results/llama_cpp_converted.json": "python -m benchmarks.llama_cpp --converter convert_hf_to_gguf.py",
     "benchmarks/results/public_model.json": "python benchmarks/public_model.py",
     "benchmarks/results/server_phases.json": "python benchmarks/server_phases.py",
     "results/encoder-table.json": "python examples/08_encoder_table.py",
