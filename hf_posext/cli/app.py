@@ -74,6 +74,13 @@ class Command(TyperCommand):
     ENOUGH = 12
     """Fewest options that get headings."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, word in itertools.pairwise(["", *args]):
+            if not word or word.startswith("--") and word.endswith("="):
+                name = word.rstrip("=") or (before if before.startswith("-") else "each argument")
+                raise typer.BadParameter(f"Expected text for {name}, got an empty one. Pass some, or leave it out.")
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
         if len(options) < self.ENOUGH:

@@ -81,9 +81,9 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
         InvalidParameterError: the file exists and there is no journal to resume; its journal exists and `resume` is
             false; or it cannot be written.
     """
-    journal = path.with_suffix(".journal.jsonl")
     if path.suffix != ".json":
         raise InvalidParameterError(f"output is {path}. Pass the name of a JSON file, as in --output plan.json.")
+    journal = path.with_suffix(".journal.jsonl")
     with WriterLock(journal, rank(), world_size()):
         if not rank():
             _require_new(path, journal, resume)

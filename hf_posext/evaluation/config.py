@@ -23,7 +23,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value of another type than its hint. A bool is not a number, and a string not a sequence.
+    """Refuse a value of another type than its hint. A bool is not a number, a string not a sequence, "" not text.
 
     Raises:
         InvalidParameterError: it is.
@@ -78,7 +78,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if arguments:  # of a union
         return any(_fits(value, argument) for argument in arguments)
     kinds = (int, float) if hint is float else hint
-    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)) and value != ""
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,7 +264,7 @@ def load_documents(
         texts = from_object(source, text_column, split, revision)
     kept = _long_enough(one_line_errors(texts, name), minimum_characters or 0)
     documents: list[Document] = []
-    for id, text in itertools.islice(kept, limit):
+    for id, text in itertools.islice(kept, None if limit is None else min(limit, sys.maxsize)):
         if not isinstance(text, str):
             raise DocumentError(f"document {id!r} of {name} is {type(text).__name__}, not text. Drop or convert it.")
         documents.append(Document(id, text))

@@ -157,7 +157,7 @@ def key_search(
 
 def _find_label(label: str, names: Sequence[str]) -> int:
     """Index of the method that is meant by its label, or by its name with the factor."""
-    meant = [index for index, name in enumerate(names) if label in (name, name.rpartition(" x")[0])]
+    meant = [index for index, name in enumerate(names) if label in (name, name.rsplit(" x", 1)[0])]
     if len(meant) != 1:
         raise InvalidParameterError(
             f"longppl is {label!r}, which {'several' if meant else 'none'} of the methods are: {', '.join(names)}. "

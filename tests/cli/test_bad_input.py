@@ -54,6 +54,9 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
         ({"dataset": "no/such.jsonl"}, "no such path: no/such.jsonl"),
         ({"text_column": "body"}, "no column 'body'; it has id, source, text"),
         ({"documents": 0}, "--documents is 0"),
+        ({"longppl": ""}, "Expected text for --longppl, got an empty one"),
+        ({"protocol": ""}, "Expected text for --protocol, got an empty one"),
+        ({"device": ""}, "Expected text for --device, got an empty one"),
         ({"lengths": "64,128k"}, "separated by commas, got --lengths 64,128k."),
         ({"lengths": "1"}, "2 or more"),
         ({"lengths": "64,10000000"}, "10000000"),
@@ -195,3 +198,8 @@ def test_an_output_without_write_permission_is_refused_before_any_work(
     # The model does not exist either: the output is looked at first.
     message = error_of(compare(tmp_path / "out", model="./no/such/model"))
     assert "cannot write to" in message and "Permission denied" in message
+
+
+@pytest.mark.parametrize("words", [["inspect", ""], ["recommend", MODEL, "--output="], ["report", ""], ["env", ""]])
+def test_empty_words_are_refused_by_every_command(words: list[str]) -> None:
+    assert "got an empty one. Pass some, or leave it out." in error_of(run(*map(str, words)))

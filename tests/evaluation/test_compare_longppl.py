@@ -177,6 +177,7 @@ def test_the_short_context(asked: int | None, trained: int | None, longest: int,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"longppl": ""}, "longppl is '', which none of the methods are: none, linear x2. Pass one of these"),
         ({"longppl": "yarn"}, "longppl is 'yarn', which none of the methods are: none, linear x2. Pass one of these"),
         ({"longppl": None}, "short_length is 24, and there is no LongPPL. Pass longppl="),
         ({"longppl": None, "short_length": None, "beta": -1.0}, "beta is -1.0, and there is no LongPPL"),

@@ -47,6 +47,7 @@ def test_files(tmp_path: Path, suffix: str) -> None:
     assert documents == EXPECTED
     assert documents.source == {"dataset": str(path), "split": None, "revision": None, "text_column": "text"}
     assert load_documents(str(path), limit=1) == EXPECTED[:1]
+    assert load_documents(str(path), limit=10**30) == EXPECTED  # past what itertools counts
     assert not list((tmp_path / "cache").rglob("*.arrow")), "streamed, not copied"
 
 
