@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..plan import ExtensionPlan, Slopes
 from .base import Method, register
@@ -18,10 +17,10 @@ class ALiBiLinear(Method):
     `m_h / s`, at every length. Al-Khateeb et al., *Position Interpolation Improves ALiBi Extrapolation*, 2023.
     """
 
-    name: ClassVar[str] = "alibi-linear"
-    title: ClassVar[str] = "ALiBi position interpolation"
-    url: ClassVar[str] = "https://arxiv.org/abs/2310.13017"
-    kinds: ClassVar[tuple[str, ...]] = ("alibi",)
+    name = "alibi-linear"
+    title = "ALiBi position interpolation"
+    url = "https://arxiv.org/abs/2310.13017"
+    kinds = ("alibi",)
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         slopes = plan.slopes or plan.scheme.slopes
@@ -39,11 +38,11 @@ class ALiBiNTK(Method):
     2023.
     """
 
-    name: ClassVar[str] = "alibi-ntk"
-    title: ClassVar[str] = "NTK-ALiBi"
-    url: ClassVar[str] = "https://github.com/keezen/ntk_alibi"
-    code: ClassVar[str] = "https://github.com/keezen/ntk_alibi"
-    kinds: ClassVar[tuple[str, ...]] = ("alibi",)
+    name = "alibi-ntk"
+    title = "NTK-ALiBi"
+    url = "https://github.com/keezen/ntk_alibi"
+    code = "https://github.com/keezen/ntk_alibi"
+    kinds = ("alibi",)
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         slopes = plan.slopes or plan.scheme.slopes

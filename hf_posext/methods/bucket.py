@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import BucketPlan, ExtensionPlan
@@ -19,7 +18,7 @@ class BucketMethod(Method):
     Subclasses implement [`~BucketMethod.buckets`].
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("relative",)
+    kinds = ("relative",)
 
     def applies_to(self, scheme: PositionalScheme) -> str | None:
         return scheme.obstacle if scheme.buckets is not None else super().applies_to(scheme)
@@ -48,9 +47,9 @@ class BucketLinear(BucketMethod):
     Text-to-Text Transformer*, 2019.
     """
 
-    name: ClassVar[str] = "bucket-linear"
-    title: ClassVar[str] = "interpolated relative distances"
-    url: ClassVar[str] = "https://arxiv.org/abs/2306.15595"
+    name = "bucket-linear"
+    title = "interpolated relative distances"
+    url = "https://arxiv.org/abs/2306.15595"
 
     def buckets(self, plan: ExtensionPlan, current: BucketPlan) -> BucketPlan:
         return replace(current, factor=current.factor * plan.factor)
@@ -69,9 +68,9 @@ class BucketMaxDistance(BucketMethod):
         max_distance (`int`, *optional*): in tokens; the model's own times the factor where not given.
     """
 
-    name: ClassVar[str] = "bucket-max-distance"
-    title: ClassVar[str] = "raised maximum distance"
-    url: ClassVar[str] = "https://arxiv.org/abs/1910.10683"
+    name = "bucket-max-distance"
+    title = "raised maximum distance"
+    url = "https://arxiv.org/abs/1910.10683"
 
     max_distance: int | None = None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -34,7 +34,7 @@ class FrequencyMethod(Method):
     """
 
     kinds = ("rotary",)
-    covers_local_layers: ClassVar[bool] = False
+    covers_local_layers = False
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         """The new frequencies of one set.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, PositionMap, Sinusoids
@@ -19,10 +18,10 @@ class SinusoidLinear(Method):
     Models via Positional Interpolation*, 2023) of the sinusoids of Vaswani et al., 2017.
     """
 
-    name: ClassVar[str] = "sinusoid-linear"
-    title: ClassVar[str] = "interpolated sinusoids"
-    url: ClassVar[str] = "https://arxiv.org/abs/2306.15595"
-    kinds: ClassVar[tuple[str, ...]] = ("sinusoidal",)
+    name = "sinusoid-linear"
+    title = "interpolated sinusoids"
+    url = "https://arxiv.org/abs/2306.15595"
+    kinds = ("sinusoidal",)
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         if plan.sinusoids is not None:

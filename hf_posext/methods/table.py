@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, PositionMap, TablePlan
@@ -20,7 +19,7 @@ class TableMethod(Method):
     Rows beyond the trained length are replaced: they were never trained, whether the table has some or not.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("learned",)
+    kinds = ("learned",)
 
     def table(self, plan: ExtensionPlan) -> TablePlan:
         """Return the source of the rows of the new table."""
@@ -53,9 +52,9 @@ class TableLinear(TableMethod):
     *LongEmbed: Extending Embedding Models for Long Context Retrieval*, 2024.
     """
 
-    name: ClassVar[str] = "table-linear"
-    title: ClassVar[str] = "position interpolation of a table"
-    url: ClassVar[str] = LONG_EMBED
+    name = "table-linear"
+    title = "position interpolation of a table"
+    url = LONG_EMBED
 
     def table(self, plan: ExtensionPlan) -> TablePlan:
         return TablePlan(squeezed(plan))
@@ -71,9 +70,9 @@ class TableCubic(TableMethod):
     *LongEmbed: Extending Embedding Models for Long Context Retrieval*, 2024.
     """
 
-    name: ClassVar[str] = "table-cubic"
-    title: ClassVar[str] = "cubic spline through a table"
-    url: ClassVar[str] = LONG_EMBED
+    name = "table-cubic"
+    title = "cubic spline through a table"
+    url = LONG_EMBED
 
     def table(self, plan: ExtensionPlan) -> TablePlan:
         return TablePlan(squeezed(plan), interpolation="cubic")
@@ -88,9 +87,9 @@ class TableGroup(TableMethod):
     Grouped positions (GP): Zhu et al., *LongEmbed: Extending Embedding Models for Long Context Retrieval*, 2024.
     """
 
-    name: ClassVar[str] = "table-group"
-    title: ClassVar[str] = "grouped positions (GP)"
-    url: ClassVar[str] = LONG_EMBED
+    name = "table-group"
+    title = "grouped positions (GP)"
+    url = LONG_EMBED
 
     def table(self, plan: ExtensionPlan) -> TablePlan:
         return TablePlan(PositionMap(group=math.ceil(plan.factor)))
@@ -105,9 +104,9 @@ class TableRepeat(TableMethod):
     Long Context Retrieval*, 2024.
     """
 
-    name: ClassVar[str] = "table-repeat"
-    title: ClassVar[str] = "recurrent positions (RP)"
-    url: ClassVar[str] = LONG_EMBED
+    name = "table-repeat"
+    title = "recurrent positions (RP)"
+    url = LONG_EMBED
 
     def table(self, plan: ExtensionPlan) -> TablePlan:
         return TablePlan(PositionMap(modulo=plan.trained_length))
@@ -127,9 +126,9 @@ class TableHierarchical(TableMethod):
             where position `iL + j` would be the same as `jL + i`.
     """
 
-    name: ClassVar[str] = "table-hierarchical"
-    title: ClassVar[str] = "hierarchical decomposition"
-    url: ClassVar[str] = "https://kexue.fm/archives/7947"
+    name = "table-hierarchical"
+    title = "hierarchical decomposition"
+    url = "https://kexue.fm/archives/7947"
 
     alpha: float = 0.4
 

@@ -79,7 +79,7 @@ class FalconSlopes(AttentionSlopes):
         unseen = mask < lowest / 2
         nearest = biases.masked_fill(unseen, 0).amax(-1, keepdim=True)  # that of the last token that a query sees
         scaled = (biases - nearest) / math.sqrt(module.hidden_size // module.num_heads)
-        return {"alibi": biases, "attention_mask": scaled.masked_fill(unseen, lowest).to(mask.dtype)}
+        return {"alibi": biases, "attention_mask": scaled.to(mask.dtype).masked_fill(unseen, lowest)}
 
 
 class MptSlopes(Mixin):

@@ -187,6 +187,9 @@ def _scheme(model: PreTrainedModel) -> PositionalScheme:
     buckets, no_buckets = read_buckets(model) if kind != "rotary" and bucket_modules(model) else (None, None)
     if no_table or (no_buckets and kind == "relative"):
         obstacle = f"{config.model_type} cannot be changed: {no_table or no_buckets}"
+    taken = inspect.signature(model.forward).parameters
+    if model.main_input_name != "input_ids" and not {"input_ids", "decoder_input_ids"} & taken.keys():
+        obstacle = f"{config.model_type} cannot be changed: it reads no text"
     trained, source, shipped = _lengths(config, rotaries)
     if table is not None:
         trained, source, shipped = table.usable, "positions in the learned table", table.usable

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -46,11 +45,6 @@ def no_effect(plan: ExtensionPlan, what: str) -> NoEffectError:
         f"{plan.describe()} leaves {what} of {plan.scheme.model_type} as before. Pass a factor above 1, or method "
         "'none' to compare with the unpatched model."
     )
-
-
-def layers_seen(modules: Iterable[nn.Module]) -> Layers:
-    """Return what the attention layers that rotate see."""
-    return {(_window(module), layer_number(module) or 0) for module in modules}
 
 
 def layer_number(layer: nn.Module) -> int | None:
@@ -95,7 +89,8 @@ def refuse_idle_components(model: nn.Module, plan: ExtensionPlan) -> None:
     """
     target = plan.target_length
     components = components_of(plan) if len(plan.parameters) > 1 else ()
-    layers = layers_seen(module for module in model.modules() if hasattr(module, "_posext_layer")) or EVERYWHERE
+    rotating: list[Any] = [module for module in model.modules() if hasattr(module, "_posext_layer")]
+    layers = {(module._posext_layer.window, layer_number(module) or 0) for module in rotating} or EVERYWHERE
     for component, without in without_each(plan, components):
         if not _differ(plan, without, 2 * target - 1, layers):
             raise NoEffectError(
@@ -152,20 +147,6 @@ def _turns(entry: RotaryPlan, length: int, trained: int) -> list[float]:
         return [*grown, entry.attention_factor * (1 + growth.temperature * math.log(longer))]
     short = entry.short_inv_freq if length <= trained else None
     return [*(short or entry.inv_freq), entry.attention_factor]
-
-
-def _window(layer: Any) -> int | None:
-    """Return how many tokens a layer sees; `None` without a bound.
-
-    Some layers take it from the config (Mistral), which is that of all of them where it has no layer types. A window
-    counts where the file of the model makes masks for it: Moshi's attention has one, and its masks ignore it.
-    """
-    if not hasattr(sys.modules[type(layer).__module__], "create_sliding_window_causal_mask"):
-        return None
-    config = getattr(layer, "config", None)
-    shared = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
-    window: int | None = getattr(layer, "sliding_window", shared)
-    return window
 
 
 def _move(bands: tuple[Band, ...], others: tuple[Band, ...], last: int, reach: int) -> bool:

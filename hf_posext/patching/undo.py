@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,11 +37,15 @@ class Weak:
 
 @dataclass(frozen=True)
 class _Change:
-    """One change: `owner.name` was `old`. A class swap keeps the mixin that was added, a call its arguments."""
+    """One change: `owner.name` was `old`, and became a tensor of a dtype, if any.
+
+    A class swap keeps the mixin that was added, a call its arguments.
+    """
 
     owner: Any
     name: str
     old: Any
+    dtype: torch.dtype | None = None
 
     def target(self) -> Any:
         """Return the object that was changed; `None` once it is gone."""
@@ -61,7 +65,18 @@ class _Change:
         elif isinstance(self.old, str) and self.old == _ABSENT:
             delattr(target, self.name)
         else:
-            setattr(target, self.name, _placed(self.old, getattr(target, self.name)))
+            setattr(target, self.name, self._placed(getattr(target, self.name)))
+
+    def _placed(self, now: Any) -> Any:
+        """Return the old value: a tensor on the device of the one that it replaces, and cast where that was cast."""
+        old = self.old
+        if not isinstance(old, torch.Tensor) or not isinstance(now, torch.Tensor):
+            return old
+        moved = old.data.to(now.device, now.dtype if self.dtype not in (None, now.dtype) else old.dtype)
+        if not isinstance(old, torch.nn.Parameter):
+            return moved
+        old.data = moved  # the same object, which an optimizer may hold
+        return old
 
 
 class UndoLog:
@@ -84,7 +99,8 @@ class UndoLog:
             self._changes.append(_Change(Weak(owner), name, value._posext_mixins[-1]))
             _swap_class(owner, value)
             return
-        self._changes.append(_Change(Weak(owner), name, getattr(owner, name) if _holds(owner, name) else _ABSENT))
+        old = getattr(owner, name) if _holds(owner, name) else _ABSENT
+        self._changes.append(_Change(Weak(owner), name, old, getattr(value, "dtype", None)))
         setattr(owner, name, value)
 
     def knows(self, owner: Any, name: str) -> bool:
@@ -94,8 +110,7 @@ class UndoLog:
     def transfer(self, owner: Any, successor: Any) -> None:
         """Let undo put back the changes to `owner` in the object that took its place."""
         self._changes = [
-            _Change(Weak(successor), change.name, change.old) if change.target() is owner else change
-            for change in self._changes
+            replace(change, owner=Weak(successor)) if change.target() is owner else change for change in self._changes
         ]
 
     def before(self, owner: Any, name: str) -> Any:
@@ -109,8 +124,9 @@ class UndoLog:
     def undo(self) -> None:
         """Put everything back, last change first.
 
-        Tensors go back to the device where the model is now, with the bits and the dtype that they had. A change that
-        cannot be put back does not stop the others; it stays in the log, for the next call.
+        Tensors go back to the device where the model is now, with the bits and the dtype that they had, or cast if the
+        model was cast meanwhile. A change that cannot be put back does not stop the others; it stays in the log, for
+        the next call.
 
         Raises:
             UndoError: some changes could not be put back; names them.
@@ -139,15 +155,6 @@ class UndoLog:
 def _holds(owner: Any, name: str) -> bool:
     places = (vars(owner), getattr(owner, "_buffers", ()), getattr(owner, "_parameters", ()))
     return any(name in place for place in places)
-
-
-def _placed(old: Any, now: Any) -> Any:
-    """A tensor on the device of the one that it replaces; anything else as it is."""
-    if isinstance(old, torch.Tensor) and isinstance(now, torch.Tensor):
-        if not isinstance(old, torch.nn.Parameter):
-            return old.to(now.device)
-        old.data = old.data.to(now.device)  # the same object, which an optimizer may hold
-    return old
 
 
 def _swap_class(owner: Any, cls: type) -> None:

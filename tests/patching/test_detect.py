@@ -37,9 +37,10 @@ from transformers import (
 )
 
 from hf_posext import detect_scheme, patch_model
-from hf_posext.errors import UnsupportedModelError
+from hf_posext.errors import MethodNotApplicableError, UnsupportedModelError
 
 from ..conftest import tiny_llama
+from ..zoo import build
 
 LLAMA31 = {
     "max_position_embeddings": 131072,
@@ -212,3 +213,10 @@ def test_a_speech_model_is_refused_for_its_two_tables() -> None:
         "whisper cannot be changed: its tables of positions have different sizes (model.encoder.embed_positions of "
         "1500 x 384 and model.decoder.embed_positions of 448 x 384), and a plan has one"
     )
+
+
+def test_positions_of_pictures_are_refused() -> None:
+    """Its 50 rows are of a grid, and of a class token before it."""
+    model = build("clip_vision_model", task="base")
+    with pytest.raises(MethodNotApplicableError, match="clip_vision_model cannot be changed: it reads no text"):
+        patch_model(model, "table-linear", factor=4)

@@ -264,6 +264,14 @@ def test_biases_are_not_rounded_with_a_bfloat16_model(family: str) -> None:
     assert (forward(model, ids).float() - wanted).norm() < (native - wanted).norm()
 
 
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])
+def test_slopes_in_double_precision(family: str) -> None:
+    model, ids = make(family, CAUSAL), token_ids(100)
+    patch_model(model, "alibi-linear", factor=4, trained_length=TRAINED)
+    single = forward(model, ids)
+    torch.testing.assert_close(forward(model.double(), ids).float(), single, atol=2e-4, rtol=0)  # of logits up to 4
+
+
 def test_left_padding_changes_nothing_under_other_slopes() -> None:
     for family in ("bloom", "mpt", "falcon"):
         model = make(family, CAUSAL)

@@ -3,7 +3,9 @@ changed, arguments of trainers."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import (
     LlamaModel,
     MistralConfig,
     MistralModel,
+    OlmoeForCausalLM,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -38,10 +41,11 @@ from hf_posext.methods import (
     Sinks,
     YaRN,
 )
-from hf_posext.patching.signatures import with_cache
+from hf_posext.patching.signatures import cache_of, with_cache
 
 from ..conftest import TRAINED, logits, sharpen, tiny_llama, tokens
 from ..zoo import build
+from ..zoo.builder import tiny_config
 
 ALL: dict[str, Method] = {
     "rerope": ReRoPE(window=8),
@@ -214,6 +218,40 @@ def test_a_mask_of_the_users_own_is_honoured(base: str) -> None:
 # --- positions on several axes ---------------------------------------------------------------------------------------
 
 
+def olmoe(window: int | None, base: str) -> PreTrainedModel:
+    """A model that asks its attention for a window, which its masks do not have."""
+    config = tiny_config("olmoe")
+    config.sliding_window, config._attn_implementation = window, base
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return sharpen(OlmoeForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", [ReRoPE(window=20), SelfExtend(group=4, window=16)])
+def test_windows_are_those_of_the_masks(method: Method, base: str) -> None:
+    """Of the masks that the model makes, and of one that the caller gives."""
+    asks, plain = olmoe(16, base), olmoe(None, base)
+    mask = torch.ones_like(IDS)
+    mask[:, :5] = 0
+    for model in (asks, plain):
+        patch_model(model, method, factor=4)
+    for given in ({}, {"attention_mask": mask}):
+        assert torch.equal(logits(asks, IDS, **given), logits(plain, IDS, **given))
+    narrow, wide = (build("gemma3_text", sliding_window=window) for window in (16, 64))
+    everything = mask_of_pairs(torch.ones_like(IDS), "bool")
+    for model in (narrow, wide):
+        patch_model(model, method, factor=4)
+    found, wanted = (logits(model, IDS, attention_mask=everything) for model in (narrow, wide))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert not torch.allclose(logits(narrow, IDS), wanted, atol=0.1)  # its own masks have windows
+
+
+def test_an_encoder_and_decoder_that_rotate_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="t5gemma.* rotates in an encoder as well"):
+        patch_model(build("t5gemma", task="seq2seq-lm"), "log-n", factor=4)
+
+
 def vision_model(kind: str) -> Any:
     torch.manual_seed(0)
     text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -365,6 +403,11 @@ def keep(cache: DynamicCache, kept: torch.Tensor, dim: int) -> None:
         layer.keys, layer.values = layer.keys.index_select(dim, kept), layer.values.index_select(dim, kept)
 
 
+@torch.inference_mode()
+def write_in_inference_mode(cache: DynamicCache) -> None:
+    cache.layers[-1].keys[:, :, 3].zero_()
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("name", ALL)
 def test_evicted_and_rearranged_keys_are_found_out(name: str, kind: str) -> None:
@@ -379,6 +422,7 @@ def test_evicted_and_rearranged_keys_are_found_out(name: str, kind: str) -> None
         lambda cache: keep(cache, torch.arange(59), 2),  # a crop, by hand
         lambda cache: [layer.keys.copy_(layer.keys.flip(0)) for layer in cache.layers],  # beams, in place
         lambda cache: cache.layers[-1].keys[:, :, 3].zero_(),
+        write_in_inference_mode,
     ):
         cache = DynamicCache() if kind == "llama" else DynamicCache(config=model.config)
         logits(model, two, attention_mask=mask, **with_cache(model.forward, cache))
@@ -389,6 +433,33 @@ def test_evicted_and_rearranged_keys_are_found_out(name: str, kind: str) -> None
             change(cache)
         with pytest.raises(EvaluationError, match="evicted, replaced, overwritten or added by other code"):
             logits(model, two[:, :1], **with_cache(model.forward, cache))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("made", ["by the user", "by the model", "in a step", "rows", "copy", "pickle"])
+def test_writes_into_copies_and_under_inference_mode_are_found_out(made: str) -> None:
+    """A forward that reads such keys is right until somebody writes into them."""
+    model = tiny_llama()
+    whole = logits(model, IDS[:, :42])
+    with patch_model(model, ReRoPE(window=64), factor=4):  # as unpatched
+        for write in (False, True):
+            cache = DynamicCache(config=model.config) if made != "by the model" else None
+            cache = cache_of(model(IDS[:, :40], use_cache=True, **with_cache(model.forward, cache)))
+            if made == "in a step":
+                logits(model, IDS[:, 40:41], **with_cache(model.forward, cache))
+            elif made == "rows":
+                cache.batch_repeat_interleave(2)
+                cache.batch_select_indices(torch.tensor([1]))
+            elif made in ("copy", "pickle"):
+                cache = copy.deepcopy(cache) if made == "copy" else pickle.loads(pickle.dumps(cache))
+            count = cache.get_seq_length()
+            if write:
+                cache.layers[1].keys[:, :, 3] = 0.0
+                with pytest.raises(EvaluationError, match="overwritten"):
+                    logits(model, IDS[:, count : count + 1], **with_cache(model.forward, cache))
+            else:
+                found = logits(model, IDS[:, count : count + 1], **with_cache(model.forward, cache))
+                torch.testing.assert_close(found[:, 0], whole[:, count], **CLOSE)
 
 
 def test_keys_that_are_evicted_while_a_forward_runs() -> None:

@@ -24,6 +24,7 @@ from hf_posext.patching.switching import switched_attention
 from hf_posext.patching.undo import UndoLog
 
 from ..conftest import TRAINED, logits, sharpen, tiny_bloom, tiny_llama, tokens
+from ..zoo import build
 
 LONG = tokens(3 * TRAINED)
 
@@ -136,6 +137,18 @@ def test_settings_made_while_patched_are_kept() -> None:
     assert model.config.use_cache is False and shared.use_cache is True
     assert model.config.max_position_embeddings == TRAINED
     assert model.config.rope_parameters == shared.rope_parameters
+
+
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "table-linear"), ("xglm", "sinusoid-linear")])
+def test_a_model_that_was_cast_while_patched(family: str, method: str) -> None:
+    """It is then what it would be if it had been cast without a patch."""
+    model, twin = build(family), build(family).to(torch.bfloat16)
+    patch = patch_model(model, method, factor=4)
+    model.to(torch.bfloat16)
+    patch.undo()
+    for (name, held), (_, wanted) in zip(model.state_dict().items(), twin.state_dict().items(), strict=True):
+        assert held.dtype == wanted.dtype and torch.equal(held, wanted), name
+    assert torch.equal(logits(model, tokens(40)), logits(twin, tokens(40)))
 
 
 @pytest.mark.parametrize("method", ["yarn", "dynamic-ntk", "dynamic-yarn", "yarn+log-n", "rerope"])

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as hal
 
 import hf_posext.patching.remap.rotary as module
 from hf_posext import patch_model
+from hf_posext.errors import UnsupportedModelError
 from hf_posext.methods import ReRoPE
 from hf_posext.patching.remap.rotary import Ones, Unrotated, Zeros, unrotated
 
@@ -76,3 +77,12 @@ def test_models_give_the_same_to_the_bit(family: str, monkeypatch: pytest.Monkey
             assert (left_out > 0) == (many == 1)
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_code_that_writes_into_its_phases_is_refused(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **kwargs: Any) -> Any:
+        return (side / 2 for side in halves(query, key, cos.mul_(2), sin.mul_(2), **kwargs))
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", scaled)
+    with pytest.raises(UnsupportedModelError, match="the code of llama raised RuntimeError"):
+        patch_model(llama, ReRoPE(window=8), factor=4)

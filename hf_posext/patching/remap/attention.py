@@ -76,7 +76,7 @@ def late_attention(
     """The function in `AttentionInterface`: rotate as the plan says, then attend."""
     remapping: Any = getattr(module, "_posext_remapping", None)
     if isinstance(remapping, Probing):
-        return remapping.capture(module._posext_path, query, key, value, **kwargs)  # type: ignore[arg-type]
+        return remapping.capture(module._posext_path, query, key, value, attention_mask)  # type: ignore[arg-type]
     if remapping is None:
         raise EvaluationError(
             f"{type(module).__name__} has no patch, but its config asks for one: the module was made after the patch, "
@@ -108,12 +108,12 @@ def _attend(
     if selected is not None:
         assert mask is not None  # the indexer has read it
         mask = _only(mask, selected)
-    window, device, known = options.get("sliding_window"), query.device, at
+    device, known = query.device, at
     axes = at.once(("there", device), lambda: (known.query_axes.to(device), known.key_axes.to(device)))
     call = Call(module, layer, layer.layout_on(device), at, *axes, query, key, value, mask, options)
     if axes[1].shape[-1] != key.shape[2]:
         call = _known_keys(call)
-    if layer.near if window == layer.window else layer.remapping.bands.sees_one(window):
+    if layer.near and not _sees_farther(call):
         return _near_attention(call)
     text = torch.compiler.is_compiling() and query.shape[2] > 1
     unproven = text and layer.remapping.bands.chunked and device.type == UNPROVEN_ON
@@ -152,6 +152,19 @@ def _paged_attention(
         states = query[:, :, request.queries], keys, values
         out[:, request.queries] = _attend(module, layer, request.at, *states, request.mask, dict(options))[0]
     return out
+
+
+def _sees_farther(call: Call) -> bool:
+    """Return whether the caller's own mask of pairs lets a layer see behind its sliding window."""
+    window, mask = call.layer.window, call.mask
+    if window is None or mask is None or not call.at.state.own_mask or torch.compiler.is_compiling():
+        return False
+
+    def farther() -> bool:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return bool(seen.tril(seen.shape[-1] - seen.shape[-2] - window).any())
+
+    return call.at.once(("farther", id(mask), window), farther)
 
 
 def _near_attention(call: Call) -> Attended:

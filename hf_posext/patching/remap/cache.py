@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class KeyRecord:
         self._seen: list[tuple[weakref.ref[torch.Tensor], int] | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the tensors that were seen: a copy has others."""
+        """Return all but the tensors that were seen: a copy of the cache has others."""
         return vars(self) | {"_seen": None}
 
     def open(self, cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
@@ -101,7 +102,7 @@ class KeyRecord:
         self.standing = names, positions.shape[-1]
         if is_static(cache) and positions.ndim == 2:
             self._keep_newest(positions[:, -1:])
-        self._look(cache)
+        self.look(cache)
 
     def open_slot(self, cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
         """Return, in a compiled graph, the slot of a static cache that the key of a single token gets; `None` where
@@ -137,7 +138,7 @@ class KeyRecord:
         self.positions, self.standing = (newest + index).clamp(min=0), (self.standing[0], count)
         for layer in self.rotated:
             self.rotated[layer] = newest, count
-        self._look(cache)  # graphs write into the tensors
+        self.look(cache)  # graphs write into the tensors
         self.contents = Contents.KNOWN  # COUNTED -> KNOWN
 
     def update_allowed(self, cache: Any) -> None:
@@ -160,7 +161,7 @@ class KeyRecord:
         """The cache took back its latest keys."""
         if self.positions is not None:
             self.positions = self.positions[..., : int(cache.get_seq_length())]
-        self._look(cache)
+        self.look(cache)
 
     def rows(self, cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """The cache changed its rows. One row that stands for all is left as it is.
@@ -183,7 +184,7 @@ class KeyRecord:
         if self.positions is not None:
             self.positions = changed(self.positions)
         self.rotated = {index: (changed(newest), count) for index, (newest, count) in self.rotated.items()}
-        self._look(cache)
+        self.look(cache)
 
     def keep_padding(self, padding: torch.Tensor | None) -> None:
         """Keep what is taken from the positions that the model counts."""
@@ -204,7 +205,7 @@ class KeyRecord:
         elif not torch.compiler.is_compiling():
             self.newest = _kept(newest)
 
-    def _look(self, cache: Any) -> None:
+    def look(self, cache: Any) -> None:
         """Remember the tensors that the layers hold, so that others in their place, or other contents, are noticed."""
         self._seen = None if torch.compiler.is_compiling() else [_seen(layer) for layer in _layers(cache)]
 
@@ -212,7 +213,7 @@ class KeyRecord:
         """Return whether the layers hold the tensors that the last forward, or the cache's own methods, left, and
         nobody has written into them.
 
-        Caches that move their keys to another device and back hold others. So do copies. There the length counts.
+        Caches that move their keys to another device and back hold others. There the length counts.
         """
         if self._seen is None or torch.compiler.is_compiling() or getattr(cache, "offloading", False):
             return True
@@ -224,13 +225,22 @@ class KeyRecord:
 
 
 class FollowedCache(Carried):
-    """Mixed into the class of a cache that a patched model has filled: its methods tell the record what they did."""
+    """Mixed into the class of a cache that a patched model fills: its methods tell the record what they did.
+
+    What they make counts how often it is written into, also under inference mode.
+    """
 
     _posext_keys: KeyRecord
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _count_writes(self)
+        self._posext_keys.look(self)  # at the tensors of a copy
+
     def update(self, *args: Any, **kwargs: Any) -> Any:
         self._posext_keys.update_allowed(self)
-        return super().update(*args, **kwargs)  # type: ignore[misc]
+        with _counting():
+            return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -242,21 +252,43 @@ class FollowedCache(Carried):
         self._posext_keys.crop(self)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        with _counting():
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._posext_keys.rows(self, lambda known: known[beam_idx.to(known.device)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
+        with _counting():
+            super().batch_select_indices(indices)  # type: ignore[misc]
         self._posext_keys.rows(self, lambda known: known[indices.to(known.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        with _counting():
+            super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         self._posext_keys.rows(self, lambda known: known.repeat_interleave(repeats, dim=0))
 
 
+@contextmanager
+def _counting() -> Iterator[None]:
+    """Leave inference mode, whose tensors do not count how often they are written into."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        yield
+    else:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+
+
+def _count_writes(cache: Any) -> None:
+    """Replace keys that were made under inference mode."""
+    with _counting():
+        for layer in _layers(cache):
+            if isinstance(keys := getattr(layer, "keys", None), torch.Tensor) and keys.is_inference():
+                layer.keys = keys.clone()
+
+
 def find_cache(values: Iterable[Any]) -> Any:
-    """Return the cache among the arguments or outputs of a model; `None` without one."""
-    return next((value for value in values if hasattr(value, "get_seq_length")), None)
+    """Return the cache of self-attention among the arguments or outputs of a model; `None` without one."""
+    cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def record_of(cache: Any) -> KeyRecord:
@@ -279,9 +311,11 @@ def record_of(cache: Any) -> KeyRecord:
 
 def follow(cache: Any, record: KeyRecord) -> None:
     """Put a record on a cache, whose methods tell it from now on what they do."""
-    if not isinstance(cache, FollowedCache):
-        cache.__class__ = mix(FollowedCache, type(cache))
     cache._posext_keys = record
+    if isinstance(cache, FollowedCache):
+        return
+    cache.__class__ = mix(FollowedCache, type(cache))
+    _count_writes(cache)
 
 
 def is_static(cache: Any) -> bool:
@@ -305,7 +339,7 @@ def _seen(layer: Any) -> tuple[weakref.ref[torch.Tensor], int] | None:
 
 
 def _version(keys: torch.Tensor | None) -> int:
-    """Return how often a tensor was written into; -1 of none, and in inference mode, which does not count."""
+    """Return how often a tensor was written into; -1 of none, and where that is not counted."""
     return -1 if keys is None or keys.is_inference() else keys._version
 
 

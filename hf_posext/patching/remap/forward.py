@@ -43,6 +43,7 @@ class ForwardState:
         record (`KeyRecord`, *optional*): what is known of its keys.
         mask (`torch.Tensor` of shape `(batch, keys)`, *optional*): True for tokens that are not padding; `None` where
             none are padding, or where it is not known.
+        own_mask (`bool`): the caller gave a mask of pairs, for all layers.
         weights (`bool`): attention weights are asked for.
         paged (`bool`): keys are in the pages of continuous batching.
         past (`torch.Tensor`, *optional*): positions of the keys in the cache.
@@ -59,6 +60,7 @@ class ForwardState:
         self.cache: Any = None
         self.record: KeyRecord | None = None
         self.mask: torch.Tensor | None = None
+        self.own_mask = False
         self.weights = False
         self.paged = False
         self.past: torch.Tensor | None = None
@@ -72,6 +74,8 @@ class ForwardState:
         plan = self.remapping.plan
         if cache is not None:
             self.cache, self.record = cache, record_of(cache)
+            if not torch.compiler.is_compiling():
+                follow(cache, self.record)
             self.slot = self.record.open_slot(cache, plan)
             if self.slot is None:
                 self.past = self.record.open(cache, plan)
@@ -233,7 +237,9 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
             raise UnsupportedModelError(both_sides(remapping, config.model_type, "is_causal=False"))
         state.weights = _weights_asked_for(config, given, remapping.base)
     state.paged = isinstance(kwargs.get("cache"), PagedAttentionCache)
-    state.open(find_cache((*args, *kwargs.values())), _padding_mask(given.get("attention_mask")))
+    mask = given.get("attention_mask")
+    state.own_mask = isinstance(mask, torch.Tensor) and mask.ndim == 4
+    state.open(find_cache((*args, *kwargs.values())), _padding_mask(mask))
 
 
 def end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

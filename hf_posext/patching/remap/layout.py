@@ -40,7 +40,7 @@ class Probing:
 
     Attributes:
         captured (`Captured`): what reached the attention of each layer.
-        windows (`dict[str, int | None]`): sliding window that each layer asked for.
+        windows (`dict[str, int | None]`): how many tokens back each layer sees; `None` for all of them.
     """
 
     def __init__(self, quarters: Quarters) -> None:
@@ -49,12 +49,22 @@ class Probing:
         self.windows: dict[str, int | None] = {}
 
     def capture(
-        self, path: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **kwargs: Any
+        self, path: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, None]:
         """Take the place of the attention function: keep queries and keys, attend to nothing."""
         self.captured[path] = query.detach().cpu(), key.detach().cpu()
-        self.windows[path] = kwargs.get("sliding_window")
+        self.windows[path] = None if mask is None else _window(mask[0, 0])
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def _window(mask: torch.Tensor) -> int | None:
+    """Return the sliding window of a mask (tokens, tokens); `None` where it is of another form, or hides no token.
+
+    The mask counts, not what a layer asks its attention for: OLMoE asks for a window, and sees all tokens.
+    """
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    window = int(seen[-1].sum())
+    return window if window < len(seen) and torch.equal(seen, torch.ones_like(seen).tril().triu(1 - window)) else None
 
 
 FEW = 8
@@ -267,8 +277,9 @@ def _layout(
     return partners, torch.where(rotates, weights, 0.0), rotates, code
 
 
-VOCABULARY, INNER, HEADS = 64, 32, 2
-"""Sizes of a narrow skeleton: token ids, channels inside of feed-forward layers, key heads."""
+VOCABULARY, INNER, HEADS, WINDOW = 64, 32, 2, 16
+"""Sizes of a narrow skeleton: token ids, channels inside of feed-forward layers, key heads, and the sliding window,
+which is to show in a short text."""
 
 LARGEST, NARROW, EXPERTS = 150_000_000, 1024, 16
 """Weights of a skeleton at most; width of those that are small in any case; experts."""
@@ -419,6 +430,8 @@ def _shortened(config: PreTrainedConfig) -> PreTrainedConfig:
             continue
         elif "vocab" in name:
             setattr(short, name, min(value, VOCABULARY))
+        elif name == "sliding_window":
+            short.sliding_window = min(value, WINDOW)
         elif name.endswith("experts") and not name.startswith("num_shared"):
             setattr(short, name, min(value, EXPERTS))
         elif any(part in name for part in INNER_NAMES):

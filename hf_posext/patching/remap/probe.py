@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import Band, ExtensionPlan, PositionMap
-from ..detect import RotarySite, rotary_sites, text_config
-from ..effect import layer_number, layers_seen, refuse_idle
+from ..detect import RotarySite, model_code, rotary_sites, text_config
+from ..effect import layer_number, refuse_idle
 from ..kernels import SAME
 from ..mixin import mix
 from ..modes import evaluation_mode
@@ -24,7 +24,17 @@ from ..switching import switch_attention
 from ..undo import UndoLog
 from .attention import HONOURED, Lease, arguments_read, base_function
 from .forward import ATTENTION, begin_forward, begin_layer, both_sides, end_forward
-from .layout import Captured, LayerLayout, Probing, Quarters, UnknownLayout, copy_norms, measure, skeleton_of
+from .layout import (
+    WINDOW,
+    Captured,
+    LayerLayout,
+    Probing,
+    Quarters,
+    UnknownLayout,
+    copy_norms,
+    measure,
+    skeleton_of,
+)
 from .paged import ServesBatches
 from .remapping import Layer, Remapping
 from .rotary import RotatesLate, follows_angles, own_phases
@@ -98,6 +108,11 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
             f"{kind} runs with {base!r} attention; {plan.method} needs 'sdpa' or 'eager': "
             "model.set_attn_implementation('sdpa')"
         )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{model.config.model_type} rotates in an encoder as well as in a decoder; {plan.method} cannot be "
+            "applied to both, a frequency method such as yarn can"
+        )
     sites = list(rotary_sites(model))
     backbone, prefix = _backbone(model, sites[0])
     if by_pair and not all(follows_angles(site, plan.target_length) for site in sites):
@@ -115,8 +130,10 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
             f"'yarn+{plan.method}'."
         )
     subject = _subject(model, backbone, prefix, sites)
-    remapping = _studied(subject, model, plan, unmapped, kind)
-    refuse_idle(plan, layers_seen(map(model.get_submodule, remapping.layers)))
+    with model_code(kind):
+        remapping = _studied(subject, model, plan, unmapped, kind)
+    windows = remapping.windows.items()
+    refuse_idle(plan, {(window, layer_number(model.get_submodule(path)) or 0) for path, window in windows})
     _install(Subject(model, "", backbone, sites, False), remapping, log)
     _hook(Subject(model, "", backbone, sites, False), remapping, log)
     if hasattr(model, "init_continuous_batching"):
@@ -135,7 +152,7 @@ def _subject(model: PreTrainedModel, backbone: PreTrainedModel, prefix: str, sit
     """A skeleton of the backbone; the model itself where there is none."""
     takes_ids = "input_ids" in inspect.signature(backbone.forward).parameters
     inside = all(site.path.startswith(prefix) for site in sites)
-    skeleton = skeleton_of(backbone) if takes_ids and inside and not model.config.is_encoder_decoder else None
+    skeleton = skeleton_of(backbone) if takes_ids and inside else None
     if skeleton is None:
         return Subject(model, "", backbone, sites, False)
     bones = [replace(site, module=skeleton.get_submodule(site.path[len(prefix) :])) for site in sites]
@@ -155,7 +172,7 @@ def _studied(
     selected = [getattr(config, name, CHECK_TOKENS) for name in SELECTED]
     ids = torch.arange(3, 3 + min(CHECK_TOKENS, *selected), device=root.device)[None] % config.vocab_size
     with evaluation_mode(root):
-        layers, windows = _layouts(subject, model, ids[:, :5], kind)
+        layers, windows = _layouts(subject, model, ids, kind)
         unmapped = replace(unmapped, layers=layers, windows=windows)
         modules = dict(model.named_modules())
         if plan.query_scale is not None and plan.query_scale.first_layer > 0:
@@ -329,17 +346,18 @@ def _layouts(
     subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: str
 ) -> tuple[dict[str, LayerLayout], dict[str, int | None]]:
     """Measure every layer's layout, and refuse a model that does not show one. Return the sliding windows, too."""
-    windows: dict[str, int | None] = {}
     sites: dict[str, RotarySite] = {}
     for site in subject.sites:
         sites.setdefault(site.name, site)
 
-    def forward(quarters: Quarters) -> Captured:
+    backbone = model.get_submodule(subject.prefix.removesuffix("."))
+
+    def probe(quarters: Quarters, text: torch.Tensor) -> Probing:
         probing = Probing(quarters)
         log = UndoLog()
         try:
             _install(subject, probing, log)
-            _states(subject.root, ids.expand(len(next(iter(quarters.values()))), -1))
+            _states(subject.root, text.expand(len(next(iter(quarters.values()))), -1))
         finally:
             log.undo()
         if not probing.captured:
@@ -347,8 +365,10 @@ def _layouts(
                 f"{kind} does not send its attention through transformers' AttentionInterface; remapping methods "
                 "cannot reach it, frequency methods can"
             )
-        windows.update(probing.windows)
-        return probing.captured
+        return probing
+
+    def forward(quarters: Quarters) -> Captured:
+        return probe(quarters, ids[:, :5]).captured
 
     def groups(site: RotarySite) -> torch.Tensor:
         """Slots whose phases agree at some odd positions belong to one pair."""
@@ -364,7 +384,6 @@ def _layouts(
         weighted = [path for path, layout in layers.items() if not layout.is_plain()]
         if weighted and subject.bare:  # a norm behind the rotation: its weights count, so they are the model's
             bones = [path[len(subject.prefix) :] for path in weighted]
-            backbone = model.get_submodule(subject.prefix.removesuffix("."))
             if not copy_norms(subject.root, backbone, bones):  # type: ignore[arg-type]
                 raise UnknownLayout(f"{weighted[0]} weighs its channels behind the rotation by weights out of reach")
             layers = measure(forward, pairs)
@@ -374,4 +393,7 @@ def _layouts(
         ) from error
     if not layers:
         raise UnsupportedModelError(f"{kind} has no attention layer that rotates; there is nothing to remap")
+    seen = probe({name: torch.zeros(1, len(slots)) for name, slots in pairs.items()}, ids).windows
+    full = getattr(backbone.config, "sliding_window", None)  # a skeleton has a smaller one
+    windows = {path: full if subject.bare and seen[path] == WINDOW else seen[path] for path in layers}
     return layers, windows

@@ -114,7 +114,7 @@ class Layer:
     Args:
         remapping (`Remapping`): of the model.
         layout (`LayerLayout`): how it rotates, on the CPU.
-        window (`int`, *optional*): the sliding window that it asked its attention for.
+        window (`int`, *optional*): how many tokens back its masks let it see; `None` without a bound.
         near (`bool`): within it, all pairs are at the positions of the model; otherwise there are several bands.
         scale (`QueryScale`, *optional*): of its queries.
         base (`Callable`): the attention function of the unpatched module.
@@ -148,7 +148,7 @@ class Remapping:
         plan (`ExtensionPlan`): the plan.
         base (`str`): the attention of the unpatched model, `"sdpa"` or `"eager"`.
         layers (`dict[str, LayerLayout]`): for each attention layer that rotates, by its path, how.
-        windows (`dict[str, int | None]`): their sliding windows.
+        windows (`dict[str, int | None]`): their sliding windows, as [`Layer`] has them.
         delta (`bool`): the model rotates by its own positions, and attention adds the difference. So it is where an
             indexer reads rotated states (DeepSeek's sparse attention).
         rotates_cached_keys (`bool`): keys may stay rotated in the cache: the plan rotates one key anew at a step at
