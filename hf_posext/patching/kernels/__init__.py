@@ -1,7 +1,7 @@
-"""Attention over bands of positions, and the choice among the kernels that compute it.
+"""Attention over bands of positions, and the choice of the kernel that computes it.
 
-[`banded_attention`] is the one way in for a forward. A step of decoding may run on one kernel instead ([`one_step`]),
-and rotations on one pass ([`one_pass`]). Other modules of this folder are private to it.
+[`banded_attention`] is the entry point for a forward. A decoding step may run in one kernel instead ([`one_step`]),
+and a rotation in one pass over memory ([`one_pass`]). The modules of this folder are private.
 """
 
 from .banded import Branch, Rotated, attention_with_weights, banded_attention, whole

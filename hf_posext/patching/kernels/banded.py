@@ -1,12 +1,12 @@
 """Attention in which near and far pairs see different positions.
 
 The bands of a plan are disjoint. Each block of queries scores the keys of each band once, and one softmax runs over
-all of them: exact, and of memory linear in length, forward and backward.
+all bands. The result is exact. Memory is linear in length, forward and backward.
 
 On a CPU, PyTorch's flash kernel attends piece by piece, and the pieces of one softmax are merged by their log-sum-exp.
-Backward gives the kernel the output and the log-sum-exp of all pieces: from these it finds the weights
-`exp(scores - total)` of the pairs of one piece again, and what a row's gradients have in common. So the gradients of
-each piece are exact, and nothing of quadratic size is kept (Dao et al., *FlashAttention*, 2022,
+The backward kernel receives the output and the log-sum-exp of all pieces. From these it recomputes the weights
+`exp(scores - total)` of one piece and the term that all gradients of a row share. The gradients of each piece are
+therefore exact, and nothing of quadratic size is stored (Dao et al., *FlashAttention*, 2022,
 https://arxiv.org/abs/2205.14135, appendix B).
 """
 
@@ -26,37 +26,37 @@ from .bands import Geometry, Piece, Region, regions, summed
 from .choice import Kernel, choose, one_pass
 
 SCORE_BYTES = 16 * 2**20
-"""Float32 scores that are held at a time."""
+"""Bytes of float32 scores that are held at a time."""
 
 FUSED_ROWS = 192
-"""Queries in a block where a fused kernel holds no scores: shorter blocks have less at their edges, but more calls.
-This divides chunks of three quarters of a power of two, so that no block lies in two of them."""
+"""Queries per block for fused kernels, which hold no scores. Shorter blocks waste less at their edges but need more
+calls. 192 divides chunks of three quarters of a power of two, so no block spans two chunks."""
 
 WIDE = hasattr(torch.ops.aten.bmm, "dtype") and torch.version.hip is None
-"""`True` where PyTorch multiplies half precision into float32, on CUDA and without gradients: from 2.8 on, not by
+"""`True` if PyTorch can multiply half precision into float32 on CUDA, without gradients: from 2.8 on, but not on
 ROCm."""
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-"""Without a look at their overloads, which takes a sixth of a short call."""
+"""Operators with a fixed overload. Resolving the overload would take a sixth of a short call."""
 
 NOTHING = -1e30
-"""A log-sum-exp below it is that of a query which attends to nothing: its scores are lost in the least number."""
+"""Log-sum-exp below which a query attends to nothing. Its scores vanish next to the minimum of the dtype."""
 
 
 class Rotated(NamedTuple):
-    """Queries that are rotated block by block, as they are used, so that the rotated ones are never held.
+    """Queries that are rotated block by block when they are used, to avoid holding all rotated states.
 
     Args:
-        states (`torch.Tensor` of shape `(batch, heads, queries, dim)`): not rotated.
-        rotate (`Callable`): `rotate(states[:, :, start:stop], start, stop)` returns a block of them rotated.
+        states (`torch.Tensor` of shape `(batch, heads, queries, dim)`): unrotated queries.
+        rotate (`Callable`): `rotate(states[:, :, start:stop], start, stop)` returns a rotated block.
     """
 
     states: torch.Tensor
     rotate: Callable[[torch.Tensor, int, int], torch.Tensor]
 
     def block(self, start: int, stop: int) -> torch.Tensor:
-        """Return the queries `start` to `stop - 1`."""
+        """Return the queries `start` to `stop - 1`, rotated."""
         return self.rotate(self.states[:, :, start:stop], start, stop)
 
 
@@ -73,12 +73,15 @@ def whole(states: torch.Tensor | Rotated) -> torch.Tensor:
 
 
 def grouped(states: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """Heads (batch, heads, rows, dim) that share a key head, behind each other: (batch, key heads, all rows, dim)."""
+    """Concatenate the rows of heads that share a key head.
+
+    Turns (batch, heads, rows, dim) into (batch, key heads, all rows, dim).
+    """
     return states.reshape(states.shape[0], key_heads, -1, states.shape[-1])
 
 
 def grouped_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """The score (heads,) that is in each row of such queries: (batch, key heads, all rows, 1)."""
+    """Expand sink scores (heads,) to the rows of grouped queries: (batch, key heads, all rows, 1)."""
     batch, key_heads, rows, _ = query.shape
     return (
         sinks.reshape(key_heads, -1, 1)
@@ -88,7 +91,10 @@ def grouped_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 def has_fused_gradients(mask: torch.Tensor | None) -> bool:
-    """Return whether [`FusedAttention`] can be differentiated: not by a bias, nor under a trace or a transform."""
+    """Return whether [`FusedAttention`] can be differentiated.
+
+    It has no gradient of the mask, and none while a graph is compiled or under a functorch transform.
+    """
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return not (traced or (mask is not None and mask.requires_grad))
 
@@ -103,49 +109,51 @@ def fused_attention(
     rows: int,
     total: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Values (batch, queries, heads, dim); see [`banded_attention`]. Blocks have `rows` queries.
+    """Return attended values (batch, queries, heads, dim), computed by the CPU flash kernel.
 
-    The log-sum-exp of all pieces is written into `total` (batch, heads, queries), if given.
+    Each block has `rows` queries. If `total` (batch, heads, queries) is given, it receives the log-sum-exp of all
+    pieces. See [`banded_attention`] for the other arguments.
     """
     first = queries[0]
     batch, heads, count, _ = (first.states if isinstance(first, Rotated) else first).shape
     key_heads, dtype = value.shape[1], value.dtype
 
     def attend(start: int, stop: int) -> torch.Tensor:
-        here: dict[int, torch.Tensor] = {}
+        rotated: dict[int, torch.Tensor] = {}
 
         def attended(piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
             band, low, high, bias, shift = piece
-            query = here.get(band)
+            query = rotated.get(band)
             if query is None:
                 query = block(queries[band], start, stop)
-                query = here[band] = grouped(query if query.dtype == dtype else query.to(dtype), key_heads)
+                query = rotated[band] = grouped(query if query.dtype == dtype else query.to(dtype), key_heads)
             key = keys[band]
             span = key[:, :, low:high], value[:, :, low:high]
-            found, sums = FORWARD(query, *span, attn_mask=bias, scale=scaling)
+            out_piece, sums = FORWARD(query, *span, attn_mask=bias, scale=scaling)
             sums = sums if shift is None else sums + shift
-            return found if found.dtype == sums.dtype else found.to(sums.dtype), sums
+            return out_piece if out_piece.dtype == sums.dtype else out_piece.to(sums.dtype), sums
 
-        first, *others = geometry.pieces(start, stop, heads, key_heads, dtype)
+        # merge the pieces one after the other; `sums` contains log-sum-exps that still have to be added up
+        first, *rest = geometry.pieces(start, stop, heads, key_heads, dtype)
         merged, *sums = attended(first)
-        for piece in others:
-            more, added = attended(piece)
+        for piece in rest:
+            values, added = attended(piece)
             before = functools.reduce(torch.logaddexp, sums)
-            share = (added - before).sigmoid_().unsqueeze(-1)  # the sigmoid of how far it is above the others
-            # A graph that writes in place keeps the former strides, which are not those of the result.
-            merged = merged.lerp(more, share) if torch.compiler.is_compiling() else merged.lerp_(more, share)
+            share = (added - before).sigmoid_().unsqueeze(-1)  # weight of the new piece in the softmax so far
+            # In a compiled graph, an in-place write would keep the old strides, which differ from the result's.
+            merged = merged.lerp(values, share) if torch.compiler.is_compiling() else merged.lerp_(values, share)
             sums = [before, added]
-        if sinks is not None:  # they have no value
-            sink = grouped_sinks(sinks, here[first.band]).to(merged.dtype)
+        if sinks is not None:  # sinks take part in the softmax but have no value
+            sink = grouped_sinks(sinks, rotated[first.band]).to(merged.dtype)
             merged = merged * torch.sigmoid(functools.reduce(torch.logaddexp, sums).unsqueeze(-1) - sink)
             sums.append(sink[..., 0])
-        if total is not None:  # a step of decoding is over before this is
+        if total is not None:  # only if requested: it takes longer than the rest of a decoding step
             total[:, :, start:stop] = functools.reduce(torch.logaddexp, sums).reshape(batch, heads, -1)
         merged = merged if merged.dtype == dtype else merged.to(dtype)
         return merged.reshape(batch, heads, stop - start, -1).transpose(1, 2)
 
     if rows >= count:
-        return attend(0, count).contiguous()  # some models view it
+        return attend(0, count).contiguous()  # some models call `view` on it
     out = value.new_empty(batch, count, heads, value.shape[-1])
     for start in range(0, count, rows):
         out[:, start : start + rows] = attend(start, min(start + rows, count))
@@ -153,8 +161,11 @@ def fused_attention(
 
 
 class FusedAttention(torch.autograd.Function):
-    """`FusedAttention.apply(geometry, scaling, rows, sinks, value, *queries, *keys)`, with a query and a key for
-    each band: [`fused_attention`] with gradients of all but biases, once."""
+    """Autograd function of [`fused_attention`], with gradients of everything except biases.
+
+    Call `FusedAttention.apply(geometry, scaling, rows, sinks, value, *queries, *keys)` with one query and one key
+    tensor per band. It can be differentiated once.
+    """
 
     @staticmethod
     def forward(
@@ -180,36 +191,38 @@ class FusedAttention(torch.autograd.Function):
         geometry, scaling, rows = ctx.given
         out, total, sinks, value, *states = ctx.saved_tensors
         queries, keys = states[: len(states) // 2], states[len(states) // 2 :]
-        # sums over many blocks
-        value_grad, *grads = (torch.zeros_like(one, dtype=total.dtype) for one in (value, *states))
-        # their weights would not sum to 1
+        # gradients are summed over many blocks, so they are accumulated in float32 or wider
+        value_grad, *grads = (torch.zeros_like(tensor, dtype=total.dtype) for tensor in (value, *states))
+        # queries that attend to nothing get weights of 0, because theirs would not sum to 1
         total = total.masked_fill(total < NOTHING, torch.inf)
         sizes = out.shape[2], value.shape[1], value.dtype
         for start in range(0, out.shape[1], rows):
-            here = slice(start, min(start + rows, out.shape[1]))
-            given, merged = (grouped(one[:, here].transpose(1, 2), value.shape[1]) for one in (grad, out))
-            sums = grouped(total[:, :, here, None], value.shape[1])[..., 0]
-            for band, low, high, bias, shift in geometry.pieces(here.start, here.stop, *sizes):
+            block_rows = slice(start, min(start + rows, out.shape[1]))
+            out_grad, merged = (
+                grouped(tensor[:, block_rows].transpose(1, 2), value.shape[1]) for tensor in (grad, out)
+            )
+            sums = grouped(total[:, :, block_rows, None], value.shape[1])[..., 0]
+            for band, low, high, bias, shift in geometry.pieces(block_rows.start, block_rows.stop, *sizes):
                 span = slice(low, high)
-                query = grouped(queries[band][:, :, here], value.shape[1])
+                query = grouped(queries[band][:, :, block_rows], value.shape[1])
                 pair = keys[band][:, :, span], value[:, :, span]
-                # exp(scores + shift - sums) are the weights, and the kernel knows nothing of the shift
+                # the weights are exp(scores + shift - sums), and the kernel takes no shift: subtract it from the sums
                 level = sums if shift is None else sums - shift
-                found = BACKWARD(given, query, *pair, merged, level, 0.0, False, attn_mask=bias, scale=scaling)
-                of_query = grads[band][:, :, here]
-                of_query += found[0].reshape(of_query.shape)
-                grads[len(queries) + band][:, :, span] += found[1]
-                value_grad[:, :, span] += found[2]
+                grad_parts = BACKWARD(out_grad, query, *pair, merged, level, 0.0, False, attn_mask=bias, scale=scaling)
+                query_grad = grads[band][:, :, block_rows]
+                query_grad += grad_parts[0].reshape(query_grad.shape)
+                grads[len(queries) + band][:, :, span] += grad_parts[1]
+                value_grad[:, :, span] += grad_parts[2]
         sinks_grad = None
-        if sinks is not None:
+        if sinks is not None:  # a higher sink score shrinks the output in proportion to the sink's weight
             weights = (sinks[:, None] - total).exp()
             sinks_grad = -(weights * (grad * out).sum(-1).transpose(1, 2)).sum((0, 2)).to(sinks.dtype)
-        rounded = (one.to(like.dtype) for one, like in zip((value_grad, *grads), (value, *states), strict=True))
+        rounded = (tensor.to(like.dtype) for tensor, like in zip((value_grad, *grads), (value, *states), strict=True))
         return None, None, None, sinks_grad, *rounded
 
 
 class Branch(NamedTuple):
-    """Queries (batch, heads, queries, dim) and keys (batch, key heads, keys, dim) as one band sees them."""
+    """Queries (batch, heads, queries, dim) and keys (batch, key heads, keys, dim), rotated for one band."""
 
     query: torch.Tensor | Rotated
     key: torch.Tensor
@@ -225,22 +238,22 @@ def banded_attention(
     sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Causal attention over disjoint bands.
+    """Compute causal attention over disjoint bands.
 
     Args:
-        geometry (`Geometry`): bands, positions and mask.
+        geometry (`Geometry`): bands, positions, and mask.
         branches (`Sequence[Branch]`): queries and keys, rotated for each band.
         value (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): values.
-        scaling (`float`): factor of scores.
-        softcap (`float`, *optional*): scores become `softcap * tanh(scores / softcap)`.
-        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): a learned score of attending to nothing.
-        dropout (`float`, *optional*, defaults to 0): of attention weights.
+        scaling (`float`): factor of the scores.
+        softcap (`float`, *optional*): bound of the scores, which become `softcap * tanh(scores / softcap)`.
+        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): learned score of attending to nothing, per head.
+        dropout (`float`, *optional*, defaults to 0): dropout probability of attention weights.
 
     Returns:
         `torch.Tensor` of shape `(batch, queries, heads, dim)`: contiguous.
     """
-    # kernels that are called directly expect adjacent channels, and do not check. Under autocast, rotation leaves
-    # float32 beside bfloat16; as SDPA does, the narrower is taken
+    # Kernels that are called directly require adjacent channels and do not check for them. Under autocast, rotation
+    # produces float32 next to bfloat16. Like SDPA, use the narrower dtype.
     dtype, mask = value.dtype, geometry.mask
     value, keys = _ready(value, dtype), [_ready(key, dtype) for _, key in branches]
     queries: list[torch.Tensor | Rotated] = [
@@ -248,12 +261,14 @@ def banded_attention(
     ]
     states = [query.states if isinstance(query, Rotated) else query for query in queries]
     learning = torch.is_grad_enabled() and any(
-        one is not None and one.requires_grad for one in (sinks, value, *states, *keys)
+        tensor is not None and tensor.requires_grad for tensor in (sinks, value, *states, *keys)
     )
     batch, heads, count, width = states[0].shape
+    # CPU without gradients: the flash kernel, with queries rotated block by block
     fused = value.device.type == "cpu" and value.shape[-1] == width and not (softcap or dropout)
     if fused and not learning and choice.FORCED in (None, "cpu"):
         return fused_attention(geometry, queries, keys, value, sinks, scaling, FUSED_ROWS)
+    # CUDA without mask and gradients: one kernel call per region of a band
     states = [_ready(whole(query), dtype) for query in queries]
     kernel = choose(states[0], value) if geometry.aligned and mask is None else None
     if kernel is not None and not (learning or softcap or dropout):
@@ -261,27 +276,30 @@ def banded_attention(
         if all(place is not None for place in places):
             shifts = geometry.fades(torch.promote_types(dtype, torch.float32))
             together = zip(places, states, keys, shifts, strict=True)
-            each = [(place or [], query, key, shift) for place, query, key, shift in together]
-            return attend_regions(each, value, kernel, scaling, sinks)
+            band_states = [(place or [], query, key, shift) for place, query, key, shift in together]
+            return attend_regions(band_states, value, kernel, scaling, sinks)
+    # CPU with gradients
     if fused and choice.FORCED in (None, "cpu") and has_fused_gradients(mask):
         learned: torch.Tensor = FusedAttention.apply(  # type: ignore[no-untyped-call]
             geometry, scaling, FUSED_ROWS, sinks, value, *states, *keys
         )
         return learned
+    # decoding with the same keys for all bands: read each key once
     if count == 1 and all(key is keys[0] for key in keys):
         return attend_single(geometry, states, keys[0], value, scaling, sinks, softcap, dropout)
 
+    # everything else: plain PyTorch, in blocks of queries whose scores fit in `SCORE_BYTES`
     def attend(start: int, stop: int) -> torch.Tensor:
-        query = [one[:, :, start:stop] for one in states]
+        query = [tensor[:, :, start:stop] for tensor in states]
         pieces = geometry.pieces(start, stop, heads, value.shape[1], dtype)
         attended, _ = attend_pieces(pieces, query, keys, value, scaling, sinks, softcap, dropout)
         return attended.view(batch, heads, stop - start, -1).transpose(1, 2)
 
     rows = max(16, SCORE_BYTES // (4 * batch * heads * keys[0].shape[2]))
     if rows >= count:
-        return attend(0, count).contiguous()  # some models view it
+        return attend(0, count).contiguous()  # some models call `view` on it
     spans = [(start, min(start + rows, count)) for start in range(0, count, rows)]
-    if learning:  # the weights of all blocks are of quadratic size: they are computed again in backward
+    if learning:  # the weights of all blocks are of quadratic size, so backward recomputes them
         return torch.cat([checkpoint(attend, *span, use_reentrant=False) for span in spans], 1)
     out = value.new_empty(batch, count, heads, value.shape[-1])
     for start, stop in spans:
@@ -292,10 +310,13 @@ def banded_attention(
 def attention_with_weights(
     geometry: Geometry, branches: Sequence[Branch], value: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what [`banded_attention`] does, and its weights (batch, heads, queries, keys), all held, as in eager."""
+    """Return the output of [`banded_attention`] and its weights (batch, heads, queries, keys).
+
+    All weights are held in memory, like in eager attention.
+    """
     queries, keys = [whole(query) for query, _ in branches], [key for _, key in branches]
     batch, heads, count, _ = queries[0].shape
-    # not by stripes, so that each band has one rectangle of all keys
+    # not treated as aligned, so that each band is one rectangle over all keys
     places = Geometry(geometry.bands, geometry.queries, geometry.keys, geometry.mask, aligned=False)
     pieces = places.pieces(0, count, heads, value.shape[1], value.dtype)
     out, shares = attend_pieces(pieces, queries, keys, value, **options)
@@ -318,7 +339,10 @@ def attend_pieces(
     softcap: float | None,
     dropout: float,
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """One softmax over the pieces of a block, in plain PyTorch, with gradients: what is attended, and the weights."""
+    """Return the attended values of a block and the weights of each piece, from one softmax over all pieces.
+
+    Runs in plain PyTorch, with gradients.
+    """
     queries = [grouped(query, value.shape[1]) for query in queries]
     scores = []
     for band, low, high, bias, shift in pieces:
@@ -334,7 +358,7 @@ def attend_pieces(
     weights = torch.cat(scores, -1).softmax(-1).to(value.dtype)
     if dropout:
         weights = drop(weights, dropout)
-    shares = torch.split(weights, [score.shape[-1] for score in scores], -1)  # that of the sink has no value
+    shares = torch.split(weights, [score.shape[-1] for score in scores], -1)  # the sink's weight has no value
     out = shares[0] @ value[:, :, pieces[0].low : pieces[0].high]
     for weight, piece in zip(shares[1:], pieces[1:], strict=False):
         out = out + weight @ value[:, :, piece.low : piece.high]
@@ -351,24 +375,24 @@ def attend_single(
     softcap: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Attend from a single query (batch, heads, 1, dim), rotated for each band, to keys that all bands see alike.
+    """Attend from a single query (batch, heads, 1, dim), rotated for each band, to the same keys for all bands.
 
-    Each key is scored by the queries of all bands at once, so that it is read once. Its band tells which of the scores
-    counts.
+    Each key is scored by the queries of all bands at once, so that it is read only once. The band of the key then
+    selects one of the scores.
 
     Returns:
         `torch.Tensor` of shape `(batch, 1, heads, dim)`.
     """
     batch, heads = queries[0].shape[:2]
-    asked = torch.cat([grouped(query, value.shape[1]) for query in queries], 2)
-    scores = _products(asked, key.transpose(-1, -2)) * scaling
+    stacked = torch.cat([grouped(query, value.shape[1]) for query in queries], 2)
+    scores = _products(stacked, key.transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    least = torch.finfo(value.dtype).min  # finite, so that a query that attends to nothing gets no NaN
-    each = scores.chunk(len(queries), 2)
+    least = torch.finfo(value.dtype).min  # finite, so that a query that attends to nothing does not become NaN
+    band_scores = scores.chunk(len(queries), 2)
     chosen = torch.full((), least, dtype=scores.dtype, device=scores.device)
     shifts, mask = geometry.fades(scores.dtype), geometry.mask
-    for band, faded, score in zip(geometry.bands, shifts, each, strict=True):
+    for band, faded, score in zip(geometry.bands, shifts, band_scores, strict=True):
         shift = summed(None if faded is None else faded[..., None], geometry.decay(band, scores.dtype))
         inside = geometry.belongs(band)[:, None]
         chosen = torch.where(inside, score if shift is None else score + shift[:, None], chosen)
@@ -377,7 +401,7 @@ def attend_single(
         is_bool = mask.dtype == torch.bool
         chosen = torch.where(mask, chosen, least) if is_bool else chosen + mask.to(scores.dtype).clamp(min=least)
     if sinks is not None:
-        chosen = torch.cat([chosen, grouped_sinks(sinks, each[0]).to(scores.dtype)], -1)
+        chosen = torch.cat([chosen, grouped_sinks(sinks, band_scores[0]).to(scores.dtype)], -1)
     weights = chosen.softmax(-1)[..., : key.shape[2]].to(value.dtype)
     if dropout:
         weights = drop(weights, dropout)
@@ -385,7 +409,7 @@ def attend_single(
 
 
 def _products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Products (batch, heads, rows, keys) in float32 or above."""
+    """Return products (batch, heads, rows, keys) in float32 or wider."""
     learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if WIDE and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and not learning:
         flat: torch.Tensor = torch.bmm(query.flatten(0, 1), key.flatten(0, 1), out_dtype=torch.float32)
@@ -395,15 +419,18 @@ def _products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 class Merged:
-    """One softmax from pieces of it: values (batch, heads, queries, dim) and their log-sum-exp in float32."""
+    """Softmax merged from pieces: values (batch, heads, queries, dim) and their log-sum-exp in float32."""
 
     def __init__(self, query: torch.Tensor, value: torch.Tensor) -> None:
         self.query, self.value = query, value
         self.empty = True
 
     def add(self, rows: slice, out: torch.Tensor, total: torch.Tensor) -> None:
-        """Add a piece for some of the queries, all of which attend to some of its keys. Its tensors become its own."""
-        if self.empty:
+        """Merge a piece for some of the queries.
+
+        Each of these queries must attend to at least one key of the piece. `out` and `total` may be modified later.
+        """
+        if self.empty:  # a first piece for all queries becomes the result; otherwise start from zero weight
             self.empty = False
             if out.shape[2] == self.query.shape[2]:
                 self.out, self.total = out, total
@@ -421,7 +448,7 @@ class Merged:
         held_sum.copy_(torch.logaddexp(held_sum, total))
 
     def add_sinks(self, sinks: torch.Tensor) -> None:
-        """Add scores (heads,) of attending to nothing."""
+        """Add sink scores (heads,) to the softmax, which scales the values down."""
         sinks = sinks.to(self.total.dtype)[:, None]
         self.out.mul_((self.total - torch.logaddexp(self.total, sinks)).exp()[..., None])
 
@@ -433,8 +460,15 @@ def attend_regions(
     scaling: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attend to the regions of some bands, each with the queries and keys that are rotated for it, and with what is
-    added to the logits of each query (batch or 1, queries), if anything is.
+    """Attend to the regions of each band, and merge them into one softmax.
+
+    Args:
+        states (`list[tuple]`): for each band, its regions, the queries and keys that are rotated for it, and the shift
+            (batch or 1, queries) of each query's logits or `None`.
+        value (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): values.
+        kernel (`Kernel`): attends to one region.
+        scaling (`float`): factor of the scores.
+        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): score of attending to nothing, per head.
 
     Returns:
         `torch.Tensor` of shape `(batch, queries, heads, dim)`.
@@ -444,6 +478,7 @@ def attend_regions(
         for rows, columns, causal, window, constant in places:
             pair = key[:, :, columns], value[:, :, columns]
             out, total = kernel(query[:, :, rows], *pair, scaling=scaling, causal=causal, window=window)
+            # a shift of all logits of a query shifts its log-sum-exp alike
             if constant:
                 total = total + constant
             if shift is not None:

@@ -1,8 +1,8 @@
-"""Bands: which pairs are in one, the positions that it sees, what is taken from its logits, and the scores it fills.
+"""Bands of query-key pairs: membership, mapped positions, logit shifts, and regions of the score matrix.
 
-A fade counts the keys of a band, a decay their distance. Both are piecewise constant where kernels need them to be. A
-fade is one number for each query, so it shifts the log-sum-exp of the whole band. A decay is constant within an octave
-of distances, so it shifts that of each octave.
+A fade depends on the number of keys in a band, a decay on the distance of a pair. Both are piecewise constant where
+kernels need them to be. A fade is one number per query, so it shifts the log-sum-exp of the whole band. A decay is
+constant within an octave of distances, so it shifts the log-sum-exp of each octave.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from ...plan import Band, PositionMap
 
 SAME = PositionMap()
-"""The map that leaves positions as they are."""
+"""Map that leaves positions unchanged."""
 
 
 def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | None = None) -> torch.Tensor:
     """Return the positions that a band sees.
 
     Args:
-        positions (`torch.LongTensor`): of tokens, before any remapping.
-        rule (`PositionMap`): of queries or of keys.
-        lengths (`torch.LongTensor` that broadcasts to the positions, *optional*): of the rows, for a map that follows
-            them.
+        positions (`torch.LongTensor`): positions of tokens, before any remapping.
+        rule (`PositionMap`): map of the band's queries or keys.
+        lengths (`torch.LongTensor` that broadcasts to the positions, *optional*): lengths of the rows. Required if the
+            map follows them.
 
     Returns:
-        `torch.Tensor` of the same shape, with another dimension for slots of frequencies where the map has positions
-        for each. Floating-point where positions may be fractional.
+        `torch.Tensor` of the same shape, with a trailing dimension of frequency slots if the map has positions for
+        each slot. Floating-point if positions may be fractional.
     """
     if rule == SAME:
         return positions
@@ -56,7 +56,7 @@ def _grouped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor |
             return positions // groups if len(groups) == 1 else positions[..., None] // groups
         return positions if rule.group == 1 else positions // rule.group
     assert lengths is not None, "a map that follows rows needs their lengths"
-    wide = torch.float32 if positions.device.type == "mps" else torch.float64  # which Apple's devices do not have
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64  # MPS has no float64
     if rule.row_curve is not None:
         curve, count = rule.row_curve, lengths.to(wide)
         rate = curve.limit / (1 + torch.exp(-(curve.slope * count + curve.shift))) / (count - 1).clamp(min=1)
@@ -72,7 +72,10 @@ def _grouped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor |
 
 
 def belongs(band: Band, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-    """Mask of the pairs in a band: positions (batch, queries) and (batch, keys) give bool (batch, queries, keys)."""
+    """Return the mask (batch, queries, keys) of the pairs in a band.
+
+    Query positions have shape (batch, queries), key positions (batch, keys).
+    """
     distance = (query_positions // band.chunk)[..., :, None] - (key_positions // band.chunk)[..., None, :]
     inside = distance >= band.low if band.low > 0 else torch.ones_like(distance, dtype=torch.bool)
     if band.high is not None:
@@ -83,8 +86,10 @@ def belongs(band: Band, query_positions: torch.Tensor, key_positions: torch.Tens
 
 
 def fade(band: Band, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return what a band's count fade adds to the logits of queries at positions (batch, queries): 0 or less, of the
-    same shape; `None` for a band without a fade."""
+    """Return the shift that a band's count fade adds to the logits of queries at positions (batch, queries).
+
+    It has the shape of the positions and is 0 or less. `None` for a band without a fade.
+    """
     if band.fade is None:
         return None
     count = (positions // band.chunk - band.low + 1) * band.chunk
@@ -92,18 +97,22 @@ def fade(band: Band, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 
 def decay(band: Band, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return what a band's decay adds to the logits of pairs at integer distances: 0 or less, of the same shape;
-    `None` for a band without a decay. Distances below 0 get 0."""
+    """Return the shift that a band's decay adds to the logits of pairs at integer distances.
+
+    It has the shape of the distances and is 0 or less, and 0 at distances below 0. `None` for a band without a decay.
+    """
     if band.decay is None:
         return None
-    # the exponent of frexp is the bit length of a whole number below 2 ** 24
+    # the exponent of frexp is the bit length of an integer below 2 ** 24
     octave = torch.frexp((distance // band.decay.start).clamp(min=0).to(torch.float32)).exponent
     return (octave.to(dtype) - 0.5).clamp(min=0) * (-band.decay.strength * math.log(2))
 
 
 def octaves(band: Band, reach: int) -> Iterator[tuple[Band, float]]:
-    """Yield the bands into which a decay cuts a band, nearest first, and what it adds to their logits. Distances from
-    `reach` on do not occur."""
+    """Yield the bands into which a decay splits a band, nearest first, each with the shift of its logits.
+
+    Distances of `reach` or more do not occur.
+    """
     if band.decay is None:
         yield band, 0.0
         return
@@ -117,11 +126,11 @@ def octaves(band: Band, reach: int) -> Iterator[tuple[Band, float]]:
 
 
 def step_fading(bands: Sequence[Band], positions: torch.Tensor) -> torch.Tensor | None:
-    """Return what a kernel of a step adds to logits, for queries at positions (batch, 1).
+    """Return the logit shifts for the kernel of a decoding step, with queries at positions (batch, 1).
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, bands, 3)`: for each band its fade, what its decay adds in an octave, and
-        where that starts; `None` where no band has either.
+        `torch.FloatTensor` of shape `(batch, bands, 3)`: for each band its fade, the shift of its decay per octave,
+        and the distance at which the decay starts. `None` if no band has a fade or a decay.
     """
     if all(band.fade is None and band.decay is None for band in bands):
         return None
@@ -135,10 +144,11 @@ def step_fading(bands: Sequence[Band], positions: torch.Tensor) -> torch.Tensor 
 
 
 class Region(NamedTuple):
-    """Queries `rows` against `columns` of keys.
+    """Region of the score matrix: queries `rows` against keys `columns`.
 
-    A query sees all of them. With `causal` (a square), it sees those up to its own. With `window`, it sees the latest
-    of those, where the last query sees the last key. `constant` is added to all logits.
+    By default, a query sees all of these keys. With `causal` (as many queries as keys), it sees the keys up to its
+    own. With `window`, it sees the latest `window` keys up to its own, and the last query is aligned with the last
+    key. `constant` is added to all logits.
     """
 
     rows: slice
@@ -149,8 +159,10 @@ class Region(NamedTuple):
 
 
 def regions(band: Band, queries: int, keys: int) -> list[Region] | None:
-    """Return the regions that a band fills where positions are the indices of the keys, for the last `queries` of some
-    keys; `None` where it fills others."""
+    """Return the regions that a band fills for the last `queries` of `keys` tokens, with positions equal to indices.
+
+    `None` if the band cannot be divided into regions.
+    """
     if band.keys_below is not None:
         return None
     if band.chunk > 1:
@@ -163,7 +175,7 @@ def regions(band: Band, queries: int, keys: int) -> list[Region] | None:
 
 
 def _distances(band: Band, queries: int, keys: int) -> Iterator[Region]:
-    first, newest = keys - queries, keys - band.low  # the last query sees keys up to but not `newest`
+    first, newest = keys - queries, keys - band.low  # the last query sees keys up to `newest - 1`
     rows = slice(max(band.low - first, 0), queries)
     if band.high is None or band.high >= keys:
         yield from _triangle(rows, 0, newest)
@@ -173,7 +185,10 @@ def _distances(band: Band, queries: int, keys: int) -> Iterator[Region]:
 
 
 def starts(bands: Sequence[Band], keys: int) -> tuple[int, ...] | None:
-    """Return the first key that the newest token sees in each band; `None` unless each ends where the last starts."""
+    """Return the index of the first key that the newest token sees in each band.
+
+    `None` unless the bands adjoin: each must end where the one before it starts, and the last must start at key 0.
+    """
     firsts, stop = [], keys
     for band in bands:
         for region in regions(replace(band, decay=None), 1, keys) or [Region(slice(0, 1), slice(0, 0))]:
@@ -185,7 +200,7 @@ def starts(bands: Sequence[Band], keys: int) -> tuple[int, ...] | None:
 
 
 def _triangle(rows: slice, low: int, high: int) -> Iterator[Region]:
-    # keys `low` to `high - 1`, of which the last query sees all and each one before it one less
+    # keys `low` to `high - 1`: the last query sees all of them, each earlier query one key less
     if rows.start >= rows.stop:
         return
     if rows.stop - rows.start == 1:
@@ -210,11 +225,12 @@ def _chunks(band: Band, queries: int, keys: int) -> Iterator[Region]:
 
 
 class Piece(NamedTuple):
-    """A rectangle of scores: the queries of a block against the keys `low` to `high - 1` of a band.
+    """Rectangle of scores: the queries of a block against the keys `low` to `high - 1` of a band.
 
-    `bias` (batch or 1, key heads or 1, rows, keys) is added to the scores: 0, or the least number where a pair is not
-    attended. It is `None` where all pairs are. `shift` is added as well: a number, or one for each row, of shape
-    (batch or 1, 1, rows). There is a row for each head behind the same key head.
+    `bias` (batch or 1, key heads or 1, rows, keys) is added to the scores. It contains the decay and additive mask of
+    attended pairs, and the minimum of the dtype for all others. It is `None` if all pairs are attended. `shift` is
+    added as well: a number, or one per row, of shape (batch or 1, 1, rows). Each query head of a key head has its own
+    rows.
     """
 
     band: int
@@ -225,15 +241,15 @@ class Piece(NamedTuple):
 
 
 class Geometry:
-    """Places of queries and keys in the bands of one forward, the same for all its layers that see the same keys.
+    """Positions of queries and keys in one forward, divided into bands. Shared by all layers that see the same keys.
 
     Args:
-        bands (`Sequence[Band]`): disjoint.
-        queries (`torch.Tensor` of shape `(batch, queries)`): positions before any remapping.
-        keys (`torch.Tensor` of shape `(batch, keys)`): the same of the keys.
-        mask (`torch.Tensor` broadcastable to `(batch, heads, queries, keys)`, *optional*): bool (attend) or additive;
-            without it, the last query sees all keys and each one before it one key less.
-        aligned (`bool`): positions are the indices of the keys, so that bands are stripes of the score matrix.
+        bands (`Sequence[Band]`): disjoint bands.
+        queries (`torch.Tensor` of shape `(batch, queries)`): positions of queries, before any remapping.
+        keys (`torch.Tensor` of shape `(batch, keys)`): positions of keys, before any remapping.
+        mask (`torch.Tensor` broadcastable to `(batch, heads, queries, keys)`, *optional*): bool (`True` attends) or
+            additive. Without a mask, the last query sees all keys and each earlier query one key less.
+        aligned (`bool`): whether positions equal key indices. Bands are then stripes of the score matrix.
     """
 
     def __init__(
@@ -251,24 +267,25 @@ class Geometry:
         self._pieces: dict[Any, list[Piece]] = {}
 
     def fades(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
-        """Return what the fade of each band adds to the logits of queries (batch, queries); `None` without one."""
+        """Return the logit shift (batch, queries) of each band's fade, or `None` for a band without a fade."""
         if dtype not in self._shifts:
             self._shifts[dtype] = [fade(band, self.queries, dtype) for band in self.bands]
         return self._shifts[dtype]
 
     def decay(self, band: Band, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return what a band's decay adds to the logits of all pairs (batch, queries, keys); `None` without one."""
+        """Return the logit shift (batch, queries, keys) of a band's decay; `None` for a band without a decay."""
         return decay(band, self.queries[..., :, None] - self.keys[..., None, :], dtype)
 
     def belongs(self, band: Band) -> torch.Tensor:
-        """Return which pairs (batch, queries, keys) are in a band."""
+        """Return the mask (batch, queries, keys) of the pairs in a band."""
         return belongs(band, self.queries, self.keys)
 
     def pieces(self, start: int, stop: int, heads: int, key_heads: int, dtype: torch.dtype) -> list[Piece]:
         """Return the rectangles of the queries `start` to `stop - 1`, for values of a dtype.
 
-        They hold no states, which autograd and checkpoints are to keep. Those of masks are as large as the mask, and
-        are made anew, except for a single query's.
+        Rectangles hold no states, because those belong to autograd and gradient checkpoints. They are cached if bands
+        are stripes without a mask, or for a single query. Otherwise their biases are as large as a mask, and they are
+        built anew in each call.
         """
         stays = self.mask is None and self.aligned or self.queries.shape[1] == 1
         kind = start, stop, heads, key_heads, dtype
@@ -283,31 +300,31 @@ class Geometry:
         keys, group = self.keys.shape[1], heads // key_heads
         first, last = keys - self.queries.shape[1] + start, keys - self.queries.shape[1] + stop
         mask, wide = self.mask, torch.promote_types(dtype, torch.float32)
-        here = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
+        block_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
         for number, (band, faded) in enumerate(zip(self.bands, self.fades(wide), strict=True)):
             shift = None if faded is None else faded[:, None, start:stop].repeat(1, 1, group)
             for low, high, constant in _rectangles(band, first, last, keys, self.aligned, causal=mask is None):
                 if constant is not None:
                     yield Piece(number, low, high, None, shift if not constant else summed(shift, constant))
                     continue
-                # all blocks have the same edges, except for where chunks begin
-                alike = number, first % band.chunk, last - first, low - first, high - first, group, dtype
-                bias = self._biases.get(alike)
+                # blocks have the same edges, except for the offset within a chunk, so they share their biases
+                edges = number, first % band.chunk, last - first, low - first, high - first, group, dtype
+                bias = self._biases.get(edges)
                 if bias is None:
-                    places = self.queries[:, start:stop], self.keys[:, low:high]
+                    positions = self.queries[:, start:stop], self.keys[:, low:high]
                     if self.aligned and mask is None and band.chunk == 1 and band.keys_below is None:
-                        bias = _diagonals(band, dtype, (first, last), (low, high), places[0])
+                        bias = _diagonals(band, dtype, (first, last), (low, high), positions[0])
                     else:
-                        bias = _bias(band, *places, dtype, here, (first, last), (low, high))
+                        bias = _bias(band, *positions, dtype, block_mask, (first, last), (low, high))
                     shape = (bias.shape[0], key_heads, -1, high - low)
                     bias = bias.repeat(1, 1, group, 1) if bias.shape[1] == 1 else bias.reshape(shape)
                     if self.aligned and mask is None:
-                        self._biases[alike] = bias
+                        self._biases[edges] = bias
                 yield Piece(number, low, high, bias, shift)
 
 
 def summed(one: Any, other: Any) -> Any:
-    """Return the sum of two numbers or tensors, either of which may be `None`."""
+    """Return the sum of two numbers or tensors, skipping `None`."""
     if one is None or other is None:
         return other if one is None else one
     return one + other
@@ -316,19 +333,19 @@ def summed(one: Any, other: Any) -> Any:
 def _rectangles(
     band: Band, first: int, last: int, keys: int, aligned: bool, causal: bool
 ) -> Iterator[tuple[int, int, float | None]]:
-    """The keys of a band for queries `first` to `last - 1`: from, to, and what its decay adds to all of these logits;
-    `None` where that is not the same for all, or where some of the queries do not see some of the keys.
+    """Yield the key ranges of a band for the queries `first` to `last - 1`: start, stop, and the shift of its decay.
 
-    Where bands are stripes, keys that no query of the block sees are left out, and those that all of them see need no
-    bias: on a long input nearly all scores are there.
+    The shift is `None` if it varies within the range, or if some of the queries do not see some of the keys. Such a
+    range needs a bias. If bands are stripes, keys that no query of the block sees are left out, and keys that all of
+    them see need no bias. On a long input, nearly all scores are of the latter kind.
     """
     low, high = _stripe(band, first, last, keys) if aligned else (0, min(last, keys) if causal else keys)
-    # from the farthest octave of a decay to the nearest, which is from the first key to the last; for a single query,
-    # a bias for all octaves costs less than a call for each
+    # Go from the farthest octave of a decay to the nearest, that is, from the first key to the last. For a single
+    # query, one bias over all octaves costs less than one call per octave.
     constants = aligned and causal and (band.decay is None or last - first > 1)
     for octave, constant in reversed(list(octaves(band, last)) if constants else []):
         start, stop = _inner(octave, first, last, low, high)
-        if stop - start <= 4 * (last - first):  # not worth a rectangle of its own
+        if stop - start <= 4 * (last - first):  # too few keys to be worth a separate call
             continue
         if low < start:
             yield low, start, None
@@ -339,14 +356,14 @@ def _rectangles(
 
 
 def _stripe(band: Band, first: int, last: int, keys: int) -> tuple[int, int]:
-    """The range of keys that some of the queries `first` to `last - 1` see in a band."""
+    """Return the range of keys that at least one of the queries `first` to `last - 1` sees in a band."""
     oldest = 0 if band.high is None else (first // band.chunk - band.high + 1) * band.chunk
     newest = ((last - 1) // band.chunk - band.low + 1) * band.chunk
     return max(oldest, 0), min(newest, last, keys, keys if band.keys_below is None else band.keys_below)
 
 
 def _inner(band: Band, first: int, last: int, low: int, high: int) -> tuple[int, int]:
-    """The range of keys, within `low` to `high - 1`, that all of the queries `first` to `last - 1` see in a band."""
+    """Return the range of keys, within `low` to `high - 1`, that all queries `first` to `last - 1` see in a band."""
     oldest = low if band.high is None else ((last - 1) // band.chunk - band.high + 1) * band.chunk
     newest = min((first // band.chunk - band.low + 1) * band.chunk, first + 1)
     return max(oldest, low), min(newest, high)
@@ -355,7 +372,7 @@ def _inner(band: Band, first: int, last: int, low: int, high: int) -> tuple[int,
 def _diagonals(
     band: Band, dtype: torch.dtype, rows: tuple[int, int], columns: tuple[int, int], queries: torch.Tensor
 ) -> torch.Tensor:
-    """Return [`_bias`] where it follows from the distance: the last query's, moved by a key for each before it."""
+    """Return [`_bias`] for a bias of the distance only: the last query's row, shifted by a key per earlier query."""
     count, width = rows[1] - rows[0], columns[1] - columns[0]
     span = columns[0], columns[1] + count - 1
     newest, keys = queries[:1, -1:], torch.arange(*span, device=queries.device)
@@ -372,10 +389,11 @@ def _bias(
     rows: tuple[int, int],
     columns: tuple[int, int],
 ) -> torch.Tensor:
-    """The decay and the mask's own number where a pair is attended, the least number of a dtype elsewhere; float32 or
-    float64.
+    """Return the bias of a rectangle, in float32 or float64.
 
-    That number is finite, so that a query that attends to nothing (padding, which no one reads) gets no NaN.
+    Attended pairs have their decay plus the value of an additive mask. All others have the minimum of `dtype`. The
+    minimum is finite, so that a query that attends to nothing (padding, whose output is never read) does not become
+    NaN.
     """
     allowed = belongs(band, query_positions, key_positions)[:, None]
     least = torch.finfo(dtype).min

@@ -1,13 +1,14 @@
-"""Kernels in Triton: a rotation, a merge, and a whole step of decoding.
+"""Triton kernels: a rotation, a merge, and a whole decoding step.
 
-A rotation and a merge take one pass over memory each, where PyTorch's own operations take four and nine. Next to a
-kernel for attention as fast as a GPU has them, these passes are what is left of the cost of a remapped layer.
+A rotation and a merge take one pass over memory each. PyTorch's own operations take four and nine. Next to a fast
+attention kernel, these passes are the remaining cost of a remapped layer.
 
-Step by step a GPU waits for the host, which takes as long for each call as the GPU does for many: what PyTorch needs a
-dozen calls for in each layer is one here. Keys and values are read once, in pieces that all multiprocessors share, and
-the last to finish merges them (Dao et al., *Flash-Decoding*, 2023, https://pytorch.org/blog/flash-decoding).
+In decoding, a GPU waits for the host, which takes as long to launch one call as the GPU takes to run many. One call
+here replaces a dozen calls of PyTorch per layer. Keys and values are read once, in pieces that are spread over all
+multiprocessors. The last program to finish merges the pieces (Dao et al., *Flash-Decoding*, 2023,
+https://pytorch.org/blog/flash-decoding).
 
-`choice.py` decides where they are used.
+`choice.py` decides when these kernels are used.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ import triton
 import triton.language as tl
 
 ROWS = 16
-"""Tokens in a program. With 128 channels each thread reads 16 bytes at a time, once or twice."""
+"""Tokens per program. With 128 channels, each thread reads 16 bytes at a time, once or twice."""
 
 TILE = 2**14
-"""Bytes of keys that a program reads at a time, and of values: three such pairs have room on a small GPU."""
+"""Bytes of keys that a program reads at a time, and as many bytes of values. A small GPU has room for three such pairs
+per multiprocessor."""
 
 PROGRAMS = 264
-"""Programs that share the keys of a layer: two for each multiprocessor of an H100."""
+"""Programs that share the keys of a layer: two per multiprocessor of an H100."""
 
 PIECES = 64
-"""Pieces that are merged at a time."""
+"""Pieces merged at a time."""
 
 MAX_BANDS, MAX_ROWS = 3, 64
-"""Bands of a plan, and queries of one key head under all of them, that a program holds."""
+"""Maximum number of bands, and maximum number of queries of one key head over all bands, that a program can hold."""
 
 COUNTS = ["keys", "share", "first", "second", "leaving"]
-"""Numbers that grow from step to step, of which a kernel shall know nothing beforehand."""
+"""Arguments that change from step to step. Triton must not specialize the kernel for their values."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -68,18 +70,19 @@ def _rotate(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> torch.Tensor:
-    """Return each channel times its cosine, plus its partner times its signed sine, in float32.
+    """Return each channel times its cosine plus its partner times its signed sine, computed in float32.
 
     Args:
-        states (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): channels one behind the other.
-        cos (`torch.Tensor` of shape `(batch or 1, 1, tokens, dim)`): of each channel; `sin` the same.
-        half (`int`): channels that have their partners as many channels further on; those past both do not rotate.
+        states (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): states with adjacent channels.
+        cos (`torch.Tensor` of shape `(batch or 1, 1, tokens, dim)`): cosine of each channel.
+        sin (`torch.Tensor` of shape `(batch or 1, 1, tokens, dim)`): signed sine of each channel.
+        half (`int`): number of channels between partners. Channels from `2 * half` on do not rotate.
     """
     batch, heads, tokens, width = states.shape
     out = torch.empty_like(states)
     strides = *out.stride()[:3], *states.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(2)
     sizes = {"HALF": half, "WIDTH": width, "COLUMNS": triton.next_power_of_2(half), "ROWS": ROWS}
-    grid = batch * heads, triton.cdiv(tokens, ROWS)  # heads next to each other: they read the same phases
+    grid = batch * heads, triton.cdiv(tokens, ROWS)  # heads are adjacent programs, because they read the same phases
     _rotate[grid](out, states, cos, sin, heads, tokens, *strides, **sizes)
     return out
 
@@ -110,12 +113,14 @@ def _merge(  # type: ignore[no-untyped-def]
 
 
 def merge(held: torch.Tensor, held_sum: torch.Tensor, out: torch.Tensor, out_sum: torch.Tensor) -> None:
-    """Merge a piece of a softmax into what is held of it, in place, in float32.
+    """Merge a piece of a softmax into the values accumulated so far, in place, computed in float32.
 
     Args:
-        held (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): values; `out` the same of the piece.
-        held_sum (`torch.FloatTensor` of shape `(batch, heads, tokens)`): their log-sum-exp, `-inf` where nothing has
-            been attended so far; `out_sum` the same of the piece, finite.
+        held (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): accumulated values.
+        held_sum (`torch.FloatTensor` of shape `(batch, heads, tokens)`): their log-sum-exp, `-inf` if nothing has been
+            attended so far.
+        out (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): values of the piece.
+        out_sum (`torch.FloatTensor` of shape `(batch, heads, tokens)`): their log-sum-exp, finite.
     """
     batch, heads, tokens, width = out.shape
     strides = *held.stride()[:3], *held_sum.stride(), *out.stride()[:3], *out_sum.stride()
@@ -141,17 +146,18 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     value += batch * batch_stride + head * head_stride
     phases += batch * phase_stride
 
-    if (leaving >= begin) & (leaving < end):  # the key that leaves the nearest band is rotated in its place
+    if (leaving >= begin) & (leaving < end):  # rotate the key that leaves the nearest band, in place
         place = key + leaving.to(tl.int64) * WIDTH
         partner = tl.load(partners + WIDTH + column, mask=inside, other=0)
         cos = tl.load(phases + BANDS * WIDTH + column, mask=inside)
         sin = tl.load(phases + (2 * BANDS + 1) * WIDTH + column, mask=inside)
         rotated = tl.load(place + column, mask=inside).to(tl.float32) * cos
         rotated += tl.load(place + partner, mask=inside).to(tl.float32) * sin
-        tl.debug_barrier()  # all of it is read before some of it is written, and written before it is read below
+        tl.debug_barrier()  # every channel is read before any is written, and written before it is read below
         tl.store(place + column, rotated.to(key.dtype.element_ty), mask=inside)
         tl.debug_barrier()
 
+    # rotate the queries of this key head for each band: one row per band and query head
     row = tl.arange(0, ROWS)
     band = row // GROUP
     there = (band < BANDS)[:, None] & inside[None, :]
@@ -162,15 +168,16 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     sin = tl.load(phases + (BANDS + 1) * WIDTH + phase, mask=there, other=0)
     rotated = tl.load(place + column[None, :], mask=there, other=0).to(tl.float32) * cos
     rotated += tl.load(place + partner, mask=there, other=0).to(tl.float32) * sin
-    asked = rotated.to(key.dtype.element_ty)
+    rotated_query = rotated.to(key.dtype.element_ty)
 
-    low = tl.where(band == 0, first, tl.where(band == 1, second, 0))  # keys that a row sees, up to but not `high`
+    low = tl.where(band == 0, first, tl.where(band == 1, second, 0))  # a row sees keys `low` to `high - 1`
     high = tl.where(band == 0, keys, tl.where(band == 1, first, second))
-    if FADES:  # what a band adds to all of its logits, and by which octave of distances
+    if FADES:  # shift of all logits of a band, shift per octave of distances, and start of the octaves
         place = fading + batch * fading_stride + band * 3
         shift = tl.load(place, mask=band < BANDS, other=0)
         rate = tl.load(place + 1, mask=band < BANDS, other=0)
         nearest = tl.load(place + 2, mask=band < BANDS, other=1).to(tl.int32)
+    # online softmax over the program's share of the keys
     highest = tl.full((ROWS,), -float("inf"), tl.float32)
     weight = tl.full((ROWS,), 0, tl.float32)
     held = tl.full((ROWS, COLUMNS), 0, tl.float32)
@@ -179,29 +186,32 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
         here = (token < end)[:, None] & inside[None, :]
         offset = token.to(tl.int64)[:, None] * WIDTH + column[None, :]
         states = tl.load(key + offset, mask=here, other=0)
-        scores = tl.dot(asked, states.trans(), input_precision=PRECISION) * scaling
-        if FADES:  # the exponent of a float is the octave of a whole number below 2 ** 24
+        scores = tl.dot(rotated_query, states.trans(), input_precision=PRECISION) * scaling
+        if FADES:  # the exponent of a float is the octave of an integer below 2 ** 24
             octave = (keys - 1 - token)[None, :] // nearest[:, None]
             exponent = (octave.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
             scores += shift[:, None] + tl.where(octave > 0, rate[:, None] * (exponent + 0.5), 0.0)
         seen = (token[None, :] >= low[:, None]) & (token[None, :] < high[:, None]) & (token < end)[None, :]
         scores = tl.where(seen, scores, -float("inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
-        level = tl.where(above == -float("inf"), 0.0, above)  # of a row that has seen nothing so far
+        level = tl.where(above == -float("inf"), 0.0, above)  # 0 for a row that has seen no key so far
         chances = tl.exp(scores - level[:, None])
         before = tl.exp(highest - level)
         states = tl.load(value + offset, mask=here, other=0)
         held = held * before[:, None] + tl.dot(chances.to(states.dtype), states, input_precision=PRECISION)
         weight = weight * before + tl.sum(chances, 1)
         highest = above
+    # store the piece of this program: values and their log-sum-exp
     sums = pieces + tl.num_programs(0).to(tl.int64) * splits * ROWS * COLUMNS
     own = (tl.program_id(0) * splits + tl.program_id(1)).to(tl.int64) * ROWS + row
-    some = tl.where(weight > 0, weight, 1.0)
-    tl.store(sums + own, tl.where(weight > 0, highest + tl.log(some), -float("inf")))
-    tl.store(pieces + own[:, None] * COLUMNS + column[None, :], held / some[:, None])
+    positive = tl.where(weight > 0, weight, 1.0)
+    tl.store(sums + own, tl.where(weight > 0, highest + tl.log(positive), -float("inf")))
+    tl.store(pieces + own[:, None] * COLUMNS + column[None, :], held / positive[:, None])
 
     tl.debug_barrier()
-    if tl.atomic_add(finished + tl.program_id(0), 1) == splits - 1:  # all pieces of this key head are there
+    if (
+        tl.atomic_add(finished + tl.program_id(0), 1) == splits - 1
+    ):  # the last program of this key head merges all its pieces
         tl.store(finished + tl.program_id(0), 0)
         for number in range(GROUP):
             top, total = -float("inf"), 0.0
@@ -225,21 +235,22 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
 
 
 class Step:
-    """
-    Attention of one query to keys of which each band sees a range, and sees the query rotated in its own way; the same
-    for all layers of a forward.
+    """Attention of one query to the keys of all bands in one kernel, shared by all layers of a forward.
+
+    Each band sees a range of the keys, and its own rotation of the query.
 
     Args:
-        query (`torch.Tensor` of shape `(batch, heads, 1, dim)`): of one of the layers.
-        key (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): of one of the layers.
-        partners (`torch.LongTensor` of shape `(2, dim)`): of all channels of queries, and of keys.
-        phases (`torch.FloatTensor` of shape `(batch or 1, 2, bands + 1, dim)`): cosines and signed sines by which
-            queries are rotated for each band, and last, the key that leaves.
-        starts (`tuple[int, ...]`): the first key of each band, the nearest first; it ends where the one before begins.
-        scaling (`float`): scores are multiplied by it.
-        fading (`torch.FloatTensor` of shape `(batch or 1, bands, 3)`, *optional*): what is added to the logits of each
-            band, what is added for each octave of distances, half of it for the first, and the distance from which
-            octaves count, a whole number up to 2 ** 24.
+        query (`torch.Tensor` of shape `(batch, heads, 1, dim)`): query of any of the layers.
+        key (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): keys of any of the layers.
+        partners (`torch.LongTensor` of shape `(2, dim)`): partner of each channel, of queries and of keys.
+        phases (`torch.FloatTensor` of shape `(batch or 1, 2, bands + 1, dim)`): cosines and signed sines that rotate
+            the query for each band, and last, the key that leaves the nearest band.
+        starts (`tuple[int, ...]`): first key of each band, nearest band first. Each band ends where the one before it
+            starts.
+        scaling (`float`): factor of the scores.
+        fading (`torch.FloatTensor` of shape `(batch or 1, bands, 3)`, *optional*): shift of the logits of each band,
+            shift per octave of distances (half of it in the first octave), and the distance at which octaves start, an
+            integer up to 2 ** 24.
     """
 
     def __init__(
@@ -262,13 +273,15 @@ class Step:
         splits = -(-keys // share)
         self.grid = batch * key_heads, splits
         self.shape = batch, 1, heads, width
-        # layers follow each other: what one has left there is read no more
+        # shared by all layers, because they run one after the other and each reads only its own results
         self.pieces = query.new_empty(batch * key_heads * splits * rows * (columns + 1), dtype=torch.float32)
         self.finished = query.new_zeros(batch * key_heads, dtype=torch.int32)
         first, second = (*starts, 0, 0)[:2]
         self.rotations = partners, phases, phases if fading is None else fading
         self.numbers = scaling, keys, share, first, second
-        self.phase_strides = [one.stride(0) if one is not None and one.shape[0] > 1 else 0 for one in (phases, fading)]
+        self.phase_strides = [
+            tensor.stride(0) if tensor is not None and tensor.shape[0] > 1 else 0 for tensor in (phases, fading)
+        ]
         self.sizes: dict[str, Any] = {
             "HEADS": key_heads,
             "GROUP": group,
@@ -278,18 +291,20 @@ class Step:
             "ROWS": rows,
             "BLOCK": block,
             "PIECES": PIECES,
-            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # of float32 alone
+            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # applies to float32 only
             "FADES": fading is not None,
         }
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaving: int) -> torch.Tensor:
-        """Args:
-            query (`torch.Tensor` of shape `(batch, heads, 1, dim)`): as it is rotated for no band yet; its heads lie
-                one behind the other.
-            key (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): rotated for all bands, one behind the other
-                in each head.
+        """Attend from a query, and rotate the leaving key in place.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, heads, 1, dim)`): query before its rotation for each band, with
+                adjacent heads.
+            key (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): keys, each rotated for its band, adjacent in
+                each head.
             value (`torch.Tensor` of the same shape and strides): values.
-            leaving (`int`): which key is rotated, in its place; -1 for none.
+            leaving (`int`): index of the key that is rotated in place, -1 for none.
 
         Returns:
             `torch.Tensor` of shape `(batch, 1, heads, dim)`: contiguous.
@@ -302,5 +317,5 @@ class Step:
 
 
 def _power_of_two(number: int) -> int:
-    """Return the next power of two. Triton's own function takes as long as a call of PyTorch."""
+    """Return the next power of two. Triton's own function takes as long as a PyTorch call."""
     return 1 << (number - 1).bit_length()

@@ -1,10 +1,12 @@
-"""The attention function of a patched model: queries and keys reach it unrotated, it rotates them, then attends.
+"""Attention function of a patched model, which receives unrotated queries and keys, rotates them, and attends.
 
-Rotary modules return the identity (cosine 1, sine 0). A function in transformers' `AttentionInterface` rotates with
-the positions that the plan wants for each pair. No model's forward is copied. In a step of decoding whose cached keys
-stand rotated, the model rotates for the nearest pairs, and the function only what differs (`rotated_keys.py`). Where
-an indexer selects keys by their rotated states (DeepSeek's sparse attention), the model rotates as ever, and the
-function rotates by the difference.
+Rotary modules return the identity (cosine 1, sine 0). A function in transformers' `AttentionInterface` then rotates
+each pair to the positions of the plan. No model's forward is copied. There are two exceptions:
+
+- In a decoding step with rotated keys in the cache, the model rotates for the nearest pairs, and the function applies
+  only the remaining rotations (`rotated_keys.py`).
+- If an indexer selects keys by their rotated states (DeepSeek's sparse attention), the model rotates as usual, and the
+  function rotates by the difference.
 """
 
 from __future__ import annotations
@@ -35,22 +37,24 @@ from .rotary import pair_phases, phases_at
 from .rotated_keys import cached_keys, step_queries, whole_step
 
 MASKS = {ATTENTION["sdpa"]: sdpa_mask, ATTENTION["eager"]: eager_mask}
-"""Functions that build the model's masks, by the name of the attention function."""
+"""Functions that build the model's attention masks, by the name of the attention function."""
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]
-"""Return type of attention functions: values (batch, queries, heads, dim) and, if computed, weights."""
+"""Return type of attention functions: attended values (batch, queries, heads, dim) and, if computed, weights."""
 
 UNPROVEN_ON = "cuda"
-"""Device on which a text attends outside of compiled graphs, if bands are chunks: on an H100 and an H200, torch 2.11
-fused the biases of three bands and their softmax into one kernel that was wrong, though each alone is right. Steps of
-decoding compute no such thing, and their graphs are right there (`tests/patching/test_gpu.py`)."""
+"""Device on which several tokens attend outside of compiled graphs if bands are chunks.
+
+On an H100 and an H200, torch 2.11 fused the biases of three bands and their softmax into one kernel with wrong
+results, although each alone is right. Decoding steps compute no such biases, and their graphs are right
+(`tests/patching/test_gpu.py`)."""
 
 HONOURED = frozenset("dropout scaling is_causal softcap s_aux sliding_window output_attentions cache".split())
-"""Arguments of attention functions that bands honour. A `cache` counts in paged attention alone."""
+"""Arguments that attention over bands supports. `cache` is used in paged attention only."""
 
 
 class Call(NamedTuple):
-    """One call of the attention function in a layer that rotates, on one device; see [`Positions`] for the axes."""
+    """Call of the attention function in a layer that rotates, on one device. See [`Positions`] for the axes."""
 
     module: nn.Module
     layer: Layer
@@ -73,7 +77,10 @@ def late_attention(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Attended:
-    """The function in `AttentionInterface`: rotate as the plan says, then attend."""
+    """Rotate queries and keys to the positions of the plan, then attend.
+
+    This is the function that is registered in `AttentionInterface`.
+    """
     remapping: Any = getattr(module, "_posext_remapping", None)
     if isinstance(remapping, Probing):
         return remapping.capture(module._posext_path, query, key, value, attention_mask)  # type: ignore[arg-type]
@@ -100,13 +107,13 @@ def _attend(
     mask: torch.Tensor | None,
     options: dict[str, Any],
 ) -> Attended:
-    """Attention of the rows of a forward, or of one request of a batch."""
-    if layer is None or at is None:  # it does not rotate
+    """Attend in the rows of a forward, or in one request of continuous batching."""
+    if layer is None or at is None:  # the layer does not rotate
         remapping: Any = module._posext_remapping
         return base_function(remapping.base, module)(module, query, key, value, mask, **options)
     selected = options.pop("indices", None)
     if selected is not None:
-        assert mask is not None  # the indexer has read it
+        assert mask is not None  # an indexer always receives a mask
         mask = _only(mask, selected)
     device, known = query.device, at
     axes = at.once(("there", device), lambda: (known.query_axes.to(device), known.key_axes.to(device)))
@@ -131,8 +138,8 @@ def _paged_attention(
     value: torch.Tensor,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Attention of a step of continuous batching (1, tokens, heads, dim), 0 for tokens that pad it."""
-    pages = options.pop("cache", None)  # to be written here up to transformers 5.23; later the layer has written them
+    """Return the attention of a step of continuous batching (1, tokens, heads, dim), with 0 for padding tokens."""
+    pages = options.pop("cache", None)  # written here up to transformers 5.23; in later versions, by the layer
     if pages is None and not isinstance(options.get("cu_seq_lens_k"), torch.Tensor):
         raise UnsupportedModelError(not_paged(module, "does not hand the pages of keys to its attention function"))
     before = None if at is None else at.memo.get(("paged", module))
@@ -144,7 +151,7 @@ def _paged_attention(
         key, value = pages.update(key, value, module.layer_idx, options)
     remapping: Any = module._posext_remapping
     split = functools.partial(requests_of, module, remapping.base, at, query, options)
-    # Layers with as many keys have the same requests: a window does nothing but drop keys.
+    # Layers with the same number of keys have the same requests, because a window only drops keys.
     requests = split() if at is None else at.once(("requests", key.shape[2], options.get("sliding_window")), split)
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
     for request in requests:
@@ -168,7 +175,10 @@ def _sees_farther(call: Call) -> bool:
 
 
 def _near_attention(call: Call) -> Attended:
-    """All pairs are at the positions of the model: rotate, then attend as the unpatched model does."""
+    """Rotate to the positions of the model, then attend like the unpatched model.
+
+    Used if a layer sees all pairs at these positions.
+    """
     layer, at, query = call.layer, call.at, _scaled(call)
     key, rotated, _ = cached_keys(layer, call.layout, at, call.key, query.shape[2])
     if not at.rotated:
@@ -179,11 +189,11 @@ def _near_attention(call: Call) -> Attended:
 
 
 def _banded_attention(call: Call) -> Attended:
-    """Pairs in several bands: rotate queries and keys for each, then attend to all of them by one softmax."""
+    """Rotate queries and keys for each band, then attend to all bands in one softmax."""
     layer, layout, at, value, mask, options = call.layer, call.layout, call.at, call.value, call.mask, call.options
     remapping, count = layer.remapping, call.query.shape[2]
     bands = remapping.bands
-    unknown = [name for name, given in options.items() if given is not None and name in remapping.refused]
+    unknown = [name for name, option in options.items() if option is not None and name in remapping.refused]
     if unknown:
         raise UnsupportedModelError(
             f"{type(call.module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
@@ -191,18 +201,21 @@ def _banded_attention(call: Call) -> Attended:
     if mask is None and count > 1 and not _is_causal(remapping.base, call.module, options):
         raise UnsupportedModelError(both_sides(remapping, type(call.module).__name__, "no mask, and not causal"))
     queries, keys = (one if one.ndim == 2 else one[0] for one in (call.query_axes, call.key_axes))
-    # not where a sliding cache has dropped keys; chunks are bands where rows begin at position 0, windows anywhere
+    # Bands are stripes of the score matrix unless a sliding cache has dropped keys. Chunks also require rows that
+    # begin at position 0. Windows may begin anywhere.
     aligned = at.slot is None and keys.shape[1] == at.keys.shape[1] and (at.aligned or at.regular and bands.slide)
-    # SDPA has no softcap: transformers 5.10.1 leaves it out, later ones use eager attention
+    # SDPA has no softcap: transformers 5.10.1 ignores it, later versions use eager attention
     softcap = None if remapping.base == "sdpa" else options.get("softcap")
     scaling, sinks = options.get("scaling"), options.get("s_aux")
     scaling, dropout = call.query.shape[-1] ** -0.5 if scaling is None else scaling, options.get("dropout") or 0.0
+    # a decoding step with rotated cached keys may run in a single kernel
     query, key, step = _scaled(call), call.key, None
     if at.rotated and aligned and mask is softcap is sinks is None and not (dropout or at.state.weights):
         step = whole_step(layout, at, query, key, value, scaling)
     key, rotated, last = cached_keys(layer, layout, at, key, count, leave=step is not None)
     if step is not None:
         return step(query, key, value, -1 if last is None else last), None
+    # otherwise, rotate whatever the model and the cache have not rotated yet
     if at.rotated:
         asked: Any = step_queries(layout.query, at, query)
     else:
@@ -215,7 +228,7 @@ def _banded_attention(call: Call) -> Attended:
     def geometry() -> Geometry:
         return Geometry(bands.bands, queries, keys, mask, aligned)
 
-    # it holds the mask, so that no other mask gets the same id while it is remembered
+    # The geometry holds the mask, so that no other mask gets the same id while the geometry is remembered.
     kind = "geometry", aligned, keys.shape[1], keys.device, id(mask)
     places = geometry() if torch.compiler.is_compiling() else at.once(kind, geometry)
     settings = {"scaling": scaling, "softcap": softcap, "sinks": sinks, "dropout": dropout}
@@ -223,7 +236,7 @@ def _banded_attention(call: Call) -> Attended:
         return attention_with_weights(places, branches, value, **settings)
     out = banded_attention(places, branches, value, **settings)
     if mask is not None and mask.dtype == torch.bool and at.slot is None:
-        # as SDPA: 0 where a query attends to nothing. Recurrent Gemma's convolutions read such padding
+        # Like SDPA, return 0 if a query attends to nothing: Recurrent Gemma's convolutions read such padding.
         out = out.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0)
     return out, None
 
@@ -232,24 +245,26 @@ _outside_of_graphs: Any = torch.compiler.disable(_banded_attention)  # type: ign
 
 
 def _known_keys(call: Call) -> Call:
-    """Keys, values, mask and positions of as many keys: a cache has free slots, or has dropped keys behind a window.
+    """Return a call with as many positions as keys.
+
+    The numbers differ if a static cache has free slots, or if a sliding cache has dropped keys behind its window.
 
     Raises:
-        EvaluationError: neither is so; other code has added keys, or taken some away.
+        EvaluationError: the numbers differ for another reason, because other code has added or removed keys.
     """
     layers: list[Any] = getattr(call.at.state.cache, "layers", [])
     index, key, positions = call.layer.index, call.key, call.key_axes
-    if index is not None and 0 <= index < len(layers):  # a layer may be shared, or share the keys of another
+    if index is not None and 0 <= index < len(layers):  # otherwise the layer is shared, or uses the keys of another
         layers = [layers[index]]
     known, count = positions.shape[-1], key.shape[2]
     if known < count and any(getattr(layer, "max_cache_len", 0) >= count for layer in layers):
         if call.at.query_axes.shape[-1] == 1 and torch.compiler.is_compiling():
-            # a graph keeps the free slots, which are masked
+            # in a compiled graph, free slots stay and are masked
             return call._replace(key_axes=nn.functional.pad(positions, (0, count - known)))
         mask = None if call.mask is None else call.mask[..., :known]
         return call._replace(key=key[:, :, :known], value=call.value[:, :, :known], mask=mask)
     if known > count and any(getattr(layer, "is_sliding", False) for layer in layers):
-        return call._replace(key_axes=positions[..., -count:])  # the latest are left
+        return call._replace(key_axes=positions[..., -count:])  # a sliding cache keeps the latest keys
     raise EvaluationError(
         f"{type(call.module).__name__} got {count} keys, and the positions of {known} are known. Layers that are "
         "called one by one, and caches that drop keys on their own, do not tell where their keys are: call the model "
@@ -258,9 +273,10 @@ def _known_keys(call: Call) -> Call:
 
 
 def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-    """A mask (batch, 1, queries, keys) less the keys that an indexer did not select (batch, queries, selected).
+    """Return a mask (batch, 1, queries, keys) without the keys that an indexer did not select.
 
-    Its own attention does so by itself only if that is called eager or sdpa.
+    `selected` (batch, queries, selected) contains the indices of the selected keys. The model applies them to the mask
+    itself only if its attention is named eager or sdpa.
     """
     batch, queries, _ = selected.shape
     chosen = torch.zeros(batch, 1, queries, mask.shape[-1], dtype=torch.bool, device=mask.device)
@@ -276,9 +292,9 @@ def _rotations(
     rules: tuple[PositionMap, ...],
     positions: torch.Tensor,
 ) -> list[torch.Tensor] | list[Rotated]:
-    """Queries or keys rotated to their positions under each of the maps.
+    """Return queries or keys rotated to their positions under each of the maps.
 
-    Those of a text are rotated as they are used. Phases are the same for all layers, and for queries and keys at the
+    Several tokens are rotated later, block by block. Phases are shared by all layers, and by queries and keys at the
     same positions.
     """
     at = call.at
@@ -293,15 +309,15 @@ def _rotations(
                 raise UnsupportedModelError("Positions on several axes cannot be mapped by rotary pairs.")
             moved = [one if one.ndim == 3 else one[..., None].expand(*one.shape, slots) for one in moved]
             return layout.phases(*pair_phases(at, torch.cat(moved, -2), states), states.dtype)
-        wanted = torch.cat(moved, -1)
+        targets = torch.cat(moved, -1)
         if not at.state.remapping.delta:
-            return layout.phases(*phases_at(at, wanted, states), states.dtype)
-        # the model has rotated by its own positions, and factor, already
-        cos, sin = phases_at(at, wanted - torch.cat([positions] * len(some), -1), states)
+            return layout.phases(*phases_at(at, targets, states), states.dtype)
+        # the model has already rotated by its own positions and attention factor
+        cos, sin = phases_at(at, targets - torch.cat([positions] * len(some), -1), states)
         factor = getattr(at.site.module, f"{at.site.prefix}attention_scaling", 1.0)
         return layout.phases(cos / factor, sin / factor, states.dtype)
 
-    if positions.shape[-1] == 1:  # a step has many small operations: all maps at once
+    if positions.shape[-1] == 1:  # a step consists of many small operations, so rotate for all maps at once
         rotated = layout.rotate(states, at.once((what, *kind), lambda: phases(*rules)))
         return list(rotated.chunk(len(rules), 2))
     what = "both" if call.query_axes is call.key_axes else what
@@ -317,7 +333,7 @@ def _lazily(layout: Layout, states: torch.Tensor, phases: Phases) -> Rotated:
 
 
 def _scaled(call: Call) -> torch.Tensor:
-    """Queries (batch, heads, tokens, dim) that grow with their positions, on the first axis."""
+    """Return queries (batch, heads, tokens, dim) times the plan's factor for their positions on the first axis."""
     scale, query = call.layer.scale, call.query
     if scale is None:
         return query
@@ -332,7 +348,10 @@ def _scaled(call: Call) -> torch.Tensor:
 def query_factor(
     scale: QueryScale, positions: torch.Tensor, lengths: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Return the factor of queries at positions, float32 of the same shape; `lengths` gives those of their rows."""
+    """Return the factor of queries at positions, in float32 and of the same shape.
+
+    `lengths` is a function that returns the lengths of the rows for positions.
+    """
     past = (positions.float() + 1) / scale.length
     if scale.row is not None:
         past = (lengths(positions).float() - scale.row.beyond) / scale.row.span
@@ -358,20 +377,22 @@ def base_function(base: str, module: nn.Module) -> Callable[..., Attended]:
 
 
 def _is_causal(base: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Return whether the attention of the unpatched model, without a mask, sees the past alone: eager attention never
-    does, sdpa asks the call and then the module."""
+    """Return whether the unpatched attention is causal without a mask.
+
+    Eager attention never is. SDPA reads `is_causal` from the call, then from the module.
+    """
     if base == "eager":
         return False
-    said = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if said is None else said)
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def arguments_read(function: Callable[..., Any]) -> frozenset[str]:
-    """Return the names of arguments that an attention function reads: its parameters, and what it looks up by name.
+    """Return the names of arguments that an attention function reads: its parameters, and the strings in its code.
 
-    Trainers and collators hand all kinds of names down to the attention (`seq_idx`, `shift_labels`, the lengths of
-    packed documents for FlashAttention). Which of them count is asked from the code of the unpatched function. A
-    function in its place has to honour these, and no others.
+    Trainers and collators pass many arguments down to the attention (`seq_idx`, `shift_labels`, the lengths of packed
+    documents for FlashAttention). Only those that the code of the unpatched function reads matter. A replacement has
+    to support these and may ignore the others.
     """
     plain = inspect.unwrap(function)
     code = getattr(plain, "__code__", None)
@@ -380,9 +401,9 @@ def arguments_read(function: Callable[..., Any]) -> frozenset[str]:
 
 
 class Lease:
-    """Keeps the attention function in transformers' registries as long as a patched model needs it.
+    """Registration of the attention function in transformers, which lasts while a patched model holds this object.
 
-    Copies and pickles have a lease of their own.
+    Copies and pickles of the model get their own lease.
     """
 
     def __init__(self) -> None:

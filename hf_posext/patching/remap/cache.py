@@ -1,8 +1,8 @@
 """Record of the keys that a patched model has put into a cache: their positions and their rotation.
 
-One [`KeyRecord`] on the user's cache holds all of it. The methods of the cache that move rows or take keys back report
-to the record. Whatever else was done to the keys, evicted, rearranged or overwritten by other code, is found when the
-next forward begins, and is refused.
+A single [`KeyRecord`] on the user's cache contains both. The cache's own methods that move rows or remove keys update
+the record. Other changes, by code that evicts, rearranges, or overwrites keys, are detected at the next forward, which
+raises an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ START_ANEW = "Start with an empty cache."
 
 
 class Contents(enum.Enum):
-    """State of the record of a cache's keys."""
+    """States of a [`KeyRecord`]."""
 
     EMPTY = "no keys"
     WRITING = "a forward of the patched model adds keys"
@@ -36,19 +36,19 @@ class KeyRecord:
     """Positions and rotations of the keys in one cache.
 
     Attributes:
-        contents (`Contents`): what is known.
-        plan (`ExtensionPlan`, *optional*): under which the keys were written.
-        positions (`torch.Tensor` of shape `(batch or 1, keys)` or `(axes, batch or 1, keys)`, *optional*): of all
-            keys.
-        padding (`torch.Tensor` of shape `(batch, 1)` or `(axes, batch, 1)`, *optional*): what is taken from the
-            positions that the model counts; see `leading_padding`.
-        order (`tuple[bool, bool]`): whether positions are aligned and regular; see `Positions`.
-        rotated (`dict[int, tuple[torch.Tensor, int]]`): by layer of the cache, for which newest position
-            (batch or 1, 1) its keys are rotated, and how many. Keys of other layers are not rotated.
-        standing (`tuple[frozenset[str], int]`): the sets of frequencies of which all layers keep their keys rotated,
-            and how many keys the cache held then.
-        newest (`torch.Tensor` of shape `(batch or 1, 1)`, *optional*): of a static cache, the newest position, in one
-            place, where compiled steps keep it.
+        contents (`Contents`): state of the record.
+        plan (`ExtensionPlan`, *optional*): plan under which the keys were written.
+        positions (`torch.Tensor` of shape `(batch or 1, keys)` or `(axes, batch or 1, keys)`, *optional*): positions
+            of all keys.
+        padding (`torch.Tensor` of shape `(batch, 1)` or `(axes, batch, 1)`, *optional*): offset that is subtracted
+            from the model's positions. See `leading_padding`.
+        order (`tuple[bool, bool]`): whether positions are aligned and regular. See `Positions`.
+        rotated (`dict[int, tuple[torch.Tensor, int]]`): for each layer of the cache with rotated keys, the newest
+            position (batch or 1, 1) for which they are rotated, and their number.
+        standing (`tuple[frozenset[str], int]`): sets of frequencies whose layers all keep their keys rotated, and the
+            number of keys in the cache at that time.
+        newest (`torch.Tensor` of shape `(batch or 1, 1)`, *optional*): newest position in a static cache, in a tensor
+            that compiled steps update in place.
     """
 
     def __init__(self) -> None:
@@ -63,21 +63,21 @@ class KeyRecord:
         self._seen: list[tuple[weakref.ref[torch.Tensor], int] | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the tensors that were seen: a copy of the cache has others."""
+        """Return the state without the tensors that were seen, because a copy of the cache has others."""
         return vars(self) | {"_seen": None}
 
     def open(self, cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
-        """Let a forward of the patched model add to the cache.
+        """Start a forward of the patched model, which may add keys to the cache.
 
         Returns:
-            `torch.Tensor`, *optional*: positions of the keys in it; `None` where it is empty.
+            `torch.Tensor`, *optional*: positions of the keys in the cache. `None` if it is empty.
 
         Raises:
-            EvaluationError: the keys are not those that the last forward left, or are rotated for another plan.
+            EvaluationError: the keys are not those of the last forward, or are rotated for another plan.
         """
         self.catch_up(cache)
         length = _length(cache, None if self.contents is Contents.WRITING else self.positions)
-        if not length:  # new, emptied, or a forward before this one failed before it added any
+        if not length:  # new, emptied, or an earlier forward failed before it added keys
             self._empty()
         elif self.positions is None or self.positions.shape[-1] != length or not self._same(cache):
             known = 0 if self.positions is None else self.positions.shape[-1]
@@ -96,8 +96,8 @@ class KeyRecord:
     def close(
         self, cache: Any, plan: ExtensionPlan, positions: torch.Tensor, order: tuple[bool, bool], names: frozenset[str]
     ) -> None:
-        """Keep the positions of all keys, their order, and the sets of frequencies whose keys are rotated."""
-        # WRITING -> KNOWN: nothing may come in by `update` until the patched model runs again
+        """Store the positions of all keys, their order, and the sets of frequencies whose keys are rotated."""
+        # WRITING -> KNOWN: `update` raises until the patched model runs again
         self.contents, self.plan, self.positions, self.order = Contents.KNOWN, plan, positions, order
         self.standing = names, positions.shape[-1]
         if is_static(cache) and positions.ndim == 2:
@@ -105,11 +105,11 @@ class KeyRecord:
         self.look(cache)
 
     def open_slot(self, cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
-        """Return, in a compiled graph, the slot of a static cache that the key of a single token gets; `None` where
-        positions do not follow from it.
+        """Return the slot of a static cache for the key of a single token, in a compiled graph.
 
-        Slots and the newest position are all that such a step looks at: tensors that stay in their places, of shapes
-        that stay the same, so that one graph does for all steps, and a CUDA graph for all replays.
+        `None` outside of compiled graphs, or if positions do not follow from the slot. Such a step reads only the slot
+        and the newest position. These tensors keep their addresses and shapes, so that one graph serves all steps, and
+        one CUDA graph all replays.
         """
         if not torch.compiler.is_compiling() or not is_static(cache):
             return None
@@ -117,19 +117,21 @@ class KeyRecord:
             return None
         self.contents = Contents.WRITING  # KNOWN or COUNTED -> WRITING
         layers: Any = cache.layers
-        slot: torch.Tensor = layers[0].cumulative_length.clone().reshape(())  # layers count on in place
+        slot: torch.Tensor = (
+            layers[0].cumulative_length.clone().reshape(())
+        )  # a copy, because layers increment theirs in place
         return slot
 
     def close_slot(self, newest: torch.Tensor) -> None:
-        """Keep the position (batch or 1, 1) of the token of a compiled step."""
+        """Store the position (batch or 1, 1) of the token of a compiled step."""
         assert self.newest is not None
         follows = (newest == self.newest + 1).all()
         torch._assert_async(follows, "the position of a single token must follow those in the cache")
         self.newest.copy_(newest.expand_as(self.newest))
-        self.contents = Contents.COUNTED  # WRITING -> COUNTED: the rest of the record is older than such steps
+        self.contents = Contents.COUNTED  # WRITING -> COUNTED: the rest of the record is now out of date
 
     def catch_up(self, cache: Any) -> None:
-        """Record what compiled steps did to the keys: rows count up by one, and all are rotated for the newest."""
+        """Update the record after compiled steps: positions increase by one per key, rotated for the newest."""
         if self.contents is not Contents.COUNTED:
             return
         assert self.newest is not None
@@ -138,11 +140,11 @@ class KeyRecord:
         self.positions, self.standing = (newest + index).clamp(min=0), (self.standing[0], count)
         for layer in self.rotated:
             self.rotated[layer] = newest, count
-        self.look(cache)  # graphs write into the tensors
+        self.look(cache)  # graphs have written into the tensors
         self.contents = Contents.KNOWN  # COUNTED -> KNOWN
 
     def update_allowed(self, cache: Any) -> None:
-        """Refuse keys from others than the patched model."""
+        """Raise an error if keys come from anything but the patched model, unless the cache is empty."""
         if self.contents is Contents.WRITING:
             return
         if cache.get_seq_length() > 0:
@@ -150,25 +152,25 @@ class KeyRecord:
                 "Expected an empty cache, got one that holds the keys of a patched model, which no other model can "
                 f"read, nor can its layers where they are called one by one. {START_ANEW}"
             )
-        self._empty()  # KNOWN or COUNTED -> EMPTY: it was emptied
-        self.contents = Contents.WRITING  # EMPTY -> WRITING: another model may have it
+        self._empty()  # KNOWN or COUNTED -> EMPTY: the cache was emptied
+        self.contents = Contents.WRITING  # EMPTY -> WRITING: another model may use it
 
     def reset(self) -> None:
-        """The cache was emptied."""
+        """Update the record after the cache was emptied."""
         self._empty()
 
     def crop(self, cache: Any) -> None:
-        """The cache took back its latest keys."""
+        """Update the record after the cache removed its latest keys."""
         if self.positions is not None:
             self.positions = self.positions[..., : int(cache.get_seq_length())]
         self.look(cache)
 
     def rows(self, cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """The cache changed its rows. One row that stands for all is left as it is.
+        """Update the record after the cache changed its rows. A single row that stands for all is not changed.
 
         Args:
             cache (`Cache`): the cache.
-            change (`Callable`): what was done to the rows of a tensor (batch, ...).
+            change (`Callable`): applies the change to the rows of a tensor (batch, ...).
         """
 
         def changed(known: torch.Tensor) -> torch.Tensor:
@@ -187,7 +189,7 @@ class KeyRecord:
         self.look(cache)
 
     def keep_padding(self, padding: torch.Tensor | None) -> None:
-        """Keep what is taken from the positions that the model counts."""
+        """Store the offset that is subtracted from the model's positions."""
         if padding is None or torch.compiler.is_compiling():
             self.padding = padding
         else:
@@ -198,7 +200,7 @@ class KeyRecord:
         self.rotated.clear()
 
     def _keep_newest(self, newest: torch.Tensor) -> None:
-        """Keep the newest position where it was kept so far, if there is such a place."""
+        """Store the newest position, in the existing tensor if its shape and device match."""
         known = self.newest
         if known is not None and known.shape == newest.shape and known.device == newest.device:
             known.copy_(newest)
@@ -206,14 +208,14 @@ class KeyRecord:
             self.newest = _kept(newest)
 
     def look(self, cache: Any) -> None:
-        """Remember the tensors that the layers hold, so that others in their place, or other contents, are noticed."""
+        """Remember the tensors that the layers hold, to detect later replacements and changes."""
         self._seen = None if torch.compiler.is_compiling() else [_seen(layer) for layer in _layers(cache)]
 
     def _same(self, cache: Any) -> bool:
-        """Return whether the layers hold the tensors that the last forward, or the cache's own methods, left, and
-        nobody has written into them.
+        """Return whether the layers hold the remembered tensors, and nothing has written into them since.
 
-        Caches that move their keys to another device and back hold others. There the length counts.
+        Caches that offload their keys to another device hold other tensors. For these, and in compiled graphs, only
+        the length is checked.
         """
         if self._seen is None or torch.compiler.is_compiling() or getattr(cache, "offloading", False):
             return True
@@ -225,9 +227,9 @@ class KeyRecord:
 
 
 class FollowedCache(Carried):
-    """Mixed into the class of a cache that a patched model fills: its methods tell the record what they did.
+    """Mixin for the class of a cache that a patched model fills. Its methods keep the record up to date.
 
-    What they make counts how often it is written into, also under inference mode.
+    Tensors that its methods create count in-place changes, even under inference mode.
     """
 
     _posext_keys: KeyRecord
@@ -286,16 +288,16 @@ def _count_writes(cache: Any) -> None:
 
 
 def find_cache(values: Iterable[Any]) -> Any:
-    """Return the cache of self-attention among the arguments or outputs of a model; `None` without one."""
+    """Return the self-attention cache among the arguments or outputs of a model, or `None`."""
     cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
     return getattr(cache, "self_attention_cache", cache)
 
 
 def record_of(cache: Any) -> KeyRecord:
-    """Return the record of a cache, a new one for an empty cache.
+    """Return the record of a cache, or a new record for an empty cache.
 
     Raises:
-        EvaluationError: the cache holds keys that no patched model has put there.
+        EvaluationError: the cache has no record but contains keys.
     """
     record: KeyRecord | None = getattr(cache, "_posext_keys", None)
     if record is None:
@@ -310,7 +312,7 @@ def record_of(cache: Any) -> KeyRecord:
 
 
 def follow(cache: Any, record: KeyRecord) -> None:
-    """Put a record on a cache, whose methods tell it from now on what they do."""
+    """Put a record on a cache, whose methods keep it up to date from then on."""
     cache._posext_keys = record
     if isinstance(cache, FollowedCache):
         return
@@ -319,13 +321,13 @@ def follow(cache: Any, record: KeyRecord) -> None:
 
 
 def is_static(cache: Any) -> bool:
-    """Return whether all layers of a cache have slots that stay in their places."""
+    """Return whether all layers of a cache are static: preallocated slots that do not move."""
     layers = _layers(cache)
     return len(layers) > 0 and all(type(layer) is StaticLayer for layer in layers)
 
 
 def seen_for_free(tensor: torch.Tensor) -> bool:
-    """Return whether the host can read a tensor without waiting for a device."""
+    """Return whether the host can read a tensor without a device synchronization."""
     return tensor.device.type == "cpu"
 
 
@@ -339,12 +341,12 @@ def _seen(layer: Any) -> tuple[weakref.ref[torch.Tensor], int] | None:
 
 
 def _version(keys: torch.Tensor | None) -> int:
-    """Return how often a tensor was written into; -1 of none, and where that is not counted."""
+    """Return the number of in-place changes to a tensor; -1 for `None` and for tensors that do not count them."""
     return -1 if keys is None or keys.is_inference() else keys._version
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy that compiled steps find in the same place."""
+    """Return a copy with a static address for compiled steps."""
     with torch.inference_mode(False):
         copy = torch.empty_like(tensor).copy_(tensor)
     torch._dynamo.mark_static_address(copy)
@@ -352,8 +354,11 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _length(cache: Any, left: torch.Tensor | None) -> int:
-    """Return how many keys are in a cache. A static one counts on its device, for which the host does not wait where
-    the last forward has left their positions."""
+    """Return the number of keys in a cache.
+
+    A static cache counts on its device. If the last forward stored positions, their number is used and checked
+    asynchronously, so that the host does not wait.
+    """
     count = cache.get_seq_length()
     known = 0 if left is None else left.shape[-1]
     if not known or not isinstance(count, torch.Tensor) or seen_for_free(count):

@@ -1,8 +1,8 @@
 """State of one forward of a patched model, from the hook before it to the hook after it.
 
-Nothing of a forward is kept on the model, so that threads, nested calls and copies of one model do not meet. The state
-lies on a stack of its thread. Positions are carried by the tensors of the phases, too: a gradient checkpoint runs a
-layer again when its forward is over, in another thread even.
+No state of a forward is stored on the model, so threads, nested calls, and copies of a model do not interfere. Each
+thread has a stack of states. The tensors of the phases also carry their positions, because a gradient checkpoint runs
+a layer again after its forward has ended, possibly in another thread.
 """
 
 from __future__ import annotations
@@ -25,33 +25,34 @@ from .positions import Positions, first_axis, joined, leading_padding, order_of
 from .remapping import Remapping
 
 ATTENTION = {"sdpa": "posext-sdpa", "eager": "posext-eager"}
-"""Names under which the attention function is registered, by the attention of the unpatched model."""
+"""Registered names of the attention function, by the attention implementation of the unpatched model."""
 
 logger = logging.get_logger(__name__)
 
 _calls = threading.local()
-"""Of this thread: `state`, the innermost forward; `carried`, the positions that came with a layer's phases. Not a
-context variable, which torch.compile cannot trace."""
+"""Thread-local values: `state` of the innermost forward, and `carried`, the positions that came with a layer's phases.
+Not a context variable, because torch.compile cannot trace those."""
 
 
 class ForwardState:
     """State of one forward.
 
     Attributes:
-        remapping (`Remapping`): what the model does.
-        cache (`Cache`, *optional*): the user's.
-        record (`KeyRecord`, *optional*): what is known of its keys.
-        mask (`torch.Tensor` of shape `(batch, keys)`, *optional*): True for tokens that are not padding; `None` where
-            none are padding, or where it is not known.
-        own_mask (`bool`): the caller gave a mask of pairs, for all layers.
-        weights (`bool`): attention weights are asked for.
-        paged (`bool`): keys are in the pages of continuous batching.
+        remapping (`Remapping`): remapping of the model.
+        parent (`ForwardState`, *optional*): state of the enclosing forward in this thread.
+        cache (`Cache`, *optional*): the user's cache.
+        record (`KeyRecord`, *optional*): record of the keys in the cache.
+        mask (`torch.Tensor` of shape `(batch, keys)`, *optional*): `True` for tokens that are not padding. `None` if
+            there is no padding, or if padding is not known.
+        own_mask (`bool`): whether the caller passed a 4D mask, which applies to all layers.
+        weights (`bool`): whether attention weights are requested.
+        paged (`bool`): whether keys are in the pages of continuous batching.
         past (`torch.Tensor`, *optional*): positions of the keys in the cache.
-        padding (`torch.Tensor`, *optional*): what is taken from the positions that the model counts; see
+        padding (`torch.Tensor`, *optional*): offset that is subtracted from the model's positions. See
             `leading_padding`.
-        slot (`torch.Tensor`, *optional*): in a compiled step, the slot of the new key.
-        positions (`dict[str, Positions]`): by set of frequencies, as the rotary modules were asked.
-        loose (`set[str]`): sets of frequencies of layers whose cached keys are not rotated.
+        slot (`torch.Tensor`, *optional*): slot of the new key, in a compiled step.
+        positions (`dict[str, Positions]`): positions requested from the rotary modules, by set of frequencies.
+        loose (`set[str]`): sets of frequencies with layers whose cached keys are not rotated.
     """
 
     def __init__(self, remapping: Remapping, parent: ForwardState | None = None) -> None:
@@ -70,7 +71,7 @@ class ForwardState:
         self.loose: set[str] = set()
 
     def open(self, cache: Any, mask: torch.Tensor | None) -> None:
-        """Find the positions of the keys in the cache, and where there is padding."""
+        """Read the positions of the keys in the cache, and store the padding mask."""
         plan = self.remapping.plan
         if cache is not None:
             self.cache, self.record = cache, record_of(cache)
@@ -83,7 +84,7 @@ class ForwardState:
         self.mask = mask
 
     def close(self, cache: Any) -> None:
-        """Leave the positions of the keys with the cache that holds them."""
+        """Store the positions of the keys in the record of the cache that holds them."""
         if self.slot is not None and self.positions:
             assert self.record is not None
             self.record.close_slot(next(iter(self.positions.values())).query_axes)
@@ -100,24 +101,25 @@ class ForwardState:
             at.memo.clear()
 
     def release(self) -> None:
-        """Let go of tensors, of the cache, and of what refers back to the state."""
+        """Drop tensors, the cache, and everything that refers back to the state."""
         self.positions, self.parent = {}, None
         self.past = self.padding = self.slot = self.cache = self.record = None
 
     def note(self, site: RotarySite, given: torch.Tensor, tokens: int) -> Positions:
-        """Keep the positions for which a rotary module is asked.
+        """Store the positions requested from a rotary module.
 
         Args:
-            site (`RotarySite`): the module.
+            site (`RotarySite`): the rotary module.
             given (`torch.Tensor` of shape `(batch or 1, tokens)` or `(axes, batch or 1, tokens)`): positions.
-            tokens (`int`): of this forward. Qwen4's indexer asks for the phases of cached keys, too.
+            tokens (`int`): number of tokens in this forward. `given` may be longer, because Qwen4's indexer also
+                requests the phases of cached keys.
         """
         at = self._step(site, given) if self.slot is not None else None
         self.positions[site.name] = at = at or self._positions(site, given, tokens)
         return at
 
     def _step(self, site: RotarySite, given: torch.Tensor) -> Positions | None:
-        """Positions in a compiled step; `None` where it turns out not to be one."""
+        """Return positions in a compiled step, or `None` if the forward turns out not to be one."""
         assert self.slot is not None and self.record is not None
         if given.shape[-1] != 1 or given.ndim != 2:
             self.past, self.slot = self.record.open(self.cache, self.remapping.plan), None
@@ -131,7 +133,7 @@ class ForwardState:
     def _positions(self, site: RotarySite, given: torch.Tensor, tokens: int) -> Positions:
         past = self.past
         if past is not None and given.shape[-1] == past.shape[-1] + tokens:
-            given = given[..., -tokens:]  # the cached keys' again
+            given = given[..., -tokens:]  # without the positions of cached keys
         single, axes = given.shape[-1] == 1, given.shape[0] if given.ndim == 3 else None
         if axes is not None:
             given = self._flat(given, single)
@@ -149,7 +151,7 @@ class ForwardState:
         return Positions(self, site, given, keys, aligned, regular, backward_task(), axes, counted, None, rotated)
 
     def _flat(self, given: torch.Tensor, single: bool) -> torch.Tensor:
-        """Positions (axes, batch, tokens) on one axis, as long as all axes are alike: so they are in text."""
+        """Return positions (axes, batch, tokens) on one axis if all axes are equal, as they are in text."""
         if torch.compiler.is_compiling() or self.past is not None and self.past.ndim == 3:
             return given
         alike = (given == given[:1]).all()
@@ -159,15 +161,15 @@ class ForwardState:
         return given[0]
 
     def _counted(self, given: torch.Tensor) -> torch.Tensor | None:
-        """Mask of the tokens (batch, tokens) that are not padding; `None` if all are counted.
+        """Return the mask (batch, tokens) of the tokens that are not padding, or `None` if all tokens count.
 
-        A single token is one that is read, so that nothing is looked up in a step.
+        Not called for a single token, which is never padding. A decoding step therefore does not read the mask.
         """
         if self.mask is None or self.remapping.delta:
             return None
         first = 0 if self.past is None else self.past.shape[-1]
         count = given.shape[-1]
-        if self.mask.shape[-1] < first + count:  # of the new tokens alone
+        if self.mask.shape[-1] < first + count:  # the mask covers the new tokens only
             first = self.mask.shape[-1] - count
         if first < 0:
             return None
@@ -175,16 +177,18 @@ class ForwardState:
         return counted.expand(max(given.shape[-2], counted.shape[0]), -1)
 
     def _without_padding(self, given: torch.Tensor) -> torch.Tensor:
-        """Positions as they are counted from the first token that is not padding."""
+        """Return positions relative to the first token that is not padding."""
         return given if self.padding is None else (given - self.padding.to(given.device)).clamp(min=0)
 
     def _order(self, keys: torch.Tensor, single: bool, counted: torch.Tensor | None) -> tuple[bool, bool]:
         """Return whether positions of keys (rows, keys) are aligned and regular.
 
-        For a single token this looks at no tensor for which the host would have to wait: what holds of the cache holds
-        on, if the token follows.
+        For a single token, the order of the cache still applies if the token's position follows. This is checked
+        without waiting for the device.
         """
-        if torch.compiler.is_compiling():  # it cannot look; it attends to masked rectangles where bands would do
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph cannot read positions: attend to masked rectangles instead of stripes
             return False, False
         if single and self.past is not None and self.record is not None:
             order = self.record.order
@@ -198,7 +202,7 @@ class ForwardState:
 
 
 def _padding(given: torch.Tensor, counted: torch.Tensor) -> torch.Tensor | None:
-    """Offset taken from the positions of a first forward, and of those that continue with its cache."""
+    """Return the offset of the positions of a first forward and of forwards that continue with its cache."""
     padding = leading_padding(given, counted)
     if not torch.compiler.is_compiling() and seen_for_free(padding) and not padding.any():
         return None
@@ -206,7 +210,7 @@ def _padding(given: torch.Tensor, counted: torch.Tensor) -> torch.Tensor | None:
 
 
 def current_state(remapping: Remapping) -> ForwardState | None:
-    """Return the state of the innermost forward of a model in this thread; `None` outside of its forwards."""
+    """Return the state of a model's innermost forward in this thread, or `None` outside of its forwards."""
     state: ForwardState | None = getattr(_calls, "state", None)
     while state is not None and state.remapping is not remapping:
         state = state.parent
@@ -214,63 +218,63 @@ def current_state(remapping: Remapping) -> ForwardState | None:
 
 
 def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Hook before the forward of a backbone: a state for it.
+    """Create the state of a forward. Pre-hook of a backbone.
 
     Raises:
-        EvaluationError: the attention was changed under the patch, or the cache cannot be read.
-        UnsupportedModelError: the forward asks for what remapping cannot do.
+        EvaluationError: the attention implementation was changed after the patch, or the cache cannot be read.
+        UnsupportedModelError: the forward requests something that remapping does not support.
     """
     remapping: Remapping = module._posext_remapping
     state = ForwardState(remapping, getattr(_calls, "state", None))
-    _calls.state = state  # first of all, since the hook after the forward runs after an error, too
+    _calls.state = state  # before anything can fail, because the hook after the forward also runs after an error
     config: Any = module._posext_text_config
-    chosen = config._attn_implementation
-    if chosen not in ATTENTION.values():
+    implementation = config._attn_implementation
+    if implementation not in ATTENTION.values():
         raise EvaluationError(
-            f"the attention was set to {chosen!r} while a patch that rotates in it is in force. "
+            f"the attention was set to {implementation!r} while a patch that rotates in it is in force. "
             "Undo the patch, set the attention, then patch again"
         )
-    given = arguments(module, args, kwargs)
+    inputs = arguments(module, args, kwargs)
     if remapping.bands.bands:
-        sides = given.get("is_causal")
-        if sides is False or (sides is None and getattr(config, "is_causal", True) is False):
+        causal = inputs.get("is_causal")
+        if causal is False or (causal is None and getattr(config, "is_causal", True) is False):
             raise UnsupportedModelError(both_sides(remapping, config.model_type, "is_causal=False"))
-        state.weights = _weights_asked_for(config, given, remapping.base)
+        state.weights = _weights_asked_for(config, inputs, remapping.base)
     state.paged = isinstance(kwargs.get("cache"), PagedAttentionCache)
-    mask = given.get("attention_mask")
+    mask = inputs.get("attention_mask")
     state.own_mask = isinstance(mask, torch.Tensor) and mask.ndim == 4
     state.open(find_cache((*args, *kwargs.values())), _padding_mask(mask))
 
 
 def end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Hook after the forward of a backbone, also after an error in it: its state goes.
+    """Close the state of a forward. Hook of a backbone, which also runs after an error.
 
     Raises:
-        EvaluationError: another hook has put in another cache after the state was made.
+        EvaluationError: another hook replaced the cache after the state was created.
     """
     state: ForwardState | None = getattr(_calls, "state", None)
     if state is None:
         return
     _calls.state, _calls.carried = state.parent, None
-    if output is None:  # an error; what it has put into the cache is noticed when that is read again
+    if output is None:  # an error: the next forward detects keys that it has added to the cache
         state.release()
         return
-    given = find_cache((*args, *kwargs.values()))
-    if given is not state.cache and state.slot is None:
+    cache = find_cache((*args, *kwargs.values()))
+    if cache is not state.cache and state.slot is None:
         raise EvaluationError(
             "a forward pre-hook that was registered after the patch has changed the cache; register it before the "
             "patch is made"
         )
     values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
-    made = find_cache(values)
-    state.close(given if made is None else made)
+    returned = find_cache(values)
+    state.close(cache if returned is None else returned)
     state.release()
 
 
 def begin_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Hook before an attention layer: find the positions that came with its phases.
+    """Store the positions that came with a layer's phases. Pre-hook of an attention layer.
 
-    They are needed where no forward is at hand: a checkpoint runs the layer again, or other code calls it by itself.
+    They are needed outside of a forward: when a checkpoint runs the layer again, or other code calls it directly.
     """
     if torch.compiler.is_compiling():
         return
@@ -282,18 +286,18 @@ def begin_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def positions_at(module: nn.Module, remapping: Remapping, name: str) -> Positions:
-    """Return the positions that a layer attends from.
+    """Return the positions of a layer's tokens and keys.
 
-    Those that came with its phases go first. Where phases do not pass through its arguments (compiled graphs, and
-    layers with a rotary module inside), it is those of the forward at hand.
+    Positions that came with the layer's phases take precedence. If phases do not pass through its arguments (compiled
+    graphs, and layers with a rotary module inside), the positions of the current forward are used.
 
     Raises:
         EvaluationError: neither is known.
     """
     carried = None if torch.compiler.is_compiling() else getattr(_calls, "carried", None)
     if carried and name in carried:
-        came: Positions = carried[name]
-        return came
+        positions: Positions = carried[name]
+        return positions
     state = current_state(remapping)
     at = None if state is None else state.positions.get(name)
     task = backward_task()
@@ -311,18 +315,18 @@ def positions_at(module: nn.Module, remapping: Remapping, name: str) -> Position
 
 
 def carry(out: Any, at: Positions) -> None:
-    """Let the phases carry their positions."""
+    """Attach positions to the tensor of their phases."""
     if not torch.compiler.is_compiling():
         setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", at)  # noqa: B010  no such field
 
 
 def backward_task() -> int:
-    """Return the number of the backward pass that runs in this thread; -1 outside of one."""
+    """Return the id of the backward pass in this thread, or -1 outside of a backward pass."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def both_sides(remapping: Remapping, kind: str, where: str) -> str:
-    """Return why a bidirectional model or call is refused."""
+    """Return the error message for a bidirectional model or call."""
     return (
         f"{kind} attends to both sides ({where}); {remapping.plan.method} is defined for causal attention. "
         "A frequency method such as yarn can be used there"
@@ -330,40 +334,41 @@ def both_sides(remapping: Remapping, kind: str, where: str) -> str:
 
 
 def arguments(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a forward by their names."""
+    """Return the arguments of a forward by name."""
     names: tuple[str, ...] = module._posext_arguments
     return {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
 
 
 def _padding_mask(mask: Any) -> torch.Tensor | None:
-    """Return a mask of the keys (batch, keys) that are not padding; `None` if none are, or without a mask.
+    """Return the mask (batch, keys) of the keys that are not padding, or `None` if there is no padding or no mask.
 
-    In a mask of pairs (batch, 1, queries, keys), or several by the type of layers, padding is attended by no token.
+    In a 4D mask (batch, 1, queries, keys), or in a dictionary of masks by layer type, padding is a key that no token
+    attends to.
     """
     if isinstance(mask, Mapping):
         mask = next((one for one in mask.values() if isinstance(one, torch.Tensor)), None)
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         return None
-    read = mask.bool() if mask.ndim == 2 else _attended(mask)
-    if not torch.compiler.is_compiling() and seen_for_free(read) and read.all():
+    counted = mask.bool() if mask.ndim == 2 else _attended(mask)
+    if not torch.compiler.is_compiling() and seen_for_free(counted) and counted.all():
         return None
-    return read
+    return counted
 
 
 def _attended(mask: torch.Tensor) -> torch.Tensor:
-    """Return which keys (batch, keys) some token attends to, by a mask of pairs."""
+    """Return the mask (batch, keys) of the keys that at least one token attends to in a 4D mask."""
     seen = (mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()).any(1)
     queries, keys = seen.shape[1:]
     ahead = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)
-    # transformers lets padding at the left, which would attend to nothing, attend to everything
+    # In transformers' masks, left padding attends to everything, because it would otherwise attend to nothing.
     padding = (seen & ahead).any(-1, keepdim=True)
     return (seen & ~padding).any(1)
 
 
 def _weights_asked_for(config: Any, given: dict[str, Any], base: str) -> bool:
-    """Return whether a forward has to return attention weights. Warn once if it cannot."""
-    asked = given.get("output_attentions")
-    if not (getattr(config, "output_attentions", False) if asked is None else asked):
+    """Return whether a forward has to return attention weights. Log a warning once if it cannot."""
+    requested = given.get("output_attentions")
+    if not (getattr(config, "output_attentions", False) if requested is None else requested):
         return False
     if base != "eager":
         logger.warning_once(

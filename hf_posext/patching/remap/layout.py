@@ -1,14 +1,16 @@
-"""Measures how each attention layer of a model rotates its queries and keys.
+"""Measurement of how each attention layer of a model rotates its queries and keys.
 
-transformers has nineteen different functions that apply rotary phases: halves or interleaved, some of the head or all
-of it, one that permutes its output, one that rotates the other way, a weighted norm after it. None is looked at. One
-forward of a few rows of the same five tokens, with the attention's output zeroed and every phase at 0 or 90 degrees,
-shows for each channel of the queries and keys that reach the attention function: `out_c = x_c cos[s] + g x_p sin[s]`,
-with its partner p, sign and weight g, and the slot s of the rotary module's output that drives it.
+transformers has nineteen different functions that apply rotary phases. They rotate halves or interleaved channels, all
+or part of a head. One permutes its output, one rotates in the opposite direction, one is followed by a weighted norm.
+None of this code is inspected. Instead, one forward runs a few rows of the same five tokens, with the attention output
+zeroed and every phase at 0 or 90 degrees. Each channel c of the queries and keys that reach the attention function is
+`out_c = x_c cos[s] + g x_p sin[s]`. The forward shows its partner p, its signed weight g, and the slot s of the rotary
+module's output that drives it.
 
-The weights of a model may hide it (a pruned row of a projection, a norm with factors of 0, biases in the hundreds,
-four-bit blocks of zeros), and one forward of it takes seconds. So the forward is that of a skeleton: the same classes,
-narrow and with weights of our own. Of the real model only what weights can change is looked at.
+The weights of a model may hide its layout (a pruned row of a projection, a norm with factors of 0, biases in the
+hundreds, four-bit blocks of zeros), and a forward of a large model takes seconds. The forward is therefore that of a
+skeleton: a narrow model of the same classes with random weights. Of the real model, only the weights that can change
+the rotation are read.
 """
 
 from __future__ import annotations
@@ -29,18 +31,18 @@ Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Queries and keys (rows, heads, tokens, dim) that reached the attention function, by layer."""
 
 Quarters = dict[str, torch.Tensor]
-"""By the name of a set: 0 or 1 (quarter rotations) for each row of a forward and each slot, of shape (rows, slots)."""
+"""Quarter rotations, 0 or 1, for each row of a forward and each slot (rows, slots), by set of frequencies."""
 
 
 class Probing:
-    """Stands where a remapping will, while layouts are measured.
+    """Stand-in for a remapping while layouts are measured.
 
     Args:
-        quarters (`Quarters`): in place of phases.
+        quarters (`Quarters`): quarter rotations that replace the phases.
 
     Attributes:
-        captured (`Captured`): what reached the attention of each layer.
-        windows (`dict[str, int | None]`): how many tokens back each layer sees; `None` for all of them.
+        captured (`Captured`): queries and keys that reached the attention of each layer.
+        windows (`dict[str, int | None]`): number of tokens that each layer sees back, `None` if it sees all of them.
     """
 
     def __init__(self, quarters: Quarters) -> None:
@@ -51,7 +53,7 @@ class Probing:
     def capture(
         self, path: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, None]:
-        """Take the place of the attention function: keep queries and keys, attend to nothing."""
+        """Store queries and keys, and return zeros in place of the attention's output."""
         self.captured[path] = query.detach().cpu(), key.detach().cpu()
         self.windows[path] = None if mask is None else _window(mask[0, 0])
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
@@ -68,11 +70,11 @@ def _window(mask: torch.Tensor) -> int | None:
 
 
 FEW = 8
-"""Tokens up to which the partners of all channels are gathered at once, rather than by slices."""
+"""Maximum number of tokens for which the partners of all channels are gathered at once, instead of by slices."""
 
 TOLERANCE = 1e-5
-"""Of the largest value, in float32: probes are exact rotations by 0 or 90 degrees, so that only a norm after them
-rounds. In half precision that rounds by up to one unit in the last place."""
+"""Tolerance in float32, relative to the largest value. Probes are exact rotations by 0 or 90 degrees, so only a norm
+after them rounds. In half precision, it rounds by up to one unit in the last place."""
 
 
 Phases = tuple[torch.Tensor, torch.Tensor]
@@ -84,15 +86,16 @@ class Layout:
     """Rotation of the channels of queries or keys.
 
     Args:
-        kind (`int`): layouts of one kind are equal.
+        kind (`int`): number of the layout. Layouts of one kind are equal.
         slots (`torch.LongTensor` of shape `(dim,)`): slot of the rotary module's output that drives each channel.
-        partners (`torch.LongTensor` of shape `(dim,)`): the channel with which each is mixed.
-        weights (`torch.Tensor` of shape `(dim,)`): `g` above; 0 for channels that do not rotate.
-        direct (`bool`): slots are the channels themselves, so that phases are taken as they are.
+        partners (`torch.LongTensor` of shape `(dim,)`): channel with which each channel is mixed.
+        weights (`torch.Tensor` of shape `(dim,)`): signed weight of the partner, 0 for channels that do not rotate.
+        direct (`bool`): whether slots are the channels themselves. Phases then need no selection.
 
     Attributes:
-        swaps (`tuple[tuple[slice, slice], ...]`, *optional*): channels and their partners as slices, if two will do.
-        whole (`bool`): all channels rotate.
+        swaps (`tuple[tuple[slice, slice], ...]`, *optional*): channels and their partners as slices. `None` if two
+            pairs of slices do not suffice.
+        whole (`bool`): whether all channels rotate.
     """
 
     kind: int
@@ -108,7 +111,7 @@ class Layout:
         object.__setattr__(self, "whole", bool(self.weights.ne(0).all()))
 
     def phases(self, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> Phases:
-        """Return what [`~Layout.rotate`] takes for states of a dtype, from cosine and sine (batch, tokens, slots)."""
+        """Return phases for [`~Layout.rotate`] in a dtype, given cosine and sine (batch, tokens, slots)."""
         weights = self.weights.to(sin.dtype)
         if not self.direct:
             cos, sin = cos.index_select(-1, self.slots), sin.index_select(-1, self.slots)
@@ -117,18 +120,20 @@ class Layout:
         return cos.unsqueeze(1).to(dtype), (sin * weights).unsqueeze(1).to(dtype)
 
     def rotate(self, states: torch.Tensor, phases: Phases) -> torch.Tensor:
-        """Return queries or keys (batch, heads, tokens, dim) rotated by the phases of their tokens, or a single one
-        rotated by each of some phases."""
+        """Return queries or keys (batch, heads, tokens, dim) rotated by phases.
+
+        Phases belong to the tokens. A single token may also have several phases, and is then rotated by each of them.
+        """
         cos, sin = phases
         if self.swaps is None or states.shape[2] <= FEW:
-            return (states * cos).add_(states.index_select(-1, self.partners) * sin)  # rounded as models do
+            return (states * cos).add_(states.index_select(-1, self.partners) * sin)  # rounds like models do
         first, second = self.swaps[0]
         fused = one_pass(states) if first.stop == second.start else None
         if fused is not None:
             passed: torch.Tensor = fused.rotate(states, cos, sin, first.stop)
             return passed
         rotated = states * cos
-        for here, there in self.swaps:  # in place, so that no partners of all channels are held
+        for here, there in self.swaps:  # in place, to avoid a copy of all partners
             rotated[..., here].add_(states[..., there] * sin[..., here])
         return rotated
 
@@ -139,14 +144,14 @@ class Layout:
         states.mul_(cos).addcmul_(partners, sin)
 
     def is_rotation(self) -> bool:
-        """Return whether the opposite phases rotate back: partners are mutual, with opposite weights."""
+        """Return whether opposite phases undo a rotation: partners are mutual and have opposite weights."""
         mutual = self.partners[self.partners] == torch.arange(len(self.partners), device=self.partners.device)
-        # measured in half precision, at worst
+        # wide enough for weights that were measured in half precision
         opposite = (self.weights * self.weights[self.partners] + 1).abs() < 1e-2
         return bool(((mutual & opposite) | (self.weights == 0)).all())
 
     def to(self, device: torch.device) -> Layout:
-        """Return the same on a device."""
+        """Return a copy on a device."""
         there = copy.copy(self)
         for name in ("slots", "partners", "weights"):
             object.__setattr__(there, name, getattr(self, name).to(device))
@@ -162,31 +167,33 @@ class LayerLayout:
     key: Layout
 
     def is_plain(self) -> bool:
-        """Return whether channels are mixed by plain rotations: all weights are 1, 0 or -1."""
+        """Return whether channels are mixed by plain rotations, with all weights 1, 0, or -1."""
         return all(bool((side.weights.abs().round() == side.weights.abs()).all()) for side in (self.query, self.key))
 
     def to(self, device: torch.device) -> LayerLayout:
-        """Return the same on a device."""
+        """Return the layout on a device."""
         if self.query.slots.device == device:
             return self
         return LayerLayout(self.rotary, self.query.to(device), self.key.to(device))
 
 
 class UnknownLayout(Exception):
-    """A layer whose queries and keys do not rotate as rotary phases do."""
+    """Error for a layer whose queries and keys do not rotate by rotary phases."""
 
 
 def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tensor]) -> dict[str, LayerLayout]:
     """Return the layouts of all layers that rotate.
 
     Args:
-        forward (`Callable`): runs the model on as many equal rows as it is given quarter rotations for, in place of
-            phases, and returns what reached attention.
-        pairs (`dict[str, torch.LongTensor]`): by set, the pair of each slot. Slots of one pair have the same phase.
+        forward (`Callable`): runs the model with quarter rotations in place of phases, on as many equal rows, and
+            returns the queries and keys that reached attention.
+        pairs (`dict[str, torch.LongTensor]`): pair of each slot, by set of frequencies. Slots of one pair have the
+            same phase.
 
     Raises:
-        UnknownLayout: names the layer.
+        UnknownLayout: a layer has no layout. The message names the layer.
     """
+    # number the pairs of all sets from 1 on: the code of a slot is the number of its pair
     codes, first = {}, 1
     for name in pairs:
         codes[name] = pairs[name] + first
@@ -194,30 +201,31 @@ def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tens
     count = max(first - 1, 1).bit_length()
 
     def rows(code: torch.Tensor) -> torch.Tensor:
-        """Rows: without rotation, all rotated, and one for each binary digit of the code of a slot."""
+        """Return rows without rotation, with all slots rotated, and one for each binary digit of the slots' codes."""
         digits = [code >> bit & 1 for bit in range(count)]
         return torch.stack([torch.zeros_like(code), torch.ones_like(code), *digits])
 
-    found = forward({name: rows(code) for name, code in codes.items()})
+    captured = forward({name: rows(code) for name, code in codes.items()})
     layers: dict[str, LayerLayout] = {}
     kinds: list[Layout] = []
-    for layer, states in found.items():
+    for layer, states in captured.items():
         sides = [_layout(layer, side[0], side[1], side[2:]) for side in states]
         if not any(bool(rotates.any()) for _, _, rotates, _ in sides):
             continue
+        # all codes of a layer must belong to a single set of frequencies
         code = torch.cat([code[rotates] for _, _, rotates, code in sides])
         sets = [name for name in codes if bool(torch.isin(code, codes[name]).any())]
         if len(sets) != 1 or not bool(torch.isin(code, codes[sets[0]]).all()):
             raise UnknownLayout(f"{layer} is rotated by {len(sets)} sets of frequencies")
-        known = codes[sets[0]]
+        set_codes = codes[sets[0]]
         slot_of = {int(c): slot for slot, c in reversed(list(enumerate(codes[sets[0]].tolist())))}
         layouts = []
         for partners, weights, _, code in sides:
-            # most modules give a slot for each channel; any slot of its pair would do
-            direct = torch.equal(known, code)
+            # most modules have a slot for each channel; otherwise, any slot of the channel's pair is right
+            direct = torch.equal(set_codes, code)
             slots = torch.arange(len(code)) if direct else torch.tensor([slot_of.get(int(c), 0) for c in code])
             layout = Layout(len(kinds), slots, partners, weights, direct)
-            layouts.append(next((one for one in kinds if _equal(one, layout)), layout))
+            layouts.append(next((kind for kind in kinds if _equal(kind, layout)), layout))
             kinds.extend([layout] if layouts[-1] is layout else [])
         layers[layer] = LayerLayout(sets[0], *layouts)
     return layers
@@ -229,17 +237,17 @@ def _equal(one: Layout, other: Layout) -> bool:
 
 
 def _swaps(partners: torch.Tensor, weights: torch.Tensor) -> tuple[tuple[slice, slice], ...] | None:
-    """Return channels that rotate and their partners as slices, where halves are paired or neighbours."""
+    """Return rotating channels and their partners as slices, if halves or neighbors are paired; otherwise `None`."""
     count = int(weights.ne(0).sum())
     half = count // 2
     for swaps in (
         ((slice(0, half), slice(half, count)), (slice(half, count), slice(0, half))),
         ((slice(0, count, 2), slice(1, count, 2)), (slice(1, count, 2), slice(0, count, 2))),
     ):
-        wanted = torch.arange(len(partners))
+        expected = torch.arange(len(partners))
         for here, there in swaps:
-            wanted[here] = torch.arange(len(partners))[there]
-        if torch.equal(wanted, partners):
+            expected[here] = torch.arange(len(partners))[there]
+        if torch.equal(expected, partners):
             return swaps
     return None
 
@@ -247,28 +255,29 @@ def _swaps(partners: torch.Tensor, weights: torch.Tensor) -> tuple[tuple[slice, 
 def _layout(
     layer: str, still: torch.Tensor, rotated: torch.Tensor, bits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Partners, weights, which channels rotate, and the code of the pair that drives each; all of shape (dim,)."""
+    """Return partners, weights, the mask of rotating channels, and the code of each channel's pair, all (dim,)."""
     dim = still.shape[-1]
     before, after = (states.reshape(-1, dim).double() for states in (still, rotated))
     rounding = torch.finfo(still.dtype).eps
     largest = before.abs().max()
     rotates = (before - after).abs().amax(0) > TOLERANCE * largest
     hidden = (before.abs().amax(0) == 0) | (after.abs().amax(0) == 0)
-    if bool(hidden.any()):  # a weight of 0 in front of the rotation, or behind it
+    if bool(hidden.any()):  # a weight of 0 before or after the rotation
         raise UnknownLayout(
             f"{layer} has channels that are always 0 ({hidden.nonzero().flatten().tolist()}), so that how it rotates "
             "cannot be seen"
         )
-    # every channel after the rotation as a multiple of every channel before it: the partner leaves least
+    # fit every channel after the rotation as a multiple of every channel before it: the partner has the smallest rest
     weights = (after.T @ before) / before.square().sum(0)
     rest = torch.zeros(dim, dim, dtype=torch.float64)
-    for one, other in zip(before, after, strict=True):  # a row at a time, so that little is held
+    for one, other in zip(before, after, strict=True):  # one row at a time, to save memory
         torch.maximum(rest, (other[:, None] - weights * one).abs(), out=rest)
     partners = torch.where(rotates, rest.argmin(1), torch.arange(dim))
     if bool((rest.min(1).values[rotates] > max(20 * TOLERANCE, 4 * rounding) * largest).any()):
         raise UnknownLayout(f"{layer} mixes more than two channels")
     weights = weights[torch.arange(dim), partners]
     weights = torch.where((weights.abs() - 1).abs() < max(1e-4, rounding), weights.sign(), weights)
+    # a channel has a bit of its code in each row in which it is rotated
     code = torch.zeros(dim, dtype=torch.int64)
     for bit, states in enumerate(bits):
         probe = states.reshape(-1, dim).double()
@@ -278,28 +287,28 @@ def _layout(
 
 
 VOCABULARY, INNER, HEADS, WINDOW = 64, 32, 2, 16
-"""Sizes of a narrow skeleton: token ids, channels inside of feed-forward layers, key heads, and the sliding window,
-which is to show in a short text."""
+"""Sizes of a narrow skeleton: vocabulary, inner channels of feed-forward layers, key heads, and the sliding window,
+which has to show in a short text."""
 
 LARGEST, NARROW, EXPERTS = 150_000_000, 1024, 16
-"""Weights of a skeleton at most; width of those that are small in any case; experts."""
+"""Maximum number of weights of a skeleton, width up to which it is always small, and maximum number of experts."""
 
 INNER_NAMES = ("intermediate", "ffn", "n_inner", "d_ff", "mlp_hidden")
-"""Parts of the names that configs have for the size inside of feed-forward layers."""
+"""Parts of config names for the inner size of feed-forward layers."""
 
 FINITE = (0.5, 1.5)
-"""Range of weights of norms: away from 0, and none of them 1, so that a norm behind the rotation shows."""
+"""Range of one-dimensional weights: away from 0, and practically never 1, so that a norm after the rotation shows."""
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel | None:
     """Return a skeleton of a model on the CPU in float32, in evaluation mode.
 
     Args:
-        model (`PreTrainedModel`): the backbone of a model, on any device, with any weights.
+        model (`PreTrainedModel`): backbone of a model, on any device, with any weights.
 
     Returns:
-        `PreTrainedModel` or `None`: its modules have the paths and classes of the model's. `None` where no such one
-        can be built: its code cannot be called with a config alone, or somebody has changed the modules.
+        `PreTrainedModel` or `None`: a model whose modules have the same paths and classes. `None` if it cannot be
+        built, because the class needs more than a config, or because modules of the model were changed.
     """
     for smaller in (_narrowest, _narrowed, _shortened):
         try:
@@ -308,7 +317,7 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel | None:
                 continue
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 skeleton = type(model)(config).float().eval()
-        except Exception:  # model code raises all kinds of errors at sizes that it does not expect
+        except Exception:  # model code raises all kinds of errors at unexpected sizes
             continue
         if _alike(skeleton, model):
             _fill(skeleton)
@@ -317,8 +326,10 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _is_small(cls: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
-    """Return whether a skeleton takes little time and memory. Models of one width and without experts do once they are
-    narrow; all others are counted on the meta device."""
+    """Return whether a skeleton takes little time and memory.
+
+    A narrow model without experts always does. The weights of all others are counted on the meta device.
+    """
     known = vars(config)
     if known.get("hidden_size", LARGEST) <= NARROW and not any("experts" in name for name in known):
         return True
@@ -328,29 +339,30 @@ def _is_small(cls: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
 
 
 def copy_norms(skeleton: PreTrainedModel, model: PreTrainedModel, paths: Iterator[str]) -> bool:
-    """Give attention layers of a skeleton the one-dimensional weights of the model's.
+    """Copy the one-dimensional weights of a model's attention layers to its skeleton.
 
-    A norm behind the rotation weighs each channel, by which the rotation is told. All else is in front of it.
+    A norm after the rotation weights each channel, which changes the measured layout. All other weights are applied
+    before the rotation.
 
     Returns:
-        `bool`: whether all of them could be copied.
+        `bool`: whether all of these weights could be copied.
     """
     for path in paths:
         real = dict(model.get_submodule(path).named_parameters())
-        for name, own in skeleton.get_submodule(path).named_parameters():
-            if own.ndim != 1 or name.endswith("bias"):
+        for name, parameter in skeleton.get_submodule(path).named_parameters():
+            if parameter.ndim != 1 or name.endswith("bias"):
                 continue
-            if name not in real or real[name].shape != own.shape or real[name].is_meta:
+            if name not in real or real[name].shape != parameter.shape or real[name].is_meta:
                 return False
-            own.data.copy_(real[name].detach().float())
+            parameter.data.copy_(real[name].detach().float())
     return True
 
 
 def _alike(skeleton: PreTrainedModel, model: PreTrainedModel) -> bool:
-    """Return whether a model has the modules of its skeleton, and code of its classes alone.
+    """Return whether a model has the modules of its skeleton, with the code of their classes.
 
-    Linear maps, norms and embeddings may be others (quantised ones, with an adapter, of a faster kernel): they do not
-    rotate. A module whose own `forward` was replaced is not known, except by accelerate, which calls what it replaced.
+    Leaf modules may have other classes (quantized linear layers, adapters, faster kernels), because they do not
+    rotate. A module with a replaced `forward` is not alike, except for those of accelerate, which call the original.
     """
     modules = dict(model.named_modules())
     for path, bone in skeleton.named_modules():
@@ -369,7 +381,7 @@ def _alike(skeleton: PreTrainedModel, model: PreTrainedModel) -> bool:
 
 
 def _head_sizes(module: nn.Module) -> dict[str, Any]:
-    """Sizes of a module that have a part in how it rotates: those of heads, and of frequencies."""
+    """Return the sizes of a module that affect its rotation: those of heads and of frequencies."""
     sizes: dict[str, Any] = {
         name: value
         for name, value in vars(module).items()
@@ -381,7 +393,7 @@ def _head_sizes(module: nn.Module) -> dict[str, Any]:
 
 
 def _narrowest(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config with few heads of the same width on a stream of a few channels, where the width is told by itself."""
+    """Return a config with few heads of the same width, and a narrow hidden size if `head_dim` is set separately."""
     narrow: Any = _narrowed(config)
     if vars(narrow).get("head_dim") and vars(narrow).get("hidden_size", 0) > VOCABULARY:
         _rewidened(narrow, narrow.hidden_size, VOCABULARY)
@@ -389,9 +401,9 @@ def _narrowest(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _narrowed(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config with few heads of the same width; with all there are where the config does not tell their number."""
+    """Return a config with few heads of the same width, or with all heads if the config has no number of heads."""
     narrow: Any = _shortened(config)
-    known = vars(narrow)  # a config with widths by layer raises where it is asked for one of them
+    known = vars(narrow)  # not `getattr`: a config with sizes per layer raises for some names
     heads, width = known.get("num_attention_heads"), known.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
         return narrow
@@ -410,7 +422,7 @@ def _narrowed(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _rewidened(config: Any, width: int, less: int) -> None:
-    """All widths of the stream that layers read and write, under whatever name."""
+    """Set every size of the hidden states in a config to `less`, under all its names."""
     for name, value in list(vars(config).items()):
         is_width = any(part in name for part in ("hidden", "width", "embed", "size")) and "window" not in name
         if type(value) is int and value == width and is_width:
@@ -418,13 +430,13 @@ def _rewidened(config: Any, width: int, less: int) -> None:
 
 
 def _shortened(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config with few tokens and small feed-forward layers: what has no part in attention."""
+    """Return a config with a small vocabulary and small feed-forward layers, which do not affect attention."""
     short: Any = copy.deepcopy(config)
     short._attn_implementation_internal = text_config(config)._attn_implementation
     for name, value in list(vars(short).items()):
         if name.endswith("_token_id") or name in ("pad_index", "eos_index"):
-            large = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)]
-            if any(one >= VOCABULARY for one in large):
+            ids = [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
+            if any(token >= VOCABULARY for token in ids):
                 setattr(short, name, 0)
         elif type(value) is not int:
             continue
@@ -440,11 +452,14 @@ def _shortened(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _fill(skeleton: nn.Module) -> None:
-    """Weights of our own: each channel has some, and scores spread, so that attention depends on positions."""
-    draw = torch.Generator("cpu").manual_seed(0)
+    """Fill a skeleton with random weights.
+
+    No channel is scaled by 0, and scores spread, so that attention depends on positions.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
         for parameter in skeleton.parameters():
             if parameter.ndim == 1:
-                parameter.uniform_(*FINITE, generator=draw)
+                parameter.uniform_(*FINITE, generator=generator)
             else:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=draw)
+                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
