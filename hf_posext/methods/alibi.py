@@ -12,7 +12,7 @@ from .base import Method, register
 @register
 @dataclass(frozen=True)
 class ALiBiLinear(Method):
-    """All slopes of ALiBi divided by the factor, so that the longest distance costs what it did in training.
+    """Divide all ALiBi slopes by the factor, so that the longest distance costs what it cost in training.
 
     `m_h / s`, at every length. Al-Khateeb et al., *Position Interpolation Improves ALiBi Extrapolation*, 2023.
     """
@@ -30,10 +30,10 @@ class ALiBiLinear(Method):
 @register
 @dataclass(frozen=True)
 class ALiBiNTK(Method):
-    """The steepest slope of ALiBi kept, the flattest divided by the factor, those between in geometric steps.
+    """Keep the steepest ALiBi slope, divide the flattest by the factor, and space the others geometrically.
 
-    `m_h / s ** ((h - 1) / (H - 1))` for heads h = 1 to H from steep to flat. Where the number of heads is not a power
-    of two, slopes are not a geometric series, and the exponent is `log(m_1 / m_h) / log(m_1 / m_H)`. After Keezen,
+    `m_h / s ** ((h - 1) / (H - 1))` for heads h = 1 to H from steep to flat. If the number of heads is not a power
+    of two, the slopes are not a geometric series, and the exponent is `log(m_1 / m_h) / log(m_1 / m_H)`. After Keezen,
     *NTK-ALiBi*, 2023; plain interpolation: Al-Khateeb et al., *Position Interpolation Improves ALiBi Extrapolation*,
     2023.
     """

@@ -1,11 +1,11 @@
 """Methods, and the registry of their names.
 
-A method is hyper-parameters and a pure map from plan to plan. It never sees a model. It gets a plan (at first an empty
-one, which leaves the scheme as it is) and returns the plan changed, so that methods compose by applying one after the
-other: `"yarn+resonance"`, or `YaRN(factor=8) + Resonance()`.
+A method consists of hyper-parameters and a pure map from plan to plan. It never sees a model. The first method gets an
+empty plan, and each method returns a changed one, so methods compose by applying them in sequence: `"yarn+resonance"`,
+or `YaRN(factor=8) + Resonance()`.
 
-Methods of this package register themselves when `hf_posext.methods` is imported, those of others through an entry
-point.
+Methods of this package register themselves when `hf_posext.methods` is imported. Methods of other packages use an
+entry point.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Method:
     paper. They set the class variables below and implement [`~Method.extend`].
 
     Args:
-        factor (`float`, *optional*): how many times the trained length to read. Where it is `None`, the factor or
-            target length given to `patch_model` counts.
+        factor (`float`, *optional*): How many times the trained length to read. If `None`, the factor or target length
+            passed to `patch_model` is used.
     """
 
     name: ClassVar[str]
@@ -53,7 +53,7 @@ class Method:
     factor: float | None = None
 
     def __init_subclass__(cls) -> None:
-        """Let the `__post_init__` of a subclass see values of the declared types only."""
+        """Check the types of all values before the `__post_init__` of a subclass runs."""
         super().__init_subclass__()
         if "__post_init__" not in vars(cls):
             return
@@ -89,21 +89,21 @@ class Method:
     def example(cls, scheme: PositionalScheme) -> Method:
         """Return an instance, or a composition with one, that works on the scheme at factor 8.
 
-        A method whose parameters have no defaults, or that needs another before it, overrides this.
+        Override this if parameters have no defaults, or if the method needs another one before it.
         """
         return cls()
 
     @property
     def label(self) -> str:
-        """Label in tables and plans, which [`as_method`] reads: the name, and parameters that are not the default.
+        """Label in tables and plans, which [`as_method`] parses: the name, and all non-default parameters.
 
-        Lists are left out, since they fill pages: `LongRoPE(long_factor=[...])` is `longrope`. So is the factor, which
-        tables have a column for; only a component of a composition states a factor that is not the plan's.
+        Lists are omitted because of their length: `LongRoPE(long_factor=[...])` is `longrope`. The factor is omitted
+        because tables have a column for it. Only a component of a composition states a factor of its own.
         """
         return self._text(hidden="factor")
 
     def label_under(self, factor: float | None) -> str:
-        """Return the label of a component of a composition, which states a factor that is not the composition's."""
+        """Return the label of a component, with its factor if that differs from the composition's."""
         return self.label if self.factor in (None, factor) else self._text()
 
     def _text(self, hidden: str = "") -> str:
@@ -122,7 +122,7 @@ class Method:
         return ({"name": self.name, **given},)
 
     def applies_to(self, scheme: PositionalScheme) -> str | None:
-        """Return the reason why the method cannot extend a scheme; `None` where it can."""
+        """Return the reason why the method cannot extend a scheme; `None` if it can."""
         if scheme.kind not in self.kinds:
             return f"{self.name} extends {' or '.join(self.kinds)} positions; {scheme.model_type} has {scheme.kind}"
         return scheme.obstacle
@@ -136,17 +136,17 @@ class Method:
         target_length: int | None = None,
         trained_length: int | None = None,
     ) -> ExtensionPlan:
-        """Plan the extension of a scheme; pure, touches no model.
+        """Plan the extension of a scheme, without a model.
 
         Args:
-            scheme (`PositionalScheme`): what the model has.
-            factor (`float`, *optional*): used where the method has no factor of its own.
-            target_length (`int`, *optional*): in tokens, instead of a factor.
-            trained_length (`int`, *optional*): trained length in tokens, overriding what the scheme says.
+            scheme (`PositionalScheme`): The scheme of the model.
+            factor (`float`, *optional*): Used if the method has no factor of its own.
+            target_length (`int`, *optional*): In tokens, instead of a factor.
+            trained_length (`int`, *optional*): Trained length in tokens, overriding that of the scheme.
 
         Raises:
             MethodNotApplicableError: the method is for another scheme.
-            InvalidParameterError: lengths or hyper-parameters out of bounds, or that contradict each other.
+            InvalidParameterError: lengths or hyper-parameters are out of bounds or contradict each other.
         """
         trained_length = _number("trained_length", trained_length, whole=True)
         target_length = _number("target_length", target_length, whole=True)
@@ -166,7 +166,7 @@ class Method:
             trained_length=original,
             target_length=target,
         )
-        with torch.device("cpu"):  # whatever the default device of the process is
+        with torch.device("cpu"):  # even if the process has another default device
             return self.extend(start)
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
@@ -235,8 +235,8 @@ class Method:
 class Composition(Method):
     """Several methods, each applied on top of the one before.
 
-    A component keeps its own factor (`NTK(factor=2) + DualChunk(factor=8)`: a base for twice the length under chunks
-    that read eight times it); the plan's is the largest of them.
+    A component keeps its own factor: `NTK(factor=2) + DualChunk(factor=8)` has a base for twice the trained length
+    under chunks that read eight times that length. The factor of the plan is the largest of them.
     """
 
     components: tuple[Method, ...] = ()
@@ -249,7 +249,7 @@ class Composition(Method):
 
     @property
     def needs_factor(self) -> bool:  # type: ignore[override]
-        """`True` where a component needs one."""
+        """`True` if a component needs a factor."""
         return any(component.needs_factor for component in self.components)
 
     @property
@@ -289,21 +289,21 @@ Composition.__init__ = renamed_arguments(parts="components")(Composition.__init_
 
 
 def components_of(plan: ExtensionPlan) -> tuple[Method, ...]:
-    """Return the methods that a plan was made by; none where one of them is not installed."""
+    """Return the methods of a plan; empty if one of them is not installed."""
     known = methods()
     try:
         return tuple(
             known[entry["name"]](**{key: value for key, value in entry.items() if key != "name"})
             for entry in plan.parameters
         )
-    except (KeyError, TypeError, InvalidParameterError):  # of another version, too
+    except (KeyError, TypeError, InvalidParameterError):  # or a method of another version
         return ()
 
 
 def without_each(plan: ExtensionPlan, components: Sequence[Method]) -> Iterator[tuple[str, ExtensionPlan]]:
-    """Yield the label of each component of a composition, and the plan without it.
+    """Yield the label of each component of a composition, and the plan without that component.
 
-    A component that the others need, such as the method whose far band fades, is left out.
+    A component that others depend on, such as the method whose far band fades, is skipped.
     """
     blank = ExtensionPlan("", (), plan.scheme, plan.factor, plan.trained_length, plan.target_length)
     for index, component in enumerate(components):

@@ -1,4 +1,4 @@
-"""Methods for relative distances in buckets that have a learned bias each (T5, MPNet)."""
+"""Methods for relative distances sorted into buckets, each with a learned bias (T5, MPNet)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .base import Method, register
 
 @dataclass(frozen=True)
 class BucketMethod(Method):
-    """A method for relative distances in buckets, also beside a learned table (MPNet), which it must be composed with.
+    """Base class of the methods for bucketed relative distances.
+
+    In a model that has a learned table as well (MPNet), the method must be composed with one for the table.
 
     Subclasses implement [`~BucketMethod.buckets`].
     """
@@ -39,7 +41,7 @@ class BucketMethod(Method):
 @register
 @dataclass(frozen=True)
 class BucketLinear(BucketMethod):
-    """Relative distances divided by the factor before they are sorted into buckets, rounded away from zero.
+    """Divide relative distances by the factor, rounded away from zero, before they are sorted into buckets.
 
     `sign(d) ceil(|d| / s)`: no other token shares the bucket of distance 0, and both directions stay apart.
     Position interpolation (Chen et al., *Extending Context Window of Large Language Models via Positional
@@ -58,14 +60,14 @@ class BucketLinear(BucketMethod):
 @register
 @dataclass(frozen=True)
 class BucketMaxDistance(BucketMethod):
-    """Buckets of relative distances that reach `s` times as far; the nearest half stay one for each distance.
+    """Stretch the far buckets of relative distances `s` times. The nearest half keep one distance each.
 
     `b + floor(ln(|d| / b) / ln(s D / b) * b)` for distances from `b` on, D being the trained maximum. This changes
-    what the far buckets have learned to mean: each now stands for farther distances. Buckets: Raffel et al.,
+    the learned meaning of the far buckets: each now stands for farther distances. Buckets: Raffel et al.,
     *Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer*, 2019.
 
     Args:
-        max_distance (`int`, *optional*): in tokens; the model's own times the factor where not given.
+        max_distance (`int`, *optional*): In tokens. By default the model's own, times the factor.
     """
 
     name = "bucket-max-distance"

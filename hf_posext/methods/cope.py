@@ -1,4 +1,4 @@
-"""CoPE: the slowest pairs fade out of rotation."""
+"""CoPE: the rotation of the slowest pairs fades out."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .frequencies import FrequencyMethod, frequencies, from_tensor
 @register
 @dataclass(frozen=True)
 class CoPE(FrequencyMethod):
-    """The slowest pairs turn less and less, down to not at all for the slowest. Meant for training.
+    """Slow down the slowest pairs, the slowest of them to a standstill. Meant for training.
 
-    Of the slowest `clip` pairs, the m-th (0 is the fastest of them) turns by
+    Of the slowest `clip` pairs, the m-th (0 is the fastest of them) rotates by
     `inv_freq * (1 + cos(pi m / (clip - 1))) / 2`. Li et al., arXiv 2602.05258, 2026. The published default is a clip
-    of 20 of 64 pairs after training on 64K tokens with a base of 1e7. Without training, it leaves short inputs as they
-    are and breaks past them: see `finetune`.
+    of 20 of 64 pairs after training on 64K tokens with a base of 1e7. Without training, it leaves short inputs
+    unchanged and breaks past them: see `finetune`.
 
     Args:
-        clip (`int`, *optional*): number of pairs, 2 or more; by default those whose wavelength is longer than the
+        clip (`int`, *optional*): Number of pairs, 2 or more. By default the pairs whose wavelength is longer than the
             trained length.
     """
 

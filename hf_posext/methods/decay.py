@@ -1,4 +1,4 @@
-"""Logarithmic decay: far keys of a remapping method weigh less, the farther they are."""
+"""Logarithmic decay: the farther a far key of a remapping method, the less it weighs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .remap import require_far_band
 @register
 @dataclass(frozen=True)
 class Decay(Method):
-    """Logits of far keys fall with the logarithm of distance, on top of a remapping method: `"leaky-rerope+decay"`.
+    """Lower the logits of far keys with the logarithm of their distance: `"leaky-rerope+decay"`.
 
     A key at distance d loses `strength * ln(max(1, d / start))`, rounded to octaves: all distances from
     `start * 2 ** k` to twice as far lose `strength * ln(2) * (k + 1/2)`, so that every kernel computes the same. That
     is at most `0.35 * strength` off. By default, nothing changes up to twice the trained length L. A query at position
     i beyond it has `n = i + 1 - window` far keys, and all of these lose `strength * ln(n / (2 L - window))` as well:
-    the count fade of [`Fade`], unless one stands before the decay. Not for dual-chunk, whose far band begins at no
+    the count fade of [`Fade`], unless one stands before the decay. It does not apply to dual-chunk, whose far band begins at no
     fixed distance. The shape is that of KERPLE's logarithmic bias (Chi et al., *KERPLE: Kernelized Relative Positional
     Embedding for Length Extrapolation*, 2022), which is trained. See docs/fading.md.
 
     Args:
-        strength (`float`, *optional*, defaults to 1): above 0.
-        start (`int`, *optional*): first distance that loses, in tokens, no less than the window of the remapping
-            method. Keys then lose by distance alone. Twice the trained length by default, with the count fade.
+        strength (`float`, *optional*, defaults to 1): Above 0.
+        start (`int`, *optional*): First distance at which logits fall, in tokens, at least the window of the remapping
+            method. Logits then fall by distance alone. By default twice the trained length, with the count fade.
     """
 
     name = "decay"

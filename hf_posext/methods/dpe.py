@@ -1,4 +1,4 @@
-"""DPE: groups of tokens that are larger for some rotary pairs than for others."""
+"""DPE: groups of tokens whose size depends on the rotary pair."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SCALES = {
 @register
 @dataclass(frozen=True)
 class DPE(RemapMethod):
-    """Distances below the window as they are, farther ones counted in groups of tokens that depend on the rotary pair.
+    """Keep distances within the window, and count farther ones in groups of tokens sized by rotary pair.
 
     The pairs are cut into equal parts, fastest first. In a part of scale g, query i and key j at distance `w` or more
     get positions `i // g + w - w // g` and `j // g`. Lu et al., *Effective Length Extrapolation via Dimension-Wise
-    Positional Embeddings Manipulation*, 2025. Scales are tuned to one model, and none is guessed: name a table of the
+    Positional Embeddings Manipulation*, 2025. Scales are tuned to one model, and there is no default: name a table of the
     authors, or pass your own. All pairs are scaled, as in the published default.
 
     Args:

@@ -13,7 +13,7 @@ from .remap import RemapMethod, window_of
 @register
 @dataclass(frozen=True)
 class DualChunk(RemapMethod):
-    """Positions counted within chunks: exact inside a chunk and into the one before, constant to older ones.
+    """Count positions within chunks: exact inside a chunk and the one before, constant for older chunks.
 
     Chunks have `c = C - local` tokens. Key j has position `j mod c`; query i has `i mod c` to its own chunk,
     `min(i mod c + c, C)` to the chunk before, and `min(2 c - 1, C)` to older ones. An et al., *Training-Free
@@ -21,10 +21,10 @@ class DualChunk(RemapMethod):
     depends on the longest input so far; here, as an option, it depends on the query's own position.
 
     Args:
-        chunk (`int`, *optional*): `C`, the farthest position used; where not given, three quarters of the trained
+        chunk (`int`, *optional*): `C`, the farthest position used. By default three quarters of the trained
             length.
-        local (`int`, *optional*): tokens across a chunk's border that keep exact distances; a quarter of the trained
-            length where not given.
+        local (`int`, *optional*): Tokens across a chunk's edge that keep exact distances. By default a quarter of the
+            trained length.
         temperature (`float`, *optional*, defaults to 0): queries grow by `(1 + t ln((p + 1) / L)) ** 2` past the
             trained length; ChunkLlama uses 0.05 and Qwen2.5-1M 0.1.
     """

@@ -13,12 +13,12 @@ from .frequencies import FrequencyMethod, exponents, padded, require_pairs, unsc
 @register
 @dataclass(frozen=True)
 class DynamicNTK(FrequencyMethod):
-    """NTK-aware interpolation by just as much as the row at hand needs.
+    """Interpolate NTK-aware, by the factor that each row needs.
 
     `theta' = theta * s ** (d / (d - 2))` with `s = max(1, l / L)` for a row of l tokens. emozilla, *Dynamically Scaled
-    RoPE*, 2023, published with YaRN. Here each row has its own s and keys are cached unrotated: no state between
-    calls, nothing depends on batch-mates. What stays: in cached decoding, deeper layers keep the hidden states that
-    were computed under the smaller s of their time.
+    RoPE*, 2023, published with YaRN. Here each row has its own s and keys are cached unrotated: no state is
+    kept between calls, and rows of a batch are independent. One residual remains: in cached decoding, deeper layers
+    keep the hidden states that were computed under a smaller s.
     """
 
     name = "dynamic-ntk"

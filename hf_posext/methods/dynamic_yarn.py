@@ -17,14 +17,14 @@ from .yarn import YaRN
 @register
 @dataclass(frozen=True)
 class DynamicYaRN(FrequencyMethod):
-    """YaRN by just as much as the row at hand needs, so that short inputs keep their quality.
+    """Apply YaRN with the factor that each row needs, so that short inputs keep their quality.
 
     [`YaRN`] with `s = max(1, l / L)` for a row of l tokens (Peng et al., 2023, section 3.3). As in
     [`DynamicNTK`], rows are independent and keys are cached unrotated.
 
     Args:
-        beta_fast (`float`, *optional*, defaults to 32): turns above which a pair is kept.
-        beta_slow (`float`, *optional*, defaults to 1): turns below which a pair is interpolated.
+        beta_fast (`float`, *optional*, defaults to 32): rotations above which a pair is kept.
+        beta_slow (`float`, *optional*, defaults to 1): rotations below which a pair is interpolated.
         truncate (`bool`, *optional*, defaults to `True`): round the ends of the ramp to whole pairs.
         temperature (`float`, *optional*, defaults to 0.1): cosine and sine are multiplied by `1 + t ln s`.
     """
@@ -44,7 +44,7 @@ class DynamicYaRN(FrequencyMethod):
             raise InvalidParameterError(
                 f"Expected a dynamic-yarn temperature of 0 to 10, got {self.temperature}. Pass e.g. 0.1."
             )
-        YaRN(beta_fast=self.beta_fast, beta_slow=self.beta_slow)  # refuses what cannot be
+        YaRN(beta_fast=self.beta_fast, beta_slow=self.beta_slow)  # refuses values out of bounds
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         require_pairs(self, rotary)

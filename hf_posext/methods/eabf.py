@@ -15,7 +15,7 @@ from .theta import Theta
 @register
 @dataclass(frozen=True)
 class EABF(FrequencyMethod):
-    """A larger base, and queries that grow with the logarithm of their position except in the first layers.
+    """Raise the base, and scale queries with the logarithm of their position except in the first layers.
 
     The base becomes `theta`, as in [`Theta`], and query p is multiplied by `max(1, ln(p + 1) / ln L)` in all layers
     except the first `skip`. Zhang et al., *Extending LLMs' Context Window with 100 Samples*, 2024. Meant for training
@@ -23,7 +23,7 @@ class EABF(FrequencyMethod):
 
     Args:
         theta (`float`, *optional*, defaults to 500000): the new base.
-        skip (`int`, *optional*, defaults to 2): first layers whose queries stay as they are.
+        skip (`int`, *optional*, defaults to 2): first layers, whose queries are not scaled.
     """
 
     name = "eabf"
@@ -36,7 +36,7 @@ class EABF(FrequencyMethod):
     skip: int = 2
 
     def __post_init__(self) -> None:
-        Theta(theta=self.theta)  # refuses what cannot be
+        Theta(theta=self.theta)  # refuses values out of bounds
         if self.skip < 0:
             raise InvalidParameterError(f"Expected an eabf skip of 0 layers or more, got {self.skip}.")
 

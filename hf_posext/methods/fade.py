@@ -1,4 +1,4 @@
-"""Count fade: the far band of a remapping method weighs no more than its keys did in training."""
+"""Count fade: the far band of a remapping method weighs no more than it did in training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .rerope import ReRoPE
 @register
 @dataclass(frozen=True)
 class Fade(Method):
-    """Logits of far keys fall with their number, on top of a remapping method: `"rerope+fade"`.
+    """Lower the logits of far keys with their number, on top of a remapping method: `"rerope+fade"`.
 
     The query at position i has `n = i + 1 - window` keys beyond the window, and their logits fall by
-    `strength * ln(max(1, n / reference))`. At strength 1 they weigh together no more than `reference` keys did. Up to
+    `strength * ln(max(1, n / reference))`. At strength 1 they weigh together no more than `reference` keys. Up to
     position `window + reference`, nothing changes. Under dual-chunk, n counts the keys of the older chunks. The shape
     is that of KERPLE's logarithmic bias (Chi et al., *KERPLE: Kernelized Relative Positional Embedding for Length
     Extrapolation*, 2022), which is trained. Here it is put on the far band of a pretrained model. See docs/fading.md.
 
     Args:
-        strength (`float`, *optional*, defaults to 1): above 0. Less keeps more of what is far.
-        reference (`int`, *optional*): number of far keys up to which nothing changes; the trained length by default.
+        strength (`float`, *optional*, defaults to 1): Above 0. A smaller value keeps more weight on far keys.
+        reference (`int`, *optional*): Number of far keys up to which nothing changes. By default the trained length.
     """
 
     name = "fade"

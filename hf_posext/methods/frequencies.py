@@ -37,7 +37,7 @@ class FrequencyMethod(Method):
     covers_local_layers = False
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
-        """The new frequencies of one set.
+        """Return the new frequencies of one set.
 
         Args:
             rotary (`Rotary`): what the model has.
@@ -58,22 +58,22 @@ class FrequencyMethod(Method):
 
 
 def exponents(rotary: Rotary) -> torch.Tensor:
-    """`2 i / dim` of each turning pair, float32 of shape (pairs,)."""
+    """Return `2 i / dim` of each rotary pair, float32 of shape (pairs,)."""
     return torch.arange(0, 2 * rotary.pairs, 2, dtype=torch.float32) / rotary.dim
 
 
 def powers(theta: float, rotary: Rotary) -> torch.Tensor:
-    """`theta ** (-2 i / dim)` of each turning pair, float32 of shape (pairs,)."""
+    """Return `theta ** (-2 i / dim)` of each rotary pair, float32 of shape (pairs,)."""
     return 1.0 / (theta ** exponents(rotary))
 
 
 def unscaled(rotary: Rotary) -> RotaryPlan:
-    """The frequencies before any scaling, whatever the model ships with."""
+    """Return the frequencies before any scaling, including a shipped one."""
     return from_tensor(rotary, powers(rotary.theta, rotary), rope_parameters={"rope_type": "default"})
 
 
 def frequencies(entry: RotaryPlan, rotary: Rotary) -> torch.Tensor:
-    """The turning pairs of a planned set as float32 of shape (pairs,)."""
+    """Return the planned frequencies of the rotary pairs, float32 of shape (pairs,)."""
     return torch.tensor(entry.inv_freq[: rotary.pairs], dtype=torch.float32)
 
 
@@ -84,7 +84,7 @@ def from_tensor(
     attention_factor: float = 1.0,
     rope_parameters: Mapping[str, Any] | None,
 ) -> RotaryPlan:
-    """A plan of one set from its turning pairs, with the config entry from which transformers computes the same."""
+    """Return the plan of one set from the frequencies of its rotary pairs, and its config entry for transformers."""
     return RotaryPlan(
         name=rotary.name,
         inv_freq=padded(rotary, inv_freq),
@@ -94,12 +94,12 @@ def from_tensor(
 
 
 def padded(rotary: Rotary, inv_freq: torch.Tensor) -> tuple[float, ...]:
-    """Frequencies of the turning pairs as numbers, zeros for the slots that do not turn."""
+    """Return the frequencies of the rotary pairs as numbers, with zeros for the slots that do not rotate."""
     return (*inv_freq.float().tolist(), *[0.0] * (rotary.slots - rotary.pairs))
 
 
 def complete(rotary: Rotary, rope_parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A config entry with the base, and with the shipped keys that do not speak of scaling."""
+    """Return a config entry with the base, and with the shipped keys other than those of scaling."""
     kept = {key: value for key, value in rotary.shipped.items() if key not in SCALING_KEYS}
     return {**kept, "rope_theta": rotary.theta, **rope_parameters}
 
@@ -107,7 +107,7 @@ def complete(rotary: Rotary, rope_parameters: Mapping[str, Any]) -> dict[str, An
 def as_longrope(
     rotary: Rotary, inv_freq: torch.Tensor, plan: ExtensionPlan, *, attention_factor: float = 1.0
 ) -> RotaryPlan:
-    """Frequencies for which transformers has no rope type, said as `longrope` with equal short and long factors.
+    """Express frequencies without a rope type of their own as `longrope` with equal short and long factors.
 
     The numbers are rounded through that form (a float32 division, 1e-7 relative), so that the live model and the
     checkpoint opened without this package agree to the bit.
@@ -126,7 +126,7 @@ def longrope(
     *,
     attention_factor: float,
 ) -> RotaryPlan:
-    """Return a plan that slows each pair by its factor, of one list past the trained length, of another up to it."""
+    """Return a plan that slows pairs by `long_factor` past the trained length and by `short_factor` up to it."""
     long, short = (
         1.0 / (torch.tensor(factors, dtype=torch.float32) * rotary.theta ** exponents(rotary))
         for factors in (long_factor, short_factor)
@@ -144,7 +144,7 @@ def longrope(
 
 
 def require_pairs(method: Method, rotary: Rotary) -> None:
-    """Refuse a set of frequencies that the formula is not defined for."""
+    """Refuse a set of frequencies for which the formula is not defined."""
     if rotary.pairs < 2:
         raise InvalidParameterError(
             f"{method.name} needs at least 2 rotary pairs; {rotary.name or 'the model'} has {rotary.pairs}"
@@ -152,5 +152,5 @@ def require_pairs(method: Method, rotary: Rotary) -> None:
 
 
 def first_rotary(scheme: PositionalScheme) -> Rotary:
-    """The set of frequencies that reaches farthest: the one that an example is made for."""
+    """Return the set of frequencies that reaches farthest, for examples."""
     return next((rotary for rotary in scheme.rotaries if rotary.window is None), scheme.rotaries[0])

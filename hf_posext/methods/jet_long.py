@@ -1,4 +1,4 @@
-"""Jet-Long: groups beyond a window that follow the length of each row."""
+"""Jet-Long: groups beyond a window whose size follows the length of each row."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .yarn import YaRN
 @register
 @dataclass(frozen=True)
 class JetLong(RemapMethod):
-    """Distances up to a window as they are, farther ones in groups that grow with the row, so that short rows stay.
+    """Keep distances within a window, and count farther ones in groups that grow with the row.
 
     In a row of n tokens, groups have `G = ceil(n / L)` tokens, and query i and key j farther apart than the window get
     positions `i // G` and `j // G`. Without an offset, as published, distances fall from `w` to `w / G` at its edge:
-    on the shipped models that is as good as any at 2 times the trained length and loses much at 4 and 8 times. With
+    on the shipped models this matches the best at 2 times the trained length and loses much at 4 and 8 times. With
     `offset=True`, the query gets `i // G + w - w // G` as in [`SelfExtend`], and `G = ceil((n - w) / (L - w))`. Keys
-    are cached unrotated: a row that is decoded token by token past a multiple of L keeps, in deeper layers, what it
-    saw in smaller groups. NVIDIA, *Jet-Long*, 2026; its code takes the longest row of a batch for all of its rows.
+    are cached unrotated: a row that is decoded token by token past a multiple of L keeps, in deeper layers, hidden
+    states from smaller groups. NVIDIA, *Jet-Long*, 2026; its code takes the longest row of a batch for all of its rows.
 
-    With `frequencies=True`, its other variant: pair p sees distance d as `w + (d - w) (1 - r_p (1 - 1 / s))`, with the
+    `frequencies=True` is its other variant: pair p sees distance d as `w + (d - w) (1 - r_p (1 - 1 / s))`, with the
     ramp r of [`YaRN`] from 0 to 1 and `s = max(1, (n - w) / (L - w))`. All logits are multiplied by `0.1 ln s + 1`.
 
     Args:
         window (`int`, *optional*): `w` in tokens; a sixteenth of the trained length by default, as published, and half
             of it with an offset.
-        offset (`bool`, *optional*, defaults to `False`): let distances go on where the window ends.
+        offset (`bool`, *optional*, defaults to `False`): continue distances where the window ends.
         frequencies (`bool`, *optional*, defaults to `False`): slow the pairs instead of grouping tokens.
     """
 
@@ -61,7 +61,7 @@ class JetLong(RemapMethod):
             return Band(SAME, SAME, high=window + 1), Band(query, key, low=window + 1)
         if not self.offset:
             grouped = PositionMap(row_group=RowGroup(span=trained))
-            # the published window is that of FlashAttention, which holds `window + 1` keys
+            # the published window is that of FlashAttention, which contains `window + 1` keys
             return Band(SAME, SAME, high=window + 1), Band(grouped, grouped, low=window + 1)
         far = Band(PositionMap(row_group=beyond, kept=window), PositionMap(row_group=beyond), low=window)
         return Band(SAME, SAME, high=window), far

@@ -1,4 +1,4 @@
-"""LaMPE: as many positions for the far band as the length of the row is worth, by a logistic curve."""
+"""LaMPE: a far band whose number of positions follows the row by a logistic curve."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ CURVES = {
 @register
 @dataclass(frozen=True)
 class LaMPE(RemapMethod):
-    """Distances up to `head` as they are, farther ones squeezed into a number of positions that follows the row.
+    """Keep distances up to `head`, and squeeze farther ones into a number of positions that follows the row.
 
     In a row of n tokens, query i and key j farther apart than `head` get positions `floor(i r) + head - floor(head r)
     - 1` and `floor(j r)` with `r = M / (n - 1)` and `M = c / (1 + exp(-(a n + b)))`. All logits are multiplied by
     `(0.1 ln 2 + 1) ** 2`. Zhang et al., *LaMPE: Length-aware Multi-grained Positional Encoding for Adaptive
-    Long-context Scaling Without Training*, 2025. Rows up to the trained length keep their positions; the published
-    code maps them, too, from `2 * head` tokens on. It also counts the last 200 of the n distances one by one, which is
-    left out here: they concern the first tokens of a text, as its last ones see them.
+    Long-context Scaling Without Training*, 2025. Rows up to the trained length keep their positions. The published
+    code maps them as well, from `2 * head` tokens on. It also counts the last 200 of the n distances one by one. This is
+    left out here, because it concerns only the first tokens of a text as seen by the last ones.
 
     Args:
         curve (`str`, *optional*, defaults to `"llama-3"`): the model that a, b and c were fitted to: `llama-2`,
-            `llama-3` or `llama-3.1`. They are scaled to the trained length of the model at hand.
+            `llama-3` or `llama-3.1`. They are scaled to the model's trained length.
         head (`int`, *optional*): in tokens; a sixteenth of the trained length by default.
     """
 

@@ -14,14 +14,14 @@ from .remap import RemapMethod, near_and_far, window_of
 @register
 @dataclass(frozen=True)
 class LeakyReRoPE(RemapMethod):
-    """Distances below the window as they are, farther ones growing `stride` times slower.
+    """Keep distances within the window, and let farther ones grow `stride` times slower.
 
     Distance `d < w` gives `d`, else `w + (d - w) / k`. Su, *Rectified Rotary Position Embeddings*, 2023.
 
     Args:
-        window (`int`, *optional*): `w` in tokens; half the trained length where not given.
-        stride (`float`, *optional*): `k`; where not given, the one that puts the target's longest distance halfway
-            between the window and the trained length, since distances near its end are the least trained.
+        window (`int`, *optional*): `w` in tokens. By default half the trained length.
+        stride (`float`, *optional*): `k`. By default the stride that puts the target's longest distance halfway between
+            the window and the trained length, because distances near its end are trained the least.
     """
 
     name = "leaky-rerope"

@@ -13,7 +13,7 @@ from .frequencies import FrequencyMethod, from_tensor, powers
 @register
 @dataclass(frozen=True)
 class Linear(FrequencyMethod):
-    """Positions squeezed back into the trained range, all frequencies alike.
+    """Squeeze positions back into the trained range, by one factor for all frequencies.
 
     `inv_freq_i / s`, which is the same as position `p / s`. Chen et al., *Extending Context Window of Large Language
     Models via Positional Interpolation*, 2023.

@@ -17,16 +17,16 @@ from .frequencies import FrequencyMethod, from_tensor, powers
 @register
 @dataclass(frozen=True)
 class Llama3(FrequencyMethod):
-    """Slow pairs interpolated, fast pairs kept, a smooth step between, no temperature.
+    """Interpolate slow pairs and keep fast ones, with a smooth step between and no temperature.
 
     Pairs with a wavelength above `L / low_freq_factor` are divided by `s`, those below `L / high_freq_factor` are
     kept, between them `(1 - t) / s + t` with `t = (L / wavelength - low) / (high - low)`. Dubey et al., *The Llama 3
     Herd of Models*, 2024, and the code released with it.
 
     Args:
-        low_freq_factor (`float`, *optional*, defaults to 1): turns within the trained length below which a pair is
+        low_freq_factor (`float`, *optional*, defaults to 1): rotations within the trained length below which a pair is
             interpolated.
-        high_freq_factor (`float`, *optional*, defaults to 4): turns above which it is kept.
+        high_freq_factor (`float`, *optional*, defaults to 4): rotations above which it is kept.
     """
 
     name = "llama3"

@@ -12,7 +12,7 @@ from .remap import with_query_scale
 @register
 @dataclass(frozen=True)
 class LogN(Method):
-    """Queries grow with the logarithm of their position, so that attention stays as sharp. On top of any other method.
+    """Scale queries with the logarithm of their position, which keeps attention sharp. On top of any other method.
 
     Query p is multiplied by `max(1, ln(p + 1) / ln L)`. Su, *Scaled attention by log n*, 2021 (`"rerope+log-n"`); the
     argument from entropy: Chiang and Cholak, *Overcoming a Theoretical Limitation of Self-Attention*, 2022.

@@ -1,4 +1,4 @@
-"""LongRoPE: a factor of its own for every pair."""
+"""LongRoPE: one factor per rotary pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .frequencies import longrope as longrope_plan
 @register
 @dataclass(frozen=True)
 class LongRoPE(FrequencyMethod):
-    """Every pair slowed by its own, searched factor.
+    """Slow each pair by a searched factor of its own.
 
     `inv_freq_i / long_factor_i` for inputs longer than the trained length, `inv_freq_i / short_factor_i` up to it;
     cosine and sine multiplied by `sqrt(1 + ln s / ln L)`. Ding et al., *LongRoPE: Extending LLM Context Window
@@ -27,7 +27,7 @@ class LongRoPE(FrequencyMethod):
 
     Args:
         long_factor (`Sequence[float]`): one number per pair.
-        short_factor (`Sequence[float]`, *optional*): the same for short inputs; the long list where not given.
+        short_factor (`Sequence[float]`, *optional*): the same for short inputs. By default the long list.
         attention_factor (`float`, *optional*): instead of `sqrt(1 + ln s / ln L)`.
     """
 

@@ -1,4 +1,4 @@
-"""No extension: the model as it is, so that comparisons have a row for it."""
+"""No extension: the unpatched model, so that comparisons have a row for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Method, register
 @register
 @dataclass(frozen=True)
 class NoExtension(Method):
-    """The model as it is."""
+    """Leave the model unpatched."""
 
     name = "none"
     title = "no extension"

@@ -14,7 +14,7 @@ from .partial import Partial
 @register
 @dataclass(frozen=True)
 class NoPE(FrequencyMethod):
-    """No pair turns: the causal mask alone tells the order. Needs recalibration at the trained length.
+    """Stop all rotation: only the causal mask gives the order. Needs recalibration at the trained length.
 
     Kazemnejad et al., *The Impact of Positional Encoding on Length Generalization in Transformers*, 2023; dropped from
     a trained model and recalibrated: Gelberg et al., *DroPE*, 2025.

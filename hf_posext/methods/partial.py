@@ -1,4 +1,4 @@
-"""p-RoPE: only the fast pairs turn."""
+"""p-RoPE: only the fast pairs rotate."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .frequencies import FrequencyMethod, frequencies, from_tensor
 @register
 @dataclass(frozen=True)
 class Partial(FrequencyMethod):
-    """The slowest pairs do not turn, so that they carry content at any distance.
+    """Stop the slowest pairs, so that they carry content at any distance.
 
     The fastest `floor(p d / 2)` pairs keep their frequency, the rest get 0. Meant for training or recalibration
     afterwards. Barbero et al., *Round and Round We Go! What makes Rotary Positional Encodings useful?*, 2024.
 
     Args:
-        proportion (`float`, *optional*, defaults to 0.75): `p`, the share of pairs that turn.
+        proportion (`float`, *optional*, defaults to 0.75): `p`, the share of pairs that rotate.
     """
 
     name = "partial"

@@ -1,4 +1,4 @@
-"""Base class and checks of the methods that give each pair of query and key positions of its own."""
+"""Base class and checks of the methods that remap the positions of query-key pairs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from ..scheme import Rotary
 from .base import Method
 
 SAME = PositionMap()
-"""The position that a token has."""
+"""The original position of a token."""
 
 
 @dataclass(frozen=True)
 class RemapMethod(Method):
-    """A method that remaps positions inside attention, with the frequencies of the model or of a method before it.
+    """Base class of the methods that remap positions inside attention.
+
+    Frequencies are those of the model, or of a method before it.
 
     Subclasses implement [`~RemapMethod.bands`].
     """
@@ -25,7 +27,7 @@ class RemapMethod(Method):
     kinds = ("rotary",)
 
     def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
-        """Return the bands: disjoint, of the causal pairs, nearest first."""
+        """Return disjoint bands of the causal pairs, nearest first."""
         former: Any = type(self).parts
         if not isinstance(former, RenamedAttribute):  # a subclass with the former name
             warn_of_former("parts", "bands", f"rename the method of {type(self).__name__}")
@@ -42,12 +44,12 @@ class RemapMethod(Method):
         return plan if scale is None else with_query_scale(plan, scale)
 
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
-        """Return the growth of queries with their position; none by default."""
+        """Return the scale of queries by position; `None` by default."""
         return None
 
 
 def near_and_far(window: int, query: PositionMap, key: PositionMap) -> tuple[Band, ...]:
-    """Distances below `window` as they are, all others with remapped positions."""
+    """Return a band of the distances below `window`, unchanged, and one of all others, remapped."""
     return Band(SAME, SAME, high=window), Band(query, key, low=window)
 
 
@@ -55,7 +57,7 @@ def window_of(method: Method, plan: ExtensionPlan, share: float, name: str = "wi
     """Return a window of a method in tokens: its hyper-parameter, or a share of the trained length by default.
 
     Raises:
-        InvalidParameterError: it is outside the trained length.
+        InvalidParameterError: the window is outside the trained length.
     """
     given: int | None = getattr(method, name)
     value = max(1, round(plan.trained_length * share)) if given is None else given
@@ -67,10 +69,10 @@ def window_of(method: Method, plan: ExtensionPlan, share: float, name: str = "wi
 
 
 def with_query_scale(plan: ExtensionPlan, scale: QueryScale) -> ExtensionPlan:
-    """Return a plan that scales queries as well.
+    """Add a query scale to a plan.
 
     Raises:
-        InvalidParameterError: it scales them already.
+        InvalidParameterError: the plan has one already.
     """
     if plan.query_scale is not None:
         raise InvalidParameterError(f"{plan.method} scales queries twice; compose at most one such method")
@@ -78,10 +80,10 @@ def with_query_scale(plan: ExtensionPlan, scale: QueryScale) -> ExtensionPlan:
 
 
 def require_far_band(method: Method, plan: ExtensionPlan) -> Band:
-    """Return the band of all farther keys, which remapping methods have last.
+    """Return the last band of a remapping method, which contains all farther keys.
 
     Raises:
-        InvalidParameterError: the methods before have none.
+        InvalidParameterError: the methods before it have no such band.
     """
     if not plan.bands or not plan.bands[-1].is_far:
         raise InvalidParameterError(

@@ -1,4 +1,4 @@
-"""ReRoPE: distances beyond a window are all the same."""
+"""ReRoPE: one distance for everything beyond a window."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .remap import RemapMethod, near_and_far, window_of
 @register
 @dataclass(frozen=True)
 class ReRoPE(RemapMethod):
-    """Distances below the window as they are, all farther ones rotated as if they were the window.
+    """Keep distances within the window, and rotate all farther ones by the window itself.
 
     Distance `d < w` gives `d`, else `w`. Su, *Rectified Rotary Position Embeddings*, 2023. Reads any length.
 
     Args:
-        window (`int`, *optional*): `w` in tokens; three quarters of the trained length where not given.
+        window (`int`, *optional*): `w` in tokens. By default three quarters of the trained length.
     """
 
     name = "rerope"

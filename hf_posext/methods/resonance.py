@@ -14,9 +14,9 @@ from .frequencies import FrequencyMethod, as_longrope, frequencies
 @register
 @dataclass(frozen=True)
 class Resonance(FrequencyMethod):
-    """Wavelengths rounded to whole tokens, on top of any other method: `"yarn+resonance"`.
+    """Round wavelengths to whole tokens, on top of any other method: `"yarn+resonance"`.
 
-    `wavelength' = round(2 pi / inv_freq)`: a pair meets past the trained length exactly the phases that it met within
+    `wavelength' = round(2 pi / inv_freq)`: past the trained length, a pair has exactly the phases that it had within
     it. Meant for models trained with it. Wang et al., *Resonance RoPE: Improving Context Length Generalization of
     Large Language Models*, 2024.
     """

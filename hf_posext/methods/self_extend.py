@@ -14,7 +14,7 @@ from .remap import RemapMethod, near_and_far, window_of
 @register
 @dataclass(frozen=True)
 class SelfExtend(RemapMethod):
-    """Distances below the window as they are, farther ones counted in groups of tokens.
+    """Keep distances within the window, and count farther ones in groups of tokens.
 
     Query i and key j at distance `w` or more get positions `i // g + w - w / g` and `j // g`, which reaches
     `(L - w) g + w` tokens. The window must be a multiple of the group: otherwise the published code uses fractional
@@ -22,11 +22,11 @@ class SelfExtend(RemapMethod):
     Tuning*, 2024.
 
     Args:
-        group (`int`, *optional*): `g`; where not given, the power of two that puts the target's farthest position at
-            three quarters of the trained length or before, since positions near its end are the least trained. Under
-            a window that is wider than that, all trained positions count.
-        window (`int`, *optional*): `w` in tokens; where not given, half the trained length, rounded down to a multiple
-            of the group.
+        group (`int`, *optional*): `g`. By default the smallest power of two that puts the target's farthest position at
+            three quarters of the trained length or before, because positions near its end are trained the least. If
+            the window is wider than that, all trained positions are used.
+        window (`int`, *optional*): `w` in tokens. By default half the trained length, rounded down to a multiple of the
+            group.
     """
 
     name = "self-extend"

@@ -16,11 +16,11 @@ from .remap import SAME, RemapMethod, window_of
 @register
 @dataclass(frozen=True)
 class SelfLogistic(RemapMethod):
-    """Distances below a window as they are, farther ones counted in groups that grow from 1 token to `capacity - 1`.
+    """Keep distances within a window, and count farther ones in groups that grow from 1 token to `capacity - 1`.
 
     Group g beyond the window has `floor(C / (1 + (C - 1) exp(-r g)))` tokens, at least 1 and at most C - 1, and
     distance `d >= w` becomes w plus the number of groups in `d - w` tokens. Here that curve is linear between the
-    distances at which the size of groups doubles, so that few bands do. The published code counts groups from the
+    distances at which the size of groups doubles, so that a few bands suffice. The published code counts groups from the
     beginning of the text in prefill and from the query in decoding; the paper describes the latter. Dang et al.,
     *SELF: Self-Extend the Context Length With Logistic Growth Function*, 2025.
 
@@ -50,7 +50,7 @@ class SelfLogistic(RemapMethod):
         return cls(rate=0.5)
 
     def sizes(self, tokens: int, limit: int | None = None) -> list[int]:
-        """Return the sizes of the groups that cover some tokens, the nearest first.
+        """Return the sizes of the groups that cover a number of tokens, nearest first.
 
         Args:
             tokens (`int`): tokens to cover.
@@ -67,7 +67,7 @@ class SelfLogistic(RemapMethod):
 
     def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = window_of(self, plan, 1 / 4)
-        # A position is needed for each group. The list ends with the first that is too many, since the target may be
+        # A position is needed for each group. The list ends with the first position too many, because the target may be
         # any number of tokens.
         room = plan.trained_length - window
         sizes = self.sizes(max(plan.target_length - window, 1), limit=room + 1)

@@ -13,15 +13,15 @@ from .remap import SAME, RemapMethod
 @register
 @dataclass(frozen=True)
 class Sinks(RemapMethod):
-    """Each token attends to the first few and to the latest ones. Streams without end; does not extend what is read.
+    """Attend to the first few tokens and the latest ones. Streams without end, and does not extend the context.
 
-    Pairs at distance `window` or more are not attended, except the first `sinks` keys, whose position counts as in a
-    cache that holds nothing else: query i has `min(i, sinks + window - 1)` to them. Xiao et al., *Efficient Streaming
+    Pairs at distance `window` or more are masked, except for the first `sinks` keys. These have the positions of a
+    cache that contains nothing else: query i has `min(i, sinks + window - 1)` to them. Xiao et al., *Efficient Streaming
     Language Models with Attention Sinks*, 2023. The authors: "the context window remains unchanged".
 
     Args:
-        sinks (`int`, *optional*, defaults to 4): first tokens that stay.
-        window (`int`, *optional*): latest tokens that stay; the rest of the trained length where not given.
+        sinks (`int`, *optional*, defaults to 4): first tokens that are kept.
+        window (`int`, *optional*): latest tokens that are kept. By default the rest of the trained length.
     """
 
     name = "sinks"

@@ -12,9 +12,9 @@ from .base import Method, register
 @register
 @dataclass(frozen=True)
 class SinusoidLinear(Method):
-    """Each token gets the sines of a position squeezed back into the trained range.
+    """Give each token the sines of a position squeezed back into the trained range.
 
-    Those of `p / s` instead of `p`. Position interpolation (Chen et al., *Extending Context Window of Large Language
+    The sines are those of `p / s` instead of `p`. Position interpolation (Chen et al., *Extending Context Window of Large Language
     Models via Positional Interpolation*, 2023) of the sinusoids of Vaswani et al., 2017.
     """
 

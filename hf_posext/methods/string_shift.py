@@ -14,14 +14,14 @@ from .remap import SAME, RemapMethod, near_and_far, window_of
 @register
 @dataclass(frozen=True)
 class StringShift(RemapMethod):
-    """Far, seldom trained distances replaced by nearer ones. Works inside the trained length; it does not extend it.
+    """Replace far, seldom trained distances by nearer ones. Works inside the trained length and does not extend it.
 
     Distance `d < shift` gives `d`, else `d - shift + local`. A pair at distance `shift` is counted once (the published
     prefill counts it twice). An et al., *Why Does the Effective Context Length of LLMs Fall Short?*, 2024.
 
     Args:
-        shift (`int`, *optional*): in tokens; a third of the trained length where not given.
-        local (`int`, *optional*): in tokens; an eighth of the shift where not given.
+        shift (`int`, *optional*): in tokens. By default a third of the trained length.
+        local (`int`, *optional*): in tokens. By default an eighth of the shift.
         attention_factor (`float`, *optional*, defaults to 1): queries grow by its square; the published code uses
             `0.1 ln 2 + 1`.
     """

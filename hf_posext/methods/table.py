@@ -14,9 +14,9 @@ LONG_EMBED = "https://arxiv.org/abs/2404.12096"
 
 @dataclass(frozen=True)
 class TableMethod(Method):
-    """A method that makes a longer table from the rows of a trained one. Subclasses implement [`~TableMethod.table`].
+    """Base class of the methods that build a longer table. Subclasses implement [`~TableMethod.table`].
 
-    Rows beyond the trained length are replaced: they were never trained, whether the table has some or not.
+    Rows beyond the trained length are replaced: they were never trained.
     """
 
     kinds = ("learned",)
@@ -45,7 +45,7 @@ def squeezed(plan: ExtensionPlan) -> PositionMap:
 @register
 @dataclass(frozen=True)
 class TableLinear(TableMethod):
-    """Positions squeezed back into a learned table, linearly between its rows.
+    """Squeeze positions back into a learned table, with linear interpolation between its rows.
 
     Row p of the new table is the old one at `x = min(p / s, L - 1)`: `(1 - t) e_i + t e_(i+1)` with `i = floor(x)` and
     `t = x - i`; past the last trained row, that row. Position interpolation (Chen et al., 2023) of tables: Zhu et al.,
@@ -63,10 +63,10 @@ class TableLinear(TableMethod):
 @register
 @dataclass(frozen=True)
 class TableCubic(TableMethod):
-    """Positions squeezed back into a learned table, along a cubic spline through its rows.
+    """Squeeze positions back into a learned table, along a cubic spline through its rows.
 
     Row p of the new table is the natural spline (second derivative zero at both ends) through the L trained rows at
-    `min(p / s, L - 1)`. As [`TableLinear`], without its corners: position interpolation of tables as in Zhu et al.,
+    `min(p / s, L - 1)`. Like [`TableLinear`] without its corners: position interpolation of tables as in Zhu et al.,
     *LongEmbed: Extending Embedding Models for Long Context Retrieval*, 2024.
     """
 
@@ -81,9 +81,9 @@ class TableCubic(TableMethod):
 @register
 @dataclass(frozen=True)
 class TableGroup(TableMethod):
-    """Each row of a learned table for several tokens in a row.
+    """Use each row of a learned table for several consecutive tokens.
 
-    Row p is the old row `floor(p / s)`; a factor that is not whole is rounded up, since groups are whole tokens.
+    Row p is the old row `floor(p / s)`; a fractional factor is rounded up, because groups are whole tokens.
     Grouped positions (GP): Zhu et al., *LongEmbed: Extending Embedding Models for Long Context Retrieval*, 2024.
     """
 
@@ -98,7 +98,7 @@ class TableGroup(TableMethod):
 @register
 @dataclass(frozen=True)
 class TableRepeat(TableMethod):
-    """A learned table over and over again: tokens L apart have the same position.
+    """Repeat a learned table: tokens L apart have the same position.
 
     Row p is the old row `p mod L`. Recurrent positions (RP): Zhu et al., *LongEmbed: Extending Embedding Models for
     Long Context Retrieval*, 2024.
@@ -115,10 +115,10 @@ class TableRepeat(TableMethod):
 @register
 @dataclass(frozen=True)
 class TableHierarchical(TableMethod):
-    """Two digits for each position: which stretch of L tokens, and where in it. The first L rows stay as they are.
+    """Write each position as two digits, the stretch of L tokens and the place in it. The first L rows are kept.
 
     `q_(iL+j) = alpha u_i + (1 - alpha) u_j` with `u_i = (e_i - alpha e_0) / (1 - alpha)`, up to `L ** 2` positions.
-    The rows past L are a start for fine-tuning, and little use before it. Su, *Hierarchical decomposition of
+    The rows past L are a starting point for fine-tuning, and of little use before it. Su, *Hierarchical decomposition of
     position embeddings*, 2020.
 
     Args:

@@ -15,13 +15,13 @@ from .base import Composition, Method, get_method, hyper_parameters
 def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
     """Return a method object from its name, or the object itself.
 
-    A name may have hyper-parameters in brackets, and several are composed by `+`: `"yarn"`, `"yarn+resonance"`,
+    A name may have hyper-parameters in brackets, and `+` composes several methods: `"yarn"`, `"yarn+resonance"`,
     `"rerope(window=384)"`, `"yarn(beta_fast=16, variant='paper')+log-n"`. Values are Python literals. Case does not
     count.
 
     Args:
         method (`str` or `Method`): a name, or an object.
-        hyper_parameters: of the method, where it is one name: `as_method("yarn", beta_fast=16)`.
+        hyper_parameters: of the method, if `method` is one name: `as_method("yarn", beta_fast=16)`.
 
     Raises:
         UnknownMethodError: no such name.
@@ -49,7 +49,7 @@ def as_method(method: str | Method, **hyper_parameters: Any) -> Method:
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """Return the pieces of a text between separators (one character) that stand in no bracket, stripped."""
+    """Split a text at a one-character separator outside of brackets, and strip the pieces."""
     pieces, depth = [""], 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")
@@ -61,7 +61,7 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
 
 
 def _from_text(text: str, more: Mapping[str, Any]) -> Method:
-    """Return a method from its name, the values in brackets behind it, and more hyper-parameters by name."""
+    """Return a method from its name, the values in brackets, and further hyper-parameters."""
     name, bracket, _ = text.partition("(")
     cls = get_method(name.strip())
     given = _literals(text, cls) if bracket else {}
@@ -78,7 +78,7 @@ def _from_text(text: str, more: Mapping[str, Any]) -> Method:
 
 
 def _literals(text: str, cls: type[Method]) -> dict[str, Any]:
-    """Return the parameters in brackets behind a name."""
+    """Parse the parameters in brackets after a name."""
     defaults = {entry.name: entry.default for entry in fields(cls) if entry.default is not None}
     example = next((f"{cls.name}({name}={value!r})" for name, value in defaults.items()), f"{cls.name}(factor=8)")
     try:

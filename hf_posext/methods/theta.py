@@ -15,10 +15,10 @@ from .frequencies import FrequencyMethod, from_tensor, powers
 @register
 @dataclass(frozen=True)
 class Theta(FrequencyMethod):
-    """Another base, usually with training afterwards.
+    """Change the base, usually with training afterwards.
 
-    `inv_freq_i = theta' ** (-2 i / d)`. Without `theta`, the base at which the pair that just made one turn within the
-    trained length makes one within the target: `theta' = theta ** (ln(target / 2 pi) / ln(trained / 2 pi))`, the
+    `inv_freq_i = theta' ** (-2 i / d)`. Without `theta`, the pair that completes exactly one rotation within the
+    trained length completes one within the target: `theta' = theta ** (ln(target / 2 pi) / ln(trained / 2 pi))`, the
     critical base of Liu et al., *Scaling Laws of RoPE-based Extrapolation* (arXiv 2310.05209). Adjusted base
     frequency: Xiong et al., *Effective Long-Context Scaling of Foundation Models*, 2023.
 

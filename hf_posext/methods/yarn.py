@@ -1,4 +1,4 @@
-"""YaRN, in the four variants that are in circulation."""
+"""YaRN, in the four variants that are in use."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ VARIANTS = ("code", "paper", "pose", "radix")
 @register
 @dataclass(frozen=True)
 class YaRN(FrequencyMethod):
-    """Fast pairs kept, slow pairs interpolated, a ramp between, and attention sharpened.
+    """Keep fast pairs, interpolate slow ones with a ramp between, and sharpen attention.
 
-    With `r_i = L / wavelength_i` the turns of pair i within the trained length, pairs above `beta_fast` turns keep
+    With `r_i = L / wavelength_i` the rotations of pair i within the trained length, pairs above `beta_fast` rotations keep
     their frequency and pairs below `beta_slow` are divided by `s`. Cosine and sine are multiplied by
     `0.1 ln s + 1`. Peng et al., *YaRN: Efficient Context Window Extension of Large Language Models*, 2023. Up to a
     factor of 2.3 apart in the middle band, four YaRNs are in use:
 
     - `code`: the ramp is linear in the pair's index. The authors' code, transformers, vLLM, every released checkpoint.
-    - `paper`: the ramp is linear in turns, `(r_i - beta_slow) / (beta_fast - beta_slow)` (eq. 18 to 20).
+    - `paper`: the ramp is linear in rotations, `(r_i - beta_slow) / (beta_fast - beta_slow)` (eq. 18 to 20).
     - `pose`: the ramp of the code, mixing wavelengths instead of frequencies (Zhu et al., PoSE, arXiv 2309.10400;
       jquesnelle/yarn issue 24).
     - `radix`: frequencies between the ends of the code's ramp are divided by `s ** e`, where e grows with the square
@@ -37,9 +37,9 @@ class YaRN(FrequencyMethod):
         variant (`str`, *optional*, defaults to `"code"`): `code`, `paper`, `pose` or `radix`.
         attention_factor (`float`, *optional*): instead of `0.1 ln s + 1`. A model that ships with `mscale` and
             `mscale_all_dim` (DeepSeek) keeps that rule unless a number is given.
-        beta_fast (`float`, *optional*, defaults to 32): turns above which a pair is kept.
-        beta_slow (`float`, *optional*, defaults to 1): turns below which a pair is interpolated.
-        truncate (`bool`, *optional*): round the ends of the ramp to whole pairs; as shipped, or `True`.
+        beta_fast (`float`, *optional*, defaults to 32): rotations above which a pair is kept.
+        beta_slow (`float`, *optional*, defaults to 1): rotations below which a pair is interpolated.
+        truncate (`bool`, *optional*): Round the ends of the ramp to whole pairs. By default as shipped, otherwise `True`.
     """
 
     name = "yarn"
@@ -96,7 +96,7 @@ class YaRN(FrequencyMethod):
         return from_tensor(rotary, mixed, attention_factor=temperature, rope_parameters=parameters)
 
     def ramp(self, rotary: Rotary, length: int, truncate: bool) -> torch.Tensor:
-        """0 where a pair is kept, 1 where it is interpolated; shape (pairs,)."""
+        """Return 0 for kept pairs and 1 for interpolated ones, of shape (pairs,)."""
         if self.variant == "paper":
             turns = length * powers(rotary.theta, rotary) / (2 * math.pi)
             return 1 - torch.clamp((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
@@ -104,7 +104,7 @@ class YaRN(FrequencyMethod):
         return torch.clamp((torch.arange(rotary.pairs, dtype=torch.float32) - low) / (high - low), 0, 1)
 
     def _ends(self, rotary: Rotary, length: int, truncate: bool) -> tuple[float, float]:
-        """Pairs at which the ramp of the code begins and ends."""
+        """Return the pairs at which the code's ramp begins and ends."""
         low, high = (
             rotary.dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
             for turns in (self.beta_fast, self.beta_slow)
@@ -115,14 +115,14 @@ class YaRN(FrequencyMethod):
         return low, high + 0.001 if low == high else high
 
     def _radix(self, rotary: Rotary, length: int, truncate: bool) -> torch.Tensor:
-        """The power of the factor by which each pair is divided; shape (pairs,)."""
+        """Return the exponent of the factor that divides each pair, of shape (pairs,)."""
         low, high = self._ends(rotary, length, truncate)
         above = torch.arange(rotary.pairs, dtype=torch.float64) - low
         power = above * (above + 1) / ((high - low) * (high - low + 1))
         return torch.where(above <= 0, 0.0, power).clamp(max=1).float()
 
     def _temperature(self, rotary: Rotary, factor: float) -> tuple[float, dict[str, float]]:
-        """The attention factor, and the shipped keys that scale the softmax besides."""
+        """Return the attention factor, and the shipped keys that scale the softmax as well."""
         mscale, all_dim = (rotary.shipped.get(key) for key in ("mscale", "mscale_all_dim"))
         if self.attention_factor is not None:
             return self.attention_factor, {}
@@ -133,5 +133,5 @@ class YaRN(FrequencyMethod):
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """`0.1 m ln s + 1`, and 1 where nothing is extended."""
+    """Return `0.1 m ln s + 1`, or 1 if nothing is extended."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
