@@ -22,9 +22,9 @@ class Decay(Method):
     `start * 2 ** k` to twice as far lose `strength * ln(2) * (k + 1/2)`, so that every kernel computes the same. That
     is at most `0.35 * strength` off. By default, nothing changes up to twice the trained length L. A query at position
     i beyond it has `n = i + 1 - window` far keys, and all of these lose `strength * ln(n / (2 L - window))` as well:
-    the count fade of [`Fade`], unless one stands before the decay. It does not apply to dual-chunk, whose far band begins at no
-    fixed distance. The shape is that of KERPLE's logarithmic bias (Chi et al., *KERPLE: Kernelized Relative Positional
-    Embedding for Length Extrapolation*, 2022), which is trained. See docs/fading.md.
+    the count fade of [`Fade`], unless one stands before the decay. It does not apply to dual-chunk, whose far band
+    begins at no fixed distance. The shape is that of KERPLE's logarithmic bias (Chi et al., *KERPLE: Kernelized
+    Relative Positional Embedding for Length Extrapolation*, 2022), which is trained. See docs/fading.md.
 
     Args:
         strength (`float`, *optional*, defaults to 1): Above 0.

@@ -29,8 +29,8 @@ class DPE(RemapMethod):
 
     The pairs are cut into equal parts, fastest first. In a part of scale g, query i and key j at distance `w` or more
     get positions `i // g + w - w // g` and `j // g`. Lu et al., *Effective Length Extrapolation via Dimension-Wise
-    Positional Embeddings Manipulation*, 2025. Scales are tuned to one model, and there is no default: name a table of the
-    authors, or pass your own. All pairs are scaled, as in the published default.
+    Positional Embeddings Manipulation*, 2025. Scales are tuned to one model, and there is no default: name a table of
+    the authors, or pass your own. All pairs are scaled, as in the published default.
 
     Args:
         table (`str`, *optional*): `llama-3` (8B, their page), `llama-3-config` (their code), `llama-3.1`, `mistral`

@@ -22,7 +22,8 @@ class JetLong(RemapMethod):
     on the shipped models this matches the best at 2 times the trained length and loses much at 4 and 8 times. With
     `offset=True`, the query gets `i // G + w - w // G` as in [`SelfExtend`], and `G = ceil((n - w) / (L - w))`. Keys
     are cached unrotated: a row that is decoded token by token past a multiple of L keeps, in deeper layers, hidden
-    states from smaller groups. NVIDIA, *Jet-Long*, 2026; its code takes the longest row of a batch for all of its rows.
+    states from smaller groups. NVIDIA, *Jet-Long*, 2026; its code takes the longest row of a batch for all of its
+    rows.
 
     `frequencies=True` is its other variant: pair p sees distance d as `w + (d - w) (1 - r_p (1 - 1 / s))`, with the
     ramp r of [`YaRN`] from 0 to 1 and `s = max(1, (n - w) / (L - w))`. All logits are multiplied by `0.1 ln s + 1`.

@@ -27,8 +27,8 @@ class LaMPE(RemapMethod):
     - 1` and `floor(j r)` with `r = M / (n - 1)` and `M = c / (1 + exp(-(a n + b)))`. All logits are multiplied by
     `(0.1 ln 2 + 1) ** 2`. Zhang et al., *LaMPE: Length-aware Multi-grained Positional Encoding for Adaptive
     Long-context Scaling Without Training*, 2025. Rows up to the trained length keep their positions. The published
-    code maps them as well, from `2 * head` tokens on. It also counts the last 200 of the n distances one by one. This is
-    left out here, because it concerns only the first tokens of a text as seen by the last ones.
+    code maps them as well, from `2 * head` tokens on. It also counts the last 200 of the n distances one by one. This
+    is left out here, because it concerns only the first tokens of a text as seen by the last ones.
 
     Args:
         curve (`str`, *optional*, defaults to `"llama-3"`): the model that a, b and c were fitted to: `llama-2`,

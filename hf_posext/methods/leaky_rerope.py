@@ -20,8 +20,8 @@ class LeakyReRoPE(RemapMethod):
 
     Args:
         window (`int`, *optional*): `w` in tokens. By default half the trained length.
-        stride (`float`, *optional*): `k`. By default the stride that puts the target's longest distance halfway between
-            the window and the trained length, because distances near its end are trained the least.
+        stride (`float`, *optional*): `k`. By default the stride that puts the target's longest distance halfway
+            between the window and the trained length, because distances near its end are trained the least.
     """
 
     name = "leaky-rerope"

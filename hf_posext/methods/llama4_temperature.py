@@ -17,7 +17,8 @@ class Llama4Temperature(Method):
     """Scale queries in steps with the logarithm of their position, as Llama 4. On top of any other method.
 
     Query p is multiplied by `1 + scale * ln(floor((p + 1) / step) + 1)`. Llama 4 uses a scale of 0.1 and a step of
-    8192, in its layers that do not rotate. Here it acts in those that do. A scale that grows with the input is from Nakanishi, *Scalable-Softmax Is Superior for Attention*, 2025.
+    8192, in its layers that do not rotate. Here it acts in those that do. A scale that grows with the input is from
+    Nakanishi, *Scalable-Softmax Is Superior for Attention*, 2025.
 
     Args:
         scale (`float`, *optional*, defaults to 0.1): above 0.

@@ -15,8 +15,8 @@ from .frequencies import FrequencyMethod, from_tensor, powers, require_pairs
 class NTK(FrequencyMethod):
     """Raise the base so that the slowest pair is interpolated and the fastest is kept.
 
-    `theta' = theta * s ** (d / (d - 2))`: pair 0 stays, the last pair rotates `s` times slower. Its effective length is
-    below `s` times the trained one (YaRN, section 3.1), so users often pass a larger factor. bloc97, *NTK-aware
+    `theta' = theta * s ** (d / (d - 2))`: pair 0 stays, the last pair rotates `s` times slower. Its effective length
+    is below `s` times the trained one (YaRN, section 3.1), so users often pass a larger factor. bloc97, *NTK-aware
     scaled RoPE*, 2023.
     """
 

@@ -22,11 +22,11 @@ class SelfExtend(RemapMethod):
     Tuning*, 2024.
 
     Args:
-        group (`int`, *optional*): `g`. By default the smallest power of two that puts the target's farthest position at
-            three quarters of the trained length or before, because positions near its end are trained the least. If
+        group (`int`, *optional*): `g`. By default the smallest power of two that puts the target's farthest position
+            at three quarters of the trained length or before, because positions near its end are trained the least. If
             the window is wider than that, all trained positions are used.
-        window (`int`, *optional*): `w` in tokens. By default half the trained length, rounded down to a multiple of the
-            group.
+        window (`int`, *optional*): `w` in tokens. By default half the trained length, rounded down to a multiple of
+            the group.
     """
 
     name = "self-extend"

@@ -20,8 +20,8 @@ class SelfLogistic(RemapMethod):
 
     Group g beyond the window has `floor(C / (1 + (C - 1) exp(-r g)))` tokens, at least 1 and at most C - 1, and
     distance `d >= w` becomes w plus the number of groups in `d - w` tokens. Here that curve is linear between the
-    distances at which the size of groups doubles, so that a few bands suffice. The published code counts groups from the
-    beginning of the text in prefill and from the query in decoding; the paper describes the latter. Dang et al.,
+    distances at which the size of groups doubles, so that a few bands suffice. The published code counts groups from
+    the beginning of the text in prefill and from the query in decoding; the paper describes the latter. Dang et al.,
     *SELF: Self-Extend the Context Length With Logistic Growth Function*, 2025.
 
     Args:
@@ -67,8 +67,8 @@ class SelfLogistic(RemapMethod):
 
     def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         window = window_of(self, plan, 1 / 4)
-        # A position is needed for each group. The list ends with the first position too many, because the target may be
-        # any number of tokens.
+        # A position is needed for each group. The list ends with the first position too many, because the target may
+        # be any number of tokens.
         room = plan.trained_length - window
         sizes = self.sizes(max(plan.target_length - window, 1), limit=room + 1)
         if len(sizes) > room:

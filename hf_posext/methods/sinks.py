@@ -16,8 +16,8 @@ class Sinks(RemapMethod):
     """Attend to the first few tokens and the latest ones. Streams without end, and does not extend the context.
 
     Pairs at distance `window` or more are masked, except for the first `sinks` keys. These have the positions of a
-    cache that contains nothing else: query i has `min(i, sinks + window - 1)` to them. Xiao et al., *Efficient Streaming
-    Language Models with Attention Sinks*, 2023. The authors: "the context window remains unchanged".
+    cache that contains nothing else: query i has `min(i, sinks + window - 1)` to them. Xiao et al., *Efficient
+    Streaming Language Models with Attention Sinks*, 2023. The authors: "the context window remains unchanged".
 
     Args:
         sinks (`int`, *optional*, defaults to 4): first tokens that are kept.

@@ -14,8 +14,8 @@ from .base import Method, register
 class SinusoidLinear(Method):
     """Give each token the sines of a position squeezed back into the trained range.
 
-    The sines are those of `p / s` instead of `p`. Position interpolation (Chen et al., *Extending Context Window of Large Language
-    Models via Positional Interpolation*, 2023) of the sinusoids of Vaswani et al., 2017.
+    The sines are those of `p / s` instead of `p`. Position interpolation (Chen et al., *Extending Context Window of
+    Large Language Models via Positional Interpolation*, 2023) of the sinusoids of Vaswani et al., 2017.
     """
 
     name = "sinusoid-linear"

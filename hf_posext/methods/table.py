@@ -118,8 +118,8 @@ class TableHierarchical(TableMethod):
     """Write each position as two digits, the stretch of L tokens and the place in it. The first L rows are kept.
 
     `q_(iL+j) = alpha u_i + (1 - alpha) u_j` with `u_i = (e_i - alpha e_0) / (1 - alpha)`, up to `L ** 2` positions.
-    The rows past L are a starting point for fine-tuning, and of little use before it. Su, *Hierarchical decomposition of
-    position embeddings*, 2020.
+    The rows past L are a starting point for fine-tuning, and of little use before it. Su, *Hierarchical decomposition
+    of position embeddings*, 2020.
 
     Args:
         alpha (`float`, *optional*, defaults to 0.4): weight of the stretch, above 0 and below 1, other than one half,

@@ -21,10 +21,10 @@ VARIANTS = ("code", "paper", "pose", "radix")
 class YaRN(FrequencyMethod):
     """Keep fast pairs, interpolate slow ones with a ramp between, and sharpen attention.
 
-    With `r_i = L / wavelength_i` the rotations of pair i within the trained length, pairs above `beta_fast` rotations keep
-    their frequency and pairs below `beta_slow` are divided by `s`. Cosine and sine are multiplied by
-    `0.1 ln s + 1`. Peng et al., *YaRN: Efficient Context Window Extension of Large Language Models*, 2023. Up to a
-    factor of 2.3 apart in the middle band, four YaRNs are in use:
+    With `r_i = L / wavelength_i` the rotations of pair i within the trained length, pairs above `beta_fast` rotations
+    keep their frequency and pairs below `beta_slow` are divided by `s`. Cosine and sine are multiplied by
+    `0.1 ln s + 1`. Peng et al., *YaRN: Efficient Context Window Extension of Large Language Models*, 2023. Four YaRNs,
+    up to a factor of 2.3 apart in the middle band, are in use:
 
     - `code`: the ramp is linear in the pair's index. The authors' code, transformers, vLLM, every released checkpoint.
     - `paper`: the ramp is linear in rotations, `(r_i - beta_slow) / (beta_fast - beta_slow)` (eq. 18 to 20).
@@ -39,7 +39,8 @@ class YaRN(FrequencyMethod):
             `mscale_all_dim` (DeepSeek) keeps that rule unless a number is given.
         beta_fast (`float`, *optional*, defaults to 32): rotations above which a pair is kept.
         beta_slow (`float`, *optional*, defaults to 1): rotations below which a pair is interpolated.
-        truncate (`bool`, *optional*): Round the ends of the ramp to whole pairs. By default as shipped, otherwise `True`.
+        truncate (`bool`, *optional*): Round the ends of the ramp to whole pairs. By default as shipped, otherwise
+            `True`.
     """
 
     name = "yarn"
