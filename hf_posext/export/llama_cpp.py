@@ -18,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError
+from ..packages import require
 from ..patching.detect import text_config
 from ..patching.untrusted import DIVISORS, open_gguf
 from ..plan import ExtensionPlan, RotaryPlan, TablePlan
@@ -205,6 +206,7 @@ def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str |
         CheckpointError: `source` is not a GGUF file, is one of several parts, or is of a model of another shape.
         FileExistsError: `path` exists.
     """
+    require("gguf")
     plan = plan if isinstance(plan, ExtensionPlan) else ExtensionPlan.load(plan)
     path = Path(path)
     if path.exists():
