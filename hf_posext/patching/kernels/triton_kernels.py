@@ -209,9 +209,8 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     tl.store(pieces + own[:, None] * COLUMNS + column[None, :], held / positive[:, None])
 
     tl.debug_barrier()
-    if (
-        tl.atomic_add(finished + tl.program_id(0), 1) == splits - 1
-    ):  # the last program of this key head merges all its pieces
+    # the last program of this key head merges all its pieces
+    if tl.atomic_add(finished + tl.program_id(0), 1) == splits - 1:
         tl.store(finished + tl.program_id(0), 0)
         for number in range(GROUP):
             top, total = -float("inf"), 0.0

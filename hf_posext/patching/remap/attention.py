@@ -1,7 +1,7 @@
 """Attention function of a patched model, which receives unrotated queries and keys, rotates them, and attends.
 
-Rotary modules return the identity (cosine 1, sine 0). A function in transformers' `AttentionInterface` then rotates
-each pair to the positions of the plan. No model's forward is copied. There are two exceptions:
+No model's forward is copied. Rotary modules return the identity (cosine 1, sine 0). A function in transformers'
+`AttentionInterface` then rotates each pair to the positions of the plan. The model still rotates in two cases:
 
 - In a decoding step with rotated keys in the cache, the model rotates for the nearest pairs, and the function applies
   only the remaining rotations (`rotated_keys.py`).
@@ -162,7 +162,7 @@ def _paged_attention(
 
 
 def _sees_farther(call: Call) -> bool:
-    """Return whether the caller's own mask of pairs lets a layer see behind its sliding window."""
+    """Return whether a 4D mask passed by the caller lets a layer attend beyond its sliding window."""
     window, mask = call.layer.window, call.mask
     if window is None or mask is None or not call.at.state.own_mask or torch.compiler.is_compiling():
         return False

@@ -117,9 +117,8 @@ class KeyRecord:
             return None
         self.contents = Contents.WRITING  # KNOWN or COUNTED -> WRITING
         layers: Any = cache.layers
-        slot: torch.Tensor = (
-            layers[0].cumulative_length.clone().reshape(())
-        )  # a copy, because layers increment theirs in place
+        # a copy, because layers increment theirs in place
+        slot: torch.Tensor = layers[0].cumulative_length.clone().reshape(())
         return slot
 
     def close_slot(self, newest: torch.Tensor) -> None:
@@ -237,7 +236,7 @@ class FollowedCache(Carried):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         _count_writes(self)
-        self._posext_keys.look(self)  # at the tensors of a copy
+        self._posext_keys.look(self)  # a copy holds other tensors than its original
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         self._posext_keys.update_allowed(self)
@@ -271,7 +270,7 @@ class FollowedCache(Carried):
 
 @contextmanager
 def _counting() -> Iterator[None]:
-    """Leave inference mode, whose tensors do not count how often they are written into."""
+    """Leave inference mode within the context, because its tensors do not count in-place changes."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         yield
     else:
@@ -280,7 +279,7 @@ def _counting() -> Iterator[None]:
 
 
 def _count_writes(cache: Any) -> None:
-    """Replace keys that were made under inference mode."""
+    """Replace keys that were created under inference mode by copies that count in-place changes."""
     with _counting():
         for layer in _layers(cache):
             if isinstance(keys := getattr(layer, "keys", None), torch.Tensor) and keys.is_inference():

@@ -186,9 +186,8 @@ class ForwardState:
         For a single token, the order of the cache still applies if the token's position follows. This is checked
         without waiting for the device.
         """
-        if (
-            torch.compiler.is_compiling()
-        ):  # a graph cannot read positions: attend to masked rectangles instead of stripes
+        # a graph cannot read positions: attend to masked rectangles instead of stripes
+        if torch.compiler.is_compiling():
             return False, False
         if single and self.past is not None and self.record is not None:
             order = self.record.order

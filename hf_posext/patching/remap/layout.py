@@ -60,9 +60,10 @@ class Probing:
 
 
 def _window(mask: torch.Tensor) -> int | None:
-    """Return the sliding window of a mask (tokens, tokens); `None` where it is of another form, or hides no token.
+    """Return the sliding window of a mask (tokens, tokens). `None` if the mask has another form or hides no token.
 
-    The mask counts, not what a layer asks its attention for: OLMoE asks for a window, and sees all tokens.
+    The window is read from the mask instead of the layer's arguments, because OLMoE passes a window to its attention
+    but attends to all tokens.
     """
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     window = int(seen[-1].sum())

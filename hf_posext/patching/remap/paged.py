@@ -1,8 +1,8 @@
 """Remapping under transformers' continuous batching: `model.generate_batch`, and the server of `transformers serve`.
 
-A step of continuous batching packs tokens of many requests into one row and keeps their keys in pages. The paged cache
-returns the keys of all requests one after the other, ordered by position and unrotated, as they came. Each request
-then attends alone, at its own positions, as in a forward of its own.
+A step of continuous batching packs tokens of many requests into one row and stores their keys in pages. The paged
+cache returns the unrotated keys of all requests, one request after the other, ordered by position. Each request then
+attends separately, at its own positions, like in a forward of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .remapping import Remapping
 
 
 class ServesBatches(Mixin):
-    """Mixed into the class of a remapped model: continuous batching keeps the attention of the patch."""
+    """Mixin for the class of a remapped model, with continuous batching that uses the attention of the patch."""
 
     _posext_remapping: Remapping
 
@@ -35,10 +35,10 @@ class ServesBatches(Mixin):
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         **kwargs: Any,
     ) -> ContinuousBatchingManager:
-        """Make a manager as the unpatched model does. `generate_batch` and `transformers serve` call this.
+        """Create a manager like the unpatched model does. `generate_batch` and `transformers serve` call this.
 
         Raises:
-            UnsupportedModelError: positions follow the length of a text, or transformers is too old.
+            UnsupportedModelError: positions depend on the length of a text, or transformers is too old.
         """
         method = self._posext_remapping.plan.method
         if self._posext_remapping.plan.follows_rows:
@@ -56,7 +56,7 @@ class ServesBatches(Mixin):
         default: Any = self.generation_config
         generation_config = generation_config or default
         if generation_config.eos_token_id is None:
-            generation_config.eos_token_id = -1  # as transformers: none
+            generation_config.eos_token_id = -1  # like transformers: no end-of-sequence token
         return _Manager(
             model=self,
             generation_config=generation_config,
@@ -66,7 +66,7 @@ class ServesBatches(Mixin):
 
 
 class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
-    """Keeps the attention of the patch, which is not in the closed list of names of the base class."""
+    """Manager that keeps the attention of the patch, which the base class would replace by one from a fixed list."""
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         pass
@@ -74,13 +74,14 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Request:
-    """A request in a step.
+    """Request in a step of continuous batching.
 
     Attributes:
-        queries (`slice`): its tokens in the row.
-        keys (`slice`): its keys in the row.
-        at (`Positions`, *optional*): of its tokens and keys; `None` in a layer that does not rotate.
-        mask (`torch.Tensor` of shape `(1, 1, tokens, keys)`, *optional*): `None` where the causal default is right.
+        queries (`slice`): tokens of the request in the row.
+        keys (`slice`): keys of the request in the row.
+        at (`Positions`, *optional*): positions of its tokens and keys. `None` in a layer that does not rotate.
+        mask (`torch.Tensor` of shape `(1, 1, tokens, keys)`, *optional*): attention mask. `None` if the causal default
+            is right.
     """
 
     queries: slice
@@ -96,10 +97,10 @@ def requests_of(
 
     Args:
         module (`nn.Module`): attention layer.
-        base (`str`): the attention of the unpatched model, `"sdpa"` or `"eager"`.
-        at (`Positions`, *optional*): of the whole row; `None` in a layer that does not rotate.
-        query (`torch.Tensor` of shape `(1, heads, tokens, dim)`): of the whole row.
-        kwargs (`dict[str, Any]`): arguments of the attention function, as the paged cache has left them.
+        base (`str`): attention implementation of the unpatched model, `"sdpa"` or `"eager"`.
+        at (`Positions`, *optional*): positions of the whole row. `None` in a layer that does not rotate.
+        query (`torch.Tensor` of shape `(1, heads, tokens, dim)`): queries of the whole row.
+        kwargs (`dict[str, Any]`): arguments of the attention function, after the paged cache has updated them.
 
     Raises:
         UnsupportedModelError: keys are missing from the pages of a layer without a sliding window.
@@ -110,21 +111,23 @@ def requests_of(
         queries, keys = slice(first, tokens_end[i + 1]), slice(start, keys_end[i + 1])
         tokens, count = queries.stop - first, keys.stop - start
         if not tokens:
-            continue  # pads the list of requests
-        alone = at
+            continue  # padding in the list of requests
+        positions_of_request = at
         if at is not None:
             positions = at.query_axes[..., queries]
             known = positions[..., :1] + torch.arange(tokens - count, tokens, device=positions.device)
             aligned = not known.flatten()[0]
             if not aligned and window is None:
                 raise UnsupportedModelError(not_paged(module, "does not use the sliding window of its config"))
-            alone = replace(at, query_axes=positions, key_axes=known, aligned=aligned, regular=True, memo={})
-        requests.append(Request(queries, keys, alone, _mask(base, query, tokens, count, window)))
+            positions_of_request = replace(
+                at, query_axes=positions, key_axes=known, aligned=aligned, regular=True, memo={}
+            )
+        requests.append(Request(queries, keys, positions_of_request, _mask(base, query, tokens, count, window)))
     return requests
 
 
 def not_paged(module: nn.Module, reason: str) -> str:
-    """Return why a layer is refused in continuous batching."""
+    """Return the error message for a layer that continuous batching does not support."""
     return f"{type(module).__name__} {reason}, so that continuous batching would be wrong. Call model.generate."
 
 

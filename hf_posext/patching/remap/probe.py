@@ -1,4 +1,4 @@
-"""Puts a remapping into a live model: finds how its attention rotates, and checks that nothing else has changed."""
+"""Installation of a remapping in a model, after measuring its rotation and checking that nothing else changes."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from .rotary import RotatesLate, follows_angles, own_phases
 CHECK_TOKENS = 24
 
 SELECTED = ("index_topk", "indexer_budget")
-"""Names in configs of the number of keys that an indexer selects. The check is no longer than that, since selection
+"""Config names for the number of keys that an indexer selects. The check has at most as many tokens, because selection
 follows the positions of the model."""
 
 FAR = 2**24
-"""A position behind every length at which frequencies change."""
+"""Position beyond every length at which frequencies change."""
 
 TWICE = PositionMap(rate=2)
 
 TWO_BANDS = Band(SAME, SAME, high=CHECK_TOKENS // 3), Band(SAME, SAME, low=CHECK_TOKENS // 3)
-"""Bands that leave all positions as they are: with them, attention over bands is that of the unpatched model."""
+"""Bands that leave all positions unchanged. Attention over them equals that of the unpatched model."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Subject:
     """Model that is probed for its rotation: a skeleton, or the model itself.
 
     Args:
-        root (`PreTrainedModel`): is called with token ids.
-        prefix (`str`): what the paths of the model have before those of the root.
-        backbone (`PreTrainedModel`): in the root, is handed the cache.
-        sites (`list[RotarySite]`): rotary modules of the root, under the names of the model's.
-        bare (`bool`): the root is a skeleton.
+        root (`PreTrainedModel`): model that is called with token ids.
+        prefix (`str`): prefix that turns a path in the root into a path in the model.
+        backbone (`PreTrainedModel`): model inside the root that receives the cache.
+        sites (`list[RotarySite]`): rotary modules of the root, with the names of the model's.
+        bare (`bool`): whether the root is a skeleton.
     """
 
     root: PreTrainedModel
@@ -74,16 +74,17 @@ class Subject:
 
 
 def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
-    """Make a model rotate in its attention, at the positions of the plan.
+    """Make a model rotate inside its attention, at the positions of the plan.
 
-    Before positions are remapped, the code of the model must give the same states as with its own rotation, through
-    the branch of attention that users then run. A model that does not is refused.
+    As a check, the model first runs without remapped positions, through the attention branch that users will run. It
+    must return the same states as with its own rotation.
 
     Returns:
-        `str`: why a saved checkpoint needs this package.
+        `str`: reason why a saved checkpoint needs this package.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot be reached or does not rotate as RoPE; says which.
+        UnsupportedModelError: the model fails the check, its attention cannot be reached, or it does not rotate like
+            RoPE. The message contains the reason.
         NoEffectError: the plan changes no pair of tokens that a layer sees.
     """
     kind = plan.scheme.model_type
@@ -122,10 +123,10 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
     unmapped = Remapping(replace(plan, edits=()), base, delta=indexed)
     if plan.bands and any(getattr(one, "is_causal", True) is False for one in (config, backbone.config)):
         raise UnsupportedModelError(both_sides(Remapping(plan, base), kind, "is_causal=False in its config"))
-    following = next((site for site in sites if plan.bands and _follows_length(site)), None)
-    if following is not None:
+    dynamic = next((site for site in sites if plan.bands and _follows_length(site)), None)
+    if dynamic is not None:
         raise UnsupportedModelError(
-            f"{following.path} of {kind} changes its frequencies with the length of the input, and {plan.method} asks "
+            f"{dynamic.path} of {kind} changes its frequencies with the length of the input, and {plan.method} asks "
             f"for positions that do not grow with it. Pass a method that fixes the frequencies first, as in "
             f"'yarn+{plan.method}'."
         )
@@ -142,14 +143,14 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
 
 
 def _follows_length(site: RotarySite) -> bool:
-    """Return whether phases of a position depend on the others in a call (two LongRoPE lists, dynamic NTK)."""
+    """Return whether phases depend on the other positions in a call (two LongRoPE lists, dynamic NTK)."""
     twin = replace(site, module=copy.deepcopy(site.module))
     near, far = (own_phases(twin, torch.tensor([[1, last]]), torch.zeros(1)) for last in (2, FAR))
     return any(not torch.equal(one[..., :1, :], other[..., :1, :]) for one, other in zip(near, far, strict=True))
 
 
 def _subject(model: PreTrainedModel, backbone: PreTrainedModel, prefix: str, sites: list[RotarySite]) -> Subject:
-    """A skeleton of the backbone; the model itself where there is none."""
+    """Return a skeleton of the backbone as the subject, or the model itself if no skeleton can be built."""
     takes_ids = "input_ids" in inspect.signature(backbone.forward).parameters
     inside = all(site.path.startswith(prefix) for site in sites)
     skeleton = skeleton_of(backbone) if takes_ids and inside else None
@@ -162,7 +163,7 @@ def _subject(model: PreTrainedModel, backbone: PreTrainedModel, prefix: str, sit
 def _studied(
     subject: Subject, model: PreTrainedModel, plan: ExtensionPlan, unmapped: Remapping, kind: str
 ) -> Remapping:
-    """Return the remapping of a model, with layouts that were measured and checked on the subject.
+    """Return the remapping of a model, with layouts that are measured and checked on the subject.
 
     Raises:
         UnsupportedModelError: see [`apply_late_rotation`].
@@ -186,32 +187,36 @@ def _studied(
             free = [path for path in layers if not getattr(modules[path], "is_causal", True)]
             if free:
                 raise UnsupportedModelError(both_sides(Remapping(plan, unmapped.base), kind, free[0]))
+        # reference: outputs of the subject with its own rotation
         strides = (1, 2) if delta else (1,)
-        wanted = torch.cat([_states(root, ids, stride) for stride in strides])
+        expected = torch.cat([_states(root, ids, stride) for stride in strides])
         log = UndoLog()
         try:
             bones = {subject.prefix + path: module for path, module in root.named_modules()}
-            read = (arguments_read(base_function(unmapped.base, bones[path])) for path in layers)
-            refused = frozenset().union(*read) - HONOURED
+            arguments = (arguments_read(base_function(unmapped.base, bones[path])) for path in layers)
+            refused = frozenset().union(*arguments) - HONOURED
+            # the same with late rotation: without bands, then over two bands that leave positions unchanged
             _install(subject, unmapped, log)
             _hook(subject, unmapped, log)
-            got = [_states(root, ids)]
+            outputs = [_states(root, ids)]
             if plan.bands:
-                got.append(_staged(subject, replace(unmapped, plan=replace(unmapped.plan, edits=TWO_BANDS)), ids))
-            if delta:  # so far nothing was rotated there: the model must also give what it gives at doubled positions
+                outputs.append(_staged(subject, replace(unmapped, plan=replace(unmapped.plan, edits=TWO_BANDS)), ids))
+            if delta:  # attention has rotated by nothing so far: also compare with doubled positions
                 doubled = replace(unmapped.plan, edits=(Band(TWICE, TWICE),))
-                got.append(_staged(subject, replace(unmapped, plan=doubled), ids))
-            tolerance = _tolerance(wanted)
-            rows = [wanted[:1]] * (len(got) - len(strides) + 1) + [wanted[1:]] * (len(strides) - 1)
-            difference = max((one - row).float().abs().max() for one, row in zip(got, rows, strict=True))
+                outputs.append(_staged(subject, replace(unmapped, plan=doubled), ids))
+            tolerance = _tolerance(expected)
+            rows = [expected[:1]] * (len(outputs) - len(strides) + 1) + [expected[1:]] * (len(strides) - 1)
+            difference = max((one - row).float().abs().max() for one, row in zip(outputs, rows, strict=True))
             if not difference <= tolerance:
                 raise UnsupportedModelError(
                     f"{kind} gives other outputs when its attention rotates late (by {difference:.1e}, "
                     f"{tolerance:.1e} allowed): it uses rotated states elsewhere; {plan.method} cannot be applied, a "
                     "frequency method such as yarn can"
                 )
-            kept = replace(unmapped, plan=plan, rotates_cached_keys=True, refused=refused)
-            return kept if _keeps_rotated(subject, kept, ids[:, :7]) else replace(kept, rotates_cached_keys=False)
+            result = replace(unmapped, plan=plan, rotates_cached_keys=True, refused=refused)
+            return (
+                result if _keeps_rotated(subject, result, ids[:, :7]) else replace(result, rotates_cached_keys=False)
+            )
         except EvaluationError as error:
             raise UnsupportedModelError(
                 f"{kind} hands its attention other keys than those of its tokens: it uses rotated states elsewhere; "
@@ -224,7 +229,8 @@ def _studied(
 def _states(root: PreTrainedModel, ids: torch.Tensor, stride: int = 1, **kwargs: Any) -> torch.Tensor:
     """Return the first output of a model for tokens at positions 0, stride, ...
 
-    Positions with gaps need a mask, or are taken for a pack."""
+    Positions with gaps need a mask, because transformers otherwise takes them for packed documents.
+    """
     gaps = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None] * stride}
     gaps["attention_mask"] = torch.ones_like(ids)
     with torch.no_grad():
@@ -243,8 +249,11 @@ def _stage(subject: Subject, remapping: Remapping) -> None:
 
 
 def _keeps_rotated(subject: Subject, remapping: Remapping, ids: torch.Tensor) -> bool:
-    """Return whether cached keys may stay rotated: the plan rotates one at a time, rotations can be undone, and
-    decoding shows that nothing else in the model reads them (layers that share their keys would)."""
+    """Return whether cached keys may stay rotated.
+
+    The plan must rotate at most one cached key per step, and rotations must be invertible. A trial of decoding must
+    show that nothing else in the model reads the cached keys, like layers that share their keys would.
+    """
     edge = remapping.bands.edge
     if remapping.plan.follows_rows or remapping.delta or edge is None:
         return False
@@ -252,27 +261,30 @@ def _keeps_rotated(subject: Subject, remapping: Remapping, ids: torch.Tensor) ->
         return False
     if cache_argument(subject.root.forward) is None:
         return False
-    wanted = _staged(subject, replace(remapping, rotates_cached_keys=False), ids)[:, -1]
+    expected = _staged(subject, replace(remapping, rotates_cached_keys=False), ids)[:, -1]
     _stage(subject, remapping)
     cache, first = None, 0
     for last in (ids.shape[1] - 3, *range(ids.shape[1] - 2, ids.shape[1] + 1)):
         with torch.no_grad():
-            given = with_cache(subject.root.forward, cache)
-            out = subject.root(input_ids=ids[:, first:last], use_cache=True, **given)
+            cache_kwargs = with_cache(subject.root.forward, cache)
+            out = subject.root(input_ids=ids[:, first:last], use_cache=True, **cache_kwargs)
         cache, first = cache_of(out), last
         if cache is None:
             return False
-    difference = (out[0][:, -1] - wanted).float().abs().max()
-    return bool(difference <= _tolerance(wanted))
+    difference = (out[0][:, -1] - expected).float().abs().max()
+    return bool(difference <= _tolerance(expected))
 
 
 def _tolerance(wanted: torch.Tensor) -> torch.Tensor:
-    """For float32 sums in another order; half precision rounds each rotated state once."""
+    """Return the tolerance of outputs.
+
+    In float32, sums change their order. Half precision rounds each rotated state once.
+    """
     return (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 5e-2) * wanted.float().abs().max()
 
 
 def _install(subject: Subject, remapping: Remapping | Probing, log: UndoLog) -> None:
-    """Rotary modules that leave the rotation to attention, and our attention function."""
+    """Install rotary modules that leave the rotation to attention, and the attention function."""
     root = subject.root
     for site in subject.sites:
         module = site.module
@@ -280,9 +292,9 @@ def _install(subject: Subject, remapping: Remapping | Probing, log: UndoLog) -> 
         log.set(module, "_posext_sets", sets)
         if not isinstance(module, RotatesLate):
             log.set(module, "__class__", mix(RotatesLate, type(module)))
-            if "_old_forward" in vars(module):  # with a device_map, accelerate calls the method that it found
+            if "_old_forward" in vars(module):  # with a device_map, accelerate calls this stored method
                 log.set(module, "_old_forward", type(module).forward.__get__(module))
-    # Every module holds the lease: somebody may keep a part of the model alone, and its config names our attention.
+    # Every module holds the lease, because users may keep a part of the model, whose config names this attention.
     lease = Lease()
     for module in root.modules():
         log.set(module, "_posext_lease", lease)
@@ -293,7 +305,7 @@ def _install(subject: Subject, remapping: Remapping | Probing, log: UndoLog) -> 
 
 
 def _marks(subject: Subject, remapping: Remapping | Probing) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield what the modules of a subject hold while a remapping is in force: module, attribute and value."""
+    """Yield the attributes that modules of a subject have under a remapping: module, name, and value."""
     for path, module in subject.root.named_modules():
         path = subject.prefix + path
         yield module, "_posext_remapping", remapping
@@ -313,7 +325,7 @@ def _end(lease: Lease) -> None:
 
 
 def _hook(subject: Subject, remapping: Remapping, log: UndoLog) -> None:
-    """Hooks that make a state for each forward of the backbone, and find positions that came with phases."""
+    """Register hooks that create a state for each forward of the backbone, and read positions carried by phases."""
     backbone: Any = subject.backbone
     log.set(backbone, "_posext_arguments", tuple(inspect.signature(backbone.forward).parameters))
     log.set(backbone, "_posext_text_config", text_config(backbone.config))
@@ -329,8 +341,10 @@ def _hook(subject: Subject, remapping: Remapping, log: UndoLog) -> None:
 
 
 def _backbone(model: PreTrainedModel, site: RotarySite) -> tuple[PreTrainedModel, str]:
-    """The innermost transformers model that holds the rotary module, which is handed the cache; and the beginning of
-    the paths of its modules."""
+    """Return the innermost transformers model that contains the rotary module, and the path prefix of its modules.
+
+    This model receives the cache.
+    """
     holders: Iterable[tuple[str, nn.Module]] = (
         (path, module)
         for path, module in model.named_modules()
@@ -345,7 +359,11 @@ def _backbone(model: PreTrainedModel, site: RotarySite) -> tuple[PreTrainedModel
 def _layouts(
     subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: str
 ) -> tuple[dict[str, LayerLayout], dict[str, int | None]]:
-    """Measure every layer's layout, and refuse a model that does not show one. Return the sliding windows, too."""
+    """Return the measured layout and the sliding window of every layer.
+
+    Raises:
+        UnsupportedModelError: attention cannot be reached, no layer rotates, or a layer has no layout.
+    """
     sites: dict[str, RotarySite] = {}
     for site in subject.sites:
         sites.setdefault(site.name, site)
@@ -371,7 +389,7 @@ def _layouts(
         return probe(quarters, ids[:, :5]).captured
 
     def groups(site: RotarySite) -> torch.Tensor:
-        """Slots whose phases agree at some odd positions belong to one pair."""
+        """Return the pair of each slot. Slots with equal phases at a few odd positions belong to one pair."""
         positions = torch.tensor([[1, 7, 31, 101, 997, 4001]], device=ids.device)
         cos, sin = own_phases(site, positions, torch.zeros(1, device=ids.device))
         signature = torch.cat([cos.flatten(0, -2), sin.flatten(0, -2)]).T.double()
@@ -382,7 +400,7 @@ def _layouts(
     try:
         layers = measure(forward, pairs)
         weighted = [path for path, layout in layers.items() if not layout.is_plain()]
-        if weighted and subject.bare:  # a norm behind the rotation: its weights count, so they are the model's
+        if weighted and subject.bare:  # a norm after the rotation: measure again with the model's weights
             bones = [path[len(subject.prefix) :] for path in weighted]
             if not copy_norms(subject.root, backbone, bones):  # type: ignore[arg-type]
                 raise UnknownLayout(f"{weighted[0]} weighs its channels behind the rotation by weights out of reach")
@@ -394,6 +412,6 @@ def _layouts(
     if not layers:
         raise UnsupportedModelError(f"{kind} has no attention layer that rotates; there is nothing to remap")
     seen = probe({name: torch.zeros(1, len(slots)) for name, slots in pairs.items()}, ids).windows
-    full = getattr(backbone.config, "sliding_window", None)  # a skeleton has a smaller one
+    full = getattr(backbone.config, "sliding_window", None)  # the skeleton's window is smaller
     windows = {path: full if subject.bare and seen[path] == WINDOW else seen[path] for path in layers}
     return layers, windows

@@ -1,4 +1,4 @@
-"""Remapping of a patched model: frozen objects that all its forwards share."""
+"""Remapping of a patched model, in frozen objects that all its forwards share."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from .layout import LayerLayout
 
 
 class Bands:
-    """The bands of a plan, and what follows from them alone.
+    """Bands of a plan, and values that follow from them alone.
 
     Args:
-        bands (`tuple[Band, ...]`): disjoint.
+        bands (`tuple[Band, ...]`): disjoint bands.
 
     Attributes:
-        query_maps (`tuple[PositionMap, ...]`): each map of queries once.
-        query_choice (`tuple[int, ...]`): for each band, which of them.
-        key_maps (`tuple[PositionMap, ...]`): each map of keys once.
-        key_choice (`tuple[int, ...]`): for each band, which of them.
-        edge (`int`, *optional*): the distance at which a key is rotated anew; 0 without one, `None` with several.
-        nearest (`PositionMap`): of a key at the newest token.
-        stays (`int`, *optional*): which map of queries is `nearest`.
-        onward (`tuple[PositionMap, ...]`): the other maps of queries.
-        chunked (`bool`): some of them are made of chunks.
-        slide (`bool`): all of them are windows that move with each query.
+        query_maps (`tuple[PositionMap, ...]`): distinct maps of queries.
+        query_choice (`tuple[int, ...]`): for each band, the index of its map in `query_maps`.
+        key_maps (`tuple[PositionMap, ...]`): distinct maps of keys.
+        key_choice (`tuple[int, ...]`): for each band, the index of its map in `key_maps`.
+        edge (`int`, *optional*): window edge, the distance at which a key is rotated again. 0 if no key is rotated
+            again. `None` if keys cannot stay rotated: with several edges, chunks, bands limited by `keys_below`, or
+            maps by rotary pair.
+        nearest (`PositionMap`): map of a key at the newest token.
+        stays (`int`, *optional*): index of `nearest` in `query_maps`. `None` if queries do not use it.
+        onward (`tuple[PositionMap, ...]`): other maps of queries.
+        chunked (`bool`): whether some bands consist of chunks.
+        slide (`bool`): whether all bands are windows that move with each query.
     """
 
     def __init__(self, bands: tuple[Band, ...]) -> None:
@@ -44,7 +46,7 @@ class Bands:
         self.slide = not self.chunked and all(band.keys_below is None for band in bands)
 
     def _key_map(self, distance: int) -> PositionMap:
-        """Return how a key at a distance from the newest token is mapped, where bands slide or map keys alike."""
+        """Return the map of a key at a distance from the newest token, for bands that slide or share a key map."""
         inside = (band for band in self.bands if band.low <= distance and (band.high is None or distance < band.high))
         return next(inside, self.bands[0]).key if self.bands else SAME
 
@@ -59,9 +61,9 @@ class Bands:
         return edges.pop() if len(edges) == 1 else None
 
     def sees_one(self, window: int | None) -> bool:
-        """Return whether a layer sees all pairs at the positions of the model.
+        """Return whether a layer with a sliding window sees all pairs at the positions of the model.
 
-        There are no bands, or its sliding window holds only pairs of a band that leaves positions as they are.
+        It does without bands, or if the window contains only pairs of a band that leaves positions unchanged.
         """
         if not self.bands:
             return True
@@ -70,55 +72,58 @@ class Bands:
         return window is not None and unmoved and (near.high is None or window <= near.high)
 
     def rotated_positions(self, newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Return what keys at positions (rows, keys) are rotated to for a query at `newest` (rows, 1)."""
+        """Return the positions to which keys (rows, keys) are rotated for a query at `newest` (rows, 1)."""
         wanted = mapped(keys, self.bands[0].key) if self.bands else keys
         for band in self.bands[1:] if len(self.key_maps) > 1 else ():
             wanted = torch.where(belongs(band, newest, keys)[:, 0], mapped(keys, band.key), wanted)
         return wanted
 
     def step_positions(self, newest: torch.Tensor) -> torch.Tensor:
-        """Return all positions of which a step of decoding asks its rotary module, in one call.
+        """Return all positions that a decoding step requests from its rotary module, in one call.
 
-        The query is rotated on for each other band, and a key as it leaves the window. Not by phases at the distance
-        between: a module rounds angles to float32, so that these would be another rotation at far positions.
+        The query is rotated further for each other band, and a key when it leaves the window. These rotations are
+        computed from the phases of both positions. The phases of their difference would be another rotation at far
+        positions, because a module rounds angles to float32.
 
         Args:
             newest (`torch.Tensor` of shape `(batch or 1, 1)`): position of the token.
 
         Returns:
-            `torch.Tensor` of shape `(batch or 1, 1 + 2 * rotations)`: the nearest, which is for the model; then from
-            where each rotation goes; then to where.
+            `torch.Tensor` of shape `(batch or 1, 1 + 2 * rotations)`: the position for the model's own rotation, then
+            the position from which each further rotation starts, then the position at which it ends.
         """
         nearest, *others = (mapped(newest, rule) for rule in (self.nearest, *self.onward))
         within, behind = self.crossing(newest)
         return torch.cat([nearest, *[nearest] * len(others), *within, *others, *behind], -1)
 
     def crossing(self, newest: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the positions of the key that the token at `newest` pushes out of the window, within it and behind;
-        none where no key is rotated anew."""
+        """Return the positions, inside and outside of the window, of the key that the token at `newest` pushes out.
+
+        Both lists are empty if no key is rotated again.
+        """
         if not self.edge:
             return [], []
-        there = (newest - self.edge).clamp(min=0)
-        within, behind = (mapped(there, self._key_map(self.edge - near)) for near in (1, 0))
+        leaving_position = (newest - self.edge).clamp(min=0)
+        within, behind = (mapped(leaving_position, self._key_map(self.edge - near)) for near in (1, 0))
         return [within], [behind]
 
     def leaving(self, count: int) -> int | None:
-        """Return the index of the key, of some, that the newest pushes out of the window; `None` without one."""
+        """Return the index, among `count` keys, of the key that the newest one pushes out of the window, or `None`."""
         return count - 1 - self.edge if self.edge and count > self.edge else None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention layer that rotates, as the attention function finds it on the module: decided when patched.
+    """Attention layer that rotates. Created when a model is patched, and stored on the layer's module.
 
     Args:
-        remapping (`Remapping`): of the model.
-        layout (`LayerLayout`): how it rotates, on the CPU.
-        window (`int`, *optional*): how many tokens back its masks let it see; `None` without a bound.
-        near (`bool`): within it, all pairs are at the positions of the model; otherwise there are several bands.
-        scale (`QueryScale`, *optional*): of its queries.
-        base (`Callable`): the attention function of the unpatched module.
-        index (`int`, *optional*): its layer of the cache.
+        remapping (`Remapping`): remapping of the model.
+        layout (`LayerLayout`): layouts of the layer's queries and keys, on the CPU.
+        window (`int`, *optional*): number of tokens that the layer's masks let it see back. `None` without a limit.
+        near (`bool`): whether all pairs within the window are at the positions of the model.
+        scale (`QueryScale`, *optional*): scale of the layer's queries.
+        base (`Callable`): attention function of the unpatched module.
+        index (`int`, *optional*): index of the layer in the cache.
     """
 
     remapping: Remapping
@@ -131,7 +136,7 @@ class Layer:
     _copies: dict[torch.device, LayerLayout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def layout_on(self, device: torch.device) -> LayerLayout:
-        """Return how the layer rotates, on a device."""
+        """Return the layer's layout on a device. A copy is kept for each device."""
         layout = self._copies.get(device)
         if layout is None:
             layout = self._copies[device] = self.layout.to(device)
@@ -140,25 +145,26 @@ class Layer:
 
 @dataclass(frozen=True)
 class Remapping:
-    """Positions in force on a patched model.
+    """Remapping of positions in a patched model.
 
-    Nothing in it belongs to a forward, a device or a thread. Copies and pickles of the model have their own.
+    It contains no state of a forward, a device, or a thread. Copies and pickles of the model have their own.
 
     Args:
-        plan (`ExtensionPlan`): the plan.
-        base (`str`): the attention of the unpatched model, `"sdpa"` or `"eager"`.
-        layers (`dict[str, LayerLayout]`): for each attention layer that rotates, by its path, how.
-        windows (`dict[str, int | None]`): their sliding windows, as [`Layer`] has them.
-        delta (`bool`): the model rotates by its own positions, and attention adds the difference. So it is where an
+        plan (`ExtensionPlan`): plan that is applied.
+        base (`str`): attention implementation of the unpatched model, `"sdpa"` or `"eager"`.
+        layers (`dict[str, LayerLayout]`): layout of each attention layer that rotates, by path.
+        windows (`dict[str, int | None]`): sliding window of each of these layers, as in [`Layer`].
+        delta (`bool`): whether the model rotates by its own positions and attention adds the difference. Used if an
             indexer reads rotated states (DeepSeek's sparse attention).
-        rotates_cached_keys (`bool`): keys may stay rotated in the cache: the plan rotates one key anew at a step at
-            most, rotations can be undone, and nothing else in the model reads the cached keys.
-        refused (`frozenset[str]`): arguments that the unpatched attention reads, and attention over bands does not
-            honour.
+        rotates_cached_keys (`bool`): whether keys may stay rotated in the cache. The plan must rotate at most one
+            cached key per step, rotations must be invertible, and nothing else in the model may read the cached keys.
+        refused (`frozenset[str]`): arguments that the unpatched attention reads and attention over bands does not
+            support.
 
     Attributes:
-        bands (`Bands`): of the plan. Empty where queries are scaled or frequencies follow the length only.
-        growths (`dict[str, Growth]`): by set of frequencies, how they follow the length of a document.
+        bands (`Bands`): bands of the plan. Empty for a plan that only scales queries or only makes frequencies follow
+            the length.
+        growths (`dict[str, Growth]`): growth of the frequencies with the length of a document, by set of frequencies.
     """
 
     plan: ExtensionPlan
@@ -183,7 +189,7 @@ class Remapping:
     def growth(self, name: str, device: torch.device) -> torch.Tensor:
         """Return `moving`, `power` and `kept` of [`Growth`] as float32 (3, slots) on a device.
 
-        One copy is made for each device. To get it there in every forward, the host would wait.
+        A copy is kept for each device, because the host would have to wait for a transfer in every forward.
         """
         known = self._copies.get((name, device))
         if known is None:
@@ -194,4 +200,4 @@ class Remapping:
 def _distinct(maps: Iterable[PositionMap]) -> tuple[tuple[PositionMap, ...], tuple[int, ...]]:
     maps = tuple(maps)
     distinct = tuple(dict.fromkeys(maps))
-    return distinct, tuple(distinct.index(one) for one in maps)
+    return distinct, tuple(distinct.index(rule) for rule in maps)

@@ -1,4 +1,4 @@
-"""Rotary modules of a patched model: they note the positions, and leave the rotation to the attention."""
+"""Rotary modules of a patched model, which store positions and leave the rotation to the attention function."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ VIEWS = frozenset(
         torch.Tensor.to,
     )
 )
-"""Of all that models do to phases before they apply them, what leaves ones ones and zeros zeros."""
+"""Operations that models apply to phases and that keep ones and zeros unchanged."""
 
 MANY = 1024
-"""Tokens from which it is worth it: in Python, this takes a layer a tenth of a millisecond."""
+"""Number of tokens from which [`Unrotated`] pays off. Its Python code takes a tenth of a millisecond per layer."""
 
 
 class RotatesLate(Mixin):
-    """Mixed into the class of a rotary module: notes the positions, and returns the identity.
+    """Mixin for the class of a rotary module that stores the positions and returns the identity.
 
-    Where the cached keys are rotated, it returns the phases of a step's nearest pairs."""
+    In a decoding step with rotated keys in the cache, it returns the phases of the nearest pairs instead.
+    """
 
     _posext_remapping: Remapping | Probing
     _posext_sets: dict[str, str]
-    """The set of frequencies that each layer type asks for."""
+    """Name of the set of frequencies, by layer type."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         remapping = self._posext_remapping
@@ -45,12 +46,12 @@ class RotatesLate(Mixin):
         extra = {} if layer_type is None else {"layer_type": layer_type}
         if isinstance(remapping, Probing):
             return _identity(super().forward(x, position_ids, **extra), remapping.quarters[name])
-        # outside of a forward (other code calls the layers) the positions are all that is known
+        # outside of a forward (other code calls the layers directly), only the positions are known
         state = current_state(remapping)
         at = (state or ForwardState(remapping)).note(
             RotarySite("", self, name, layer_type or ""), position_ids, x.shape[-2]
         )
-        if at.rotated:
+        if at.rotated:  # all phases of the step in one call; the model gets the first ones
             out = super().forward(x, on_axes(remapping.bands.step_positions(at.queries), at.axes), **extra)
             at.memo["asked"] = _parts(out)
             out = out[:, :1] if isinstance(out, torch.Tensor) else type(out)((out[0][:, :1], out[1][:, :1]))
@@ -63,12 +64,12 @@ class RotatesLate(Mixin):
 
 
 def phases_at(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine (batch, tokens, slots) at positions, as the rotary module of a forward gives them.
+    """Return cosine and sine (batch, tokens, slots) at positions, computed by the rotary module of a forward.
 
     Args:
-        at (`Positions`): of the forward.
-        wanted (`torch.Tensor` of shape `(batch or 1, tokens)` or `(axes, batch or 1, tokens)`): positions.
-        like (`torch.Tensor`): its dtype and device are taken.
+        at (`Positions`): positions of the forward.
+        wanted (`torch.Tensor` of shape `(batch or 1, tokens)` or `(axes, batch or 1, tokens)`): requested positions.
+        like (`torch.Tensor`): tensor whose dtype and device the phases get.
     """
     remapping, wanted = at.state.remapping, on_axes(wanted, at.axes)
     if at.name not in remapping.growths:
@@ -79,7 +80,7 @@ def phases_at(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[
     wanted, scales = wanted.expand(*wanted.shape[:-2], *shape), scales.to(wanted.device).expand(shape)
     device, temperature = _frequencies(at.site).device, remapping.growths[at.name].temperature
     numbers = remapping.growth(at.name, device)
-    # each token has its own frequencies, and neither the host nor a graph needs to know which
+    # each token has its own frequencies, which neither the host nor a graph has to know
     grown = torch.vmap(
         lambda position, scale: _grown_phases(at.site, numbers, temperature, position[..., None, None], scale, like),
         (-1, 0),
@@ -89,38 +90,40 @@ def phases_at(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[
 
 
 def pair_phases(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine (batch, tokens, slots) where each slot of frequencies has positions of its own.
+    """Return cosine and sine (batch, tokens, slots) with separate positions for each frequency slot.
 
-    A twin of the rotary module for each token has the angles for frequencies, and is asked for position 1.
+    For each token, a twin of the rotary module, with the token's angles as frequencies, is called for position 1.
 
     Args:
-        at (`Positions`): of the forward.
-        wanted (`torch.Tensor` of shape `(batch or 1, tokens, slots of frequencies)`): positions.
-        like (`torch.Tensor`): its dtype and device are taken.
+        at (`Positions`): positions of the forward.
+        wanted (`torch.Tensor` of shape `(batch or 1, tokens, slots of frequencies)`): requested positions.
+        like (`torch.Tensor`): tensor whose dtype and device the phases get.
     """
     frequencies = _frequencies(at.site)
     angles = wanted.to(frequencies.device) * frequencies
     first = on_axes(torch.ones(1, 1, dtype=torch.long, device=frequencies.device), at.axes)
-    ask = torch.vmap(lambda angle: own_phases(_twin(at.site, angle), first, like))
-    cos, sin = ask(angles.flatten(0, 1))
+    phases_of = torch.vmap(lambda angle: own_phases(_twin(at.site, angle), first, like))
+    cos, sin = phases_of(angles.flatten(0, 1))
     return cos.view(*wanted.shape[:2], -1), sin.view(*wanted.shape[:2], -1)
 
 
 def follows_angles(site: RotarySite, length: int) -> bool:
-    """Return whether a rotary module gives the phases of an angle, whatever position it comes from. One that computes
-    its frequencies anew in each call (phimoe) does not."""
+    """Return whether the phases of a rotary module depend on angles only, that is, on position times frequency.
+
+    Those of a module that computes its frequencies in each call (phimoe) do not.
+    """
     frequencies = _frequencies(site)
     last = torch.full((1, 1), length - 1, device=frequencies.device)
-    wanted = own_phases(site, last, frequencies)
-    found = own_phases(_twin(site, (length - 1) * frequencies), torch.ones_like(last), frequencies)
-    return all(torch.allclose(*sides, atol=1e-5, rtol=0) for sides in zip(wanted, found, strict=True))
+    direct = own_phases(site, last, frequencies)
+    scaled = own_phases(_twin(site, (length - 1) * frequencies), torch.ones_like(last), frequencies)
+    return all(torch.allclose(*sides, atol=1e-5, rtol=0) for sides in zip(direct, scaled, strict=True))
 
 
 def own_phases(site: RotarySite, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what the forward of a module's class gives at positions, below the mixin. Layers may be on other devices.
+    """Return cosine and sine at positions from the forward of a module's original class, on the device of `like`.
 
-    A hook puts a forward on the instance that is bound to it, so that a twin with other frequencies would ask the
-    module instead.
+    The forward is taken from the class. A hook may have put a bound forward on the instance, which a twin with other
+    frequencies would inherit, and which would use the frequencies of the module.
     """
     module: Any = site.module
     extra = {"layer_type": site.layer_type} if site.layer_type else {}
@@ -145,8 +148,10 @@ def _grown_phases(
     scale: torch.Tensor,
     like: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return phases with the frequencies of a document of one length, by the `numbers` (3, slots) and `temperature` of
-    [`Growth`]."""
+    """Return phases with the frequencies of a document of one length.
+
+    `numbers` (3, slots) and `temperature` come from [`Growth`], and `scale` is the length over the trained length.
+    """
     moving, power, kept = numbers
     cos, sin = own_phases(_twin(site, moving * scale ** (-power) + kept), positions, like)
     sharper = (1 + temperature * scale.log()).to(cos)
@@ -154,8 +159,10 @@ def _grown_phases(
 
 
 def _twin(site: RotarySite, frequencies: torch.Tensor) -> RotarySite:
-    """Return a twin of a rotary module with other frequencies; the module, which other threads may ask, keeps its
-    own."""
+    """Return a twin of a rotary module with other frequencies.
+
+    The module itself is not changed, because other threads may use it.
+    """
     twin: Any = object.__new__(type(site.module))
     twin.__dict__.update(site.module.__dict__)
     name = f"{site.prefix}inv_freq"
@@ -167,7 +174,7 @@ def _twin(site: RotarySite, frequencies: torch.Tensor) -> RotarySite:
 
 
 def _identity(out: Any, rows: torch.Tensor | None = None) -> Any:
-    """Return a rotary module's output with quarter rotations (rows, slots) in place of its phases, or with none."""
+    """Replace the phases in a rotary module's output by quarter rotations (rows, slots), or by the identity."""
     cos, _ = _parts(out)
     if rows is None and not isinstance(out, torch.Tensor) and worth_it(cos):
         return type(out)(unrotated(cos))
@@ -185,11 +192,12 @@ def _parts(out: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Unrotated(torch.Tensor):
-    """Phases that rotate nothing, by which a model multiplies at no cost: ones or zeros.
+    """Phases of the identity rotation, ones or zeros, which cost nothing to multiply and add.
 
-    Every family applies its phases as `x * cos + rotate_half(x) * sin` or much like it: ten passes over memory, on a
-    GPU a sixth of the time of attention over 32k tokens, in order to leave queries and keys as they are. Products with
-    these ones, and sums with such zeros, are not computed. All other operations return ordinary tensors.
+    Every model family applies its phases by `x * cos + rotate_half(x) * sin` or a similar expression. This takes ten
+    passes over memory, which on a GPU is a sixth of the time of attention over 32k tokens, and leaves queries and keys
+    unchanged. Products with these ones, and sums with these zeros, are not computed. All other operations return
+    ordinary tensors.
     """
 
     @classmethod
@@ -216,18 +224,21 @@ class Zeros(Unrotated):
 
 
 def worth_it(like: torch.Tensor) -> bool:
-    """Return whether phases (..., tokens, slots) are of so many tokens that it counts. Compiled graphs fuse anyway."""
+    """Return whether phases (..., tokens, slots) have enough tokens for [`Unrotated`], outside of compiled graphs.
+
+    Compiled graphs fuse these operations anyway.
+    """
     return like.shape[-2] >= MANY and not torch.compiler.is_compiling()
 
 
 def unrotated(like: torch.Tensor) -> tuple[Ones, Zeros]:
-    """Return cosines and sines of the shape, dtype and device of others."""
+    """Return identity cosines and sines with the shape, dtype, and device of `like`."""
     return torch.ones_like(like).as_subclass(Ones), torch.zeros_like(like).as_subclass(Zeros)
 
 
 def _leaves_its_form(constant: torch.Tensor, states: Any) -> bool:
-    """Return whether states have the shape and dtype of their product or sum with a constant."""
+    """Return whether a product or sum with a constant has the shape and dtype of the states."""
     if not isinstance(states, torch.Tensor) or isinstance(states, Unrotated) or states.ndim < constant.ndim:
         return False
     sizes = zip(constant.shape[::-1], states.shape[::-1], strict=False)
-    return torch.result_type(states, constant) == states.dtype and all(one in (1, size) for one, size in sizes)
+    return torch.result_type(states, constant) == states.dtype and all(width in (1, size) for width, size in sizes)

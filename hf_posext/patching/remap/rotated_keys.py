@@ -1,11 +1,11 @@
-"""Keys that stay rotated in the cache, and the rotations of a decoding step.
+"""Rotated keys in the cache, and the rotations of a decoding step.
 
-There is one cache. A key is rotated for the near band as it comes, and for the far one as it leaves the window, so
-that a step rotates two keys and not all. A forward of several tokens, whose queries see the same key in both, gets the
-keys rotated back.
+There is one cache. A new key is rotated for the near band. When it leaves the window, it is rotated for the far band.
+A step therefore rotates two keys instead of all. In a forward of several tokens, different queries see the same key in
+different bands, so the keys are rotated back first.
 
-The model itself rotates query and key of a single token, to where keys see the nearest pairs, by the phases that its
-rotary module returns. The phases of all that is left come from the same call.
+The model itself rotates the query and key of a single token for the nearest pairs, by the phases that its rotary
+module returns. The phases of all other rotations come from the same call.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from .remapping import Layer
 from .rotary import phases_at
 
 HOLDERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
-"""Layers of a cache that hold keys as they came, one behind the other. A static one that slides rolls them, and a
-quantised one holds others: there all keys are rotated at every step."""
+"""Types of cache layers that store keys unchanged and in order. A sliding static layer rolls its keys, and a quantized
+layer stores other numbers. With these, all keys are rotated in every step."""
 
 
 def cached_keys(
     layer: Layer, layout: LayerLayout, at: Positions, key: torch.Tensor, tokens: int, leave: bool = False
 ) -> tuple[torch.Tensor, bool, int | None]:
-    """Rotate the keys of a layer in the cache as the newest token sees them, where they may stay so.
+    """Rotate a layer's keys in the cache to the positions for the newest token, if they may stay rotated.
 
     Args:
-        layer (`Layer`): the attention layer.
-        layout (`LayerLayout`): how it rotates, on the device of the keys.
-        at (`Positions`): of the forward.
-        key (`torch.Tensor` of shape `(batch, heads, keys, dim)`): all keys that reached the attention.
-        tokens (`int`): how many of them are new.
-        leave (`bool`): leave the key that goes out of the window to the caller.
+        layer (`Layer`): attention layer.
+        layout (`LayerLayout`): layout of the layer, on the device of the keys.
+        at (`Positions`): positions of the forward.
+        key (`torch.Tensor` of shape `(batch, heads, keys, dim)`): all keys that reached the attention function.
+        tokens (`int`): number of new keys.
+        leave (`bool`, *optional*, defaults to `False`): leave the rotation of the key that leaves the window to the
+            caller.
 
     Returns:
-        `tuple[torch.Tensor, bool, int | None]`: the keys; whether they are rotated, for a single token, or not at all;
-        and the index of the key that the caller has to rotate.
+        `tuple[torch.Tensor, bool, int | None]`: the keys, whether they are rotated (only for a single token), and the
+        index of the key that the caller has to rotate.
     """
     state = at.state
     holder = _holder(layer, at, key)
@@ -60,60 +61,61 @@ def cached_keys(
             "The cache gave a layer other keys than those that the last forward left there, and the model has rotated "
             f"the new key for those. {START_ANEW}"
         )
+    # A static cache is rotated in its first forward, because a compiled step cannot rotate all keys.
     if holder is None or before is None and not (settle and (tokens == 1 or is_static(state.cache))):
         state.loose.add(layout.rotary)
-        return key, False, None  # static ones are rotated at once: in a compiled step there is no first time
-    count = min(key.shape[2], at.keys.shape[1])  # of a static cache some slots are free, a sliding one drops keys
+        return key, False, None
+    count = min(key.shape[2], at.keys.shape[1])  # a static cache has free slots, a sliding one drops keys
     filled = key if count == key.shape[2] else key[:, :, :count]
     positions = at.once(("held", count, key.device), lambda: at.keys[:, -count:].to(key.device))
     newest = at.once(("newest", key.device), lambda: positions[:, -1:])
     cached, last = count - tokens, None
     if before is not None and before[1] == cached and settle and tokens == 1:
-        # a step: two keys
+        # a decoding step: rotate the new key and the one that leaves the window
         if leave:
             last = state.remapping.bands.leaving(count)
         else:
             step_keys(layout.key, at, filled, newest)
     else:
-        # all keys: the first step, several tokens, a crop, or a position that does not follow
+        # rotate all keys: in a first step, and after several tokens, a crop, or a position that does not follow
         bands = state.remapping.bands
         plain, wrong = filled, None
         if before is None and tokens > 1:
             plain = filled.clone()
-        if before is not None:
+        if before is not None:  # undo the rotation of cached keys, and find the keys that have to change
             old = bands.rotated_positions(before[0], positions[:, :cached])
-            if at.rotated:  # a single token's, by the model
+            if at.rotated:  # the model has rotated the new key
                 old = torch.cat([old, mapped(newest, bands.nearest)], 1)
-            came = old.shape[1]
+            length = old.shape[1]
             back = _once(at, ("back", before[1], cached), layout.key, key, lambda: _back(*phases_at(at, old, key)))
-            plain = torch.cat([layout.key.rotate(filled[:, :, :came], back), filled[:, :, came:]], 2)
-            stands = old == bands.rotated_positions(newest, positions[:, :came])
-            wrong = torch.cat([~stands, positions[:, came:] >= 0], 1)
-        if not settle:
+            plain = torch.cat([layout.key.rotate(filled[:, :, :length], back), filled[:, :, length:]], 2)
+            stands = old == bands.rotated_positions(newest, positions[:, :length])
+            wrong = torch.cat([~stands, positions[:, length:] >= 0], 1)
+        if not settle:  # these keys cannot stay rotated: the cache gets them back unrotated
             filled.copy_(plain)
             state.loose.add(layout.rotary)
             return plain, False, None
-        wanted = bands.rotated_positions(newest, positions)
-        phases = _once(at, ("all", count), layout.key, key, lambda: phases_at(at, wanted, key))
+        targets = bands.rotated_positions(newest, positions)
+        phases = _once(at, ("all", count), layout.key, key, lambda: phases_at(at, targets, key))
         moved = layout.key.rotate(plain, phases)
-        if wrong is not None:  # what stands right keeps its bits, so that no error adds up from step to step
+        if wrong is not None:  # keys at the right position keep their bits, so that errors do not accumulate
             moved = torch.where(wrong[:, None, :, None], moved, filled)
-        filled.copy_(moved)  # in place: the cache may hold a part of these keys, or must keep its memory
+        filled.copy_(moved)  # in place, because the cache may hold a part of these keys, or must keep its memory
         key = key if tokens == 1 else plain
     rotated[index] = newest, min(count, holder.keys.shape[2])
     return key, tokens == 1, last
 
 
 def _holder(layer: Layer, at: Positions, key: torch.Tensor) -> DynamicLayer | StaticLayer | None:
-    """The layer of the cache whose memory these very keys lie in, if it holds nothing but keys as they came."""
+    """Return the cache layer that shares memory with the keys, if its keys may stay rotated; otherwise `None`."""
     state, index = at.state, layer.index
     if not state.remapping.rotates_cached_keys or state.record is None or index is None:
         return None
     layers: list[Any] = getattr(state.cache, "layers", [])
-    if not 0 <= index < len(layers):  # zamba2's shared one says -1
+    if not 0 <= index < len(layers):  # the index of zamba2's shared layer is -1
         return None
     if torch.compiler.is_compiling() and index not in state.record.rotated:
-        return None  # a graph keeps its shape, and cannot know how many keys there are
+        return None  # a graph has fixed shapes and cannot read the number of keys
     holder = layers[index]
     if type(holder) not in HOLDERS:
         return None
@@ -122,7 +124,7 @@ def _holder(layer: Layer, at: Positions, key: torch.Tensor) -> DynamicLayer | St
 
 
 def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The opposite rotation; phases may be larger than 1 by an attention factor."""
+    """Return the phases of the inverse rotation. An attention factor may make phases larger than 1."""
     dtype = torch.promote_types(cos.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)
     size = cos.square() + sin.square()
@@ -136,7 +138,7 @@ def _once(
 
 
 def step_queries(layout: Layout, at: Positions, query: torch.Tensor) -> list[torch.Tensor]:
-    """Return a query (batch, heads, 1, dim), which the model has rotated to the nearest, under each map of queries."""
+    """Return a query (batch, heads, 1, dim) under each map, given its states rotated for the nearest pairs."""
     bands = at.state.remapping.bands
     count = len(bands.onward)
     rotated = list(layout.rotate(query, _onward(at, layout, query)[0]).chunk(count, 2)) if count else []
@@ -146,7 +148,7 @@ def step_queries(layout: Layout, at: Positions, query: torch.Tensor) -> list[tor
 
 
 def _onward(at: Positions, layout: Layout, like: torch.Tensor) -> tuple[Phases, Phases]:
-    """Rotations that carry the query to each other band, and that of the key that leaves the window."""
+    """Return the rotations of the query for each other band, and the rotation of the key that leaves the window."""
 
     def make() -> tuple[Phases, Phases]:
         cos, sin = (one[:, 1:].to(like.device) for one in at.memo["asked"])
@@ -165,8 +167,11 @@ def whole_step(
     value: torch.Tensor,
     scaling: float,
 ) -> Any:
-    """Return what attends from a query that the model has rotated to the nearest, in one kernel, which rotates it on
-    for each band and rotates the key that leaves the nearest; `None` where that is left to others."""
+    """Return a step that attends in one kernel, from a query that the model has rotated for the nearest pairs.
+
+    The kernel rotates the query for each band, and the key that leaves the nearest band. `None` if no kernel supports
+    the step.
+    """
     bands = at.state.remapping.bands.bands
     step = one_step(query, key, value, len(bands))
     if step is None:
@@ -182,9 +187,10 @@ def whole_step(
 
 
 def _band_phases(layer: LayerLayout, at: Positions, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The partners (2, dim) of all channels of queries and keys, and phases (batch or 1, 2, bands + 1, dim).
+    """Return the partners (2, dim) of all channels of queries and keys, and phases (batch or 1, 2, bands + 1, dim).
 
-    In float32; of a query for each band, and of the key that leaves the window."""
+    Phases are in float32. They rotate the query for each band, and last, the key that leaves the window.
+    """
     bands = at.state.remapping.bands
     like = like.new_empty(0, dtype=torch.float32)
     onward, leaves = _onward(at, layer.query, like)[0], _onward(at, layer.key, like)[1]
@@ -200,11 +206,11 @@ def _band_phases(layer: LayerLayout, at: Positions, like: torch.Tensor) -> tuple
 
 
 def step_keys(layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
-    """Rotate, in place, the key of a new token at `newest` (rows, 1), unless the model has, and the one that it pushes
-    out of the window.
+    """Rotate the key of a new token at `newest` (rows, 1), and the key that it pushes out of the window, in place.
 
-    Positions are regular, so that the same columns of all rows are rotated. In a compiled step these are a tensor, and
-    whether a key has come to the edge of the window yet must not be asked.
+    The new key is skipped if the model has rotated it. Positions are regular, so the same columns are rotated in all
+    rows. In a compiled step, the columns are a tensor, and the host does not know whether a key has reached the window
+    edge.
     """
     bands = at.state.remapping.bands
     last, far, gone = key.shape[2] - 1, bands.edge or 0, bands.leaving(key.shape[2])
@@ -217,12 +223,12 @@ def step_keys(layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Te
         if at.rotated:
             steps.append(_onward(at, layout, key)[1])
         elif moves:
-            wanted = torch.cat([one for side in bands.crossing(newest) for one in side], -1)
-            asked = phases_at(at, wanted, key)
-            steps.append(layout.phases(*_between(*asked), key.dtype))
-        if at.slot is not None and moves:
-            there, (cos, sin) = at.slot >= far, steps[0]
-            steps = [(torch.where(there, cos, 1.0), torch.where(there, sin, 0.0))]
+            crossing = torch.cat([one for side in bands.crossing(newest) for one in side], -1)
+            crossing_phases = phases_at(at, crossing, key)
+            steps.append(layout.phases(*_between(*crossing_phases), key.dtype))
+        if at.slot is not None and moves:  # before any key reaches the window edge, rotate by the identity
+            reached, (cos, sin) = at.slot >= far, steps[0]
+            steps = [(torch.where(reached, cos, 1.0), torch.where(reached, sin, 0.0))]
         if not at.rotated:
             steps.append(layout.phases(*phases_at(at, mapped(newest, bands.nearest), key), key.dtype))
         cos, sin = steps[0] if len(steps) == 1 else (torch.cat(one, 2) for one in zip(*steps, strict=True))
@@ -239,8 +245,10 @@ def step_keys(layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Te
 
 
 def _between(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rotations from the first half of cosines and sines (batch, 2 * rotations, slots) to the other, in float32 or
-    above. An attention factor, by which they are larger than 1, cancels out."""
+    """Return the rotations from the first half of cosines and sines (batch, 2 * rotations, slots) to the second half.
+
+    They are in float32 or wider. An attention factor, which makes phases larger than 1, cancels out.
+    """
     dtype = torch.promote_types(cos.dtype, torch.float32)
     old_cos, new_cos = cos.to(dtype).chunk(2, 1)
     old_sin, new_sin = sin.to(dtype).chunk(2, 1)
