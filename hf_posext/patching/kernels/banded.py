@@ -478,7 +478,7 @@ def attend_regions(
         for rows, columns, causal, window, constant in places:
             pair = key[:, :, columns], value[:, :, columns]
             out, total = kernel(query[:, :, rows], *pair, scaling=scaling, causal=causal, window=window)
-            # a shift of all logits of a query shifts its log-sum-exp alike
+            # a shift of all logits of a query shifts its log-sum-exp by the same amount
             if constant:
                 total = total + constant
             if shift is not None:

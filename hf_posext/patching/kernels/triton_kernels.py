@@ -55,15 +55,15 @@ def _rotate(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     out += row * out_batch + head * out_head + token * out_token
     states += row * batch_stride + head * head_stride + token * token_stride
     phase = row * phase_batch + token * phase_token + column
-    here = (token < tokens) & (column < HALF)
-    first = tl.load(states + column, mask=here).to(tl.float32)
-    second = tl.load(states + HALF + column, mask=here).to(tl.float32)
-    rotated = first * tl.load(cos + phase, mask=here).to(tl.float32)
-    rotated += second * tl.load(sin + phase, mask=here).to(tl.float32)
-    tl.store(out + column, rotated.to(out.dtype.element_ty), mask=here)
-    rotated = second * tl.load(cos + HALF + phase, mask=here).to(tl.float32)
-    rotated += first * tl.load(sin + HALF + phase, mask=here).to(tl.float32)
-    tl.store(out + HALF + column, rotated.to(out.dtype.element_ty), mask=here)
+    inside = (token < tokens) & (column < HALF)
+    first = tl.load(states + column, mask=inside).to(tl.float32)
+    second = tl.load(states + HALF + column, mask=inside).to(tl.float32)
+    rotated = first * tl.load(cos + phase, mask=inside).to(tl.float32)
+    rotated += second * tl.load(sin + phase, mask=inside).to(tl.float32)
+    tl.store(out + column, rotated.to(out.dtype.element_ty), mask=inside)
+    rotated = second * tl.load(cos + HALF + phase, mask=inside).to(tl.float32)
+    rotated += first * tl.load(sin + HALF + phase, mask=inside).to(tl.float32)
+    tl.store(out + HALF + column, rotated.to(out.dtype.element_ty), mask=inside)
     for start in tl.static_range(2 * HALF, WIDTH, COLUMNS):  # channels that do not rotate
         rest = (token < tokens) & (start + column < WIDTH)
         tl.store(out + start + column, tl.load(states + start + column, mask=rest), mask=rest)
@@ -96,7 +96,7 @@ def _merge(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row, head, token, column = _place(heads, COLUMNS, ROWS)
     inside = token < tokens
-    here = inside & (column < WIDTH)
+    valid = inside & (column < WIDTH)
     held += row * held_batch + head * held_head
     held_sum += row * held_sum_batch + head * held_sum_head
     out += row * batch_stride + head * head_stride
@@ -104,10 +104,10 @@ def _merge(  # type: ignore[no-untyped-def]
     before = tl.load(held_sum + token * held_sum_token, mask=inside, other=0.0)
     new = tl.load(out_sum + token * sum_token, mask=inside, other=0.0)
     share = 1 / (1 + tl.exp(before - new))
-    kept = tl.load(held + token * held_token + column, mask=here).to(tl.float32)
-    added = tl.load(out + token * token_stride + column, mask=here).to(tl.float32)
-    merged = kept + share * (added - kept)
-    tl.store(held + token * held_token + column, merged.to(held.dtype.element_ty), mask=here)
+    accumulated = tl.load(held + token * held_token + column, mask=valid).to(tl.float32)
+    added = tl.load(out + token * token_stride + column, mask=valid).to(tl.float32)
+    merged = accumulated + share * (added - accumulated)
+    tl.store(held + token * held_token + column, merged.to(held.dtype.element_ty), mask=valid)
     total = tl.maximum(before, new) - tl.log(tl.maximum(share, 1 - share))
     tl.store(held_sum + token * held_sum_token, total, mask=inside)
 
@@ -160,14 +160,14 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     # rotate the queries of this key head for each band: one row per band and query head
     row = tl.arange(0, ROWS)
     band = row // GROUP
-    there = (band < BANDS)[:, None] & inside[None, :]
+    row_valid = (band < BANDS)[:, None] & inside[None, :]
     place = query + ((batch * HEADS + head) * GROUP + row % GROUP)[:, None] * WIDTH
     partner = tl.load(partners + column, mask=inside, other=0)[None, :]
     phase = band[:, None] * WIDTH + column[None, :]
-    cos = tl.load(phases + phase, mask=there, other=0)
-    sin = tl.load(phases + (BANDS + 1) * WIDTH + phase, mask=there, other=0)
-    rotated = tl.load(place + column[None, :], mask=there, other=0).to(tl.float32) * cos
-    rotated += tl.load(place + partner, mask=there, other=0).to(tl.float32) * sin
+    cos = tl.load(phases + phase, mask=row_valid, other=0)
+    sin = tl.load(phases + (BANDS + 1) * WIDTH + phase, mask=row_valid, other=0)
+    rotated = tl.load(place + column[None, :], mask=row_valid, other=0).to(tl.float32) * cos
+    rotated += tl.load(place + partner, mask=row_valid, other=0).to(tl.float32) * sin
     rotated_query = rotated.to(key.dtype.element_ty)
 
     low = tl.where(band == 0, first, tl.where(band == 1, second, 0))  # a row sees keys `low` to `high - 1`
@@ -180,12 +180,12 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
     # online softmax over the program's share of the keys
     highest = tl.full((ROWS,), -float("inf"), tl.float32)
     weight = tl.full((ROWS,), 0, tl.float32)
-    held = tl.full((ROWS, COLUMNS), 0, tl.float32)
+    weighted = tl.full((ROWS, COLUMNS), 0, tl.float32)
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        here = (token < end)[:, None] & inside[None, :]
+        valid = (token < end)[:, None] & inside[None, :]
         offset = token.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        states = tl.load(key + offset, mask=here, other=0)
+        states = tl.load(key + offset, mask=valid, other=0)
         scores = tl.dot(rotated_query, states.trans(), input_precision=PRECISION) * scaling
         if FADES:  # the exponent of a float is the octave of an integer below 2 ** 24
             octave = (keys - 1 - token)[None, :] // nearest[:, None]
@@ -197,16 +197,16 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
         level = tl.where(above == -float("inf"), 0.0, above)  # 0 for a row that has seen no key so far
         chances = tl.exp(scores - level[:, None])
         before = tl.exp(highest - level)
-        states = tl.load(value + offset, mask=here, other=0)
-        held = held * before[:, None] + tl.dot(chances.to(states.dtype), states, input_precision=PRECISION)
+        states = tl.load(value + offset, mask=valid, other=0)
+        weighted = weighted * before[:, None] + tl.dot(chances.to(states.dtype), states, input_precision=PRECISION)
         weight = weight * before + tl.sum(chances, 1)
         highest = above
     # store the piece of this program: values and their log-sum-exp
     sums = pieces + tl.num_programs(0).to(tl.int64) * splits * ROWS * COLUMNS
-    own = (tl.program_id(0) * splits + tl.program_id(1)).to(tl.int64) * ROWS + row
+    slots = (tl.program_id(0) * splits + tl.program_id(1)).to(tl.int64) * ROWS + row
     positive = tl.where(weight > 0, weight, 1.0)
-    tl.store(sums + own, tl.where(weight > 0, highest + tl.log(positive), -float("inf")))
-    tl.store(pieces + own[:, None] * COLUMNS + column[None, :], held / positive[:, None])
+    tl.store(sums + slots, tl.where(weight > 0, highest + tl.log(positive), -float("inf")))
+    tl.store(pieces + slots[:, None] * COLUMNS + column[None, :], weighted / positive[:, None])
 
     tl.debug_barrier()
     # the last program of this key head merges all its pieces
@@ -216,18 +216,22 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
             top, total = -float("inf"), 0.0
             merged = tl.full((COLUMNS,), 0, tl.float32)
             for start in range(0, splits * BANDS, PIECES):
-                one = start + tl.arange(0, PIECES)
-                here = one < splits * BANDS
-                piece = (tl.program_id(0) * splits + one // BANDS).to(tl.int64) * ROWS + one % BANDS * GROUP + number
-                added = tl.load(sums + piece, mask=here, other=-float("inf"), cache_modifier=".cg")
+                piece_index = start + tl.arange(0, PIECES)
+                valid = piece_index < splits * BANDS
+                piece = (
+                    (tl.program_id(0) * splits + piece_index // BANDS).to(tl.int64) * ROWS
+                    + piece_index % BANDS * GROUP
+                    + number
+                )
+                added = tl.load(sums + piece, mask=valid, other=-float("inf"), cache_modifier=".cg")
                 over = tl.maximum(top, tl.max(added, 0))
                 base = tl.where(over == -float("inf"), 0.0, over)
                 portions = tl.exp(added - base)
-                kept = tl.exp(top - base)
+                rescaled = tl.exp(top - base)
                 offset = piece[:, None] * COLUMNS + column[None, :]
-                found = tl.load(pieces + offset, mask=here[:, None], other=0, cache_modifier=".cg")
-                merged = merged * kept + tl.sum(found * portions[:, None], 0)
-                total = total * kept + tl.sum(portions, 0)
+                values = tl.load(pieces + offset, mask=valid[:, None], other=0, cache_modifier=".cg")
+                merged = merged * rescaled + tl.sum(values * portions[:, None], 0)
+                total = total * rescaled + tl.sum(portions, 0)
                 top = over
             whole = out + ((batch * HEADS + head) * GROUP + number) * WIDTH + column
             tl.store(whole, (merged / total).to(out.dtype.element_ty), mask=inside)

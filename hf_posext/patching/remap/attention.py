@@ -200,7 +200,7 @@ def _banded_attention(call: Call) -> Attended:
         )
     if mask is None and count > 1 and not _is_causal(remapping.base, call.module, options):
         raise UnsupportedModelError(both_sides(remapping, type(call.module).__name__, "no mask, and not causal"))
-    queries, keys = (one if one.ndim == 2 else one[0] for one in (call.query_axes, call.key_axes))
+    queries, keys = (tensor if tensor.ndim == 2 else tensor[0] for tensor in (call.query_axes, call.key_axes))
     # Bands are stripes of the score matrix unless a sliding cache has dropped keys. Chunks also require rows that
     # begin at position 0. Windows may begin anywhere.
     aligned = at.slot is None and keys.shape[1] == at.keys.shape[1] and (at.aligned or at.regular and bands.slide)
@@ -215,15 +215,19 @@ def _banded_attention(call: Call) -> Attended:
     key, rotated, last = cached_keys(layer, layout, at, key, count, leave=step is not None)
     if step is not None:
         return step(query, key, value, -1 if last is None else last), None
-    # otherwise, rotate whatever the model and the cache have not rotated yet
+    # otherwise, rotate the queries and keys that the model and the cache have not rotated yet
     if at.rotated:
-        asked: Any = step_queries(layout.query, at, query)
+        band_queries: Any = step_queries(layout.query, at, query)
     else:
-        asked = _rotations(call, "query", layout.query, query, bands.query_maps, call.query_axes)
-    seen = [key] * len(bands.key_maps)
+        band_queries = _rotations(call, "query", layout.query, query, bands.query_maps, call.query_axes)
+    band_keys = [key] * len(bands.key_maps)
     if not rotated:
-        seen = [whole(one) for one in _rotations(call, "key", layout.key, key, bands.key_maps, call.key_axes)]
-    branches = [Branch(asked[i], seen[j]) for i, j in zip(bands.query_choice, bands.key_choice, strict=True)]
+        band_keys = [
+            whole(tensor) for tensor in _rotations(call, "key", layout.key, key, bands.key_maps, call.key_axes)
+        ]
+    branches = [
+        Branch(band_queries[i], band_keys[j]) for i, j in zip(bands.query_choice, bands.key_choice, strict=True)
+    ]
 
     def geometry() -> Geometry:
         return Geometry(bands.bands, queries, keys, mask, aligned)

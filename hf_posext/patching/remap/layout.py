@@ -153,10 +153,10 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """Return a copy on a device."""
-        there = copy.copy(self)
+        copied = copy.copy(self)
         for name in ("slots", "partners", "weights"):
-            object.__setattr__(there, name, getattr(self, name).to(device))
-        return there
+            object.__setattr__(copied, name, getattr(self, name).to(device))
+        return copied
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,8 @@ def _alike(skeleton: PreTrainedModel, model: PreTrainedModel) -> bool:
     """Return whether a model has the modules of its skeleton, with the code of their classes.
 
     Leaf modules may have other classes (quantized linear layers, adapters, faster kernels), because they do not
-    rotate. A module with a replaced `forward` is not alike, except for those of accelerate, which call the original.
+    rotate. A module with a replaced `forward` counts as changed, unless accelerate replaced it, because accelerate
+    calls the original.
     """
     modules = dict(model.named_modules())
     for path, bone in skeleton.named_modules():

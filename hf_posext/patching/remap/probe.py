@@ -213,10 +213,8 @@ def _studied(
                     f"{tolerance:.1e} allowed): it uses rotated states elsewhere; {plan.method} cannot be applied, a "
                     "frequency method such as yarn can"
                 )
-            result = replace(unmapped, plan=plan, rotates_cached_keys=True, refused=refused)
-            return (
-                result if _keeps_rotated(subject, result, ids[:, :7]) else replace(result, rotates_cached_keys=False)
-            )
+            late = replace(unmapped, plan=plan, rotates_cached_keys=True, refused=refused)
+            return late if _keeps_rotated(subject, late, ids[:, :7]) else replace(late, rotates_cached_keys=False)
         except EvaluationError as error:
             raise UnsupportedModelError(
                 f"{kind} hands its attention other keys than those of its tokens: it uses rotated states elsewhere; "

@@ -73,10 +73,10 @@ class Bands:
 
     def rotated_positions(self, newest: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Return the positions to which keys (rows, keys) are rotated for a query at `newest` (rows, 1)."""
-        wanted = mapped(keys, self.bands[0].key) if self.bands else keys
+        targets = mapped(keys, self.bands[0].key) if self.bands else keys
         for band in self.bands[1:] if len(self.key_maps) > 1 else ():
-            wanted = torch.where(belongs(band, newest, keys)[:, 0], mapped(keys, band.key), wanted)
-        return wanted
+            targets = torch.where(belongs(band, newest, keys)[:, 0], mapped(keys, band.key), targets)
+        return targets
 
     def step_positions(self, newest: torch.Tensor) -> torch.Tensor:
         """Return all positions that a decoding step requests from its rotary module, in one call.
@@ -92,9 +92,9 @@ class Bands:
             `torch.Tensor` of shape `(batch or 1, 1 + 2 * rotations)`: the position for the model's own rotation, then
             the position from which each further rotation starts, then the position at which it ends.
         """
-        nearest, *others = (mapped(newest, rule) for rule in (self.nearest, *self.onward))
+        nearest, *further = (mapped(newest, rule) for rule in (self.nearest, *self.onward))
         within, behind = self.crossing(newest)
-        return torch.cat([nearest, *[nearest] * len(others), *within, *others, *behind], -1)
+        return torch.cat([nearest, *[nearest] * len(further), *within, *further, *behind], -1)
 
     def crossing(self, newest: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the positions, inside and outside of the window, of the key that the token at `newest` pushes out.

@@ -152,8 +152,8 @@ def _grown_phases(
 
     `numbers` (3, slots) and `temperature` come from [`Growth`], and `scale` is the length over the trained length.
     """
-    moving, power, kept = numbers
-    cos, sin = own_phases(_twin(site, moving * scale ** (-power) + kept), positions, like)
+    moving, power, fixed = numbers
+    cos, sin = own_phases(_twin(site, moving * scale ** (-power) + fixed), positions, like)
     sharper = (1 + temperature * scale.log()).to(cos)
     return cos * sharper, sin * sharper
 
