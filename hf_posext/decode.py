@@ -1,4 +1,4 @@
-"""JSON into frozen dataclasses, strictly: what does not fit the type hints is refused by its path and value."""
+"""Strict decoding of JSON into frozen dataclasses. Errors name the path and value that do not match the type hints."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_ty
 from .errors import PlanError, PosExtError
 
 MAX_NUMBER = 2**40
-"""No length, factor or base of a plan is above this."""
+"""Upper bound of every length, factor, and base in a plan."""
 
 T = TypeVar("T")
 
 
 class Record(dict[str, Any]):
     """
-    A dictionary of known keys, which are attributes, too. Subclasses declare them, optional ones as `= OptionalKey()`.
+    A dictionary with a fixed set of keys, also available as attributes.
+
+    Subclasses declare the keys as annotations. Optional keys are declared with `= OptionalKey()`.
 
     ```python
     class Row(Record):
@@ -38,7 +40,7 @@ class Record(dict[str, Any]):
 
 
 class OptionalKey:
-    """A key that not every record contains; `None` as an attribute where it is missing."""
+    """A key that a record may omit. Its attribute is `None` if the key is missing."""
 
     def __new__(cls) -> Any:
         return super().__new__(cls)
@@ -51,18 +53,18 @@ class OptionalKey:
 
 
 def required_keys(cls: type[Record]) -> tuple[str, ...]:
-    """Return the keys that every record of a class contains, in their order."""
+    """Return the required keys of a record class, in order of declaration."""
     return tuple(name for name in get_type_hints(cls) if not isinstance(vars(cls).get(name), OptionalKey))
 
 
 class Rules(NamedTuple):
-    """Error and bound of decoding.
+    """Error type, bounds, and optional fields for decoding.
 
     Args:
-        error (`type[PosExtError]`, *optional*): raised.
+        error (`type[PosExtError]`, *optional*): the error to raise.
         remedy (`str`, *optional*): advice in the message about wrong keys.
-        largest (`float`, *optional*): bound of floating-point numbers; that of whole ones is `MAX_NUMBER`.
-        optional (`frozenset[str]`, *optional*): names of fields that may be missing where they have a default.
+        largest (`float`, *optional*): bound of floating-point numbers. Integers are bounded by `MAX_NUMBER`.
+        optional (`frozenset[str]`, *optional*): names of fields that may be missing if they have a default.
     """
 
     error: type[PosExtError] = PlanError
@@ -78,8 +80,8 @@ def decode(cls: type[T], data: Any, where: str = "plan", rules: Rules = PLAN_RUL
     """Build a dataclass or a [`Record`] from plain JSON types.
 
     Raises:
-        PlanError: missing or unknown keys, another type than the hint, a number that is not finite or too large; other
-            rules have other errors.
+        PlanError: if keys are missing or unknown, a type does not match its hint, or a number is not finite or too
+            large. `rules.error` replaces this type.
     """
     if not isinstance(data, Mapping):
         raise rules.error(f"{where} is {short(data)}; an object of {cls.__name__} belongs there")
@@ -101,7 +103,7 @@ def decode(cls: type[T], data: Any, where: str = "plan", rules: Rules = PLAN_RUL
 
 
 def short(value: Any) -> str:
-    """Return a value as text, cut to one line's worth."""
+    """Return a value as text, truncated to 40 characters."""
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 

@@ -1,6 +1,6 @@
-"""Every error that this package raises; each is a [`PosExtError`].
+"""Exceptions raised by this package, all subclasses of [`PosExtError`].
 
-Each message states what was expected, what was got, and what to type next.
+Each message states the expected value, the actual value, and what to do next.
 """
 
 
@@ -9,55 +9,55 @@ class PosExtError(Exception):
 
 
 class MissingExtraError(PosExtError, ImportError):
-    """A package is not installed; the message contains the command that installs it."""
+    """An optional package that is not installed. The message contains the install command."""
 
 
 class InvalidParameterError(PosExtError, ValueError):
-    """A factor, length or option out of bounds."""
+    """A factor, length, or option that is out of bounds."""
 
 
 class UnknownMethodError(PosExtError, ValueError):
-    """No method of that name is registered."""
+    """A method name that is not registered."""
 
 
 class MethodNotApplicableError(PosExtError, ValueError):
-    """The method extends another positional scheme than the one the model has."""
+    """A method that does not support the model's positional scheme."""
 
 
 class UnsupportedModelError(PosExtError):
-    """The model cannot be patched or measured; the message names it and says why."""
+    """A model that cannot be patched or measured. The message contains its name and the reason."""
 
 
 class AlreadyPatchedError(PosExtError):
-    """The model carries a patch already; undo it first."""
+    """A model that is already patched. Undo the patch first."""
 
 
 class NotPatchedError(PosExtError):
-    """The model carries no patch."""
+    """A model that is not patched."""
 
 
 class NoEffectError(PosExtError):
-    """The patch would leave the positions of the model as they are."""
+    """A patch that would not change the model's positions."""
 
 
 class UndoError(PosExtError):
-    """A change of a patch that could not be put back; it stays in the undo log, and all others were undone."""
+    """A change that could not be undone. It stays in the undo log, and all other changes were undone."""
 
 
 class PlanError(PosExtError, ValueError):
-    """A plan that is corrupt, out of bounds, or written by a newer schema."""
+    """A plan that is corrupt, out of bounds, or written with a newer schema."""
 
 
 class PlanMismatchError(PosExtError):
-    """A plan made for a model with another positional scheme."""
+    """A plan made for a model with a different positional scheme."""
 
 
 class CheckpointError(PosExtError, ValueError):
-    """A checkpoint or adapter directory that is incomplete, corrupt or hostile; nothing of it was executed."""
+    """A checkpoint or adapter directory that is incomplete, corrupt, or malicious. None of its code was executed."""
 
 
 class ExportError(PosExtError):
-    """Positions that a server, or plain transformers, cannot compute; the message says what it can."""
+    """Positions that a server or plain transformers cannot compute. The message lists the supported ones."""
 
 
 class DocumentError(PosExtError, ValueError):
@@ -69,16 +69,16 @@ class EvaluationError(PosExtError):
 
 
 class NonFiniteError(EvaluationError):
-    """Logits of one document are not finite; others may still be measured."""
+    """Non-finite logits in one document. Other documents can still be measured."""
 
 
 class OutOfMemoryError(EvaluationError):
-    """A text that does not fit into memory, however little of it is read at a time; shorter ones may."""
+    """A text that does not fit in memory, even in the smallest chunks. Shorter texts may fit."""
 
 
 class JournalError(PosExtError):
-    """The journal of a run cannot be continued or written: it is of another run, corrupt, or the disk is full."""
+    """A journal that belongs to another run, is corrupt, or cannot be written because the disk is full."""
 
 
 class TrainingError(PosExtError):
-    """A training that cannot go on: a loss that is not finite, or a run to resume that was another one."""
+    """Training that cannot continue, because of a non-finite loss or a mismatch with the run to resume."""

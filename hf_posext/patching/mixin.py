@@ -1,4 +1,4 @@
-"""Changes the behaviour of one object by swapping its class for a subclass, so that copies and pickles carry it."""
+"""Mixins that change one object by swapping its class for a subclass. Copies and pickles keep the change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _mixed: dict[tuple[type, type], type] = {}
 
 
 class Carried:
-    """Base of the classes that are mixed into an object's own class by [`mix`]."""
+    """Base of the classes that [`mix`] adds to the class of an object."""
 
     _posext_mixins: tuple[type, ...] = ()
     _posext_base: type
@@ -20,11 +20,11 @@ class Carried:
 
 
 class Mixin(Carried, nn.Module):
-    """The same for modules."""
+    """Base of the mixins for modules."""
 
 
 def mix(mixin: type, cls: type) -> type:
-    """A subclass of `mixin` and `cls` under the name of `cls`; the same one every time."""
+    """Return the subclass of `mixin` and `cls`, named like `cls`. Repeated calls return the same class."""
     if (mixin, cls) not in _mixed:
         body = {
             "__module__": cls.__module__,
@@ -53,7 +53,7 @@ def without(mixin: type, cls: type) -> type:
 
 
 def plain_class(thing: object) -> type:
-    """The class of an object without what [`mix`] added to it."""
+    """Return the class of an object without the mixins that [`mix`] added."""
     cls: type = getattr(type(thing), "_posext_base", type(thing))
     return cls
 

@@ -1,4 +1,4 @@
-"""Modes of a model, for a while."""
+"""Context managers that temporarily change the mode of a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if not hasattr(PreTrainedModel, f"{CHECKPOINTING}_enable"):  # before transforme
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside; afterwards every module trains, or not, as it did before."""
+    """Put a model in evaluation mode, and restore each module's training flag on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -51,7 +51,7 @@ def outer_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
     if not model.supports_gradient_checkpointing:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not support gradient checkpointing; train without it"

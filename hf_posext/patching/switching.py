@@ -20,7 +20,7 @@ _users: Counter[str] = Counter()
 
 
 def register_attention(name: str, function: Callable[..., Any], mask: Callable[..., Any]) -> None:
-    """Put an attention function into transformers' registries, with the function that builds its masks."""
+    """Register an attention function and its mask function with transformers."""
     with _lock:
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, mask)
@@ -28,7 +28,7 @@ def register_attention(name: str, function: Callable[..., Any], mask: Callable[.
 
 
 def forget_attention(name: str) -> None:
-    """Take a name out of transformers' registries if nobody else uses it."""
+    """Remove a name from transformers' registries after its last user."""
     with _lock:
         _users[name] -= 1
         if _users[name] <= 0:
@@ -45,7 +45,7 @@ def switch_attention(model: PreTrainedModel, name: str, log: UndoLog) -> None:
 
 @contextmanager
 def switched_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Another attention implementation inside; afterwards the one that was there."""
+    """Switch a model to another attention implementation, and restore the previous one on exit."""
     log = UndoLog()
     try:
         own_configs(model, log)  # another model may share them
