@@ -1,4 +1,4 @@
-"""Perplexity that is right: protocols, the truncation control, passkeys, intervals, and results with provenance."""
+"""Perplexity evaluation: protocols, the truncation control, passkeys, intervals, and results with provenance."""
 
 from __future__ import annotations
 

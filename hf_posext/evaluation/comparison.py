@@ -1,4 +1,4 @@
-"""Before and after: methods side by side on the same tokens, against the control; or one model as it is."""
+"""Comparison of methods on the same tokens against the control, and evaluation of a single model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def compare(
     on_method: Callable[[Results], None] | None = None,
     **settings: Any,
 ) -> Results:
-    """Perplexity, gain over the control, and retrieval of several methods on one model.
+    """Measure perplexity, gain over the control, and retrieval of several methods on one model.
 
     All methods are planned before documents are read, so that a mistake costs no hours; those that do not apply to
     the model are left out, with the reason in `provenance["not_applicable"]`. The control is measured once; `none`,
@@ -154,7 +154,7 @@ def measure_runs(
     accelerator: Accelerator | None,
     on_method: Callable[[Results], None] | None = None,
 ) -> Results:
-    """Measure the control and the methods, one after another, and assemble results; key tokens are found first.
+    """Find key tokens, measure the control and each method in turn, and assemble the results.
 
     Each of `methods` is a run with what puts it in force, `plans` are those in force, `facts` go into the provenance,
     and `identity` contains what the numbers depend on beyond the setup.
@@ -280,7 +280,7 @@ def evaluate_perplexity(
 
 
 def _control_length(control: nn.Module | None, trained_length: int | None) -> int | None:
-    """Trained length of the control, checked; `None` without one."""
+    """Return the checked trained length of the control; `None` without a control."""
     if control is None:
         if trained_length is not None:
             raise InvalidParameterError(

@@ -1,4 +1,4 @@
-"""The settings of a measurement, declared once: Python keywords, YAML files and flags derive from this class."""
+"""Settings of a measurement, declared once: Python keywords, YAML files, and flags derive from this class."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Types of the named parameters of a function, as far as its module knows them."""
+    """Return the types of a function's named parameters, as far as its module resolves them."""
     hints = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
@@ -82,7 +82,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and arrays of numpy as Python's own."""
+    """Convert numbers and arrays of numpy to Python's own types."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -103,7 +103,7 @@ def _in_words(hint: Any) -> str:
 
 
 def _setting(help: str, default: Any = None, **flag: Any) -> Any:
-    """A setting with its help, and what its flag has beside that."""
+    """Declare a setting with its help and further options of its flag."""
     return field(default=default, metadata={"help": help, "flag": flag})
 
 
@@ -197,7 +197,7 @@ class EvaluationConfig:
 
     @classmethod
     def of(cls, config: EvaluationConfig | None = None, **settings: Any) -> EvaluationConfig:
-        """A config with some of its settings replaced, or a new one.
+        """Return a config with some settings replaced, or a new config.
 
         Args:
             config ([`EvaluationConfig`], *optional*): the others come from here.
@@ -219,7 +219,7 @@ class EvaluationConfig:
         return cls(**settings)
 
     def settings(self) -> dict[str, Any]:
-        """All settings in plain JSON types, for the provenance of results; models by `None`."""
+        """Return all settings in plain JSON types for the provenance; models become `None`."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["longppl"] = self.longppl if isinstance(self.longppl, str) else None
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Protocols of causal language models; those marked as legacy reproduce published averages, for old tables.
+"""Protocols of causal language models. Legacy protocols reproduce published averages for old tables.
 
 Legacy protocols do not weigh tokens equally. What they compare the methods with, the control, is averaged in the same
 way. Bits per byte are not from their average: they are the sum of NLL over the bytes where a token counts once, else
@@ -38,7 +38,7 @@ NO_BOS = "none: the tokenizer adds none"
 
 
 class OfDecoders(PerplexityProtocol):
-    """Base of the protocols of causal language models."""
+    """Base class of the protocols of causal language models."""
 
     bos_place: ClassVar[str] = "first token of each document"
 
@@ -62,11 +62,11 @@ class Prefix(OfDecoders):
     name: ClassVar[str] = "prefix"
 
     def first(self, length: int, bos: int) -> int:
-        """The first token that counts at a length, after the special prefix of `bos` tokens."""
+        """Return the index of the first scored token at a length, after a special prefix of `bos` tokens."""
         return first_scored(bos)
 
     def tail(self, length: int) -> int | None:
-        """Number of counted tokens in the second half, where that is not half of them."""
+        """Return the number of scored tokens in the second half if it is not half of them, else `None`."""
         return None
 
     def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
@@ -105,7 +105,7 @@ class Prefix(OfDecoders):
         return Window(0, self.first(lengths[0], bos), end)
 
     def _at(self, lengths: list[int], nll: np.ndarray, bos: int) -> list[Measurement]:
-        """Measurements by length, from the NLL of the tokens that count at any length."""
+        """Return the measurements by length from the NLL of all scored tokens."""
         begin, firsts = self.first(lengths[0], bos), [self.first(n, bos) for n in lengths]
         return [
             Measurement(n, nll[first - begin : n - begin], first, self.tail(n))
@@ -135,14 +135,14 @@ class Tail(Prefix):
 
 
 class ReadsWindows(OfDecoders):
-    """Base of the protocols that read the whole document through windows of a length."""
+    """Base class of the protocols that read the whole document through windows."""
 
     @abstractmethod
     def windows(self, total: int, length: int, bos: int) -> list[Window]:
-        """Windows of a row of `total` tokens."""
+        """Return the windows of a row of `total` tokens."""
 
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
-        """The NLL of the tokens that the windows score."""
+        """Return the measurement of the NLL of the tokens that the windows score."""
         return Measurement(length, nll, first=windows[0].first)
 
     def measure_control(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The place of a data set, and the column of its documents.
+    """Location of a data set, and the column that contains its documents.
 
     Args:
         name (`str`): what to type.
@@ -66,7 +66,7 @@ class Recipe:
     streaming: bool = True
 
     def request(self, split: str, revision: str | None) -> dict[str, Any]:
-        """Arguments of `datasets.load_dataset`; with `files` its rows have one column, `text`, a line of JSON each.
+        """Return the arguments of `datasets.load_dataset`. With `files`, rows have one column `text`, a line of JSON.
 
         Args:
             split (`str`): to read.
@@ -158,7 +158,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """A text to measure on.
+    """Text to measure on.
 
     Lone surrogates, which UTF-8 cannot hold and tokenizers refuse, become U+FFFD, the replacement character.
 
@@ -182,7 +182,7 @@ class Document:
 
 
 class Documents(list[Document]):
-    """A list of [`Document`] that remembers where it comes from.
+    """List of [`Document`] with a record of its source.
 
     Args:
         documents (`Iterable[Document]`): the documents.
@@ -281,7 +281,7 @@ def load_documents(
 
 
 def as_documents(source: Any) -> list[Document]:
-    """Documents as they are, numbered if ids repeat; anything else as [`load_documents`] reads it."""
+    """Return documents with unique ids; load any other source with [`load_documents`]."""
     if isinstance(source, list) and all(isinstance(document, Document) for document in source):
         documents = _with_unique_ids(source)
         return Documents(documents, source.source) if isinstance(source, Documents) else documents
@@ -314,7 +314,7 @@ def _long_enough(texts: Texts, minimum: int) -> Texts:
 
 
 def _with_unique_ids(documents: list[Document]) -> list[Document]:
-    """Ids numbered where they repeat: results are paired by id."""
+    """Number repeated ids, because results are paired by id."""
     if len({document.id for document in documents}) == len(documents):
         return documents
     logger.warning("document ids repeat; they are numbered")

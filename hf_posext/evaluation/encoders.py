@@ -1,4 +1,4 @@
-"""Protocols of encoders and encoder-decoders, with special tokens around every text, as these are trained."""
+"""Protocols of encoders and encoder-decoders, with special tokens around every text, as in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .windows import Measurement, PerplexityProtocol
 
 
 class FramedScorer(Scorer):
-    """A model, and the special tokens that belong around each text.
+    """Base class of scorers that put special tokens around each text.
 
     Raises:
         InvalidParameterError: `memory` asks for chunks; such models read a text as a whole.
@@ -37,16 +37,16 @@ class FramedScorer(Scorer):
 
     @property
     def special(self) -> int:
-        """Number of special tokens."""
+        """Return the number of special tokens."""
         return len(self.before) + len(self.after)
 
     def around(self, text: torch.Tensor) -> torch.Tensor:
-        """The tokens of a text with the special ones."""
+        """Return the tokens of a text with the special tokens around it."""
         return torch.cat([self.before, text, self.after])
 
 
 class OfFramedTexts(PerplexityProtocol):
-    """Base of the protocols that put special tokens around each text."""
+    """Base class of the protocols that put special tokens around each text."""
 
     def bos_rule(self, bos: int) -> str:
         return "special tokens of the tokenizer around each text, counted"
@@ -63,7 +63,7 @@ SAMPLES = 64
 
 
 class MaskedScorer(FramedScorer):
-    """Scores masked tokens with an encoder that has a masked-LM head.
+    """Scorer of masked tokens for an encoder with a masked-LM head.
 
     Raises:
         InvalidParameterError: the tokenizer has no mask token.
@@ -99,7 +99,8 @@ class MaskedScorer(FramedScorer):
         return nll
 
     def _logits(self, inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """Logits at one place of each row, of shape `(rows, vocabulary)`; the head is given no other."""
+        """Return the logits `(rows, vocabulary)` at one position of each row. Only that position passes through the
+        head."""
 
         def keep_one(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = hidden_states(output)
@@ -114,7 +115,7 @@ class MaskedScorer(FramedScorer):
         return logits
 
     def _check(self, inputs: torch.Tensor, at: torch.Tensor) -> None:
-        """A head that needs more than its own token is refused: it would be scored wrongly."""
+        """Refuse a head that needs more than its own token, which would be scored wrongly."""
         full = self.model(input_ids=inputs).logits[0, at[0]]
         difference = deviation(self._logits(inputs, at)[0], full)
         if difference is not None:
@@ -127,7 +128,7 @@ class MaskedScorer(FramedScorer):
 
 @dataclass(frozen=True)
 class Pseudo(OfFramedTexts):
-    """Pseudo-perplexity of an encoder (Salazar et al. 2020, arXiv 1910.14659): masked tokens given all others.
+    """Pseudo-perplexity of an encoder (Salazar et al. 2020, arXiv 1910.14659): each masked token given all others.
 
     A text of length `L` is the first `n = L - specials` tokens of a document, with the tokenizer's special tokens
     around it. Of its tokens, `S = min(samples, n)` are scored, the middle one of each of `S` equal stretches (token
@@ -175,7 +176,7 @@ TARGETS = 128
 
 
 class Seq2SeqScorer(FramedScorer):
-    """Scores a text that continues another, with an encoder-decoder.
+    """Scorer of a text that continues another one, for an encoder-decoder.
 
     Raises:
         InvalidParameterError: the model does not say which token its decoder starts with.
@@ -210,7 +211,7 @@ class Seq2SeqScorer(FramedScorer):
 
 @dataclass(frozen=True)
 class Seq2Seq(OfFramedTexts):
-    """Perplexity of the text that follows what an encoder has read.
+    """Perplexity of the text that follows the encoder's input.
 
     Of the first `L` tokens, special ones of the encoder's text included, the encoder reads the first `L - K` and the
     decoder is teacher-forced on the next `K = min(128, L // 4)`: it is given its start token, what the tokenizer puts

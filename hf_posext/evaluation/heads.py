@@ -1,4 +1,4 @@
-"""Runs a causal language model in two steps: what lies below its head, and the head on slices of that.
+"""Causal language models in two steps: the trunk below the head, and the head on slices of its output.
 
 The model's own `forward` is replayed on slices of what its trunk gave, so that the head and whatever follows it (logit
 scaling, softcaps) are the model's own code. The last product, hidden states times vocabulary, goes slice after slice
@@ -21,14 +21,14 @@ from transformers import PreTrainedModel
 
 
 class Projection:
-    """Stands for the `forward` of a linear layer without bias. What it gives is overwritten by what it gives next."""
+    """Replacement for the `forward` of a linear layer without bias. Each call overwrites the previous output."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
         self._memory: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits `(..., vocabulary)` of hidden states `(..., width)`, valid until the next call."""
+        """Return logits `(..., vocabulary)` of hidden states `(..., width)`, valid until the next call."""
         weight = self.layer.weight
         if hidden.dtype != weight.dtype or torch.is_autocast_enabled(hidden.device.type):
             return nn.functional.linear(hidden, weight)
@@ -55,7 +55,8 @@ def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def projection_of(model: Any) -> Projection | None:
-    """The last product of a model, if it is no more than that: no bias, no adapter, no quantised or shared weights."""
+    """Return the output layer if it is a plain product: no bias, adapter, quantised, or shared weights; else
+    `None`."""
     layer = model.get_output_embeddings()
     plain = type(layer) is nn.Linear and layer.bias is None and "forward" not in vars(layer)
     return Projection(layer) if plain and type(layer.weight.data) is torch.Tensor else None
@@ -69,7 +70,7 @@ PROBE_SLICE = 5
 
 
 class Read(NamedTuple):
-    """The output of a model for some tokens.
+    """Output of a model for some tokens.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens.
@@ -85,30 +86,30 @@ class Read(NamedTuple):
 
 
 class FullHead:
-    """Logits of all tokens at once: the way that fits every model, and takes memory of length x vocabulary."""
+    """Head that computes the logits of all tokens at once. Fits every model; takes memory of length x vocabulary."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def read(self, input_ids: torch.Tensor, **kwargs: Any) -> Read:
-        """One forward; `kwargs` go to the model."""
+        """Run one forward. `kwargs` go to the model."""
         return Read(input_ids, None, self.model(input_ids=input_ids, **kwargs))
 
     def logits(self, read: Read, begin: int, end: int) -> torch.Tensor:
-        """Logits `(batch, end - begin, vocabulary)` of some of the tokens."""
+        """Return the logits `(batch, end - begin, vocabulary)` of a slice of tokens."""
         logits: torch.Tensor = read.output.logits[:, begin:end]
         return logits
 
 
 class SlicedHead:
-    """Logits of some tokens at a time, from one forward of the trunk, a model inside the model."""
+    """Head that computes logits in slices after one forward of the trunk, a model inside the model."""
 
     def __init__(self, model: Any, trunk: nn.Module) -> None:
         self.model = model
         self.trunk = trunk
 
     def read(self, input_ids: torch.Tensor, **kwargs: Any) -> Read:
-        """One forward in which the head sees the last token only; `kwargs` go to the model."""
+        """Run one forward in which the head sees only the last token. `kwargs` go to the model."""
         original, kept = self.trunk.forward, []
 
         def run_and_keep(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +125,7 @@ class SlicedHead:
         return Read(input_ids, trunk, output, projection_of(self.model))
 
     def logits(self, read: Read, begin: int, end: int) -> torch.Tensor:
-        """Logits `(batch, end - begin, vocabulary)` of some of the tokens; valid until others are asked for."""
+        """Return the logits `(batch, end - begin, vocabulary)` of a slice of tokens, valid until the next call."""
         piece = with_hidden_states(read.trunk, hidden_states(read.trunk)[:, begin:end])
         project = read.projection
         projecting = nullcontext() if project is None else _forward_replaced(project.layer, project)
@@ -166,7 +167,7 @@ def find_head(model: Any, input_ids: torch.Tensor, full: torch.Tensor) -> Head:
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another `forward` on one instance, inside; without a trace afterwards."""
+    """Replace the `forward` of one instance inside the context, and restore it on exit."""
     own = vars(module).get("forward")  # accelerate's hooks set one on the instance
     module.__dict__["forward"] = forward
     try:
@@ -179,20 +180,20 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def hidden_states(output: Any) -> torch.Tensor:
-    """Hidden states that a trunk gives to the head."""
+    """Return the hidden states that a trunk passes to the head."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
     return hidden
 
 
 def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
-    """The same output of a trunk with other hidden states."""
+    """Return a trunk's output with its hidden states replaced."""
     if isinstance(output, tuple):
         return (hidden, *output[1:])
     return type(output)(**{**output, "last_hidden_state": hidden})
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """By how much logits differ, if by more than rounding; nothing is said of such that are not finite.
+    """Return the difference of logits above rounding, over finite values only.
 
     Relative to the largest: products of matrices of other shapes round differently, by some eps of the dtype, while
     what sees other inputs is off by the size of the logits.

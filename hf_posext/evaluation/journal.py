@@ -1,4 +1,4 @@
-"""The journal of a run: what is finished is on the disk before anything else is measured.
+"""Crash-safe journal of a run: a finished task is on disk before the next one starts.
 
 One JSON object a line. The first contains what the run depends on, each of the others a task and its value:
 
@@ -49,7 +49,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RunJournal:
-    """A mapping from finished tasks to their values, kept in a file.
+    """Mapping from finished tasks to their values, kept in a file.
 
     `journal[task] = value` appends a line, which is on the disk (fsync) before the next statement, so that a run that
     is killed at any moment loses the task at hand and nothing else. A last line that was torn by that is cut off.
@@ -102,7 +102,7 @@ class RunJournal:
             ) from error
 
     def close(self) -> None:
-        """Nothing is written after it, and others may write."""
+        """Close the file and release the lock."""
         if self._file is not None:
             self._file.close()
         self._lock.release()
@@ -114,7 +114,7 @@ class RunJournal:
         self.close()
 
     def _open(self) -> FileIO:
-        """The file with its header, ready for the next line; what is behind the last whole line is cut off."""
+        """Open the file with its header, and cut off a torn last line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = FileIO(self.path, "a+")
         file.seek(0)
@@ -139,7 +139,7 @@ class RunJournal:
         os.fsync(file.fileno())
 
     def _require_unchanged(self, size: int) -> None:
-        """Every line of the file is one that this process has read or written, whatever the file system locks."""
+        """Refuse lines that this process neither read nor wrote, in case the file system has no locks."""
         if size != self._size:
             raise JournalError(
                 f"{self.path} has {size} bytes where this run left {self._size}: another run writes it; end that one, "
@@ -176,7 +176,7 @@ class RunJournal:
 def open_journal(
     path: str | Path | None, configuration: Mapping[str, Any], accelerator: Accelerator | None
 ) -> Iterator[RunJournal | None]:
-    """The journal of this process, which contains what all processes have finished; `None` without a path.
+    """Open the journal of this process, with the finished tasks of all processes; `None` without a path.
 
     Raises:
         JournalError: on every process, where one of them cannot read its files, or must not continue them.
@@ -209,7 +209,7 @@ def _parsed(line: bytes, keys: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
-    """Differences between two values of plain JSON types, as `lengths.0 is 512 there and 1024 here`."""
+    """Describe the differences between two JSON values, such as `lengths.0 is 512 there and 1024 here`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
             yield from _differences(f"{where}.{key}", before.get(key), now.get(key))
@@ -224,7 +224,7 @@ def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
 def run_identity(
     setup: Setup, models: Sequence[Any], plans: Sequence[ExtensionPlan | None], **others: Any
 ) -> dict[str, Any]:
-    """All that the measurements of a run depend on.
+    """Return everything that the measurements of a run depend on.
 
     How memory is saved is not among it: it changes no more than rounding, and a run that was killed for want of memory
     shall be able to continue with smaller chunks.
@@ -258,7 +258,7 @@ def run_identity(
 
 
 def tokens_fingerprint(documents: TokenizedDocuments) -> str:
-    """Fingerprint of the ids, tokens and bytes of all documents, in their order."""
+    """Return a fingerprint of the ids, tokens, and bytes of all documents, in order."""
     digest = hashlib.sha256(repr((documents.ids, documents.bos, tuple(documents.tokens.shape))).encode())
     for table in (documents.tokens, documents.byte_ends):
         digest.update(b"" if table is None else table.numpy().tobytes())
@@ -266,14 +266,14 @@ def tokens_fingerprint(documents: TokenizedDocuments) -> str:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """The config of a model, quantisation included, without its place and what versions and patches write there."""
+    """Return a model's config with its quantisation, but without paths and entries of versions and patches."""
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """Fingerprint of all that a model computes with: each tensor by name, shape, dtype and values, and plain numbers.
+    """Return a fingerprint of a model's numbers: each tensor by name, shape, dtype, and values, and plain floats.
 
     Tensors are parameters, what quantised layers save beside their weights, and buffers, also those that are not
     saved. Numbers are the config's and those that modules contain (epsilons, the scaling of an adapter). Where weights

@@ -1,4 +1,4 @@
-"""LongPPL in a comparison: the key tokens are found once, before the methods are measured on them."""
+"""LongPPL in a comparison: key tokens are found once, before the methods are measured."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WHOLE = ("prefix", "sliding", "rolling")
 
 @dataclass(frozen=True)
 class KeySearch:
-    """A search for key tokens by one evaluator; `enter` gives the context in which it is what its name says."""
+    """Search for key tokens by one evaluator. `enter` returns the context in which its patch is in force."""
 
     setup: Setup
     evaluator: str
@@ -49,17 +49,17 @@ class KeySearch:
 
     @property
     def others(self) -> list[Any]:
-        """The evaluator, if it is another model than the one that is measured."""
+        """Return the evaluator if it is not the measured model."""
         return [] if self.scorer is self.setup.scorer else [self.scorer.model]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that a run depends on in addition to the weights of the evaluator."""
+        """Return everything that a run depends on besides the evaluator's weights."""
         read = hashlib.sha256(repr([row.tolist() for row in self.given.rows]).encode()).hexdigest()
         return {"longppl": {"evaluator": self.evaluator, **self.criterion._asdict(), "tokens": read}}
 
     def run(self, accelerator: Accelerator | None, journal: RunJournal | None) -> tuple[KeyTokens, dict[str, Any]]:
-        """Find them, on all processes, and facts about them for the provenance.
+        """Find the key tokens on all processes, and return them with their entry of the provenance.
 
         Raises:
             EvaluationError: the evaluator failed on every document.
@@ -102,7 +102,7 @@ class KeySearch:
 
 
 def check_key_search(request: Request, trained_length: int | None, labels: Sequence[str]) -> Criterion | None:
-    """The criterion of key tokens, if they are asked for, checked before documents are read.
+    """Return the criterion of key tokens, checked before documents are read; `None` without LongPPL.
 
     Raises:
         InvalidParameterError: a label that none or several of the methods (`"yarn x8"`) have, a protocol that does not
@@ -132,7 +132,7 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
 def key_search(
     setup: Setup, criterion: Criterion | None, methods: Sequence[tuple[MethodRun, Enter]]
 ) -> KeySearch | None:
-    """The search that was asked for; its label means one of the methods, which come with what puts them in force.
+    """Return the requested search; `None` without one. A label refers to one of the methods.
 
     Raises:
         InvalidParameterError: an evaluator that cannot read the documents, or an impossible criterion.
@@ -156,7 +156,7 @@ def key_search(
 
 
 def _find_label(label: str, names: Sequence[str]) -> int:
-    """Index of the method that is meant by its label, or by its name with the factor."""
+    """Return the index of the method with this label or name."""
     meant = [index for index, name in enumerate(names) if label in (name, name.rsplit(" x", 1)[0])]
     if len(meant) != 1:
         raise InvalidParameterError(
@@ -167,7 +167,7 @@ def _find_label(label: str, names: Sequence[str]) -> int:
 
 
 def default_criterion(asked: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
-    """The criterion that was asked for, with the paper's thresholds and windows that fit where nothing was.
+    """Return the requested criterion, with defaults from the paper and windows that fit.
 
     The paper's short context of 4096 tokens is one that its models were all trained on, and well below the lengths
     that it measures. Here it is half of the trained length, so that windows lie inside that, or half of the longest

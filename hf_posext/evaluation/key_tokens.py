@@ -1,4 +1,4 @@
-"""Key tokens, LongPPL (their perplexity) and LongCE's weights, which come from the same contrast.
+"""Key tokens, LongPPL (their perplexity), and LongCE's weights, all from one contrast.
 
 Key tokens are those that a model predicts much better with a long context than with a short one. Fang et al., 2024:
 What is Wrong with Perplexity for Long-context Language Modeling?, https://arxiv.org/abs/2410.23771. Perplexity over
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Criterion(NamedTuple):
-    """The thresholds of a key token; the defaults are the paper's.
+    """Thresholds of a key token. Defaults are the paper's.
 
     Args:
         alpha (`float`, *optional*, defaults to 2.0): the least gain of the long context, in nats.
@@ -51,7 +51,7 @@ class Criterion(NamedTuple):
 
 @dataclass(frozen=True)
 class KeyTokens:
-    """The key tokens that one evaluator found, in rows of `length` tokens of the measured models' tokenizer.
+    """Key tokens of one evaluator, in rows of `length` tokens of the measured models' tokenizer.
 
     Args:
         indices (`dict[str, list[int]]`): of the key tokens in their row (BOS included), ascending, by document.
@@ -71,13 +71,13 @@ class KeyTokens:
 
 
 class Contrast(NamedTuple):
-    """NLL of tokens 1, 2, ... of a row given all tokens before them, and given the nearest few; float64, in nats."""
+    """NLL of tokens 1, 2, ... of a row given all earlier tokens, and given the nearest few; float64, in nats."""
 
     long: np.ndarray
     short: np.ndarray
 
     def keys(self, criterion: Criterion) -> np.ndarray:
-        """Indices in the row of the key tokens; the first NLL is that of token 1."""
+        """Return the indices of the key tokens in the row. The first NLL is that of token 1."""
         gains = self.short - self.long > criterion.alpha
         return np.flatnonzero(gains & (-self.long > criterion.beta)) + 1
 
@@ -96,7 +96,7 @@ def find_key_tokens(
     short_length: int = 4096,
     stride: int = 1024,
 ) -> KeyTokens:
-    """Tokens that the evaluator predicts well with the long context, and much worse with a short one.
+    """Find the tokens that an evaluator predicts well with the long context and much worse with a short one.
 
     Token `t` is key if `log P(t | long) - log P(t | short) > alpha` and `log P(t | long) > beta`. The long context is
     all before it; the short one is what a window of `short_length + stride` tokens that moves by `stride` holds of it,
@@ -140,7 +140,7 @@ class Found(NamedTuple):
 
 
 def find_in_row(scorer: TokenScorer, given: TokensRead, index: int, criterion: Criterion) -> Found:
-    """The key tokens of one document.
+    """Find the key tokens of one document.
 
     Raises:
         NonFiniteError: logits are not finite.
@@ -154,7 +154,7 @@ def find_in_row(scorer: TokenScorer, given: TokensRead, index: int, criterion: C
 def find_in_rows(
     evaluator: nn.Module, given: TokensRead, rows: TokenizedDocuments, criterion: Criterion
 ) -> tuple[KeyTokens, list[np.ndarray]]:
-    """The key tokens of all documents; also the evaluator's NLL of its own tokens given the long context."""
+    """Find the key tokens of all documents, and the evaluator's NLL of its own tokens given the long context."""
     check_criterion(criterion, max(len(row) for row in given.rows))
     check_reads(evaluator, given.rows)
     scorer = TokenScorer(evaluator)
@@ -168,7 +168,7 @@ def find_in_rows(
 
 
 def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: int, criterion: Criterion) -> Contrast:
-    """NLL of every token of a document with the long and with the short context.
+    """Return the NLL of every token of a document with the long context and with the short one.
 
     Raises:
         NonFiniteError: logits are not finite.
@@ -180,7 +180,7 @@ def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: int, crit
 
 
 def whole_nll(scorer: TokenScorer, row: torch.Tensor, id: str) -> np.ndarray:
-    """NLL of tokens 1, 2, ... of a row given all tokens before them, float64, in nats."""
+    """Return the NLL of tokens 1, 2, ... of a row given all earlier tokens, float64, in nats."""
     nll = scorer.token_nll(row[None])[0].double().numpy()
     require_finite(nll, id, culprit=scorer.culprit)
     return nll
@@ -212,14 +212,14 @@ def check_reads(model: nn.Module, rows: Sequence[torch.Tensor]) -> None:
 
 
 def evaluator_name(model: nn.Module) -> str:
-    """Name of a model that finds key tokens in results, with its patch if it has one."""
+    """Return the name of an evaluator in results, with its patch if it has one."""
     patch, name = find_patch(model), model_name(TokenScorer(model).model)
     return name if patch is None else f"{name}, {patch.plan.method} x{patch.plan.factor:g}"
 
 
 @dataclass(frozen=True)
 class LongPPL:
-    """Perplexity of the key tokens of all documents, each weighing the same.
+    """LongPPL: perplexity of the key tokens of all documents, equally weighted.
 
     Args:
         value (`float`): `exp(nll_sum / key_tokens)`.
@@ -262,7 +262,7 @@ def longppl(
     stride: int = 1024,
     seed: int = 0,
 ) -> LongPPL:
-    """LongPPL of a model on the first `length` tokens of each document.
+    """Measure the LongPPL of a model on the first `length` tokens of each document.
 
     Two LongPPLs compare only over the same key tokens. Without an evaluator the model, as it is, chooses its own: that
     tells how one model uses its context, and is unfit for comparing methods, since one that reads worse then counts
@@ -316,7 +316,7 @@ def longppl(
 
 @checked
 def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: float = 5.0) -> torch.Tensor:
-    """LongCE's soft weight of each token's loss: `min(P(t | long) / P(t | short), cap)`.
+    """Return LongCE's soft weight of each token's loss: `min(P(t | long) / P(t | short), cap)`.
 
     Args:
         long_nll (`torch.Tensor`): NLL of each token given the long context, in nats: the losses of the training step.
@@ -349,7 +349,7 @@ def key_sums(nll: np.ndarray, indices: Sequence[int]) -> dict[str, Any]:
 def longppl_cells(
     records: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]], length: int, seed: int
 ) -> dict[str, Any]:
-    """Cells of LongPPL in the row of a length; `None` where key tokens are not known.
+    """Return the LongPPL entries of a row; `None` if key tokens are unknown.
 
     Records contain the [`key_sums`] of each document at the longest length, and `None` at the others.
     """
@@ -366,7 +366,7 @@ def longppl_cells(
 
 
 def _key_columns(records: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[int]]:
-    """Sums and counts of the documents that have key tokens."""
+    """Return the sums and counts of the documents that have key tokens."""
     counted = [record for record in records if record["key_tokens"]]
     return [record["key_nll_sum"] for record in counted], [record["key_tokens"] for record in counted]
 

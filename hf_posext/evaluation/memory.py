@@ -1,4 +1,4 @@
-"""Texts within the memory of a device: lengths at which positions change, smaller parts, and chunks with a KV cache.
+"""Long texts in limited memory: lengths at which positions change, smaller batches, and chunks with a KV cache.
 
 What a chunk needs for its activations is free again before the next one comes, so that the longest text is bounded by
 the cache. Every token attends to the same keys as in one forward over the whole text; values differ by the rounding of
@@ -30,7 +30,7 @@ from .reading import first_line
 
 @dataclass(frozen=True)
 class Boundaries:
-    """The lengths at which the positions of a model change with the length of its input.
+    """Input lengths at which the positions of a model change.
 
     Args:
         switches (`tuple[int, ...]`): lengths in tokens, ascending; longer inputs have other frequencies (LongRoPE with
@@ -42,7 +42,7 @@ class Boundaries:
     dynamic: bool = False
 
     def groups(self, lengths: list[int]) -> list[list[int]]:
-        """Lengths at which a token has the same position, so that one forward over the longest tells the others."""
+        """Group lengths with equal positions, so that one forward at the longest gives all of them."""
         if self.dynamic:
             return [[length] for length in lengths]
         return [list(group) for _, group in itertools.groupby(lengths, lambda n: bisect_left(self.switches, n))]
@@ -89,7 +89,7 @@ def ran_out(error: Exception) -> bool:
 
 
 def halved(what: str, amount: int, reason: str) -> int:
-    """Half of an amount. Says so, and gives back what the device holds for nobody.
+    """Return half of an amount, after logging it and emptying the device's memory cache.
 
     To be called where the error is out of scope: its frames hold the tensors that did not fit.
     """
@@ -99,7 +99,7 @@ def halved(what: str, amount: int, reason: str) -> int:
 
 
 class Part:
-    """Some items of a range, and whether memory ran out over them: inside `with part:` that error ends the block only.
+    """Slice of a range. Inside `with part:`, an out-of-memory error ends only the block and is recorded.
 
     Where fewer items cannot be tried (`gives_way`), the error passes. `reason` is what the error said, once memory has
     run out.
@@ -111,12 +111,12 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Number of items."""
+        """Return the number of items."""
         return self.end - self.begin
 
     @property
     def items(self) -> slice:
-        """The items as an index."""
+        """Return the items as an index."""
         return slice(self.begin, self.end)
 
     def __enter__(self) -> Self:
@@ -130,7 +130,7 @@ class Part:
 
 
 class Room:
-    """Divides ranges into parts, each with as many items as there is room for.
+    """Splitter of ranges into batches that fit in memory.
 
     ```python
     for part in room.parts(range(len(rows)), cost=length):
@@ -148,7 +148,7 @@ class Room:
         self.gives_way = gives_way
 
     def parts(self, items: range, cost: int, otherwise: Callable[[str], None] | None = None) -> Iterator[Part]:
-        """The parts of a range in steps of 1, one after another; one over which memory ran out comes again, shorter.
+        """Yield the batches of a range in order. A batch that ran out of memory is repeated, halved.
 
         Where a single item does not fit, `otherwise` makes room in another way, given what the error said, or raises.
         Without it that error passes.
@@ -173,7 +173,7 @@ SMALLEST_CHUNK = 64
 
 
 class Chunk(NamedTuple):
-    """Tokens `begin` to `end` of a text, and what the model made of them."""
+    """Tokens `begin` to `end` of a text, and the model's output for them."""
 
     begin: int
     end: int
@@ -181,7 +181,7 @@ class Chunk(NamedTuple):
 
 
 def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[int, int]]:
-    """Bounds of the chunks of a text of `length` tokens.
+    """Return the bounds of the chunks of a text of `length` tokens.
 
     LongRoPE with two lists chooses one of them by the last position that a forward sees. The first chunk of a text
     that is longer than the trained length goes beyond that, so that all chunks have the same list.
@@ -192,7 +192,7 @@ def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[
 
 
 class Prefill:
-    """Reads texts with one model, in chunks of `chunk` tokens where it is asked to.
+    """Reader of texts with one model, in chunks of `chunk` tokens if requested.
 
     With each patch it is checked, on a prefix of 16 tokens, that chunks give the logits of a whole forward.
 
@@ -216,7 +216,7 @@ class Prefill:
             )
 
     def chunks(self, head: Head, input_ids: torch.Tensor) -> Iterator[Chunk]:
-        """The chunks of some texts `(batch, length)`, one after the other.
+        """Yield the chunks of a batch of texts `(batch, length)` in order.
 
         Raises:
             UnsupportedModelError: the model, as it is patched now, gives other logits in chunks.
@@ -260,7 +260,8 @@ class Prefill:
                 torch.cuda.synchronize()  # transformers 5.10 fetches keys without waiting until they are put away
 
     def _check(self, input_ids: torch.Tensor) -> tuple[Boundaries, str | None]:
-        """Boundaries of the positions, and the reason why the model, as it is patched now, cannot read in chunks."""
+        """Return the position boundaries, and the reason why the model cannot read in chunks under its present
+        patch."""
         patch = find_patch(self.model)
         if self._checked is None or self._checked[0] is not patch:
             scheme, plan = detect_scheme(self.model), None if patch is None else patch.plan
@@ -270,7 +271,7 @@ class Prefill:
         return self._checked[1:]
 
     def _probe(self, input_ids: torch.Tensor, boundaries: Boundaries) -> str | None:
-        """Reason why chunks do not give the logits of the whole; `None` where they do."""
+        """Return the reason why chunks change the logits; `None` if they do not."""
         if cache_argument(type(self.model).forward) is None:
             return NO_CACHE
         head = FullHead(self.model)

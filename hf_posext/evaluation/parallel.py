@@ -1,4 +1,4 @@
-"""Several processes: documents dealt out whole, or one text shared by all (ring attention).
+"""Several processes: whole documents per process, or one text shared by all (ring attention).
 
 Documents are gathered, never averaged over processes: sums that are pooled afterwards, in the order of the documents,
 are the same to the bit however many processes there were. The ring is PyTorch's `context_parallel`, as `accelerate`
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 
 def rank_of(accelerator: Accelerator | None) -> int:
-    """The index of this process; 0 without an accelerator."""
+    """Return the index of this process; 0 without an accelerator."""
     return 0 if accelerator is None else int(accelerator.process_index)
 
 
 def processes_of(accelerator: Accelerator | None) -> int:
-    """Number of processes; 1 without an accelerator.
+    """Return the number of processes; 1 without an accelerator.
 
     Raises:
         InvalidParameterError: the launcher has started more processes than the accelerator has joined, each of which
@@ -68,7 +68,7 @@ def shares_texts(accelerator: Accelerator | None) -> bool:
 
 
 def deal(costs: Sequence[float], processes: int) -> list[int]:
-    """The process of each piece of work: the longest first, each to the process that has least so far.
+    """Assign work to processes: the longest first, each to the process with the least work so far.
 
     It is the same on every process. Of equal costs the first goes first.
     """
@@ -80,7 +80,7 @@ def deal(costs: Sequence[float], processes: int) -> list[int]:
 
 
 def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T]:
-    """Do a process' share of the work, and learn what all of them have got, in their order.
+    """Run this process's share of the work, and return the results of all processes in order.
 
     Every process has to call it. An error is carried to the others before it is raised, so that none of them waits for
     a process that has stopped; Ctrl-C is not, since launchers stop all processes then.
@@ -100,7 +100,7 @@ def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T
 
 
 def exchange(result: T, ended: Exception | None, accelerator: Accelerator | None) -> list[T]:
-    """Results of all processes, in their order, once each has ended its share, early by an error or not.
+    """Exchange the results of all processes in order, after each has finished or failed.
 
     Every process has to call it.
 
@@ -128,20 +128,20 @@ PROBE_TOKENS = 32
 
 
 def shard_weights(model: nn.Module, accelerator: Accelerator) -> Any:
-    """The model with its weights dealt out by FSDP2, which context parallelism needs."""
+    """Shard a model's weights by FSDP2, which context parallelism requires."""
     # accelerate takes a model for FSDP2 together with an optimizer only; this one is never asked for a step
     return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))[0]
 
 
 def token_scorer(model: nn.Module, memory: Memory) -> TokenScorer:
-    """Scorer of tokens with a causal language model, on this process or on all of them together."""
+    """Return a scorer of tokens for a causal language model, on this process or on all processes together."""
     if memory.accelerator is None:
         return TokenScorer(model, memory)
     return ContextParallelScorer(model, memory)
 
 
 class ContextParallelScorer(TokenScorer):
-    """Scores tokens as [`TokenScorer`] does, each text shared out over all processes.
+    """Scorer like [`TokenScorer`], with each text split across all processes.
 
     Every process has to make the same calls, and gets all values. A shared text is compared with a whole one on a
     prefix, for each patch anew; models and patches whose attention is not PyTorch's are refused by that. Where memory
@@ -204,5 +204,5 @@ class ContextParallelScorer(TokenScorer):
 
 
 def _side_by_side(gathered: torch.Tensor, rows: int) -> torch.Tensor:
-    """From `(processes * rows, share)` to `(rows, processes * share)`."""
+    """Reshape `(processes * rows, share)` to `(rows, processes * share)`."""
     return gathered.view(-1, rows, gathered.shape[1]).transpose(0, 1).flatten(1)

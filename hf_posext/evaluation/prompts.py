@@ -1,4 +1,4 @@
-"""Prompts that hide something in a long text: passkeys, and five tasks after RULER in words of our own.
+"""Prompts that hide information in a long text: passkeys, and five tasks modelled on RULER.
 
 Mohtashami and Jaggi, 2023: Landmark Attention, https://arxiv.org/abs/2305.16300.
 Hsieh et al., 2024: RULER: What's the Real Context Size of Your Long-Context Language Models?,
@@ -56,7 +56,7 @@ WORDS = tuple(
 
 
 class Material(NamedTuple):
-    """Lines to hide, each at a depth from 0 to 1, ascending; the question that follows; and what answers it."""
+    """Lines to hide, with depths from 0 to 1 in ascending order, the question, and its answers."""
 
     lines: list[tuple[float, str]]
     question: str
@@ -65,7 +65,7 @@ class Material(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """Material of a task at a depth, and the answer: `count` of such `items`."""
+    """Retrieval task: its material at a depth, and an answer of `count` of the `items`."""
 
     write: Callable[[Random, float], Material]
     items: Sequence[str]
@@ -75,7 +75,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One trial.
+    """Prompt of one trial.
 
     Args:
         tokens (`list[int]`): the prompt; with `room` for its answer it has the length that was asked for.
@@ -91,7 +91,7 @@ class Prompt:
 
 
 def frame(tokenizer: Any, question: str, bos: Bos = "auto", chat: bool = False) -> tuple[list[int], list[int]]:
-    """Tokens that stand before the text of a prompt, and those after it, which ask.
+    """Return the tokens before the text of a prompt, and those after it with the question.
 
     Without `chat` they are the special prefix and the question. With it, text and question are the user's message in
     the tokenizer's chat template, and the assistant's begins with the opening of the answer (`The pass key is`), as
@@ -107,7 +107,7 @@ def frame(tokenizer: Any, question: str, bos: Bos = "auto", chat: bool = False) 
 
 
 def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
-    """The chat template around a text, with the question and the opening of its answer behind it."""
+    """Return the chat template before a text, and after it with the question and the opening of the answer."""
     asked, _, opening = question.partition("? ")
     name = type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
@@ -140,7 +140,7 @@ def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
 def passkey_prompts(
     tokenizer: Any, length: int, trials: int, seed: int, bos: Bos = "auto", chat: bool = False
 ) -> list[Prompt]:
-    """Prompts of equal size, so that a batch needs no padding; the same for every model and method.
+    """Return passkey prompts of equal size, the same for every model and method.
 
     The key and its depth follow from `(seed, length, trial)` alone. The filler is cut at its beginning to fit, and the
     key stands on a line of its own between two whole lines of it.
@@ -175,7 +175,7 @@ def task_prompt(
     bos: Bos = "auto",
     chat: bool = False,
 ) -> Prompt:
-    """A prompt of exactly `length` tokens less [`answer_room`]; the same for every model and method.
+    """Return a prompt of exactly `length` tokens minus [`answer_room`], the same for every model and method.
 
     All follows from `(seed, task, length, depth, trial)`. What is hidden stands on lines of its own between whole
     lines of filler, which is cut at its beginning to fit. The depth, from 0 (beginning) to 1 (end), is rounded to
@@ -213,7 +213,7 @@ def task_prompt(
 
 
 def haystack(filler: list[int], room: int, needles: Sequence[tuple[int, list[int]]]) -> list[int]:
-    """Filler with needles in it: `room` tokens of filler, cut at its beginning to fit, and all of the needles' own.
+    """Return filler with needles: `room` tokens of filler, truncated at its beginning, plus all needles.
 
     A needle is the number of whole lines of filler before it, ascending, and its tokens.
     """
@@ -226,19 +226,19 @@ def haystack(filler: list[int], room: int, needles: Sequence[tuple[int, list[int
 
 
 def answer_size(tokenizer: Any, items: Sequence[str]) -> int:
-    """Tokens to leave for, and to generate as, an answer of one item."""
+    """Return the number of tokens of an answer of one item."""
     return SLACK + max(len(token_ids(tokenizer, f" {item}")) for item in items)
 
 
 def answer_room(tokenizer: Any, task: str) -> int:
-    """Tokens to leave for, and to generate as, the answer of a task; each item has two to spare, as for `, and`."""
+    """Return the number of tokens of a task's answer. Each item has two spare tokens, as for `, and`."""
     return TASKS[task].count * answer_size(tokenizer, TASKS[task].items)
 
 
 def _room(
     length: int, task: str, begin: list[int], hidden: list[int], end: list[int], answer: int, least: int = 0
 ) -> int:
-    """Tokens of a prompt that are left for filler or a list, `least` or more."""
+    """Return the number of tokens left for filler or a list, at least `least`."""
     room = length - len(begin) - len(hidden) - len(end) - answer
     if room < least:
         raise InvalidParameterError(
@@ -251,7 +251,7 @@ def _room(
 def _word_list(
     tokenizer: Any, draw: Random, rows: Mapping[str, list[int]], common: Sequence[str], room: int
 ) -> list[int]:
-    """`room` tokens of words, one a row, shuffled; the other words repeat where they are too few, each as often."""
+    """Return `room` tokens of shuffled words, one per line. Other words repeat equally often if they are too few."""
     words = list(common) * int(COMMON_SHARE * room / sum(len(rows[word]) for word in common))
     left = room - sum(len(rows[word]) for word in words)
     others = draw.sample([word for word in WORDS if word not in common], len(WORDS) - len(common))
@@ -269,7 +269,7 @@ def _numbers(draw: Random, count: int) -> list[str]:
 
 
 def _after(draw: Random, depth: float, count: int) -> list[float]:
-    """The depth, and `count - 1` anywhere behind it, ascending."""
+    """Return the depth and `count - 1` random depths behind it, in ascending order."""
     return [depth, *sorted(draw.uniform(depth, 1.0) for _ in range(count - 1))]
 
 

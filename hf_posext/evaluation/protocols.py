@@ -1,4 +1,4 @@
-"""Protocols by name, and the one that fits a model."""
+"""Protocols by name, and the default for each kind of model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FITTING = {"causal": DECODER_PROTOCOLS, "masked": ("pseudo",), "seq2seq": ("seq2
 def protocol_for(
     name: str | None, kind: str, model: str, lengths: list[int], *, stride: int | None = None, tail: int | None = None
 ) -> PerplexityProtocol:
-    """The protocol of that name, or the first that fits the kind of model (see [`model_kind`]).
+    """Return the protocol of a name, or the first that fits the kind of model (see [`model_kind`]).
 
     Raises:
         InvalidParameterError: no such protocol, one that does not fit the model, an option where it has none, none

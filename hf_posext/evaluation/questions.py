@@ -1,4 +1,4 @@
-"""Questions about something hidden in a long text: passkeys, and retrieval by task, length and depth."""
+"""Questions about hidden information in a long text: passkeys, and retrieval by task, length, and depth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_TRIALS = 10_000
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a run, the same for every model and method.
+    """Questions of a run, the same for every model and method.
 
     `passkey` are trials at each length, each at a depth of its own; `trials` are prompts of each task at each length
     and depth. The others are as in [`retrieval`].
@@ -42,25 +42,25 @@ class Questions:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Settings of retrieval for the provenance; empty without it."""
+        """Return the settings of retrieval for the provenance; empty without retrieval."""
         settings = {"trials": self.trials, "tasks": self.tasks, "depths": self.depths}
         return {"retrieval": settings} if self.trials else {}
 
     def identity(self, tokenizer: Any) -> dict[str, Any]:
-        """All that the answers depend on beyond the model, its tokens and the seed."""
+        """Return everything that the answers depend on besides the model, its tokens, and the seed."""
         template = {"chat": "".join(chat_frame(tokenizer, QUESTION))} if self.chat else {}
         return {"passkey": self.passkey, **self.facts, **template}
 
     def places(self, task: str | None) -> tuple[float | None, ...]:
-        """Depths of a task; a single `None` for `common-words`, which has none, and passkeys (`None`), which draw."""
+        """Return the depths of a task; a single `None` for `common-words` (no depth) and passkeys (drawn depths)."""
         return self.depths if task is not None and TASKS[task].has_depth else (None,)
 
     def count(self, task: str | None) -> int:
-        """Number of prompts of a task at one length."""
+        """Return the number of prompts of a task at one length."""
         return self.passkey if task is None else len(self.places(task)) * self.trials
 
     def prompts(self, tokenizer: Any, task: str | None, length: int) -> list[Prompt]:
-        """All trials of a task, or of passkeys, at a length, depth by depth."""
+        """Return all trials of a task, or of passkeys, at a length, ordered by depth."""
         if task is None:
             return passkey_prompts(tokenizer, length, self.passkey, self.seed, self.bos, self.chat)
         rules: dict[str, Any] = {"seed": self.seed, "bos": self.bos, "chat": self.chat}
@@ -82,7 +82,7 @@ class Questions:
     def ask(
         self, model: nn.Module, tokenizer: Any, task: str | None, length: int, new_tokens: int | None = None
     ) -> list[float]:
-        """Mean score of the greedy answers at each of [`places`], from 0 to 1.
+        """Return the mean score of the greedy answers at each of [`places`], from 0 to 1.
 
         `length` counts tokens of prompt and answer together; `new_tokens` are by default those that the prompt leaves.
         """
@@ -99,7 +99,7 @@ NO_QUESTIONS = Questions()
 def check_questions(
     trials: int, tasks: Sequence[str] | None = None, depths: Sequence[float] | None = None, **others: Any
 ) -> Questions:
-    """Questions of retrieval, checked; all tasks and five depths by default.
+    """Return the checked questions of retrieval. By default all tasks at five depths.
 
     Raises:
         InvalidParameterError: an unknown task, a depth outside of 0 to 1, or no trials.
@@ -127,7 +127,7 @@ def passkey_accuracy(
     max_new_tokens: int | None = None,
     on_length: Callable[[], Any] | None = None,
 ) -> dict[int, float]:
-    """Share of passkeys that greedy decoding gives back, by length.
+    """Measure the share of passkeys that greedy decoding returns, by length.
 
     Args:
         model (`PreTrainedModel`): a causal language model, patched or not.
@@ -177,7 +177,7 @@ def retrieval(
     chat: bool = False,
     on_step: Callable[[int], Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Share of what was hidden in a text that greedy decoding gives back, by task, length and depth.
+    """Measure the share of hidden items that greedy decoding returns, by task, length, and depth.
 
     The prompts are [`task_prompt`]'s, the same for every model and method; answers count as [`score`] says. Shorter
     lengths come first.
@@ -233,7 +233,7 @@ def score(answer: str, answers: Sequence[str]) -> float:
 
 
 def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
-    """Greedy answers to prompts of equal size, without special tokens."""
+    """Return the greedy answers to prompts of equal size, without special tokens."""
     answers: list[str] = []
     per_batch = max(1, BATCH_TOKENS // (len(prompts[0]) + new_tokens))
     for at in range(0, len(prompts), per_batch):
@@ -244,7 +244,7 @@ def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: in
 
 
 def generate_greedily(model: Any, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Greedy continuation of a batch without padding, whatever sampling the model's own generation config asks for."""
+    """Continue a batch without padding greedily, independent of the model's own generation config."""
     eos = model.generation_config.eos_token_id
     pad = model.generation_config.pad_token_id
     config = GenerationConfig(

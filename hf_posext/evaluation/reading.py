@@ -1,4 +1,4 @@
-"""Texts out of files, folders, the Hub and Python objects, as pairs of id and text; and how files are written.
+"""Texts from files, folders, the Hub, and Python objects as pairs of id and text, and atomic writing.
 
 Every way in asks first what lies there, and then reads all of it or refuses it by name: no rule falls through to
 another one that takes a line for a document, or a part of a folder for the whole.
@@ -44,12 +44,12 @@ def write_atomically(path: str | Path, data: str | bytes) -> Path:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error, or its type where it says nothing."""
+    """Return the first line of an error, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def portable(name: str) -> str:
-    """An absolute path inside the current directory as a relative one; any other text as it is.
+    """Return a path inside the current directory as a relative one, and any other text unchanged.
 
     What results say about their origin shall not name somebody's machine where it need not.
     """
@@ -93,7 +93,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def list_folder(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Files of a folder and the folders in it, by kind and in the order of paths, and those without documents.
+    """List the files of a folder recursively, by kind and in path order, and those without documents.
 
     Hidden files are left out. The metadata of `datasets` are no documents.
     """
@@ -182,7 +182,7 @@ def _from_folder(folder: Path, text_column: str, split: str | None) -> tuple[Tex
 
 
 def _files_of_split(folder: Path, kind: str, files: list[Path], split: str | None) -> list[Path]:
-    """The files of one split, where names of files or folders, or a README, divide a folder into splits."""
+    """Return the files of one split, if file names, folder names, or a README define splits."""
     import datasets
 
     try:
@@ -225,7 +225,7 @@ def _from_files(kind: str, files: list[Path], folder: Path, text_column: str) ->
 
 
 def _open(path: Path, newline: str | None = None) -> io.TextIOBase:
-    """A file as text, decompressed, without its byte order mark."""
+    """Open a file as text, decompressed, without its byte order mark."""
     suffix = path.suffix.lower()
     opener: Any = OPENERS.get(suffix, open)
     if suffix == ".zst":
@@ -276,7 +276,7 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
 
 
 def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
-    """Rows of a table. Not by `datasets`, which makes numbers of texts that look like some, and NaN of `NA`."""
+    """Yield the rows of a table. `datasets` would convert numeric texts to numbers and `NA` to NaN."""
     csv.field_size_limit(sys.maxsize)
     with _open(path, newline="") as file:  # line ends inside cells stay as they are
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -377,7 +377,7 @@ def _rows_of_columns(columns: Mapping[Any, Any], name: str) -> Iterator[dict[str
 
 
 def _of_split(found: Any, split: str | None, name: str) -> Any:
-    """One split of a data set that has several; the data set itself where it has none."""
+    """Return one split of a data set, or the data set itself if it has no splits."""
     if not isinstance(found, Mapping):
         return found
     if split is None and len(found) > 1:

@@ -1,4 +1,4 @@
-"""Results of a measurement: provenance, rows, and what each document gave; to and from files, and to trackers."""
+"""Results of a measurement: provenance, rows, and sums per document, with files and trackers."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class Results:
         return f"Results({'; '.join(parts)})"
 
     def _repr_html_(self) -> str:
-        """The rows as a table, for notebooks."""
+        """Return the rows as an HTML table for notebooks."""
         return str(self.to_frame().to_html(index=False, na_rep="-"))
 
     def row(self, method: str, length: int, factor: float | None = None) -> Row:
-        """The row of a method at a length.
+        """Return the row of a method at a length.
 
         Args:
             method (`str`): label of the method, such as `"yarn"`.
@@ -132,7 +132,7 @@ class Results:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, what happens inside the trained length first; a number that is not finite is `None`."""
+        """Return plain JSON types, the change inside the trained length first. Non-finite numbers become `None`."""
         content = {
             "provenance": self.provenance,
             "short_context": self.short_context(),
@@ -145,7 +145,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, data: Any) -> Results:
-        """The results that `to_dict` gave.
+        """Return the results from the output of `to_dict`.
 
         Raises:
             EvaluationError: another schema, keys missing or unknown, or values of another type.
@@ -224,7 +224,7 @@ class Results:
         return _save_table(path, self.retrieval, RETRIEVAL_KEYS)
 
     def to_frame(self) -> pandas.DataFrame:
-        """The rows as a `pandas.DataFrame`, with the columns of `save_csv`."""
+        """Return the rows as a `pandas.DataFrame` with the columns of `save_csv`."""
         import pandas
 
         return pandas.DataFrame(self._flat_rows())
@@ -243,7 +243,7 @@ class Results:
 
 
 def _reporting() -> Any:
-    """The room of reports. It stands above this one and imports it, so that it is looked up when it is asked for."""
+    """Import the reporting package late, because it imports this one."""
     return importlib.import_module("hf_posext.reporting")
 
 
@@ -256,7 +256,7 @@ def _save_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: It
 
 
 def _finite(value: Any) -> Any:
-    """The same, without NaN and infinities, which JSON does not have."""
+    """Replace NaN and infinities, which JSON lacks, by `None`."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -276,7 +276,7 @@ def _check_provenance(provenance: Any) -> None:
 
 
 def _table(name: str, entries: Any) -> list[Any]:
-    """The entries of a list of results, decoded."""
+    """Decode the entries of a list of results."""
     if not isinstance(entries, list):
         raise EvaluationError(f"{name} of the results is {type(entries).__name__}, not a list")
     records = []
@@ -332,5 +332,5 @@ def log_results(results: Results, accelerator: Accelerator) -> None:
 
 
 def _curves(quantity: str, protocol: str) -> str:
-    """Name of the curves of a quantity; passkeys are asked for in the same way by every protocol."""
+    """Return the curve name of a quantity. Passkeys do not depend on the protocol."""
     return f"{quantity}-{protocol}" if is_legacy(protocol) and quantity != "passkey" else quantity

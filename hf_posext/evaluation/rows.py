@@ -1,4 +1,4 @@
-"""From NLL sums per document to the rows of a result: records, statistics, and the gain by position.
+"""Rows of a result from NLL sums per document: records, statistics, and the gain by position.
 
 Nothing here needs a model.
 """
@@ -22,7 +22,7 @@ Interval = list[float | None]
 
 
 class Row(Record):
-    """One method at one length; see the table in [`compare`]. LongPPL and passkeys are there if asked for."""
+    """Row of one method at one length; see the table in [`compare`]. LongPPL and passkeys are optional."""
 
     method: str
     factor: float
@@ -52,7 +52,7 @@ class Row(Record):
 
 
 class DocumentRecord(Record):
-    """Sums of one document, method and length; see [`document_record`]. Key tokens are there if asked for."""
+    """Sums of one document, method, and length; see [`document_record`]. Key tokens are optional."""
 
     document: str
     method: str
@@ -72,7 +72,7 @@ class DocumentRecord(Record):
 
 
 class RetrievalRow(Record):
-    """One method, task, length and depth, as [`retrieval`] gives them."""
+    """Row of one method, task, length, and depth, as in [`retrieval`]."""
 
     method: str
     factor: float
@@ -84,7 +84,7 @@ class RetrievalRow(Record):
 
 
 def title(label: str, factor: float) -> str:
-    """Label of a method with its factor, as in `"yarn x8"`; a factor of 1 is left out."""
+    """Return the label of a method with its factor, such as `"yarn x8"`. A factor of 1 is omitted."""
     return label if factor == 1 else f"{label} x{factor:g}"
 
 
@@ -93,7 +93,7 @@ RESAMPLES = 9_999
 
 
 def pooled_perplexity(nll_sums: Any, tokens: Any, axis: int = -1) -> Any:
-    """`exp(sum of NLL / sum of tokens)`: every token weighs the same, whichever document it is from.
+    """Return `exp(sum of NLL / sum of tokens)`. Every token weighs the same, across documents.
 
     The mean of the documents' perplexities is another number, and a larger one. Sums of *differences* of NLL over the
     same tokens give the ratio of two perplexities. Both arrays are of shape `(..., documents)`, float64, in nats.
@@ -103,7 +103,7 @@ def pooled_perplexity(nll_sums: Any, tokens: Any, axis: int = -1) -> Any:
 
 
 def share_interval(share: float, trials: int) -> tuple[float, float]:
-    """95 % interval of a share of independent trials, after Wilson: 5 of 5 says no more than that it is above 57 %."""
+    """Return the 95 % Wilson interval of a share of independent trials. For 5 of 5 its lower end is 57 %."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     middle = share + z**2 / (2 * trials)
     half = z * ((share * (1 - share) + z**2 / (4 * trials)) / trials) ** 0.5
@@ -142,7 +142,7 @@ STRETCHES = 16
 
 
 class StretchGain(NamedTuple):
-    """The gain of a method over the control on the tokens `begin` to `end` of every document."""
+    """Gain of a method over the control on tokens `begin` to `end` of every document."""
 
     begin: int
     end: int
@@ -151,7 +151,7 @@ class StretchGain(NamedTuple):
 
 
 def stretch_bounds(first: int, scored: int) -> np.ndarray:
-    """The tokens at which the stretches begin, and their end; shape (17,).
+    """Return the bounds of the stretches in tokens, of shape (17,).
 
     They divide the tokens from the one before the first that is scored, which is where its context ends: where all of
     a document is scored that is token 0, and they divide the document.
@@ -172,7 +172,7 @@ def position_sums(measurement: Measurement) -> list[float] | None:
 
 
 def stretches(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds of the stretches of a record, shape (17,), and how many tokens of each are scored, shape (16,)."""
+    """Return the bounds (17,) of the stretches of a record, and the number of scored tokens (16,) of each."""
     first, scored, every = record["first"], record["tokens"], np.arange(STRETCHES + 1)
     if first is None:  # a sample, which is spread evenly
         return every * record["length"] // STRETCHES, np.diff(every * scored // STRETCHES)
@@ -183,7 +183,7 @@ def stretches(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 def gain_by_position(
     records: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]], seed: int
 ) -> list[StretchGain]:
-    """The control's perplexity divided by the method's in each stretch of the documents, with paired intervals.
+    """Return the gain over the control in each stretch of the documents, with paired intervals.
 
     It is `exp` of the NLL that the longer context saves, averaged over the tokens of a stretch in all documents.
     Records are those of the longest length, with `position_nll_sums`; those of the control are of the same documents
@@ -204,7 +204,7 @@ def gain_by_position(
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions that all rows of a run share: protocol, place of BOS in words, dtype of the model's weights.
+    """Conditions shared by all rows of a run: protocol, BOS rule in words, and dtype of the weights.
 
     `joined` documents are behind each record; more than one where the protocol joins them.
     """
@@ -237,7 +237,7 @@ def document_record(
     *,
     with_positions: bool,
 ) -> DocumentRecord:
-    """Sums of one document at one length, in float64.
+    """Return the sums of one document at one length, in float64.
 
     The tail is the second half of the tokens: of `n` tokens, those at positions `n/2 + 1` to `n`. The sum over all
     tokens averages in the easy early positions, and so hides a break. `first` is told where the tokens that are scored
@@ -267,7 +267,7 @@ def document_record(
 
 
 def averaged(record: Mapping[str, Any], tail: bool = False) -> tuple[float, int]:
-    """A sum of NLL and its weight: the pooled quotient of these is the logarithm of the perplexity.
+    """Return a sum of NLL and its weight. Their pooled quotient is the logarithm of the perplexity.
 
     They are the sum over the tokens (of the tail) and their number; of a legacy protocol that of its groups' means.
     """
@@ -285,7 +285,7 @@ def make_rows(
     baseline: Sequence[DocumentRecord] = (),
     seed: int = 0,
 ) -> list[Row]:
-    """One row per length of one method, whose records are of every document at every length.
+    """Return one row per length of one method, from its records of every document at every length.
 
     Without records of the control `gain` is `None`; without those of the unpatched model (`baseline`) `change` is.
     """
@@ -344,13 +344,13 @@ def _at(records: Iterable[DocumentRecord], length: int) -> list[DocumentRecord]:
 
 
 def _averaged(records: Iterable[DocumentRecord], tail: bool = False) -> tuple[list[float], list[int]]:
-    """Sums and weights of several documents."""
+    """Return the sums and weights of several documents."""
     sums, weights = zip(*(averaged(record, tail) for record in records), strict=True)
     return list(sums), list(weights)
 
 
 def _bytes(documents: TokenizedDocuments, index: int, measurement: Measurement) -> int | None:
-    """UTF-8 bytes of the text of the tokens that are scored, each of them counted once."""
+    """Return the UTF-8 bytes of the text of the scored tokens, each counted once."""
     first, places = measurement.first, measurement.places
     if documents.byte_ends is None:
         return None
@@ -363,7 +363,7 @@ def _bytes(documents: TokenizedDocuments, index: int, measurement: Measurement) 
 
 
 def _bits_per_byte(records: Sequence[DocumentRecord]) -> float | None:
-    """NLL in bits divided by the bytes of the text that is scored: comparable between tokenizers."""
+    """Return the NLL in bits per byte of scored text, which is comparable between tokenizers."""
     if any(record["bytes"] is None for record in records):
         return None
     size: int = sum(record["bytes"] for record in records)

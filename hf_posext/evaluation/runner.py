@@ -1,4 +1,4 @@
-"""Runs tasks: over processes, with a journal, past those that fail, and saying how far it is."""
+"""Task runner: processes, journal, failures, and progress."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def measure(
     journal: RunJournal | None = None,
     on_stage: Callable[[Outcomes], Any] | None = None,
 ) -> Outcomes:
-    """Measure every task of every stage, each on one of the processes.
+    """Measure every task of every stage, each on one process.
 
     All tasks are dealt to the processes by their cost; each process goes through the stages in order, with the tasks
     that it has been dealt. A task that raises has failed, and the others go on: that is how logits that are not finite
@@ -98,7 +98,7 @@ def measure(
 
 
 def _share(tasks: Sequence[Task], accelerator: Accelerator | None) -> set[Task]:
-    """The tasks of this process; all of them where processes work on each text together."""
+    """Return the tasks of this process; all tasks if processes share each text."""
     if shares_texts(accelerator):
         return set(tasks)
     owners = deal([task.cost for task in tasks], processes_of(accelerator))
@@ -106,7 +106,7 @@ def _share(tasks: Sequence[Task], accelerator: Accelerator | None) -> set[Task]:
 
 
 def _failed(task: Task, error: Exception) -> Outcome:
-    """The outcome of a task that raised, if others may do better.
+    """Return the outcome of a failed task if the others may continue.
 
     Raises:
         PosExtError: the error, if it ends the run.
@@ -121,7 +121,7 @@ def _failed(task: Task, error: Exception) -> Outcome:
 
 
 class Progress:
-    """A bar that counts the tokens which this process still has to read, and shows what is being measured.
+    """Progress bar over the tokens that this process has to read, with the present task.
 
     Tokens count as forwards end, and at the latest with their task. The clock moves every second, which tells a long
     forward from a process that hangs. Only the first process shows a bar, and only on a terminal.
@@ -137,13 +137,13 @@ class Progress:
         self._clock = threading.Thread(target=self._tick, daemon=True)
 
     def begin(self, label: str, task: Task) -> None:
-        """Show what is being measured."""
+        """Show the present task."""
         self._limit = self._finished + task.tokens
         self.bar.set_description(label if task.document is None else f"{label}, {task.document}", refresh=False)
         self.bar.set_postfix_str(self.processes)
 
     def end(self, task: Task) -> None:
-        """Count the rest of a task, in whichever way it has ended."""
+        """Count the rest of a task, whether it finished or failed."""
         self._finished = self._limit
         self.bar.update(self._limit - self.bar.n)
 

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of every token, exact, with constant memory on the vocabulary side.
+"""Exact negative log-likelihood of every token, in memory that does not grow with the vocabulary.
 
 A naive loop holds logits of shape `(length, vocabulary)`, several times: 168 GB at 128k tokens of Llama-3. Here the
 trunk (everything below the head) runs once, in chunks where it is asked to, and the head on slices of what it gave.
@@ -33,7 +33,7 @@ _LISTENER: ContextVar[Callable[[int], None] | None] = ContextVar("tokens", defau
 
 @contextmanager
 def on_tokens(listener: Callable[[int], None]) -> Iterator[None]:
-    """Inside, `listener` is called with the tokens of each forward of this thread that has ended."""
+    """Call `listener` with the token count of each finished forward of this thread, inside the context."""
     token = _LISTENER.set(listener)
     try:
         yield
@@ -42,7 +42,7 @@ def on_tokens(listener: Callable[[int], None]) -> Iterator[None]:
 
 
 def tokens_read(count: int) -> None:
-    """Say that a model has read so many tokens."""
+    """Report to listeners that a model has read some tokens."""
     listener = _LISTENER.get()
     if listener is not None:
         listener(count)
@@ -59,7 +59,7 @@ DAMAGED = "weights that are not finite themselves"
 
 
 class Scorer:
-    """Base of scorers of a `model` without wrappers.
+    """Base class of the scorers of a `model` without wrappers.
 
     Once a value was not finite, `culprit` names the layers that the latest such came from.
     """
@@ -77,7 +77,7 @@ class Scorer:
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
-    """The family of the first module whose output is not finite when the model runs once more.
+    """Return the family of the first module with a non-finite output when the model runs again.
 
     Layers of a stack are one family, as in `model.layers.*.mlp.down_proj (first in layer 3)`.
     """
@@ -104,7 +104,7 @@ def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
 
 
 def family(path: str) -> str:
-    """The name of all modules that differ from one in the number of their layer only, and that number."""
+    """Return a module's name without its layer number, and that number."""
     numbers = _NUMBER.findall(path)
     if not numbers:
         return path or "what the model does after its head"
@@ -112,7 +112,7 @@ def family(path: str) -> str:
 
 
 def _floating(output: Any) -> Iterator[torch.Tensor]:
-    """The tensors of floating point numbers in what a module gives."""
+    """Yield the floating-point tensors in a module's output."""
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield output
@@ -137,7 +137,7 @@ BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Memory:
-    """Ways to read texts for which a model has too little memory otherwise.
+    """Options that save memory on long texts.
 
     Args:
         prefill_chunk (`int`, *optional*): tokens that go through the model at a time, with those before them in a KV
@@ -170,7 +170,7 @@ WHOLE = Memory()
 
 
 class TokenScorer(Scorer):
-    """Scores tokens with a causal language model, for as long as a measurement lasts.
+    """Scorer of tokens for a causal language model, for the duration of a measurement.
 
     On first use it checks, on a prefix of 16 tokens, that the model is causal and that slices give the logits of a
     full forward; where they do not, it says so in the log and keeps full logits from then on. Chunks are checked in
@@ -199,7 +199,7 @@ class TokenScorer(Scorer):
 
     @torch.no_grad()
     def token_nll(self, input_ids: torch.Tensor, first: int = 1, last_read: bool = True) -> torch.Tensor:
-        """NLL of each token given all tokens before it in its row, whatever the model has read before.
+        """Return the NLL of each token given all earlier tokens of its row, independent of earlier calls.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): rows without padding.
@@ -231,7 +231,7 @@ class TokenScorer(Scorer):
         return nll
 
     def _nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
-        """NLL of rows that go through the model together, chunk by chunk."""
+        """Return the NLL of rows that are read together, chunk by chunk."""
         assert self._head is not None
         targets = input_ids[:, 1:]
         forget_length(self.model)
@@ -249,7 +249,7 @@ class TokenScorer(Scorer):
         return nll.cpu()
 
     def _find_head(self, input_ids: torch.Tensor) -> None:
-        """The head, once it is known that the model is causal, and room for as many of its logits as are worth it."""
+        """Return the head of a causal model, and a splitter for its slices of logits."""
         full = self.model(input_ids=input_ids, use_cache=False).logits
         changed = input_ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % full.shape[-1]
@@ -264,7 +264,7 @@ class TokenScorer(Scorer):
 
 
 def logits_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """NLL of tokens `(batch, length)` under logits `(batch, length, vocabulary)`.
+    """Return the NLL of tokens `(batch, length)` under logits `(batch, length, vocabulary)`.
 
     Float32 whatever the model's dtype: in bfloat16 the sums of the softmax alone are off by a per cent.
     """
@@ -280,7 +280,7 @@ def logits_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def scored_model(model: nn.Module) -> Any:
-    """The transformers model inside a wrapper, if what it gives to a token is of this token.
+    """Return the transformers model inside a wrapper, if its outputs are per token.
 
     Raises:
         UnsupportedModelError: prompt tuning, which puts virtual tokens before the others; or no weights.
@@ -319,11 +319,11 @@ def require_finite(
 
 
 def model_name(model: Any) -> str:
-    """Name or path that a model was loaded from, or its class."""
+    """Return the name or path of a model, or its class."""
     return portable(model.config.name_or_path) or type(model).__name__
 
 
 def autocast_dtype(model: Any) -> str | None:
-    """The dtype to which `torch.autocast` makes a model compute now; `None` outside of it."""
+    """Return the present dtype of `torch.autocast`; `None` outside of it."""
     kind = model.device.type
     return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None

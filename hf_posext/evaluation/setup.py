@@ -1,4 +1,4 @@
-"""A measurement before it begins: checked and planned before anything is read, then documents, tokenized."""
+"""Setup of a measurement: settings and plans are checked before anything is read, then documents are tokenized."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A measurement that was asked for, checked as far as the config of the model allows. Lengths are ascending."""
+    """Requested measurement, checked against the model's config. Lengths are ascending."""
 
     config: EvaluationConfig
     scheme: PositionalScheme
@@ -148,7 +148,7 @@ Refusals = dict[str, str]
 def plan_methods(
     scheme: PositionalScheme, methods: Sequence[str | Method], **lengths: Any
 ) -> tuple[list[ExtensionPlan], Refusals]:
-    """The plans of the methods that apply to a scheme, `none` first, and the reasons of those that do not.
+    """Return the plans of the methods that apply to a scheme, `none` first, and the reasons for all others.
 
     Raises:
         UnknownMethodError: no such method.
@@ -177,7 +177,7 @@ def plan_methods(
 
 
 def try_plans(model: nn.Module, plans: Sequence[ExtensionPlan], refusals: Refusals) -> list[ExtensionPlan]:
-    """The plans that this very model takes; each is patched and undone once, so that what fails does so before hours.
+    """Patch and undo each plan once, and return those that the model accepts, so that failures come early.
 
     `refusals` gets the reasons of the others.
 
@@ -212,7 +212,7 @@ def _require_one(scheme: PositionalScheme, plans: Sequence[ExtensionPlan], refus
 
 @dataclass(frozen=True, kw_only=True)
 class Setup(Request):
-    """A checked request with its model and documents, ready to be measured.
+    """Checked request with its model and documents, ready to be measured.
 
     `scorer` is of the model, as the protocol needs it. `documents` are rows of `max(lengths)` tokens of `texts`, as
     the protocol arranges them. All rows contain the `conditions`.
@@ -226,7 +226,7 @@ class Setup(Request):
     provenance: dict[str, Any]
 
     def scorer_of(self, model: nn.Module) -> Any:
-        """A scorer of the same tokens with another model.
+        """Return a scorer of the same tokens for another model.
 
         Raises:
             InvalidParameterError: its vocabulary is smaller than the tokenizer's.

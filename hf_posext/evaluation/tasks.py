@@ -1,4 +1,4 @@
-"""Units of work: a task is a document or a question, under one method, in one pass of the model."""
+"""Units of work: a task is one document or one question, under one method, in one pass of the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Kind = Literal["nll", "keys", "passkey", "retrieval"]
 
 @dataclass(frozen=True)
 class Task:
-    """A unit of work: one document, or one question, under one method, in one pass.
+    """Unit of work: one document or one question, under one method, in one pass.
 
     Tasks are dealt out to processes, kept in journals and assembled to results. Its value depends on nothing that was
     measured before it, or else the number of processes would show.
@@ -65,12 +65,12 @@ class Task:
 
 
 def task_of(kind: Kind, method: str, factor: float, lengths: Iterable[int], reads: list[int], **which: Any) -> Task:
-    """A task that makes the model read so many tokens in each of its forwards."""
+    """Return a task that reads the given numbers of tokens in its forwards."""
     return Task(kind, method, factor, tuple(lengths), tokens=sum(reads), cost=cost_of(reads), **which)
 
 
 class Outcome(NamedTuple):
-    """Value of a task, or the reason why it has none."""
+    """Value of a task, or the reason for its failure."""
 
     value: Any = None
     failure: str | None = None
@@ -81,7 +81,7 @@ Outcomes = dict[Task, Outcome]
 
 @dataclass(frozen=True, eq=False)
 class MethodRun:
-    """All that is measured under one method, or of the control: documents at all lengths, and questions.
+    """Everything measured under one method or of the control: documents at all lengths, and questions.
 
     Args:
         boundaries ([`Boundaries`], *optional*): where its positions depend on the length of the input.
@@ -222,12 +222,12 @@ class MethodRun:
 
 
 def control_run(setup: Setup, scorer: Any, trained_length: int) -> MethodRun:
-    """The run of an unpatched model whose context is truncated."""
+    """Return the run of the unpatched model with truncated context."""
     return MethodRun(setup, CONTROL, 1.0, scorer, truncated=trained_length)
 
 
 def method_run(setup: Setup, plan: ExtensionPlan) -> MethodRun:
-    """The run of the model with a plan in force."""
+    """Return the run of the model with a plan in force."""
     factor = 1.0 if plan.changes_nothing else plan.factor
     boundaries = boundaries_of(plan.scheme, plan)
     return MethodRun(setup, plan.method, factor, setup.scorer, boundaries, questions=setup.questions)
