@@ -66,7 +66,7 @@ def test_a_journal_is_not_continued_by_another_quantisation(tmp_path: Path) -> N
     model = tiny_llama()
     run(model, journal=tmp_path / "journal.jsonl")
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(JournalError, match=r"models\.0\.quantization is None there and"):
+    with pytest.raises(JournalError, match=r"models\.0\.config\.quantization_config is None there and"):
         run(model, journal=tmp_path / "journal.jsonl")
 
 
