@@ -53,6 +53,20 @@ def layer_number(layer: nn.Module) -> int | None:
     return number if isinstance(number, int) and number >= 0 else None
 
 
+def claimed_window(layer: Any) -> int | None:
+    """Return the sliding window that a layer claims, if the file of its model makes masks for one; else `None`.
+
+    Masks decide where a text is long enough to show them. Some layers read the window from the config (Mistral), which
+    then holds for all layers unless the config has layer types.
+    """
+    if not hasattr(sys.modules[type(layer).__module__], "create_sliding_window_causal_mask"):
+        return None
+    config = getattr(layer, "config", None)
+    shared = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    window: int | None = getattr(layer, "sliding_window", shared)
+    return window
+
+
 def refuse_idle(plan: ExtensionPlan, layers: Layers) -> None:
     """Refuse edits that change no pair of tokens within reach of a layer, in texts of up to twice the target length.
 

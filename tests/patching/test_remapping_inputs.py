@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_posext import patch_model
-from hf_posext.errors import EvaluationError, PosExtError, UnsupportedModelError
+from hf_posext.errors import EvaluationError, NoEffectError, PosExtError, UnsupportedModelError
 from hf_posext.methods import (
     DualChunk,
     DynamicNTK,
@@ -245,6 +245,17 @@ def test_windows_are_those_of_the_masks(method: Method, base: str) -> None:
     found, wanted = (logits(model, IDS, attention_mask=everything) for model in (narrow, wide))
     torch.testing.assert_close(found, wanted, **CLOSE)
     assert not torch.allclose(logits(narrow, IDS), wanted, atol=0.1)  # its own masks have windows
+
+
+@pytest.mark.parametrize("has_skeleton", [True, False])
+def test_a_window_that_is_longer_than_the_probe_counts(has_skeleton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers see no pair that the plan changes, whether a skeleton shows that or not."""
+    if not has_skeleton:
+        monkeypatch.setattr("hf_posext.patching.remap.probe.skeleton_of", lambda backbone: None)
+    model = build("mistral", sliding_window=40)
+    with pytest.raises(NoEffectError, match="rerope"):
+        patch_model(model, ReRoPE(window=64), factor=4)
+    patch_model(model, ReRoPE(window=20), factor=4).undo()
 
 
 def test_an_encoder_and_decoder_that_rotate_are_refused() -> None:

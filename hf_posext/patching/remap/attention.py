@@ -167,11 +167,12 @@ def _sees_farther(call: Call) -> bool:
     if window is None or mask is None or not call.at.state.own_mask or torch.compiler.is_compiling():
         return False
 
-    def farther() -> bool:
+    def farther() -> tuple[torch.Tensor, bool]:
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return bool(seen.tril(seen.shape[-1] - seen.shape[-2] - window).any())
+        return mask, bool(seen.tril(seen.shape[-1] - seen.shape[-2] - window).any())  # the mask keeps its id
 
-    return call.at.once(("farther", id(mask), window), farther)
+    result: bool = call.at.once(("farther", id(mask), window), farther)[1]
+    return result
 
 
 def _near_attention(call: Call) -> Attended:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import Band, ExtensionPlan, PositionMap
 from ..detect import RotarySite, model_code, rotary_sites, text_config
-from ..effect import layer_number, refuse_idle
+from ..effect import claimed_window, layer_number, refuse_idle
 from ..kernels import SAME
 from ..mixin import mix
 from ..modes import evaluation_mode
@@ -412,4 +412,6 @@ def _layouts(
     seen = probe({name: torch.zeros(1, len(slots)) for name, slots in pairs.items()}, ids).windows
     full = getattr(backbone.config, "sliding_window", None)  # the skeleton's window is smaller
     windows = {path: full if subject.bare and seen[path] == WINDOW else seen[path] for path in layers}
+    if not subject.bare or ids.shape[-1] <= WINDOW:  # the text is too short to show the window of the model
+        windows = {path: window or claimed_window(model.get_submodule(path)) for path, window in windows.items()}
     return layers, windows
