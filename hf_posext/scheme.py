@@ -177,7 +177,7 @@ class PositionalScheme:
         return self.kind == "learned" or self.model_type in TABULATED
 
     def rotary(self, name: str) -> Rotary:
-        """Return the set of frequencies of a name."""
+        """Return the set of frequencies with the given name."""
         return next(rotary for rotary in self.rotaries if rotary.name == name)
 
     def same_positions(self, other: PositionalScheme) -> bool:

@@ -28,7 +28,7 @@ class Weak:
         self._reference: Callable[[], Any] = type(None) if target is None else weakref.ref(target)
 
     def __call__(self) -> Any:
-        """The object; `None` once it is gone."""
+        """Return the object, or `None` if it was freed."""
         return self._reference()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,7 +52,7 @@ class _Change:
         return self.owner() if isinstance(self.owner, Weak) else self.owner
 
     def undo(self) -> None:
-        """Put back what was there. Undoing twice does no harm, so that an interrupted undo can be repeated."""
+        """Restore the old value. Undoing twice does no harm, so that an interrupted undo can be repeated."""
         target = self.target()
         if self.name == _CALL:
             self.owner(*self.old)
@@ -108,7 +108,7 @@ class UndoLog:
         return any(change.target() is owner and change.name == name for change in self._changes)
 
     def transfer(self, owner: Any, successor: Any) -> None:
-        """Let undo put back the changes to `owner` in the object that took its place."""
+        """Move the changes of `owner` to the object that replaced it."""
         self._changes = [
             replace(change, owner=Weak(successor)) if change.target() is owner else change for change in self._changes
         ]
@@ -122,14 +122,14 @@ class UndoLog:
         self._changes.append(_Change(function, _CALL, arguments))
 
     def undo(self) -> None:
-        """Put everything back, last change first.
+        """Undo all changes, last one first.
 
         Tensors go back to the device where the model is now, with the bits and the dtype that they had, or cast if the
         model was cast meanwhile. A change that cannot be put back does not stop the others; it stays in the log, for
         the next call.
 
         Raises:
-            UndoError: some changes could not be put back; names them.
+            UndoError: if changes could not be undone. The message names the first one.
         """
         failed: list[tuple[_Change, Exception]] = []
         try:
