@@ -25,7 +25,7 @@ class MethodNotApplicableError(PosExtError, ValueError):
 
 
 class UnsupportedModelError(PosExtError):
-    """A model that cannot be patched or measured. The message contains its name and the reason."""
+    """A model that cannot be patched or measured. The message contains the reason."""
 
 
 class AlreadyPatchedError(PosExtError):
@@ -57,7 +57,7 @@ class CheckpointError(PosExtError, ValueError):
 
 
 class ExportError(PosExtError):
-    """Positions that a server or plain transformers cannot compute. The message lists the supported ones."""
+    """Positions that a server or plain transformers cannot compute. The message names an alternative."""
 
 
 class DocumentError(PosExtError, ValueError):
