@@ -1,4 +1,4 @@
-"""The directory of an adapter, read without opening a weight, and whether it belongs on a model."""
+"""Directory of an adapter, read without opening weights, and its match with a model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OUR_KEYS = (PLAN_KEY, BASE_KEY, REPLACED_KEY, "needs_the_positions_of_posext_pla
 
 @dataclass(frozen=True)
 class AdapterDirectory:
-    """The files of an adapter.
+    """Files of an adapter.
 
     Attributes:
         path (`Path`): where they are.
@@ -84,7 +84,7 @@ class AdapterDirectory:
 
     @property
     def base_name(self) -> str | None:
-        """Folder or Hub id of the base model, as PEFT wrote it."""
+        """Folder or Hub id of the base model, as written by PEFT."""
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
@@ -156,7 +156,7 @@ _PREFIX = "base_model.model."
 
 
 def peft_config(adapter: AdapterDirectory) -> PeftConfig:
-    """The config of an adapter, as PEFT has it.
+    """Return the PEFT config of an adapter.
 
     Raises:
         CheckpointError: this version of PEFT has no adapters of this type, or does not take the entries.
@@ -206,7 +206,7 @@ def misfit(adapter: AdapterDirectory, model: PreTrainedModel) -> str | None:
 
 
 def _build(model: PreTrainedModel, config: PeftConfig) -> Any:
-    """An adapter on a model, its weights on the meta device."""
+    """Return an adapter on a model, with its weights on the meta device."""
     from peft import get_peft_model
 
     config = copy.deepcopy(config)
@@ -216,7 +216,7 @@ def _build(model: PreTrainedModel, config: PeftConfig) -> Any:
 
 
 def saved_shapes(model: Any, name: str = "default", *, embeddings: bool = False) -> Shapes:
-    """Shapes of the weights that PEFT saves of an adapter, by the names that they have in a file."""
+    """Return the shapes of the weights that PEFT saves, by their names in the file."""
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
@@ -225,7 +225,7 @@ def saved_shapes(model: Any, name: str = "default", *, embeddings: bool = False)
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever PEFT puts into a model meanwhile, afterwards it has its own modules, flags and attributes."""
+    """Restore a model's modules, flags, and attributes on exit, undoing what PEFT changed inside the context."""
     modules = [(module, dict(module._modules)) for module in model.modules()]
     flags = [(weight, weight.requires_grad) for weight in model.parameters()]
     attributes = set(vars(model))
@@ -246,7 +246,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def blank_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The modules of a model without numbers, on the meta device, and without what a patch added to them."""
+    """Return a copy of a model on the meta device, without the additions of a patch."""
     config = plain_class(model.config).from_dict(model.config.to_dict())  # type: ignore[attr-defined]
     with torch.device("meta"):
         twin: PreTrainedModel = type(model)(config)

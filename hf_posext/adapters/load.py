@@ -1,4 +1,4 @@
-"""Puts base, patch and adapter together, or says why they do not belong together."""
+"""Loading of an adapter: base, patch, and adapter are combined, or the mismatch is reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterFit:
-    """Result of comparing a model with what an adapter was trained on; true where they are alike.
+    """Match between a model and the base of an adapter. Each field is `True` if they agree.
 
     Attributes:
         reasons (`tuple[str, ...]`): why it is not; empty where it is.
@@ -88,7 +88,7 @@ def load_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
 ) -> PeftModel:
-    """Open an adapter that was trained under a patch: the base, the patch, and the adapter.
+    """Open an adapter that was trained under a patch: load the base, apply the patch, and attach the adapter.
 
     It does not matter what saved it: [`save_adapter`], `save_pretrained` of PEFT or transformers, or a `Trainer`.
 
@@ -161,7 +161,7 @@ def _read(directory: str | Path) -> AdapterDirectory:
 
 
 def _held(base: nn.Module | None) -> list[str]:
-    """Names of the adapters that a model has."""
+    """Return the names of a model's adapters."""
     return list(getattr(base, "peft_config", None) or getattr(base and unwrap(base), "peft_config", None) or ())
 
 
@@ -190,7 +190,7 @@ def _fit_vocabulary(base: PreTrainedModel, adapter: AdapterDirectory) -> None:
 def _apply(
     base: PreTrainedModel, adapter: AdapterDirectory, tokenizer: PreTrainedTokenizerBase | None
 ) -> Patch | None:
-    """The adapter's plan on a base that has no positions of its own making; `None` where nothing was to be done."""
+    """Apply the adapter's plan to an unpatched base; return `None` if nothing had to be done."""
     if find_patch(base) is not None or computes(base.config, adapter.plan):
         return None
     if not detect_scheme(base).same_positions(adapter.plan.scheme):
@@ -199,7 +199,7 @@ def _apply(
 
 
 def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The base model that an adapter names; with its own plan in force where it was saved with one."""
+    """Open the base model of an adapter, with its own plan in force if it was saved with one."""
     name = adapter.base_name
     if name is None:
         raise CheckpointError(f"{adapter.path} does not name its base model. Pass it: load_adapter(path, base=model)")
@@ -222,7 +222,7 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
 
 
 def _both_plans(in_force: ExtensionPlan, wanted: ExtensionPlan) -> str:
-    """Two plans side by side, and what to do about it."""
+    """Describe two conflicting plans and the remedy."""
     said = f"the adapter was trained under ({wanted.describe()}), the model carries ({in_force.describe()})"
     if in_force.method == wanted.method and in_force.factor != wanted.factor:
         return f"{said}; an adapter keeps the factor that it was trained with: give the model without a patch"

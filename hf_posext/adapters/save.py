@@ -1,4 +1,4 @@
-"""Writes an adapter with the positions that it was trained with: its files, its README, and to the Hub."""
+"""Saving of an adapter with its plan: files, README, and upload to the Hub."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def save_adapter(
     base_model: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
-    """Save the adapter of a patched model, with all that opens it again.
+    """Save the adapter of a patched model with everything needed to open it again.
 
     The directory gets what a `PeftModel` needs (`adapter_config.json`, `adapter_model.safetensors`), the plan
     (`posext_plan.json`), some numbers of the base by which another is told from it (`posext_base.json`), the config of
@@ -109,7 +109,7 @@ def save_adapter(
 
 
 def tell_adapters(model: nn.Module, patch: Patch) -> None:
-    """Let the adapters of a patched model be written with its plan, those of prompt learning too."""
+    """Let all adapters of a patched model, prompt learning included, be written with its plan."""
     configs = getattr(model, "peft_config", None)
     if not patch.plan.changes_nothing:
         carry_in_adapters(patch.model, patch._state, configs)
@@ -117,7 +117,7 @@ def tell_adapters(model: nn.Module, patch: Patch) -> None:
 
 
 def _name(model: nn.Module, name: str | None) -> str:
-    """The adapter to save."""
+    """Return the name of the adapter to save."""
     names = list(getattr(model, "peft_config", None) or ())
     if not names:
         raise UnsupportedModelError(
@@ -134,7 +134,7 @@ def _name(model: nn.Module, name: str | None) -> str:
 
 
 def _save(model: Any, name: str, path: Path) -> None:
-    """One adapter into a directory, by PEFT or by transformers."""
+    """Save one adapter into a directory, by PEFT or by transformers."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
@@ -153,7 +153,7 @@ def _save(model: Any, name: str, path: Path) -> None:
 
 
 def _name_base(path: Path, base_model: str) -> None:
-    """Leave the adapter as any other one, on a base that has the positions by its config."""
+    """Make the adapter a plain one on a base whose config contains the positions."""
     config = json.loads(path.read_text(encoding="utf-8"))
     entries = {key: value for key, value in config.items() if key not in OUR_KEYS}
     entries |= {**config["posext_replaced"], "base_model_name_or_path": base_model}
@@ -165,7 +165,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def how_to_open(directory: Path) -> str:
-    """The part of a card that says how to open an adapter, or a checkpoint, with this package and without.
+    """Return the section of a card on opening an adapter or checkpoint, with this package and without it.
 
     Args:
         directory (`Path`): of the adapter or checkpoint.
@@ -209,7 +209,7 @@ def _in_config(directory: Path, plan: ExtensionPlan) -> bool:
 
 
 def card_data(adapter: AdapterDirectory) -> ModelCardData:
-    """The metadata by which the Hub files an adapter."""
+    """Return the Hub metadata of an adapter."""
     name = adapter.base_name
     on_hub = name is not None and name.count("/") == 1 and not Path(name).exists() and not name.startswith(".")
     return ModelCardData(
@@ -221,13 +221,13 @@ def card_data(adapter: AdapterDirectory) -> ModelCardData:
 
 
 def tags(plan: ExtensionPlan) -> list[str]:
-    """Of a model with this plan: the package, what it is for, and the methods by name."""
+    """Return the Hub tags of a plan: the package, its purpose, and the method names."""
     methods = (str(entry.get("name", plan.method)) for entry in plan.parameters)
     return ["hf_posext", "long-context", "position-encoding", *dict.fromkeys(methods)]
 
 
 def adapter_readme(directory: Path) -> str:
-    """The README of an adapter that has no measured results yet."""
+    """Return the README of an adapter without measured results."""
     adapter = AdapterDirectory.read(directory)
     title = f"# Adapter for {inline(public_name(adapter.base_name))} under {inline(adapter.plan.method)}\n\n"
     text = f"---\n{card_data(adapter).to_yaml()}\n---\n\n{title}{how_to_open(directory)}"
@@ -235,7 +235,7 @@ def adapter_readme(directory: Path) -> str:
 
 
 def public_name(name: str | None) -> str:
-    """A base model as a card may name it: not by a path of somebody's machine."""
+    """Return the public name of a base model, without local paths."""
     if name is None:
         return "the base model"
     return Path(name).name if Path(name).is_absolute() else name
@@ -253,7 +253,7 @@ def push_to_hub(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Upload an adapter, or a plan alone, with its card.
+    """Upload an adapter, or only its plan, with its card.
 
     The files that [`save_adapter`], [`ExtensionPlan.save`] and [`~hf_posext.reporting.write_model_card`] write are
     uploaded in one commit, and no others. An adapter is read first, as it is when it is opened.

@@ -1,4 +1,4 @@
-"""The only floor that knows transformers' internals: detect a scheme, apply a plan, put everything back."""
+"""The only package that relies on transformers' internals: detect a scheme, apply a plan, undo it."""
 
 from .detect import detect_scheme
 from .ownership import unwrap

@@ -1,4 +1,4 @@
-"""Lets one see the attention scores of a model, whichever family it is of, for some of its queries.
+"""Attention scores of any model, for a few of its queries.
 
 With eager attention every family computes scores of shape `(batch, heads, queries, keys)` and hands them to a softmax.
 That call is watched; no module is looked up. The text goes through in chunks with a cache, so that no square of its
@@ -25,7 +25,7 @@ _SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.soft
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps the last query's scores of every attention layer that runs, in order."""
+    """Recorder of the last query's scores in every attention layer, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _Watch(TorchFunctionMode):
 def last_query_scores(
     model: PreTrainedModel, input_ids: torch.Tensor, chunk: int
 ) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """The scores, as the softmax gets them, of the last token of each chunk of a text.
+    """Return the scores before the softmax of the last token of each chunk of a text.
 
     Args:
         model (`PreTrainedModel`): causal, with a key-value cache, and without a patch.

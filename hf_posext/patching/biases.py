@@ -1,4 +1,4 @@
-"""Biases of attention that depend on distance: the slopes of ALiBi, and buckets of relative distances.
+"""Attention biases by distance: ALiBi slopes, and buckets of relative distances.
 
 transformers rounds the biases of BLOOM and Falcon to the dtype of the model, which in bfloat16 is whole positions a
 few hundred tokens on. Here they are computed in float32 and added to the mask. Attention layers get it by hooks, which
@@ -24,7 +24,7 @@ from .undo import UndoLog
 
 
 class AttentionSlopes:
-    """Forward pre-hook of an attention layer: the float32 slopes (heads,) of a plan, and the biases that they make."""
+    """Forward pre-hook of an attention layer, with the float32 slopes (heads,) of a plan and their biases."""
 
     def __init__(self, slopes: torch.Tensor) -> None:
         self.slopes = slopes
@@ -39,7 +39,7 @@ class AttentionSlopes:
         return self.slopes
 
     def biases(self, mask: torch.Tensor) -> torch.Tensor:
-        """Slope times position of each key, float32 of shape (batch, heads, 1, keys).
+        """Return slope times position of each key, float32 of shape (batch, heads, 1, keys).
 
         Positions are counted over the keys that the last query sees, as transformers counts them over the attention
         mask: padding has none.
@@ -51,7 +51,7 @@ class AttentionSlopes:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the layer, with biases of these slopes."""
+        """Return the arguments of the layer with the biases of these slopes."""
         return args, kwargs | self.biased(module, kwargs["alibi"], kwargs["attention_mask"])
 
     def biased(self, module: Any, alibi: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -60,14 +60,14 @@ class AttentionSlopes:
 
 
 class BloomSlopes(AttentionSlopes):
-    """For the attention layers of BLOOM."""
+    """Slopes for the attention layers of BLOOM."""
 
     def biased(self, module: Any, alibi: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"alibi": alibi.new_zeros(1, 1, 1), "attention_mask": mask + self.biases(mask)}
 
 
 class FalconSlopes(AttentionSlopes):
-    """For the attention layers of Falcon, whose mask has the biases already, over the root of the head width.
+    """Slopes for the attention layers of Falcon, whose mask contains the biases over the root of the head width.
 
     Kernels of SDPA want the mask in the dtype of the states. What each query adds to all of its keys alike counts for
     nothing, so that the mask gets distances, which are small, and so exact, where attention is.
@@ -83,7 +83,7 @@ class FalconSlopes(AttentionSlopes):
 
 
 class MptSlopes(Mixin):
-    """Mixed into MPT itself, which makes float32 biases once for all layers."""
+    """Mixin for MPT, which computes float32 biases once for all layers."""
 
     _posext_slopes: AttentionSlopes
 
@@ -98,7 +98,7 @@ _HOOKS = {"BloomAttention": BloomSlopes, "FalconAttention": FalconSlopes}
 
 
 def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
-    """Put the slopes of a plan into a model, and check that every layer runs with them.
+    """Apply the slopes of a plan to a model, and check that every layer uses them.
 
     Returns:
         `str`: why a saved checkpoint needs this package.
@@ -137,7 +137,7 @@ MOST_DISTANCES = 2**16
 
 
 class OtherBuckets(Mixin):
-    """Mixed into a module of T5's kin, which sorts distances into buckets by a function that takes its reach."""
+    """Mixin for T5-like modules, whose bucket function takes the maximum distance."""
 
     _posext_buckets: BucketPlan
 
@@ -148,7 +148,7 @@ class OtherBuckets(Mixin):
 
 
 class OtherBucketsOfMPNet(Mixin):
-    """The same for MPNet, whose function has another name and takes the maximum distance as an argument."""
+    """Mixin for MPNet, whose bucket function has another name and signature."""
 
     _posext_buckets: BucketPlan
 
@@ -161,12 +161,13 @@ class OtherBucketsOfMPNet(Mixin):
 
 
 def _squeezed(distance: torch.Tensor, factor: float) -> torch.Tensor:
-    """`sign(d) ceil(|d| / s)`, whole numbers, since the nearest distances have a bucket each."""
+    """Return `sign(d) ceil(|d| / s)`. Whole numbers are required, because each of the nearest distances has a
+    bucket."""
     return distance.sign() * (distance.abs() / factor).ceil().to(distance.dtype)
 
 
 def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
-    """Put the buckets of a plan into a model.
+    """Apply the buckets of a plan to a model.
 
     Returns:
         `str`, *optional*: why a config cannot state them; `None` where it does.
@@ -182,7 +183,7 @@ def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> 
 
 
 def _swap(model: PreTrainedModel, buckets: BucketPlan, reach: int | None, log: UndoLog) -> str | None:
-    """Change the buckets of every module that has some, and return why a config cannot state them."""
+    """Change the buckets of every module that has them, and return why a config cannot express them."""
     sites = bucket_modules(model).values()
     said = all(hasattr(module, "relative_attention_max_distance") for module in sites)
     if reach is not None and said:

@@ -1,4 +1,4 @@
-"""Carries a patched model through a directory: safetensors and JSON, no pickle, no code.
+"""Saving and opening of a patched model: safetensors and JSON, no pickle, no code.
 
 A patch that replaces a table of positions saves the longer table as the model's weights, so that plain transformers
 opens the checkpoint, or what fine-tuning made of it. The rows that it replaced cannot be computed back from the longer
@@ -67,7 +67,7 @@ def save_patched(
     replaced: Mapping[str, torch.Tensor],
     directory: str | Path,
 ) -> None:
-    """Weights, config, plan, tokenizer and replaced tables into a new directory.
+    """Save weights, config, plan, tokenizer, and replaced tables into a new directory.
 
     Raises:
         FileExistsError: the directory holds files.
@@ -88,7 +88,7 @@ def save_patched(
 
 
 def new_directory(directory: str | Path) -> Path:
-    """A directory that did not exist, or was empty.
+    """Create a directory, or accept an empty one.
 
     Raises:
         FileExistsError: it holds files.
@@ -115,7 +115,7 @@ def refuse_adapter(model: PreTrainedModel) -> None:
 def open_saved(
     directory: str | Path, **kwargs: Any
 ) -> tuple[PreTrainedModel, ExtensionPlan, dict[str, torch.Tensor], bool]:
-    """Open a patched model that was saved as it was before it was patched, so that the plan can be applied anew.
+    """Open a saved patched model in its unpatched state, so that its plan can be applied again.
 
     Args:
         directory (`str` or `Path`): the saved directory, or a Hub id (`user/name`, `user/name@revision`).
@@ -156,7 +156,7 @@ def open_saved(
 
 
 def local_directory(name: str | Path, patterns: Sequence[str]) -> Path:
-    """A directory, or a download from the Hub.
+    """Return a local directory, downloaded from the Hub if necessary.
 
     Args:
         name (`str` or `Path`): a directory, or a Hub id (`user/name`, `user/name@revision`).
@@ -199,7 +199,7 @@ def model_class(config: PreTrainedConfig, name: str | Path, trust_remote_code: b
 
 
 def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> dict[str, torch.Tensor]:
-    """Put the replaced tables into a model; returns those that the model came with."""
+    """Put the replaced tables into a model, and return the tables that it had."""
     if not (plan.table or (plan.sinusoids and tables_of(model))):
         _restore_shipped(model.config, plan)
         return {}
@@ -226,7 +226,7 @@ def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> d
 
 
 def _first_rows(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> dict[str, torch.Tensor]:
-    """Stand-ins for the tables before the patch, if the writer of a directory did not know of them.
+    """Return stand-ins for the unpatched tables, if the writer of a directory did not save them.
 
     Sines that transformers makes anew are those that the model had. The rows of a learned table are lost: any rows do
     until the saved ones take their place, and `Patch.undo` refuses.
@@ -242,7 +242,7 @@ def _first_rows(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) ->
 
 
 def _restore_shipped(config: PreTrainedConfig, plan: ExtensionPlan) -> None:
-    """The positions of a config as they were before the model was patched, so that the plan can be applied anew."""
+    """Restore the unpatched positions of a config, so that the plan can be applied again."""
     text: Any = text_config(config)
     for entry in plan.rotaries:
         shipped = dict(plan.scheme.rotary(entry.name).shipped)

@@ -1,4 +1,4 @@
-"""Reads from a model, or from its config alone, which positional scheme it has."""
+"""Detection of the positional scheme, from a model or from its config alone."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RotarySite:
 
 @contextmanager
 def model_code(name: str) -> Iterator[None]:
-    """Turn what the code of a model raises when it is asked for its positions into an `UnsupportedModelError`."""
+    """Convert errors of a model's own code into an `UnsupportedModelError`."""
     try:
         yield
     except PosExtError:
@@ -150,7 +150,7 @@ def detect_scheme(model_or_config: nn.Module | PreTrainedConfig) -> PositionalSc
 
 
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the modules of a model on the meta device: structure without numbers."""
+    """Build the modules of a model on the meta device, without numbers."""
     import transformers
 
     config = without_stop(config)

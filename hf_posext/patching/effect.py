@@ -1,4 +1,4 @@
-"""Plans, and components of a composition, that would change nothing are refused by name.
+"""Refusal of plans, and of components of a composition, that would change nothing.
 
 What a plan writes into modules is compared with what was there. What it does inside attention is computed from the
 plan: an input that is long enough to show it may be longer than a machine can run.

@@ -1,4 +1,4 @@
-"""Identity of a base model among others of the same shape, without reading all of it twice.
+"""Identity of a base model among others of the same shape, from samples of its weights.
 
 A few numbers of a few weights that no adapter layer holds. They survive a change of dtype to within its rounding, and
 a model that was trained further has others.
@@ -35,7 +35,7 @@ SMALLEST = 1e-6  # below this float16 has no full precision
 
 @dataclass(frozen=True)
 class Sample:
-    """Some numbers of one weight.
+    """Sampled numbers of one weight.
 
     Args:
         name (`str`): path of the weight in the base model.

@@ -1,4 +1,4 @@
-"""Gives the rotary modules of a live model other frequencies, and its config the words to say so.
+"""Frequencies of a live model: its rotary modules, and the matching entries of its config.
 
 The numbers come from the plan. Whether transformers itself would compute the same ones from the plan's
 `rope_parameters` is measured, by building the rotary module anew from the changed config and comparing phases; only
@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 class KeepsFrequencies(Mixin):
-    """Mixed into the class of a patched rotary module: frequencies stay float32 whatever the model is cast to.
+    """Mixin for a patched rotary module that keeps frequencies float32 when the model is cast.
 
     `model.to(torch.bfloat16)` would round them by 4e-3, which is whole turns at a few thousand tokens.
     """
@@ -47,7 +47,7 @@ class KeepsFrequencies(Mixin):
 
 @dataclass(frozen=True)
 class FixedFrequencies:
-    """Function in place of the one by which PhiMoE recomputes its frequencies in every forward."""
+    """Replacement for the function with which PhiMoE recomputes its frequencies in every forward."""
 
     inv_freq: tuple[float, ...]
     attention_factor: float
@@ -57,7 +57,7 @@ class FixedFrequencies:
 
 
 def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
-    """Put the frequencies of a plan into a model, and check that its phases changed or follow the length of rows.
+    """Apply the frequencies of a plan, and check that phases changed or follow the row length.
 
     Returns:
         `str`, *optional*: why the config cannot state them; `None` where it does.
@@ -98,7 +98,7 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
 
 
 def _watch_boundary(boundary: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Hook of a model with two LongRoPE lists: warn where the other list begins while keys of the first are cached."""
+    """Warn when a model with two LongRoPE lists switches to the second one with cached keys of the first."""
     values = (*args, *kwargs.values())
     cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
     read = next((value for value in values if isinstance(value, torch.Tensor)), None)
@@ -187,7 +187,7 @@ def _say_in_config(
 
 
 def _with_parameters(config: Any, planned: dict[str, RotaryPlan], plan: ExtensionPlan) -> Any:
-    """A copy of a config that asks for the plan's frequencies."""
+    """Return a copy of a config that requests the plan's frequencies."""
     changed = copy.deepcopy(config)
     for name, entry in planned.items():
         parameters = dict(entry.rope_parameters or {})
@@ -241,7 +241,7 @@ def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, log: Un
 
 
 def _baking(kind: type[nn.Module]) -> Callable[[Any, float], float] | None:
-    """The function `(rope parameters, softmax scale) -> softmax scale` that an attention class applies, if any."""
+    """Return the attention class's function `(rope parameters, softmax scale) -> softmax scale`, if any."""
     source = sys.modules[kind.__module__]
     apply_mscale: Callable[[Any, float], float] | None = getattr(source, "yarn_apply_mscale", None)
     if apply_mscale is not None:
@@ -262,7 +262,7 @@ def _baking(kind: type[nn.Module]) -> Callable[[Any, float], float] | None:
 
 
 def forget_length(model: PreTrainedModel) -> None:
-    """Put transformers' dynamic NTK scaling into the state of a model that has read nothing.
+    """Reset transformers' dynamic NTK scaling to its initial state.
 
     Its rotary modules keep the frequencies of the longest input so far, until one is within the trained length. What a
     text gives would depend on what was read before it.

@@ -1,4 +1,4 @@
-"""Opens configs and weights for every command and loader of the package, and refuses what would not be the checkpoint.
+"""Loading of configs and weights for all commands, with refusal of incomplete or altered checkpoints.
 
 transformers fills weights that a checkpoint lacks with random numbers, opens pickles, asks on the terminal whether to
 run a checkpoint's own code, and ignores how a GGUF file scales its positions. Here, each of these is an error.
@@ -25,7 +25,7 @@ GGUF = ".gguf"
 
 @dataclass(frozen=True)
 class Source:
-    """Place of a model: a folder or Hub id, and the GGUF file in it where the weights are in one.
+    """Location of a model: a folder or Hub id, and its GGUF file if it has one.
 
     Attributes:
         name (`str`): the model as the user named it.
@@ -41,12 +41,12 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of every `from_pretrained`."""
+        """Return the keyword arguments of every `from_pretrained`."""
         gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
         return {"trust_remote_code": self.trust_remote_code, **gguf}
 
     def gguf_path(self) -> Path:
-        """Path of the GGUF file on this machine; a file of the Hub is downloaded.
+        """Return the local path of the GGUF file, downloaded from the Hub if necessary.
 
         Raises:
             OSError: no such file, or no connection.
@@ -256,7 +256,7 @@ def serializable(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _spent_quantizer(model: Any) -> Any:
-    """The quantiser of a GGUF file that has no packed weights left; `None` where there is none."""
+    """Return the quantiser of a GGUF file that has no packed weights left; `None` without one."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or type(quantizer).__name__ != "GgufHfQuantizer":
         return None

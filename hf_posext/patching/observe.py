@@ -1,4 +1,4 @@
-"""The positions of a live model in numbers: read, never changed."""
+"""Positions of a live model in numbers, read-only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OWN_ROWS = 2**14
 
 
 def table_rows(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The learned tables by path, without the rows before position 0; float32 on the CPU.
+    """Return the learned tables by path, without the rows before position 0, float32 on the CPU.
 
     Raises:
         UnsupportedModelError: the model is on the meta device.
@@ -38,7 +38,7 @@ def table_rows(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def frequencies_in_force(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
-    """Radians per token of each set of rotary frequencies, as the model turns in an input of `length` tokens.
+    """Return the radians per token of each set of rotary frequencies for an input of `length` tokens.
 
     Rope types that follow the length keep what the last input gave them; a copy of the module is asked here.
     """
@@ -71,7 +71,7 @@ def slope_scale(model: PreTrainedModel) -> float:
 
 
 def buckets_of(model: PreTrainedModel, distances: torch.Tensor, plan: BucketPlan) -> torch.Tensor:
-    """The bucket of keys that stand `distances` tokens before the query, int64 of the same shape.
+    """Return the buckets of keys `distances` tokens before the query, int64 of the same shape.
 
     Args:
         model (`PreTrainedModel`): with buckets of relative distances that hf_posext can read.
@@ -96,7 +96,7 @@ def buckets_of(model: PreTrainedModel, distances: torch.Tensor, plan: BucketPlan
 
 
 def bucket_biases(model: PreTrainedModel) -> torch.Tensor:
-    """The learned bias of each bucket and head, float32 of shape `(buckets, heads)`."""
+    """Return the learned bias of each bucket and head, float32 of shape `(buckets, heads)`."""
     module = next(iter(bucket_modules(model).values()))
     return _bias_table(module).weight.detach().float().cpu()
 
@@ -108,7 +108,7 @@ def _bias_table(module: nn.Module) -> nn.Embedding:
 
 
 def sinusoid_rows(model: PreTrainedModel, positions: torch.Tensor, rule: PositionMap | None = None) -> torch.Tensor:
-    """The sines that a model gives to positions, float32 of shape `(positions, width)`; NaN where its table ends.
+    """Return the model's sines at positions, float32 of shape `(positions, width)`; NaN past the end of its table.
 
     A table that the model makes longer by itself has no end, so that these are computed where they are asked for; of
     one that follows no formula known here (MusicGen's cosines come first) the model makes the first `OWN_ROWS`.

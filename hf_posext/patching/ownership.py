@@ -1,4 +1,4 @@
-"""The model inside its wrappers, the patch that holds it, and the configs that it does not share while patched."""
+"""Ownership: the model inside its wrappers, the patch in force, and the configs of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK = "_posext_patch"
 
 @dataclass(eq=False)
 class InForce:
-    """A plan in force: what the mark of a patched model holds.
+    """State of a plan in force, stored in the mark of a patched model.
 
     It refers to the model weakly, since the model refers to it.
 
@@ -78,7 +78,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def mark_model(model: PreTrainedModel, state: InForce) -> None:
-    """Mark every transformers model inside a model, so that each of them knows of the patch."""
+    """Mark every transformers model inside a model as patched."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             state.marked.append(Weak(module))
@@ -87,7 +87,7 @@ def mark_model(model: PreTrainedModel, state: InForce) -> None:
 
 
 def unmark(state: InForce) -> None:
-    """Remove the mark of a patch, once it is undone."""
+    """Remove the mark of an undone patch."""
     for reference in state.marked:
         module = reference()
         if module is not None and vars(module).get(MARK) is state:
@@ -105,7 +105,7 @@ def mark_of(model: nn.Module) -> InForce | None:
 
 
 def own_configs(model: nn.Module, log: UndoLog) -> None:
-    """Give a model, with its wrappers, configs of its own: two models made from one config share the object.
+    """Give a model and its wrappers their own configs, because models may share a config object.
 
     Every module that held one gets the same copy. Undo puts the shared ones back, unless the copies were changed by
     others meanwhile; then the model keeps them, so that no setting is lost.
@@ -122,14 +122,14 @@ def own_configs(model: nn.Module, log: UndoLog) -> None:
 
 
 class _Shared:
-    """The configs that a model had, and the copies that took their place."""
+    """Original configs of a model, and the copies in their place."""
 
     def __init__(self, holders: list[tuple[Weak, str, Any, Any]]) -> None:
         self._holders = holders
         self._at_first = [copy.deepcopy(_contents(twin)) for *_, twin in holders]
 
     def give_back(self) -> None:
-        """Put the former configs back where the copies contain what they did at first."""
+        """Restore the original configs wherever the copies are unchanged."""
         if [_contents(twin) for *_, twin in self._holders] != self._at_first:
             return
         for reference, name, former, twin in self._holders:

@@ -1,4 +1,4 @@
-"""A plan goes in, a Patch comes out."""
+"""Patching: `patch_model` applies a plan and returns a `Patch`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _lock = threading.RLock()
 
 
 class Patch:
-    """A plan in force on a live model, until [`~Patch.undo`].
+    """Plan in force on a live model, until [`~Patch.undo`].
 
     Made by [`patch_model`] or [`Patch.from_pretrained`]. As a context manager it is undone on exit, also after an
     exception. The patch stays in force when this object is dropped: the model carries it.
@@ -64,17 +64,17 @@ class Patch:
 
     @property
     def plan(self) -> ExtensionPlan:
-        """The plan that is in force."""
+        """Plan in force."""
         return self._state.plan
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that was given to `patch_model`."""
+        """Tokenizer passed to `patch_model`."""
         return self._state.tokenizer
 
     @property
     def native_obstacle(self) -> str | None:
-        """The reason that a checkpoint needs this package to be opened; `None` where plain transformers opens it."""
+        """Reason why a checkpoint needs this package; `None` if plain transformers opens it."""
         return self._state.native_obstacle
 
     @property
@@ -102,7 +102,7 @@ class Patch:
         return f"{self.plan.scheme.describe()}\n{self.plan.describe()}\n{state}; {saved}"
 
     def undo(self) -> None:
-        """Put the model back, to the bit.
+        """Restore the model, bit for bit.
 
         Undo is exact whoever has wrapped or hooked the model since, and complete: a change that cannot be put back
         does not stop the others, and is tried again by the next call.
@@ -147,7 +147,7 @@ class Patch:
         save_patched(self.model, self.plan, self._state.tokenizer, replaced, directory)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what [`~Patch.save_pretrained`] writes, in one commit.
+        """Upload the output of [`~Patch.save_pretrained`] in one commit.
 
         Args:
             repo_id (`str`): `user/name`; the repository is made if it does not exist.
@@ -166,7 +166,7 @@ class Patch:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Patch:
-        """Open a patched model that was saved, as [`load_patched`] does, and return its patch."""
+        """Open a saved patched model with [`load_patched`], and return its patch."""
         model, plan, rows, reversible = open_saved(directory, **kwargs)
         patch = patch_model(model, plan)
         if plan.table:
@@ -196,7 +196,7 @@ def patch_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **hyper_parameters: Any,
 ) -> Patch:
-    """Change how a model encodes position, in place, so that it reads longer than it was trained to.
+    """Change how a model encodes position, in place, so that it reads beyond its trained length.
 
     Weights are neither changed nor copied, except for tables of positions, which are replaced by longer ones. Limits
     that would cap the longer input are raised (`max_position_embeddings`, generation, and the tokenizer's if given).
@@ -273,7 +273,7 @@ def patch_model(
 
 
 def _checked(plan: ExtensionPlan, lengths: dict[str, Any], hyper_parameters: dict[str, Any]) -> ExtensionPlan:
-    """A plan that was made before, which takes no further arguments."""
+    """Check a ready-made plan, which takes no further arguments."""
     given = [name for name, value in (lengths | hyper_parameters).items() if value is not None]
     if given:
         raise InvalidParameterError(
@@ -298,7 +298,7 @@ _ROOMS: dict[type[Edit], Callable[[PreTrainedModel, ExtensionPlan, UndoLog], str
 def _apply(
     outer: nn.Module, model: PreTrainedModel, plan: ExtensionPlan, tokenizer: PreTrainedTokenizerBase | None
 ) -> InForce:
-    """Put a plan into a model; whatever goes wrong, the model is then as it was."""
+    """Apply a plan to a model. On any error, the model is restored."""
     state = InForce(Weak(model), plan, tokenizer)
     if plan.changes_nothing and any(entry["name"] != "none" for entry in plan.parameters):
         raise NoEffectError(
@@ -355,7 +355,7 @@ def _refuse_prefixes(model: nn.Module, plan: ExtensionPlan) -> None:
 
 
 def find_patch(model: nn.Module) -> Patch | None:
-    """The patch in force on a model or a part of it, whichever way it is wrapped; `None` where there is none."""
+    """Return the patch in force on a model, a submodule, or a wrapper; `None` without a patch."""
     inner = unwrap(model)
     state = mark_of(inner)
     if state is None:
@@ -368,7 +368,7 @@ def find_patch(model: nn.Module) -> Patch | None:
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Undo the patch that a model carries, whichever way the model is wrapped now.
+    """Undo the patch of a model, also through wrappers.
 
     Raises:
         NotPatchedError: the model carries none.
@@ -380,7 +380,7 @@ def unpatch_model(model: nn.Module) -> None:
 
 
 def load_patched(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Open a patched model that was saved, with its patch in force, so that it can be described and undone.
+    """Open a saved patched model with its patch in force, so that the patch can be described and undone.
 
     It does not matter what saved it: `patch.save_pretrained`, `model.save_pretrained`, a `Trainer`, or `push_to_hub`.
 

@@ -1,4 +1,4 @@
-"""Checks that a model honours the positions that it is given, before hours are spent on training."""
+"""Check that a model respects the given positions, before training."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_skipping(model: PreTrainedModel) -> None:
 
 
 def _logits(model: PreTrainedModel, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Logits of two rows that differ in their first half only."""
+    """Return the logits of two rows that differ only in their first half."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
             f"{type(model).__name__} takes no position_ids, which pack and pose depend on. Leave both out."

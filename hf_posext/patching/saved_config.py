@@ -1,4 +1,4 @@
-"""The config of a patched model, as it is written: with its plan, for readers that know plans and readers that do not.
+"""Written config of a patched model: its plan, and entries for readers that do not know plans.
 
 `Trainer.save_model`, `save_pretrained` of transformers and of PEFT, `push_to_hub` and TRL know nothing of plans. All
 of them write the config of the model, and PEFT writes that of the adapter. A patch therefore puts its plan into both.
@@ -65,7 +65,7 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class CarriesPlan(Carried):
-    """Mixed into the class of the config of a patched model."""
+    """Mixin for the config of a patched model."""
 
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
         """Write the config for readers of other generations, too."""
@@ -77,7 +77,7 @@ class CarriesPlan(Carried):
         path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _edit(self, data: dict[str, Any], text: dict[str, Any], resumed: bool) -> None:
-        """Change what is written: the whole config, and the part of it that is about text."""
+        """Edit the written config, and its text part."""
         older = entries_of_4(text)
         if not isinstance(older, str) and not (
             resumed and older.get("rope_scaling", {}).get("rope_type") in UNREADABLE
@@ -88,7 +88,7 @@ class CarriesPlan(Carried):
 
 
 class StopsReaders(CarriesPlan):
-    """The same for positions that no config can say."""
+    """Mixin for the config of a patched model whose positions no config can express."""
 
     def _edit(self, data: dict[str, Any], text: dict[str, Any], resumed: bool) -> None:
         stop = stop_readers(data, text_path(self))
@@ -104,12 +104,12 @@ class StopsReaders(CarriesPlan):
 
 
 def stop_4(data: dict[str, Any]) -> None:
-    """Let a config with a plan stop transformers 4, and not version 5."""
+    """Make a config with a plan stop transformers 4, but not version 5."""
     data[_STOP_4] = {f"{named(data[PLAN_KEY])}; open the directory by transformers 5": []}
 
 
 def stop_readers(data: dict[str, Any], part: str) -> str:
-    """Let a config with a plan stop both generations of transformers when a model is built from it.
+    """Make a config with a plan stop both generations of transformers when a model is built from it.
 
     Args:
         data (`dict`): entries of `config.json`, which are changed.
@@ -155,7 +155,7 @@ def entries_of_4(text: Mapping[str, Any]) -> dict[str, Any] | str:
 
 
 def _as_float(key: str, value: Any) -> Any:
-    """transformers 4 logs an error for whole numbers, except lengths."""
+    """Convert whole numbers other than lengths to floats, for which transformers 4 logs no error."""
     whole = isinstance(value, int) and not isinstance(value, bool) and key != "original_max_position_embeddings"
     return float(value) if whole else value
 
@@ -165,7 +165,7 @@ def named(plan: Mapping[str, Any]) -> str:
 
 
 def saved_plan(config: PreTrainedConfig) -> ExtensionPlan | None:
-    """The plan under which a model was saved, by its config; `None` where it says none.
+    """Return the plan in a saved model's config; `None` without one.
 
     Raises:
         PlanError: a corrupt plan, or one of a newer schema.
@@ -177,7 +177,7 @@ def saved_plan(config: PreTrainedConfig) -> ExtensionPlan | None:
 def open_patched_config(
     name: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """The config of a model, as it was in memory when it was written.
+    """Open the config of a model as it was in memory when it was written.
 
     Args:
         name (`str` or `Path`): directory or Hub id of a patched model, or of any other one.
@@ -198,7 +198,7 @@ def open_patched_config(
 
 
 def without_stop(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config from which a model can be built; the same one where nothing stops that."""
+    """Return a config from which a model can be built; the same object if nothing stops it."""
     if not hasattr(config, REPLACED_KEY):
         return config
     built: PreTrainedConfig = type(config).from_dict(_restored(config.to_dict()))
@@ -206,7 +206,7 @@ def without_stop(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _restored(data: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a config with what stood where its readers are stopped."""
+    """Return the entries of a config with the replaced ones restored."""
     replaced = data[REPLACED_KEY]
     data = {key: value for key, value in data.items() if key not in (REPLACED_KEY, _STOP_4, *_IMPLEMENTATIONS)}
     text = data[replaced["part"]] if replaced["part"] else data
@@ -217,13 +217,13 @@ def _restored(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_path(config: PreTrainedConfig) -> str:
-    """The name under which `config.json` has the config of the text part; `""` where that is the whole."""
+    """Return the key of the text config in `config.json`; `""` if the whole config is about text."""
     text = config.get_text_config(decoder=True)
     return next((name for name in config.sub_configs if getattr(config, name, None) is text), "")
 
 
 def carry(model: PreTrainedModel, state: InForce) -> None:
-    """Let a patched model's config, and those of its adapters, be written with the plan.
+    """Make a patched model's config, and those of its adapters, include the plan when written.
 
     Args:
         model (`PreTrainedModel`): patched; its config is its own.
@@ -241,7 +241,7 @@ def carry(model: PreTrainedModel, state: InForce) -> None:
 
 
 class CarriesPlanInAdapter(Carried):
-    """Mixed into the class of the config of an adapter on a patched model.
+    """Mixin for the config of an adapter on a patched model.
 
     Attributes:
         _posext_entries (`dict`): what is written beside its own entries.
@@ -263,7 +263,7 @@ class CarriesPlanInAdapter(Carried):
 
 
 def carry_in_adapters(model: PreTrainedModel, state: InForce, configs: Mapping[str, Any] | None) -> None:
-    """Let adapters of a patched model be written with its plan.
+    """Make the adapters of a patched model include its plan when written.
 
     Args:
         model (`PreTrainedModel`): patched.
@@ -282,7 +282,7 @@ def carry_in_adapters(model: PreTrainedModel, state: InForce, configs: Mapping[s
 
 
 def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Meet the adapters that a patched model got after the patch."""
+    """Prepare the adapters that a patched model received after the patch."""
     state: InForce | None = vars(model).get(MARK)
     if state is None or not isinstance(model, PreTrainedModel) or state.plan.changes_nothing:
         return

@@ -1,4 +1,4 @@
-"""Shifted sparse attention (S2): trains a long context at the price of a short one, for dense attention afterwards.
+"""Shifted sparse attention (S2): training at the cost of a short context, for dense attention afterwards.
 
 Chen et al., 2023: LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models,
 https://arxiv.org/abs/2309.12307. The reference code rolls half the heads, so that the first half-group and the last
@@ -84,7 +84,7 @@ def shifted_attention(
     groups: int,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The function in `AttentionInterface`."""
+    """Attention function for `AttentionInterface`."""
     if not module.training or kwargs.get("sliding_window") is not None:
         dense: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **kwargs
@@ -112,7 +112,7 @@ def shifted_attention(
 
 
 def _within(states: list[torch.Tensor], size: int, options: dict[str, Any]) -> torch.Tensor:
-    """Causal attention (batch, heads, tokens, dim) within groups of `size` tokens."""
+    """Return causal attention (batch, heads, tokens, dim) within groups of `size` tokens."""
     batch, heads, length, _ = states[0].shape
     query, key, value = (
         state.reshape(batch, heads, length // size, size, -1).transpose(1, 2).flatten(0, 1) for state in states
@@ -137,7 +137,7 @@ def _refuse(module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, g
 
 @contextmanager
 def _attention(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
-    """The model's attention under a name of transformers' registries, which forget it afterwards."""
+    """Register the model's attention under a temporary name inside the context."""
     register_attention(name, function, sdpa_mask)
     try:
         with switched_attention(model, name):

@@ -1,4 +1,4 @@
-"""Names that change between versions of transformers, read from the code that is installed.
+"""Names that differ between versions of transformers, read from the installed code.
 
 transformers 5.24 renamed `past_key_values` and `cache_params` to `cache`, in arguments and in outputs. The old names
 warn until 5.40. The functions of this module find the name that a forward accepts and the field that an output

@@ -1,4 +1,4 @@
-"""Modules of a model that hold positions other than rotary ones: tables, sinusoids, relative biases, ALiBi.
+"""Modules with positions other than rotary ones: tables, sinusoids, relative biases, ALiBi.
 
 The row of a learned table that position 0 reads is asked from the model, which runs up to that table. Families count
 rows from 0, from 2 (OPT, BART, and Nystromformer by a buffer), or from behind the padding row (RoBERTa), and no
@@ -57,7 +57,7 @@ _BUCKET_FUNCTIONS = ("_relative_position_bucket", "relative_position_bucket")
 
 
 def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """All modules with their paths, except for those of the image or audio part of a model."""
+    """Yield all modules with their paths, except for the image and audio parts of a model."""
     foreign = {id(part) for part in _parts(model)} - {id(config) for config in text_configs(model)}
     outside: list[str] = []
     for path, module in model.named_modules():
@@ -95,12 +95,12 @@ def position_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
 
 
 def path_without_adapter(path: str) -> str:
-    """The path that a module has where no adapter trains a copy of it."""
+    """Return the path of a module without the copies of an adapter."""
     return _ADAPTER_COPY.sub("", path)
 
 
 def first_row(model: PreTrainedModel, path: str, table: nn.Embedding) -> int | None:
-    """The row of position 0 in a table: as the model reads it, else as the names of attributes say.
+    """Return the row of position 0 in a table, as the model reads it, otherwise by attribute names.
 
     BART and OPT keep an `offset`, and RoBERTa counts from behind the padding row. What names say is believed only
     where the config then gives a length that the table has; `None` otherwise.
@@ -207,11 +207,11 @@ def logits_of_probe(model: PreTrainedModel) -> torch.Tensor:
 
 
 class _Reached(Exception):
-    """The table was read; the rest of the forward is not needed."""
+    """Signal that the table was read and the forward can end."""
 
 
 class _Lookup(TorchFunctionMode):
-    """Record the rows that are read from a table, and end the forward there.
+    """Recorder of the rows read from a table, which ends the forward there.
 
     With hooks of accelerate the forward has to go on: they take the weights that they brought away at its end.
     """
@@ -234,7 +234,7 @@ class _Lookup(TorchFunctionMode):
 
 
 class _Weightless(TorchFunctionMode):
-    """Put the weights of a model that is built inside on the meta device, and leave its index buffers real."""
+    """Context in which models are built with weights on the meta device and real index buffers."""
 
     makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 

@@ -1,4 +1,4 @@
-"""Tables of positions in a live model, learned or of sines: longer ones, and all sizes that go with them.
+"""Position tables of a live model, learned or sinusoidal: longer ones, and all dependent sizes.
 
 The weights of a table are replaced, not resized, and put back by undo. All else that is as long as the table
 follows: index buffers, causal masks that a few families keep, limits in the config, so that the saved model is one
@@ -87,19 +87,19 @@ def _is_mask(buffer: torch.Tensor | None, tables: Mapping[str, nn.Embedding]) ->
 
 
 def tables_of(model: PreTrainedModel) -> dict[str, nn.Embedding]:
-    """Every table of positions by path, learned or of sines, that is an embedding with weights of its own."""
+    """Return every position table by path that is an embedding with its own weights."""
     fixed = {path: module for path, module in sinusoids(model).items() if isinstance(module, nn.Embedding)}
     return position_tables(model) | fixed
 
 
 def replaced_tables(model: PreTrainedModel, log: UndoLog) -> dict[str, torch.Tensor]:
-    """The weights by path that tables had before a patch, of those that it replaced."""
+    """Return the unpatched weights of replaced tables by path."""
     tables = tables_of(model).items()
     return {path: log.before(module, "weight") for path, module in tables if log.knows(module, "weight")}
 
 
 def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], log: UndoLog) -> None:
-    """Let undo put former tables where the tables are now: merging an adapter that trained one puts its copy there.
+    """Let undo restore tables at their present place, because merging an adapter moves its copy there.
 
     Args:
         replaced (`Mapping[str, nn.Embedding]`): modules by path that got other weights when the model was patched.
@@ -116,7 +116,7 @@ def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], 
 
 
 def set_rows(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], offset: int, log: UndoLog) -> str | None:
-    """Replace the weights of tables by path, and all that is as long as they are; `offset` is the row of position 0.
+    """Replace the weights of tables by path, and every buffer of their length. `offset` is the row of position 0.
 
     Returns:
         `str`, *optional*: why plain transformers does not build a model of these sizes from the config.
@@ -144,7 +144,7 @@ def set_rows(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], offset: i
 def _resized(
     name: str, buffer: torch.Tensor | None, module: nn.Module, lengths: tuple[int, int], more: int
 ) -> torch.Tensor | None:
-    """A buffer of the new length; `None` where it does not depend on the length of the table."""
+    """Return a buffer of the new length; `None` if it does not depend on the table."""
     if buffer is None or not buffer.ndim or buffer.shape[-1] not in lengths:
         return None
     new = buffer.shape[-1] + more
@@ -164,7 +164,7 @@ def _resized(
 
 
 def length_fields(model: PreTrainedModel) -> Iterator[tuple[PreTrainedConfig, str, int]]:
-    """Every field of the configs of the text parts that holds the longest input: config, name, tokens."""
+    """Return every config field of the text parts that contains the longest input: config, name, tokens."""
     for config in text_configs(model):
         for name in dict.fromkeys(config.attribute_map.get(name, name) for name in LENGTH_FIELDS):
             held = getattr(config, name, None)
@@ -182,7 +182,7 @@ def set_limit(model: PreTrainedModel, config: PreTrainedConfig, name: str, lengt
 
 
 def raise_limits(model: PreTrainedModel, length: int, tokenizer: PreTrainedTokenizerBase | None, log: UndoLog) -> None:
-    """`max_position_embeddings` and its likes in the config and its text part, the generation limit, the tokenizer's.
+    """Raise `max_position_embeddings` and similar fields, the generation limit, and the tokenizer's limit.
 
     A limit that is already higher stays.
     """
@@ -194,7 +194,7 @@ def raise_limits(model: PreTrainedModel, length: int, tokenizer: PreTrainedToken
 
 
 def _resize_config(model: PreTrainedModel, old: int, offset: int, new: int, log: UndoLog) -> None:
-    """Limits in the config, which count the rows before position 0 in some families and not in others."""
+    """Resize the limits of a config. Some families include the rows before position 0, others do not."""
     for config, name, held in length_fields(model):
         if held not in (old, old - offset):
             continue
@@ -205,7 +205,7 @@ def _resize_config(model: PreTrainedModel, old: int, offset: int, new: int, log:
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size] | None:
-    """Shapes of the weights of a model built from the config alone, without weights; `None` where that fails."""
+    """Return the weight shapes of a model built from the config alone; `None` if that fails."""
     try:
         with torch.device("meta"):
             skeleton = type(model)(copy.deepcopy(model.config))
@@ -216,7 +216,7 @@ def _shapes(model: PreTrainedModel) -> dict[str, torch.Size] | None:
 
 
 def _follow_config(model: PreTrainedModel, before: dict[str, torch.Size] | None, log: UndoLog) -> str | None:
-    """Give weights the sizes that the changed config asks for, or return why a checkpoint would not open."""
+    """Resize weights to the changed config, or return why a checkpoint would not open."""
     after = _shapes(model)
     if before is None or after is None:
         return f"{type(model).__name__} cannot be built from its config alone"
@@ -241,7 +241,7 @@ def _follow_config(model: PreTrainedModel, before: dict[str, torch.Size] | None,
 
 
 class OtherSines(Mixin):
-    """Mixed into a module that makes a table of sines, and makes it anew when the input is longer (XGLM, M2M-100)."""
+    """Mixin for a module that computes a table of sines, again for longer inputs (XGLM, M2M-100)."""
 
     _posext_positions: PositionMap
     _posext_radians: tuple[float, ...]
@@ -262,7 +262,7 @@ def _differ(sines: torch.Tensor, before: torch.Tensor) -> bool:
 
 
 def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
-    """Give the positions of a sinusoidal model the sines of a plan's positions.
+    """Apply the sines of a plan's positions to a sinusoidal model.
 
     Returns:
         `str`, *optional*: why a saved checkpoint needs this package; `None` where sines are saved with the weights.
@@ -312,7 +312,7 @@ def stretch(table: torch.Tensor, plan: TablePlan, positions: torch.Tensor) -> to
 
 
 def _between(rows: torch.Tensor, at: torch.Tensor, curves: torch.Tensor | None) -> torch.Tensor:
-    """Rows at fractional positions: linear, or along the spline that has the given second derivatives in each row."""
+    """Return rows at fractional positions, linear or along a spline with the given second derivatives."""
     at = at.double().clamp(0, len(rows) - 1)
     low = at.floor().long()
     high = (low + 1).clamp(max=len(rows) - 1)
@@ -344,7 +344,7 @@ def _second_derivatives(rows: torch.Tensor) -> torch.Tensor:
 
 
 def sines(angles: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Sines of all frequencies, then cosines, float64 of shape `(positions, 2 * frequencies)`."""
+    """Return sines of all frequencies, then cosines, float64 of shape `(positions, 2 * frequencies)`."""
     phases = angles.double()[:, None] * frequencies[None]
     return torch.cat([phases.sin(), phases.cos()], dim=-1)
 

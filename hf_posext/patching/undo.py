@@ -1,4 +1,4 @@
-"""The undo log: every change that a patch makes to a live model, so that undo is exact and complete.
+"""Undo log: every change of a patch to a live model, so that undo is exact and complete.
 
 The log refers to what it changed weakly. A patched model is therefore freed as soon as its last user lets go of it,
 although it carries its log. Copies and pickles of a model carry a log of their own, which refers to the copies.
@@ -22,7 +22,7 @@ _CALL = "<call>"
 
 
 class Weak:
-    """A weak reference that is copied and pickled as a reference to the object, or to the copy of it."""
+    """Weak reference that is copied and pickled as a reference to the object or its copy."""
 
     def __init__(self, target: Any) -> None:
         self._reference: Callable[[], Any] = type(None) if target is None else weakref.ref(target)
@@ -80,7 +80,7 @@ class _Change:
 
 
 class UndoLog:
-    """Changes to attributes, in order, with what was there before.
+    """Attribute changes in order, with the old values.
 
     Changes are plain data (owner, name, old value) and not closures, so that a `copy.deepcopy` or a pickle of a
     patched model can be undone on its own.

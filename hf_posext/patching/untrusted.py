@@ -1,4 +1,4 @@
-"""Files that somebody else wrote, looked at before anything in them is opened.
+"""Checks of untrusted files before anything in them is opened.
 
 What is opened afterwards is safetensors, JSON and GGUF. Pickles are never read, and remote code runs
 only where the user passes `trust_remote_code=True`. The header of a GGUF file
@@ -64,7 +64,7 @@ def check_directory(directory: str | Path, weights: str = "model*.safetensors") 
 
 
 def pickles_of(path: Path) -> list[str]:
-    """Names of the files in a directory that only pickle and its kin would open."""
+    """Return the names of the files in a directory that only pickle-based loaders open."""
     return sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning for length: presets, rows, PoSE, shifted sparse attention and LongCE on `transformers.Trainer`."""
+"""Fine-tuning for length: presets, rows, PoSE, shifted sparse attention, and LongCE on `transformers.Trainer`."""
 
 from ..packages import require
 

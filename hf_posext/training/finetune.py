@@ -1,4 +1,4 @@
-"""Fine-tune a model whose positions were extended: patch, adapter, train, and save what a fresh process can load."""
+"""Fine-tuning of a model with extended positions: patch, adapter, training, and a save that reopens anywhere."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def finetune(
 
 
 def _facts(run: Run, texts: Any) -> dict[str, Any]:
-    """All that decides which weights come out."""
+    """Return everything that determines the trained weights."""
     source = getattr(texts, "source", {})
     if source.get("dataset"):
         source = {**source, "dataset": portable(source["dataset"])}
@@ -325,7 +325,7 @@ def check_model(model: nn.Module, *, adapted: bool, bf16: bool) -> None:
 def trainable(
     model: PreTrainedModel, preset: Preset, settings: Settings, adapter: PeftConfig | None = None
 ) -> nn.Module:
-    """The model, or a `PeftModel` around it, that requires gradients where the preset trains, in float32 there.
+    """Return the model or a `PeftModel` around it. Trained weights are float32 and require gradients.
 
     Raises:
         InvalidParameterError: peft finds nothing to put the adapter on.
@@ -354,7 +354,7 @@ def trainable(
 
 
 def count(network: nn.Module) -> dict[str, int]:
-    """Parameters that are trained, and those of the model in all, the adapter's not among them."""
+    """Return the number of trained parameters, and the total of the model without adapters."""
     weights = list(network.named_parameters())
     trained = sum(weight.numel() for _, weight in weights if weight.requires_grad)
     wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)

@@ -1,4 +1,4 @@
-"""The directory of a run: what was trained, and a provenance from which the run can be made again.
+"""Directory of a run: the trained weights, and a provenance that reproduces the run.
 
 | path in `output` | what |
 |---|---|
@@ -87,7 +87,7 @@ def begin(output: Path, run: dict[str, Any]) -> None:
 
 
 def forget(output: Path) -> None:
-    """Leave nothing of a run that ended before its first checkpoint, so that it can be started again."""
+    """Remove the files of a run that ended before its first checkpoint, so that it can be restarted."""
     (output / PROVENANCE).unlink(missing_ok=True)
     for directory in (output / CHECKPOINTS, output):
         if directory.is_dir() and not any(directory.iterdir()):
@@ -139,7 +139,7 @@ def _command() -> str:
 
 
 def save(network: nn.Module, patch: Patch, trainer: Trainer, output: Path) -> Path:
-    """The adapter into `output/adapter`, or the model into `output/model`, with its plan.
+    """Save the adapter into `output/adapter`, or the model into `output/model`, with its plan.
 
     Args:
         network (`PeftModel` or `PreTrainedModel`): trained; shards of it are put together on every process.
@@ -164,7 +164,7 @@ def save(network: nn.Module, patch: Patch, trainer: Trainer, output: Path) -> Pa
 
 @torch.no_grad()
 def _gather(network: nn.Module) -> None:
-    """Every weight whole, on the CPU, where FSDP left shards; it is not for training any more."""
+    """Gather FSDP shards to whole weights on the CPU. The model cannot be trained afterwards."""
     whole: dict[int, nn.Parameter] = {}
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):

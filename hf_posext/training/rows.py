@@ -1,4 +1,4 @@
-"""From documents to rows of equally many tokens, none of which reads across the edge of two documents, to batches.
+"""Rows of equal length from documents, never across document boundaries, and their batches.
 
 What a step reads is a function of the seed and of the number of the sample, and of nothing else. So a run that is
 resumed, or spread over more processes, reads the same.
@@ -108,7 +108,7 @@ def make_rows(
 
 
 def _pack(pieces: list[Tokens], length: int) -> list[list[Tokens]]:
-    """Pieces in as few rows as best fit needs: the longest first, each into the fullest row that still holds it."""
+    """Pack pieces by best fit: the longest first, each into the fullest row with enough room."""
     rows: list[list[Tokens]] = []
     spaces: list[tuple[int, int]] = []  # what is free in each row, ascending, and its index
     for piece in sorted(pieces, key=len, reverse=True):
@@ -145,13 +145,13 @@ def _columns(**columns: np.ndarray) -> datasets.Dataset:
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token does: it is neither attended to nor predicted."""
+    """Return a padding token. Any token works, because padding is neither attended to nor predicted."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in known if token is not None)
 
 
 def schedule(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
-    """Rows in the order in which they are trained on, with the number of each `sample`.
+    """Yield rows in training order, each with its `sample` number.
 
     Args:
         rows (`datasets.Dataset`): in `torch` format.
@@ -170,7 +170,7 @@ def schedule(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
 
 @dataclass(frozen=True)
 class Skips:
-    """Positional skip-wise training (PoSE): rows are short, and their positions are spread over the length to come.
+    """Positional skip-wise training (PoSE): short rows whose positions are spread over the target length.
 
     A row is cut into chunks, and each chunk after the first is moved on by a random number of positions, so that with
     many rows all distances up to `target` are seen. The text is that of the row as it stands. Zhu et al., 2023: PoSE:
@@ -187,7 +187,8 @@ class Skips:
     seed: int
 
     def positions(self, length: int, sample: int) -> torch.Tensor:
-        """Positions (length,) of a sample. With two chunks, cut and skip are distributed as in the paper's code."""
+        """Return the positions (length,) of a sample. With two chunks, cut and skip are drawn as in the paper's
+        code."""
         draw = random.Random(f"{self.seed}-{sample}")
         sizes = [draw.randint(1, -(-length // self.chunks)) for _ in range(self.chunks - 1)]
         skips = [0]
@@ -199,7 +200,7 @@ class Skips:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows to a batch, with labels, and with skipped positions where those are asked for."""
+    """Collator of rows into a batch with labels, and with skipped positions if requested."""
 
     skips: Skips | None = None
     special: int = 0

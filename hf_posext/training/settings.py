@@ -1,4 +1,4 @@
-"""Settings of a run: its numbers, and the preset that says which weights are trained."""
+"""Settings of a run: its numbers, and the preset that selects the trained weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MULTIPLES = ("steps", "batch_size", "accumulation", "length")
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a run; each is described in [`finetune`].
+    """Numbers of a run; see [`finetune`].
 
     Args:
         length (`int`): tokens per row.
@@ -172,7 +172,7 @@ Small models want more: the shipped ones 3e-3 for adapters, for all weights 6e-4
 
 
 def as_preset(preset: str | Preset) -> Preset:
-    """A preset by name, or the object itself.
+    """Return a preset by name, or the object itself.
 
     Raises:
         InvalidParameterError: no such preset.
@@ -187,7 +187,7 @@ def as_preset(preset: str | Preset) -> Preset:
 
 
 def adapter_config(preset: Preset, model: PreTrainedModel) -> LoraConfig:
-    """The configuration of the adapter of a preset, for a model that has its patch already.
+    """Return the adapter config of a preset for a patched model.
 
     Raises:
         InvalidParameterError: options that `LoraConfig` does not take.
@@ -216,7 +216,7 @@ def adapter_config(preset: Preset, model: PreTrainedModel) -> LoraConfig:
 
 
 def tie_again(network: PeftModel) -> None:
-    """Tie the copies of tied embeddings and output weights that an adapter trains. peft does so for few names."""
+    """Tie an adapter's copies of tied embedding and output weights. PEFT does this only for a few names."""
     layers = (network.get_base_model().get_input_embeddings(), network.get_base_model().get_output_embeddings())
     inputs, outputs = (getattr(layer, "modules_to_save", None) for layer in layers)
     if inputs is not None and outputs is not None:

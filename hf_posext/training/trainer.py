@@ -1,4 +1,4 @@
-"""`transformers.Trainer` as a run wants it: arguments, loss, and callbacks. It is not subclassed."""
+"""Arguments, loss, and callbacks for `transformers.Trainer`, which is not subclassed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .settings import Preset, Settings
 
 @dataclass
 class LongCE:
-    """The `compute_loss_func` of a Trainer whose labels are the tokens themselves.
+    """LongCE as the `compute_loss_func` of a Trainer whose labels are the tokens themselves.
 
     The short contexts are windows of twice `short_length` that move by `short_length`, so that each token has
     `short_length` to `2 * short_length - 1` tokens before it; that costs two forwards of short rows, without
@@ -66,7 +66,7 @@ class LongCE:
 
     @torch.no_grad()
     def short_nll(self, ids: torch.Tensor, long_nll: torch.Tensor) -> torch.Tensor:
-        """NLL (batch, length - 1) given the short contexts; that of the long one where there is no shorter."""
+        """Return the NLL (batch, length - 1) given the short contexts, or the long context where none is shorter."""
         short, size = long_nll.clone(), self.short_length
         with evaluation_mode(self.model):
             for begin in range(size, ids.shape[1] - size, size):
@@ -80,13 +80,13 @@ class LongCE:
 
 
 def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """NLL (batch, length - 1) of tokens 1, 2, ... of each row, float32."""
+    """Return the NLL (batch, length - 1) of tokens 1, 2, ... of each row, float32."""
     return cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measurements while a model is trained.
+    """Measurements during training.
 
     Args:
         documents (`list[Document]`, or what [`load_documents`] takes): texts that are not trained on.
@@ -110,7 +110,7 @@ class Evaluation:
 
     @property
     def metric(self) -> str:
-        """Metric of early stopping: the perplexity at the longest length."""
+        """Return the metric of early stopping: perplexity at the longest length."""
         return f"eval_perplexity_{max(self.lengths)}"
 
 
@@ -150,7 +150,7 @@ class MeasuresLengths(TrainerCallback):  # type: ignore[misc]
 
 
 class KeepsPlan(TrainerCallback):  # type: ignore[misc]
-    """Writes the plan of a patched model into every checkpoint of a `Trainer`, as the last of its files.
+    """Callback that writes the plan of a patched model into every checkpoint of a `Trainer`, as its last file.
 
     The configs in a checkpoint contain the plan already. With this callback a checkpoint that has `posext_plan.json`
     is whole, its tokenizer is the one that [`patch_model`] was given, and prompt learning of PEFT can be saved.
@@ -174,7 +174,7 @@ class KeepsPlan(TrainerCallback):  # type: ignore[misc]
 
 
 class StopsAtNonFinite(TrainerCallback):  # type: ignore[misc]
-    """Ends a training whose loss or gradient is not finite before such weights are saved."""
+    """Callback that ends training at a non-finite loss or gradient, before such weights are saved."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -191,7 +191,7 @@ class StopsAtNonFinite(TrainerCallback):  # type: ignore[misc]
 
 
 class ShowsProgress(TrainerCallback):  # type: ignore[misc]
-    """A progress bar on the main process; transformers' own prints every log."""
+    """Progress bar on the main process, without transformers' line per log."""
 
     bar: Any = None
 
@@ -221,7 +221,7 @@ class ShowsProgress(TrainerCallback):  # type: ignore[misc]
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of the most steps that is whole; a training that is killed while it saves leaves half of one."""
+    """Return the newest complete checkpoint. A training killed during a save leaves an incomplete one."""
     found = [
         (int(step), path)
         for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -235,7 +235,7 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Run:
-    """All that a training is made of, checked."""
+    """Checked parts of a training."""
 
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
@@ -248,7 +248,7 @@ class Run:
 
 
 def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingArguments:
-    """AdamW (0.9, 0.95) without weight decay, linear warm-up and decay; the loss of every step is logged."""
+    """Return arguments: AdamW (0.9, 0.95) without weight decay, linear warm-up and decay, a log of every step."""
     settings, evaluation = run.settings, run.evaluation
     measured: dict[str, Any] = {}
     if evaluation is not None:
@@ -286,7 +286,7 @@ def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingAr
 
 
 def _own_arguments(arguments: TrainingArguments, output: Path, measured: dict[str, Any]) -> TrainingArguments:
-    """Arguments of the user, with what a run cannot do without: its directory, its rows as they come, its log."""
+    """Return the user's arguments with the required settings of a run: directory, row order, and log."""
     needed = {
         "output_dir": str(output / CHECKPOINTS),
         "train_sampling_strategy": "sequential",
@@ -308,7 +308,7 @@ def _own_arguments(arguments: TrainingArguments, output: Path, measured: dict[st
 def make_trainer(
     run: Run, network: nn.Module, arguments: TrainingArguments, callbacks: Iterable[TrainerCallback]
 ) -> Trainer:
-    """The Trainer of a run, with the callbacks of this package before those of the user."""
+    """Return the Trainer of a run, with this package's callbacks before those of the user."""
     settings, plan, preset = run.settings, run.patch.plan, run.preset
     samples = settings.steps * settings.accumulation * settings.batch_size * arguments.world_size
     skips = None if settings.pose is None else Skips(plan.target_length, settings.pose, settings.seed)
@@ -334,7 +334,7 @@ def make_trainer(
 
 
 def _two_rates(network: nn.Module, preset: Preset) -> torch.optim.Optimizer:
-    """AdamW with a learning rate of its own for the second LoRA matrices."""
+    """Return AdamW with a separate learning rate for the second LoRA matrices."""
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
     second = [weight for name, weight in trained.items() if ".lora_B." in name]
     first = [weight for name, weight in trained.items() if ".lora_B." not in name]
