@@ -1,4 +1,4 @@
-"""The edits that a plan consists of: plain data, each of which checks itself, since a plan may come from any file."""
+"""Edits of a plan: plain data, each of which checks itself, because a plan may come from any file."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ class Growth:
 
     @property
     def acts(self) -> bool:
-        """`True` where anything follows the length."""
+        """`True` if anything depends on the row length."""
         powers = zip(self.moving, self.power, strict=True)
         return self.temperature != 0 or any(moving != 0 and power != 0 for moving, power in powers)
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A group of tokens that grows with the length of each row: `max(1, ceil((row length - beyond) / span))`."""
+    """Group size that grows with the length of each row: `max(1, ceil((row length - beyond) / span))`."""
 
     span: int
     beyond: int = 0
@@ -98,7 +98,7 @@ class RowCurve:
 
 @dataclass(frozen=True)
 class PositionMap:
-    """Position p of a token as a band of the attention sees it.
+    """Map from the position p of a token to its position in a band.
 
     `min(rate * f(p mod modulo) + offset, limit)` with `f(p) = p // group`; `modulo` and `limit` count only where they
     are given. The map f has other forms:
@@ -126,12 +126,12 @@ class PositionMap:
 
     @property
     def by_pair(self) -> bool:
-        """`True` where rotary pairs have positions of their own."""
+        """`True` if rotary pairs have separate positions."""
         return bool(self.pair_groups or self.pair_shares)
 
     @property
     def follows_rows(self) -> bool:
-        """`True` where positions depend on the length of each row."""
+        """`True` if positions depend on the length of each row."""
         return self.row_group is not None or self.row_curve is not None
 
     def of_pair(self, pair: int) -> PositionMap:
@@ -161,7 +161,7 @@ class PositionMap:
 
 @dataclass(frozen=True)
 class CountFade:
-    """Logits of a band that fall with the number of its keys.
+    """Reduction of a band's logits by the number of its keys.
 
     The query at position p loses `strength * ln(max(1, n / reference))`. The band of a query holds
     `n = (p // chunk - low + 1) * chunk` keys.
@@ -177,7 +177,7 @@ class CountFade:
 
 @dataclass(frozen=True)
 class DistanceDecay:
-    """Logits of a band that fall with distance, by the same amount within each octave of distances.
+    """Reduction of a band's logits by distance, constant within each octave of distances.
 
     A pair at distance d loses `strength * ln(2) * (k + 1/2)`, where `start * 2 ** k <= d < start * 2 ** (k + 1)`.
     That is `strength * ln(d / start)` at the geometric middle of the octave, and at most `0.35 * strength` off
@@ -194,7 +194,7 @@ class DistanceDecay:
 
 @dataclass(frozen=True)
 class Band:
-    """A band: some of the pairs of query i and key j, and the positions that rotary phases have there.
+    """Band of the pairs of query i and key j, and the positions of its rotary phases.
 
     A pair belongs to the band when `low <= i // chunk - j // chunk < high`, and `j < keys_below` where that is given;
     bounds that are `None` do not bound. The bands of a plan are disjoint; a pair in no band is not attended. What
@@ -212,7 +212,7 @@ class Band:
 
     @property
     def is_far(self) -> bool:
-        """`True` where the band holds all farther keys, so that it grows without end."""
+        """`True` if the band contains all farther keys and grows without bound."""
         return self.low > 0 and self.high is None and self.keys_below is None
 
     def check(self, plan: ExtensionPlan) -> None:
@@ -341,7 +341,7 @@ class BucketPlan:
 
 @dataclass(frozen=True)
 class Sinusoids:
-    """Position of which each token gets the sines."""
+    """Map from the position of a token to the position of its sines."""
 
     position: PositionMap
 

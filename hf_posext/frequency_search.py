@@ -1,4 +1,4 @@
-"""A search for rotary frequencies: what LongRoPE's evolution finds on some documents, as native parameters.
+"""Search for rotary frequencies by LongRoPE's evolution, with native parameters as the result.
 
 A genome is a factor for every rotary pair, never smaller than that of a faster pair. Ding et al., *LongRoPE: Extending
 LLM Context Window Beyond 2 Million Tokens*, 2024, draw children that break the order again, up to twenty times. Here
@@ -217,7 +217,7 @@ def check_search(
 
 
 def seeds(scheme: PositionalScheme, trained_length: int, target_length: int) -> dict[str, Genome]:
-    """The factors of YaRN and of NTK-aware interpolation, which the search begins with.
+    """Return the factors of YaRN and of NTK-aware interpolation, with which the search begins.
 
     Args:
         scheme (`PositionalScheme`): rotary.
@@ -229,7 +229,7 @@ def seeds(scheme: PositionalScheme, trained_length: int, target_length: int) -> 
 
 
 def factors_of(plan: ExtensionPlan) -> Genome:
-    """Divisors of each frequency in a plan, in the set that reaches farthest."""
+    """Return the divisor of each frequency of a plan, in the set that reaches farthest."""
     rotary = first_rotary(plan.scheme)
     planned = next(entry for entry in plan.rotaries if entry.name == rotary.name)
     factors = powers(rotary.theta, rotary).double() / frequencies(planned, rotary).double()
@@ -237,7 +237,7 @@ def factors_of(plan: ExtensionPlan) -> Genome:
 
 
 def first_generation(parents: Sequence[Genome], count: int, largest: float, draw: np.random.Generator) -> list[Genome]:
-    """The parents, and mutations of them in turn, all different."""
+    """Return the parents and mutations of them in turn, all different."""
     found = dict.fromkeys(parents)
     while len(found) < count:
         found[mutate(parents[len(found) % len(parents)], largest, draw)] = None
@@ -247,7 +247,7 @@ def first_generation(parents: Sequence[Genome], count: int, largest: float, draw
 def children_of(
     parents: Sequence[Genome], known: set[Genome], count: int, largest: float, draw: np.random.Generator
 ) -> list[Genome]:
-    """Half of them mutations, half crossings, none of them known.
+    """Return new genomes, half mutations and half crossings.
 
     Args:
         parents (`Sequence[Genome]`): two or more.
@@ -270,7 +270,7 @@ def children_of(
 def _evolve(
     run: Any, first: list[Genome], population: int, generations: int, largest: float, seed: int
 ) -> tuple[dict[Genome, float], list[dict[str, Any]]]:
-    """All genomes that were measured with their perplexities, and the course of it."""
+    """Evolve genomes, and return all measured ones with their perplexities, and the history."""
     draw = np.random.default_rng(seed)
     found: dict[Genome, float] = run(first_generation(first, population, largest, draw), name="generation 0")
     history = [{"generation": 0, "measured": len(found), "best": min(found.values())}]
@@ -310,7 +310,7 @@ class Trial:
         return method.plan(self.scheme, **lengths)
 
     def on_key_tokens(self, yarn: ExtensionPlan, accelerator: Accelerator | None, journal: RunJournal | None) -> Trial:
-        """The same, scoring the tokens that YaRN predicts much better with the long context than with a short one."""
+        """Return a trial that scores only YaRN's key tokens, predicted much better with the long context."""
         run = MethodRun(self.setup, yarn.method, yarn.factor, self.setup.scorer)
         criterion = default_criterion({}, self.trained_length, self.target_length)
         finder = key_search(self.setup, criterion, [(run, partial(patch_model, self.model, yarn))])
@@ -325,7 +325,7 @@ class Trial:
     def perplexities(
         self, genomes: Sequence[Genome], *, name: str, accelerator: Accelerator | None, journal: RunJournal | None
     ) -> dict[Genome, float]:
-        """Perplexity of each genome over the tokens that count; infinite where a document could not be read."""
+        """Return the perplexity of each genome over the scored tokens; infinite after a failed document."""
         runs = {genome: self._run(genome) for genome in genomes}
         stages = [
             Stage(name, partial(patch_model, self.model, self.plan(genome)), run.tasks, run.measure)
@@ -352,7 +352,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchedFactors:
-    """The best factors of a search, as the plan of LongRoPE.
+    """Best factors of a search, as a LongRoPE plan.
 
     The plan is native: a checkpoint that is saved with it opens in plain transformers, without this package.
 
@@ -374,18 +374,18 @@ class SearchedFactors:
 
     @property
     def method(self) -> LongRoPE:
-        """With the factors; for [`compare`] and `patch_model`."""
+        """LongRoPE with the searched factors, for [`compare`] and `patch_model`."""
         (given,) = self.plan.parameters
         return LongRoPE(**{key: value for key, value in given.items() if key != "name"})
 
     def to_frame(self) -> pd.DataFrame:
-        """The history, a line for each generation."""
+        """Return the history, a row per generation."""
         import pandas
 
         return pandas.DataFrame(self.history)
 
     def describe(self) -> str:
-        """One line: what was found, against the better seed."""
+        """Return the result on one line, against the better seed."""
         name = min(self.seeds, key=lambda seed: self.seeds[seed])
         gain = self.seeds[name] / self.perplexity - 1
         told = f"{100 * gain:.1f} % below {name}'s" if gain > 0 else f"no better than {name}'s"
@@ -396,7 +396,7 @@ class SearchedFactors:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         whole = {
             "plan": self.plan.to_dict(),
             "objective": self.objective,

@@ -1,4 +1,4 @@
-"""The plan of an extension: frozen, plain JSON, and all that travels between machines.
+"""Plan of an extension: frozen, plain JSON, and complete enough to move between machines.
 
 A plan says the numbers themselves (every frequency), not how to compute them, so that it can be applied, checked
 and drawn where the method that made it is not installed.
@@ -82,7 +82,7 @@ class _Labels:
 
 @dataclass(frozen=True)
 class _File(_Labels):
-    """A plan as its file contains it: a field for each type of edit, in the order of `Edit`."""
+    """Plan in the form of its file: a field for each type of edit, in the order of `Edit`."""
 
     rotaries: tuple[RotaryPlan, ...] = ()
     parts: tuple[Band, ...] = ()
@@ -134,37 +134,37 @@ class ExtensionPlan(_Labels):
 
     @property
     def rotaries(self) -> tuple[RotaryPlan, ...]:
-        """The sets of frequencies that change; the others stay as shipped."""
+        """Changed sets of frequencies. All others remain as shipped."""
         return self.of(RotaryPlan)
 
     @property
     def bands(self) -> tuple[Band, ...]:
-        """The positions that pairs of query and key get; all as they are where empty."""
+        """Bands of remapped query-key pairs; empty if no position is remapped."""
         return self.of(Band)
 
     @property
     def query_scale(self) -> QueryScale | None:
-        """The growth of queries with their position."""
+        """Scale of queries by position."""
         return next(iter(self.of(QueryScale)), None)
 
     @property
     def table(self) -> TablePlan | None:
-        """The source of the rows of a longer learned table."""
+        """Source of the rows of a longer learned table."""
         return next(iter(self.of(TablePlan)), None)
 
     @property
     def slopes(self) -> tuple[float, ...]:
-        """The slope of ALiBi of each head; as they are where empty."""
+        """ALiBi slope of each head; empty if unchanged."""
         return next((edit.values for edit in self.of(Slopes)), ())
 
     @property
     def buckets(self) -> BucketPlan | None:
-        """The way in which distances are sorted into buckets."""
+        """Change of the distances before they are sorted into buckets."""
         return next(iter(self.of(BucketPlan)), None)
 
     @property
     def sinusoids(self) -> PositionMap | None:
-        """The position of which each token gets the sines."""
+        """Map from the position of a token to the position of its sines."""
         return next((edit.position for edit in self.of(Sinusoids)), None)
 
     parts = RenamedAttribute("bands")
@@ -172,7 +172,7 @@ class ExtensionPlan(_Labels):
 
     @property
     def rotates_late(self) -> bool:
-        """`True` where phases depend on the pair of query and key, or on the row, and are applied in attention."""
+        """`True` if phases depend on the query-key pair or on the row, and are applied in attention."""
         return any(
             isinstance(edit, Band | QueryScale) or (isinstance(edit, RotaryPlan) and edit.growth is not None)
             for edit in self.edits
@@ -180,14 +180,14 @@ class ExtensionPlan(_Labels):
 
     @property
     def follows_rows(self) -> bool:
-        """`True` where positions, frequencies or scales depend on the length of each row."""
+        """`True` if positions, frequencies, or scales depend on the length of each row."""
         maps = (mapping for band in self.bands for mapping in (band.query, band.key))
         scale = self.query_scale is not None and self.query_scale.row is not None
         return scale or any(entry.growth for entry in self.rotaries) or any(mapping.follows_rows for mapping in maps)
 
     @property
     def changes_nothing(self) -> bool:
-        """`True` where the plan contains no edit (the method `none`)."""
+        """`True` if the plan contains no edit (the method `none`)."""
         return not self.edits
 
     def check(self) -> None:
@@ -288,7 +288,7 @@ class ExtensionPlan(_Labels):
 
 
 def _accept_former_fields(init: Callable[..., None]) -> Callable[..., None]:
-    """Let `ExtensionPlan(...)` and `dataclasses.replace` take the fields that plans had before `edits`, and warn."""
+    """Let `ExtensionPlan(...)` and `dataclasses.replace` accept the fields that preceded `edits`, with a warning."""
 
     @functools.wraps(init)
     def call(self: ExtensionPlan, *labels: Any, edits: tuple[Edit, ...] = (), **given: Any) -> None:

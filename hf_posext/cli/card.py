@@ -1,4 +1,4 @@
-"""`card`: the model card of a fine-tuned or extended model, from what was measured before and after."""
+"""`card`: the model card of a fine-tuned or extended model, from measurements before and after."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def card(
 
 
 def _saved(directory: Path) -> Path:
-    """The adapter or model in a directory, which may be the one that `finetune` wrote it into."""
+    """Return the adapter or model in a directory, or in one written by `finetune`."""
     for path in (directory, directory / "adapter", directory / "model"):
         if saved_plan(str(path)) is not None:
             return path

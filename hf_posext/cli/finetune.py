@@ -211,7 +211,7 @@ def _preset(name: str, given: dict[str, Any]) -> Preset:
 
 
 def _load_4bit(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model whose weights are quantized as it is read, on the GPU of this process, and its tokenizer."""
+    """Load a model with 4-bit weights on the GPU of this process, and its tokenizer."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UnsupportedModelError(
             "4-bit weights need bitsandbytes, which is not installed here; pip install bitsandbytes, or leave "

@@ -1,4 +1,4 @@
-"""`compare` and `evaluate`: several methods, or one model as it is; a table here and a report in a directory."""
+"""`compare` and `evaluate`: several methods or one model, with tables on screen and a report in a directory."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def measuring(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _option(entry: Any, hint: Any) -> inspect.Parameter:
-    """The option of a setting, as typer reads it."""
+    """Return the typer option of a setting."""
     flag = {key: value for key, value in entry.metadata.get("flag", {}).items() if key != "of"}
     names = (f"--{entry.name.replace('_', '-')}",) if hint is bool else ()  # without the negative of it
     if _items(hint) or hint is Any:
@@ -140,7 +140,7 @@ def _default(entry: Any) -> Any:
 
 
 def _items(hint: Any) -> Any:
-    """Type of the items of a sequence, also of an optional one; `None` for other hints."""
+    """Return the item type of a sequence hint, optional or not; `None` for other hints."""
     for one in (hint, *get_args(hint)):
         if get_origin(one) is Sequence:
             return get_args(one)[0]
@@ -148,7 +148,7 @@ def _items(hint: Any) -> Any:
 
 
 def _parsed(name: str, hint: Any, value: Any) -> Any:
-    """The value of a setting, from what was typed."""
+    """Parse the typed value of a setting."""
     kind = _items(hint)
     if kind is None or value is None:
         return value

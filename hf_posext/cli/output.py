@@ -1,4 +1,4 @@
-"""The output of a command: a directory that is new, has no files in it, or has the journal of a run to go on with."""
+"""Output of a command: a new or empty directory, or one with the journal of a run to resume."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _require_new(path: Path, journal: Path, resume: bool) -> None:
 
 @contextmanager
 def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]:
-    """Writes the report of results, as often as there are new ones; says what is kept where measuring ends early."""
+    """Write the report after each new result, and say what is kept if measuring ends early."""
     from ..reporting import write_report
 
     finished: list[str] = []

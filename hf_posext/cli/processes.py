@@ -1,4 +1,4 @@
-"""One process, or one of several that `accelerate launch` or `torchrun` have started."""
+"""Processes of a launcher (`accelerate launch`, `torchrun`), or a single one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 
 
 def rank() -> int:
-    """Index of this process among those of its launcher. Only the first one writes and prints."""
+    """Return the index of this process in its launcher. Only the first one writes and prints."""
     return _from_launcher(RANKS, 0)
 
 
 def world_size() -> int:
-    """Number of processes that the launcher has started; 1 without a launcher."""
+    """Return the number of the launcher's processes; 1 without a launcher."""
     return _from_launcher(SIZES, 1)
 
 
@@ -47,7 +47,7 @@ def _from_launcher(names: tuple[str, ...], default: int) -> int:
 
 
 def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
-    """Device of this process, and the accelerator by which it shares the work with the others of its launcher.
+    """Return the device of this process, and the accelerator it shares with the launcher's other processes.
 
     Processes of a launcher compute on CPUs where there is no accelerator device, also without `ACCELERATE_USE_CPU`.
     Without a launcher there is no accelerator, and the device is the one that was asked for, or the CPU.
@@ -86,14 +86,14 @@ def _has_device() -> bool:
 
 
 def spread(model: PreTrainedModel, accelerator: Accelerator | None) -> PreTrainedModel:
-    """The model as a process holds it: whole, or where the launcher asks for context parallelism its share."""
+    """Return the whole model, or this process's shard if the launcher requests context parallelism."""
     from ..evaluation.parallel import shard_weights, shares_texts
 
     return shard_weights(model, accelerator) if accelerator is not None and shares_texts(accelerator) else model
 
 
 def finish(results: Results, output: Path, accelerator: Accelerator | None, log_with: str | None = None) -> None:
-    """The first process logs, prints the tables and says where the report is; all part."""
+    """Log, print the tables, and name the report on the first process; then end all processes."""
     if log_with is not None:
         track(results, log_with, output, accelerator)
     if accelerator is not None:
@@ -107,6 +107,6 @@ def finish(results: Results, output: Path, accelerator: Accelerator | None, log_
 
 
 def _processes(results: Results) -> str:
-    """Number of processes and their devices, as in "2 processes on cuda:0, cuda:1"."""
+    """Return the number of processes and their devices, as in "2 processes on cuda:0, cuda:1"."""
     count, devices = results.provenance["processes"], results.provenance["devices"]
     return f"{count} process{'es' if count > 1 else ''} on {', '.join(dict.fromkeys(devices))}"

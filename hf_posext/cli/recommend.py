@@ -1,4 +1,4 @@
-"""`recommend` and `search`: a plan for a model, from measurements; it is printed why, and written to a file."""
+"""`recommend` and `search`: a measured plan for a model, printed with reasons and written to a file."""
 
 from __future__ import annotations
 

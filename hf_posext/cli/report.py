@@ -1,4 +1,4 @@
-"""`report`: runs of several models or methods, side by side."""
+"""`report`: runs of several models or methods side by side."""
 
 from __future__ import annotations
 

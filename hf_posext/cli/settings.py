@@ -1,4 +1,4 @@
-"""Settings of a run from a YAML file; flags on the command line go before them."""
+"""Settings of a run from a YAML file. Flags on the command line take precedence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def read_config(path: str | Path, known: Collection[str], flags: Collection[str] = ()) -> dict[str, str]:
-    """The settings in a YAML file, as text by option name; an empty value leaves the default.
+    """Return the settings of a YAML file as text by option name. An empty value keeps the default.
 
     `known` names have underscores; `flags` are those that are true or false.
 
@@ -69,7 +69,7 @@ def read_config(path: str | Path, known: Collection[str], flags: Collection[str]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Reads YAML as `yaml.safe_load`, and refuses a key that is there twice, of which that takes the last."""
+    """YAML loader that refuses repeated keys, of which `yaml.safe_load` takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

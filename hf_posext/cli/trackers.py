@@ -1,4 +1,4 @@
-"""Results to a tracker: TensorBoard, Weights & Biases, MLflow and what else accelerate knows."""
+"""Results in a tracker: TensorBoard, Weights & Biases, MLflow, and others that accelerate supports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_tracker(option: str, name: str, installed: list[str]) -> None:
 
 
 def accelerate_trackers() -> list[str]:
-    """Trackers that `accelerate` can log to here."""
+    """Return the trackers that `accelerate` can log to here."""
     from accelerate.tracking import get_available_trackers
 
     return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]

@@ -1,4 +1,4 @@
-"""Diagnosis of a model: its positions, the length that they were trained on, and the effect of longer input."""
+"""Diagnosis of a model: its positions, its trained length, and the effect of longer input."""
 
 from ..packages import require
 

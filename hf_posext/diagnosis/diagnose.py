@@ -1,4 +1,4 @@
-"""Diagnose a model from its weights and, if given, from documents."""
+"""Diagnosis of a model from its weights and, if given, from documents."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def diagnose(
     start: int = 0,
     seed: int = 0,
 ) -> Diagnosis:
-    """Diagnose the positions of a model, the length that they were trained on, and the effect of longer input.
+    """Diagnose the positions of a model, its trained length, and the effect of longer input.
 
     Without documents no text runs through the model. The diagnosis then has the scheme, its kind of generalization,
     the trained length with its source, and the statistics of the scheme's own numbers. With documents it also has the
@@ -178,7 +178,7 @@ def _target(found: Diagnosis) -> int:
 def _with_remedies(
     model: PreTrainedModel, found: Diagnosis, chosen: Mapping[str, ExtensionPlan]
 ) -> tuple[Diagnosis, dict[str, ExtensionPlan]]:
-    """Add the methods that extend without further parameters, and return their plans for the target.
+    """Add the methods that need no further parameters, and return their plans for the target.
 
     For rotary positions, add the phases under these and the chosen methods. A method that leaves phases unseen is
     dropped from the remedies.

@@ -38,7 +38,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Diagnosis of a model: its positions, the length that they were trained on, and the effect of longer input.
+    """Diagnosis of a model: its positions, its trained length, and the effect of longer input.
 
     Returned by [`diagnose`].
 

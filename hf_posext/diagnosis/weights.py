@@ -1,4 +1,4 @@
-"""Properties of a positional scheme that its weights show: rows of a learned table, the reach of heads, buckets.
+"""Properties of a positional scheme in its weights: rows of a learned table, reach of heads, buckets.
 
 A learned table shows which of its rows training has reached. Training makes neighbouring positions alike, because text
 hardly depends on whether a word stands one place further on. Rows that no token was ever trained on keep their random
@@ -77,7 +77,7 @@ def has_pattern(rows: np.ndarray) -> bool:
 
 
 def _best_window(cosines: np.ndarray) -> float:
-    """Largest mean over sixteen cosines next to each other."""
+    """Return the largest mean of sixteen adjacent cosines."""
     window = min(WINDOW, len(cosines))
     return float(np.convolve(cosines, np.full(window, 1 / window), mode="valid").max()) if window else 0.0
 

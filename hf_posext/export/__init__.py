@@ -1,4 +1,4 @@
-"""Patched models for servers: config, flags, and what each of them does otherwise."""
+"""Patched models for servers: configs, flags, and differences of each server."""
 
 from .llama_cpp import read_gguf, write_gguf
 from .servers import Serving

@@ -1,4 +1,4 @@
-"""llama.cpp: keys and tensors of a GGUF file, and a copy of a file with the positions of a plan.
+"""llama.cpp: keys and tensors of a GGUF file, and copies of a file with the positions of a plan.
 
 Read from llama.cpp 0c1e57098 as vendored by llama-cpp-python 0.3.36: `src/llama-{model,context,arch}.cpp`,
 `src/models/*.cpp`, `ggml/src/ggml-cpu/ops.cpp`, `common/arg.cpp`, `conversion/{base,llama}.py`,
@@ -44,7 +44,7 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0
 
 @dataclass(frozen=True)
 class RopeKeys:
-    """Positions as a GGUF file says them.
+    """Positions in the keys and tensors of a GGUF file.
 
     Attributes:
         keys (`Mapping[str, Any]`): metadata without the architecture in front (`"rope.freq_base"`).
@@ -100,7 +100,7 @@ def _yarn(plan: ExtensionPlan, entry: RotaryPlan, parameters: Mapping[str, Any],
 
 
 def _divisors(plan: ExtensionPlan, entry: RotaryPlan, rotary: Rotary, keys: dict[str, Any]) -> RopeKeys:
-    """Any frequencies: those of the base, each divided by a number of its own."""
+    """Return the divisor of each base frequency, which expresses any frequencies."""
     if entry.attention_factor != 1.0:
         keys["rope.scaling.attn_factor"] = entry.attention_factor
 
@@ -174,7 +174,7 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
 
 
 def _config(config: PreTrainedConfig, plan: ExtensionPlan, said: RopeKeys) -> dict[str, Any]:
-    """Entries for the converter: the plain base where it would write a type without its numbers."""
+    """Return config entries for the converter: the plain base if it would write a type without its numbers."""
     text: Any = text_config(config)
     if text.model_type == "gpt2":
         return {"n_ctx": plan.target_length}  # the one place where it looks for the length of GPT-2's table

@@ -1,4 +1,4 @@
-"""Commands and configs with which transformers, vLLM and SGLang run a plan, and how each differs from transformers.
+"""Commands and configs for transformers, vLLM, and SGLang, and the differences of each server.
 
 vLLM and SGLang both read `rope_parameters` of `config.json`. They differ from transformers in the same three places:
 they multiply the limit of a `linear` config by its factor, ignore `attention_factor` of `longrope`, and read
@@ -53,7 +53,7 @@ class Serving:
     differences: tuple[str, ...] = ()
 
     def command_lines(self, directory: str) -> list[str]:
-        """The commands as a shell takes them.
+        """Return the shell commands.
 
         Args:
             directory (`str`): of the export.
@@ -62,7 +62,7 @@ class Serving:
 
 
 def refuse(server: str, plan: ExtensionPlan, reason: str, instead: str = "") -> ExportError:
-    """The error that a server cannot compute a plan's positions."""
+    """Return the error for a plan whose positions a server cannot compute."""
     what = instead or "a plan that only changes frequencies (yarn, ntk, theta, ...) can be exported"
     if any(entry.growth for entry in plan.rotaries):
         what += "; the rope type 'dynamic' of servers is another thing, a base that is fixed when they start"
@@ -87,7 +87,7 @@ OLLAMA = ("default", "linear", "llama3")
 
 
 def serve_transformers_4(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """The same, for version 4 as the oldest reader.
+    """Return instructions for transformers, with version 4 as the oldest reader.
 
     Raises:
         ExportError: it would not compute the positions.
@@ -149,7 +149,7 @@ Adapt = Callable[[RotaryPlan, dict[str, Any], list[str]], None]
 def config_entries(
     server: str, config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None, adapt: Adapt
 ) -> tuple[dict[str, Any], list[str]]:
-    """Entries of the text config that are other than for transformers, and in words what differs.
+    """Return the entries of the text config that differ from those for transformers, and the differences in words.
 
     Raises:
         ExportError: the plan needs more than a config and weights.
@@ -188,7 +188,7 @@ def config_entries(
 
 
 def _least(target: int, factor: float) -> int:
-    """The least length that `factor` times is the target or more."""
+    """Return the smallest length that reaches the target when multiplied by `factor`."""
     length = round(target / factor)
     return length if length * factor >= target else length + 1
 

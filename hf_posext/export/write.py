@@ -1,4 +1,4 @@
-"""Writes a checkpoint for one server, with the words and flags that go with it."""
+"""Export of a checkpoint for one server, with its instructions and flags."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     merged: Mapping[str, Any] | None = None,
 ) -> Serving:
-    """Save a patched model so that a server gives every token the positions of its plan.
+    """Save a patched model in the form that makes a server compute the positions of its plan.
 
     The directory gets weights, config and tokenizer in the form that the server reads, the plan, and `SERVING.md`: the
     commands, and what the server ignores or does in another way. A plan that the server cannot run is refused before
@@ -113,7 +113,7 @@ def _edit_config(path: Path, part: str, serving: Serving) -> None:
 
 
 def _raise_tokenizer(path: Path, length: int) -> None:
-    """The limit of a tokenizer that was not given when the model was patched."""
+    """Raise the limit of a tokenizer that was not passed to `patch_model`."""
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The method for a model: a measured sweep that begins with the diagnosis and spends where it matters."""
+"""Recommendation of a method for a model, from a budgeted sweep that begins with the diagnosis."""
 
 from ..packages import require
 

@@ -1,4 +1,4 @@
-"""From a model, documents and a budget to a recommendation, by successive halving.
+"""Recommendation from a model, documents, and a budget, by successive halving.
 
 All contenders read a document, the better third of them twice as many, and so on (Jamieson and Talwalkar, 2016, arXiv
 1502.07943). The unit of the budget is a token that goes through the model. Tokens add up over documents and methods,
@@ -78,7 +78,7 @@ def recommend(
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
 ) -> Recommendation:
-    """Find the method and factor that read the target length best, by measuring where it matters.
+    """Find the method and factor that read the target length best, by budgeted measurements.
 
     The diagnosis tells the trained length, and which methods leave rotary phases that training has never shown; those
     are not measured. The others, at one and two times the needed factor and with several windows, read documents by
@@ -209,7 +209,7 @@ class Halving:
     budget: int
 
     def run(self, choice: Candidates) -> Recommendation:
-        """Run rung after rung, then the control, passkeys where they decide, and what the rest of the budget pays for.
+        """Run all rungs, then the control, decisive passkeys, and what the rest of the budget allows.
 
         Raises:
             InvalidParameterError: the budget does not pay for one comparison.
@@ -244,7 +244,7 @@ class Halving:
         return self._answer(choice, left[0], measured, control, cut)
 
     def _ranked(self, names: Sequence[Name], count: int) -> list[Name]:
-        """Those within the limit first, and of these the ones that read the target best."""
+        """Rank contenders: those within the limit first, then by perplexity at the target."""
         documents = self.sweep.documents[:count]
 
         def place(name: Name) -> tuple[bool, float]:
@@ -261,7 +261,7 @@ class Halving:
         return same and self.sweep.worse(name, best, documents).value <= 1 + TIE
 
     def _spend_the_rest(self, left: Sequence[Name], control: int, count: int) -> tuple[int, int]:
-        """First the control reads what finalists have read; then all of them read on."""
+        """Let the control read the finalists' documents, then let all of them read further ones."""
         sweep, prices = self.sweep, self.sweep.prices(left)
         while control < count and sweep.tokens + prices.control <= self.budget:
             control += 1
@@ -317,7 +317,7 @@ class Halving:
         )
 
     def _decide(self, best: Name, gain: Ratio, line: dict[str, Any]) -> str:
-        """Below a gain of 1, a contender that is level with truncation must find more passkeys than truncation can."""
+        """Decide for a contender. Below a gain of 1, it must find more passkeys than truncation can."""
         level = gain.ci95 is not None and gain.ci95[1] >= 1
         retrieves = (line["passkey"] or 0) > self.sweep.trained / self.sweep.target
         if not line["short_change"] <= self.short_limit or not (gain.value >= 1 or (level and retrieves)):
@@ -347,7 +347,7 @@ def _ends(ratio: Ratio) -> tuple[float, float] | None:
 
 @torch.inference_mode()
 def cache_bytes_per_token(model: Any) -> float | None:
-    """Bytes of keys and values in all layers; `None` where the model keeps no such cache."""
+    """Return the bytes of keys and values per token in all layers; `None` without such a cache."""
     ids = torch.zeros(1, PROBE, dtype=torch.long, device=model.device)
     cache = cache_of(model(input_ids=ids, use_cache=True))
     tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", []) for name in ("keys", "values")]
@@ -356,14 +356,14 @@ def cache_bytes_per_token(model: Any) -> float | None:
 
 
 class Rung(NamedTuple):
-    """A round in which contenders have each read a number of documents."""
+    """Round in which each contender reads a number of documents."""
 
     contenders: int
     documents: int
 
 
 class Schedule(NamedTuple):
-    """Rungs that a budget pays for. The rest goes to passkeys, where they decide something, and to more documents.
+    """Rungs within a budget. The rest pays for decisive passkeys and for more documents.
 
     Args:
         rungs (`list[Rung]`): one after another; documents include those of earlier rungs.
@@ -374,7 +374,7 @@ class Schedule(NamedTuple):
     control: int
 
     def tokens(self, prices: Prices) -> int:
-        """Largest cost, in tokens."""
+        """Return the largest cost, in tokens."""
         first = self.rungs[0].contenders
         dearest = sorted(prices.methods[:first], reverse=True)
         total, before = first * prices.guard, 0
@@ -385,7 +385,7 @@ class Schedule(NamedTuple):
 
 
 def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
-    """The fullest schedule within a budget.
+    """Return the fullest schedule within a budget.
 
     It begins with as many documents as can be paid for. Where not even one can be for all contenders, the control
     reads one only, and then the last contenders are given up.
@@ -412,7 +412,7 @@ def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
 
 
 def least_tokens(prices: Prices) -> int:
-    """Cost of one comparison: the first contender and the control on one document."""
+    """Return the cost of one comparison: the first contender and the control on one document."""
     return _halved(1, 1, 1, 1).tokens(prices)
 
 

@@ -1,4 +1,4 @@
-"""A recommendation: the answer, the reasons, their certainty, and the cost."""
+"""Recommendation: the answer, its reasons, its certainty, and its cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXTEND, AS_IT_IS, TRUNCATE = "extend", "as it is", "truncate"
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Advice of [`recommend`]: the method that a model should read longer texts with, if any.
+    """Advice of [`recommend`]: the method for longer texts, if any.
 
     Args:
         model (`str`): its name.
@@ -74,13 +74,13 @@ class Recommendation:
         return html_table({"model": self.model, "plan": self.plan.describe(), "text": self.describe()})
 
     def to_frame(self) -> pd.DataFrame:
-        """The contenders."""
+        """Return the contenders as a table."""
         import pandas
 
         return pandas.DataFrame(self.contenders)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; a number that is not finite is `None`."""
+        """Return plain JSON types. Non-finite numbers become `None`."""
         whole = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         text = json.dumps({**_plain(whole | {"plan": self.plan.to_dict()}), "text": self.describe()}, allow_nan=False)
         plain: dict[str, Any] = json.loads(text)
@@ -167,7 +167,7 @@ class Recommendation:
 
 
 def title(method: str, factor: float) -> str:
-    """Name of a contender."""
+    """Return the name of a contender."""
     return method if factor == 1 else f"{method} x{factor:.4g}"
 
 
@@ -176,7 +176,7 @@ def _title(line: Mapping[str, Any]) -> str:
 
 
 def _span(ends: Any) -> str:
-    """Interval as text, as in ` [0.98, 1.01]`; empty where there is none."""
+    """Return an interval as text, such as ` [0.98, 1.01]`; empty without one."""
     return "" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]"
 
 

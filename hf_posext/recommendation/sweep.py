@@ -1,4 +1,4 @@
-"""Contenders for a recommendation, the measurement of their cells, each once, and its cost.
+"""Contenders for a recommendation, and the cost and measurement of their cells, each once.
 
 Contenders are every method that applies, at a few factors and windows, as plans.
 """
@@ -69,7 +69,7 @@ def candidates(
     trained_length: int,
     target_length: int,
 ) -> Candidates:
-    """All plans for a target, without those that leave unseen phases.
+    """Return all plans for a target, except those that leave unseen phases.
 
     Args:
         model (`PreTrainedModel`): without a patch; each plan is put in force once, and undone.
@@ -121,7 +121,7 @@ def candidates(
 def _variants(
     scheme: PositionalScheme, methods: Sequence[str | Method] | None, trained_length: int
 ) -> Iterator[Method]:
-    """The methods with their defaults, those that remap with a fade or decay, then the same with other windows."""
+    """Yield methods with their defaults, remapping methods with a fade or decay, and other windows."""
     if methods is not None:
         yield from map(as_method, methods)
         return
@@ -144,7 +144,7 @@ def _plan(method: Method, scheme: PositionalScheme, trained_length: int, target_
 
 
 def _effect(plan: ExtensionPlan) -> str:
-    """Effect of a plan, whatever it is called: a default window is that window, and some factors change nothing."""
+    """Return the effect of a plan without its labels, so that equal plans compare equal."""
     called = ("method", "parameters", "factor", "target_length")
     return json.dumps({key: value for key, value in asdict(plan).items() if key not in called})
 
@@ -156,7 +156,7 @@ def _with_unseen_phases(
     trained_length: int,
     target_length: int,
 ) -> list[ExtensionPlan]:
-    """Those that leave a rotary pair at phases which training has not shown, as the diagnosis counts them."""
+    """Return the plans that leave a rotary pair at unseen phases, as counted by the diagnosis."""
     if scheme.kind != "rotary" or not scheme.rotaries:
         return []
     named = {str(index): None if plan.changes_nothing else plan for index, plan in enumerate(plans)}
@@ -180,7 +180,7 @@ class Ratio(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """Tokens that go through the model.
+    """Prices of contenders, in tokens read by the model.
 
     Args:
         methods (`tuple[int, ...]`): for a document with each of the contenders in force, in their order.
@@ -199,7 +199,7 @@ class Prices(NamedTuple):
 
 @dataclass(eq=False)
 class Sweep:
-    """A model, documents, and contenders, of which cells are measured on request.
+    """Sweep over a model, documents, and contenders, with cells measured on request.
 
     Args:
         model (`PreTrainedModel`): without a patch.
@@ -234,27 +234,27 @@ class Sweep:
 
     @property
     def documents(self) -> list[str]:
-        """Ids, in the order in which they are read."""
+        """Ids of the documents, in reading order."""
         return self.setup.documents.ids
 
     @cached_property
     def control_tokens(self) -> int:
-        """Tokens that the control reads for a document."""
+        """Return the number of tokens that the control reads for a document."""
         return control_windows(self.target, self.trained) * self.trained
 
     def prices(self, names: Iterable[Name]) -> Prices:
-        """Cost of contenders, in tokens."""
+        """Return the cost of contenders, in tokens."""
         methods = tuple(sum(lengths[-1] for lengths in self.runs[name].passes) for name in names)
         return Prices(methods, self.trained, self.trained, self.control_tokens, self.passkey * self.target)
 
     @property
     def exhaustive_tokens(self) -> int:
-        """Cost of every contender and the control reading every document."""
+        """Return the cost of all contenders and the control on all documents."""
         methods = [self._tokens_of(run, id) for run in self.runs.values() for id in self.documents]
         return sum(methods) + len(self.documents) * (self.trained + self.control_tokens)
 
     def read(self, names: Iterable[Name], documents: Sequence[str], progress: str) -> None:
-        """Contenders, and the unpatched model at the trained length, read documents; what was read is not read again.
+        """Measure contenders, and the unpatched model at the trained length, on documents not read before.
 
         Args:
             names (`Iterable[tuple]`): of the contenders.
@@ -268,11 +268,11 @@ class Sweep:
         self._measure(stages)
 
     def read_control(self, documents: Sequence[str]) -> None:
-        """The unpatched model reads documents with its context truncated."""
+        """Measure the unpatched model on documents with truncated context."""
         self._measure([self._stage(CONTROL, nullcontext, self.control, documents)])
 
     def ask(self, names: Iterable[Name]) -> None:
-        """Contenders are asked passkeys at the target length."""
+        """Ask contenders for passkeys at the target length."""
         stages = []
         for name in names:
             tasks = [task for task in self._passkeys(name) if task not in self.outcomes]
@@ -282,22 +282,22 @@ class Sweep:
         self._measure(stages)
 
     def accuracy(self, name: Name) -> float | None:
-        """Share of passkeys found; `None` where none were asked."""
+        """Return the share of passkeys found; `None` if none were asked."""
         shares = [self.outcomes[task].value for task in self._passkeys(name) if task in self.outcomes]
         return shares[0][0] if shares and shares[0] else None
 
     def tail(self, name: Name, documents: Sequence[str]) -> float:
-        """Perplexity of the second half of the target length; infinite where a document could not be read."""
+        """Return the perplexity of the second half of the target length; infinite after a failed document."""
         return self._pooled(self._sums(self.runs[name], documents, self.target, "tail_"))
 
     def change(self, name: Name, documents: Sequence[str]) -> Ratio:
-        """Perplexity inside the trained length over the unpatched one's, less 1."""
+        """Return the relative change of perplexity inside the trained length."""
         own = self._sums(self.runs[name], documents, self.trained)
         found = self._ratio(own, self._sums(self.short, documents, self.trained))
         return Ratio(found.value - 1, found.ci95 and [end - 1 for end in found.ci95])
 
     def gain(self, name: Name, documents: Sequence[str]) -> Ratio:
-        """The control's tail perplexity over a contender's.
+        """Return the control's tail perplexity divided by a contender's.
 
         Raises:
             EvaluationError: the control could not read a document.
@@ -308,12 +308,12 @@ class Sweep:
         return self._ratio(control, self._sums(self.runs[name], documents, self.target, "tail_"))
 
     def worse(self, name: Name, best: Name, documents: Sequence[str]) -> Ratio:
-        """The tail perplexity of one contender over that of another."""
+        """Return the tail perplexity of one contender divided by that of another."""
         one, other = (self._sums(self.runs[which], documents, self.target, "tail_") for which in (name, best))
         return self._ratio(one, other)
 
     def losses_inside(self, documents: Sequence[str]) -> list[float]:
-        """Nats per token of each document inside the trained length, by the unpatched model.
+        """Return the unpatched model's nats per token of each document inside the trained length.
 
         Raises:
             EvaluationError: it could not read a document.
@@ -324,12 +324,12 @@ class Sweep:
         return [nll / tokens for nll, tokens in sums]
 
     def failure(self, name: Name) -> str | None:
-        """Reason why a contender could not read a document; `None` if it could."""
+        """Return the reason why a contender could not read a document; `None` if it could."""
         known = (self.outcomes[task] for task in self.runs[name].tasks if task in self.outcomes)
         return next((outcome.failure for outcome in known if outcome.failure is not None), None)
 
     def seconds(self, name: Name | None) -> float | None:
-        """Median time of a document: at the target length by a contender, or unpatched at the trained length."""
+        """Return the median seconds per document: a contender at the target, or unpatched at the trained length."""
         run = self.short if name is None else self.runs[name]
         times = sorted(
             outcome.value["seconds"]
@@ -363,7 +363,7 @@ class Sweep:
     def _sums(
         self, run: MethodRun, documents: Sequence[str], length: int, part: str = ""
     ) -> list[tuple[float, int]] | None:
-        """NLL and tokens of each document; `None` where one failed."""
+        """Return the NLL and tokens of each document; `None` if one failed."""
         sums = {}
         for task in run.tasks:
             if task.document not in documents:
@@ -392,7 +392,7 @@ class Sweep:
 
 
 def name_of(plan: ExtensionPlan) -> Name:
-    """Name of a contender; as in a comparison, a plan that changes nothing has factor 1."""
+    """Return the name of a contender. As in a comparison, a plan that changes nothing has factor 1."""
     return plan.method, 1.0 if plan.changes_nothing else plan.factor
 
 

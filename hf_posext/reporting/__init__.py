@@ -1,4 +1,4 @@
-"""Tables, pictures and reports, computed from `Results`."""
+"""Tables, pictures, and reports computed from `Results`."""
 
 from ..packages import require
 

@@ -1,4 +1,4 @@
-"""Model cards, with a model before and after it was trained as one comparison."""
+"""Model cards with a comparison of a model before and after training."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def before_after(before: Results, after: Results) -> Results:
 
 
 def _matching(held: list[DocumentRecord], records: list[DocumentRecord]) -> list[DocumentRecord]:
-    """The records of another method on the same documents, in the same order."""
+    """Return another method's records of the same documents, in the same order."""
     if not held:
         return []
     by_key = {(record["document"], record["length"]): record for record in held}
@@ -94,7 +94,7 @@ MEASURED = ("model", "dataset", "split", "revision", "protocol", "start", "dtype
 def write_model_card(
     directory: str | Path, before: Results, after: Results, *, training: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes the card of a saved adapter or checkpoint: `README.md` and `before_after.png`.
+    """Write the card of a saved adapter or checkpoint: `README.md` and `before_after.png`.
 
     Args:
         directory (`str` or `Path`): that [`save_adapter`] or `patch.save_pretrained` wrote; those two files are
@@ -120,7 +120,7 @@ def write_model_card(
 def model_card(
     directory: str | Path, before: Results, after: Results, *, training: Mapping[str, Any] | None = None
 ) -> ModelCard:
-    """The text of the card, with its metadata and the `model-index` of the measured values.
+    """Return the text of the card, with its metadata and the `model-index` of the measured values.
 
     Args:
         directory, before, after, training: as in [`write_model_card`].
@@ -164,7 +164,7 @@ def model_card(
 
 
 def _limits(results: Results, plan: ExtensionPlan) -> list[str]:
-    """Limits of the figures: what was not measured, and what they do not tell."""
+    """Return the limits of the figures: what was not measured, and what they do not show."""
     longest = lengths_of(results)[-1]
     own = [row for row in results.rows if row["method"] == THIS_MODEL]
     said = []

@@ -1,4 +1,4 @@
-"""Parts of all pictures: colours, lines with intervals, axes, and saving."""
+"""Shared parts of pictures: colours, lines with intervals, axes, and saving."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Style = Mapping[str, Any]
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure, as wide as all the others, `height` inches high."""
+    """Return an empty figure of the common width, `height` inches high."""
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, hspace=0.04)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
@@ -76,7 +76,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def legend_below(figure: Figure, *panels: Axes) -> None:
-    """One legend of all panels, each name once, in as many columns as its names leave room for."""
+    """Draw one legend for all panels, each name once, in as many columns as fit."""
     handles: dict[str, Any] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -88,7 +88,7 @@ def legend_below(figure: Figure, *panels: Axes) -> None:
 
 
 def _legend_width(names: list[str], columns: int) -> int:
-    """Letters that a legend takes, its columns filled one after the other as matplotlib does."""
+    """Return the width of a legend in letters, with columns filled as matplotlib fills them."""
     return sum(max(map(len, column)) + HANDLE for column in np.array_split(names, columns))
 
 
@@ -125,14 +125,14 @@ def _style(name: str, fill: str) -> Style:
 
 
 def _place(name: str) -> int:
-    """Index of a method among those with a style; of others, as of other packages, a number by their name."""
+    """Return the index of a method's style, derived from the name for methods of other packages."""
     return STYLED.index(name) if name in STYLED else zlib.crc32(name.encode())
 
 
 def draw_line(
     panel: Axes, name: str, rows: Mapping[int, Row], key: str, intervals: Mapping[int, Any], style: Style
 ) -> None:
-    """One line over the lengths at which the value is finite, with bars where there is an interval."""
+    """Draw one line over the lengths with finite values, with error bars where an interval exists."""
     values = {length: row[key] for length, row in rows.items() if row.get(key) is not None and math.isfinite(row[key])}
     # A bootstrap interval can miss its own estimate by a hair, and matplotlib refuses a bar of negative length.
     ends = {length: intervals.get(length) or (value, value) for length, value in values.items()}
@@ -143,7 +143,7 @@ def draw_line(
 
 
 def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], control: str) -> None:
-    """Tail perplexity of every method by length, and of the control under the name that is given."""
+    """Draw the tail perplexity of every method by length, and of the control under a given name."""
     truncated = control_rows(results)
     if truncated:
         values = [row["perplexity_truncated_tail"] for row in truncated.values()]
@@ -159,7 +159,7 @@ def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], 
 
 
 def draw_gain(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Mapping[str, Style]) -> None:
-    """Gain over the control by length, and the line at 1."""
+    """Draw the gain over the control by length, and the line at 1."""
     draw_truncation(panel)
     for name, rows in methods.items():
         intervals = {length: finite_interval(row, "gain_ci95") for length, row in rows.items()}
@@ -168,13 +168,13 @@ def draw_gain(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Map
 
 
 def draw_truncation(panel: Axes) -> None:
-    """The line of a gain of 1: as good as truncation."""
+    """Draw the line of a gain of 1, the level of truncation."""
     panel.axhline(1.0, color=CONTROL, linestyle="--", linewidth=1.5)
     note(panel, "truncation", 1.0, 1.0, ("axes fraction", "data"), ha="right", va="bottom")
 
 
 def _tail_intervals(results: Results, rows: Mapping[int, Row]) -> dict[int, list[float] | None]:
-    """95 % intervals of the tail perplexity by length, over documents; rows have those of the whole perplexity."""
+    """Return 95 % intervals of the tail perplexity by length, over documents."""
     intervals = {}
     for length, row in rows.items():
         own = [
@@ -191,7 +191,7 @@ def _tail_intervals(results: Results, rows: Mapping[int, Row]) -> dict[int, list
 def note(
     panel: Axes, text: str, x: float, y: float, coordinates: tuple[str, str], ha: Any = "left", va: Any = "top"
 ) -> None:
-    """Words beside a line, a little off it; on its other side where the panel ends before they do."""
+    """Write a text beside a line, on its other side if the panel has no room."""
     right = 0
     if coordinates[0] == "data" and ha == "left" and not _has_room(panel, text, x):
         ha, right = "right", -3
@@ -208,7 +208,7 @@ def _has_room(panel: Axes, text: str, x: float) -> bool:
 
 
 def note_trained_length(panel: Axes, results: Results) -> None:
-    """The words at the line where training ended, if it is on the axis, whose ends are set."""
+    """Label the line of the trained length, if the axis contains it."""
     trained = results.provenance.get("trained_length")
     low, high = panel.get_xlim()
     if trained and low <= trained <= high:
@@ -235,7 +235,7 @@ def dress_axes(panel: Axes) -> None:
 
 
 def lengths_as_ticks(panel: Axes, lengths: tuple[int, ...], trained_length: int | None, *, labelled: bool) -> None:
-    """The lengths as ticks on a log2 axis, with their numbers where the panel is the lowest of its column."""
+    """Set the lengths as ticks of a log2 axis, with numbers in the lowest panel of a column."""
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_locator(FixedLocator(list(lengths)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))

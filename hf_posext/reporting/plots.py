@@ -1,4 +1,4 @@
-"""The pictures: perplexity, gain and passkeys by length; gain by position; models side by side; heat maps.
+"""Pictures: perplexity, gain, and passkeys by length; gain by position; models side by side; heat maps.
 
 Each is a PNG, 1800 pixels wide, that is replaced in one step.
 """
@@ -45,19 +45,19 @@ COLUMNS = 3
 
 
 def file_names(titles: Sequence[str]) -> list[str]:
-    """Each title as a part of a file's name, no two alike."""
+    """Return a unique part of a file name for each title."""
     plain = [re.sub(r"[^A-Za-z0-9.+-]+", "_", title).strip("_") for title in titles]
     return [f"{one}-{index + 1}" if plain.count(one) > 1 else one for index, one in enumerate(plain)]
 
 
 def heatmap_files(results: Results, prefix: str = "") -> dict[str, str]:
-    """The PNG of each method that was asked to retrieve, by the name that it is shown under, `"yarn x8"`."""
+    """Return the PNG of each method with retrieval results, by its shown name such as `"yarn x8"`."""
     names = list(dict.fromkeys(map(row_name, results.retrieval)))
     return {name: f"{prefix}retrieval_{plain}.png" for name, plain in zip(names, file_names(names), strict=True)}
 
 
 def write_heatmaps(results: Results, directory: str | Path, prefix: str = "") -> None:
-    """Draws a heat map for each method that was asked to retrieve."""
+    """Draw a heat map for each method with retrieval results."""
     trained_length = results.provenance.get("trained_length")
     for name, file in heatmap_files(results, prefix).items():
         rows = [row for row in results.retrieval if row_name(row) == name]
@@ -99,7 +99,7 @@ def plot_heatmaps(
 
 
 def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], trained_length: int | None) -> Any:
-    """One task: lengths to the right, depths downwards as in the text."""
+    """Draw one task: lengths to the right, depths downwards as in the text."""
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows}, key=lambda depth: depth or 0.0)
     grid = np.full((len(depths), len(lengths)), np.nan)

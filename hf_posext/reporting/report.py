@@ -1,4 +1,4 @@
-"""The report of a comparison or of several: figures for machines, a table, a picture and words for people."""
+"""Reports of one or several comparisons: figures for machines, and tables, pictures, and text for people."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ METRICS = (
 
 
 def results_to_model_index(results: Results, dataset_name: str | None = None) -> list[EvalResult]:
-    """The rows in the Hub's form; the card shows them as evaluation results.
+    """Convert rows to the Hub's form, which the card shows as evaluation results.
 
     Method, length and protocol are in the configuration and the arguments of the data set: the Hub groups results by
     the former, and would otherwise take those of two lengths for one. What is missing or not finite is left out.
@@ -92,7 +92,7 @@ def results_to_model_index(results: Results, dataset_name: str | None = None) ->
 
 
 def push_results(results: Results, repo_id: str, *, overwrite: bool = False, token: str | bool | None = None) -> str:
-    """Add results to the card of a model on the Hub, and leave the rest of the card as it is.
+    """Add results to the card of a model on the Hub, and keep the rest of the card.
 
     Args:
         results ([`Results`]): of a comparison or of one model.
@@ -142,7 +142,7 @@ AGREEMENT = 1e-6
 
 
 def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
-    """Runs of one model that were measured in the same way, joined; the order is that of the first of each.
+    """Join runs of one model that were measured in the same way, in order of first appearance.
 
     A method that several of them measured (`none`, most often) is kept once, with all that any of them found. What was
     left out is that of all of them, with the name of its run as `run` where not every run has left it out.
@@ -163,7 +163,7 @@ def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
 
 
 def run_titles(runs: Sequence[Results]) -> list[str]:
-    """A short name for each run, no two alike: the model, and by what it differs from other runs of that model."""
+    """Return a short unique name for each run: the model, and its difference from other runs of that model."""
     models = [PurePath(str(run.provenance.get("model", "a model"))).name for run in runs]
     titles = []
     for run, model in zip(runs, models, strict=True):
@@ -177,7 +177,7 @@ def run_titles(runs: Sequence[Results]) -> list[str]:
 
 
 def differences(runs: Sequence[Results]) -> list[str]:
-    """A warning where runs stand in one table that were not measured in the same way; empty where all were."""
+    """Return a warning if runs of one table were measured in different ways; otherwise an empty text."""
     said = []
     for key in MEASUREMENT:
         values = {json.dumps(_setting(run, key), sort_keys=True): _told(run, key) for run in runs}
@@ -187,7 +187,7 @@ def differences(runs: Sequence[Results]) -> list[str]:
 
 
 def merged_grids(runs: Sequence[Results], titles: Sequence[str]) -> list[Grid]:
-    """The grids of all runs, one for each question, with the title of a run above its rows.
+    """Return the grids of all runs, one per question, with the title of each run above its rows.
 
     What happens inside the trained length comes first, also where the first run does not tell it; the other questions
     stand in the order in which runs answer them.
@@ -239,7 +239,7 @@ def _join(group: Mapping[str, Results]) -> Results:
 
 
 def _left_out(group: Mapping[str, Results]) -> list[dict[str, Any]]:
-    """Documents that all runs have left out, once; the rest with the name of its run, as another may have it."""
+    """List the documents that all runs left out once, and all others with the name of their run."""
     by_run = {name: run.provenance.get("left_out") or [] for name, run in group.items()}
     told: list[dict[str, Any]] = []
     for name, entries in by_run.items():
@@ -257,12 +257,12 @@ def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _filled(row: R, other: Mapping[str, Any]) -> R:
-    """A row, and where it knows nothing (no passkeys were asked for, or there was no control) what another knows."""
+    """Fill the missing entries of a row (no passkeys, or no control) from another one."""
     return type(row)(row, **{key: value for key, value in other.items() if row.get(key) is None})
 
 
 def _unique(records: Iterable[R], keys: Sequence[str]) -> list[R]:
-    """The records of all runs, those with the same values of the keys once."""
+    """Return the records of all runs, without repeated values of the keys."""
     found: dict[Any, R] = {}
     for record in records:
         key = tuple(record[key] for key in keys)
@@ -271,13 +271,13 @@ def _unique(records: Iterable[R], keys: Sequence[str]) -> list[R]:
 
 
 def _setting(run: Results, key: str) -> Any:
-    """A setting of a run; earlier results contain no `chat`, which was off."""
+    """Return a setting of a run. Earlier results contain no `chat`, which was off."""
     value = run.provenance.get(key)
     return bool(value) if key == "chat" else value
 
 
 def _told(run: Results, key: str) -> str:
-    """A setting in a word: of the list of documents, their number."""
+    """Return a setting in a word; for the list of documents, their number."""
     value = _setting(run, key)
     if key == "longppl" and value is not None:
         settings = (f"{name} {value[name]:g}" for name in ("alpha", "beta", "short_length") if name in value)
@@ -335,7 +335,7 @@ def write_report(results: Results, directory: str | Path) -> Path:
 
 
 def render_report(results: Results) -> str:
-    """The text of the report of one comparison, in markdown."""
+    """Return the report of one comparison in markdown."""
     provenance = dict(results.provenance)
     return render_template(
         "report.md.jinja",
@@ -353,7 +353,7 @@ def render_report(results: Results) -> str:
 
 
 def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> Path:
-    """Writes several runs side by side: `README.md`, `perplexity.png`, and `results.csv` with the rows of all.
+    """Write several runs side by side: `README.md`, `perplexity.png`, and `results.csv` with all rows.
 
     Runs of one model that were measured in the same way become one; all others stay apart, and the report says by
     what they differ. What became one is written as [`write_report`] writes one: `results.json`,
@@ -405,7 +405,7 @@ def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> P
 
 
 def run_files(results: Results, prefix: str = "", title: str = "") -> dict[str, Any]:
-    """The files that a report has of one run, beside those of all runs together."""
+    """Write the files of one run in a report of several."""
     return {
         "title": title,
         "results": f"{prefix}results.json",
@@ -426,7 +426,7 @@ def _write_run(results: Results, directory: Path, prefix: str = "") -> None:
 
 
 def _front_matter(results: Results) -> str:
-    """Metadata of a model card for the Hub: its name and what was measured."""
+    """Return the metadata of a model card for the Hub: its name and the measured values."""
     from huggingface_hub import ModelCardData
 
     name = PurePath(str(results.provenance.get("model", "a model"))).name
@@ -463,7 +463,7 @@ def has_positions(results: Results) -> bool:
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested provenance (versions, say) as one level of names: `versions.torch`."""
+    """Flatten nested provenance to one level of names, such as `versions.torch`."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping):
@@ -474,7 +474,7 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    """A value as the text of one markdown cell."""
+    """Return a value as the text of one markdown cell."""
     if isinstance(value, Mapping):  # of a list of them: {"document": "a", "tokens": 10} is "a: 10"
         value = ": ".join(map(str, value.values()))
     elif isinstance(value, list | tuple):

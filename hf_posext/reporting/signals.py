@@ -1,4 +1,4 @@
-"""The pictures of a diagnosis: the signal that tells a model where a token stands, and the loss by position.
+"""Pictures of a diagnosis: the signal that encodes the position of a token, and the loss by position.
 
 One language in all of them: blue is what training has shown, orange what it has not. The figure of three panels has a
 column for each model, its signal above and its loss by position below.
@@ -54,7 +54,7 @@ KINDS = {
 
 
 def plot_diagnosis(found: Diagnosis, path: str | Path) -> None:
-    """Draws the signal of one model as it is and under each method, and below it the loss by position if measured."""
+    """Draw the signal of one model, unpatched and under each method, above the loss by position if measured."""
     signals, measured = found.signals, "losses" in found.tables
     columns = min(ABREAST, max(1, len(signals)))
     rows = -(-len(signals) // columns)
@@ -84,12 +84,12 @@ def _title(found: Diagnosis) -> str:
 
 
 def channel_label(signal: Signal) -> str:
-    """Label beside the channels of a signal."""
+    """Return the label beside the channels of a signal."""
     return f"{signal.channel}s" if signal.channel == "head" else f"{signal.channel}s\n(fast above slow)"
 
 
 def draw_signal(panel: Axes, signal: Signal, found: Diagnosis) -> None:
-    """Channels downwards, tokens to the right; blue where training has shown it, the darker the larger."""
+    """Draw channels downwards and tokens to the right, blue where seen in training, darker for larger values."""
     values = signal.values
     if signal.channel == "dimension":  # each has a size of its own
         shown = signal.at < (found.trained_length or found.target_length)
@@ -111,7 +111,7 @@ def draw_signal(panel: Axes, signal: Signal, found: Diagnosis) -> None:
 
 
 def draw_losses(panel: Axes, found: Diagnosis) -> None:
-    """The loss by position of the model as it is, of its level, and of each method that was measured."""
+    """Draw the loss by position of the unpatched model, of its level, and of each measured method."""
     lines = found.tables["losses"]
     level = f"last {found.provenance['context']} tokens"
     methods = [name for name in dict.fromkeys(lines.curve) if name not in ("none", level)]
@@ -138,7 +138,7 @@ def draw_losses(panel: Axes, found: Diagnosis) -> None:
 
 
 def dress(panel: Axes, found: Diagnosis) -> None:
-    """Ticks at multiples of the trained length, and where training ended."""
+    """Set ticks at multiples of the trained length, and mark its end."""
     trained, target = found.trained_length, found.target_length
     if trained and target <= 6 * trained:
         panel.xaxis.set_major_locator(FixedLocator(list(range(0, target + trained // 8, trained))))
@@ -150,7 +150,7 @@ def dress(panel: Axes, found: Diagnosis) -> None:
 
 
 def colour_handles(shade: str = "") -> list[Any]:
-    """Legend of the colours, their shades and the dotted line."""
+    """Return the legend handles of the colours, their shades, and the dotted line."""
     return [
         Swatch(color=SHOWN, label=f"shown in training{shade}"),
         Swatch(color=NEW, label="never shown in training"),
@@ -159,7 +159,7 @@ def colour_handles(shade: str = "") -> list[Any]:
 
 
 def legend(figure: Figure, handles: list[Any]) -> None:
-    """One for all panels, below them."""
+    """Draw one legend for all panels, below them."""
     place: Any = {"loc": "outside lower center", "ncols": 3}
     figure.legend(handles=handles, frameon=False, fontsize=9, **place)
 
@@ -186,7 +186,7 @@ LOWEST = -32.0
 
 
 def plot_classes(runs: Sequence[Diagnosis], path: str | Path) -> None:
-    """Draw a column for each model to a PNG: what its position signal does past the trained length, and its loss.
+    """Draw a column for each model to a PNG: its position signal past the trained length, and its loss.
 
     Three models make the textbook's figure. Those without positions that can be drawn are left out. A rotary model
     that has been diagnosed with a method has the phases of that method beside its own.
@@ -227,7 +227,7 @@ def plot_classes(runs: Sequence[Diagnosis], path: str | Path) -> None:
 
 
 def draw_class(panel: Axes, found: Diagnosis) -> None:
-    """A few channels of the signal as lines."""
+    """Draw a few channels of the signal as lines."""
     signal = found.signals[0]
     panel.set_title(CLASSES[found.generalization], pad=18)
     named = f"{Path(found.model).name}, {KINDS[found.scheme.kind]}"
@@ -261,7 +261,7 @@ def draw_class(panel: Axes, found: Diagnosis) -> None:
 
 
 def _line(panel: Axes, signal: Signal, line: int, place: int = 0, scale: float = 1.0, **style: Any) -> None:
-    """One channel, blue as far as training has shown it."""
+    """Draw one channel, blue as far as seen in training."""
     values, new = signal.values[line] / scale - place, signal.unseen[line]
     for wanted, colour in ((False, SHOWN), (True, NEW)):
         inside = new == wanted
@@ -279,7 +279,7 @@ def _slow_pairs(found: Diagnosis) -> list[int]:
 
 
 def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
-    """The dimensions whose power within the trained length is most at one frequency; the panel is zoomed to them."""
+    """Return the dimensions with the most power at one frequency, to which the panel is zoomed."""
     rows = signal.values[:, signal.at < trained]
     if rows.shape[1] < 2 * (SLOWEST + 1):
         raise InvalidParameterError(
@@ -298,7 +298,7 @@ def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
 
 
 def _name_methods(panel: Axes, found: Diagnosis) -> None:
-    """The name of each method at its own line, since each model has others."""
+    """Label the line of each method, because models have different methods."""
     lines = found.tables["losses"]
     styles = method_styles([signal.method for signal in found.signals[1:]])
     for signal in found.signals[1:]:

@@ -1,4 +1,4 @@
-"""Results as text: grids for a terminal and for markdown, and a sentence for each method.
+"""Results as text: grids for terminal and markdown, and a sentence per method.
 
 A *grid* is one question asked of every method at every length: how high is the perplexity, does the longer context
 pay (`gain`), are passkeys found. The truncation control is a row of the first grid: the same tokens, scored by the
@@ -38,7 +38,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Grid:
-    """One question, answered for every method at every length.
+    """Table of one question, answered for every method at every length.
 
     A row without cells is the heading of those below it. Reports say `remark` below the grid.
     """
@@ -50,7 +50,7 @@ class Grid:
 
 
 def scheme_name(results: Results) -> str:
-    """The scheme of the model and what it does past its trained length, `"RoPE: interpolation"`."""
+    """Return the scheme of the model and its behavior past the trained length, such as `"RoPE: interpolation"`."""
     kind, generalization = results.provenance.get("kind"), results.provenance.get("generalization")
     words = "no generalization" if generalization == "none" else generalization
     label = KINDS[kind].label if kind in KINDS else kind
@@ -58,12 +58,12 @@ def scheme_name(results: Results) -> str:
 
 
 def row_name(row: Row) -> str:
-    """The name under which a row is shown: the method, and the factor where it is not 1 (`"yarn x8"`)."""
+    """Return the shown name of a row: the method, and its factor unless that is 1 (`"yarn x8"`)."""
     return title(row["method"], row["factor"])
 
 
 def by_method(results: Results) -> dict[str, dict[int, Row]]:
-    """The rows by the name they are shown under, in the order of measurement, then by length, ascending."""
+    """Group the rows by shown name in order of measurement, each in ascending order of length."""
     methods: dict[str, dict[int, Row]] = {}
     for row in results.rows:
         methods.setdefault(row_name(row), {})[row["length"]] = row
@@ -71,30 +71,30 @@ def by_method(results: Results) -> dict[str, dict[int, Row]]:
 
 
 def lengths_of(results: Results) -> tuple[int, ...]:
-    """Every length measured, ascending."""
+    """Return all measured lengths, ascending."""
     return tuple(sorted({row["length"] for row in results.rows}))
 
 
 def legacy_mark(results: Results) -> str:
-    """Mark of every number that a legacy protocol gave; empty for the other protocols."""
+    """Return the mark of numbers of a legacy protocol; empty for other protocols."""
     names = dict.fromkeys(row["protocol"] for row in results.rows if is_legacy(row["protocol"]))
     return f"({', '.join(names)}: a published average, not per token)" if names else ""
 
 
 def control_rows(results: Results) -> dict[int, Row]:
-    """By length, a row that carries the truncation control; the control is the same for every method."""
+    """Return a row with the control by length. The control is the same for every method."""
     found = {row["length"]: row for row in results.rows if row.get("perplexity_truncated_tail") is not None}
     return dict(sorted(found.items()))
 
 
 def control_name(results: Results) -> str:
-    """The name of the control, with the trained length where it is known."""
+    """Return the name of the control, with the trained length if known."""
     trained = results.provenance.get("trained_length")
     return "truncated" if trained is None else f"truncated to {trained}"
 
 
 def format_perplexity(value: float | None) -> str:
-    """Three significant digits, more only where a whole number has more."""
+    """Format with three significant digits, or more if a whole number has more."""
     if value is None:
         return NOTHING
     if value >= 1e6:
@@ -103,18 +103,18 @@ def format_perplexity(value: float | None) -> str:
 
 
 def finite_interval(row: Row, key: str) -> tuple[float, float] | None:
-    """The interval of a row, if it has one with two finite ends (an infinite one is read from JSON as `None`)."""
+    """Return the interval of a row if both ends are finite (JSON has `None` for infinity), else `None`."""
     ends = [end for end in row.get(key) or () if end is not None and math.isfinite(end)]
     return (ends[0], ends[1]) if len(ends) == 2 else None
 
 
 def format_interval(interval: Sequence[float] | None) -> str:
-    """A 95 % interval of a ratio, `" [0.87, 0.91]"`, or nothing."""
+    """Format a 95 % interval of a ratio as `" [0.87, 0.91]"`, or as an empty text."""
     return "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def format_change(row: Row) -> str:
-    """A change with its interval in per cent, `"+9.5 % [+9.0, +10.1]"`."""
+    """Format a change with its interval in per cent, such as `"+9.5 % [+9.0, +10.1]"`."""
     if row.get("change") is None:
         return NOTHING
     interval = finite_interval(row, "change_ci95")
@@ -123,7 +123,7 @@ def format_change(row: Row) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """Notes on what the tables do not show: methods that were left out, a short-context check that could not be."""
+    """Return notes on gaps of the tables: omitted methods, and a short-context check that was impossible."""
     refusals = by_reason(results.provenance.get("not_applicable") or {})
     said = [f"Left out: {', '.join(names)} ({reason})." for reason, names in refusals.items()]
     for entry in results.provenance.get("left_out") or ():
@@ -219,7 +219,7 @@ def _passkey_intervals(methods: Mapping[str, Mapping[int, Row]], length: int) ->
 
 
 def _intervals(shares: Mapping[str, tuple[float, int]], length: int) -> str:
-    """The 95 % interval of each share, in words; nothing where there is no share."""
+    """Return the 95 % interval of each share in words; empty without shares."""
     said = []
     for name, (share, trials) in shares.items():
         low, high = share_interval(share, trials)
@@ -271,7 +271,7 @@ def grids(results: Results) -> list[Grid]:
 
 
 def markdown_table(grid: Grid) -> str:
-    """The grid as a GitHub markdown table, without its title; headings inside it are bold."""
+    """Return the grid as a GitHub markdown table without its title. Inner headings are bold."""
     header = ["tokens", *map(str, grid.lengths)]
     blank = [""] * len(grid.lengths)
     body = [[cell(name), *map(cell, cells)] if cells else [f"**{cell(name)}**", *blank] for name, cells in grid.rows]
@@ -285,7 +285,7 @@ TOLERANCE = 1.25
 
 
 def describe_methods(results: Results) -> list[str]:
-    """One sentence for each method: how far it holds, what that costs, whether the longer context pays, passkeys."""
+    """Return one sentence per method: its reach, its cost, its gain, and passkeys."""
     methods = by_method(results)
     control = control_rows(results)
     trained_length = results.provenance.get("trained_length") or 0
@@ -310,7 +310,7 @@ def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row], tr
 
 
 def _levels(rows: Mapping[int, Row], control: Mapping[int, Row]) -> dict[int, float]:
-    """Tail perplexity by length, divided by the control's where all lengths have one, since text gets easier."""
+    """Return the tail perplexity by length, divided by the control's if all lengths have one."""
     tails = {length: row["perplexity_tail"] for length, row in rows.items() if row.get("perplexity_tail") is not None}
     if all(length in control for length in tails):
         return {length: tail / control[length]["perplexity_truncated_tail"] for length, tail in tails.items()}
@@ -337,7 +337,7 @@ def _reach(rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
 
 
 def _inside(row: Row) -> str:
-    """Cost of the extension where the model needed none."""
+    """Describe the cost of the extension inside the trained length."""
     change = row["change"]
     interval = finite_interval(row, "change_ci95")
     span = "" if interval is None else f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
@@ -366,12 +366,12 @@ HEAD = "tokens"
 
 
 def _plain(text: str) -> str:
-    """A text from outside, of which the terminal and rich's markup make nothing."""
+    """Return an untrusted text without effect on the terminal and rich's markup."""
     return escape(visible(text))
 
 
 def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
-    """Splits the columns of a grid into groups that fit the terminal beside the names."""
+    """Split the columns of a grid into groups that fit the terminal beside the names."""
     groups: list[list[int]] = [[]]
     used = name_width
     for column, length in enumerate(grid.lengths):
@@ -397,7 +397,7 @@ def _rich_table(grid: Grid, columns: list[int], name_width: int) -> Table:
 
 
 def print_grids(answers: Sequence[Grid], remarks: Sequence[str], console: Console | None = None) -> None:
-    """Prints every grid in at most 80 columns, then the remarks; a grid of many lengths continues below itself."""
+    """Print every grid in at most 80 columns, then the remarks. A wide grid continues below itself."""
     console = console or Console(width=WIDTH, highlight=False)
     names = [HEAD, *(name for grid in answers for name, _ in grid.rows)]
     name_width = min(NAME_WIDTH, max(map(len, names)))
@@ -411,5 +411,5 @@ def print_grids(answers: Sequence[Grid], remarks: Sequence[str], console: Consol
 
 
 def print_tables(results: Results, console: Console | None = None) -> None:
-    """Prints the grids and notes of one comparison."""
+    """Print the grids and notes of one comparison."""
     print_grids(grids(results), notes(results), console)
