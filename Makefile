@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
-# token 2000 of each novel on, past the front matter. BLOOM's generation takes minutes, so it is asked no pass keys.
+# token 2000 of each novel on, past the front matter. BLOOM's generation takes minutes, so it is asked for no passkeys.
 demo: $(READY)
 	rm -rf reports/demo
 	$(COMPARE) --model examples/tiny/tiny-learned --methods none,table-linear --factor 4 --trained-length 512 \
@@ -34,7 +34,7 @@ demo: $(READY)
 	.venv/bin/hf-posext report reports/demo/tiny-learned/results.json reports/demo/tiny-alibi/results.json \
 		reports/demo/tiny-rope/results.json --output reports/demo
 	@echo "The report is reports/demo/README.md, its picture reports/demo/perplexity.png; beside it, in a folder each, are"
-	@echo "the models' own reports, with pass keys and the gain by position in the document."
+	@echo "the models' own reports, with passkeys and the gain by position in the document."
 
 test: $(READY)
 	$(PYTEST) tests
