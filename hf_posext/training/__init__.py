@@ -1,4 +1,4 @@
-"""Fine-tuning for length: presets, rows, PoSE, shifted sparse attention, and LongCE on `transformers.Trainer`."""
+"""Fine-tuning on long texts with `transformers.Trainer`: presets, rows, PoSE, shifted sparse attention, LongCE."""
 
 from ..packages import require
 

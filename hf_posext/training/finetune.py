@@ -1,4 +1,4 @@
-"""Fine-tuning of a model with extended positions: patch, adapter, training, and a save that reopens anywhere."""
+"""Fine-tuning of a model with extended positions: patch, adapter, training, and a result that any process can load."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 
 NOT_MEASURED = {"eval_runtime", "train_runtime"}
-"""Entries of the Trainer's log that hold speeds, of an evaluation without rows and of the whole training."""
+"""Keys that mark entries of the Trainer's log to leave out.
+
+These entries only report the speed of an evaluation without rows, and of the whole training.
+"""
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -51,19 +54,22 @@ SETTLED = (
     "Model has `tie_word_embeddings=True`",
     "fan_in_fan_out is set to",
 )
-"""Warnings of peft in vain: a name that it uses itself, ties that `tie_again` makes, and what it sets right."""
+"""Warnings of PEFT to ignore.
+
+They concern a name that PEFT itself uses, ties that `tie_again` restores, and a setting that PEFT corrects.
+"""
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """Result of a run.
+    """Result of a fine-tuning run.
 
     Args:
-        model (`PeftModel` or `PreTrainedModel`): trained, its patch in force, in evaluation mode.
+        model (`PeftModel` or `PreTrainedModel`): the trained model in evaluation mode, with its patch in force.
         patch (`Patch`): the patch.
         path (`Path`): the saved adapter or model, with its plan.
         log (`list[dict]`): one entry per step, and one per evaluation.
-        provenance (`dict`): as in `provenance.json`.
+        provenance (`dict`): content of `provenance.json`; empty on processes that do not save.
     """
 
     model: nn.Module
@@ -106,66 +112,68 @@ def finetune(
     callbacks: Iterable[TrainerCallback] = (),
     report_to: str = "none",
 ) -> Finetuned:
-    """
-    Patch a model, put an adapter on it where the preset has one, and train it on long rows with transformers' Trainer.
+    """Patch a model, add the adapter of the preset, if any, and train it on long rows with `transformers.Trainer`.
 
-    The patch comes first and the adapter second; both stay in force when training ends, and the model as it was is
-    restored when it does not. What each sample is depends on the seed and its number alone, so that a run that is
-    resumed from a checkpoint gives the weights of one that was never stopped, to the bit where the arithmetic of the
-    device repeats itself. Runs on several processes under `accelerate launch`; see `examples/accelerate_configs`.
+    The patch is applied first and the adapter second. Both stay in force when training ends. If training fails, both
+    are removed. Each sample depends only on the seed and its number. A run that is resumed from a checkpoint therefore
+    gives the same weights as an uninterrupted one, to the bit if the device is deterministic. Several processes train
+    together under `accelerate launch`; see `examples/accelerate_configs`.
 
     Args:
-        model (`PreTrainedModel`): a decoder without a patch or an adapter. Weights that are trained are kept in
-            float32; a model in half precision needs `bf16=True`.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        documents (`list[Document]`, or what [`load_documents`] takes): texts to train on.
-        method (`str`, `Method` or `ExtensionPlan`): as [`patch_model`] takes it; only the preset `nope` has its own.
-        output (`str` or `Path`): directory of the run; new, or one to resume.
-        factor, target_length, trained_length: as [`patch_model`] takes them.
-        preset (`str` or `Preset`, *optional*, defaults to `"lora"`): what is trained, and how fast: `"lora"`,
-            `"lora-plus"`, `"dora"`, `"full"`, `"nope"`, or a [`Preset`]: `replace(PRESETS["lora"], rank=32)`.
-        adapter (`PeftConfig`, *optional*): an adapter of your own in place of the preset's.
-        arguments (`TrainingArguments`, *optional*): of your own. They take precedence over the preset's learning rate
-            and over `steps`, `batch_size`, `accumulation`, `warmup`, `bf16`, `gradient_checkpointing`, `save_every`,
-            `seed` and `report_to`. `output_dir` is `output`, and rows are read in the order of the schedule.
-        length (`int`, *optional*): tokens per row; by default the length that the plan is for, with `pose` the one
-            that the model was trained at.
+        model (`PreTrainedModel`): a decoder without a patch or an adapter. Trained weights are kept in float32. A
+            model in half precision requires `bf16=True`.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the model.
+        documents (`list[Document]`, or any form that [`load_documents`] accepts): texts to train on.
+        method (`str`, `Method` or `ExtensionPlan`, *optional*): see [`patch_model`]. Required unless the preset has
+            its own method, as `nope` does.
+        output (`str` or `Path`): directory of the run: a new one, or one to resume.
+        factor, target_length, trained_length: see [`patch_model`].
+        preset (`str` or `Preset`, *optional*, defaults to `"lora"`): weights to train, and learning rates: `"lora"`,
+            `"lora-plus"`, `"dora"`, `"full"`, `"nope"`, or a [`Preset`] such as `replace(PRESETS["lora"], rank=32)`.
+        adapter (`PeftConfig`, *optional*): adapter to use instead of the preset's.
+        arguments (`TrainingArguments`, *optional*): arguments of the Trainer. They take precedence over the preset's
+            learning rate and over `steps`, `batch_size`, `accumulation`, `warmup`, `bf16`, `gradient_checkpointing`,
+            `save_every`, `seed` and `report_to`. `output_dir` is replaced by the checkpoints of `output`, and rows are
+            read in the order of the schedule.
+        length (`int`, *optional*): tokens per row. Defaults to the target length of the plan, or with `pose` to the
+            trained length.
         steps (`int`, *optional*, defaults to 1000): optimizer steps.
         batch_size (`int`, *optional*, defaults to 1): rows per process and forward.
         accumulation (`int`, *optional*, defaults to 8): forwards per step.
-        warmup (`int`, *optional*): steps until the learning rate is reached; it falls to 0 at the end. By default 20,
-            and at most half of the steps.
-        pack (`bool`, *optional*, defaults to `False`): use texts that are shorter than a row, several in a row, none
-            of which sees another; otherwise a row is a part of one document.
-        pose (`int`, *optional*): train on short rows whose positions skip, for the length of the plan: the number of
-            chunks in a row, 2 in the paper. See [`Skips`].
-        shifted (`int`, *optional*): attend within groups while training (S2): the number of groups in a row, 4 in the
-            paper. See [`shifted_sparse_attention`].
-        longce (`int`, *optional*): weigh the loss of each token by what the long context tells about it: the tokens
-            of the short context that it is compared with. See [`LongCE`].
+        warmup (`int`, *optional*): steps until the peak learning rate, which then falls to 0 at the end. Defaults to
+            20, at most half of the steps.
+        pack (`bool`, *optional*, defaults to `False`): pack texts shorter than a row into shared rows, without
+            attention between them. Otherwise, each row is part of one document.
+        pose (`int`, *optional*): train on short rows whose skipped positions cover the target length of the plan
+            (PoSE): the number of chunks in a row, 2 in the paper. See [`Skips`].
+        shifted (`int`, *optional*): attend within groups during training (S2): the number of groups in a row, 4 in
+            the paper. See [`shifted_sparse_attention`].
+        longce (`int`, *optional*): weight the loss of each token by its gain from the long context over a short one:
+            the number of tokens of the short context. See [`LongCE`].
         bf16 (`bool`, *optional*, defaults to `False`): compute in bfloat16 by autocast.
-        gradient_checkpointing (`bool`, *optional*, defaults to `False`): less memory for a third more time.
-        evaluation ([`Evaluation`], *optional*): what to measure before the first step and every so many.
-        patience (`int`, *optional*): stop after so many evaluations without a lower perplexity at the longest length,
-            and go back to the best.
-        save_every (`int`, *optional*): steps between checkpoints, of which the newest two are kept; by default a
-            tenth of the steps, with `patience` one at each evaluation.
-        resume (`bool`, *optional*, defaults to `False`): go on from the newest whole checkpoint in `output`, if there
-            is one; the settings must be the same.
-        seed (`int`, *optional*, defaults to 0): of the adapter, of the order of rows, and of skips.
-        callbacks (`Iterable[TrainerCallback]`, *optional*): more of them.
-        report_to (`str`, *optional*, defaults to `"none"`): a tracker, as `TrainingArguments` names it.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): save memory for a third more time.
+        evaluation ([`Evaluation`], *optional*): measurements before the first step and at regular steps.
+        patience (`int`, *optional*): stop after this many evaluations without a lower perplexity at the longest
+            length, and return to the best checkpoint.
+        save_every (`int`, *optional*): steps between checkpoints, of which the newest two are kept. Defaults to a
+            tenth of the steps, or with `patience` to the steps between evaluations.
+        resume (`bool`, *optional*, defaults to `False`): resume from the newest complete checkpoint in `output`, if
+            any. The settings must be the same.
+        seed (`int`, *optional*, defaults to 0): seed of the adapter, the order of rows, and skipped positions.
+        callbacks (`Iterable[TrainerCallback]`, *optional*): further callbacks of the Trainer.
+        report_to (`str`, *optional*, defaults to `"none"`): tracker, by its name in `TrainingArguments`.
 
     Returns:
         [`Finetuned`]
 
     Raises:
-        TrainingError: a loss that is not finite (the last good checkpoint stays), or another run to resume.
-        DocumentError: texts that do not fill a row.
-        InvalidParameterError: settings out of bounds, or an output that holds files.
-        UnsupportedModelError: no causal language model, one that does not honour what `pack`, `pose` or `shifted`
-            ask for, or 4-bit weights that are to be trained.
-        AlreadyPatchedError, MethodNotApplicableError, UnknownMethodError, NoEffectError: as [`patch_model`].
+        TrainingError: the loss or gradient norm is not finite (the last good checkpoint stays), a checkpoint cannot be
+            read, or the run to resume has other settings.
+        DocumentError: the texts do not fill a row.
+        InvalidParameterError: settings are out of bounds, or the output directory holds files.
+        UnsupportedModelError: the model is not a causal language model, does not support `pack`, `pose` or `shifted`,
+            or has quantized weights and no adapter to train.
+        AlreadyPatchedError, MethodNotApplicableError, UnknownMethodError, NoEffectError: see [`patch_model`].
     """
     preset, output = as_preset(preset), Path(output)
     if arguments is not None:
@@ -226,12 +234,12 @@ def finetune(
         raise
     finally:
         if use_cache is not None:
-            model.config.use_cache = use_cache  # the Trainer turns it off
+            model.config.use_cache = use_cache  # the Trainer turns the cache off
         model.eval()
 
 
 def _facts(run: Run, texts: Any) -> dict[str, Any]:
-    """Return everything that determines the trained weights."""
+    """Return every fact that determines the trained weights."""
     source = getattr(texts, "source", {})
     if source.get("dataset"):
         source = {**source, "dataset": portable(source["dataset"])}
@@ -263,14 +271,14 @@ def _train(
     try:
         trainer = make_trainer(run, network, arguments, callbacks)
         with ExitStack() as modes:
-            # accelerate leaves autocast around the model's forward
+            # accelerate leaves autocast wrapped around the forward of the model
             modes.callback(trainer.accelerator.unwrap_model, network, keep_fp32_wrapper=False)
             if run.settings.shifted is not None:
                 modes.enter_context(shifted_sparse_attention(run.patch.model, run.settings.shifted))
             if run.settings.gradient_checkpointing:
                 modes.enter_context(activation_checkpointing(run.patch.model))
             trained = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except pickle.UnpicklingError as error:  # torch reads no code
+    except pickle.UnpicklingError as error:  # torch reads checkpoints without running code in them
         reason = str(error).splitlines()[0]
         raise TrainingError(
             f"{checkpoint} cannot be read: {reason}; remove it to go on from the one before"
@@ -299,7 +307,7 @@ def _train(
 
 
 def check_model(model: nn.Module, *, adapted: bool, bf16: bool) -> None:
-    """Refuse a model that cannot be trained; `adapted` where an adapter is, and not the weights."""
+    """Refuse a model that cannot be trained. `adapted` is true if an adapter is trained instead of the weights."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
@@ -325,10 +333,12 @@ def check_model(model: nn.Module, *, adapted: bool, bf16: bool) -> None:
 def trainable(
     model: PreTrainedModel, preset: Preset, settings: Settings, adapter: PeftConfig | None = None
 ) -> nn.Module:
-    """Return the model or a `PeftModel` around it. Trained weights are float32 and require gradients.
+    """Return the model, or a `PeftModel` around it, with gradients for the weights that the preset trains.
+
+    Trained weights in half precision are converted to float32.
 
     Raises:
-        InvalidParameterError: peft finds nothing to put the adapter on.
+        InvalidParameterError: PEFT cannot put the adapter on the model.
     """
     set_seed(settings.seed)
     network: nn.Module = model
@@ -354,7 +364,7 @@ def trainable(
 
 
 def count(network: nn.Module) -> dict[str, int]:
-    """Return the number of trained parameters, and the total of the model without adapters."""
+    """Return the number of trained parameters, and of all parameters of the model without the adapter's."""
     weights = list(network.named_parameters())
     trained = sum(weight.numel() for _, weight in weights if weight.requires_grad)
     wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)

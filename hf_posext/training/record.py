@@ -1,9 +1,9 @@
-"""Directory of a run: the trained weights, and a provenance that reproduces the run.
+"""Directory of a run: the trained weights, and a provenance that allows the run to be repeated.
 
-| path in `output` | what |
+| path in `output` | content |
 |---|---|
-| `adapter` or `model` | what was trained, with its plan |
-| `checkpoints` | the Trainer's; the newest two |
+| `adapter` or `model` | the trained weights, with their plan |
+| `checkpoints` | the newest two checkpoints of the Trainer |
 | `training_log.json` | loss, gradient norm and learning rate of each step, and every evaluation |
 | `provenance.json` | base, method, plan, preset, settings, data, seeds, versions, trainable parameters, time |
 """
@@ -38,10 +38,11 @@ PACKAGES = ("hf_posext", "transformers", "peft", "accelerate", "datasets", "torc
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Refuse a directory in which something would be lost.
+    """Refuse an output directory whose files a run would overwrite.
 
     Raises:
-        InvalidParameterError: it holds files, and the run is not one to resume; or the run there has ended.
+        InvalidParameterError: the directory holds files without `resume`, holds no run to resume, or the run in it has
+            ended.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -60,14 +61,14 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def begin(output: Path, run: dict[str, Any]) -> None:
-    """Write what a run is, or compare it with what is there.
+    """Write the facts of a new run, or compare them with those of the run to resume.
 
     Args:
-        output (`Path`): of the run.
-        run (`dict`): all that decides which weights come out.
+        output (`Path`): directory of the run.
+        run (`dict`): every fact that determines the trained weights.
 
     Raises:
-        TrainingError: the run there is another one; says in what.
+        TrainingError: the facts of the run to resume differ. The message lists the differences.
     """
     output.mkdir(parents=True, exist_ok=True)
     run = json.loads(json.dumps(run))
@@ -87,7 +88,7 @@ def begin(output: Path, run: dict[str, Any]) -> None:
 
 
 def forget(output: Path) -> None:
-    """Remove the files of a run that ended before its first checkpoint, so that it can be restarted."""
+    """Remove the record of a run that ended before its first checkpoint. The run can then be started again."""
     (output / PROVENANCE).unlink(missing_ok=True)
     for directory in (output / CHECKPOINTS, output):
         if directory.is_dir() and not any(directory.iterdir()):
@@ -95,7 +96,7 @@ def forget(output: Path) -> None:
 
 
 def finish(output: Path, result: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the log and what came out; returns the whole provenance."""
+    """Write the log and the result of a run, and return the whole provenance."""
     write_atomically(output / LOG, json.dumps(log, indent=1) + "\n")
     provenance = {**_read(output), "result": result}
     _write(output, provenance)
@@ -106,14 +107,14 @@ def provenance_of(saved: Path) -> dict[str, Any] | None:
     """Return the provenance of the run that saved an adapter or a model; `None` for any other folder.
 
     Raises:
-        TrainingError: a provenance that cannot be read.
+        TrainingError: the provenance cannot be read.
     """
     saved = saved.resolve()
     if not (saved.parent / PROVENANCE).is_file():
         return None
-    found = _read(saved.parent)
-    result = found.get("result")
-    return found if isinstance(result, dict) and result.get("path") == saved.name else None
+    provenance = _read(saved.parent)
+    result = provenance.get("result")
+    return provenance if isinstance(result, dict) and result.get("path") == saved.name else None
 
 
 def _write(output: Path, provenance: dict[str, Any]) -> None:
@@ -122,12 +123,12 @@ def _write(output: Path, provenance: dict[str, Any]) -> None:
 
 def _read(output: Path) -> dict[str, Any]:
     try:
-        found = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
+        provenance = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise TrainingError(f"{output / PROVENANCE} is not JSON: {error}. Pass another output") from error
-    if not isinstance(found, dict):
+    if not isinstance(provenance, dict):
         raise TrainingError(f"{output / PROVENANCE} holds no object. Pass another output")
-    return found
+    return provenance
 
 
 def _versions() -> dict[str, str]:
@@ -139,19 +140,23 @@ def _command() -> str:
 
 
 def save(network: nn.Module, patch: Patch, trainer: Trainer, output: Path) -> Path:
-    """Save the adapter into `output/adapter`, or the model into `output/model`, with its plan.
+    """Save an adapter to `output/adapter`, or a model to `output/model`, with its plan.
 
     Args:
-        network (`PeftModel` or `PreTrainedModel`): trained; shards of it are put together on every process.
-        patch ([`Patch`]): in force on it.
-        trainer (`Trainer`): that trained it.
-        output (`Path`): of the run.
+        network (`PeftModel` or `PreTrainedModel`): the trained network. FSDP shards are gathered on every process.
+        patch ([`Patch`]): patch in force on the network.
+        trainer (`Trainer`): trainer of the network.
+        output (`Path`): directory of the run.
+
+    Returns:
+        `Path`: the saved adapter or model.
     """
     adapted = isinstance(network, PeftModel)
     path = output / ("adapter" if adapted else "model")
     if trainer.is_fsdp_enabled:
         _gather(network)
     if trainer.args.should_save:
+        # the final name only ever belongs to a complete result
         partial = path.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         if adapted:
@@ -164,7 +169,7 @@ def save(network: nn.Module, patch: Patch, trainer: Trainer, output: Path) -> Pa
 
 @torch.no_grad()
 def _gather(network: nn.Module) -> None:
-    """Gather FSDP shards to whole weights on the CPU. The model cannot be trained afterwards."""
+    """Replace the FSDP shards of a network by whole weights on the CPU. It can no longer be trained."""
     whole: dict[int, nn.Parameter] = {}
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):

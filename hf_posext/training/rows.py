@@ -1,7 +1,7 @@
-"""Rows of equal length from documents, never across document boundaries, and their batches.
+"""Rows of equal length for training, cut from documents without attention between documents, and their batches.
 
-What a step reads is a function of the seed and of the number of the sample, and of nothing else. So a run that is
-resumed, or spread over more processes, reads the same.
+A sample depends only on the seed and its number. A run that is resumed, or spread over more processes, therefore reads
+the same samples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..evaluation.tokens import first_scored, special_prefix, token_ids
 logger = logging.getLogger(__name__)
 
 NO_LABEL = -100
-"""Label of a token that is not to be predicted."""
+"""Label of a token that is not predicted."""
 
 Tokens = list[int]
 
@@ -36,9 +36,9 @@ class Rows:
     """Rows to train on.
 
     Args:
-        dataset (`datasets.Dataset`): `input_ids` of each row; where documents are packed, `position_ids`, which begin
-            anew with each of them, and `labels`, which leave out the first token of each and special tokens in front.
-        facts (`dict`): what they are made of, for the provenance.
+        dataset (`datasets.Dataset`): `input_ids` of each row. With packed documents also `position_ids`, which restart
+            at 0 with each document, and `labels`, which exclude the first token and leading special tokens of each.
+        facts (`dict`): origin of the rows, for the provenance.
     """
 
     dataset: datasets.Dataset
@@ -48,19 +48,22 @@ class Rows:
 def make_rows(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, *, pack: bool = False
 ) -> Rows:
-    """Cut documents into rows of `length` tokens, each with BOS before it if the tokenizer adds one.
+    """Cut documents into rows of `length` tokens, each beginning with BOS if the tokenizer adds it.
 
-    A row is of one document, and what is left at the end of each document is not used. With `pack`, these ends and
-    the documents that are shorter than a row share rows: whole, side by side, and told apart by their positions.
+    A row comes from one document, and the remainder at the end of each document is not used. With `pack`, these
+    remainders and the documents shorter than a row share rows. They stay whole and are separated by their positions.
 
     Args:
-        documents (`Sequence[Document]`): the texts.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        length (`int`): tokens per row, special tokens in front included.
-        pack (`bool`, *optional*, defaults to `False`): use what does not fill a row.
+        documents (`Sequence[Document]`): texts to cut.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the model.
+        length (`int`): tokens per row, including leading special tokens.
+        pack (`bool`, *optional*, defaults to `False`): also use texts that do not fill a row.
+
+    Returns:
+        [`Rows`]
 
     Raises:
-        DocumentError: no document fills a row; packed, all of them together do not.
+        DocumentError: no document fills a row, or with `pack`, all of them together do not.
     """
     prefix = special_prefix(tokenizer)
     room = length - len(prefix)
@@ -70,9 +73,9 @@ def make_rows(
     for document in documents:
         tokens = token_ids(tokenizer, document.text)
         sizes[document.id] = len(prefix) + len(tokens)
-        pieces = [prefix + tokens[at : at + room] for at in range(0, len(tokens), room)]
+        pieces = [prefix + tokens[start : start + room] for start in range(0, len(tokens), room)]
         whole += [piece for piece in pieces if len(piece) == length]
-        ends += [piece for piece in pieces if 1 < len(piece) < length]  # of one token there is nothing to predict
+        ends += [piece for piece in pieces if 1 < len(piece) < length]  # a single token has nothing to predict
     packs = _pack(ends, length) if pack else []
     short = [id for id, size in sizes.items() if size < length]
     if not whole and (not pack or sum(map(len, ends)) < length):
@@ -108,16 +111,16 @@ def make_rows(
 
 
 def _pack(pieces: list[Tokens], length: int) -> list[list[Tokens]]:
-    """Pack pieces by best fit: the longest first, each into the fullest row with enough room."""
+    """Pack pieces into rows by best fit: the longest first, each into the fullest row with enough space."""
     rows: list[list[Tokens]] = []
-    spaces: list[tuple[int, int]] = []  # what is free in each row, ascending, and its index
+    spaces: list[tuple[int, int]] = []  # free space of each row, ascending, and the row's index
     for piece in sorted(pieces, key=len, reverse=True):
-        at = bisect.bisect_left(spaces, (len(piece), -1))
-        if at == len(spaces):
+        position = bisect.bisect_left(spaces, (len(piece), -1))
+        if position == len(spaces):
             rows.append([])
             space, index = length, len(rows) - 1
         else:
-            space, index = spaces.pop(at)
+            space, index = spaces.pop(position)
         rows[index].append(piece)
         bisect.insort(spaces, (space - len(piece), index))
     return rows
@@ -129,14 +132,14 @@ def _packed(whole: list[Tokens], packs: list[list[Tokens]], length: int, padding
     labels = np.full((count, length), NO_LABEL)
     positions = np.zeros((count, length), dtype=np.int64)
     for row, pieces in enumerate([*([piece] for piece in whole), *packs]):
-        at = 0
+        start = 0
         for piece in pieces:
-            end = at + len(piece)
-            ids[row, at:end] = piece
-            labels[row, at + first : end] = piece[first:]
-            positions[row, at:end] = range(len(piece))
-            at = end
-        positions[row, at:] = range(length - at)  # padding is a document of its own, which nobody is asked about
+            end = start + len(piece)
+            ids[row, start:end] = piece
+            labels[row, start + first : end] = piece[first:]
+            positions[row, start:end] = range(len(piece))
+            start = end
+        positions[row, start:] = range(length - start)  # padding is a document of its own, without labels
     return _columns(input_ids=ids, position_ids=positions, labels=labels)
 
 
@@ -151,12 +154,12 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def schedule(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
-    """Yield rows in training order, each with its `sample` number.
+    """Return the rows in training order, with the number of each as `sample`.
 
     Args:
-        rows (`datasets.Dataset`): in `torch` format.
-        count (`int`): samples in all; rows repeat, in another order each time, when all were read.
-        seed (`int`): of the orders.
+        rows (`datasets.Dataset`): rows in `torch` format.
+        count (`int`): total number of samples. Rows repeat, in a new order each time, after all have been read.
+        seed (`int`): seed of the orders.
     """
     rounds = -(-count // len(rows))
     orders = [np.random.default_rng([seed, number]).permutation(len(rows)) for number in range(rounds)]
@@ -172,14 +175,14 @@ def schedule(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
 class Skips:
     """Positional skip-wise training (PoSE): short rows whose positions are spread over the target length.
 
-    A row is cut into chunks, and each chunk after the first is moved on by a random number of positions, so that with
-    many rows all distances up to `target` are seen. The text is that of the row as it stands. Zhu et al., 2023: PoSE:
+    A row is cut into chunks. Each chunk after the first is shifted by a random number of positions, so that many rows
+    together cover all distances below `target`. The text of the row stays contiguous. Zhu et al., 2023: PoSE:
     Efficient Context Window Extension of LLMs via Positional Skip-wise Training, https://arxiv.org/abs/2309.10400.
 
     Args:
         target (`int`): one more than the highest position.
-        chunks (`int`): of a row.
-        seed (`int`): of cuts and skips.
+        chunks (`int`): number of chunks in a row.
+        seed (`int`): seed of the cuts and skips.
     """
 
     target: int
@@ -187,8 +190,10 @@ class Skips:
     seed: int
 
     def positions(self, length: int, sample: int) -> torch.Tensor:
-        """Return the positions (length,) of a sample. With two chunks, cut and skip are drawn as in the paper's
-        code."""
+        """Return the positions (length,) of a sample.
+
+        With two chunks, the cut and the skip are distributed as in the paper's code.
+        """
         draw = random.Random(f"{self.seed}-{sample}")
         sizes = [draw.randint(1, -(-length // self.chunks)) for _ in range(self.chunks - 1)]
         skips = [0]
@@ -200,23 +205,23 @@ class Skips:
 
 @dataclass(frozen=True)
 class Collator:
-    """Collator of rows into a batch with labels, and with skipped positions if requested."""
+    """Collator of rows into a batch with labels, and with skipped positions if `skips` is given."""
 
     skips: Skips | None = None
     special: int = 0
-    """Special tokens in front of each row, which are not to be predicted."""
+    """Number of leading special tokens in each row, which are not predicted."""
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         columns = [name for name in samples[0] if name != "sample"]
         batch = {name: torch.stack([sample[name] for sample in samples]) for name in columns}
         if "labels" not in batch:
             batch["labels"] = batch["input_ids"].clone()
-            if self.special > 1:  # nothing predicts the first token anyway, and the Trainer counts its label
+            if self.special > 1:  # the first token is never predicted, and the Trainer counts its label
                 batch["labels"][:, : self.special] = NO_LABEL
         if self.skips is not None:
             length = batch["input_ids"].shape[1]
             positions = [self.skips.positions(length, int(sample["sample"])) for sample in samples]
-            # without a mask, transformers would take a jump in the positions for the border of two documents
+            # without a mask, transformers would take a jump in the positions for the edge of two documents
             mask = torch.ones_like(batch["input_ids"])
             batch |= {"position_ids": torch.stack(positions), "attention_mask": mask}
         return batch

@@ -1,4 +1,4 @@
-"""Settings of a run: its numbers, and the preset that selects the trained weights."""
+"""Settings of a run: its numbers, and the preset of trained weights."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..patching.sites import attention_projections, embeddings, norms, shortest_
 from ..plan import ExtensionPlan
 
 MULTIPLES = ("steps", "batch_size", "accumulation", "length")
-"""Counts of which there is at least one."""
+"""Settings that must be 1 or more."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of a run; see [`finetune`].
+    """Numbers of a run, described in [`finetune`].
 
     Args:
         length (`int`): tokens per row.
         steps, batch_size, accumulation, warmup, pack, pose, shifted, longce, bf16, gradient_checkpointing, patience,
-            save_every, seed: see there.
+            save_every, seed: see [`finetune`].
     """
 
     length: int
@@ -47,9 +47,10 @@ class Settings:
     seed: int
 
     def check(self, plan: ExtensionPlan) -> None:
-        """
+        """Check that the settings are within bounds and compatible, for a plan.
+
         Raises:
-            InvalidParameterError: a number out of bounds, or two that exclude each other.
+            InvalidParameterError: a number is out of bounds, or two settings exclude each other.
         """
         for name in MULTIPLES:
             value = getattr(self, name)
@@ -82,8 +83,8 @@ class Settings:
                 f"none. Pass a length below {plan.target_length}, such as {plan.trained_length}, or a larger factor"
             )
         if self.pack or self.longce:
-            other = "pack" if self.pack else "longce"
-            raise InvalidParameterError(f"pose and {other} both decide what a row's positions mean. Leave one out.")
+            setting = "pack" if self.pack else "longce"
+            raise InvalidParameterError(f"pose and {setting} both decide what a row's positions mean. Leave one out.")
 
     def _check_shifted(self) -> None:
         groups = self.shifted or 0
@@ -108,21 +109,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Preset:
-    """Weights that are trained, and their learning rates.
+    """Trained weights and their learning rates.
 
     Args:
-        learning_rate (`float`): its peak.
-        rank (`int`, *optional*): of the LoRA matrices; `None` trains the weights themselves.
-        alpha (`float`, *optional*, defaults to 16): the product of the matrices is scaled by `alpha / rank`.
-        targets (`str` or `Sequence[str]`, *optional*, defaults to `"attention"`): the linear maps that get LoRA: those
-            in the attention of every layer, `"all-linear"`, or names as peft's `target_modules` takes them.
-        embeddings (`bool`, *optional*, defaults to `False`): train the embeddings of tokens, and tables of positions,
-            too; output weights that are tied to them stay so.
-        norms (`bool`, *optional*, defaults to `False`): train the normalization layers, too.
-        ratio (`float`, *optional*, defaults to 1): learning rate of the second LoRA matrix over that of the first
+        learning_rate (`float`): peak learning rate.
+        rank (`int`, *optional*): rank of the LoRA matrices. `None` trains the weights themselves.
+        alpha (`float`, *optional*, defaults to 16): the product of the LoRA matrices is scaled by `alpha / rank`.
+        targets (`str` or `Sequence[str]`, *optional*, defaults to `"attention"`): linear layers that get LoRA: those
+            in the attention of every layer, `"all-linear"`, or names in the form of PEFT's `target_modules`.
+        embeddings (`bool`, *optional*, defaults to `False`): also train the token embeddings and position embedding
+            tables. Output weights that are tied to them stay tied.
+        norms (`bool`, *optional*, defaults to `False`): also train the normalization layers.
+        ratio (`float`, *optional*, defaults to 1): learning rate of the second LoRA matrix relative to the first
             (LoRA+, https://arxiv.org/abs/2402.12354).
-        options (`Mapping`, *optional*): more arguments of `peft.LoraConfig`, such as `{"use_dora": True}`.
-        method (`str`, *optional*): the one method that the preset is for.
+        options (`Mapping`, *optional*): further arguments of `peft.LoraConfig`, such as `{"use_dora": True}`.
+        method (`str`, *optional*): the only method that the preset applies to.
     """
 
     learning_rate: float
@@ -158,24 +159,26 @@ PRESETS = {
     "full": Preset(learning_rate=2e-5),
     "nope": Preset(learning_rate=1e-4, method="nope"),
 }
-"""
-`lora`: LoRA of rank 8 on query, key, value and output of every layer, as LongLoRA and most reports have it.
-`lora-plus`: embeddings and norms, too, which LongLoRA found to close the gap to `full` at 7 billion parameters
-(https://arxiv.org/abs/2309.12307). `dora`: magnitudes apart from directions (https://arxiv.org/abs/2402.09353).
-`full`: all weights. `nope`: all weights, after the positions were dropped, at the length that the model was trained at
-(DroPE).
+"""Presets by name.
 
-Learning rates are those that are usual for models of billions of parameters: 2e-5 for all weights (position
+`lora` trains LoRA of rank 8 on the query, key, value, and output projections of every layer, as in LongLoRA and most
+reports. `lora-plus` also trains embeddings and norms, which LongLoRA found to close the gap to `full` at 7 billion
+parameters (https://arxiv.org/abs/2309.12307). `dora` trains magnitudes separately from directions
+(https://arxiv.org/abs/2402.09353). `full` trains all weights. `nope` trains all weights at the trained length, after
+the positions are dropped (DroPE).
+
+The learning rates are the usual ones for models with billions of parameters: 2e-5 for all weights (position
 interpolation, YaRN, LongLoRA, PoSE), 1e-4 after dropping positions (DroPE), and ten times that of `full` for adapters.
-Small models want more: the shipped ones 3e-3 for adapters, for all weights 6e-4 with 64 rows a step, 1e-4 with one.
+Small models need higher ones. The shipped models need 3e-3 for adapters, and for all weights 6e-4 with 64 rows per
+step or 1e-4 with one.
 """
 
 
 def as_preset(preset: str | Preset) -> Preset:
-    """Return a preset by name, or the object itself.
+    """Return the preset of a name, or a given [`Preset`] unchanged.
 
     Raises:
-        InvalidParameterError: no such preset.
+        InvalidParameterError: the preset is unknown.
     """
     if isinstance(preset, Preset):
         return preset
@@ -187,11 +190,11 @@ def as_preset(preset: str | Preset) -> Preset:
 
 
 def adapter_config(preset: Preset, model: PreTrainedModel) -> LoraConfig:
-    """Return the adapter config of a preset for a patched model.
+    """Return the adapter configuration of a preset, for a model that is already patched.
 
     Raises:
-        InvalidParameterError: options that `LoraConfig` does not take.
-        UnsupportedModelError: no attention was found to put it on.
+        InvalidParameterError: `LoraConfig` does not accept the options.
+        UnsupportedModelError: the model has no attention that the adapter can be put on.
     """
     targets: Any = preset.targets
     if targets == "attention":
@@ -200,7 +203,7 @@ def adapter_config(preset: Preset, model: PreTrainedModel) -> LoraConfig:
     head = tied_head(model) if preset.embeddings else None
     peft_ties = head is not None and saved[0].rpartition(".")[2] in EMBEDDING_LAYER_NAMES
     if head is not None and not peft_ties:
-        saved.append(head)  # `tie_again` does it
+        saved.append(head)  # `tie_again` ties the trained copies, because PEFT knows embeddings by a few names only
     arguments = {
         "task_type": "CAUSAL_LM",
         "r": preset.rank,
@@ -216,7 +219,7 @@ def adapter_config(preset: Preset, model: PreTrainedModel) -> LoraConfig:
 
 
 def tie_again(network: PeftModel) -> None:
-    """Tie an adapter's copies of tied embedding and output weights. PEFT does this only for a few names."""
+    """Tie the trained copies of the embeddings and the output weights. PEFT does so for a few names only."""
     layers = (network.get_base_model().get_input_embeddings(), network.get_base_model().get_output_embeddings())
     inputs, outputs = (getattr(layer, "modules_to_save", None) for layer in layers)
     if inputs is not None and outputs is not None:

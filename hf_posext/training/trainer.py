@@ -1,4 +1,4 @@
-"""Arguments, loss, and callbacks for `transformers.Trainer`, which is not subclassed."""
+"""Arguments, loss, and callbacks of a run with `transformers.Trainer`, which is not subclassed."""
 
 from __future__ import annotations
 
@@ -41,16 +41,18 @@ from .settings import Preset, Settings
 
 @dataclass
 class LongCE:
-    """LongCE as the `compute_loss_func` of a Trainer whose labels are the tokens themselves.
+    """Loss that weights each token by its gain from the long context (LongCE).
 
-    The short contexts are windows of twice `short_length` that move by `short_length`, so that each token has
-    `short_length` to `2 * short_length - 1` tokens before it; that costs two forwards of short rows, without
-    gradients, beside the one of the long row. Tokens of the first window have no shorter context, and weigh 1.
+    It serves as the `compute_loss_func` of a Trainer whose labels are the input tokens. The short contexts are windows
+    of twice `short_length` tokens that advance by `short_length`. Each scored token of a window therefore has
+    `short_length` to `2 * short_length - 1` tokens before it. The windows read each token about twice, without
+    gradients, in addition to the forward pass over the long row. Tokens of the first window have no shorter context
+    and get weight 1.
 
     Args:
-        model (`torch.nn.Module`): the model in training.
-        short_length (`int`): in tokens.
-        bos (`int`): special tokens that rows begin with, so that windows must, too.
+        model (`torch.nn.Module`): model in training.
+        short_length (`int`): length of the short context in tokens.
+        bos (`int`): number of leading special tokens in each row. Each window begins with them, too.
     """
 
     model: nn.Module
@@ -61,12 +63,12 @@ class LongCE:
         nll = token_nll(outputs["logits"], labels)
         weights = longce_weights(nll.detach(), self.short_nll(labels, nll.detach()))
         losses = (weights * nll)[:, first_scored(self.bos) - 1 :]
-        share = losses.numel() / nll.numel()  # `num_items_in_batch` counts the special tokens, too
+        share = losses.numel() / nll.numel()  # `num_items_in_batch` also counts the special tokens
         return losses.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch) / share
 
     @torch.no_grad()
     def short_nll(self, ids: torch.Tensor, long_nll: torch.Tensor) -> torch.Tensor:
-        """Return the NLL (batch, length - 1) given the short contexts, or the long context where none is shorter."""
+        """Return the NLL (batch, length - 1) given the short contexts. The first window keeps `long_nll`."""
         short, size = long_nll.clone(), self.short_length
         with evaluation_mode(self.model):
             for begin in range(size, ids.shape[1] - size, size):
@@ -74,13 +76,13 @@ class LongCE:
                 window[:, : self.bos] = ids[:, : self.bos]
                 nll = token_nll(self.model(input_ids=window, use_cache=False)["logits"], window)
                 scored = nll[:, size - 1 :]  # the first value is that of token 1 of the window
-                at = begin + size - 1
-                short[:, at : at + scored.shape[1]] = scored
+                start = begin + size - 1
+                short[:, start : start + scored.shape[1]] = scored
         return short
 
 
 def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the NLL (batch, length - 1) of tokens 1, 2, ... of each row, float32."""
+    """Return the NLL (batch, length - 1) of tokens 1, 2, ... of each row, in float32."""
     return cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
 
 
@@ -89,10 +91,10 @@ class Evaluation:
     """Measurements during training.
 
     Args:
-        documents (`list[Document]`, or what [`load_documents`] takes): texts that are not trained on.
+        documents (`list[Document]`, or any form that [`load_documents`] accepts): texts that are not trained on.
         lengths (`Sequence[int]`): context lengths in tokens.
-        every (`int`): steps between two measurements; before the first step there is one, too.
-        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document.
+        every (`int`): steps between two measurements. The first measurement precedes the first step.
+        start (`int`, *optional*, defaults to 0): tokens to skip at the beginning of each document.
         passkey (`int`, *optional*, defaults to 0): passkey trials per length.
     """
 
@@ -110,13 +112,15 @@ class Evaluation:
 
     @property
     def metric(self) -> str:
-        """Return the metric of early stopping: perplexity at the longest length."""
+        """Name of the metric for early stopping: the perplexity at the longest length."""
         return f"eval_perplexity_{max(self.lengths)}"
 
 
 class MeasuresLengths(TrainerCallback):  # type: ignore[misc]
-    """Logs perplexity by length, and passkeys, at each evaluation of the Trainer: `eval_perplexity_4096`,
-    `eval_passkey_4096`."""
+    """Callback that logs perplexity and passkey retrieval by length at each evaluation of the Trainer.
+
+    The metrics have names such as `eval_perplexity_4096` and `eval_passkey_4096`.
+    """
 
     def __init__(
         self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation, seed: int
@@ -130,30 +134,31 @@ class MeasuresLengths(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        asked = self.evaluation
+        evaluation = self.evaluation
         results = evaluate_perplexity(
             kwargs["model"],
             self.tokenizer,
             self.texts,
-            asked.lengths,
-            start=asked.start,
-            passkey=asked.passkey,
+            evaluation.lengths,
+            start=evaluation.start,
+            passkey=evaluation.passkey,
             seed=self.seed,
-            # of a sharded model every process needs its share at every step, so that all of them measure everything
+            # with FSDP every process has to take part in every forward pass, so all of them measure all documents
             accelerator=None if self.trainer.is_fsdp_enabled else self.trainer.accelerator,
         )
         metrics = {f"eval_perplexity_{row['length']}": row["perplexity"] for row in results.rows}
-        if asked.passkey:
+        if evaluation.passkey:
             metrics |= {f"eval_passkey_{row['length']}": row["passkey"] for row in results.rows}
-        kwargs["metrics"].update(metrics)  # where the Trainer, and callbacks after this one, look for the best
+        kwargs["metrics"].update(metrics)  # read by the Trainer and by later callbacks to find the best
         self.trainer.log(metrics)
 
 
 class KeepsPlan(TrainerCallback):  # type: ignore[misc]
-    """Callback that writes the plan of a patched model into every checkpoint of a `Trainer`, as its last file.
+    """Callback that writes the plan of a patched model into every checkpoint of a `Trainer`, as the last file.
 
-    The configs in a checkpoint contain the plan already. With this callback a checkpoint that has `posext_plan.json`
-    is whole, its tokenizer is the one that [`patch_model`] was given, and prompt learning of PEFT can be saved.
+    The configs in a checkpoint already contain the plan. With this callback, a checkpoint that contains
+    `posext_plan.json` is complete, its tokenizer is the one given to [`patch_model`], if any, and prompt-learning
+    adapters of PEFT can be saved.
     """
 
     def on_train_begin(
@@ -174,24 +179,24 @@ class KeepsPlan(TrainerCallback):  # type: ignore[misc]
 
 
 class StopsAtNonFinite(TrainerCallback):  # type: ignore[misc]
-    """Callback that ends training at a non-finite loss or gradient, before such weights are saved."""
+    """Callback that stops training if the loss or gradient norm is not finite, before such weights are saved."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         wrong = {name: logs[name] for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))}
         if not wrong:
             return
-        kept = newest_checkpoint(Path(args.output_dir))
-        told = " and ".join(f"{name} {value}" for name, value in wrong.items())
+        checkpoint = newest_checkpoint(Path(args.output_dir))
+        values = " and ".join(f"{name} {value}" for name, value in wrong.items())
         raise TrainingError(
-            f"{told} at step {state.global_step} of {state.max_steps}; "
-            + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was saved before")
+            f"{values} at step {state.global_step} of {state.max_steps}; "
+            + (f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved before")
             + "; try a lower learning rate or a longer warm-up"
         )
 
 
 class ShowsProgress(TrainerCallback):  # type: ignore[misc]
-    """Progress bar on the main process, without transformers' line per log."""
+    """Callback that shows a progress bar on the main process. The one in transformers prints every log."""
 
     bar: Any = None
 
@@ -221,13 +226,16 @@ class ShowsProgress(TrainerCallback):  # type: ignore[misc]
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the newest complete checkpoint. A training killed during a save leaves an incomplete one."""
-    found = [
+    """Return the complete checkpoint with the most steps, or `None`.
+
+    A training that is killed while saving leaves an incomplete checkpoint, without a plan.
+    """
+    checkpoints = [
         (int(step), path)
         for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (step := path.name.rpartition("-")[2]).isdecimal() and (path / PLAN_FILE).is_file()
     ]
-    return max(found)[1] if found else None
+    return max(checkpoints)[1] if checkpoints else None
 
 
 BETAS = (0.9, 0.95)
@@ -235,7 +243,7 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Run:
-    """Checked parts of a training."""
+    """Checked components of a run."""
 
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
@@ -248,16 +256,19 @@ class Run:
 
 
 def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingArguments:
-    """Return arguments: AdamW (0.9, 0.95) without weight decay, linear warm-up and decay, a log of every step."""
+    """Return the arguments of the Trainer: AdamW (0.9, 0.95) without weight decay, linear warm-up and decay.
+
+    The loss of every step is logged. Arguments of the user replace these, except for those that a run requires.
+    """
     settings, evaluation = run.settings, run.evaluation
-    measured: dict[str, Any] = {}
+    evaluation_arguments: dict[str, Any] = {}
     if evaluation is not None:
-        measured = {"eval_strategy": "steps", "eval_steps": evaluation.every, "eval_on_start": not resumed}
+        evaluation_arguments = {"eval_strategy": "steps", "eval_steps": evaluation.every, "eval_on_start": not resumed}
         if settings.patience is not None:
-            measured |= {"metric_for_best_model": evaluation.metric, "greater_is_better": False}
-            measured["load_best_model_at_end"] = True
+            evaluation_arguments |= {"metric_for_best_model": evaluation.metric, "greater_is_better": False}
+            evaluation_arguments["load_best_model_at_end"] = True
     if run.arguments is not None:
-        return _own_arguments(run.arguments, run.output, measured)
+        return _own_arguments(run.arguments, run.output, evaluation_arguments)
     return TrainingArguments(
         output_dir=str(run.output / CHECKPOINTS),
         max_steps=settings.steps,
@@ -268,9 +279,9 @@ def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingAr
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
         optim="adamw_torch",
-        use_cpu=not torch.accelerator.is_available(),  # bfloat16 there only if it is said
+        use_cpu=not torch.accelerator.is_available(),  # bfloat16 on a CPU requires it
         bf16=settings.bf16,
-        train_sampling_strategy="sequential",  # the schedule has its own order
+        train_sampling_strategy="sequential",  # `schedule` has already shuffled the rows
         remove_unused_columns=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -281,12 +292,12 @@ def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingAr
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=report_to,
-        **measured,
+        **evaluation_arguments,
     )
 
 
 def _own_arguments(arguments: TrainingArguments, output: Path, measured: dict[str, Any]) -> TrainingArguments:
-    """Return the user's arguments with the required settings of a run: directory, row order, and log."""
+    """Return the user's arguments with the settings that a run requires: its directory, sequential rows, its log."""
     needed = {
         "output_dir": str(output / CHECKPOINTS),
         "train_sampling_strategy": "sequential",
@@ -308,7 +319,7 @@ def _own_arguments(arguments: TrainingArguments, output: Path, measured: dict[st
 def make_trainer(
     run: Run, network: nn.Module, arguments: TrainingArguments, callbacks: Iterable[TrainerCallback]
 ) -> Trainer:
-    """Return the Trainer of a run, with this package's callbacks before those of the user."""
+    """Return the Trainer of a run, with the callbacks of this package before those of the user."""
     settings, plan, preset = run.settings, run.patch.plan, run.preset
     samples = settings.steps * settings.accumulation * settings.batch_size * arguments.world_size
     skips = None if settings.pose is None else Skips(plan.target_length, settings.pose, settings.seed)
@@ -317,18 +328,18 @@ def make_trainer(
         args=arguments,
         data_collator=Collator(skips, special=0 if settings.longce else run.rows.facts["bos"]),
         train_dataset=schedule(run.rows.dataset, samples, settings.seed),
-        # the Trainer wants one before it calls those who measure; it has no rows, so that nothing is measured twice
+        # the Trainer needs one to call `on_evaluate`; it has no rows, so that nothing is measured twice
         eval_dataset=None if run.evaluation is None else datasets.Dataset.from_dict({"input_ids": []}),
         compute_loss_func=settings.longce and LongCE(network, settings.longce, run.rows.facts["bos"]),
         optimizers=(None if preset.ratio == 1 or run.arguments else _two_rates(network, preset), None),
     )
     trainer.remove_callback(PrinterCallback)
-    own: list[TrainerCallback] = [KeepsPlan(), StopsAtNonFinite(), ShowsProgress()]
+    package_callbacks: list[TrainerCallback] = [KeepsPlan(), StopsAtNonFinite(), ShowsProgress()]
     if run.evaluation is not None:
-        own.append(MeasuresLengths(trainer, run.tokenizer, run.evaluation, settings.seed))
+        package_callbacks.append(MeasuresLengths(trainer, run.tokenizer, run.evaluation, settings.seed))
     if settings.patience is not None:
-        own.append(EarlyStoppingCallback(settings.patience))
-    for callback in (*own, *callbacks):
+        package_callbacks.append(EarlyStoppingCallback(settings.patience))
+    for callback in (*package_callbacks, *callbacks):
         trainer.add_callback(callback)
     return trainer
 
