@@ -1,4 +1,4 @@
-"""Adapters that remember the positions they were trained with."""
+"""Adapters, saved and loaded with the positions they were trained with."""
 
 from .load import AdapterFit, load_adapter, verify_adapter
 from .save import push_to_hub, save_adapter

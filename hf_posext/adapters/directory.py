@@ -1,4 +1,4 @@
-"""Directory of an adapter, read without opening weights, and its match with a model."""
+"""Directory of an adapter, read without loading its weights, and its fit to a model."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, PLAN_FILE, BASE_FILE, CARD_FILE, "config.json", "*.png", "tokenizer*", "*.jinja")
-"""Files that go to the Hub, and are taken from there."""
+"""Patterns of the files that are uploaded to the Hub. All except the card are downloaded again."""
 
 OUR_KEYS = (PLAN_KEY, BASE_KEY, REPLACED_KEY, "needs_the_positions_of_posext_plan_see_README")
-"""Entries of `adapter_config.json` that PEFT does not know; the last one is of directories from before 0.2."""
+"""Entries of `adapter_config.json` that PEFT does not know. The last one occurs in directories from before 0.2."""
 
 
 @dataclass(frozen=True)
 class AdapterDirectory:
-    """Files of an adapter.
+    """Content of an adapter's directory.
 
     Attributes:
-        path (`Path`): where they are.
+        path (`Path`): the directory.
         config (`Mapping`): `adapter_config.json` as PEFT wrote it.
-        plan (`ExtensionPlan`): the positions that it was trained with.
-        base (`BaseModel`): the model that it was trained on.
-        shapes (`Mapping[str, tuple[int, ...]]`): of its weights, by name.
+        plan (`ExtensionPlan`): positions that the adapter was trained with.
+        base (`BaseModel`): model that the adapter was trained on.
+        shapes (`Mapping[str, tuple[int, ...]]`): shapes of the adapter's weights, by name.
     """
 
     path: Path
@@ -60,11 +60,12 @@ class AdapterDirectory:
 
     @classmethod
     def read(cls, directory: str | Path) -> AdapterDirectory:
-        """
+        """Read the directory of an adapter without loading its weights.
+
         Raises:
-            CheckpointError: a directory that is incomplete, corrupt or hostile.
-            PlanError: no plan there, a corrupt one, or one of a newer schema.
-            PlanMismatchError: two plans there.
+            CheckpointError: the directory is incomplete, corrupt or hostile.
+            PlanError: the plan is missing, corrupt, or of a newer schema.
+            PlanMismatchError: the directory contains two different plans.
         """
         path = Path(directory)
         check_directory(path, WEIGHTS_FILE)
@@ -78,18 +79,18 @@ class AdapterDirectory:
         plan = ExtensionPlan.load(path)
         if PLAN_KEY in entries and ExtensionPlan.from_dict(entries[PLAN_KEY]) != plan:
             raise PlanMismatchError(f"{path} contains two plans, in {PLAN_FILE} and in {CONFIG_FILE}. Save it again.")
-        found = cls(path, config, plan, BaseModel.load(path), _file_shapes(path / WEIGHTS_FILE))
-        found._check_config()
-        return found
+        adapter = cls(path, config, plan, BaseModel.load(path), _file_shapes(path / WEIGHTS_FILE))
+        adapter._check_config()
+        return adapter
 
     @property
     def base_name(self) -> str | None:
-        """Folder or Hub id of the base model, as written by PEFT."""
+        """Folder or Hub id of the base model, as PEFT wrote it; `None` if the config does not contain it."""
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
     def _check_config(self) -> None:
-        """Refuse what PEFT would act on before any weight is compared."""
+        """Refuse entries that PEFT would act on before any weights are compared."""
         where = self.path / CONFIG_FILE
         if self.config.get("megatron_config") is not None:
             raise CheckpointError(f"{where} has a megatron_config, for which PEFT imports a module that it names")
@@ -98,10 +99,12 @@ class AdapterDirectory:
             raise CheckpointError(f"{where} has modules_to_save {short(named)}; a list of names belongs there")
         if not isinstance(patterns, Mapping):
             raise CheckpointError(f"{where} has rank_pattern {short(patterns)}; a rank for each module belongs there")
-        held = max((shape[0] for name, shape in self.shapes.items() if ".lora_A." in name), default=None)
-        ranks = patterns.values() or [self.config.get("r")]  # the general rank may be of no module beside patterns
-        if held is not None and not all(isinstance(rank, int) and 0 < rank <= held for rank in ranks):
-            raise CheckpointError(f"{where} has rank {short(max(ranks, key=str))}, its weights {held}; one is wrong")
+        largest = max((shape[0] for name, shape in self.shapes.items() if ".lora_A." in name), default=None)
+        ranks = patterns.values() or [self.config.get("r")]  # with patterns, the general rank may apply to no module
+        if largest is not None and not all(isinstance(rank, int) and 0 < rank <= largest for rank in ranks):
+            raise CheckpointError(
+                f"{where} has rank {short(max(ranks, key=str))}, its weights {largest}; one is wrong"
+            )
         for name in named:
             if not any(f".{name}." in key for key in self.shapes):
                 raise CheckpointError(
@@ -119,7 +122,7 @@ def _file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def same_effect(plan: ExtensionPlan, other: ExtensionPlan) -> bool:
-    """Return whether two plans give every token the same positions, whatever they call it."""
+    """Return whether two plans give every token the same positions, even if they describe them differently."""
 
     def effect(of: ExtensionPlan) -> Any:
         edits = [replace(edit, rope_parameters=None) if isinstance(edit, RotaryPlan) else edit for edit in of.edits]
@@ -133,12 +136,12 @@ def computes(config: PreTrainedConfig, plan: ExtensionPlan) -> bool:
     match plan.edits:
         case (BucketPlan(factor=1) as buckets,):
             return bool(getattr(text_config(config), "relative_attention_max_distance", None) == buckets.max_distance)
-    said = [isinstance(edit, RotaryPlan) and bool(edit.rope_parameters) and not edit.growth for edit in plan.edits]
-    if not said or not all(said):
+    native = [isinstance(edit, RotaryPlan) and bool(edit.rope_parameters) and not edit.growth for edit in plan.edits]
+    if not native or not all(native):
         return False
-    held: Any = getattr(text_config(config), "rope_parameters", None) or {}
+    parameters: Any = getattr(text_config(config), "rope_parameters", None) or {}
     return all(
-        _plain(held.get(entry.name) if entry.name else held) == _plain(entry.rope_parameters)
+        _plain(parameters.get(entry.name) if entry.name else parameters) == _plain(entry.rope_parameters)
         for entry in plan.rotaries
     )
 
@@ -150,16 +153,16 @@ def _plain(value: Any) -> Any:
 Shapes = dict[str, tuple[int, ...]]
 
 BUILDING = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError, ImportError)
-"""Errors that PEFT raises if a config does not fit a model. PEFT has no error of its own for that."""
+"""Errors that PEFT raises if a config does not fit a model. PEFT has no dedicated error for that."""
 
 _PREFIX = "base_model.model."
 
 
 def peft_config(adapter: AdapterDirectory) -> PeftConfig:
-    """Return the PEFT config of an adapter.
+    """Return the config of an adapter as PEFT's own class.
 
     Raises:
-        CheckpointError: this version of PEFT has no adapters of this type, or does not take the entries.
+        CheckpointError: this version of PEFT does not support the type of the adapter, or does not accept the entries.
     """
     from peft import PeftConfig
 
@@ -175,11 +178,11 @@ def misfit(adapter: AdapterDirectory, model: PreTrainedModel) -> str | None:
     """Return the mismatch between the weights of an adapter and a model; `None` if there is none.
 
     Args:
-        adapter (`AdapterDirectory`): whose weights are compared.
-        model (`PreTrainedModel`): the base, patched, without an adapter; nothing is changed on it.
+        adapter (`AdapterDirectory`): adapter whose weights are compared.
+        model (`PreTrainedModel`): patched base model without an adapter. It is not changed.
 
     Raises:
-        CheckpointError: the adapter lacks weights of its own config.
+        CheckpointError: the adapter lacks weights that its config requires.
     """
     config = peft_config(adapter)
     try:
@@ -206,17 +209,17 @@ def misfit(adapter: AdapterDirectory, model: PreTrainedModel) -> str | None:
 
 
 def _build(model: PreTrainedModel, config: PeftConfig) -> Any:
-    """Return an adapter on a model, with its weights on the meta device."""
+    """Put an untrained adapter on a model, with its weights on the meta device."""
     from peft import get_peft_model
 
     config = copy.deepcopy(config)
     if isinstance(getattr(config, "init_lora_weights", None), str):
-        config.init_lora_weights = True  # PiSSA and others would write into the weights of the base
+        config.init_lora_weights = True  # PiSSA and others would write into the base weights
     return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
 def saved_shapes(model: Any, name: str = "default", *, embeddings: bool = False) -> Shapes:
-    """Return the shapes of the weights that PEFT saves, by their names in the file."""
+    """Return the shapes of the weights that PEFT saves for an adapter, by their names in the file."""
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
@@ -225,11 +228,11 @@ def saved_shapes(model: Any, name: str = "default", *, embeddings: bool = False)
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore a model's modules, flags, and attributes on exit, undoing what PEFT changed inside the context."""
+    """Restore a model's modules, flags, and attributes on exit, undoing what PEFT changed inside the block."""
     modules = [(module, dict(module._modules)) for module in model.modules()]
     flags = [(weight, weight.requires_grad) for weight in model.parameters()]
     attributes = set(vars(model))
-    patch = vars(model).pop(MARK, None)  # what is tried is not an adapter of the patch
+    patch = vars(model).pop(MARK, None)  # the trial adapter does not belong to the patch
     with torch.random.fork_rng(devices=[]):
         try:
             yield
@@ -246,7 +249,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def blank_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model on the meta device, without the additions of a patch."""
+    """Return a copy of a model's modules on the meta device, without weights and without the changes of a patch."""
     config = plain_class(model.config).from_dict(model.config.to_dict())  # type: ignore[attr-defined]
     with torch.device("meta"):
         twin: PreTrainedModel = type(model)(config)

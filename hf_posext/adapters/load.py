@@ -1,4 +1,4 @@
-"""Loading of an adapter: base, patch, and adapter are combined, or the mismatch is reported."""
+"""Loading of adapters together with base and patch, and the check that they fit."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterFit:
-    """Match between a model and the base of an adapter. Each field is `True` if they agree.
+    """Result of comparing a model with the one that an adapter was trained on; true if they match.
 
     Attributes:
-        reasons (`tuple[str, ...]`): why it is not; empty where it is.
-        plan (`ExtensionPlan`): the positions that the adapter was trained with.
-        in_force (`ExtensionPlan`, *optional*): the plan that the model carries.
+        reasons (`tuple[str, ...]`): differences; empty if they match.
+        plan (`ExtensionPlan`): positions that the adapter was trained with.
+        in_force (`ExtensionPlan`, *optional*): plan in force on the model; `None` without a patch.
     """
 
     reasons: tuple[str, ...]
@@ -43,20 +43,20 @@ class AdapterFit:
 
 
 def verify_adapter(model: nn.Module, directory: str | Path) -> AdapterFit:
-    """Check that an adapter belongs on a model: the same base, the same positions, a place for every weight.
+    """Check that an adapter fits a model: the same base, the same positions, a place for every weight.
 
-    Nothing is changed.
+    The model is not changed.
 
     Args:
-        model (`PreTrainedModel`): the base, patched or not, or a `PeftModel` of it.
-        directory (`str` or `Path`): of the adapter; or its Hub id.
+        model (`PreTrainedModel`): base model, patched or not, or a `PeftModel` of it.
+        directory (`str` or `Path`): directory of the adapter, or its Hub id.
 
     Returns:
-        [`AdapterFit`]: true where they fit, else with all reasons.
+        [`AdapterFit`]: true if they fit, otherwise false with all reasons.
 
     Raises:
-        CheckpointError: a directory that is incomplete, corrupt or hostile.
-        PlanError: no plan there, a corrupt one, or one of a newer schema.
+        CheckpointError: the directory is incomplete, corrupt or hostile.
+        PlanError: the plan is missing, corrupt, or of a newer schema.
     """
     adapter = _read(directory)
     patch = find_patch(model)
@@ -69,9 +69,9 @@ def verify_adapter(model: nn.Module, directory: str | Path) -> AdapterFit:
         reasons.append(f"the adapter was trained under ({adapter.plan.describe()}), the model carries no patch")
     elif in_force is not None and not same_effect(in_force, adapter.plan):
         reasons.append(_both_plans(in_force, adapter.plan))
-    other = adapter.base.differs(model, adapter.shapes)
-    if other:
-        reasons.append(f"it is another base model: {other}")
+    difference = adapter.base.differs(model, adapter.shapes)
+    if difference:
+        reasons.append(f"it is another base model: {difference}")
     if not reasons and not getattr(unwrap(model), "peft_config", None):
         homeless = misfit(adapter, unwrap(model))
         if homeless:
@@ -88,41 +88,43 @@ def load_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
 ) -> PeftModel:
-    """Open an adapter that was trained under a patch: load the base, apply the patch, and attach the adapter.
+    """Load an adapter that was trained under a patch, with its base model and the patch.
 
-    It does not matter what saved it: [`save_adapter`], `save_pretrained` of PEFT or transformers, or a `Trainer`.
+    The adapter may come from [`save_adapter`], `save_pretrained` of PEFT or transformers, or a `Trainer`.
 
     Args:
-        directory (`str` or `Path`): of the adapter; or its Hub id.
-        base (`PreTrainedModel` or `PeftModel`, *optional*): the base model, loaded already; plain, or under the same
-            plan. By default the one that the adapter names. It becomes part of what is returned. A `PeftModel` gets
-            the adapter beside those that it has.
-        adapter_name (`str`, *optional*, defaults to `"default"`): the name that the adapter gets.
-        is_trainable (`bool`, *optional*, defaults to `False`): to train the adapter on.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its `model_max_length` is raised.
+        directory (`str` or `Path`): directory of the adapter, or its Hub id.
+        base (`PreTrainedModel` or `PeftModel`, *optional*): loaded base model, unpatched or under the same plan. By
+            default, the model that the adapter names is loaded. It becomes part of the returned model. A `PeftModel`
+            gets the adapter in addition to those that it has.
+        adapter_name (`str`, *optional*, defaults to `"default"`): name of the adapter in the model.
+        is_trainable (`bool`, *optional*, defaults to `False`): whether the adapter can be trained further.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer whose `model_max_length` is raised.
         kwargs: passed to `from_pretrained` of the base (`dtype`, `device_map`, ...).
 
     Returns:
-        `PeftModel`: with the patch in force; `merge_and_unload()` keeps it, `unpatch_model` undoes it.
+        `PeftModel`: the model with the patch in force. `merge_and_unload()` keeps the patch, `unpatch_model` undoes
+        it.
 
     Raises:
-        PlanMismatchError: another base model, or one under another plan, which is shown beside the adapter's.
-        CheckpointError: a directory that is incomplete, corrupt or hostile, or a base that cannot be opened.
-        PlanError: no plan there, a corrupt one, or one of a newer schema.
-        UnsupportedModelError: no transformers model, or one that has an adapter of this name already.
+        PlanMismatchError: the base model is another one, or its plan is. The message shows both plans.
+        CheckpointError: the directory is incomplete, corrupt or hostile, or the base cannot be opened.
+        PlanError: the plan is missing, corrupt, or of a newer schema.
+        UnsupportedModelError: the model is not a transformers model, already has an adapter of this name, or has
+            adapters without being a `PeftModel`.
     """
     require("train")
     from peft import PeftModel
 
     adapter = _read(directory)
     path = adapter.path
-    held = _held(base)
+    names = _held(base)
     if base is None:
         base = _open_base(adapter, kwargs)
         _fit_vocabulary(base, adapter)
-    elif held and (adapter_name in held or not isinstance(base, PeftModel)):
+    elif names and (adapter_name in names or not isinstance(base, PeftModel)):
         raise UnsupportedModelError(
-            f"the model has the adapters {', '.join(held)}. Pass another adapter_name to load one beside those of a "
+            f"the model has the adapters {', '.join(names)}. Pass another adapter_name to load one beside those of a "
             "PeftModel, or the base without an adapter"
         )
     patch = _apply(unwrap(base), adapter, tokenizer)
@@ -138,13 +140,14 @@ def load_adapter(
         raise
     config = peft_config(adapter)
     model: PeftModel = base
-    if not held:
+    if not names:
         model = PeftModel.from_pretrained(
             base, str(path), adapter_name=adapter_name, is_trainable=is_trainable, config=config
         )
     else:
         config.inference_mode = not is_trainable
-        model.add_adapter(adapter_name, config)  # else PEFT would read the config, whose type it does not know
+        # otherwise PEFT would read the saved config, whose type it does not know
+        model.add_adapter(adapter_name, config)
         if saved_shapes(model, adapter_name) != adapter.shapes:
             model.delete_adapter(adapter_name)
             raise PlanMismatchError(f"the adapter in {directory} does not fit the weights of this model")
@@ -161,13 +164,16 @@ def _read(directory: str | Path) -> AdapterDirectory:
 
 
 def _held(base: nn.Module | None) -> list[str]:
-    """Return the names of a model's adapters."""
+    """Return the names of the adapters on a model."""
     return list(getattr(base, "peft_config", None) or getattr(base and unwrap(base), "peft_config", None) or ())
 
 
 def _fit_vocabulary(base: PreTrainedModel, adapter: AdapterDirectory) -> None:
-    """Give a base the rows of a vocabulary that was resized before the adapter was trained, where the adapter contains
-    all of them."""
+    """Resize the embeddings of a base to the vocabulary of the adapter, if the adapter contains all of their rows.
+
+    Raises:
+        CheckpointError: the adapter lacks the output weights of its vocabulary.
+    """
     embedding: Any = base.get_input_embeddings()
     head: Any = base.get_output_embeddings()
     names = {id(module): f"base_model.model.{path}." for path, module in base.named_modules()}
@@ -190,16 +196,16 @@ def _fit_vocabulary(base: PreTrainedModel, adapter: AdapterDirectory) -> None:
 def _apply(
     base: PreTrainedModel, adapter: AdapterDirectory, tokenizer: PreTrainedTokenizerBase | None
 ) -> Patch | None:
-    """Apply the adapter's plan to an unpatched base; return `None` if nothing had to be done."""
+    """Apply the plan of an adapter to an unpatched base. Return `None` if there is nothing to apply."""
     if find_patch(base) is not None or computes(base.config, adapter.plan):
         return None
     if not detect_scheme(base).same_positions(adapter.plan.scheme):
-        return None  # what is wrong, `verify_adapter` tells
+        return None  # `verify_adapter` reports the mismatch
     return patch_model(base, adapter.plan, tokenizer=tokenizer)
 
 
 def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Open the base model of an adapter, with its own plan in force if it was saved with one."""
+    """Open the base model that an adapter names. A base that was saved with a plan is opened under it."""
     name = adapter.base_name
     if name is None:
         raise CheckpointError(f"{adapter.path} does not name its base model. Pass it: load_adapter(path, base=model)")
@@ -222,8 +228,8 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
 
 
 def _both_plans(in_force: ExtensionPlan, wanted: ExtensionPlan) -> str:
-    """Describe two conflicting plans and the remedy."""
-    said = f"the adapter was trained under ({wanted.describe()}), the model carries ({in_force.describe()})"
+    """Describe two plans side by side, with advice."""
+    comparison = f"the adapter was trained under ({wanted.describe()}), the model carries ({in_force.describe()})"
     if in_force.method == wanted.method and in_force.factor != wanted.factor:
-        return f"{said}; an adapter keeps the factor that it was trained with: give the model without a patch"
-    return f"{said}; undo that first, unpatch_model(model), or train an adapter under it"
+        return f"{comparison}; an adapter keeps the factor that it was trained with: give the model without a patch"
+    return f"{comparison}; undo that first, unpatch_model(model), or train an adapter under it"

@@ -1,4 +1,4 @@
-"""Saving of an adapter with its plan: files, README, and upload to the Hub."""
+"""Saving of adapters with the positions they were trained with: files, README, and upload to the Hub."""
 
 from __future__ import annotations
 
@@ -34,36 +34,37 @@ def save_adapter(
     base_model: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
-    """Save the adapter of a patched model with everything needed to open it again.
+    """Save the adapter of a patched model, with everything needed to load it again.
 
-    The directory gets what a `PeftModel` needs (`adapter_config.json`, `adapter_model.safetensors`), the plan
-    (`posext_plan.json`), some numbers of the base by which another is told from it (`posext_base.json`), the config of
-    the patched base (`config.json`), and a `README.md` that says how to open it with and without this package.
+    The directory contains the files of a `PeftModel` (`adapter_config.json`, `adapter_model.safetensors`), the plan
+    (`posext_plan.json`), numbers that identify the base (`posext_base.json`), the config of the patched base
+    (`config.json`, unless `base_model` is given), and a `README.md` with instructions for loading the adapter with and
+    without this package.
 
-    Plain PEFT knows nothing of plans: on a base without the patch it would open the adapter and answer wrongly. So
-    `adapter_config.json` has a `peft_type` that it refuses, by a message that names the plan. Where a checkpoint has
-    the plan's positions by its config alone (`patch.save_pretrained` wrote it), name it as `base_model`: then plain
-    PEFT and transformers open the adapter, with equal logits.
+    Plain PEFT does not support plans. On a base without the patch, it would load the adapter and compute wrong logits.
+    Therefore, `adapter_config.json` contains a `peft_type` that PEFT refuses with a message that names the plan. If
+    the config of a checkpoint alone gives the plan's positions, as `patch.save_pretrained` writes it, pass that
+    checkpoint as `base_model`. Plain PEFT and transformers then load the adapter, with equal logits.
 
-    What PEFT could not build again from the directory is refused now, and not when it is opened.
+    An adapter that PEFT cannot build again from the directory is refused when it is saved, not when it is loaded.
 
     Args:
-        model (`PeftModel` or `PreTrainedModel`): with an adapter, on a base that carries a patch; made by
-            `get_peft_model` or by `model.add_adapter`.
-        directory (`str` or `Path`): must not exist yet, or be empty.
-        adapter_name (`str`, *optional*): which adapter, where there are several. By default the only one, or the one
-            that is active.
-        base_model (`str`, *optional*): folder or Hub id of a checkpoint whose config says the plan's positions.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): saved beside the adapter; by default the one that
-            [`patch_model`] was given.
+        model (`PeftModel` or `PreTrainedModel`): patched model with an adapter, made by `get_peft_model` or by
+            `model.add_adapter`.
+        directory (`str` or `Path`): a directory that is empty or does not exist yet.
+        adapter_name (`str`, *optional*): adapter to save, if there are several. Defaults to the only one, or to the
+            active one.
+        base_model (`str`, *optional*): folder or Hub id of a checkpoint whose config gives the plan's positions.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer to save with the adapter. Defaults to the one
+            given to [`patch_model`].
 
     Returns:
         `Path`: the directory.
 
     Raises:
-        NotPatchedError: the model carries no patch; plain PEFT saves its adapter.
-        UnsupportedModelError: the model has no such adapter, or one that PEFT cannot build again from what it saves.
-        PlanMismatchError: the config of `base_model` does not say the plan's positions.
+        NotPatchedError: the model has no patch. Plain PEFT saves its adapter.
+        UnsupportedModelError: the model has no such adapter, or PEFT cannot build it again from the saved files.
+        PlanMismatchError: the config of `base_model` does not give the plan's positions.
         FileExistsError: the directory holds files.
     """
     require("train")
@@ -109,7 +110,7 @@ def save_adapter(
 
 
 def tell_adapters(model: nn.Module, patch: Patch) -> None:
-    """Let all adapters of a patched model, prompt learning included, be written with its plan."""
+    """Prepare the adapters of a patched model, prompt learning included, to be saved with its plan."""
     configs = getattr(model, "peft_config", None)
     if not patch.plan.changes_nothing:
         carry_in_adapters(patch.model, patch._state, configs)
@@ -128,18 +129,18 @@ def _name(model: nn.Module, name: str | None) -> str:
     only = names if len(names) == 1 else active if len(active) == 1 else [""]
     chosen = str(only[0]) if name is None else name
     if chosen not in names:
-        given = "several are active" if name is None else f"adapter_name is {name!r}"
-        raise UnsupportedModelError(f"{given}; the model has the adapters {', '.join(names)}: give adapter_name")
+        reason = "several are active" if name is None else f"adapter_name is {name!r}"
+        raise UnsupportedModelError(f"{reason}; the model has the adapters {', '.join(names)}: give adapter_name")
     return chosen
 
 
 def _save(model: Any, name: str, path: Path) -> None:
-    """Save one adapter into a directory, by PEFT or by transformers."""
+    """Save one adapter to a directory, with PEFT or transformers."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
         model.save_pretrained(path, selected_adapters=[name])
-        if name != "default":  # PEFT makes a folder for it
+        if name != "default":  # PEFT saves it to a subfolder
             for file in (path / name).iterdir():
                 file.replace(path / file.name)
             (path / name).rmdir()
@@ -153,7 +154,7 @@ def _save(model: Any, name: str, path: Path) -> None:
 
 
 def _name_base(path: Path, base_model: str) -> None:
-    """Make the adapter a plain one on a base whose config contains the positions."""
+    """Restore the adapter config to PEFT's own, for a base whose config gives the positions."""
     config = json.loads(path.read_text(encoding="utf-8"))
     entries = {key: value for key, value in config.items() if key not in OUR_KEYS}
     entries |= {**config["posext_replaced"], "base_model_name_or_path": base_model}
@@ -161,14 +162,14 @@ def _name_base(path: Path, base_model: str) -> None:
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that `--max-lora-rank` of vLLM takes."""
+"""Values that `--max-lora-rank` of vLLM accepts."""
 
 
 def how_to_open(directory: Path) -> str:
-    """Return the section of a card on opening an adapter or checkpoint, with this package and without it.
+    """Return the section of a card on loading an adapter, or a checkpoint, with and without this package.
 
     Args:
-        directory (`Path`): of the adapter or checkpoint.
+        directory (`Path`): directory of the adapter or checkpoint.
     """
     adapter = AdapterDirectory.read(directory) if (directory / CONFIG_FILE).is_file() else None
     plan = ExtensionPlan.load(directory)
@@ -186,7 +187,7 @@ def how_to_open(directory: Path) -> str:
 
 
 def serving_commands(adapter: AdapterDirectory) -> dict[str, list[str]]:
-    """Return the commands by which servers load an adapter beside a base whose config says the positions."""
+    """Return the commands for servers to load an adapter beside a base whose config gives the positions."""
     base, length = public_name(adapter.base_name), str(adapter.plan.target_length)
     most = max([adapter.config.get("r", 0), *(adapter.config.get("rank_pattern") or {}).values()])
     rank = next((str(rank) for rank in VLLM_RANKS if rank >= most), "")
@@ -199,7 +200,7 @@ def serving_commands(adapter: AdapterDirectory) -> dict[str, list[str]]:
 
 
 def _in_config(directory: Path, plan: ExtensionPlan) -> bool:
-    """Return whether the config in a directory says the positions."""
+    """Return whether the config in a directory gives the plan's positions."""
     if not (directory / "config.json").is_file():
         return False
     try:
@@ -209,7 +210,7 @@ def _in_config(directory: Path, plan: ExtensionPlan) -> bool:
 
 
 def card_data(adapter: AdapterDirectory) -> ModelCardData:
-    """Return the Hub metadata of an adapter."""
+    """Return the metadata of an adapter for the Hub."""
     name = adapter.base_name
     on_hub = name is not None and name.count("/") == 1 and not Path(name).exists() and not name.startswith(".")
     return ModelCardData(
@@ -221,7 +222,7 @@ def card_data(adapter: AdapterDirectory) -> ModelCardData:
 
 
 def tags(plan: ExtensionPlan) -> list[str]:
-    """Return the Hub tags of a plan: the package, its purpose, and the method names."""
+    """Return the tags of a model with a plan: the package, its purpose, and the names of the methods."""
     methods = (str(entry.get("name", plan.method)) for entry in plan.parameters)
     return ["hf_posext", "long-context", "position-encoding", *dict.fromkeys(methods)]
 
@@ -235,7 +236,7 @@ def adapter_readme(directory: Path) -> str:
 
 
 def public_name(name: str | None) -> str:
-    """Return the public name of a base model, without local paths."""
+    """Return the name of a base model for a card, without the path of a local folder."""
     if name is None:
         return "the base model"
     return Path(name).name if Path(name).is_absolute() else name
@@ -255,23 +256,23 @@ def push_to_hub(
 ) -> str:
     """Upload an adapter, or only its plan, with its card.
 
-    The files that [`save_adapter`], [`ExtensionPlan.save`] and [`~hf_posext.reporting.write_model_card`] write are
-    uploaded in one commit, and no others. An adapter is read first, as it is when it is opened.
+    Only the files that [`save_adapter`], [`ExtensionPlan.save`] and [`~hf_posext.reporting.write_model_card`] write
+    are uploaded, in one commit. An adapter is checked first, as it is on loading.
 
     Args:
-        directory (`str` or `Path`): that holds them.
-        repo_id (`str`): `user/name`; the repository is made if it does not exist.
-        private (`bool`, *optional*): whether a new repository is private; by default as the organisation has it.
+        directory (`str` or `Path`): directory of the files.
+        repo_id (`str`): `user/name`. The repository is created if it does not exist.
+        private (`bool`, *optional*): whether a new repository is private. Defaults to the organization's setting.
         revision (`str`, *optional*): branch to commit to.
-        commit_message (`str`, *optional*): by default it names the plan.
-        token (`str` or `bool`, *optional*): by default the one of `hf auth login`.
+        commit_message (`str`, *optional*): message of the commit. The default names the plan.
+        token (`str` or `bool`, *optional*): token for the Hub. Defaults to that of `hf auth login`.
 
     Returns:
         `str`: URL of the commit.
 
     Raises:
-        CheckpointError: an adapter that is incomplete or corrupt.
-        PlanError: the directory holds no plan, or a corrupt one.
+        CheckpointError: the adapter is incomplete or corrupt.
+        PlanError: the directory contains no plan, or a corrupt one.
     """
     path = Path(directory)
     if (path / CONFIG_FILE).exists():

@@ -1,4 +1,4 @@
-"""Patched models for servers: configs, flags, and differences of each server."""
+"""Export of patched models for servers: config, flags, and the differences of each server."""
 
 from .llama_cpp import read_gguf, write_gguf
 from .servers import Serving

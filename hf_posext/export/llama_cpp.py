@@ -29,27 +29,29 @@ SERVER = "llama.cpp"
 READ_FROM = "llama.cpp 0c1e57098"
 
 LLAMA_LIKE = (
-    "llama apertus deci granite granitemoe granite_swa minicpm mistral3 pangu-embedded refact step35"  # two lists too
+    "llama apertus deci granite granitemoe granite_swa minicpm mistral3 pangu-embedded refact step35"  # load two lists
 ).split()
 WITH_FREQUENCIES = [
     *LLAMA_LIKE,
     *"arcee exaone exaone4 exaone-moe falcon-h1 granitehybrid llada llama4 nanbeige".split(),
 ]
-"""Architectures (as GGUF calls them) that load a divisor for each frequency. A file of another architecture that has
-the tensor is refused by llama.cpp."""
+"""Architectures, by their names in GGUF, that load a divisor for each frequency.
+
+llama.cpp refuses a file of any other architecture that contains the tensor.
+"""
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0
-"""Bounds of YaRN that llama.cpp takes where no flag says otherwise."""
+"""Bounds of YaRN that llama.cpp uses unless flags give others."""
 
 
 @dataclass(frozen=True)
 class RopeKeys:
-    """Positions in the keys and tensors of a GGUF file.
+    """Positions in the form of a GGUF file.
 
     Attributes:
-        keys (`Mapping[str, Any]`): metadata without the architecture in front (`"rope.freq_base"`).
-        tensors (`Mapping[str, tuple[float, ...]]`): divisors of each frequency, by the name of the tensor.
-        flags (`tuple[str, ...]`): what only the command line can say.
+        keys (`Mapping[str, Any]`): metadata without the prefix of the architecture (`"rope.freq_base"`).
+        tensors (`Mapping[str, tuple[float, ...]]`): divisors of the frequencies, by the name of the tensor.
+        flags (`tuple[str, ...]`): settings that are only available on the command line.
         by_converter (`bool`): whether llama.cpp's `convert_hf_to_gguf.py` writes the same from the exported config.
     """
 
@@ -60,10 +62,10 @@ class RopeKeys:
 
 
 def rope_keys(plan: ExtensionPlan) -> RopeKeys:
-    """Return the keys and tensors by which llama.cpp gives every token the positions of a plan.
+    """Return the keys and tensors with which llama.cpp gives every token the positions of a plan.
 
     Raises:
-        ExportError: it cannot.
+        ExportError: llama.cpp cannot compute the positions.
     """
     limit = {"context_length": plan.target_length}
     if not plan.rotaries:
@@ -90,23 +92,25 @@ def _yarn(plan: ExtensionPlan, entry: RotaryPlan, parameters: Mapping[str, Any],
     factor = float(parameters["factor"])
     keys |= {"rope.scaling.type": "yarn", "rope.scaling.factor": factor}
     keys["rope.scaling.original_context_length"] = int(parameters["original_max_position_embeddings"])
-    own = 0.1 * math.log(factor) + 1.0  # which it multiplies by, whatever yarn_attn_factor says
-    usual = math.isclose(entry.attention_factor, own, rel_tol=1e-6)
+    mscale = 0.1 * math.log(factor) + 1.0  # llama.cpp always multiplies by this, and ignores yarn_attn_factor
+    usual = math.isclose(entry.attention_factor, mscale, rel_tol=1e-6)
     if not usual:
-        keys["rope.scaling.attn_factor"] = entry.attention_factor / own
+        keys["rope.scaling.attn_factor"] = entry.attention_factor / mscale
     bounds = ("--yarn-beta-fast", "beta_fast", BETA_FAST), ("--yarn-beta-slow", "beta_slow", BETA_SLOW)
-    flags = [(flag, f"{parameters[name]:g}") for flag, name, held in bounds if parameters.get(name, held) != held]
+    flags = [
+        (flag, f"{parameters[name]:g}") for flag, name, default in bounds if parameters.get(name, default) != default
+    ]
     return RopeKeys(keys, flags=tuple(word for pair in flags for word in pair), by_converter=usual)
 
 
 def _divisors(plan: ExtensionPlan, entry: RotaryPlan, rotary: Rotary, keys: dict[str, Any]) -> RopeKeys:
-    """Return the divisor of each base frequency, which expresses any frequencies."""
+    """Return the keys and tensors of arbitrary frequencies: those of the base, each with its own divisor."""
     if entry.attention_factor != 1.0:
         keys["rope.scaling.attn_factor"] = entry.attention_factor
 
     def divisors(wanted: tuple[float, ...]) -> tuple[float, ...]:
         shipped = [rotary.theta ** (-2 * i / rotary.dim) for i in range(rotary.pairs)]
-        # a pair that does not turn at all: 1e30 leaves less than float32 can add to a cosine of 1
+        # a pair that does not rotate: an angle divided by 1e30 has a cosine of exactly 1 in float32
         return tuple(old / new if new else 1e30 for old, new in zip(shipped, wanted, strict=True))
 
     if entry.short_inv_freq is None:
@@ -120,7 +124,8 @@ def _divisors(plan: ExtensionPlan, entry: RotaryPlan, rotary: Rotary, keys: dict
 
 
 def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """
+    """Return the instructions for llama.cpp.
+
     Raises:
         ExportError: llama.cpp cannot compute the positions.
     """
@@ -131,30 +136,30 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
                 "; its own form of self-extend (--grp-attn-n, --grp-attn-w) is in llama-completion, not in the server"
             )
         raise refuse(SERVER, plan, obstacle or "it has no key for this", instead)
-    said = rope_keys(plan)
+    rope = rope_keys(plan)
     differences = [
         "The server cuts every slot at the context length of the file, which is the target length here.",
     ]
-    if "rope.scaling.attn_factor" in said.keys and said.keys.get("rope.scaling.type") == "yarn":
+    if "rope.scaling.attn_factor" in rope.keys and rope.keys.get("rope.scaling.type") == "yarn":
         differences.append(
             "`attention_factor`: YaRN multiplies by `0.1 ln(factor) + 1`, whatever `yarn_attn_factor` and "
             "`--yarn-attn-factor` say; the key `rope.scaling.attn_factor` makes up for it."
         )
-    if said.tensors:
+    if rope.tensors:
         differences.append(
             "Frequencies that no key can say are in a tensor of divisors. These architectures load it: "
-            f"{', '.join(LLAMA_LIKE if len(said.tensors) > 1 else WITH_FREQUENCIES)}. Others refuse the file."
+            f"{', '.join(LLAMA_LIKE if len(rope.tensors) > 1 else WITH_FREQUENCIES)}. Others refuse the file."
         )
         differences.append(
             "The converter alone does not write that tensor: a file without the second step has the positions of the "
             "base model, and says nothing of it."
         )
-    if len(said.tensors) > 1:
+    if len(rope.tensors) > 1:
         differences.append(
             f"Which of the two lists is used is decided by `-c` when the server starts: above {plan.trained_length} "
             "the long one, for short inputs too."
         )
-    if said.flags:
+    if rope.flags:
         differences.append("YaRN's bounds are not in the file: without the flags it uses 32 and 1.")
     convert: tuple[str, ...] = (
         "python",
@@ -166,18 +171,18 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
         "auto",
     )
     file, commands = "converted.gguf", [convert]
-    if not said.by_converter:
+    if not rope.by_converter:
         file = "model.gguf"
         commands.append(("hf-posext", "gguf", DIRECTORY, "converted.gguf", "model.gguf"))
-    commands.append(("llama-server", "-m", file, "-c", str(plan.target_length), *said.flags))
-    return Serving(SERVER, READ_FROM, plan, tuple(commands), _config(config, plan, said), (), tuple(differences))
+    commands.append(("llama-server", "-m", file, "-c", str(plan.target_length), *rope.flags))
+    return Serving(SERVER, READ_FROM, plan, tuple(commands), _config(config, plan, rope), (), tuple(differences))
 
 
 def _config(config: PreTrainedConfig, plan: ExtensionPlan, said: RopeKeys) -> dict[str, Any]:
-    """Return config entries for the converter: the plain base if it would write a type without its numbers."""
+    """Return config entries for the converter: the plain base if it would write a rope type without its numbers."""
     text: Any = text_config(config)
     if text.model_type == "gpt2":
-        return {"n_ctx": plan.target_length}  # the one place where it looks for the length of GPT-2's table
+        return {"n_ctx": plan.target_length}  # the only entry from which it reads the length of GPT-2's table
     if said.by_converter:
         return {}
     entry = plan.rotaries[0]
@@ -186,16 +191,16 @@ def _config(config: PreTrainedConfig, plan: ExtensionPlan, said: RopeKeys) -> di
 
 
 OURS = re.compile(r"context_length|rope\.freq_base|rope\.scale_linear|rope\.scaling\..*")
-"""Metadata that is replaced; whatever else a file says of scaling would be added to the plan's."""
+"""Metadata to replace. Any other scaling in a file would add to that of the plan."""
 
 
 def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str | Path) -> Path:
     """Copy a GGUF file and give it the positions of a plan.
 
     Args:
-        plan (`ExtensionPlan`, `str` or `Path`): or the directory that holds it, such as that of an export.
-        source (`str` or `Path`): made by llama.cpp's `convert_hf_to_gguf.py`; it may be quantised.
-        path (`str` or `Path`): of the new file; must not exist.
+        plan (`ExtensionPlan`, `str` or `Path`): the plan, or the directory that contains it, such as an export.
+        source (`str` or `Path`): file made by llama.cpp's `convert_hf_to_gguf.py`. It may be quantized.
+        path (`str` or `Path`): new file, which must not exist.
 
     Returns:
         `Path`: the new file.
@@ -203,7 +208,7 @@ def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str |
     Raises:
         ExportError: llama.cpp cannot compute the positions for this architecture.
         MissingExtraError: `gguf` is not installed.
-        CheckpointError: `source` is not a GGUF file, is one of several parts, or is of a model of another shape.
+        CheckpointError: `source` is not a GGUF file, is one of several parts, or contains a model of another shape.
         FileExistsError: `path` exists.
     """
     require("gguf")
@@ -217,7 +222,7 @@ def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str |
     try:
         _copy(reader, arch, said, path)
     except BaseException:
-        path.unlink(missing_ok=True)  # half a file would be taken for a whole one
+        path.unlink(missing_ok=True)  # an incomplete file would pass for a complete one
         raise
     return path
 
@@ -226,10 +231,13 @@ def read_gguf(path: str | Path) -> RopeKeys:
     """Read the positions of a GGUF file.
 
     Args:
-        path (`str` or `Path`): of the file.
+        path (`str` or `Path`): the file.
+
+    Returns:
+        [`RopeKeys`]: the keys and tensors. Its `flags` and `by_converter` have their defaults.
 
     Raises:
-        CheckpointError: not a GGUF file.
+        CheckpointError: the file is not a GGUF file.
         MissingExtraError: `gguf` is not installed.
     """
     reader, arch = open_gguf(path)
@@ -240,7 +248,7 @@ def read_gguf(path: str | Path) -> RopeKeys:
 
 
 def _copy(reader: Any, arch: str, said: RopeKeys, path: Path) -> None:
-    """Write all of a file except its positions, and those of a plan instead."""
+    """Write a copy of a file, with the positions of a plan in place of its own."""
     import gguf
 
     writer = gguf.GGUFWriter(path, arch, endianess=reader.endianess)
@@ -271,7 +279,7 @@ def _value(reader: Any, key: str) -> Any:
 
 
 def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, said: RopeKeys) -> None:
-    """Refuse a file that a plan does not fit."""
+    """Refuse a file that does not fit a plan."""
     if (_value(reader, "split.count") or 0) > 1:
         raise CheckpointError(f"{source} is one of several parts; join them first: llama-gguf-split --merge")
     known = LLAMA_LIKE if len(said.tensors) > 1 else WITH_FREQUENCIES
@@ -279,8 +287,8 @@ def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, said
         reason = f"of the architecture {arch!r} it loads no tensor of frequencies (of {', '.join(known)} it does)"
         raise refuse(SERVER, plan, reason, "yarn, linear, ntk and theta can be exported to any")
     for entry in plan.rotaries:
-        held, width = _value(reader, f"{arch}.rope.dimension_count"), plan.scheme.rotary(entry.name).dim
-        if held is not None and held != width:
+        channels, width = _value(reader, f"{arch}.rope.dimension_count"), plan.scheme.rotary(entry.name).dim
+        if channels is not None and channels != width:
             raise CheckpointError(
-                f"{source} rotates {held} channels of a head, the plan is for {width}; convert the exported model"
+                f"{source} rotates {channels} channels of a head, the plan is for {width}; convert the exported model"
             )

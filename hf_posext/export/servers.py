@@ -1,4 +1,4 @@
-"""Commands and configs for transformers, vLLM, and SGLang, and the differences of each server.
+"""Commands and configs for transformers, vLLM and SGLang to run a plan, and their differences from transformers.
 
 vLLM and SGLang both read `rope_parameters` of `config.json`. They differ from transformers in the same three places:
 they multiply the limit of a `linear` config by its factor, ignore `attention_factor` of `longrope`, and read
@@ -26,7 +26,7 @@ from ..patching.saved_config import LEAST, entries_of_4, text_path
 from ..plan import ExtensionPlan, RotaryPlan
 
 DIRECTORY = "{directory}"
-"""Stands in commands where the exported directory goes."""
+"""Placeholder for the exported directory in commands."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Serving:
     """Instructions for a server to run a plan.
 
     Attributes:
-        server (`str`): its name.
-        read_from (`str`): the version of its source that this was read from.
-        plan (`ExtensionPlan`): the positions.
-        commands (`tuple[tuple[str, ...], ...]`): to run one after the other; `{directory}` stands for the export.
-        text (`Mapping`): entries of the text part of `config.json` that are other than transformers would have them.
-        override (`tuple[str, ...]`): flags that give the base model, not exported, the same positions; empty if there
-            is no such flag.
-        differences (`tuple[str, ...]`): what the server ignores, or does in another way, as far as this plan goes.
+        server (`str`): name of the server.
+        read_from (`str`): version of the server's source that the instructions are based on.
+        plan (`ExtensionPlan`): plan to run.
+        commands (`tuple[tuple[str, ...], ...]`): commands to run in order. `{directory}` stands for the export.
+        text (`Mapping`): entries of the text part of `config.json` that differ from those for transformers.
+        override (`tuple[str, ...]`): flags that give the base model the same positions without an export; empty if
+            there is no such flag.
+        differences (`tuple[str, ...]`): parts of this plan that the server ignores or treats differently.
     """
 
     server: str
@@ -53,10 +53,10 @@ class Serving:
     differences: tuple[str, ...] = ()
 
     def command_lines(self, directory: str) -> list[str]:
-        """Return the shell commands.
+        """Return the commands as lines for a shell.
 
         Args:
-            directory (`str`): of the export.
+            directory (`str`): directory of the export.
         """
         return [shlex.join(word.replace(DIRECTORY, directory) for word in command) for command in self.commands]
 
@@ -70,12 +70,12 @@ def refuse(server: str, plan: ExtensionPlan, reason: str, instead: str = "") -> 
 
 
 def override_flag(config: PreTrainedConfig, plan: ExtensionPlan, entries: Mapping[str, Any]) -> str:
-    """Return the JSON of a flag that overrides `config.json`: at the top, or in its text part.
+    """Return the JSON of a flag that overrides `config.json`, at the top level or in its text part.
 
     Args:
-        config (`PreTrainedConfig`): of the whole model.
-        plan (`ExtensionPlan`): for the length.
-        entries (`Mapping`): of the text config, other than for transformers.
+        config (`PreTrainedConfig`): config of the whole model.
+        plan (`ExtensionPlan`): plan with the target length.
+        entries (`Mapping`): entries of the text config that differ from those for transformers.
     """
     changed = {"max_position_embeddings": plan.target_length, **entries}
     path = text_path(config)
@@ -87,10 +87,10 @@ OLLAMA = ("default", "linear", "llama3")
 
 
 def serve_transformers_4(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """Return instructions for transformers, with version 4 as the oldest reader.
+    """Return the instructions for transformers, with version 4 as the oldest reader.
 
     Raises:
-        ExportError: it would not compute the positions.
+        ExportError: version 4 would not compute the positions.
     """
     if not obstacle and isinstance(reason := _older(config, plan), str):
         raise refuse("transformers 4", plan, reason, "export it for transformers, whose version 5 computes it")
@@ -102,7 +102,8 @@ def _older(config: PreTrainedConfig, plan: ExtensionPlan) -> dict[str, Any] | st
 
 
 def serve_transformers(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """
+    """Return the instructions for transformers.
+
     Raises:
         ExportError: transformers cannot compute the positions from a config.
     """
@@ -140,16 +141,16 @@ def serve_transformers(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: 
 
 
 MROPE_TYPES = ("default", "yarn")
-"""Rope types under which positions of several axes (Qwen-VL) are kept."""
+"""Rope types under which vLLM and SGLang keep positions of several axes (Qwen-VL)."""
 
 Adapt = Callable[[RotaryPlan, dict[str, Any], list[str]], None]
-"""Function for one server: it changes the parameters of a set of frequencies, and adds sentences."""
+"""Function of one server that changes the parameters of a set of frequencies, and adds differences."""
 
 
 def config_entries(
     server: str, config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None, adapt: Adapt
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the entries of the text config that differ from those for transformers, and the differences in words.
+    """Return the entries of the text config that differ from those for transformers, and sentences on differences.
 
     Raises:
         ExportError: the plan needs more than a config and weights.
@@ -188,13 +189,14 @@ def config_entries(
 
 
 def _least(target: int, factor: float) -> int:
-    """Return the smallest length that reaches the target when multiplied by `factor`."""
+    """Return the shortest length that reaches the target when multiplied by `factor`."""
     length = round(target / factor)
     return length if length * factor >= target else length + 1
 
 
 def serve_vllm(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """
+    """Return the instructions for vLLM.
+
     Raises:
         ExportError: vLLM cannot compute the positions.
     """
@@ -220,7 +222,8 @@ def serve_vllm(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | No
 
 
 def serve_sglang(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """
+    """Return the instructions for SGLang.
+
     Raises:
         ExportError: SGLang cannot compute the positions.
     """
@@ -233,13 +236,15 @@ def serve_sglang(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | 
         if kind == "proportional":
             raise refuse("SGLang", plan, "it does not look at the partial_rotary_factor of rope type 'proportional'")
         if kind == "yarn":
-            own = 0.1 * math.log(parameters["factor"]) + 1.0
-            if not math.isclose(entry.attention_factor, own, rel_tol=1e-6):
-                parameters["attn_factor"] = entry.attention_factor / own
-            made_up = "times `attn_factor`, which makes up for it here" if "attn_factor" in parameters else "as here"
+            mscale = 0.1 * math.log(parameters["factor"]) + 1.0
+            if not math.isclose(entry.attention_factor, mscale, rel_tol=1e-6):
+                parameters["attn_factor"] = entry.attention_factor / mscale
+            correction = (
+                "times `attn_factor`, which makes up for it here" if "attn_factor" in parameters else "as here"
+            )
             differences.append(
                 "`attention_factor` of a `yarn` config is ignored: cosine and sine are multiplied by "
-                f"`0.1 ln(factor) + 1`, {made_up}."
+                f"`0.1 ln(factor) + 1`, {correction}."
             )
         if entry.short_inv_freq is not None:
             differences.append(
@@ -262,14 +267,17 @@ REFUSED = (
 """Entries of `adapter_config.json` that vLLM refuses (`lora/peft_helper.py`), and SGLang refuses or ignores."""
 
 IGNORED = {"vLLM": (), "SGLang": ("rank_pattern", "alpha_pattern", "use_rslora")}
-"""Entries that a server ignores: SGLang scales every layer by `lora_alpha / r` (`srt/lora/{lora,lora_config}.py`)."""
+"""Entries that each server ignores.
+
+SGLang scales every layer by `lora_alpha / r` (`srt/lora/{lora,lora_config}.py`).
+"""
 
 MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations of PEFT that write into the base weights, on which the adapter then depends."""
+"""Initializations of PEFT that write into the base weights. The adapter then depends on the changed weights."""
 
 
 def serving_obstacle(config: Mapping[str, Any], server: str) -> str | None:
-    """Return why a server does not load an adapter beside its base; `None` where it does.
+    """Return the reason that a server does not load an adapter beside its base; `None` if it does.
 
     Args:
         config (`Mapping`): entries of `adapter_config.json`.

@@ -47,28 +47,28 @@ def export_checkpoint(
 ) -> Serving:
     """Save a patched model in the form that makes a server compute the positions of its plan.
 
-    The directory gets weights, config and tokenizer in the form that the server reads, the plan, and `SERVING.md`: the
-    commands, and what the server ignores or does in another way. A plan that the server cannot run is refused before
-    anything is written.
+    The directory contains weights, config and tokenizer in the form that the server reads, the plan, and `SERVING.md`
+    with the commands and the differences of the server. A plan that the server cannot run is refused before anything
+    is written.
 
     Args:
-        model (`PreTrainedModel`): with a patch in force, and without an adapter.
-        directory (`str` or `Path`): must not exist yet, or be empty.
-        to (`str`, *optional*, defaults to `"transformers"`): or `"transformers-4"`, which refuses what version 4 would
-            not compute, `"vllm"`, `"sglang"`, `"llama.cpp"`.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): saved with the model, its limit raised; by default the one
-            that [`patch_model`] was given.
+        model (`PreTrainedModel`): model with a patch in force, and without an adapter.
+        directory (`str` or `Path`): a directory that is empty or does not exist yet.
+        to (`str`, *optional*, defaults to `"transformers"`): `"transformers"`, `"transformers-4"` (which refuses plans
+            that version 4 would not compute), `"vllm"`, `"sglang"` or `"llama.cpp"`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer to save with the model, with its limit raised.
+            Defaults to the one given to [`patch_model`].
         merged (`Mapping`, *optional*): config of the adapter that was merged into the model. `SERVING.md` then reports
-            whether the server loads it beside its base.
+            whether the server loads the adapter beside its base.
 
     Returns:
         [`Serving`]: commands, changed config entries, differences.
 
     Raises:
-        ExportError: the server cannot compute the positions; says why, and what it can.
-        NotPatchedError: the model carries no patch.
-        UnsupportedModelError: the model has an adapter; merge it first.
-        InvalidParameterError: no such server.
+        ExportError: the server cannot compute the positions. The message contains the reason and an alternative.
+        NotPatchedError: the model has no patch.
+        UnsupportedModelError: the model has an adapter. Merge it first.
+        InvalidParameterError: the server is unknown.
         FileExistsError: the directory holds files.
     """
     if to not in SERVERS:
@@ -101,10 +101,10 @@ def export_checkpoint(
 def _edit_config(path: Path, part: str, serving: Serving) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     text = config[part] if part else config
-    if "rope_parameters" in serving.text:  # what transformers 4 reads would come first, and says something else
+    if "rope_parameters" in serving.text:  # the entries for transformers 4 would take precedence, and differ
         text.pop("rope_scaling", None)
         text.pop("rope_theta", None)
-        if serving.server == llama_cpp.SERVER:  # its converter gets the base, and the file the plan in the next step
+        if serving.server == llama_cpp.SERVER:  # `hf-posext gguf` adds the plan to the file after conversion
             stop_readers(config, part)
         else:
             stop_4(config)
@@ -113,7 +113,7 @@ def _edit_config(path: Path, part: str, serving: Serving) -> None:
 
 
 def _raise_tokenizer(path: Path, length: int) -> None:
-    """Raise the limit of a tokenizer that was not passed to `patch_model`."""
+    """Raise the limit of a tokenizer that was not given when the model was patched."""
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
