@@ -46,7 +46,7 @@ def card(
 
 
 def _saved(directory: Path) -> Path:
-    """Return the adapter or model in a directory, or in one written by `finetune`."""
+    """Return the adapter or model in a directory, which may also be the output of `finetune`."""
     for path in (directory, directory / "adapter", directory / "model"):
         if saved_plan(str(path)) is not None:
             return path

@@ -12,12 +12,12 @@ from ..visible import visible
 
 
 class PlainConsole(Console):
-    """A console of 80 columns that prints tables without colours of its own."""
+    """A console of 80 columns that prints tables without adding colors."""
 
     def __init__(self) -> None:
         super().__init__(width=80, highlight=False)
 
-    def render_str(self, text: str, **settings: Any) -> Text:  # every string, also in cells of tables
+    def render_str(self, text: str, **settings: Any) -> Text:  # called for every string, including cells of tables
         return super().render_str(visible(text), **settings)
 
 

@@ -205,7 +205,7 @@ def explain(
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
     diagnoses: list[Diagnosis] = []
     for model in models:
-        body = texts is None  # positions need no head
+        body = texts is None  # positions do not depend on the head
         opening = (model, dtype, device, trust_remote_code)
         network, tokenizer = (load_body(*opening), None) if body else load_model(*opening)
         fitting = chosen

@@ -165,8 +165,8 @@ def finetune(
             report_to=report_to,
         )
     except KeyboardInterrupt:
-        kept = "go on with --resume" if output.exists() else "nothing was saved"
-        say(f"interrupted; {kept}", err=True)
+        advice = "go on with --resume" if output.exists() else "nothing was saved"
+        say(f"interrupted; {advice}", err=True)
         raise typer.Exit(130) from None
     if not process_rank():
         _tell(result)
@@ -181,7 +181,7 @@ def _plan(
     original_length: int | None,
     trust_remote_code: bool,
 ) -> ExtensionPlan:
-    """Return the plan by the config of the model alone, so that a refusal comes before weights are read."""
+    """Return the plan, based only on the config of the model. A refusal then comes before weights are read."""
     from ..methods import as_method
     from ..patching import detect_scheme
     from .loading import load_config, require_unpatched
@@ -211,7 +211,7 @@ def _preset(name: str, given: dict[str, Any]) -> Preset:
 
 
 def _load_4bit(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load a model with 4-bit weights on the GPU of this process, and its tokenizer."""
+    """Return a model quantized while loading, on the GPU of this process, and its tokenizer."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UnsupportedModelError(
             "4-bit weights need bitsandbytes, which is not installed here; pip install bitsandbytes, or leave "
@@ -236,10 +236,10 @@ def _load_4bit(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def _tell(result: Finetuned) -> None:
-    """Print what was trained, in how long, and the perplexities before and after."""
-    told = result.provenance["result"]
-    trained, whole = told["parameters"]["trained"], told["parameters"]["model"]
-    say(f"trained {trained:,} parameters ({trained / whole:.2%}), {told['steps']} steps, {told['seconds']:.0f} s")
+    """Print the number of trained parameters, the time, and the measurements before and after."""
+    facts = result.provenance["result"]
+    trained, whole = facts["parameters"]["trained"], facts["parameters"]["model"]
+    say(f"trained {trained:,} parameters ({trained / whole:.2%}), {facts['steps']} steps, {facts['seconds']:.0f} s")
     losses = [entry["loss"] for entry in result.log if "loss" in entry]
     say(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     measured = [entry for entry in result.log if any(name.startswith("eval_") for name in entry)]

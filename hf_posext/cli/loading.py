@@ -40,7 +40,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     if "datasets" in sys.modules:
         sys.modules["datasets"].logging.set_verbosity(logging.CRITICAL)
-    else:  # read when datasets is imported, which takes a second that most commands do not need
+    else:  # datasets reads it on import, which takes a second that most commands can save
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")
 
 
@@ -115,7 +115,7 @@ def load_model(
     Args:
         name (`str`): a folder or Hub id.
         dtype (`str`): `float32`, `bfloat16`, `float16`, or `auto` for that of the checkpoint.
-        device (`str`): what torch calls it, e.g. `cpu` or `cuda:0`.
+        device (`str`): device of torch, such as `cpu` or `cuda:0`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
     Raises:
@@ -128,20 +128,22 @@ def load_model(
     quiet_libraries()
     with one_line_errors(name):
         source = locate(name, trust_remote_code=trust_remote_code)
-        own = (Path(name) / "tokenizer_config.json").is_file()  # a Trainer may save an adapter without its tokenizer
-        base = None if own else base_of(name)
+        has_tokenizer = (
+            Path(name) / "tokenizer_config.json"
+        ).is_file()  # a Trainer may save an adapter without its tokenizer
+        base = None if has_tokenizer else base_of(name)
         tokenizer = open_tokenizer(source if base is None else locate(base, trust_remote_code=trust_remote_code))
         model = _open(source, _dtype(source, dtype))
     return _placed(model, device), tokenizer
 
 
 def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return a model without its head: enough to read its positions.
+    """Return a model without its head, which its positions do not depend on.
 
     Args:
         name (`str`): a folder or Hub id.
         dtype (`str`): `float32`, `bfloat16`, `float16`, or `auto` for that of the checkpoint.
-        device (`str`): what torch calls it, e.g. `cpu` or `cuda:0`.
+        device (`str`): device of torch, such as `cpu` or `cuda:0`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
     Raises:
@@ -159,12 +161,12 @@ def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = Fals
 
 
 def require_device(device: str) -> None:
-    """Refuse, before weights are read, a device that torch does not have here, or that holds no values (`meta`)."""
+    """Refuse, before weights are read, a device that torch cannot use here, or that stores no values (`meta`)."""
     import torch
 
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # either, for an unknown device or one that is not compiled in
+    except (RuntimeError, AssertionError) as error:  # an unknown device, or one that torch is compiled without
         raise InvalidParameterError(
             f"Expected a device that torch has on this machine, got {device!r}: {_first_line(error).rstrip('.')}. "
             "Pass --device cpu."
@@ -183,7 +185,7 @@ def _dtype(source: Source, name: str) -> Any:
 def _placed(model: Network, device: str) -> Network:
     try:
         placed: Network = model.to(device).eval()
-    except RuntimeError as error:  # the device is there, so that it is full
+    except RuntimeError as error:  # the device exists, so its memory is full
         raise InvalidParameterError(
             f"{type(model).__name__} does not fit on device {device!r}: {_first_line(error).rstrip('.')}."
         ) from error
@@ -236,8 +238,8 @@ def _announce(source: Source, dtype: Any) -> None:
 
     path = source.gguf_path()
     types = GGUFHeader.read(path).types
-    what = f"{path.stat().st_size / 2**20:,.0f} MiB{f' of {types[0]}' if types else ''}"
-    say(f"dequantising {source.name} ({what}) to {str(dtype).removeprefix('torch.')}", err=True)
+    size = f"{path.stat().st_size / 2**20:,.0f} MiB{f' of {types[0]}' if types else ''}"
+    say(f"dequantising {source.name} ({size}) to {str(dtype).removeprefix('torch.')}", err=True)
 
 
 @contextmanager
@@ -271,4 +273,4 @@ def one_line_errors(name: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading, and what it is of
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading with its first line

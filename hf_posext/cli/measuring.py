@@ -1,4 +1,4 @@
-"""`compare` and `evaluate`: several methods or one model, with tables on screen and a report in a directory."""
+"""`compare` and `evaluate`: measurements of several methods, or of one model, with tables and a report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Options that both commands have beside the settings of [`EvaluationConfig`]."""
+    """Options that both commands have in addition to the settings of [`EvaluationConfig`]."""
 
     model: options.Model
     dataset: options.Dataset
@@ -46,8 +46,11 @@ class Run:
         """Load texts and models, measure, and write the report.
 
         Args:
-            measure (`Callable`): is given a model, its tokenizer and the texts; `write`, which writes the report of
-                results; `load`, which loads a model by its name; and what the functions of measuring take besides.
+            context (`typer.Context`): context of the command.
+            settings (`EvaluationConfig`): settings of the evaluation.
+            measure (`Callable`): function of a model, its tokenizer, and the texts. Its keyword arguments are `write`,
+                which writes the report of results, `load`, which loads a model by name, and further arguments of the
+                measuring function.
         """
         # The imports that take seconds come after the checks that need none of them.
         from ..evaluation import load_documents
@@ -84,9 +87,10 @@ class Run:
 
 
 def measuring(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command an option for each field of [`Run`] and of [`EvaluationConfig`], and these two what they say.
+    """Give a command an option for each field of [`Run`] and [`EvaluationConfig`], and pass it both objects.
 
-    A setting that is of one command only names it in its metadata. Sequences are text with commas between the values.
+    The metadata of a setting names the command if only one command has it. Sequences are typed as values separated by
+    commas.
     """
     hints = get_type_hints(EvaluationConfig)
     settings = [
@@ -121,9 +125,9 @@ def measuring(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _option(entry: Any, hint: Any) -> inspect.Parameter:
-    """Return the typer option of a setting."""
+    """Return the option of a setting in the form of typer."""
     flag = {key: value for key, value in entry.metadata.get("flag", {}).items() if key != "of"}
-    names = (f"--{entry.name.replace('_', '-')}",) if hint is bool else ()  # without the negative of it
+    names = (f"--{entry.name.replace('_', '-')}",) if hint is bool else ()  # without a negative form
     if _items(hint) or hint is Any:
         hint = str if entry.default is MISSING else str | None
     return _keyword(
@@ -140,15 +144,15 @@ def _default(entry: Any) -> Any:
 
 
 def _items(hint: Any) -> Any:
-    """Return the item type of a sequence hint, optional or not; `None` for other hints."""
-    for one in (hint, *get_args(hint)):
-        if get_origin(one) is Sequence:
-            return get_args(one)[0]
+    """Return the type of the items of a sequence, even if it is optional; `None` for other hints."""
+    for candidate in (hint, *get_args(hint)):
+        if get_origin(candidate) is Sequence:
+            return get_args(candidate)[0]
     return None
 
 
 def _parsed(name: str, hint: Any, value: Any) -> Any:
-    """Parse the typed value of a setting."""
+    """Return the value of a setting from the typed text."""
     kind = _items(hint)
     if kind is None or value is None:
         return value
@@ -218,8 +222,10 @@ def evaluate(
 
 
 def _chosen(run: Run, methods: str, settings: EvaluationConfig) -> list[Method]:
-    """The methods by name, all of them planned for the model's config with the settings, so that what cannot be is
-    refused before weights and documents are read."""
+    """Return the methods of the given names, after planning each for the model's config with the settings.
+
+    Requests that cannot work are then refused before weights and documents are read.
+    """
     from ..methods import as_method
     from ..methods.text import split_outside_brackets
 

@@ -23,14 +23,15 @@ JOURNAL = "journal.jsonl"
 
 @contextmanager
 def output_directory(path: Path, resume: bool | None = None) -> Iterator[None]:
-    """Make sure, before any work, that a report can be written, and that nobody else writes a journal there meanwhile.
+    """Check, before any work, that a report can be written, and lock the journal against other writers.
 
-    Of several processes the first one looks; a launcher stops the others if it refuses. An empty directory is removed.
-    With `resume` it may contain a journal, and other files beside it; `None` is of commands that keep no journal.
+    Of several processes, only the first one checks. A launcher stops the others if it refuses. A directory that is
+    still empty at the end is removed. With `resume`, the directory may contain a journal and other files. `None` is
+    for commands without a journal.
 
     Raises:
-        JournalError: another run writes to it.
-        InvalidParameterError: it holds files, or a journal and no `resume`, or cannot be written.
+        JournalError: another run writes to the directory.
+        InvalidParameterError: the directory holds files, or a journal without `resume`, or cannot be written.
     """
     lock = nullcontext() if resume is None else WriterLock(path / JOURNAL, rank(), world_size())
     try:
@@ -72,14 +73,14 @@ def _make_writable(directory: Path) -> None:
 
 @contextmanager
 def plan_file(path: Path, resume: bool) -> Iterator[Path]:
-    """Make sure, before any work, that a plan can be written, and that nobody else writes it meanwhile.
+    """Check, before any work, that a plan can be written, lock its journal against other writers, and yield it.
 
-    Yields its journal, which lies beside the plan. Where measuring ends early, what is kept is said.
+    The journal lies beside the plan. If the user interrupts the run, a message reports whether finished work is kept.
 
     Raises:
         JournalError: another run writes the journal.
-        InvalidParameterError: the file exists and there is no journal to resume; its journal exists and `resume` is
-            false; or it cannot be written.
+        InvalidParameterError: the file is not named `.json`, exists without a journal to resume, has a journal
+            although `resume` is false, or cannot be written.
     """
     if path.suffix != ".json":
         raise InvalidParameterError(f"output is {path}. Pass the name of a JSON file, as in --output plan.json.")
@@ -90,12 +91,12 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
         try:
             yield journal
         except KeyboardInterrupt:
-            kept = (
+            state = (
                 f"what is finished is kept in {journal}; go on with --resume"
                 if journal_files(journal)
                 else "nothing is kept"
             )
-            say(f"interrupted; {kept}", err=True)
+            say(f"interrupted; {state}", err=True)
             raise typer.Exit(130) from None
 
 
@@ -112,7 +113,7 @@ def _require_new(path: Path, journal: Path, resume: bool) -> None:
 
 @contextmanager
 def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]:
-    """Write the report after each new result, and say what is kept if measuring ends early."""
+    """Yield a function that writes the report of results. If measuring ends early, report the work that is kept."""
     from ..reporting import write_report
 
     finished: list[str] = []
@@ -137,5 +138,5 @@ def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]
 def _kept(finished: list[str], output: Path) -> str:
     if not journal_files(output / JOURNAL):
         return "nothing was finished, nothing was written"
-    what = f"finished and kept in {output}: {', '.join(finished)}" if finished else f"a part is kept in {output}"
-    return f"{what}; go on with --resume"
+    state = f"finished and kept in {output}: {', '.join(finished)}" if finished else f"a part is kept in {output}"
+    return f"{state}; go on with --resume"

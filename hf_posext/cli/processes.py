@@ -1,4 +1,4 @@
-"""Processes of a launcher (`accelerate launch`, `torchrun`), or a single one."""
+"""Processes: a single one, or several started by `accelerate launch` or `torchrun`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from ..evaluation import Results
 
 PATIENCE = datetime.timedelta(days=7)
-"""Time that a process waits for the others, which may have the longer documents; launchers end all if one dies."""
+"""Time that a process waits for others with longer documents. Launchers end all processes if one dies."""
 
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Names that torch and the kinds of MPI have for the index of a process and their number, as accelerate reads them."""
+"""Variables of torch and MPI for the rank of a process and the number of processes, as accelerate reads them."""
 
 
 def rank() -> int:
-    """Return the index of this process in its launcher. Only the first one writes and prints."""
+    """Return the rank of this process, 0 without a launcher. Only process 0 writes and prints."""
     return _from_launcher(RANKS, 0)
 
 
 def world_size() -> int:
-    """Return the number of the launcher's processes; 1 without a launcher."""
+    """Return the number of processes of the launcher, 1 without a launcher."""
     return _from_launcher(SIZES, 1)
 
 
@@ -47,14 +47,14 @@ def _from_launcher(names: tuple[str, ...], default: int) -> int:
 
 
 def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
-    """Return the device of this process, and the accelerator it shares with the launcher's other processes.
+    """Return the device of this process, and the `Accelerator` that shares work among the processes of a launcher.
 
-    Processes of a launcher compute on CPUs where there is no accelerator device, also without `ACCELERATE_USE_CPU`.
-    Without a launcher there is no accelerator, and the device is the one that was asked for, or the CPU.
+    Processes of a launcher compute on the CPU if there is no other device, even without `ACCELERATE_USE_CPU`. Without
+    a launcher, the accelerator is `None`, and the device is the requested one, or the CPU.
 
     Raises:
-        InvalidParameterError: a launcher gives the devices, and one was asked for; or accelerate has not joined all
-            processes of the launcher.
+        InvalidParameterError: a device other than the CPU is requested although the launcher assigns devices, or
+            accelerate has not joined all processes of the launcher.
     """
     if not is_launched():
         return device or "cpu", None
@@ -74,26 +74,29 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
             "process without a launcher."
         )
     if not accelerator.is_main_process:
-        logging.getLogger("hf_posext").setLevel(logging.ERROR)  # the first process says the rest
+        logging.getLogger("hf_posext").setLevel(logging.ERROR)  # only the first process prints warnings
     return str(accelerator.device), accelerator
 
 
 def _has_device() -> bool:
-    """Return `True` if there is a device other than the CPU, as accelerate would take one."""
+    """Return `True` if torch has a device other than the CPU, which accelerate would use."""
     import torch
 
     return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
 
 
 def spread(model: PreTrainedModel, accelerator: Accelerator | None) -> PreTrainedModel:
-    """Return the whole model, or this process's shard if the launcher requests context parallelism."""
+    """Return the model of this process: whole, or sharded if the launcher requests context parallelism."""
     from ..evaluation.parallel import shard_weights, shares_texts
 
     return shard_weights(model, accelerator) if accelerator is not None and shares_texts(accelerator) else model
 
 
 def finish(results: Results, output: Path, accelerator: Accelerator | None, log_with: str | None = None) -> None:
-    """Log, print the tables, and name the report on the first process; then end all processes."""
+    """Log the results, print the tables and the path of the report, and leave the group of processes.
+
+    Only the first process logs and prints.
+    """
     if log_with is not None:
         track(results, log_with, output, accelerator)
     if accelerator is not None:

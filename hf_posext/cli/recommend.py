@@ -1,4 +1,4 @@
-"""`recommend` and `search`: a measured plan for a model, printed with reasons and written to a file."""
+"""`recommend` and `search`: a plan for a model from measurements, printed with its reasons and saved to a file."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def recommend(
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
         network, tokenizer = load_model(model, dtype, device, trust_remote_code)
-        found = measure(
+        recommendation = measure(
             network,
             tokenizer,
             texts,
@@ -101,11 +101,11 @@ def recommend(
         )
         if rank():
             return
-        found.save(output)
+        recommendation.save(output)
         if as_json:
-            say(json.dumps(found.to_dict(), indent=1))
+            say(json.dumps(recommendation.to_dict(), indent=1))
         else:
-            _print(found)
+            _print(recommendation)
         say(f"plan: {output}", err=as_json)
 
 
@@ -159,7 +159,7 @@ def search(
         device, accelerator = join_processes(device)
         texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
         network, tokenizer = load_model(model, dtype, device, trust_remote_code)
-        found = evolve(
+        result = evolve(
             network,
             tokenizer,
             texts,
@@ -175,8 +175,8 @@ def search(
         )
         if rank():
             return
-        found.save(output)
-        say(found.describe())
+        result.save(output)
+        say(result.describe())
         say(f"plan: {output}")
 
 

@@ -16,14 +16,14 @@ LISTS = ("methods", "lengths", "tasks", "depths", "targets")
 """Settings that contain several values: a YAML list, or text with commas as on the command line."""
 
 NEVER = ("config", "resume")
-"""Options that say something of one call, and nothing of the run."""
+"""Options of a single call, which are not settings of a run."""
 
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Callback of `--config`: what the file says becomes the default of every option of the command.
+    """Make the settings of a YAML file the defaults of a command's options. This is the callback of `--config`.
 
-    The option must be eager, so that it is read before the others. Values are handed on as the text that would
-    stand on the command line, so that both are checked by the same code.
+    The option must be eager, because it has to be read before the others. Values are passed as they would be typed on
+    the command line, so that the same code checks both.
     """
     if path is not None:
         options = {parameter.name: parameter for parameter in context.command.params if parameter.name}
@@ -34,13 +34,16 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def read_config(path: str | Path, known: Collection[str], flags: Collection[str] = ()) -> dict[str, str]:
-    """Return the settings of a YAML file as text by option name. An empty value keeps the default.
+    """Return the settings in a YAML file, as text by option name. An empty value leaves the default.
 
-    `known` names have underscores; `flags` are those that are true or false.
+    Args:
+        path (`str` or `Path`): YAML file.
+        known (`Collection[str]`): names of the options, with underscores.
+        flags (`Collection[str]`, *optional*): names of the options that are true or false.
 
     Raises:
-        InvalidParameterError: no such file, not YAML, not a mapping, an unknown name or one twice, or a value of a
-            wrong type.
+        InvalidParameterError: the file cannot be read, is not YAML, or does not contain a mapping, a name is unknown
+            or duplicate, or a value has a wrong type.
     """
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
@@ -69,7 +72,7 @@ def read_config(path: str | Path, known: Collection[str], flags: Collection[str]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML loader that refuses repeated keys, of which `yaml.safe_load` takes the last."""
+    """Loader of `yaml.safe_load` that refuses duplicate keys, of which `safe_load` takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

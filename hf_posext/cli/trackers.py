@@ -1,4 +1,4 @@
-"""Results in a tracker: TensorBoard, Weights & Biases, MLflow, and others that accelerate supports."""
+"""Trackers of results: TensorBoard, Weights & Biases, MLflow, and others that accelerate supports."""
 
 from __future__ import annotations
 
@@ -14,26 +14,33 @@ if TYPE_CHECKING:
 
 
 def check_tracker(option: str, name: str, installed: list[str]) -> None:
-    """Refuse, before any work, a tracker that is not among those that the library in question can use here.
+    """Refuse, before any work, a tracker that is not installed.
+
+    Args:
+        option (`str`): name of the option, for the message.
+        name (`str`): requested tracker.
+        installed (`list[str]`): trackers that the library can use on this machine.
 
     Raises:
-        InvalidParameterError: another name, or one that is not installed.
+        InvalidParameterError: the tracker is unknown or not installed.
     """
     if name not in installed:
-        there = ", ".join(sorted(installed)) or "none; pip install tensorboard"
-        raise InvalidParameterError(f"{option} is {name!r}; installed here are: {there}")
+        names = ", ".join(sorted(installed)) or "none; pip install tensorboard"
+        raise InvalidParameterError(f"{option} is {name!r}; installed here are: {names}")
 
 
 def accelerate_trackers() -> list[str]:
-    """Return the trackers that `accelerate` can log to here."""
+    """Return the trackers that `accelerate` can log to on this machine."""
     from accelerate.tracking import get_available_trackers
 
     return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
 
 
 def track(results: Results, name: str, output: Path, accelerator: Accelerator | None) -> None:
-    """Log results of a run that has ended as curves over the context length; trackers that write files write to
-    `hf_posext` in `output`."""
+    """Log the results of a finished run as curves over the context length.
+
+    Trackers that write files write to `hf_posext` in `output`.
+    """
     from accelerate import Accelerator
 
     from ..evaluation import log_results
