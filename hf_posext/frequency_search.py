@@ -1,8 +1,8 @@
 """Search for rotary frequencies by LongRoPE's evolution, with native parameters as the result.
 
-A genome is a factor for every rotary pair, never smaller than that of a faster pair. Ding et al., *LongRoPE: Extending
-LLM Context Window Beyond 2 Million Tokens*, 2024, draw children that break the order again, up to twenty times. Here
-isotonic regression puts them in order, so that no draw is lost.
+A genome contains a factor for every rotary pair, never smaller than that of a faster pair. Ding et al., *LongRoPE:
+Extending LLM Context Window Beyond 2 Million Tokens*, 2024, redraw children that violate this order, up to twenty
+times. Here isotonic regression restores the order, and no draw is lost.
 """
 
 from __future__ import annotations
@@ -55,32 +55,32 @@ __all__ = ["SearchedFactors", "search"]
 
 OBJECTIVES = ("tail", "key-tokens")
 SMALLEST = 4
-"""Genomes that a population needs: two parents, a mutation and a crossing."""
+"""Minimum population: two parents, a mutation, and a crossing."""
 
 Genome = tuple[float, ...]
-"""A factor for each pair, fastest first; the frequency is divided by it."""
+"""Divisor of the frequency of each rotary pair, fastest first."""
 
 DIGITS = 6
-"""Decimals of a factor: far below what any text shows, and two searches tell their genomes apart by them."""
+"""Decimals of a factor. Finer differences have no measurable effect, and rounded genomes compare reproducibly."""
 
 RATE, SPREAD = 0.3, 0.2
-"""Chance of each pair to change in a mutation, as in LongRoPE, and standard deviation of the change of a logarithm."""
+"""Probability that a mutation changes a factor, as in LongRoPE, and standard deviation of the change of its log."""
 
 
 def mutate(parent: Genome, largest: float, draw: np.random.Generator) -> Genome:
-    """Multiply some factors by a number near 1."""
+    """Return a genome with random factors multiplied by numbers near 1."""
     logs = np.log(parent)
     chosen = draw.random(len(logs)) < RATE
     return ordered(logs + chosen * draw.normal(0.0, SPREAD, len(logs)), largest)
 
 
 def cross(one: Genome, other: Genome, largest: float, draw: np.random.Generator) -> Genome:
-    """Take each factor from one parent or the other."""
+    """Return a genome with each factor from one parent or the other."""
     return ordered(np.log(np.where(draw.random(len(one)) < 0.5, one, other)), largest)
 
 
 def ordered(logs: np.ndarray, largest: float) -> Genome:
-    """Return the nearest factors that do not fall, from 1 to the largest."""
+    """Return the nearest non-decreasing factors between 1 and `largest`, from logarithms of factors."""
     nearest = np.clip(np.exp(isotonic_regression(logs).x), 1.0, largest)
     return tuple(round(float(factor), DIGITS) for factor in nearest)
 
@@ -102,42 +102,46 @@ def search(
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
 ) -> SearchedFactors:
-    """Search a factor for every rotary pair that reads the target length best.
+    """Search for the factor of every rotary pair that minimizes perplexity at a target length.
 
-    YaRN, NTK-aware interpolation and mutations of them are the first population. In each generation the better half
-    are parents, of which as many children come: half of them mutations, half crossings, with factors from 1 to
-    `1 + target / trained` that never fall from a fast pair to a slower one. Every genome reads every document once.
-    The best one is never lost, so that on these documents the result is at least as good as the better seed.
+    The first population contains YaRN, NTK-aware interpolation, and mutations of them. In each generation the best
+    `population // 2` genomes are parents of as many children: half of them mutations, half crossings. Factors are
+    between 1 and `1 + target / trained` and never decrease from a fast pair to a slower one. Every genome is measured
+    once on every document. The best genome is never lost. On these documents, the result is at least as good as the
+    better seed.
 
     Args:
-        model (`PreTrainedModel`): a causal language model with rotary positions and without a patch; as before
+        model (`PreTrainedModel`): causal language model with rotary positions and without a patch. It is unchanged
             afterwards.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        documents (`list[Document]`, or what [`load_documents`] takes): texts to search on; keep others to measure the
-            result on, as it is fitted to these.
-        target_length (`int`): tokens to read, above the trained length.
-        trained_length (`int`, *optional*): trained length in tokens, where the config is wrong about it.
-        objective (`str`, *optional*, defaults to `"tail"`): `"tail"`: the perplexity of the second half of the text;
-            `"key-tokens"`: that of the tokens which need the long context ([`find_key_tokens`] with YaRN as the
-            evaluator), after the needle-driven perplexity of LongRoPE2 (arXiv 2502.20082).
-        attention_factor (`float`, *optional*): YaRN's `0.1 ln s + 1` where not given, so that the seed is YaRN.
-        population (`int`, *optional*, defaults to 32): genomes in it, 4 or more.
-        generations (`int`, *optional*, defaults to 20): how often half of it is replaced.
-        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
-        seed (`int`, *optional*, defaults to 0): of all that is drawn.
-        journal (`str` or `Path`, *optional*): a file that gets what is measured at once, and from which a search that
-            was killed goes on to the same result, or a finished one through more generations.
-        accelerator (`Accelerator`, *optional*): of the processes that share the readings.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the model.
+        documents (`list[Document]`, or any input of [`load_documents`]): texts to search on. The result is fitted to
+            them, so measure it on others.
+        target_length (`int`): number of tokens to read, above the trained length.
+        trained_length (`int`, *optional*): trained length in tokens, required if the config contains a wrong one.
+        objective (`str`, *optional*, defaults to `"tail"`): perplexity to minimize. `"tail"` is that of the second
+            half of the text. `"key-tokens"` is that of the tokens that need the long context ([`find_key_tokens`] with
+            YaRN as the evaluator), after the needle-driven perplexity of LongRoPE2 (arXiv 2502.20082).
+        attention_factor (`float`, *optional*): factor on cosine and sine, by default YaRN's `0.1 ln s + 1`. The seed
+            then equals YaRN.
+        population (`int`, *optional*, defaults to 32): number of genomes, at least 4.
+        generations (`int`, *optional*, defaults to 20): number of generations, at least 1. Each replaces half of the
+            population.
+        start (`int`, *optional*, defaults to 0): number of tokens to skip at the beginning of each document, such as
+            front matter.
+        seed (`int`, *optional*, defaults to 0): seed of all random draws.
+        journal (`str` or `Path`, *optional*): file to which each measurement is written at once. A killed search
+            resumes from it with the same result. A finished search continues with more generations.
+        accelerator (`Accelerator`, *optional*): accelerator of the processes that share the tasks.
 
     Returns:
-        [`SearchedFactors`]: with `plan`, `method`, `to_frame()`, `describe()`, `save(path)`.
+        [`SearchedFactors`]: result with `plan`, `method`, `to_frame()`, `describe()`, and `save(path)`.
 
     Raises:
         AlreadyPatchedError: the model has a patch.
-        MethodNotApplicableError: its positions are not rotary.
-        InvalidParameterError: an objective, population or target out of bounds.
-        DocumentError, UnsupportedModelError, JournalError: as [`evaluate_perplexity`].
-        EvaluationError: no genome could read a document, or no token needs the long context.
+        MethodNotApplicableError: the positions are not rotary, or the model is not a causal language model.
+        InvalidParameterError: the objective, population, number of generations, or target is out of bounds.
+        DocumentError, UnsupportedModelError, JournalError: as in [`evaluate_perplexity`].
+        EvaluationError: no genome could be measured on every document, or no token needs the long context.
     """
     base = unwrap(model)
     present = find_patch(base)
@@ -151,7 +155,7 @@ def search(
         scheme, target_length, trained_length=trained_length, objective=objective, attention_factor=attention_factor,
         population=population, generations=generations,
     )  # fmt: skip
-    # Key tokens are those of YaRN, by the label of which the search finds them.
+    # Key tokens are found with YaRN, and its label selects it as the evaluator.
     longppl = yarn.method if objective == "key-tokens" else None
     config = EvaluationConfig(lengths=[target_length], start=start, seed=seed, longppl=longppl)
     request = check_request(config, scheme, base, accelerator)
@@ -161,7 +165,7 @@ def search(
     temperature = attention_factor or yarn_mscale(yarn.factor)
     trial = Trial(base, scheme, setup, yarn.trained_length, target_length, temperature)
     known = seeds(scheme, yarn.trained_length, target_length)
-    told = {"objective": objective, "population": population}  # and not for how long: a search may go on
+    told = {"objective": objective, "population": population}  # without generations, because a search may be continued
     identity = run_identity(setup, [base], [trial.plan(one) for one in known.values()], search=told)
     with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
         if objective == "key-tokens":
@@ -189,13 +193,13 @@ def check_search(
     population: int = 32,
     generations: int = 20,
 ) -> ExtensionPlan:
-    """Refuse what cannot be searched, as far as the config of the model tells; arguments as in [`search`].
+    """Check the arguments of [`search`] that require only the scheme of the model.
 
     Returns:
-        `ExtensionPlan`: YaRN's, one of the seeds.
+        `ExtensionPlan`: plan of YaRN, one of the seeds.
 
     Raises:
-        MethodNotApplicableError, InvalidParameterError: as [`search`].
+        MethodNotApplicableError, InvalidParameterError: as in [`search`].
     """
     if objective not in OBJECTIVES:
         raise InvalidParameterError(f"Expected an objective of {', '.join(OBJECTIVES)}, got {objective!r}.")
@@ -217,11 +221,11 @@ def check_search(
 
 
 def seeds(scheme: PositionalScheme, trained_length: int, target_length: int) -> dict[str, Genome]:
-    """Return the factors of YaRN and of NTK-aware interpolation, with which the search begins.
+    """Return the first genomes of a search: the factors of YaRN and of NTK-aware interpolation.
 
     Args:
-        scheme (`PositionalScheme`): rotary.
-        trained_length, target_length (`int`): in tokens.
+        scheme (`PositionalScheme`): rotary scheme.
+        trained_length, target_length (`int`): lengths in tokens.
     """
     lengths = {"target_length": target_length, "trained_length": trained_length}
     plans = [method.plan(scheme, **lengths) for method in (YaRN(), NTK())]
@@ -229,7 +233,7 @@ def seeds(scheme: PositionalScheme, trained_length: int, target_length: int) -> 
 
 
 def factors_of(plan: ExtensionPlan) -> Genome:
-    """Return the divisor of each frequency of a plan, in the set that reaches farthest."""
+    """Return the divisor of each frequency of a plan, in the frequency set with the longest reach."""
     rotary = first_rotary(plan.scheme)
     planned = next(entry for entry in plan.rotaries if entry.name == rotary.name)
     factors = powers(rotary.theta, rotary).double() / frequencies(planned, rotary).double()
@@ -237,7 +241,7 @@ def factors_of(plan: ExtensionPlan) -> Genome:
 
 
 def first_generation(parents: Sequence[Genome], count: int, largest: float, draw: np.random.Generator) -> list[Genome]:
-    """Return the parents and mutations of them in turn, all different."""
+    """Return `count` different genomes: the parents, then mutations of each parent in turn."""
     found = dict.fromkeys(parents)
     while len(found) < count:
         found[mutate(parents[len(found) % len(parents)], largest, draw)] = None
@@ -247,20 +251,20 @@ def first_generation(parents: Sequence[Genome], count: int, largest: float, draw
 def children_of(
     parents: Sequence[Genome], known: set[Genome], count: int, largest: float, draw: np.random.Generator
 ) -> list[Genome]:
-    """Return new genomes, half mutations and half crossings.
+    """Return unmeasured genomes, half of them mutations and half crossings.
 
     Args:
-        parents (`Sequence[Genome]`): two or more.
-        known (`set[Genome]`): those that were measured.
-        count (`int`): how many children.
-        largest (`float`): the largest factor.
-        draw (`numpy.random.Generator`): of all chance.
+        parents (`Sequence[Genome]`): two or more parents.
+        known (`set[Genome]`): measured genomes, which are not returned.
+        count (`int`): number of children.
+        largest (`float`): largest factor.
+        draw (`numpy.random.Generator`): source of randomness.
     """
     found: dict[Genome, None] = {}
     while len(found) < count:
         one, other = (parents[index] for index in draw.choice(len(parents), 2, replace=False))
         child = mutate(one, largest, draw) if len(found) < count // 2 else cross(one, other, largest, draw)
-        if child in known or child in found:  # parents that agree cross to what is known
+        if child in known or child in found:  # similar parents often yield a known child
             child = mutate(child, largest, draw)
         if child not in known:
             found[child] = None
@@ -270,7 +274,7 @@ def children_of(
 def _evolve(
     run: Any, first: list[Genome], population: int, generations: int, largest: float, seed: int
 ) -> tuple[dict[Genome, float], list[dict[str, Any]]]:
-    """Evolve genomes, and return all measured ones with their perplexities, and the history."""
+    """Return the perplexities of all measured genomes, and the history by generation."""
     draw = np.random.default_rng(seed)
     found: dict[Genome, float] = run(first_generation(first, population, largest, draw), name="generation 0")
     history = [{"generation": 0, "measured": len(found), "best": min(found.values())}]
@@ -287,12 +291,12 @@ class Trial:
     """Measurement of the factors of a genome on documents.
 
     Args:
-        model (`PreTrainedModel`): without a patch.
-        scheme (`PositionalScheme`): what it has.
-        setup ([`Setup`]): the documents at the target length.
-        trained_length, target_length (`int`): in tokens.
-        attention_factor (`float`): cosine and sine are multiplied by it.
-        keys ([`KeyTokens`], *optional*): the tokens that count; those of the second half where not given.
+        model (`PreTrainedModel`): model without a patch.
+        scheme (`PositionalScheme`): scheme of the model.
+        setup ([`Setup`]): documents at the target length.
+        trained_length, target_length (`int`): lengths in tokens.
+        attention_factor (`float`): factor on cosine and sine.
+        keys ([`KeyTokens`], *optional*): tokens to score, by default those of the second half.
     """
 
     model: Any
@@ -304,13 +308,17 @@ class Trial:
     keys: KeyTokens | None = None
 
     def plan(self, genome: Genome) -> ExtensionPlan:
-        """Plan that puts the factors in force."""
+        """Return the LongRoPE plan of a genome."""
         method = LongRoPE(long_factor=genome, attention_factor=self.attention_factor)
         lengths = {"target_length": self.target_length, "trained_length": self.trained_length}
         return method.plan(self.scheme, **lengths)
 
     def on_key_tokens(self, yarn: ExtensionPlan, accelerator: Accelerator | None, journal: RunJournal | None) -> Trial:
-        """Return a trial that scores only YaRN's key tokens, predicted much better with the long context."""
+        """Return a trial that scores only key tokens, which YaRN predicts much better with the long context.
+
+        Raises:
+            EvaluationError: no token needs the long context.
+        """
         run = MethodRun(self.setup, yarn.method, yarn.factor, self.setup.scorer)
         criterion = default_criterion({}, self.trained_length, self.target_length)
         finder = key_search(self.setup, criterion, [(run, partial(patch_model, self.model, yarn))])
@@ -325,7 +333,11 @@ class Trial:
     def perplexities(
         self, genomes: Sequence[Genome], *, name: str, accelerator: Accelerator | None, journal: RunJournal | None
     ) -> dict[Genome, float]:
-        """Return the perplexity of each genome over the scored tokens; infinite after a failed document."""
+        """Return the perplexity of each genome over the scored tokens; infinite after a failed document.
+
+        Raises:
+            EvaluationError: no genome could be measured on every document.
+        """
         runs = {genome: self._run(genome) for genome in genomes}
         stages = [
             Stage(name, partial(patch_model, self.model, self.plan(genome)), run.tasks, run.measure)
@@ -354,15 +366,17 @@ class Trial:
 class SearchedFactors:
     """Best factors of a search, as a LongRoPE plan.
 
-    The plan is native: a checkpoint that is saved with it opens in plain transformers, without this package.
+    The plan is native. A checkpoint saved with it loads in plain transformers, without this package.
 
     Args:
-        plan (`ExtensionPlan`): of [`LongRoPE`] with the factors; for `patch_model`.
-        objective (`str`): what was made small: `"tail"` or `"key-tokens"`.
-        perplexity (`float`): of the objective's tokens, on the documents of the search. Of others it is larger.
-        seeds (`Mapping[str, float]`): the same of the factors of YaRN and of NTK-aware interpolation.
-        history (`tuple[Mapping, ...]`): by `generation`: `measured` genomes so far, and the `best` perplexity.
-        provenance (`Mapping`): what is needed to search again.
+        plan (`ExtensionPlan`): plan of [`LongRoPE`] with the factors, for `patch_model`.
+        objective (`str`): minimized perplexity, `"tail"` or `"key-tokens"`.
+        perplexity (`float`): perplexity of the objective's tokens on the documents of the search, to which the factors
+            are fitted. Expect a higher one on other documents.
+        seeds (`Mapping[str, float]`): the same perplexity with the factors of YaRN and of NTK-aware interpolation.
+        history (`tuple[Mapping, ...]`): an entry per `generation`, with the number of genomes `measured` so far and
+            the `best` perplexity.
+        provenance (`Mapping`): settings needed to repeat the search.
     """
 
     plan: ExtensionPlan
@@ -379,13 +393,13 @@ class SearchedFactors:
         return LongRoPE(**{key: value for key, value in given.items() if key != "name"})
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the history, a row per generation."""
+        """Return the history with a row per generation."""
         import pandas
 
         return pandas.DataFrame(self.history)
 
     def describe(self) -> str:
-        """Return the result on one line, against the better seed."""
+        """Return the result in one line, compared with the better seed."""
         name = min(self.seeds, key=lambda seed: self.seeds[seed])
         gain = self.seeds[name] / self.perplexity - 1
         told = f"{100 * gain:.1f} % below {name}'s" if gain > 0 else f"no better than {name}'s"

@@ -1,7 +1,7 @@
 """Recommendation from a model, documents, and a budget, by successive halving.
 
-All contenders read a document, the better third of them twice as many, and so on (Jamieson and Talwalkar, 2016, arXiv
-1502.07943). The unit of the budget is a token that goes through the model. Tokens add up over documents and methods,
+All contenders read a few documents, the better third reads twice as many, and so on (Jamieson and Talwalkar, 2016,
+arXiv 1502.07943). The unit of the budget is one token processed by the model. Tokens add up over documents and methods
 and do not depend on the machine.
 """
 
@@ -43,22 +43,22 @@ if TYPE_CHECKING:
     from ..methods import Method
 
 SHARE = 0.25
-"""Share of the cost of the exhaustive sweep: the budget where none is given."""
+"""Default budget, as a share of the cost of the exhaustive sweep."""
 
 RATE = 3
-"""One of so many contenders goes on to the next rung, where documents are doubled."""
+"""Reduction of contenders per rung. One in three advances to the next rung, which doubles the documents."""
 
 FINALISTS = 3
-"""The winner and two runners-up, so that the certainty of the choice can be stated."""
+"""Contenders in the last rung: the winner and two runners-up, which show the certainty of the choice."""
 
 CONTROL_DOCUMENTS = 2
-"""The control reads a token some seven times over; two documents tell whether it is better at all."""
+"""Documents for the control. It reads each token about seven times, and two documents suffice for a first estimate."""
 
 TIE = 0.005
-"""Share of tail perplexity within which contenders are level, so that passkeys decide between them."""
+"""Relative difference of tail perplexity up to which contenders are level. Passkeys decide between them."""
 
 PROBE = 16
-"""Tokens of the forward that tells the size of the KV cache."""
+"""Tokens of the forward pass that measures the size of the KV cache."""
 
 
 @renamed_arguments(original_length="trained_length")
@@ -78,44 +78,45 @@ def recommend(
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
 ) -> Recommendation:
-    """Find the method and factor that read the target length best, by budgeted measurements.
+    """Find the best method and factor for a target length within a budget of tokens.
 
-    The diagnosis tells the trained length, and which methods leave rotary phases that training has never shown; those
-    are not measured. The others, at one and two times the needed factor and with several windows, read documents by
-    successive halving: all of them a few, the better third twice as many, and so on. Better is a lower perplexity of
-    the second half of the target length, among those that change the perplexity inside the trained length by no more
-    than the limit. At the end the control (the unpatched model with its context truncated to the trained length) tells
-    whether the longer context is worth anything. Passkeys decide between contenders that are level.
+    The diagnosis provides the trained length. Methods that leave rotary phases unseen in training are not measured
+    unless no others remain. The contenders are methods at one and two times the needed factor, and with several
+    windows. They are measured by successive halving: all of them on a few documents, the better third on twice as
+    many, and so on. Contenders within `short_limit` rank first, then those with the lower perplexity on the second
+    half of the target length. Finally, the control (the unpatched model with its context truncated to the trained
+    length) shows whether the longer context helps. Passkeys decide between level contenders.
 
     Args:
-        model (`PreTrainedModel`): a causal language model without a patch; as before afterwards.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        documents (`list[Document]`, or what [`load_documents`] takes): texts of the target length and more; six or
-            more, as each is one draw of the intervals.
-        target_length (`int`): tokens to read, above the trained length.
-        budget (`int`, *optional*): tokens that may go through the model; by default a quarter of what the exhaustive
-            sweep takes. It is never exceeded.
-        methods (`Sequence[str | Method]`, *optional*): to choose from; all that apply where not given.
-        short_limit (`float`, *optional*, defaults to 0.01): the largest increase of perplexity allowed inside the
-            trained length; 0.01 is one per cent.
-        trained_length (`int`, *optional*): trained length in tokens, where the diagnosis cannot find it.
-        passkey (`int`, *optional*, defaults to 5): passkey trials of finalists that are level; 0 for none.
-        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
-        seed (`int`, *optional*, defaults to 0): of intervals and passkeys.
-        journal (`str` or `Path`, *optional*): a file that gets what is measured at once, and from which a run goes on,
-            also with a larger budget.
-        accelerator (`Accelerator`, *optional*): of the processes that share the documents.
+        model (`PreTrainedModel`): causal language model without a patch. It is unchanged afterwards.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the model.
+        documents (`list[Document]`, or any input of [`load_documents`]): texts at least as long as the target. Six or
+            more are recommended, because intervals are computed over documents.
+        target_length (`int`): number of tokens to read, above the trained length.
+        budget (`int`, *optional*): maximum number of tokens processed by the model, never exceeded. By default a
+            quarter of the exhaustive sweep, or the cost of one comparison if that is more.
+        methods (`Sequence[str | Method]`, *optional*): methods to choose from, by default all applicable ones.
+        short_limit (`float`, *optional*, defaults to 0.01): largest relative increase of perplexity allowed inside the
+            trained length. 0.01 is one per cent.
+        trained_length (`int`, *optional*): trained length in tokens, required if the diagnosis cannot find it.
+        passkey (`int`, *optional*, defaults to 5): number of passkey trials for level finalists, 0 for none.
+        start (`int`, *optional*, defaults to 0): number of tokens to skip at the beginning of each document, such as
+            front matter.
+        seed (`int`, *optional*, defaults to 0): seed of intervals and passkeys.
+        journal (`str` or `Path`, *optional*): file to which each measurement is written at once. An interrupted run
+            resumes from it, even with a larger budget.
+        accelerator (`Accelerator`, *optional*): accelerator of the processes that share the documents.
 
     Returns:
-        [`Recommendation`]: with `answer`, `plan`, `describe()`, `to_frame()`, `save(path)`.
+        [`Recommendation`]: result with `answer`, `plan`, `describe()`, `to_frame()`, and `save(path)`.
 
     Raises:
-        InvalidParameterError: a target that is not above the trained length, a budget that does not pay for one
-            comparison, or an option out of bounds.
+        InvalidParameterError: the target is not above the trained length, the budget does not cover one comparison, or
+            an option is out of bounds.
         MethodNotApplicableError: every method is refused.
-        DocumentError: no documents, or none as long as the target.
-        EvaluationError: the loss is no better than a guess.
-        AlreadyPatchedError, UnsupportedModelError, JournalError: as [`evaluate_perplexity`].
+        DocumentError: there are no documents, or none is as long as the target.
+        EvaluationError: the loss is no better than a guess, or every contender failed.
+        AlreadyPatchedError, UnsupportedModelError, JournalError: as in [`evaluate_perplexity`].
     """
     check_options(target_length, trained_length, short_limit, passkey)
     with prepared(
@@ -123,15 +124,16 @@ def recommend(
         passkey=passkey, start=start, seed=seed, journal=journal, accelerator=accelerator,
     ) as (sweep, choice):  # fmt: skip
         least = least_tokens(sweep.prices([name_of(plan) for plan in choice.plans]))
-        share = max(least, round(SHARE * sweep.exhaustive_tokens))  # a quarter of very little pays for nothing
+        share = max(least, round(SHARE * sweep.exhaustive_tokens))  # a quarter may not cover one comparison
         return Halving(sweep, short_limit, share if budget is None else budget).run(choice)
 
 
 def check_options(target_length: int, trained_length: int | None, short_limit: float, passkey: int) -> None:
-    """Refuse options that no model allows; as in [`recommend`].
+    """Check the options of [`recommend`] that do not depend on the model.
 
     Raises:
-        InvalidParameterError: a limit or trials below 0, or a target that is not above a trained length that is given.
+        InvalidParameterError: a limit or number of trials is below 0, or the target is not above a given trained
+            length.
     """
     if short_limit < 0 or passkey < 0:
         raise InvalidParameterError(f"Expected short_limit and passkey of 0 or more, got {short_limit} and {passkey}.")
@@ -157,7 +159,7 @@ def prepared(
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
 ) -> Iterator[tuple[Sweep, Candidates]]:
-    """Check all that can be checked early, and give a sweep that has measured nothing yet; as [`recommend`]."""
+    """Yield a sweep without measurements and its candidates, after all early checks; arguments as in [`recommend`]."""
     base = unwrap(model)
     scheme = detect_scheme(base)
     found = diagnose(base, methods=[], trained_length=trained_length)
@@ -199,9 +201,9 @@ class Halving:
     """Successive halving over a sweep, within a budget.
 
     Args:
-        sweep ([`Sweep`]): that measures.
-        short_limit (`float`): the largest increase of perplexity allowed inside the trained length.
-        budget (`int`): tokens that may go through the model.
+        sweep ([`Sweep`]): sweep that measures the contenders.
+        short_limit (`float`): largest relative increase of perplexity allowed inside the trained length.
+        budget (`int`): maximum number of tokens processed by the model.
     """
 
     sweep: Sweep
@@ -209,10 +211,10 @@ class Halving:
     budget: int
 
     def run(self, choice: Candidates) -> Recommendation:
-        """Run all rungs, then the control, decisive passkeys, and what the rest of the budget allows.
+        """Run all rungs and the control, then passkeys if needed, and spend the rest of the budget on documents.
 
         Raises:
-            InvalidParameterError: the budget does not pay for one comparison.
+            InvalidParameterError: the budget does not cover one comparison.
             EvaluationError: the loss is no better than a guess, or every contender failed.
         """
         sweep, names = self.sweep, [name_of(plan) for plan in choice.plans]
@@ -244,7 +246,7 @@ class Halving:
         return self._answer(choice, left[0], measured, control, cut)
 
     def _ranked(self, names: Sequence[Name], count: int) -> list[Name]:
-        """Rank contenders: those within the limit first, then by perplexity at the target."""
+        """Return the contenders in order: those within the limit first, then by tail perplexity at the target."""
         documents = self.sweep.documents[:count]
 
         def place(name: Name) -> tuple[bool, float]:
@@ -261,7 +263,7 @@ class Halving:
         return same and self.sweep.worse(name, best, documents).value <= 1 + TIE
 
     def _spend_the_rest(self, left: Sequence[Name], control: int, count: int) -> tuple[int, int]:
-        """Let the control read the finalists' documents, then let all of them read further ones."""
+        """Return the document counts of control and finalists after the control catches up and all read on."""
         sweep, prices = self.sweep, self.sweep.prices(left)
         while control < count and sweep.tokens + prices.control <= self.budget:
             control += 1
@@ -317,7 +319,10 @@ class Halving:
         )
 
     def _decide(self, best: Name, gain: Ratio, line: dict[str, Any]) -> str:
-        """Decide for a contender. Below a gain of 1, it must find more passkeys than truncation can."""
+        """Return the answer for the best contender.
+
+        Below a gain of 1, it must be level with truncation and find more passkeys than truncation can.
+        """
         level = gain.ci95 is not None and gain.ci95[1] >= 1
         retrieves = (line["passkey"] or 0) > self.sweep.trained / self.sweep.target
         if not line["short_change"] <= self.short_limit or not (gain.value >= 1 or (level and retrieves)):
@@ -347,7 +352,7 @@ def _ends(ratio: Ratio) -> tuple[float, float] | None:
 
 @torch.inference_mode()
 def cache_bytes_per_token(model: Any) -> float | None:
-    """Return the bytes of keys and values per token in all layers; `None` without such a cache."""
+    """Return the bytes per token of key and value states in all layers; `None` without a KV cache."""
     ids = torch.zeros(1, PROBE, dtype=torch.long, device=model.device)
     cache = cache_of(model(input_ids=ids, use_cache=True))
     tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", []) for name in ("keys", "values")]
@@ -363,18 +368,18 @@ class Rung(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Rungs within a budget. The rest pays for decisive passkeys and for more documents.
+    """Rungs within a budget. The rest of the budget pays for passkeys, if they are needed, and for more documents.
 
     Args:
-        rungs (`list[Rung]`): one after another; documents include those of earlier rungs.
-        control (`int`): documents that the control reads at least.
+        rungs (`list[Rung]`): rungs in order. The documents of a rung include those of earlier rungs.
+        control (`int`): minimum number of documents that the control reads.
     """
 
     rungs: list[Rung]
     control: int
 
     def tokens(self, prices: Prices) -> int:
-        """Return the largest cost, in tokens."""
+        """Return the largest possible cost, in tokens."""
         first = self.rungs[0].contenders
         dearest = sorted(prices.methods[:first], reverse=True)
         total, before = first * prices.guard, 0
@@ -387,16 +392,16 @@ class Schedule(NamedTuple):
 def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
     """Return the fullest schedule within a budget.
 
-    It begins with as many documents as can be paid for. Where not even one can be for all contenders, the control
-    reads one only, and then the last contenders are given up.
+    The first rung reads as many documents as the budget allows. If the budget does not cover one document, the control
+    reads only one document, and then contenders are dropped from the end.
 
     Args:
-        documents (`int`): how many there are.
-        prices ([`Prices`]): in tokens, of all contenders.
-        budget (`int`): tokens.
+        documents (`int`): number of documents.
+        prices ([`Prices`]): prices of all contenders, in tokens.
+        budget (`int`): budget in tokens.
 
     Raises:
-        InvalidParameterError: it does not pay for one method and the control on one document.
+        InvalidParameterError: the budget does not cover one method and the control on one document.
     """
     contenders = len(prices.methods)
     full = [_halved(contenders, first, documents, CONTROL_DOCUMENTS) for first in range(documents, 0, -1)]

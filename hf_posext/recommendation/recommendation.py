@@ -18,36 +18,37 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXTEND, AS_IT_IS, TRUNCATE = "extend", "as it is", "truncate"
-"""The answers: a method; the model reads the target as it is; no method is worth it."""
+"""Answers: apply a method, use the unpatched model, or truncate because no method is worth it."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Advice of [`recommend`]: the method for longer texts, if any.
+    """Result of [`recommend`]: the method for longer texts, if any.
 
     Args:
-        model (`str`): its name.
-        answer (`str`): `"extend"`, `"as it is"` or `"truncate"`.
-        plan (`ExtensionPlan`): what to put in force, for `patch_model`; with `"truncate"` one that changes nothing
-            and ends at the trained length.
-        trained_length, target_length (`int`): in tokens.
-        best (`Mapping`): the line of `contenders` that reads the target best under the limit, or of all if none keeps
-            it, also where truncation is better.
-        gain (`float`): the control's tail perplexity at the target over the best contender's: above 1 the longer
-            context helps.
-        gain_ci95 (`tuple[float, float]`, *optional*): paired, over documents; `None` of one document.
-        control_documents (`int`): documents that the gain is of.
-        short_limit (`float`): the largest change of perplexity inside the trained length that was allowed.
-        contenders (`tuple[Mapping, ...]`): a line for each that was measured, those that read most first: `method`,
-            `factor`, `documents`, `perplexity_tail`, `ratio` to the best on the same documents, `ratio_ci95`,
-            `short_change`, `short_change_ci95`, `passkey`, `failure`.
-        cost (`Mapping`): `tokens` that went through the model, the `budget`, and the `exhaustive_tokens` that
-            all contenders on all documents would have taken.
-        use (`Mapping`): what the longer input costs later: `seconds` for the target length with the best contender,
-            `seconds_trained` for the trained length without, `cache_bytes_per_token` of the KV cache, or `None`.
-        left_out (`Mapping[str, str]`): reasons of the methods and contenders that were not measured.
-        notes (`tuple[str, ...]`): what else to know.
-        provenance (`Mapping`): what is needed to measure again.
+        model (`str`): name of the model.
+        answer (`str`): `"extend"`, `"as it is"`, or `"truncate"`.
+        plan (`ExtensionPlan`): plan for `patch_model`. With `"truncate"`, it changes nothing and ends at the trained
+            length.
+        trained_length, target_length (`int`): lengths in tokens.
+        best (`Mapping`): entry of `contenders` that ranks first within the limit, or first of all if none is within
+            the limit. It is set even if truncation is better.
+        gain (`float`): tail perplexity of the control at the target, divided by that of the best contender. Above 1
+            the longer context helps.
+        gain_ci95 (`tuple[float, float]`, *optional*): paired 95 % interval over documents; `None` for one document.
+        control_documents (`int`): number of documents for the gain.
+        short_limit (`float`): largest relative increase of perplexity allowed inside the trained length.
+        contenders (`tuple[Mapping, ...]`): an entry for each measured contender, those with most documents first:
+            `method`, `factor`, `documents`, `perplexity_tail`, `ratio` to the best on the same documents,
+            `ratio_ci95`, `short_change`, `short_change_ci95`, `passkey`, `failure`.
+        cost (`Mapping`): `tokens` processed by the model, the `budget`, and `exhaustive_tokens`, the cost of all
+            contenders on all documents.
+        use (`Mapping`): cost in use: `seconds` for the target length with the best contender, `seconds_trained` for
+            the trained length with the unpatched model, and `cache_bytes_per_token` of the KV cache. Each may be
+            `None`.
+        left_out (`Mapping[str, str]`): reason for each method and contender that was not measured.
+        notes (`tuple[str, ...]`): further remarks.
+        provenance (`Mapping`): settings needed to repeat the measurement.
     """
 
     model: str
@@ -91,7 +92,7 @@ class Recommendation:
         return write_atomically(path, json.dumps(self.plan.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def describe(self) -> str:
-        """Return the answer, its certainty and its cost in a few sentences."""
+        """Return the answer, its certainty, and its cost in a few sentences."""
         told = (self._answer(), self._sure(), self._inside(), self._later(), self._finetuning(), *self.notes)
         return " ".join(filter(None, told))
 
@@ -167,7 +168,7 @@ class Recommendation:
 
 
 def title(method: str, factor: float) -> str:
-    """Return the name of a contender."""
+    """Return the display name of a contender: the method, and its factor unless that is 1."""
     return method if factor == 1 else f"{method} x{factor:.4g}"
 
 
@@ -176,7 +177,7 @@ def _title(line: Mapping[str, Any]) -> str:
 
 
 def _span(ends: Any) -> str:
-    """Return an interval as text, such as ` [0.98, 1.01]`; empty without one."""
+    """Format an interval as `" [0.980, 1.010]"`; `None` as an empty text."""
     return "" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]"
 
 

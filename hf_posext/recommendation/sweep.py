@@ -1,6 +1,6 @@
-"""Contenders for a recommendation, and the cost and measurement of their cells, each once.
+"""Contenders for a recommendation, their cost, and their measurement.
 
-Contenders are every method that applies, at a few factors and windows, as plans.
+Contenders are plans of every applicable method, at a few factors and windows. Each task is measured once.
 """
 
 from __future__ import annotations
@@ -39,22 +39,23 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STRETCHES = (1, 2)
-"""Factors, as multiples of target / trained length: some methods reach less far than their factor says (NTK)."""
+"""Factors as multiples of target / trained length. Some methods, such as NTK, reach less far than their factor."""
 
 FADES = (Fade(), Fade(strength=0.5), Decay())
-"""On top of methods with a band of far keys; without one they are contenders in any case."""
+"""Fades and decays composed with methods that remap far keys. Methods without one are also contenders."""
 
 WINDOWS = (1 / 4, 1 / 2, 3 / 4)
-"""Windows of methods that keep near distances as they are, as shares of the trained length."""
+"""Windows of methods that keep near distances unchanged, as shares of the trained length."""
 
 
 class Candidates(NamedTuple):
     """Plans to choose from.
 
     Args:
-        plans (`list[ExtensionPlan]`): worth measuring; those at the needed factor first, and first those of defaults.
-        unseen (`list[ExtensionPlan]`): that leave phases which training has never shown; not measured.
-        refusals (`dict[str, str]`): reasons of the methods that do not apply.
+        plans (`list[ExtensionPlan]`): plans to measure. Those at the needed factor come first, and among them those
+            with default hyper-parameters.
+        unseen (`list[ExtensionPlan]`): plans that leave unseen phases and are not measured.
+        refusals (`dict[str, str]`): reason for each method that does not apply.
     """
 
     plans: list[ExtensionPlan]
@@ -69,18 +70,20 @@ def candidates(
     trained_length: int,
     target_length: int,
 ) -> Candidates:
-    """Return all plans for a target, except those that leave unseen phases.
+    """Return the plans for a target length, with those that leave unseen phases apart.
+
+    If all plans leave unseen phases, all of them are measured.
 
     Args:
-        model (`PreTrainedModel`): without a patch; each plan is put in force once, and undone.
-        scheme (`PositionalScheme`): what it has.
-        methods (`Sequence[str | Method]`, *optional*): what to choose from; where not given, `none` (unless positions
-            come to an end) and every method of the registry that extends by a factor.
-        trained_length, target_length (`int`): in tokens.
+        model (`PreTrainedModel`): model without a patch. Each plan is applied once and undone.
+        scheme (`PositionalScheme`): scheme of the model.
+        methods (`Sequence[str | Method]`, *optional*): methods to choose from. By default `none` and every registered
+            method that extends by a factor. A plan that changes nothing is dropped if positions end before the target.
+        trained_length, target_length (`int`): lengths in tokens.
 
     Raises:
-        MethodNotApplicableError: nothing applies, or nothing but `none` where others were refused.
-        UnknownMethodError, InvalidParameterError: of a method that was given.
+        MethodNotApplicableError: no method applies, or only `none` applies and others were refused.
+        UnknownMethodError, InvalidParameterError: a given method is unknown or has invalid parameters.
     """
     refusals: Refusals = {}
     found: dict[str, ExtensionPlan] = {}
@@ -96,7 +99,7 @@ def candidates(
         except PosExtError as error:
             if methods is not None:
                 raise
-            if method in plain:  # not every window or fade goes with every factor
+            if method in plain:  # windows and fades may not suit every factor, and only plain methods are reported
                 refusals[method.label] = str(error)
         else:
             found.setdefault(_effect(plan), plan)
@@ -121,7 +124,7 @@ def candidates(
 def _variants(
     scheme: PositionalScheme, methods: Sequence[str | Method] | None, trained_length: int
 ) -> Iterator[Method]:
-    """Yield methods with their defaults, remapping methods with a fade or decay, and other windows."""
+    """Yield methods with their defaults, then remapping methods with a fade or decay, then other windows."""
     if methods is not None:
         yield from map(as_method, methods)
         return
@@ -144,7 +147,7 @@ def _plan(method: Method, scheme: PositionalScheme, trained_length: int, target_
 
 
 def _effect(plan: ExtensionPlan) -> str:
-    """Return the effect of a plan without its labels, so that equal plans compare equal."""
+    """Return a plan as text without its labels, so that plans with equal effects compare equal."""
     called = ("method", "parameters", "factor", "target_length")
     return json.dumps({key: value for key, value in asdict(plan).items() if key not in called})
 
@@ -166,28 +169,29 @@ def _with_unseen_phases(
 
 
 SHORT = "unpatched"
-"""Label of the model as it is, at the trained length."""
+"""Label of the unpatched model at the trained length."""
 
 Name = tuple[str, float]
-"""Label and factor, by which contenders are told apart."""
+"""Label and factor, which identify a contender."""
 
 
 class Ratio(NamedTuple):
-    """Ratio of two perplexities on the same tokens, with its 95 % interval over documents (`None` of one document)."""
+    """Ratio of two perplexities on the same tokens, with its 95 % interval over documents; `None` for one document."""
 
     value: float
     ci95: list[float] | None
 
 
 class Prices(NamedTuple):
-    """Prices of contenders, in tokens read by the model.
+    """Prices of contenders, in tokens processed by the model.
 
     Args:
-        methods (`tuple[int, ...]`): for a document with each of the contenders in force, in their order.
-        guard (`int`): beside that for the first document, which is read again to see that one pass tells two lengths.
-        short (`int`): for the trained length of a document, unpatched.
-        control (`int`): for a document with its context truncated.
-        passkeys (`int`): for the passkeys of one method.
+        methods (`tuple[int, ...]`): price of one document for each contender.
+        guard (`int`): extra price of the first document, which is read again at the trained length to check that one
+            pass is correct for both lengths.
+        short (`int`): price of one document at the trained length with the unpatched model.
+        control (`int`): price of one document with truncated context.
+        passkeys (`int`): price of the passkeys of one method.
     """
 
     methods: tuple[int, ...]
@@ -199,16 +203,18 @@ class Prices(NamedTuple):
 
 @dataclass(eq=False)
 class Sweep:
-    """Sweep over a model, documents, and contenders, with cells measured on request.
+    """Sweep over contenders and documents, whose tasks are measured on request and only once.
 
     Args:
-        model (`PreTrainedModel`): without a patch.
-        setup ([`Setup`]): the documents at the trained and at the target length.
-        plans (`Sequence[ExtensionPlan]`): the contenders.
-        passkey (`int`): passkey trials at the target length; 0 for none.
-        seed (`int`): of intervals.
-        journal ([`RunJournal`], *optional*): has what was measured before, and gets what is.
-        accelerator (`Accelerator`, *optional*): of the processes that share the readings.
+        model (`PreTrainedModel`): model without a patch.
+        setup ([`Setup`]): documents at the trained and the target length.
+        plans (`Sequence[ExtensionPlan]`): plans of the contenders.
+        passkey (`int`): number of passkey trials at the target length, 0 for none.
+        seed (`int`): seed of intervals and passkeys.
+        journal ([`RunJournal`], *optional*): log of earlier measurements, to which new ones are added.
+        accelerator (`Accelerator`, *optional*): accelerator of the processes that share the tasks.
+        tokens (`int`): number of tokens that the requested measurements cost so far.
+        outcomes (`dict`): outcomes by task.
     """
 
     model: Any
@@ -239,27 +245,27 @@ class Sweep:
 
     @cached_property
     def control_tokens(self) -> int:
-        """Return the number of tokens that the control reads for a document."""
+        """Number of tokens that the control reads per document."""
         return control_windows(self.target, self.trained) * self.trained
 
     def prices(self, names: Iterable[Name]) -> Prices:
-        """Return the cost of contenders, in tokens."""
+        """Return the prices of contenders, in tokens."""
         methods = tuple(sum(lengths[-1] for lengths in self.runs[name].passes) for name in names)
         return Prices(methods, self.trained, self.trained, self.control_tokens, self.passkey * self.target)
 
     @property
     def exhaustive_tokens(self) -> int:
-        """Return the cost of all contenders and the control on all documents."""
+        """Cost of the unpatched model, all contenders, and the control on all documents, in tokens."""
         methods = [self._tokens_of(run, id) for run in self.runs.values() for id in self.documents]
         return sum(methods) + len(self.documents) * (self.trained + self.control_tokens)
 
     def read(self, names: Iterable[Name], documents: Sequence[str], progress: str) -> None:
-        """Measure contenders, and the unpatched model at the trained length, on documents not read before.
+        """Measure contenders, and the unpatched model at the trained length, on documents they have not read yet.
 
         Args:
-            names (`Iterable[tuple]`): of the contenders.
-            documents (`Sequence[str]`): their ids.
-            progress (`str`): what the bar says.
+            names (`Iterable[tuple]`): names of the contenders.
+            documents (`Sequence[str]`): ids of the documents.
+            progress (`str`): label of the progress bar.
         """
         stages = [self._stage(progress, nullcontext, self.short, documents)]
         for name in names:
@@ -272,7 +278,7 @@ class Sweep:
         self._measure([self._stage(CONTROL, nullcontext, self.control, documents)])
 
     def ask(self, names: Iterable[Name]) -> None:
-        """Ask contenders for passkeys at the target length."""
+        """Measure the passkey accuracy of contenders at the target length."""
         stages = []
         for name in names:
             tasks = [task for task in self._passkeys(name) if task not in self.outcomes]
@@ -282,7 +288,7 @@ class Sweep:
         self._measure(stages)
 
     def accuracy(self, name: Name) -> float | None:
-        """Return the share of passkeys found; `None` if none were asked."""
+        """Return the share of passkeys found; `None` if not measured."""
         shares = [self.outcomes[task].value for task in self._passkeys(name) if task in self.outcomes]
         return shares[0][0] if shares and shares[0] else None
 
@@ -297,10 +303,10 @@ class Sweep:
         return Ratio(found.value - 1, found.ci95 and [end - 1 for end in found.ci95])
 
     def gain(self, name: Name, documents: Sequence[str]) -> Ratio:
-        """Return the control's tail perplexity divided by a contender's.
+        """Return the tail perplexity of the control divided by that of a contender.
 
         Raises:
-            EvaluationError: the control could not read a document.
+            EvaluationError: the control failed on a document.
         """
         control = self._sums(self.control, documents, self.target, "tail_")
         if control is None:
@@ -313,10 +319,10 @@ class Sweep:
         return self._ratio(one, other)
 
     def losses_inside(self, documents: Sequence[str]) -> list[float]:
-        """Return the unpatched model's nats per token of each document inside the trained length.
+        """Return the loss of the unpatched model on each document inside the trained length, in nats per token.
 
         Raises:
-            EvaluationError: it could not read a document.
+            EvaluationError: the model failed on a document.
         """
         sums = self._sums(self.short, documents, self.trained)
         if sums is None:
@@ -324,12 +330,17 @@ class Sweep:
         return [nll / tokens for nll, tokens in sums]
 
     def failure(self, name: Name) -> str | None:
-        """Return the reason why a contender could not read a document; `None` if it could."""
+        """Return the reason for the first failure of a contender; `None` without failures."""
         known = (self.outcomes[task] for task in self.runs[name].tasks if task in self.outcomes)
         return next((outcome.failure for outcome in known if outcome.failure is not None), None)
 
     def seconds(self, name: Name | None) -> float | None:
-        """Return the median seconds per document: a contender at the target, or unpatched at the trained length."""
+        """Return the median seconds per document; `None` if not measured.
+
+        Args:
+            name (`tuple`, *optional*): contender, timed at the target length. `None` is the unpatched model, timed at
+                the trained length.
+        """
         run = self.short if name is None else self.runs[name]
         times = sorted(
             outcome.value["seconds"]
@@ -353,8 +364,7 @@ class Sweep:
         return [task for task in self.questions[name].tasks if task.kind == "passkey"]
 
     def _tokens_of(self, run: MethodRun, document: str) -> int:
-        """Tokens that go through the model for one document; of the first, the guard of a shared pass reads some
-        again."""
+        """Return the tokens that a run reads of one document. The guard of a shared pass rereads part of the first."""
         if run.truncated:
             return self.control_tokens
         guarded = [lengths for lengths in run.passes if len(lengths) > 1 and document == self.documents[0]]
@@ -392,7 +402,7 @@ class Sweep:
 
 
 def name_of(plan: ExtensionPlan) -> Name:
-    """Return the name of a contender. As in a comparison, a plan that changes nothing has factor 1."""
+    """Return the name of a contender. A plan that changes nothing has factor 1, as in a comparison."""
     return plan.method, 1.0 if plan.changes_nothing else plan.factor
 
 

@@ -25,19 +25,21 @@ THIS_MODEL = "this model"
 
 
 def before_after(before: Results, after: Results) -> Results:
-    """One comparison of a model before and after: gain over the truncated context, and change against the unpatched
-    model, are of the same documents on both sides.
+    """Return one comparison of a model before and after training or extension.
+
+    The gain over the truncated context and the change against the unpatched model are computed on the same documents.
 
     Args:
-        before ([`Results`]): of the base model: `"none"`, and whatever else it was compared with ([`compare`]); with
-            the control where there is to be a gain.
-        after ([`Results`]): of the extended or trained model alone ([`evaluate_perplexity`]).
+        before ([`Results`]): results of the base model from [`compare`], including `"none"`. The gain requires the
+            truncation control.
+        after ([`Results`]): results of the extended or trained model alone, from [`evaluate_perplexity`].
 
     Returns:
         [`Results`]: all rows of `before`, and those of `after` under the name `"this model"`.
 
     Raises:
-        InvalidParameterError: `after` is of several methods, or the two were measured otherwise.
+        InvalidParameterError: `after` contains several methods or none, the two were measured with different
+            settings, or `before` lacks a length of `after`.
     """
     methods = list(dict.fromkeys(row["method"] for row in after.rows))
     if len(methods) != 1:
@@ -67,7 +69,7 @@ def before_after(before: Results, after: Results) -> Results:
         seed=before.provenance.get("seed") or 0,
     )
     measured = sorted(after.rows, key=lambda row: row.length)
-    # What no sums give again (passkeys, LongPPL) is as it was measured.
+    # Passkeys and LongPPL cannot be computed from sums of NLL, so the measured values are kept.
     rows = [Row({**old, **new}) for new, old in zip(rows, measured, strict=True)]
     retrieval = [RetrievalRow(entry, method=THIS_MODEL) for entry in after.retrieval]
     return Results(
@@ -88,7 +90,7 @@ def _matching(held: list[DocumentRecord], records: list[DocumentRecord]) -> list
 
 PICTURE = "before_after.png"
 MEASURED = ("model", "dataset", "split", "revision", "protocol", "start", "dtype", "seed", "versions")
-"""Settings of the measurement that a card tells."""
+"""Settings of the measurement shown on a card."""
 
 
 def write_model_card(
@@ -97,18 +99,18 @@ def write_model_card(
     """Write the card of a saved adapter or checkpoint: `README.md` and `before_after.png`.
 
     Args:
-        directory (`str` or `Path`): that [`save_adapter`] or `patch.save_pretrained` wrote; those two files are
-            replaced.
-        before ([`~hf_posext.evaluation.Results`]): of the base model, with the control where there is to be a gain.
-        after ([`~hf_posext.evaluation.Results`]): of this model, measured in the same way.
-        training (`Mapping`, *optional*): provenance of its training; any nesting.
+        directory (`str` or `Path`): directory written by [`save_adapter`] or `patch.save_pretrained`. The two files
+            are replaced.
+        before ([`~hf_posext.evaluation.Results`]): results of the base model. The gain requires the control.
+        after ([`~hf_posext.evaluation.Results`]): results of this model, measured with the same settings.
+        training (`Mapping`, *optional*): provenance of the training, with any nesting.
 
     Returns:
         `Path`: the `README.md`.
 
     Raises:
         InvalidParameterError: before and after cannot be compared.
-        PlanError, CheckpointError: the directory holds no adapter and no plan, or corrupt ones.
+        PlanError, CheckpointError: the directory contains no adapter and no plan, or corrupt ones.
         OSError: the directory cannot be written.
     """
     directory = Path(directory)
@@ -126,7 +128,7 @@ def model_card(
         directory, before, after, training: as in [`write_model_card`].
 
     Returns:
-        `huggingface_hub.ModelCard`: it can be pushed as it is; its picture is not in it.
+        `huggingface_hub.ModelCard`: a card that can be pushed. The picture is a separate file.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -164,7 +166,7 @@ def model_card(
 
 
 def _limits(results: Results, plan: ExtensionPlan) -> list[str]:
-    """Return the limits of the figures: what was not measured, and what they do not show."""
+    """Return the limits of the figures: gaps of the measurement, and conclusions that it does not support."""
     longest = lengths_of(results)[-1]
     own = [row for row in results.rows if row["method"] == THIS_MODEL]
     said = []

@@ -27,32 +27,32 @@ if TYPE_CHECKING:
 
     from ..evaluation import Results
 
-# Okabe and Ito's colours without blue and vermilion, which mean shown and unseen positions, and two as dark as those,
-# each of another lightness. The marker says it a second time, also in grey. The unpatched model is black and its
-# truncated control grey, so that the eye finds "before" at once.
+# Okabe and Ito's colours without blue and vermilion, which mark seen and unseen positions, plus two equally dark
+# ones. Each has a different lightness. The marker repeats the distinction in grey prints. The unpatched model is
+# black and its truncated control grey, which makes "before" easy to find.
 COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#5D3A9B", "#7CC4EC", "#994F00")
 MARKERS = ("o", "s", "^", "D", "v", "p", "h", "P", "<", ">", "d")
 BEFORE, CONTROL, GRID, INK = "#000000", "#757575", "#E6E6E6", "#333333"
 
-# The first eleven differ in their markers. New ones go to the end, so that no picture changes.
+# The first eleven have different markers. New methods are appended, because a new order would change old pictures.
 STYLED = (
     "yarn linear ntk rerope self-extend dual-chunk leaky-rerope dynamic-yarn dynamic-ntk longrope llama3 theta fade "
     "decay resonance log-n string-shift sinks partial nope jet-long cope eabf self-logistic llama4-temperature "
     "alibi-linear alibi-ntk bucket-linear bucket-max-distance sinusoid-linear table-linear table-cubic table-group "
     "table-repeat table-hierarchical dpe lampe"
 ).split()
-"""Methods by the order of their styles."""
+"""Methods in the order of their styles."""
 
 DASHES = ("-.", (0, (5, 1.5)), (0, (1, 1.2)))
 FILLS = ("full", "none", "left", "right", "top", "bottom")
-"""Line of a composition, by what is put on top; markers of several variants of a method in one picture."""
+"""Line styles of compositions, and marker fills of variants of one method in one picture."""
 
-# 9 inches at 200 dots are 1800 pixels: sharp at the width of a README (900), where 9 points are 12 pixels high.
+# 9 inches at 200 dpi are 1800 pixels. That is sharp at a README's width of 900, where 9 points are 12 pixels high.
 WIDTH, DPI = 9.0, 200
-LEGEND_COLUMNS, LEGEND_WIDTH = 6, 120  # columns at most, and letters that fit beside each other
-HANDLE = 8  # letters that the line before a name and the gap after it are worth
+LEGEND_COLUMNS, LEGEND_WIDTH = 6, 120  # maximum columns, and maximum width in letters
+HANDLE = 8  # width of the line sample before a name and the gap after it, in letters
 
-NOTE, LETTER = 8, 0.62  # points of the words beside a line, and the width of a letter in them at most, on average
+NOTE, LETTER = 8, 0.62  # font size of notes in points, and upper bound of their average letter width in font sizes
 
 Style = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ def new_figure(height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write the PNG in one step. Its words are shown as they are: no formulas, no control characters."""
+    """Write the PNG atomically, with math markup off and control characters made visible."""
     for words in figure.findobj(Text):
         words.set_parse_math(False)
         words.set_text(visible(words.get_text()))
@@ -95,12 +95,12 @@ def _legend_width(names: list[str], columns: int) -> int:
 def method_styles(names: Sequence[str]) -> dict[str, Style]:
     """Return the style of each method, the same in every picture.
 
-    Colour and marker are those of its name, whatever its factor and hyper-parameters. A composition has those of its
-    first component, and a broken line by the others. Variants of one method in one picture differ in how their markers
-    are filled.
+    Colour and marker depend on the name of the method only, not on its factor or hyper-parameters. A composition has
+    those of its first component. Its other components determine the dashes of its line. Variants of one method in one
+    picture have different marker fills.
 
     Args:
-        names (`Sequence[str]`): names of rows, as `"none"`, `"yarn x8"` or `"rerope(window=384)+fade"`.
+        names (`Sequence[str]`): names of rows, such as `"none"`, `"yarn x8"`, or `"rerope(window=384)+fade"`.
     """
     styles: dict[str, Style] = {}
     seen: dict[str, int] = {}
@@ -125,16 +125,16 @@ def _style(name: str, fill: str) -> Style:
 
 
 def _place(name: str) -> int:
-    """Return the index of a method's style, derived from the name for methods of other packages."""
+    """Return the index of a method's style, computed from the name for methods of other packages."""
     return STYLED.index(name) if name in STYLED else zlib.crc32(name.encode())
 
 
 def draw_line(
     panel: Axes, name: str, rows: Mapping[int, Row], key: str, intervals: Mapping[int, Any], style: Style
 ) -> None:
-    """Draw one line over the lengths with finite values, with error bars where an interval exists."""
+    """Draw one line over the lengths with finite values, with error bars for the lengths with an interval."""
     values = {length: row[key] for length, row in rows.items() if row.get(key) is not None and math.isfinite(row[key])}
-    # A bootstrap interval can miss its own estimate by a hair, and matplotlib refuses a bar of negative length.
+    # A bootstrap interval can narrowly miss its own estimate, and matplotlib rejects error bars of negative length.
     ends = {length: intervals.get(length) or (value, value) for length, value in values.items()}
     below = [max(value - ends[length][0], 0.0) for length, value in values.items()]
     above = [max(ends[length][1] - value, 0.0) for length, value in values.items()]
@@ -155,7 +155,7 @@ def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], 
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_perplexity(value).removesuffix(".0")))
-    panel.set_ylim(top=1.15 * panel.get_ylim()[1])  # room for the words beside the trained length
+    panel.set_ylim(top=1.15 * panel.get_ylim()[1])  # room for the note on the trained length
 
 
 def draw_gain(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Mapping[str, Style]) -> None:
@@ -168,13 +168,13 @@ def draw_gain(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Map
 
 
 def draw_truncation(panel: Axes) -> None:
-    """Draw the line of a gain of 1, the level of truncation."""
+    """Draw the line at a gain of 1, where a method equals truncation."""
     panel.axhline(1.0, color=CONTROL, linestyle="--", linewidth=1.5)
     note(panel, "truncation", 1.0, 1.0, ("axes fraction", "data"), ha="right", va="bottom")
 
 
 def _tail_intervals(results: Results, rows: Mapping[int, Row]) -> dict[int, list[float] | None]:
-    """Return 95 % intervals of the tail perplexity by length, over documents."""
+    """Return the 95 % interval over documents of the tail perplexity at each length; `None` for one document."""
     intervals = {}
     for length, row in rows.items():
         own = [
@@ -191,7 +191,7 @@ def _tail_intervals(results: Results, rows: Mapping[int, Row]) -> dict[int, list
 def note(
     panel: Axes, text: str, x: float, y: float, coordinates: tuple[str, str], ha: Any = "left", va: Any = "top"
 ) -> None:
-    """Write a text beside a line, on its other side if the panel has no room."""
+    """Write a text beside a line, or on its other side if the panel has no room."""
     right = 0
     if coordinates[0] == "data" and ha == "left" and not _has_room(panel, text, x):
         ha, right = "right", -3
@@ -201,7 +201,7 @@ def note(
 
 
 def _has_room(panel: Axes, text: str, x: float) -> bool:
-    """Return `True` if words that begin at `x` end inside the panel, whose size is known only about before drawing."""
+    """Return `True` if a text that begins at `x` fits in the panel, whose size before drawing is approximate."""
     place = panel.transAxes.inverted().transform(panel.transData.transform((x, panel.get_ylim()[0])))[0]
     inches = panel.get_position().width * panel.figure.get_figwidth()  # type: ignore[union-attr]
     return bool(inches * (1 - place) > LETTER * NOTE / 72 * len(text))
@@ -216,7 +216,7 @@ def note_trained_length(panel: Axes, results: Results) -> None:
 
 
 def dress(panel: Axes, results: Results) -> None:
-    """Draw the grid and the end of training, as in all panels of results."""
+    """Draw the grid and the line of the trained length, common to all panels of results."""
     trained = results.provenance.get("trained_length")
     if trained:
         panel.axvline(trained, color=INK, linewidth=1.0, linestyle=":", zorder=0)
@@ -225,7 +225,7 @@ def dress(panel: Axes, results: Results) -> None:
 
 
 def dress_axes(panel: Axes) -> None:
-    """Set fonts and colours, lines above the grid, and no frame where there is no axis."""
+    """Set fonts and colours, draw lines above the grid, and remove the top and right frame."""
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8.5, colors=INK)

@@ -1,6 +1,6 @@
 """Pictures: perplexity, gain, and passkeys by length; gain by position; models side by side; heat maps.
 
-Each is a PNG, 1800 pixels wide, that is replaced in one step.
+Each picture is a PNG, 1800 pixels wide, written atomically.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
 
     from ..evaluation import Results
 
-# Cividis rises evenly in lightness and looks the same to red-green colour-blind readers; the numbers say it again.
+# Cividis rises evenly in lightness and looks the same to red-green colour-blind readers. Numbers repeat each value.
 COLOUR_MAP = "cividis"
-DARK = 0.4  # below this accuracy the cell is dark, and its number white
+DARK = 0.4  # accuracy below which a cell is dark and its number white
 COLUMNS = 3
 
 
 def file_names(titles: Sequence[str]) -> list[str]:
-    """Return a unique part of a file name for each title."""
+    """Return a unique stem of a file name for each title."""
     plain = [re.sub(r"[^A-Za-z0-9.+-]+", "_", title).strip("_") for title in titles]
     return [f"{one}-{index + 1}" if plain.count(one) > 1 else one for index, one in enumerate(plain)]
 
 
 def heatmap_files(results: Results, prefix: str = "") -> dict[str, str]:
-    """Return the PNG of each method with retrieval results, by its shown name such as `"yarn x8"`."""
+    """Return the name of the heat map of each method with retrieval results, by its row name such as `"yarn x8"`."""
     names = list(dict.fromkeys(map(row_name, results.retrieval)))
     return {name: f"{prefix}retrieval_{plain}.png" for name, plain in zip(names, file_names(names), strict=True)}
 
@@ -67,12 +67,14 @@ def write_heatmaps(results: Results, directory: str | Path, prefix: str = "") ->
 def plot_heatmaps(
     rows: Sequence[Mapping[str, Any]], path: str | Path, *, trained_length: int | None = None, title: str | None = None
 ) -> None:
-    """Draw accuracy by depth and length to a PNG, a heat map for each task, of one model under one method.
+    """Draw the retrieval accuracy of one method by depth and length to a PNG, with a heat map per task.
 
-    Rows are those of [`retrieval`], in any order. A dotted line parts lengths above the trained one from the others.
+    Rows are those of [`retrieval`], in any order. A dotted line separates lengths up to the trained length from longer
+    ones.
 
     Raises:
-        InvalidParameterError: no rows, or two of the same task, length and depth (of two methods?).
+        InvalidParameterError: there are no rows, or two rows have the same task, length, and depth, for example
+            because they are of two methods.
     """
     cells = [(row["task"], row["length"], row["depth"]) for row in rows]
     if not rows or len(set(cells)) < len(cells):
@@ -99,7 +101,7 @@ def plot_heatmaps(
 
 
 def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], trained_length: int | None) -> Any:
-    """Draw one task: lengths to the right, depths downwards as in the text."""
+    """Draw the heat map of one task, with lengths to the right and depths downwards."""
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows}, key=lambda depth: depth or 0.0)
     grid = np.full((len(depths), len(lengths)), np.nan)
@@ -128,12 +130,15 @@ def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], trained_length: int | 
 
 
 ABREAST, WIDEST = 3, 28
-"""Models beside each other, more go below; and letters of a title that fit above one of them."""
+"""Maximum number of models in a row, and width in letters that the scheme below a title must stay under."""
 
 
 def plot_perplexity(results: Results, path: str | Path) -> None:
-    """Draw the perplexity of the second half of the text by length to a PNG, beside the truncation control, the gain
-    over that control, and passkey accuracy where it was measured."""
+    """Draw perplexity, gain, and passkey accuracy by length to a PNG.
+
+    The perplexity is that of the second half of the text, drawn with the truncation control. The panels of the gain
+    over the control and of passkeys are drawn only if these were measured.
+    """
     methods = by_method(results)
     has_passkey = any(row.get("passkey") is not None for row in results.rows)
     small = ([["gain"]] if control_rows(results) else []) + ([["passkey"]] if has_passkey else [])
@@ -162,8 +167,7 @@ def plot_perplexity(results: Results, path: str | Path) -> None:
 
 
 def plot_gain_by_position(results: Results, path: str | Path) -> None:
-    """Draw to a PNG where in the document the longer context pays: the gain over the control in sixteen stretches of
-    it."""
+    """Draw the gain over the control by position in the document to a PNG, in sixteen stretches."""
     longest = lengths_of(results)[-1]
     at_longest = [
         record for record in results.per_document if record["length"] == longest and record["position_nll_sums"]
@@ -196,21 +200,21 @@ def plot_gain_by_position(results: Results, path: str | Path) -> None:
 
 
 def plot_side_by_side(runs: Sequence[Results], titles: Sequence[str], path: str | Path) -> None:
-    """Draw a column for each run to a PNG: perplexity of the second half of the text by length above, gain below.
+    """Draw a column for each run to a PNG, with the tail perplexity by length above and the gain below.
 
-    Below each title go the scheme of its model and how that generalizes.
+    The tail is the second half of the text. Each title contains the scheme of the model and its generalization.
     """
     styles = method_styles(list(dict.fromkeys(name for run in runs for name in by_method(run))))
     columns = min(ABREAST, len(runs))
     blocks = -(-len(runs) // columns)
     figure = new_figure(5.4 * blocks)
-    # Gain rows share their scale, perplexity rows share theirs: what differs between models is what there is to see.
+    # All gain panels share one scale, and all perplexity panels another, which makes models comparable by eye.
     axes = figure.subplots(2 * blocks, columns, squeeze=False, height_ratios=[1.6, 1] * blocks)
     uppers, lowers = axes[::2].flatten(), axes[1::2].flatten()
     for upper, lower, run, title in zip(uppers, lowers, runs, titles, strict=False):
         draw_perplexity(upper, run, styles, "none, truncated to the trained length")
         draw_gain(lower, by_method(run), styles)
-        mark = legacy_mark(run).replace(": ", ":\n")  # three abreast leave no room for more
+        mark = legacy_mark(run).replace(": ", ":\n")  # a column of three has no room for one line
         scheme = scheme_name(run)
         scheme = scheme if len(scheme) < WIDEST else scheme.replace(": ", ":\n")
         upper.set_title(f"{title}\n{scheme}\n{mark}".rstrip())

@@ -1,4 +1,4 @@
-"""Reports of one or several comparisons: figures for machines, and tables, pictures, and text for people."""
+"""Reports of one or several comparisons: machine-readable figures, tables, pictures, and text."""
 
 from __future__ import annotations
 
@@ -45,30 +45,31 @@ METRICS = (
     ("gain", "gain", "Gain over the truncated context"),
     ("passkey", "accuracy", "Passkey retrieval"),
 )
-"""Key of a row, type and name of the metric."""
+"""Row key, metric type, and metric name of each value on the Hub."""
 
 
 def results_to_model_index(results: Results, dataset_name: str | None = None) -> list[EvalResult]:
-    """Convert rows to the Hub's form, which the card shows as evaluation results.
+    """Convert rows to the Hub's evaluation results, which model cards display.
 
-    Method, length and protocol are in the configuration and the arguments of the data set: the Hub groups results by
-    the former, and would otherwise take those of two lengths for one. What is missing or not finite is left out.
+    The dataset configuration contains method, factor, and length, because the Hub groups results by configuration and
+    would otherwise merge two lengths. The dataset arguments also contain the protocol. Missing and non-finite values
+    are left out.
 
-    [`push_results`] adds them to a card that is on the Hub, [`model_card`] puts them into a new one.
+    [`push_results`] adds the results to a card on the Hub. [`model_card`] puts them into a new card.
 
     Args:
-        results ([`Results`]): of a comparison or of one model.
-        dataset_name (`str`, *optional*): for readers; by default the recipe's name or the data set of the provenance.
+        results ([`Results`]): results of a comparison or of one model.
+        dataset_name (`str`, *optional*): display name, by default the recipe or dataset in the provenance.
 
     Returns:
-        `list[EvalResult]`: one for each row and metric.
+        `list[EvalResult]`: one entry per row and metric.
     """
     from huggingface_hub import EvalResult
 
     source = results.provenance
     dataset = source.get("dataset") or "text"
     if Path(dataset).is_absolute():
-        dataset = Path(dataset).name  # a card is public, and paths of a machine say who owns it
+        dataset = Path(dataset).name  # cards are public, and a local path can reveal a user name
     entries = []
     for row in results.rows:
         common: dict[str, Any] = {
@@ -95,17 +96,17 @@ def push_results(results: Results, repo_id: str, *, overwrite: bool = False, tok
     """Add results to the card of a model on the Hub, and keep the rest of the card.
 
     Args:
-        results ([`Results`]): of a comparison or of one model.
-        repo_id (`str`): `user/name`, of a model that has a card.
-        overwrite (`bool`, *optional*, defaults to `False`): replace values that the card has of the same measurement;
-            otherwise such a card is refused.
-        token (`str` or `bool`, *optional*): by default the one of `hf auth login`.
+        results ([`Results`]): results of a comparison or of one model.
+        repo_id (`str`): `user/name` of a model with a card.
+        overwrite (`bool`, *optional*, defaults to `False`): replace other values of the same measurement on the card
+            instead of raising an error.
+        token (`str` or `bool`, *optional*): Hub token, by default that of `hf auth login`.
 
     Returns:
         `str`: URL of the commit.
 
     Raises:
-        ValueError: the card has another value of the same measurement, and `overwrite` is not set.
+        ValueError: the card contains another value of the same measurement, and `overwrite` is `False`.
     """
     from huggingface_hub import metadata_update
     from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -127,31 +128,31 @@ MEASUREMENT = (
     "dtype",
     "chat",
 )
-"""Settings that are the same where two numbers are comparable."""
+"""Settings that two runs must share to be comparable."""
 
 SAME_RUN = ("model", "trained_length", *MEASUREMENT, "longppl")
 
 DOCUMENT = ("document", "method", "factor", "length")
 PROMPTS = ("method", "factor", "task", "length", "depth")
-"""Keys that tell the records of documents, and those of retrieval, apart."""
+"""Keys that identify a document record, and keys that identify a retrieval row."""
 
 R = TypeVar("R", bound=Record)
 
 AGREEMENT = 1e-6
-"""Relative difference of NLL that another machine, or another number of threads, may make (float32 sums)."""
+"""Relative difference of NLL allowed between machines or thread counts, because of float32 sums."""
 
 
 def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
-    """Join runs of one model that were measured in the same way, in order of first appearance.
+    """Join the runs of one model with the same settings, in order of first appearance.
 
-    A method that several of them measured (`none`, most often) is kept once, with all that any of them found. What was
-    left out is that of all of them, with the name of its run as `run` where not every run has left it out.
+    A method measured by several runs, most often `none`, is kept once, with the values of all of them. The omitted
+    documents of all runs are kept. An entry contains the name of its run as `run` unless every run omitted it.
 
     Args:
-        runs (`Mapping[str, Results]`): the runs by the name under which errors speak of them.
+        runs (`Mapping[str, Results]`): runs by the name used in error messages.
 
     Raises:
-        InvalidParameterError: a run without rows, or two that give the same method another NLL.
+        InvalidParameterError: a run has no rows, or two runs have different NLL or token counts for one method.
     """
     groups: dict[str, dict[str, Results]] = {}
     for name, run in runs.items():
@@ -163,7 +164,7 @@ def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
 
 
 def run_titles(runs: Sequence[Results]) -> list[str]:
-    """Return a short unique name for each run: the model, and its difference from other runs of that model."""
+    """Return a short unique name for each run: the model, and the settings that differ from its other runs."""
     models = [PurePath(str(run.provenance.get("model", "a model"))).name for run in runs]
     titles = []
     for run, model in zip(runs, models, strict=True):
@@ -177,7 +178,7 @@ def run_titles(runs: Sequence[Results]) -> list[str]:
 
 
 def differences(runs: Sequence[Results]) -> list[str]:
-    """Return a warning if runs of one table were measured in different ways; otherwise an empty text."""
+    """Return one warning if the settings of the runs differ; otherwise an empty list."""
     said = []
     for key in MEASUREMENT:
         values = {json.dumps(_setting(run, key), sort_keys=True): _told(run, key) for run in runs}
@@ -189,8 +190,8 @@ def differences(runs: Sequence[Results]) -> list[str]:
 def merged_grids(runs: Sequence[Results], titles: Sequence[str]) -> list[Grid]:
     """Return the grids of all runs, one per question, with the title of each run above its rows.
 
-    What happens inside the trained length comes first, also where the first run does not tell it; the other questions
-    stand in the order in which runs answer them.
+    The short-context check comes first, even if the first run does not contain it. The other grids follow in order of
+    first appearance.
     """
     questions: dict[str, list[tuple[str, Grid]]] = {}
     for run, title in zip(runs, titles, strict=True):
@@ -239,7 +240,7 @@ def _join(group: Mapping[str, Results]) -> Results:
 
 
 def _left_out(group: Mapping[str, Results]) -> list[dict[str, Any]]:
-    """List the documents that all runs left out once, and all others with the name of their run."""
+    """Return the omitted entries of all runs: once if all runs omitted them, otherwise with the name of the run."""
     by_run = {name: run.provenance.get("left_out") or [] for name, run in group.items()}
     told: list[dict[str, Any]] = []
     for name, entries in by_run.items():
@@ -257,12 +258,12 @@ def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _filled(row: R, other: Mapping[str, Any]) -> R:
-    """Fill the missing entries of a row (no passkeys, or no control) from another one."""
+    """Return a row with missing entries, such as passkeys or the control, filled from another row."""
     return type(row)(row, **{key: value for key, value in other.items() if row.get(key) is None})
 
 
 def _unique(records: Iterable[R], keys: Sequence[str]) -> list[R]:
-    """Return the records of all runs, without repeated values of the keys."""
+    """Return one record per value of the keys, with missing entries filled from its duplicates."""
     found: dict[Any, R] = {}
     for record in records:
         key = tuple(record[key] for key in keys)
@@ -277,7 +278,7 @@ def _setting(run: Results, key: str) -> Any:
 
 
 def _told(run: Results, key: str) -> str:
-    """Return a setting in a word; for the list of documents, their number."""
+    """Return a setting as a short text; for a list of documents, their number."""
     value = _setting(run, key)
     if key == "longppl" and value is not None:
         settings = (f"{name} {value[name]:g}" for name in ("alpha", "beta", "short_length") if name in value)
@@ -313,12 +314,15 @@ PROTOCOLS = {
 
 
 def write_report(results: Results, directory: str | Path) -> Path:
-    """Writes `results.json`, `results.csv`, `perplexity.png`, `gain_by_position.png` where there is a control,
-    `retrieval.csv` and a heat map for each method where retrieval was asked for, and `README.md`, each in one step.
+    """Write the report of one comparison to a directory.
+
+    The files are `README.md`, `results.json`, `results.csv`, and `perplexity.png`. If the results contain the control
+    by position, `gain_by_position.png` is added. If they contain retrieval, `retrieval.csv` and a heat map per method
+    are added. Each file is written atomically.
 
     Args:
-        results ([`~hf_posext.evaluation.Results`]): rows of one comparison; may be of a run that was interrupted.
-        directory (`str` or `Path`): made if it does not exist; files of those names are replaced.
+        results ([`~hf_posext.evaluation.Results`]): rows of one comparison, possibly of an interrupted run.
+        directory (`str` or `Path`): created if missing. Existing files of these names are replaced.
 
     Returns:
         `Path`: the `README.md`.
@@ -355,15 +359,15 @@ def render_report(results: Results) -> str:
 def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> Path:
     """Write several runs side by side: `README.md`, `perplexity.png`, and `results.csv` with all rows.
 
-    Runs of one model that were measured in the same way become one; all others stay apart, and the report says by
-    what they differ. What became one is written as [`write_report`] writes one: `results.json`,
-    `gain_by_position.png`, `retrieval.csv`, heat maps, whose names begin with that of the model where there are
-    several (`tiny-rope_results.json`). Where all became one, the `README.md` begins with its `model-index` and can be
-    the card of that model.
+    Runs of one model with the same settings are merged by [`merge_runs`]. All others stay separate, and the report
+    lists the settings in which they differ. For each merged run, `results.json`, `gain_by_position.png`,
+    `retrieval.csv`, and heat maps are written under the conditions of [`write_report`]. Their names begin with the
+    title of the run if there are several (`tiny-rope_results.json`). If a single run remains, the `README.md` begins
+    with its `model-index` and can serve as the model card.
 
     Args:
-        runs (`Mapping[str, Results]`): the runs by the name under which the report speaks of them (their file).
-        directory (`str` or `Path`): made if it does not exist; files of those names are replaced.
+        runs (`Mapping[str, Results]`): runs by the name used in the report, such as their file name.
+        directory (`str` or `Path`): created if missing. Existing files of these names are replaced.
 
     Returns:
         `Path`: the `README.md`.
@@ -405,7 +409,7 @@ def write_merged_report(runs: Mapping[str, Results], directory: str | Path) -> P
 
 
 def run_files(results: Results, prefix: str = "", title: str = "") -> dict[str, Any]:
-    """Write the files of one run in a report of several."""
+    """Return the names of the files of one run, with `None` for those that its results do not require."""
     return {
         "title": title,
         "results": f"{prefix}results.json",
@@ -417,7 +421,7 @@ def run_files(results: Results, prefix: str = "", title: str = "") -> dict[str, 
 
 def _write_run(results: Results, directory: Path, prefix: str = "") -> None:
     files = run_files(results, prefix)
-    results.save_json(directory / files["results"])  # first: it is what a full disk must not cost
+    results.save_json(directory / files["results"])  # first, so that a full disk cannot lose the results
     if files["positions"]:
         plot_gain_by_position(results, directory / files["positions"])
     if files["retrieval"]:
@@ -426,7 +430,7 @@ def _write_run(results: Results, directory: Path, prefix: str = "") -> None:
 
 
 def _front_matter(results: Results) -> str:
-    """Return the metadata of a model card for the Hub: its name and the measured values."""
+    """Return the YAML metadata of a Hub model card: the name of the model and the measured values."""
     from huggingface_hub import ModelCardData
 
     name = PurePath(str(results.provenance.get("model", "a model"))).name
@@ -454,7 +458,7 @@ def render_template(template: str, runs: Sequence[Results], **values: Any) -> st
 
 
 def has_positions(results: Results) -> bool:
-    """Return `True` if there is a control with sums by stretches of the document, of which the gain is drawn."""
+    """Return `True` if the control at the longest length has sums by position, which the gain plot requires."""
     longest = lengths_of(results)[-1]
     return any(
         record["method"] == CONTROL and record["length"] == longest and bool(record["position_nll_sums"])
@@ -474,8 +478,8 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    """Return a value as the text of one markdown cell."""
-    if isinstance(value, Mapping):  # of a list of them: {"document": "a", "tokens": 10} is "a: 10"
+    """Format a value as the text of one markdown cell."""
+    if isinstance(value, Mapping):  # an entry of a list: {"document": "a", "tokens": 10} becomes "a: 10"
         value = ": ".join(map(str, value.values()))
     elif isinstance(value, list | tuple):
         return ", ".join(map(_cell, value)) or NOTHING

@@ -1,7 +1,7 @@
 """Pictures of a diagnosis: the signal that encodes the position of a token, and the loss by position.
 
-One language in all of them: blue is what training has shown, orange what it has not. The figure of three panels has a
-column for each model, its signal above and its loss by position below.
+In all pictures blue marks positions or phases seen in training, and orange marks unseen ones. [`plot_classes`] draws a
+column for each model, with its signal above and its loss by position below.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..diagnosis import Diagnosis, Signal
 
 SHOWN, NEW = "#0072B2", "#D55E00"
-"""Okabe and Ito's blue and vermilion, which colour-blind readers tell apart."""
+"""Okabe and Ito's blue and vermilion, which colour-blind readers can distinguish."""
 
 MAPS = (
     LinearSegmentedColormap.from_list("shown", ["#FFFFFF", "#7FB8DA", SHOWN, "#00263D"]),
@@ -34,7 +34,7 @@ MAPS = (
 )
 ABREAST = 4
 TALLEST = 128
-"""Lines of a heat map at least: fewer channels are repeated, so that they keep sharp edges."""
+"""Minimum number of image rows of a heat map. Fewer channels are repeated, which keeps their edges sharp."""
 
 SHADES = {
     "learned": " (dark: large value)",
@@ -54,7 +54,7 @@ KINDS = {
 
 
 def plot_diagnosis(found: Diagnosis, path: str | Path) -> None:
-    """Draw the signal of one model, unpatched and under each method, above the loss by position if measured."""
+    """Draw the signal of one model, unpatched and with each method, above the loss by position if measured."""
     signals, measured = found.signals, "losses" in found.tables
     columns = min(ABREAST, max(1, len(signals)))
     rows = -(-len(signals) // columns)
@@ -89,19 +89,19 @@ def channel_label(signal: Signal) -> str:
 
 
 def draw_signal(panel: Axes, signal: Signal, found: Diagnosis) -> None:
-    """Draw channels downwards and tokens to the right, blue where seen in training, darker for larger values."""
+    """Draw a heat map of channels by tokens, in blue if seen in training, and darker for larger values."""
     values = signal.values
-    if signal.channel == "dimension":  # each has a size of its own
+    if signal.channel == "dimension":  # dimensions have different scales, so each is standardized
         shown = signal.at < (found.trained_length or found.target_length)
-        own = values[:, shown] if shown.sum() > 1 else values  # far from the target, one column holds all of them
+        own = values[:, shown] if shown.sum() > 1 else values  # a distant target leaves one column or none
         values = (values - np.nanmean(own, 1, keepdims=True)) / np.maximum(np.nanstd(own, 1, keepdims=True), 1e-12)
         values = values.clip(-2, 2)
-    elif found.scheme.kind == "alibi":  # the weight of an equal score, beside that of the nearest token
+    elif found.scheme.kind == "alibi":  # weight at an equal score, relative to the nearest token
         values = np.exp(values)
     low, high = np.nanmin(values), np.nanmax(values)
     share = (values - low) / max(high - low, 1e-12)
     image = np.where(signal.unseen[..., None], MAPS[1](share), MAPS[0](share))
-    image[np.isnan(values)] = (0.93, 0.93, 0.93, 1.0)  # no such row
+    image[np.isnan(values)] = (0.93, 0.93, 0.93, 1.0)  # positions without a value
     image = image.repeat(-(-TALLEST // len(image)), axis=0)
     extent = (0.0, float(found.target_length), float(len(signal.channels)), 0.0)
     panel.imshow(image, aspect="auto", interpolation="antialiased", extent=extent)
@@ -111,7 +111,7 @@ def draw_signal(panel: Axes, signal: Signal, found: Diagnosis) -> None:
 
 
 def draw_losses(panel: Axes, found: Diagnosis) -> None:
-    """Draw the loss by position of the unpatched model, of its level, and of each measured method."""
+    """Draw the loss by position of the unpatched model, its short-context baseline, and each measured method."""
     lines = found.tables["losses"]
     level = f"last {found.provenance['context']} tokens"
     methods = [name for name in dict.fromkeys(lines.curve) if name not in ("none", level)]
@@ -138,7 +138,7 @@ def draw_losses(panel: Axes, found: Diagnosis) -> None:
 
 
 def dress(panel: Axes, found: Diagnosis) -> None:
-    """Set ticks at multiples of the trained length, and mark its end."""
+    """Set ticks at multiples of the trained length if they fit, and mark the trained length."""
     trained, target = found.trained_length, found.target_length
     if trained and target <= 6 * trained:
         panel.xaxis.set_major_locator(FixedLocator(list(range(0, target + trained // 8, trained))))
@@ -166,33 +166,32 @@ def legend(figure: Figure, handles: list[Any]) -> None:
 
 CLASSES = {"none": "No generalization", "extrapolation": "Extrapolation", "interpolation": "Interpolation"}
 MODELS_ABREAST = 3
-"""Models beside each other; more go below."""
+"""Maximum number of models in a row."""
 
 LINES = 3
-"""Channels that are drawn of each signal."""
+"""Number of channels drawn of each signal, except for signals by head."""
 
 SHARES = (0.8, 0.35, 0.15)
-"""About how often the rotary pairs that are drawn turn within the trained length: less than once, or they would not
-break."""
+"""Approximate rotations of the drawn rotary pairs within the trained length. Full rotations leave no unseen phase."""
 
 SLOWEST = 4
-"""Turns of a wave within the trained length, at least: slower ones are trends."""
+"""Minimum number of cycles of a wave within the trained length. Slower waves count as trends."""
 
 WAVES = 6
-"""Turns of a table's waves that are drawn on either side of the trained length."""
+"""Number of cycles of a table's waves drawn on either side of the trained length."""
 
 LOWEST = -32.0
-"""Nats below which a bias is out of the picture: e to that power is nothing."""
+"""Lower end of the axis of ALiBi biases, in nats. The weight `exp(-32)` is negligible."""
 
 
 def plot_classes(runs: Sequence[Diagnosis], path: str | Path) -> None:
     """Draw a column for each model to a PNG: its position signal past the trained length, and its loss.
 
-    Three models make the textbook's figure. Those without positions that can be drawn are left out. A rotary model
-    that has been diagnosed with a method has the phases of that method beside its own.
+    Three models reproduce the textbook figure. Models without a signal are left out. If a rotary model was diagnosed
+    with a method, the phases under the first method are drawn dashed.
 
     Raises:
-        InvalidParameterError: the target is so long that a table's trained rows are fewer than ten columns.
+        InvalidParameterError: the target is too long to draw the trained rows of a table in ten columns or more.
     """
     runs = [found for found in runs if found.signals]
     measured = ["losses" in found.tables for found in runs]
@@ -227,7 +226,7 @@ def plot_classes(runs: Sequence[Diagnosis], path: str | Path) -> None:
 
 
 def draw_class(panel: Axes, found: Diagnosis) -> None:
-    """Draw a few channels of the signal as lines."""
+    """Draw a few channels of the signal as lines, or all of them if the channels are heads."""
     signal = found.signals[0]
     panel.set_title(CLASSES[found.generalization], pad=18)
     named = f"{Path(found.model).name}, {KINDS[found.scheme.kind]}"
@@ -261,16 +260,16 @@ def draw_class(panel: Axes, found: Diagnosis) -> None:
 
 
 def _line(panel: Axes, signal: Signal, line: int, place: int = 0, scale: float = 1.0, **style: Any) -> None:
-    """Draw one channel, blue as far as seen in training."""
+    """Draw one channel, in blue if seen in training and in orange otherwise."""
     values, new = signal.values[line] / scale - place, signal.unseen[line]
     for wanted, colour in ((False, SHOWN), (True, NEW)):
         inside = new == wanted
-        inside[:-1] |= inside[1:]  # the two colours meet
+        inside[:-1] |= inside[1:]  # overlap by one column, so that the colours meet
         panel.plot(signal.at, np.where(inside, values, np.nan), color=colour, **{"linewidth": 1.4, **style})
 
 
 def _slow_pairs(found: Diagnosis) -> list[int]:
-    if "frequencies" not in found.tables:  # nothing tells the trained length
+    if "frequencies" not in found.tables:  # the trained length is unknown
         count = len(found.signals[0].channels)
         return [round(share * (count - 1)) for share in (0.3, 0.5, 0.7)]
     lines = found.tables["frequencies"]
@@ -279,7 +278,7 @@ def _slow_pairs(found: Diagnosis) -> list[int]:
 
 
 def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
-    """Return the dimensions with the most power at one frequency, to which the panel is zoomed."""
+    """Return the dimensions with the largest share of power at one frequency, and zoom the panel to their waves."""
     rows = signal.values[:, signal.at < trained]
     if rows.shape[1] < 2 * (SLOWEST + 1):
         raise InvalidParameterError(
@@ -287,7 +286,7 @@ def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
             f"{rows.shape[1]} of its {len(signal.at)} columns. Pass a shorter target_length, as {32 * trained}."
         )
     steps = np.vander(np.linspace(-1, 1, rows.shape[1]), 3)
-    rows = rows - (steps @ np.linalg.lstsq(steps, rows.T, rcond=None)[0]).T  # without its trend
+    rows = rows - (steps @ np.linalg.lstsq(steps, rows.T, rcond=None)[0]).T  # subtract the quadratic trend
     power = np.abs(np.fft.rfft(rows * np.hanning(rows.shape[1]), axis=1)) ** 2
     peaks = (power[:, :-2] + power[:, 1:-1] + power[:, 2:])[:, SLOWEST - 1 :]
     chosen = np.argsort(-peaks.max(1) / np.maximum(power.sum(1), 1e-30))[:LINES]
@@ -298,7 +297,7 @@ def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
 
 
 def _name_methods(panel: Axes, found: Diagnosis) -> None:
-    """Label the line of each method, because models have different methods."""
+    """Label the line of each method in the panel, because models have different methods."""
     lines = found.tables["losses"]
     styles = method_styles([signal.method for signal in found.signals[1:]])
     for signal in found.signals[1:]:

@@ -1,9 +1,8 @@
 """Results as text: grids for terminal and markdown, and a sentence per method.
 
-A *grid* is one question asked of every method at every length: how high is the perplexity, does the longer context
-pay (`gain`), are passkeys found. The truncation control is a row of the first grid: the same tokens, scored by the
-unpatched model with its context cut to the trained length. Names, labels and commands from outside are shown as they
-are, and mark up nothing.
+A *grid* contains one quantity for every method at every length, such as perplexity, gain, or passkeys. The truncation
+control is a row of the perplexity grid: the same tokens, scored by the unpatched model with its context cut to the
+trained length. Untrusted names, labels, and commands are escaped.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ if TYPE_CHECKING:
 
 NOTHING = "-"
 SHORT_CONTEXT = "Short-context check"
-"""Beginning of the title of the table to look at first."""
+"""Beginning of the title of the first table."""
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Table of one question, answered for every method at every length.
+    """Table of one quantity for every method at every length.
 
-    A row without cells is the heading of those below it. Reports say `remark` below the grid.
+    A row without cells is the heading of the rows below it. Reports print `remark` below the grid.
     """
 
     title: str
@@ -58,12 +57,12 @@ def scheme_name(results: Results) -> str:
 
 
 def row_name(row: Row) -> str:
-    """Return the shown name of a row: the method, and its factor unless that is 1 (`"yarn x8"`)."""
+    """Return the display name of a row: the method, and its factor unless that is 1 (`"yarn x8"`)."""
     return title(row["method"], row["factor"])
 
 
 def by_method(results: Results) -> dict[str, dict[int, Row]]:
-    """Group the rows by shown name in order of measurement, each in ascending order of length."""
+    """Group the rows by display name in order of measurement, each in ascending order of length."""
     methods: dict[str, dict[int, Row]] = {}
     for row in results.rows:
         methods.setdefault(row_name(row), {})[row["length"]] = row
@@ -76,13 +75,13 @@ def lengths_of(results: Results) -> tuple[int, ...]:
 
 
 def legacy_mark(results: Results) -> str:
-    """Return the mark of numbers of a legacy protocol; empty for other protocols."""
+    """Return the mark for numbers of legacy protocols; an empty text for other protocols."""
     names = dict.fromkeys(row["protocol"] for row in results.rows if is_legacy(row["protocol"]))
     return f"({', '.join(names)}: a published average, not per token)" if names else ""
 
 
 def control_rows(results: Results) -> dict[int, Row]:
-    """Return a row with the control by length. The control is the same for every method."""
+    """Return one row per length that contains the control, which is the same for every method."""
     found = {row["length"]: row for row in results.rows if row.get("perplexity_truncated_tail") is not None}
     return dict(sorted(found.items()))
 
@@ -94,7 +93,7 @@ def control_name(results: Results) -> str:
 
 
 def format_perplexity(value: float | None) -> str:
-    """Format with three significant digits, or more if a whole number has more."""
+    """Format a perplexity with two decimals below 10, one below 100, none below a million, and as `1.2e+06` above."""
     if value is None:
         return NOTHING
     if value >= 1e6:
@@ -103,13 +102,13 @@ def format_perplexity(value: float | None) -> str:
 
 
 def finite_interval(row: Row, key: str) -> tuple[float, float] | None:
-    """Return the interval of a row if both ends are finite (JSON has `None` for infinity), else `None`."""
+    """Return the interval of a row, or `None` unless both ends are finite (JSON contains `None` for infinity)."""
     ends = [end for end in row.get(key) or () if end is not None and math.isfinite(end)]
     return (ends[0], ends[1]) if len(ends) == 2 else None
 
 
 def format_interval(interval: Sequence[float] | None) -> str:
-    """Format a 95 % interval of a ratio as `" [0.87, 0.91]"`, or as an empty text."""
+    """Format a 95 % interval of a ratio as `" [0.87, 0.91]"`; `None` as an empty text."""
     return "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
@@ -123,13 +122,13 @@ def format_change(row: Row) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """Return notes on gaps of the tables: omitted methods, and a short-context check that was impossible."""
+    """Return notes on gaps in the tables: omitted methods and documents, and checks without a result."""
     refusals = by_reason(results.provenance.get("not_applicable") or {})
     said = [f"Left out: {', '.join(names)} ({reason})." for reason, names in refusals.items()]
     for entry in results.provenance.get("left_out") or ():
-        if "reason" in entry:  # the others are too short, and stand in the provenance
-            kind, name = next(iter(entry.items()))  # a document, or what was asked of a method
-            where = f" in {entry['run']}" if "run" in entry else ""  # of runs that were merged
+        if "reason" in entry:  # entries without a reason are too short, and are listed in the provenance
+            kind, name = next(iter(entry.items()))  # a document, or a task of a method
+            where = f" in {entry['run']}" if "run" in entry else ""  # only in merged runs
             said.append(f"Left out: {kind} {name}{where} ({entry['reason']}).")
     trained = results.provenance.get("trained_length")
     if trained and not results.short_context() and any(row["method"] != "none" for row in results.rows):
@@ -219,7 +218,7 @@ def _passkey_intervals(methods: Mapping[str, Mapping[int, Row]], length: int) ->
 
 
 def _intervals(shares: Mapping[str, tuple[float, int]], length: int) -> str:
-    """Return the 95 % interval of each share in words; empty without shares."""
+    """Return a sentence with the 95 % interval of each share; an empty text without shares."""
     said = []
     for name, (share, trials) in shares.items():
         low, high = share_interval(share, trials)
@@ -233,8 +232,11 @@ def _share(accuracies: list[float | None] | None) -> str:
 
 
 def grids(results: Results) -> list[Grid]:
-    """Every question the results can answer: first what happens inside the trained length, then perplexity at every
-    length, then gain, LongPPL, passkeys, retrieval and bits per byte where they were measured."""
+    """Return the grids of all measured quantities.
+
+    The order is short-context check, perplexity, gain, LongPPL, passkeys, retrieval, and bits per byte. Only the
+    perplexity is always present.
+    """
     lengths, methods, control = lengths_of(results), by_method(results), control_rows(results)
     mark = legacy_mark(results)
 
@@ -253,7 +255,7 @@ def grids(results: Results) -> list[Grid]:
         title = f"{SHORT_CONTEXT}: change of perplexity inside the trained length {mark}".rstrip()
         answers.insert(0, Grid(title, (short_context[0]["length"],), changes))
     if control:
-        # The interval stands at the longest length only: four of them do not fit 80 columns.
+        # Only the longest length has an interval, because four intervals do not fit in 80 columns.
         gain = rows_of(lambda row: _gain_cell(row, with_interval=row is not None and row["length"] == lengths[-1]))
         title = f"Gain over truncation{f' {mark}' if mark else ', second half'} (above 1: the longer context pays)"
         answers.append(Grid(title, lengths, gain))
@@ -279,13 +281,13 @@ def markdown_table(grid: Grid) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# A quarter more perplexity than at the shortest length (against the control, or by itself where there is none) is
-# what these sentences call broken: past it the curves of all methods that we measured rise steeply.
+# A method counts as broken once its perplexity exceeds that of the shortest length by a quarter, relative to the
+# control if there is one. Above this value, the curves of all measured methods rise steeply.
 TOLERANCE = 1.25
 
 
 def describe_methods(results: Results) -> list[str]:
-    """Return one sentence per method: its reach, its cost, its gain, and passkeys."""
+    """Return one sentence per method: its reach, its cost inside the trained length, its gain, and its passkeys."""
     methods = by_method(results)
     control = control_rows(results)
     trained_length = results.provenance.get("trained_length") or 0
@@ -310,7 +312,7 @@ def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row], tr
 
 
 def _levels(rows: Mapping[int, Row], control: Mapping[int, Row]) -> dict[int, float]:
-    """Return the tail perplexity by length, divided by the control's if all lengths have one."""
+    """Return the tail perplexity by length, divided by the control's if every length has a control."""
     tails = {length: row["perplexity_tail"] for length, row in rows.items() if row.get("perplexity_tail") is not None}
     if all(length in control for length in tails):
         return {length: tail / control[length]["perplexity_truncated_tail"] for length, tail in tails.items()}
@@ -358,15 +360,15 @@ def _against_truncation(row: Row) -> str:
 
 
 WIDTH = 80
-# Room for "theta x128" or "truncated to 131072"; a longer name is folded over two lines.
+# Room for "theta x128" or "truncated to 131072". Longer names are folded.
 NAME_WIDTH = 20
-GAP = 3  # spaces between columns, one of which is the rule that rich's box leaves blank
+GAP = 3  # spaces between columns, including the rule that rich's box leaves blank
 HEAD = "tokens"
-"""Head over the names; it tells what the heads of the other columns are."""
+"""Heading of the column of names, which is the unit of the other headings."""
 
 
 def _plain(text: str) -> str:
-    """Return an untrusted text without effect on the terminal and rich's markup."""
+    """Return an untrusted text with terminal control characters and rich's markup escaped."""
     return escape(visible(text))
 
 
