@@ -1,4 +1,4 @@
-"""One writer for each output: the files of a run, and the lock that refuses a second writer."""
+"""Journal files of a run, and the lock that refuses a second writer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class WriterLock:
     """Lock on the journal of a run and the report beside it, for as long as this object lives.
 
-    Each process of a run holds the lock of its own file. Process 0 also holds the locks of files that an earlier run
-    has left, because one of its processes may have outlived its launcher. The operating system releases a lock when
-    its process ends, however it ends. The same thread may take a lock several times, as the command line does around
-    the journal. On a file system without locks a warning is logged, and the journal watches the size of its file.
+    Each process of a run holds the lock of its own file. Process 0 also holds the locks of other files from an earlier
+    run, because a process of that run may have outlived its launcher. The operating system releases a lock when its
+    process ends, even after a crash. One thread may acquire a lock several times, as the command line does around the
+    journal. On a file system without locks a warning is logged, and the journal watches the size of its file.
 
     Args:
         path (`str` or `Path`): file of process 0.
@@ -57,12 +57,12 @@ class WriterLock:
                 f"{file} is being written by another run. Wait until it has ended, or pass another --output (in "
                 "Python, journal=)."
             ) from error
-        except OSError as error:  # a folder that cannot be written is refused by the first write
+        except OSError as error:  # the first write reports a folder that is not writable
             if error.errno in NO_LOCKS:
                 logger.warning("%s cannot be locked: %s. Start no other run on it.", path, error.strerror)
 
     def release(self) -> None:
-        """Release the lock. No lock file is left, and no empty directory that was created for it."""
+        """Release the lock, and delete its lock files and the empty directories created for it."""
         for lock, first in reversed(self._locks):
             if first:  # deleted under the lock: a waiting process sees that its file is gone, and creates a new one
                 with suppress(OSError):  # the directory is gone

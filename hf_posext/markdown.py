@@ -1,4 +1,4 @@
-"""Markdown with names, labels and commands from outside: they are shown as they are, and mark up nothing."""
+"""Markdown with untrusted names, labels, and commands, which are shown literally and add no markup."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from .visible import visible
 
 
 def render(template: str, room: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
-    """Fill in a template. Values from outside pass through one of the filters `text`, `alt`, `code`, `console`, and
-    `literal`, a string of Python.
+    """Return a filled-in template.
+
+    In the template, untrusted values go through one of the filters `text`, `alt`, `code`, `console`, or `literal` (a
+    quoted string for Python code).
 
     Args:
-        template (`str`): name of the file.
-        room (`str`): package that contains it.
-        filters (`Mapping[str, Callable]`, *optional*): more filters.
-        values: of the template.
+        template (`str`): file name of the template.
+        room (`str`): package that contains the template.
+        filters (`Mapping[str, Callable]`, *optional*): additional filters.
+        values: values of the template's variables.
     """
     environment = Environment(loader=PackageLoader(room, "."), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters.update(text=inline, alt=alt, code=code, console=console, literal=_literal, **(filters or {}))
@@ -28,25 +30,25 @@ def render(template: str, room: str, filters: Mapping[str, Callable[..., Any]] |
 
 
 def inline(text: str) -> str:
-    """Text on one line that opens no HTML tag, no link and no picture."""
+    """Return a text on one line, escaped to open no HTML tag, link, or image."""
     plain = visible(" ".join(text.split()))
     plain = re.sub(r"&(?=#?\w+;)", "&amp;", plain)
     plain = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", plain)
-    return re.sub(r"\](?=[(\[:])", "&#93;", plain)  # not a backslash, which another one before it would undo
+    return re.sub(r"\](?=[(\[:])", "&#93;", plain)  # not a backslash, because a preceding backslash would cancel it
 
 
 def cell(text: str) -> str:
-    """Text of a cell of a table: its pipes end no cell."""
+    """Return a text for a table cell, with its pipes escaped."""
     return re.sub(r"\\*\|", lambda match: "&#92;" * (len(match[0]) - 1) + r"\|", inline(text))
 
 
 def alt(text: str) -> str:
-    """Description of a picture: its brackets do not end it."""
+    """Return the alternative text of an image, with its brackets escaped."""
     return inline(text).replace("[", "&#91;").replace("]", "&#93;")
 
 
 def code(text: str) -> str:
-    """Text between backticks, more of them than it has."""
+    """Return a text as inline code, fenced by more backticks than any run of them in the text."""
     plain = visible(" ".join(text.split()))
     fence = "`" * (_longest_run(plain) + 1)
     pad = " " if plain.startswith("`") or plain.endswith("`") else ""
@@ -54,7 +56,7 @@ def code(text: str) -> str:
 
 
 def console(command: str) -> str:
-    """A block of commands, between fences that none of its lines ends."""
+    """Return commands as a console block, with a fence longer than any run of backticks in them."""
     fence = "`" * max(3, _longest_run(command) + 1)
     return f"{fence}console\n{visible(command)}\n{fence}"
 

@@ -1,4 +1,4 @@
-"""Text from outside (names, labels, commands of a file) made safe to print in a terminal, a CSV file or HTML."""
+"""Escaping of untrusted text (names, labels, commands in files) for terminals, CSV files, and HTML."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-# C0 and C1 without tab and line feed, line separators, and the controls that reorder text (U+202A and so on).
+# C0 and C1 except for tab and line feed, line separators, and the controls that reorder text (U+202A and so on).
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _FORMULA = ("=", "+", "-", "@")
 
 
 def visible(text: str) -> str:
-    r"""Show the control characters of a text: the escape character becomes `\x1b`. Tabs and line feeds stay."""
+    r"""Return a text with visible control characters: escape becomes `\x1b`. Tabs and line feeds are kept."""
     return _CONTROLS.sub(lambda match: _escape(ord(match[0])), text)
 
 
@@ -24,7 +24,7 @@ def _escape(point: int) -> str:
 def csv_cell(value: Any) -> Any:
     """Return a value as a cell of a CSV file.
 
-    A text that a spreadsheet would compute (`=1+1`) gets an apostrophe in front. Numbers stay as they are.
+    A text that a spreadsheet would evaluate (`=1+1`) gets a leading apostrophe. Numbers are unchanged.
     """
     if not isinstance(value, str):
         return value
@@ -33,6 +33,6 @@ def csv_cell(value: Any) -> Any:
 
 
 def html_table(facts: Mapping[str, str]) -> str:
-    """Return facts as an HTML table with a row for each, for `_repr_html_` in notebooks."""
+    """Return facts as an HTML table with one row per fact, for `_repr_html_` in notebooks."""
     rows = (f"<tr><th>{escape(name)}</th><td>{escape(visible(value))}</td></tr>" for name, value in facts.items())
     return f"<table>{''.join(rows)}</table>"

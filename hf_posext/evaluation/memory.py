@@ -1,8 +1,8 @@
 """Long texts in limited memory: lengths at which positions change, smaller batches, and chunks with a KV cache.
 
-What a chunk needs for its activations is free again before the next one comes, so that the longest text is bounded by
-the cache. Every token attends to the same keys as in one forward over the whole text; values differ by the rounding of
-products of other shapes.
+The activations of a chunk are freed before the next chunk starts, so the KV cache bounds the longest text. Every token
+attends to the same keys as in one forward over the whole text. Values differ only by rounding, because matrix products
+have other shapes.
 """
 
 from __future__ import annotations
@@ -33,24 +33,23 @@ class Boundaries:
     """Input lengths at which the positions of a model change.
 
     Args:
-        switches (`tuple[int, ...]`): lengths in tokens, ascending; longer inputs have other frequencies (LongRoPE with
-            two lists: its trained length).
-        dynamic (`bool`): whether every length has its own (dynamic NTK).
+        switches (`tuple[int, ...]`, *optional*, defaults to `()`): lengths in tokens, ascending. Longer inputs have
+            other frequencies (LongRoPE with two lists: its trained length).
+        dynamic (`bool`, *optional*, defaults to `False`): whether every length has its own frequencies (dynamic NTK).
     """
 
     switches: tuple[int, ...] = ()
     dynamic: bool = False
 
     def groups(self, lengths: list[int]) -> list[list[int]]:
-        """Group lengths with equal positions, so that one forward at the longest gives all of them."""
+        """Group lengths with equal positions. One forward at the longest length covers its group."""
         if self.dynamic:
             return [[length] for length in lengths]
         return [list(group) for _, group in itertools.groupby(lengths, lambda n: bisect_left(self.switches, n))]
 
 
 def boundaries_of(scheme: PositionalScheme, plan: ExtensionPlan | None) -> Boundaries:
-    """The boundaries of a model; sets of frequencies that the plan does not change stay as the model came with
-    them."""
+    """Return the boundaries of a model under a plan. Frequencies outside the plan are those of the checkpoint."""
     planned = plan.rotaries if plan is not None else ()
     changed = {entry.name for entry in planned}
     shipped = [rotary for rotary in scheme.rotaries if rotary.name not in changed]
@@ -66,10 +65,10 @@ def boundaries_of(scheme: PositionalScheme, plan: ExtensionPlan | None) -> Bound
 
 
 def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int) -> None:
-    """Refuse lengths past the end of a table: there is nothing to read there, and a GPU would abort.
+    """Check that no length exceeds the position table. A GPU aborts on an index past its end.
 
     Raises:
-        InvalidParameterError: the table, as it is or extended by the plan, is shorter than `longest`.
+        InvalidParameterError: the table, extended by the plan if there is one, is shorter than `longest`.
     """
     rows = scheme.shipped_length if plan is None or plan.changes_nothing else plan.target_length
     if scheme.ends and rows is not None and longest > rows:
@@ -84,14 +83,14 @@ logger = logging.getLogger(__name__)
 
 
 def ran_out(error: Exception) -> bool:
-    """Return `True` if an error says that memory has run out, on whichever device."""
+    """Return `True` if an error is an out-of-memory error of any device."""
     return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
 
 
 def halved(what: str, amount: int, reason: str) -> int:
-    """Return half of an amount, after logging it and emptying the device's memory cache.
+    """Return half of `amount`, after logging it and emptying the device's memory cache.
 
-    To be called where the error is out of scope: its frames hold the tensors that did not fit.
+    Call it when the error is out of scope, because its frames hold the tensors that did not fit.
     """
     clear_device_cache(garbage_collection=True)
     logger.warning("out of memory, so %s go from %d to %d: %s", what, amount, amount // 2, reason)
@@ -101,8 +100,7 @@ def halved(what: str, amount: int, reason: str) -> int:
 class Part:
     """Slice of a range. Inside `with part:`, an out-of-memory error ends only the block and is recorded.
 
-    Where fewer items cannot be tried (`gives_way`), the error passes. `reason` is what the error said, once memory has
-    run out.
+    `reason` is the first line of that error. Without `gives_way` the error propagates.
     """
 
     def __init__(self, begin: int, end: int, gives_way: bool) -> None:
@@ -111,12 +109,12 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Return the number of items."""
+        """Number of items."""
         return self.end - self.begin
 
     @property
     def items(self) -> slice:
-        """Return the items as an index."""
+        """Items as an index."""
         return slice(self.begin, self.end)
 
     def __enter__(self) -> Self:
@@ -125,7 +123,7 @@ class Part:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if not self.gives_way or not isinstance(error, RuntimeError) or not ran_out(error):
             return False
-        self.reason = first_line(error)  # and not the error: its frames hold the tensors that did not fit
+        self.reason = first_line(error)  # not the error itself: its frames hold the tensors that did not fit
         return True
 
 
@@ -134,12 +132,12 @@ class Room:
 
     ```python
     for part in room.parts(range(len(rows)), cost=length):
-        with part:  # again, for a shorter part, where memory runs out
+        with part:  # repeated with a shorter part if memory runs out
             out[part.items] = work(rows[part.items])
     ```
 
-    `amount` fits at once, in units that items cost; it is halved where memory runs out, and so it stays. Without
-    `gives_way` that error passes.
+    `amount` is the total cost of the items that fit at once. It is halved when memory runs out, and stays halved.
+    Without `gives_way` out-of-memory errors propagate.
     """
 
     def __init__(self, what: str, amount: int, gives_way: bool = True) -> None:
@@ -148,10 +146,10 @@ class Room:
         self.gives_way = gives_way
 
     def parts(self, items: range, cost: int, otherwise: Callable[[str], None] | None = None) -> Iterator[Part]:
-        """Yield the batches of a range in order. A batch that ran out of memory is repeated, halved.
+        """Yield the batches of a range in order. A batch that ran out of memory is repeated with half its items.
 
-        Where a single item does not fit, `otherwise` makes room in another way, given what the error said, or raises.
-        Without it that error passes.
+        If a single item does not fit, `otherwise` is called with the first line of the error. It frees memory by other
+        means, or raises. Without `otherwise` the error propagates.
         """
         begin = items.start
         while begin < items.stop:
@@ -169,11 +167,11 @@ class Room:
 NO_CACHE = "it has no cache that goes from one forward to the next"
 
 SMALLEST_CHUNK = 64
-"""Tokens; shorter chunks free next to nothing, so that where this one does not fit the cache does not."""
+"""Tokens in the shortest chunk. Shorter chunks save almost no memory. If it does not fit, the cache is too large."""
 
 
 class Chunk(NamedTuple):
-    """Tokens `begin` to `end` of a text, and the model's output for them."""
+    """Tokens `begin` to `end` (exclusive) of a text, and the model's output for them."""
 
     begin: int
     end: int
@@ -183,8 +181,8 @@ class Chunk(NamedTuple):
 def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[int, int]]:
     """Return the bounds of the chunks of a text of `length` tokens.
 
-    LongRoPE with two lists chooses one of them by the last position that a forward sees. The first chunk of a text
-    that is longer than the trained length goes beyond that, so that all chunks have the same list.
+    LongRoPE with two lists of frequencies chooses one by the last position in a forward. If a text is longer than the
+    trained length, its first chunk also is, so all chunks use the same list.
     """
     first = max([chunk, *(switch + 1 for switch in boundaries.switches if switch < length)])
     ends = [*range(min(first, length), length, chunk), length]
@@ -194,11 +192,12 @@ def chunk_bounds(length: int, chunk: int, boundaries: Boundaries) -> list[tuple[
 class Prefill:
     """Reader of texts with one model, in chunks of `chunk` tokens if requested.
 
-    With each patch it is checked, on a prefix of 16 tokens, that chunks give the logits of a whole forward.
+    For each patch, a prefix of 16 tokens is read both ways to check that chunks reproduce the logits of a full
+    forward.
 
     Raises:
-        InvalidParameterError: the cache is to be offloaded from a device that is not CUDA.
-        UnsupportedModelError: a model without a cache is to read in chunks.
+        InvalidParameterError: `offload_cache` and the model is not on a CUDA device.
+        UnsupportedModelError: `chunk` and the model has no cache.
     """
 
     def __init__(self, model: Any, chunk: int | None, offload_cache: bool) -> None:
@@ -206,7 +205,7 @@ class Prefill:
         self.chunk = chunk
         self.asked = chunk is not None
         self.offload_cache = offload_cache
-        self._checked: tuple[Any, Boundaries, str | None] | None = None  # with which patch, and what was found
+        self._checked: tuple[Any, Boundaries, str | None] | None = None  # the checked patch and the result
         if chunk is not None and cache_argument(type(model).forward) is None:
             raise UnsupportedModelError(self._refusal(NO_CACHE))
         if offload_cache and model.device.type != "cuda":
@@ -219,7 +218,7 @@ class Prefill:
         """Yield the chunks of a batch of texts `(batch, length)` in order.
 
         Raises:
-            UnsupportedModelError: the model, as it is patched now, gives other logits in chunks.
+            UnsupportedModelError: with its current patch the model returns other logits in chunks.
         """
         length = input_ids.shape[1]
         if self.chunk is not None and self.chunk < length:
@@ -232,10 +231,10 @@ class Prefill:
         yield Chunk(0, length, head.read(input_ids, use_cache=False))
 
     def shorten(self, input_ids: torch.Tensor, reason: str) -> None:
-        """Read in chunks half as long from now on, since these did not fit.
+        """Halve the chunks from now on, because the current ones did not fit.
 
         Raises:
-            OutOfMemoryError: shorter ones would not help, or the model cannot read in chunks.
+            OutOfMemoryError: shorter chunks would not help, or the model cannot read in chunks.
         """
         length = input_ids.shape[1]
         chunk = min(self.chunk or length, length)
@@ -257,11 +256,10 @@ class Prefill:
             yield Chunk(begin, end, read)
             cache = cache_of(read.output)
             if self.offload_cache:
-                torch.cuda.synchronize()  # transformers 5.10 fetches keys without waiting until they are put away
+                torch.cuda.synchronize()  # transformers 5.10 prefetches keys before their offloading has finished
 
     def _check(self, input_ids: torch.Tensor) -> tuple[Boundaries, str | None]:
-        """Return the position boundaries, and the reason why the model cannot read in chunks under its present
-        patch."""
+        """Return the boundaries, and the reason why the currently patched model cannot read in chunks, or `None`."""
         patch = find_patch(self.model)
         if self._checked is None or self._checked[0] is not patch:
             scheme, plan = detect_scheme(self.model), None if patch is None else patch.plan
@@ -289,8 +287,10 @@ class Prefill:
 
 
 def prefill_obstacle(scheme: PositionalScheme, plan: ExtensionPlan | None) -> str | None:
-    """Reason why a model with a plan in force, or without one, would give other values in chunks; `None` if none is
-    known: the positions of every token follow the length of the input (dynamic NTK, dynamic YaRN)."""
+    """Return the known reason why chunks would change a model's values under a plan, or `None`.
+
+    The reason is that the positions of every token follow the length of the input (dynamic NTK, dynamic YaRN).
+    """
     if not boundaries_of(scheme, plan).dynamic:
         return None
     what = scheme.model_type if plan is None or plan.changes_nothing else plan.method
@@ -298,10 +298,10 @@ def prefill_obstacle(scheme: PositionalScheme, plan: ExtensionPlan | None) -> st
 
 
 def check_prefill(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int, chunk: int | None) -> None:
-    """Refuse chunks that are known to give other values, before anything long begins.
+    """Check, before any long work, that chunks are not known to change values.
 
     Raises:
-        InvalidParameterError: the longest text would be read in chunks, and there is an obstacle to them.
+        InvalidParameterError: the longest text would be read in chunks, and [`prefill_obstacle`] returns a reason.
     """
     obstacle = prefill_obstacle(scheme, plan)
     if chunk is not None and chunk < longest and obstacle is not None:

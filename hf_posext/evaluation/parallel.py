@@ -1,9 +1,9 @@
 """Several processes: whole documents per process, or one text shared by all (ring attention).
 
-Documents are gathered, never averaged over processes: sums that are pooled afterwards, in the order of the documents,
-are the same to the bit however many processes there were. The ring is PyTorch's `context_parallel`, as `accelerate`
-sets it up with FSDP2 (`ParallelismConfig(cp_size=...)`). It permutes tokens: a token is known by the place that
-travels with it, never by where it lies on its process.
+Documents are gathered, never averaged over processes. Their sums are pooled afterwards in document order, so results
+are bit-equal for any number of processes. The ring is PyTorch's `context_parallel`, which `accelerate` sets up with
+FSDP2 (`ParallelismConfig(cp_size=...)`). It permutes tokens: the index that travels with a token identifies it, not
+its position on the process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def processes_of(accelerator: Accelerator | None) -> int:
     """Return the number of processes; 1 without an accelerator.
 
     Raises:
-        InvalidParameterError: the launcher has started more processes than the accelerator has joined, each of which
+        InvalidParameterError: the launcher has started more processes than the accelerator has joined. Each of them
             would do all of the work.
     """
     if accelerator is None:
@@ -51,10 +51,10 @@ def processes_of(accelerator: Accelerator | None) -> int:
 
 
 def shares_texts(accelerator: Accelerator | None) -> bool:
-    """Return `True` if the processes work on one text together, instead of on a text each.
+    """Return `True` if all processes share each text, instead of reading different texts.
 
     Raises:
-        InvalidParameterError: some of them would.
+        InvalidParameterError: only some processes would share a text.
     """
     config = getattr(accelerator, "parallelism_config", None)
     if accelerator is None or config is None or config.cp_size == 1:
@@ -68,9 +68,9 @@ def shares_texts(accelerator: Accelerator | None) -> bool:
 
 
 def deal(costs: Sequence[float], processes: int) -> list[int]:
-    """Assign work to processes: the longest first, each to the process with the least work so far.
+    """Return the process of each piece of work. The costliest pieces go first, each to the least loaded process.
 
-    It is the same on every process. Of equal costs the first goes first.
+    Every process computes the same assignment. Pieces of equal cost are assigned in order.
     """
     loads, owners = [0.0] * processes, [0] * len(costs)
     for piece in sorted(range(len(costs)), key=lambda index: -costs[index]):
@@ -82,11 +82,12 @@ def deal(costs: Sequence[float], processes: int) -> list[int]:
 def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T]:
     """Run this process's share of the work, and return the results of all processes in order.
 
-    Every process has to call it. An error is carried to the others before it is raised, so that none of them waits for
-    a process that has stopped; Ctrl-C is not, since launchers stop all processes then.
+    Every process must call it. An error is sent to the other processes before it is raised, so none of them waits for
+    a stopped process. Ctrl-C is not sent, because launchers then stop all processes.
 
     Raises:
-        Exception: of `work`; on the other processes the same if it is a [`PosExtError`], else an [`EvaluationError`].
+        Exception: the error of `work`. The other processes raise the same if it is a [`PosExtError`], otherwise an
+            [`EvaluationError`].
     """
     if processes_of(accelerator) == 1:
         return [work()]
@@ -96,16 +97,17 @@ def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T
         result = work()
     except Exception as error:
         ended = error
-    return exchange(result, ended, accelerator)  # type: ignore[arg-type]  # there is a result where nothing ended it
+    return exchange(result, ended, accelerator)  # type: ignore[arg-type]  # without an error there is a result
 
 
 def exchange(result: T, ended: Exception | None, accelerator: Accelerator | None) -> list[T]:
-    """Exchange the results of all processes in order, after each has finished or failed.
+    """Return the results of all processes in order, after each has finished or failed.
 
-    Every process has to call it.
+    Every process must call it.
 
     Raises:
-        Exception: `ended`; on the other processes the same if it is a [`PosExtError`], else an [`EvaluationError`].
+        Exception: `ended`. The other processes raise the same if it is a [`PosExtError`], otherwise an
+            [`EvaluationError`].
     """
     if processes_of(accelerator) == 1:
         if ended is not None:
@@ -124,17 +126,17 @@ def exchange(result: T, ended: Exception | None, accelerator: Accelerator | None
 
 
 PROBE_TOKENS = 32
-"""Tokens per process on which a share of a text is compared with all of it."""
+"""Tokens per process of the prefix on which shared and unshared reading are compared."""
 
 
 def shard_weights(model: nn.Module, accelerator: Accelerator) -> Any:
     """Shard a model's weights by FSDP2, which context parallelism requires."""
-    # accelerate takes a model for FSDP2 together with an optimizer only; this one is never asked for a step
+    # accelerate prepares a model for FSDP2 only together with an optimizer, which here never takes a step
     return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))[0]
 
 
 def token_scorer(model: nn.Module, memory: Memory) -> TokenScorer:
-    """Return a scorer of tokens for a causal language model, on this process or on all processes together."""
+    """Return a token scorer of a causal language model, on this process or across all processes."""
     if memory.accelerator is None:
         return TokenScorer(model, memory)
     return ContextParallelScorer(model, memory)
@@ -143,13 +145,13 @@ def token_scorer(model: nn.Module, memory: Memory) -> TokenScorer:
 class ContextParallelScorer(TokenScorer):
     """Scorer like [`TokenScorer`], with each text split across all processes.
 
-    Every process has to make the same calls, and gets all values. A shared text is compared with a whole one on a
-    prefix, for each patch anew; models and patches whose attention is not PyTorch's are refused by that. Where memory
-    runs out the run ends: one process cannot shrink its share alone.
+    Every process must make the same calls, and receives all values. For each patch, a prefix is read both shared and
+    unshared, and the values are compared. This refuses models and patches whose attention is not PyTorch's. The run
+    ends if memory runs out, because one process cannot shrink its share alone.
 
     Raises:
-        InvalidParameterError: chunks are asked for, too.
-        UnsupportedModelError: as [`TokenScorer`].
+        InvalidParameterError: chunks are requested as well.
+        UnsupportedModelError: see [`TokenScorer`], or sharing a text changes its values.
     """
 
     def __init__(self, model: nn.Module, memory: Memory) -> None:
@@ -160,7 +162,7 @@ class ContextParallelScorer(TokenScorer):
         super().__init__(model, memory)
         self._windows.gives_way = False
         self._accelerator: Any = memory.accelerator
-        self._checked: Any = self  # the patch with which shares were compared; none so far
+        self._checked: Any = self  # patch of the latest comparison; `self` equals no patch, not even `None`
 
     def _nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
         patch = find_patch(self.model)
@@ -172,8 +174,8 @@ class ContextParallelScorer(TokenScorer):
     def _shared_nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
         assert self._head is not None
         head, (rows, length) = self._head, input_ids.shape
-        shares = 2 * self._accelerator.num_processes  # a process gets an early share and a late one
-        ids = F.pad(input_ids, (0, -length % shares))  # causal: what follows a token changes nothing
+        shares = 2 * self._accelerator.num_processes  # each process gets an early and a late share
+        ids = F.pad(input_ids, (0, -length % shares))  # causal: padding at the end changes no earlier token
         targets = ids.roll(-1, dims=1)
         places = torch.arange(ids.shape[1], device=ids.device).repeat(rows, 1)
         positions = places.clamp(max=length - (1 if last_read else 2))
@@ -183,13 +185,13 @@ class ContextParallelScorer(TokenScorer):
         ):
             read = head.read(ids, position_ids=positions, use_cache=False)
 
-            own = torch.empty(rows, ids.shape[1], device=ids.device)
+            losses = torch.empty(rows, ids.shape[1], device=ids.device)
             for part in self._logits.parts(range(ids.shape[1]), cost=rows):
                 with part:
                     logits = head.logits(read, part.begin, part.end)
-                    own[:, part.items] = logits_nll(logits, targets[:, part.items])
+                    losses[:, part.items] = logits_nll(logits, targets[:, part.items])
         tokens_read(rows * length)
-        nll, order = (_side_by_side(self._accelerator.gather(part), rows) for part in (own, places))
+        nll, order = (_side_by_side(self._accelerator.gather(part), rows) for part in (losses, places))
         return nll.gather(1, order.argsort(dim=1))[:, first - 1 : length - 1].cpu()
 
     def _compare(self, input_ids: torch.Tensor) -> None:

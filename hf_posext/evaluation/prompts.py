@@ -2,7 +2,7 @@
 
 Mohtashami and Jaggi, 2023: Landmark Attention, https://arxiv.org/abs/2305.16300.
 Hsieh et al., 2024: RULER: What's the Real Context Size of Your Long-Context Language Models?,
-https://arxiv.org/abs/2404.06654. Scores are not RULER's: texts, names, answers and lengths are others.
+https://arxiv.org/abs/2404.06654. Scores are not comparable with RULER's: texts, names, answers, and lengths differ.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
 SLACK = 2
-"""Tokens left beside the answer's own, for a tokenizer that writes it otherwise after a text than alone."""
+"""Spare tokens of an answer. A tokenizer may split it into more tokens after a text than alone."""
 
 KEYS, VALUES, VARIABLES, COMMON = 4, 3, 4, 3
-"""Keys in the text, of which one is asked; values of one key; variables of a chain; words that are asked."""
+"""Keys in the text (one is requested), values per key, variables per chain, and requested common words."""
 
 COMMON_SHARE = 0.3
-"""Share of a word list that its common words take together."""
+"""Share of a word list taken by all its common words together."""
 
 NUMBERS = tuple(str(number) for number in range(10_007, 100_000, 997))
-"""A sample of five-digit numbers, which says how many tokens one takes."""
+"""Sample of five-digit numbers, used to measure how many tokens a number takes."""
 
 TEXT = "[[TEXT]]"
-"""Stands in a chat message for the text, whose tokens are put in its place."""
+"""Placeholder of the text in a chat message. The tokens of the text replace it."""
 
 CHAT_DATE = "26 Jul 2024"
-"""Date of all chats, so that prompts do not depend on the day. Templates read `date_string` (Llama 3's), or ask
-`strftime_now` (SmolLM3's, Granite's)."""
+"""Date of all chats, so prompts do not depend on the day. Templates read `date_string` (Llama 3) or call
+`strftime_now` (SmolLM3, Granite)."""
 
 FIXED_DAY = f"{{% macro strftime_now(format) %}}{CHAT_DATE}{{% endmacro %}}"
 
@@ -65,7 +65,7 @@ class Material(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """Retrieval task: its material at a depth, and an answer of `count` of the `items`."""
+    """Retrieval task. `write` creates the material at a depth. The answer has `count` items like those in `items`."""
 
     write: Callable[[Random, float], Material]
     items: Sequence[str]
@@ -78,10 +78,11 @@ class Prompt:
     """Prompt of one trial.
 
     Args:
-        tokens (`list[int]`): the prompt; with `room` for its answer it has the length that was asked for.
-        answers (`tuple[str, ...]`): what is asked for.
+        tokens (`list[int]`): the prompt. With `room` for its answer it has the requested length.
+        answers (`tuple[str, ...]`): the expected items.
         room (`int`): tokens to generate as the answer.
-        depth (`float`, *optional*): place of what is hidden, from 0 (beginning) to 1 (end).
+        depth (`float`, *optional*): depth of the hidden lines, from 0 (beginning) to 1 (end); `None` for a task
+            without depth.
     """
 
     tokens: list[int]
@@ -93,9 +94,10 @@ class Prompt:
 def frame(tokenizer: Any, question: str, bos: Bos = "auto", chat: bool = False) -> tuple[list[int], list[int]]:
     """Return the tokens before the text of a prompt, and those after it with the question.
 
-    Without `chat` they are the special prefix and the question. With it, text and question are the user's message in
-    the tokenizer's chat template, and the assistant's begins with the opening of the answer (`The pass key is`), as
-    RULER has it, so that answers are scored alike. The template says which special tokens there are, whatever `bos`.
+    Without `chat` they are the special prefix and the question. With `chat`, text and question are the user's message
+    in the tokenizer's chat template. The assistant's message begins with the opening of the answer (`The pass key
+    is`), as in RULER, so both forms are scored alike. The template determines the special tokens, and `bos` is
+    ignored.
 
     Raises:
         InvalidParameterError: no chat template, or one that does not render.
@@ -107,7 +109,7 @@ def frame(tokenizer: Any, question: str, bos: Bos = "auto", chat: bool = False) 
 
 
 def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
-    """Return the chat template before a text, and after it with the question and the opening of the answer."""
+    """Return the rendered chat before the text, and after it with the question and the opening of the answer."""
     asked, _, opening = question.partition("? ")
     name = type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
@@ -142,8 +144,8 @@ def passkey_prompts(
 ) -> list[Prompt]:
     """Return passkey prompts of equal size, the same for every model and method.
 
-    The key and its depth follow from `(seed, length, trial)` alone. The filler is cut at its beginning to fit, and the
-    key stands on a line of its own between two whole lines of it.
+    The key and its depth depend only on `(seed, length, trial)`. The filler is truncated at its beginning to fit. The
+    key is on its own line, between whole lines of filler.
 
     Raises:
         InvalidParameterError: the length does not hold the key and the question, or no chat template.
@@ -177,20 +179,20 @@ def task_prompt(
 ) -> Prompt:
     """Return a prompt of exactly `length` tokens minus [`answer_room`], the same for every model and method.
 
-    All follows from `(seed, task, length, depth, trial)`. What is hidden stands on lines of its own between whole
-    lines of filler, which is cut at its beginning to fit. The depth, from 0 (beginning) to 1 (end), is rounded to
-    whole lines.
+    The prompt depends only on the tokenizer and `(seed, task, length, depth, trial)`. Hidden lines are inserted
+    between whole lines of filler, which is truncated at its beginning to fit. The depth, from 0 (beginning) to 1
+    (end), is rounded to whole lines.
 
-    | task | hidden | depth is that of | asked |
+    | task | hidden | depth of | answer |
     |---|---|---|---|
-    | `passkey` | a number | it | the number |
-    | `multi-key` | four numbers, each of a name | the one asked; the others are anywhere | the number of one name |
-    | `multi-value` | three numbers of one name | the first; the others follow anywhere | all three |
-    | `variable-tracking` | `a = 12345`, `b = a`, ... and another such chain | the first assignment | all four names |
-    | `common-words` | a list of words, 30 % of it three words in equal parts | (has none) | the three words |
+    | `passkey` | a number | the number | the number |
+    | `multi-key` | four numbers, each with a name | the requested one; the rest are anywhere | its number |
+    | `multi-value` | three numbers with one name | the first; the rest follow anywhere | all three numbers |
+    | `variable-tracking` | `a = 12345`, `b = a`, ... and a second chain | the first assignment | all four names |
+    | `common-words` | a list of words, 30 % of it three words in equal parts | (none) | the three words |
 
     Raises:
-        InvalidParameterError: the length does not hold what is hidden, or no chat template.
+        InvalidParameterError: the length does not hold the hidden lines, or no chat template.
     """
     draw = Random(f"{seed}-{task}-{length}-{depth}-{trial}")
     lines, question, answers = TASKS[task].write(draw, depth or 0.0)
@@ -215,7 +217,7 @@ def task_prompt(
 def haystack(filler: list[int], room: int, needles: Sequence[tuple[int, list[int]]]) -> list[int]:
     """Return filler with needles: `room` tokens of filler, truncated at its beginning, plus all needles.
 
-    A needle is the number of whole lines of filler before it, ascending, and its tokens.
+    Each needle is a pair of the number of whole filler lines before it (ascending) and its tokens.
     """
     lines, rest = divmod(room, len(filler))
     tokens, written = filler[len(filler) - rest :], 0
@@ -226,19 +228,19 @@ def haystack(filler: list[int], room: int, needles: Sequence[tuple[int, list[int
 
 
 def answer_size(tokenizer: Any, items: Sequence[str]) -> int:
-    """Return the number of tokens of an answer of one item."""
+    """Return the number of tokens to reserve for one item of an answer."""
     return SLACK + max(len(token_ids(tokenizer, f" {item}")) for item in items)
 
 
 def answer_room(tokenizer: Any, task: str) -> int:
-    """Return the number of tokens of a task's answer. Each item has two spare tokens, as for `, and`."""
+    """Return the number of tokens of a task's answer. Each item has two spare tokens, for example for `, and`."""
     return TASKS[task].count * answer_size(tokenizer, TASKS[task].items)
 
 
 def _room(
     length: int, task: str, begin: list[int], hidden: list[int], end: list[int], answer: int, least: int = 0
 ) -> int:
-    """Return the number of tokens left for filler or a list, at least `least`."""
+    """Return the number of tokens left for filler or a list. Fewer than `least` is an error."""
     room = length - len(begin) - len(hidden) - len(end) - answer
     if room < least:
         raise InvalidParameterError(
@@ -269,7 +271,7 @@ def _numbers(draw: Random, count: int) -> list[str]:
 
 
 def _after(draw: Random, depth: float, count: int) -> list[float]:
-    """Return the depth and `count - 1` random depths behind it, in ascending order."""
+    """Return the depth and `count - 1` random depths after it, in ascending order."""
     return [depth, *sorted(draw.uniform(depth, 1.0) for _ in range(count - 1))]
 
 
@@ -320,4 +322,4 @@ TASKS = {
     "variable-tracking": Task(_variable_tracking, WORDS, VARIABLES),
     "common-words": Task(_common_words, WORDS, COMMON, has_depth=False),
 }
-"""The tasks by name."""
+"""Retrieval tasks by name."""

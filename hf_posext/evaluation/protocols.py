@@ -11,17 +11,17 @@ STRIDED = {protocol.name: protocol for protocol in (Sliding, LegacyYaRN, LegacyL
 DECODER_PROTOCOLS = ("prefix", "sliding", "rolling", "tail", "legacy-yarn", "legacy-longlora")
 
 FITTING = {"causal": DECODER_PROTOCOLS, "masked": ("pseudo",), "seq2seq": ("seq2seq",)}
-"""The protocols by the kind of language model, the one that is taken if none is asked for first."""
+"""Protocols for each kind of language model. The first is the default."""
 
 
 def protocol_for(
     name: str | None, kind: str, model: str, lengths: list[int], *, stride: int | None = None, tail: int | None = None
 ) -> PerplexityProtocol:
-    """Return the protocol of a name, or the first that fits the kind of model (see [`model_kind`]).
+    """Return the requested protocol, or the default for the kind of model (see [`model_kind`]).
 
     Raises:
-        InvalidParameterError: no such protocol, one that does not fit the model, an option where it has none, none
-            where it has one, or an impossible one.
+        InvalidParameterError: an unknown protocol, one that does not fit the model, an option that the protocol does
+            not have, or a required option that is missing or out of range.
     """
     fitting = FITTING[kind]
     name = name or fitting[0]

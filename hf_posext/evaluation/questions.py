@@ -21,15 +21,15 @@ from .tokens import Bos, check_lengths
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MAX_TRIALS = 10_000
-"""All prompts of a length are in memory at once; each trial is a forward."""
+"""Most trials per length. All prompts of a length are in memory at once, and each trial is generated."""
 
 
 @dataclass(frozen=True)
 class Questions:
     """Questions of a run, the same for every model and method.
 
-    `passkey` are trials at each length, each at a depth of its own; `trials` are prompts of each task at each length
-    and depth. The others are as in [`retrieval`].
+    `passkey` is the number of passkey trials per length, each at a random depth. `trials` is the number of prompts per
+    task, length, and depth. See [`retrieval`] for the remaining fields.
     """
 
     passkey: int = 0
@@ -42,17 +42,17 @@ class Questions:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return the settings of retrieval for the provenance; empty without retrieval."""
+        """Settings of retrieval for the provenance; empty without retrieval."""
         settings = {"trials": self.trials, "tasks": self.tasks, "depths": self.depths}
         return {"retrieval": settings} if self.trials else {}
 
     def identity(self, tokenizer: Any) -> dict[str, Any]:
-        """Return everything that the answers depend on besides the model, its tokens, and the seed."""
+        """Return all settings that affect the answers, except for the model, its tokens, and the seed."""
         template = {"chat": "".join(chat_frame(tokenizer, QUESTION))} if self.chat else {}
         return {"passkey": self.passkey, **self.facts, **template}
 
     def places(self, task: str | None) -> tuple[float | None, ...]:
-        """Return the depths of a task; a single `None` for `common-words` (no depth) and passkeys (drawn depths)."""
+        """Return the depths of a task; a single `None` for `common-words` (no depth) and passkeys (random depths)."""
         return self.depths if task is not None and TASKS[task].has_depth else (None,)
 
     def count(self, task: str | None) -> int:
@@ -71,10 +71,10 @@ class Questions:
         ]
 
     def check(self, tokenizer: Any, lengths: Sequence[int]) -> None:
-        """Refuse lengths that do not hold the prompts.
+        """Check that every length holds the prompts.
 
         Raises:
-            InvalidParameterError: a length is too short, or `chat` and the tokenizer has no usable template.
+            InvalidParameterError: a length is too short, or `chat` is set and the tokenizer has no usable template.
         """
         for length, task in itertools.product(lengths, [*([None] if self.passkey else []), *self.tasks]):
             self.prompts(tokenizer, task, length)
@@ -82,15 +82,16 @@ class Questions:
     def ask(
         self, model: nn.Module, tokenizer: Any, task: str | None, length: int, new_tokens: int | None = None
     ) -> list[float]:
-        """Return the mean score of the greedy answers at each of [`places`], from 0 to 1.
+        """Return the mean score of the greedy answers start each depth of [`places`], from 0 to 1.
 
-        `length` counts tokens of prompt and answer together; `new_tokens` are by default those that the prompt leaves.
+        `length` is the number of tokens of prompt and answer together. `new_tokens` defaults to the room that the
+        prompt reserves for its answer.
         """
         prompts = self.prompts(tokenizer, task, length)
         answers = ask(model, tokenizer, [prompt.tokens for prompt in prompts], new_tokens or prompts[0].room)
         scores = [score(answer, prompt.answers) for answer, prompt in zip(answers, prompts, strict=True)]
         trials = len(scores) // len(self.places(task))
-        return [sum(scores[at : at + trials]) / trials for at in range(0, len(scores), trials)]
+        return [sum(scores[start : start + trials]) / trials for start in range(0, len(scores), trials)]
 
 
 NO_QUESTIONS = Questions()
@@ -99,7 +100,7 @@ NO_QUESTIONS = Questions()
 def check_questions(
     trials: int, tasks: Sequence[str] | None = None, depths: Sequence[float] | None = None, **others: Any
 ) -> Questions:
-    """Return the checked questions of retrieval. By default all tasks at five depths.
+    """Return the checked questions of retrieval. The default is all tasks at five depths.
 
     Raises:
         InvalidParameterError: an unknown task, a depth outside of 0 to 1, or no trials.
@@ -133,12 +134,12 @@ def passkey_accuracy(
         model (`PreTrainedModel`): a causal language model, patched or not.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         lengths (`Sequence[int]`): tokens of prompt and answer together.
-        trials (`int`): prompts per length, each with a key and a depth of its own.
-        seed (`int`, *optional*, defaults to 0): of keys and depths.
-        bos (`str`, *optional*, defaults to `"auto"`): whether BOS stands first: as the tokenizer has it, `"always"`,
-            or `"never"`.
+        trials (`int`): prompts per length, each with a different random key and depth.
+        seed (`int`, *optional*, defaults to 0): seed of keys and depths.
+        bos (`str`, *optional*, defaults to `"auto"`): BOS before the prompt: `"auto"` for the tokenizer's default,
+            `"always"`, or `"never"`.
         chat (`bool`, *optional*, defaults to `False`): ask in the chat template of the tokenizer.
-        max_new_tokens (`int`, *optional*): tokens to generate; by default those of the longest key, and two more.
+        max_new_tokens (`int`, *optional*): tokens to generate. The default is the length of the longest key plus two.
         on_length (`Callable`, *optional*): called after each length (a progress bar).
 
     Returns:
@@ -179,26 +180,27 @@ def retrieval(
 ) -> list[dict[str, Any]]:
     """Measure the share of hidden items that greedy decoding returns, by task, length, and depth.
 
-    The prompts are [`task_prompt`]'s, the same for every model and method; answers count as [`score`] says. Shorter
-    lengths come first.
+    Prompts are created by [`task_prompt`], the same for every model and method, and answers are scored by [`score`].
+    Shorter lengths come first.
 
     Args:
         model (`PreTrainedModel`): a causal language model, patched or not.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         lengths (`Sequence[int]`): tokens of prompt and answer together.
-        tasks (`Sequence[str]`, *optional*): names, as in `tasks=["passkey", "multi-key"]`; all five by default.
-        depths (`Sequence[float]`, *optional*, defaults to `(0, 0.25, 0.5, 0.75, 1)`): places in the text, from 0
+        tasks (`Sequence[str]`, *optional*): names, for example `tasks=["passkey", "multi-key"]`. The default is all
+            five.
+        depths (`Sequence[float]`, *optional*, defaults to `(0, 0.25, 0.5, 0.75, 1)`): depths in the text, from 0
             (beginning) to 1 (end).
-        trials (`int`, *optional*, defaults to 4): prompts per task, length and depth.
-        seed (`int`, *optional*, defaults to 0): of the prompts.
-        bos (`str`, *optional*, defaults to `"auto"`): whether BOS stands first: as the tokenizer has it, `"always"`,
-            or `"never"`.
+        trials (`int`, *optional*, defaults to 4): prompts per task, length, and depth.
+        seed (`int`, *optional*, defaults to 0): seed of the prompts.
+        bos (`str`, *optional*, defaults to `"auto"`): BOS before the prompt: `"auto"` for the tokenizer's default,
+            `"always"`, or `"never"`.
         chat (`bool`, *optional*, defaults to `False`): ask in the chat template of the tokenizer.
         on_step (`Callable[[int], Any]`, *optional*): called with 1 after each task at each length (a progress bar).
 
     Returns:
-        `list[dict]`: rows of `task`, `length`, `depth` (`None` for `common-words`, which has none), `accuracy` from 0
-        to 1 (the mean score of the trials) and `trials`.
+        `list[dict]`: rows of `task`, `length`, `depth` (`None` for `common-words`), `accuracy` from 0 to 1 (the mean
+        score of the trials), and `trials`.
 
     Raises:
         InvalidParameterError: an unknown task, a depth outside of 0 to 1, no trials, a length that does not hold the
@@ -224,8 +226,8 @@ def retrieval(
 def score(answer: str, answers: Sequence[str]) -> float:
     """Score an answer from 0 to 1.
 
-    One item: 1 if the answer begins with it, white space aside. Several: the share of them that occur in the answer as
-    whole words, in any order; there is no room to list much else.
+    One item: 1 if the answer begins with it, ignoring leading white space. Several items: the share of them in the
+    answer as whole words, in any order. The answer has no room to list many other words.
     """
     if len(answers) == 1:
         return float(answer.lstrip().startswith(answers[0]))
@@ -233,7 +235,7 @@ def score(answer: str, answers: Sequence[str]) -> float:
 
 
 def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
-    """Return the greedy answers to prompts of equal size, without special tokens."""
+    """Return the greedy answers to prompts of equal length, without special tokens."""
     answers: list[str] = []
     per_batch = max(1, BATCH_TOKENS // (len(prompts[0]) + new_tokens))
     for at in range(0, len(prompts), per_batch):
@@ -244,7 +246,7 @@ def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: in
 
 
 def generate_greedily(model: Any, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Continue a batch without padding greedily, independent of the model's own generation config."""
+    """Continue a batch without padding greedily, with the EOS and padding tokens of the model's generation config."""
     eos = model.generation_config.eos_token_id
     pad = model.generation_config.pad_token_id
     config = GenerationConfig(

@@ -1,7 +1,7 @@
 """Texts from files, folders, the Hub, and Python objects as pairs of id and text, and atomic writing.
 
-Every way in asks first what lies there, and then reads all of it or refuses it by name: no rule falls through to
-another one that takes a line for a document, or a part of a folder for the whole.
+Every reader first determines the kind of its source. It then reads all of it, or raises an error that names it. No
+rule falls through to another that would mistake a line for a document, or part of a folder for all of it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ..errors import DocumentError
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> Path:
-    """Write a file beside its place and move it there, so that neither a reader nor a crash meets half of it.
+    """Write a temporary file beside `path` and rename it. Neither a reader nor a crash sees a partial file.
 
     Raises:
-        OSError: it cannot be written; a file that was there is still whole.
+        OSError: the file cannot be written. An existing file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -49,9 +49,9 @@ def first_line(error: BaseException) -> str:
 
 
 def portable(name: str) -> str:
-    """Return a path inside the current directory as a relative one, and any other text unchanged.
+    """Return an absolute path inside the current directory as a relative path, and any other text unchanged.
 
-    What results say about their origin shall not name somebody's machine where it need not.
+    It keeps the names of local directories out of the provenance of results where possible.
     """
     path = Path(name)
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
@@ -62,7 +62,7 @@ def portable(name: str) -> str:
 logger = logging.getLogger(__name__)
 
 Texts = Iterable[tuple[str, Any]]
-"""Pairs of a document's id and its text. A text that is not a string is refused by the caller."""
+"""Pairs of a document's id and its text. The caller refuses a text that is not a string."""
 
 KINDS = {
     ".txt": "text",
@@ -74,10 +74,10 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-"""Kinds of files by their ending in lower case."""
+"""Kinds of files by extension, in lower case."""
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-"""Compressed files by their last ending; `.zst` needs a package."""
+"""Openers of compressed files by last extension. `.zst` requires a package and is handled in `_open`."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -85,7 +85,7 @@ ENDINGS = f"{', '.join(KINDS)} (also compressed: {', '.join((*OPENERS, '.zst'))}
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the kind of a file by its ending, whatever its case and compression; `None` for any other file."""
+    """Return the kind of a file by its extension, ignoring case and compression; `None` for any other file."""
     endings = [suffix.lower() for suffix in path.suffixes]
     if endings and endings[-1] in (*OPENERS, ".zst"):
         endings.pop()
@@ -93,9 +93,9 @@ def kind_of(path: Path) -> str | None:
 
 
 def list_folder(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """List the files of a folder recursively, by kind and in path order, and those without documents.
+    """Return the document files of a folder by kind, and its other files, recursively and in path order.
 
-    Hidden files are left out. The metadata of `datasets` are no documents.
+    Hidden files are skipped. Metadata files of `datasets` count as other files.
     """
     from datasets.data_files import FILES_TO_IGNORE
 
@@ -116,17 +116,17 @@ def list_folder(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 def from_path(
     path: Path, text_column: str, split: str | None, revision: str | None
 ) -> tuple[Texts, Mapping[str, Any]]:
-    """Read what lies at a path, or a data set of the Hub.
+    """Read the file or folder at a path, or a data set of the Hub.
 
     Returns:
-        The texts, and of a folder what was read and what was left, for the provenance.
+        The texts, and for a folder the files read and skipped, for the provenance.
 
     Raises:
-        DocumentError: nothing there that can be read, files of several kinds, or a split that is not there.
+        DocumentError: nothing readable, files of several kinds, or a split that does not exist.
     """
     try:
         is_there = path.exists()
-    except OSError:  # a name that is too long, as a text is that was given for a path
+    except OSError:  # the name is too long: probably a text passed as a path
         raise DocumentError(f"no such path: {short(path)}. Pass a list, also of one text.") from None
     if is_there and revision is not None:
         raise DocumentError(f"revision is {revision!r}, and {path} is on this machine. Leave revision out.")
@@ -188,11 +188,11 @@ def _files_of_split(folder: Path, kind: str, files: list[Path], split: str | Non
     try:
         found = datasets.load_dataset_builder(str(folder.absolute())).config.data_files
         splits = {str(name): [Path(file) for file in listed] for name, listed in found.items()}
-    except Exception:  # endings in upper case, which datasets does not know
+    except Exception:  # extensions in upper case, which datasets does not recognize
         splits = {"train": [file.absolute() for file in files]}
     known = {file for listed in splits.values() for file in listed}
     if set(splits) == {"train"} and any("train" not in str(file.relative_to(folder.absolute())) for file in known):
-        return files  # no name divides them; datasets leaves out endings in upper case
+        return files  # no name defines a split; the files of datasets would lack extensions in upper case
     left = [file for file in files if file.absolute() not in known]
     if left:
         raise DocumentError(
@@ -239,12 +239,14 @@ def _open(path: Path, newline: str | None = None) -> io.TextIOBase:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    """Rows of a list, of lines, or one row. Not by `datasets`, which wants one type in a column, and drops lone
-    surrogates."""
+    """Yield the rows of a JSON list or of JSON lines, or a single row.
+
+    `datasets` is not used, because it requires one type per column and drops lone surrogates.
+    """
     with _open(path) as lines:
         if ".json" in [suffix.lower() for suffix in path.suffixes]:
             first = next((line for line in lines if line.strip()), "")
-            if not _is_json(first):  # a list or an object over several lines, or nothing that is JSON
+            if not _is_json(first):  # a list or an object over several lines, or not JSON
                 content = json.loads(first + lines.read())
                 yield from content if isinstance(content, list) else [content]
                 return
@@ -262,7 +264,7 @@ def _is_json(text: str) -> bool:
 
 
 def json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
-    """Parse a row from every line that is not empty.
+    """Yield the JSON value of every line that is not empty.
 
     Raises:
         DocumentError: a line is not JSON.
@@ -278,7 +280,7 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
 def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
     """Yield the rows of a table. `datasets` would convert numeric texts to numbers and `NA` to NaN."""
     csv.field_size_limit(sys.maxsize)
-    with _open(path, newline="") as file:  # line ends inside cells stay as they are
+    with _open(path, newline="") as file:  # keeps line ends inside cells
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         columns = rows.fieldnames or ()
         require_unique(columns, str(path))
@@ -294,14 +296,14 @@ def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
 
 
 def require_unique(columns: Iterable[Any], name: str) -> None:
-    """Refuse columns of one name, of which a row would have the last only."""
+    """Check that column names are unique. A row would keep only the last of two equal columns."""
     names = list(map(str, columns))
     if len(set(names)) < len(names):
         raise DocumentError(f"cannot read {name}: its columns are {', '.join(names)}, some twice. Rename them.")
 
 
 def from_rows(rows: Any, text_column: str, name: str, prefix: str = "") -> Texts:
-    """Take the column of text, and ids from a column `id` where there is one, else `prefix` and the number of the row.
+    """Yield the id and text of each row. An id is the column `id` if not empty, otherwise `prefix` and the row index.
 
     Raises:
         DocumentError: a row is not an object, or lacks the column.
@@ -323,10 +325,10 @@ def from_rows(rows: Any, text_column: str, name: str, prefix: str = "") -> Texts
 
 
 def from_object(source: Any, text_column: str, split: str | None, revision: str | None) -> Texts:
-    """Read a Python object by what it is: a data set, a table, columns, or a sequence of texts or rows.
+    """Read a Python object: a data set, a table, a dictionary of columns, or a sequence of texts or rows.
 
     Raises:
-        DocumentError: none of these, or a split or revision where there is none.
+        DocumentError: another type, or a split or revision for an object without them.
     """
     name = type(source).__name__
     if isinstance(source, Mapping) and source and all(hasattr(value, "column_names") for value in source.values()):
@@ -343,7 +345,7 @@ def from_object(source: Any, text_column: str, split: str | None, revision: str 
         return from_rows(source.astype(object).where(source.notna(), None).to_dict("records"), text_column, name)
     if hasattr(source, "to_pylist") and hasattr(source, "column_names"):  # pyarrow
         return from_rows(source.to_pylist(), text_column, name)
-    if hasattr(source, "column_names"):  # a Dataset, or one that streams
+    if hasattr(source, "column_names"):  # a Dataset or an IterableDataset
         return from_rows(source, text_column, name)
     if isinstance(source, bytes) or not isinstance(source, Iterable):
         raise DocumentError(
@@ -388,10 +390,10 @@ def _of_split(found: Any, split: str | None, name: str) -> Any:
 
 
 def load_dataset(shown: str, *args: Any, streaming: bool = True, **kwargs: Any) -> Any:
-    """Call `datasets.load_dataset`, streamed by default: a limit reads no more than it needs, nothing is copied.
+    """Call `datasets.load_dataset`, streaming by default. Streaming copies nothing and reads only the rows needed.
 
     Raises:
-        DocumentError: whatever it raises, on one line.
+        DocumentError: any of its errors, on one line.
     """
     import datasets
 
@@ -406,7 +408,7 @@ def _or_one_line(shown: str, read: Callable[[], Any]) -> Any:
 
 
 def one_line_errors(texts: Texts, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the same texts; turn whatever the readers of files raise on the way into one line."""
+    """Yield the same texts, and convert any error of the file readers to a `DocumentError` of one line."""
     try:
         yield from texts
     except DocumentError:
@@ -416,6 +418,6 @@ def one_line_errors(texts: Texts, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def unreadable(name: str, error: Exception) -> DocumentError:
-    """Make one line of an error, with advice where the text is not UTF-8."""
+    """Return an error as a `DocumentError` of one line, with advice if the text is not UTF-8."""
     advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
     return DocumentError(f"cannot read {name}: {first_line(error)}{advice}")

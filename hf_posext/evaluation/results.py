@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 SCHEMA = 2
 
 ROW_KEYS = required_keys(Row)
-"""Keys of every row, in this order; those of LongPPL and of passkeys follow where they were asked for."""
+"""Keys of every row, in order. The keys of LongPPL and passkeys follow if requested."""
 
 LONGPPL_KEYS = ("longppl", "longppl_ci95", "longppl_truncated", "key_tokens")
 PASSKEY_KEYS = ("passkey", "passkey_trials")
 DOCUMENT_KEYS = required_keys(DocumentRecord)
 KEY_TOKEN_KEYS = ("key_nll_sum", "key_tokens")
-"""Additional keys of documents, where LongPPL was asked for."""
+"""Additional keys of documents if LongPPL was requested."""
 
 RETRIEVAL_KEYS = required_keys(RetrievalRow)
 TABLES: dict[str, type[Record]] = {"rows": Row, "per_document": DocumentRecord, "retrieval": RetrievalRow}
-"""The lists of results, and what their entries are."""
+"""Record type of each list in a results file."""
 
 INTERVALS = ("ci95", "gain_ci95", "change_ci95", "longppl_ci95")
 SIZES = {**dict.fromkeys(INTERVALS, 2), "position_nll_sums": STRETCHES}
-"""Numbers in each list."""
+"""Required length of each list in a record."""
 
 RULES = Rules(EvaluationError, "measure again with this version", sys.float_info.max)
 
@@ -53,14 +53,15 @@ class Results:
     """Perplexity of one model by method and context length.
 
     Args:
-        provenance (`dict`): versions, model, data, seed, protocol, lengths: what is needed to measure again.
-        rows (`list[Row]`): one per method and length; see the table in [`compare`]. A row is a dictionary whose
-            entries are attributes, too: `row.gain`, `row["gain"]`.
-        per_document (`list[DocumentRecord]`): sums of NLL and counts of tokens of every document, method and length,
-            the control (`"truncated"`) included, so that every perplexity and interval can be computed again; at the
-            longest length also the NLL of sixteen equally long stretches of the document, for the gain by position.
-        retrieval (`list[RetrievalRow]`): one per method, task, length and depth, where that was asked for: `accuracy`
-            from 0 to 1 (`None` where it failed) and `trials`, as [`retrieval`] gives them.
+        provenance (`dict`): versions, model, data, seed, protocol, and lengths, as needed to repeat the measurement.
+        rows (`list[Row]`): one per method and length; see the table in [`compare`]. The entries of a row are also
+            attributes: `row.gain`, `row["gain"]`.
+        per_document (`list[DocumentRecord]`): NLL sums and token counts per document, method, and length, including
+            the control (`"truncated"`). Every perplexity and interval can be recomputed from them. Records of the
+            longest length also contain the NLL of sixteen equally long stretches of the document, for the gain by
+            position.
+        retrieval (`list[RetrievalRow]`): one per method, task, length, and depth, if requested: `accuracy` from 0 to 1
+            (`None` if the task failed) and `trials`, as [`retrieval`] returns them.
     """
 
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class Results:
     retrieval: list[RetrievalRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # Plain dictionaries are taken, too.
+        # Plain dictionaries are accepted and converted.
         self.rows = [row if isinstance(row, Row) else Row(row) for row in self.rows]
         self.per_document = [r if isinstance(r, DocumentRecord) else DocumentRecord(r) for r in self.per_document]
         self.retrieval = [row if isinstance(row, RetrievalRow) else RetrievalRow(row) for row in self.retrieval]
@@ -98,7 +99,7 @@ class Results:
         Args:
             method (`str`): label of the method, such as `"yarn"`.
             length (`int`): context length in tokens.
-            factor (`float`, *optional*): needed only where the method was measured at several factors.
+            factor (`float`, *optional*): required only if the method was measured at several factors.
 
         Raises:
             InvalidParameterError: there is no such row, or there are several.
@@ -116,9 +117,9 @@ class Results:
         return found[0]
 
     def short_context(self) -> list[dict[str, Any]]:
-        """
-        The change by each method where the model needed no extension: at the longest length that was measured and is
-        not above the trained one. Empty where there is none.
+        """Return the change by each method at the longest measured length within the trained length.
+
+        The model needs no extension there. The list is empty if no measured length is within the trained length.
 
         Returns:
             `list[dict]`: `method`, `factor`, `length`, `change` and `change_ci95` of the rows.
@@ -132,7 +133,7 @@ class Results:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, the change inside the trained length first. Non-finite numbers become `None`."""
+        """Return plain JSON types, with `short_context` before the rows. Non-finite numbers become `None`."""
         content = {
             "provenance": self.provenance,
             "short_context": self.short_context(),
@@ -148,7 +149,7 @@ class Results:
         """Return the results from the output of `to_dict`.
 
         Raises:
-            EvaluationError: another schema, keys missing or unknown, or values of another type.
+            EvaluationError: another schema, missing or unknown keys, or values of the wrong type.
         """
         if not isinstance(data, Mapping) or "schema" not in data:
             raise EvaluationError(
@@ -168,7 +169,7 @@ class Results:
         return cls(dict(data["provenance"]), **tables)
 
     def save_json(self, path: str | Path) -> Path:
-        """Write the results; a file that is there stays whole until the new one is (atomic replacement)."""
+        """Write the results as JSON, replacing an existing file atomically."""
         return write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
@@ -190,10 +191,10 @@ class Results:
             raise EvaluationError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> Path:
-        """Write the results to a file: all of them where it ends in `.json`, the rows where it ends in `.csv`.
+        """Write all results to a `.json` file, or only the rows to a `.csv` file.
 
         Raises:
-            InvalidParameterError: another suffix.
+            InvalidParameterError: another extension.
         """
         writers = {".json": self.save_json, ".csv": self.save_csv}
         suffix = Path(path).suffix.lower()
@@ -202,25 +203,25 @@ class Results:
         return writers[suffix](path)
 
     def save_report(self, directory: str | Path) -> Path:
-        """Write tables, pictures and words to a directory; see [`write_report`].
+        """Write a report of tables, figures, and text to a directory; see [`write_report`].
 
         Returns:
-            `Path`: its `README.md`.
+            `Path`: the `README.md` of the report.
         """
         written: Path = _reporting().write_report(self, directory)
         return written
 
     def describe(self) -> str:
-        """Return a sentence for each method: how far it holds, its cost, whether the longer context pays, passkeys."""
+        """Return a sentence per method: usable length, cost, benefit of the longer context, and passkeys."""
         return "\n".join(_reporting().describe_methods(self))
 
     def save_csv(self, path: str | Path) -> Path:
-        """Write the rows as a table; an interval takes two columns, `_low` and `_high`."""
+        """Write the rows as CSV. An interval takes two columns, `_low` and `_high`."""
         rows = self._flat_rows()
         return _save_table(path, rows, dict.fromkeys(key for row in rows or [dict.fromkeys(ROW_KEYS)] for key in row))
 
     def save_retrieval_csv(self, path: str | Path) -> Path:
-        """Write what was retrieved as a table."""
+        """Write the retrieval rows as CSV."""
         return _save_table(path, self.retrieval, RETRIEVAL_KEYS)
 
     def to_frame(self) -> pandas.DataFrame:
@@ -265,7 +266,7 @@ def _finite(value: Any) -> Any:
 
 
 def _check_provenance(provenance: Any) -> None:
-    """Refuse what the reports could not read; they need no more of it than these."""
+    """Check the types of the provenance entries that reports read."""
     if not isinstance(provenance, Mapping):
         raise EvaluationError("Expected a JSON object as the provenance of the results.")
     wanted = {"model": str, "trained_length": int, "seed": int, "not_applicable": dict, "documents": list}
@@ -276,7 +277,7 @@ def _check_provenance(provenance: Any) -> None:
 
 
 def _table(name: str, entries: Any) -> list[Any]:
-    """Decode the entries of a list of results."""
+    """Return the decoded and checked entries of a list of results."""
     if not isinstance(entries, list):
         raise EvaluationError(f"{name} of the results is {type(entries).__name__}, not a list")
     records = []
@@ -296,11 +297,11 @@ QUANTITIES = ("perplexity", "gain", "change", "passkey")
 
 @checked
 def log_results(results: Results, accelerator: Accelerator) -> None:
-    """Log the rows as curves over the context length: the step is the length in tokens, a curve is a method.
+    """Log the rows as one curve per method over the context length. The step is the length in tokens.
 
-    Curves are called `perplexity/yarn-x8`, `gain/yarn-x8` and so on, those of a legacy protocol
-    `perplexity-legacy-yarn/yarn-x8`; what a row does not have is left out. All methods of one length are logged
-    together and lengths in ascending order, since some trackers drop steps that go back.
+    Curves are named `perplexity/yarn-x8`, `gain/yarn-x8`, and so on, or `perplexity-legacy-yarn/yarn-x8` for a legacy
+    protocol. Missing values are skipped. All methods of one length are logged together, and lengths in ascending
+    order, because some trackers drop decreasing steps.
 
     ```python
     accelerator = Accelerator(log_with="tensorboard", project_dir="runs")
@@ -310,11 +311,11 @@ def log_results(results: Results, accelerator: Accelerator) -> None:
     ```
 
     Args:
-        results ([`Results`]): of a comparison or of one model.
-        accelerator (`Accelerator`): after `init_trackers`; on other processes than the main one nothing is logged.
+        results ([`Results`]): results of a comparison or of one model.
+        accelerator (`Accelerator`): accelerator after `init_trackers`. Only the main process logs.
 
     Raises:
-        InvalidParameterError: there is no tracker, so that everything would be lost.
+        InvalidParameterError: the accelerator has no tracker.
     """
     if accelerator.is_main_process and not accelerator.trackers:
         raise InvalidParameterError(

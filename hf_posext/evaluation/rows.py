@@ -18,7 +18,7 @@ from .tokens import TokenizedDocuments
 from .windows import Measurement, PerplexityProtocol
 
 Interval = list[float | None]
-"""Both ends of a 95 % interval; an end that is not finite is `None`."""
+"""Ends of a 95 % interval. A non-finite end is `None`."""
 
 
 class Row(Record):
@@ -93,12 +93,13 @@ RESAMPLES = 9_999
 
 
 def pooled_perplexity(nll_sums: Any, tokens: Any, axis: int = -1) -> Any:
-    """Return `exp(sum of NLL / sum of tokens)`. Every token weighs the same, across documents.
+    """Return `exp(sum of NLL / sum of tokens)`. Every token of every document has equal weight.
 
-    The mean of the documents' perplexities is another number, and a larger one. Sums of *differences* of NLL over the
-    same tokens give the ratio of two perplexities. Both arrays are of shape `(..., documents)`, float64, in nats.
+    It is not the mean of the documents' perplexities. For sums of NLL *differences* over the same tokens, the value is
+    the ratio of two perplexities. Both arrays have shape `(..., documents)` by default, and `axis` is the axis of
+    documents. NLL is in nats and summed in float64.
     """
-    with np.errstate(over="ignore"):  # a broken model's perplexity may be infinite; it is written as null
+    with np.errstate(over="ignore"):  # the perplexity of a broken model may be infinite; files contain null
         return np.exp(np.sum(nll_sums, axis=axis, dtype=np.float64) / np.sum(tokens, axis=axis))
 
 
@@ -112,13 +113,13 @@ def share_interval(share: float, trials: int) -> tuple[float, float]:
 
 
 def bootstrap_interval(nll_sums: Sequence[float], tokens: Sequence[int], seed: int) -> list[float] | None:
-    """
-    95 % interval of [`pooled_perplexity`] when documents are drawn anew, with replacement; `None` with one document.
+    """Return the 95 % bootstrap interval of [`pooled_perplexity`] over documents; `None` for a single document.
 
-    Documents are the independent unit; tokens of one document are not. Give differences of NLL sums for the interval
-    of a ratio of two perplexities on the same tokens: it is paired by document, which takes out how hard each one is.
-    Percentile, not BCa: BCa estimates an acceleration from a jackknife over documents, which is noise at the usual
-    eight and undefined where documents agree. With few documents the interval is somewhat too narrow.
+    Documents are independent, but tokens of one document are not. Pass differences of NLL sums for the interval of a
+    ratio of two perplexities on the same tokens. The differences are paired by document, which removes the difficulty
+    of each document. The method is percentile, not BCa. BCa estimates an acceleration from a jackknife over documents,
+    which is noise at the usual eight documents and undefined if documents agree. With few documents the interval is
+    somewhat too narrow.
     """
     if len(nll_sums) < 2:
         return None
@@ -138,11 +139,11 @@ def bootstrap_interval(nll_sums: Sequence[float], tokens: Sequence[int], seed: i
 
 
 STRETCHES = 16
-"""Few enough that eight documents tell something about each: at 4,096 tokens one holds 2,048 of them."""
+"""Number of stretches. Eight documents of 4,096 tokens still put 2,048 tokens into each stretch."""
 
 
 class StretchGain(NamedTuple):
-    """Gain of a method over the control on tokens `begin` to `end` of every document."""
+    """Gain of a method over the control on tokens `begin` to `end` (exclusive) of every document."""
 
     begin: int
     end: int
@@ -153,15 +154,18 @@ class StretchGain(NamedTuple):
 def stretch_bounds(first: int, scored: int) -> np.ndarray:
     """Return the bounds of the stretches in tokens, of shape (17,).
 
-    They divide the tokens from the one before the first that is scored, which is where its context ends: where all of
-    a document is scored that is token 0, and they divide the document.
+    They divide the tokens from the one before the first scored token on. If every token but token 0 is scored, they
+    divide the whole document.
     """
     return first - 1 + np.arange(STRETCHES + 1) * (scored + 1) // STRETCHES
 
 
 def position_sums(measurement: Measurement) -> list[float] | None:
-    """NLL summed over each stretch; `None` where tokens overlap, a sample does not have as many of each stretch, or
-    the protocol does not weigh tokens equally, as the gain by stretch does."""
+    """Return the NLL sum of each stretch, or `None`.
+
+    There are no sums if scored tokens overlap, if a sample does not divide evenly into stretches, or if the protocol
+    weights tokens unequally, because the gain by stretch weights them equally.
+    """
     nll = measurement.nll
     if measurement.places is not None and len(nll) % STRETCHES == 0:
         return [float(part.sum()) for part in np.split(nll, STRETCHES)]
@@ -174,7 +178,7 @@ def position_sums(measurement: Measurement) -> list[float] | None:
 def stretches(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return the bounds (17,) of the stretches of a record, and the number of scored tokens (16,) of each."""
     first, scored, every = record["first"], record["tokens"], np.arange(STRETCHES + 1)
-    if first is None:  # a sample, which is spread evenly
+    if first is None:  # a sample is spread evenly over the document
         return every * record["length"] // STRETCHES, np.diff(every * scored // STRETCHES)
     bounds = stretch_bounds(first, scored)
     return bounds, np.diff(np.maximum(bounds, first))
@@ -185,9 +189,9 @@ def gain_by_position(
 ) -> list[StretchGain]:
     """Return the gain over the control in each stretch of the documents, with paired intervals.
 
-    It is `exp` of the NLL that the longer context saves, averaged over the tokens of a stretch in all documents.
-    Records are those of the longest length, with `position_nll_sums`; those of the control are of the same documents
-    in order.
+    The gain is `exp` of the NLL saved by the longer context, averaged over the tokens of a stretch in all documents.
+    Records are of the longest length, with `position_nll_sums`. The control's records are of the same documents in the
+    same order.
     """
     bounds, counts = stretches(records[0])
     saved = np.array([record["position_nll_sums"] for record in control]) - [
@@ -206,7 +210,7 @@ def gain_by_position(
 class Conditions:
     """Conditions shared by all rows of a run: protocol, BOS rule in words, and dtype of the weights.
 
-    `joined` documents are behind each record; more than one where the protocol joins them.
+    Each record covers `joined` documents: more than one if the protocol joins them.
     """
 
     protocol: str
@@ -216,10 +220,12 @@ class Conditions:
 
     @classmethod
     def of(cls, protocol: PerplexityProtocol, documents: TokenizedDocuments, dtype: str) -> Self:
-        """Args:
-        protocol ([`PerplexityProtocol`]): what measures.
-        documents ([`TokenizedDocuments`]): before `protocol.arrange`.
-        dtype (`str`): of the model's weights.
+        """Return the conditions of a run.
+
+        Args:
+            protocol ([`PerplexityProtocol`]): protocol of the run.
+            documents ([`TokenizedDocuments`]): documents before `protocol.arrange`.
+            dtype (`str`): dtype of the model's weights.
         """
         joined = len(documents.ids) // len(protocol.arrange(documents).ids)
         rule = protocol.bos_rule(documents.bos)
@@ -240,10 +246,11 @@ def document_record(
     """Return the sums of one document at one length, in float64.
 
     The tail is the second half of the tokens: of `n` tokens, those at positions `n/2 + 1` to `n`. The sum over all
-    tokens averages in the easy early positions, and so hides a break. `first` is told where the tokens that are scored
-    follow each other, `bytes` there and of samples, and `position_nll_sums` like them where `with_positions` is set
-    (at the longest length, which covers the others). Where a legacy protocol averages means, `groups` of them have the
-    sum `group_mean_sum`, all of them are the tail, and there are no `position_nll_sums`.
+    tokens includes the early positions, which hide a failure at late ones. `first` is `None` unless the scored tokens
+    are contiguous. `bytes` is `None` unless they are contiguous or a sample, and byte offsets are known.
+    `position_nll_sums` also requires `with_positions`, which is set at the longest length, because that covers the
+    shorter ones. A legacy protocol averages the means of token groups: `groups` is their number, `group_mean_sum` the
+    sum of their means, and all tokens are the tail. Its records have no `position_nll_sums`.
     """
     nll, first, groups = measurement.nll, measurement.first, measurement.groups
     size = len(nll) // 2 + 1 if measurement.tail is None else measurement.tail
@@ -269,7 +276,8 @@ def document_record(
 def averaged(record: Mapping[str, Any], tail: bool = False) -> tuple[float, int]:
     """Return a sum of NLL and its weight. Their pooled quotient is the logarithm of the perplexity.
 
-    They are the sum over the tokens (of the tail) and their number; of a legacy protocol that of its groups' means.
+    They are the sum over all tokens (or over the tail) and the number of tokens. For a legacy protocol they are the
+    sum of the group means and the number of groups.
     """
     if record["groups"] is not None:
         return record["group_mean_sum"], record["groups"]
@@ -287,7 +295,8 @@ def make_rows(
 ) -> list[Row]:
     """Return one row per length of one method, from its records of every document at every length.
 
-    Without records of the control `gain` is `None`; without those of the unpatched model (`baseline`) `change` is.
+    Without records of the control, `gain` is `None`. Without records of the unpatched model (`baseline`), `change` is
+    `None`.
     """
     lengths = sorted({record["length"] for record in records})
     return [
@@ -344,7 +353,7 @@ def _at(records: Iterable[DocumentRecord], length: int) -> list[DocumentRecord]:
 
 
 def _averaged(records: Iterable[DocumentRecord], tail: bool = False) -> tuple[list[float], list[int]]:
-    """Return the sums and weights of several documents."""
+    """Return the NLL sums and weights of several records."""
     sums, weights = zip(*(averaged(record, tail) for record in records), strict=True)
     return list(sums), list(weights)
 
@@ -357,7 +366,7 @@ def _bytes(documents: TokenizedDocuments, index: int, measurement: Measurement) 
     ends = documents.byte_ends[index].numpy()
     if first is not None:
         return int(ends[first + len(measurement.nll) - 1] - ends[first - 1])
-    if places is None or (places[0] == 0 and documents.start):  # where such a row begins is not told
+    if places is None or (places[0] == 0 and documents.start):  # the byte offset of the row's first token is unknown
         return None
     return int((ends[places] - np.concatenate([[0], ends])[places]).sum())
 

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 1.0
-"""Seconds after which the clock of the progress bar moves, also in the middle of a long forward."""
+"""Seconds between updates of the progress bar's clock, even during a long forward."""
 
 
 class Stage(NamedTuple):
-    """Tasks that are measured in one state of the model, which `enter` puts it into; `measure` gives a task's value,
-    in plain JSON types."""
+    """Tasks measured in one state of the model.
+
+    `enter` puts the model into that state. `measure` returns the value of a task, in plain JSON types.
+    """
 
     label: str
     enter: Callable[[], AbstractContextManager[Any]]
@@ -46,21 +48,23 @@ def measure(
 ) -> Outcomes:
     """Measure every task of every stage, each on one process.
 
-    All tasks are dealt to the processes by their cost; each process goes through the stages in order, with the tasks
-    that it has been dealt. A task that raises has failed, and the others go on: that is how logits that are not finite
-    or a lack of memory end. Any other error of this package ends the run, on all processes. Tasks in the journal, the
-    same on every process, are not measured again; failed ones are not written there, so that a run that continues
-    tries them again.
+    All tasks are distributed over the processes by cost. Each process measures its tasks stage by stage. If a task
+    fails, because logits are not finite, memory runs out, or another package raises an error, the remaining tasks
+    continue. Any other error of this package ends the run on all processes. Tasks in the journal, which is the same on
+    every process, are not measured again. Failed tasks are not written to the journal, so a resumed run retries them.
 
     Args:
-        on_stage (`Callable`, *optional*): called with the outcomes so far after each stage; of several processes once,
-            at the end, since before it none of them knows all.
+        stages (`Sequence[Stage]`): stages in order.
+        accelerator (`Accelerator`, *optional*): accelerator of the processes.
+        journal ([`RunJournal`], *optional*): journal to resume from and to write to.
+        on_stage (`Callable`, *optional*): called with the outcomes so far after each stage. With several processes it
+            is called once, at the end, because only then does each process have all outcomes.
 
     Returns:
-        `dict[Task, Outcome]`: all of them, in the order of the stages and their tasks.
+        `dict[Task, Outcome]`: outcomes of all tasks, in the order of the stages and their tasks.
 
     Raises:
-        PosExtError: on every process, where one of them has met an error that no other document can be free of.
+        PosExtError: an error that ends the run. Every process raises it.
     """
     tasks = [task for stage in stages for task in stage.tasks]
     outcomes = {task: Outcome(journal[task]) for task in tasks if task in journal} if journal is not None else {}
@@ -121,29 +125,30 @@ def _failed(task: Task, error: Exception) -> Outcome:
 
 
 class Progress:
-    """Progress bar over the tokens that this process has to read, with the present task.
+    """Progress bar over the tokens that this process reads, with the current task.
 
-    Tokens count as forwards end, and at the latest with their task. The clock moves every second, which tells a long
-    forward from a process that hangs. Only the first process shows a bar, and only on a terminal.
+    Tokens are counted at the end of each forward, and at the latest at the end of their task. The clock is updated
+    every second, to distinguish a long forward from a hanging process. Only the first process shows a bar, and only on
+    a terminal.
     """
 
     def __init__(self, tasks: set[Task], rank: int, processes: int) -> None:
         total = sum(task.tokens for task in tasks)
         self.bar = tqdm(total=total, unit="tok", unit_scale=True, disable=True if rank else None)
         self.processes = f"{processes} process{'es' if processes > 1 else ''}"
-        self._finished = 0  # tokens of tasks that have ended
-        self._limit = 0  # where the bar will stand when the task at hand has ended
+        self._finished = 0  # tokens of finished and failed tasks
+        self._limit = 0  # tokens including those of the current task
         self._stop = threading.Event()
         self._clock = threading.Thread(target=self._tick, daemon=True)
 
     def begin(self, label: str, task: Task) -> None:
-        """Show the present task."""
+        """Show the current task."""
         self._limit = self._finished + task.tokens
         self.bar.set_description(label if task.document is None else f"{label}, {task.document}", refresh=False)
         self.bar.set_postfix_str(self.processes)
 
     def end(self, task: Task) -> None:
-        """Count the rest of a task, whether it finished or failed."""
+        """Count the remaining tokens of a finished or failed task."""
         self._finished = self._limit
         self.bar.update(self._limit - self.bar.n)
 

@@ -1,7 +1,7 @@
 """Exact negative log-likelihood of every token, in memory that does not grow with the vocabulary.
 
-A naive loop holds logits of shape `(length, vocabulary)`, several times: 168 GB at 128k tokens of Llama-3. Here the
-trunk (everything below the head) runs once, in chunks where it is asked to, and the head on slices of what it gave.
+A naive loop holds several copies of logits of shape `(length, vocabulary)`: 168 GB at 128k tokens of Llama-3. Here the
+trunk (everything below the head) runs once, in chunks if requested. The head runs on slices of its hidden states.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LISTENER: ContextVar[Callable[[int], None] | None] = ContextVar("tokens", defau
 
 @contextmanager
 def on_tokens(listener: Callable[[int], None]) -> Iterator[None]:
-    """Call `listener` with the token count of each finished forward of this thread, inside the context."""
+    """Call `listener` inside the block with the token count of each finished forward of this thread."""
     token = _LISTENER.set(listener)
     try:
         yield
@@ -42,34 +42,33 @@ def on_tokens(listener: Callable[[int], None]) -> Iterator[None]:
 
 
 def tokens_read(count: int) -> None:
-    """Report to listeners that a model has read some tokens."""
+    """Call the listener of this thread, if any, with the number of tokens a model has read."""
     listener = _LISTENER.get()
     if listener is not None:
         listener(count)
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A part of a path that is a number."""
+"""Numeric component of a module path."""
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes of weights that are looked at; quantised ones cannot hold what is not finite, or not be asked."""
+"""Dtypes of the weights checked for non-finite values. Quantized weights cannot be checked, or are always finite."""
 
 DAMAGED = "weights that are not finite themselves"
-"""Beginning of the name of a source that no dtype and no factor would change."""
+"""Prefix of a culprit that neither another dtype nor another factor would fix."""
 
 
 class Scorer:
-    """Base class of the scorers of a `model` without wrappers.
+    """Base class of scorers. `model` is the model without wrappers.
 
-    Once a value was not finite, `culprit` names the layers that the latest such came from.
+    After a non-finite value, `culprit` returns the layers that produced the latest one.
     """
 
     model: Any
     culprit: Callable[[], str] | None = None
 
     def look_at(self, nll: torch.Tensor, run: Callable[[int], object]) -> None:
-        """Remember what gave values `(rows, ...)` that are not finite, if some are not; `run` runs the model on one
-        row again."""
+        """Set `culprit` if values `(rows, ...)` are not all finite. `run` runs the model again on one row."""
         bad = (~torch.isfinite(nll)).flatten(1).any(1).nonzero()
         if len(bad):
             self.culprit = functools.partial(first_not_finite, self.model, functools.partial(run, int(bad[0])))
@@ -77,9 +76,10 @@ class Scorer:
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
-    """Return the family of the first module with a non-finite output when the model runs again.
+    """Return the name of the first module with a non-finite output when the model runs again.
 
-    Layers of a stack are one family, as in `model.layers.*.mlp.down_proj (first in layer 3)`.
+    Non-finite weights are reported before any module. Layers of a stack share one name, as in
+    `model.layers.*.mlp.down_proj (first in layer 3)`.
     """
     weights = ((name, weight) for name, weight in model.named_parameters() if weight.dtype in COMPUTED)
     damaged = next((name for name, weight in weights if not bool(torch.isfinite(weight).all())), None)
@@ -104,7 +104,7 @@ def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
 
 
 def family(path: str) -> str:
-    """Return a module's name without its layer number, and that number."""
+    """Return a module path with its layer number replaced by `*`, followed by that number."""
     numbers = _NUMBER.findall(path)
     if not numbers:
         return path or "what the model does after its head"
@@ -122,17 +122,16 @@ def _floating(output: Any) -> Iterator[torch.Tensor]:
 
 
 LOGITS_ROWS = 512
-"""Rows of logits that exist at a time: with fewer, the weights of the head are read for too little work; more gain
-nothing."""
+"""Most rows of logits in memory at once. With fewer, reading the head's weights dominates. More are no faster."""
 
 LOGITS_BYTES = 192 * 2**20
-"""Bytes that they may take in float32, where the vocabulary is large: 392 rows of 128,256, as fast as 512 of them."""
+"""Most bytes of these rows in float32. It limits a vocabulary of 128,256 to 392 rows, which are as fast as 512."""
 
 CACHED_BYTES = 2**20
-"""Float32 logits whose softmax stays in a CPU's cache."""
+"""Bytes of float32 logits whose softmax stays in a CPU's cache."""
 
 BATCH_TOKENS = 16_384
-"""Tokens that go through the trunk together where windows of equal shape are batched."""
+"""Most tokens per forward when windows of equal shape are batched."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +139,14 @@ class Memory:
     """Options that save memory on long texts.
 
     Args:
-        prefill_chunk (`int`, *optional*): tokens that go through the model at a time, with those before them in a KV
-            cache; a text goes through as a whole where not given.
-        offload_cache (`bool`, *optional*, defaults to `False`): keep the cache in main memory, except for the layer at
-            work and the next; for models on a CUDA device.
-        accelerator (`Accelerator`, *optional*): whose processes work on each text together, by context parallelism.
+        prefill_chunk (`int`, *optional*): tokens per forward, with all earlier tokens in a KV cache. By default a text
+            is read in one forward.
+        offload_cache (`bool`, *optional*, defaults to `False`): keep the cache in main memory, except for the current
+            layer and the next. Requires a CUDA device.
+        accelerator (`Accelerator`, *optional*): accelerator whose processes share each text by context parallelism.
 
     Raises:
-        InvalidParameterError: a chunk without tokens, or a cache to be offloaded where there is none.
+        InvalidParameterError: `prefill_chunk` below 1, or `offload_cache` without `prefill_chunk`.
     """
 
     prefill_chunk: int | None = None
@@ -166,23 +165,23 @@ class Memory:
 
 
 WHOLE = Memory()
-"""Texts go through the model as a whole."""
+"""Default options: each text is read in one forward."""
 
 
 class TokenScorer(Scorer):
     """Scorer of tokens for a causal language model, for the duration of a measurement.
 
-    On first use it checks, on a prefix of 16 tokens, that the model is causal and that slices give the logits of a
-    full forward; where they do not, it says so in the log and keeps full logits from then on. Chunks are checked in
-    the same way, for each patch anew; a model that gives other logits in chunks is refused.
+    On first use it checks on a prefix of 16 tokens that the model is causal, and that slices reproduce the logits of a
+    full forward. If slices do not, it logs a warning and keeps full logits from then on. Chunks are checked in the
+    same way for each patch. A model with other logits in chunks is refused.
 
-    Where memory runs out, half as many logits, windows in a batch or tokens in a chunk are tried, which the log says;
-    the smaller amount stays. Values are the same up to rounding.
+    If memory runs out, it retries with half as many rows of logits, windows per batch, or tokens per chunk, logs that,
+    and keeps the smaller amount. Values are the same up to rounding.
 
     Raises:
-        InvalidParameterError: the cache is to be offloaded from a device that is not CUDA.
-        UnsupportedModelError: an encoder, an encoder-decoder, a model without head, or one with prompt tuning; or one
-            without a cache where `memory` asks for chunks.
+        InvalidParameterError: `offload_cache` and the model is not on a CUDA device.
+        UnsupportedModelError: an encoder, an encoder-decoder, a model without a head, a model with prompt tuning, or
+            chunks requested for a model without a cache.
     """
 
     def __init__(self, model: nn.Module, memory: Memory = WHOLE) -> None:
@@ -204,23 +203,24 @@ class TokenScorer(Scorer):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): rows without padding.
             first (`int`, *optional*, defaults to 1): index of the first token to score.
-            last_read (`bool`, *optional*, defaults to `True`): whether the model reads the last token, after which
-                nothing is scored; it counts where positions depend on the length of the input, or come to an end.
+            last_read (`bool`, *optional*, defaults to `True`): whether the model reads the last token, although
+                no token after it is scored. It matters if positions depend on the input length, or if a position
+                table ends.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch, length - first)`, float32 on the CPU, in nats. A value that is not
-            finite means that the logits there were not.
+            `torch.FloatTensor` of shape `(batch, length - first)`, float32 on the CPU, in nats. A non-finite value
+            means non-finite logits.
 
         Raises:
             OutOfMemoryError: not even the shortest chunk of one row fits.
-            UnsupportedModelError: the model is not causal, or gives other logits in chunks.
+            UnsupportedModelError: the model is not causal, or returns other logits in chunks.
         """
         input_ids = input_ids.to(self.model.device)
         if self._head is None:
             self._find_head(input_ids[:1, :PROBE_LENGTH])
         nll = torch.empty(len(input_ids), input_ids.shape[1] - first, device="cpu")
 
-        # Where memory runs out there are fewer rows at a time, and of a single row shorter chunks.
+        # If memory runs out, batches get fewer rows. If a single row does not fit, chunks get shorter.
         def shorten(reason: str) -> None:
             self._prefill.shorten(input_ids[:1], reason)
 
@@ -231,25 +231,24 @@ class TokenScorer(Scorer):
         return nll
 
     def _nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
-        """Return the NLL of rows that are read together, chunk by chunk."""
+        """Return the NLL of a batch of rows, read chunk by chunk."""
         assert self._head is not None
         targets = input_ids[:, 1:]
         forget_length(self.model)
-        # Not a list of pieces: they would lie between the large tensors that come and go, and keep the room of those
-        # from being used again.
+        # Not a list of pieces: pieces would be allocated between the large temporary tensors and fragment memory.
         nll = torch.empty(targets.shape[0], targets.shape[1] - first + 1, device=targets.device)
         for chunk in self._prefill.chunks(self._head, input_ids if last_read else input_ids[:, :-1]):
             rows = range(max(chunk.begin, first - 1), min(chunk.end, targets.shape[1]))
             for part in self._logits.parts(rows, cost=len(input_ids)):
                 with part:
                     logits = self._head.logits(chunk.read, part.begin - chunk.begin, part.end - chunk.begin)
-                    wanted = targets[:, part.items].to(logits.device)
-                    nll[:, part.begin - first + 1 : part.end - first + 1] = logits_nll(logits, wanted)
+                    expected = targets[:, part.items].to(logits.device)
+                    nll[:, part.begin - first + 1 : part.end - first + 1] = logits_nll(logits, expected)
             tokens_read(len(input_ids) * (chunk.end - chunk.begin))
         return nll.cpu()
 
     def _find_head(self, input_ids: torch.Tensor) -> None:
-        """Return the head of a causal model, and a splitter for its slices of logits."""
+        """Check that the model is causal, and set its head and the splitter for slices of logits."""
         full = self.model(input_ids=input_ids, use_cache=False).logits
         changed = input_ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % full.shape[-1]
@@ -266,24 +265,25 @@ class TokenScorer(Scorer):
 def logits_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the NLL of tokens `(batch, length)` under logits `(batch, length, vocabulary)`.
 
-    Float32 whatever the model's dtype: in bfloat16 the sums of the softmax alone are off by a per cent.
+    It is computed in float32 for every model dtype: in bfloat16, rounding in the softmax sums alone is an error of 1
+    %.
     """
-    flat, wanted = logits.flatten(0, 1), targets.reshape(-1, 1)
+    flat, columns = logits.flatten(0, 1), targets.reshape(-1, 1)
     rows = max(1, CACHED_BYTES // (4 * flat.shape[1])) if flat.device.type == "cpu" else max(1, len(flat))
-    found = torch.empty_like(wanted, dtype=torch.float32)
-    memory = flat.new_empty(min(rows, len(flat)), flat.shape[1], dtype=torch.float32)  # fresh pages cost as much again
+    losses = torch.empty_like(columns, dtype=torch.float32)
+    memory = flat.new_empty(min(rows, len(flat)), flat.shape[1], dtype=torch.float32)  # new pages double the time
     for begin in range(0, len(flat), rows):
-        here = slice(begin, begin + rows)
-        piece = torch.log_softmax(flat[here], -1, dtype=torch.float32, out=memory[: len(flat[here])])
-        found[here] = -piece.gather(1, wanted[here])
-    return found.view(targets.shape)
+        batch = slice(begin, begin + rows)
+        piece = torch.log_softmax(flat[batch], -1, dtype=torch.float32, out=memory[: len(flat[batch])])
+        losses[batch] = -piece.gather(1, columns[batch])
+    return losses.view(targets.shape)
 
 
 def scored_model(model: nn.Module) -> Any:
-    """Return the transformers model inside a wrapper, if its outputs are per token.
+    """Return the transformers model inside its wrappers, after checking that it can be scored per token.
 
     Raises:
-        UnsupportedModelError: prompt tuning, which puts virtual tokens before the others; or no weights.
+        UnsupportedModelError: prompt tuning, which adds virtual tokens before the text, or a model on the meta device.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModelError(
@@ -299,7 +299,7 @@ def scored_model(model: nn.Module) -> Any:
 def require_finite(
     nll: Any, document: str, tokens: Sequence[int] | None = None, culprit: Callable[[], str] | None = None
 ) -> None:
-    """Refuse NLL `(scored tokens,)` that is not finite, naming the document, the token of `tokens` and the layers.
+    """Check that NLL `(scored tokens,)` is finite. The error names the document, the first such token, and the layers.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
@@ -319,11 +319,11 @@ def require_finite(
 
 
 def model_name(model: Any) -> str:
-    """Return the name or path of a model, or its class."""
+    """Return the name or path of a model, or the name of its class if it has none."""
     return portable(model.config.name_or_path) or type(model).__name__
 
 
 def autocast_dtype(model: Any) -> str | None:
-    """Return the present dtype of `torch.autocast`; `None` outside of it."""
+    """Return the current dtype of `torch.autocast` on the model's device, or `None` if autocast is disabled."""
     kind = model.device.type
     return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None

@@ -1,4 +1,4 @@
-"""Setup of a measurement: settings and plans are checked before anything is read, then documents are tokenized."""
+"""Setup of a measurement. Settings and plans are checked first, and only then are documents read and tokenized."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def check_request(
     config: EvaluationConfig, scheme: PositionalScheme, model: nn.Module | PreTrainedConfig,
     accelerator: Accelerator | None = None,
 ) -> Request:  # fmt: skip
-    """Check all settings that need neither weights nor documents.
+    """Check all settings that require neither weights nor documents, and return the request.
 
     Raises:
-        InvalidParameterError: lengths, a protocol or its options, or questions that are impossible.
+        InvalidParameterError: invalid lengths, protocol, protocol options, or questions.
     """
     lengths = check_lengths(config.lengths)
     if config.start < 0:
@@ -114,12 +114,13 @@ def check_request(
 
 
 def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[list[ExtensionPlan], Refusals]:
-    """
-    Plans of the methods that apply, `none` first, checked against the lengths; and reasons of those that do not apply.
+    """Return the plans of the applicable methods, `none` first, and the reasons why the rest do not apply.
+
+    Every plan is checked against the lengths.
 
     Raises:
-        UnknownMethodError, MethodNotApplicableError: as [`plan_methods`].
-        InvalidParameterError: as [`plan_methods`], or a length that a plan or reading in chunks does not allow.
+        UnknownMethodError, MethodNotApplicableError: see [`plan_methods`].
+        InvalidParameterError: see [`plan_methods`], or a length that a plan or reading in chunks does not allow.
     """
     config, scheme = request.config, request.scheme
     plans, refusals = plan_methods(
@@ -132,28 +133,28 @@ def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[
 
 
 def check_reads(request: Request, plan: ExtensionPlan | None) -> None:
-    """Refuse lengths that the model with this plan in force cannot read, or not in chunks.
+    """Check that the model under a plan can read the requested lengths, in chunks if requested.
 
     Raises:
-        InvalidParameterError: as [`check_positions`] and [`check_prefill`].
+        InvalidParameterError: see [`check_positions`] and [`check_prefill`].
     """
     check_positions(request.scheme, plan, request.lengths[-1])
     check_prefill(request.scheme, plan, request.lengths[-1], request.config.prefill_chunk)
 
 
 Refusals = dict[str, str]
-"""Reasons by the label of the method."""
+"""Reasons why methods are left out, by label."""
 
 
 def plan_methods(
     scheme: PositionalScheme, methods: Sequence[str | Method], **lengths: Any
 ) -> tuple[list[ExtensionPlan], Refusals]:
-    """Return the plans of the methods that apply to a scheme, `none` first, and the reasons for all others.
+    """Return the plans of the methods that apply to a scheme, `none` first, and the reasons why the rest do not.
 
     Raises:
-        UnknownMethodError: no such method.
-        InvalidParameterError: no methods, one twice at the same factor, or impossible parameters or lengths.
-        MethodNotApplicableError: `none` of them applies, leaving nothing to compare.
+        UnknownMethodError: an unknown method.
+        InvalidParameterError: no methods, a method twice at the same factor, or invalid parameters or lengths.
+        MethodNotApplicableError: some methods do not apply, and no method other than `none` does.
     """
     if isinstance(methods, str) or not methods:
         raise InvalidParameterError(f"methods is {methods!r}. Pass a list, as in methods=['none', 'yarn'].")
@@ -177,12 +178,12 @@ def plan_methods(
 
 
 def try_plans(model: nn.Module, plans: Sequence[ExtensionPlan], refusals: Refusals) -> list[ExtensionPlan]:
-    """Patch and undo each plan once, and return those that the model accepts, so that failures come early.
+    """Return the plans that the model accepts, after applying and undoing each once so that failures come early.
 
-    `refusals` gets the reasons of the others.
+    The reasons for the remaining plans are added to `refusals`.
 
     Raises:
-        MethodNotApplicableError: none but `none` is left.
+        MethodNotApplicableError: some methods were refused, and no method other than `none` is left.
     """
     taken = []
     for plan in plans:
@@ -214,8 +215,8 @@ def _require_one(scheme: PositionalScheme, plans: Sequence[ExtensionPlan], refus
 class Setup(Request):
     """Checked request with its model and documents, ready to be measured.
 
-    `scorer` is of the model, as the protocol needs it. `documents` are rows of `max(lengths)` tokens of `texts`, as
-    the protocol arranges them. All rows contain the `conditions`.
+    `scorer` is the model's scorer for the protocol. `documents` are rows of the first `max(lengths)` tokens of
+    `texts`, arranged by the protocol. Every row of the results contains the `conditions`.
     """
 
     scorer: Any
@@ -229,8 +230,8 @@ class Setup(Request):
         """Return a scorer of the same tokens for another model.
 
         Raises:
-            InvalidParameterError: its vocabulary is smaller than the tokenizer's.
-            UnsupportedModelError: the protocol means nothing for it.
+            InvalidParameterError: a token of the documents is not in its vocabulary.
+            UnsupportedModelError: the protocol does not support the model.
         """
         scorer = self.protocol.scorer(model, self.tokenizer, self.memory)
         check_vocabulary(scorer.model, self.documents.tokens)
@@ -238,11 +239,12 @@ class Setup(Request):
 
 
 def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) -> Setup:
-    """Load and tokenize what a checked request is to be measured on.
+    """Return the setup of a checked request, after loading and tokenizing its documents.
 
     Raises:
-        InvalidParameterError: a length that does not hold the questions, or a tokenizer of another model.
-        DocumentError, UnsupportedModelError: as [`evaluate_perplexity`].
+        InvalidParameterError: a length that does not hold the questions or the special prefix, or a tokenizer of
+            another model.
+        DocumentError, UnsupportedModelError: see [`evaluate_perplexity`].
     """
     config, lengths, protocol = request.config, request.lengths, request.protocol
     request.questions.check(tokenizer, lengths)
@@ -296,7 +298,7 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
 
 
 def is_remote(thing: Any) -> bool:
-    """Return `True` if the class of a model or tokenizer comes from a checkpoint, and not from a package."""
+    """Return `True` if the class of a model or tokenizer is code of a checkpoint, not of a package."""
     return type(thing).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 

@@ -1,4 +1,4 @@
-"""Units of work: a task is one document or one question, under one method, in one pass of the model."""
+"""Tasks: one document or one question, one method, one pass of the model."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Kind = Literal["nll", "keys", "passkey", "retrieval"]
 
 @dataclass(frozen=True)
 class Task:
-    """Unit of work: one document or one question, under one method, in one pass.
+    """Unit of work: one document or one question, one method, one pass.
 
-    Tasks are dealt out to processes, kept in journals and assembled to results. Its value depends on nothing that was
-    measured before it, or else the number of processes would show.
+    Tasks are distributed over processes, written to journals, and assembled into results. The value of a task must not
+    depend on earlier tasks, because results would then depend on the number of processes.
 
     Args:
-        kind (`str`): `"nll"` of a document, `"keys"` (its key tokens), `"passkey"` or `"retrieval"`.
+        kind (`str`): `"nll"` of a document, `"keys"` (key tokens of a document), `"passkey"`, or `"retrieval"`.
         method (`str`): label of the method, of the control, or of the evaluator of key tokens.
-        factor (`float`): of the method.
-        lengths (`tuple[int, ...]`): in tokens, ascending; measured together.
+        factor (`float`): factor of the method.
+        lengths (`tuple[int, ...]`): lengths in tokens, ascending, measured together.
         document (`str`, *optional*): id of the document.
-        question (`str`, *optional*): task of retrieval.
-        tokens (`int`, *optional*): tokens that go through the model, for progress.
-        cost (`float`, *optional*): time relative to that of other tasks, for dealing them out.
+        question (`str`, *optional*): name of the retrieval task.
+        tokens (`int`, *optional*, defaults to 0): tokens that the model reads, for progress.
+        cost (`float`, *optional*, defaults to 1.0): time relative to other tasks, for distributing them.
     """
 
     kind: Kind
@@ -53,7 +53,7 @@ class Task:
 
     @property
     def key(self) -> dict[str, Any]:
-        """Identity of the task, in plain JSON types; `None` is left out."""
+        """Identity of the task, in plain JSON types, without fields that are `None`."""
         parts = {"kind": self.kind, "method": self.method, "factor": self.factor, "lengths": list(self.lengths)}
         given = {"document": self.document, "question": self.question}
         return parts | {name: value for name, value in given.items() if value is not None}
@@ -65,7 +65,7 @@ class Task:
 
 
 def task_of(kind: Kind, method: str, factor: float, lengths: Iterable[int], reads: list[int], **which: Any) -> Task:
-    """Return a task that reads the given numbers of tokens in its forwards."""
+    """Return a task whose forwards read `reads` tokens each."""
     return Task(kind, method, factor, tuple(lengths), tokens=sum(reads), cost=cost_of(reads), **which)
 
 
@@ -81,12 +81,17 @@ Outcomes = dict[Task, Outcome]
 
 @dataclass(frozen=True, eq=False)
 class MethodRun:
-    """Everything measured under one method or of the control: documents at all lengths, and questions.
+    """Tasks of one method or of the control: documents at all lengths, and questions.
 
     Args:
-        boundaries ([`Boundaries`], *optional*): where its positions depend on the length of the input.
-        truncated (`int`, *optional*): tokens of context that each token gets at most; of the control only.
-        keys ([`KeyTokens`], *optional*): tokens whose NLL is reported separately, at the longest length.
+        setup ([`Setup`]): setup of the measurement.
+        label (`str`): label of the method or the control.
+        factor (`float`): factor of the method.
+        scorer: scorer of the model, see [`PerplexityProtocol.scorer`].
+        boundaries ([`Boundaries`], *optional*): lengths at which the positions change.
+        truncated (`int`, *optional*): most tokens of context per token, for the control only.
+        questions ([`Questions`], *optional*): questions to answer; none by default.
+        keys ([`KeyTokens`], *optional*): tokens whose NLL is also reported separately, at the longest length.
     """
 
     setup: Setup
@@ -105,25 +110,25 @@ class MethodRun:
 
     @property
     def documents(self) -> list[str]:
-        """Ids, in their order."""
+        """Ids of the documents, in order."""
         return self.setup.documents.ids
 
     @cached_property
     def passes(self) -> list[list[int]]:
-        """Lengths, ascending, that are measured together."""
+        """Lengths of each pass, ascending."""
         lengths = self.setup.lengths
         return [lengths] if self.truncated else self.setup.protocol.passes(lengths, self.boundaries)
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """A task for each pass over each document, then one for each question."""
+        """A task per pass and document, followed by a task per question."""
         return [
             *(task for lengths in self.passes for task in self._document_tasks(lengths)),
             *self._questions,
         ]
 
     def measure(self, task: Task) -> Any:
-        """The value of a task: records of its document by length, or the accuracy at each place of its questions."""
+        """Return the value of a task: records of its document by length, or the accuracy at each depth."""
         if task.kind != "nll":
             forget_length(self.scorer.model)
             return self.questions.ask(self.scorer.model, self.setup.tokenizer, task.question, task.lengths[0])
@@ -145,7 +150,7 @@ class MethodRun:
         return all(task in outcomes for task in self.tasks)
 
     def by_document(self, outcomes: Outcomes) -> tuple[dict[str, list[DocumentRecord]], dict[str, str]]:
-        """Records of each document by ascending length, and the reasons of those that failed."""
+        """Return the records of each document by ascending length, and the reasons why documents failed."""
         records: dict[str, list[DocumentRecord]] = {}
         reasons: dict[str, str] = {}
         for id in self.documents:
@@ -158,18 +163,18 @@ class MethodRun:
         return records, reasons
 
     def document_task(self, id: str, lengths: list[int]) -> Task:
-        """The task of a document in one pass."""
+        """Return the task of a document in one pass."""
         return Task("nll", self.label, self.factor, tuple(lengths), id)
 
     def passkey_cells(self, length: int, outcomes: Outcomes) -> dict[str, Any]:
-        """Cells of passkeys in the row of a length; none if no passkeys were asked."""
+        """Return the passkey cells in the row of a length; empty if no passkeys were requested."""
         if not self.questions.passkey:
             return {}
         value = outcomes[Task("passkey", self.label, self.factor, (length,))].value
         return {"passkey": value and value[0], "passkey_trials": self.questions.passkey}
 
     def retrieval_rows(self, outcomes: Outcomes) -> list[RetrievalRow]:
-        """A row for each task of retrieval, length and depth; the accuracy of those that failed is `None`."""
+        """Return a row per retrieval task, length, and depth. The accuracy of failed tasks is `None`."""
         rows = []
         for task in (task for task in self._questions if task.kind == "retrieval"):
             places = self.questions.places(str(task.question))
@@ -182,7 +187,7 @@ class MethodRun:
         return rows
 
     def unanswered(self, outcomes: Outcomes) -> list[dict[str, Any]]:
-        """Questions that failed, and why."""
+        """Return the failed questions, each with its reason."""
         entries = []
         for task in self._questions:
             if task in outcomes and (failure := outcomes[task].failure) is not None:
@@ -200,7 +205,7 @@ class MethodRun:
 
     @cached_property
     def _questions(self) -> list[Task]:
-        """A task for passkeys at each length, then one for each task of retrieval at each length."""
+        """A passkey task per length, followed by each retrieval task per length."""
         kinds: list[tuple[Kind, list[str | None]]] = [
             ("passkey", [None] if self.questions.passkey else []), ("retrieval", [*self.questions.tasks])
         ]  # fmt: skip
@@ -212,7 +217,7 @@ class MethodRun:
         ]
 
     def _key_sums(self, index: int, measured: Measurement) -> dict[str, Any]:
-        """Sums over the key tokens of a document; nothing where none were looked for."""
+        """Return the NLL sum and number of a document's key tokens; empty if key tokens were not requested."""
         if self.keys is None:
             return {}
         indices = self.keys.indices.get(self.documents[index])
@@ -227,24 +232,25 @@ def control_run(setup: Setup, scorer: Any, trained_length: int) -> MethodRun:
 
 
 def method_run(setup: Setup, plan: ExtensionPlan) -> MethodRun:
-    """Return the run of the model with a plan in force."""
+    """Return the run of the model under a plan."""
     factor = 1.0 if plan.changes_nothing else plan.factor
     boundaries = boundaries_of(plan.scheme, plan)
     return MethodRun(setup, plan.method, factor, setup.scorer, boundaries, questions=setup.questions)
 
 
 def name_of(plan: ExtensionPlan) -> str:
-    """Name of the run with a plan in force."""
+    """Return the name of the run of a plan."""
     return title(plan.method, 1.0 if plan.changes_nothing else plan.factor)
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """Makes results of outcomes: of the documents that every run could measure.
+    """Assembly of outcomes into results, over the documents that every run measured.
 
-    A document that failed in one run is left out of all of them, at every length, since rows compare only over the
-    same documents. A method that failed on every document is left out as a whole. Results report both, and why. Gains
-    are counted against the control, and changes against `unpatched`, or against the control inside its length.
+    A document that failed in one run is left out of all runs at every length, because rows are comparable only over
+    the same documents. A method that failed on every document is left out. Results report both with reasons. Gains are
+    relative to the control. Changes are relative to `unpatched`, or without it to the control within the trained
+    length.
     """
 
     methods: list[MethodRun]
@@ -254,7 +260,7 @@ class Assembly:
     _rows: dict[Any, list[Row]] = field(default_factory=dict, repr=False)
 
     def results(self, outcomes: Outcomes) -> Results:
-        """Results of the runs that are finished.
+        """Return the results of the finished runs.
 
         Raises:
             EvaluationError: the control failed on every document, every method did, or no document is left.
@@ -291,11 +297,11 @@ class Assembly:
         self, run: MethodRun, records: Mapping[MethodRun, list[DocumentRecord]], outcomes: Outcomes
     ) -> list[Row]:
         key = (run, *dict.fromkeys(record["document"] for record in records[run]))
-        if key not in self._rows:  # bootstraps take longest, and results are asked for after each method
+        if key not in self._rows:  # bootstraps are slow, and results are assembled after each method
             seed = run.setup.config.seed
             trained_length = (self.control and self.control.truncated) or 0
             control = records[self.control] if self.control else []
-            # Inside the trained length the control is the unpatched model itself, whether or not `none` is asked for.
+            # Within the trained length the control is the unpatched model, even if `none` is not requested.
             inside = [record for record in control if record["length"] <= trained_length]
             baseline = records.get(self.unpatched, inside) if self.unpatched else inside
             self._rows[key] = make_rows(
@@ -327,5 +333,5 @@ class Assembly:
 
 
 def key_text(task: Task) -> str:
-    """The key of a task as text."""
+    """Return the identity of a task as JSON text."""
     return json.dumps(task.key)

@@ -1,4 +1,4 @@
-"""From documents to equally long rows of tokens: the same tokens for every method and every length."""
+"""Tokenization of documents into rows of equal length, with the same tokens for every method and length."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .documents import Document
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Of the cached columns; another number makes all that was cached before unknown."""
+"""Version of the cached columns. Changing it invalidates every cached file."""
 
 
 class Encoded(NamedTuple):
     """Tokens of one text, without special ones.
 
     Args:
-        ids (`np.ndarray` of shape `(tokens,)`): int32.
+        ids (`np.ndarray` of shape `(tokens,)`): token ids, int32.
         ends (`np.ndarray` of shape `(tokens,)`, *optional*): UTF-8 bytes of the text up to the end of each token,
-            int64; `None` where the tokenizer gives no offsets (slow ones).
+            int64; `None` for a slow tokenizer, which returns no offsets.
     """
 
     ids: np.ndarray
@@ -40,12 +40,12 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Any, text: str) -> Encoded:
-    """Tokens of a text without special ones, and where each ends.
+    """Return the tokens of a text without special tokens, and the byte offset at which each ends.
 
-    A character whose bytes are several tokens counts with the first of them, and what the tokenizer drops from the
-    text counts with the token behind it.
+    The bytes of a character split into several tokens count for the first of them. Text that the tokenizer drops
+    counts for the next token.
     """
-    wanted = {"add_special_tokens": False, "verbose": False}  # verbose warns about the model's length
+    wanted = {"add_special_tokens": False, "verbose": False}  # verbose would warn about the model's length
     if not getattr(tokenizer, "is_fast", False):
         return Encoded(np.array(tokenizer(text, **wanted)["input_ids"], dtype=np.int32), None)
     encoded = tokenizer(text, **wanted, return_offsets_mapping=True, return_attention_mask=False)
@@ -55,18 +55,18 @@ def encode(tokenizer: Any, text: str) -> Encoded:
 
 
 def bytes_before(text: str) -> np.ndarray:
-    """UTF-8 bytes before each character of a text, and of all of it; int64, of shape `(characters + 1,)`."""
+    """Return the UTF-8 bytes before each character of a text, and in total; int64, of shape `(characters + 1,)`."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     sizes = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Any) -> Iterator[Encoded]:
-    """Tokens of every document, in order.
+    """Yield the tokens of every document, in order.
 
-    They are kept in the cache of `datasets` under a fingerprint of the texts and the tokenizer, so that the next run
-    tokenizes nothing; of several processes that want the same, the first tokenizes and the others wait and read. With
-    `datasets.disable_caching()`, or where the cache cannot be written, they are kept in memory.
+    Tokens are cached in the cache of `datasets` under a fingerprint of the texts and the tokenizer, so the next run
+    does not tokenize. If several processes need the same tokens, the first tokenizes while the rest wait and then
+    read. With `datasets.disable_caching()`, or if the cache cannot be written, tokens are kept in memory.
     """
     import datasets
 
@@ -75,13 +75,13 @@ def encode_documents(documents: Sequence[Document], tokenizer: Any) -> Iterator[
         return {"ids": encoded.ids, **({} if encoded.ends is None else {"ends": encoded.ends})}
 
     def encode_all(**options: Any) -> Any:
-        # Indices and not texts, which would be copied, and of which a column of Arrow holds no more than 2 GB.
+        # Indices instead of texts: texts would be copied, and an Arrow column of texts is limited to 2 GB.
         rows = datasets.Dataset.from_dict({"index": range(len(documents))})
         return rows.map(
             encode_one,
             input_columns="index",
             remove_columns="index",
-            writer_batch_size=16,  # long texts: what is not yet written is in memory
+            writer_batch_size=16,  # small, because rows not yet written are in memory and texts are long
             desc="tokenizing",
             **options,
         )
@@ -95,7 +95,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Any) -> Iterator[
             path.parent.mkdir(parents=True, exist_ok=True)
             with nullcontext() if path.exists() else FileLock(f"{path}.lock"):
                 table = encode_all(cache_file_name=str(path), new_fingerprint=fingerprint)
-        except (OSError, ValueError) as error:  # what Arrow raises of a torn file is a ValueError
+        except (OSError, ValueError) as error:  # Arrow raises a ValueError for a truncated file
             logger.warning("tokens cannot be kept at %s (%s); they are made again", path, error)
             table = encode_all(keep_in_memory=True, new_fingerprint=fingerprint)
     for row in table.with_format("numpy"):
@@ -103,11 +103,11 @@ def encode_documents(documents: Sequence[Document], tokenizer: Any) -> Iterator[
 
 
 def _fingerprint(documents: Sequence[Document], tokenizer: Any) -> str | None:
-    """Of all that the tokens depend on; `None` if the tokenizer cannot be fingerprinted."""
+    """Return a fingerprint of everything the tokens depend on; `None` if the tokenizer cannot be pickled."""
     from datasets.fingerprint import Hasher
 
     if getattr(tokenizer, "is_fast", False):
-        tokenizer("a", verbose=False)  # clears what an earlier call left of padding and truncation
+        tokenizer("a", verbose=False)  # resets padding and truncation of earlier calls, which are part of the state
         state = tokenizer.backend_tokenizer.to_str()
     else:
         try:
@@ -121,13 +121,13 @@ def _fingerprint(documents: Sequence[Document], tokenizer: Any) -> str | None:
     digest.update(json.dumps([FORMAT, versions, kind, getattr(tokenizer, "split_special_tokens", False)]).encode())
     for text in (state, *(document.text for document in documents)):
         content = text.encode()
-        digest.update(b"%d:" % len(content))  # so that texts cannot run into each other
+        digest.update(b"%d:" % len(content))  # the size separates texts that would otherwise be ambiguous
         digest.update(content)
     return digest.hexdigest()
 
 
 Bos = Literal["auto", "always", "never"]
-"""Rule for BOS before every text: the tokenizer's own, always, or never."""
+"""Rule for BOS before every text: the tokenizer's default, always, or never."""
 
 
 @dataclass(frozen=True)
@@ -135,17 +135,19 @@ class TokenizedDocuments:
     """The first `length` tokens of every document that is long enough.
 
     Args:
-        ids (`list[str]`): of the documents.
-        tokens (`torch.LongTensor` of shape `(documents, length)`): the rows, the special prefix included.
-        bos (`int`): tokens of the special prefix, with which each row begins; they are read, and not scored.
-        counts (`list[int]`): tokens that each document has, the prefix and what `start` leaves out included.
-        left_out (`list[dict]`): `document` and `tokens` of those that are too short.
+        ids (`list[str]`): ids of the documents.
+        tokens (`torch.LongTensor` of shape `(documents, length)`): rows, including the special prefix.
+        bos (`int`): number of tokens in the special prefix of each row. They are read but not scored.
+        counts (`list[int]`, *optional*): tokens of each document, including the prefix and the tokens skipped by
+            `start`.
+        left_out (`list[dict]`, *optional*): `document` and `tokens` of each document that is too short.
         byte_ends (`torch.LongTensor` of shape `(documents, length)`, *optional*): UTF-8 bytes of the document from its
-            beginning to the end of each token, so that differences are bytes of text; at the prefix, where the row
-            begins in the document (0 unless `start` leaves tokens out). `None` where the tokenizer gives no offsets
-            (slow ones).
-        start (`int`, *optional*, defaults to 0): tokens that are left out at the beginning of each document.
-        prefix (`str`, *optional*): the special prefix in words, where it is not the BOS that the tokenizer adds.
+            beginning to the end of each token. Differences are bytes of text. For tokens of the prefix, it is the
+            offset at which the row begins in the document (0 unless `start` skips tokens). `None` for a slow
+            tokenizer, which returns no offsets.
+        start (`int`, *optional*, defaults to 0): tokens skipped at the beginning of each document.
+        prefix (`str`, *optional*, defaults to `""`): description of the special prefix, unless it is empty or BOS by
+            the tokenizer's default.
     """
 
     ids: list[str]
@@ -158,20 +160,20 @@ class TokenizedDocuments:
     prefix: str = ""
 
     def __post_init__(self) -> None:
-        if len(set(self.ids)) != len(self.ids):  # tasks, journals and results are keyed by them
+        if len(set(self.ids)) != len(self.ids):  # tasks, journals, and results are keyed by id
             raise ValueError(f"Expected unique document ids, got {self.ids}. Pass documents through as_documents().")
 
     @property
     def length(self) -> int:
-        """Tokens per row."""
+        """Number of tokens per row."""
         return self.tokens.shape[1]
 
 
 def check_lengths(lengths: Sequence[int]) -> list[int]:
-    """Context lengths in tokens to measure at, ascending; of one token nothing can be scored.
+    """Return the context lengths in tokens, checked and in ascending order. A single token cannot be scored.
 
     Raises:
-        InvalidParameterError: none, not whole numbers, below 2, or one twice.
+        InvalidParameterError: no lengths, a length that is not a whole number or is below 2, or duplicates.
     """
     check_type("lengths", lengths, Sequence[int])
     if not lengths or min(lengths) < 2:
@@ -184,15 +186,15 @@ def check_lengths(lengths: Sequence[int]) -> list[int]:
 
 
 def special_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
-    """Return the special tokens that stand before every text: `[gMASK]<sop>`, a class token, BOS, or nothing.
+    """Return the special tokens before every text: `[gMASK]<sop>`, a class token, BOS, or nothing.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        bos (`str`, *optional*, defaults to `"auto"`): `"auto"` for what the tokenizer adds; `"always"` for BOS also
-            where the tokenizer has lost it; `"never"` for nothing.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        bos (`str`, *optional*, defaults to `"auto"`): `"auto"` for the tokens that the tokenizer adds, `"always"` for
+            BOS even if the tokenizer does not add it, or `"never"` for no special tokens.
 
     Raises:
-        InvalidParameterError: `"always"`, and the tokenizer has no BOS token; or another value.
+        InvalidParameterError: `"always"` and the tokenizer has no BOS token, or an unknown value.
     """
     check_type("bos", bos, Bos)
     if bos == "never":
@@ -208,12 +210,12 @@ def special_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
 
 
 def first_scored(bos: int) -> int:
-    """Index of the first token that is scored of a text with `bos` special tokens in front: these are read only."""
+    """Return the index of the first scored token, given a special prefix of `bos` tokens, which are only read."""
     return max(1, bos)
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return what a tokenizer puts before and after a text by itself: `[CLS]` and `[SEP]`, or nothing and `</s>`."""
+    """Return the tokens that a tokenizer adds before and after a text: `[CLS]` and `[SEP]`, or nothing and `</s>`."""
     plain, whole = token_ids(tokenizer, "a"), tokenizer("a")["input_ids"]
     begin = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), None)
     if begin is None:
@@ -225,14 +227,14 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text without special ones (`verbose=False`: no warning about the model's length)."""
+    """Return the tokens of a text without special tokens, and without a warning about the model's length."""
     require_tokenizer(tokenizer)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
 def require_tokenizer(tokenizer: Any) -> None:
-    """Refuse what is not a tokenizer."""
+    """Check that an argument is a tokenizer, that is, callable."""
     if not callable(tokenizer):
         raise InvalidParameterError(
             f"Expected a tokenizer, got {type(tokenizer).__name__}. Pass AutoTokenizer.from_pretrained(...)."
@@ -245,10 +247,10 @@ def check_vocabulary(
     name: str = "the model",
     remedy: str = "load both from the same checkpoint",
 ) -> None:
-    """Refuse tokens that a model does not have: their tokenizer is another's.
+    """Check that every token is in a model's vocabulary. If not, the tokenizer is of another model.
 
     Raises:
-        InvalidParameterError: a token is not below the number of embeddings.
+        InvalidParameterError: a token id is not below the number of token embeddings.
     """
     largest, vocabulary = max(int(row.max()) for row in rows), model.get_input_embeddings().num_embeddings
     if largest >= vocabulary:
@@ -258,12 +260,12 @@ def check_vocabulary(
 def tokenize_documents(
     documents: Sequence[Document], tokenizer: Any, length: int, start: int = 0, bos: Bos = "auto"
 ) -> TokenizedDocuments:
-    """Cut every document to `special prefix + tokens[start:]`, first `length` tokens.
+    """Return the first `length` tokens of `special prefix + tokens[start:]` of every document.
 
-    The prefix ([`special_prefix`]) stands there once, also where the text begins with it.
+    The prefix ([`special_prefix`]) is not repeated if the text already begins with it.
 
     Raises:
-        DocumentError: no documents, or none is long enough.
+        DocumentError: no documents, or no document is long enough.
         InvalidParameterError: a negative `start`.
     """
     check_type("length", length, int)
@@ -306,7 +308,7 @@ def tokenize_documents(
 
 
 def leading(ids: np.ndarray, prefix: np.ndarray) -> int:
-    """Return how many of the first tokens of a text are of the special prefix, which is put before it anyway."""
+    """Return the number of leading tokens of a text that belong to the special prefix, which is added anyway."""
     others = np.flatnonzero(~np.isin(ids, prefix)) if len(prefix) else [0]
     return int(others[0]) if len(others) else len(ids)
 
@@ -326,10 +328,10 @@ def _table(rows: list[np.ndarray]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TokensRead:
-    """The rows of the measured models as an evaluator reads them: as they are, or in tokens of its own.
+    """Rows of the measured models, unchanged or retokenized for an evaluator.
 
-    `rows` begin with the `bos` tokens of its special prefix. `carry` gives, of the index of a document and indices in
-    the evaluator's row, those in the row of the measured models.
+    `rows` begin with the `bos` tokens of the special prefix. `carry` takes the index of a document and token indices
+    in the evaluator's row, and returns the token indices in the row of the measured models.
     """
 
     ids: list[str]
@@ -341,10 +343,10 @@ class TokensRead:
 def read_by(
     evaluator_tokenizer: Any, tokenizer: Any, texts: Iterable[Document], rows: TokenizedDocuments
 ) -> TokensRead:
-    """The rows for an evaluator, which may have another tokenizer.
+    """Return the rows for an evaluator, which may have another tokenizer.
 
     Raises:
-        InvalidParameterError: two tokenizers of which one gives no offsets.
+        InvalidParameterError: the tokenizers differ, and one of them returns no offsets.
     """
     if evaluator_tokenizer is not None:
         require_tokenizer(evaluator_tokenizer)
@@ -378,10 +380,10 @@ def read_by(
 
 
 def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarray:
-    """Mask of the tokens that lie, except for white space, inside spans of characters; bool, of shape `(tokens,)`.
+    """Return the mask of the tokens inside spans of characters, ignoring white space; bool, of shape `(tokens,)`.
 
-    Offsets `(tokens, 2)` and spans `(spans, 2)` are first characters and those past the last; spans come in any order,
-    also overlapping. A token that shares no character with the spans is in none of them.
+    Offsets `(tokens, 2)` and spans `(spans, 2)` are pairs of first character and end (exclusive). Spans may be in any
+    order and overlap. A token that shares no character with the spans is outside.
     """
     covered = np.zeros(len(text), dtype=bool)
     for begin, end in spans:
@@ -394,17 +396,17 @@ def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarr
 
 
 def _offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a text without special ones, and their characters, `(tokens, 2)`."""
+    """Return the tokens of a text without special tokens, and their character offsets `(tokens, 2)`."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     return np.array(encoded["input_ids"], dtype=np.int64), spans
 
 
 def _are_same(one: Any, other: Any) -> bool:
-    """Return `True` if two tokenizers give the same tokens, also if they were loaded from different places."""
+    """Return `True` if two tokenizers are equal, even if they were loaded from different places."""
     if one is other or not (one.is_fast and other.is_fast):
         return one is other
     for tokenizer in (one, other):
-        tokenizer("a", verbose=False)  # clears what an earlier call left of padding and truncation
+        tokenizer("a", verbose=False)  # resets padding and truncation of earlier calls, which are part of the state
     same: bool = one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     return same

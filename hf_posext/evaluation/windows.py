@@ -1,8 +1,8 @@
-"""The interface of protocols, the windows that they read, and the control.
+"""Interface of protocols, the windows they read, and the control.
 
 The control scores the same tokens with the unpatched model and a context truncated to the trained length. A perplexity
-that falls with length proves nothing by itself, since later tokens of a document are easier; it falls for a model that
-sees no more than its trained length, too. The worth of a longer context is the distance to the control.
+that falls with length proves nothing by itself, because later tokens of a document are easier. It also falls for a
+model limited to its trained length. The benefit of a longer context is the difference from the control.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Measurement(NamedTuple):
 
     Args:
         length (`int`): context length in tokens.
-        nll (`numpy.ndarray` of shape `(scored tokens,)`): float64, in nats, in the order of the text.
-        first (`int`, *optional*, defaults to 1): index in the row of the first token that is scored, if all after it
-            are scored up to the last; `None` if they are a sample, or overlap.
-        tail (`int`, *optional*): how many of the last lie in the second half of the text; by default the text is what
-            is scored and the token before it.
-        groups (`tuple[int, ...]`, *optional*): of a legacy protocol: sizes of the groups of tokens, in order, whose
-            means are averaged; such an average is told of no stretch of the text.
-        places (`numpy.ndarray` of shape `(scored tokens,)`, *optional*): of a sample: indices in the row of its
-            tokens, one in the middle of each of equally long parts of the text.
+        nll (`numpy.ndarray` of shape `(scored tokens,)`): float64, in nats, in text order.
+        first (`int`, *optional*, defaults to 1): row index of the first scored token, if the scored tokens are
+            contiguous; `None` if they are a sample or overlap.
+        tail (`int`, *optional*): number of scored tokens in the second half of the text. By default the text is the
+            scored tokens and the token before them.
+        groups (`tuple[int, ...]`, *optional*): sizes of the token groups, in order, whose means a legacy protocol
+            averages. Results then contain no gain by position.
+        places (`numpy.ndarray` of shape `(scored tokens,)`, *optional*): row indices of a sample's tokens, one in the
+            middle of each of equally long parts of the text.
     """
 
     length: int
@@ -47,13 +47,13 @@ class Measurement(NamedTuple):
 
 
 class PerplexityProtocol(ABC):
-    """A way to measure one document, in one pass at a time; looping and distributing is left to the caller.
+    """Protocol that measures one document in one pass. The caller loops over and distributes passes.
 
-    A pass is one document, and the lengths that it measures together.
+    A pass is one document and the lengths measured together.
 
     Attributes:
-        name (`str`): in results and on the command line.
-        legacy (`bool`): `True` for a published average that weighs tokens unequally; marked in every output.
+        name (`str`): name in results and on the command line.
+        legacy (`bool`): `True` for a published average that weights tokens unequally, which every output marks.
     """
 
     name: ClassVar[str]
@@ -61,34 +61,34 @@ class PerplexityProtocol(ABC):
 
     @abstractmethod
     def bos_rule(self, bos: int) -> str:
-        """Place of the `bos` special tokens that stand before a text, in words."""
+        """Return a description of where the `bos` special tokens of a text are."""
 
     @abstractmethod
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> Any:
-        """Scorer of tokens for this protocol; it has the bare model as `model`, and is handed to the methods below.
+        """Return a token scorer for the methods below. Its `model` is the model without wrappers.
 
         Raises:
-            UnsupportedModelError: the protocol means nothing for such a model.
+            UnsupportedModelError: the protocol does not support the model.
         """
 
     def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
-        """The rows as the protocol measures them.
+        """Return the rows as the protocol measures them.
 
         Raises:
-            InvalidParameterError: too few tokens for it.
+            InvalidParameterError: too few tokens for the protocol.
         """
         return documents
 
     def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
-        """The lengths, ascending, by pass."""
+        """Return the lengths of each pass, ascending."""
         return [[length] for length in lengths]
 
     def measure(self, scorer: Any, documents: TokenizedDocuments, index: int, lengths: list[int]) -> list[Measurement]:
-        """One document at the lengths of one pass; a context of that length cuts nothing off.
+        """Return the measurements of one document at the lengths of one pass, without truncating its context.
 
         Raises:
             NonFiniteError: logits of this document are not finite.
-            EvaluationError: nothing can be measured in this way.
+            EvaluationError: the document cannot be measured.
         """
         return self.measure_control(scorer, documents, index, lengths, lengths[-1])
 
@@ -96,40 +96,42 @@ class PerplexityProtocol(ABC):
     def measure_control(
         self, scorer: Any, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
     ) -> list[Measurement]:
-        """The same tokens at any lengths, each given at most `trained_length` tokens (2 or more) of context.
+        """Return measurements of the same tokens, each with a context of at most `trained_length` tokens (2 or more).
 
-        Where a length is not above `trained_length` this is what `measure` gives, up to rounding.
+        Any lengths are allowed. For lengths up to `trained_length`, values equal those of `measure` up to rounding.
         """
 
     @abstractmethod
     def reads(self, lengths: list[int], longest: int) -> list[int]:
-        """Tokens of each forward in one pass over a document of `longest` tokens, for progress and balancing."""
+        """Return the tokens per forward of a pass over `longest` tokens, for progress and load balancing."""
 
 
 def is_legacy(name: str) -> bool:
-    """Return `True` if a protocol, by its name in results, reproduces a published average."""
+    """Return `True` if the protocol of this name reproduces a published average."""
     return name.startswith("legacy-")
 
 
 LINEAR_COST = 16_384
-"""Tokens of context at which attention costs as much as all that is linear in the length: four to twelve times the
-width of a model. Costs balance work between processes, and need be no better than that."""
+"""Tokens of context at which attention costs as much as all work linear in the length: four to twelve times the width
+of a model. The estimate only balances work between processes."""
 
 
 def cost_of(reads: Iterable[int]) -> float:
-    """Relative cost of forwards over so many tokens each."""
+    """Return the relative cost of forwards that read these numbers of tokens."""
     return float(sum(size * (size + LINEAR_COST) for size in reads))
 
 
 class Window(NamedTuple):
-    """Some tokens of a row that a model reads in one forward.
+    """Window of a row that a model reads in one forward.
 
     Args:
-        begin (`int`): tokens `begin` to `end` are read, all but the last if `last_read` is not set.
-        first (`int`): tokens `first` to `end` are scored.
-        end (`int`): exclusive.
-        bos (`int`): tokens of the special prefix (the first of the row) that are read before them.
-        last_read (`bool`): whether the last token is read, of which nothing follows.
+        begin (`int`): index of the first token read after the special prefix.
+        first (`int`): index of the first scored token.
+        end (`int`): end of the window, exclusive. Tokens up to it are scored.
+        bos (`int`, *optional*, defaults to 0): tokens of the special prefix, from the beginning of the row, that are
+            read before the window.
+        last_read (`bool`, *optional*, defaults to `True`): whether the last token is read, although no token after it
+            is scored.
     """
 
     begin: int
@@ -140,16 +142,16 @@ class Window(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of tokens that are read."""
+        """Number of tokens read."""
         return self.end - self.begin + self.bos - (not self.last_read)
 
     def cut(self, size: int) -> Window:
-        """The same window where at most `size` tokens are read; it may score nothing."""
+        """Return the window shortened to read at most `size` tokens. It may score no tokens."""
         return self._replace(end=max(self.first, self.end - max(0, self.size - size)))
 
 
 def check_stride(window: int, stride: int, bos: int = 1) -> None:
-    """Refuse a stride that is none, or that skips tokens, where windows begin with `bos` special tokens."""
+    """Check that a stride is at least 1 and skips no tokens, for windows with `bos` special tokens."""
     longest = window - first_scored(bos)
     if not 1 <= stride <= longest:
         raise InvalidParameterError(
@@ -158,9 +160,10 @@ def check_stride(window: int, stride: int, bos: int = 1) -> None:
 
 
 def sliding_windows(total: int, window: int, stride: int, bos: int) -> list[Window]:
-    """Windows that score each token of a text exactly once, except for the first where no special token is before it.
+    """Return windows that score each token of a text exactly once.
 
-    Texts of `total` tokens and every window of `window` tokens include the special prefix of `bos` tokens.
+    The special prefix is not scored, nor is token 0 of a text without one. The text of `total` tokens and every window
+    of `window` tokens include the special prefix of `bos` tokens.
     """
     check_stride(window, stride, bos)
     windows = [Window(bos, first_scored(bos), min(window, total), bos)]
@@ -171,10 +174,11 @@ def sliding_windows(total: int, window: int, stride: int, bos: int) -> list[Wind
 
 
 def rolling_windows(total: int, window: int, bos: int = 0) -> list[Window]:
-    """Disjoint windows of lm-eval (`get_rolling_token_windows` with `context_len=1`, `max_seq_len=window`).
+    """Return the windows of lm-eval (`get_rolling_token_windows` with `context_len=1`, `max_seq_len=window`).
 
-    Each reads `window` tokens and scores the `window` after its first; the last one begins earlier, so that it reads
-    as many. Special tokens are in the first window only, and are not scored.
+    The scored tokens of the windows are disjoint. Each window reads `window` tokens and predicts the token after each.
+    The last window begins earlier to read equally many, and scores only the remaining tokens. Special tokens are only
+    in the first window, and are not scored.
     """
     windows = [Window(0, first_scored(bos), min(window + 1, total), last_read=False)]
     while windows[-1].end < total:
@@ -184,15 +188,17 @@ def rolling_windows(total: int, window: int, bos: int = 0) -> list[Window]:
 
 
 def windows_nll(scorer: TokenScorer, row: torch.Tensor, windows: Sequence[Window]) -> np.ndarray:
-    """NLL of the tokens of a row that windows score, in their order; float64, in nats. Neighbours of equal shape are
-    batched."""
+    """Return the NLL of the tokens scored by windows of a row, in window order; float64, in nats.
+
+    Consecutive windows of equal shape are batched.
+    """
     pieces = []
     shape = {"key": lambda w: (w.end - w.begin, w.end - w.first, w.bos, w.last_read)}
     for (size, scored, bos, last_read), alike in itertools.groupby(windows, **shape):
         begins = [w.begin for w in alike]
         per_batch = max(1, BATCH_TOKENS // size)
-        for at in range(0, len(begins), per_batch):
-            batch = torch.stack([row[begin : begin + size] for begin in begins[at : at + per_batch]])
+        for start in range(0, len(begins), per_batch):
+            batch = torch.stack([row[begin : begin + size] for begin in begins[start : start + per_batch]])
             if bos:
                 batch = torch.cat([row[:bos].expand(len(batch), bos), batch], dim=1)
             nll = scorer.token_nll(batch, first=batch.shape[1] - scored, last_read=last_read)
@@ -201,32 +207,32 @@ def windows_nll(scorer: TokenScorer, row: torch.Tensor, windows: Sequence[Window
 
 
 def windowed_nll(scorer: TokenScorer, row: torch.Tensor, window: int, stride: int, bos: int) -> np.ndarray:
-    """NLL of one document read through a sliding window, from the first token after the special prefix on; float64, in
-    nats."""
+    """Return the NLL of one document under a sliding window, from the first scored token on; float64, in nats."""
     return windows_nll(scorer, row, sliding_windows(len(row), window, stride, bos))
 
 
 CONTROL = "truncated"
-"""The name of the control among the per-document results."""
+"""Name of the control in the results per document."""
 
 
 def control_stride(trained_length: int) -> int:
-    """An eighth of the trained length, so that every token has seven eighths of it as context."""
+    """Return an eighth of the trained length, which leaves every far token at least seven eighths of it as context."""
     return max(1, trained_length // 8)
 
 
 def control_windows(tokens: int, trained_length: int) -> int:
-    """Forwards of the control over so many tokens of a document."""
+    """Return the number of forwards of the control over `tokens` tokens of a document."""
     return 1 + max(0, -(-(tokens - trained_length) // control_stride(trained_length)))
 
 
 class TruncatedReader:
-    """Reads the windows of one document with at most `size` tokens of context for each token.
+    """Reader of the windows of one document with at most `size` tokens of context per token.
 
-    What a window scores among its first `size` tokens comes from one forward over them, exactly as the protocol reads
-    them; later tokens come from windows of `size` tokens that end every [`control_stride`] tokens of the document, and
-    begin with the special prefix of the document: without it many models collapse, and the control would be unfairly
-    weak. A window of no more than `size` tokens is read as it is. No window scores a token before `since`.
+    The scored tokens among the first `size` tokens of a window come from one forward over these, exactly as in the
+    protocol. Later tokens come from windows of `size` tokens that end every [`control_stride`] tokens of the document.
+    They begin with the special prefix of the document, because many models collapse without it, and the control would
+    be unfairly weak. Windows of at most `size` tokens are unchanged. Far windows that end at or before `since` are
+    skipped.
     """
 
     def __init__(self, scorer: TokenScorer, row: torch.Tensor, size: int, bos: int, since: int = 1) -> None:
@@ -234,13 +240,13 @@ class TruncatedReader:
         self._far: np.ndarray | None = None
 
     def nll(self, windows: Sequence[Window]) -> np.ndarray:
-        """NLL of the tokens that the windows score, in their order; float64, in nats."""
+        """Return the NLL of the tokens scored by the windows, in window order; float64, in nats."""
         near = [window.cut(self.size) for window in windows]
         scored = [window for window in near if window.end > window.first]
         nll = windows_nll(self.scorer, self.row, scored) if scored else np.empty(0)
         if near == list(windows):
             return nll
-        if self._far is None:  # of tokens 1, 2, ... of the document; NaN where nothing is scored
+        if self._far is None:  # NLL of tokens 1, 2, ... of the document; NaN before the first far token
             far = self._far_windows()
             self._far = np.append(np.full(far[0].first - 1, np.nan), windows_nll(self.scorer, self.row, far))
         pieces, taken = [], 0
@@ -252,5 +258,5 @@ class TruncatedReader:
 
     def _far_windows(self) -> list[Window]:
         windows = sliding_windows(len(self.row), self.size, control_stride(self.size), self.bos)
-        # The first `size` tokens were read with the windows, of which the first begins at token 0.
+        # The first window begins at token 0, so the protocol's windows already cover the first `size` tokens.
         return [window for window in windows if window.end > max(self.size, self.since)]

@@ -1,4 +1,4 @@
-"""Modules for `evaluate`: `evaluate.load(path)` reads each from its folder, and each is a class to import."""
+"""Metrics for `evaluate`. `evaluate.load(path)` loads each from its folder, and each is also a class to import."""
 
 from ..packages import require
 

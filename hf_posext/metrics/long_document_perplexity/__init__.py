@@ -1,4 +1,4 @@
-"""Perplexity of documents from NLL sums and token counts, as a module for `evaluate`."""
+"""Perplexity of documents from NLL sums and token counts, as a metric for `evaluate`."""
 
 from .long_document_perplexity import LongDocumentPerplexity
 

@@ -1,7 +1,7 @@
-"""Perplexity of documents from NLL sums and token counts, as a module for `evaluate`.
+"""Perplexity of documents from NLL sums and token counts, as a metric for `evaluate`.
 
-The file stands alone, since `evaluate.load` copies it away from its package. That loader finds imports by a regular
-expression that takes one import to a line.
+The file must not import from this package, because `evaluate.load` copies it elsewhere. That loader finds imports by a
+regular expression that matches one import per line.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ CITATION = """\
 class LongDocumentPerplexity(evaluate.Metric):  # type: ignore[misc]  # evaluate has no type information
     """Token-weighted perplexity over documents.
 
-    The mean of the documents' own perplexities is left out on purpose: it is another number, ruled by the worst
-    document, and where both circulate, tables cannot be compared.
+    The mean of the documents' perplexities is deliberately not reported. It is another number, dominated by the worst
+    document, and tables that mix the two are not comparable.
 
     Example:
 
@@ -48,8 +48,8 @@ class LongDocumentPerplexity(evaluate.Metric):  # type: ignore[misc]  # evaluate
     ```
 
     Raises:
-        ValueError: from `compute`, where there are no documents or no tokens, where a count is negative, where an NLL
-            sum is not finite, or where `byte_counts` has not one count for each document.
+        ValueError: `compute` is called without documents or tokens, with a negative count, with a non-finite NLL sum,
+            or with `byte_counts` that are all 0 or do not have one count per document.
     """
 
     def _info(self) -> evaluate.MetricInfo:
