@@ -85,6 +85,11 @@ def _matching(held: list[DocumentRecord], records: list[DocumentRecord]) -> list
     if not held:
         return []
     by_key = {(record["document"], record["length"]): record for record in held}
+    missing = [record["document"] for record in records if (record["document"], record["length"]) not in by_key]
+    if missing:
+        raise InvalidParameterError(
+            f"Expected the same documents before and after, got no {missing[0]!r} before. Measure both on these."
+        )
     return [by_key[record["document"], record["length"]] for record in records]
 
 

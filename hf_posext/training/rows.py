@@ -195,7 +195,10 @@ class Skips:
         With two chunks, the cut and the skip are distributed as in the paper's code.
         """
         draw = random.Random(f"{self.seed}-{sample}")
-        sizes = [draw.randint(1, -(-length // self.chunks)) for _ in range(self.chunks - 1)]
+        sizes: list[int] = []
+        for _ in range(self.chunks - 1):  # each later chunk keeps at least one token
+            left = length - sum(sizes) - (self.chunks - 1 - len(sizes))
+            sizes.append(min(draw.randint(1, -(-length // self.chunks)), left))
         skips = [0]
         for _ in sizes:
             skips.append(draw.randint(skips[-1], self.target - length))

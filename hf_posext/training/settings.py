@@ -222,5 +222,11 @@ def tie_again(network: PeftModel) -> None:
     """Tie the trained copies of the embeddings and the output weights. PEFT does so for a few names only."""
     layers = (network.get_base_model().get_input_embeddings(), network.get_base_model().get_output_embeddings())
     inputs, outputs = (getattr(layer, "modules_to_save", None) for layer in layers)
-    if inputs is not None and outputs is not None:
+    if inputs is not None and outputs is not None and _shares_weight(*layers):
         outputs["default"].weight = inputs["default"].weight
+
+
+def _shares_weight(*wrapped: Any) -> bool:
+    """Return whether the layers below PEFT's wrappers, which are not trained, have one weight in common."""
+    inputs, outputs = (layer.original_module.weight for layer in wrapped)
+    return inputs is outputs or inputs.data_ptr() == outputs.data_ptr() != 0

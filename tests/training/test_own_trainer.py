@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_posext import load_adapter, load_patched, patch_model
 from hf_posext.adapters import save_adapter
 from hf_posext.errors import EvaluationError
+from hf_posext.training.settings import tie_again
 
 from ..adapters.helpers import train
 from ..conftest import EXAMPLES, TRAINED, logits, realigned, tiny_llama, tokens
@@ -138,6 +139,19 @@ def test_gradient_checkpointing_changes_no_bit(method: str, reentrant: bool) -> 
     loss, gradients = loss_and_gradients(model, input_ids=IDS, labels=IDS)
     assert torch.equal(loss, wanted[0]) and gradients.keys() == wanted[1].keys()
     assert all(torch.equal(gradient, wanted[1][name]) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_embeddings_are_tied_only_where_the_model_ties_them(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = tiny_llama(tie_word_embeddings=tied)
+    before = logits(model, tokens(40))
+    network = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["embed_tokens", "lm_head"]))
+    tie_again(network)
+    assert torch.equal(logits(network, tokens(40)), before)
+    layers = (network.get_base_model().get_input_embeddings(), network.get_base_model().get_output_embeddings())
+    inputs, outputs = (layer.modules_to_save["default"].weight for layer in layers)
+    assert (inputs is outputs) == tied
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft 0.21 calls it that

@@ -10,7 +10,7 @@ import torch
 from hf_posext.errors import DocumentError, UnsupportedModelError
 from hf_posext.evaluation import Document
 from hf_posext.patching.position_ids import check_packing
-from hf_posext.training.rows import NO_LABEL, Collator, make_rows, schedule
+from hf_posext.training.rows import NO_LABEL, Collator, Skips, make_rows, schedule
 
 from ..conftest import longer_gpt2, tiny_bloom, tiny_llama
 from ..evaluation.helpers import BOS, character_tokenizer, random_texts
@@ -108,3 +108,9 @@ def test_each_sample_is_a_function_of_the_seed_and_its_number() -> None:
     assert [sample["input_ids"].tolist() for sample in schedule(rows, 40, seed=0)][:25] == read
     assert [sample["input_ids"].tolist() for sample in schedule(rows, 25, seed=1)] != read
     assert [int(sample["sample"]) for sample in schedule(rows, 25, seed=0)] == list(range(25))
+
+
+def test_many_chunks_fit_into_a_short_row() -> None:
+    for sample in range(400):
+        positions = Skips(target=64, chunks=4, seed=0).positions(5, sample)
+        assert len(positions) == 5 and (positions.diff() >= 1).all() and positions[-1] < 64
