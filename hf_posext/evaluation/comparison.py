@@ -54,11 +54,11 @@ def compare(
 ) -> Results:
     """Measure perplexity, gain over the control, and retrieval of several methods on one model.
 
-    All methods are planned before documents are read, so that a mistake costs no hours; those that do not apply to
-    the model are left out, with the reason in `provenance["not_applicable"]`. The control is measured once; `none`,
-    where it is asked for, is measured first, since the others are compared with it. A document that fails under one
-    method (logits that are not finite, a lack of memory) is left out of all, with the reason in
-    `provenance["left_out"]`. The model is restored after each method, also after an exception or Ctrl-C.
+    All methods are planned before any document is read, so mistakes surface early. Methods that do not apply to the
+    model are left out, with the reason in `provenance["not_applicable"]`. The control is measured once. `none`, if
+    requested, is measured first, because the other methods are compared with it. A document that fails under one
+    method (non-finite logits, out of memory) is left out of all methods, with the reason in `provenance["left_out"]`.
+    The model is restored after each method, even after an exception or Ctrl-C.
 
     ```python
     compare(model, tokenizer, documents, ["none", "yarn"], lengths=[512, 4096], factor=8)
@@ -67,33 +67,35 @@ def compare(
 
     | column | meaning |
     |---|---|
-    | `perplexity`, `perplexity_tail` | of all tokens that the protocol scores, and of the second half of them |
-    | `bits_per_byte` | NLL in bits by bytes of the scored text, across tokenizers; not of `legacy-longlora` |
-    | `nll_sum`, `tokens`, `documents` | what the perplexity comes from; sums in nats |
-    | `protocol`, `bos`, `dtype` | how it was measured |
+    | `perplexity`, `perplexity_tail` | perplexity of all scored tokens, and of those in the second half of the text |
+    | `bits_per_byte` | NLL in bits per byte of scored text, comparable across tokenizers; not for `legacy-longlora` |
+    | `nll_sum`, `tokens`, `documents` | totals that the perplexity is computed from; NLL in nats |
+    | `protocol`, `bos`, `dtype` | conditions of the measurement |
     | `ci95` | 95 % bootstrap interval of `perplexity` over documents |
-    | `perplexity_truncated`, `perplexity_truncated_tail` | the same, unpatched, context cut to the trained length |
-    | `gain`, `gain_ci95` | `perplexity_truncated_tail / perplexity_tail`, paired: above 1 the longer context helps |
-    | `change`, `change_ci95` | `perplexity / unpatched perplexity - 1`, paired; beyond that if `none` is measured |
-    | `longppl`, `longppl_ci95`, `key_tokens` | perplexity of the key tokens at the longest length; how many they are |
-    | `longppl_truncated` | of the same tokens, unpatched, context cut to the trained length |
-    | `passkey`, `passkey_trials` | share of passkeys found, of how many |
+    | `perplexity_truncated`, `perplexity_truncated_tail` | the same for the control, truncated to the trained length |
+    | `gain`, `gain_ci95` | `perplexity_truncated_tail / perplexity_tail`, paired; above 1, the longer context helps |
+    | `change`, `change_ci95` | `perplexity / unpatched perplexity - 1`, paired; past the trained length needs `none` |
+    | `longppl`, `longppl_ci95`, `key_tokens` | perplexity of the key tokens at the longest length, and their number |
+    | `longppl_truncated` | perplexity of the same tokens for the control |
+    | `passkey`, `passkey_trials` | fraction of passkeys retrieved, and number of trials |
 
-    `results.retrieval` contains what was retrieved, by method, task, length and depth.
+    The control is the unpatched model with its context truncated to the trained length. `results.retrieval` contains
+    the accuracy of retrieval by method, task, length, and depth.
 
     Args:
-        model (`PreTrainedModel`): a language model (causal, masked or encoder-decoder) without a patch.
+        model (`PreTrainedModel`): a language model (causal, masked, or encoder-decoder) without a patch.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        documents (`list[Document]`, or what [`load_documents`] takes): the texts. Ids that repeat are numbered.
-        methods (`Sequence[str | Method]`): names, with hyper-parameters or without (`"rerope(window=384)"`), or method
-            objects; of any schemes.
+        documents (`list[Document]`, or what [`load_documents`] takes): the texts. Repeated ids are numbered.
+        methods (`Sequence[str | Method]`): method names, optionally with hyperparameters (`"rerope(window=384)"`),
+            or method objects, for any positional schemes.
         config ([`EvaluationConfig`], *optional*): the settings.
-        journal (`str` or `Path`, *optional*): a file, `journal.jsonl` say, to which every finished document is
-            appended; if it exists, the run continues from it. It is kept at the end. It has one writer at a time.
-        accelerator (`Accelerator`, *optional*): shares the documents out over its processes; results are the same to
-            the bit on any number of them. The model is on each, on `accelerator.device`.
-        on_method (`Callable[[Results], None]`, *optional*): called with the results so far after each method, so that
-            what is finished can be saved; on several processes once, on each, at the end.
+        journal (`str` or `Path`, *optional*): file, such as `journal.jsonl`, to which each finished document is
+            appended. If the file exists, the run continues from it. The file is kept at the end. Only one run may
+            write it at a time.
+        accelerator (`Accelerator`, *optional*): distributes the documents over its processes. Results are
+            bit-identical for any number of processes. Each process holds the model on `accelerator.device`.
+        on_method (`Callable[[Results], None]`, *optional*): called after each method with the results so far, so that
+            they can be saved. With several processes, it is called once on each of them, at the end.
         settings: fields of [`EvaluationConfig`], which take precedence over `config`.
 
     Returns:
@@ -101,20 +103,20 @@ def compare(
 
     Raises:
         AlreadyPatchedError: the model has a patch.
-        InvalidParameterError: an unknown setting, or impossible lengths, protocol, options or methods.
-        DocumentError, UnsupportedModelError, EvaluationError, JournalError: as [`evaluate_perplexity`].
-        UnknownMethodError: no such method.
-        MethodNotApplicableError: no method applies to the model, or none except `none`.
+        InvalidParameterError: a setting is unknown, or lengths, protocol, options, or methods are impossible.
+        DocumentError, UnsupportedModelError, EvaluationError, JournalError: see [`evaluate_perplexity`].
+        UnknownMethodError: a method does not exist.
+        MethodNotApplicableError: no method applies to the model, or only `none` does although others are requested.
     """
     base = unwrap(model)
-    present = find_patch(base)
-    if present is not None:
+    patch = find_patch(base)
+    if patch is not None:
         raise AlreadyPatchedError(
-            f"the model has the patch {present.plan.method!r} in force, and a comparison begins unpatched. "
+            f"the model has the patch {patch.plan.method!r} in force, and a comparison begins unpatched. "
             "Call unpatch_model(model) first."
         )
-    settled = EvaluationConfig.of(config, **settings)
-    request = check_request(settled, detect_scheme(base), base, accelerator)
+    full_config = EvaluationConfig.of(config, **settings)
+    request = check_request(full_config, detect_scheme(base), base, accelerator)
     plans, not_applicable = plan_comparison(request, methods)
     plans = try_plans(base, plans, not_applicable)
     trained_length = plans[0].trained_length
@@ -156,22 +158,24 @@ def measure_runs(
 ) -> Results:
     """Find key tokens, measure the control and each method in turn, and assemble the results.
 
-    Each of `methods` is a run with what puts it in force, `plans` are those in force, `facts` go into the provenance,
-    and `identity` contains what the numbers depend on beyond the setup.
+    `methods` pairs each run with a function that returns the context in which its patch is in force. `plans` are the
+    plans in force. `facts` go into the provenance. `identity` contains what the numbers depend on besides the setup.
     """
     runs, enters = [run for run, _ in methods], [enter for _, enter in methods]
     search = key_search(setup, criterion, methods)
-    bare = list(dict.fromkeys(run.scorer.model for run in ([control] if control else []) + runs))
-    depends = {**identity, **setup.questions.identity(setup.tokenizer), **(search.identity if search else {})}
-    whole_identity = run_identity(setup, [*bare, *(search.others if search else [])], plans, **depends)
+    # The journal is bound to everything that the numbers depend on, the evaluator of key tokens included.
+    bare_models = list(dict.fromkeys(run.scorer.model for run in ([control] if control else []) + runs))
+    dependencies = {**identity, **setup.questions.identity(setup.tokenizer), **(search.identity if search else {})}
+    whole_identity = run_identity(setup, [*bare_models, *(search.others if search else [])], plans, **dependencies)
     with ExitStack() as stack:
         for sharded in models:
             stack.enter_context(outer_weights(sharded))
-        for one in bare:
-            stack.enter_context(evaluation_mode(one))
-        written = stack.enter_context(open_journal(journal, whole_identity, accelerator))
+        for bare_model in bare_models:
+            stack.enter_context(evaluation_mode(bare_model))
+        run_journal = stack.enter_context(open_journal(journal, whole_identity, accelerator))
+        # Key tokens come first, because every run reports its NLL on them.
         if search is not None:
-            keys, facts["longppl"] = search.run(accelerator, written)
+            keys, facts["longppl"] = search.run(accelerator, run_journal)
             runs = [replace(run, keys=keys) for run in runs]
             control = control and replace(control, keys=keys)
         assembly = Assembly(runs, control, runs[0] if unpatched else None, facts)
@@ -181,10 +185,11 @@ def measure_runs(
             if on_method is not None and so_far.rows:
                 on_method(so_far)
 
+        # The control comes before the methods, whose gains are relative to it.
         stages = [Stage(control.name, nullcontext, control.tasks, control.measure)] if control else []
         stages += [Stage(run.name, enter, run.tasks, run.measure) for run, enter in zip(runs, enters, strict=True)]
         outcomes = measure(
-            stages, accelerator=accelerator, journal=written, on_stage=None if on_method is None else report
+            stages, accelerator=accelerator, journal=run_journal, on_stage=None if on_method is None else report
         )
     return assembly.results(outcomes)
 
@@ -204,56 +209,58 @@ def evaluate_perplexity(
     accelerator: Accelerator | None = None,
     **settings: Any,
 ) -> Results:
-    """
-    Perplexity of a model by context length, on the same documents at every length: [`compare`] with no other method.
+    """Measure the perplexity of a single model by context length, on the same documents at every length.
 
-    Every document is cut to `[BOS, if the tokenizer adds one] + its tokens from start on`, first `max(lengths)`
-    tokens; shorter ones are left out and listed in the provenance, as are those on which the model fails. Log-softmax
-    is float32 whatever the model's dtype, sums are float64, and every token weighs the same. Logits are projected in
-    slices, so that the memory of the vocabulary side does not depend on the length.
+    Each document is cut to the first `max(lengths)` tokens of `[BOS, if the tokenizer adds one] + tokens[start:]`.
+    Shorter documents, and those on which the model fails, are left out and listed in the provenance. Log-softmax is
+    computed in float32 for any model dtype, sums are float64, and every token has the same weight. Logits are
+    projected in slices, so the memory they take does not depend on the length. To measure several methods, use
+    [`compare`].
 
     Args:
-        model (`PreTrainedModel`): a language model (causal, masked or encoder-decoder), patched or not, fine-tuned or
-            not, also inside a PEFT or DDP wrapper.
+        model (`PreTrainedModel`): a language model (causal, masked, or encoder-decoder), patched or not, fine-tuned or
+            not, possibly inside a PEFT or DDP wrapper.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        documents (`list[Document]`, or what [`load_documents`] takes): the texts. Ids that repeat are numbered.
-        lengths (`Sequence[int]`, *optional*): context lengths in tokens, where `config` does not contain them.
-        config ([`EvaluationConfig`], *optional*): the settings; `factor` and `target_length` are of [`compare`] only.
-        label (`str`, *optional*): what rows call the model; by default the patch in force, else `"none"`, or `"model"`
-            beside a control.
-        control (`PreTrainedModel`, *optional*): an unpatched model whose truncated reading of the same tokens gives
-            `perplexity_truncated` and `gain`, and inside its trained length `change`; of a model that was fine-tuned
-            to read longer, the one it was made from. Both are in memory at the same time.
+        documents (`list[Document]`, or what [`load_documents`] takes): the texts. Repeated ids are numbered.
+        lengths (`Sequence[int]`, *optional*): context lengths in tokens. They take precedence over those of `config`.
+        config ([`EvaluationConfig`], *optional*): the settings. `factor` and `target_length` are for [`compare`] only.
+        label (`str`, *optional*): name of the model in the rows. Defaults to the method of the patch in force. Without
+            a patch, it defaults to `"none"`, or to `"model"` if there is a control.
+        control (`PreTrainedModel`, *optional*): unpatched model that scores the same tokens with truncated context.
+            It is the baseline of `perplexity_truncated` and `gain`, and of `change` inside its trained length. For a
+            model that was fine-tuned to a longer context, pass the base model. Both models are in memory at the same
+            time.
         journal, accelerator (*optional*): see [`compare`].
         settings: fields of [`EvaluationConfig`], which take precedence over `config`.
 
     Returns:
-        [`Results`]: one row per length, on every process. Without a control its columns are `None`.
+        [`Results`]: one row per length, on every process. Without a control, the columns relative to it are `None`.
 
     Raises:
-        InvalidParameterError: an unknown setting, or an impossible length, protocol, option or control.
+        InvalidParameterError: a setting is unknown, or a length, protocol, option, or control is impossible.
         AlreadyPatchedError: the control has a patch.
-        DocumentError: no documents, or all of them too short.
-        UnsupportedModelError: a model without a language-model head.
+        DocumentError: there are no documents, or all of them are too short.
+        UnsupportedModelError: the model has no language-model head.
         EvaluationError: every document failed, or two ways of measuring disagree.
-        JournalError: the journal is of another run, corrupt, or being written by another run; or the disk is full.
+        JournalError: the journal belongs to another run, is corrupt, or is being written by another run, or the disk
+            is full.
     """
     if lengths is not None:
         settings["lengths"] = lengths
-    settled = EvaluationConfig.of(config, **settings)
-    if label == CONTROL:  # records, tasks and lines of the journal are known by their label
+    full_config = EvaluationConfig.of(config, **settings)
+    if label == CONTROL:  # records, tasks, and journal entries are identified by their label
         raise InvalidParameterError(f"label is {label!r}, as records call the control. Pass another label.")
     for name in ("factor", "target_length"):
-        if (value := getattr(settled, name)) is not None:
+        if (value := getattr(full_config, name)) is not None:
             raise InvalidParameterError(
                 f"{name} is {value}, and a model is measured as it is. Leave it out, or patch the model first."
             )
     patch = find_patch(model)
     plan = None if patch is None else patch.plan
     scheme = detect_scheme(model)
-    request = check_request(settled, scheme, model, accelerator)
+    request = check_request(full_config, scheme, model, accelerator)
     check_reads(request, plan)
-    control_length = _control_length(control, settled.trained_length)
+    control_length = _control_length(control, full_config.trained_length)
     label = label or (plan.method if plan is not None else "none" if control is None else "model")
     factor = 1.0 if plan is None or plan.changes_nothing else plan.factor
     criterion = check_key_search(request, control_length or scheme.trained_length, [title(label, factor)])
@@ -273,7 +280,7 @@ def evaluate_perplexity(
         criterion,
         facts=facts,
         identity={"label": label, **facts},
-        models=[one for one in (model, control) if one is not None],
+        models=[module for module in (model, control) if module is not None],
         journal=journal,
         accelerator=accelerator,
     )

@@ -23,21 +23,22 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value of another type than its hint. A bool is not a number, a string not a sequence, "" not text.
+    """Check that a value has the type of its hint.
+
+    A bool does not count as a number, a string does not count as a sequence, and `""` does not count as text.
 
     Raises:
-        InvalidParameterError: it is.
+        InvalidParameterError: the value has another type.
     """
     if not _fits(value, hint):
         raise InvalidParameterError(f"Expected {name} to be {_in_words(hint)}, got {short(repr(value))}.")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of a public function: arguments of other types than their annotations are refused, as by
-    [`check_type`].
+    """Decorate a public function so that its arguments are checked against their annotations with [`check_type`].
 
-    Numbers of numpy are passed on as Python's. An argument whose annotation contains a type that the module imports
-    for type checkers only is left to the function.
+    NumPy numbers are converted to Python numbers. An argument is not checked if its annotation contains a type that
+    the module imports for type checkers only.
     """
     signature = inspect.signature(function)
 
@@ -75,14 +76,14 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Sequence:
         is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         return is_sequence and all(_fits(item, arguments[0]) for item in value)
-    if arguments:  # of a union
+    if arguments:  # a union
         return any(_fits(value, argument) for argument in arguments)
     kinds = (int, float) if hint is float else hint
     return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)) and value != ""
 
 
 def _plain(value: Any) -> Any:
-    """Convert numbers and arrays of numpy to Python's own types."""
+    """Convert NumPy numbers and arrays to Python's own types."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -112,42 +113,46 @@ class EvaluationConfig:
     """Settings of [`compare`] and [`evaluate_perplexity`].
 
     Each field is a keyword argument in Python, a line of a YAML file, and a flag of `hf-posext compare` and
-    `evaluate`. `None` means the default that depends on the model or on other settings.
+    `evaluate`. `None` selects a default that depends on the model or on other settings.
 
     Args:
         lengths (`Sequence[int]`): context lengths in tokens.
-        factor (`float`, *optional*): factor of the methods that do not contain one; of [`compare`] only.
-        target_length (`int`, *optional*): tokens, instead of a factor; of [`compare`] only.
-        trained_length (`int`, *optional*): trained length in tokens, where the config is wrong about it; also the
-            control's.
+        factor (`float`, *optional*): factor of the methods that do not contain one. For [`compare`] only.
+        target_length (`int`, *optional*): target length in tokens, instead of a factor. For [`compare`] only.
+        trained_length (`int`, *optional*): trained length in tokens, if the model's config lacks it or is wrong. It
+            also applies to the control.
         protocol (`str`, *optional*): for a causal language model `"prefix"` ([`Prefix`]), `"sliding"` ([`Sliding`]),
-            `"rolling"` ([`Rolling`]), `"tail"` ([`Tail`]), or an average as once published, `"legacy-yarn"` or
-            `"legacy-longlora"`; `"pseudo"` ([`Pseudo`]) for an encoder, `"seq2seq"` ([`Seq2Seq`]) for an
-            encoder-decoder. The first that fits the model if not given.
-        stride (`int`, *optional*): tokens that overlapping windows move by (`"sliding"`, legacy protocols); required
-            there, refused elsewhere.
-        tail (`int`, *optional*): tokens that protocol `"tail"` counts; required there, refused elsewhere.
-        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
-        bos (`str`, *optional*, defaults to `"auto"`): whether BOS stands before each text: `"auto"`, as the tokenizer
-            has it; `"always"`, also where the tokenizer has lost it; `"never"`.
+            `"rolling"` ([`Rolling`]), `"tail"` ([`Tail`]), or one of the published averages `"legacy-yarn"` and
+            `"legacy-longlora"`. `"pseudo"` ([`Pseudo`]) for an encoder, and `"seq2seq"` ([`Seq2Seq`]) for an
+            encoder-decoder. Defaults to the first protocol that fits the model.
+        stride (`int`, *optional*): step of overlapping windows in tokens. Required by `"sliding"` and the legacy
+            protocols, and refused by all others.
+        tail (`int`, *optional*): number of last tokens that the protocol `"tail"` scores. Required by `"tail"`, and
+            refused by all other protocols.
+        start (`int`, *optional*, defaults to 0): tokens to skip at the beginning of each document (front matter).
+        bos (`str`, *optional*, defaults to `"auto"`): BOS before each text. `"auto"` follows the tokenizer,
+            `"always"` adds BOS even if the tokenizer does not, and `"never"` adds none.
         passkey (`int`, *optional*, defaults to 0): passkey trials at each length; 0 for none.
         retrieval (`int`, *optional*, defaults to 0): trials of each task at each length and depth; 0 for none.
-        tasks (`Sequence[str]`, *optional*): tasks of retrieval, see [`task_prompt`]; all by default.
-        depths (`Sequence[float]`, *optional*): depths of retrieval, from 0 (beginning) to 1 (end); by default five.
-        chat (`bool`, *optional*, defaults to `False`): ask passkeys and retrieval in the chat template of the
-            tokenizer.
-        longppl (`str`, `PreTrainedModel` or `tuple`, *optional*): finds the key tokens of LongPPL
-            ([`find_key_tokens`]), once, at the longest length, for all methods and the control. The label of one of
-            the methods (`"yarn"`, or `"yarn x8"` where it has several factors), which is thereby favoured; or another
-            model that reads this length well; or `(model, tokenizer)`, if its tokenizer is another.
-        alpha (`float`, *optional*): nats that the long context must gain for a token to be key; 2, as in the paper.
-        beta (`float`, *optional*): log-probability, in nats, that a key token must have given the long context; -2, as
-            in the paper.
-        short_length (`int`, *optional*): tokens of LongPPL's short context, which moves by a quarter of it; by default
-            half of the trained length, or of the longest if that is less, at most the paper's 4096.
-        prefill_chunk (`int`, *optional*): tokens that go through the model at a time, those before them in a KV cache;
-            bounds memory. All at once by default.
-        offload_cache (`bool`, *optional*, defaults to `False`): keep that cache on the CPU.
+        tasks (`Sequence[str]`, *optional*): retrieval tasks, see [`task_prompt`]. Defaults to all.
+        depths (`Sequence[float]`, *optional*): retrieval depths, from 0 (beginning) to 1 (end). Defaults to five.
+        chat (`bool`, *optional*, defaults to `False`): pose passkey and retrieval prompts in the tokenizer's chat
+            template.
+        longppl (`str`, `PreTrainedModel` or `tuple`, *optional*): evaluator that finds the key tokens of LongPPL
+            ([`find_key_tokens`]). They are found once, at the longest length, for all methods and the control. Pass
+            the label of one of the methods (`"yarn"`, or `"yarn x8"` if it has several factors), which favours that
+            method. Or pass another model that reads this length well, or `(model, tokenizer)` if its tokenizer
+            differs.
+        alpha (`float`, *optional*): least gain of a key token by the long context, in nats. Defaults to 2, as in the
+            paper.
+        beta (`float`, *optional*): least log-probability of a key token given the long context, in nats. Defaults to
+            -2, as in the paper.
+        short_length (`int`, *optional*): tokens of LongPPL's short context, which moves by a quarter of its length.
+            Defaults to half of the trained length or half of the longest length, whichever is less, and at most the
+            paper's 4096.
+        prefill_chunk (`int`, *optional*): tokens per forward pass, with earlier tokens in a KV cache, to bound memory.
+            Defaults to all tokens at once.
+        offload_cache (`bool`, *optional*, defaults to `False`): keep the KV cache on the CPU.
         seed (`int`, *optional*, defaults to 0): seed of the bootstrap and of the passkeys.
     """
 
@@ -200,11 +205,11 @@ class EvaluationConfig:
         """Return a config with some settings replaced, or a new config.
 
         Args:
-            config ([`EvaluationConfig`], *optional*): the others come from here.
+            config ([`EvaluationConfig`], *optional*): source of all other settings.
             settings: fields of this class, by name.
 
         Raises:
-            InvalidParameterError: a name that is not a field, or no lengths.
+            InvalidParameterError: a name is not a field, a value has the wrong type, or there are no lengths.
         """
         known = [entry.name for entry in fields(cls)]
         for name in settings:

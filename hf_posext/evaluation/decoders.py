@@ -1,8 +1,7 @@
 """Protocols of causal language models. Legacy protocols reproduce published averages for old tables.
 
-Legacy protocols do not weigh tokens equally. What they compare the methods with, the control, is averaged in the same
-way. Bits per byte are not from their average: they are the sum of NLL over the bytes where a token counts once, else
-`None`.
+Legacy protocols do not weigh tokens equally. The control is averaged in the same way as the methods. Bits per byte do
+not use that average. They are the sum of NLL per byte if each token is scored once, else `None`.
 """
 
 from __future__ import annotations
@@ -31,8 +30,11 @@ from .windows import (
 )
 
 GUARD_TOKENS = 64
-"""The last tokens of the shortest length are compared with a fresh forward: what follows the length of the input moves
-all tokens, these the most, and a head on all of them took 6 % of a run with a large vocabulary."""
+"""Number of last tokens at the shortest length that are compared with a fresh forward.
+
+Positions that depend on the input length change all tokens, and the last ones most. The head on all tokens took 6 % of
+a run with a large vocabulary.
+"""
 
 NO_BOS = "none: the tokenizer adds none"
 
@@ -54,9 +56,9 @@ class OfDecoders(PerplexityProtocol):
 class Prefix(OfDecoders):
     """Perplexity of the first `L` tokens of each document, for every length `L`.
 
-    Token `t` is scored given all tokens before it. Where positions do not depend on the length of the input, one
-    forward over the longest length gives all lengths, since a causal token does not see what follows. LongRoPE with
-    two lists takes two forwards, and dynamic NTK a fresh one for each length.
+    Token `t` is scored given all tokens before it. If positions do not depend on the input length, one forward over
+    the longest length covers all lengths, because causal attention does not see later tokens. LongRoPE with two
+    frequency lists takes two forwards, and dynamic NTK takes one for each length.
     """
 
     name: ClassVar[str] = "prefix"
@@ -80,11 +82,12 @@ class Prefix(OfDecoders):
         require_finite(
             nll, documents.ids[index], range(self.first(lengths[0], documents.bos), lengths[-1]), scorer.culprit
         )
+        # Sharing a forward between lengths is verified once, on the first document.
         if index == 0 and len(lengths) > 1:
             shortest = self._window(lengths, lengths[0], documents.bos)
-            late = shortest._replace(first=max(shortest.first, shortest.end - GUARD_TOKENS))
-            fresh = windows_nll(scorer, row, [late])
-            require_agreement(fresh, nll[late.first - shortest.first :], lengths, scorer.model.dtype)
+            guard = shortest._replace(first=max(shortest.first, shortest.end - GUARD_TOKENS))
+            fresh = windows_nll(scorer, row, [guard])
+            require_agreement(fresh, nll[guard.first - shortest.first :], lengths, scorer.model.dtype)
         return self._at(lengths, nll, documents.bos)
 
     def measure_control(
@@ -117,11 +120,11 @@ class Prefix(OfDecoders):
 class Tail(Prefix):
     """Perplexity of the last `K` of the first `L` tokens of each document, for every length `L`.
 
-    Read as by [`Prefix`]: token `t` is scored given all tokens before it, but only those count that have `L - K`
-    tokens or more before them.
+    Documents are read as by [`Prefix`], and token `t` is scored given all tokens before it. Only tokens with at least
+    `L - K` tokens before them are scored.
 
     Args:
-        tokens (`int`): `K`, at most `L - 1`.
+        tokens (`int`): the number `K` of scored tokens, at most `L - 1`.
     """
 
     tokens: int
@@ -149,15 +152,15 @@ class ReadsWindows(OfDecoders):
         self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
     ) -> list[Measurement]:
         reader = TruncatedReader(scorer, documents.tokens[index], trained_length, documents.bos)
-        found = []
+        measurements = []
         for length in lengths:
             windows = self.windows(documents.length, length, documents.bos)
             nll = reader.nll(windows)
             if not np.isfinite(nll).all():
                 scored = [token for window in windows for token in range(window.first, window.end)]
                 require_finite(nll, documents.ids[index], scored, scorer.culprit)
-            found.append(self.measurement(length, nll, windows))
-        return found
+            measurements.append(self.measurement(length, nll, windows))
+        return measurements
 
     def reads(self, lengths: list[int], longest: int) -> list[int]:
         return [window.size for length in lengths for window in self.windows(longest, length, 0)]
@@ -167,13 +170,14 @@ class ReadsWindows(OfDecoders):
 class Sliding(ReadsWindows):
     """Perplexity of the first `max(lengths)` tokens of each document, read through a window of `L` tokens.
 
-    The window moves by `stride`; each scores the tokens that no earlier one has scored, given what it holds of the
-    tokens before them: all in the first window, the last `stride` in the others. Where the tokenizer adds BOS, every
-    window begins with it and holds `L - 1` tokens more. These are the windows of PoSE, weighted by token (YaRN's
-    script has the same windows and averages their means: [`LegacyYaRN`]).
+    The window moves by `stride` tokens. Each window scores the tokens that no earlier window has scored, given the
+    earlier tokens of the window. These are all tokens except for the first in the first window, and the last `stride`
+    tokens in later windows (fewer at the end of the text). If the tokenizer adds BOS, every window begins with it and
+    contains `L - 1` other tokens. These are the windows of PoSE, with equal weight for each token. YaRN's script uses
+    the same windows and averages their means (see [`LegacyYaRN`]).
 
     Args:
-        stride (`int`): tokens that the window moves by, at most `L - 1`, since a longer one would skip tokens.
+        stride (`int`): step of the window in tokens, at most `L - 1`, because a longer step would skip tokens.
     """
 
     stride: int
@@ -188,11 +192,11 @@ class Sliding(ReadsWindows):
 class Rolling(ReadsWindows):
     """Perplexity of the first `max(lengths)` tokens of each document, read in disjoint windows of `L` tokens.
 
-    These are the windows of lm-eval's `loglikelihood_rolling` with `max_length = L`: the first reads tokens 0 to
-    `L - 1` and scores 1 to `L`; each later one reads the last token that was scored and the `L - 1` after it, and
-    scores the next `L`; the last window begins earlier, so that it reads `L` tokens, too. A token has from 1 to `L`
-    tokens of context, about `L / 2` on average. BOS, where the tokenizer adds one, is token 0 and in the first window
-    only (lm-eval puts one there for every tokenizer; here token 0 takes its place, and is not scored).
+    These are the windows of lm-eval's `loglikelihood_rolling` with `max_length = L`. The first window reads tokens 0
+    to `L - 1` and scores tokens 1 to `L`. Each later window reads the last scored token and the `L - 1` tokens after
+    it, and scores the next `L`. The last window begins earlier, so that it also reads `L` tokens. A token has 1 to `L`
+    tokens of context, about `L / 2` on average. If the tokenizer adds BOS, it is token 0 and only in the first window.
+    lm-eval puts a BOS there for every tokenizer. Here, token 0 takes its place and is not scored.
     """
 
     name: ClassVar[str] = "rolling"
@@ -203,7 +207,7 @@ class Rolling(ReadsWindows):
 
 
 def check_tail(tokens: int, lengths: list[int]) -> None:
-    """Refuse a tail that is none, or longer than what is scored at the shortest length."""
+    """Refuse a tail that is empty, or longer than the scored tokens at the shortest length."""
     if not 1 <= tokens <= lengths[0] - 1:
         raise InvalidParameterError(
             f"tail is {tokens} for texts of {lengths[0]} tokens. Pass 1 to {lengths[0] - 1} (the first is not scored)."
@@ -211,14 +215,15 @@ def check_tail(tokens: int, lengths: list[int]) -> None:
 
 
 def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dtype: torch.dtype) -> None:
-    """The guard of measuring several lengths in one pass: a fresh forward at the shortest gives what the longest gave.
+    """Check that a fresh forward at the shortest length agrees with the forward over the longest length.
 
-    The mean absolute difference may be 1e-4 nats, a hundred times the rounding of float32 between products of other
-    shapes, or four eps of a shorter dtype (0.03 for bfloat16), whose logits are rounded to some eps of their size.
-    Positions that depend on the length move it by more: dynamic NTK by 0.1 and more.
+    This guards the measurement of several lengths in one pass. The mean absolute difference may be up to 1e-4 nats,
+    which is a hundred times the float32 rounding between products of different shapes. For a shorter dtype it may be
+    up to four eps (0.03 for bfloat16), because logits are rounded to some eps of their size. Positions that depend on
+    the length differ by more: dynamic NTK by 0.1 and above.
 
     Raises:
-        EvaluationError: they disagree.
+        EvaluationError: the two forwards disagree.
     """
     deviation = float(np.abs(fresh - nll[: len(fresh)]).mean())
     allowed = max(1e-4, 4 * torch.finfo(dtype).eps)
@@ -231,21 +236,21 @@ def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dt
 
 
 BATCH = 32
-"""Windows in a batch of LongLoRA's script."""
+"""Number of windows per batch in LongLoRA's script."""
 
 
 @dataclass(frozen=True)
 class LegacyYaRN(Sliding):
-    """The number that YaRN's `eval/perplexity.py` prints: `exp` of the mean, over all windows of all documents, of the
-    mean NLL of the tokens that a window scores.
+    """Perplexity as printed by YaRN's `eval/perplexity.py`.
 
-    The windows are those of [`Sliding`]. The first scores `L - 1` tokens and weighs as much as any other, which scores
-    `stride`, and as the last, which may score one. The text is the first `max(lengths)` tokens of each document (the
-    script reads whole documents). With `--truncate` the script gives what [`Prefix`] does. Each token is scored once,
-    so that bits per byte are those of [`Sliding`].
+    This is `exp` of the mean, over all windows of all documents, of the mean NLL of the tokens scored in a window. The
+    windows are those of [`Sliding`]. All windows weigh the same, although the first scores `L - 1` tokens, the others
+    score `stride`, and the last may score only one. The text is the first `max(lengths)` tokens of each document,
+    while the script reads whole documents. With `--truncate`, the script prints the result of [`Prefix`]. Each token
+    is scored once, so bits per byte are those of [`Sliding`].
 
     Args:
-        stride (`int`): the script's `--sliding-window`; 256 in the paper's tables.
+        stride (`int`): step of the window in tokens, `--sliding-window` in the script; 256 in the paper's tables.
     """
 
     name: ClassVar[str] = "legacy-yarn"
@@ -257,16 +262,17 @@ class LegacyYaRN(Sliding):
 
 @dataclass(frozen=True)
 class LegacyLongLoRA(ReadsWindows):
-    """The number that LongLoRA's `eval.py` prints: `exp` of the mean over batches of the mean NLL in a batch.
+    """Perplexity as printed by LongLoRA's `eval.py`: `exp` of the mean over batches of the mean NLL in a batch.
 
-    All documents (the first `max(lengths)` tokens of each, without BOS) are one stream. Windows of `L` tokens begin
-    at its tokens 0, `stride`, 2 `stride`, ... as long as a token follows them, all but the last of these windows; each
-    scores its tokens 1 to `L - 1`, so that a token counts up to `L / stride` times. Batches have 32 windows, the last
-    one what is left, and weigh the same. (The script's base of the exponential is 2.71828.) There are no bits per
-    byte: the sum counts a token as often as windows hold it, and no text has those bytes; [`Sliding`] gives them.
+    All documents (the first `max(lengths)` tokens of each, without BOS) form one stream. Windows of `L` tokens begin
+    at tokens 0, `stride`, 2 `stride`, ... of the stream, if at least one token follows the window. The last of these
+    windows is dropped. Each window scores its tokens 1 to `L - 1`, so a token counts up to `L / stride` times. A batch
+    has 32 windows, except for the last batch, which has the rest. All batches weigh the same. The script uses 2.71828
+    as the base of the exponential. Bits per byte are `None`, because the sum counts a token once for each window that
+    contains it. Use [`Sliding`] for bits per byte.
 
     Args:
-        stride (`int`): tokens that the window moves by; 256 in the script.
+        stride (`int`): step of the window in tokens; 256 in the script.
     """
 
     stride: int
@@ -290,6 +296,6 @@ class LegacyLongLoRA(ReadsWindows):
         return [Window(begin, begin + 1, begin + length) for begin in range(0, total - length, self.stride)[:-1]]
 
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
-        batches = [windows[at : at + BATCH] for at in range(0, len(windows), BATCH)]
+        batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
         sizes = tuple(len(batch) * (length - 1) for batch in batches)
         return Measurement(length, nll, first=None, groups=sizes)

@@ -1,17 +1,18 @@
 """Documents from files, `datasets` objects, lists, the Hub, or a recipe: `load_documents("pg19", limit=10)`.
 
-Recipes are the long-document data sets of the papers, by name. `datasets` 4 and newer run no loading scripts, so every
-recipe names a repository of plain parquet or JSON lines, or the plain files of one that has a script as well.
+Recipes are the long-document data sets of the papers, by name. `datasets` 4 and newer do not run loading scripts.
+Every recipe therefore refers to a repository of plain parquet or JSON lines, or to the plain files of a repository
+that also contains a script.
 
-Nothing here was downloaded when it was written: the tests read local files of the same layout. Ids, configurations,
-columns and file names are what the Hub's pages and public code say; these are what a first use should look at:
+The recipes were written without downloading the data. The tests read local files of the same layout. Ids,
+configurations, columns, and file names come from the Hub's pages and public code. Check these on first use:
 
-- `proof-pile` and `booksum` are not pinned to a commit; pass `revision=`.
-- `booksum`: the column `text` of the configuration `books`, from its card.
+- `proof-pile` and `booksum` are not pinned to a commit. Pass `revision=`.
+- `booksum` uses the column `text` of the configuration `books`, according to its card.
 
-Minimum lengths are in characters, so that a document is left out before it is tokenized: roughly what 32,768 tokens
-(Proof-pile) and 16,384 tokens (GovReport, arXiv) take, at three or four characters each. Documents that pass and still
-have too few tokens are left out and listed by the measurement.
+Minimum lengths are in characters, so that a short document is left out before it is tokenized. They correspond roughly
+to 32,768 tokens (Proof-pile) and 16,384 tokens (GovReport, arXiv), at three or four characters per token. Documents
+that pass and still have too few tokens are left out and listed by the measurement.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ class Recipe:
     """Location of a data set, and the column that contains its documents.
 
     Args:
-        name (`str`): what to type.
-        path (`str`): Hub id; or a folder that holds a copy of the repository, for machines without network:
+        name (`str`): name to pass to [`load_documents`].
+        path (`str`): Hub id, or a folder with a copy of the repository for machines without network:
             `load_documents(dataclasses.replace(RECIPES["pg19"], path="copies/pg19"))`.
-        split (`str`): read unless another is asked for.
+        split (`str`): default split.
         text_column (`str`): column of the text.
-        homepage (`str`): where the data set is described.
-        licence (`str`): what is said of the licence; a note, not advice.
+        homepage (`str`): page that describes the data set.
+        licence (`str`): note on the licence; not legal advice.
         config (`str`, *optional*): configuration of the repository.
-        revision (`str`, *optional*): commit; the newest where it is `None`.
+        revision (`str`, *optional*): commit of the repository. `None` for the newest.
         files (`Mapping[str, str]`, *optional*): JSON-lines file of each split, for a repository that cannot be loaded
-            by its id because it has a loading script.
+            by its id because it contains a loading script.
         minimum_characters (`int`, *optional*, defaults to 0): shorter documents are left out.
-        streaming (`bool`, *optional*, defaults to `True`): read no more than is asked for; `False` keeps a copy of the
-            whole split in the cache of `datasets`.
+        streaming (`bool`, *optional*, defaults to `True`): read only the requested documents. `False` keeps a copy of
+            the whole split in the cache of `datasets`.
     """
 
     name: str
@@ -69,11 +70,11 @@ class Recipe:
         """Return the arguments of `datasets.load_dataset`. With `files`, rows have one column `text`, a line of JSON.
 
         Args:
-            split (`str`): to read.
+            split (`str`): split to read.
             revision (`str`, *optional*): commit, branch or tag.
 
         Raises:
-            KeyError: a recipe of files has none for that split.
+            KeyError: `files` contains no file for that split.
         """
         local = Path(self.path).is_dir()
         if self.files is None:
@@ -87,10 +88,10 @@ class Recipe:
             }
         root = str(Path(self.path).absolute()) if local else f"hf://datasets/{self.path}@{revision or 'main'}"
         return {
-            # Not "json", which wants the same type of every column in every row: the `meta` of Proof-pile has many.
+            # Not "json", which requires one type per column: the `meta` of Proof-pile has many.
             "path": "text",
             "data_files": f"{root}/{self.files[split]}",
-            "split": "train",  # what datasets calls the one split of files that are given by name
+            "split": "train",  # the split that datasets assigns to data_files without a split
             "streaming": self.streaming,
         }
 
@@ -150,7 +151,7 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
-"""The recipes by name."""
+"""Recipes by name."""
 
 
 logger = logging.getLogger(__name__)
@@ -160,10 +161,11 @@ logger = logging.getLogger(__name__)
 class Document:
     """Text to measure on.
 
-    Lone surrogates, which UTF-8 cannot hold and tokenizers refuse, become U+FFFD, the replacement character.
+    Lone surrogates become U+FFFD, the replacement character, because UTF-8 cannot encode them and tokenizers refuse
+    them.
 
     Args:
-        id (`str`): a name for messages and result files: file name, `id` column, or index.
+        id (`str`): name in messages and result files: file name, value of the `id` column, or index.
         text (`str`): the text.
     """
 
@@ -186,8 +188,8 @@ class Documents(list[Document]):
 
     Args:
         documents (`Iterable[Document]`): the documents.
-        source (`Mapping`): `dataset`, `split`, `revision` and `text_column`, for the provenance of results; `recipe`,
-            `config` and `minimum_characters` where there are such.
+        source (`Mapping`): `dataset`, `split`, `revision`, and `text_column`, for the provenance of results. `recipe`,
+            `config`, and `minimum_characters` are included if they apply.
     """
 
     def __init__(self, documents: Iterable[Document], source: Mapping[str, Any]) -> None:
@@ -207,34 +209,35 @@ def load_documents(
 ) -> Documents:
     """Load texts to measure on.
 
-    A path is read as a whole, or refused: a folder that contains files of several kinds is refused with their names.
+    A path is read as a whole or refused. For a folder that contains files of several kinds, the error names them.
 
     Args:
         source (`str`, `Path`, [`Recipe`], `datasets.Dataset`, `datasets.IterableDataset`, `list` ...): one of
 
-            - the name of a recipe (`"pg19"`, `"proof-pile"`, `"govreport"`, `"arxiv"`, `"booksum"`), whatever lies in
-              the working directory: a folder of that name is `"./pg19"`;
-            - a file: `.txt` (one document), `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow` (a document a
-              row), in UTF-8, also compressed (`.gz`, `.xz`, `.bz2`, `.zst`);
-            - a folder of such files of one kind, at any depth, or one written by `Dataset.save_to_disk`;
+            - the name of a recipe (`"pg19"`, `"proof-pile"`, `"govreport"`, `"arxiv"`, `"booksum"`), which takes
+              precedence over a folder of that name in the working directory. Write `"./pg19"` for the folder;
+            - a file: `.txt` (one document), `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, or `.arrow` (one document
+              per row), in UTF-8, optionally compressed (`.gz`, `.xz`, `.bz2`, `.zst`);
+            - a folder of such files of one kind, at any depth, or a folder written by `Dataset.save_to_disk`;
             - a Hub id;
             - a list of texts or rows, a `Dataset`, a `DatasetDict`, a `DataFrame`, or a dict of columns.
 
-            Line ends in `.txt` files become `\\n`; all other text stays as it is.
-        text_column (`str`, *optional*): column of the text, by default the recipe's, or `"text"`; a column `id` names
-            the documents.
-        split (`str`, *optional*): of a folder, Hub id or `DatasetDict`; may be left out where there is only one. By
-            default the recipe's.
-        revision (`str`, *optional*): branch, tag or commit of a Hub data set; by default the recipe's.
-        limit (`int`, *optional*): how many documents to read, from the first on; all of them by default.
-        minimum_characters (`int`, *optional*): leave out shorter documents; `limit` counts those that stay. By default
-            the recipe's, or 0.
+            Line endings in `.txt` files become `\\n`. All other text is unchanged.
+        text_column (`str`, *optional*): column of the text. Defaults to the recipe's column, or `"text"`. A column
+            `id`, if present, contains the names of the documents.
+        split (`str`, *optional*): split of a folder, Hub id, or `DatasetDict`. Defaults to the recipe's split.
+            Optional if there is only one split.
+        revision (`str`, *optional*): branch, tag, or commit of a Hub data set. Defaults to the recipe's revision.
+        limit (`int`, *optional*): number of documents to read, starting with the first. Defaults to all.
+        minimum_characters (`int`, *optional*): leave out shorter documents, which do not count towards `limit`.
+            Defaults to the recipe's minimum, or 0.
 
     Returns:
         [`Documents`]: a list of [`Document`], with its source.
 
     Raises:
-        DocumentError: no such path or data set, no such split or column, a text that is none, or no documents at all.
+        DocumentError: the path, data set, split, or column does not exist, a text is not a string, or there are no
+            documents.
     """
     if limit is not None and limit < 1:
         raise DocumentError(f"limit is {limit}. Pass the number of documents to read, 1 or more, or leave it out.")
@@ -257,14 +260,14 @@ def load_documents(
         texts = _from_recipe(recipe, text_column, split or recipe.split, revision)
     elif isinstance(source, str | Path):
         name = str(source)
-        texts, read = from_path(Path(source), text_column, split, revision)
-        extra.update(read)
+        texts, facts = from_path(Path(source), text_column, split, revision)
+        extra.update(facts)
     else:
         name = type(source).__name__
         texts = from_object(source, text_column, split, revision)
-    kept = _long_enough(one_line_errors(texts, name), minimum_characters or 0)
+    pairs = _long_enough(one_line_errors(texts, name), minimum_characters or 0)
     documents: list[Document] = []
-    for id, text in itertools.islice(kept, None if limit is None else min(limit, sys.maxsize)):
+    for id, text in itertools.islice(pairs, None if limit is None else min(limit, sys.maxsize)):
         if not isinstance(text, str):
             raise DocumentError(f"document {id!r} of {name} is {type(text).__name__}, not text. Drop or convert it.")
         documents.append(Document(id, text))
@@ -276,8 +279,8 @@ def load_documents(
         raise DocumentError(
             f"{name} has no documents. Pass a data set with one row or more, or a folder of .txt files."
         )
-    where = {"dataset": name, "split": split, "revision": revision, "text_column": text_column, **extra}
-    return Documents(_with_unique_ids(documents), where)
+    provenance = {"dataset": name, "split": split, "revision": revision, "text_column": text_column, **extra}
+    return Documents(_with_unique_ids(documents), provenance)
 
 
 def as_documents(source: Any) -> list[Document]:

@@ -21,7 +21,7 @@ class FramedScorer(Scorer):
     """Base class of scorers that put special tokens around each text.
 
     Raises:
-        InvalidParameterError: `memory` asks for chunks; such models read a text as a whole.
+        InvalidParameterError: `memory` requests chunks. These models read a text as a whole.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
@@ -32,12 +32,12 @@ class FramedScorer(Scorer):
                 "Leave it out."
             )
         before, after = special_tokens(tokenizer)
-        # on the CPU, as texts are, whatever the default device of the process is
+        # On the CPU like the texts, even if the default device of the process is another one.
         self.before, self.after = (torch.tensor(ids, dtype=torch.long, device="cpu") for ids in (before, after))
 
     @property
     def special(self) -> int:
-        """Return the number of special tokens."""
+        """Number of special tokens around a text."""
         return len(self.before) + len(self.after)
 
     def around(self, text: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def require_room(length: int, needed: int) -> None:
 
 
 SAMPLES = 64
-"""Tokens of a document that are masked, each in a forward of its own; eight novels give 512 of them."""
+"""Number of masked tokens per document, each in a separate forward. Eight novels give 512 tokens."""
 
 
 class MaskedScorer(FramedScorer):
@@ -67,7 +67,7 @@ class MaskedScorer(FramedScorer):
 
     Raises:
         InvalidParameterError: the tokenizer has no mask token.
-        UnsupportedModelError: a model with prompt tuning.
+        UnsupportedModelError: the model has prompt tuning.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
@@ -81,8 +81,15 @@ class MaskedScorer(FramedScorer):
 
     @torch.no_grad()
     def token_nll(self, texts: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """NLL `(texts,)` of token `at` of each text `(texts, length)` without special tokens, that token masked;
-        float32 on the CPU, in nats."""
+        """Return the NLL of one masked token of each text.
+
+        Args:
+            texts (`torch.LongTensor` of shape `(texts, length)`): texts without special tokens.
+            at (`torch.LongTensor` of shape `(texts,)`): index of the token to mask and score in each text.
+
+        Returns:
+            `torch.FloatTensor` of shape `(texts,)`, float32 on the CPU, in nats.
+        """
         targets = texts.gather(1, at[:, None])[:, 0]
         masked = texts.scatter(1, at[:, None], self.mask)
         inputs = torch.stack([self.around(text) for text in masked]).to(self.model.device)
@@ -99,8 +106,10 @@ class MaskedScorer(FramedScorer):
         return nll
 
     def _logits(self, inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """Return the logits `(rows, vocabulary)` at one position of each row. Only that position passes through the
-        head."""
+        """Return the logits `(rows, vocabulary)` at position `at` of each row.
+
+        Only that position passes through the head.
+        """
 
         def keep_one(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = hidden_states(output)
@@ -115,7 +124,7 @@ class MaskedScorer(FramedScorer):
         return logits
 
     def _check(self, inputs: torch.Tensor, at: torch.Tensor) -> None:
-        """Refuse a head that needs more than its own token, which would be scored wrongly."""
+        """Refuse a head that reads more than the token it predicts, because it would be scored wrongly."""
         full = self.model(input_ids=inputs).logits[0, at[0]]
         difference = deviation(self._logits(inputs, at)[0], full)
         if difference is not None:
@@ -131,15 +140,17 @@ class Pseudo(OfFramedTexts):
     """Pseudo-perplexity of an encoder (Salazar et al. 2020, arXiv 1910.14659): each masked token given all others.
 
     A text of length `L` is the first `n = L - specials` tokens of a document, with the tokenizer's special tokens
-    around it. Of its tokens, `S = min(samples, n)` are scored, the middle one of each of `S` equal stretches (token
-    `(2 j + 1) n // (2 S)` for `j` below `S`); each is masked alone, in a forward of its own, since other masks would
-    be missing from its context. The tail is the later half of them. All methods score the same tokens.
+    around it. `S = min(samples, n)` of its tokens are scored: the middle token of each of `S` equal stretches (token
+    `(2 j + 1) n // (2 S)` for `j` below `S`). Each token is masked alone in a separate forward, because other masked
+    tokens would be missing from its context. The tail is the second half of the scored tokens. All methods score the
+    same tokens.
 
-    The control scores them in a window of the trained length `T`, special tokens included: `w = T - specials` tokens
-    that begin `w // 2` before the scored one, or nearer to it where the window would stick out of the text.
+    The control scores them in a window of the trained length `T`, special tokens included. The window has
+    `w = T - specials` text tokens and begins `w // 2` tokens before the scored token. It is shifted if it would extend
+    past either end of the text.
 
     Args:
-        samples (`int`, *optional*, defaults to 64): tokens of each document that are scored at each length.
+        samples (`int`, *optional*, defaults to 64): number of scored tokens per document and length.
     """
 
     samples: int = SAMPLES
@@ -152,42 +163,44 @@ class Pseudo(OfFramedTexts):
         self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
     ) -> list[Measurement]:
         require_room(min(lengths[0], trained_length), scorer.special + 1)
-        row = documents.tokens[index, documents.bos :]  # the prefix is among the special tokens around a text
-        found = []
+        row = documents.tokens[index, documents.bos :]  # the scorer adds the prefix with the other special tokens
+        measurements = []
         for length in lengths:
             count = length - scorer.special
             size = min(length, trained_length) - scorer.special
+            # The middle of each of equally long stretches.
             scored = min(self.samples, count)
             places = (2 * torch.arange(scored, device="cpu") + 1) * count // (2 * scored)
+            # Windows are centred on the scored token, and shifted to stay inside the text.
             begins = (places - size // 2).clamp(0, count - size)
             texts = torch.stack([row[begin : begin + size] for begin in begins.tolist()])
             nll = scorer.token_nll(texts, places - begins).double().numpy()
             require_finite(nll, documents.ids[index], places.tolist(), scorer.culprit)
-            at = places.numpy() + documents.bos
-            found.append(Measurement(length, nll, first=None, places=at, tail=(scored + 1) // 2))
-        return found
+            positions = places.numpy() + documents.bos
+            measurements.append(Measurement(length, nll, first=None, places=positions, tail=(scored + 1) // 2))
+        return measurements
 
     def reads(self, lengths: list[int], longest: int) -> list[int]:
         return [length for length in lengths for _ in range(min(self.samples, length))]
 
 
 TARGETS = 128
-"""Tokens that a decoder is asked for at most."""
+"""Maximum number of target tokens for the decoder."""
 
 
 class Seq2SeqScorer(FramedScorer):
     """Scorer of a text that continues another one, for an encoder-decoder.
 
     Raises:
-        InvalidParameterError: the model does not say which token its decoder starts with.
-        UnsupportedModelError: a model with prompt tuning.
+        InvalidParameterError: neither config of the model contains a decoder start token.
+        UnsupportedModelError: the model has prompt tuning.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
         super().__init__(model, tokenizer, memory)
         generation = getattr(self.model, "generation_config", None)
-        said = (getattr(config, "decoder_start_token_id", None) for config in (generation, self.model.config))
-        start = next((token for token in said if token is not None), None)
+        starts = (getattr(config, "decoder_start_token_id", None) for config in (generation, self.model.config))
+        start = next((token for token in starts if token is not None), None)
         if start is None:
             raise InvalidParameterError(
                 f"{type(self.model).__name__} does not say what its decoder starts with. Set "
@@ -197,14 +210,21 @@ class Seq2SeqScorer(FramedScorer):
 
     @torch.no_grad()
     def token_nll(self, read: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """NLL `(targets,)` of each target given the text `(length,)` that the encoder reads and the targets before it;
-        float32 on the CPU, in nats."""
-        given = torch.cat([self.start, targets[:-1]])
-        inputs = {"input_ids": self.around(read), "decoder_input_ids": given}
+        """Return the NLL of each target given the encoder's text and all earlier targets.
+
+        Args:
+            read (`torch.LongTensor` of shape `(length,)`): text for the encoder, without special tokens.
+            targets (`torch.LongTensor` of shape `(targets,)`): tokens that continue the text.
+
+        Returns:
+            `torch.FloatTensor` of shape `(targets,)`, float32 on the CPU, in nats.
+        """
+        decoder_ids = torch.cat([self.start, targets[:-1]])
+        inputs = {"input_ids": self.around(read), "decoder_input_ids": decoder_ids}
         on_device = {name: ids[None].to(self.model.device) for name, ids in inputs.items()}
         logits = self.model(**on_device, use_cache=False).logits[0, len(self.before) :].float().cpu()
         nll = F.cross_entropy(logits, targets, reduction="none")
-        tokens_read(len(read) + len(given))
+        tokens_read(len(read) + len(decoder_ids))
         self.look_at(nll[None], lambda row: self.model(**on_device, use_cache=False))
         return nll
 
@@ -213,11 +233,11 @@ class Seq2SeqScorer(FramedScorer):
 class Seq2Seq(OfFramedTexts):
     """Perplexity of the text that follows the encoder's input.
 
-    Of the first `L` tokens, special ones of the encoder's text included, the encoder reads the first `L - K` and the
-    decoder is teacher-forced on the next `K = min(128, L // 4)`: it is given its start token, what the tokenizer puts
-    before a text, and the targets before the one that is scored. All of them lie in the second half of the text, and
-    so in the tail. The control has the same targets, and the encoder reads of its text the last tokens only, so many
-    that they are the trained length with the special ones.
+    The `L` tokens include the special tokens of the encoder's text. The encoder reads the first `L - K` tokens, and
+    the decoder is teacher-forced on the next `K = min(128, L // 4)` tokens. The input of the decoder is its start
+    token, the tokenizer's special prefix, and the targets before the scored one. All targets lie in the second half of
+    the text, and therefore in the tail. The control scores the same targets, but its encoder reads only the last
+    tokens of the text, up to the trained length with special tokens included.
     """
 
     name: ClassVar[str] = "seq2seq"
@@ -230,16 +250,16 @@ class Seq2Seq(OfFramedTexts):
     ) -> list[Measurement]:
         require_room(min(lengths[0] - lengths[0] // 4, trained_length), scorer.special + 1)
         require_room(lengths[0], 4)
-        row = documents.tokens[index, documents.bos :]  # the prefix is among the special tokens around a text
-        found = []
+        row = documents.tokens[index, documents.bos :]  # the scorer adds the prefix with the other special tokens
+        measurements = []
         for length in lengths:
             count = min(TARGETS, length // 4)
             end = length - count - scorer.special
             begin = max(0, end + scorer.special - trained_length)
             nll = scorer.token_nll(row[begin:end], row[end : end + count]).double().numpy()
             require_finite(nll, documents.ids[index], range(end, end + count), scorer.culprit)
-            found.append(Measurement(length, nll, first=end + documents.bos, tail=count))
-        return found
+            measurements.append(Measurement(length, nll, first=end + documents.bos, tail=count))
+        return measurements
 
     def reads(self, lengths: list[int], longest: int) -> list[int]:
         return lengths

@@ -1,10 +1,10 @@
 """Causal language models in two steps: the trunk below the head, and the head on slices of its output.
 
-The model's own `forward` is replayed on slices of what its trunk gave, so that the head and whatever follows it (logit
-scaling, softcaps) are the model's own code. The last product, hidden states times vocabulary, goes slice after slice
-into the same memory: 392 rows of 128,256 logits are 201 MB, which the system hands out, and takes back, page by page.
-Where a device can hand out float32 sums of products in half precision, it does: logits in bfloat16 are off by up to
-0.016 nats a token, such sums by 5e-5.
+The model's own `forward` is replayed on slices of the trunk's output. The head and everything after it (logit scaling,
+softcaps) are therefore the model's own code. The last product, hidden states times vocabulary, writes every slice to
+the same memory: 392 rows of 128,256 logits take 201 MB, which the system would otherwise allocate and free page by
+page. If the device supports it, products in half precision return float32 sums. Logits in bfloat16 are off by up to
+0.016 nats per token, and float32 sums by 5e-5.
 """
 
 from __future__ import annotations
@@ -33,30 +33,32 @@ class Projection:
         if hidden.dtype != weight.dtype or torch.is_autocast_enabled(hidden.device.type):
             return nn.functional.linear(hidden, weight)
         rows = hidden.flatten(0, -2)
-        wide = sums_in_float32(weight.device, weight.dtype)
+        in_float32 = sums_in_float32(weight.device, weight.dtype)
         if self._memory is None or len(self._memory) < len(rows):
-            self._memory = rows.new_empty(len(rows), len(weight), dtype=torch.float32 if wide else weight.dtype)
-        into = self._memory[: len(rows)]
-        kept = {"out_dtype": torch.float32} if wide else {}
-        logits = torch.mm(rows, weight.T, out=into, **kept)
+            self._memory = rows.new_empty(len(rows), len(weight), dtype=torch.float32 if in_float32 else weight.dtype)
+        output = self._memory[: len(rows)]
+        options = {"out_dtype": torch.float32} if in_float32 else {}
+        logits = torch.mm(rows, weight.T, out=output, **options)
         return logits.view(*hidden.shape[:-1], -1)
 
 
 @functools.cache
 def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return `True` if a device gives products of matrices in half precision as float32; it is asked once."""
+    """Return `True` if a device returns float32 from half-precision matrix products. The result is cached."""
     if dtype not in (torch.float16, torch.bfloat16):
         return False
-    some = torch.ones(16, 16, device=device, dtype=dtype)
+    ones = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        return bool((torch.mm(some, some, out_dtype=torch.float32) == 16).all())
-    except (RuntimeError, TypeError):  # not there, on this device or before PyTorch 2.8
+        return bool((torch.mm(ones, ones, out_dtype=torch.float32) == 16).all())
+    except (RuntimeError, TypeError):  # not supported by this device, or by PyTorch before 2.8
         return False
 
 
 def projection_of(model: Any) -> Projection | None:
-    """Return the output layer if it is a plain product: no bias, adapter, quantised, or shared weights; else
-    `None`."""
+    """Return a projection for the output layer if it is a plain product; otherwise `None`.
+
+    A plain product has no bias, no adapter, and no quantised or sharded weights.
+    """
     layer = model.get_output_embeddings()
     plain = type(layer) is nn.Linear and layer.bias is None and "forward" not in vars(layer)
     return Projection(layer) if plain and type(layer.weight.data) is torch.Tensor else None
@@ -65,8 +67,10 @@ def projection_of(model: Any) -> Projection | None:
 logger = logging.getLogger(__name__)
 
 PROBE_LENGTH = 16
+"""Number of tokens in the check of a new model."""
+
 PROBE_SLICE = 5
-"""The check of a new model runs on this many tokens, in slices or chunks of this many (the last one is shorter)."""
+"""Number of tokens per slice or chunk in that check. The last one is shorter."""
 
 
 class Read(NamedTuple):
@@ -74,9 +78,10 @@ class Read(NamedTuple):
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the tokens.
-        trunk (`Any`): what the head is to be given, of all tokens; `None` where the head has seen them.
-        output (`ModelOutput`): of the model; with logits of all tokens, or of the last one where `trunk` has the rest.
-        projection ([`Projection`], *optional*): what computes the logits of one slice where those of another lay.
+        trunk (`Any`): input of the head for all tokens. `None` if the head has already processed them.
+        output (`ModelOutput`): output of the model, with logits of all tokens if `trunk` is `None`, otherwise only of
+            the last token.
+        projection ([`Projection`], *optional*): output layer that writes the logits of each slice to the same memory.
     """
 
     input_ids: torch.Tensor
@@ -110,26 +115,26 @@ class SlicedHead:
 
     def read(self, input_ids: torch.Tensor, **kwargs: Any) -> Read:
         """Run one forward in which the head sees only the last token. `kwargs` go to the model."""
-        original, kept = self.trunk.forward, []
+        original, outputs = self.trunk.forward, []
 
         def run_and_keep(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            kept.append(output)
+            outputs.append(output)
             return with_hidden_states(output, hidden_states(output)[:, -1:])
 
         with _forward_replaced(self.trunk, run_and_keep):
             output = self.model(input_ids=input_ids, **kwargs)
-        if len(kept) != 1:
-            raise RuntimeError(f"{type(self.trunk).__name__} runs {len(kept)} times in a forward")
-        (trunk,) = kept
+        if len(outputs) != 1:
+            raise RuntimeError(f"{type(self.trunk).__name__} runs {len(outputs)} times in a forward")
+        (trunk,) = outputs
         return Read(input_ids, trunk, output, projection_of(self.model))
 
     def logits(self, read: Read, begin: int, end: int) -> torch.Tensor:
         """Return the logits `(batch, end - begin, vocabulary)` of a slice of tokens, valid until the next call."""
         piece = with_hidden_states(read.trunk, hidden_states(read.trunk)[:, begin:end])
         project = read.projection
-        projecting = nullcontext() if project is None else _forward_replaced(project.layer, project)
-        with _forward_replaced(self.trunk, lambda *args, **kwargs: piece), projecting:
+        projection_context = nullcontext() if project is None else _forward_replaced(project.layer, project)
+        with _forward_replaced(self.trunk, lambda *args, **kwargs: piece), projection_context:
             logits: torch.Tensor = self.model(input_ids=read.input_ids[:, begin:end], use_cache=False).logits
         return logits
 
@@ -138,8 +143,9 @@ Head = FullHead | SlicedHead
 
 
 def find_head(model: Any, input_ids: torch.Tensor, full: torch.Tensor) -> Head:
-    """The head in slices, if some model inside this one is a trunk: the outermost for which slices of `input_ids` give
-    the logits `full` of one forward. Otherwise the head in full, which the log says.
+    """Return a sliced head if the model contains a trunk, otherwise a full head with a warning.
+
+    The trunk is the outermost inner model for which slices of `input_ids` reproduce the logits `full` of one forward.
     """
     reasons = []
     for trunk in model.modules():
@@ -149,7 +155,7 @@ def find_head(model: Any, input_ids: torch.Tensor, full: torch.Tensor) -> Head:
         try:
             read = head.read(input_ids, use_cache=False)
             starts = range(0, length, PROBE_SLICE)
-            pieces = [head.logits(read, at, min(at + PROBE_SLICE, length)).clone() for at in starts]
+            pieces = [head.logits(read, start, min(start + PROBE_SLICE, length)).clone() for start in starts]
             difference = deviation(torch.cat(pieces, dim=1), full)
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {error}")
@@ -168,15 +174,15 @@ def find_head(model: Any, input_ids: torch.Tensor, full: torch.Tensor) -> Head:
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace the `forward` of one instance inside the context, and restore it on exit."""
-    own = vars(module).get("forward")  # accelerate's hooks set one on the instance
+    instance_forward = vars(module).get("forward")  # set on the instance by accelerate's hooks
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        if own is None:
+        if instance_forward is None:
             del module.__dict__["forward"]
         else:
-            module.__dict__["forward"] = own
+            module.__dict__["forward"] = instance_forward
 
 
 def hidden_states(output: Any) -> torch.Tensor:
@@ -193,13 +199,13 @@ def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """Return the difference of logits above rounding, over finite values only.
+    """Return the largest difference of logits; `None` if it is within rounding or if `expected` is not finite.
 
-    Relative to the largest: products of matrices of other shapes round differently, by some eps of the dtype, while
-    what sees other inputs is off by the size of the logits.
+    The tolerance is relative to the largest logit. Matrix products of different shapes differ by some eps of the
+    dtype, while different inputs differ by the size of the logits.
     """
     if not torch.isfinite(expected).all():
         return None
     largest = float((found - expected).abs().max())
     allowed = max(1e-4, 8 * torch.finfo(expected.dtype).eps) * float(expected.abs().max())
-    return None if largest <= allowed else largest  # one that is not finite is not either
+    return None if largest <= allowed else largest  # a NaN fails the comparison and is returned

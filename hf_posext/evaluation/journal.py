@@ -1,12 +1,14 @@
 """Crash-safe journal of a run: a finished task is on disk before the next one starts.
 
-One JSON object a line. The first contains what the run depends on, each of the others a task and its value:
+Each line is one JSON object. The first line contains everything that the run depends on, and each later line contains
+a task and its value:
 
     {"schema": 3, "configuration": {"model": "...", "lengths": [512, 4096], ...}}
     {"task": {"kind": "nll", "method": "yarn", "factor": 8.0, "lengths": [512], "document": "book-1"}, "value": [...]}
 
-Process 0 writes `journal.jsonl`, process n `journal-n.jsonl` beside it. A run that continues reads all of them, so
-that it may have another number of processes. A journal has one writer: while a run lives, a second one is refused.
+Process 0 writes `journal.jsonl`, and process n writes `journal-n.jsonl` next to it. A resumed run reads all of these
+files, so it may have a different number of processes. A journal has one writer: a second run is refused while the
+first one is active.
 """
 
 from __future__ import annotations
@@ -42,26 +44,27 @@ if TYPE_CHECKING:
 SCHEMA = 3
 
 SAMPLES = 32
-"""Values of each tensor that a fingerprint contains beside the sum of all, which is the same in another order."""
+"""Number of values of each tensor in a fingerprint, in addition to the sum, which does not depend on their order."""
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of the same bits as a value, by its size in bytes."""
+"""Integer dtype with as many bits as a value, by the value's size in bytes."""
 
 
 class RunJournal:
     """Mapping from finished tasks to their values, kept in a file.
 
-    `journal[task] = value` appends a line, which is on the disk (fsync) before the next statement, so that a run that
-    is killed at any moment loses the task at hand and nothing else. A last line that was torn by that is cut off.
-    Nothing is written before the first task is finished. `values` are those that all processes have finished, by
-    `key_text`.
+    `journal[task] = value` appends a line and waits until it is on disk (fsync). A run that is killed at any moment
+    loses only the current task. A torn last line is cut off on resume. Nothing is written before the first task is
+    finished. `values` contains the values finished by all processes, by `key_text`.
 
     Args:
-        path (`str` or `Path`): the file of process 0; those of others are named after it.
-        configuration (`Mapping`): plain JSON types; all that the measurements depend on.
+        path (`str` or `Path`): file of process 0. The files of other processes are named after it.
+        configuration (`Mapping`): everything that the measurements depend on, in plain JSON types.
+        rank (`int`, *optional*, defaults to 0): index of this process.
+        processes (`int`, *optional*, defaults to 1): number of processes of this run.
 
     Raises:
-        JournalError: a journal of another configuration or that another run is writing, a corrupt line, or a file that
+        JournalError: the journal has another configuration, another run is writing it, a line is corrupt, or a file
             cannot be read.
     """
 
@@ -69,7 +72,7 @@ class RunJournal:
         self.path = journal_file(path, rank)
         self._header = {"schema": SCHEMA, "configuration": json.loads(json.dumps(configuration))}
         self._file: FileIO | None = None
-        self._size = 0  # bytes of whole lines, as this process knows them
+        self._size = 0  # bytes of the complete lines that this process has read or written
         self.values: dict[str, Any] = {}
         self._lock = WriterLock(path, rank, processes)
         try:
@@ -89,7 +92,7 @@ class RunJournal:
         """Write the value of a finished task, in plain JSON types.
 
         Raises:
-            JournalError: the file cannot be written, as when the disk is full. All earlier lines are kept.
+            JournalError: the file cannot be written, for example because the disk is full. All earlier lines are kept.
         """
         try:
             if self._file is None:
@@ -127,14 +130,14 @@ class RunJournal:
     def _write(self, file: FileIO, entry: Mapping[str, Any]) -> None:
         status = os.fstat(file.fileno())
         self._require_unchanged(status.st_size)
-        if not (self.path.exists() and os.path.samestat(status, self.path.stat())):  # another run may begin there
+        if not (self.path.exists() and os.path.samestat(status, self.path.stat())):  # another run may start there
             raise JournalError(
                 f"{self.path} was moved or deleted during the run, and what is finished with it. Start again in a "
                 "directory that nothing else changes."
             )
         data = memoryview(json.dumps(entry).encode() + b"\n")
         self._size += len(data)
-        while data:  # a disk that is getting full takes a part of it
+        while data:  # a disk that is nearly full accepts only part of it
             data = data[file.write(data) :]
         os.fsync(file.fileno())
 
@@ -148,7 +151,7 @@ class RunJournal:
 
     def _read(self, file: Path) -> Iterator[tuple[str, Any]]:
         try:
-            *lines, torn = (data := file.read_bytes()).split(b"\n")  # behind the last newline
+            *lines, torn = (data := file.read_bytes()).split(b"\n")  # the rest after the last newline
         except OSError as error:
             raise JournalError(
                 f"cannot read the journal {file}: {error.strerror}. Pass another --output (in Python, journal=)."
@@ -179,20 +182,20 @@ def open_journal(
     """Open the journal of this process, with the finished tasks of all processes; `None` without a path.
 
     Raises:
-        JournalError: on every process, where one of them cannot read its files, or must not continue them.
+        JournalError: a process cannot read its files, or must not continue them. Raised on every process.
     """
     if path is None:
         yield None
         return
     rank, processes = rank_of(accelerator), processes_of(accelerator)
-    journals: list[RunJournal] = []  # a lock is of its process, so that journals do not travel
+    journals: list[RunJournal] = []  # not exchanged, because a lock belongs to its process
 
     def read() -> dict[str, Any]:
         journals.append(RunJournal(path, configuration, rank, processes))
         return journals[0].values
 
     try:
-        for values in everywhere(read, accelerator):  # machines may have no directory in common
+        for values in everywhere(read, accelerator):  # machines may not share a directory
             journals[0].values |= values
         yield journals[0]
     finally:
@@ -226,8 +229,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return everything that the measurements of a run depend on.
 
-    How memory is saved is not among it: it changes no more than rounding, and a run that was killed for want of memory
-    shall be able to continue with smaller chunks.
+    Options that save memory are not included. They change only the rounding, and a run that was killed for lack of
+    memory can then continue with smaller chunks.
     """
     config, versions = setup.config, dict(setup.provenance["versions"])
     return {
@@ -266,7 +269,7 @@ def tokens_fingerprint(documents: TokenizedDocuments) -> str:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """Return a model's config with its quantisation, but without paths and entries of versions and patches."""
+    """Return a model's config, including quantisation, without its path and the version of transformers."""
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
 
@@ -275,11 +278,11 @@ def _config(model: Any) -> dict[str, Any]:
 def weights_fingerprint(model: nn.Module) -> str:
     """Return a fingerprint of a model's numbers: each tensor by name, shape, dtype, and values, and plain floats.
 
-    Tensors are parameters, what quantised layers save beside their weights, and buffers, also those that are not
-    saved. Numbers are the config's and those that modules contain (epsilons, the scaling of an adapter). Where weights
-    are sharded, every process has to call it.
+    Tensors are parameters, buffers (even if they are not saved), and everything else that quantised layers save. Plain
+    floats are the attributes of modules, such as epsilons or the scaling of an adapter. If weights are sharded, every
+    process has to call this function.
     """
-    forget_length(model)  # a dynamic rotary module remembers in its buffers what was read
+    forget_length(model)  # the buffers of a dynamic rotary module depend on what was read
     tensors = dict(model.named_parameters()) | dict(model.named_buffers(remove_duplicate=False)) | model.state_dict()
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -292,7 +295,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _is_numeric(value: Any) -> bool:
-    """Return `True` for a float, or floats by name. Integers count calls, too."""
+    """Return `True` for a float or a dictionary of floats. Integers are excluded, because some of them count calls."""
     values = value.values() if isinstance(value, dict) else [value]
     return bool(values) and all(isinstance(item, float) for item in values)
 
@@ -301,12 +304,13 @@ def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    elif is_traceable_wrapper_subclass(tensor):  # quantised by torchao: the numbers are in its parts
+    elif is_traceable_wrapper_subclass(tensor):  # quantised by torchao: the numbers are in the inner tensors
         for part in tensor.__tensor_flatten__()[0]:
             _add(digest, f"{name}.{part}", getattr(tensor, part))
         return
-    if tensor.numel() and not tensor.is_meta:  # offloaded weights are nowhere to be looked at
+    if tensor.numel() and not tensor.is_meta:  # offloaded weights have no values to read
         values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        # Integer sums do not depend on the order of summation. The sampled values record the order of the tensor.
         bits = values.view(BITS[values.element_size()]).reshape(-1)
         places = torch.arange(SAMPLES, device=bits.device) * (bits.numel() - 1) // (SAMPLES - 1)
         digest.update(torch.cat([bits[places].long(), bits.sum(dtype=torch.int64)[None]]).cpu().numpy().tobytes())

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Evaluator = str | nn.Module | tuple[nn.Module, Any]
-"""Finder of key tokens: the label of a method that is compared, a model, or a model and its tokenizer."""
+"""Evaluator that finds key tokens: the label of a compared method, a model, or a model and its tokenizer."""
 
 Enter = Callable[[], AbstractContextManager[Any]]
 
 WHOLE = ("prefix", "sliding", "rolling")
-"""Protocols that, at the longest length, score every token given all tokens before it."""
+"""Protocols that score every token given all earlier tokens at the longest length."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class KeySearch:
 
     @property
     def others(self) -> list[Any]:
-        """Return the evaluator if it is not the measured model."""
+        """Evaluator in a list, which is empty if the evaluator is the measured model."""
         return [] if self.scorer is self.setup.scorer else [self.scorer.model]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return everything that a run depends on besides the evaluator's weights."""
-        read = hashlib.sha256(repr([row.tolist() for row in self.given.rows]).encode()).hexdigest()
-        return {"longppl": {"evaluator": self.evaluator, **self.criterion._asdict(), "tokens": read}}
+        """Facts about the search that a run depends on, in addition to the evaluator's weights."""
+        fingerprint = hashlib.sha256(repr([row.tolist() for row in self.given.rows]).encode()).hexdigest()
+        return {"longppl": {"evaluator": self.evaluator, **self.criterion._asdict(), "tokens": fingerprint}}
 
     def run(self, accelerator: Accelerator | None, journal: RunJournal | None) -> tuple[KeyTokens, dict[str, Any]]:
         """Find the key tokens on all processes, and return them with their entry of the provenance.
@@ -68,14 +68,14 @@ class KeySearch:
         tasks = {id: self._task(index, id) for index, id in enumerate(ids)}
         stage = Stage(f"key tokens by {self.evaluator}", self.enter, list(tasks.values()), self._find)
         outcomes = measure([stage], accelerator=accelerator, journal=journal)
-        found = {id: outcomes[task] for id, task in tasks.items()}
-        failures = {id: one.failure for id, one in found.items() if one.failure is not None}
+        by_id = {id: outcomes[task] for id, task in tasks.items()}
+        failures = {id: outcome.failure for id, outcome in by_id.items() if outcome.failure is not None}
         if len(failures) == len(ids):
             raise EvaluationError(
                 f"no key tokens: {self.evaluator} failed on every document: {failures[ids[0]]}. Pass another "
                 "evaluator, as in --longppl org/name, or leave longppl out."
             )
-        values = {id: one.value for id, one in found.items() if one.failure is None}
+        values = {id: outcome.value for id, outcome in by_id.items() if outcome.failure is None}
         total = sum(value["found"] for value in values.values())
         if not total:
             logger.warning(
@@ -91,8 +91,8 @@ class KeySearch:
         return keys, {"evaluator": self.evaluator, **self.criterion._asdict(), "left_out": left_out}
 
     def _find(self, task: Task) -> dict[str, Any]:
-        found = find_in_row(self.scorer, self.given, self.given.ids.index(str(task.document)), self.criterion)
-        return {"indices": found.indices, "found": found.found}
+        result = find_in_row(self.scorer, self.given, self.given.ids.index(str(task.document)), self.criterion)
+        return {"indices": result.indices, "found": result.found}
 
     def _task(self, index: int, id: str) -> Task:
         length, size = len(self.given.rows[index]), self.criterion.short_length + self.criterion.stride
@@ -102,16 +102,16 @@ class KeySearch:
 
 
 def check_key_search(request: Request, trained_length: int | None, labels: Sequence[str]) -> Criterion | None:
-    """Return the criterion of key tokens, checked before documents are read; `None` without LongPPL.
+    """Return the checked criterion of key tokens; `None` without LongPPL. This needs no documents.
 
     Raises:
-        InvalidParameterError: a label that none or several of the methods (`"yarn x8"`) have, a protocol that does not
-            score every token, or an impossible criterion.
+        InvalidParameterError: no method has the label, several methods have it (pass `"yarn x8"`), the protocol does
+            not score every token, or the criterion is impossible.
     """
     config = request.config
-    asked = {"alpha": config.alpha, "beta": config.beta, "short_length": config.short_length}
+    thresholds = {"alpha": config.alpha, "beta": config.beta, "short_length": config.short_length}
     if config.longppl is None:
-        for name, value in asked.items():
+        for name, value in thresholds.items():
             if value is not None:
                 raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL. Pass longppl=, too.")
         return None
@@ -122,7 +122,7 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
             f"longppl needs the NLL of every token given all tokens before it, which protocol "
             f"{request.protocol.name!r} does not give. Choose {', '.join(WHOLE)}, or leave longppl out."
         )
-    criterion = default_criterion(asked, trained_length, request.lengths[-1])
+    criterion = default_criterion(thresholds, trained_length, request.lengths[-1])
     if isinstance(config.longppl, str):
         _find_label(config.longppl, labels)
         check_criterion(criterion, request.lengths[-1])
@@ -132,47 +132,47 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
 def key_search(
     setup: Setup, criterion: Criterion | None, methods: Sequence[tuple[MethodRun, Enter]]
 ) -> KeySearch | None:
-    """Return the requested search; `None` without one. A label refers to one of the methods.
+    """Return the search for key tokens; `None` without a criterion. A label refers to one of the methods.
 
     Raises:
-        InvalidParameterError: an evaluator that cannot read the documents, or an impossible criterion.
+        InvalidParameterError: the evaluator cannot read the documents, or the criterion is impossible.
     """
     if criterion is None:
         return None
     evaluator = setup.config.longppl
     if isinstance(evaluator, str):
         run, enter = methods[_find_label(evaluator, [run.name for run, _ in methods])]
-        given = read_by(None, setup.tokenizer, setup.texts, setup.documents)
-        search = KeySearch(setup, run.name, run.scorer, given, criterion, enter)
+        evaluator_tokens = read_by(None, setup.tokenizer, setup.texts, setup.documents)
+        search = KeySearch(setup, run.name, run.scorer, evaluator_tokens, criterion, enter)
     else:
         model, tokenizer = evaluator if isinstance(evaluator, tuple) else (evaluator, None)
-        given = read_by(tokenizer, setup.tokenizer, setup.texts, setup.documents)
-        check_reads(model, given.rows)
+        evaluator_tokens = read_by(tokenizer, setup.tokenizer, setup.texts, setup.documents)
+        check_reads(model, evaluator_tokens.rows)
         scorer = token_scorer(model, setup.memory)
         name = evaluator_name(model)
-        search = KeySearch(setup, name, scorer, given, criterion, lambda: evaluation_mode(scorer.model))
-    check_criterion(criterion, max(len(row) for row in given.rows))
+        search = KeySearch(setup, name, scorer, evaluator_tokens, criterion, lambda: evaluation_mode(scorer.model))
+    check_criterion(criterion, max(len(row) for row in evaluator_tokens.rows))
     return search
 
 
 def _find_label(label: str, names: Sequence[str]) -> int:
     """Return the index of the method with this label or name."""
-    meant = [index for index, name in enumerate(names) if label in (name, name.rsplit(" x", 1)[0])]
-    if len(meant) != 1:
+    matches = [index for index, name in enumerate(names) if label in (name, name.rsplit(" x", 1)[0])]
+    if len(matches) != 1:
         raise InvalidParameterError(
-            f"longppl is {label!r}, which {'several' if meant else 'none'} of the methods are: {', '.join(names)}. "
+            f"longppl is {label!r}, which {'several' if matches else 'none'} of the methods are: {', '.join(names)}. "
             "Pass one of these, or a model (on the command line its folder or Hub id, with a slash in it)."
         )
-    return meant[0]
+    return matches[0]
 
 
 def default_criterion(asked: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
     """Return the requested criterion, with defaults from the paper and windows that fit.
 
-    The paper's short context of 4096 tokens is one that its models were all trained on, and well below the lengths
-    that it measures. Here it is half of the trained length, so that windows lie inside that, or half of the longest
-    length if that is less; at most 4096. It moves by a quarter of itself, as in the paper.
+    The paper's short context has 4096 tokens. All of its models were trained on that length, which is well below the
+    measured lengths. The default here is half of the trained length, so that windows stay inside the trained length,
+    or half of the longest length if that is less, and at most 4096. The stride is a quarter of it, as in the paper.
     """
-    given = {name: value for name, value in asked.items() if value is not None}
-    short = given.setdefault("short_length", min(4096, (trained_length or longest) // 2, longest // 2))
-    return Criterion(**given, stride=max(1, short // 4))
+    values = {name: value for name, value in asked.items() if value is not None}
+    short = values.setdefault("short_length", min(4096, (trained_length or longest) // 2, longest // 2))
+    return Criterion(**values, stride=max(1, short // 4))

@@ -1,8 +1,8 @@
-"""Key tokens, LongPPL (their perplexity), and LongCE's weights, all from one contrast.
+"""Key tokens, LongPPL (their perplexity), and LongCE weights, from one contrast.
 
-Key tokens are those that a model predicts much better with a long context than with a short one. Fang et al., 2024:
-What is Wrong with Perplexity for Long-context Language Modeling?, https://arxiv.org/abs/2410.23771. Perplexity over
-all tokens is mostly that of tokens which a short context predicts as well.
+Key tokens are those that a model predicts much better with a long context than with a short one. Most other tokens are
+predicted just as well with a short context, and they dominate perplexity over all tokens. Source: Fang et al., 2024,
+What is Wrong with Perplexity for Long-context Language Modeling?, https://arxiv.org/abs/2410.23771.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Criterion(NamedTuple):
     """Thresholds of a key token. Defaults are the paper's.
 
     Args:
-        alpha (`float`, *optional*, defaults to 2.0): the least gain of the long context, in nats.
-        beta (`float`, *optional*, defaults to -2.0): the least log-probability given the long context.
+        alpha (`float`, *optional*, defaults to 2.0): least gain by the long context, in nats.
+        beta (`float`, *optional*, defaults to -2.0): least log-probability given the long context, in nats.
         short_length (`int`, *optional*, defaults to 4096): tokens of the short context.
-        stride (`int`, *optional*, defaults to 1024): tokens whose short contexts begin at the same token.
+        stride (`int`, *optional*, defaults to 1024): number of tokens whose short contexts begin at the same token.
     """
 
     alpha: float = 2.0
@@ -54,12 +54,12 @@ class KeyTokens:
     """Key tokens of one evaluator, in rows of `length` tokens of the measured models' tokenizer.
 
     Args:
-        indices (`dict[str, list[int]]`): of the key tokens in their row (BOS included), ascending, by document.
+        indices (`dict[str, list[int]]`): indices of the key tokens in each document's row (BOS included), ascending.
         length (`int`): tokens per row.
-        found (`int`): key tokens of all documents, counted in the evaluator's own tokens.
-        evaluator (`str`): its name, and its patch where it had one.
-        criterion ([`Criterion`]): what made them key.
-        start (`int`, *optional*, defaults to 0): tokens that were left out at the beginning of each document.
+        found (`int`): number of key tokens in all documents, counted in the evaluator's own tokens.
+        evaluator (`str`): name of the evaluator, with its patch if it had one.
+        criterion ([`Criterion`]): thresholds of the search.
+        start (`int`, *optional*, defaults to 0): tokens skipped at the beginning of each document.
     """
 
     indices: dict[str, list[int]]
@@ -71,13 +71,13 @@ class KeyTokens:
 
 
 class Contrast(NamedTuple):
-    """NLL of tokens 1, 2, ... of a row given all earlier tokens, and given the nearest few; float64, in nats."""
+    """NLL of tokens 1, 2, ... of a row given the long context, and given the short one; float64, in nats."""
 
     long: np.ndarray
     short: np.ndarray
 
     def keys(self, criterion: Criterion) -> np.ndarray:
-        """Return the indices of the key tokens in the row. The first NLL is that of token 1."""
+        """Return the indices of the key tokens in the row. The first NLL belongs to token 1."""
         gains = self.short - self.long > criterion.alpha
         return np.flatnonzero(gains & (-self.long > criterion.beta)) + 1
 
@@ -99,40 +99,54 @@ def find_key_tokens(
     """Find the tokens that an evaluator predicts well with the long context and much worse with a short one.
 
     Token `t` is key if `log P(t | long) - log P(t | short) > alpha` and `log P(t | long) > beta`. The long context is
-    all before it; the short one is what a window of `short_length + stride` tokens that moves by `stride` holds of it,
-    `short_length` to `short_length + stride - 1` tokens. These are the paper's windows, but that BOS begins each of
-    them where the tokenizer adds one: without it many models collapse, and most tokens would look key. Tokens of the
-    first window have no shorter context, and are never key.
+    all earlier tokens. The short context is the part of it inside a window of `short_length + stride` tokens that
+    moves by `stride`, which is `short_length` to `short_length + stride - 1` tokens. These are the paper's windows,
+    except that each of them begins with BOS if the tokenizer adds one. Without BOS many models collapse, and most
+    tokens would look key. Tokens of the first window have no shorter context and are never key.
 
-    An evaluator with another tokenizer reads the characters that each row of `tokenizer` covers. A token of the row is
-    then key if all its characters but white space lie in key tokens of the evaluator, so a token that is longer than
-    the evaluator's is key only if each of those is; white space, which tokenizers attach to either side, decides
-    nothing. Limits: key tokens of the evaluator at which the two tokenizers cut a word differently can be lost, which
-    `KeyTokens.found` shows; a character whose bytes are several tokens makes them key together; both tokenizers must
-    give character offsets.
+    An evaluator with a different tokenizer reads the characters that each row of `tokenizer` covers. A token of the
+    row is then key if all of its characters, except for white space, lie in key tokens of the evaluator. A token that
+    spans several of the evaluator's tokens is key only if each of them is. White space is ignored because tokenizers
+    attach it to either side. Limits:
+
+    - Key tokens of the evaluator can be lost where the two tokenizers split a word differently. `KeyTokens.found`
+      reports the number before this loss.
+    - If the bytes of a character span several tokens, these tokens are key together.
+    - Both tokenizers must return character offsets.
 
     Args:
         evaluator (`PreTrainedModel`): a causal language model, patched or not, that reads rows of this length well.
-        tokenizer (`PreTrainedTokenizerBase`): of the models to measure, in whose tokens the key tokens are given.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the models to measure. Key tokens are indices of its
+            tokens.
         documents (`list[Document]`, or what [`load_documents`] takes): the texts.
-        length (`int`): tokens per document, BOS included where the tokenizer adds one.
-        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
-        evaluator_tokenizer (`PreTrainedTokenizerBase`, *optional*): where it is another than `tokenizer`.
-        alpha, beta, short_length, stride: see [`Criterion`]; `short_length + stride` is below `length`.
+        length (`int`): tokens per document, including BOS if the tokenizer adds one.
+        start (`int`, *optional*, defaults to 0): tokens to skip at the beginning of each document (front matter).
+        evaluator_tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer of the evaluator. Defaults to
+            `tokenizer`.
+        alpha, beta, short_length, stride: see [`Criterion`]. `short_length + stride` must be below `length`.
+
+    Returns:
+        [`KeyTokens`]: the key tokens of each document.
 
     Raises:
-        InvalidParameterError: lengths at which no context is short, a tokenizer without offsets, or another model's.
-        DocumentError, UnsupportedModelError, EvaluationError: as [`evaluate_perplexity`].
+        InvalidParameterError: no context is short at these lengths, a tokenizer returns no offsets, or a tokenizer
+            belongs to another model.
+        DocumentError, UnsupportedModelError, EvaluationError: see [`evaluate_perplexity`].
     """
     texts = as_documents(documents)
     rows = tokenize_documents(texts, tokenizer, length, start)
-    given = read_by(evaluator_tokenizer, tokenizer, texts, rows)
-    return find_in_rows(evaluator, given, rows, Criterion(alpha, beta, short_length, stride))[0]
+    evaluator_tokens = read_by(evaluator_tokenizer, tokenizer, texts, rows)
+    return find_in_rows(evaluator, evaluator_tokens, rows, Criterion(alpha, beta, short_length, stride))[0]
 
 
 class Found(NamedTuple):
-    """Indices in its row of the key tokens of a document; how many those are in the evaluator's tokens; and the NLL of
-    the evaluator's tokens 1, 2, ... given the long context."""
+    """Key tokens of one document.
+
+    Args:
+        indices (`list[int]`): indices of the key tokens in the document's row.
+        found (`int`): number of key tokens, counted in the evaluator's tokens.
+        nll (`np.ndarray`): NLL of the evaluator's tokens 1, 2, ... given the long context.
+    """
 
     indices: list[int]
     found: int
@@ -143,35 +157,35 @@ def find_in_row(scorer: TokenScorer, given: TokensRead, index: int, criterion: C
     """Find the key tokens of one document.
 
     Raises:
-        NonFiniteError: logits are not finite.
+        NonFiniteError: the logits are not finite.
     """
     contrast = contrast_row(scorer, given.rows[index], given.ids[index], given.bos, criterion)
     keys = contrast.keys(criterion)
-    keys = keys[keys >= max(1, given.bos)]  # a special token in front of the text is not one of it
+    keys = keys[keys >= max(1, given.bos)]  # the special prefix is not part of the text
     return Found(given.carry(index, keys).tolist(), len(keys), contrast.long)
 
 
 def find_in_rows(
     evaluator: nn.Module, given: TokensRead, rows: TokenizedDocuments, criterion: Criterion
 ) -> tuple[KeyTokens, list[np.ndarray]]:
-    """Find the key tokens of all documents, and the evaluator's NLL of its own tokens given the long context."""
+    """Return the key tokens of all documents, and the evaluator's NLL of its own tokens given the long context."""
     check_criterion(criterion, max(len(row) for row in given.rows))
     check_reads(evaluator, given.rows)
     scorer = TokenScorer(evaluator)
     with evaluation_mode(scorer.model):
         indices = tqdm(range(len(given.ids)), desc="key tokens", unit="doc", disable=None)
-        found = [find_in_row(scorer, given, index, criterion) for index in indices]
-    by_document = {id: one.indices for id, one in zip(given.ids, found, strict=True)}
-    total = sum(one.found for one in found)
+        results = [find_in_row(scorer, given, index, criterion) for index in indices]
+    by_document = {id: result.indices for id, result in zip(given.ids, results, strict=True)}
+    total = sum(result.found for result in results)
     keys = KeyTokens(by_document, rows.length, total, evaluator_name(scorer.model), criterion, rows.start)
-    return keys, [one.nll for one in found]
+    return keys, [result.nll for result in results]
 
 
 def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: int, criterion: Criterion) -> Contrast:
     """Return the NLL of every token of a document with the long context and with the short one.
 
     Raises:
-        NonFiniteError: logits are not finite.
+        NonFiniteError: the logits are not finite.
     """
     short = windowed_nll(scorer, row, criterion.short_length + criterion.stride, criterion.stride, bos)
     require_finite(short, id, culprit=scorer.culprit)
@@ -187,7 +201,7 @@ def whole_nll(scorer: TokenScorer, row: torch.Tensor, id: str) -> np.ndarray:
 
 
 def check_criterion(criterion: Criterion, longest: int) -> None:
-    """Refuse thresholds that no token passes, and windows with which no context of `longest` tokens is short."""
+    """Refuse impossible thresholds, and windows that leave no short context in a row of `longest` tokens."""
     alpha, beta, short_length, stride = criterion
     for name, hint in get_type_hints(Criterion).items():
         check_type(name, getattr(criterion, name), hint)
@@ -204,7 +218,7 @@ def check_criterion(criterion: Criterion, longest: int) -> None:
 
 
 def check_reads(model: nn.Module, rows: Sequence[torch.Tensor]) -> None:
-    """Refuse tokens that the model does not have, and positions past the end of a learned table."""
+    """Refuse tokens outside the model's vocabulary, and positions past the end of its position table."""
     remedy = "give each model its own tokenizer, the evaluator's as evaluator_tokenizer="
     check_vocabulary(TokenScorer(model).model, rows, evaluator_name(model), remedy)
     patch = find_patch(model)
@@ -212,26 +226,27 @@ def check_reads(model: nn.Module, rows: Sequence[torch.Tensor]) -> None:
 
 
 def evaluator_name(model: nn.Module) -> str:
-    """Return the name of an evaluator in results, with its patch if it has one."""
+    """Return the name of an evaluator for results, including its patch if it has one."""
     patch, name = find_patch(model), model_name(TokenScorer(model).model)
     return name if patch is None else f"{name}, {patch.plan.method} x{patch.plan.factor:g}"
 
 
 @dataclass(frozen=True)
 class LongPPL:
-    """LongPPL: perplexity of the key tokens of all documents, equally weighted.
+    """LongPPL: perplexity of the key tokens of all documents, with equal weight for each token.
 
     Args:
         value (`float`): `exp(nll_sum / key_tokens)`.
-        ci95 (`list[float]`, *optional*): bootstrap interval over the documents with key tokens; `None` below two.
-        nll_sum (`float`): of the key tokens, in nats.
-        key_tokens (`int`): how many they are.
-        perplexity (`float`): of all tokens but the first of each document, for comparison.
-        tokens (`int`): how many those are.
+        ci95 (`list[float]`, *optional*): 95 % bootstrap interval over the documents with key tokens. `None` if there
+            are fewer than two.
+        nll_sum (`float`): NLL of the key tokens, in nats.
+        key_tokens (`int`): number of key tokens.
+        perplexity (`float`): perplexity of all tokens except for the first of each document, for comparison.
+        tokens (`int`): number of tokens in `perplexity`.
         per_document (`list[dict]`): `document`, `nll_sum`, `key_tokens`, `longppl` (`None` without key tokens),
             `tokens` and `all_nll_sum`.
-        left_out (`list[dict]`): `document` and `tokens` of those that are too short.
-        keys ([`KeyTokens`]): which tokens count, and how they were found.
+        left_out (`list[dict]`): `document` and `tokens` of the documents that are too short.
+        keys ([`KeyTokens`]): the key tokens, with their evaluator and criterion.
     """
 
     value: float
@@ -264,29 +279,35 @@ def longppl(
 ) -> LongPPL:
     """Measure the LongPPL of a model on the first `length` tokens of each document.
 
-    Two LongPPLs compare only over the same key tokens. Without an evaluator the model, as it is, chooses its own: that
-    tells how one model uses its context, and is unfit for comparing methods, since one that reads worse then counts
-    fewer tokens. To compare, take one other evaluator that reads `length` well; or find the key tokens once, while one
-    method is in force, with [`find_key_tokens`], and give them as `keys` each time. That method is then favoured,
-    since `beta` keeps the tokens that it predicts well: say which one it was (`keys.evaluator`).
+    LongPPL values are comparable only over the same key tokens. Without an evaluator, the model in its current state
+    finds its own key tokens. The result describes how one model uses its context. It is unsuitable for comparing
+    methods, because a method that reads worse then counts fewer tokens. To compare methods, choose one of these:
+
+    - Pass another `evaluator` that reads `length` well.
+    - Find the key tokens once with [`find_key_tokens`] while one method is in force, and pass them as `keys` each
+      time. This favours that method, because `beta` keeps the tokens that it predicts well. Report which method it was
+      (`keys.evaluator`).
 
     Args:
         model (`PreTrainedModel`): a causal language model, patched or not.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         documents (`list[Document]`, or what [`load_documents`] takes): the texts.
-        length (`int`): tokens per document, BOS included where the tokenizer adds one.
-        start (`int`, *optional*, defaults to 0): tokens to leave out at the beginning of each document (front matter).
-        evaluator (`PreTrainedModel`, *optional*): the model that finds the key tokens; by default `model`.
-        keys ([`KeyTokens`], *optional*): found before with the same tokenizer, documents, length and start,
-            instead of an evaluator and the arguments below.
+        length (`int`): tokens per document, including BOS if the tokenizer adds one.
+        start (`int`, *optional*, defaults to 0): tokens to skip at the beginning of each document (front matter).
+        evaluator (`PreTrainedModel`, *optional*): model that finds the key tokens. Defaults to `model`.
+        keys ([`KeyTokens`], *optional*): key tokens found earlier with the same tokenizer, documents, length, and
+            start, instead of an evaluator and the arguments below.
         evaluator_tokenizer, alpha, beta, short_length, stride: see [`find_key_tokens`].
-        seed (`int`, *optional*, defaults to 0): of the bootstrap.
+        seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
+
+    Returns:
+        [`LongPPL`]: the perplexity of the key tokens, with its interval and values per document.
 
     Raises:
-        EvaluationError: not one key token, or logits that are not finite.
-        InvalidParameterError: `keys` of another length or other documents, or beside an evaluator; a tokenizer
-            without its evaluator; as [`find_key_tokens`].
-        DocumentError, UnsupportedModelError: as [`evaluate_perplexity`].
+        EvaluationError: there are no key tokens, or the logits are not finite.
+        InvalidParameterError: `keys` has another length, another start, or other documents, or is passed together with
+            `evaluator`. Or `evaluator_tokenizer` is passed without `evaluator`. See also [`find_key_tokens`].
+        DocumentError, UnsupportedModelError: see [`evaluate_perplexity`].
     """
     if keys is not None and evaluator is not None:
         raise InvalidParameterError("keys and evaluator both say which tokens count. Pass one of them.")
@@ -295,9 +316,9 @@ def longppl(
     texts = as_documents(documents)
     rows = tokenize_documents(texts, tokenizer, length, start)
     if keys is None:
-        given = read_by(evaluator_tokenizer, tokenizer, texts, rows)
+        evaluator_tokens = read_by(evaluator_tokenizer, tokenizer, texts, rows)
         criterion = Criterion(alpha, beta, short_length, stride)
-        keys, nll = find_in_rows(evaluator or model, given, rows, criterion)
+        keys, nll = find_in_rows(evaluator or model, evaluator_tokens, rows, criterion)
         if evaluator is None:
             return _pool(rows, nll, keys, seed)
     missing = [id for id in rows.ids if id not in keys.indices]
@@ -309,8 +330,8 @@ def longppl(
     check_reads(model, list(rows.tokens))
     scorer = TokenScorer(model)
     with evaluation_mode(scorer.model):
-        read = tqdm(zip(rows.tokens, rows.ids, strict=True), total=len(rows.ids), unit="doc", disable=None)
-        nll = [whole_nll(scorer, row, id) for row, id in read]
+        progress = tqdm(zip(rows.tokens, rows.ids, strict=True), total=len(rows.ids), unit="doc", disable=None)
+        nll = [whole_nll(scorer, row, id) for row, id in progress]
     return _pool(rows, nll, keys, seed)
 
 
@@ -319,17 +340,18 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
     """Return LongCE's soft weight of each token's loss: `min(P(t | long) / P(t | short), cap)`.
 
     Args:
-        long_nll (`torch.Tensor`): NLL of each token given the long context, in nats: the losses of the training step.
-        short_nll (`torch.Tensor` of the same shape): NLL given the short context; where
-            no context is shorter, the value of `long_nll`, which weighs 1.
-        cap (`float`, *optional*, defaults to 5.0): the largest weight, the paper's gamma.
+        long_nll (`torch.Tensor`): NLL of each token given the long context, in nats. These are the losses of the
+            training step.
+        short_nll (`torch.Tensor` of the same shape): NLL of each token given the short context, in nats. For a token
+            without a shorter context, pass the value of `long_nll`, which results in a weight of 1.
+        cap (`float`, *optional*, defaults to 5.0): largest weight, the paper's gamma.
 
     Returns:
-        `torch.Tensor` of the same shape, detached: the loss is `(weights * long_nll).mean()`, and no gradient flows
-        through the weights.
+        `torch.Tensor` of the same shape: the weights, detached, so that no gradient flows through them. The loss is
+        `(weights * long_nll).mean()`.
 
     Raises:
-        InvalidParameterError: shapes that differ, or a cap that is not positive.
+        InvalidParameterError: the shapes differ, or `cap` is not positive and finite.
     """
     if long_nll.shape != short_nll.shape:
         raise InvalidParameterError(
@@ -341,8 +363,10 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
 
 
 def key_sums(nll: np.ndarray, indices: Sequence[int]) -> dict[str, Any]:
-    """Sums over the key tokens of a document: `key_nll_sum`, float64, and how many they are. `nll` is of tokens 1, 2,
-    ... of its row."""
+    """Return the NLL sum (float64, in nats) and the number of a document's key tokens.
+
+    `nll` contains the values of tokens 1, 2, ... of the document's row.
+    """
     return {"key_nll_sum": math.fsum(nll[index - 1] for index in indices), "key_tokens": len(indices)}
 
 
@@ -351,12 +375,14 @@ def longppl_cells(
 ) -> dict[str, Any]:
     """Return the LongPPL entries of a row; `None` if key tokens are unknown.
 
-    Records contain the [`key_sums`] of each document at the longest length, and `None` at the others.
+    Records contain the [`key_sums`] of each document at the longest length, and `None` at all other lengths.
     """
-    own, truncated = ([record for record in each if record["length"] == length] for each in (records, control))
-    known = any(record["key_tokens"] is not None for record in own)
-    sums, counts = _key_columns(own)
-    control_sums, _ = _key_columns(truncated)
+    method_records, control_records = (
+        [record for record in group if record["length"] == length] for group in (records, control)
+    )
+    known = any(record["key_tokens"] is not None for record in method_records)
+    sums, counts = _key_columns(method_records)
+    control_sums, _ = _key_columns(control_records)
     return {
         "longppl": float(pooled_perplexity(sums, counts)) if counts else None,
         "longppl_ci95": bootstrap_interval(sums, counts, seed) if counts else None,
@@ -366,7 +392,7 @@ def longppl_cells(
 
 
 def _key_columns(records: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[int]]:
-    """Return the sums and counts of the documents that have key tokens."""
+    """Return the NLL sums and the token counts of the documents that have key tokens."""
     counted = [record for record in records if record["key_tokens"]]
     return [record["key_nll_sum"] for record in counted], [record["key_tokens"] for record in counted]
 
@@ -374,14 +400,14 @@ def _key_columns(records: Sequence[Mapping[str, Any]]) -> tuple[list[float], lis
 def _pool(rows: TokenizedDocuments, nll: list[np.ndarray], keys: KeyTokens, seed: int) -> LongPPL:
     per_document: list[dict[str, Any]] = []
     for id, values in zip(rows.ids, nll, strict=True):
-        own = key_sums(values, keys.indices[id])
-        sums, counts = [own["key_nll_sum"]], [own["key_tokens"]]
+        of_keys = key_sums(values, keys.indices[id])
+        sums, counts = [of_keys["key_nll_sum"]], [of_keys["key_tokens"]]
         per_document.append(
             {
                 "document": id,
-                "nll_sum": own["key_nll_sum"],
-                "key_tokens": own["key_tokens"],
-                "longppl": float(pooled_perplexity(sums, counts)) if own["key_tokens"] else None,
+                "nll_sum": of_keys["key_nll_sum"],
+                "key_tokens": of_keys["key_tokens"],
+                "longppl": float(pooled_perplexity(sums, counts)) if of_keys["key_tokens"] else None,
                 "tokens": len(values),
                 "all_nll_sum": math.fsum(values),
             }
