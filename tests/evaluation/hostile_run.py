@@ -17,7 +17,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from hf_posext.cli import main as command
 from hf_posext.locks import journal_files
 
 from ..cli.helpers import MODEL, NOVELS
+from .two_process_job import free_port, launch
 
 WORDS = [
     "compare", "--model", MODEL, "--dataset", NOVELS, "--methods", "none,linear,yarn", "--trained-length", 64,
@@ -43,7 +43,7 @@ class Run:
     def __init__(self, output: Path, *words: object, processes: int = 2, limit: int = 0) -> None:
         self.output = output
         self.said = Path(tempfile.mkstemp(suffix=".txt")[1])
-        port = _free_port()
+        port = free_port()
         self.children = [
             self._fork([*WORDS, "--output", output, *words], rank, processes, port, limit) for rank in range(processes)
         ]
@@ -52,10 +52,7 @@ class Run:
         child = os.fork()
         if child:
             return child
-        if processes > 1:
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ |= {name: str(value) for name, value in {**numbers, "MASTER_PORT": port}.items()}
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        launch(rank, processes, port)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         with self.said.open("a") as said:
@@ -101,13 +98,6 @@ class Run:
 
     def text(self) -> str:
         return self.said.read_text()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def bits(output: Path) -> str:

@@ -41,15 +41,20 @@ def run(journal: str, result: str, processes: int) -> None:
         accelerator.end_training()
 
 
+def launch(rank: int, processes: int, port: int) -> None:
+    """Set the variables by which torchrun tells a process its place among several; nothing for a single one."""
+    if processes > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ |= {name: str(value) for name, value in {**names, "MASTER_PORT": port}.items()}
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
 def fork(rank: int, port: int, journal: str, result: str, processes: int, limit: int) -> int:
     """The id of a process of the run."""
     child = os.fork()
     if child:
         return child
-    if processes > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        os.environ |= {name: str(value) for name, value in {**names, "MASTER_PORT": port}.items()}
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    launch(rank, processes, port)
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
