@@ -47,6 +47,7 @@ def launch(rank: int, processes: int, port: int) -> None:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in {**names, "MASTER_PORT": port}.items()}
         os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # or accelerate sets it, with a warning behind an error line
 
 
 def fork(rank: int, port: int, journal: str, result: str, processes: int, limit: int) -> int:
