@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from hf_posext import patch_model, unpatch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import LogN, Method, YaRN
+from hf_posext.patching.modes import CHECKPOINTING
 from hf_posext.patching.signatures import with_cache
 
 from ..conftest import logits, tiny_llama, tokens
@@ -210,3 +213,37 @@ def test_copies_and_pickles(name: str, kind: str) -> None:
         unpatch_model(twin)
         assert torch.equal(logits(twin, ids), before)
     assert torch.equal(logits(model, ids), wanted)
+
+
+def test_an_interrupted_forward_is_forgotten_by_the_next() -> None:
+    """PyTorch calls no hook after an interrupt. Nested forwards that still run keep their states."""
+    model, other = patched("rerope"), tiny_llama()
+    patch_model(other, METHODS["rerope"], factor=8, trained_length=16)
+    wanted, inner = logits(model, tokens(40)), logits(other, tokens(24))
+    cache = DynamicCache(config=model.config)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with model.model.layers[1].register_forward_pre_hook(fail), pytest.raises(KeyboardInterrupt):
+        logits(model, tokens(40), **with_cache(model.forward, cache))
+    held = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert held() is not None  # by the state of that forward
+    found = []
+    with model.model.layers[1].register_forward_pre_hook(lambda *_: found.append(logits(other, tokens(24)))):
+        assert torch.equal(logits(model, tokens(40)), wanted)
+    gc.collect()
+    assert held() is None and torch.equal(found[0], inner)
+
+
+def test_a_checkpoint_keeps_nothing_of_the_model() -> None:
+    model = patched("rerope").train()
+    getattr(model, f"{CHECKPOINTING}_enable")()
+    loss = model(input_ids=tokens(40), use_cache=False).logits.square().mean()
+    torch.autograd.grad(loss, [model.model.layers[0].self_attn.q_proj.weight])
+    held = weakref.ref(model)
+    del model, loss
+    gc.collect()
+    assert held() is None

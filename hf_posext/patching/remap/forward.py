@@ -7,8 +7,10 @@ a layer again after its forward has ended, possibly in another thread.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +60,7 @@ class ForwardState:
     def __init__(self, remapping: Remapping, parent: ForwardState | None = None) -> None:
         self.remapping = remapping
         self.parent = parent
+        self.backbone: Callable[[], nn.Module | None] = lambda: None
         self.cache: Any = None
         self.record: KeyRecord | None = None
         self.mask: torch.Tensor | None = None
@@ -224,7 +227,11 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
         UnsupportedModelError: the forward requests something that remapping does not support.
     """
     remapping: Remapping = module._posext_remapping
-    state = ForwardState(remapping, getattr(_calls, "state", None))
+    parent: ForwardState | None = getattr(_calls, "state", None)
+    if parent is not None and not torch.compiler.is_compiling():
+        parent = _running(parent, module)
+    state = ForwardState(remapping, parent)
+    state.backbone = weakref.ref(module)
     _calls.state = state  # before anything can fail, because the hook after the forward also runs after an error
     config: Any = module._posext_text_config
     implementation = config._attn_implementation
@@ -243,6 +250,28 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     mask = inputs.get("attention_mask")
     state.own_mask = isinstance(mask, torch.Tensor) and mask.ndim == 4
     state.open(find_cache((*args, *kwargs.values())), _padding_mask(mask))
+
+
+def _running(state: ForwardState | None, entered: nn.Module) -> ForwardState | None:
+    """Return the innermost state whose forward still runs around that of `entered`, and release those above it.
+
+    PyTorch calls no hook after an interrupt (`KeyboardInterrupt` is not an `Exception`). The state of that forward
+    would keep its model and cache alive.
+    """
+    frames = []
+    frame = sys._getframe(2)
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    modules = [each.f_locals.get("self") for each in frames if each.f_code.co_name == "_call_impl"]
+    if entered in modules:
+        modules.remove(entered)  # its own frame, the innermost
+    traced = any("_dynamo" in each.f_code.co_filename for each in frames)  # hides frames that run
+    while state is not None and not traced and state.backbone() not in modules:
+        parent = state.parent
+        state.release()
+        state = parent
+    return state
 
 
 def end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -279,7 +308,8 @@ def begin_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     remapping: Remapping = module._posext_remapping  # type: ignore[assignment]
     if torch.is_grad_enabled() or current_state(remapping) is None:
-        _calls.carried = {at.name: at for at in _carried((*args, *kwargs.values()))}
+        # The phases among the arguments keep the positions alive for as long as the layer runs.
+        _calls.carried = weakref.WeakValueDictionary({at.name: at for at in _carried((*args, *kwargs.values()))})
     else:
         _calls.carried = None
 
@@ -294,8 +324,8 @@ def positions_at(module: nn.Module, remapping: Remapping, name: str) -> Position
         EvaluationError: neither is known.
     """
     carried = None if torch.compiler.is_compiling() else getattr(_calls, "carried", None)
-    if carried and name in carried:
-        positions: Positions = carried[name]
+    positions: Positions | None = carried.get(name) if carried else None
+    if positions is not None:
         return positions
     state = current_state(remapping)
     at = None if state is None else state.positions.get(name)
