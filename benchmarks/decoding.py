@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from hf_posext import patch_model
 from hf_posext.methods import Method
-from hf_posext.patching.signatures import with_cache
+from hf_posext.patching.modes import with_cache
 
 FREE = 256
 """Slots of a static cache for the tokens that are timed."""

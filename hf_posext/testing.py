@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from .methods import Method, as_method, methods
 from .patching import detect_scheme, load_patched, patch_model, unpatch_model
-from .patching.signatures import cache_of, with_cache
+from .patching.modes import cache_of, with_cache
 from .plan import ExtensionPlan
 
 __all__ = [

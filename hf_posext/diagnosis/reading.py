@@ -21,8 +21,8 @@ from ..evaluation.scorer import TokenScorer, require_finite
 from ..evaluation.tokens import TokenizedDocuments, check_vocabulary, first_scored, tokenize_documents
 from ..evaluation.windows import CONTROL, TruncatedReader, Window
 from ..patching import patch_model
-from ..patching.attention_scores import last_query_scores
 from ..patching.modes import evaluation_mode
+from ..patching.observe import last_query_scores
 from ..plan import ExtensionPlan
 from .diagnosis import Diagnosis
 from .weights import last_stretch

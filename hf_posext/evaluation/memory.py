@@ -20,8 +20,8 @@ from transformers import DynamicCache
 
 from ..errors import InvalidParameterError, OutOfMemoryError, UnsupportedModelError
 from ..patching.detect import detect_scheme
+from ..patching.modes import cache_argument, cache_of, with_cache
 from ..patching.patch import find_patch
-from ..patching.signatures import cache_argument, cache_of, with_cache
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .heads import PROBE_LENGTH, PROBE_SLICE, FullHead, Head, Read, deviation

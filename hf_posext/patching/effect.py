@@ -53,13 +53,21 @@ def layer_number(layer: nn.Module) -> int | None:
     return number if isinstance(number, int) and number >= 0 else None
 
 
+def makes_windows(layer: nn.Module) -> bool:
+    """Return whether the file of a layer's model makes masks for a sliding window.
+
+    Some layers ask their attention for a window, for kernels that take no mask, and have none in their masks (OLMoE).
+    """
+    return hasattr(sys.modules[type(layer).__module__], "create_sliding_window_causal_mask")
+
+
 def claimed_window(layer: Any) -> int | None:
     """Return the sliding window that a layer claims, if the file of its model makes masks for one; else `None`.
 
     Masks decide where a text is long enough to show them. Some layers read the window from the config (Mistral), which
     then holds for all layers unless the config has layer types.
     """
-    if not hasattr(sys.modules[type(layer).__module__], "create_sliding_window_causal_mask"):
+    if not makes_windows(layer):
         return None
     config = getattr(layer, "config", None)
     shared = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)

@@ -1,21 +1,38 @@
-"""Context managers that temporarily change the mode of a model."""
+"""Calls of a model: its mode, its attention implementation, and the cache that goes from one forward to the next.
+
+transformers 5.24 renamed `past_key_values` and `cache_params` to `cache`, in arguments and in outputs. The old names
+warn until 5.40. The functions of this module find the name that a forward accepts and the field that an output
+contains, so that no other module spells one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .ownership import unwrap
+from .ownership import own_configs, unwrap
+from .undo import UndoLog
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Names of the cache in transformers, the newest first."""
 
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(PreTrainedModel, f"{CHECKPOINTING}_enable"):  # before transformers 5.24
     CHECKPOINTING = "gradient_checkpointing"
+
+_lock = threading.RLock()  # the collector may end a use within another
+_users: Counter[str] = Counter()
+"""Users of each attention name. The last one to end removes it from transformers' registries."""
 
 
 @contextmanager
@@ -61,3 +78,75 @@ def activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         getattr(model, f"{CHECKPOINTING}_disable")()
+
+
+def register_attention(name: str, function: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Register an attention function and its mask function with transformers."""
+    with _lock:
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, mask)
+        _users[name] += 1
+
+
+def forget_attention(name: str) -> None:
+    """Remove a name from transformers' registries after its last user."""
+    with _lock:
+        _users[name] -= 1
+        if _users[name] <= 0:
+            del _users[name]
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def switch_attention(model: PreTrainedModel, name: str, log: UndoLog) -> None:
+    """Make a model and its text part run on a registered attention implementation, until the undo log is undone."""
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    for config in {id(config): config for config in configs}.values():
+        log.set(config, "_attn_implementation_internal", name)
+
+
+@contextmanager
+def switched_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Switch a model to another attention implementation, and restore the previous one on exit."""
+    log = UndoLog()
+    try:
+        own_configs(model, log)  # another model may share them
+        switch_attention(model, name, log)
+        yield
+    finally:
+        log.undo()
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """Return the name of the argument that takes the cache; `None` where nothing goes from one forward to the next.
+
+    Decorators of transformers and hooks of accelerate are looked through. The `cache` of XLM and FlauBERT is a `dict`
+    of one forward, and counts as none.
+
+    Args:
+        forward (`Callable`): forward of a model or of a layer, bound or not.
+    """
+    parameters = inspect.signature(forward).parameters
+    names = (name for name in CACHE_NAMES if name in parameters)
+    return next((name for name in names if "dict" not in str(parameters[name].annotation)), None)
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache that a model's output contains; `None` without one, or from a plain tuple."""
+    # asking an output of 5.24 for an old name warns, so the old names are looked up among the fields that it lists
+    fields = set(output) if isinstance(output, Mapping) else set()
+    return next((output[name] for name in CACHE_NAMES if name in fields), None)
+
+
+def with_cache(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
+    """Return the keyword arguments that hand a cache to the forward of a model; none for the cache `None`.
+
+    Raises:
+        TypeError: the forward takes no cache.
+    """
+    if cache is None:
+        return {}
+    name = cache_argument(forward)
+    if name is None:
+        raise TypeError(f"{getattr(forward, '__qualname__', forward)} takes no cache")
+    return {name: cache}

@@ -29,8 +29,7 @@ from ..evaluation.scorer import model_name
 from ..evaluation.setup import check_request, prepare
 from ..methods import NoExtension
 from ..patching import detect_scheme, unwrap
-from ..patching.modes import evaluation_mode
-from ..patching.signatures import cache_of
+from ..patching.modes import cache_of, evaluation_mode
 from .recommendation import AS_IT_IS, EXTEND, TRUNCATE, Recommendation, title
 from .sweep import Candidates, Name, Prices, Ratio, Sweep, candidates, name_of
 

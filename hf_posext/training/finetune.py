@@ -27,9 +27,8 @@ from ..evaluation.reading import portable
 from ..evaluation.tokens import check_vocabulary
 from ..methods import Method
 from ..patching import Patch, patch_model
+from ..patching.long_rows import check_packing, check_skipping, shifted_sparse_attention
 from ..patching.modes import activation_checkpointing
-from ..patching.position_ids import check_packing, check_skipping
-from ..patching.shifted_attention import shifted_sparse_attention
 from ..plan import ExtensionPlan
 from .record import CHECKPOINTS, begin, check_output, finish, forget, save
 from .rows import make_rows

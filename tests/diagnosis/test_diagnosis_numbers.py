@@ -17,9 +17,8 @@ from hf_posext.errors import UnsupportedModelError
 from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.evaluation.tokens import TokenizedDocuments
 from hf_posext.methods import DPE, DualChunk, LeakyReRoPE, ReRoPE, SelfExtend, as_method
-from hf_posext.patching.attention_scores import last_query_scores
 from hf_posext.patching.detect import rotary_sites
-from hf_posext.patching.observe import bucket_biases, buckets_of, frequencies_in_force, slope_scale
+from hf_posext.patching.observe import bucket_biases, buckets_of, frequencies_in_force, last_query_scores, slope_scale
 from hf_posext.plan import Band, BucketPlan, PositionMap
 from hf_posext.scheme import Rotary
 

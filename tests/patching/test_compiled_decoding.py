@@ -24,8 +24,8 @@ from hf_posext.methods import (
     SelfExtend,
     StringShift,
 )
+from hf_posext.patching.modes import with_cache
 from hf_posext.patching.remap import attention as attention_module
-from hf_posext.patching.signatures import with_cache
 
 from ..conftest import tiny_llama, tokens
 from ..zoo import build

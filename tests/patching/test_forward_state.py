@@ -19,8 +19,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from hf_posext import patch_model, unpatch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import LogN, Method, YaRN
-from hf_posext.patching.modes import CHECKPOINTING
-from hf_posext.patching.signatures import with_cache
+from hf_posext.patching.modes import CHECKPOINTING, with_cache
 
 from ..conftest import logits, tiny_llama, tokens
 from ..zoo import build

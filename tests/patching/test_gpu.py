@@ -19,7 +19,7 @@ from hf_posext import compare, patch_model
 from hf_posext.methods import Method
 from hf_posext.patching.kernels import choice
 from hf_posext.patching.kernels.choice import choose, one_pass, one_step
-from hf_posext.patching.signatures import with_cache
+from hf_posext.patching.modes import with_cache
 
 from ..conftest import tiny_llama
 from .bands import Branch, attention_kernel, banded_attention

@@ -20,7 +20,7 @@ import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model, unpatch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.methods import DualChunk, DynamicNTK, LogN, Method, ReRoPE, SelfExtend
-from hf_posext.patching.signatures import cache_of, with_cache
+from hf_posext.patching.modes import cache_of, with_cache
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens
 from ..zoo import build

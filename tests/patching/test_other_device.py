@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from hf_posext import compare, diagnose, patch_model
 from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, Sinks, StringShift
-from hf_posext.patching.signatures import with_cache
+from hf_posext.patching.modes import with_cache
 
 from ..conftest import tiny_bloom, tiny_gpt2, tiny_llama, tiny_xglm, tokens
 from ..zoo import build

@@ -35,8 +35,8 @@ from hf_posext.methods import (
     StringShift,
     YaRN,
 )
+from hf_posext.patching.modes import cache_of, with_cache
 from hf_posext.patching.remap.attention import query_factor
-from hf_posext.patching.signatures import cache_of, with_cache
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens
 

@@ -41,7 +41,7 @@ from hf_posext.methods import (
     Sinks,
     YaRN,
 )
-from hf_posext.patching.signatures import cache_of, with_cache
+from hf_posext.patching.modes import cache_of, with_cache
 
 from ..conftest import TRAINED, logits, sharpen, tiny_llama, tokens
 from ..zoo import build

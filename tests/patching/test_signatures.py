@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, XLMConfig, XLMWithLMHeadModel
 
-from hf_posext.patching.signatures import cache_argument, cache_of, with_cache
+from hf_posext.patching.modes import cache_argument, cache_of, with_cache
 
 IDS = torch.arange(1, 13)[None]
 

@@ -18,8 +18,8 @@ from triton.language import standard
 from hf_posext import patch_model
 from hf_posext.methods import Decay, DualChunk, Fade, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, StringShift
 from hf_posext.patching.kernels import choice
+from hf_posext.patching.modes import with_cache
 from hf_posext.patching.remap import rotated_keys
-from hf_posext.patching.signatures import with_cache
 
 from ..conftest import tiny_llama, tokens
 from .bands import attention_kernel

@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_posext import find_patch, patch_model, unpatch_model
 from hf_posext.errors import NotPatchedError, UndoError, UnsupportedModelError
+from hf_posext.patching.long_rows import shifted_sparse_attention
 from hf_posext.patching.mixin import Mixin, mix, without
-from hf_posext.patching.shifted_attention import shifted_sparse_attention
-from hf_posext.patching.switching import switched_attention
+from hf_posext.patching.modes import switched_attention
 from hf_posext.patching.undo import UndoLog
 
 from ..conftest import TRAINED, logits, sharpen, tiny_bloom, tiny_llama, tokens

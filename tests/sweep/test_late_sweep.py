@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_posext import detect_scheme, patch_model
 from hf_posext.errors import PosExtError
 from hf_posext.methods import LogN, Method, ReRoPE, SelfExtend
-from hf_posext.patching.signatures import cache_of, with_cache
+from hf_posext.patching.modes import cache_of, with_cache
 from hf_posext.plan import Band, PositionMap
 from tests.zoo import TRAINED_LENGTH, build, candidate_types, token_ids
 

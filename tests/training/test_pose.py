@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_posext.errors import UnsupportedModelError
-from hf_posext.patching.position_ids import check_skipping
+from hf_posext.patching.long_rows import check_skipping
 from hf_posext.training.rows import Collator, Skips
 
 from ..conftest import logits, longer_gpt2, tiny_bloom, tiny_llama, tokens

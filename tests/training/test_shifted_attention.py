@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from transformers import (
     AttentionMaskInterface,
     MistralConfig,
     MistralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
 )
 
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
-from hf_posext.patching.shifted_attention import shifted_attention, shifted_sparse_attention
+from hf_posext.patching.long_rows import shifted_attention, shifted_sparse_attention
 
 from ..conftest import tiny_bloom, tiny_gpt2, tiny_llama, tokens
 
@@ -118,6 +121,23 @@ def test_layers_with_a_sliding_window_attend_as_ever() -> None:
         before = model(input_ids=ids, use_cache=False).logits
         with shifted_sparse_attention(model, GROUPS):
             assert torch.equal(model.train()(input_ids=ids, use_cache=False).logits, before)
+
+
+def test_a_layer_that_asks_for_a_window_which_its_masks_lack_is_refused(tmp_path: Path) -> None:
+    """OLMoE sees all of a row with sdpa, so that a layer that counts as one with a window would train densely."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 2}
+    config = OlmoeConfig(**sizes, num_attention_heads=2, num_experts_per_tok=2, sliding_window=8)
+    OlmoeForCausalLM(config).save_pretrained(tmp_path)
+    refusal = "sliding window of OlmoeAttention, got none: it asks its attention for 8 tokens, .* sliding_window=None"
+    with pytest.raises(UnsupportedModelError, match=refusal):
+        _entered(OlmoeForCausalLM.from_pretrained(tmp_path)).__enter__()
+
+    model, ids = OlmoeForCausalLM.from_pretrained(tmp_path, sliding_window=None), tokens(LENGTH)
+    with torch.no_grad(), shifted_sparse_attention(model, GROUPS):
+        grouped, whole = (model.train(mode)(input_ids=ids, use_cache=False).logits for mode in (True, False))
+    near = torch.isclose(grouped, whole, rtol=1e-4, atol=1e-5).all(-1)[0]  # other kernels, float32
+    assert near[:4].all() and not near[4:].any(), "behind the first half-group, some head sees fewer tokens"
 
 
 def test_gpt2_attends_in_groups_too() -> None:

@@ -27,7 +27,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import PositionMap, QueryScale
 from ..kernels import SAME, Branch, Geometry, Rotated, attention_with_weights, banded_attention, mapped, whole
-from ..switching import forget_attention, register_attention
+from ..modes import forget_attention, register_attention
 from .forward import ATTENTION, both_sides, current_state, positions_at
 from .layout import LayerLayout, Layout, Phases, Probing
 from .paged import not_paged, requests_of

@@ -1,13 +1,14 @@
-"""Shifted sparse attention (S2): training at the cost of a short context, for dense attention afterwards.
+"""Training on long rows: shifted sparse attention (S2), and checks that a model respects the positions of a row.
 
-Chen et al., 2023: LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models,
-https://arxiv.org/abs/2309.12307. The reference code rolls half the heads, so that the first half-group and the last
-attend as one, the beginning of a text to its end. Here each of them is a group of its own, and nothing of the future
-is seen.
+S2 trains at the cost of a short context, for dense attention afterwards: Chen et al., 2023: LongLoRA: Efficient
+Fine-tuning of Long-Context Large Language Models, https://arxiv.org/abs/2309.12307. The reference code rolls half the
+heads, so that the first half-group and the last attend as one, the beginning of a text to its end. Here each of them
+is a group of its own, and nothing of the future is seen.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,12 +23,15 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import InvalidParameterError, UnsupportedModelError
 from .detect import text_config
-from .modes import evaluation_mode
+from .effect import makes_windows
+from .modes import evaluation_mode, forget_attention, register_attention, switched_attention
 from .remap.attention import arguments_read
-from .switching import forget_attention, register_attention, switched_attention
 
 HONOURED = {"dropout", "scaling", "is_causal", "sliding_window", "output_attentions", "cache"}
 """Arguments of sdpa attention that shifted attention honours."""
+
+HALF = 8
+"""Tokens in each half of the row that shows whether positions are respected."""
 
 
 @contextmanager
@@ -124,12 +128,18 @@ def _within(states: list[torch.Tensor], size: int, options: dict[str, Any]) -> t
 def _refuse(module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, given: dict[str, Any]) -> None:
     counts = arguments_read(sdpa_attention_forward) - HONOURED | {"s_aux"}
     unknown = sorted(name for name, value in given.items() if value is not None and name in counts)
-    if mask is not None and given.get("sliding_window") is None:
+    window = given.get("sliding_window")
+    if mask is not None and window is None:
         unknown.append("a mask where all of a text is seen")
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which shifted sparse attention "
             "cannot honour; train without it"
+        )
+    if window is not None and not makes_windows(module):
+        raise UnsupportedModelError(
+            f"Expected masks of the sliding window of {type(module).__name__}, got none: it asks its attention for "
+            f"{window} tokens, and with sdpa sees all. Load the model with sliding_window=None to train it in groups."
         )
     if query.shape[1] < 2:
         raise UnsupportedModelError(f"{type(module).__name__} has one head, and half of them are to be shifted")
@@ -144,3 +154,53 @@ def _attention(model: PreTrainedModel, name: str, function: Any) -> Iterator[Non
             yield
     finally:
         forget_attention(name)
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Refuse a model that attends across documents in one row, where only positions that begin anew tell them apart.
+
+    Raises:
+        UnsupportedModelError: it takes no positions, or what one document says changes what the next one gives.
+    """
+    positions = torch.arange(HALF).repeat(2)
+    first, second = _logits(model, positions, None)[:, HALF:]
+    if not torch.equal(first, second):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads across the documents of a packed row. Leave out pack, so that each row is "
+            "of one document"
+        )
+
+
+def check_skipping(model: PreTrainedModel) -> None:
+    """Refuse a model that takes no notice of a jump in its positions, or takes it for the border of two documents.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
+    near, far = torch.arange(2 * HALF), torch.arange(2 * HALF)
+    far[HALF:] += HALF
+    whole, jump = (_logits(model, positions, torch.ones(2, 2 * HALF)) for positions in (near, far))
+    if torch.equal(whole[:, HALF:], jump[:, HALF:]):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no notice of position_ids, so positions cannot be skipped. Leave out pose."
+        )
+    if torch.equal(*jump[:, HALF:]):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes a jump in its positions for another document. Leave out pose."
+        )
+
+
+def _logits(model: PreTrainedModel, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the logits of two rows that differ only in their first half."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no position_ids, which pack and pose depend on. Leave both out."
+        )
+    vocabulary = text_config(model.config).vocab_size
+    ids = (torch.arange(4 * HALF).view(2, 2 * HALF) + 3) % vocabulary
+    ids[1, HALF:] = ids[0, HALF:]
+    given = {"input_ids": ids, "position_ids": positions.expand(2, -1), "attention_mask": mask}
+    with evaluation_mode(model), torch.no_grad():
+        placed = {name: None if value is None else value.to(model.device) for name, value in given.items()}
+        logits: torch.Tensor = model(**placed, use_cache=False)[0]
+    return logits
