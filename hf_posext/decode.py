@@ -11,7 +11,10 @@ from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_ty
 from .errors import PlanError, PosExtError
 
 MAX_NUMBER = 2**40
-"""Upper bound of every length, factor, and base in a plan."""
+"""Upper bound of every number in a plan."""
+
+MAX_TOKENS = 2**24
+"""Longest text of a plan. Float32, in which phases are computed, does not tell later positions apart."""
 
 T = TypeVar("T")
 

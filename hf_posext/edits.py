@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 MAX_TABLE_BYTES = 2**31
 """Largest table of positions that a plan may ask for, at 4 bytes a number."""
-MAX_TABLE_ROWS = 2**24
-"""Longest table of positions that a plan may ask for: its rows are made when the plan is applied."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +297,6 @@ class TablePlan:
             )
         for entry in filter(None, (self.position, self.coarse)):
             entry.check()
-        _check_rows(plan)
         usable, width = (plan.scheme.table.usable, plan.scheme.table.width) if plan.scheme.table else (0, 1)
         check_table_size(plan.target_length, width)
         if plan.trained_length > usable:
@@ -347,17 +344,11 @@ class Sinusoids:
 
     def check(self, plan: ExtensionPlan) -> None:
         self.position.check()
-        _check_rows(plan)
 
 
 Edit: TypeAlias = RotaryPlan | Band | QueryScale | TablePlan | Slopes | BucketPlan | Sinusoids
 """One change of a positional scheme. `check(plan)` raises `PlanError` where no method can have meant it. A plan has
 its edits in this order."""
-
-
-def _check_rows(plan: ExtensionPlan) -> None:
-    if plan.target_length > MAX_TABLE_ROWS:
-        raise PlanError(f"plan has a table of {plan.target_length} positions; at most {MAX_TABLE_ROWS} are made")
 
 
 def check_table_size(rows: int, width: int, count: int = 1) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
-from .decode import MAX_NUMBER, PLAN_RULES, Rules, decode, short
+from .decode import MAX_TOKENS, PLAN_RULES, Rules, decode, short
 from .deprecation import RenamedAttribute, renamed_names, warn_of_former
 from .edits import (
     Band,
@@ -209,9 +209,9 @@ class ExtensionPlan(_Labels):
     def _check_lengths(self) -> None:
         for name in ("factor", "trained_length", "target_length"):
             number = getattr(self, name)
-            if not (isinstance(number, int) or name == "factor") or not math.isfinite(number) or number > MAX_NUMBER:
+            if not (isinstance(number, int) or name == "factor") or not math.isfinite(number) or number > MAX_TOKENS:
                 kind = "number" if name == "factor" else "whole number"
-                raise PlanError(f"plan.{name} is {short(number)}; a {kind} of at most {MAX_NUMBER} belongs there")
+                raise PlanError(f"plan.{name} is {short(number)}; a {kind} of at most {MAX_TOKENS} belongs there")
         if not (self.factor > 0 and 1 <= self.trained_length <= self.target_length):
             raise PlanError(
                 f"plan goes from {self.trained_length} to {self.target_length} tokens by factor {self.factor:g}; "

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from matplotlib.figure import Figure
 
-from ..decode import MAX_NUMBER
+from ..decode import MAX_TOKENS
 from ..errors import InvalidParameterError, PosExtError
 from ..reporting.signals import SHOWN as BLUE
 from . import words
@@ -209,7 +209,7 @@ def _number(field: str, value: Any) -> float:
 
 def _tokens(field: str, value: Any) -> int:
     """Return the number of tokens in a field."""
-    if not 1 <= _number(field, value) <= MAX_NUMBER or value != int(value):
+    if not 1 <= _number(field, value) <= MAX_TOKENS or value != int(value):
         raise InvalidParameterError(f"Expected a whole number of tokens in the field {field}, got {value:g}.")
     return int(value)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..decode import MAX_NUMBER
+from ..decode import MAX_TOKENS
 from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError, NoEffectError, PosExtError, UnsupportedModelError
 from ..evaluation.documents import Document, as_documents
@@ -107,8 +107,8 @@ def diagnose(
     with torch.device("cpu"):  # whatever the default device of the process is
         found = _structure(inner, scheme, trained_length)
     target = _target(found) if target_length is None else target_length
-    if not 2 <= target <= MAX_NUMBER:
-        raise InvalidParameterError(f"Expected a target_length of 2 to {MAX_NUMBER} tokens, got {target}.")
+    if not 2 <= target <= MAX_TOKENS:
+        raise InvalidParameterError(f"Expected a target_length of 2 to {MAX_TOKENS} tokens, got {target}.")
     found = replace(found, target_length=target)
     lengths = {"target_length": target, "trained_length": found.trained_length}
     planned = [as_method(method).plan(scheme, **lengths) for method in methods or ()]

@@ -1,41 +1,32 @@
-"""The methods: pure maths, a file for each paper. To add a method, write its file and name it here."""
+"""Methods: pure maths, one file for each paper. To add a method, write its file and name it here."""
 
 from .alibi import ALiBiLinear, ALiBiNTK
-from .base import Composition, Method, get_method, hyper_parameters, list_methods, methods, register
+from .base import Composition, Method, NoExtension, get_method, hyper_parameters, list_methods, methods, register
 from .bucket import BucketLinear, BucketMaxDistance, BucketMethod
 from .cope import CoPE
-from .decay import Decay
 from .dpe import DPE
 from .dual_chunk import DualChunk
-from .dynamic_ntk import DynamicNTK
-from .dynamic_yarn import DynamicYaRN
-from .eabf import EABF
-from .fade import Fade
+from .fade import Decay, Fade
 from .frequencies import FrequencyMethod
 from .jet_long import JetLong
 from .lampe import LaMPE
-from .leaky_rerope import LeakyReRoPE
-from .linear import Linear
+from .linear import Linear, SinusoidLinear
 from .llama3 import Llama3
-from .llama4_temperature import Llama4Temperature
-from .log_n import LogN
+from .log_n import Llama4Temperature, LogN
 from .longrope import LongRoPE
-from .none import NoExtension
-from .nope import NoPE
-from .ntk import NTK
-from .partial import Partial
+from .ntk import NTK, DynamicNTK
+from .partial import NoPE, Partial
 from .remap import RemapMethod
-from .rerope import ReRoPE
+from .rerope import LeakyReRoPE, ReRoPE
 from .resonance import Resonance
 from .self_extend import SelfExtend
 from .self_logistic import SelfLogistic
 from .sinks import Sinks
-from .sinusoid_linear import SinusoidLinear
 from .string_shift import StringShift
 from .table import TableCubic, TableGroup, TableHierarchical, TableLinear, TableMethod, TableRepeat
 from .text import as_method
-from .theta import Theta
-from .yarn import YaRN
+from .theta import EABF, Theta
+from .yarn import DynamicYaRN, YaRN
 
 __all__ = [
     "DPE",

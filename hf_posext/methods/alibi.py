@@ -1,7 +1,5 @@
 """Methods for the slopes of ALiBi."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -40,8 +38,7 @@ class ALiBiNTK(Method):
 
     name = "alibi-ntk"
     title = "NTK-ALiBi"
-    url = "https://github.com/keezen/ntk_alibi"
-    code = "https://github.com/keezen/ntk_alibi"
+    url = code = "https://github.com/keezen/ntk_alibi"
     kinds = ("alibi",)
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:

@@ -17,26 +17,38 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import torch
 
-from ..decode import MAX_NUMBER, short
+from ..decode import MAX_NUMBER, MAX_TOKENS, short
 from ..deprecation import RenamedAttribute, renamed_arguments
-from ..errors import InvalidParameterError, MethodNotApplicableError, UnknownMethodError
+from ..errors import InvalidParameterError, MethodNotApplicableError, PlanError, UnknownMethodError
 from ..plan import ExtensionPlan, RotaryPlan
-from ..scheme import PositionalScheme
+from ..scheme import KINDS, PositionalScheme
+
+
+class Bound(NamedTuple):
+    """Condition on a number, as a part of its type: `Annotated[float, Bound("above 0", lambda rate: rate > 0)]`."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+Positive = Annotated[float, Bound("above 0", lambda number: number > 0)]
+Count = Annotated[int, Bound("of at least 1", lambda number: number >= 1)]
 
 
 @dataclass(frozen=True)
 class Method:
     """A published way of extending a positional scheme.
 
-    Subclasses are frozen dataclasses of hyper-parameters, one file each, whose docstring gives the formula and the
-    paper. They set the class variables below and implement [`~Method.extend`].
+    Subclasses are frozen dataclasses of hyper-parameters, one file for each paper, whose docstring gives the formula.
+    They set the class variables below and implement [`~Method.extend`]. Values are checked against their types, which
+    may contain bounds (`Positive`, `Count`, [`Bound`]); `__post_init__` checks what a type cannot express.
 
     Args:
         factor (`float`, *optional*): How many times the trained length to read. If `None`, the factor or target length
@@ -50,7 +62,7 @@ class Method:
     kinds: ClassVar[tuple[str, ...]]
     needs_factor: ClassVar[bool] = True
 
-    factor: float | None = None
+    factor: Positive | None = None
 
     def __init_subclass__(cls) -> None:
         """Check the types of all values before the `__post_init__` of a subclass runs."""
@@ -74,7 +86,7 @@ class Method:
             value, hint = getattr(self, entry.name), _hint(type(self), entry.type)
             if not _fits(value, hint):
                 raise InvalidParameterError(
-                    f"{self.name} {entry.name} is {short(repr(value))}; expected {_type_text(hint)}"
+                    f"Expected {self.name} {entry.name} to be {_type_text(hint)}, got {short(repr(value))}."
                 )
             if isinstance(value, numbers.Real) and not isinstance(value, bool | int | float):  # of numpy
                 plain = int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -148,26 +160,28 @@ class Method:
             MethodNotApplicableError: the method is for another scheme.
             InvalidParameterError: lengths or hyper-parameters are out of bounds or contradict each other.
         """
-        trained_length = _number("trained_length", trained_length, whole=True)
-        target_length = _number("target_length", target_length, whole=True)
-        factor = _number("factor", factor)
         reason = self.applies_to(scheme)
         if reason:
             usable = [name for name, cls in methods().items() if scheme.kind in cls.kinds]
             where = "nothing applies" if scheme.obstacle else f"what applies: {', '.join(usable)}"
             raise MethodNotApplicableError(f"{reason}; {where}")
-        own_factor = self.factor if self.factor is not None else factor
-        original, target = self._lengths(scheme, own_factor, target_length, trained_length)
+        factor = _number("factor=", self.factor if self.factor is not None else factor)
+        trained, target = self._lengths(scheme, factor, target_length, trained_length)
         start = ExtensionPlan(
             method=self.label,
             parameters=self.parameters(),
             scheme=scheme,
-            factor=target / original if own_factor is None else float(own_factor),
-            trained_length=original,
+            factor=target / trained if factor is None else factor,
+            trained_length=trained,
             target_length=target,
         )
         with torch.device("cpu"):  # even if the process has another default device
-            return self.extend(start)
+            plan = self.extend(start)
+        try:
+            plan.check()  # before anything of its size is made
+        except PlanError as error:
+            raise InvalidParameterError(f"{self.label} on {scheme.model_type}: {error}") from error
+        return plan
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         """Return the plan with this method applied on top."""
@@ -183,52 +197,45 @@ class Method:
         target_length: int | None,
         trained_length: int | None,
     ) -> tuple[int, int]:
-        original = trained_length if trained_length is not None else scheme.trained_length
-        if original is None:
+        if trained_length is None and scheme.trained_length is None:
             raise InvalidParameterError(
                 f"{scheme.model_type}: {scheme.trained_length_source}. Pass trained_length= in tokens."
             )
-        if not 1 <= original <= MAX_NUMBER:
-            from_config = trained_length is None
-            said = f"the config of {scheme.model_type} has a trained length of" if from_config else "trained_length is"
-            raise InvalidParameterError(f"{said} {short(original)}. Pass a number of tokens, from 1 to {MAX_NUMBER}.")
-        if factor is None and target_length is None:
+        known = f"the config of {scheme.model_type} with a trained length of ", scheme.trained_length
+        given = ("trained_length=", trained_length)
+        trained: int = _number(*(known if trained_length is None else given), whole=True)
+        target: int | None = _number("target_length=", target_length, whole=True)
+        if factor is None and target is None:
             if self.needs_factor:
-                raise InvalidParameterError(f"{self.label} needs factor= or target_length=; e.g. factor=8")
+                raise InvalidParameterError(f"{self.label} needs factor= or target_length=, e.g. factor=8.")
             factor = 1.0
         if factor is not None:
-            if factor <= 0:
-                raise InvalidParameterError(f"factor is {factor:g}. Pass a number above 0, e.g. factor=8.")
-            if original * factor > MAX_NUMBER:
+            if target not in (None, round(trained * factor)):
                 raise InvalidParameterError(
-                    f"factor {factor:g} times the trained {original} tokens is above {MAX_NUMBER} tokens, the most "
-                    "that a plan can hold. Pass a smaller factor."
+                    f"factor {factor:g} means {round(trained * factor)} tokens, and target_length is {target}. Pass "
+                    "one of the two."
                 )
-            if target_length is not None and target_length != round(original * factor):
-                raise InvalidParameterError(
-                    f"factor {factor:g} means {round(original * factor)} tokens, and target_length is "
-                    f"{short(target_length)}. Pass one of the two."
-                )
-            target_length = round(original * factor)
-        assert target_length is not None
-        if target_length > MAX_NUMBER:
+            target = round(trained * factor)
+        assert target is not None
+        if target > MAX_TOKENS:
             raise InvalidParameterError(
-                f"target_length is {short(target_length)}; at most {MAX_NUMBER} tokens are possible"
+                f"Expected a target of at most {MAX_TOKENS:,} tokens, got {trained} trained x {factor:g}. "
+                "Pass a smaller factor."
             )
-        if target_length < original:
+        if target < trained:
             raise InvalidParameterError(
-                f"target of {target_length} tokens is below the trained length of {original}. "
+                f"target of {target} tokens is below the trained length of {trained}. "
                 "Pass factor >= 1, or trained_length= if the model was trained on less."
             )
         shipped = scheme.shipped_length
         scaled = any(rotary.shipped_type != "default" for rotary in scheme.rotaries)
-        if self.needs_factor and scaled and trained_length is None and shipped and target_length < shipped:
+        if self.needs_factor and scaled and trained_length is None and shipped and target < shipped:
             raise InvalidParameterError(
-                f"target of {target_length} tokens ({original} trained x {target_length / original:g}) is below the "
+                f"target of {target} tokens ({trained} trained x {target / trained:g}) is below the "
                 f"{shipped} that the model ships with by its own scaling, which the plan would replace. "
-                f"Pass a target_length above {shipped}, or trained_length={original} to mean it."
+                f"Pass a target_length above {shipped}, or trained_length={trained} to mean it."
             )
-        return original, target_length
+        return trained, target
 
 
 @dataclass(frozen=True)
@@ -341,12 +348,15 @@ def _hint(method: type[Method], written: Any) -> Any:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Return whether a value is of a type such as `float | None`, with finite numbers only."""
-    if hint is Any:
-        return True
     arguments = get_args(hint)
-    if get_origin(hint) in (types.UnionType, Union):
-        return any(_fits(value, option) for option in arguments)
     wanted = get_origin(hint) or hint
+    if hint is Any or wanted is Literal:
+        return hint is Any or (isinstance(value, str) and value in arguments)
+    if wanted in (types.UnionType, Union):
+        return any(_fits(value, option) for option in arguments)
+    if wanted is Annotated:
+        bounds = (bound for bound in arguments[1:] if isinstance(bound, Bound))
+        return _fits(value, arguments[0]) and all(bound.holds(value) for bound in bounds)
     if isinstance(value, bool) or wanted is bool:
         return isinstance(value, bool) and wanted is bool
     if wanted in (float, int):
@@ -359,25 +369,29 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _type_text(hint: Any) -> str:
     words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "text", type(None): "None"}
-    if get_origin(hint) in (types.UnionType, Union):
-        return " or ".join(_type_text(option) for option in get_args(hint))
-    return "a list of finite numbers" if get_origin(hint) is Sequence else words.get(hint, str(hint))
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        texts = (bound.text for bound in arguments[1:] if isinstance(bound, Bound))
+        return " ".join([_type_text(arguments[0]), *texts])
+    if origin in (types.UnionType, Union, Literal):
+        return " or ".join(repr(option) if origin is Literal else _type_text(option) for option in arguments)
+    return "a list of finite numbers" if origin is Sequence else words.get(hint, str(hint))
 
 
-def _number(name: str, value: Any, *, whole: bool = False) -> Any:
+def _number(source: str, value: Any, *, whole: bool = False) -> Any:
     """Return a length or factor as a plain Python number.
 
     Raises:
-        InvalidParameterError: not a finite number, or not a whole one where tokens are counted.
+        InvalidParameterError: not a number above 0 and up to `MAX_TOKENS`, or not whole where tokens are counted.
     """
     if value is None:
         return None
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or (whole and value != value // 1) or not abs(value) < float("inf"):
-        kind = "a whole number of tokens, e.g. 4096" if whole else "a finite number, e.g. 8"
-        raise InvalidParameterError(f"{name} is {short(repr(value))}; expected {kind}")
-    if not whole and abs(value) > MAX_NUMBER:
-        raise InvalidParameterError(f"{name} is {short(value)}; at most {MAX_NUMBER} is possible")
+    if not number or not 0 < value <= MAX_TOKENS or (whole and value != value // 1):
+        kind = "a whole number of tokens" if whole else "a number"
+        raise InvalidParameterError(
+            f"Expected {kind} above 0 and up to {MAX_TOKENS:,}, got {source}{short(repr(value))}."
+        )
     return int(value) if whole else float(value)
 
 
@@ -413,6 +427,24 @@ def register(method: M) -> M:
         raise InvalidParameterError(f"method name {name!r} is empty or holds one of '+,('. Choose another name.")
     _methods[name] = method
     return method
+
+
+@register
+@dataclass(frozen=True)
+class NoExtension(Method):
+    """Leave the model unpatched."""
+
+    name = "none"
+    title = "no extension"
+    url = ""
+    kinds = tuple(KINDS)
+    needs_factor = False
+
+    def applies_to(self, scheme: PositionalScheme) -> str | None:
+        return None
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        return plan
 
 
 def methods() -> dict[str, type[Method]]:

@@ -1,7 +1,5 @@
 """Methods for relative distances sorted into buckets, each with a learned bias (T5, MPNet)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,16 +1,15 @@
 """CoPE: the rotation of the slowest pairs fades out."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .base import register
+from .base import Bound, register
 from .frequencies import FrequencyMethod, frequencies, from_tensor
 
 
@@ -35,11 +34,7 @@ class CoPE(FrequencyMethod):
     code = "https://github.com/hrlics/CoPE"
     needs_factor = False
 
-    clip: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.clip is not None and self.clip < 2:
-            raise InvalidParameterError(f"Expected a cope clip of 2 pairs or more, got {self.clip}.")
+    clip: Annotated[int, Bound("of at least 2", lambda pairs: pairs >= 2)] | None = None
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         inv_freq = frequencies(current, rotary)

@@ -1,7 +1,5 @@
 """DPE: groups of tokens whose size depends on the rotary pair."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self

@@ -1,7 +1,5 @@
 """Dual chunk attention (DCA)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..errors import InvalidParameterError

@@ -1,16 +1,13 @@
-"""Count fade: the far band of a remapping method weighs no more than it did in training."""
+"""Fades: far keys of a remapping method weigh less, by their number or by their distance."""
 
-from __future__ import annotations
-
-import math
 from dataclasses import dataclass, replace
 
 from ..errors import InvalidParameterError
-from ..plan import Band, CountFade, ExtensionPlan
+from ..plan import Band, CountFade, DistanceDecay, ExtensionPlan
 from ..scheme import PositionalScheme
-from .base import Method, register
+from .base import Count, Method, Positive, register
 from .remap import require_far_band
-from .rerope import ReRoPE
+from .rerope import LeakyReRoPE, ReRoPE
 
 
 @register
@@ -35,14 +32,8 @@ class Fade(Method):
     kinds = ("rotary",)
     needs_factor = False
 
-    strength: float = 1.0
-    reference: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.strength < math.inf:
-            raise InvalidParameterError(f"Expected a fade strength above 0, got {self.strength}.")
-        if self.reference is not None and self.reference < 1:
-            raise InvalidParameterError(f"Expected a fade reference of 1 token or more, got {self.reference}.")
+    strength: Positive = 1.0
+    reference: Count | None = None
 
     @classmethod
     def example(cls, scheme: PositionalScheme) -> Method:
@@ -54,6 +45,56 @@ class Fade(Method):
             raise InvalidParameterError(
                 f"Expected one fade, got two in {plan.method}. Keep one of them. A decay without a start contains one."
             )
-        reference = plan.trained_length if self.reference is None else self.reference
-        faded = replace(far, fade=CountFade(strength=self.strength, reference=reference))
+        faded = replace(far, fade=CountFade(self.strength, self.reference or plan.trained_length))
         return plan.with_edits(Band, *plan.bands[:-1], faded)
+
+
+@register
+@dataclass(frozen=True)
+class Decay(Method):
+    """Lower the logits of far keys with the logarithm of their distance: `"leaky-rerope+decay"`.
+
+    A key at distance d loses `strength * ln(max(1, d / start))`, rounded to octaves: all distances from
+    `start * 2 ** k` to twice as far lose `strength * ln(2) * (k + 1/2)`, so that every kernel computes the same. That
+    is at most `0.35 * strength` off. By default, nothing changes up to twice the trained length L. A query at position
+    i beyond it has `n = i + 1 - window` far keys, and all of these lose `strength * ln(n / (2 L - window))` as well:
+    the count fade of [`Fade`], unless one stands before the decay. It does not apply to dual-chunk, whose far band
+    begins at no fixed distance. The shape is that of KERPLE's logarithmic bias (Chi et al., *KERPLE: Kernelized
+    Relative Positional Embedding for Length Extrapolation*, 2022), which is trained. See docs/fading.md.
+
+    Args:
+        strength (`float`, *optional*, defaults to 1): Above 0.
+        start (`int`, *optional*): First distance at which logits fall, in tokens, at least the window of the remapping
+            method. Logits then fall by distance alone. By default twice the trained length, with the count fade.
+    """
+
+    name = "decay"
+    title = "logarithmic decay"
+    url = "https://arxiv.org/abs/2205.09921"
+    kinds = ("rotary",)
+    needs_factor = False
+
+    strength: Positive = 1.0
+    start: int | None = None
+
+    @classmethod
+    def example(cls, scheme: PositionalScheme) -> Method:
+        return LeakyReRoPE() + cls()
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        far = require_far_band(self, plan)
+        if far.chunk > 1:
+            raise InvalidParameterError(
+                f"Expected a far band that begins at a distance, got the chunks of {plan.method}. Pass fade instead."
+            )
+        if far.decay is not None:
+            raise InvalidParameterError(f"Expected one decay, got two in {plan.method}. Keep one of them.")
+        start = self.start
+        if start is None:
+            # the last band of a chain may begin past the trained length
+            start = 2 * max(plan.trained_length, far.low)
+            far = replace(far, fade=far.fade or CountFade(self.strength, reference=start - far.low))
+        if start < far.low:
+            raise InvalidParameterError(f"Expected a decay start of {far.low} (the window) or more, got {start}.")
+        decayed = replace(far, decay=DistanceDecay(self.strength, start))
+        return plan.with_edits(Band, *plan.bands[:-1], decayed)

@@ -1,7 +1,5 @@
 """Jet-Long: groups beyond a window whose size follows the length of each row."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..errors import InvalidParameterError

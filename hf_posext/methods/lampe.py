@@ -1,11 +1,9 @@
 """LaMPE: a far band whose number of positions follows the row by a logistic curve."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowCurve
 from .base import register
 from .remap import SAME, RemapMethod, window_of
@@ -41,12 +39,8 @@ class LaMPE(RemapMethod):
     url = "https://arxiv.org/abs/2508.02308"
     code = "https://github.com/scar-on/LaMPE"
 
-    curve: str = "llama-3"
+    curve: Literal["llama-2", "llama-3", "llama-3.1"] = "llama-3"
     head: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.curve not in CURVES:
-            raise InvalidParameterError(f"Expected a lampe curve of {', '.join(CURVES)}, got {self.curve!r}.")
 
     def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         head = window_of(self, plan, 1 / 16, "head")

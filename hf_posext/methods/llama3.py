@@ -1,7 +1,5 @@
 """The scaling of Llama 3.1."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

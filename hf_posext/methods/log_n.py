@@ -1,11 +1,9 @@
-"""Log-n scaling of queries."""
-
-from __future__ import annotations
+"""Queries scaled with the logarithm of their position: log-n, and the temperature of Llama 4."""
 
 from dataclasses import dataclass
 
 from ..plan import ExtensionPlan, QueryScale
-from .base import Method, register
+from .base import Count, Method, Positive, register
 from .remap import with_query_scale
 
 
@@ -26,3 +24,32 @@ class LogN(Method):
 
     def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
         return with_query_scale(plan, QueryScale(length=plan.trained_length, log=True))
+
+
+@register
+@dataclass(frozen=True)
+class Llama4Temperature(Method):
+    """Scale queries in steps with the logarithm of their position, as Llama 4. On top of any other method.
+
+    Query p is multiplied by `1 + scale * ln(floor((p + 1) / step) + 1)`. Llama 4 uses a scale of 0.1 and a step of
+    8192, in its layers that do not rotate. Here it acts in those that do. A scale that grows with the input is from
+    Nakanishi, *Scalable-Softmax Is Superior for Attention*, 2025.
+
+    Args:
+        scale (`float`, *optional*, defaults to 0.1): above 0.
+        step (`int`, *optional*): tokens of a step; the trained length by default.
+    """
+
+    name = "llama4-temperature"
+    title = "temperature of Llama 4"
+    url = "https://arxiv.org/abs/2501.19399"
+    code = "https://github.com/meta-llama/llama-models"
+    kinds = ("rotary",)
+    needs_factor = False
+
+    scale: Positive = 0.1
+    step: Count | None = None
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        length = plan.trained_length
+        return with_query_scale(plan, QueryScale(length, temperature=self.scale, step=self.step or length))

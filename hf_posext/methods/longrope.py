@@ -1,7 +1,5 @@
 """LongRoPE: one factor per rotary pair."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

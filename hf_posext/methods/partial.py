@@ -1,13 +1,11 @@
-"""p-RoPE: only the fast pairs rotate."""
-
-from __future__ import annotations
+"""Rotation of the fast pairs only (p-RoPE), or of none (NoPE)."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .base import register
+from .base import Bound, register
 from .frequencies import FrequencyMethod, frequencies, from_tensor
 
 
@@ -29,19 +27,33 @@ class Partial(FrequencyMethod):
     needs_factor = False
     covers_local_layers = True
 
-    proportion: float = 0.75
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.proportion <= 1:
-            raise InvalidParameterError(f"Expected a partial proportion of 0 to 1, got {self.proportion}.")
+    proportion: Annotated[float, Bound("from 0 to 1", lambda share: 0 <= share <= 1)] = 0.75
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
-        turning = int(self.proportion * rotary.dim // 2)
+        rotating = int(self.proportion * rotary.dim // 2)
         inv_freq = frequencies(current, rotary)
-        inv_freq[turning:] = 0.0
-        native = current.rope_parameters or {}
-        parameters = None
+        inv_freq[rotating:] = 0.0
+        native, parameters = current.rope_parameters or {}, None
         if native.get("rope_type") == "default":
             theta = native["rope_theta"]
             parameters = {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": self.proportion}
         return from_tensor(rotary, inv_freq, attention_factor=current.attention_factor, rope_parameters=parameters)
+
+
+@register
+@dataclass(frozen=True)
+class NoPE(FrequencyMethod):
+    """Stop all rotation: only the causal mask gives the order. Needs recalibration at the trained length.
+
+    Kazemnejad et al., *The Impact of Positional Encoding on Length Generalization in Transformers*, 2023; dropped from
+    a trained model and recalibrated: Gelberg et al., *DroPE*, 2025.
+    """
+
+    name = "nope"
+    title = "no positional encoding (NoPE, DroPE)"
+    url = "https://arxiv.org/abs/2305.19466"
+    needs_factor = False
+    covers_local_layers = True
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        return Partial(proportion=0.0).rescale(rotary, current, plan)

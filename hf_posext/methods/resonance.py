@@ -1,7 +1,5 @@
 """Resonance RoPE: wavelengths rounded to whole tokens."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -29,6 +27,6 @@ class Resonance(FrequencyMethod):
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         inv_freq = frequencies(current, rotary)
-        turning = inv_freq > 0
-        inv_freq[turning] = 2 * math.pi / (2 * math.pi / inv_freq[turning]).round()
+        rotating = inv_freq > 0
+        inv_freq[rotating] = 2 * math.pi / (2 * math.pi / inv_freq[rotating]).round()
         return as_longrope(rotary, inv_freq, plan, attention_factor=current.attention_factor)

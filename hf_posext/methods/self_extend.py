@@ -1,7 +1,5 @@
 """Self-Extend: grouped positions beyond a window."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,15 +1,13 @@
 """SELF: groups of tokens that grow with distance, by a logistic curve."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
-from .base import register
+from .base import Bound, Positive, register
 from .remap import SAME, RemapMethod, window_of
 
 
@@ -36,14 +34,8 @@ class SelfLogistic(RemapMethod):
     code = "https://github.com/alexeipc/SELF-LLM"
 
     window: int | None = None
-    capacity: int = 33
-    rate: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.capacity < 2:
-            raise InvalidParameterError(f"Expected a self-logistic capacity of 2 or more, got {self.capacity}.")
-        if not 0 < self.rate < math.inf:
-            raise InvalidParameterError(f"Expected a self-logistic rate above 0, got {self.rate}.")
+    capacity: Annotated[int, Bound("of at least 2", lambda tokens: tokens >= 2)] = 33
+    rate: Positive = 0.02
 
     @classmethod
     def example(cls, scheme: PositionalScheme) -> Self:

@@ -1,7 +1,5 @@
 """Attention sinks: the first tokens and a window."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..errors import InvalidParameterError

@@ -1,13 +1,10 @@
 """STRING: shifted positions inside the trained length."""
 
-from __future__ import annotations
-
-import math
 from dataclasses import dataclass
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
-from .base import register
+from .base import Positive, register
 from .remap import SAME, RemapMethod, near_and_far, window_of
 
 
@@ -34,13 +31,7 @@ class StringShift(RemapMethod):
 
     shift: int | None = None
     local: int | None = None
-    attention_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.attention_factor < math.inf:
-            raise InvalidParameterError(
-                f"Expected a string-shift attention_factor above 0, got {self.attention_factor}."
-            )
+    attention_factor: Positive = 1.0
 
     def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
         shift = window_of(self, plan, 1 / 3, "shift")

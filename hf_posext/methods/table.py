@@ -1,7 +1,5 @@
 """Methods for a learned table of positions: longer tables from the rows of a trained one."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,15 +1,17 @@
-"""A changed base (ABF)."""
-
-from __future__ import annotations
+"""A changed base (ABF), alone or with scaled queries (EABF)."""
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, RotaryPlan
+from ..plan import ExtensionPlan, QueryScale, RotaryPlan
 from ..scheme import Rotary
-from .base import register
+from .base import Bound, register
 from .frequencies import FrequencyMethod, from_tensor, powers
+from .remap import with_query_scale
+
+Base = Annotated[float, Bound("above 1", lambda base: base > 1)]
 
 
 @register
@@ -30,11 +32,7 @@ class Theta(FrequencyMethod):
     title = "adjusted base frequency (ABF)"
     url = "https://arxiv.org/abs/2309.16039"
 
-    theta: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.theta is not None and not (math.isfinite(self.theta) and self.theta > 1):
-            raise InvalidParameterError(f"Expected a theta above 1, got {self.theta}. Pass e.g. theta=500000.")
+    theta: Base | None = None
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         theta = self.theta
@@ -48,3 +46,31 @@ class Theta(FrequencyMethod):
         return from_tensor(
             rotary, powers(theta, rotary), rope_parameters={"rope_type": "default", "rope_theta": theta}
         )
+
+
+@register
+@dataclass(frozen=True)
+class EABF(FrequencyMethod):
+    """Raise the base, and scale queries with the logarithm of their position except in the first layers.
+
+    The base becomes `theta`, as in [`Theta`], and query p is multiplied by `max(1, ln(p + 1) / ln L)` in all layers
+    except the first `skip`. Zhang et al., *Extending LLMs' Context Window with 100 Samples*, 2024. Meant for training
+    on a few samples afterwards.
+
+    Args:
+        theta (`float`, *optional*, defaults to 500000): the new base.
+        skip (`int`, *optional*, defaults to 2): first layers, whose queries are not scaled.
+    """
+
+    name = "eabf"
+    title = "entropy-aware ABF"
+    url = "https://arxiv.org/abs/2401.07004"
+    code = "https://github.com/GAIR-NLP/Entropy-ABF"
+    needs_factor = False
+
+    theta: Base = 500_000.0
+    skip: Annotated[int, Bound("of at least 0", lambda layers: layers >= 0)] = 2
+
+    def extend(self, plan: ExtensionPlan) -> ExtensionPlan:
+        scale = QueryScale(length=plan.trained_length, log=True, first_layer=self.skip)
+        return with_query_scale(Theta(theta=self.theta).extend(plan), scale)

@@ -1,19 +1,16 @@
-"""YaRN, in the four variants that are in use."""
-
-from __future__ import annotations
+"""YaRN in the four variants that are in use, and by the factor that each row needs."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 
 from ..errors import InvalidParameterError
-from ..plan import ExtensionPlan, RotaryPlan
+from ..plan import ExtensionPlan, Growth, RotaryPlan
 from ..scheme import Rotary
-from .base import register
-from .frequencies import FrequencyMethod, as_longrope, exponents, from_tensor, powers, require_pairs
-
-VARIANTS = ("code", "paper", "pose", "radix")
+from .base import Bound, Positive, register
+from .frequencies import FrequencyMethod, as_longrope, exponents, from_tensor, padded, powers, require_pairs, unscaled
 
 
 @register
@@ -48,41 +45,32 @@ class YaRN(FrequencyMethod):
     url = "https://arxiv.org/abs/2309.00071"
     code = "https://github.com/jquesnelle/yarn"
 
-    variant: str = "code"
-    attention_factor: float | None = None
+    variant: Literal["code", "paper", "pose", "radix"] = "code"
+    attention_factor: Positive | None = None
     beta_fast: float = 32
     beta_slow: float = 1
     truncate: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise InvalidParameterError(f"Expected a yarn variant of {', '.join(VARIANTS)}, got {self.variant!r}.")
         if not 0 < self.beta_slow < self.beta_fast:
             raise InvalidParameterError(
                 f"Expected 0 < beta_slow < beta_fast, got {self.beta_slow} and {self.beta_fast}."
             )
-        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
-            raise InvalidParameterError(f"Expected a yarn attention_factor above 0, got {self.attention_factor}.")
 
     def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
         require_pairs(self, rotary)
         truncate = bool(rotary.shipped.get("truncate", True)) if self.truncate is None else self.truncate
-        if self.variant == "radix":
-            return as_longrope(
-                rotary,
-                powers(rotary.theta, rotary) * plan.factor ** -self._radix(rotary, plan.trained_length, truncate),
-                plan,
-                attention_factor=self._temperature(rotary, plan.factor)[0],
-            )
-        wavelengths = rotary.theta ** exponents(rotary)
-        kept, divided = 1.0 / wavelengths, 1.0 / (plan.factor * wavelengths)
-        keep = 1 - self.ramp(rotary, plan.trained_length, truncate)
         temperature, mscales = self._temperature(rotary, plan.factor)
-        if self.variant == "pose":
-            mixed = powers(rotary.theta, rotary) / ((1 - keep) * plan.factor + keep)
-            return as_longrope(rotary, mixed, plan, attention_factor=temperature)
-        mixed = divided * (1 - keep) + kept * keep
-        if self.variant == "paper":
+        ramp, whole = self.ramp(rotary, plan.trained_length, truncate), powers(rotary.theta, rotary)
+        keep = 1 - ramp
+        if self.variant == "radix":
+            mixed = whole * plan.factor**-ramp
+        elif self.variant == "pose":
+            mixed = whole / ((1 - keep) * plan.factor + keep)
+        else:
+            wavelengths = rotary.theta ** exponents(rotary)
+            mixed = 1.0 / (plan.factor * wavelengths) * (1 - keep) + 1.0 / wavelengths * keep
+        if self.variant != "code":
             return as_longrope(rotary, mixed, plan, attention_factor=temperature)
         parameters = {
             "rope_type": "yarn",
@@ -99,28 +87,21 @@ class YaRN(FrequencyMethod):
     def ramp(self, rotary: Rotary, length: int, truncate: bool) -> torch.Tensor:
         """Return 0 for kept pairs and 1 for interpolated ones, of shape (pairs,)."""
         if self.variant == "paper":
-            turns = length * powers(rotary.theta, rotary) / (2 * math.pi)
-            return 1 - torch.clamp((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
-        low, high = self._ends(rotary, length, truncate)
-        return torch.clamp((torch.arange(rotary.pairs, dtype=torch.float32) - low) / (high - low), 0, 1)
-
-    def _ends(self, rotary: Rotary, length: int, truncate: bool) -> tuple[float, float]:
-        """Return the pairs at which the code's ramp begins and ends."""
+            rotations = length * powers(rotary.theta, rotary) / (2 * math.pi)
+            return 1 - torch.clamp((rotations - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
         low, high = (
-            rotary.dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
-            for turns in (self.beta_fast, self.beta_slow)
+            rotary.dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rotary.theta))
+            for rotations in (self.beta_fast, self.beta_slow)
         )
         if truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rotary.dim - 1)
-        return low, high + 0.001 if low == high else high
-
-    def _radix(self, rotary: Rotary, length: int, truncate: bool) -> torch.Tensor:
-        """Return the exponent of the factor that divides each pair, of shape (pairs,)."""
-        low, high = self._ends(rotary, length, truncate)
-        above = torch.arange(rotary.pairs, dtype=torch.float64) - low
-        power = above * (above + 1) / ((high - low) * (high - low + 1))
-        return torch.where(above <= 0, 0.0, power).clamp(max=1).float()
+        high += 0.001 if low == high else 0  # as in the authors' code, which divides by the difference
+        if self.variant == "radix":
+            above = torch.arange(rotary.pairs, dtype=torch.float64) - low
+            power = above * (above + 1) / ((high - low) * (high - low + 1))
+            return torch.where(above <= 0, 0.0, power).clamp(max=1).float()
+        return torch.clamp((torch.arange(rotary.pairs, dtype=torch.float32) - low) / (high - low), 0, 1)
 
     def _temperature(self, rotary: Rotary, factor: float) -> tuple[float, dict[str, float]]:
         """Return the attention factor, and the shipped keys that scale the softmax as well."""
@@ -136,3 +117,45 @@ class YaRN(FrequencyMethod):
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """Return `0.1 m ln s + 1`, or 1 if nothing is extended."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+@register
+@dataclass(frozen=True)
+class DynamicYaRN(FrequencyMethod):
+    """Apply YaRN with the factor that each row needs, so that short inputs keep their quality.
+
+    [`YaRN`] with `s = max(1, l / L)` for a row of l tokens (Peng et al., 2023, section 3.3). As in
+    [`DynamicNTK`], rows are independent and keys are cached unrotated.
+
+    Args:
+        beta_fast (`float`, *optional*, defaults to 32): rotations above which a pair is kept.
+        beta_slow (`float`, *optional*, defaults to 1): rotations below which a pair is interpolated.
+        truncate (`bool`, *optional*, defaults to `True`): round the ends of the ramp to whole pairs.
+        temperature (`float`, *optional*, defaults to 0.1): cosine and sine are multiplied by `1 + t ln s`.
+    """
+
+    name = "dynamic-yarn"
+    title = "dynamic YaRN"
+    url = "https://arxiv.org/abs/2309.00071"
+    code = "https://github.com/jquesnelle/yarn"
+
+    beta_fast: float = 32
+    beta_slow: float = 1
+    truncate: bool = True
+    temperature: Annotated[float, Bound("from 0 to 10", lambda number: 0 <= number <= 10)] = 0.1
+
+    def __post_init__(self) -> None:
+        YaRN(beta_fast=self.beta_fast, beta_slow=self.beta_slow)  # refuses values out of bounds
+
+    def rescale(self, rotary: Rotary, current: RotaryPlan, plan: ExtensionPlan) -> RotaryPlan:
+        require_pairs(self, rotary)
+        yarn = YaRN(beta_fast=self.beta_fast, beta_slow=self.beta_slow, truncate=self.truncate)
+        interpolated = yarn.ramp(rotary, plan.trained_length, self.truncate)
+        whole = powers(rotary.theta, rotary)
+        growth = Growth(
+            moving=padded(rotary, whole * interpolated),
+            power=padded(rotary, torch.ones(rotary.pairs)),
+            kept=padded(rotary, whole * (1 - interpolated)),
+            temperature=self.temperature,
+        )
+        return replace(unscaled(rotary), growth=growth, rope_parameters=None)

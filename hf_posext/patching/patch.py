@@ -21,7 +21,6 @@ from ..errors import (
     InvalidParameterError,
     NoEffectError,
     NotPatchedError,
-    PlanError,
     PlanMismatchError,
     UnsupportedModelError,
 )
@@ -255,10 +254,6 @@ def patch_model(
                 )
         else:
             plan = as_method(method, **hyper_parameters).plan(scheme, **given)  # type: ignore[arg-type]
-            try:
-                plan.check()  # before anything of its size is made
-            except PlanError as error:
-                raise InvalidParameterError(f"{plan.method} on {scheme.model_type}: {error}") from error
         patch = Patch(inner, _apply(model, inner, plan, tokenizer))
         try:
             refuse_idle_components(inner, plan)

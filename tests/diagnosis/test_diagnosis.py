@@ -42,7 +42,7 @@ PASSAGE = json.loads(NOVELS.read_text(encoding="utf-8").splitlines()[0])["text"]
 """Some 2,000 tokens of a novel, past its front matter."""
 
 
-FARTHEST = 2**40
+FARTHEST = 2**24
 
 
 def shipped(name: str) -> PreTrainedModel:
@@ -236,7 +236,7 @@ def test_half_of_what_reading_needs_is_refused() -> None:
     [
         ({"trained_length": 0}, "trained_length of at least 1 token, got 0"),
         ({"target_length": 1}, "target_length of 2 to .*, got 1\\."),
-        ({"target_length": FARTHEST + 1}, "target_length of 2 to 1099511627776 tokens, got "),
+        ({"target_length": FARTHEST + 1}, "target_length of 2 to 16777216 tokens, got "),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(options: dict[str, int], message: str) -> None:
@@ -246,18 +246,19 @@ def test_lengths_that_cannot_be_are_refused(options: dict[str, int], message: st
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bloom, tiny_t5, tiny_xglm])
 def test_a_target_of_any_length_is_looked_at_where_it_is_drawn(make: Callable[[], PreTrainedModel]) -> None:
-    """A number for each of these tokens would take terabytes, which no machine gives."""
-    found = diagnose(make(), target_length=FARTHEST, trained_length=TRAINED)
-    assert found.target_length == FARTHEST and {"none", *found.remedies} <= {signal.method for signal in found.signals}
+    """A number for each of these tokens would take gigabytes for each signal."""
+    farthest = FARTHEST // 4 if make is tiny_gpt2 else FARTHEST  # a table of 2**24 rows is above its own bound
+    found = diagnose(make(), target_length=farthest, trained_length=TRAINED)
+    assert found.target_length == farthest and {"none", *found.remedies} <= {signal.method for signal in found.signals}
     assert len(found.signals) > 1
     for signal in found.signals:
-        assert signal.values.shape[1] == 2048 and signal.at[-1] > 0.999 * FARTHEST
+        assert signal.values.shape[1] == 2048 and signal.at[-1] > 0.999 * farthest
         assert np.isfinite(signal.values[:, 0]).all(), "of what a column holds, the mean of what the model has"
 
 
 def test_documents_are_too_short_before_a_table_of_the_target_is_made() -> None:
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-learned")
-    options = {"methods": ["table-linear"], "target_length": FARTHEST}
+    options = {"methods": ["table-linear"], "target_length": 2**20}
     with pytest.raises(DocumentError, match="all 1 documents are too short"):
         diagnose(shipped("tiny-learned"), tokenizer, [PASSAGE], **options)
 

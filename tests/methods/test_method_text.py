@@ -80,11 +80,11 @@ def test_a_label_leaves_out_the_factor_and_lists() -> None:
         ("yarn(beta_fast=16)(truncate=True)", "cannot read the parameters"),
         ("yarn(beta_fast=16)x", "cannot read the parameters"),
         ("yarn(beta_fast=" + "(" * 1000, "cannot read the parameters"),
-        ("yarn(beta_fast='16')", "yarn beta_fast is '16'; expected a finite number"),
-        ("yarn(beta_fast=True)", "yarn beta_fast is True; expected a finite number"),
-        ("yarn(truncate=1)", "yarn truncate is 1; expected True or False or None"),
-        ("rerope(window=3.5)", "rerope window is 3.5; expected a whole number or None"),
-        ("longrope(long_factor='12')", "longrope long_factor is '12'"),
+        ("yarn(beta_fast='16')", "Expected yarn beta_fast to be a finite number, got '16'."),
+        ("yarn(beta_fast=True)", "Expected yarn beta_fast to be a finite number, got True."),
+        ("yarn(truncate=1)", "Expected yarn truncate to be True or False or None, got 1."),
+        ("rerope(window=3.5)", "Expected rerope window to be a whole number or None, got 3.5."),
+        ("longrope(long_factor='12')", "longrope long_factor to be a list of finite numbers or None, got '12'"),
         ("yarn(beta_slow=40)", "Expected 0 < beta_slow < beta_fast"),
     ],
 )
@@ -141,9 +141,9 @@ def test_a_method_whose_module_is_gone_checks_its_parameters(run_name: str, tmp_
     (tmp_path / "script.py").write_text(SOURCE)
     cls = runpy.run_path(str(tmp_path / "script.py"), run_name=run_name)["Elsewhere"]
     assert cls(depth=3).depth == 3 and cls(factor=2).label == "elsewhere"
-    with pytest.raises(InvalidParameterError, match="elsewhere depth is 'deep'; expected a whole number or None"):
+    with pytest.raises(InvalidParameterError, match="Expected elsewhere depth to be a whole number or None, got 'deep'"):
         cls(depth="deep")
-    with pytest.raises(InvalidParameterError, match="elsewhere factor is nan; expected a finite number or None"):
+    with pytest.raises(InvalidParameterError, match="Expected elsewhere factor to be a finite number above 0 or None, got nan"):
         cls(factor=float("nan"))
 
 
@@ -158,5 +158,5 @@ def test_a_method_inside_a_function_checks_the_parameters_whose_types_are_known(
         depth: int = 1
 
     assert Local(exact=Decimal(2), depth=3).depth == 3
-    with pytest.raises(InvalidParameterError, match="local depth is 'deep'; expected a whole number"):
+    with pytest.raises(InvalidParameterError, match="Expected local depth to be a whole number, got 'deep'"):
         Local(depth="deep")  # type: ignore[arg-type]

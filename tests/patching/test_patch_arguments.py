@@ -33,25 +33,26 @@ HUGE = 10**400
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"factor": "8"}, "factor is '8'; expected a finite number"),
-        ({"factor": torch.tensor(8.0)}, r"factor is tensor\(8.\); expected a finite number"),
-        ({"factor": True}, "factor is True; expected a finite number"),
-        ({"factor": math.nan}, "factor is nan; expected a finite number"),
-        ({"factor": HUGE}, "factor is 1000.*; at most 1099511627776"),
-        ({"factor": 1e30}, "factor is 1e.30; at most 1099511627776"),
-        ({"factor": -2}, "factor is -2. Pass a number above 0"),
-        ({"target_length": "4096"}, "target_length is '4096'; expected a whole number of tokens"),
-        ({"target_length": 512.5}, "target_length is 512.5; expected a whole number of tokens"),
-        ({"target_length": math.nan}, "target_length is nan; expected a whole number"),
-        ({"target_length": torch.tensor(512)}, r"target_length is tensor\(512\); expected a whole number"),
-        ({"target_length": 10**30}, "target_length is 1000.*; at most 1099511627776 tokens"),
-        ({"factor": 8, "trained_length": "512"}, "trained_length is '512'; expected a whole number"),
-        ({"factor": 8, "trained_length": 512.5}, "trained_length is 512.5; expected a whole number"),
-        ({"factor": 8, "trained_length": 10**30}, "trained_length is 1000.*Pass a number of tokens, from 1"),
+        ({"factor": "8"}, "Expected a number above 0 and up to 16,777,216, got factor='8'"),
+        ({"factor": torch.tensor(8.0)}, r"got factor=tensor\(8.\)"),
+        ({"factor": True}, "got factor=True"),
+        ({"factor": math.nan}, "got factor=nan"),
+        ({"factor": HUGE}, "got factor=1000"),
+        ({"factor": 1e9}, "a number above 0 and up to 16,777,216, got factor=1000000000.0"),
+        ({"factor": 2**18 + 1}, "a target of at most 16,777,216 tokens, got 64 trained x 262145. Pass a smaller"),
+        ({"factor": -2}, "got factor=-2"),
+        ({"target_length": "4096"}, "Expected a whole number of tokens above 0 .*, got target_length='4096'"),
+        ({"target_length": 512.5}, "a whole number of tokens .*, got target_length=512.5"),
+        ({"target_length": math.nan}, "got target_length=nan"),
+        ({"target_length": torch.tensor(512)}, r"got target_length=tensor\(512\)"),
+        ({"target_length": 2**24 + 1}, "got target_length=16777217"),
+        ({"factor": 8, "trained_length": "512"}, "got trained_length='512'"),
+        ({"factor": 8, "trained_length": 512.5}, "got trained_length=512.5"),
+        ({"factor": 8, "trained_length": 10**30}, "got trained_length=1000"),
         ({"factor": 8, "target_length": 1000}, "factor 8 means 512 tokens, and target_length is 1000. Pass one of"),
-        ({"factor": 8, "beta_fast": "16"}, "yarn beta_fast is '16'; expected a finite number"),
-        ({"factor": 8, "beta_fast": math.nan}, "yarn beta_fast is nan; expected a finite number"),
-        ({"factor": 8, "beta_fast": HUGE}, "yarn beta_fast is 1000.*; expected a finite number"),
+        ({"factor": 8, "beta_fast": "16"}, "yarn beta_fast to be a finite number, got '16'"),
+        ({"factor": 8, "beta_fast": math.nan}, "yarn beta_fast to be a finite number, got nan"),
+        ({"factor": 8, "beta_fast": HUGE}, "yarn beta_fast to be a finite number, got 1000"),
         ({"factor": 8, "beta_fats": 16}, "yarn has no parameter 'beta_fats'; did you mean 'beta_fast'"),
         ({"factor": 8, "beta_fast": 0.5}, "Expected 0 < beta_slow < beta_fast"),
     ],
@@ -59,7 +60,7 @@ HUGE = 10**400
 @pytest.mark.parametrize("method", ["yarn", "rerope"])
 def test_numbers_that_cannot_be(llama: LlamaForCausalLM, method: str, arguments: dict[str, Any], message: str) -> None:
     if method != "yarn" and not arguments.keys() <= {"factor", "target_length", "trained_length"}:
-        arguments, message = arguments | {"window": "16"}, "rerope (window is '16'|has no parameter)"
+        arguments, message = arguments | {"window": "16"}, "rerope (window to be .*, got '16'|has no parameter)"
     before = logits(llama, LONG)
     with pytest.raises(InvalidParameterError, match=message):
         patch_model(llama, method, **arguments)

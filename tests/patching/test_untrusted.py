@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_posext import load_patched, patch_model
 from hf_posext.adapters import load_adapter, save_adapter, verify_adapter
-from hf_posext.edits import MAX_TABLE_ROWS
+from hf_posext.decode import MAX_TOKENS
 from hf_posext.errors import CheckpointError, PlanError, PlanMismatchError, PosExtError
 from hf_posext.patching.untrusted import MAX_JSON_BYTES
 from hf_posext.plan import MAX_BANDS, PositionMap
@@ -238,10 +238,10 @@ def test_a_corrupt_fingerprint_says_what_to_do(adapter: Path) -> None:
     ("changes", "message"),
     [
         ({"schema": 99}, "schema 99; this version of hf_posext reads 1"),
-        ({"factor": 1e13}, "of at most"),
-        ({"factor": 1e9}, "factor 1e\\+09, but goes from 64 to 256"),
+        ({"factor": 1e9}, "a number of at most 16777216"),
+        ({"factor": 1e6}, "factor 1e\\+06, but goes from 64 to 256"),
         ({"factor": 8.0}, "factor 8, but goes from 64 to 256"),
-        ({"target_length": 2**41}, "of at most"),
+        ({"target_length": 2**24 + 1}, "a whole number of at most 16777216"),
         ({"trained_length": 0}, "lengths grow from 1"),
         ({"parts": None}, "a list belongs there"),
         ({"unknown": 1}, "has unknown"),
@@ -261,9 +261,8 @@ def test_two_plans_in_one_directory(adapter: Path, checkpoint: Path) -> None:
 
 def test_table_too_long_to_make(originals: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(originals / "table", tmp_path / "table"))
-    length = 2 * MAX_TABLE_ROWS
-    edit(path / "posext_plan.json", target_length=length, factor=length / TRAINED)
-    refused(load_patched, path, PlanError, f"table of {length} positions; at most {MAX_TABLE_ROWS}")
+    edit(path / "posext_plan.json", target_length=MAX_TOKENS, factor=MAX_TOKENS / TRAINED)
+    refused(load_patched, path, PlanError, f"a table of {MAX_TOKENS} positions x 64 numbers has .* at most {2**31}")
 
 
 def test_too_many_parts(adapter: Path) -> None:
