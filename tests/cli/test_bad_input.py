@@ -38,7 +38,7 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
         ),
         ({"target_length": 100}, "factor 2 means 128 tokens, and --target-length is 100. Pass one of the two"),
         ({"methods": "none,none"}, "is among the methods more than once"),
-        ({"model": LEARNED, "methods": "table-linear", "factor": "3e4"}, "bytes; at most 2147483648 are made"),
+        ({"model": LEARNED, "methods": "table-linear", "factor": "2e5"}, "bytes; at most 2147483648 are made"),
         ({"factor": 0.5}, "below the trained length of 64"),
         ({"factor": None, "target_length": 32}, "below the trained length of 64"),
         (

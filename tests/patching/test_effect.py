@@ -172,7 +172,7 @@ def test_measuring_leaves_out_a_composition_with_an_idle_component() -> None:
 
 def test_plans_for_lengths_that_no_machine_runs_are_judged() -> None:
     model = tiny_llama()
-    with patch_model(model, "rerope", target_length=2**39):
+    with patch_model(model, "rerope", target_length=2**24):
         pass
     with pytest.raises(NoEffectError):
-        patch_model(model, "self-extend(group=1)", target_length=2**39)
+        patch_model(model, "self-extend(group=1)", target_length=2**24)
