@@ -141,9 +141,9 @@ def test_a_method_whose_module_is_gone_checks_its_parameters(run_name: str, tmp_
     (tmp_path / "script.py").write_text(SOURCE)
     cls = runpy.run_path(str(tmp_path / "script.py"), run_name=run_name)["Elsewhere"]
     assert cls(depth=3).depth == 3 and cls(factor=2).label == "elsewhere"
-    with pytest.raises(InvalidParameterError, match="Expected elsewhere depth to be a whole number or None, got 'deep'"):
+    with pytest.raises(InvalidParameterError, match="elsewhere depth to be a whole number or None, got 'deep'"):
         cls(depth="deep")
-    with pytest.raises(InvalidParameterError, match="Expected elsewhere factor to be a finite number above 0 or None, got nan"):
+    with pytest.raises(InvalidParameterError, match="elsewhere factor to be a finite number above 0 or None, got nan"):
         cls(factor=float("nan"))
 
 

@@ -313,7 +313,7 @@ def test_sliding_layers_are_left_alone_where_they_see_no_farther_than_trained() 
         ({"factor": 0.5}, "below the trained length of 4096"),
         ({"target_length": 1024}, "below the trained length of 4096"),
         ({}, "needs factor= or target_length="),
-        ({"factor": 2, "trained_length": 0}, "a whole number of tokens above 0 and up to 16,777,216, got trained_length=0"),
+        ({"factor": 2, "trained_length": 0}, "a whole number of tokens above 0 .*, got trained_length=0"),
     ],
 )
 def test_lengths_that_cannot_be(kwargs: dict[str, float], message: str) -> None:
