@@ -215,6 +215,51 @@ def test_a_mask_of_the_users_own_is_honoured(base: str) -> None:
     torch.testing.assert_close(logits(model, IDS, attention_mask=mask, position_ids=where), right, **CLOSE)
 
 
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])  # the second has a softcap, which only plain PyTorch supports
+@pytest.mark.parametrize("name", ["rerope", "dual-chunk"])
+def test_a_picture_sees_its_later_tokens(
+    name: str, kind: str, learning: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma-3 and other models let the tokens of a picture attend to each other. Here it is longer than a block of
+    queries. All pairs are within the window, so that nothing may change."""
+    monkeypatch.setattr("hf_posext.patching.kernels.banded.SCORE_BYTES", 1)  # blocks of 16 queries
+    model = build(kind, **({} if kind == "llama" else {"layer_types": ["full_attention"] * 6}))
+    ids = tokens(300)
+    mask = torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
+    causal = logits(model, ids)
+    mask[..., 130:250, 130:250] = True
+    if kind == "gemma2":  # runs on eager attention, which adds its mask
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+
+    def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_(learning)
+        with torch.set_grad_enabled(learning):
+            out = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
+        return out.detach(), torch.autograd.grad(out.square().sum(), embedded)[0] if learning else out
+
+    right, slope = outputs()
+    assert (right - causal).abs().max() > 0.1
+    method = ReRoPE(window=400) if name == "rerope" else DualChunk(chunk=400, local=8)
+    patch_model(model, method, factor=8, trained_length=512)
+    found, along = outputs()
+    torch.testing.assert_close(found, right, **CLOSE)
+    torch.testing.assert_close(along, slope, atol=1e-5 * float(slope.abs().max()), rtol=0)
+
+
+def test_a_picture_that_is_longer_than_the_window_is_remapped() -> None:
+    """Its tokens see all of it. That is the same whether a layer has a window of its own or gets it from the mask."""
+    full = torch.ones(1, 1, 60, 60, dtype=torch.bool).tril()
+    full[..., 5:50, 5:50] = True
+    masks = {"full_attention": full, "sliding_attention": full & ~full.tril(-16)}
+    masks["sliding_attention"][..., 5:50, 5:50] = True
+    narrow, wide = (build("gemma3_text", sliding_window=window) for window in (16, 64))
+    for model in (narrow, wide):
+        patch_model(model, ReRoPE(window=20), factor=4)
+    found, wanted = (logits(model, IDS, attention_mask=masks, use_cache=False) for model in (narrow, wide))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
 # --- positions on several axes ---------------------------------------------------------------------------------------
 
 

@@ -264,6 +264,7 @@ class Geometry:
         self.aligned = aligned
         self._shifts: dict[torch.dtype, list[torch.Tensor | None]] = {}
         self._biases: dict[Any, torch.Tensor] = {}
+        self._ends: dict[tuple[int, int], int] = {}
         self._pieces: dict[Any, list[Piece]] = {}
 
     def fades(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -301,9 +302,10 @@ class Geometry:
         first, last = keys - self.queries.shape[1] + start, keys - self.queries.shape[1] + stop
         mask, wide = self.mask, torch.promote_types(dtype, torch.float32)
         block_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
+        end = self._end(start, stop, block_mask)
         for number, (band, faded) in enumerate(zip(self.bands, self.fades(wide), strict=True)):
             shift = None if faded is None else faded[:, None, start:stop].repeat(1, 1, group)
-            for low, high, constant in _rectangles(band, first, last, keys, self.aligned, causal=mask is None):
+            for low, high, constant in _rectangles(band, first, last, end, self.aligned, causal=mask is None):
                 if constant is not None:
                     yield Piece(number, low, high, None, shift if not constant else summed(shift, constant))
                     continue
@@ -322,6 +324,23 @@ class Geometry:
                         self._biases[edges] = bias
                 yield Piece(number, low, high, bias, shift)
 
+    def _end(self, start: int, stop: int, mask: torch.Tensor | None) -> int:
+        """Return the end of the keys that the queries `start` to `stop - 1` may see, given their rows of the mask.
+
+        A mask may let queries see later keys, for example those of the same picture.
+        """
+        keys = self.keys.shape[1]
+        last = min(keys - self.queries.shape[1] + stop, keys)
+        if mask is None or last == keys:
+            return last
+        if not self.aligned:
+            return keys
+        if (start, stop) not in self._ends:
+            later = mask[..., last:]
+            seen = later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min / 2
+            self._ends[start, stop] = keys if bool(seen.any()) else last
+        return self._ends[start, stop]
+
 
 def summed(one: Any, other: Any) -> Any:
     """Return the sum of two numbers or tensors, skipping `None`."""
@@ -331,15 +350,16 @@ def summed(one: Any, other: Any) -> Any:
 
 
 def _rectangles(
-    band: Band, first: int, last: int, keys: int, aligned: bool, causal: bool
+    band: Band, first: int, last: int, end: int, aligned: bool, causal: bool
 ) -> Iterator[tuple[int, int, float | None]]:
     """Yield the key ranges of a band for the queries `first` to `last - 1`: start, stop, and the shift of its decay.
 
+    Keys from `end` on are left out, because none of these queries sees them.
     The shift is `None` if it varies within the range, or if some of the queries do not see some of the keys. Such a
     range needs a bias. If bands are stripes, keys that no query of the block sees are left out, and keys that all of
     them see need no bias. On a long input, nearly all scores are of the latter kind.
     """
-    low, high = _stripe(band, first, last, keys) if aligned else (0, min(last, keys) if causal else keys)
+    low, high = _stripe(band, first, last, end) if aligned else (0, end)
     # Go from the farthest octave of a decay to the nearest, that is, from the first key to the last. For a single
     # query, one bias over all octaves costs less than one call per octave.
     constants = aligned and causal and (band.decay is None or last - first > 1)
@@ -355,11 +375,11 @@ def _rectangles(
         yield low, high, None
 
 
-def _stripe(band: Band, first: int, last: int, keys: int) -> tuple[int, int]:
-    """Return the range of keys that at least one of the queries `first` to `last - 1` sees in a band."""
+def _stripe(band: Band, first: int, last: int, end: int) -> tuple[int, int]:
+    """Return the range of keys before `end` that at least one of the queries `first` to `last - 1` sees in a band."""
     oldest = 0 if band.high is None else (first // band.chunk - band.high + 1) * band.chunk
-    newest = ((last - 1) // band.chunk - band.low + 1) * band.chunk
-    return max(oldest, 0), min(newest, last, keys, keys if band.keys_below is None else band.keys_below)
+    newest = ((last - 1) // band.chunk - band.low + 1) * band.chunk if band.low else end
+    return max(oldest, 0), min(newest, end, end if band.keys_below is None else band.keys_below)
 
 
 def _inner(band: Band, first: int, last: int, low: int, high: int) -> tuple[int, int]:

@@ -46,7 +46,7 @@ class ForwardState:
         record (`KeyRecord`, *optional*): record of the keys in the cache.
         mask (`torch.Tensor` of shape `(batch, keys)`, *optional*): `True` for tokens that are not padding. `None` if
             there is no padding, or if padding is not known.
-        own_mask (`bool`): whether the caller passed a 4D mask, which applies to all layers.
+        own_mask (`bool`): whether the caller passed 4D masks, which may let layers see more than their windows.
         weights (`bool`): whether attention weights are requested.
         paged (`bool`): whether keys are in the pages of continuous batching.
         past (`torch.Tensor`, *optional*): positions of the keys in the cache.
@@ -248,7 +248,11 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
         state.weights = _weights_asked_for(config, inputs, remapping.base)
     state.paged = isinstance(kwargs.get("cache"), PagedAttentionCache)
     mask = inputs.get("attention_mask")
-    state.own_mask = isinstance(mask, torch.Tensor) and mask.ndim == 4
+    by_layer = isinstance(mask, Mapping)
+    if by_layer:
+        mask = next((one for one in mask.values() if isinstance(one, torch.Tensor)), None)
+    # transformers makes a mask for each type of layer in every step of a static cache, where the host must not wait
+    state.own_mask = isinstance(mask, torch.Tensor) and mask.ndim == 4 and not (by_layer and mask.shape[2] == 1)
     state.open(find_cache((*args, *kwargs.values())), _padding_mask(mask))
 
 
@@ -371,11 +375,8 @@ def arguments(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, 
 def _padding_mask(mask: Any) -> torch.Tensor | None:
     """Return the mask (batch, keys) of the keys that are not padding, or `None` if there is no padding or no mask.
 
-    In a 4D mask (batch, 1, queries, keys), or in a dictionary of masks by layer type, padding is a key that no token
-    attends to.
+    In a 4D mask (batch, 1, queries, keys), padding is a key that no token attends to.
     """
-    if isinstance(mask, Mapping):
-        mask = next((one for one in mask.values() if isinstance(one, torch.Tensor)), None)
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         return None
     counted = mask.bool() if mask.ndim == 2 else _attended(mask)
