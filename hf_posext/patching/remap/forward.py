@@ -249,7 +249,7 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     state.paged = isinstance(kwargs.get("cache"), PagedAttentionCache)
     mask = inputs.get("attention_mask")
     by_layer = isinstance(mask, Mapping)
-    if by_layer:
+    if isinstance(mask, Mapping):
         mask = next((one for one in mask.values() if isinstance(one, torch.Tensor)), None)
     # transformers makes a mask for each type of layer in every step of a static cache, where the host must not wait
     state.own_mask = isinstance(mask, torch.Tensor) and mask.ndim == 4 and not (by_layer and mask.shape[2] == 1)
