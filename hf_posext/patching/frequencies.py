@@ -33,15 +33,22 @@ logger = logging.get_logger(__name__)
 class KeepsFrequencies(Mixin):
     """Mixin for a patched rotary module that keeps frequencies float32 when the model is cast.
 
-    `model.to(torch.bfloat16)` would round them by 4e-3, which is whole turns at a few thousand tokens.
+    `model.to(torch.bfloat16)` would round them by 4e-3, which is whole turns at a few thousand tokens. The shipped
+    ones, which undo restores, are cast with the model.
     """
 
     _posext_frequencies: dict[str, tuple[float, ...]]
+    _posext_shipped: tuple[torch.Tensor, ...]
+    """Buffers that the frequencies replaced: the objects that the undo log contains."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> KeepsFrequencies:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, numbers in self._posext_frequencies.items():
             setattr(self, name, torch.tensor(numbers, dtype=torch.float32, device=getattr(self, name).device))
+        for shipped in self._posext_shipped:
+            cast = fn(shipped)
+            if not cast.is_meta:  # a model that has lost its weights has none to restore
+                shipped.data = cast
         return self
 
 
@@ -135,6 +142,8 @@ def _write(site: RotarySite, entry: RotaryPlan, log: UndoLog) -> None:
     numbers = {f"{prefix}inv_freq": short, f"{prefix}original_inv_freq": short}
     if entry.short_inv_freq is not None:
         numbers[f"{prefix}long_inv_freq"] = entry.inv_freq
+    shipped = tuple(buffer for name in numbers if (buffer := module._buffers.get(name)) is not None)
+    log.set(module, "_posext_shipped", (*getattr(module, "_posext_shipped", ()), *shipped))
     device = getattr(module, f"{prefix}inv_freq").device
     for name, values in numbers.items():
         log.set(module, name, torch.tensor(values, dtype=torch.float32, device=device))
@@ -164,23 +173,23 @@ def _say_in_config(
     log: UndoLog,
 ) -> str | None:
     """Write `rope_parameters` if transformers computes the plan's numbers from them; else return why not."""
-    module = sites[0].module
-    config: Any = module.config
+    config: Any = sites[0].module.config
+    shipped, changed = getattr(config, "rope_parameters", None), {}
     if any(entry.rope_parameters is None for entry in plan.rotaries):
-        _rescale_softmax(model, getattr(config, "rope_parameters", None) or {}, {}, log)
-        return f"no rope type of transformers can say the frequencies of {plan.method}"
-    if getattr(config, "rope_parameters", None) is None:
-        return f"the config of {plan.scheme.model_type} has no rope_parameters, which transformers reads"
-    if any(site.module.config is not config for site in sites):
-        return f"{plan.scheme.model_type} keeps several bases, each in a config of its own"
-    candidate = _with_parameters(config, planned, plan)
-    obstacle = _differs(module, candidate, planned, plan)
+        obstacle: str | None = f"no rope type of transformers can say the frequencies of {plan.method}"
+    elif shipped is None:
+        obstacle = f"the config of {plan.scheme.model_type} has no rope_parameters, which transformers reads"
+    elif any(site.module.config is not config for site in sites):
+        obstacle = f"{plan.scheme.model_type} keeps several bases, each in a config of its own"
+    else:
+        candidate = _with_parameters(config, planned, plan)
+        obstacle = _differs(sites[0].module, candidate, planned, plan)
+        changed = {} if obstacle else candidate.rope_parameters
+    _rescale_softmax(model, shipped or {}, changed, log)
     if obstacle:
-        _rescale_softmax(model, getattr(config, "rope_parameters", None) or {}, {}, log)
         logger.info("%s: %s; the config keeps its shipped rope_parameters", plan.scheme.model_type, obstacle)
         return obstacle
-    _rescale_softmax(model, config.rope_parameters, candidate.rope_parameters, log)
-    log.set(config, "rope_parameters", candidate.rope_parameters)
+    log.set(config, "rope_parameters", changed)
     if getattr(config, "original_max_position_embeddings", None) is not None:
         log.set(config, "original_max_position_embeddings", plan.trained_length)
     return None

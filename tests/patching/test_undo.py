@@ -139,15 +139,31 @@ def test_settings_made_while_patched_are_kept() -> None:
     assert model.config.rope_parameters == shared.rope_parameters
 
 
-@pytest.mark.parametrize(("family", "method"), [("gpt2", "table-linear"), ("xglm", "sinusoid-linear")])
-def test_a_model_that_was_cast_while_patched(family: str, method: str) -> None:
-    """It is then what it would be if it had been cast without a patch."""
-    model, twin = build(family), build(family).to(torch.bfloat16)
+HALF, BACK = (torch.bfloat16,), (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "dtypes"),
+    [
+        ("gpt2", "table-linear", HALF),
+        ("xglm", "sinusoid-linear", HALF),
+        *[(family, "yarn", dtypes) for family in ("llama", "gemma3_text") for dtypes in (HALF, BACK)],
+        ("llama", "rerope(window=16)", HALF),
+        ("llama", "dynamic-yarn", HALF),
+    ],
+)
+def test_a_model_that_was_cast_while_patched(family: str, method: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """It is then what it would be if it had been cast without a patch, its frequencies among the rest."""
+    model, twin = build(family), build(family)
     patch = patch_model(model, method, factor=4)
-    model.to(torch.bfloat16)
+    for dtype in dtypes:
+        model.to(dtype)
+        twin.to(dtype)
     patch.undo()
-    for (name, held), (_, wanted) in zip(model.state_dict().items(), twin.state_dict().items(), strict=True):
-        assert held.dtype == wanted.dtype and torch.equal(held, wanted), name
+    restored, expected = ({**each.state_dict(), **dict(each.named_buffers())} for each in (model, twin))
+    assert restored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert restored[name].dtype == tensor.dtype and torch.equal(restored[name], tensor), name
     assert torch.equal(logits(model, tokens(40)), logits(twin, tokens(40)))
 
 
