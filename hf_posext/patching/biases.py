@@ -173,27 +173,19 @@ def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> 
         `str`, *optional*: why a config cannot state them; `None` where it does.
     """
     assert plan.buckets is not None and plan.scheme.buckets is not None
-    reach = plan.buckets.max_distance
     distances = torch.arange(min(2 * max(plan.target_length, plan.scheme.buckets.max_distance), MOST_DISTANCES))
     before = buckets_of(model, distances, BucketPlan())
-    obstacle = _swap(model, plan.buckets, reach, log)
+    sites, reach, obstacle = bucket_modules(model).values(), plan.buckets.max_distance, None
+    stated = all(hasattr(module, "relative_attention_max_distance") for module in sites)
+    if stated and reach is not None:
+        for owner in (*sites, model.config):
+            log.set(owner, "relative_attention_max_distance", reach)
+    if plan.buckets.factor != 1 or not stated:
+        obstacle = "no config of transformers can say that distances are divided before they are sorted into buckets"
+        for module in sites:
+            mixin = OtherBuckets if hasattr(module, "_relative_position_bucket") else OtherBucketsOfMPNet
+            log.set(module, "_posext_buckets", plan.buckets)
+            log.set(module, "__class__", mix(mixin, type(module)))
     if torch.equal(buckets_of(model, distances, BucketPlan()), before):
         raise no_effect(plan, "the buckets")
     return obstacle
-
-
-def _swap(model: PreTrainedModel, buckets: BucketPlan, reach: int | None, log: UndoLog) -> str | None:
-    """Change the buckets of every module that has them, and return why a config cannot express them."""
-    sites = bucket_modules(model).values()
-    said = all(hasattr(module, "relative_attention_max_distance") for module in sites)
-    if reach is not None and said:
-        for module in sites:
-            log.set(module, "relative_attention_max_distance", reach)
-        log.set(model.config, "relative_attention_max_distance", reach)
-    if buckets.factor == 1 and said:
-        return None
-    for module in sites:
-        mixin = OtherBuckets if hasattr(module, "_relative_position_bucket") else OtherBucketsOfMPNet
-        log.set(module, "_posext_buckets", buckets)
-        log.set(module, "__class__", mix(mixin, type(module)))
-    return "no config of transformers can say that distances are divided before they are sorted into buckets"

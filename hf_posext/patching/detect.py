@@ -26,14 +26,12 @@ from .sites import (
     alibi_slopes,
     bucket_modules,
     has_alibi,
+    makes_windows,
     position_tables,
     read_buckets,
     read_table,
     sinusoids,
 )
-
-SINUSOID_TABLE_ROPE = ("codegen", "gptj", "roformer")
-"""Rotary families of transformers that keep a table of sines instead of frequencies."""
 
 
 @dataclass(frozen=True)
@@ -219,14 +217,16 @@ def _rotary(site: RotarySite) -> Rotary | None:
         parameters = dict(parameters.get(site.layer_type) or {})
     slots = getattr(site.module, f"{site.prefix}inv_freq").numel()
     theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
+    # a layer type states a window, which binds where the file of the model makes masks for one
+    window = _window(config, site.layer_type) if makes_windows(site.module) else None
     if parameters.get("rope_type") == "proportional":
         pairs = int(float(parameters.get("partial_rotary_factor", 1.0)) * slots)
-        return Rotary(site.name, theta, 2 * slots, pairs, slots, _window(config, site.layer_type), parameters)
+        return Rotary(site.name, theta, 2 * slots, pairs, slots, window, parameters)
     default = _default_frequencies(site, config)
     for dim in (2 * slots, 2 * slots - 1):
         formula = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
         if default is not None and len(default) == slots and torch.allclose(formula, default, rtol=1e-6, atol=0):
-            return Rotary(site.name, theta, dim, slots, slots, _window(config, site.layer_type), parameters)
+            return Rotary(site.name, theta, dim, slots, slots, window, parameters)
     return None
 
 
@@ -286,8 +286,6 @@ def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | No
 def _kind(model: PreTrainedModel, config: PreTrainedConfig, rotates: bool) -> tuple[str, str | None]:
     """Return the kind of a scheme, from the modules of the model, and why it cannot be changed."""
     family = config.model_type
-    if family in SINUSOID_TABLE_ROPE:
-        return "rotary", f"{family} keeps a table of sines instead of frequencies; hf_posext cannot change it"
     if family in OBSTACLES:
         kind, reason = OBSTACLES[family]
         return kind, f"{family} cannot be changed: {reason}"

@@ -20,6 +20,7 @@ from ..methods.base import components_of, without_each
 from ..plan import Band, ExtensionPlan, QueryScale, RotaryPlan
 from .kernels import SAME, belongs, mapped
 from .kernels.bands import decay, fade
+from .sites import makes_windows
 
 logger = logging.get_logger(__name__)
 
@@ -51,14 +52,6 @@ def layer_number(layer: nn.Module) -> int | None:
     """Return the number of an attention layer; `None` where it has none, or is shared by several (-1 in Zamba2)."""
     number = getattr(layer, "layer_idx", None)
     return number if isinstance(number, int) and number >= 0 else None
-
-
-def makes_windows(layer: nn.Module) -> bool:
-    """Return whether the file of a layer's model makes masks for a sliding window.
-
-    Some layers ask their attention for a window, for kernels that take no mask, and have none in their masks (OLMoE).
-    """
-    return hasattr(sys.modules[type(layer).__module__], "create_sliding_window_causal_mask")
 
 
 def claimed_window(layer: Any) -> int | None:

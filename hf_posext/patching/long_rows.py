@@ -23,9 +23,9 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import InvalidParameterError, UnsupportedModelError
 from .detect import text_config
-from .effect import makes_windows
 from .modes import evaluation_mode, forget_attention, register_attention, switched_attention
 from .remap.attention import arguments_read
+from .sites import makes_windows
 
 HONOURED = {"dropout", "scaling", "is_causal", "sliding_window", "output_attentions", "cache"}
 """Arguments of sdpa attention that shifted attention honours."""

@@ -20,7 +20,7 @@ from ..plan import BucketPlan, PositionMap
 from .detect import rotary_sites, text_config
 from .kernels import mapped
 from .modes import cache_of, evaluation_mode, switched_attention, with_cache
-from .sites import bucket_function, bucket_modules, first_row, position_tables, sinusoids, text_modules
+from .sites import bias_table, bucket_function, bucket_modules, first_row, position_tables, sinusoids, text_modules
 from .tables import radians, sines
 
 OWN_ROWS = 2**14
@@ -89,10 +89,9 @@ def buckets_of(model: PreTrainedModel, distances: torch.Tensor, plan: BucketPlan
     if name is None:
         raise UnsupportedModelError(f"{type(model).__name__} sorts distances of more than one kind into buckets")
     sort = getattr(module, name)
-    bias = _bias_table(module)
     known = {
         "bidirectional": not getattr(module, "is_decoder", False),
-        "num_buckets": bias.num_embeddings,
+        "num_buckets": bias_table(module).num_embeddings,
         "max_distance": plan.max_distance or getattr(module, "relative_attention_max_distance", None),
     }
     taken = inspect.signature(sort).parameters
@@ -104,13 +103,7 @@ def buckets_of(model: PreTrainedModel, distances: torch.Tensor, plan: BucketPlan
 def bucket_biases(model: PreTrainedModel) -> torch.Tensor:
     """Return the learned bias of each bucket and head, float32 of shape `(buckets, heads)`."""
     module = next(iter(bucket_modules(model).values()))
-    return _bias_table(module).weight.detach().float().cpu()
-
-
-def _bias_table(module: nn.Module) -> nn.Embedding:
-    found: Any = next(part for name, part in module._modules.items() if name.endswith("relative_attention_bias"))
-    table: nn.Embedding = found
-    return table
+    return bias_table(module).weight.detach().float().cpu()
 
 
 def sinusoid_rows(model: PreTrainedModel, positions: torch.Tensor, rule: PositionMap | None = None) -> torch.Tensor:

@@ -35,6 +35,7 @@ from .frequencies import apply_frequencies
 from .ownership import InForce, mark_model, mark_of, own_configs, unmark, unwrap
 from .remap.probe import apply_late_rotation
 from .saved_config import carry, saved_plan
+from .sites import is_offloaded
 from .tables import apply_sinusoids, apply_table, follow_tables, raise_limits, replaced_tables, tables_of
 from .undo import UndoLog, Weak
 
@@ -332,9 +333,7 @@ def _why_nothing(plan: ExtensionPlan) -> str:
 
 def _refuse_meta(model: PreTrainedModel) -> None:
     """Refuse a model without weights. One that accelerate has offloaded gets them from its hooks."""
-    if any(weight.is_meta for weight in model.parameters()) and not any(
-        hasattr(module, "_hf_hook") for module in model.modules()
-    ):
+    if any(weight.is_meta for weight in model.parameters()) and not is_offloaded(model):
         raise UnsupportedModelError(f"{type(model).__name__} is on the meta device. Load its weights, then patch.")
 
 

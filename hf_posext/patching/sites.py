@@ -39,6 +39,9 @@ LENGTH_FIELDS = (
 """Names of the longest input in configs, most common first."""
 
 OBSTACLES = {
+    **dict.fromkeys(
+        ("codegen", "gptj", "roformer"), ("rotary", "it rotates by a table of sines instead of by frequencies")
+    ),
     "reformer": ("learned", "its table is a sum of two (axial positions), which fixes the length"),
     "cpmant": ("relative", "it sorts distances of segments into buckets of its own"),
     "xlnet": ("relative", "its attention is relative to sinusoids (Transformer-XL)"),
@@ -53,6 +56,7 @@ OBSTACLES = {
 _ADAPTER_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
 """End of the path of a module of which an adapter of PEFT trains a copy (`modules_to_save`)."""
 
+_BIAS = "relative_attention_bias"
 _BUCKET_FUNCTIONS = ("_relative_position_bucket", "relative_position_bucket")
 
 
@@ -124,15 +128,20 @@ def sinusoids(model: PreTrainedModel) -> dict[str, nn.Module]:
 def bucket_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the modules by path that hold a learned bias for each bucket of relative distances."""
     return {
-        path: module
-        for path, module in text_modules(model)
-        if any(name.endswith("relative_attention_bias") for name in module._modules)
+        path: module for path, module in text_modules(model) if any(name.endswith(_BIAS) for name in module._modules)
     }
 
 
 def bucket_function(module: nn.Module) -> str | None:
     """Return the name of the method by which a module sorts distances into buckets."""
     return next((name for name in _BUCKET_FUNCTIONS if hasattr(module, name)), None)
+
+
+def bias_table(module: nn.Module) -> nn.Embedding:
+    """Return the learned bias of each bucket and head."""
+    table: Any = next(part for name, part in module._modules.items() if name.endswith(_BIAS))
+    embedding: nn.Embedding = table
+    return embedding
 
 
 def read_table(model: PreTrainedModel) -> tuple[Table | None, str | None]:
@@ -159,12 +168,20 @@ def read_buckets(model: PreTrainedModel) -> tuple[Buckets | None, str | None]:
         name = bucket_function(module)
         if name is None:
             return None, f"{path} sorts distances of more than one kind into buckets"
-        bias: Any = next(part for key, part in module._modules.items() if key.endswith("relative_attention_bias"))
         reach = getattr(module, "relative_attention_max_distance", None)
         if reach is None:
             reach = inspect.signature(getattr(type(module), name)).parameters["max_distance"].default
-        found.add(Buckets(bias.num_embeddings, reach))
+        found.add(Buckets(bias_table(module).num_embeddings, reach))
     return (None, "its layers have different buckets") if len(found) > 1 else (next(iter(found)), None)
+
+
+def makes_windows(module: nn.Module) -> bool:
+    """Return whether the file of a module's model makes masks for a window.
+
+    Some layers ask their attention for a window, for kernels that take no mask, and have none in their masks (OLMoE).
+    """
+    names = vars(sys.modules[type(module).__module__])
+    return any(re.fullmatch("create_.*(sliding_window|chunked).*_mask", name) for name in names)
 
 
 def has_alibi(model: PreTrainedModel) -> bool:
@@ -251,7 +268,7 @@ def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
 
     On the meta device a twin of the model with real index buffers is asked.
     """
-    if model.get_submodule(path).weight.is_meta and not _hooked(model):
+    if model.get_submodule(path).weight.is_meta and not is_offloaded(model):
         try:
             with _Weightless():
                 model = type(model)(copy.deepcopy(model.config))
@@ -264,7 +281,8 @@ def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
     return None
 
 
-def _hooked(model: nn.Module) -> bool:
+def is_offloaded(model: nn.Module) -> bool:
+    """Return whether hooks of accelerate bring the weights of a model, and take them away."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
@@ -283,7 +301,7 @@ def _rows_read(model: PreTrainedModel, table: Any) -> int | None:
     ids = probe_text(model, 4)
     taken = inspect.signature(model.forward).parameters
     names = [name for name in ("input_ids", "decoder_input_ids") if name in taken]
-    lookup = _Lookup(table, goes_on=_hooked(model))
+    lookup = _Lookup(table, goes_on=is_offloaded(model))
     try:
         with evaluation_mode(model), torch.no_grad(), lookup:
             model(**dict.fromkeys(names, ids))

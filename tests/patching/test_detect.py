@@ -130,7 +130,7 @@ def test_layer_types() -> None:
 def test_a_table_of_sines_is_named_as_the_obstacle() -> None:
     scheme = detect_scheme(GPTJConfig(n_layer=2))
     assert scheme.kind == "rotary" and scheme.obstacle == (
-        "gptj keeps a table of sines instead of frequencies; hf_posext cannot change it"
+        "gptj cannot be changed: it rotates by a table of sines instead of by frequencies"
     )
 
 

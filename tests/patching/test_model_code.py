@@ -12,9 +12,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hf_posext import detect_scheme, patch_model
 from hf_posext.errors import PosExtError, UnsupportedModelError
+from hf_posext.methods import as_method
 from hf_posext.patching.detect import _window
 
 from ..conftest import TRAINED
+from ..zoo import tiny_config
 
 
 class OldConfig(PreTrainedConfig):
@@ -98,6 +100,17 @@ def test_a_layer_type_with_several_windows_sees_as_far_as_the_widest() -> None:
     assert (_window(config, "sliding_attention"), _window(config, "full_attention")) == (1024, None)
     layers[2].sliding_window = None
     assert _window(config, "sliding_attention") is None
+
+
+def test_a_window_counts_only_where_masks_are_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a layer type is called: frequencies of layers that see all of a text are extended."""
+    config = tiny_config("gemma3_text", sliding_window=16)
+    assert [rotary.window for rotary in detect_scheme(config).rotaries] == [None, 16]
+    monkeypatch.delattr("transformers.models.gemma3.modeling_gemma3.create_sliding_window_causal_mask")
+    scheme = detect_scheme(config)
+    assert [rotary.window for rotary in scheme.rotaries] == [None, None]
+    plan = as_method("yarn").plan(scheme, factor=4)
+    assert {entry.name for entry in plan.rotaries} == {"full_attention", "sliding_attention"}
 
 
 KINDS = ("mistral4", "neomme", "musicflamingo", "autoformer", "chameleon", "dbrx")
