@@ -174,7 +174,8 @@ def _say_in_config(
 ) -> str | None:
     """Write `rope_parameters` if transformers computes the plan's numbers from them; else return why not."""
     config: Any = sites[0].module.config
-    shipped, changed = getattr(config, "rope_parameters", None), {}
+    shipped = getattr(config, "rope_parameters", None)
+    changed: dict[str, Any] = {}
     if any(entry.rope_parameters is None for entry in plan.rotaries):
         obstacle: str | None = f"no rope type of transformers can say the frequencies of {plan.method}"
     elif shipped is None:

@@ -251,16 +251,20 @@ class _Lookup(TorchFunctionMode):
 
 
 class _Weightless(TorchFunctionMode):
-    """Context in which models are built with weights on the meta device and real index buffers."""
-
-    makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+    """Context in which models are built with weights on the meta device, and with real masks and index buffers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        if func in self.makers and kwargs.get("device") is None and dtype.is_floating_point:
+        floating = getattr(kwargs.get("dtype") or torch.get_default_dtype(), "is_floating_point", False)  # not `bool`
+        if func in (torch.empty, torch.rand, torch.randn) and kwargs.get("device") is None and floating:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def weightless_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same class and config, with real buffers and without weights."""
+    with _Weightless():
+        return type(model)(copy.deepcopy(model.config))
 
 
 def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
@@ -270,8 +274,7 @@ def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
     """
     if model.get_submodule(path).weight.is_meta and not is_offloaded(model):
         try:
-            with _Weightless():
-                model = type(model)(copy.deepcopy(model.config))
+            model = weightless_twin(model)
         except Exception:
             return None
     for holder in _holders(model, path):

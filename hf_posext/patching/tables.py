@@ -1,15 +1,13 @@
 """Position tables of a live model, learned or sinusoidal: longer ones, and all dependent sizes.
 
-The weights of a table are replaced, not resized, and put back by undo. All else that is as long as the table
-follows: index buffers, causal masks that a few families keep, limits in the config, so that the saved model is one
-that plain transformers opens. Rows are computed in float64 on the CPU, so that they do not depend on the device or the
-dtype of the model.
+The weights of a table are replaced, not resized, and put back by undo. Limits in the config follow, and then all that
+transformers makes of the config: index buffers, causal masks that a few families keep, lengths in modules. So the
+saved model is one that plain transformers opens. Rows are computed in float64 on the CPU, so that they do not depend
+on the device or the dtype of the model.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,25 +28,16 @@ from .sites import (
     row_of_position_zero,
     sinusoids,
     text_configs,
-    text_modules,
+    weightless_twin,
 )
 from .undo import UndoLog
-
-logger = logging.getLogger(__name__)
-
-_MODULE_LENGTHS = ("max_length", "max_seqlen", "max_source_positions", "max_target_positions", "n_positions")
-"""Attributes of modules that repeat the length of the table (ProphetNet, BigBird, BART, GPT)."""
 
 BLOCK = 2**14
 """Rows that are made at once: their arithmetic takes several times the memory of the table."""
 
 
-def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:
-    """Stretch the learned tables of a model to the target length of a plan.
-
-    Returns:
-        `str`, *optional*: why plain transformers does not build a model of these sizes from the config.
-    """
+def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> None:
+    """Stretch the learned tables of a model to the target length of a plan."""
     assert plan.table is not None and plan.scheme.table is not None
     tables, offset = position_tables(model), plan.scheme.table.offset
     check_table_size(plan.target_length, plan.scheme.table.width, len(tables))
@@ -71,14 +60,13 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> st
         rows[path] = torch.cat([old[:offset], longer])
     if all(torch.equal(tables[path].weight, rows[path]) for path in tables):
         raise no_effect(plan, "the table")
-    obstacle = set_rows(model, rows, offset, log)
+    set_rows(model, rows, offset, log)
     for path in tables:
         read = row_of_position_zero(model, path)
         if read not in (offset, None):
             raise UnsupportedModelError(
                 f"{plan.scheme.model_type} reads position 0 in row {read} of its longer table, expected row {offset}"
             )
-    return obstacle
 
 
 def _is_mask(buffer: torch.Tensor | None, tables: Mapping[str, nn.Embedding]) -> bool:
@@ -115,52 +103,62 @@ def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], 
             )
 
 
-def set_rows(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], offset: int, log: UndoLog) -> str | None:
-    """Replace the weights of tables by path, and every buffer of their length. `offset` is the row of position 0.
+def set_rows(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], offset: int, log: UndoLog) -> None:
+    """Replace the weights of tables by path, and all that follows their length. `offset` is the row of position 0.
 
-    Returns:
-        `str`, *optional*: why plain transformers does not build a model of these sizes from the config.
+    Raises:
+        UnsupportedModelError: the model cannot be built from its config, or has other weights of that length.
     """
     tables = tables_of(model)
     old, new = next(iter(tables.values())).num_embeddings, len(next(iter(rows.values())))
-    before = _shapes(model)
+    before = _twin(model)
     for path, weight in rows.items():
-        module = tables[path]
-        log.set(module, "weight", nn.Parameter(weight, requires_grad=module.weight.requires_grad))
-        log.set(module, "num_embeddings", new)
-    for _, part in text_modules(model):
-        for name in _MODULE_LENGTHS:
-            held = vars(part).get(name)
-            if held in (old, old - offset):
-                log.set(part, name, held + new - old)
-        for name, buffer in part._buffers.items():
-            longer = _resized(name, buffer, part, (old, old - offset), new - old)
-            if longer is not None:
-                log.set(part, name, longer)
+        log.set(tables[path], "weight", nn.Parameter(weight, requires_grad=tables[path].weight.requires_grad))
     _resize_config(model, old, offset, new, log)
-    return _follow_config(model, before, log)
+    _follow(model, before, _twin(model), log)
 
 
-def _resized(
-    name: str, buffer: torch.Tensor | None, module: nn.Module, lengths: tuple[int, int], more: int
-) -> torch.Tensor | None:
-    """Return a buffer of the new length; `None` if it does not depend on the table."""
-    if buffer is None or not buffer.ndim or buffer.shape[-1] not in lengths:
-        return None
-    new = buffer.shape[-1] + more
-    if name == "position_ids":  # Nystromformer and its kin begin at 2, the row of position 0
-        first = int(buffer.flatten()[0])
-        counted = torch.arange(first, first + new, dtype=buffer.dtype, device=buffer.device)
-        return counted.expand(*buffer.shape[:-1], -1)
-    if name == "token_type_ids":
-        return buffer.new_zeros(*buffer.shape[:-1], new)
-    if name == "bias" and buffer.shape[-2:] == (buffer.shape[-1], buffer.shape[-1]):
-        mask = torch.ones(new, new, dtype=torch.bool, device=buffer.device).tril()
-        if getattr(module, "attention_type", None) == "local":  # GPT-Neo's layers that see a window
-            config: Any = getattr(module, "config")  # noqa: B009  nn.Module types its attributes as tensors
-            mask ^= mask.tril(-config.window_size)
-        return mask.to(buffer.dtype).expand(*buffer.shape[:-2], -1, -1)
-    return None
+def _twin(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the modules, by path, of a model built from the config, without weights."""
+    try:
+        return dict(weightless_twin(model).named_modules())
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"Expected to build {type(model).__name__} from its config alone, got {type(error).__name__}: {error}. "
+            "Without it, the sizes that follow the length of a table are unknown."
+        ) from error
+
+
+def _follow(model: PreTrainedModel, before: dict[str, nn.Module], after: dict[str, nn.Module], log: UndoLog) -> None:
+    """Give a model what the changed config makes of its modules: their numbers, index buffers, and masks."""
+    for path, module in model.named_modules():
+        bare = path_without_adapter(path)
+        if bare not in before or bare not in after:  # a module of an adapter
+            continue
+        was, twin = before[bare], after[bare]
+        for name, number in vars(twin).items():
+            ours = vars(module).get(name)
+            if type(number) is type(ours) is int and ours == vars(was).get(name) != number:
+                log.set(module, name, number)
+        for name, buffer in twin._buffers.items():
+            held, former = module._buffers.get(name), was._buffers.get(name)
+            if buffer is None or held is None or former is None or former.shape != held.shape:
+                continue
+            if buffer.shape != held.shape:
+                log.set(module, name, buffer.to(held))
+        for name, weight in twin._parameters.items():
+            ours, former = module._parameters.get(name), was._parameters.get(name)
+            if weight is None or ours is None or former is None or weight.shape in (ours.shape, former.shape):
+                continue
+            if not isinstance(module, nn.Embedding) or row_of_position_zero(model, path) is not None:
+                raise UnsupportedModelError(
+                    f"{path}.{name} of {type(model).__name__} is {tuple(ours.shape)}, and {tuple(weight.shape)} in a "
+                    "model built from the changed config; hf_posext does not know how to stretch it"
+                )
+            # VisualBERT's table of positions in a picture: no text reads it, and its rows keep their places
+            more = ours.detach()[-1:].expand(max(len(weight) - len(ours), 0), -1)
+            resized = torch.cat([ours.detach(), more])[: len(weight)]
+            log.set(module, name, nn.Parameter(resized, requires_grad=ours.requires_grad))
 
 
 def length_fields(model: PreTrainedModel) -> Iterator[tuple[PreTrainedConfig, str, int]]:
@@ -202,42 +200,6 @@ def _resize_config(model: PreTrainedModel, old: int, offset: int, new: int, log:
         if getattr(config, "relative_attention", False) and getattr(config, "max_relative_positions", old) < 1:
             # DeBERTa has twice as many relative positions as rows here, unless it is told how many
             log.set(config, "max_relative_positions", held)
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, torch.Size] | None:
-    """Return the weight shapes of a model built from the config alone; `None` if that fails."""
-    try:
-        with torch.device("meta"):
-            skeleton = type(model)(copy.deepcopy(model.config))
-    except Exception as error:
-        logger.info("%s cannot be built from its config alone: %s", type(model).__name__, error)
-        return None
-    return {name: weight.shape for name, weight in skeleton.state_dict().items()}
-
-
-def _follow_config(model: PreTrainedModel, before: dict[str, torch.Size] | None, log: UndoLog) -> str | None:
-    """Resize weights to the changed config, or return why a checkpoint would not open."""
-    after = _shapes(model)
-    if before is None or after is None:
-        return f"{type(model).__name__} cannot be built from its config alone"
-    live = model.state_dict()
-    for name, shape in after.items():
-        if name not in live or shape == before.get(name) or shape == live[name].shape:
-            continue
-        path = name.removesuffix(".weight")
-        module = model.get_submodule(path.rsplit(".", 1)[0]) if path == name else model.get_submodule(path)
-        if not isinstance(module, nn.Embedding) or row_of_position_zero(model, path) is not None:
-            raise UnsupportedModelError(
-                f"{name} of {type(model).__name__} is {tuple(live[name].shape)}, and {tuple(shape)} in a model built "
-                "from the changed config; hf_posext does not know how to stretch it"
-            )
-        # VisualBERT's table of positions in a picture: no text reads it, and its rows keep their places
-        held = module.weight.detach()
-        more = held[-1:].expand(max(len(held), shape[0]) - len(held), -1)
-        weight = torch.cat([held, more])[: shape[0]]
-        log.set(module, "weight", nn.Parameter(weight, requires_grad=module.weight.requires_grad))
-        log.set(module, "num_embeddings", shape[0])
-    return None
 
 
 class OtherSines(Mixin):
@@ -291,9 +253,7 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
     if not changed:
         raise no_effect(plan, "the positions")
     if rows:
-        obstacle = set_rows(model, rows, 0, log)
-        if obstacle:
-            return obstacle
+        set_rows(model, rows, 0, log)
     ignored = model._keys_to_ignore_on_save or ()
     if rows.keys() == found.keys() and not any(f"{path}.weight" in ignored for path in rows):
         return None

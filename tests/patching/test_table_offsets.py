@@ -128,6 +128,11 @@ def test_rows_are_those_of_linear_interpolation(family: str, tmp_path: Path) -> 
     assert all(torch.equal(rows, undone[path]) for path, rows in before.items())
 
 
+def test_a_model_on_the_meta_device_whose_masks_are_boolean_is_asked() -> None:
+    """GPT-Neo makes them with `dtype=bool`, the type of Python."""
+    assert row_of_position_zero(build("gpt_neo").to("meta"), "transformer.wpe") == 0
+
+
 def test_a_row_that_nobody_can_tell_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of attributes are believed only where the config gives a length that the table then has."""
     model = build("nystromformer")
