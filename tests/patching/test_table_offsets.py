@@ -33,9 +33,8 @@ from transformers import (
 
 from hf_posext import detect_scheme, load_patched, patch_model
 from hf_posext.errors import UnsupportedModelError
-from hf_posext.patching.sites import position_tables, row_of_position_zero
+from hf_posext.patching.sites import position_tables
 
-from .. import zoo
 from ..conftest import TRAINED, sharpen, tiny_gpt2, tokens
 
 SIZES: dict[str, Any] = {
@@ -127,11 +126,6 @@ def test_rows_are_those_of_linear_interpolation(family: str, tmp_path: Path) -> 
     patch.undo()
     undone = rows_read(model, ids)
     assert all(torch.equal(rows, undone[path]) for path, rows in before.items())
-
-
-def test_a_model_on_the_meta_device_whose_masks_are_boolean_is_asked() -> None:
-    """GPT-Neo makes them with `dtype=bool`, the type of Python."""
-    assert row_of_position_zero(zoo.build("gpt_neo").to("meta"), "transformer.wpe") == 0
 
 
 def test_a_row_that_nobody_can_tell_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
