@@ -108,10 +108,12 @@ REFERENCE = re.compile(r"\[`~?([\w.]+)(?:\(\))?`\](?![\[(])")
 
 
 class References(griffe.Extension):  # type: ignore[misc]  # griffe is in .venv-docs alone
-    """Public names become links to their reference. Other names stand as code."""
+    """Public names become links to their reference. Other names stand as code. Settings are described by their help."""
 
     def on_instance(self, *, obj: Any, **kwargs: Any) -> None:
         """Rewrite the docstring of an object."""
+        if obj.is_attribute and str(obj.value).startswith("_setting("):
+            obj.docstring = griffe.Docstring(ast.literal_eval(str(obj.value.arguments[0])), parent=obj)
         if obj.docstring is not None:
             obj.docstring.value = REFERENCE.sub(self._link, obj.docstring.value)
 

@@ -128,7 +128,9 @@ def _option(entry: Any, hint: Any) -> inspect.Parameter:
     """Return the option of a setting in the form of typer."""
     flag = {key: value for key, value in entry.metadata.get("flag", {}).items() if key != "of"}
     names = (f"--{entry.name.replace('_', '-')}",) if hint is bool else ()  # without a negative form
-    if _items(hint) or hint is Any:
+    if (kind := _items(hint)) is not None:
+        flag = {"metavar": f"<{kind.__name__},...>", **flag}
+    if kind is not None or hint is Any:
         hint = str if entry.default is MISSING else str | None
     return _keyword(
         entry.name, Annotated[hint, typer.Option(*names, help=entry.metadata["help"], **flag)], _default(entry)

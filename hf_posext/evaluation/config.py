@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
@@ -18,6 +20,7 @@ from ..errors import InvalidParameterError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
 
@@ -25,7 +28,8 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 def check_type(name: str, value: Any, hint: Any) -> None:
     """Check that a value has the type of its hint.
 
-    A bool does not count as a number, a string does not count as a sequence, and `""` does not count as text.
+    A bool, a NaN, and what exceeds a float do not count as numbers. A string does not count as a sequence, and `""`
+    does not count as text.
 
     Raises:
         InvalidParameterError: the value has another type.
@@ -78,8 +82,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return is_sequence and all(_fits(item, arguments[0]) for item in value)
     if arguments:  # a union
         return any(_fits(value, argument) for argument in arguments)
-    kinds = (int, float) if hint is float else hint
-    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)) and value != ""
+    if hint in (int, float):
+        is_number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= sys.float_info.max  # false for NaN
+    return isinstance(value, hint) and value != ""
 
 
 def _plain(value: Any) -> Any:
@@ -103,96 +109,88 @@ def _in_words(hint: Any) -> str:
     return WORDS.get(hint) or f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
 
 
-def _setting(help: str, default: Any = None, **flag: Any) -> Any:
+def _setting(help: str, default: Any = MISSING, **flag: Any) -> Any:
     """Declare a setting with its help and further options of its flag."""
     return field(default=default, metadata={"help": help, "flag": flag})
 
 
+def _documented(cls: type[T]) -> type[T]:
+    """Add the fields of a dataclass of settings to its docstring, each with its type, default, and help."""
+    lines = []
+    for entry in fields(cls):  # type: ignore[arg-type]
+        kind = f"`{str(entry.type).removesuffix(' | None')}`"
+        optional = "" if entry.default is MISSING else ", *optional*"
+        default = "" if entry.default in (MISSING, None) else f", defaults to `{entry.default!r}`"
+        text = f"{entry.name} ({kind}{optional}{default}): {entry.metadata['help']}"
+        lines.append(textwrap.fill(text, 119, initial_indent=" " * 8, subsequent_indent=" " * 12))
+    cls.__doc__ = "\n".join([f"{(cls.__doc__ or '').rstrip()}\n\n    Args:", *lines])
+    return cls
+
+
+@_documented
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Settings of [`compare`] and [`evaluate_perplexity`].
 
     Each field is a keyword argument in Python, a line of a YAML file, and a flag of `hf-posext compare` and
-    `evaluate`. `None` selects a default that depends on the model or on other settings.
-
-    Args:
-        lengths (`Sequence[int]`): context lengths in tokens.
-        factor (`float`, *optional*): factor of the methods that do not contain one. For [`compare`] only.
-        target_length (`int`, *optional*): target length in tokens, instead of a factor. For [`compare`] only.
-        trained_length (`int`, *optional*): trained length in tokens, if the model's config lacks it or is wrong. It
-            also applies to the control.
-        protocol (`str`, *optional*): for a causal language model `"prefix"` ([`Prefix`]), `"sliding"` ([`Sliding`]),
-            `"rolling"` ([`Rolling`]), `"tail"` ([`Tail`]), or one of the published averages `"legacy-yarn"` and
-            `"legacy-longlora"`. `"pseudo"` ([`Pseudo`]) for an encoder, and `"seq2seq"` ([`Seq2Seq`]) for an
-            encoder-decoder. Defaults to the first protocol that fits the model.
-        stride (`int`, *optional*): step of overlapping windows in tokens. Required by `"sliding"` and the legacy
-            protocols, and refused by all others.
-        tail (`int`, *optional*): number of last tokens that the protocol `"tail"` scores. Required by `"tail"`, and
-            refused by all other protocols.
-        start (`int`, *optional*, defaults to 0): tokens to skip at the beginning of each document (front matter).
-        bos (`str`, *optional*, defaults to `"auto"`): BOS before each text. `"auto"` follows the tokenizer,
-            `"always"` adds BOS even if the tokenizer does not, and `"never"` adds none.
-        passkey (`int`, *optional*, defaults to 0): passkey trials at each length; 0 for none.
-        retrieval (`int`, *optional*, defaults to 0): trials of each task at each length and depth; 0 for none.
-        tasks (`Sequence[str]`, *optional*): retrieval tasks, see [`task_prompt`]. Defaults to all.
-        depths (`Sequence[float]`, *optional*): retrieval depths, from 0 (beginning) to 1 (end). Defaults to five.
-        chat (`bool`, *optional*, defaults to `False`): pose passkey and retrieval prompts in the tokenizer's chat
-            template.
-        longppl (`str`, `PreTrainedModel` or `tuple`, *optional*): evaluator that finds the key tokens of LongPPL
-            ([`find_key_tokens`]). They are found once, at the longest length, for all methods and the control. Pass
-            the label of one of the methods (`"yarn"`, or `"yarn x8"` if it has several factors), which favours that
-            method. Or pass another model that reads this length well, or `(model, tokenizer)` if its tokenizer
-            differs.
-        alpha (`float`, *optional*): least gain of a key token by the long context, in nats. Defaults to 2, as in the
-            paper.
-        beta (`float`, *optional*): least log-probability of a key token given the long context, in nats. Defaults to
-            -2, as in the paper.
-        short_length (`int`, *optional*): tokens of LongPPL's short context, which moves by a quarter of its length.
-            Defaults to half of the trained length or half of the longest length, whichever is less, and at most the
-            paper's 4096.
-        prefill_chunk (`int`, *optional*): tokens per forward pass, with earlier tokens in a KV cache, to bound memory.
-            Defaults to all tokens at once.
-        offload_cache (`bool`, *optional*, defaults to `False`): keep the KV cache on the CPU.
-        seed (`int`, *optional*, defaults to 0): seed of the bootstrap and of the passkeys.
+    `evaluate`. `None` selects a default that depends on the model or on other settings. The protocols are defined by
+    [`Prefix`], [`Sliding`], [`Rolling`], [`Tail`], [`LegacyYaRN`], [`LegacyLongLoRA`], [`Pseudo`], and [`Seq2Seq`].
     """
 
-    lengths: Sequence[int] = field(metadata={"help": "Context lengths in tokens, separated by commas."})
-    factor: float | None = _setting("Target length as a multiple of the trained length.", of="compare")
-    target_length: int | None = _setting("Target length in tokens, instead of a factor.", of="compare")
-    trained_length: int | None = _setting("Trained length in tokens, if the config is wrong or lacks it.")
-    passkey: int = _setting("Passkey trials at each length; 0 for none.", 0, min=0)
-    retrieval: int = _setting("Trials of each task at each length and depth; 0 for none.", 0, min=0)
-    tasks: Sequence[str] | None = _setting(
-        "Tasks of --retrieval: passkey, multi-key, multi-value, variable-tracking, common-words. Default: all."
+    lengths: Sequence[int] = _setting("Context lengths in tokens.")
+    factor: float | None = _setting(
+        "Target length as a multiple of the trained length, for methods that do not contain a factor.",
+        None,
+        of="compare",
     )
-    depths: Sequence[float] | None = _setting("Depths of --retrieval, from 0 to 1. Default: 0,0.25,0.5,0.75,1.")
+    target_length: int | None = _setting("Target length in tokens, instead of a factor.", None, of="compare")
+    trained_length: int | None = _setting(
+        "Trained length in tokens, also of the control, if the config is wrong or lacks it.", None
+    )
+    passkey: int = _setting("Passkey trials at each length; 0 for none.", 0, min=0)
+    retrieval: int = _setting("Retrieval trials of each task at each length and depth; 0 for none.", 0, min=0)
+    tasks: Sequence[str] | None = _setting(
+        "Retrieval tasks: passkey, multi-key, multi-value, variable-tracking, common-words. Default: all.", None
+    )
+    depths: Sequence[float] | None = _setting(
+        "Retrieval depths, from 0 (beginning) to 1 (end). Default: 0,0.25,0.5,0.75,1.", None
+    )
     chat: bool = _setting("Ask passkeys and retrieval in the tokenizer's chat template.", False)
     longppl: Any = _setting(
-        "Also measure the perplexity of key tokens. They are found by one of the methods (its label) or by a model (a "
-        "folder or Hub id that contains a slash).",
+        "Also measure LongPPL, the perplexity of key tokens. This evaluator finds them once, at the longest length: "
+        "one of the methods by its label ('yarn', or 'yarn x8' if it has several factors), which favours that method, "
+        "or a model that reads this length well. On the command line a model is a folder or Hub id that contains a "
+        "slash, and in Python a model, or (model, tokenizer) if its tokenizer differs.",
+        None,
         metavar="EVALUATOR",
     )
     alpha: float | None = _setting(
-        "For --longppl: least gain of a key token by the long context, in nats. Default: 2, as in the paper."
+        "LongPPL: least gain of a key token by the long context, in nats. Default: 2, as in the paper.", None
     )
     beta: float | None = _setting(
-        "For --longppl: least log-probability of a key token, in nats. Default: -2, as in the paper."
+        "LongPPL: least log-probability of a key token given the long context, in nats. Default: -2, as in the paper.",
+        None,
     )
     short_length: int | None = _setting(
-        "For --longppl: tokens of the short context. Default: half the trained length, at most 4096."
+        "LongPPL: tokens of the short context, which moves by a quarter of its length. Default: half of the trained "
+        "length or of the longest length, whichever is less, and at most the paper's 4096.",
+        None,
     )
     protocol: str | None = _setting(
-        "prefix, sliding, rolling, tail, legacy-yarn, legacy-longlora (decoders), pseudo (encoders), seq2seq. "
-        "Default: the first that fits the model."
+        "prefix, sliding, rolling, tail, legacy-yarn, legacy-longlora (decoders), pseudo (encoders), seq2seq "
+        "(encoder-decoders). Default: the first that fits the model.",
+        None,
     )
-    stride: int | None = _setting("Step of overlapping windows, in tokens.")
-    tail: int | None = _setting("Tokens scored by the protocol tail.")
-    start: int = _setting("Tokens to skip at the beginning of each document.", 0)
+    stride: int | None = _setting("Step of the windows of sliding and the legacy protocols, in tokens.", None)
+    tail: int | None = _setting("Number of last tokens that the protocol tail scores.", None)
+    start: int = _setting("Tokens to skip at the beginning of each document, such as front matter.", 0)
     bos: Literal["auto", "always", "never"] = _setting(
         "BOS before each text: as the tokenizer adds it, always, or never.", "auto"
     )
-    prefill_chunk: int | None = _setting("Tokens per forward pass, to save memory. Default: all.")
-    offload_cache: bool = _setting("With --prefill-chunk: keep the KV cache on the CPU.", False)
+    prefill_chunk: int | None = _setting(
+        "Tokens per forward pass, with earlier tokens in a KV cache, to save memory. Default: all.", None
+    )
+    offload_cache: bool = _setting("Keep the KV cache of a prefill in chunks on the CPU.", False)
     seed: int = _setting("Seed of passkeys and bootstrap intervals.", 0)
 
     def __post_init__(self) -> None:

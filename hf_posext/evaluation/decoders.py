@@ -24,6 +24,7 @@ from .windows import (
     PerplexityProtocol,
     TruncatedReader,
     Window,
+    check_stride,
     rolling_windows,
     sliding_windows,
     windows_nll,
@@ -75,45 +76,26 @@ class Prefix(OfDecoders):
         return boundaries.groups(lengths)
 
     def measure(
-        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int]
-    ) -> list[Measurement]:
-        row = documents.tokens[index]
-        nll = windows_nll(scorer, row, [self._window(lengths, lengths[-1], documents.bos)])
-        require_finite(
-            nll, documents.ids[index], range(self.first(lengths[0], documents.bos), lengths[-1]), scorer.culprit
-        )
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int],
+        context: int | None = None,
+    ) -> list[Measurement]:  # fmt: skip
+        row, firsts = documents.tokens[index], [self.first(length, documents.bos) for length in lengths]
+        begin, end = firsts[0], lengths[-1]
+        reader = TruncatedReader(scorer, row, context or end, documents.bos, begin)
+        nll = reader.nll([Window(0, begin, end)])
+        require_finite(nll, documents.ids[index], range(begin, end), scorer.culprit)
         # Sharing a forward between lengths is verified once, on the first document.
-        if index == 0 and len(lengths) > 1:
-            shortest = self._window(lengths, lengths[0], documents.bos)
-            guard = shortest._replace(first=max(shortest.first, shortest.end - GUARD_TOKENS))
-            fresh = windows_nll(scorer, row, [guard])
-            require_agreement(fresh, nll[guard.first - shortest.first :], lengths, scorer.model.dtype)
-        return self._at(lengths, nll, documents.bos)
-
-    def measure_control(
-        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
-    ) -> list[Measurement]:
-        window = self._window(lengths, lengths[-1], documents.bos)
-        reader = TruncatedReader(scorer, documents.tokens[index], trained_length, documents.bos, window.first)
-        nll = reader.nll([window])
-        require_finite(
-            nll, documents.ids[index], range(self.first(lengths[0], documents.bos), lengths[-1]), scorer.culprit
-        )
-        return self._at(lengths, nll, documents.bos)
+        if context is None and index == 0 and len(lengths) > 1:
+            shared = nll[: lengths[0] - begin][-GUARD_TOKENS:]
+            fresh = windows_nll(scorer, row, [Window(0, lengths[0] - len(shared), lengths[0])])
+            require_agreement(fresh, shared, lengths, scorer.model.dtype)
+        return [
+            Measurement(length, nll[first - begin : length - begin], first, self.tail(length))
+            for length, first in zip(lengths, firsts, strict=True)
+        ]
 
     def reads(self, lengths: list[int], longest: int) -> list[int]:
         return lengths[-1:]
-
-    def _window(self, lengths: list[int], end: int, bos: int) -> Window:
-        return Window(0, self.first(lengths[0], bos), end)
-
-    def _at(self, lengths: list[int], nll: np.ndarray, bos: int) -> list[Measurement]:
-        """Return the measurements by length from the NLL of all scored tokens."""
-        begin, firsts = self.first(lengths[0], bos), [self.first(n, bos) for n in lengths]
-        return [
-            Measurement(n, nll[first - begin : n - begin], first, self.tail(n))
-            for n, first in zip(lengths, firsts, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -129,6 +111,14 @@ class Tail(Prefix):
 
     tokens: int
     name: ClassVar[str] = "tail"
+    option: ClassVar[str] = "tail"
+
+    def check(self, lengths: list[int]) -> None:
+        if not 1 <= self.tokens <= lengths[0] - 1:
+            raise InvalidParameterError(
+                f"tail is {self.tokens} for texts of {lengths[0]} tokens. Pass 1 to {lengths[0] - 1} (the first is not "
+                "scored)."
+            )
 
     def first(self, length: int, bos: int) -> int:
         return max(first_scored(bos), length - self.tokens)
@@ -148,10 +138,11 @@ class ReadsWindows(OfDecoders):
         """Return the measurement of the NLL of the tokens that the windows score."""
         return Measurement(length, nll, first=windows[0].first)
 
-    def measure_control(
-        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
-    ) -> list[Measurement]:
-        reader = TruncatedReader(scorer, documents.tokens[index], trained_length, documents.bos)
+    def measure(
+        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int],
+        context: int | None = None,
+    ) -> list[Measurement]:  # fmt: skip
+        reader = TruncatedReader(scorer, documents.tokens[index], context or lengths[-1], documents.bos)
         measurements = []
         for length in lengths:
             windows = self.windows(documents.length, length, documents.bos)
@@ -167,7 +158,19 @@ class ReadsWindows(OfDecoders):
 
 
 @dataclass(frozen=True)
-class Sliding(ReadsWindows):
+class Strided(ReadsWindows):
+    """Base class of the protocols whose windows move by a stride."""
+
+    stride: int
+    option: ClassVar[str] = "stride"
+
+    def check(self, lengths: list[int]) -> None:
+        for length in lengths:
+            check_stride(length, self.stride)
+
+
+@dataclass(frozen=True)
+class Sliding(Strided):
     """Perplexity of the first `max(lengths)` tokens of each document, read through a window of `L` tokens.
 
     The window moves by `stride` tokens. Each window scores the tokens that no earlier window has scored, given the
@@ -180,7 +183,6 @@ class Sliding(ReadsWindows):
         stride (`int`): step of the window in tokens, at most `L - 1`, because a longer step would skip tokens.
     """
 
-    stride: int
     name: ClassVar[str] = "sliding"
     bos_place: ClassVar[str] = "first token of every window"
 
@@ -206,14 +208,6 @@ class Rolling(ReadsWindows):
         return rolling_windows(total, length, bos)
 
 
-def check_tail(tokens: int, lengths: list[int]) -> None:
-    """Refuse a tail that is empty, or longer than the scored tokens at the shortest length."""
-    if not 1 <= tokens <= lengths[0] - 1:
-        raise InvalidParameterError(
-            f"tail is {tokens} for texts of {lengths[0]} tokens. Pass 1 to {lengths[0] - 1} (the first is not scored)."
-        )
-
-
 def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dtype: torch.dtype) -> None:
     """Check that a fresh forward at the shortest length agrees with the forward over the longest length.
 
@@ -225,7 +219,7 @@ def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dt
     Raises:
         EvaluationError: the two forwards disagree.
     """
-    deviation = float(np.abs(fresh - nll[: len(fresh)]).mean())
+    deviation = float(np.abs(fresh - nll).mean())
     allowed = max(1e-4, 4 * torch.finfo(dtype).eps)
     if deviation > allowed:
         raise EvaluationError(
@@ -254,14 +248,13 @@ class LegacyYaRN(Sliding):
     """
 
     name: ClassVar[str] = "legacy-yarn"
-    legacy: ClassVar[bool] = True
 
     def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
         return Measurement(length, nll, windows[0].first, groups=tuple(w.end - w.first for w in windows))
 
 
 @dataclass(frozen=True)
-class LegacyLongLoRA(ReadsWindows):
+class LegacyLongLoRA(Strided):
     """Perplexity as printed by LongLoRA's `eval.py`: `exp` of the mean over batches of the mean NLL in a batch.
 
     All documents (the first `max(lengths)` tokens of each, without BOS) form one stream. Windows of `L` tokens begin
@@ -275,9 +268,7 @@ class LegacyLongLoRA(ReadsWindows):
         stride (`int`): step of the window in tokens; 256 in the script.
     """
 
-    stride: int
     name: ClassVar[str] = "legacy-longlora"
-    legacy: ClassVar[bool] = True
 
     def bos_rule(self, bos: int) -> str:
         return "none: removed, as published" if bos else super().bos_rule(bos)

@@ -159,15 +159,17 @@ class Pseudo(OfFramedTexts):
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> MaskedScorer:
         return MaskedScorer(model, tokenizer, memory)
 
-    def measure_control(
-        self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
-    ) -> list[Measurement]:
-        require_room(min(lengths[0], trained_length), scorer.special + 1)
+    def measure(
+        self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int],
+        context: int | None = None,
+    ) -> list[Measurement]:  # fmt: skip
+        context = context or lengths[-1]
+        require_room(min(lengths[0], context), scorer.special + 1)
         row = documents.tokens[index, documents.bos :]  # the scorer adds the prefix with the other special tokens
         measurements = []
         for length in lengths:
             count = length - scorer.special
-            size = min(length, trained_length) - scorer.special
+            size = min(length, context) - scorer.special
             # The middle of each of equally long stretches.
             scored = min(self.samples, count)
             places = (2 * torch.arange(scored, device="cpu") + 1) * count // (2 * scored)
@@ -245,17 +247,19 @@ class Seq2Seq(OfFramedTexts):
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> Seq2SeqScorer:
         return Seq2SeqScorer(model, tokenizer, memory)
 
-    def measure_control(
-        self, scorer: Seq2SeqScorer, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
-    ) -> list[Measurement]:
-        require_room(min(lengths[0] - lengths[0] // 4, trained_length), scorer.special + 1)
+    def measure(
+        self, scorer: Seq2SeqScorer, documents: TokenizedDocuments, index: int, lengths: list[int],
+        context: int | None = None,
+    ) -> list[Measurement]:  # fmt: skip
+        context = context or lengths[-1]
+        require_room(min(lengths[0] - lengths[0] // 4, context), scorer.special + 1)
         require_room(lengths[0], 4)
         row = documents.tokens[index, documents.bos :]  # the scorer adds the prefix with the other special tokens
         measurements = []
         for length in lengths:
             count = min(TARGETS, length // 4)
             end = length - count - scorer.special
-            begin = max(0, end + scorer.special - trained_length)
+            begin = max(0, end + scorer.special - context)
             nll = scorer.token_nll(row[begin:end], row[end : end + count]).double().numpy()
             require_finite(nll, documents.ids[index], range(end, end + count), scorer.culprit)
             measurements.append(Measurement(length, nll, first=end + documents.bos, tail=count))

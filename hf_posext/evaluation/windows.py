@@ -49,15 +49,15 @@ class Measurement(NamedTuple):
 class PerplexityProtocol(ABC):
     """Protocol that measures one document in one pass. The caller loops over and distributes passes.
 
-    A pass is one document and the lengths measured together.
-
-    Attributes:
-        name (`str`): name in results and on the command line.
-        legacy (`bool`): `True` for a published average that weights tokens unequally, which every output marks.
+    A pass is one document and the lengths measured together. `name` is the name in results and on the command line,
+    and `option` the setting that the protocol requires.
     """
 
     name: ClassVar[str]
-    legacy: ClassVar[bool] = False
+    option: ClassVar[str | None] = None
+
+    def check(self, lengths: list[int]) -> None:
+        """Refuse an option that the lengths do not allow."""
 
     @abstractmethod
     def bos_rule(self, bos: int) -> str:
@@ -65,40 +65,28 @@ class PerplexityProtocol(ABC):
 
     @abstractmethod
     def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> Any:
-        """Return a token scorer for the methods below. Its `model` is the model without wrappers.
-
-        Raises:
-            UnsupportedModelError: the protocol does not support the model.
-        """
+        """Return a token scorer for `measure`, or refuse the model. Its `model` is the model without wrappers."""
 
     def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
-        """Return the rows as the protocol measures them.
-
-        Raises:
-            InvalidParameterError: too few tokens for the protocol.
-        """
+        """Return the rows as the protocol measures them, or refuse documents with too few tokens."""
         return documents
 
     def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
         """Return the lengths of each pass, ascending."""
         return [[length] for length in lengths]
 
-    def measure(self, scorer: Any, documents: TokenizedDocuments, index: int, lengths: list[int]) -> list[Measurement]:
-        """Return the measurements of one document at the lengths of one pass, without truncating its context.
+    @abstractmethod
+    def measure(
+        self, scorer: Any, documents: TokenizedDocuments, index: int, lengths: list[int], context: int | None = None
+    ) -> list[Measurement]:
+        """Return the measurements of one document at the lengths of one pass.
+
+        For the control, `context` is the most tokens of context per token (2 or more). It allows any lengths, scores
+        the same tokens, and changes no value of lengths up to `context` except for rounding.
 
         Raises:
             NonFiniteError: logits of this document are not finite.
             EvaluationError: the document cannot be measured.
-        """
-        return self.measure_control(scorer, documents, index, lengths, lengths[-1])
-
-    @abstractmethod
-    def measure_control(
-        self, scorer: Any, documents: TokenizedDocuments, index: int, lengths: list[int], trained_length: int
-    ) -> list[Measurement]:
-        """Return measurements of the same tokens, each with a context of at most `trained_length` tokens (2 or more).
-
-        Any lengths are allowed. For lengths up to `trained_length`, values equal those of `measure` up to rounding.
         """
 
     @abstractmethod
@@ -107,7 +95,7 @@ class PerplexityProtocol(ABC):
 
 
 def is_legacy(name: str) -> bool:
-    """Return `True` if the protocol of this name reproduces a published average."""
+    """Return `True` for a published average that weights tokens unequally, which every output marks."""
     return name.startswith("legacy-")
 
 
@@ -188,14 +176,14 @@ def rolling_windows(total: int, window: int, bos: int = 0) -> list[Window]:
 
 
 def windows_nll(scorer: TokenScorer, row: torch.Tensor, windows: Sequence[Window]) -> np.ndarray:
-    """Return the NLL of the tokens scored by windows of a row, in window order; float64, in nats.
+    """Return the NLL of the tokens scored by windows of a row, in window order; float64, in nats."""
 
-    Consecutive windows of equal shape are batched.
-    """
+    def shape(window: Window) -> tuple[int, int, int, bool]:
+        return window.end - window.begin, window.end - window.first, window.bos, window.last_read
+
     pieces = []
-    shape = {"key": lambda w: (w.end - w.begin, w.end - w.first, w.bos, w.last_read)}
-    for (size, scored, bos, last_read), alike in itertools.groupby(windows, **shape):
-        begins = [w.begin for w in alike]
+    for (size, scored, bos, last_read), alike in itertools.groupby(windows, shape):  # batches of equal shape
+        begins = [window.begin for window in alike]
         per_batch = max(1, BATCH_TOKENS // size)
         for start in range(0, len(begins), per_batch):
             batch = torch.stack([row[begin : begin + size] for begin in begins[start : start + per_batch]])
@@ -249,12 +237,10 @@ class TruncatedReader:
         if self._far is None:  # NLL of tokens 1, 2, ... of the document; NaN before the first far token
             far = self._far_windows()
             self._far = np.append(np.full(far[0].first - 1, np.nan), windows_nll(self.scorer, self.row, far))
-        pieces, taken = [], 0
-        for window, own in zip(windows, near, strict=True):
-            count = own.end - own.first
-            pieces += [nll[taken : taken + count], self._far[own.end - 1 : window.end - 1]]
-            taken += count
-        return np.concatenate(pieces)
+        ends = np.cumsum([cut.end - cut.first for cut in near])
+        far_pieces = [self._far[cut.end - 1 : window.end - 1] for cut, window in zip(near, windows, strict=True)]
+        pieces = zip(np.split(nll, ends[:-1]), far_pieces, strict=True)
+        return np.concatenate([part for pair in pieces for part in pair])
 
     def _far_windows(self) -> list[Window]:
         windows = sliding_windows(len(self.row), self.size, control_stride(self.size), self.bos)
