@@ -32,13 +32,13 @@ from .evaluation.key_search import default_criterion, key_search
 from .evaluation.key_tokens import KeyTokens
 from .evaluation.reading import write_atomically
 from .evaluation.rows import pooled_perplexity
-from .evaluation.runner import Stage, measure
+from .evaluation.runner import measure
 from .evaluation.setup import Setup, check_request, prepare
-from .evaluation.tasks import MethodRun
+from .evaluation.tasks import MethodRun, method_run
 from .methods import NTK, LongRoPE, YaRN
 from .methods.frequencies import first_rotary, frequencies, powers
 from .methods.yarn import yarn_mscale
-from .patching import detect_scheme, find_patch, patch_model, unwrap
+from .patching import detect_scheme, find_patch, unwrap
 from .patching.modes import evaluation_mode
 from .plan import ExtensionPlan
 from .scheme import PositionalScheme
@@ -319,9 +319,8 @@ class Trial:
         Raises:
             EvaluationError: no token needs the long context.
         """
-        run = MethodRun(self.setup, yarn.method, yarn.factor, self.setup.scorer)
         criterion = default_criterion({}, self.trained_length, self.target_length)
-        finder = key_search(self.setup, criterion, [(run, partial(patch_model, self.model, yarn))])
+        finder = key_search(self.setup, criterion, [method_run(self.setup, yarn)])
         assert finder is not None
         keys, _ = finder.run(accelerator, journal)
         if not keys.found:
@@ -339,10 +338,7 @@ class Trial:
             EvaluationError: no genome could be measured on every document.
         """
         runs = {genome: self._run(genome) for genome in genomes}
-        stages = [
-            Stage(name, partial(patch_model, self.model, self.plan(genome)), run.tasks, run.measure)
-            for genome, run in runs.items()
-        ]
+        stages = [run.stage(name) for run in runs.values()]
         outcomes = measure(stages, accelerator=accelerator, journal=journal)
         found = {}
         for genome, run in runs.items():
@@ -355,7 +351,7 @@ class Trial:
 
     def _run(self, genome: Genome) -> MethodRun:
         label = hashlib.sha256(repr(genome).encode()).hexdigest()[:16]
-        return MethodRun(self.setup, label, 1.0, self.setup.scorer, keys=self.keys)
+        return replace(method_run(self.setup, self.plan(genome)), label=label, factor=1.0, keys=self.keys)
 
     def _pooled(self, records: list[dict[str, Any]]) -> float:
         nll, tokens = ("tail_nll_sum", "tail_tokens") if self.keys is None else ("key_nll_sum", "key_tokens")

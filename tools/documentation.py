@@ -108,7 +108,7 @@ REFERENCE = re.compile(r"\[`~?([\w.]+)(?:\(\))?`\](?![\[(])")
 
 
 class References(griffe.Extension):  # type: ignore[misc]  # griffe is in .venv-docs alone
-    """Public names become links to their reference. Other names stand as code. Settings are described by their help."""
+    """Public names become links to their reference. Other names stand as code. The help of settings describes them."""
 
     def on_instance(self, *, obj: Any, **kwargs: Any) -> None:
         """Rewrite the docstring of an object."""

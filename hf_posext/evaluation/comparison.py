@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +13,16 @@ from torch import nn
 
 from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError
-from ..patching import detect_scheme, find_patch, patch_model, unwrap
+from ..patching import detect_scheme, find_patch, unwrap
 from ..patching.modes import evaluation_mode, outer_weights
 from .config import EvaluationConfig, checked
 from .journal import open_journal, run_identity
-from .key_search import Enter, check_key_search, key_search
-from .memory import boundaries_of
+from .key_search import check_key_search, key_search
 from .results import Results
 from .rows import title
-from .runner import Stage, measure
+from .runner import measure
 from .scorer import model_name
-from .setup import Setup, check_reads, check_request, plan_comparison, prepare, try_plans
+from .setup import check_reads, check_request, plan_comparison, prepare, try_plans
 from .tasks import Assembly, MethodRun, Outcomes, control_run, method_run, name_of
 from .windows import CONTROL
 
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..methods.base import Method
-    from ..plan import ExtensionPlan
     from .documents import Document
     from .key_tokens import Criterion
 
@@ -124,61 +121,55 @@ def compare(
 
     setup = prepare(request, model, tokenizer, documents)
     runs = [method_run(setup, plan) for plan in plans]
-    patches: list[Enter] = [partial(patch_model, base, plan, tokenizer=tokenizer) for plan in plans]
     return measure_runs(
-        setup,
-        list(zip(runs, patches, strict=True)),
+        runs,
         control_run(setup, setup.scorer, trained_length),
-        plans,
         criterion,
-        unpatched=plans[0].changes_nothing,
+        unpatched=runs[0] if plans[0].changes_nothing else None,
         facts={"trained_length": trained_length, "not_applicable": not_applicable},
         identity={"trained_length": trained_length},
         models=[model],
         journal=journal,
-        accelerator=accelerator,
         on_method=on_method,
     )
 
 
 def measure_runs(
-    setup: Setup,
-    methods: list[tuple[MethodRun, Enter]],
+    runs: Sequence[MethodRun],
     control: MethodRun | None,
-    plans: Sequence[ExtensionPlan | None],
     criterion: Criterion | None,
     *,
-    unpatched: bool = False,
+    unpatched: MethodRun | None = None,
     facts: dict[str, Any],
     identity: dict[str, Any],
     models: Sequence[nn.Module],
     journal: str | Path | None,
-    accelerator: Accelerator | None,
     on_method: Callable[[Results], None] | None = None,
 ) -> Results:
     """Find key tokens, measure the control and each method in turn, and assemble the results.
 
-    `methods` pairs each run with a function that returns the context in which its patch is in force. `plans` are the
-    plans in force. `facts` go into the provenance. `identity` contains what the numbers depend on besides the setup.
+    `facts` go into the provenance. `identity` contains what the numbers depend on besides the setup.
     """
-    runs, enters = [run for run, _ in methods], [enter for _, enter in methods]
-    search = key_search(setup, criterion, methods)
+    setup = runs[0].setup
+    search = key_search(setup, criterion, runs)
     # The journal is bound to everything that the numbers depend on, the evaluator of key tokens included.
-    bare_models = list(dict.fromkeys(run.scorer.model for run in ([control] if control else []) + runs))
+    bare_models = list(dict.fromkeys(run.scorer.model for run in ([control] if control else []) + [*runs]))
     dependencies = {**identity, **setup.questions.identity(setup.tokenizer), **(search.identity if search else {})}
-    whole_identity = run_identity(setup, [*bare_models, *(search.others if search else [])], plans, **dependencies)
+    evaluators = search.others if search else []
+    whole_identity = run_identity(setup, [*bare_models, *evaluators], [run.plan for run in runs], **dependencies)
     with ExitStack() as stack:
         for sharded in models:
             stack.enter_context(outer_weights(sharded))
         for bare_model in bare_models:
             stack.enter_context(evaluation_mode(bare_model))
-        run_journal = stack.enter_context(open_journal(journal, whole_identity, accelerator))
+        run_journal = stack.enter_context(open_journal(journal, whole_identity, setup.accelerator))
         # Key tokens come first, because every run reports its NLL on them.
         if search is not None:
-            keys, facts["longppl"] = search.run(accelerator, run_journal)
-            runs = [replace(run, keys=keys) for run in runs]
+            keys, facts["longppl"] = search.run(setup.accelerator, run_journal)
+            marked = {run: replace(run, keys=keys) for run in runs}
+            runs, unpatched = list(marked.values()), unpatched and marked[unpatched]
             control = control and replace(control, keys=keys)
-        assembly = Assembly(runs, control, runs[0] if unpatched else None, facts)
+        assembly = Assembly(runs, control, unpatched, facts)
 
         def report(outcomes: Outcomes) -> None:
             so_far = assembly.results(outcomes)
@@ -186,10 +177,11 @@ def measure_runs(
                 on_method(so_far)
 
         # The control comes before the methods, whose gains are relative to it.
-        stages = [Stage(control.name, nullcontext, control.tasks, control.measure)] if control else []
-        stages += [Stage(run.name, enter, run.tasks, run.measure) for run, enter in zip(runs, enters, strict=True)]
         outcomes = measure(
-            stages, accelerator=accelerator, journal=run_journal, on_stage=None if on_method is None else report
+            [run.stage() for run in [*([control] if control else []), *runs]],
+            accelerator=setup.accelerator,
+            journal=run_journal,
+            on_stage=None if on_method is None else report,
         )
     return assembly.results(outcomes)
 
@@ -266,23 +258,19 @@ def evaluate_perplexity(
     criterion = check_key_search(request, control_length or scheme.trained_length, [title(label, factor)])
 
     setup = prepare(request, model, tokenizer, documents)
-    boundaries = boundaries_of(scheme, plan)
-    run = MethodRun(setup, label, factor, setup.scorer, boundaries, questions=setup.questions)
+    run = MethodRun(setup, label, factor, setup.scorer, plan, questions=setup.questions)
     truncated, facts = None, {}
     if control is not None and control_length is not None:
         truncated = control_run(setup, setup.scorer_of(control), control_length)
         facts = {"control": model_name(truncated.scorer.model), "trained_length": control_length}
     return measure_runs(
-        setup,
-        [(run, nullcontext)],
+        [run],
         truncated,
-        [plan],
         criterion,
         facts=facts,
         identity={"label": label, **facts},
         models=[module for module in (model, control) if module is not None],
         journal=journal,
-        accelerator=accelerator,
     )
 
 

@@ -116,8 +116,8 @@ class Tail(Prefix):
     def check(self, lengths: list[int]) -> None:
         if not 1 <= self.tokens <= lengths[0] - 1:
             raise InvalidParameterError(
-                f"tail is {self.tokens} for texts of {lengths[0]} tokens. Pass 1 to {lengths[0] - 1} (the first is not "
-                "scored)."
+                f"tail is {self.tokens} for texts of {lengths[0]} tokens, the first of which is not scored. Pass 1 to "
+                f"{lengths[0] - 1}."
             )
 
     def first(self, length: int, bos: int) -> int:

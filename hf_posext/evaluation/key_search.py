@@ -16,10 +16,10 @@ from ..patching.modes import evaluation_mode
 from .journal import RunJournal
 from .key_tokens import Criterion, KeyTokens, check_criterion, check_reads, evaluator_name, find_in_row
 from .parallel import token_scorer
-from .runner import Stage, measure
+from .runner import measure
 from .scorer import TokenScorer
 from .setup import Request, Setup
-from .tasks import MethodRun, Task, task_of
+from .tasks import MethodRun, Stage, Task, task_of
 from .tokens import TokensRead, read_by
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 Evaluator = str | nn.Module | tuple[nn.Module, Any]
 """Evaluator that finds key tokens: the label of a compared method, a model, or a model and its tokenizer."""
-
-Enter = Callable[[], AbstractContextManager[Any]]
 
 WHOLE = ("prefix", "sliding", "rolling")
 """Protocols that score every token given all earlier tokens at the longest length."""
@@ -45,7 +43,7 @@ class KeySearch:
     scorer: TokenScorer
     given: TokensRead
     criterion: Criterion
-    enter: Enter
+    enter: Callable[[], AbstractContextManager[Any]]
 
     @property
     def others(self) -> list[Any]:
@@ -129,10 +127,8 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
     return criterion
 
 
-def key_search(
-    setup: Setup, criterion: Criterion | None, methods: Sequence[tuple[MethodRun, Enter]]
-) -> KeySearch | None:
-    """Return the search for key tokens; `None` without a criterion. A label refers to one of the methods.
+def key_search(setup: Setup, criterion: Criterion | None, runs: Sequence[MethodRun]) -> KeySearch | None:
+    """Return the search for key tokens; `None` without a criterion. A label refers to one of the runs.
 
     Raises:
         InvalidParameterError: the evaluator cannot read the documents, or the criterion is impossible.
@@ -141,9 +137,9 @@ def key_search(
         return None
     evaluator = setup.config.longppl
     if isinstance(evaluator, str):
-        run, enter = methods[_find_label(evaluator, [run.name for run, _ in methods])]
+        run = runs[_find_label(evaluator, [run.name for run in runs])]
         evaluator_tokens = read_by(None, setup.tokenizer, setup.texts, setup.documents)
-        search = KeySearch(setup, run.name, run.scorer, evaluator_tokens, criterion, enter)
+        search = KeySearch(setup, run.name, run.scorer, evaluator_tokens, criterion, run.enter)
     else:
         model, tokenizer = evaluator if isinstance(evaluator, tuple) else (evaluator, None)
         evaluator_tokens = read_by(tokenizer, setup.tokenizer, setup.texts, setup.documents)

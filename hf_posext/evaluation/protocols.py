@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import InvalidParameterError
 from .decoders import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
 from .encoders import Pseudo, Seq2Seq
@@ -43,6 +45,8 @@ def protocol_for(
             )
         if value is None and option == required:
             raise InvalidParameterError(f"protocol {name!r} requires {option}. Pass {option}=128, in tokens.")
-    protocol: PerplexityProtocol = PROTOCOLS[name](*[options[required]] if required else [])
+    if required is None:
+        return PROTOCOLS[name]()
+    protocol: Any = PROTOCOLS[name](options[required])
     protocol.check(lengths)
     return protocol

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from tqdm.auto import tqdm
@@ -15,8 +14,8 @@ from ..errors import NonFiniteError, OutOfMemoryError, PosExtError
 from .journal import RunJournal
 from .parallel import deal, exchange, processes_of, rank_of, shares_texts
 from .reading import first_line
-from .scorer import on_tokens
-from .tasks import Outcome, Outcomes, Task
+from .scorer import LISTENER
+from .tasks import Outcome, Outcomes, Stage, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,18 +24,6 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT = 1.0
 """Seconds between updates of the progress bar's clock, even during a long forward."""
-
-
-class Stage(NamedTuple):
-    """Tasks measured in one state of the model.
-
-    `enter` puts the model into that state. `measure` returns the value of a task, in plain JSON types.
-    """
-
-    label: str
-    enter: Callable[[], AbstractContextManager[Any]]
-    tasks: Sequence[Task]
-    measure: Callable[[Task], Any]
 
 
 def measure(
@@ -153,8 +140,7 @@ class Progress:
         self.bar.update(self._limit - self.bar.n)
 
     def __enter__(self) -> Self:
-        self._listening = on_tokens(self._add)
-        self._listening.__enter__()
+        self._listening = LISTENER.set(self._add)
         if not self.bar.disable:
             self._clock.start()
         return self
@@ -163,7 +149,7 @@ class Progress:
         self._stop.set()
         if self._clock.is_alive():
             self._clock.join()
-        self._listening.__exit__(None, None, None)
+        LISTENER.reset(self._listening)
         self.bar.close()
 
     def _add(self, tokens: int) -> None:

@@ -10,7 +10,6 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,22 +27,13 @@ from .reading import portable
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_LISTENER: ContextVar[Callable[[int], None] | None] = ContextVar("tokens", default=None)
-
-
-@contextmanager
-def on_tokens(listener: Callable[[int], None]) -> Iterator[None]:
-    """Call `listener` inside the block with the token count of each finished forward of this thread."""
-    token = _LISTENER.set(listener)
-    try:
-        yield
-    finally:
-        _LISTENER.reset(token)
+LISTENER: ContextVar[Callable[[int], object] | None] = ContextVar("tokens", default=None)
+"""Function of this thread that is called with the token count of each finished forward."""
 
 
 def tokens_read(count: int) -> None:
     """Call the listener of this thread, if any, with the number of tokens a model has read."""
-    listener = _LISTENER.get()
+    listener = LISTENER.get()
     if listener is not None:
         listener(count)
 

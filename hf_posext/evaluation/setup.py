@@ -34,7 +34,7 @@ from .reading import portable
 from .rows import Conditions
 from .scorer import Memory, autocast_dtype, model_name
 from .tokens import TokenizedDocuments, check_lengths, check_vocabulary, tokenize_documents
-from .windows import PerplexityProtocol
+from .windows import PerplexityProtocol, is_legacy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -279,7 +279,7 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
         **config.settings(),
         **request.questions.facts,
         "protocol": protocol.name,
-        "legacy": protocol.legacy,
+        "legacy": is_legacy(protocol.name),
         "lengths": lengths,
         "bos": conditions.bos,
         "trained_length": scheme.trained_length,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 from ..errors import EvaluationError
+from ..patching import patch_model
 from ..patching.frequencies import forget_length
 from ..plan import ExtensionPlan
 from .key_tokens import KeyTokens, key_sums, longppl_cells
-from .memory import Boundaries, boundaries_of
+from .memory import boundaries_of
 from .questions import NO_QUESTIONS, Questions
 from .results import Results
 from .rows import DocumentRecord, RetrievalRow, Row, document_record, make_rows, title
@@ -54,9 +56,9 @@ class Task:
     @property
     def key(self) -> dict[str, Any]:
         """Identity of the task, in plain JSON types, without fields that are `None`."""
-        parts = {"kind": self.kind, "method": self.method, "factor": self.factor, "lengths": list(self.lengths)}
-        given = {"document": self.document, "question": self.question}
-        return parts | {name: value for name, value in given.items() if value is not None}
+        parts: dict[str, Any] = {"kind": self.kind, "method": self.method, "factor": self.factor}
+        parts |= {"lengths": list(self.lengths), "document": self.document, "question": self.question}
+        return {name: value for name, value in parts.items() if value is not None}
 
     def __str__(self) -> str:
         what = {"nll": f"document {self.document!r}", "keys": f"key tokens of document {self.document!r}"}
@@ -79,6 +81,18 @@ class Outcome(NamedTuple):
 Outcomes = dict[Task, Outcome]
 
 
+class Stage(NamedTuple):
+    """Tasks measured in one state of the model.
+
+    `enter` puts the model into that state. `measure` returns the value of a task, in plain JSON types.
+    """
+
+    label: str
+    enter: Callable[[], AbstractContextManager[Any]]
+    tasks: Sequence[Task]
+    measure: Callable[[Task], Any]
+
+
 @dataclass(frozen=True, eq=False)
 class MethodRun:
     """Tasks of one method or of the control: documents at all lengths, and questions.
@@ -88,7 +102,8 @@ class MethodRun:
         label (`str`): label of the method or the control.
         factor (`float`): factor of the method.
         scorer: scorer of the model, see [`PerplexityProtocol.scorer`].
-        boundaries ([`Boundaries`], *optional*): lengths at which the positions change.
+        plan ([`ExtensionPlan`], *optional*): plan in force during the run.
+        enter (`Callable`, *optional*): returns the context in which the plan is in force.
         truncated (`int`, *optional*): most tokens of context per token, for the control only.
         questions ([`Questions`], *optional*): questions to answer; none by default.
         keys ([`KeyTokens`], *optional*): tokens whose NLL is also reported separately, at the longest length.
@@ -98,7 +113,8 @@ class MethodRun:
     label: str
     factor: float
     scorer: Any
-    boundaries: Boundaries = Boundaries()
+    plan: ExtensionPlan | None = None
+    enter: Callable[[], AbstractContextManager[Any]] = nullcontext
     truncated: int | None = None
     questions: Questions = NO_QUESTIONS
     keys: KeyTokens | None = None
@@ -117,54 +133,48 @@ class MethodRun:
     def passes(self) -> list[list[int]]:
         """Lengths of each pass, ascending."""
         lengths = self.setup.lengths
-        return [lengths] if self.truncated else self.setup.protocol.passes(lengths, self.boundaries)
+        if self.truncated:
+            return [lengths]
+        return self.setup.protocol.passes(lengths, boundaries_of(self.setup.scheme, self.plan))
 
     @cached_property
     def tasks(self) -> list[Task]:
         """A task per pass and document, followed by a task per question."""
-        return [
-            *(task for lengths in self.passes for task in self._document_tasks(lengths)),
-            *self._questions,
-        ]
+        return [*(task for lengths in self.passes for task in self._document_tasks(lengths)), *self._questions]
+
+    def stage(self, label: str | None = None) -> Stage:
+        """Return the stage of all tasks."""
+        return Stage(label or self.name, self.enter, self.tasks, self.measure)
 
     def measure(self, task: Task) -> Any:
         """Return the value of a task: records of its document by length, or the accuracy at each depth."""
         if task.kind != "nll":
             forget_length(self.scorer.model)
             return self.questions.ask(self.scorer.model, self.setup.tokenizer, task.question, task.lengths[0])
-        protocol, documents, lengths = self.setup.protocol, self.setup.documents, list(task.lengths)
-        index = self.documents.index(str(task.document))
-        if self.truncated is None:
-            measured = protocol.measure(self.scorer, documents, index, lengths)
-        else:
-            measured = protocol.measure_control(self.scorer, documents, index, lengths, self.truncated)
-        longest = self.setup.lengths[-1]
+        documents, longest = self.setup.documents, self.setup.lengths[-1]
+        index = documents.ids.index(str(task.document))
+        measurements = self.setup.protocol.measure(self.scorer, documents, index, list(task.lengths), self.truncated)
         return [
-            document_record(one, documents, index, self.label, self.factor, with_positions=one.length == longest)
-            | self._key_sums(index, one)
-            for one in measured
+            document_record(
+                measurement, documents, index, self.label, self.factor, with_positions=measurement.length == longest
+            )
+            | self._key_sums(index, measurement)
+            for measurement in measurements
         ]
-
-    def is_finished(self, outcomes: Outcomes) -> bool:
-        """Return `True` if all tasks have an outcome."""
-        return all(task in outcomes for task in self.tasks)
 
     def by_document(self, outcomes: Outcomes) -> tuple[dict[str, list[DocumentRecord]], dict[str, str]]:
         """Return the records of each document by ascending length, and the reasons why documents failed."""
         records: dict[str, list[DocumentRecord]] = {}
         reasons: dict[str, str] = {}
         for id in self.documents:
-            passes = [outcomes[self.document_task(id, lengths)] for lengths in self.passes]
+            tasks = [Task("nll", self.label, self.factor, tuple(lengths), id) for lengths in self.passes]
+            passes = [outcomes[task] for task in tasks]
             failures = [outcome.failure for outcome in passes if outcome.failure is not None]
             if failures:
                 reasons[id] = failures[0]
             else:
                 records[id] = [DocumentRecord(record) for outcome in passes for record in outcome.value]
         return records, reasons
-
-    def document_task(self, id: str, lengths: list[int]) -> Task:
-        """Return the task of a document in one pass."""
-        return Task("nll", self.label, self.factor, tuple(lengths), id)
 
     def passkey_cells(self, length: int, outcomes: Outcomes) -> dict[str, Any]:
         """Return the passkey cells in the row of a length; empty if no passkeys were requested."""
@@ -216,14 +226,14 @@ class MethodRun:
             for name in names
         ]
 
-    def _key_sums(self, index: int, measured: Measurement) -> dict[str, Any]:
+    def _key_sums(self, index: int, measurement: Measurement) -> dict[str, Any]:
         """Return the NLL sum and number of a document's key tokens; empty if key tokens were not requested."""
         if self.keys is None:
             return {}
         indices = self.keys.indices.get(self.documents[index])
-        if indices is None or measured.length < self.setup.lengths[-1]:
+        if indices is None or measurement.length < self.setup.lengths[-1]:
             return {"key_nll_sum": None, "key_tokens": None}
-        return key_sums(measured.nll, indices)
+        return key_sums(measurement.nll, indices)
 
 
 def control_run(setup: Setup, scorer: Any, trained_length: int) -> MethodRun:
@@ -232,10 +242,10 @@ def control_run(setup: Setup, scorer: Any, trained_length: int) -> MethodRun:
 
 
 def method_run(setup: Setup, plan: ExtensionPlan) -> MethodRun:
-    """Return the run of the model under a plan."""
+    """Return the run of the model under a plan, which is in force for the time of its stage."""
     factor = 1.0 if plan.changes_nothing else plan.factor
-    boundaries = boundaries_of(plan.scheme, plan)
-    return MethodRun(setup, plan.method, factor, setup.scorer, boundaries, questions=setup.questions)
+    enter = partial(patch_model, setup.scorer.model, plan, tokenizer=setup.tokenizer)
+    return MethodRun(setup, plan.method, factor, setup.scorer, plan, enter, questions=setup.questions)
 
 
 def name_of(plan: ExtensionPlan) -> str:
@@ -266,13 +276,14 @@ class Assembly:
             EvaluationError: the control failed on every document, every method did, or no document is left.
         """
         runs = [*([self.control] if self.control else []), *self.methods]
-        found = {run: run.by_document(outcomes) for run in runs if run.is_finished(outcomes)}
-        failed = {run: next(iter(reasons.values())) for run, (records, reasons) in found.items() if not records}
+        finished = [run for run in runs if all(task in outcomes for task in run.tasks)]
+        measured = {run: run.by_document(outcomes) for run in finished}
+        failed = {run: next(iter(reasons.values())) for run, (records, reasons) in measured.items() if not records}
         if self.control in failed or all(run in failed for run in self.methods):
             reasons = "; ".join(f"{run.name}: {reason}" for run, reason in failed.items())
             raise EvaluationError(f"every document failed: {reasons}. {REMEDY}")
         left_out: dict[str, str] = {}
-        for run, (_, reasons_of) in found.items():
+        for run, (_, reasons_of) in measured.items():
             for id, reason in reasons_of.items() if run not in failed else ():
                 left_out.setdefault(id, f"{run.name}: {reason}")
         kept = [id for id in self.methods[0].documents if id not in left_out]
@@ -282,15 +293,15 @@ class Assembly:
 
         records = {
             run: [record for id in kept for record in by_id[id]]
-            for run, (by_id, _) in found.items()
+            for run, (by_id, _) in measured.items()
             if run not in failed
         }
-        measured = [run for run in self.methods if run in records]
+        methods = [run for run in self.methods if run in records]
         return Results(
             self._provenance(failed, left_out, outcomes),
-            [row for run in measured for row in self._rows_of(run, records, outcomes)],
-            [record for of_one in records.values() for record in of_one],
-            [row for run in measured for row in run.retrieval_rows(outcomes)],
+            [row for run in methods for row in self._rows_of(run, records, outcomes)],
+            [record for of_run in records.values() for record in of_run],
+            [row for run in methods for row in run.retrieval_rows(outcomes)],
         )
 
     def _rows_of(

@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,14 +22,13 @@ from ..evaluation.journal import RunJournal
 from ..evaluation.memory import check_positions
 from ..evaluation.questions import Questions
 from ..evaluation.rows import bootstrap_interval, pooled_perplexity
-from ..evaluation.runner import Stage, measure
+from ..evaluation.runner import measure
 from ..evaluation.setup import Refusals, Setup, try_plans
-from ..evaluation.tasks import MethodRun, Outcomes, Task, control_run, method_run
+from ..evaluation.tasks import MethodRun, Outcomes, Stage, Task, control_run, method_run
 from ..evaluation.windows import CONTROL, control_windows
 from ..methods import Composition, Decay, Fade, Method, RemapMethod, as_method, list_methods
 from ..methods.base import hyper_parameters
 from ..methods.text import by_reason
-from ..patching import patch_model
 from ..patching.observe import frequencies_in_force
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
@@ -267,15 +265,12 @@ class Sweep:
             documents (`Sequence[str]`): ids of the documents.
             progress (`str`): label of the progress bar.
         """
-        stages = [self._stage(progress, nullcontext, self.short, documents)]
-        for name in names:
-            enter = partial(patch_model, self.model, self.by_name[name])
-            stages.append(self._stage(progress, enter, self.runs[name], documents))
-        self._measure(stages)
+        runs = [self.short, *(self.runs[name] for name in names)]
+        self._measure([self._stage(progress, run, documents) for run in runs])
 
     def read_control(self, documents: Sequence[str]) -> None:
         """Measure the unpatched model on documents with truncated context."""
-        self._measure([self._stage(CONTROL, nullcontext, self.control, documents)])
+        self._measure([self._stage(CONTROL, self.control, documents)])
 
     def ask(self, names: Iterable[Name]) -> None:
         """Measure the passkey accuracy of contenders at the target length."""
@@ -283,8 +278,7 @@ class Sweep:
         for name in names:
             tasks = [task for task in self._passkeys(name) if task not in self.outcomes]
             self.tokens += len(tasks) * self.passkey * self.target
-            enter = partial(patch_model, self.model, self.by_name[name])
-            stages.append(Stage("passkeys", enter, tasks, self.questions[name].measure))
+            stages.append(self.questions[name].stage("passkeys")._replace(tasks=tasks))
         self._measure(stages)
 
     def accuracy(self, name: Name) -> float | None:
@@ -350,10 +344,10 @@ class Sweep:
         )
         return times[len(times) // 2] if times else None
 
-    def _stage(self, progress: str, enter: Callable[[], Any], run: MethodRun, documents: Sequence[str]) -> Stage:
+    def _stage(self, progress: str, run: MethodRun, documents: Sequence[str]) -> Stage:
         tasks = [task for task in run.tasks if task.document in documents and task not in self.outcomes]
         self.tokens += sum(self._tokens_of(run, id) for id in dict.fromkeys(str(task.document) for task in tasks))
-        return Stage(progress, enter, tasks, partial(_timed, run.measure))
+        return Stage(progress, run.enter, tasks, partial(_timed, run.measure))
 
     def _measure(self, stages: list[Stage]) -> None:
         pending = [stage for stage in stages if stage.tasks]

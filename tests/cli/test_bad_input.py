@@ -63,7 +63,7 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
         ({"protocol": "prefixx"}, "protocol is 'prefixx'. Choose one of prefix, sliding"),
         ({"stride": 8}, "--stride is 8, and protocol 'prefix' has none"),
         ({"alpha": 3}, "--alpha is 3.0, and there is no LongPPL. Pass --longppl, too"),
-        ({"protocol": "sliding"}, "protocol 'sliding' needs a stride, as in --stride 256"),
+        ({"protocol": "sliding"}, "protocol 'sliding' requires stride. Pass --stride 128, in tokens"),
         ({"tasks": "passkey"}, "--tasks is ['passkey'], and retrieval is 0. Pass --retrieval 4, say, too"),
         ({"prefill_chunk": 0}, "--prefill-chunk is 0. Pass tokens, as in --prefill-chunk 2048"),
         ({"protocol": "sliding", "stride": 64}, "stride"),

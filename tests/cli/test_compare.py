@@ -166,7 +166,7 @@ def test_ctrl_c_before_anything_is_finished_leaves_nothing(tmp_path: Path, monke
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Prefix, "measure_control", interrupt)
+    monkeypatch.setattr(Prefix, "measure", interrupt)
     result = compare(tmp_path / "out")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted; nothing was finished, nothing was written"

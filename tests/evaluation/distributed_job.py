@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from hf_posext.errors import InvalidParameterError, PosExtError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
 from hf_posext.evaluation.parallel import rank_of
-from hf_posext.evaluation.runner import Stage, measure
-from hf_posext.evaluation.tasks import Task
+from hf_posext.evaluation.runner import measure
+from hf_posext.evaluation.tasks import Stage, Task
 
 from ..conftest import tiny_llama
 from .helpers import character_tokenizer, random_texts

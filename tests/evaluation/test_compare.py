@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -292,15 +291,15 @@ def test_peft_model_is_compared_as_it_is() -> None:
 
 def break_reading(monkeypatch: pytest.MonkeyPatch, *broken: tuple[str, int]) -> None:
     """Makes documents fail, by their index, while a method is in force; `truncated` is the control."""
-    kinds = {"measure": lambda model: find_patch(model).plan.method, "measure_control": lambda model: "truncated"}  # type: ignore[union-attr]
-    for name, method_of in kinds.items():
+    whole = Prefix.measure
 
-        def read(self: Any, scorer: Any, documents: Any, index: int, *rest: Any, own: Any, method_of: Any) -> Any:
-            if (method_of(scorer.model), index) in broken:
-                raise NonFiniteError(f"document {index} is broken")
-            return own(self, scorer, documents, index, *rest)
+    def read(self: Prefix, scorer: Any, documents: Any, index: int, lengths: Any, context: int | None = None) -> Any:
+        patch = find_patch(scorer.model)
+        if ("truncated" if patch is None else patch.plan.method, index) in broken:
+            raise NonFiniteError(f"document {index} is broken")
+        return whole(self, scorer, documents, index, lengths, context)
 
-        monkeypatch.setattr(Prefix, name, partialmethod(read, own=getattr(Prefix, name), method_of=method_of))
+    monkeypatch.setattr(Prefix, "measure", read)
 
 
 def test_a_document_that_fails_is_left_out_of_every_row(

@@ -34,9 +34,9 @@ from hf_posext.evaluation import (
     runner,
     scorer,
 )
-from hf_posext.evaluation.runner import Progress, Stage, measure
+from hf_posext.evaluation.runner import Progress, measure
 from hf_posext.evaluation.scorer import tokens_read
-from hf_posext.evaluation.tasks import Task
+from hf_posext.evaluation.tasks import Stage, Task
 
 from ..cli.helpers import compare as command
 from ..cli.helpers import error_of

@@ -16,8 +16,8 @@ import torch
 from hf_posext.errors import InvalidParameterError, JournalError, NonFiniteError
 from hf_posext.evaluation.journal import RunJournal
 from hf_posext.evaluation.parallel import deal, everywhere, processes_of, rank_of
-from hf_posext.evaluation.runner import Stage, measure
-from hf_posext.evaluation.tasks import Outcome, Task
+from hf_posext.evaluation.runner import measure
+from hf_posext.evaluation.tasks import Outcome, Stage, Task
 
 
 def task(method: str, document: object = "1") -> Task:

@@ -142,7 +142,7 @@ def test_the_control_of_a_tail_reads_no_more_than_it_needs(llama: LlamaForCausal
     scorer.token_nll(tokens(8))
     read: list[tuple[int, ...]] = []
     llama.model.layers[0].register_forward_pre_hook(lambda *args: read.append(tuple(args[1][0].shape[:2])))
-    Tail(7).measure_control(scorer, documents, 0, [24], TRAINED)
+    Tail(7).measure(scorer, documents, 0, [24], TRAINED)
     assert read == [(7, TRAINED)], "each of the seven tokens ends a window"
 
 

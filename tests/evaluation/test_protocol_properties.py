@@ -144,7 +144,7 @@ def test_a_control_scores_the_same_tokens_with_no_more_context(
         try:
             scorer.token_nll(rows.tokens[:, :2])
             read.clear()
-            control = protocol.measure_control(scorer, rows, 0, lengths, trained)
+            control = protocol.measure(scorer, rows, 0, lengths, trained)
         finally:
             handle.remove()
         assert max(read) <= trained

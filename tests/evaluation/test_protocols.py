@@ -13,8 +13,7 @@ from transformers import LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError, NonFiniteError
 from hf_posext.evaluation.decoders import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
-from hf_posext.evaluation.encoders import Pseudo, Seq2Seq
-from hf_posext.evaluation.protocols import DECODER_PROTOCOLS, protocol_for
+from hf_posext.evaluation.protocols import DECODER_PROTOCOLS, PROTOCOLS, protocol_for
 from hf_posext.evaluation.rows import Conditions, document_record, make_rows
 from hf_posext.evaluation.scorer import Memory, TokenScorer
 from hf_posext.evaluation.tokens import TokenizedDocuments
@@ -32,7 +31,7 @@ def controlled(protocol: Any, model: nn.Module, documents: TokenizedDocuments) -
     return {
         (found.length, index): found
         for index in range(len(arranged.ids))
-        for found in protocol.measure_control(scorer, arranged, index, LENGTHS, TRAINED)
+        for found in protocol.measure(scorer, arranged, index, LENGTHS, TRAINED)
     }
 
 
@@ -204,14 +203,14 @@ def test_a_stream_without_a_window_is_refused() -> None:
     [
         ("prefix", {"stride": 5}, "stride is 5, and protocol 'prefix' has none. Leave it out, or choose sliding or"),
         ("rolling", {"stride": 5}, "'rolling' has none"),
-        ("sliding", {}, "protocol 'sliding' needs a stride, as in stride=256"),
-        ("legacy-yarn", {}, "'legacy-yarn' needs a stride"),
+        ("sliding", {}, "protocol 'sliding' requires stride. Pass stride=128, in tokens"),
+        ("legacy-yarn", {}, "'legacy-yarn' requires stride"),
         ("legacy-longlora", {"stride": 8}, "stride is 8 for windows of 8 tokens. Pass 1 to 7"),
         ("sliding", {"stride": 0}, r"stride is 0 for windows of 8 tokens. Pass 1 to 7 \(a longer one skips tokens\)"),
-        ("tail", {}, "protocol 'tail' needs the tokens that count, as in tail=128"),
-        ("tail", {"tail": 8}, "tail is 8 for texts of 8 tokens. Pass 1 to 7"),
+        ("tail", {}, "protocol 'tail' requires tail. Pass tail=128, in tokens"),
+        ("tail", {"tail": 8}, "tail is 8 for texts of 8 tokens, the first of which is not scored. Pass 1 to 7"),
         ("tail", {"tail": 0}, "tail is 0"),
-        ("prefix", {"tail": 4}, "tail is 4, and protocol 'prefix' has none. Leave it out, or choose 'tail'"),
+        ("prefix", {"tail": 4}, "tail is 4, and protocol 'prefix' has none. Leave it out, or choose tail"),
         ("suffix", {}, "protocol is 'suffix'. Choose one of prefix, sliding, rolling, tail, legacy-yarn, legacy-lo"),
     ],
 )
@@ -225,7 +224,7 @@ def test_every_protocol_is_found_by_its_name(llama: LlamaForCausalLM) -> None:
     found = [protocol_for(name, *model_kind(llama), LENGTHS, **options.get(name, {})) for name in DECODER_PROTOCOLS]
     assert [protocol.name for protocol in found] == list(DECODER_PROTOCOLS)
     assert found[3] == Tail(7) and found[1] == Sliding(3)
-    assert all(protocol.legacy == is_legacy(protocol.name) for protocol in [*found, Pseudo(), Seq2Seq()])
+    assert [name for name in PROTOCOLS if is_legacy(name)] == ["legacy-yarn", "legacy-longlora"]
 
 
 class LosesOne(TokenScorer):
@@ -243,6 +242,6 @@ def test_what_is_not_finite_names_document_and_token(llama: LlamaForCausalLM, pr
     documents = rows()
     documents.tokens[0, 20] = 0  # no other token is the pad token
     arranged, scorer = protocol.arrange(documents), LosesOne(llama)
-    for measure in (protocol.measure, lambda *args: protocol.measure_control(*args, TRAINED)):
+    for measure in (protocol.measure, lambda *args: protocol.measure(*args, TRAINED)):
         with pytest.raises(NonFiniteError, match=f"in document '{arranged.ids[0]}', first at token 20; load"):
             measure(scorer, arranged, 0, [24])
