@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -109,9 +110,15 @@ def _in_words(hint: Any) -> str:
     return WORDS.get(hint) or f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
 
 
-def _setting(help: str, default: Any = MISSING, **flag: Any) -> Any:
-    """Declare a setting with its help and further options of its flag."""
-    return field(default=default, metadata={"help": help, "flag": flag})
+MAX_TRIALS = 10_000
+"""Most trials per length. All prompts of a length are in memory at once, and each trial is generated."""
+
+
+def _setting(
+    help: str, default: Any = MISSING, *, least: int | None = None, most: float = math.inf, **flag: Any
+) -> Any:
+    """Declare a setting with its help, its bounds, and further options of its flag."""
+    return field(default=default, metadata={"help": help, "bounds": (least, most), "flag": flag})
 
 
 def _documented(cls: type[T]) -> type[T]:
@@ -147,8 +154,10 @@ class EvaluationConfig:
     trained_length: int | None = _setting(
         "Trained length in tokens, also of the control, if the config is wrong or lacks it.", None
     )
-    passkey: int = _setting("Passkey trials at each length; 0 for none.", 0, min=0)
-    retrieval: int = _setting("Retrieval trials of each task at each length and depth; 0 for none.", 0, min=0)
+    passkey: int = _setting("Passkey trials at each length; 0 for none.", 0, least=0, most=MAX_TRIALS)
+    retrieval: int = _setting(
+        "Retrieval trials of each task at each length and depth; 0 for none.", 0, least=0, most=MAX_TRIALS
+    )
     tasks: Sequence[str] | None = _setting(
         "Retrieval tasks: passkey, multi-key, multi-value, variable-tracking, common-words. Default: all.", None
     )
@@ -183,20 +192,25 @@ class EvaluationConfig:
     )
     stride: int | None = _setting("Step of the windows of sliding and the legacy protocols, in tokens.", None)
     tail: int | None = _setting("Number of last tokens that the protocol tail scores.", None)
-    start: int = _setting("Tokens to skip at the beginning of each document, such as front matter.", 0)
+    start: int = _setting("Tokens to skip at the beginning of each document, such as front matter.", 0, least=0)
     bos: Literal["auto", "always", "never"] = _setting(
         "BOS before each text: as the tokenizer adds it, always, or never.", "auto"
     )
     prefill_chunk: int | None = _setting(
-        "Tokens per forward pass, with earlier tokens in a KV cache, to save memory. Default: all.", None
+        "Tokens per forward pass, with earlier tokens in a KV cache, to save memory. Default: all.", None, least=1
     )
     offload_cache: bool = _setting("Keep the KV cache of a prefill in chunks on the CPU.", False)
-    seed: int = _setting("Seed of passkeys and bootstrap intervals.", 0)
+    seed: int = _setting("Seed of passkeys and bootstrap intervals.", 0, least=0)
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(EvaluationConfig).items():
-            object.__setattr__(self, name, _plain(getattr(self, name)))
-            check_type(name, getattr(self, name), hint)
+        hints = get_type_hints(EvaluationConfig)
+        for entry in fields(self):
+            value, least, most = _plain(getattr(self, entry.name)), *entry.metadata["bounds"]
+            object.__setattr__(self, entry.name, value)
+            check_type(entry.name, value, hints[entry.name])
+            if least is not None and value is not None and not least <= value <= most:
+                bounds = f"{least} or more" if math.isinf(most) else f"{least} to {most:,}"
+                raise InvalidParameterError(f"{entry.name} is {short(value)}. Pass a whole number, {bounds}.")
 
     @classmethod
     def of(cls, config: EvaluationConfig | None = None, **settings: Any) -> EvaluationConfig:

@@ -18,11 +18,7 @@ from .windows import Measurement, PerplexityProtocol
 
 
 class FramedScorer(Scorer):
-    """Base class of scorers that put special tokens around each text.
-
-    Raises:
-        InvalidParameterError: `memory` requests chunks. These models read a text as a whole.
-    """
+    """Base class of scorers that put special tokens around each text, which their models read as a whole."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
         self.model = scored_model(model)
@@ -63,12 +59,7 @@ SAMPLES = 64
 
 
 class MaskedScorer(FramedScorer):
-    """Scorer of masked tokens for an encoder with a masked-LM head.
-
-    Raises:
-        InvalidParameterError: the tokenizer has no mask token.
-        UnsupportedModelError: the model has prompt tuning.
-    """
+    """Scorer of masked tokens for an encoder with a masked-LM head."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
         super().__init__(model, tokenizer, memory)
@@ -191,12 +182,7 @@ TARGETS = 128
 
 
 class Seq2SeqScorer(FramedScorer):
-    """Scorer of a text that continues another one, for an encoder-decoder.
-
-    Raises:
-        InvalidParameterError: neither config of the model contains a decoder start token.
-        UnsupportedModelError: the model has prompt tuning.
-    """
+    """Scorer of a text that continues another one, for an encoder-decoder."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
         super().__init__(model, tokenizer, memory)

@@ -65,7 +65,7 @@ class RunJournal:
 
     Raises:
         JournalError: the journal has another configuration, another run is writing it, a line is corrupt, or a file
-            cannot be read.
+            cannot be read or written.
     """
 
     def __init__(self, path: str | Path, configuration: Mapping[str, Any], rank: int = 0, processes: int = 1) -> None:
@@ -89,11 +89,7 @@ class RunJournal:
         return self.values[key_text(task)]
 
     def __setitem__(self, task: Task, value: Any) -> None:
-        """Write the value of a finished task, in plain JSON types.
-
-        Raises:
-            JournalError: the file cannot be written, for example because the disk is full. All earlier lines are kept.
-        """
+        """Write the value of a finished task, in plain JSON types. If the disk is full, all earlier lines are kept."""
         try:
             if self._file is None:
                 self._file = self._open()
@@ -181,8 +177,7 @@ def open_journal(
 ) -> Iterator[RunJournal | None]:
     """Open the journal of this process, with the finished tasks of all processes; `None` without a path.
 
-    Raises:
-        JournalError: a process cannot read its files, or must not continue them. Raised on every process.
+    Every process raises the [`JournalError`] of one.
     """
     if path is None:
         yield None

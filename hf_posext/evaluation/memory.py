@@ -65,11 +65,7 @@ def boundaries_of(scheme: PositionalScheme, plan: ExtensionPlan | None) -> Bound
 
 
 def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int) -> None:
-    """Check that no length exceeds the position table. A GPU aborts on an index past its end.
-
-    Raises:
-        InvalidParameterError: the table, extended by the plan if there is one, is shorter than `longest`.
-    """
+    """Check that no length exceeds the position table under a plan. A GPU aborts on an index past its end."""
     rows = scheme.shipped_length if plan is None or plan.changes_nothing else plan.target_length
     if scheme.ends and rows is not None and longest > rows:
         table = "learned table" if scheme.kind == "learned" else "table"
@@ -97,20 +93,17 @@ def halved(what: str, amount: int, reason: str) -> int:
     return amount // 2
 
 
+@dataclass
 class Part:
     """Slice of a range. Inside `with part:`, an out-of-memory error ends only the block and is recorded.
 
     `reason` is the first line of that error. Without `gives_way` the error propagates.
     """
 
-    def __init__(self, begin: int, end: int, gives_way: bool) -> None:
-        self.begin, self.end, self.gives_way = begin, end, gives_way
-        self.reason: str | None = None
-
-    @property
-    def size(self) -> int:
-        """Number of items."""
-        return self.end - self.begin
+    begin: int
+    end: int
+    gives_way: bool
+    reason: str | None = None
 
     @property
     def items(self) -> slice:
@@ -141,9 +134,7 @@ class Room:
     """
 
     def __init__(self, what: str, amount: int, gives_way: bool = True) -> None:
-        self.what = what
-        self.amount = amount
-        self.gives_way = gives_way
+        self.what, self.amount, self.gives_way = what, amount, gives_way
 
     def parts(self, items: range, cost: int, otherwise: Callable[[str], None] | None = None) -> Iterator[Part]:
         """Yield the batches of a range in order. A batch that ran out of memory is repeated with half its items.
@@ -193,11 +184,7 @@ class Prefill:
     """Reader of texts with one model, in chunks of `chunk` tokens if requested.
 
     For each patch, a prefix of 16 tokens is read both ways to check that chunks reproduce the logits of a full
-    forward.
-
-    Raises:
-        InvalidParameterError: `offload_cache` and the model is not on a CUDA device.
-        UnsupportedModelError: `chunk` and the model has no cache.
+    forward. A model without a cache is refused, and so is an offloaded cache outside of CUDA.
     """
 
     def __init__(self, model: Any, chunk: int | None, offload_cache: bool) -> None:
@@ -217,8 +204,7 @@ class Prefill:
     def chunks(self, head: Head, input_ids: torch.Tensor) -> Iterator[Chunk]:
         """Yield the chunks of a batch of texts `(batch, length)` in order.
 
-        Raises:
-            UnsupportedModelError: with its current patch the model returns other logits in chunks.
+        A model whose current patch returns other logits in chunks is refused, if chunks were requested.
         """
         length = input_ids.shape[1]
         if self.chunk is not None and self.chunk < length:
@@ -231,11 +217,7 @@ class Prefill:
         yield Chunk(0, length, head.read(input_ids, use_cache=False))
 
     def shorten(self, input_ids: torch.Tensor, reason: str) -> None:
-        """Halve the chunks from now on, because the current ones did not fit.
-
-        Raises:
-            OutOfMemoryError: shorter chunks would not help, or the model cannot read in chunks.
-        """
+        """Halve the chunks from now on, because the current ones did not fit, or raise if that would not help."""
         length = input_ids.shape[1]
         chunk = min(self.chunk or length, length)
         _, obstacle = self._check(input_ids)
@@ -295,17 +277,3 @@ def prefill_obstacle(scheme: PositionalScheme, plan: ExtensionPlan | None) -> st
         return None
     what = scheme.model_type if plan is None or plan.changes_nothing else plan.method
     return f"the positions of {what} follow the length of the input"
-
-
-def check_prefill(scheme: PositionalScheme, plan: ExtensionPlan | None, longest: int, chunk: int | None) -> None:
-    """Check, before any long work, that chunks are not known to change values.
-
-    Raises:
-        InvalidParameterError: the longest text would be read in chunks, and [`prefill_obstacle`] returns a reason.
-    """
-    obstacle = prefill_obstacle(scheme, plan)
-    if chunk is not None and chunk < longest and obstacle is not None:
-        raise InvalidParameterError(
-            f"prefill_chunk is {chunk} for texts of {longest} tokens, but {obstacle}, so that chunks would give other "
-            "values. Leave prefill_chunk out, or that method."
-        )

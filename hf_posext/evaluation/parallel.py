@@ -33,12 +33,7 @@ def rank_of(accelerator: Accelerator | None) -> int:
 
 
 def processes_of(accelerator: Accelerator | None) -> int:
-    """Return the number of processes; 1 without an accelerator.
-
-    Raises:
-        InvalidParameterError: the launcher has started more processes than the accelerator has joined. Each of them
-            would do all of the work.
-    """
+    """Return the number of processes, all of which the accelerator must have joined; 1 without an accelerator."""
     if accelerator is None:
         return 1
     started, joined = int(os.environ.get("WORLD_SIZE", 1)), int(accelerator.num_processes)
@@ -51,11 +46,7 @@ def processes_of(accelerator: Accelerator | None) -> int:
 
 
 def shares_texts(accelerator: Accelerator | None) -> bool:
-    """Return `True` if all processes share each text, instead of reading different texts.
-
-    Raises:
-        InvalidParameterError: only some processes would share a text.
-    """
+    """Return `True` if all processes share each text, instead of reading different texts."""
     config = getattr(accelerator, "parallelism_config", None)
     if accelerator is None or config is None or config.cp_size == 1:
         return False
@@ -82,12 +73,8 @@ def deal(costs: Sequence[float], processes: int) -> list[int]:
 def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T]:
     """Run this process's share of the work, and return the results of all processes in order.
 
-    Every process must call it. An error is sent to the other processes before it is raised, so none of them waits for
-    a stopped process. Ctrl-C is not sent, because launchers then stop all processes.
-
-    Raises:
-        Exception: the error of `work`. The other processes raise the same if it is a [`PosExtError`], otherwise an
-            [`EvaluationError`].
+    Every process must call it. An error is raised on all processes, see [`exchange`]. Ctrl-C is not, because launchers
+    then stop all processes.
     """
     if processes_of(accelerator) == 1:
         return [work()]
@@ -103,11 +90,8 @@ def everywhere(work: Callable[[], T], accelerator: Accelerator | None) -> list[T
 def exchange(result: T, ended: Exception | None, accelerator: Accelerator | None) -> list[T]:
     """Return the results of all processes in order, after each has finished or failed.
 
-    Every process must call it.
-
-    Raises:
-        Exception: `ended`. The other processes raise the same if it is a [`PosExtError`], otherwise an
-            [`EvaluationError`].
+    Every process must call it. The error `ended` of one process is raised on all, so none of them waits for a stopped
+    process. Other processes raise the same if it is a [`PosExtError`], otherwise an [`EvaluationError`].
     """
     if processes_of(accelerator) == 1:
         if ended is not None:
@@ -148,10 +132,6 @@ class ContextParallelScorer(TokenScorer):
     Every process must make the same calls, and receives all values. For each patch, a prefix is read both shared and
     unshared, and the values are compared. This refuses models and patches whose attention is not PyTorch's. The run
     ends if memory runs out, because one process cannot shrink its share alone.
-
-    Raises:
-        InvalidParameterError: chunks are requested as well.
-        UnsupportedModelError: see [`TokenScorer`], or sharing a text changes its values.
     """
 
     def __init__(self, model: nn.Module, memory: Memory) -> None:

@@ -14,14 +14,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import InvalidParameterError
 from ..patching.modes import evaluation_mode
-from .config import checked
+from .config import MAX_TRIALS, checked
 from .prompts import QUESTION, TASKS, Prompt, chat_frame, passkey_prompts, task_prompt
 from .scorer import BATCH_TOKENS, TokenScorer
 from .tokens import Bos, check_lengths
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-MAX_TRIALS = 10_000
-"""Most trials per length. All prompts of a length are in memory at once, and each trial is generated."""
 
 
 @dataclass(frozen=True)

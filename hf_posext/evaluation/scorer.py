@@ -134,9 +134,6 @@ class Memory:
         offload_cache (`bool`, *optional*, defaults to `False`): keep the cache in main memory, except for the current
             layer and the next. Requires a CUDA device.
         accelerator (`Accelerator`, *optional*): accelerator whose processes share each text by context parallelism.
-
-    Raises:
-        InvalidParameterError: `prefill_chunk` below 1, or `offload_cache` without `prefill_chunk`.
     """
 
     prefill_chunk: int | None = None
@@ -144,10 +141,6 @@ class Memory:
     accelerator: Accelerator | None = None
 
     def __post_init__(self) -> None:
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise InvalidParameterError(
-                f"prefill_chunk is {self.prefill_chunk}. Pass tokens, as in prefill_chunk=2048."
-            )
         if self.offload_cache and self.prefill_chunk is None:
             raise InvalidParameterError(
                 "offload_cache needs a cache, and there is none without chunks. Pass prefill_chunk=2048, too."
@@ -166,12 +159,8 @@ class TokenScorer(Scorer):
     same way for each patch. A model with other logits in chunks is refused.
 
     If memory runs out, it retries with half as many rows of logits, windows per batch, or tokens per chunk, logs that,
-    and keeps the smaller amount. Values are the same up to rounding.
-
-    Raises:
-        InvalidParameterError: `offload_cache` and the model is not on a CUDA device.
-        UnsupportedModelError: an encoder, an encoder-decoder, a model without a head, a model with prompt tuning, or
-            chunks requested for a model without a cache.
+    and keeps the smaller amount. Values are the same up to rounding. Models without a causal language-model loss are
+    refused.
     """
 
     def __init__(self, model: nn.Module, memory: Memory = WHOLE) -> None:
@@ -272,8 +261,7 @@ def logits_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def scored_model(model: nn.Module) -> Any:
     """Return the transformers model inside its wrappers, after checking that it can be scored per token.
 
-    Raises:
-        UnsupportedModelError: prompt tuning, which adds virtual tokens before the text, or a model on the meta device.
+    Prompt tuning is refused, because it adds virtual tokens before the text, and so are models on the meta device.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModelError(
@@ -289,11 +277,7 @@ def scored_model(model: nn.Module) -> Any:
 def require_finite(
     nll: Any, document: str, tokens: Sequence[int] | None = None, culprit: Callable[[], str] | None = None
 ) -> None:
-    """Check that NLL `(scored tokens,)` is finite. The error names the document, the first such token, and the layers.
-
-    Raises:
-        NonFiniteError: a value is NaN or infinite.
-    """
+    """Check that NLL `(scored tokens,)` is finite. The error names document, first token, and layers that are not."""
     bad = (~torch.isfinite(torch.as_tensor(nll))).nonzero()
     if len(bad):
         first = tokens[int(bad[0])] if tokens else int(bad[0]) + 1

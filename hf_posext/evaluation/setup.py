@@ -26,10 +26,10 @@ from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .config import EvaluationConfig
 from .documents import Document, Documents, as_documents
-from .memory import check_positions, check_prefill
+from .memory import check_positions, prefill_obstacle
 from .parallel import everywhere, processes_of, shares_texts
 from .protocols import DECODER_PROTOCOLS, protocol_for
-from .questions import MAX_TRIALS, Questions, check_questions
+from .questions import Questions, check_questions
 from .reading import portable
 from .rows import Conditions
 from .scorer import Memory, autocast_dtype, model_name
@@ -60,16 +60,8 @@ def check_request(
     config: EvaluationConfig, scheme: PositionalScheme, model: nn.Module | PreTrainedConfig,
     accelerator: Accelerator | None = None,
 ) -> Request:  # fmt: skip
-    """Check all settings that require neither weights nor documents, and return the request.
-
-    Raises:
-        InvalidParameterError: invalid lengths, protocol, protocol options, or questions.
-    """
+    """Check all settings that require neither weights nor documents, and return the request."""
     lengths = check_lengths(config.lengths)
-    if config.start < 0:
-        raise InvalidParameterError(f"start is {config.start}. Pass the number of tokens to leave out, 0 or more.")
-    if config.seed < 0:
-        raise InvalidParameterError(f"seed is {config.seed}. Pass a whole number, 0 or more.")
     kind, name = model_kind(model)
     protocol = protocol_for(config.protocol, kind, name, lengths, stride=config.stride, tail=config.tail)
     if config.bos != "auto" and protocol.name not in DECODER_PROTOCOLS:
@@ -79,10 +71,6 @@ def check_request(
         )
     memory = Memory(config.prefill_chunk, config.offload_cache, accelerator if shares_texts(accelerator) else None)
     for what, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):
-        if not 0 <= count <= MAX_TRIALS:
-            raise InvalidParameterError(
-                f"{what} is {count}. Pass the number of trials, at most {MAX_TRIALS:,}, or 0 for none."
-            )
         if count and protocol.name not in DECODER_PROTOCOLS:
             raise InvalidParameterError(
                 f"{what} is {count}, and {name} does not continue a text as a decoder does. Pass 0."
@@ -113,43 +101,14 @@ def check_request(
     )  # fmt: skip
 
 
-def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[list[ExtensionPlan], Refusals]:
-    """Return the plans of the applicable methods, `none` first, and the reasons why the rest do not apply.
-
-    Every plan is checked against the lengths.
-
-    Raises:
-        UnknownMethodError, MethodNotApplicableError: see [`plan_methods`].
-        InvalidParameterError: see [`plan_methods`], or a length that a plan or reading in chunks does not allow.
-    """
-    config, scheme = request.config, request.scheme
-    plans, refusals = plan_methods(
-        scheme, methods, factor=config.factor, target_length=config.target_length,
-        trained_length=config.trained_length,
-    )  # fmt: skip
-    for plan in plans:
-        check_reads(request, plan)
-    return plans, refusals
-
-
-def check_reads(request: Request, plan: ExtensionPlan | None) -> None:
-    """Check that the model under a plan can read the requested lengths, in chunks if requested.
-
-    Raises:
-        InvalidParameterError: see [`check_positions`] and [`check_prefill`].
-    """
-    check_positions(request.scheme, plan, request.lengths[-1])
-    check_prefill(request.scheme, plan, request.lengths[-1], request.config.prefill_chunk)
-
-
 Refusals = dict[str, str]
 """Reasons why methods are left out, by label."""
 
 
-def plan_methods(
-    scheme: PositionalScheme, methods: Sequence[str | Method], **lengths: Any
-) -> tuple[list[ExtensionPlan], Refusals]:
-    """Return the plans of the methods that apply to a scheme, `none` first, and the reasons why the rest do not.
+def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[list[ExtensionPlan], Refusals]:
+    """Return the plans of the applicable methods, `none` first, and the reasons why the rest do not apply.
+
+    Every plan is checked against the lengths.
 
     Raises:
         UnknownMethodError: an unknown method.
@@ -158,6 +117,8 @@ def plan_methods(
     """
     if isinstance(methods, str) or not methods:
         raise InvalidParameterError(f"methods is {methods!r}. Pass a list, as in methods=['none', 'yarn'].")
+    config, scheme = request.config, request.scheme
+    lengths = {name: getattr(config, name) for name in ("factor", "target_length", "trained_length")}
     plans: list[ExtensionPlan] = []
     refusals: Refusals = {}
     for method in map(as_method, methods):
@@ -174,18 +135,29 @@ def plan_methods(
                 "apart. Pass it once."
             )
     _require_one(scheme, plans, refusals)
+    for plan in plans:
+        check_reads(request, plan)
     return sorted(plans, key=lambda plan: not plan.changes_nothing), refusals
+
+
+def check_reads(request: Request, plan: ExtensionPlan | None) -> None:
+    """Check that the model under a plan can read the requested lengths, in chunks if requested."""
+    longest, chunk = request.lengths[-1], request.config.prefill_chunk
+    check_positions(request.scheme, plan, longest)
+    obstacle = prefill_obstacle(request.scheme, plan)
+    if chunk is not None and chunk < longest and obstacle is not None:
+        raise InvalidParameterError(
+            f"prefill_chunk is {chunk} for texts of {longest} tokens, but {obstacle}, so that chunks would give other "
+            "values. Leave prefill_chunk out, or that method."
+        )
 
 
 def try_plans(model: nn.Module, plans: Sequence[ExtensionPlan], refusals: Refusals) -> list[ExtensionPlan]:
     """Return the plans that the model accepts, after applying and undoing each once so that failures come early.
 
-    The reasons for the remaining plans are added to `refusals`.
-
-    Raises:
-        MethodNotApplicableError: some methods were refused, and no method other than `none` is left.
+    The reasons for the remaining plans are added to `refusals`. One other than `none` must be left.
     """
-    taken = []
+    accepted = []
     for plan in plans:
         try:
             with patch_model(model, plan):
@@ -193,12 +165,12 @@ def try_plans(model: nn.Module, plans: Sequence[ExtensionPlan], refusals: Refusa
         except (UnsupportedModelError, NoEffectError) as error:
             refusals[plan.method] = f"cannot be patched: {error}"
         else:
-            taken.append(plan)
+            accepted.append(plan)
     if plans:
-        _require_one(plans[0].scheme, taken, refusals)
+        _require_one(plans[0].scheme, accepted, refusals)
     for reason, names in by_reason(refusals).items():
         logger.warning("left out: %s (%s)", ", ".join(names), reason)
-    return taken
+    return accepted
 
 
 def _require_one(scheme: PositionalScheme, plans: Sequence[ExtensionPlan], refusals: Refusals) -> None:
@@ -227,25 +199,14 @@ class Setup(Request):
     provenance: dict[str, Any]
 
     def scorer_of(self, model: nn.Module) -> Any:
-        """Return a scorer of the same tokens for another model.
-
-        Raises:
-            InvalidParameterError: a token of the documents is not in its vocabulary.
-            UnsupportedModelError: the protocol does not support the model.
-        """
+        """Return a scorer of the same tokens for another model, whose vocabulary must contain them."""
         scorer = self.protocol.scorer(model, self.tokenizer, self.memory)
         check_vocabulary(scorer.model, self.documents.tokens)
         return scorer
 
 
 def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) -> Setup:
-    """Return the setup of a checked request, after loading and tokenizing its documents.
-
-    Raises:
-        InvalidParameterError: a length that does not hold the questions or the special prefix, or a tokenizer of
-            another model.
-        DocumentError, UnsupportedModelError: see [`evaluate_perplexity`].
-    """
+    """Return the setup of a checked request, after loading and tokenizing its documents."""
     config, lengths, protocol = request.config, request.lengths, request.protocol
     request.questions.check(tokenizer, lengths)
     scorer = protocol.scorer(model, tokenizer, request.memory)

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from hf_posext import compare, evaluate_perplexity, patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
+from hf_posext.evaluation import EvaluationConfig
 from hf_posext.evaluation.encoders import Pseudo, Seq2Seq
-from hf_posext.evaluation.memory import Boundaries, check_prefill, chunk_bounds
+from hf_posext.evaluation.memory import Boundaries, chunk_bounds
 from hf_posext.evaluation.scorer import Memory, TokenScorer
+from hf_posext.evaluation.setup import check_reads, check_request
 from hf_posext.methods import (
     DualChunk,
     DynamicNTK,
@@ -221,10 +223,14 @@ def test_positions_that_follow_the_length_are_refused_by_name(name: str) -> None
         whole = chunked(model, tokens(LENGTH), chunk=LENGTH)[0]
         assert whole.double().numpy() == pytest.approx(naive_nll(model, tokens(LENGTH)[0]), **ROUNDING), "one chunk"
     scheme = detect_scheme(model)
+    requests = {
+        chunk: check_request(EvaluationConfig(lengths=[LENGTH], prefill_chunk=chunk), scheme, model)
+        for chunk in (CHUNK, LENGTH, None)
+    }
     with pytest.raises(InvalidParameterError, match=f"prefill_chunk is 13 for texts of 150 tokens, but .*{what}"):
-        check_prefill(scheme, patch.plan, LENGTH, CHUNK)
-    check_prefill(scheme, patch.plan, LENGTH, LENGTH)
-    check_prefill(scheme, patch.plan, LENGTH, None)
+        check_reads(requests[CHUNK], patch.plan)
+    check_reads(requests[LENGTH], patch.plan)
+    check_reads(requests[None], patch.plan)
 
 
 def test_chunks_are_checked_for_each_patch() -> None:
