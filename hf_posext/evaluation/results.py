@@ -31,12 +31,6 @@ SCHEMA = 2
 ROW_KEYS = required_keys(Row)
 """Keys of every row, in order. The keys of LongPPL and passkeys follow if requested."""
 
-LONGPPL_KEYS = ("longppl", "longppl_ci95", "longppl_truncated", "key_tokens")
-PASSKEY_KEYS = ("passkey", "passkey_trials")
-DOCUMENT_KEYS = required_keys(DocumentRecord)
-KEY_TOKEN_KEYS = ("key_nll_sum", "key_tokens")
-"""Additional keys of documents if LongPPL was requested."""
-
 RETRIEVAL_KEYS = required_keys(RetrievalRow)
 TABLES: dict[str, type[Record]] = {"rows": Row, "per_document": DocumentRecord, "retrieval": RetrievalRow}
 """Record type of each list in a results file."""
@@ -71,9 +65,9 @@ class Results:
 
     def __post_init__(self) -> None:
         # Plain dictionaries are accepted and converted.
-        self.rows = [row if isinstance(row, Row) else Row(row) for row in self.rows]
-        self.per_document = [r if isinstance(r, DocumentRecord) else DocumentRecord(r) for r in self.per_document]
-        self.retrieval = [row if isinstance(row, RetrievalRow) else RetrievalRow(row) for row in self.retrieval]
+        self.rows = list(map(Row, self.rows))
+        self.per_document = list(map(DocumentRecord, self.per_document))
+        self.retrieval = list(map(RetrievalRow, self.retrieval))
 
     def __repr__(self) -> str:
         methods = dict.fromkeys(title(row.method, row.factor) for row in self.rows)
@@ -104,17 +98,17 @@ class Results:
         Raises:
             InvalidParameterError: there is no such row, or there are several.
         """
-        found = [
+        matches = [
             row
             for row in self.rows
             if row["method"] == method and row["length"] == length and factor in (None, row["factor"])
         ]
-        if len(found) != 1:
-            there = ", ".join(f"{row['method']} x{row['factor']:g} at {row['length']}" for row in found or self.rows)
+        if len(matches) != 1:
+            rows = ", ".join(f"{row['method']} x{row['factor']:g} at {row['length']}" for row in matches or self.rows)
             raise InvalidParameterError(
-                f"{len(found)} rows are {method!r} at {length} (factor {factor}). Choose one of: {there or 'none'}."
+                f"{len(matches)} rows are {method!r} at {length} (factor {factor}). Choose one of: {rows or 'none'}."
             )
-        return found[0]
+        return matches[0]
 
     def short_context(self) -> list[dict[str, Any]]:
         """Return the change by each method at the longest measured length within the trained length.
@@ -269,8 +263,8 @@ def _check_provenance(provenance: Any) -> None:
     """Check the types of the provenance entries that reports read."""
     if not isinstance(provenance, Mapping):
         raise EvaluationError("Expected a JSON object as the provenance of the results.")
-    wanted = {"model": str, "trained_length": int, "seed": int, "not_applicable": dict, "documents": list}
-    for key, kind in wanted.items():
+    kinds = {"model": str, "trained_length": int, "seed": int, "not_applicable": dict, "documents": list}
+    for key, kind in kinds.items():
         value = provenance.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             raise EvaluationError(f"provenance has {key} {short(value)}. Measure again.")

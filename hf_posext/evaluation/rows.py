@@ -12,6 +12,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..decode import OptionalKey, Record
 from .tokens import TokenizedDocuments
@@ -112,7 +113,7 @@ def share_interval(share: float, trials: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def bootstrap_interval(nll_sums: Sequence[float], tokens: Sequence[int], seed: int) -> list[float] | None:
+def bootstrap_interval(nll_sums: ArrayLike, tokens: ArrayLike, seed: int) -> list[float] | None:
     """Return the 95 % bootstrap interval of [`pooled_perplexity`] over documents; `None` for a single document.
 
     Documents are independent, but tokens of one document are not. Pass differences of NLL sums for the interval of a
@@ -121,12 +122,13 @@ def bootstrap_interval(nll_sums: Sequence[float], tokens: Sequence[int], seed: i
     which is noise at the usual eight documents and undefined if documents agree. With few documents the interval is
     somewhat too narrow.
     """
-    if len(nll_sums) < 2:
+    sums = np.asarray(nll_sums, dtype=np.float64)
+    if len(sums) < 2:
         return None
     from scipy.stats import bootstrap
 
     interval = bootstrap(
-        (np.asarray(nll_sums, dtype=np.float64), np.asarray(tokens)),
+        (sums, np.asarray(tokens)),
         pooled_perplexity,
         paired=True,
         vectorized=True,
@@ -194,16 +196,14 @@ def gain_by_position(
     same order.
     """
     bounds, counts = stretches(records[0])
-    saved = np.array([record["position_nll_sums"] for record in control]) - [
-        record["position_nll_sums"] for record in records
-    ]
-    found = []
-    for begin, end, count, sums in zip(bounds[:-1], bounds[1:], counts, saved.T, strict=True):
+    truncated, extended = (np.array([record["position_nll_sums"] for record in group]) for group in (control, records))
+    gains = []
+    for begin, end, count, saved in zip(bounds[:-1], bounds[1:], counts, (truncated - extended).T, strict=True):
         if count:
             tokens = [int(count)] * len(records)
-            interval = bootstrap_interval(list(sums), tokens, seed)
-            found.append(StretchGain(int(begin), int(end), float(pooled_perplexity(sums, tokens)), interval))
-    return found
+            interval = bootstrap_interval(saved, tokens, seed)
+            gains.append(StretchGain(int(begin), int(end), float(pooled_perplexity(saved, tokens)), interval))
+    return gains
 
 
 @dataclass(frozen=True)
@@ -306,28 +306,28 @@ def make_rows(
 
 
 def _row(
-    own: list[DocumentRecord],
+    records: list[DocumentRecord],
     control: list[DocumentRecord],
     baseline: list[DocumentRecord],
     length: int,
     conditions: Conditions,
     seed: int,
 ) -> Row:
-    nll, weights = _averaged(own)
-    tail_nll, tail_weights = _averaged(own, tail=True)
+    nll, weights = _averaged(records)
+    tail_nll, tail_weights = _averaged(records, tail=True)
     row = Row(
-        method=own[0]["method"],
-        factor=own[0]["factor"],
+        method=records[0]["method"],
+        factor=records[0]["factor"],
         protocol=conditions.protocol,
         bos=conditions.bos,
         dtype=conditions.dtype,
         length=length,
         perplexity=float(pooled_perplexity(nll, weights)),
         perplexity_tail=float(pooled_perplexity(tail_nll, tail_weights)),
-        bits_per_byte=_bits_per_byte(own),
-        nll_sum=math.fsum(record["nll_sum"] for record in own),
-        tokens=sum(record["tokens"] for record in own),
-        documents=len(own) * conditions.joined,
+        bits_per_byte=_bits_per_byte(records),
+        nll_sum=math.fsum(record["nll_sum"] for record in records),
+        tokens=sum(record["tokens"] for record in records),
+        documents=len(records) * conditions.joined,
         ci95=bootstrap_interval(nll, weights, seed),
         **dict.fromkeys(
             ("perplexity_truncated", "perplexity_truncated_tail", "gain", "gain_ci95", "change", "change_ci95")
@@ -337,11 +337,11 @@ def _row(
         row["perplexity_truncated"] = float(pooled_perplexity(_averaged(control)[0], weights))
         truncated_tail = _averaged(control, tail=True)[0]
         row["perplexity_truncated_tail"] = float(pooled_perplexity(truncated_tail, tail_weights))
-        saved = _difference(truncated_tail, tail_nll)
+        saved = truncated_tail - tail_nll
         row["gain"] = float(pooled_perplexity(saved, tail_weights))
         row["gain_ci95"] = bootstrap_interval(saved, tail_weights, seed)
     if baseline:
-        added = _difference(nll, _averaged(baseline)[0])
+        added = nll - _averaged(baseline)[0]
         row["change"] = float(pooled_perplexity(added, weights)) - 1
         interval = bootstrap_interval(added, weights, seed)
         row["change_ci95"] = interval and [end - 1 for end in interval]
@@ -352,10 +352,10 @@ def _at(records: Iterable[DocumentRecord], length: int) -> list[DocumentRecord]:
     return [record for record in records if record["length"] == length]
 
 
-def _averaged(records: Iterable[DocumentRecord], tail: bool = False) -> tuple[list[float], list[int]]:
+def _averaged(records: Iterable[DocumentRecord], tail: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Return the NLL sums and weights of several records."""
     sums, weights = zip(*(averaged(record, tail) for record in records), strict=True)
-    return list(sums), list(weights)
+    return np.array(sums), np.array(weights)
 
 
 def _bytes(documents: TokenizedDocuments, index: int, measurement: Measurement) -> int | None:
@@ -377,7 +377,3 @@ def _bits_per_byte(records: Sequence[DocumentRecord]) -> float | None:
         return None
     size: int = sum(record["bytes"] for record in records)
     return math.fsum(record["nll_sum"] for record in records) / math.log(2) / size if size else None
-
-
-def _difference(left: Iterable[float], right: Iterable[float]) -> list[float]:
-    return [a - b for a, b in zip(left, right, strict=True)]

@@ -13,7 +13,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from hf_posext.decode import required_keys
+from hf_posext.evaluation.rows import DocumentRecord
+
 BOS, UNKNOWN = 1, 2
+
+DOCUMENT_KEYS = required_keys(DocumentRecord)
+LONGPPL_KEYS = ("longppl", "longppl_ci95", "longppl_truncated", "key_tokens")
+PASSKEY_KEYS = ("passkey", "passkey_trials")
+KEY_TOKEN_KEYS = ("key_nll_sum", "key_tokens")
 CHARACTERS = string.ascii_letters + string.digits + " .?\n"
 
 

@@ -28,7 +28,7 @@ from hf_posext.evaluation import Results, compare, evaluate_perplexity
 from hf_posext.evaluation import compare as compare_function
 from hf_posext.evaluation.decoders import Prefix
 from hf_posext.evaluation.documents import Document
-from hf_posext.evaluation.results import DOCUMENT_KEYS, PASSKEY_KEYS, ROW_KEYS
+from hf_posext.evaluation.results import ROW_KEYS
 from hf_posext.evaluation.rows import STRETCHES, gain_by_position, position_sums
 from hf_posext.evaluation.windows import Measurement, control_stride
 from hf_posext.patching import find_patch
@@ -36,7 +36,7 @@ from hf_posext.reporting import notes
 
 from ..conftest import TRAINED, logits, tiny_gpt2, tiny_llama, tokens
 from ..zoo import build
-from .helpers import BOS, character_tokenizer, naive_nll, naive_windowed_nll, random_texts
+from .helpers import BOS, DOCUMENT_KEYS, PASSKEY_KEYS, character_tokenizer, naive_nll, naive_windowed_nll, random_texts
 
 TEXTS = random_texts(3, 140)
 LENGTHS = [48, 128]

@@ -19,10 +19,20 @@ from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity
 from hf_posext.evaluation import key_search as key_search_module
 from hf_posext.evaluation.key_search import default_criterion
 from hf_posext.evaluation.key_tokens import Criterion
-from hf_posext.evaluation.results import DOCUMENT_KEYS, KEY_TOKEN_KEYS, LONGPPL_KEYS, ROW_KEYS
+from hf_posext.evaluation.results import ROW_KEYS
 
 from ..conftest import TRAINED, tiny_gpt2, tiny_llama
-from .helpers import BOS, CHARACTERS, character_tokenizer, naive_nll, naive_windowed_nll, random_texts
+from .helpers import (
+    BOS,
+    CHARACTERS,
+    DOCUMENT_KEYS,
+    KEY_TOKEN_KEYS,
+    LONGPPL_KEYS,
+    character_tokenizer,
+    naive_nll,
+    naive_windowed_nll,
+    random_texts,
+)
 
 LENGTHS, START, SHORT = [48, 128], 5, 24
 FIRST = 3  # the token of the first character

@@ -12,10 +12,9 @@ from transformers import LlamaForCausalLM
 from hf_posext import patch_model
 from hf_posext.errors import AlreadyPatchedError, InvalidParameterError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.results import PASSKEY_KEYS
 
 from ..conftest import TRAINED, tiny_bloom, tiny_llama
-from .helpers import character_tokenizer, random_texts
+from .helpers import PASSKEY_KEYS, character_tokenizer, random_texts
 
 TEXTS = random_texts(3, 140)
 LENGTHS = [48, 128]

@@ -15,10 +15,11 @@ import pytest
 
 from hf_posext.errors import EvaluationError, InvalidParameterError
 from hf_posext.evaluation import Results
-from hf_posext.evaluation.results import DOCUMENT_KEYS, ROW_KEYS
+from hf_posext.evaluation.results import ROW_KEYS
 from hf_posext.reporting import describe_methods, write_report
 
 from ..reporting.helpers import make_results
+from .helpers import DOCUMENT_KEYS
 
 
 def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **more: Any) -> dict[str, Any]:
