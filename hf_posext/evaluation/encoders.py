@@ -27,9 +27,10 @@ class FramedScorer(Scorer):
                 f"prefill_chunk is {memory.prefill_chunk}, and {type(self.model).__name__} reads a text as a whole. "
                 "Leave it out."
             )
-        before, after = special_tokens(tokenizer)
         # On the CPU like the texts, even if the default device of the process is another one.
-        self.before, self.after = (torch.tensor(ids, dtype=torch.long, device="cpu") for ids in (before, after))
+        self.before, self.after = (
+            torch.tensor(ids, dtype=torch.long, device="cpu") for ids in special_tokens(tokenizer)
+        )
 
     @property
     def special(self) -> int:

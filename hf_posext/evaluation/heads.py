@@ -198,7 +198,7 @@ def with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
     return type(output)(**{**output, "last_hidden_state": hidden})
 
 
-def deviation(found: torch.Tensor, expected: torch.Tensor) -> float | None:
+def deviation(logits: torch.Tensor, expected: torch.Tensor) -> float | None:
     """Return the largest difference of logits; `None` if it is within rounding or if `expected` is not finite.
 
     The tolerance is relative to the largest logit. Matrix products of different shapes differ by some eps of the
@@ -206,6 +206,6 @@ def deviation(found: torch.Tensor, expected: torch.Tensor) -> float | None:
     """
     if not torch.isfinite(expected).all():
         return None
-    largest = float((found - expected).abs().max())
+    largest = float((logits - expected).abs().max())
     allowed = max(1e-4, 8 * torch.finfo(expected.dtype).eps) * float(expected.abs().max())
     return None if largest <= allowed else largest  # a NaN fails the comparison and is returned

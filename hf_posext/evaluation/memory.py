@@ -190,7 +190,7 @@ class Prefill:
     def __init__(self, model: Any, chunk: int | None, offload_cache: bool) -> None:
         self.model = model
         self.chunk = chunk
-        self.asked = chunk is not None
+        self.requested = chunk is not None
         self.offload_cache = offload_cache
         self._checked: tuple[Any, Boundaries, str | None] | None = None  # the checked patch and the result
         if chunk is not None and cache_argument(type(model).forward) is None:
@@ -212,7 +212,7 @@ class Prefill:
             if obstacle is None:
                 yield from self._read(head, input_ids, chunk_bounds(length, self.chunk, boundaries))
                 return
-            if self.asked:
+            if self.requested:
                 raise UnsupportedModelError(self._refusal(obstacle))
         yield Chunk(0, length, head.read(input_ids, use_cache=False))
 
@@ -275,5 +275,5 @@ def prefill_obstacle(scheme: PositionalScheme, plan: ExtensionPlan | None) -> st
     """
     if not boundaries_of(scheme, plan).dynamic:
         return None
-    what = scheme.model_type if plan is None or plan.changes_nothing else plan.method
-    return f"the positions of {what} follow the length of the input"
+    name = scheme.model_type if plan is None or plan.changes_nothing else plan.method
+    return f"the positions of {name} follow the length of the input"

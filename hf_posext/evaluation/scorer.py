@@ -9,15 +9,15 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from ..errors import InvalidParameterError, NonFiniteError, UnsupportedModelError
+from ..errors import NonFiniteError, UnsupportedModelError
 from ..patching import unwrap
 from ..patching.frequencies import forget_length
 from .heads import PROBE_LENGTH, Head, deviation, find_head
@@ -75,12 +75,13 @@ def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
     damaged = next((name for name, weight in weights if not bool(torch.isfinite(weight).all())), None)
     if damaged is not None:
         return f"{DAMAGED}: {family(damaged)}"
-    found: list[str] = []
+    culprits: list[str] = []
 
     def look(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and not all(bool(torch.isfinite(tensor).all()) for tensor in _floating(output)):
-                found.append(path)
+            tensors = (part for part in tree_leaves(output) if isinstance(part, torch.Tensor))
+            if not culprits and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                culprits.append(path)
 
         return hook
 
@@ -90,7 +91,7 @@ def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return family(found[0]) if found else "no module when it was run again"
+    return family(culprits[0]) if culprits else "no module when it was run again"
 
 
 def family(path: str) -> str:
@@ -99,16 +100,6 @@ def family(path: str) -> str:
     if not numbers:
         return path or "what the model does after its head"
     return f"{_NUMBER.sub('*', path)} (first in layer {'.'.join(numbers)})"
-
-
-def _floating(output: Any) -> Iterator[torch.Tensor]:
-    """Yield the floating-point tensors in a module's output."""
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping | list | tuple):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _floating(part)
 
 
 LOGITS_ROWS = 512
@@ -124,8 +115,7 @@ BATCH_TOKENS = 16_384
 """Most tokens per forward when windows of equal shape are batched."""
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Options that save memory on long texts.
 
     Args:
@@ -139,12 +129,6 @@ class Memory:
     prefill_chunk: int | None = None
     offload_cache: bool = False
     accelerator: Accelerator | None = None
-
-    def __post_init__(self) -> None:
-        if self.offload_cache and self.prefill_chunk is None:
-            raise InvalidParameterError(
-                "offload_cache needs a cache, and there is none without chunks. Pass prefill_chunk=2048, too."
-            )
 
 
 WHOLE = Memory()

@@ -69,32 +69,32 @@ def check_request(
             f"bos is {config.bos!r}, and protocol {protocol.name!r} puts all special tokens of the tokenizer around "
             "each text. Leave bos out."
         )
+    if config.offload_cache and config.prefill_chunk is None:
+        raise InvalidParameterError(
+            "offload_cache needs a cache, and there is none without chunks. Pass prefill_chunk=2048, too."
+        )
     memory = Memory(config.prefill_chunk, config.offload_cache, accelerator if shares_texts(accelerator) else None)
-    for what, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):
+    for setting, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):
         if count and protocol.name not in DECODER_PROTOCOLS:
             raise InvalidParameterError(
-                f"{what} is {count}, and {name} does not continue a text as a decoder does. Pass 0."
+                f"{setting} is {count}, and {name} does not continue a text as a decoder does. Pass 0."
             )
         if count and memory.accelerator is not None:
             raise InvalidParameterError(
-                f"{what} is {count}, and a model spread over processes by cp_size does not generate. "
+                f"{setting} is {count}, and a model spread over processes by cp_size does not generate. "
                 "Pass 0, and ask in a run without cp_size."
             )
-    for what, value in (("tasks", config.tasks), ("depths", config.depths)):
-        if value is not None and not config.retrieval:
-            raise InvalidParameterError(f"{what} is {list(value)}, and retrieval is 0. Pass retrieval=4, say, too.")
+    for setting, values in (("tasks", config.tasks), ("depths", config.depths)):
+        if values is not None and not config.retrieval:
+            raise InvalidParameterError(f"{setting} is {list(values)}, and retrieval is 0. Pass retrieval=4, too.")
     if config.chat and not (config.passkey or config.retrieval):
         raise InvalidParameterError(
             "chat is True, and nothing is asked. Pass passkey=4 or retrieval=4 too, or leave chat out."
         )
-    rules: dict[str, Any] = {
-        "passkey": config.passkey, "seed": config.seed, "bos": config.bos, "chat": config.chat
-    }  # fmt: skip
-    questions = (
-        check_questions(config.retrieval, config.tasks, config.depths, **rules)
-        if config.retrieval
-        else Questions(**rules)
-    )
+    rules: dict[str, Any] = {name: getattr(config, name) for name in ("passkey", "seed", "bos", "chat")}
+    questions = Questions(**rules)
+    if config.retrieval:
+        questions = check_questions(config.retrieval, config.tasks, config.depths, **rules)
     return Request(
         config=config, scheme=scheme, lengths=lengths, protocol=protocol, memory=memory, questions=questions,
         accelerator=accelerator,
@@ -178,9 +178,9 @@ def _require_one(scheme: PositionalScheme, plans: Sequence[ExtensionPlan], refus
         return
     reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason(refusals).items())
     usable = [info.name for info in list_methods(scheme.kind)]
-    what = f"nothing but {plans[0].method}" if plans else "nothing"
+    rest = f"nothing but {plans[0].method}" if plans else "nothing"
     applies = "" if scheme.obstacle else f"; for {scheme.kind} positions there are: {', '.join(usable)}"
-    raise MethodNotApplicableError(f"of the methods given {what} applies: {reasons}{applies}")
+    raise MethodNotApplicableError(f"of the methods given {rest} applies: {reasons}{applies}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
     source = texts.source if isinstance(texts, Documents) else {"dataset": None, "split": None, "revision": None}
     scheme, device = request.scheme, str(scorer.model.device)
     provenance = {
-        "versions": _versions(),
+        "versions": {**versions_of("hf_posext", "transformers", "torch"), "python": platform.python_version()},
         "machine": machine(),
         "model": model_name(scorer.model),
         "model_type": scheme.model_type,
@@ -258,10 +258,6 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
     )  # fmt: skip
 
 
-def is_remote(thing: Any) -> bool:
+def is_remote(instance: Any) -> bool:
     """Return `True` if the class of a model or tokenizer is code of a checkpoint, not of a package."""
-    return type(thing).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
-
-
-def _versions() -> dict[str, str]:
-    return {**versions_of("hf_posext", "transformers", "torch"), "python": platform.python_version()}
+    return type(instance).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)

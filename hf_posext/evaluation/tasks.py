@@ -61,14 +61,14 @@ class Task:
         return {name: value for name, value in parts.items() if value is not None}
 
     def __str__(self) -> str:
-        what = {"nll": f"document {self.document!r}", "keys": f"key tokens of document {self.document!r}"}
-        which = what.get(self.kind, f"{self.kind} {self.question or ''}".strip())
-        return f"{title(self.method, self.factor)}, {which}, {' and '.join(map(str, self.lengths))} tokens"
+        subjects = {"nll": f"document {self.document!r}", "keys": f"key tokens of document {self.document!r}"}
+        subject = subjects.get(self.kind, f"{self.kind} {self.question or ''}".strip())
+        return f"{title(self.method, self.factor)}, {subject}, {' and '.join(map(str, self.lengths))} tokens"
 
 
-def task_of(kind: Kind, method: str, factor: float, lengths: Iterable[int], reads: list[int], **which: Any) -> Task:
-    """Return a task whose forwards read `reads` tokens each."""
-    return Task(kind, method, factor, tuple(lengths), tokens=sum(reads), cost=cost_of(reads), **which)
+def task_of(kind: Kind, method: str, factor: float, lengths: Iterable[int], reads: list[int], **subject: Any) -> Task:
+    """Return a task whose forwards read `reads` tokens each. `subject` is its document or question."""
+    return Task(kind, method, factor, tuple(lengths), tokens=sum(reads), cost=cost_of(reads), **subject)
 
 
 class Outcome(NamedTuple):
@@ -201,8 +201,8 @@ class MethodRun:
         entries = []
         for task in self._questions:
             if task in outcomes and (failure := outcomes[task].failure) is not None:
-                which = f" on {task.question}" if task.question else ""
-                entries.append({task.kind: f"{self.name}{which} at {task.lengths[0]}", "reason": failure})
+                question = f" on {task.question}" if task.question else ""
+                entries.append({task.kind: f"{self.name}{question} at {task.lengths[0]}", "reason": failure})
         return entries
 
     def _document_tasks(self, lengths: list[int]) -> list[Task]:
