@@ -152,7 +152,7 @@ class EvaluationConfig:
     )
     target_length: int | None = _setting("Target length in tokens, instead of a factor.", None, of="compare")
     trained_length: int | None = _setting(
-        "Trained length in tokens, also of the control, if the config is wrong or lacks it.", None
+        "Trained length in tokens, also of the control, if the config is wrong or lacks it.", None, least=2
     )
     passkey: int = _setting("Passkey trials at each length; 0 for none.", 0, least=0, most=MAX_TRIALS)
     retrieval: int = _setting(
@@ -205,7 +205,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(EvaluationConfig)
         for entry in fields(self):
-            value, least, most = _plain(getattr(self, entry.name)), *entry.metadata["bounds"]
+            value: Any = _plain(getattr(self, entry.name))
+            least, most = entry.metadata["bounds"]
             object.__setattr__(self, entry.name, value)
             check_type(entry.name, value, hints[entry.name])
             if least is not None and value is not None and not least <= value <= most:

@@ -9,7 +9,7 @@ from .decoders import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
 from .encoders import Pseudo, Seq2Seq
 from .windows import PerplexityProtocol
 
-PROTOCOLS: dict[str, type[PerplexityProtocol]] = {
+PROTOCOLS: dict[str, Any] = {
     protocol.name: protocol
     for protocol in (Prefix, Sliding, Rolling, Tail, LegacyYaRN, LegacyLongLoRA, Pseudo, Seq2Seq)
 }
@@ -45,8 +45,6 @@ def protocol_for(
             )
         if value is None and option == required:
             raise InvalidParameterError(f"protocol {name!r} requires {option}. Pass {option}=128, in tokens.")
-    if required is None:
-        return PROTOCOLS[name]()
-    protocol: Any = PROTOCOLS[name](options[required])
+    protocol: PerplexityProtocol = PROTOCOLS[name](*([options[required]] if required else []))
     protocol.check(lengths)
     return protocol

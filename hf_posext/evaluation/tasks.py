@@ -263,7 +263,7 @@ class Assembly:
     length.
     """
 
-    methods: list[MethodRun]
+    methods: Sequence[MethodRun]
     control: MethodRun | None = None
     unpatched: MethodRun | None = None
     provenance: dict[str, Any] = field(default_factory=dict)

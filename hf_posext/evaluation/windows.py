@@ -50,11 +50,14 @@ class PerplexityProtocol(ABC):
     """Protocol that measures one document in one pass. The caller loops over and distributes passes.
 
     A pass is one document and the lengths measured together. `name` is the name in results and on the command line,
-    and `option` the setting that the protocol requires, which its `check(lengths)` bounds.
+    and `option` the setting that the protocol requires.
     """
 
     name: ClassVar[str]
     option: ClassVar[str | None] = None
+
+    def check(self, lengths: list[int]) -> None:  # noqa: B027  # most protocols have no option
+        """Refuse an option that the lengths do not allow."""
 
     @abstractmethod
     def bos_rule(self, bos: int) -> str:

@@ -98,6 +98,11 @@ def test_unknown_settings_are_refused_with_a_suggestion() -> None:
         ({"bos": True}, "Expected bos to be one of auto, always, never, got True"),
         ({"passkey": 10**19}, "passkey is 10000000000000000000. Pass a whole number, 0 to 10,000"),
         ({"retrieval": 10_001}, "retrieval is 10001. Pass a whole number, 0 to 10,000"),
+        ({"factor": float("nan")}, "Expected factor to be a number or None, got nan"),
+        ({"factor": 10**400}, r"Expected factor to be a number or None, got 10{36}\.\.\."),
+        ({"lengths": [10**400]}, r"Expected lengths to be a list of whole numbers, got \[10{35}\.\.\."),
+        ({"depths": [float("inf")]}, r"Expected depths to be a list of numbers or None, got \[inf\]"),
+        ({"trained_length": 1}, "trained_length is 1. Pass a whole number, 2 or more"),
         ({"seed": -1}, "seed is -1. Pass a whole number, 0 or more"),
         ({"longppl": (1,)}, r"Expected longppl to be a label, a model, or \(model, tokenizer\)"),
         ({"config": {"lengths": [48]}}, "Expected config to be an EvaluationConfig or None, got {'lengths"),
@@ -196,6 +201,7 @@ def test_every_setting_has_a_flag_with_its_help() -> None:
         for entry in fields(EvaluationConfig):
             if entry.metadata.get("flag", {}).get("of", name) == name:
                 assert options[entry.name].help == entry.metadata["help"], entry.name
+                assert entry.metadata["help"] in " ".join((EvaluationConfig.__doc__ or "").split()), entry.name
                 assert f"--{entry.name.replace('_', '-')}" in options[entry.name].opts
     assert "factor" not in {option.name for option in commands["evaluate"].params}
 

@@ -269,13 +269,14 @@ def test_a_model_without_a_cache_is_refused_before_anything_is_read() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prefill_chunk": 0}, "prefill_chunk is 0. Pass tokens, as in prefill_chunk=2048"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0. Pass a whole number, 1 or more"),
         ({"offload_cache": True}, "offload_cache needs a cache, .* Pass prefill_chunk=2048, too"),
     ],
 )
-def test_memory_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+def test_impossible_memory_is_refused(arguments: dict[str, Any], message: str) -> None:
+    model = tiny_llama()
     with pytest.raises(InvalidParameterError, match=message):
-        Memory(**arguments)
+        check_request(EvaluationConfig(lengths=[LENGTH], **arguments), detect_scheme(model), model)
 
 
 def test_from_the_front_door() -> None:
