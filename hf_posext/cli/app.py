@@ -154,8 +154,8 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """Return a message of the package with the flags of a command in place of keyword arguments.
 
     `factor=8` becomes `--factor 8`, `lengths=[512, 1024]` becomes `--lengths 512,1024`, `longppl=` becomes
-    `--longppl`, and so does a name at the beginning, as in "stride is 0". Parameters of methods, as in
-    `yarn(beta_fast=16)`, and names that the command does not have stay as they are.
+    `--longppl`, and so does a name at the beginning, as in "stride is 0" and "Expected factor to be". Parameters of
+    methods, as in `yarn(beta_fast=16)`, and names that the command does not have stay as they are.
 
     Args:
         message (`str`): text of an error.
@@ -178,7 +178,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
 
     keyword = rf"(?P<method>\w+\([^()]*\))|(?<![\w.-])(?P<name>{either})=(?P<value>{value})"
     message = re.sub(keyword, flag, message)
-    message = re.sub(rf"^({either}) (?=is |needs )", lambda match: f"{names[match[1]]} ", message)
+    message = re.sub(rf"^(Expected |)({either}) (?=is |needs |to be )", lambda m: f"{m[1]}{names[m[2]]} ", message)
     compound = "|".join(name for name in names if "_" in name)
     if compound:
         message = re.sub(rf"(?<![\w/.-])({compound})(?![\w./])", lambda match: names[match[1]], message)

@@ -239,11 +239,11 @@ def test_resume_begins_a_run_that_was_never_begun(tmp_path: Path) -> None:
 def test_a_document_that_fails_is_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Prefix.measure
 
-    def fail_or_read(self: Prefix, scorer: Any, documents: Any, index: int, lengths: Any) -> Any:
+    def fail_or_read(self: Prefix, scorer: Any, documents: Any, index: int, *lengths: Any) -> Any:
         patch = find_patch(scorer.model)
         if index == 1 and patch is not None and patch.plan.method == "linear":
             raise NonFiniteError(f"logits are not finite in document {documents.ids[1]!r}")
-        return read(self, scorer, documents, index, lengths)
+        return read(self, scorer, documents, index, *lengths)
 
     monkeypatch.setattr(Prefix, "measure", fail_or_read)
     result = compare(tmp_path / "out", documents=3)

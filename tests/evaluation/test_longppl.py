@@ -248,7 +248,7 @@ def test_longce_weights() -> None:
     assert torch.equal(long.grad, weights)
     assert longce_weights(long, short, cap=1.5).max() == 1.5
     for cap in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(InvalidParameterError, match="cap is"):
+        with pytest.raises(InvalidParameterError, match="cap is|Expected cap to be a number"):
             longce_weights(long, short, cap=cap)
     with pytest.raises(InvalidParameterError, match="Pass the same tokens"):
         longce_weights(long, short[1:])
