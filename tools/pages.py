@@ -25,6 +25,12 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows))
 
 
+def between_marks(page: Path, begin: str, end: str, text: str) -> str:
+    """Return a page with the text between its marks replaced."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    return f"{before}{begin}{text}{end}{rest.partition(end)[2]}"
+
+
 def publish(
     description: str | None,
     render: Callable[[], Mapping[Path, str]],

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from pages import ROOT, publish, table
+from pages import ROOT, between_marks, publish, table
 
 PAGE, RECOMMEND, SEARCH = ROOT / "docs" / "recommend.md", ROOT / "results" / "recommend", ROOT / "results" / "search"
 BEGIN, END = "<!-- measured: tools/recommend_page.py -->\n", "<!-- end of what is measured -->\n"
@@ -82,12 +82,5 @@ def _length(row: dict[str, Any]) -> int:
     return int(row["length"])
 
 
-def render() -> str:
-    """Return the page with its measured part anew."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}{measured()}{END}{rest.partition(END)[2]}"
-
-
 if __name__ == "__main__":
-    sys.exit(publish(__doc__, lambda: {PAGE: render()}))
+    sys.exit(publish(__doc__, lambda: {PAGE: between_marks(PAGE, BEGIN, END, measured())}))

@@ -170,11 +170,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert command == "python benchmarks/some.py --tiny"
 
 
-def test_page_is_what_the_results_give() -> None:
-    """The committed one, and the page of a machine where nothing has been measured yet."""
-    page = script("page")
-    assert page.PAGE.read_text(encoding="utf-8") == page.render(), "run: python benchmarks/page.py"
-    assert "not measured" in page.render(FOLDER / "none")
+def test_page_of_a_machine_that_measured_nothing() -> None:
+    assert "not measured" in script("page").render(FOLDER / "none")
 
 
 @pytest.mark.parametrize("name", ["perplexity", "cpu", "scaling", "gpu", "gpu_decoding"])

