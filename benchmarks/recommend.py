@@ -15,12 +15,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from output import machine
 from shipped import ROOT, load, novels
 
 import hf_posext
-from hf_posext.packages import machine
 from hf_posext.recommendation.recommend import SHARE, prepared
-from hf_posext.recommendation.sweep import Sweep, name_of
+from hf_posext.recommendation.sweep import Sweep
 
 RESULTS = ROOT / "results" / "recommend"
 JOURNALS = ROOT / "reports" / "recommend"
@@ -35,7 +35,7 @@ TRAINED = {"tiny-alibi": 512}
 def exhaustive(sweep: Sweep, short_limit: float = SHORT_LIMIT) -> dict[str, Any]:
     """Everything measured: all contenders, and the best within the limit."""
     documents = sweep.documents
-    names = [name_of(plan) for plan in sweep.plans]
+    names = list(sweep.by_name)
     sweep.read(names, documents, f"exhaustive at {sweep.target}")
     sweep.read_control(documents)
     lines = [
@@ -56,7 +56,7 @@ def exhaustive(sweep: Sweep, short_limit: float = SHORT_LIMIT) -> dict[str, Any]
 def compare(model: Any, tokenizer: Any, texts: Any, target: int, journal: Path, **options: Any) -> dict[str, Any]:
     """The exhaustive sweep, `recommend` at a quarter of its tokens, and the gap between what they choose."""
     settings = {"journal": journal, "passkey": PASSKEYS, **options}
-    with prepared(model, tokenizer, texts, target, **settings) as (sweep, _):
+    with prepared(model, tokenizer, texts, target, **settings) as sweep:
         whole = exhaustive(sweep)
         found = hf_posext.recommend(model, tokenizer, texts, target, short_limit=SHORT_LIMIT, **settings)
         chosen = found.best["method"], found.best["factor"]

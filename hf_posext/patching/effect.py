@@ -79,7 +79,7 @@ def refuse_idle(plan: ExtensionPlan, layers: Layers) -> None:
         NoEffectError: every distance, and every logit, stays as it is.
     """
     # new frequencies were compared with the former ones when they were written
-    if plan.rotaries or _differ(plan, replace(plan, edits=()), 2 * plan.target_length - 1, layers):
+    if plan.rotaries or differ(plan, replace(plan, edits=()), 2 * plan.target_length - 1, layers):
         return
     bounds = [window for window, _ in layers if window is not None]
     reach = f"at most {max(bounds)} tokens back" if len(bounds) == len(layers) else "all tokens"
@@ -107,20 +107,20 @@ def refuse_idle_components(model: nn.Module, plan: ExtensionPlan) -> None:
     rotating: list[Any] = [module for module in model.modules() if hasattr(module, "_posext_layer")]
     layers = {(module._posext_layer.window, layer_number(module) or 0) for module in rotating} or EVERYWHERE
     for component, without in without_each(plan, components):
-        if not _differ(plan, without, 2 * target - 1, layers):
+        if not differ(plan, without, 2 * target - 1, layers):
             raise NoEffectError(
                 f"Expected each component of {plan.method!r} to change something, got {component!r} without effect up "
                 f"to {2 * target:,} tokens. Pass other hyper-parameters of it, or leave it out."
             )
-        if target > plan.trained_length and not _differ(plan, without, target - 1, layers):
+        if target > plan.trained_length and not differ(plan, without, target - 1, layers):
             logger.warning_once(
                 f"{component!r} of {plan.method!r} has no effect up to {target:,} tokens, the target length: it "
                 "begins to act in longer texts. Up to there, logits are those of the other components alone"
             )
 
 
-def _differ(plan: ExtensionPlan, other: ExtensionPlan, last: int, layers: Layers) -> bool:
-    """Return whether two plans of one scheme treat a pair of tokens within reach of a layer in other ways.
+def differ(plan: ExtensionPlan, other: ExtensionPlan, last: int, layers: Layers = EVERYWHERE) -> bool:
+    """Return whether two plans of one scheme treat a pair of tokens within reach of a layer differently.
 
     Args:
         plan (`ExtensionPlan`): a plan.

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..deprecation import renamed_arguments
-from ..diagnosis import Diagnosis, diagnose
+from ..diagnosis import diagnose
 from ..diagnosis.reading import require_skill
 from ..errors import EvaluationError, InvalidParameterError, UnsupportedModelError
 from ..evaluation.config import EvaluationConfig
@@ -31,7 +31,7 @@ from ..methods import NoExtension
 from ..patching import detect_scheme, unwrap
 from ..patching.modes import cache_of, evaluation_mode
 from .recommendation import AS_IT_IS, EXTEND, TRUNCATE, Recommendation, title
-from .sweep import Candidates, Name, Prices, Ratio, Sweep, candidates, name_of
+from .sweep import Name, Prices, Ratio, Sweep, candidates, name_of
 
 if TYPE_CHECKING:
     import datasets
@@ -121,10 +121,10 @@ def recommend(
     with prepared(
         model, tokenizer, documents, target_length, methods=methods, trained_length=trained_length,
         passkey=passkey, start=start, seed=seed, journal=journal, accelerator=accelerator,
-    ) as (sweep, choice):  # fmt: skip
-        least = least_tokens(sweep.prices([name_of(plan) for plan in choice.plans]))
-        share = max(least, round(SHARE * sweep.exhaustive_tokens))  # a quarter may not cover one comparison
-        return Halving(sweep, short_limit, share if budget is None else budget).run(choice)
+    ) as sweep:  # fmt: skip
+        if budget is None:  # a quarter may not cover one comparison
+            budget = max(least_tokens(sweep.prices(sweep.names)), round(SHARE * sweep.exhaustive_tokens))
+        return Halving(sweep, short_limit, budget).run()
 
 
 def check_options(target_length: int, trained_length: int | None, short_limit: float, passkey: int) -> None:
@@ -136,10 +136,15 @@ def check_options(target_length: int, trained_length: int | None, short_limit: f
     """
     if short_limit < 0 or passkey < 0:
         raise InvalidParameterError(f"Expected short_limit and passkey of 0 or more, got {short_limit} and {passkey}.")
-    if trained_length is not None and target_length <= trained_length:
+    if trained_length is not None:
+        _check_target(target_length, trained_length, "trained_length=")
+
+
+def _check_target(target_length: int, trained_length: int, source: str) -> None:
+    if target_length <= trained_length:
         raise InvalidParameterError(
-            f"Expected target_length above the trained length of {trained_length} tokens (trained_length=), got "
-            f"{target_length}, which needs no method."
+            f"Expected target_length above the trained length of {trained_length} tokens ({source}), got "
+            f"{target_length}, which needs no method. Pass trained_length= if the model was trained on less."
         )
 
 
@@ -157,12 +162,18 @@ def prepared(
     seed: int = 0,
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
-) -> Iterator[tuple[Sweep, Candidates]]:
-    """Yield a sweep without measurements and its candidates, after all early checks; arguments as in [`recommend`]."""
+) -> Iterator[Sweep]:
+    """Yield a sweep without measurements, after all early checks; arguments as in [`recommend`]."""
     base = unwrap(model)
     scheme = detect_scheme(base)
-    found = diagnose(base, methods=[], trained_length=trained_length)
-    trained = _trained_length(found, target_length)
+    diagnosis = diagnose(base, methods=[], trained_length=trained_length)
+    trained = diagnosis.trained_length
+    if trained is None:
+        raise InvalidParameterError(
+            f"The trained length of {diagnosis.model} is not known ({diagnosis.trained_length_source}). Pass "
+            "trained_length= in tokens."
+        )
+    _check_target(target_length, trained, diagnosis.trained_length_source)
     request = check_request(
         EvaluationConfig(lengths=[trained, target_length], start=start, seed=seed), scheme, base, accelerator
     )
@@ -173,26 +184,10 @@ def prepared(
     choice = candidates(base, scheme, methods, trained, target_length)
     Questions(passkey, seed=seed).check(tokenizer, [target_length])
     setup = prepare(request, model, tokenizer, documents)
-    plans = [*choice.plans, *choice.unseen]
-    identity = run_identity(setup, [base], plans, recommend={"trained": trained, "passkey": passkey})
+    settings = {"trained": trained, "passkey": passkey}
+    identity = run_identity(setup, [base], [*choice.plans, *choice.unseen], recommend=settings)
     with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
-        sweep = Sweep(base, setup, plans, passkey, seed, written, accelerator)
-        yield sweep, choice
-
-
-def _trained_length(found: Diagnosis, target_length: int) -> int:
-    if found.trained_length is None:
-        raise InvalidParameterError(
-            f"The trained length of {found.model} is not known ({found.trained_length_source}). Pass trained_length= "
-            "in tokens."
-        )
-    if target_length <= found.trained_length:
-        raise InvalidParameterError(
-            f"Expected target_length above the trained length of {found.trained_length} tokens "
-            f"({found.trained_length_source}), got {target_length}, which needs no method. Pass trained_length= if "
-            "the model was trained on less."
-        )
-    return found.trained_length
+        yield Sweep(base, setup, choice, passkey, seed, written, accelerator)
 
 
 @dataclass
@@ -209,14 +204,14 @@ class Halving:
     short_limit: float
     budget: int
 
-    def run(self, choice: Candidates) -> Recommendation:
+    def run(self) -> Recommendation:
         """Run all rungs and the control, then passkeys if needed, and spend the rest of the budget on documents.
 
         Raises:
             InvalidParameterError: the budget does not cover one comparison.
             EvaluationError: the loss is no better than a guess, or every contender failed.
         """
-        sweep, names = self.sweep, [name_of(plan) for plan in choice.plans]
+        sweep, names = self.sweep, self.sweep.names
         prices = sweep.prices(names)
         plan = schedule(len(sweep.documents), prices, self.budget)
         cut = names[plan.rungs[0].contenders :]
@@ -242,7 +237,7 @@ class Halving:
             left.sort(key=lambda name: (name not in level, -(sweep.accuracy(name) or 0)))
         control, count = self._spend_the_rest(left, control, count)
         measured |= dict.fromkeys(left, count)
-        return self._answer(choice, left[0], measured, control, cut)
+        return self._answer(left[0], measured, control, cut)
 
     def _ranked(self, names: Sequence[Name], count: int) -> list[Name]:
         """Return the contenders in order: those within the limit first, then by tail perplexity at the target."""
@@ -279,9 +274,7 @@ class Halving:
         losses = np.array(sweep.losses_inside(sweep.documents[:count]))
         require_skill(losses, sweep.model.get_input_embeddings().num_embeddings, model_name(sweep.model))
 
-    def _answer(
-        self, choice: Candidates, best: Name, measured: dict[Name, int], control: int, cut: Sequence[Name]
-    ) -> Recommendation:
+    def _answer(self, best: Name, measured: dict[Name, int], control: int, cut: Sequence[Name]) -> Recommendation:
         sweep = self.sweep
         read = sweep.documents[:control]
         gain = sweep.gain(best, read)
@@ -290,9 +283,14 @@ class Halving:
         plan = sweep.by_name[best]
         if answer == TRUNCATE:
             plan = NoExtension().plan(plan.scheme, trained_length=sweep.trained)
+        choice = sweep.choice
         unseen = {title(*name_of(one)): "leaves phases that training has never shown" for one in choice.unseen}
+        twins = {one: f"equals {other} up to {sweep.target} tokens" for one, other in choice.twins.items()}
         unpaid = {title(*name): "the budget does not pay for it" for name in cut}
-        notes = (f"The budget left {len(cut)} contenders unmeasured.",) if cut else ()
+        notes = [f"The budget left {len(cut)} contenders unmeasured."] if cut else []
+        if twins:
+            equal = ", ".join(f"{one} (as {other})" for one, other in choice.twins.items())
+            notes.append(f"Not measured, since another contender does the same up to {sweep.target} tokens: {equal}.")
         lines = dict(sorted(lines.items(), key=lambda item: (-item[1]["documents"], item[1]["ratio"] or np.inf)))
         return Recommendation(
             model=model_name(sweep.model),
@@ -312,8 +310,8 @@ class Halving:
                 "seconds_trained": sweep.seconds(None),
                 "cache_bytes_per_token": cache_bytes_per_token(sweep.model),
             },
-            left_out={**choice.refusals, **unseen, **unpaid},
-            notes=notes,
+            left_out={**choice.refusals, **twins, **unseen, **unpaid},
+            notes=tuple(notes),
             provenance={**sweep.setup.provenance, "trained_length": sweep.trained},
         )
 

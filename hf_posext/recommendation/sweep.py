@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,11 +27,13 @@ from ..evaluation.setup import Refusals, Setup, try_plans
 from ..evaluation.tasks import MethodRun, Outcomes, Stage, Task, control_run, method_run
 from ..evaluation.windows import CONTROL, control_windows
 from ..methods import Composition, Decay, Fade, Method, RemapMethod, as_method, list_methods
-from ..methods.base import hyper_parameters
+from ..methods.base import components_of, hyper_parameters, without_each
 from ..methods.text import by_reason
+from ..patching.effect import differ
 from ..patching.observe import frequencies_in_force
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
+from .recommendation import title
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,11 +56,14 @@ class Candidates(NamedTuple):
             with default hyper-parameters.
         unseen (`list[ExtensionPlan]`): plans that leave unseen phases and are not measured.
         refusals (`dict[str, str]`): reason for each method that does not apply.
+        twins (`dict[str, str]`): titles of contenders that equal another one up to the target length, with the title
+            of that one. Only the latter is measured.
     """
 
     plans: list[ExtensionPlan]
     unseen: list[ExtensionPlan]
     refusals: Refusals
+    twins: dict[str, str]
 
 
 def candidates(
@@ -102,7 +107,8 @@ def candidates(
         else:
             found.setdefault(_effect(plan), plan)
     ends = scheme.ends and (scheme.shipped_length or 0) < target_length
-    plans = [plan for plan in found.values() if not (plan.changes_nothing and ends)]
+    twins = {effect: twin for effect, plan in found.items() if (twin := _twin(plan, found, target_length))}
+    plans = [plan for effect, plan in found.items() if effect not in twins and not (plan.changes_nothing and ends)]
     for plan in plans:
         check_positions(scheme, plan, target_length)
     tried: Refusals = {}
@@ -116,7 +122,8 @@ def candidates(
         )
     unseen = _with_unseen_phases(model, scheme, usable, trained_length, target_length)
     kept = [plan for plan in usable if plan not in unseen]
-    return Candidates(kept, unseen, refusals) if kept else Candidates(usable, [], refusals)
+    names = {title(*name_of(found[effect])): title(*name_of(twin)) for effect, twin in twins.items()}
+    return Candidates(kept or usable, unseen if kept else [], refusals, names)
 
 
 def _variants(
@@ -148,6 +155,20 @@ def _effect(plan: ExtensionPlan) -> str:
     """Return a plan as text without its labels, so that plans with equal effects compare equal."""
     called = ("method", "parameters", "factor", "target_length")
     return json.dumps({key: value for key, value in asdict(plan).items() if key not in called})
+
+
+def _twin(plan: ExtensionPlan, known: Mapping[str, ExtensionPlan], length: int) -> ExtensionPlan | None:
+    """Return the known plan of a composition without a component that begins to act past a length; `None` without one.
+
+    Args:
+        plan (`ExtensionPlan`): plan of any method.
+        known (`Mapping[str, ExtensionPlan]`): plans by effect.
+        length (`int`): number of tokens of the longest text.
+    """
+    for _, without in without_each(plan, components_of(plan) if len(plan.parameters) > 1 else ()):
+        if (twin := known.get(_effect(without))) is not None and not differ(plan, without, length - 1):
+            return twin
+    return None
 
 
 def _with_unseen_phases(
@@ -206,7 +227,7 @@ class Sweep:
     Args:
         model (`PreTrainedModel`): model without a patch.
         setup ([`Setup`]): documents at the trained and the target length.
-        plans (`Sequence[ExtensionPlan]`): plans of the contenders.
+        choice ([`Candidates`]): plans of the contenders.
         passkey (`int`): number of passkey trials at the target length, 0 for none.
         seed (`int`): seed of intervals and passkeys.
         journal ([`RunJournal`], *optional*): log of earlier measurements, to which new ones are added.
@@ -217,7 +238,7 @@ class Sweep:
 
     model: Any
     setup: Setup
-    plans: Sequence[ExtensionPlan]
+    choice: Candidates
     passkey: int
     seed: int = 0
     journal: RunJournal | None = None
@@ -227,7 +248,8 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.trained, self.target = self.setup.lengths
-        self.by_name = {name_of(plan): plan for plan in self.plans}
+        self.names = [name_of(plan) for plan in self.choice.plans]
+        self.by_name = {name_of(plan): plan for plan in [*self.choice.plans, *self.choice.unseen]}
         self.runs = {name: method_run(self.setup, plan) for name, plan in self.by_name.items()}
         target = replace(self.setup, lengths=[self.target])
         asked = Questions(self.passkey, seed=self.seed)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -23,7 +22,7 @@ from hf_posext.evaluation import Document
 from hf_posext.evaluation import rows as statistics
 from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.recommendation.recommend import Halving, Rung, schedule
-from hf_posext.recommendation.sweep import Candidates, Prices, Ratio, Sweep
+from hf_posext.recommendation.sweep import Prices, Ratio, Sweep
 
 from ..conftest import EXAMPLES, logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
 from ..evaluation.helpers import character_tokenizer, random_texts
@@ -149,6 +148,25 @@ def test_pass_keys_decide_between_what_is_level(monkeypatch: pytest.MonkeyPatch)
     assert run(**level).best["method"] == second["method"]
 
 
+def test_a_component_that_begins_past_the_target_costs_no_budget(capfd: pytest.CaptureFixture[str]) -> None:
+    """A decay begins at twice the trained length, which is the target; a fade begins before it."""
+    found = run(methods=["leaky-rerope+decay", "leaky-rerope", "leaky-rerope+fade"], budget=10**6)
+    assert {line["method"] for line in found.contenders} == {"leaky-rerope", "leaky-rerope+fade"}
+    assert found.left_out["leaky-rerope+decay x2"] == f"equals leaky-rerope x2 up to {TARGET} tokens"
+    assert f"does the same up to {TARGET} tokens: leaky-rerope+decay x2 (as leaky-rerope x2)" in found.describe()
+    assert "has no effect" not in capfd.readouterr().err
+    model, ids = shipped()[0], tokens(2 * TARGET)
+    each = []
+    for method in ("leaky-rerope", "leaky-rerope+decay"):
+        with hf_posext.patch_model(model, method, target_length=TARGET, trained_length=TRAINED):
+            each.append([logits(model, ids[:, :length]) for length in (TRAINED, TARGET, 2 * TARGET)])
+    plain, decayed = each
+    assert torch.equal(plain[0], decayed[0]) and torch.equal(plain[1], decayed[1])
+    assert not torch.equal(plain[2], decayed[2])
+    alone = run(methods=["leaky-rerope+decay"], budget=10**6)
+    assert {line["method"] for line in alone.contenders} == {"leaky-rerope+decay"}
+
+
 def test_a_run_goes_on_from_its_journal_also_with_more_budget(tmp_path: Path, read: list[int]) -> None:
     first = run(methods=["yarn", "rerope"], budget=3000, journal=tmp_path / "journal.jsonl")
     spent = sum(read)
@@ -249,6 +267,7 @@ def test_passkeys_decide_between_contenders_that_are_half_a_per_cent_apart(
 
         documents, tokens = ["a"], 0
         ratios: ClassVar = {"best": 1.0, "next": ratio, "last": 1.2}
+        names: ClassVar = [(name, 2.0) for name in ratios]
 
         def prices(self, names: Any) -> Prices:
             return Prices((100,) * len(names), guard=10, short=10, control=50, passkeys=10)
@@ -284,7 +303,6 @@ def test_passkeys_decide_between_contenders_that_are_half_a_per_cent_apart(
         def _spend_the_rest(self, left: Any, control: int, count: int) -> Any:
             raise Decided(None)
 
-    plans = [SimpleNamespace(method=name, factor=2.0, changes_nothing=False) for name in Three.ratios]
     with pytest.raises(Decided) as decided:
-        Asking(Three(), 0.01, 10_000).run(Candidates(plans, [], {}))  # type: ignore[arg-type]
+        Asking(Three(), 0.01, 10_000).run()  # type: ignore[arg-type]
     assert decided.value.args == (asked,)
