@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from .evaluation.runner import measure
 from .evaluation.setup import Setup, check_request, prepare
 from .evaluation.tasks import MethodRun, method_run
 from .methods import NTK, LongRoPE, YaRN
+from .methods.base import components_of
 from .methods.frequencies import first_rotary, frequencies, powers
 from .methods.yarn import yarn_mscale
 from .patching import detect_scheme, find_patch, unwrap
@@ -160,7 +161,7 @@ def search(
     config = EvaluationConfig(lengths=[target_length], start=start, seed=seed, longppl=longppl)
     request = check_request(config, scheme, base, accelerator)
     if request.protocol.name != "prefix":
-        raise MethodNotApplicableError(f"a search reads causal language models; {type(base).__name__} is none")
+        raise MethodNotApplicableError(f"Expected a causal language model, got {type(base).__name__}.")
     setup = prepare(request, model, tokenizer, documents)
     temperature = attention_factor or yarn_mscale(yarn.factor)
     trial = Trial(base, scheme, setup, yarn.trained_length, target_length, temperature)
@@ -173,14 +174,11 @@ def search(
         run = partial(trial.perplexities, accelerator=accelerator, journal=written)
         found, history = _evolve(run, list(known.values()), population, generations, 1 + yarn.factor, seed)
     best = min(found, key=lambda genome: (found[genome], genome))
-    provenance = {
-        **setup.provenance,
-        "trained_length": yarn.trained_length,
-        "population": population,
-        "generations": generations,
-    }
+    settings = {"trained_length": yarn.trained_length, "population": population, "generations": generations}
     values = {name: found[genome] for name, genome in known.items()}
-    return SearchedFactors(trial.plan(best), objective, found[best], values, tuple(history), provenance)
+    return SearchedFactors(
+        trial.plan(best), objective, found[best], values, tuple(history), {**setup.provenance, **settings}
+    )
 
 
 def check_search(
@@ -193,10 +191,7 @@ def check_search(
     population: int = 32,
     generations: int = 20,
 ) -> ExtensionPlan:
-    """Check the arguments of [`search`] that require only the scheme of the model.
-
-    Returns:
-        `ExtensionPlan`: plan of YaRN, one of the seeds.
+    """Check the arguments of [`search`] that require only the scheme. Return the plan of YaRN, one of the seeds.
 
     Raises:
         MethodNotApplicableError, InvalidParameterError: as in [`search`].
@@ -221,12 +216,7 @@ def check_search(
 
 
 def seeds(scheme: PositionalScheme, trained_length: int, target_length: int) -> dict[str, Genome]:
-    """Return the first genomes of a search: the factors of YaRN and of NTK-aware interpolation.
-
-    Args:
-        scheme (`PositionalScheme`): rotary scheme.
-        trained_length, target_length (`int`): lengths in tokens.
-    """
+    """Return the first genomes of a search: the factors of YaRN and of NTK-aware interpolation."""
     lengths = {"target_length": target_length, "trained_length": trained_length}
     plans = [method.plan(scheme, **lengths) for method in (YaRN(), NTK())]
     return {plan.method: factors_of(plan) for plan in plans}
@@ -251,15 +241,7 @@ def first_generation(parents: Sequence[Genome], count: int, largest: float, draw
 def children_of(
     parents: Sequence[Genome], known: set[Genome], count: int, largest: float, draw: np.random.Generator
 ) -> list[Genome]:
-    """Return unmeasured genomes, half of them mutations and half crossings.
-
-    Args:
-        parents (`Sequence[Genome]`): two or more parents.
-        known (`set[Genome]`): measured genomes, which are not returned.
-        count (`int`): number of children.
-        largest (`float`): largest factor.
-        draw (`numpy.random.Generator`): source of randomness.
-    """
+    """Return `count` genomes that are not among the measured ones (`known`): half mutations, half crossings."""
     found: dict[Genome, None] = {}
     while len(found) < count:
         one, other = (parents[index] for index in draw.choice(len(parents), 2, replace=False))
@@ -288,16 +270,7 @@ def _evolve(
 
 @dataclass(frozen=True)
 class Trial:
-    """Measurement of the factors of a genome on documents.
-
-    Args:
-        model (`PreTrainedModel`): model without a patch.
-        scheme (`PositionalScheme`): scheme of the model.
-        setup ([`Setup`]): documents at the target length.
-        trained_length, target_length (`int`): lengths in tokens.
-        attention_factor (`float`): factor on cosine and sine.
-        keys ([`KeyTokens`], *optional*): tokens to score, by default those of the second half.
-    """
+    """Measurement of genomes on documents, by the tokens of the second half or by `keys`."""
 
     model: Any
     scheme: PositionalScheme
@@ -385,8 +358,9 @@ class SearchedFactors:
     @property
     def method(self) -> LongRoPE:
         """LongRoPE with the searched factors, for [`compare`] and `patch_model`."""
-        (given,) = self.plan.parameters
-        return LongRoPE(**{key: value for key, value in given.items() if key != "name"})
+        (method,) = components_of(self.plan)
+        assert isinstance(method, LongRoPE)
+        return method
 
     def to_frame(self) -> pd.DataFrame:
         """Return the history with a row per generation."""
@@ -407,14 +381,7 @@ class SearchedFactors:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        whole = {
-            "plan": self.plan.to_dict(),
-            "objective": self.objective,
-            "perplexity": self.perplexity,
-            "seeds": dict(self.seeds),
-            "history": [dict(line) for line in self.history],
-            "provenance": dict(self.provenance),
-        }
+        whole = {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"plan": self.plan.to_dict()}
         plain: dict[str, Any] = json.loads(json.dumps(whole, allow_nan=False))
         return plain
 

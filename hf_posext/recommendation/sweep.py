@@ -73,16 +73,10 @@ def candidates(
     trained_length: int,
     target_length: int,
 ) -> Candidates:
-    """Return the plans for a target length, with those that leave unseen phases apart.
+    """Return the plans for a target length, each applied to the model once and undone.
 
-    If all plans leave unseen phases, all of them are measured.
-
-    Args:
-        model (`PreTrainedModel`): model without a patch. Each plan is applied once and undone.
-        scheme (`PositionalScheme`): scheme of the model.
-        methods (`Sequence[str | Method]`, *optional*): methods to choose from. By default `none` and every registered
-            method that extends by a factor. A plan that changes nothing is dropped if positions end before the target.
-        trained_length, target_length (`int`): lengths in tokens.
+    By default, the methods are `none` and every registered one that extends by a factor. A plan that changes nothing
+    is dropped if positions end before the target. If all plans leave unseen phases, all of them are measured.
 
     Raises:
         MethodNotApplicableError: no method applies, or only `none` applies and others were refused.
@@ -97,8 +91,11 @@ def candidates(
         if reason is not None:
             refusals[method.label] = reason
             continue
+        free = method.needs_factor and method.factor is None
         try:
-            plan = _plan(method, scheme, trained_length, stretch * target_length)
+            plan = method.plan(
+                scheme, trained_length=trained_length, target_length=stretch * target_length if free else None
+            )
         except PosExtError as error:
             if methods is not None:
                 raise
@@ -120,7 +117,7 @@ def candidates(
             f"Every method is refused, so nothing can be recommended: {told or 'none was given'}. Keep inputs within "
             f"{trained_length} tokens."
         )
-    unseen = _with_unseen_phases(model, scheme, usable, trained_length, target_length)
+    unseen = _with_unseen_phases(model, usable, trained_length, target_length)
     kept = [plan for plan in usable if plan not in unseen]
     names = {title(*name_of(found[effect])): title(*name_of(twin)) for effect, twin in twins.items()}
     return Candidates(kept or usable, unseen if kept else [], refusals, names)
@@ -144,13 +141,6 @@ def _variants(
             yield from (replace(method, window=round(share * trained_length)) for share in WINDOWS)  # type: ignore[call-arg]
 
 
-def _plan(method: Method, scheme: PositionalScheme, trained_length: int, target_length: int) -> ExtensionPlan:
-    if not method.needs_factor:
-        return method.plan(scheme, trained_length=trained_length)
-    length = {} if method.factor is not None else {"target_length": target_length}
-    return method.plan(scheme, trained_length=trained_length, **length)
-
-
 def _effect(plan: ExtensionPlan) -> str:
     """Return a plan as text without its labels, so that plans with equal effects compare equal."""
     called = ("method", "parameters", "factor", "target_length")
@@ -158,13 +148,7 @@ def _effect(plan: ExtensionPlan) -> str:
 
 
 def _twin(plan: ExtensionPlan, known: Mapping[str, ExtensionPlan], length: int) -> ExtensionPlan | None:
-    """Return the known plan of a composition without a component that begins to act past a length; `None` without one.
-
-    Args:
-        plan (`ExtensionPlan`): plan of any method.
-        known (`Mapping[str, ExtensionPlan]`): plans by effect.
-        length (`int`): number of tokens of the longest text.
-    """
+    """Return the known plan, by effect, of a composition without a component that begins to act past a length."""
     for _, without in without_each(plan, components_of(plan) if len(plan.parameters) > 1 else ()):
         if (twin := known.get(_effect(without))) is not None and not differ(plan, without, length - 1):
             return twin
@@ -172,13 +156,10 @@ def _twin(plan: ExtensionPlan, known: Mapping[str, ExtensionPlan], length: int) 
 
 
 def _with_unseen_phases(
-    model: nn.Module,
-    scheme: PositionalScheme,
-    plans: Sequence[ExtensionPlan],
-    trained_length: int,
-    target_length: int,
+    model: nn.Module, plans: Sequence[ExtensionPlan], trained_length: int, target_length: int
 ) -> list[ExtensionPlan]:
     """Return the plans that leave a rotary pair at unseen phases, as counted by the diagnosis."""
+    scheme = plans[0].scheme
     if scheme.kind != "rotary" or not scheme.rotaries:
         return []
     named = {str(index): None if plan.changes_nothing else plan for index, plan in enumerate(plans)}
@@ -193,6 +174,9 @@ SHORT = "unpatched"
 Name = tuple[str, float]
 """Label and factor, which identify a contender."""
 
+Sums = list[tuple[float, int]]
+"""NLL and tokens of each document."""
+
 
 class Ratio(NamedTuple):
     """Ratio of two perplexities on the same tokens, with its 95 % interval over documents; `None` for one document."""
@@ -204,13 +188,9 @@ class Ratio(NamedTuple):
 class Prices(NamedTuple):
     """Prices of contenders, in tokens processed by the model.
 
-    Args:
-        methods (`tuple[int, ...]`): price of one document for each contender.
-        guard (`int`): extra price of the first document, which is read again at the trained length to check that one
-            pass is correct for both lengths.
-        short (`int`): price of one document at the trained length with the unpatched model.
-        control (`int`): price of one document with truncated context.
-        passkeys (`int`): price of the passkeys of one method.
+    `methods`, `short` (unpatched, at the trained length), and `control` are prices of one document. `guard` is the
+    extra price of the first document, which is read again at the trained length to check that one pass is correct for
+    both lengths. `passkeys` is the price of the passkeys of one method.
     """
 
     methods: tuple[int, ...]
@@ -229,11 +209,7 @@ class Sweep:
         setup ([`Setup`]): documents at the trained and the target length.
         choice ([`Candidates`]): plans of the contenders.
         passkey (`int`): number of passkey trials at the target length, 0 for none.
-        seed (`int`): seed of intervals and passkeys.
-        journal ([`RunJournal`], *optional*): log of earlier measurements, to which new ones are added.
-        accelerator (`Accelerator`, *optional*): accelerator of the processes that share the tasks.
         tokens (`int`): number of tokens that the requested measurements cost so far.
-        outcomes (`dict`): outcomes by task.
     """
 
     model: Any
@@ -280,13 +256,7 @@ class Sweep:
         return sum(methods) + len(self.documents) * (self.trained + self.control_tokens)
 
     def read(self, names: Iterable[Name], documents: Sequence[str], progress: str) -> None:
-        """Measure contenders, and the unpatched model at the trained length, on documents they have not read yet.
-
-        Args:
-            names (`Iterable[tuple]`): names of the contenders.
-            documents (`Sequence[str]`): ids of the documents.
-            progress (`str`): label of the progress bar.
-        """
+        """Measure contenders, and the unpatched model at the trained length, on documents they have not read yet."""
         runs = [self.short, *(self.runs[name] for name in names)]
         self._measure([self._stage(progress, run, documents) for run in runs])
 
@@ -310,7 +280,8 @@ class Sweep:
 
     def tail(self, name: Name, documents: Sequence[str]) -> float:
         """Return the perplexity of the second half of the target length; infinite after a failed document."""
-        return self._pooled(self._sums(self.runs[name], documents, self.target, "tail_"))
+        sums = self._tails(self.runs[name], documents)
+        return math.inf if sums is None else float(pooled_perplexity(*zip(*sums, strict=True)))
 
     def change(self, name: Name, documents: Sequence[str]) -> Ratio:
         """Return the relative change of perplexity inside the trained length."""
@@ -324,15 +295,14 @@ class Sweep:
         Raises:
             EvaluationError: the control failed on a document.
         """
-        control = self._sums(self.control, documents, self.target, "tail_")
+        control = self._tails(self.control, documents)
         if control is None:
-            raise EvaluationError("the unpatched model failed on the control; the log says why")
-        return self._ratio(control, self._sums(self.runs[name], documents, self.target, "tail_"))
+            raise EvaluationError("The unpatched model failed on the control. The log contains the reason.")
+        return self._ratio(control, self._tails(self.runs[name], documents))
 
     def worse(self, name: Name, best: Name, documents: Sequence[str]) -> Ratio:
         """Return the tail perplexity of one contender divided by that of another."""
-        one, other = (self._sums(self.runs[which], documents, self.target, "tail_") for which in (name, best))
-        return self._ratio(one, other)
+        return self._ratio(*(self._tails(self.runs[each], documents) for each in (name, best)))
 
     def losses_inside(self, documents: Sequence[str]) -> list[float]:
         """Return the loss of the unpatched model on each document inside the trained length, in nats per token.
@@ -342,7 +312,7 @@ class Sweep:
         """
         sums = self._sums(self.short, documents, self.trained)
         if sums is None:
-            raise EvaluationError("the unpatched model failed inside its trained length; the log says why")
+            raise EvaluationError("The unpatched model failed inside its trained length. The log contains the reason.")
         return [nll / tokens for nll, tokens in sums]
 
     def failure(self, name: Name) -> str | None:
@@ -353,9 +323,7 @@ class Sweep:
     def seconds(self, name: Name | None) -> float | None:
         """Return the median seconds per document; `None` if not measured.
 
-        Args:
-            name (`tuple`, *optional*): contender, timed at the target length. `None` is the unpatched model, timed at
-                the trained length.
+        A contender is timed at the target length, and the unpatched model (`name=None`) at the trained length.
         """
         run = self.short if name is None else self.runs[name]
         times = sorted(
@@ -386,9 +354,10 @@ class Sweep:
         guarded = [lengths for lengths in run.passes if len(lengths) > 1 and document == self.documents[0]]
         return sum(lengths[-1] for lengths in run.passes) + sum(lengths[0] for lengths in guarded)
 
-    def _sums(
-        self, run: MethodRun, documents: Sequence[str], length: int, part: str = ""
-    ) -> list[tuple[float, int]] | None:
+    def _tails(self, run: MethodRun, documents: Sequence[str]) -> Sums | None:
+        return self._sums(run, documents, self.target, "tail_")
+
+    def _sums(self, run: MethodRun, documents: Sequence[str], length: int, part: str = "") -> Sums | None:
         """Return the NLL and tokens of each document; `None` if one failed."""
         sums = {}
         for task in run.tasks:
@@ -402,14 +371,7 @@ class Sweep:
                     sums[task.document] = (record[f"{part}nll_sum"], record[f"{part}tokens"])
         return [sums[id] for id in documents]
 
-    @staticmethod
-    def _pooled(sums: list[tuple[float, int]] | None) -> float:
-        if sums is None:
-            return math.inf
-        nll, tokens = zip(*sums, strict=True)
-        return float(pooled_perplexity(nll, tokens))
-
-    def _ratio(self, one: list[tuple[float, int]] | None, other: list[tuple[float, int]] | None) -> Ratio:
+    def _ratio(self, one: Sums | None, other: Sums | None) -> Ratio:
         if one is None or other is None:
             return Ratio(math.nan if other is None else math.inf, None)
         difference = [a - b for (a, _), (b, _) in zip(one, other, strict=True)]
