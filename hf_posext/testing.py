@@ -21,8 +21,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -60,7 +61,10 @@ LENGTHS: dict[str, Any] = {"factor": 8, "trained_length": TRAINED}
 """Not every config contains the trained length, and a table may have more rows than were trained."""
 
 
-def sharpen(model: PreTrainedModel) -> PreTrainedModel:
+M = TypeVar("M", bound=PreTrainedModel)
+
+
+def sharpen(model: M) -> M:
     """Make weights larger, so that attention depends on positions well above rounding."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,47 +73,44 @@ def sharpen(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def _tiny(cls: type[PreTrainedModel], sizes: dict[str, Any], overrides: dict[str, object]) -> Any:
-    torch.manual_seed(0)
-    return sharpen(cls(cls.config_class(**{"vocab_size": VOCABULARY, **sizes, **overrides})))
+def _builder(cls: type[M], **sizes: Any) -> Callable[..., M]:
+    """Return a function that builds a tiny model with random weights, or with other sizes."""
+
+    def build(**overrides: object) -> M:
+        torch.manual_seed(0)
+        config: Any = cls.config_class
+        return sharpen(cls(config(**{"vocab_size": VOCABULARY, **sizes, **overrides})))
+
+    return build
 
 
-def tiny_llama(**overrides: object) -> LlamaForCausalLM:
-    """Model of two layers whose positions are rotary."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": TRAINED, "pad_token_id": 0}
-    return _tiny(LlamaForCausalLM, sizes, overrides)
+tiny_llama = _builder(
+    LlamaForCausalLM, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=TRAINED, pad_token_id=0,
+)  # fmt: skip
+"""Model of two layers whose positions are rotary."""
+
+tiny_gpt2 = _builder(GPT2LMHeadModel, n_embd=64, n_layer=2, n_head=4, n_positions=TRAINED)
+"""Model of two layers with a learned table of positions."""
+
+tiny_bloom = _builder(BloomForCausalLM, hidden_size=64, n_layer=2, n_head=4, pad_token_id=0)
+"""Model of two layers with ALiBi's biases."""
+
+tiny_t5 = _builder(
+    T5ForConditionalGeneration, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4,
+    relative_attention_max_distance=32, decoder_start_token_id=0,
+)  # fmt: skip
+"""Encoder-decoder of two layers each with relative biases in buckets."""
+
+tiny_xglm = _builder(
+    XGLMForCausalLM, d_model=64, ffn_dim=64, num_layers=2, attention_heads=4, pad_token_id=0,
+    max_position_embeddings=TRAINED,
+)  # fmt: skip
+"""Model of two layers with sinusoidal positions."""
 
 
-def tiny_gpt2(**overrides: object) -> GPT2LMHeadModel:
-    """Model of two layers with a learned table of positions."""
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": TRAINED}
-    return _tiny(GPT2LMHeadModel, sizes, overrides)
-
-
-def tiny_bloom(**overrides: object) -> BloomForCausalLM:
-    """Model of two layers with ALiBi's biases."""
-    sizes = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
-    return _tiny(BloomForCausalLM, sizes, overrides)
-
-
-def tiny_t5(**overrides: object) -> T5ForConditionalGeneration:
-    """Encoder-decoder of two layers each with relative biases in buckets."""
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    sizes |= {"relative_attention_max_distance": 32, "decoder_start_token_id": 0}
-    return _tiny(T5ForConditionalGeneration, sizes, overrides)
-
-
-def tiny_xglm(**overrides: object) -> XGLMForCausalLM:
-    """Model of two layers with sinusoidal positions."""
-    sizes = {"d_model": 64, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "pad_token_id": 0}
-    return _tiny(XGLMForCausalLM, {**sizes, "max_position_embeddings": TRAINED}, overrides)
-
-
-def longer_gpt2() -> GPT2LMHeadModel:
-    """A learned table with rows past the trained length, so that the model runs there before it is patched."""
-    return tiny_gpt2(n_positions=3 * TRAINED)
-
+longer_gpt2 = partial(tiny_gpt2, n_positions=3 * TRAINED)
+"""A learned table with rows past the trained length, so that the model runs there before it is patched."""
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "rotary": tiny_llama,
@@ -136,8 +137,8 @@ def arguments(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tens
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: torch.Tensor, cache: object = None, **kwargs: object) -> torch.Tensor:
     """Logits of shape `(rows, tokens, vocabulary)`."""
-    found: torch.Tensor = model(**arguments(model, ids), **with_cache(model.forward, cache), **kwargs).logits
-    return found
+    output: torch.Tensor = model(**arguments(model, ids), **with_cache(model.forward, cache), **kwargs).logits
+    return output
 
 
 def text() -> torch.Tensor:
@@ -282,13 +283,10 @@ CHECKS = (check_plan, check_effect, check_undo, check_cached_decoding, check_row
 
 def cases(method: str | Method | type[Method]) -> Iterator[tuple[Method, str]]:
     """Yield the method with example values where its parameters have no defaults, for each kind that it extends."""
-    found = methods().get(method, method) if isinstance(method, str) else method
-    if isinstance(found, type):
-        for kind in filter(MODELS.__contains__, found.kinds):
-            yield found.example(detect_scheme(MODELS[kind]())), kind
-    else:
-        given = as_method(found)
-        yield from ((given, kind) for kind in given.kinds if kind in MODELS)
+    known = methods().get(method, method) if isinstance(method, str) else method
+    tried = known if isinstance(known, type) else as_method(known)
+    for kind in filter(MODELS.__contains__, tried.kinds):
+        yield tried.example(detect_scheme(MODELS[kind]())) if isinstance(tried, type) else tried, kind
 
 
 @contextmanager

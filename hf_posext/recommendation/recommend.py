@@ -192,13 +192,7 @@ def prepared(
 
 @dataclass
 class Halving:
-    """Successive halving over a sweep, within a budget.
-
-    Args:
-        sweep ([`Sweep`]): sweep that measures the contenders.
-        short_limit (`float`): largest relative increase of perplexity allowed inside the trained length.
-        budget (`int`): maximum number of tokens processed by the model.
-    """
+    """Successive halving over a sweep, within a budget of tokens; `short_limit` is that of [`recommend`]."""
 
     sweep: Sweep
     short_limit: float
@@ -226,7 +220,7 @@ class Halving:
             left = self._ranked(left, rung.documents)
         reason = sweep.failure(left[0])
         if reason is not None:
-            raise EvaluationError(f"every contender failed, so nothing can be recommended: {reason}")
+            raise EvaluationError(f"Every contender failed, so nothing can be recommended: {reason}")
         control = plan.control
         sweep.read_control(sweep.documents[:control])
         count = plan.rungs[-1].documents
@@ -242,11 +236,7 @@ class Halving:
     def _ranked(self, names: Sequence[Name], count: int) -> list[Name]:
         """Return the contenders in order: those within the limit first, then by tail perplexity at the target."""
         documents = self.sweep.documents[:count]
-
-        def place(name: Name) -> tuple[bool, float]:
-            return not self._within(name, documents), self.sweep.tail(name, documents)
-
-        return sorted(names, key=place)
+        return sorted(names, key=lambda name: (not self._within(name, documents), self.sweep.tail(name, documents)))
 
     def _within(self, name: Name, documents: Sequence[str]) -> bool:
         return self.sweep.change(name, documents).value <= self.short_limit
@@ -270,9 +260,8 @@ class Halving:
         return control, count
 
     def _require_skill(self, count: int) -> None:
-        sweep = self.sweep
-        losses = np.array(sweep.losses_inside(sweep.documents[:count]))
-        require_skill(losses, sweep.model.get_input_embeddings().num_embeddings, model_name(sweep.model))
+        losses, model = np.array(self.sweep.losses_inside(self.sweep.documents[:count])), self.sweep.model
+        require_skill(losses, model.get_input_embeddings().num_embeddings, model_name(model))
 
     def _answer(self, best: Name, measured: dict[Name, int], control: int, cut: Sequence[Name]) -> Recommendation:
         sweep = self.sweep
@@ -365,11 +354,10 @@ class Rung(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Rungs within a budget. The rest of the budget pays for passkeys, if they are needed, and for more documents.
+    """Rungs within a budget, and the minimum number of documents that the control reads.
 
-    Args:
-        rungs (`list[Rung]`): rungs in order. The documents of a rung include those of earlier rungs.
-        control (`int`): minimum number of documents that the control reads.
+    The documents of a rung include those of earlier rungs. The rest of the budget pays for passkeys, if they are
+    needed, and for more documents.
     """
 
     rungs: list[Rung]
@@ -391,11 +379,6 @@ def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
 
     The first rung reads as many documents as the budget allows. If the budget does not cover one document, the control
     reads only one document, and then contenders are dropped from the end.
-
-    Args:
-        documents (`int`): number of documents.
-        prices ([`Prices`]): prices of all contenders, in tokens.
-        budget (`int`): budget in tokens.
 
     Raises:
         InvalidParameterError: the budget does not cover one method and the control on one document.

@@ -93,8 +93,8 @@ class Recommendation:
 
     def describe(self) -> str:
         """Return the answer, its certainty, and its cost in a few sentences."""
-        told = (self._answer(), self._sure(), self._inside(), self._later(), self._finetuning(), *self.notes)
-        return " ".join(filter(None, told))
+        sentences = (self._answer(), self._certainty(), self._inside(), self._use(), self._finetuning(), *self.notes)
+        return " ".join(filter(None, sentences))
 
     frame = RenamedAttribute("to_frame")
     save_plan = RenamedAttribute("save")
@@ -114,26 +114,25 @@ class Recommendation:
             )
         return f"{kept} Under the limit {best} reads {self.target_length} tokens best, yet no better ({found})."
 
-    def _sure(self) -> str:
+    def _certainty(self) -> str:
         others = [line for line in self.contenders if line is not self.best and line["failure"] is None]
         kept = [line for line in others if line["short_change"] <= self.short_limit]
-        told = [self._second([line for line in kept if line["documents"] == self.best["documents"]])]
+        second = self._second([line for line in kept if line["documents"] == self.best["documents"]])
         beyond = min((line for line in others if line not in kept), key=lambda line: line["ratio"], default=None)
-        if beyond is not None and beyond["ratio"] < 1:
-            told.append(
-                f"{_title(beyond)} reads the target better (by {_percent(1 - beyond['ratio'])}), but is over the "
-                f"limit: inside the trained length it changes perplexity by {_percent(beyond['short_change'])}."
-            )
-        return " ".join(told)
+        if beyond is None or beyond["ratio"] >= 1:
+            return second
+        return (
+            f"{second} {_title(beyond)} reads the target better (by {_percent(1 - beyond['ratio'])}), but is over the "
+            f"limit: inside the trained length it changes perplexity by {_percent(beyond['short_change'])}."
+        )
 
     def _second(self, finalists: list[Mapping[str, Any]]) -> str:
         if not finalists:
             return "No other contender came as far."
         second = min(finalists, key=lambda line: line["ratio"])
         span = second["ratio_ci95"]
-        sure = (
-            "clearly behind" if span is not None and span[0] > 1 else "which the documents cannot tell apart from it"
-        )
+        behind = span is not None and span[0] > 1
+        sure = "clearly behind" if behind else "which the documents cannot tell apart from it"
         keys = ""
         if second["passkey"] is not None and self.best["passkey"] is not None:
             keys = f"; it finds {second['passkey']:.0%} of the passkeys, the first {self.best['passkey']:.0%}"
@@ -148,18 +147,18 @@ class Recommendation:
             f"{_percent(self.best['short_change'])}{ends}."
         )
 
-    def _later(self) -> str:
-        told = []
+    def _use(self) -> str:
+        costs = []
         seconds, trained, size = self.use["seconds"], self.use["seconds_trained"], self.use["cache_bytes_per_token"]
         if seconds and trained:
-            told.append(
+            costs.append(
                 f"reading {self.target_length} tokens took {seconds:.2g} s here, {self.trained_length} without it "
                 f"{trained:.2g} s"
             )
         if size:
             before, after = (size * length / 2**20 for length in (self.trained_length, self.target_length))
-            told.append(f"the KV cache grows from {before:.3g} to {after:.3g} MiB")
-        return f"In use, {'; '.join(told)}." if told else ""
+            costs.append(f"the KV cache grows from {before:.3g} to {after:.3g} MiB")
+        return f"In use, {'; '.join(costs)}." if costs else ""
 
     def _finetuning(self) -> str:
         if self.answer == EXTEND:
