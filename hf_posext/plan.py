@@ -33,8 +33,8 @@ from .edits import (
     TablePlan,
 )
 from .errors import PlanError
+from .escaping import html_table, visible
 from .scheme import KINDS, PositionalScheme
-from .visible import html_table, visible
 
 __all__ = [
     "Band",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .visible import html_table, visible
+from .escaping import html_table, visible
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, NotPatchedError, PlanMismatchError, UnsupportedModelError
+from ..escaping import inline, render
 from ..export.servers import IGNORED, serving_obstacle
-from ..markdown import inline, render
 from ..packages import require
 from ..patching import Patch, find_patch, unwrap
 from ..patching.checkpoint import new_directory, upload

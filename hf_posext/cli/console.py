@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..visible import visible
+from ..escaping import visible
 
 
 class PlainConsole(Console):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..deprecation import RenamedAttribute
+from ..escaping import html_table, visible
 from ..evaluation.reading import write_atomically
 from ..scheme import PositionalScheme
-from ..visible import html_table, visible
 from .weights import ALIKE
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from ..decode import Record, Rules, decode, required_keys, short
 from ..errors import EvaluationError, InvalidParameterError
-from ..visible import csv_cell, visible
+from ..escaping import csv_cell, visible
 from .config import checked
 from .reading import write_atomically
 from .rows import STRETCHES, DocumentRecord, RetrievalRow, Row, title

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidParameterError, NotPatchedError
-from ..markdown import render
+from ..escaping import render
 from ..patching import find_patch
 from ..patching.checkpoint import new_directory, refuse_adapter
 from ..patching.saved_config import stop_4, stop_readers, text_path

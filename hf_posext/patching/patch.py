@@ -24,9 +24,9 @@ from ..errors import (
     PlanMismatchError,
     UnsupportedModelError,
 )
+from ..escaping import html_table
 from ..methods import Method, as_method
 from ..plan import Band, BucketPlan, Edit, ExtensionPlan, QueryScale, RotaryPlan, Sinusoids, Slopes, TablePlan
-from ..visible import html_table
 from .biases import apply_buckets, apply_slopes
 from .checkpoint import open_saved, refuse_adapter, save_patched, upload
 from .detect import detect_scheme

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..deprecation import RenamedAttribute
+from ..escaping import html_table, visible
 from ..evaluation.reading import write_atomically
 from ..plan import ExtensionPlan
-from ..visible import html_table, visible
 
 if TYPE_CHECKING:
     import pandas as pd

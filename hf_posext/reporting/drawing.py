@@ -17,9 +17,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from ..escaping import visible
 from ..evaluation.reading import write_atomically
 from ..evaluation.rows import averaged, bootstrap_interval
-from ..visible import visible
 from .tables import Row, by_method, control_rows, finite_interval, format_perplexity
 
 if TYPE_CHECKING:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..decode import Record
 from ..errors import InvalidParameterError
+from ..escaping import cell, csv_cell, render
 from ..evaluation.reading import write_atomically
 from ..evaluation.results import Results
 from ..evaluation.rows import Row
 from ..evaluation.windows import CONTROL, is_legacy
-from ..markdown import cell, render
-from ..visible import csv_cell
 from .plots import file_names, heatmap_files, plot_gain_by_position, plot_perplexity, plot_side_by_side, write_heatmaps
 from .tables import (
     NOTHING,

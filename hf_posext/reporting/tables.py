@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..escaping import cell, code, inline, visible
 from ..evaluation.rows import share_interval, title
 from ..evaluation.windows import is_legacy
-from ..markdown import cell, code, inline
 from ..methods.text import by_reason
 from ..scheme import KINDS
-from ..visible import visible
 
 if TYPE_CHECKING:
     from ..evaluation import Results

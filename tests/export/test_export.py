@@ -27,8 +27,8 @@ from transformers import (
 
 from hf_posext import LongRoPE, SelfExtend, YaRN, find_patch, load_patched, patch_model
 from hf_posext.errors import ExportError, InvalidParameterError, NotPatchedError, UnsupportedModelError
+from hf_posext.escaping import render
 from hf_posext.export import SERVERS, Serving, export_checkpoint
-from hf_posext.markdown import render
 from tests.adapters.helpers import files, with_adapter
 from tests.conftest import TRAINED, logits, realigned, sharpen, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
 

@@ -15,9 +15,8 @@ from rich.console import Console
 from hf_posext import patch_model
 from hf_posext.cli.app import app, fail
 from hf_posext.cli.console import PlainConsole, say
-from hf_posext.markdown import alt, cell, code, console, inline
+from hf_posext.escaping import alt, cell, code, console, csv_cell, inline, visible
 from hf_posext.reporting import print_tables, render_report, write_merged_report, write_report
-from hf_posext.visible import csv_cell, visible
 
 from ..conftest import tiny_llama
 from .helpers import make_results

@@ -1,15 +1,42 @@
-"""Markdown with untrusted names, labels, and commands, which are shown literally and add no markup."""
+"""Untrusted text (names, labels, commands in files) shown literally in terminals, CSV files, HTML, and Markdown."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
+from html import escape
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+# C0 and C1 except for tab and line feed, line separators, and the controls that reorder text (U+202A and so on).
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_FORMULA = ("=", "+", "-", "@")
 
-from .visible import visible
+
+def visible(text: str) -> str:
+    r"""Return a text with visible control characters: escape becomes `\x1b`. Tabs and line feeds are kept."""
+    return _CONTROLS.sub(lambda match: _escape(ord(match[0])), text)
+
+
+def _escape(point: int) -> str:
+    return f"\\x{point:02x}" if point < 256 else f"\\u{point:04x}"
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value as a cell of a CSV file.
+
+    A text that a spreadsheet would evaluate (`=1+1`) gets a leading apostrophe. Numbers are unchanged.
+    """
+    if not isinstance(value, str):
+        return value
+    text = visible(value)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
+
+
+def html_table(facts: Mapping[str, str]) -> str:
+    """Return facts as an HTML table with one row per fact, for `_repr_html_` in notebooks."""
+    rows = (f"<tr><th>{escape(name)}</th><td>{escape(visible(value))}</td></tr>" for name, value in facts.items())
+    return f"<table>{''.join(rows)}</table>"
 
 
 def render(template: str, room: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
@@ -24,6 +51,8 @@ def render(template: str, room: str, filters: Mapping[str, Callable[..., Any]] |
         filters (`Mapping[str, Callable]`, *optional*): additional filters.
         values: values of the template's variables.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # the others need the standard library only
+
     environment = Environment(loader=PackageLoader(room, "."), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters.update(text=inline, alt=alt, code=code, console=console, literal=_literal, **(filters or {}))
     return environment.get_template(template).render(**values)
