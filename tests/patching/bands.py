@@ -1,4 +1,4 @@
-"""Attention over bands, as tests call it."""
+"""Helpers for tests of attention over bands."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hf_posext.plan import Band
 
 
 def attention_kernel(name: str) -> AbstractContextManager[Any]:
-    """Inside, one form of attention: `"torch"`, `"cpu"` or `"plain"`."""
+    """Force one form of attention inside the context: `"torch"`, `"cpu"` or `"plain"`."""
     return patch.object(choice, "FORCED", name)
 
 
 class Branch(NamedTuple):
-    """A band with the queries (batch, heads, queries, dim) and keys (batch, key heads, keys, dim) that it sees."""
+    """Band with its queries (batch, heads, queries, dim) and keys (batch, key heads, keys, dim)."""
 
     band: Band
     query: torch.Tensor
@@ -36,7 +36,7 @@ def banded_attention(
     aligned: bool,
     **options: Any,
 ) -> torch.Tensor:
-    """Attend from queries at some positions to keys at some."""
+    """Return attention over bands, with queries and keys at the given positions."""
     bands, *states = zip(*branches, strict=True)
     each = [kernels.Branch(*one) for one in zip(*states, strict=True)]
     return kernels.banded_attention(kernels.Geometry(bands, queries, keys, mask, aligned), each, value, **options)

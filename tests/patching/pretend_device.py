@@ -1,8 +1,8 @@
-"""A device that pretends to be a GPU: it computes on the CPU, and refuses what a GPU refuses.
+"""Device that pretends to be a GPU: it computes on the CPU, and refuses what a GPU refuses.
 
-Tensors on it are of a class of their own. A function that gets some of them beside tensors of the CPU raises, except
-where it copies or indexes, and for single numbers. What makes the host wait for the device is kept. Kernels of a GPU,
-half precision, streams and its memory it cannot show.
+Its tensors have a class of their own. A function that receives them together with CPU tensors raises an error, unless
+it copies or indexes, or the CPU tensor is a single number. Calls that make the host wait are recorded. Kernels, half
+precision, streams, and memory of a GPU are not simulated.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ COPIES = frozenset("copy_ __getitem__ __setitem__ to index_put_ __get__ __set__"
 
 
 class OnDevice(torch.Tensor):
-    """A tensor on the device."""
+    """Tensor on the device."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.clone()
 
 
 class PretendDevice(TorchFunctionMode):
-    """Inside, tensors are made on the device where they are asked for, and what comes of some on it is there, too."""
+    """Mode that creates tensors on the device if requested, and keeps results of its tensors there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,12 +85,12 @@ class PretendDevice(TorchFunctionMode):
 
 
 def vmap_here(vmap: Callable[..., Any], func: Callable[..., Any], in_dims: Any) -> Callable[..., Any]:
-    """`torch.vmap`, in which tensors lose their class."""
+    """Call `torch.vmap`, inside which tensors lose their class."""
     return lambda *args: tree_map(lambda one: one.as_subclass(type(args[0])), vmap(func, in_dims)(*args))
 
 
 def is_here(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is on the device. Inside vmap tensors lose their class, and none comes from the host."""
+    """Return whether a tensor is on the device. Inside vmap, all tensors are, but they have lost their class."""
     return isinstance(tensor, OnDevice) or torch._C._functorch.is_batchedtensor(tensor)
 
 
@@ -99,7 +99,7 @@ def is_device(given: Any) -> bool:
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """A model whose parameters, buffers and other tensors are on the device, in place."""
+    """Move the parameters, buffers and other tensors of a model to the device, in place."""
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             for name, tensor in held.items():

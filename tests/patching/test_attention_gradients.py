@@ -1,4 +1,4 @@
-"""Gradients of attention over parts by the fused kernel, against autograd through the plain formula in float64."""
+"""Gradients of attention over bands by the fused kernel, against autograd through the plain formula in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.def
 
 
 class Calls(TorchDispatchMode):
-    """Counts the calls of the kernel's backward."""
+    """Counter of calls of the kernel's backward."""
 
     count = 0
 
@@ -36,7 +36,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks so short that some rectangles need no bias, and the last one is shorter."""
+    """Use blocks so short that some rectangles need no bias, and the last one is shorter."""
     monkeypatch.setattr(banded, "SCORE_BYTES", 2**12)
     monkeypatch.setattr(banded, "FUSED_ROWS", 7)
     yield
@@ -53,7 +53,7 @@ def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("padding", [0, 9])
 @pytest.mark.parametrize("case", ["self-extend", "rerope", "dual-chunk", "string-shift", "rerope+log-n+decay+fade"])
 def test_gradients_of_a_model_equal_the_formula(case: str, padding: int) -> None:
-    """Of all weights, with two query heads to each key head; of a text, or of two of which one is padded."""
+    """Compare gradients of all weights, with two query heads per key head, for one text, and for two with padding."""
     method, relative, options = CASES[case]
     model = tiny_llama().double()
     texts = [tokens(LENGTH - padding, seed=1)[0], tokens(LENGTH)[0]][0 if padding else 1 :]
@@ -81,7 +81,7 @@ def problem(queries: int = 60, keys: int = 100, dtype: torch.dtype = torch.float
     def states(heads: int, count: int) -> torch.Tensor:
         return torch.randn(2, heads, count, 8, dtype=dtype, requires_grad=True)
 
-    branches = [Branch(part, states(4, queries), states(2, keys)) for part in BANDS["window"]]
+    branches = [Branch(band, states(4, queries), states(2, keys)) for band in BANDS["window"]]
     at_key = torch.arange(keys).expand(2, -1)
     return branches, states(2, keys), at_key[:, keys - queries :], at_key
 
@@ -92,7 +92,7 @@ def leaves(given: tuple[Any, ...]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("padded", [-torch.inf, torch.finfo(torch.float64).min, torch.finfo(torch.float32).min])
 def test_rows_that_attend_to_nothing_have_no_gradient(padded: float) -> None:
-    """Here or in a part: neither NaN, nor a weight that does not sum to 1, though all outputs are read."""
+    """Check queries that attend to nothing, or to nothing in one band: no NaN, and all weights sum to 1."""
     given = problem(100)
     allowed = torch.ones(100, 100).tril().bool().repeat(2, 1, 1, 1)
     allowed[0, ..., :30] = False
@@ -163,7 +163,7 @@ def test_checkpoints_of_the_model(reentrant: bool) -> None:
 
 
 def test_autocast() -> None:
-    """Rotated states are float32 there, values bfloat16; with gradients and without."""
+    """Check autocast with and without gradients: rotated states are float32, values bfloat16."""
     model = tiny_llama()
     patch_model(model, SelfExtend(group=4, window=12), factor=8)
     ids = tokens(LENGTH)

@@ -1,6 +1,6 @@
-"""Kernels for bands and rectangles: that the pieces are those of the dense softmax, and how each kernel is called.
+"""Kernels for bands and rectangles: equality of the merged pieces with the dense softmax, and calls of each kernel.
 
-The kernels of CUDA cannot run here. Substitutes that compute the same take their place, bound to their signatures.
+CUDA kernels cannot run here. Substitutes that compute the same values are bound to their signatures.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ EXACT = {"atol": 1e-12, "rtol": 0.0}  # float64, sums in another order
 
 
 def attend(query: Any, key: Any, value: Any, scaling: float, causal: bool, left: int, right: int) -> Any:
-    """Attend as FlashAttention-2 does, in the layout (batch, heads, tokens, dim). Sides of a window count from the
-    diagonal that ends in the last query and the last key; -1 is for no bound."""
+    """Attend like FlashAttention-2, in the layout (batch, heads, tokens, dim).
+
+    Sides of a window count from the diagonal that ends in the last query and the last key. -1 means no bound.
+    """
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
     queries, keys = scores.shape[-2:]
@@ -38,7 +40,7 @@ def attend(query: Any, key: Any, value: Any, scaling: float, causal: bool, left:
 
 
 class Substitutes:
-    """In place of the kernels of a machine; keeps which were called."""
+    """Substitutes for the kernels of a machine, with a record of the calls."""
 
     def __init__(self, machine: str) -> None:
         self.machine = machine
@@ -65,7 +67,7 @@ class Substitutes:
 
 
 def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by their names in the kernel's schema."""
+    """Return arguments by their names in the kernel's schema."""
     names = [argument.name for argument in SCHEMAS[name].arguments]
     assert set(kwargs) <= set(names[len(args) :])
     return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -73,7 +75,7 @@ def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
 
 @pytest.fixture(params=["cudnn", "flash"])
 def substitutes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Substitutes:
-    """The kernels of one machine: with cuDNN, and without."""
+    """Substitute the kernels of a machine with cuDNN, and of one without."""
     those = Substitutes(request.param)
     monkeypatch.setattr(choice, "FLASH", those.flash)
     monkeypatch.setattr(choice, "CUDNN", those.cudnn)
@@ -90,7 +92,7 @@ def problem(bands: str, queries: int, keys: int) -> tuple[tuple[Any, ...], torch
     def states(heads: int, count: int) -> torch.Tensor:
         return torch.randn(2, heads, count, 8, dtype=torch.float64)
 
-    branches = [Branch(part, states(4, queries), states(2, keys)) for part in BANDS[bands]]
+    branches = [Branch(band, states(4, queries), states(2, keys)) for band in BANDS[bands]]
     at_key = torch.arange(keys).expand(2, -1)
     causal = torch.ones(queries, keys).tril(keys - queries).bool()[None, None]
     return (branches, states(2, keys), at_key[:, keys - queries :], at_key), causal
@@ -109,8 +111,10 @@ def test_pieces_of_kernels_equal_dense(
 
 
 def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
-    """The window is FlashAttention's; what is far is one causal call of whatever attention would pick, but for a few
-    queries not cuDNN, which plans each number of keys anew."""
+    """Check that FlashAttention takes the window, and that far keys are one causal call of the preferred kernel.
+
+    cuDNN, which plans each number of keys anew, is not used for a few queries.
+    """
     for queries, far in ((100, "cudnn"), (5, "flash")):
         given, _ = problem("window", queries, 100)
         banded_attention(*given, mask=None, aligned=True, scaling=0.3)

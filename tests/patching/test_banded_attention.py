@@ -1,4 +1,4 @@
-"""Attention over bands against the dense matrix of scores, its memory, and the script that times it."""
+"""Attention over bands against the dense matrix of scores, and its memory."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ BANDS: dict[str, tuple[Band, ...]] = {
 }
 
 
-def bias(part: Band, i: int, j: int) -> float:
-    """Number that a band adds to the logit of a pair."""
+def bias(band: Band, i: int, j: int) -> float:
+    """Return the shift that a band adds to the logit of a pair."""
     added = 0.0
-    if part.fade is not None:
-        far = sum(i // part.chunk - key // part.chunk >= part.low for key in range((i // part.chunk + 1) * part.chunk))
-        added -= part.fade.strength * math.log(max(1, far / part.fade.reference))
-    if part.decay is not None and i - j >= part.decay.start:
-        octave = math.floor(math.log2((i - j) / part.decay.start))
-        added -= part.decay.strength * math.log(2) * (octave + 0.5)
+    if band.fade is not None:
+        far = sum(i // band.chunk - key // band.chunk >= band.low for key in range((i // band.chunk + 1) * band.chunk))
+        added -= band.fade.strength * math.log(max(1, far / band.fade.reference))
+    if band.decay is not None and i - j >= band.decay.start:
+        octave = math.floor(math.log2((i - j) / band.decay.start))
+        added -= band.decay.strength * math.log(2) * (octave + 0.5)
     return added
 
 
 def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, **kw: Any) -> Any:
-    """The whole matrix of scores at once."""
+    """Attend with the whole matrix of scores at once."""
     groups = branches[0].query.shape[1] // value.shape[1]
     scores = torch.tensor(-torch.inf, dtype=value.dtype)
     for branch in branches:
@@ -78,8 +78,7 @@ def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, ke
 def test_banded_attention_equals_dense(
     counts: tuple[int, int], bands: str, options: dict[str, Any], learning: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values and gradients, by the fused kernel or with blocks computed again in backward; with a mask or not, known
-    bands or not."""
+    """Compare values and gradients of both kernels, with each kind of mask, and for bands that are stripes or not."""
     monkeypatch.setattr(banded, "SCORE_BYTES", 2**17)  # several blocks
     monkeypatch.setattr(banded, "FUSED_ROWS", 40)
     torch.manual_seed(0)
@@ -88,7 +87,7 @@ def test_banded_attention_equals_dense(
     def states(heads: int, count: int) -> torch.Tensor:
         return torch.randn(2, heads, count, 8, dtype=torch.float64, requires_grad=learning)
 
-    branches = [Branch(part, states(4, queries), states(2, keys)) for part in BANDS[bands]]
+    branches = [Branch(band, states(4, queries), states(2, keys)) for band in BANDS[bands]]
     value = states(2, keys)
     leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
     if "sinks" in options:
@@ -115,7 +114,7 @@ def test_banded_attention_equals_dense(
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 def test_channels_that_do_not_lie_one_behind_the_other(which: str, learning: bool) -> None:
-    """A kernel that is called directly reads the wrong numbers there, and does not say so."""
+    """Check non-adjacent channels, from which a kernel that is called directly would silently read wrong numbers."""
     torch.manual_seed(0)
 
     def states(name: str, heads: int) -> torch.Tensor:
@@ -124,7 +123,7 @@ def test_channels_that_do_not_lie_one_behind_the_other(which: str, learning: boo
         made = torch.randn(1, heads, 8, 50, dtype=torch.float64, requires_grad=learning)
         return made.mT if name == which else made.mT.contiguous()
 
-    branches = [Branch(part, states("query", 4), states("key", 2)) for part in BANDS["window"]]
+    branches = [Branch(band, states("query", 4), states("key", 2)) for band in BANDS["window"]]
     value, at = states("value", 2), torch.arange(50)[None]
     causal = torch.ones(50, 50).tril().bool()[None, None]
     found = banded_attention(branches, value, at, at, mask=None, aligned=True, scaling=0.3)
@@ -137,7 +136,7 @@ def test_channels_that_do_not_lie_one_behind_the_other(which: str, learning: boo
 
 
 class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation gives."""
+    """Recorder of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -152,11 +151,11 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sinks": torch.randn(4).double()}])
 @pytest.mark.parametrize("bands", BANDS)
 def test_a_single_query_equals_dense(bands: str, options: dict[str, Any], learning: bool) -> None:
-    """Keys that stand the same for all parts are scored once; values and gradients, with each kind of mask."""
+    """Compare values and gradients of a step whose bands share their keys, with each kind of mask."""
     torch.manual_seed(0)
     query = [torch.randn(2, 4, 1, 8, dtype=torch.float64, requires_grad=learning) for _ in BANDS[bands]]
     key, value = (torch.randn(2, 2, 90, 8, dtype=torch.float64, requires_grad=learning) for _ in range(2))
-    branches = [Branch(part, one, key) for part, one in zip(BANDS[bands], query, strict=True)]
+    branches = [Branch(band, one, key) for band, one in zip(BANDS[bands], query, strict=True)]
     at_key = torch.arange(90).expand(2, -1)
     padded = torch.ones(2, 1, 1, 90, dtype=torch.bool)
     padded[0, ..., :7] = padded[..., 83:] = False
@@ -180,7 +179,7 @@ def test_a_single_query_equals_dense(bands: str, options: dict[str, Any], learni
 @pytest.mark.parametrize("kernel", ["cpu", "plain"])
 @pytest.mark.parametrize("learning", [False, True])
 def test_memory_is_linear(learning: bool, kernel: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without padding, no tensor of length x length, nor are there so many that backward holds as much."""
+    """Check that no tensor, and no sum of saved tensors, has a quadratic size without padding."""
     monkeypatch.setattr(banded, "SCORE_BYTES", 2**20)
     monkeypatch.setattr(banded, "FUSED_ROWS", 64)
     model = tiny_llama(num_hidden_layers=1)

@@ -1,4 +1,4 @@
-"""Keys that stay turned in the cache: what a step does, what turns them anew, and what it must not look at."""
+"""Rotated keys in the cache: rotations of a step, repeated rotations, and tensors that the host must not read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..zoo import build
 
 METHODS: dict[str, Method] = {
     "rerope": ReRoPE(window=8),
-    "yarn+leaky-rerope": YaRN() + LeakyReRoPE(window=8, stride=3.0),  # with an attention factor, which turns scale by
+    "yarn+leaky-rerope": YaRN() + LeakyReRoPE(window=8, stride=3.0),  # attention factor: rotations scale
     "self-extend": SelfExtend(group=4, window=8),
     "dual-chunk": DualChunk(chunk=12, local=4),
     "string-shift": StringShift(shift=8),
@@ -43,14 +43,14 @@ def patched(name: str) -> LlamaForCausalLM:
 
 
 def steps(model: LlamaForCausalLM, cache: DynamicCache, bounds: list[int], ids: torch.Tensor = IDS) -> torch.Tensor:
-    """Logits of the pieces between the bounds."""
+    """Return the logits of the pieces between the bounds."""
     pairs = zip(bounds, bounds[1:], strict=False)
     return torch.cat([logits(model, ids[:, start:stop], cache=cache) for start, stop in pairs], 1)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_steps_chunks_and_crops_equal_one_forward(name: str) -> None:
-    """Single tokens, a chunk between them, and tokens taken back; copies of the cache go on by themselves."""
+    """Compare single tokens, a chunk, and a crop with one forward. A copy of the cache continues separately."""
     model = patched(name)
     whole = logits(model, IDS, use_cache=False)
     cache = DynamicCache(config=model.config)
@@ -63,9 +63,11 @@ def test_steps_chunks_and_crops_equal_one_forward(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static", "sliding"])
-def test_a_step_turns_the_key_that_leaves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model turns the new one; all others keep their bits, and nothing of the length of the cache is turned; also
-    where the cache has free slots, or lets go of keys behind a window of 16 in every other layer."""
+def test_a_step_rotates_the_key_that_leaves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a step changes only the key that leaves the window: all other cached keys keep their bits.
+
+    The model rotates the new key. The cache may have free slots, or drop keys behind a window of 16.
+    """
     model = build("gemma2") if kind == "sliding" else tiny_llama()
     patch_model(model, METHODS["self-extend"], factor=8, trained_length=16)
     static = StaticCache(config=model.config, max_cache_len=64)
@@ -108,7 +110,7 @@ def test_padded_rows_equal_rows_alone(name: str) -> None:
 
 
 def test_a_position_that_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keys are turned anew; where the host would have to wait to see it, it is an error."""
+    """Check that keys are rotated again after a gap in positions, which is an error if the host cannot see it."""
     model = patched("rerope")
     cache = DynamicCache(config=model.config)
     steps(model, cache, [0, 20, 21])
@@ -124,13 +126,13 @@ def test_a_position_that_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def wait_for_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, the host has to wait for each tensor that it looks at."""
+    """Make the host wait for each tensor that it reads, like on a GPU."""
     for module in (cache_module, forward_module):
         monkeypatch.setattr(module, "seen_for_free", lambda tensor: False)
 
 
 class Waits(TorchFunctionMode):
-    """Keeps the calls that would make the host wait for a device."""
+    """Recorder of calls that would make the host wait for a device."""
 
     names = (
         "item",
@@ -157,7 +159,7 @@ class Waits(TorchFunctionMode):
 
 
 class Scalars(TorchDispatchMode):
-    """The same below Python: also where a mask is an index."""
+    """Recorder of such calls below Python, like indexing by a mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,8 +196,8 @@ def test_a_cache_of_another_patch_is_refused(llama: LlamaForCausalLM) -> None:
         torch.testing.assert_close(found, logits(llama, IDS[:, :22], use_cache=False)[:, -1:], **CLOSE)
 
 
-def test_a_layer_that_lost_its_turned_keys_is_refused() -> None:
-    """The model has turned the new key by then, so that nothing else would be right."""
+def test_a_layer_that_lost_its_rotated_keys_is_refused() -> None:
+    """Check the error for a layer that lost its rotated keys: the model has already rotated the new key for these."""
     model = patched("rerope")
     cache = DynamicCache(config=model.config)
     steps(model, cache, [0, 20, 21])
@@ -208,8 +210,8 @@ def test_a_layer_that_lost_its_turned_keys_is_refused() -> None:
         logits(model, IDS[:, 21:22], cache=cache)
 
 
-def test_a_set_whose_keys_stay_as_they_are_is_turned_in_attention() -> None:
-    """A layer that keeps its keys in another kind of cache is not turned by the model, in any step."""
+def test_a_set_with_unrotated_keys_rotates_in_attention() -> None:
+    """Check that the model never rotates for a layer that keeps its keys in another kind of cache."""
     model = patched("rerope")
     cache = DynamicCache(config=model.config)
 

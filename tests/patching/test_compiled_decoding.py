@@ -1,4 +1,4 @@
-"""Steps of decoding in one compiled graph, with a cache that stays in its place: what CUDA graphs need."""
+"""Decoding steps in one compiled graph, with a cache at fixed addresses, like CUDA graphs require."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CLOSE = {"atol": 1e-5, "rtol": 0.0}  # float32, sums in another order
 
 
 class Reader:
-    """Reads a text into a cache, then a token at a time; some of the text is padding."""
+    """Reader of a partly padded text into a cache, then of one token at a time."""
 
     def __init__(self, model: LlamaForCausalLM, cache: Any, padding: int) -> None:
         self.model, self.cache, self.padding, self.count = model, cache, padding, 0
@@ -60,7 +60,7 @@ class Reader:
 
     @torch.no_grad()
     def read(self, count: int, forward: Any = None) -> torch.Tensor:
-        """The logits of the last of some more tokens."""
+        """Return the logits of the last of `count` more tokens."""
         given = slice(self.count, self.count + count)
         self.count += count
         known = SLOTS if isinstance(self.cache, StaticCache) else self.count  # free slots are masked as later ones are
@@ -74,7 +74,7 @@ class Reader:
 
 
 def two(model: LlamaForCausalLM, padding: int) -> tuple[Reader, Reader]:
-    """One that reads into a static cache, and one into a growing one; both have read the text."""
+    """Return a reader with a static cache and one with a growing cache, after both have read the text."""
     readers = (
         Reader(model, StaticCache(config=model.config, max_cache_len=SLOTS), padding),
         Reader(model, DynamicCache(config=model.config), padding),
@@ -91,7 +91,7 @@ def one_graph(model: LlamaForCausalLM, backend: str = "eager") -> tuple[Any, Com
 
 
 def rotated_keys(method: str | Method, step: int) -> list[int]:
-    """Slots of the new key and of the key that has just left the window; at position 0 nothing rotates."""
+    """Return the slots of the new key and of the key that has just left the window. Position 0 needs no rotation."""
     name = method if isinstance(method, str) else method.label
     far = TEXT + step - (14 if name.startswith("rerope") else 8)
     left = [] if name.startswith(("dual-chunk", "string-shift")) or far <= 0 else [far]
@@ -101,9 +101,9 @@ def rotated_keys(method: str | Method, step: int) -> list[int]:
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_in_one_graph(method: str | Method, padding: int) -> None:
-    """They give what steps give that are not compiled; then a step, a piece of text, and steps in the same graph.
+    """Compare compiled steps with uncompiled ones, then a step, a piece of text, and steps in the same graph.
 
-    Of the cached keys, a step of a remapping method changes the new one and the one that leaves the window.
+    A step of a remapping method changes only the new key and the key that leaves the window.
     """
     model = tiny_llama()
     with patch_model(model, method, factor=8, trained_length=16):
@@ -125,7 +125,7 @@ def test_steps_in_one_graph(method: str | Method, padding: int) -> None:
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5_text"])
 def test_other_caches(family: str) -> None:
-    """Layers that slide roll their keys, and some have none: graphs may break, and all keys are turned."""
+    """Check layers with rolling keys, and layers without keys: graphs may break, and all keys are rotated."""
     model: Any = build(family)
     patch_model(model, METHODS[1], factor=8, trained_length=16)
     static, growing = two(model, 0)
@@ -136,7 +136,7 @@ def test_other_caches(family: str) -> None:
 
 
 def test_a_cache_that_is_used_again() -> None:
-    """After `reset` it is as new; and rows can be chosen anew after compiled steps."""
+    """Check a cache after `reset`, and a selection of rows after compiled steps."""
     model = tiny_llama()
     patch_model(model, METHODS[1], factor=8)
     static, _ = two(model, 0)
@@ -179,7 +179,7 @@ def test_another_model_cannot_read_the_cache_in_a_graph() -> None:
 
 
 def test_a_text_outside_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph breaks at chunks where they are not known to be right inside. One that must not break is refused."""
+    """Check that a graph breaks at chunks on an unproven device, and that a full graph is refused."""
     monkeypatch.setattr(attention_module, "UNPROVEN_ON", "cpu")
     model, ids = tiny_llama(), tokens(30)
     patch_model(model, METHODS[3], factor=8, trained_length=16)

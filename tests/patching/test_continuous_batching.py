@@ -1,4 +1,4 @@
-"""Continuous batching of remapped models: each request gets what it gets alone, by a forward without a cache."""
+"""Continuous batching of remapped models, against one forward per request without a cache."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ METHODS = (
     "yarn+log-n",
 )
 LENGTHS = 3 * TRAINED_LENGTH, 2 * TRAINED_LENGTH + 1, 5, 3 * TRAINED_LENGTH
-"""Tokens of each prompt. All begin alike, so that pages are shared where that is allowed."""
+"""Numbers of tokens per prompt. All prompts begin alike, so that pages are shared if that is allowed."""
 
 NEW = 6
 
 
 @pytest.fixture(autouse=True)
 def without_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers collects garbage twice after each batch, which takes a second in a test process."""
+    """Skip the two garbage collections after each batch, which take a second in a test process."""
     monkeypatch.setattr(continuous_api.gc, "collect", lambda: 0)
 
 

@@ -1,4 +1,4 @@
-"""State of one forward: threads, nested calls, hooks and copies of one patched model do not meet."""
+"""Isolation of the state of a forward: threads, nested calls, hooks and copies of one patched model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def patched(name: str, model: PreTrainedModel | None = None) -> Any:
 
 
 def calls() -> list[dict[str, Any]]:
-    """Forwards of other lengths, positions and padding."""
+    """Return inputs of different lengths, positions and padding."""
     padded = torch.cat([torch.zeros(1, 9).long(), tokens(21, seed=1)], 1)
     return [
         {"input_ids": tokens(40)},
@@ -48,7 +48,7 @@ def calls() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def impatient() -> Iterator[None]:
-    """Threads that take turns often."""
+    """Make threads switch often."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -56,7 +56,7 @@ def impatient() -> Iterator[None]:
 
 
 def in_threads(work: Callable[[int], torch.Tensor], count: int, rounds: int) -> list[list[torch.Tensor]]:
-    """Run some threads at once and return what each gave. An error in any of them is raised."""
+    """Run functions in threads at once and return their results. An error in any of them is raised."""
     given: list[list[torch.Tensor]] = [[] for _ in range(count)]
     errors: list[BaseException] = []
 
@@ -110,7 +110,7 @@ def test_generation_in_threads(name: str, impatient: None) -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name came in 5.2x
 def test_training_in_threads(impatient: None) -> None:
-    """Checkpoints run layers again in backward, while other threads go on."""
+    """Check checkpoints that run layers again in backward, while other threads continue."""
     model = patched("rerope").train()
     model.gradient_checkpointing_enable()
     given = calls()
@@ -127,7 +127,7 @@ def test_training_in_threads(impatient: None) -> None:
 
 @pytest.mark.parametrize("name", ["rerope", "dynamic-ntk", "log-n"])
 def test_a_forward_within_a_forward(name: str) -> None:
-    """A hook of a layer that asks the same model again, and another patched one; also one that fails."""
+    """Check a layer hook that calls the same model, another patched model, and one that fails."""
     model, other = patched(name), patched("self-extend")
     ids = tokens(40)
     whole = logits(model, ids)
@@ -149,7 +149,7 @@ def test_a_forward_within_a_forward(name: str) -> None:
     handle = model.model.layers[0].mlp.register_forward_hook(ask)
     cache = DynamicCache(config=model.config)
     found = torch.cat(
-        [logits(model, part, **with_cache(model.forward, cache)) for part in ids.split([30, 1, 9], 1)], 1
+        [logits(model, piece, **with_cache(model.forward, cache)) for piece in ids.split([30, 1, 9], 1)], 1
     )
     handle.remove()
     whole = whole if "dynamic" not in name else torch.cat([whole[:, :0], found], 1)  # follows the length that is read
@@ -178,12 +178,12 @@ def test_a_failed_forward_leaves_nothing(llama: LlamaForCausalLM) -> None:
 
 
 def test_a_hook_that_changes_the_cache(llama: LlamaForCausalLM) -> None:
-    """One from before the patch runs first, and is followed; a later one is found out."""
+    """Check that a cache replaced by an earlier hook is followed, and by a later hook detected."""
     ids, cache = tokens(40), DynamicCache(config=llama.config)
     puts = lambda module, args, kwargs: (args, kwargs | with_cache(module.forward, cache))  # noqa: E731
     handle = llama.model.register_forward_pre_hook(puts, with_kwargs=True)
     patched("rerope", llama)
-    found = torch.cat([logits(llama, part) for part in ids.split([30, 1, 9], 1)], 1)
+    found = torch.cat([logits(llama, piece) for piece in ids.split([30, 1, 9], 1)], 1)
     handle.remove()
     torch.testing.assert_close(found, logits(llama, ids), **CLOSE)
     cache = DynamicCache(config=llama.config)
@@ -195,7 +195,7 @@ def test_a_hook_that_changes_the_cache(llama: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_copies_and_pickles(name: str, kind: str) -> None:
-    """Two mixins may be in one rotary module."""
+    """Check a rotary module with two mixins."""
     model, ids = build(kind), tokens(60)
     before = logits(model, ids)
     patched(name, model)
@@ -215,7 +215,7 @@ def test_copies_and_pickles(name: str, kind: str) -> None:
 
 
 def test_an_interrupted_forward_is_forgotten_by_the_next() -> None:
-    """PyTorch calls no hook after an interrupt. Nested forwards that still run keep their states."""
+    """Check states after an interrupt, for which PyTorch calls no hook. Nested forwards keep theirs."""
     model, other = patched("rerope"), tiny_llama()
     patch_model(other, METHODS["rerope"], factor=8, trained_length=16)
     wanted, inner = logits(model, tokens(40)), logits(other, tokens(24))

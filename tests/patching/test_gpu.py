@@ -1,7 +1,7 @@
-"""Properties that only a GPU shows: its kernels, half precision, and that no step of decoding waits for it.
+"""Properties that only a GPU shows: its kernels, half precision, and decoding steps that do not wait for it.
 
-These tests run where there is one (`pytest tests/patching/test_gpu.py`); everywhere else `test_attention_kernels.py`
-binds the kernels by their signatures, and `test_other_device.py` has a device that refuses what a GPU refuses.
+These tests require a GPU (`pytest tests/patching/test_gpu.py`). Without one, `test_attention_kernels.py` binds kernels
+by their signatures, and `test_other_device.py` has a device that refuses what a GPU refuses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HALF = {"atol": 2e-2, "rtol": 0.0}  # bfloat16 has 8 bits: sums of values up to 
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Let PyTorch raise wherever the host waits for the GPU."""
+    """Make PyTorch raise an error wherever the host waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -44,7 +44,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def readings(model: PreTrainedModel, method: str | Method) -> list[torch.Tensor]:
-    """Logits under a patch, of a text, of one padded at its left, and in steps with a cache; then without."""
+    """Return the logits of a text, a left-padded text, and cached steps, under a patch and without it."""
     ids, mask = IDS.to(model.device), torch.ones_like(IDS, device=model.device)
     mask[:, :5] = 0
     cache = DynamicCache(config=model.config)
@@ -72,11 +72,11 @@ def test_patched_models_give_what_they_give_on_the_cpu(
 @pytest.mark.parametrize("bands", ["window", "chunks"])
 @pytest.mark.parametrize("queries", [256, 100, 1])
 def test_kernels_in_half_precision(bands: str, queries: int) -> None:
-    """Against the dense formula in float64, of the same rounded states."""
+    """Compare with the dense formula in float64, on the same rounded states."""
     torch.manual_seed(0)
     query = torch.randn(2, 8, queries, 64, device="cuda", dtype=torch.bfloat16)
     key, value = (torch.randn(2, 2, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    branches = [Branch(part, query + number / 4, key - number / 4) for number, part in enumerate(BANDS[bands])]
+    branches = [Branch(band, query + number / 4, key - number / 4) for number, band in enumerate(BANDS[bands])]
     at = torch.arange(256, device="cuda")[None]
     given = {"mask": None, "aligned": True, "scaling": 0.1}
     assert choose(query, value) is not None and one_pass(query) is not None
@@ -88,26 +88,26 @@ def test_kernels_in_half_precision(bands: str, queries: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "key_heads", "dim", "parts"), [(8, 2, 64, 2), (32, 8, 128, 3), (6, 6, 80, 1)])
-def test_a_step_in_one_kernel(heads: int, key_heads: int, dim: int, parts: int, dtype: torch.dtype) -> None:
-    """Against matrix products in float64, with keys of several pieces."""
+@pytest.mark.parametrize(("heads", "key_heads", "dim", "bands"), [(8, 2, 64, 2), (32, 8, 128, 3), (6, 6, 80, 1)])
+def test_a_step_in_one_kernel(heads: int, key_heads: int, dim: int, bands: int, dtype: torch.dtype) -> None:
+    """Compare with matrix products in float64, with keys in several pieces."""
     torch.manual_seed(0)
     like = {"device": "cuda", "dtype": dtype}
     query = torch.randn(2, heads, 1, dim, **like)
     key, value = (torch.randn(2, key_heads, 3000, dim, **like) for _ in range(2))
     partners = torch.stack([torch.arange(dim, device="cuda").roll(dim // 2)] * 2)
-    phases, starts = torch.randn(2, 2, parts + 1, dim, device="cuda"), (2500, 900, 0)[3 - parts :]
+    phases, starts = torch.randn(2, 2, bands + 1, dim, device="cuda"), (2500, 900, 0)[3 - bands :]
     given = [one.cpu() for one in (query, key, value, partners, phases)]
     wanted, wanted_key = by_products(*given, starts, 2499)
-    found = one_step(query, key, value, parts)(query, key, partners, phases, starts, 1 / 7)(query, key, value, 2499)
-    eps = torch.finfo(dtype).eps  # turned states and weights are rounded to the dtype
+    found = one_step(query, key, value, bands)(query, key, partners, phases, starts, 1 / 7)(query, key, value, 2499)
+    eps = torch.finfo(dtype).eps  # rotated states and weights are rounded to the dtype
     torch.testing.assert_close(found.double().cpu(), wanted, atol=40 * eps, rtol=0)
     torch.testing.assert_close(key.double().cpu(), wanted_key, atol=2e-6, rtol=eps)
 
 
 @pytest.mark.parametrize("method", REMAPPING[:5])
 def test_steps_of_a_model_in_one_kernel(method: Method) -> None:
-    """Steps with Triton against steps by matrix products, in float32; and that Triton is used."""
+    """Compare steps by Triton with steps by matrix products in float32, and check that Triton is used."""
     model: Any = tiny_llama(head_dim=64).cuda()
     pieces = IDS[:, :40].cuda().split([20] + [1] * 20, 1)
 
@@ -128,7 +128,7 @@ def test_steps_of_a_model_in_one_kernel(method: Method) -> None:
 
 @pytest.mark.parametrize("method", REMAPPING)
 def test_patched_models_in_half_precision(method: Method) -> None:
-    """Kernels against matrix products, in a whole model."""
+    """Compare kernels with matrix products in a whole model."""
     model: Any = tiny_llama(head_dim=64).cuda().bfloat16()
     ids = IDS.cuda()
     with patch_model(model, method, factor=8, trained_length=16), torch.no_grad():
@@ -157,7 +157,7 @@ def test_no_step_of_decoding_waits(
 
 @pytest.mark.parametrize("method", METHODS[:-1])
 def test_steps_as_a_cuda_graph(method: str | Method) -> None:
-    """One graph, recorded and replayed."""
+    """Record one graph and replay it."""
     model: Any = tiny_llama().cuda()
     patch_model(model, method, factor=8, trained_length=16)
     static, growing = two(model, 0)

@@ -1,4 +1,4 @@
-"""Rotation in attention on models of many kinds: their numbers, what is left behind, what is refused."""
+"""Rotation in attention on models of many kinds: numbers, undo, and refusals."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..conftest import TRAINED, logits, tiny_llama, tokens
 from ..zoo import build
 
 KEEPS = ReRoPE(window=TRAINED) + LogN()
-"""Within the trained length this is the identity."""
+"""Method that changes nothing within the trained length."""
 
 WIDE = {"cohere2": {"sliding_window": 2 * TRAINED}}
-"""Windows wider than that of the method, which is refused where all layers that rotate slide within it."""
+"""Sliding windows wider than that of the method, which is refused if no layer sees farther."""
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "cohere2", "deepseek_v3", "hunyuan_v1_dense"])
 def test_half_precision_is_within_its_own_noise(kind: str) -> None:
-    """bfloat16 late is no farther from bfloat16 as shipped than that is from float32 (root mean squares)."""
+    """Compare the root mean square error of bfloat16 under late rotation with that of bfloat16 as shipped."""
     ids, model = tokens(60), build(kind, **WIDE.get(kind, {}))
     exact = logits(model, ids)
     model.to(torch.bfloat16)
@@ -44,7 +44,7 @@ def test_half_precision_is_within_its_own_noise(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_5_text"])
 def test_growing_frequencies_are_those_of_the_length(kind: str) -> None:
-    """As if the model had been given them; also where it wants positions on three axes."""
+    """Compare doubled positions with those passed to the model, for one axis and for three."""
     model, ids = build(kind), tokens(60)
     with patch_model(model, DynamicNTK(), factor=8, trained_length=16) as patch:
         grown = logits(model, ids, use_cache=False)
@@ -69,7 +69,7 @@ def test_layers_without_positions_are_left_alone(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "sizes"), [("llama", {}), ("zamba2", {"chunk_size": 64})])
 def test_log_n_grows_the_queries_of_every_layer(kind: str, sizes: dict[str, Any]) -> None:
-    """Also of an attention that several layers share, which has the number -1 in Zamba2."""
+    """Check query scales, also for the attention that layers of Zamba2 share, which has the number -1."""
     model, ids, hooks = build(kind, **sizes), tokens(60), []
     growth = (torch.arange(1, 61).double().log() / math.log(16)).clamp(min=1).float()[:, None]
     plain = logits(model, ids)
@@ -87,9 +87,9 @@ def test_log_n_grows_the_queries_of_every_layer(kind: str, sizes: dict[str, Any]
 
 @pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
 def test_sparse_attention_selects_as_the_model_does(kind: str) -> None:
-    """Their indexers pick keys by rotated states, which stay: with 8 of 60 keys picked, a turned one shows.
+    """Check models whose indexers select keys by rotated states: with 8 of 60 keys selected, a wrong rotation shows.
 
-    (Picks of prefill and decode differ there in the unpatched model, too: many of its random scores are equal.)
+    Selections of prefill and decoding differ in the unpatched model, too, because many random scores are equal.
     """
     model, ids = build(kind, index_topk=8), tokens(60)
 
@@ -110,7 +110,7 @@ def test_sparse_attention_selects_as_the_model_does(kind: str) -> None:
 
 
 def test_padding_gives_what_it_gives_without_the_patch() -> None:
-    """Recurrent Gemma's convolutions read the padded tokens, whose queries attend to nothing."""
+    """Check padding of Recurrent Gemma, whose convolutions read padding tokens that attend to nothing."""
     model, ids = build("recurrent_gemma"), tokens(24, rows=2)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
@@ -122,7 +122,7 @@ def test_padding_gives_what_it_gives_without_the_patch() -> None:
 
 
 def test_device_map_with_a_layer_on_disk(tmp_path: Path) -> None:
-    """accelerate's hooks replace the forward of every module, and load weights as they are needed."""
+    """Check accelerate's hooks, which replace the forward of every module and load weights on demand."""
     ids, parts = tokens(60), ("embed_tokens", "layers.0", "norm", "rotary_emb")
     tiny_llama().save_pretrained(tmp_path)
     places = {"lm_head": "cpu", "model.layers.1": "disk", **{f"model.{part}": "cpu" for part in parts}}
@@ -155,7 +155,7 @@ def test_eight_bit_weights_stay(llama: LlamaForCausalLM) -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name came in 5.2x
 def test_positions_that_get_lost_are_missed_in_backward(llama: LlamaForCausalLM) -> None:
-    """As where phases are copied to another device on their way: only a layer that runs again needs them."""
+    """Check phases without their positions, like after a copy to another device: only a rerun layer needs them."""
 
     def copies(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"position_embeddings": tuple(one.clone() for one in kwargs["position_embeddings"])}
@@ -176,7 +176,7 @@ def registries() -> list[dict[str, Any]]:
 
 
 def trace(model: PreTrainedModel) -> dict[str, Any]:
-    """All that a patch could leave in a model: attributes, hooks, classes, buffers, configs, parameters themselves."""
+    """Return all that a patch could leave in a model: attributes, hooks, classes, buffers, configs, parameters."""
     hooks = {
         f"{path}.{name}": dict(value)
         for path, module in model.named_modules()

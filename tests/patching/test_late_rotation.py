@@ -1,4 +1,4 @@
-"""Rotation in attention under all that a model meets: generation, caches, packs, training, copies, compilers."""
+"""Rotation in attention under generation, caches, packed rows, training, copies, and compilers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ACTIVE: dict[str, Method] = {
     "dual-chunk": DualChunk(chunk=12, local=4),
     "log-n": LogN(),
 }
-"""With an original length of 16, all are past their window within the 32 tokens of these tests."""
+"""Methods that act within the 32 tokens of these tests, at a trained length of 16."""
 
 PROMPT = tokens(20, rows=2)
 PROMPT[0, :7] = 0  # padded at its left
@@ -44,8 +44,10 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def generate(model: PreTrainedModel, cached: bool = True, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, and the scores of each step, of the padded batch, or of its full row where the mode takes one row;
-    uncached: one full forward per token."""
+    """Return the tokens and scores of generation, for the padded batch, or for its full row if the mode takes one row.
+
+    Without a cache, each token is one full forward.
+    """
     ways = ("prompt_lookup_num_tokens", "assistant_model", "cache_implementation", "prefill_chunk_size")
     rows = slice(1, 2) if kwargs.keys() & set(ways[:2]) else slice(0, 2)
     if not cached:
@@ -58,7 +60,7 @@ def generate(model: PreTrainedModel, cached: bool = True, **kwargs: Any) -> tupl
 
 
 def same(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    """Equal tokens, and scores within float32 sums in another order; scores spread by 4."""
+    """Return whether tokens are equal, and scores within float32 sums in another order. Scores spread by 4."""
     return torch.equal(found[0], wanted[0]) and torch.allclose(found[1], wanted[1], atol=1e-4, rtol=0)
 
 
@@ -77,7 +79,7 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("mode", MODES)
 def test_generation(mode: str, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """As unpatched where the plan keeps positions; as one full forward per token where it moves them."""
+    """Compare with the unpatched model if the plan keeps positions, otherwise with one full forward per token."""
     if mode == "draft model":
         caplog.set_level("ERROR", "transformers.generation.utils")  # it calls its own generate in a deprecated way
     model = MODELS[kind]()
@@ -95,7 +97,7 @@ def test_generation(mode: str, kind: str, caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_pieces_of_a_prompt_without_padding(kind: str, static: bool) -> None:
-    """Parts are bands there, also where a static cache has free slots, or a sliding one has dropped keys."""
+    """Check that bands are stripes, even if a static cache has free slots or a sliding cache has dropped keys."""
     model, ids = MODELS[kind](), tokens(60)
     for method in ACTIVE.values():
         with patch_model(model, method, factor=8, trained_length=16):
@@ -105,7 +107,7 @@ def test_pieces_of_a_prompt_without_padding(kind: str, static: bool) -> None:
 
 
 class Lossless(QuantizedLayer):
-    """The bookkeeping of a quantised cache without its loss."""
+    """Layer with the bookkeeping of a quantized cache, without its loss."""
 
     def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         return tensor.clone()
@@ -124,7 +126,7 @@ def test_quantised_cache(beams: int) -> None:
 
 
 def test_fp8_cache_loses_no_more_than_unpatched(llama: LlamaForCausalLM) -> None:
-    """The only quantised cache of transformers that needs no further package."""
+    """Cache for the only backend of transformers' quantized caches that needs no other package."""
 
     def loss(ids: torch.Tensor) -> float:
         cache = QuantizedCache(backend="fp8", config=llama.config)
@@ -166,7 +168,7 @@ def test_caches_do_not_pass_between_patched_and_unpatched(llama: LlamaForCausalL
 
 
 def test_a_cache_follows_its_rows(llama: LlamaForCausalLM) -> None:
-    """Rows of unequal padding, repeated, swapped, selected and copied; also a crop, and positions given once only."""
+    """Check padded rows that are repeated, swapped, selected and copied, crops, and positions passed once."""
     patch_model(llama, ReRoPE(window=8), factor=8)
     ids, mask = torch.cat([PROMPT, tokens(2, rows=2, seed=3)], 1), torch.cat([MASK, torch.ones(2, 2).long()], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -201,7 +203,7 @@ def test_packed_documents_do_not_see_each_other(method: Method, llama: LlamaForC
 
 
 def gradients(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """Of the loss of several forwards, all run before one backward."""
+    """Check gradients of the loss of several forwards before one backward."""
     model.zero_grad()
     loss = sum(model(**batch, labels=batch["input_ids"], use_cache=False).loss for batch in batches)
     loss.backward()
@@ -214,8 +216,10 @@ def gradients(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) ->
 def test_gradient_checkpointing_with_several_forwards(
     method: Method, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer that runs again in backward must find the positions of its own forward: others are packed, or shorter,
-    or longer. The last four kinds do not hand position_ids to their attention."""
+    """Check that a layer that runs again in backward uses the positions of its own forward.
+
+    Other forwards are packed, shorter, or longer. The last four kinds do not pass position_ids to their attention.
+    """
     monkeypatch.setattr(banded, "SCORE_BYTES", 1)  # blocks of 16 queries, which banded attention computes again, too
     model = MODELS[kind]() if kind in MODELS else build(kind)
     patch_model(model, method, factor=8, trained_length=16)
@@ -271,7 +275,7 @@ def test_copies_live_on_their_own(copied: Callable[[PreTrainedModel], PreTrained
 
 
 def test_a_step_leaves_nothing_that_cannot_be_learned_from(llama: LlamaForCausalLM) -> None:
-    """Phases that rotary modules return in a step are kept; of inference mode, autograd takes no tensor."""
+    """Check gradients after inference mode, whose tensors autograd does not accept."""
     patch_model(llama, ReRoPE(window=8), factor=8)
     token = tokens(1)
     with torch.inference_mode():
@@ -282,7 +286,7 @@ def test_a_step_leaves_nothing_that_cannot_be_learned_from(llama: LlamaForCausal
 
 
 class Scored(Dataset[torch.Tensor]):
-    """A data set that asks a patched model, in the worker."""
+    """Data set that calls a patched model in the worker."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

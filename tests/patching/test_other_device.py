@@ -1,4 +1,4 @@
-"""Models that are not on the CPU: nothing of a patch or a measurement may stay behind there."""
+"""Models on another device: no tensor of a patch or a measurement may stay on the CPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CLOSE = {"atol": 1e-5, "rtol": 0.0}  # float32: on the CPU a fused kernel attend
 
 
 def readings(model: PreTrainedModel, method: str | Method, on_device: bool) -> list[torch.Tensor]:
-    """Logits under a patch and without: of a text, of one padded at its left, and in steps with caches."""
+    """Return the logits of a text, a left-padded text, and cached steps, under a patch and without it."""
 
     def read(ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         given = ({"input_ids": ids} | kwargs).items()
@@ -84,7 +84,7 @@ def test_patched_models_give_what_they_give_on_the_cpu(
 
 @pytest.mark.parametrize(("make", "method"), [CASES[0], CASES[1], CASES[2], *CASES[-3:]])
 def test_a_default_device_is_not_that_of_a_plan(make: Callable[[], PreTrainedModel], method: str | Method) -> None:
-    """`torch.set_default_device` says where tensors are made that are on none."""
+    """Check `torch.set_default_device`, the device of tensors that are created without one."""
     there = moved(make())
     with DEVICE, PretendDevice():
         found = readings(there, method, on_device=True)  # type: ignore[arg-type]

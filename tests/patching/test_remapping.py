@@ -1,4 +1,4 @@
-"""Every remapping and dynamic method against a float64 loop over pairs, from its formula, many windows long."""
+"""Every remapping and dynamic method against a float64 loop over pairs of its formula, many windows long."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from ..conftest import TRAINED, logits, tiny_llama, tokens
 
 LENGTH = 5 * TRAINED
 Relative = Callable[[int, int], float | list[float] | None]
-"""From query i and key j <= i: the distance that the phases have, one for all pairs of channels or one for each, or
-None where the pair of tokens is not attended."""
+"""Map from query i and key j <= i to the distance of their phases: one for all pairs of channels or one for each.
+`None` if the query does not attend to the key."""
 
 
 def naive_llama(
@@ -58,7 +58,7 @@ def naive_llama(
     bias: Callable[[int, int], float] = lambda i, j: 0.0,
     first_layer: int = 0,
 ) -> torch.Tensor:
-    """Logits (tokens, vocabulary) of one row in float64: every pair of tokens rotated by its own distance."""
+    """Return the logits (tokens, vocabulary) of a row in float64, with each pair of tokens rotated by its distance."""
     model = model.double()
     config = model.config
     heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -99,7 +99,7 @@ def naive_llama(
 
 
 def dual_chunk(i: int, j: int, chunk: int = 24, local: int = 8) -> float:
-    """Chunks are `chunk - local` long; distances stay exact for `local` tokens into the last."""
+    """Return a distance of dual chunk, in chunks of `chunk - local` tokens, exact for `local` tokens into the last."""
     size = chunk - local
     if i // size == j // size:
         return i - j
@@ -111,14 +111,14 @@ def dual_chunk(i: int, j: int, chunk: int = 24, local: int = 8) -> float:
 
 
 def dpe(i: int, j: int) -> list[float]:
-    """Four parts of two pairs."""
+    """Return the distances of four groups of two pairs."""
     if i - j < 16:
         return [i - j] * 8
     return [i // g + 16 - 16 // g - j // g for g in (4, 4, 1, 1, 2, 2, 16, 16)]
 
 
 def jet_frequencies(i: int, j: int) -> list[float]:
-    """Beyond 6 tokens a pair is slowed as by YaRN, of which these are the frequencies."""
+    """Return distances that slow a pair like YaRN's frequencies beyond 6 tokens."""
     if i - j <= 6:
         return [i - j] * 8
     slowed = yarn_frequencies((LENGTH - 6) / (TRAINED - 6))
@@ -126,7 +126,7 @@ def jet_frequencies(i: int, j: int) -> list[float]:
 
 
 def lampe(i: int, j: int) -> float:
-    """Llama 3's curve, in units of the trained length."""
+    """Return the distances of Llama 3's curve, in units of the trained length."""
     if i - j <= 12:
         return i - j
     places = 6204.409324666837 / (
@@ -143,7 +143,7 @@ def sinks(i: int, j: int) -> float | None:
 
 
 def self_logistic(i: int, j: int, window: int = 16, capacity: int = 17, rate: float = 0.2) -> float:
-    """Linear between the distances at which the size of groups doubles."""
+    """Return a map that is linear between the distances at which the size of groups doubles."""
     if i - j < window:
         return i - j
     sizes = [
@@ -166,12 +166,12 @@ def self_logistic(i: int, j: int, window: int = 16, capacity: int = 17, rate: fl
 
 
 def fade(count: int, reference: int, strength: float = 1.0) -> float:
-    """Number that a count fade adds to the logits of a query with so many far keys."""
+    """Return the shift that a count fade adds to the logits of a query with `far` far keys."""
     return -strength * math.log(max(1, count / reference))
 
 
 def decay(distance: int, start: int, strength: float = 1.0) -> float:
-    """Number that a decay adds: the same for all distances of an octave, of which the geometric middle is exact."""
+    """Return the shift of a decay: constant within an octave of distances, exact at its geometric middle."""
     for octave in range(40):
         if start * 2**octave <= distance < start * 2 ** (octave + 1):
             return -strength * math.log(math.sqrt(2) * 2**octave)
@@ -342,14 +342,14 @@ def test_equals_a_loop_over_pairs(case: str) -> None:
 
 
 FOLLOWING = ("dynamic", "jet-long", "lampe")
-"""Methods that follow the length of each row."""
+"""Names of the methods that follow the length of each row."""
 
 SINGLE_PASS = [case for case in CASES if not case.startswith(FOLLOWING)]
 
 
 @pytest.mark.parametrize("case", SINGLE_PASS)
 def test_prefill_chunk_and_decode_equal_the_loop(case: str) -> None:
-    """With a cache of unrotated keys: a prefill past several windows, a chunk, then token by token."""
+    """Compare a prefill past several windows, a chunk, and single tokens with one forward."""
     model = tiny_llama().double()
     patch_model(model, CASES[case][0], factor=8)
     bounds = [0, 3 * TRAINED, 4 * TRAINED, *range(4 * TRAINED + 1, 4 * TRAINED + 20)]
@@ -379,8 +379,11 @@ def test_left_padded_rows_of_unequal_length_equal_the_loop(case: str) -> None:
 
 @pytest.mark.parametrize("method", ["dynamic-ntk", "dynamic-yarn"])
 def test_dynamic_methods_leave_short_rows_alone_and_decode_with_a_small_residual(method: str) -> None:
-    """Unrotated keys make cached decoding nearly equal a fresh forward of every length: what remains is that deeper
-    layers saw the smaller scale of their time. transformers' own dynamic RoPE keeps rotated keys as well."""
+    """Check that cached decoding nearly equals a new forward of each length.
+
+    The rest of the difference comes from deeper layers, which have seen an earlier, smaller scale. transformers' own
+    dynamic RoPE also keeps rotated keys.
+    """
     model = tiny_llama()
     plain = logits(model, IDS[:, :TRAINED])
     stock = tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 1.0})
@@ -435,7 +438,7 @@ def test_parameters_that_cannot_be(method: Method, message: str) -> None:
 
 
 def test_golden_values_of_the_temperature_of_llama_4() -> None:
-    """As transformers has them, with a scale of 0.1 and a step of 8192."""
+    """Compare with transformers' own temperature, at a scale of 0.1 and a step of 8192."""
     scale = Llama4Temperature().plan(replace(detect_scheme(tiny_llama()), trained_length=8192)).query_scale
     positions = torch.tensor([[8190, 8191, 16383, 65535]])
     assert scale is not None

@@ -1,5 +1,5 @@
-"""Inputs that users hand to a patched model: masks, padding, positions on several axes, caches that other code has
-changed, arguments of trainers."""
+"""Inputs of users to a patched model: masks, padding, positions on several axes, caches that other code has changed,
+and arguments of trainers."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_row_equals_itself_alone_whatever_padding(name: str, kind: str, side: 
 
 
 def mask_of_pairs(mask: torch.Tensor, form: str) -> Any:
-    """A mask (batch, tokens) as transformers makes it of pairs (batch, 1, tokens, tokens)."""
+    """Return the 4D mask (batch, 1, tokens, tokens) that transformers makes of a mask (batch, tokens)."""
     pairs = mask.bool()[:, None, None] & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
     if form == "rows of padding see all":
         return pairs | ~pairs.any(-1, keepdim=True)
@@ -115,7 +115,7 @@ def test_a_mask_of_pairs_shows_padding(name: str, side: str, form: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ALL)
 def test_decoding_after_padding(name: str, side: str) -> None:
-    """As one forward of the row alone. At the left, positions need not be told, as in the unpatched model."""
+    """Compare padded rows with each row alone. Left padding needs no positions, like in the unpatched model."""
     model = tiny_llama()
     patch(model, name)
     text = tokens(24, seed=1)
@@ -152,7 +152,7 @@ def test_classifiers_read_rows_as_if_alone(name: str, side: str) -> None:
 @pytest.mark.parametrize("cls", [LlamaModel, MistralModel])
 @pytest.mark.parametrize("name", ALL)
 def test_models_without_a_head(name: str, cls: Any, base: str) -> None:
-    """The published use of self-extend on embedding models."""
+    """Compare with the published use of self-extend on embedding models."""
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TRAINED}
     config = MistralConfig(**sizes, **heads, sliding_window=None, attn_implementation=base)
@@ -169,7 +169,7 @@ def test_models_without_a_head(name: str, cls: Any, base: str) -> None:
     whole, cache = states(IDS), DynamicCache(config=model.config)
     assert (whole - before).abs().max() > 1e-3
     if "dynamic" not in name:  # these differ between steps and a whole text
-        steps = [states(part, **with_cache(model.forward, cache)) for part in IDS.split([50, 1, 1, 8], 1)]
+        steps = [states(piece, **with_cache(model.forward, cache)) for piece in IDS.split([50, 1, 1, 8], 1)]
         torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=0)  # states spread by 10
 
 
@@ -195,7 +195,7 @@ def test_models_and_calls_that_attend_to_both_sides_are_refused(name: str, base:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", [LogN(), DynamicNTK()])
 def test_what_does_not_remap_attends_to_both_sides(method: Method, base: str) -> None:
-    """Within the trained length nothing changes."""
+    """Method that changes nothing within the trained length."""
     model = tiny_llama(attn_implementation=base)
     causal, right = logits(model, IDS), logits(model, IDS, is_causal=False)
     assert (causal - right).abs().max() > 0.1
@@ -264,7 +264,7 @@ def test_a_picture_that_is_longer_than_the_window_is_remapped() -> None:
 
 
 def olmoe(window: int | None, base: str) -> PreTrainedModel:
-    """A model that asks its attention for a window, which its masks do not have."""
+    """Check a model that passes a window to its attention and has none in its masks."""
     config = tiny_config("olmoe")
     config.sliding_window, config._attn_implementation = window, base
     with torch.random.fork_rng():
@@ -275,7 +275,7 @@ def olmoe(window: int | None, base: str) -> PreTrainedModel:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", [ReRoPE(window=20), SelfExtend(group=4, window=16)])
 def test_windows_are_those_of_the_masks(method: Method, base: str) -> None:
-    """Of the masks that the model makes, and of one that the caller gives."""
+    """Check the masks of the model, and one that the caller passes."""
     asks, plain = olmoe(16, base), olmoe(None, base)
     mask = torch.ones_like(IDS)
     mask[:, :5] = 0
@@ -294,7 +294,7 @@ def test_windows_are_those_of_the_masks(method: Method, base: str) -> None:
 
 @pytest.mark.parametrize("has_skeleton", [True, False])
 def test_a_window_that_is_longer_than_the_probe_counts(has_skeleton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its layers see no pair that the plan changes, whether a skeleton shows that or not."""
+    """Check layers that see no pair that the plan changes, with and without a skeleton."""
     if not has_skeleton:
         monkeypatch.setattr("hf_posext.patching.remap.probe.skeleton_of", lambda backbone: None)
     model = build("mistral", sliding_window=40)
@@ -324,7 +324,7 @@ def vision_model(kind: str) -> Any:
 
 
 class Picture:
-    """A text of 40 tokens, eight of which are an image of 2 x 4."""
+    """Return a text of 40 tokens, eight of which are an image of 2 x 4."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -340,7 +340,7 @@ class Picture:
         return logits(self.model, self.ids, position_ids=positions, mm_token_type_ids=self.types, **self.image)
 
     def steps(self) -> torch.Tensor:
-        """The last ten tokens one by one."""
+        """Read the last ten tokens one by one."""
         cache, found = DynamicCache(config=self.model.config.get_text_config()), []
         cached = with_cache(self.model.forward, cache)
         first = {"position_ids": self.positions[..., :30], "mm_token_type_ids": self.types[:, :30], **self.image}
@@ -353,7 +353,7 @@ class Picture:
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
 def test_height_and_width_are_kept(kind: str) -> None:
-    """Below the window, or the trained length, nothing changes: in one forward, in steps, and in a text alone."""
+    """Check that nothing changes below the window or trained length, in one forward, in steps, and in text alone."""
     picture = Picture(vision_model(kind))
     right, flat = (picture.whole(p) for p in (picture.positions, picture.positions[:1].expand(3, -1, -1)))
     assert (right - flat).abs().max() > 1e-3, "the axes show"
@@ -393,7 +393,7 @@ def test_steps_behind_an_image_equal_one_forward(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_remapping_of_frequencies_that_follow_the_input(kind: str) -> None:
-    """Bands ask for positions far below those of the model: steps would be rotated by another list than a text."""
+    """Check the refusal of bands over two frequency lists: steps would be rotated by another list than a text."""
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 8, "long_factor": [1, 1.5, 2, 3, 4, 4, 4, 4.0]}
@@ -409,15 +409,15 @@ def test_remapping_of_frequencies_that_follow_the_input(kind: str) -> None:
 
 
 def test_a_text_that_passes_the_first_longrope_list(llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
-    """Once, as it passes, and only with keys of the first list in the cache."""
+    """Check the warning at the change of lists: once, and only with keys of the first list in the cache."""
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     patch_model(llama, LongRoPE(short_factor=[1.0] * 8, long_factor=[1, 1.5, 2, 3, 4, 4, 4, 4.0]), factor=4)
     ids, counts = tokens(TRAINED + 10), []
     for _ in range(2):
         logits(llama, ids)
         cache = DynamicCache(config=llama.config)
-        for part in ids.split([TRAINED - 1, 1, 1, 9], 1):
-            logits(llama, part, **with_cache(llama.forward, cache))
+        for piece in ids.split([TRAINED - 1, 1, 1, 9], 1):
+            logits(llama, piece, **with_cache(llama.forward, cache))
             counts.append(sum("second LongRoPE list" in record.getMessage() for record in caplog.records))
     assert counts == [0, 0, 1, 1, 1, 1, 1, 1]
 
@@ -426,7 +426,7 @@ def test_a_text_that_passes_the_first_longrope_list(llama: LlamaForCausalLM, cap
 
 
 def replicas(model: PreTrainedModel, count: int) -> list[Any]:
-    """Return copies of a model as `DataParallel` makes them: new modules with the same attributes and hooks."""
+    """Return copies of a model like those of `DataParallel`: new modules with the same attributes and hooks."""
     modules = list(model.modules())
     copies = [[module._replicate_for_data_parallel() for module in modules] for _ in range(count)]
     number = {module: index for index, module in enumerate(modules)}
@@ -439,7 +439,7 @@ def replicas(model: PreTrainedModel, count: int) -> list[Any]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_replicas_of_data_parallel(name: str) -> None:
-    """Each reads some of the rows, in a thread of its own."""
+    """Check replicas that each read some rows, in their own threads."""
     model = build("llama")
     patch(model, name)
     rows = [tokens(count, seed=count) for count in (60, 33, 47)]
@@ -494,7 +494,7 @@ def test_evicted_and_rearranged_keys_are_found_out(name: str, kind: str) -> None
 @torch.inference_mode()
 @pytest.mark.parametrize("made", ["by the user", "by the model", "in a step", "rows", "copy", "pickle"])
 def test_writes_into_copies_and_under_inference_mode_are_found_out(made: str) -> None:
-    """A forward that reads such keys is right until somebody writes into them."""
+    """Check keys of inference mode: a forward that reads them is right until other code writes into them."""
     model = tiny_llama()
     whole = logits(model, IDS[:, :42])
     with patch_model(model, ReRoPE(window=64), factor=4):  # as unpatched
@@ -519,7 +519,7 @@ def test_writes_into_copies_and_under_inference_mode_are_found_out(made: str) ->
 
 
 def test_keys_that_are_evicted_while_a_forward_runs() -> None:
-    """As kvpress does: in a hook of each attention layer. Layers may keep different numbers of keys."""
+    """Check eviction in a hook of each attention layer, like in kvpress. Layers may keep different numbers of keys."""
     model = tiny_llama()
     patch(model, "rerope")
 
@@ -539,7 +539,7 @@ def test_keys_that_are_evicted_while_a_forward_runs() -> None:
 
 @torch.no_grad()
 def own_loop(model: LlamaForCausalLM, ids: torch.Tensor, start: int, cache: DynamicCache | None) -> torch.Tensor:
-    """A loop over the layers, as in layer-wise inference."""
+    """Check a loop over the layers, like in layer-wise inference."""
     states, count = model.model.embed_tokens(ids), ids.shape[1]
     positions = torch.arange(start, start + count)[None]
     phases = model.model.rotary_emb(states, positions)
@@ -553,7 +553,7 @@ def own_loop(model: LlamaForCausalLM, ids: torch.Tensor, start: int, cache: Dyna
 
 @pytest.mark.parametrize("name", ALL)
 def test_loops_over_the_layers(name: str) -> None:
-    """Right without a cache. With one, nothing tells where its keys are."""
+    """Check a loop over the layers without a cache, and its refusal with one, whose positions are not known."""
     model = tiny_llama()
     patch(model, name)
     whole = logits(model, IDS)
@@ -595,7 +595,7 @@ def test_prefix_tuning_is_refused_for_what_it_is(llama: LlamaForCausalLM) -> Non
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", ALL)
 def test_arguments_that_do_not_change_attention_pass(name: str, base: str) -> None:
-    """Those of trainers and collators, and one that nobody has thought of."""
+    """Check arguments of trainers and collators, and one that is unknown."""
     model = tiny_llama(attn_implementation=base)
     patch(model, name)
     where = torch.cat([torch.arange(25), torch.arange(35)])[None]
@@ -617,7 +617,7 @@ def test_arguments_that_do_not_change_attention_pass(name: str, base: str) -> No
 
 
 def test_arguments_that_change_attention_are_refused(llama: LlamaForCausalLM) -> None:
-    """sdpa attention of transformers adds such biases; attention over bands would leave them out."""
+    """Check the refusal of biases, which transformers' sdpa attention adds and attention over bands would ignore."""
     patch(llama, "rerope")
     with pytest.raises(UnsupportedModelError, match="asks its attention for position_bias, which remapping cannot"):
         logits(llama, IDS, position_bias=torch.zeros(1, 4, 60, 60))
@@ -632,7 +632,7 @@ def eager(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("name", ["rerope", "dual-chunk", "sinks", "log-n"])
 def test_attention_weights(name: str, kind: str) -> None:
-    """Of eager attention: rows sum to one, and within the window they are those of the unpatched model."""
+    """Check weights of eager attention: rows sum to one, and equal those of the unpatched model within the window."""
     model = eager(kind)
     with torch.no_grad():
         right = model(IDS, output_attentions=True).attentions

@@ -1,4 +1,4 @@
-"""The rotation of a model is found on a skeleton of its code, so that its weights may be anything."""
+"""Measurement of the rotation on a skeleton of the model, whose own weights may be anything."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..zoo import build
 
 IDS = tokens(48)
 KEEPS = ReRoPE(window=TRAINED)
-"""Changes nothing within the trained length."""
+"""Method that changes nothing within the trained length."""
 METHODS: list[Method] = [KEEPS, SelfExtend(group=4, window=TRAINED), Sinks(window=TRAINED - 4), LogN(), DynamicNTK()]
 
 
@@ -29,7 +29,7 @@ def layers(model: PreTrainedModel) -> list[Any]:
 
 
 def dead_rows(model: PreTrainedModel) -> None:
-    """One row of the keys is 0 in every head."""
+    """Set one row of the keys to 0 in every head."""
     for layer in layers(model):
         layer.k_proj.weight.data.view(-1, layer.head_dim, layer.k_proj.in_features)[:, 3] = 0
 
@@ -46,7 +46,7 @@ def dead_layer(model: PreTrainedModel) -> None:
 
 
 def zero_blocks(model: PreTrainedModel) -> None:
-    """As coarse quantisation leaves them."""
+    """Round weights like coarse quantization does."""
     for layer in layers(model):
         layer.q_proj.weight.data[:, ::2] = 0
         layer.k_proj.weight.data[4:8, 8:] = 0
@@ -61,7 +61,7 @@ def outlier_biases(model: PreTrainedModel) -> None:
 
 
 def norms_at_zero(model: PreTrainedModel) -> None:
-    """A released Gemma-3 has norms of queries and keys with factors of 1 - 1 in most layers."""
+    """Set the norms of queries and keys to factors of 1 - 1, like in most layers of a released Gemma-3."""
     for layer in layers(model):
         layer.k_norm.weight.data[3] = layer.q_norm.weight.data[5] = -1
 
@@ -81,7 +81,7 @@ CASES: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("make", "spoil"), CASES)
 def test_weights_hide_nothing(make: Callable[[], Any], spoil: Callable[[Any], None], dtype: torch.dtype) -> None:
-    """Within the trained length every method gives what the model gives; past it, remapping changes something."""
+    """Check that methods equal the model within the trained length, and change something past it."""
     model = make()
     spoil(model)
     model.to(dtype)
@@ -98,7 +98,7 @@ def test_weights_hide_nothing(make: Callable[[], Any], spoil: Callable[[Any], No
 
 @pytest.mark.parametrize("make", [tiny_llama, lambda: build("gemma3_text"), lambda: build("deepseek_v3")])
 def test_layouts_are_those_of_good_weights(make: Callable[[], Any]) -> None:
-    """The same for any weights, bit for bit, and of every layer."""
+    """Check that every layer has bit-identical layouts for any weights."""
     found = []
     for spoil in (lambda model: None, lambda model: [one.data.zero_() for one in model.parameters()]):
         model = make()
@@ -115,7 +115,7 @@ def test_layouts_are_those_of_good_weights(make: Callable[[], Any]) -> None:
 
 
 def test_a_norm_behind_the_rotation_weighs_by_the_weights_of_the_model() -> None:
-    """Hunyuan rotates, then norms; where a factor is 0, nothing is left to rotate its partner by."""
+    """Check Hunyuan, which norms after the rotation: a factor of 0 hides how the partner rotates."""
     model = build("hunyuan_v1_dense")
     before = logits(model, IDS)
     draw = torch.Generator().manual_seed(0)
@@ -134,7 +134,7 @@ def test_a_norm_behind_the_rotation_weighs_by_the_weights_of_the_model() -> None
 
 
 def test_changed_objects_are_asked_themselves() -> None:
-    """Code on one object is not that of its class: the model itself is probed, and what shows there is refused."""
+    """Check a forward replaced on one object: the model itself is probed, and an unsupported rotation is refused."""
     model = tiny_llama()
     first = model.model.layers[0].self_attn
     forward = first.forward
@@ -156,14 +156,14 @@ def test_changed_objects_are_asked_themselves() -> None:
 
 
 def wide(**settings: Any) -> Any:
-    """A model of some 60 million weights a layer, without its weights."""
+    """Return a model of about 60 million weights per layer, without the weights."""
     sizes = {"vocab_size": 50_000, "hidden_size": 2048, "intermediate_size": 8192}
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, **settings))
 
 
 def test_a_skeleton_is_narrow_and_disturbs_nothing() -> None:
-    """Its size does not follow that of the model, and no number is drawn from the process."""
+    """Check that the skeleton of a large model is small, and draws no random numbers of the process."""
     large = wide(num_hidden_layers=3, pad_token_id=49_999)
     state = torch.get_rng_state()
     skeleton = skeleton_of(large.model)
@@ -174,7 +174,7 @@ def test_a_skeleton_is_narrow_and_disturbs_nothing() -> None:
 
 
 def test_a_model_of_a_billion_weights_is_patched_at_once() -> None:
-    """In half a second on one core of a free machine. A forward would take several; none is made."""
+    """Check that patching takes half a second on one core of an idle machine, without a forward of the model."""
     model = wide(num_hidden_layers=16, max_position_embeddings=4096)
     rotary = type(model.model.rotary_emb)(model.config)
     model.to_empty(device="cpu").eval()

@@ -1,5 +1,4 @@
-"""A step of decoding by Triton, in its interpreter, and compiled for a GPU that is not there; on one see
-`test_gpu.py`."""
+"""Decoding steps by Triton, in its interpreter, and compiled for a GPU that is not present. See `test_gpu.py`, too."""
 
 from __future__ import annotations
 
@@ -31,8 +30,10 @@ NAME = "hf_posext.patching.kernels.triton_kernels"
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The kernels as the interpreter runs them, which is asked for where they are defined: too late for Triton's own
-    functions, in place of which it gets what these call."""
+    """Import the kernels for the interpreter, which is chosen where kernels are defined.
+
+    That is too late for Triton's own functions. They are replaced by what they call.
+    """
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for own, combine in (("max", standard._elementwise_max), ("sum", standard._sum_combine)):
         monkeypatch.setattr(tl, own, lambda states, axis, combine=combine: tl.reduce(states, axis, combine))
@@ -45,7 +46,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def by_products(
     query: Any, key: Any, value: Any, partners: Any, phases: Any, starts: Any, leaving: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output of [`Step`], and the keys after it, by matrix products in float64."""
+    """Return the output of [`Step`], and the keys after it, by matrix products in float64."""
     query, key, value, phases = (one.double() for one in (query, key, value, phases))
     if leaving >= 0:
         last = key[:, :, leaving]
@@ -54,7 +55,7 @@ def by_products(
     asked = query * phases[:, :1, :-1] + query[..., partners[0]] * phases[:, 1:, :-1]
     group, stops = query.shape[1] // key.shape[1], (key.shape[2], *starts)
     each = key.repeat_interleave(group, 1)
-    scores = [asked[:, :, part, None] @ each[:, :, starts[part] : stops[part]].mT / 7 for part in range(len(starts))]
+    scores = [asked[:, :, band, None] @ each[:, :, starts[band] : stops[band]].mT / 7 for band in range(len(starts))]
     weights = torch.cat(scores[::-1], -1).softmax(-1)
     return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), key
 
@@ -64,10 +65,10 @@ def by_products(
     ("rows", "heads", "key_heads", "keys", "dim", "starts", "leaving"),
     [
         (2, 8, 2, 150, 32, (100, 0), 99),
-        (2, 4, 4, 130, 24, (0,), -1),  # one part, no key that leaves
+        (2, 4, 4, 130, 24, (0,), -1),  # one band, no key that leaves
         (1, 6, 2, 100, 40, (70, 33, 0), -1),  # dim and group are no powers of two
-        (1, 4, 1, 200, 16, (199, 0), 198),  # the nearest part holds the newest key alone
-        (1, 4, 2, 10, 16, (0, 0), -1),  # the farther part is empty
+        (1, 4, 1, 200, 16, (199, 0), 198),  # the nearest band contains only the newest key
+        (1, 4, 2, 10, 16, (0, 0), -1),  # the farther band is empty
     ],
 )
 def test_it_equals_matrix_products(
@@ -91,13 +92,13 @@ def test_it_equals_matrix_products(
     wanted, wanted_key = by_products(query, key, value, partners, phases, starts, leaving)
     before = key.clone()
     step = interpreted.Step(query, key, partners, phases, starts, 1 / 7)
-    # the rounding of turned states and of weights to the dtype
+    # the rounding of rotated states and of weights to the dtype
     close = {"atol": 20 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
     torch.testing.assert_close(step(query, key, value, leaving).double(), wanted, **close)
     torch.testing.assert_close(key.double(), wanted_key, **close)
     others = [number for number in range(keys) if number != leaving]
     assert torch.equal(key[:, :, others], before[:, :, others])
-    # the next layer, whose key has been turned already
+    # the next layer, whose key has been rotated already
     found = step(query, key, value, -1)
     torch.testing.assert_close(found.double(), wanted, **close)
     assert found.shape == (rows, 1, heads, dim) and found.is_contiguous()
@@ -117,7 +118,7 @@ METHODS: list[Method] = [
 
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
-    """They give what they give without Triton, and the same keys are left in the cache."""
+    """Compare steps, and the keys in the cache after them, with those without Triton."""
     model, ids = tiny_llama(), tokens(30)
     called = []
     step = interpreted.Step.__call__
@@ -138,14 +139,14 @@ def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, met
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0)  # float32, sums in another order
     for layer, same in zip(cache.layers, other.layers, strict=True):
         torch.testing.assert_close(layer.keys, same.keys, atol=1e-5, rtol=0)
-    assert len(called) == 2 * 19, "the first step turns all keys"
+    assert len(called) == 2 * 19, "the first step rotates all keys"
     assert (max(called) > 0) == (not method.label.startswith(("dual-chunk", "string-shift")))
 
 
 @pytest.mark.parametrize("generation", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_it_compiles(dtype: str, generation: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes Python that the compiler refuses. Keys and values are read 16 bytes at a time."""
+    """Compile the kernel, because the interpreter accepts more Python. Keys and values are read 16 bytes at a time."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     kernels = importlib.import_module(NAME)
@@ -173,7 +174,7 @@ def tried(*given: Any) -> Any:
 
 
 def test_a_trial(interpreted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """One that is off, or raises, is left alone."""
+    """Check that a kernel that is off, or raises an error, is not used."""
     made = interpreted.Step
     assert tried(4, 2, 16, 3) is made
     assert tried(4, 2, 16, 4) is None and tried(128, 1, 16, 2) is None and not caplog.messages, "more than it holds"
@@ -186,7 +187,7 @@ def test_a_trial(interpreted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 
 def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, for one query, where states lie one behind the other and no other kernel is asked for."""
+    """Check the conditions: a GPU, one query, adjacent states, and no forced kernel."""
     monkeypatch.setattr(choice, "one_pass", lambda states: "kernels")
     monkeypatch.setattr(choice, "_step_of", lambda *given: given[2:])
     ask = choice.one_step

@@ -1,5 +1,5 @@
 """Rotation and merge by Triton, in its interpreter, against PyTorch's operations, and compiled for a GPU that is not
-there; on one see `test_gpu.py`."""
+present. See also `test_gpu.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAME = "hf_posext.patching.kernels.triton_kernels"
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The kernels as the interpreter runs them, which is asked for where they are defined."""
+    """Import the kernels for the interpreter, which is chosen where kernels are defined."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     found = importlib.import_module(NAME)
@@ -36,12 +36,12 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def states(heads: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """As models have them: tokens before heads in memory, in rows of other states."""
+    """Return states like those of models: tokens before heads in memory, in rows of other states."""
     return torch.randn(2, tokens, heads, 30, dtype=dtype)[..., :24].transpose(1, 2)
 
 
 def spy(fused: Any) -> list[int]:
-    """Record the widths of halves of all that is rotated from now on."""
+    """Record the widths of halves of all states that are rotated from now on."""
     halves: list[int] = []
     rotate = fused.rotate
     fused.rotate = lambda states, cos, sin, half: (halves.append(half), rotate(states, cos, sin, half))[1]
@@ -52,7 +52,7 @@ def spy(fused: Any) -> list[int]:
 @pytest.mark.parametrize("half", [12, 7, 8, 3])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rotation(fused: ModuleType, half: int, dtype: torch.dtype, rows: int) -> None:
-    """Of all channels or some of them; of a number of tokens that is no multiple of a block."""
+    """Compare rotations of all channels, or some, of tokens that are no multiple of a block."""
     given, partners = states(3, 37, dtype), torch.arange(24)
     partners[: 2 * half] = partners[: 2 * half].roll(half)
     weights = (torch.arange(24) < 2 * half).float()
@@ -67,7 +67,7 @@ def test_rotation(fused: ModuleType, half: int, dtype: torch.dtype, rows: int) -
 
 
 def test_other_layouts_are_rotated_by_pytorch(fused: ModuleType) -> None:
-    """Neighbours in pairs, and one that is not regular."""
+    """Check pairs of neighbors, and an irregular layout."""
     for partners in (torch.arange(24) ^ 1, torch.arange(24).flip(0)):
         given, weights = states(3, 37, torch.float32), torch.ones(24)
         layout = Layout(0, partners, partners, weights, direct=False)
@@ -79,7 +79,7 @@ def test_other_layouts_are_rotated_by_pytorch(fused: ModuleType) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge(fused: ModuleType, dtype: torch.dtype) -> None:
-    """Pieces of one softmax, the second for some of the queries, some of which have attended to nothing before."""
+    """Merge a piece for some of the queries, some of which have attended to nothing before."""
     scores, value = torch.randn(2, 3, 37, 20) * 4, torch.randn(2, 3, 20, 24)
     scores[:, :, 7:, 12:] += 20 * torch.randn(30, 1)  # one of the pieces may count for nothing
 
@@ -90,20 +90,18 @@ def test_merge(fused: ModuleType, dtype: torch.dtype) -> None:
     later, whole = slice(3, 36), slice(0, 37)
     held, sums = piece(whole, slice(0, 12))
     held[:, :, :5], sums[:, :, :5] = 0, -torch.inf
-    merged = banded.Merged(torch.empty(2, 3, 37, 24), value)
-    merged.add(whole, held, sums)
-    merged.add(later, *piece(later, slice(12, 20)))
+    banded.merge(held[:, :, later], sums[:, :, later], *piece(later, slice(12, 20)))
     wanted, total = piece(whole, slice(0, 20))
     (wanted[:, :, 3:5], total[:, :, 3:5]) = (one[:, :, :2] for one in piece(later, slice(12, 20)))
     wanted[:, :, :3], total[:, :, :3] = 0, -torch.inf
     (wanted[:, :, 36:], total[:, :, 36:]) = piece(slice(36, 37), slice(0, 12))
     # values up to 4, of which each piece and their sum are rounded; a log-sum-exp of 60 is known to 4e-6
-    torch.testing.assert_close(merged.out, wanted, atol=4 * max(torch.finfo(dtype).eps, 4e-6), rtol=0)
-    torch.testing.assert_close(merged.total, total, atol=0, rtol=1e-6)
+    torch.testing.assert_close(held, wanted, atol=4 * max(torch.finfo(dtype).eps, 4e-6), rtol=0)
+    torch.testing.assert_close(sums, total, atol=0, rtol=1e-6)
 
 
 def compiled_for(generation: int, kernel: Any, kinds: dict[str, str], sizes: dict[str, Any], odd: list[str]) -> Any:
-    """A kernel as such a GPU would get it: all that it is given are multiples of 16, but for sizes and what is odd."""
+    """Compile a kernel for a GPU. All arguments are multiples of 16, except for sizes and those in `odd`."""
     even = [number for number, given in enumerate(kernel.arg_names) if given not in (*odd, *sizes)]
     source = ASTSource(
         fn=kernel,
@@ -117,7 +115,7 @@ def compiled_for(generation: int, kernel: Any, kinds: dict[str, str], sizes: dic
 @pytest.mark.parametrize("generation", [80, 90])
 @pytest.mark.parametrize(("name", "wide"), [("_rotate", 4), ("_merge", 2)])
 def test_kernels_compile(name: str, wide: int, generation: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes Python that the compiler refuses. States are read 16 bytes at a time."""
+    """Compile the kernel, because the interpreter accepts more Python. States are read 16 bytes at a time."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     kernel = getattr(importlib.import_module(NAME), name)
@@ -131,7 +129,7 @@ def test_kernels_compile(name: str, wide: int, generation: int, monkeypatch: pyt
 
 
 def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Without the interpreter, a kernel on the CPU raises, as one does on a GPU without a C compiler."""
+    """Check a kernel that raises an error, like on a GPU without a C compiler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     choice._one_pass.cache_clear()
@@ -154,7 +152,7 @@ def test_a_kernel_that_is_off(fused: Any, monkeypatch: pytest.MonkeyPatch, caplo
 
 
 def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the current GPU, outside of autograd and transforms, where channels lie one behind the other."""
+    """Check the conditions: the current GPU, no autograd or transforms, and adjacent channels."""
     monkeypatch.setattr(choice, "_one_pass", lambda device: "kernels")
     assert choice.one_pass(torch.zeros(1, 1, 4, 8)) is None
     with PretendDevice():

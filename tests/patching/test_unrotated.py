@@ -1,4 +1,4 @@
-"""Phases that turn nothing cost nothing, and are ones and zeros all the same."""
+"""Phases of the identity rotation, which cost nothing and equal ones and zeros."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..conftest import tokens
 from ..zoo import build
 
 FAMILIES = ("llama", "glm", "gpt_neox", "cohere", "gemma3_text", "qwen3_5_text", "deepseek_v3", "olmo2", "nemotron")
-"""Halves, neighbours, a part of the head, float32 phases, two sets, three axes, parts that are joined, norms."""
+"""Models with halves, neighbors, partial heads, float32 phases, two sets, three axes, joined channels, and norms."""
 
 QUERY, KEY = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
 
@@ -38,9 +38,9 @@ def test_queries_and_keys_are_left_as_they_are() -> None:
 )
 def test_what_else_is_asked_of_them_is_computed(apply: Any, like: torch.Tensor) -> None:
     found = apply(QUERY, KEY, *unrotated(like))
-    for turned, states in zip(found, (QUERY, KEY), strict=True):
-        assert type(turned) is torch.Tensor and turned.dtype == torch.promote_types(states.dtype, like.dtype)
-        assert torch.equal(turned, states.to(turned.dtype))
+    for rotated, states in zip(found, (QUERY, KEY), strict=True):
+        assert type(rotated) is torch.Tensor and rotated.dtype == torch.promote_types(states.dtype, like.dtype)
+        assert torch.equal(rotated, states.to(rotated.dtype))
 
 
 def test_they_are_tensors_like_any() -> None:
@@ -55,7 +55,7 @@ def test_they_are_tensors_like_any() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_give_the_same_to_the_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits and gradients, where products with ones and zeros are computed and where they are not."""
+    """Compare logits and gradients with and without computed products with ones and zeros."""
     model: Any = build(family)
     ids, left_out = tokens(40), 0
     found = []

@@ -22,7 +22,7 @@ from torch.nn.functional import dropout as drop
 from torch.utils.checkpoint import checkpoint
 
 from . import choice
-from .bands import Geometry, Piece, Region, regions, summed
+from .bands import Geometry, Piece, Region, regions
 from .choice import Kernel, choose, one_pass
 
 SCORE_BYTES = 16 * 2**20
@@ -47,36 +47,27 @@ NOTHING = -1e30
 class Rotated(NamedTuple):
     """Queries that are rotated block by block when they are used, to avoid holding all rotated states.
 
-    Args:
-        states (`torch.Tensor` of shape `(batch, heads, queries, dim)`): unrotated queries.
-        rotate (`Callable`): `rotate(states[:, :, start:stop], start, stop)` returns a rotated block.
+    `rotate(states[:, :, start:stop], start, stop)` returns a rotated block of the states (batch, heads, queries, dim).
     """
 
     states: torch.Tensor
     rotate: Callable[[torch.Tensor, int, int], torch.Tensor]
 
-    def block(self, start: int, stop: int) -> torch.Tensor:
-        """Return the queries `start` to `stop - 1`, rotated."""
-        return self.rotate(self.states[:, :, start:stop], start, stop)
-
 
 def block(query: torch.Tensor | Rotated, start: int, stop: int) -> torch.Tensor:
     """Return the queries `start` to `stop - 1`, rotated."""
     if isinstance(query, Rotated):
-        return query.block(start, stop)
+        return query.rotate(query.states[:, :, start:stop], start, stop)
     return query if stop - start == query.shape[2] else query[:, :, start:stop]
 
 
 def whole(states: torch.Tensor | Rotated) -> torch.Tensor:
     """Return all queries, rotated."""
-    return states.block(0, states.states.shape[2]) if isinstance(states, Rotated) else states
+    return block(states, 0, states.states.shape[2]) if isinstance(states, Rotated) else states
 
 
 def grouped(states: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """Concatenate the rows of heads that share a key head.
-
-    Turns (batch, heads, rows, dim) into (batch, key heads, all rows, dim).
-    """
+    """Concatenate the rows of heads that share a key head, into (batch, key heads, all rows, dim)."""
     return states.reshape(states.shape[0], key_heads, -1, states.shape[-1])
 
 
@@ -88,15 +79,6 @@ def grouped_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         .expand(batch, -1, -1, rows * key_heads // len(sinks))
         .reshape(batch, key_heads, rows, 1)
     )
-
-
-def has_fused_gradients(mask: torch.Tensor | None) -> bool:
-    """Return whether [`FusedAttention`] can be differentiated.
-
-    It has no gradient of the mask, and none while a graph is compiled or under a functorch transform.
-    """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return not (traced or (mask is not None and mask.requires_grad))
 
 
 def fused_attention(
@@ -116,7 +98,7 @@ def fused_attention(
     """
     first = queries[0]
     batch, heads, count, _ = (first.states if isinstance(first, Rotated) else first).shape
-    key_heads, dtype = value.shape[1], value.dtype
+    key_heads, dtype, compiling = value.shape[1], value.dtype, torch.compiler.is_compiling()
 
     def attend(start: int, stop: int) -> torch.Tensor:
         rotated: dict[int, torch.Tensor] = {}
@@ -141,7 +123,7 @@ def fused_attention(
             before = functools.reduce(torch.logaddexp, sums)
             share = (added - before).sigmoid_().unsqueeze(-1)  # weight of the new piece in the softmax so far
             # In a compiled graph, an in-place write would keep the old strides, which differ from the result's.
-            merged = merged.lerp(values, share) if torch.compiler.is_compiling() else merged.lerp_(values, share)
+            merged = merged.lerp(values, share) if compiling else merged.lerp_(values, share)
             sums = [before, added]
         if sinks is not None:  # sinks take part in the softmax but have no value
             sink = grouped_sinks(sinks, rotated[first.band]).to(merged.dtype)
@@ -273,26 +255,19 @@ def banded_attention(
     kernel = choose(states[0], value) if geometry.aligned and mask is None else None
     if kernel is not None and not (learning or softcap or dropout):
         places = [regions(band, count, keys[0].shape[2]) for band in geometry.bands]
-        if all(place is not None for place in places):
-            shifts = geometry.fades(torch.promote_types(dtype, torch.float32))
-            together = zip(places, states, keys, shifts, strict=True)
-            band_states = [(place or [], query, key, shift) for place, query, key, shift in together]
-            return attend_regions(band_states, value, kernel, scaling, sinks)
-    # CPU with gradients
-    if fused and choice.FORCED in (None, "cpu") and has_fused_gradients(mask):
+        if None not in places:
+            return attend_regions(geometry, places, states, keys, value, kernel, scaling, sinks)  # type: ignore[arg-type]
+    # CPU with gradients, except those of the mask, and those that a graph or a functorch transform derives
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if fused and choice.FORCED in (None, "cpu") and not traced and (mask is None or not mask.requires_grad):
         learned: torch.Tensor = FusedAttention.apply(  # type: ignore[no-untyped-call]
             geometry, scaling, FUSED_ROWS, sinks, value, *states, *keys
         )
         return learned
-    # decoding with the same keys for all bands: read each key once
-    if count == 1 and all(key is keys[0] for key in keys):
-        return attend_single(geometry, states, keys[0], value, scaling, sinks, softcap, dropout)
 
     # everything else: plain PyTorch, in blocks of queries whose scores fit in `SCORE_BYTES`
     def attend(start: int, stop: int) -> torch.Tensor:
-        query = [tensor[:, :, start:stop] for tensor in states]
-        pieces = geometry.pieces(start, stop, heads, value.shape[1], dtype)
-        attended, _ = attend_pieces(pieces, query, keys, value, scaling, sinks, softcap, dropout)
+        attended, _ = attend_block(geometry, start, stop, states, keys, value, scaling, softcap, sinks, dropout)
         return attended.view(batch, heads, stop - start, -1).transpose(1, 2)
 
     rows = max(16, SCORE_BYTES // (4 * batch * heads * keys[0].shape[2]))
@@ -316,10 +291,7 @@ def attention_with_weights(
     """
     queries, keys = [whole(query) for query, _ in branches], [key for _, key in branches]
     batch, heads, count, _ = queries[0].shape
-    # not treated as aligned, so that each band is one rectangle over all keys
-    places = Geometry(geometry.bands, geometry.queries, geometry.keys, geometry.mask, aligned=False)
-    pieces = places.pieces(0, count, heads, value.shape[1], value.dtype)
-    out, shares = attend_pieces(pieces, queries, keys, value, **options)
+    out, shares = attend_block(geometry, 0, count, queries, keys, value, **options, spread=True)
     weights = torch.stack(list(shares)).sum(0).view(batch, heads, count, -1)
     return out.view(batch, heads, count, -1).transpose(1, 2).contiguous(), weights
 
@@ -329,153 +301,91 @@ def _ready(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
-def attend_pieces(
-    pieces: list[Piece],
-    queries: list[torch.Tensor],
-    keys: list[torch.Tensor],
+def attend_block(
+    geometry: Geometry,
+    start: int,
+    stop: int,
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
     value: torch.Tensor,
     scaling: float,
-    sinks: torch.Tensor | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
     dropout: float,
+    spread: bool = False,
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """Return the attended values of a block and the weights of each piece, from one softmax over all pieces.
+    """Return the attended values of a block of queries, and the weights of each piece, from one softmax.
 
-    Runs in plain PyTorch, with gradients.
+    Runs in plain PyTorch, with gradients. Each piece contains all keys if `spread`.
     """
-    queries = [grouped(query, value.shape[1]) for query in queries]
+    key_heads = value.shape[1]
+    # decoding: if the bands share their keys, one product reads each key once for all bands
+    shared = geometry.queries.shape[1] == 1 and all(key is keys[0] for key in keys)
+    heads, dtype = queries[0].shape[1], value.dtype
+    pieces = geometry.pieces(start, stop, heads, key_heads, dtype, spread or shared)
+    blocks = [grouped(query[:, :, start:stop], key_heads) for query in queries]
+    if shared:
+        stacked, key = torch.cat(blocks, 2), keys[0].mT
+        learning = torch.is_grad_enabled() and (stacked.requires_grad or key.requires_grad)
+        if WIDE and key.device.type == "cuda" and key.dtype in (torch.float16, torch.bfloat16) and not learning:
+            flat = torch.bmm(stacked.flatten(0, 1), key.flatten(0, 1), out_dtype=torch.float32)
+            product = flat.view(*stacked.shape[:-1], key.shape[-1])
+        else:
+            product = stacked @ key
+        products: Sequence[torch.Tensor] = product.chunk(len(blocks), 2)
+    else:
+        products = [blocks[piece.band] @ keys[piece.band][:, :, piece.low : piece.high].mT for piece in pieces]
     scores = []
-    for band, low, high, bias, shift in pieces:
-        score = queries[band] @ keys[band][:, :, low:high].transpose(-1, -2)
+    for score, (_, _, _, bias, shift) in zip(products, pieces, strict=True):
         score = score.to(torch.promote_types(score.dtype, torch.float32)) * scaling
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
         if shift is not None:
             score = score + (shift[..., None] if isinstance(shift, torch.Tensor) else shift)
         scores.append(score if bias is None else score + bias)
+    if shared:  # a key is in at most one band, and has the lowest score in all others
+        scores, pieces = [functools.reduce(torch.maximum, scores)], pieces[:1]
     if sinks is not None:
-        scores.append(grouped_sinks(sinks, queries[0]).to(scores[0].dtype))
-    weights = torch.cat(scores, -1).softmax(-1).to(value.dtype)
+        scores.append(grouped_sinks(sinks, blocks[0]).to(scores[0].dtype))
+    weights = torch.cat(scores, -1).softmax(-1).to(dtype)
     if dropout:
         weights = drop(weights, dropout)
     shares = torch.split(weights, [score.shape[-1] for score in scores], -1)  # the sink's weight has no value
-    out = shares[0] @ value[:, :, pieces[0].low : pieces[0].high]
-    for weight, piece in zip(shares[1:], pieces[1:], strict=False):
-        out = out + weight @ value[:, :, piece.low : piece.high]
-    return out, shares[: len(pieces)]
+    values = [value[:, :, piece.low : piece.high] for piece in pieces]
+    out = sum(share @ span for share, span in zip(shares, values, strict=False))
+    return out, shares[: len(pieces)]  # type: ignore[return-value]
 
 
-def attend_single(
-    geometry: Geometry,
-    queries: list[torch.Tensor],
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    sinks: torch.Tensor | None,
-    softcap: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Attend from a single query (batch, heads, 1, dim), rotated for each band, to the same keys for all bands.
+def merge(values: torch.Tensor, sums: torch.Tensor, out: torch.Tensor, total: torch.Tensor) -> None:
+    """Merge a piece of a softmax into the values and the log-sum-exp of the pieces before it, in place.
 
-    Each key is scored by the queries of all bands at once, so that it is read only once. The band of the key then
-    selects one of the scores.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, 1, heads, dim)`.
+    Values have shape (batch, heads, queries, dim). Each query must attend to at least one key of the piece.
     """
-    batch, heads = queries[0].shape[:2]
-    stacked = torch.cat([grouped(query, value.shape[1]) for query in queries], 2)
-    scores = _products(stacked, key.transpose(-1, -2)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    least = torch.finfo(value.dtype).min  # finite, so that a query that attends to nothing does not become NaN
-    band_scores = scores.chunk(len(queries), 2)
-    chosen = torch.full((), least, dtype=scores.dtype, device=scores.device)
-    shifts, mask = geometry.fades(scores.dtype), geometry.mask
-    for band, faded, score in zip(geometry.bands, shifts, band_scores, strict=True):
-        shift = summed(None if faded is None else faded[..., None], geometry.decay(band, scores.dtype))
-        inside = geometry.belongs(band)[:, None]
-        chosen = torch.where(inside, score if shift is None else score + shift[:, None], chosen)
-    if mask is not None:
-        mask = mask if mask.shape[1] == 1 else mask.reshape(batch, value.shape[1], -1, mask.shape[-1])
-        is_bool = mask.dtype == torch.bool
-        chosen = torch.where(mask, chosen, least) if is_bool else chosen + mask.to(scores.dtype).clamp(min=least)
-    if sinks is not None:
-        chosen = torch.cat([chosen, grouped_sinks(sinks, band_scores[0]).to(scores.dtype)], -1)
-    weights = chosen.softmax(-1)[..., : key.shape[2]].to(value.dtype)
-    if dropout:
-        weights = drop(weights, dropout)
-    return (weights @ value).view(batch, 1, heads, -1)
-
-
-def _products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return products (batch, heads, rows, keys) in float32 or wider."""
-    learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    if WIDE and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and not learning:
-        flat: torch.Tensor = torch.bmm(query.flatten(0, 1), key.flatten(0, 1), out_dtype=torch.float32)
-        return flat.view(*query.shape[:-1], key.shape[-1])
-    products = query @ key
-    return products.to(torch.promote_types(products.dtype, torch.float32))
-
-
-class Merged:
-    """Softmax merged from pieces: values (batch, heads, queries, dim) and their log-sum-exp in float32."""
-
-    def __init__(self, query: torch.Tensor, value: torch.Tensor) -> None:
-        self.query, self.value = query, value
-        self.empty = True
-
-    def add(self, rows: slice, out: torch.Tensor, total: torch.Tensor) -> None:
-        """Merge a piece for some of the queries.
-
-        Each of these queries must attend to at least one key of the piece. `out` and `total` may be modified later.
-        """
-        if self.empty:  # a first piece for all queries becomes the result; otherwise start from zero weight
-            self.empty = False
-            if out.shape[2] == self.query.shape[2]:
-                self.out, self.total = out, total
-                return
-            batch, heads, queries, _ = self.query.shape
-            self.out = self.value.new_zeros(batch, queries, heads, self.value.shape[-1]).transpose(1, 2)
-            self.total = torch.full((batch, heads, queries), -torch.inf, dtype=total.dtype, device=total.device)
-        held, held_sum = self.out[:, :, rows], self.total[:, :, rows]
-        fused = one_pass(held)
-        if fused is not None:
-            fused.merge(held, held_sum, out, total)
-            return
-        share = torch.sigmoid(total - held_sum)[..., None]
-        held.copy_(torch.lerp(held.to(share.dtype), out.to(share.dtype), share))
-        held_sum.copy_(torch.logaddexp(held_sum, total))
-
-    def add_sinks(self, sinks: torch.Tensor) -> None:
-        """Add sink scores (heads,) to the softmax, which scales the values down."""
-        sinks = sinks.to(self.total.dtype)[:, None]
-        self.out.mul_((self.total - torch.logaddexp(self.total, sinks)).exp()[..., None])
+    fused = one_pass(values)
+    if fused is not None:
+        fused.merge(values, sums, out, total)
+        return
+    share = torch.sigmoid(total - sums)[..., None]
+    values.copy_(torch.lerp(values.to(share.dtype), out.to(share.dtype), share))
+    sums.copy_(torch.logaddexp(sums, total))
 
 
 def attend_regions(
-    states: list[tuple[list[Region], torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    geometry: Geometry,
+    places: Sequence[list[Region]],
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
     value: torch.Tensor,
     kernel: Kernel,
     scaling: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attend to the regions of each band, and merge them into one softmax.
-
-    Args:
-        states (`list[tuple]`): for each band, its regions, the queries and keys that are rotated for it, and the shift
-            (batch or 1, queries) of each query's logits or `None`.
-        value (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): values.
-        kernel (`Kernel`): attends to one region.
-        scaling (`float`): factor of the scores.
-        sinks (`torch.Tensor` of shape `(heads,)`, *optional*): score of attending to nothing, per head.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, queries, heads, dim)`.
-    """
-    merged = Merged(states[0][1], value)
-    for places, query, key, shift in states:
-        for rows, columns, causal, window, constant in places:
+    """Return attended values (batch, queries, heads, dim), by one call of a kernel for each region of each band."""
+    batch, heads, count, _ = queries[0].shape
+    shifts = geometry.fades(torch.promote_types(value.dtype, torch.float32))
+    merged: tuple[torch.Tensor, torch.Tensor] | None = None
+    for regions_of_band, query, key, shift in zip(places, queries, keys, shifts, strict=True):
+        for rows, columns, causal, window, constant in regions_of_band:
             pair = key[:, :, columns], value[:, :, columns]
             out, total = kernel(query[:, :, rows], *pair, scaling=scaling, causal=causal, window=window)
             # a shift of all logits of a query shifts its log-sum-exp by the same amount
@@ -483,7 +393,15 @@ def attend_regions(
                 total = total + constant
             if shift is not None:
                 total = total + shift[:, None, rows]
-            merged.add(rows, out, total)
-    if sinks is not None:
-        merged.add_sinks(sinks)
-    return merged.out.transpose(1, 2).contiguous()
+            if merged is None and out.shape[2] == count:  # a first piece for all queries becomes the result
+                merged = out, total
+                continue
+            if merged is None:  # otherwise start from zero weight
+                empty = value.new_zeros(batch, count, heads, value.shape[-1]).transpose(1, 2)
+                merged = empty, total.new_full((batch, heads, count), -torch.inf)
+            merge(merged[0][:, :, rows], merged[1][:, :, rows], out, total)
+    assert merged is not None  # every query sees its own key
+    out, total = merged
+    if sinks is not None:  # they take part in the softmax but have no value
+        out.mul_((total - torch.logaddexp(total, sinks.to(total.dtype)[:, None])).exp()[..., None])
+    return out.transpose(1, 2).contiguous()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,17 +21,11 @@ SAME = PositionMap()
 
 
 def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the positions that a band sees.
+    """Return positions under a map of a band's queries or keys.
 
-    Args:
-        positions (`torch.LongTensor`): positions of tokens, before any remapping.
-        rule (`PositionMap`): map of the band's queries or keys.
-        lengths (`torch.LongTensor` that broadcasts to the positions, *optional*): lengths of the rows. Required if the
-            map follows them.
-
-    Returns:
-        `torch.Tensor` of the same shape, with a trailing dimension of frequency slots if the map has positions for
-        each slot. Floating-point if positions may be fractional.
+    `lengths` of the rows broadcast to the positions, and are required if the map follows rows. The result has a
+    trailing dimension of frequency slots if the map has positions for each slot. It is floating-point if positions may
+    be fractional.
     """
     if rule == SAME:
         return positions
@@ -72,10 +66,7 @@ def _grouped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor |
 
 
 def belongs(band: Band, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-    """Return the mask (batch, queries, keys) of the pairs in a band.
-
-    Query positions have shape (batch, queries), key positions (batch, keys).
-    """
+    """Return the mask (batch, queries, keys) of the pairs in a band, given positions (batch, queries or keys)."""
     distance = (query_positions // band.chunk)[..., :, None] - (key_positions // band.chunk)[..., None, :]
     inside = distance >= band.low if band.low > 0 else torch.ones_like(distance, dtype=torch.bool)
     if band.high is not None:
@@ -86,10 +77,7 @@ def belongs(band: Band, query_positions: torch.Tensor, key_positions: torch.Tens
 
 
 def fade(band: Band, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the shift that a band's count fade adds to the logits of queries at positions (batch, queries).
-
-    It has the shape of the positions and is 0 or less. `None` for a band without a fade.
-    """
+    """Return the shift, 0 or less, that a band's fade adds to the logits of queries at positions (batch, queries)."""
     if band.fade is None:
         return None
     count = (positions // band.chunk - band.low + 1) * band.chunk
@@ -97,9 +85,9 @@ def fade(band: Band, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 
 def decay(band: Band, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the shift that a band's decay adds to the logits of pairs at integer distances.
+    """Return the shift, 0 or less, that a band's decay adds to the logits of pairs at integer distances.
 
-    It has the shape of the distances and is 0 or less, and 0 at distances below 0. `None` for a band without a decay.
+    It is 0 at distances below 0.
     """
     if band.decay is None:
         return None
@@ -109,10 +97,7 @@ def decay(band: Band, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 
 def octaves(band: Band, reach: int) -> Iterator[tuple[Band, float]]:
-    """Yield the bands into which a decay splits a band, nearest first, each with the shift of its logits.
-
-    Distances of `reach` or more do not occur.
-    """
+    """Yield the bands into which a decay splits a band, up to distance `reach`, nearest first, and their shifts."""
     if band.decay is None:
         yield band, 0.0
         return
@@ -128,9 +113,8 @@ def octaves(band: Band, reach: int) -> Iterator[tuple[Band, float]]:
 def step_fading(bands: Sequence[Band], positions: torch.Tensor) -> torch.Tensor | None:
     """Return the logit shifts for the kernel of a decoding step, with queries at positions (batch, 1).
 
-    Returns:
-        `torch.FloatTensor` of shape `(batch, bands, 3)`: for each band its fade, the shift of its decay per octave,
-        and the distance at which the decay starts. `None` if no band has a fade or a decay.
+    They are in float32, of shape (batch, bands, 3): the fade of each band, the shift of its decay per octave, and the
+    distance at which the decay starts. `None` if no band has a fade or a decay.
     """
     if all(band.fade is None and band.decay is None for band in bands):
         return None
@@ -159,7 +143,7 @@ class Region(NamedTuple):
 
 
 def regions(band: Band, queries: int, keys: int) -> list[Region] | None:
-    """Return the regions that a band fills for the last `queries` of `keys` tokens, with positions equal to indices.
+    """Return the regions of a band for the last `queries` of `keys` tokens, whose positions equal their indices.
 
     `None` if the band cannot be divided into regions.
     """
@@ -167,21 +151,17 @@ def regions(band: Band, queries: int, keys: int) -> list[Region] | None:
         return None
     if band.chunk > 1:
         return list(_chunks(band, queries, keys))
-    return [
-        region._replace(constant=constant)
-        for octave, constant in octaves(band, keys)
-        for region in _distances(octave, queries, keys)
-    ]
-
-
-def _distances(band: Band, queries: int, keys: int) -> Iterator[Region]:
-    first, newest = keys - queries, keys - band.low  # the last query sees keys up to `newest - 1`
-    rows = slice(max(band.low - first, 0), queries)
-    if band.high is None or band.high >= keys:
-        yield from _triangle(rows, 0, newest)
-    elif rows.start < rows.stop:
-        start = max(first + rows.start - band.high + 1, 0)
-        yield Region(rows, slice(start, newest), window=band.high - band.low if rows.stop - rows.start > 1 else None)
+    first, places = keys - queries, []
+    for octave, constant in octaves(band, keys):
+        rows, newest = slice(max(octave.low - first, 0), queries), keys - octave.low
+        if octave.high is None or octave.high >= keys:
+            stripe = list(_triangle(rows, 0, newest))
+        else:
+            start = max(first + rows.start - octave.high + 1, 0)
+            window = octave.high - octave.low if rows.stop - rows.start > 1 else None
+            stripe = [Region(rows, slice(start, newest), window=window)] if rows.start < rows.stop else []
+        places += [region._replace(constant=constant) for region in stripe]
+    return places
 
 
 def starts(bands: Sequence[Band], keys: int) -> tuple[int, ...] | None:
@@ -191,10 +171,10 @@ def starts(bands: Sequence[Band], keys: int) -> tuple[int, ...] | None:
     """
     firsts, stop = [], keys
     for band in bands:
-        for region in regions(replace(band, decay=None), 1, keys) or [Region(slice(0, 1), slice(0, 0))]:
-            if region.columns.stop != stop:
-                return None
-            stop = region.columns.start
+        low, high = _span(band, keys - 1, keys - 1, keys)
+        if max(high, 0) != stop:
+            return None
+        stop = min(low, stop)
         firsts.append(stop)
     return tuple(firsts) if stop == 0 else None
 
@@ -240,32 +220,21 @@ class Piece(NamedTuple):
     shift: torch.Tensor | float | None = None
 
 
+@dataclass(eq=False)
 class Geometry:
-    """Positions of queries and keys in one forward, divided into bands. Shared by all layers that see the same keys.
+    """Positions in one forward, before any remapping, divided into bands. Shared by layers that see the same keys."""
 
-    Args:
-        bands (`Sequence[Band]`): disjoint bands.
-        queries (`torch.Tensor` of shape `(batch, queries)`): positions of queries, before any remapping.
-        keys (`torch.Tensor` of shape `(batch, keys)`): positions of keys, before any remapping.
-        mask (`torch.Tensor` broadcastable to `(batch, heads, queries, keys)`, *optional*): bool (`True` attends) or
-            additive. Without a mask, the last query sees all keys and each earlier query one key less.
-        aligned (`bool`): whether positions equal key indices. Bands are then stripes of the score matrix.
-    """
-
-    def __init__(
-        self,
-        bands: Sequence[Band],
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        mask: torch.Tensor | None,
-        aligned: bool,
-    ) -> None:
-        self.bands, self.queries, self.keys, self.mask = bands, queries, keys, mask
-        self.aligned = aligned
-        self._shifts: dict[torch.dtype, list[torch.Tensor | None]] = {}
-        self._biases: dict[Any, torch.Tensor] = {}
-        self._ends: dict[tuple[int, int], int] = {}
-        self._pieces: dict[Any, list[Piece]] = {}
+    bands: Sequence[Band]  # disjoint
+    queries: torch.Tensor  # positions (batch, queries)
+    keys: torch.Tensor  # positions (batch, keys)
+    # Bool (`True` attends) or additive, broadcastable to (batch, heads, queries, keys). Without a mask, the last query
+    # sees all keys and each earlier query one key less.
+    mask: torch.Tensor | None
+    aligned: bool  # whether positions equal key indices; bands are then stripes of the score matrix
+    _shifts: dict[torch.dtype, list[torch.Tensor | None]] = field(default_factory=dict, init=False)
+    _biases: dict[Any, torch.Tensor] = field(default_factory=dict, init=False)
+    _ends: dict[tuple[int, int], int] = field(default_factory=dict, init=False)
+    _pieces: dict[Any, list[Piece]] = field(default_factory=dict, init=False)
 
     def fades(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
         """Return the logit shift (batch, queries) of each band's fade, or `None` for a band without a fade."""
@@ -273,58 +242,54 @@ class Geometry:
             self._shifts[dtype] = [fade(band, self.queries, dtype) for band in self.bands]
         return self._shifts[dtype]
 
-    def decay(self, band: Band, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the logit shift (batch, queries, keys) of a band's decay; `None` for a band without a decay."""
-        return decay(band, self.queries[..., :, None] - self.keys[..., None, :], dtype)
-
-    def belongs(self, band: Band) -> torch.Tensor:
-        """Return the mask (batch, queries, keys) of the pairs in a band."""
-        return belongs(band, self.queries, self.keys)
-
-    def pieces(self, start: int, stop: int, heads: int, key_heads: int, dtype: torch.dtype) -> list[Piece]:
-        """Return the rectangles of the queries `start` to `stop - 1`, for values of a dtype.
+    def pieces(
+        self, start: int, stop: int, heads: int, key_heads: int, dtype: torch.dtype, whole: bool = False
+    ) -> list[Piece]:
+        """Return the rectangles of the queries `start` to `stop - 1`: one over all keys per band if `whole`.
 
         Rectangles hold no states, because those belong to autograd and gradient checkpoints. They are cached if bands
-        are stripes without a mask, or for a single query. Otherwise their biases are as large as a mask, and they are
-        built anew in each call.
+        are stripes without a mask, or for a single query. Otherwise their biases are as large as a mask.
         """
-        stays = self.mask is None and self.aligned or self.queries.shape[1] == 1
-        kind = start, stop, heads, key_heads, dtype
+        stays = self.mask is None and self.aligned and not whole or self.queries.shape[1] == 1
+        kind = start, stop, heads, key_heads, dtype, whole
         pieces = self._pieces.get(kind) if stays else None
         if pieces is None:
-            pieces = list(self._cut(start, stop, heads, key_heads, dtype))
+            pieces = list(self._cut(start, stop, heads, key_heads, dtype, self.aligned and not whole))
             if stays:
                 self._pieces[kind] = pieces
         return pieces
 
-    def _cut(self, start: int, stop: int, heads: int, key_heads: int, dtype: torch.dtype) -> Iterator[Piece]:
+    def _cut(
+        self, start: int, stop: int, heads: int, key_heads: int, dtype: torch.dtype, aligned: bool
+    ) -> Iterator[Piece]:
         keys, group = self.keys.shape[1], heads // key_heads
         first, last = keys - self.queries.shape[1] + start, keys - self.queries.shape[1] + stop
         mask, wide = self.mask, torch.promote_types(dtype, torch.float32)
         block_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
-        end = self._end(start, stop, block_mask)
+        end = self._end(start, stop, block_mask, aligned)
         for number, (band, faded) in enumerate(zip(self.bands, self.fades(wide), strict=True)):
             shift = None if faded is None else faded[:, None, start:stop].repeat(1, 1, group)
-            for low, high, constant in _rectangles(band, first, last, end, self.aligned, causal=mask is None):
+            for low, high, constant in _rectangles(band, first, last, end, aligned, causal=mask is None):
                 if constant is not None:
-                    yield Piece(number, low, high, None, shift if not constant else summed(shift, constant))
+                    total = constant if shift is None else shift + constant
+                    yield Piece(number, low, high, None, total if constant else shift)
                     continue
                 # blocks have the same edges, except for the offset within a chunk, so they share their biases
                 edges = number, first % band.chunk, last - first, low - first, high - first, group, dtype
                 bias = self._biases.get(edges)
                 if bias is None:
                     positions = self.queries[:, start:stop], self.keys[:, low:high]
-                    if self.aligned and mask is None and band.chunk == 1 and band.keys_below is None:
+                    if aligned and mask is None and band.chunk == 1 and band.keys_below is None:
                         bias = _diagonals(band, dtype, (first, last), (low, high), positions[0])
                     else:
                         bias = _bias(band, *positions, dtype, block_mask, (first, last), (low, high))
                     shape = (bias.shape[0], key_heads, -1, high - low)
                     bias = bias.repeat(1, 1, group, 1) if bias.shape[1] == 1 else bias.reshape(shape)
-                    if self.aligned and mask is None:
+                    if aligned and mask is None:
                         self._biases[edges] = bias
                 yield Piece(number, low, high, bias, shift)
 
-    def _end(self, start: int, stop: int, mask: torch.Tensor | None) -> int:
+    def _end(self, start: int, stop: int, mask: torch.Tensor | None, aligned: bool) -> int:
         """Return the end of the keys that the queries `start` to `stop - 1` may see, given their rows of the mask.
 
         A mask may let queries see later keys, for example those of the same picture.
@@ -333,20 +298,13 @@ class Geometry:
         last = min(keys - self.queries.shape[1] + stop, keys)
         if mask is None or last == keys:
             return last
-        if not self.aligned:
+        if not aligned:
             return keys
         if (start, stop) not in self._ends:
             later = mask[..., last:]
-            seen = later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min / 2
-            self._ends[start, stop] = keys if bool(seen.any()) else last
+            visible = later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min / 2
+            self._ends[start, stop] = keys if bool(visible.any()) else last
         return self._ends[start, stop]
-
-
-def summed(one: Any, other: Any) -> Any:
-    """Return the sum of two numbers or tensors, skipping `None`."""
-    if one is None or other is None:
-        return other if one is None else one
-    return one + other
 
 
 def _rectangles(
@@ -354,18 +312,19 @@ def _rectangles(
 ) -> Iterator[tuple[int, int, float | None]]:
     """Yield the key ranges of a band for the queries `first` to `last - 1`: start, stop, and the shift of its decay.
 
-    Keys from `end` on are left out, because none of these queries sees them.
-    The shift is `None` if it varies within the range, or if some of the queries do not see some of the keys. Such a
-    range needs a bias. If bands are stripes, keys that no query of the block sees are left out, and keys that all of
-    them see need no bias. On a long input, nearly all scores are of the latter kind.
+    Keys from `end` on are left out, because none of these queries sees them. The shift is `None` if it varies within
+    the range, or if some of the queries do not see some of the keys. Such a range needs a bias. If bands are stripes,
+    keys that no query of the block sees are left out, and keys that all of them see need no bias. On a long input,
+    nearly all scores are of the latter kind.
     """
-    low, high = _stripe(band, first, last, end) if aligned else (0, end)
+    low, high = _span(band, first, last - 1, end) if aligned else (0, end)
     # Go from the farthest octave of a decay to the nearest, that is, from the first key to the last. For a single
     # query, one bias over all octaves costs less than one call per octave.
     constants = aligned and causal and (band.decay is None or last - first > 1)
     for octave, constant in reversed(list(octaves(band, last)) if constants else []):
-        start, stop = _inner(octave, first, last, low, high)
-        if stop - start <= 4 * (last - first):  # too few keys to be worth a separate call
+        start, stop = _span(octave, last - 1, first, first + 1)  # what all of these queries see
+        start, stop = max(start, low), min(stop, high)
+        if stop - start <= last - first:  # too few keys to be worth a separate call
             continue
         if low < start:
             yield low, start, None
@@ -375,18 +334,11 @@ def _rectangles(
         yield low, high, None
 
 
-def _stripe(band: Band, first: int, last: int, end: int) -> tuple[int, int]:
-    """Return the range of keys before `end` that at least one of the queries `first` to `last - 1` sees in a band."""
-    oldest = 0 if band.high is None else (first // band.chunk - band.high + 1) * band.chunk
-    newest = ((last - 1) // band.chunk - band.low + 1) * band.chunk if band.low else end
-    return max(oldest, 0), min(newest, end, end if band.keys_below is None else band.keys_below)
-
-
-def _inner(band: Band, first: int, last: int, low: int, high: int) -> tuple[int, int]:
-    """Return the range of keys, within `low` to `high - 1`, that all queries `first` to `last - 1` see in a band."""
-    oldest = low if band.high is None else ((last - 1) // band.chunk - band.high + 1) * band.chunk
-    newest = min((first // band.chunk - band.low + 1) * band.chunk, first + 1)
-    return max(oldest, low), min(newest, high)
+def _span(band: Band, first: int, last: int, end: int) -> tuple[int, int]:
+    """Return the range from the first key of a band for query `first` to the last one, before `end`, for `last`."""
+    oldest = 0 if band.high is None else max((first // band.chunk - band.high + 1) * band.chunk, 0)
+    newest = (last // band.chunk - band.low + 1) * band.chunk if band.low else end
+    return oldest, min(newest, end if band.keys_below is None else min(end, band.keys_below))
 
 
 def _diagonals(

@@ -65,20 +65,17 @@ def torch_kernel(
     cuDNN builds a plan for each new shape, which takes longer than a decoding step. It is therefore not used for a few
     queries, because their number of keys grows with each step.
     """
-    if window is None and query.shape[2] >= PLANNED and _picks_cudnn(query, key, value, scaling, causal):
+    picked = -1
+    if window is None and query.shape[2] >= PLANNED:
+        picked = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scaling, enable_gqa=True)
+    if picked == SDPBackend.CUDNN_ATTENTION.value:
         out, total = CUDNN(query, key, value, None, True, 0.0, causal, False, scale=scaling)[:2]
         return out, total.reshape(query.shape[:3])
     states = (tensor.transpose(1, 2) for tensor in (query, key, value))
     sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    out, total = FLASH(*states, None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scaling, **sides)[
-        :2
-    ]
+    counts = query.shape[2], key.shape[2]
+    out, total, *_ = FLASH(*states, None, None, *counts, 0.0, causal, False, scale=scaling, **sides)
     return out.transpose(1, 2), total
-
-
-def _picks_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool) -> bool:
-    picked = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scaling, enable_gqa=True)
-    return bool(picked == SDPBackend.CUDNN_ATTENTION.value)
 
 
 def choose(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
@@ -140,15 +137,13 @@ def one_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bands:
     """
     if query.device.type != "cuda" or query.shape[2] != 1 or FORCED or one_pass(query) is None:
         return None
-    width = query.shape[-1]
-    strides = key.stride()
+    width, strides = query.shape[-1], key.stride()
     if strides != value.stride() or strides[2:] != (width, 1) or key.shape != value.shape or width > MAX_WIDTH:
         return None
     if not query.dtype == key.dtype == value.dtype:  # under autocast, rotation produces float32 next to bfloat16
         return None
-    if key.requires_grad or value.requires_grad:
-        return None
-    if query.stride(1) != width or query.shape[0] > 1 and query.stride(0) != width * query.shape[1]:
+    adjacent = query.stride(1) == width and (query.shape[0] == 1 or query.stride(0) == width * query.shape[1])
+    if key.requires_grad or value.requires_grad or not adjacent:
         return None
     return _step_of(query.device, query.dtype, query.shape[1], key.shape[1], width, bands)
 
@@ -164,13 +159,10 @@ def _step_of(device: torch.device, dtype: torch.dtype, heads: int, key_heads: in
 
 
 def passes(what: str, error: Callable[[], float], allowed: float) -> bool:
-    """Return whether a kernel passes its trial. Otherwise, log a warning with the reason.
+    """Return whether a kernel passes its trial. Otherwise, log a warning that begins with `what`.
 
-    Args:
-        what (`str`): beginning of the warning, such as "Triton is not used on cuda:0".
-        error (`Callable`): runs the kernel on a small problem and returns its largest error. Any exception (a missing
-            compiler, too little shared memory on a multiprocessor) counts as a failure.
-        allowed (`float`): largest error at which the kernel is still used.
+    `error` runs the kernel on a small problem and returns its largest error. Any exception (a missing compiler, too
+    little shared memory on a multiprocessor) counts as a failure.
     """
     try:
         deviation = error()
@@ -211,8 +203,8 @@ def error_of_passes(kernels: Any, device: torch.device) -> float:
     states, cos, sin = torch.randn(3, 1, 1, KEYS, 8, device=device, generator=draw).unbind()
     rotated = kernels.rotate(states, cos, sin, 4) - (states * cos + states.roll(4, -1) * sin)
     sums = states.sum(-1)
-    kernels.merge(held := states.clone(), torch.zeros_like(sums), cos, sums)
-    return largest(rotated, held - torch.lerp(states, cos, torch.sigmoid(sums)[..., None]))
+    kernels.merge(values := states.clone(), torch.zeros_like(sums), cos, sums)
+    return largest(rotated, values - torch.lerp(states, cos, torch.sigmoid(sums)[..., None]))
 
 
 def error_of_step(

@@ -72,11 +72,8 @@ def _rotate(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> torch.Tensor:
     """Return each channel times its cosine plus its partner times its signed sine, computed in float32.
 
-    Args:
-        states (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): states with adjacent channels.
-        cos (`torch.Tensor` of shape `(batch or 1, 1, tokens, dim)`): cosine of each channel.
-        sin (`torch.Tensor` of shape `(batch or 1, 1, tokens, dim)`): signed sine of each channel.
-        half (`int`): number of channels between partners. Channels from `2 * half` on do not rotate.
+    States (batch, heads, tokens, dim) have adjacent channels. Cosines and signed sines have shape (batch or 1, 1,
+    tokens, dim). Partners are `half` channels apart. Channels from `2 * half` on do not rotate.
     """
     batch, heads, tokens, width = states.shape
     out = torch.empty_like(states)
@@ -115,12 +112,8 @@ def _merge(  # type: ignore[no-untyped-def]
 def merge(held: torch.Tensor, held_sum: torch.Tensor, out: torch.Tensor, out_sum: torch.Tensor) -> None:
     """Merge a piece of a softmax into the values accumulated so far, in place, computed in float32.
 
-    Args:
-        held (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): accumulated values.
-        held_sum (`torch.FloatTensor` of shape `(batch, heads, tokens)`): their log-sum-exp, `-inf` if nothing has been
-            attended so far.
-        out (`torch.Tensor` of shape `(batch, heads, tokens, dim)`): values of the piece.
-        out_sum (`torch.FloatTensor` of shape `(batch, heads, tokens)`): their log-sum-exp, finite.
+    Values have shape (batch, heads, tokens, dim), and their float32 log-sum-exps (batch, heads, tokens). That of the
+    accumulated values is `-inf` if nothing has been attended so far. That of the piece is finite.
     """
     batch, heads, tokens, width = out.shape
     strides = *held.stride()[:3], *held_sum.stride(), *out.stride()[:3], *out_sum.stride()
@@ -240,30 +233,23 @@ def _attend(  # type: ignore[no-untyped-def]  # a kernel may read no globals, su
 class Step:
     """Attention of one query to the keys of all bands in one kernel, shared by all layers of a forward.
 
-    Each band sees a range of the keys, and its own rotation of the query.
-
-    Args:
-        query (`torch.Tensor` of shape `(batch, heads, 1, dim)`): query of any of the layers.
-        key (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): keys of any of the layers.
-        partners (`torch.LongTensor` of shape `(2, dim)`): partner of each channel, of queries and of keys.
-        phases (`torch.FloatTensor` of shape `(batch or 1, 2, bands + 1, dim)`): cosines and signed sines that rotate
-            the query for each band, and last, the key that leaves the nearest band.
-        starts (`tuple[int, ...]`): first key of each band, nearest band first. Each band ends where the one before it
-            starts.
-        scaling (`float`): factor of the scores.
-        fading (`torch.FloatTensor` of shape `(batch or 1, bands, 3)`, *optional*): shift of the logits of each band,
-            shift per octave of distances (half of it in the first octave), and the distance at which octaves start, an
-            integer up to 2 ** 24.
+    Each band sees a range of the keys, and its own rotation of the query. The query (batch, heads, 1, dim) and keys
+    (batch, key heads, keys, dim) are those of any layer.
     """
 
     def __init__(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
-        partners: torch.Tensor,
+        partners: torch.Tensor,  # partner of each channel, of queries and of keys (2, dim)
+        # Cosines and signed sines (batch or 1, 2, bands + 1, dim) in float32. They rotate the query for each band, and
+        # last, the key that leaves the nearest band.
         phases: torch.Tensor,
+        # First key of each band, nearest band first. Each band ends where the one before it starts.
         starts: tuple[int, ...],
         scaling: float,
+        # Shift of the logits of each band, shift per octave of distances (half of it in the first octave), and the
+        # distance at which octaves start, an integer up to 2 ** 24: (batch or 1, bands, 3) in float32.
         fading: torch.Tensor | None = None,
     ) -> None:
         batch, heads, _, width = query.shape
@@ -282,9 +268,8 @@ class Step:
         first, second = (*starts, 0, 0)[:2]
         self.rotations = partners, phases, phases if fading is None else fading
         self.numbers = scaling, keys, share, first, second
-        self.phase_strides = [
-            tensor.stride(0) if tensor is not None and tensor.shape[0] > 1 else 0 for tensor in (phases, fading)
-        ]
+        rows_of = (phases, fading)
+        self.phase_strides = [0 if rows is None or rows.shape[0] == 1 else rows.stride(0) for rows in rows_of]
         self.sizes: dict[str, Any] = {
             "HEADS": key_heads,
             "GROUP": group,
@@ -299,18 +284,10 @@ class Step:
         }
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaving: int) -> torch.Tensor:
-        """Attend from a query, and rotate the leaving key in place.
+        """Return attended values (batch, 1, heads, dim), contiguous, and rotate the key at `leaving` in place.
 
-        Args:
-            query (`torch.Tensor` of shape `(batch, heads, 1, dim)`): query before its rotation for each band, with
-                adjacent heads.
-            key (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): keys, each rotated for its band, adjacent in
-                each head.
-            value (`torch.Tensor` of the same shape and strides): values.
-            leaving (`int`): index of the key that is rotated in place, -1 for none.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, 1, heads, dim)`: contiguous.
+        The query is not yet rotated for each band. Its heads are adjacent. Keys are rotated for their bands, and
+        adjacent in each head. Values have the same shape and strides. `leaving` is -1 if no key leaves.
         """
         out = query.new_empty(self.shape)
         states = out, self.pieces, self.finished, query, key, value

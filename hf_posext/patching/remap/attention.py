@@ -28,11 +28,9 @@ from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import PositionMap, QueryScale
 from ..kernels import SAME, Branch, Geometry, Rotated, attention_with_weights, banded_attention, mapped, whole
 from ..modes import forget_attention, register_attention
-from .forward import ATTENTION, both_sides, current_state, positions_at
-from .layout import LayerLayout, Layout, Phases, Probing
+from .forward import ATTENTION, Positions, both_sides, current_state, first_axis, positions_at
+from .layout import Layer, Phases, Probing
 from .paged import not_paged, requests_of
-from .positions import Positions
-from .remapping import Layer
 from .rotary import pair_phases, phases_at
 from .rotated_keys import cached_keys, step_queries, whole_step
 
@@ -58,8 +56,7 @@ class Call(NamedTuple):
 
     module: nn.Module
     layer: Layer
-    layout: LayerLayout
-    at: Positions
+    place: Positions
     query_axes: torch.Tensor
     key_axes: torch.Tensor
     query: torch.Tensor
@@ -90,17 +87,17 @@ def late_attention(
             "or its model shares the config with a patched model. Undo the patch, then patch again"
         )
     layer: Layer | None = getattr(module, "_posext_layer", None)
-    at = None if layer is None else positions_at(module, remapping, layer.layout.rotary)
-    state = current_state(remapping) if at is None else at.state
+    place = None if layer is None else positions_at(module, remapping, layer.rotary)
+    state = current_state(remapping) if place is None else place.state
     if state is not None and state.paged:
-        return _paged_attention(module, layer, at, query, key, value, kwargs), None
-    return _attend(module, layer, at, query, key, value, attention_mask, kwargs)
+        return _paged_attention(module, layer, place, query, key, value, kwargs), None
+    return _attend(module, layer, place, query, key, value, attention_mask, kwargs)
 
 
 def _attend(
     module: nn.Module,
     layer: Layer | None,
-    at: Positions | None,
+    place: Positions | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -108,22 +105,22 @@ def _attend(
     options: dict[str, Any],
 ) -> Attended:
     """Attend in the rows of a forward, or in one request of continuous batching."""
-    if layer is None or at is None:  # the layer does not rotate
+    if layer is None or place is None:  # the layer does not rotate
         remapping: Any = module._posext_remapping
         return base_function(remapping.base, module)(module, query, key, value, mask, **options)
     selected = options.pop("indices", None)
     if selected is not None:
         assert mask is not None  # an indexer always receives a mask
         mask = _only(mask, selected)
-    device, known = query.device, at
-    axes = at.once(("there", device), lambda: (known.query_axes.to(device), known.key_axes.to(device)))
-    call = Call(module, layer, layer.layout_on(device), at, *axes, query, key, value, mask, options)
+    device, known = query.device, place
+    axes = place.once(("there", device), lambda: (known.query_axes.to(device), known.key_axes.to(device)))
+    call = Call(module, layer.on(device), place, *axes, query, key, value, mask, options)
     if axes[1].shape[-1] != key.shape[2]:
         call = _known_keys(call)
     if layer.near and not _sees_farther(call):
         return _near_attention(call)
-    text = torch.compiler.is_compiling() and query.shape[2] > 1
-    unproven = text and layer.remapping.bands.chunked and device.type == UNPROVEN_ON
+    text = query.shape[2] > 1 and torch.compiler.is_compiling()
+    unproven = text and place.state.remapping.bands.chunked and device.type == UNPROVEN_ON
     attend: Callable[[Call], Attended] = _outside_of_graphs if unproven else _banded_attention
     return attend(call)
 
@@ -132,7 +129,7 @@ def _attend(
 def _paged_attention(
     module: nn.Module,
     layer: Layer | None,
-    at: Positions | None,
+    place: Positions | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -142,36 +139,38 @@ def _paged_attention(
     pages = options.pop("cache", None)  # written here up to transformers 5.23; in later versions, by the layer
     if pages is None and not isinstance(options.get("cu_seq_lens_k"), torch.Tensor):
         raise UnsupportedModelError(not_paged(module, "does not hand the pages of keys to its attention function"))
-    before = None if at is None else at.memo.get(("paged", module))
+    before = None if place is None else place.memo.get(("paged", module))
     if before is not None and (pages is not None or before is not query):
         raise UnsupportedModelError(not_paged(module, "attends twice, and a page keeps the keys of one call"))
-    if at is not None:
-        at.memo["paged", module] = query
+    if place is not None:
+        place.memo["paged", module] = query
     if pages is not None:
         key, value = pages.update(key, value, module.layer_idx, options)
     remapping: Any = module._posext_remapping
-    split = functools.partial(requests_of, module, remapping.base, at, query, options)
+    split = functools.partial(requests_of, module, remapping.base, place, query, options)
     # Layers with the same number of keys have the same requests, because a window only drops keys.
-    requests = split() if at is None else at.once(("requests", key.shape[2], options.get("sliding_window")), split)
+    requests = (
+        split() if place is None else place.once(("requests", key.shape[2], options.get("sliding_window")), split)
+    )
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
     for request in requests:
         keys, values = key[:, :, request.keys], value[:, :, request.keys]
         states = query[:, :, request.queries], keys, values
-        out[:, request.queries] = _attend(module, layer, request.at, *states, request.mask, dict(options))[0]
+        out[:, request.queries] = _attend(module, layer, request.place, *states, request.mask, dict(options))[0]
     return out
 
 
 def _sees_farther(call: Call) -> bool:
     """Return whether a 4D mask passed by the caller lets a layer attend beyond its sliding window."""
     window, mask = call.layer.window, call.mask
-    if window is None or mask is None or not call.at.state.own_mask or torch.compiler.is_compiling():
+    if window is None or mask is None or not call.place.state.own_mask or torch.compiler.is_compiling():
         return False
 
     def farther() -> tuple[torch.Tensor, bool]:
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return mask, bool(seen.tril(seen.shape[-1] - seen.shape[-2] - window).any())  # the mask keeps its id
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return mask, bool(visible.tril(visible.shape[-1] - visible.shape[-2] - window).any())  # the mask keeps its id
 
-    result: bool = call.at.once(("farther", id(mask), window), farther)[1]
+    result: bool = call.place.once(("farther", id(mask), window), farther)[1]
     return result
 
 
@@ -180,19 +179,20 @@ def _near_attention(call: Call) -> Attended:
 
     Used if a layer sees all pairs at these positions.
     """
-    layer, at, query = call.layer, call.at, _scaled(call)
-    key, rotated, _ = cached_keys(layer, call.layout, at, call.key, query.shape[2])
-    if not at.rotated:
-        query = whole(_rotations(call, "same", call.layout.query, query, (SAME,), call.query_axes)[0])
+    layer, place, query = call.layer, call.place, _scaled(call)
+    key, rotated, _ = cached_keys(layer, place, call.key, query.shape[2])
+    if not place.rotated:
+        query = whole(_rotations(call, "query", query, (SAME,))[0])
     if not rotated:
-        key = whole(_rotations(call, "same", call.layout.key, key, (SAME,), call.key_axes)[0])
-    return layer.base(call.module, query, key, call.value, call.mask, **call.options)
+        key = whole(_rotations(call, "key", key, (SAME,))[0])
+    assert layer.base is not None  # known since the patch
+    return layer.base(call.module, query, key, call.value, call.mask, **call.options)  # type: ignore[no-any-return]
 
 
 def _banded_attention(call: Call) -> Attended:
     """Rotate queries and keys for each band, then attend to all bands in one softmax."""
-    layer, layout, at, value, mask, options = call.layer, call.layout, call.at, call.value, call.mask, call.options
-    remapping, count = layer.remapping, call.query.shape[2]
+    layer, place, value, mask, options = call.layer, call.place, call.value, call.mask, call.options
+    remapping, count = place.state.remapping, call.query.shape[2]
     bands = remapping.bands
     unknown = [name for name, option in options.items() if option is not None and name in remapping.refused]
     if unknown:
@@ -201,46 +201,45 @@ def _banded_attention(call: Call) -> Attended:
         )
     if mask is None and count > 1 and not _is_causal(remapping.base, call.module, options):
         raise UnsupportedModelError(both_sides(remapping, type(call.module).__name__, "no mask, and not causal"))
-    queries, keys = (tensor if tensor.ndim == 2 else tensor[0] for tensor in (call.query_axes, call.key_axes))
+    queries, keys = first_axis(call.query_axes), first_axis(call.key_axes)
     # Bands are stripes of the score matrix unless a sliding cache has dropped keys. Chunks also require rows that
     # begin at position 0. Windows may begin anywhere.
-    aligned = at.slot is None and keys.shape[1] == at.keys.shape[1] and (at.aligned or at.regular and bands.slide)
+    aligned = (
+        place.slot is None
+        and keys.shape[1] == place.keys.shape[1]
+        and (place.aligned or place.regular and bands.slide)
+    )
     # SDPA has no softcap: transformers 5.10.1 ignores it, later versions use eager attention
     softcap = None if remapping.base == "sdpa" else options.get("softcap")
     scaling, sinks = options.get("scaling"), options.get("s_aux")
     scaling, dropout = call.query.shape[-1] ** -0.5 if scaling is None else scaling, options.get("dropout") or 0.0
     # a decoding step with rotated cached keys may run in a single kernel
     query, key, step = _scaled(call), call.key, None
-    if at.rotated and aligned and mask is softcap is sinks is None and not (dropout or at.state.weights):
-        step = whole_step(layout, at, query, key, value, scaling)
-    key, rotated, last = cached_keys(layer, layout, at, key, count, leave=step is not None)
+    if place.rotated and aligned and mask is softcap is sinks is None and not (dropout or place.state.weights):
+        step = whole_step(layer, place, query, key, value, scaling)
+    key, rotated, last = cached_keys(layer, place, key, count, leave=step is not None)
     if step is not None:
         return step(query, key, value, -1 if last is None else last), None
     # otherwise, rotate the queries and keys that the model and the cache have not rotated yet
-    if at.rotated:
-        band_queries: Any = step_queries(layout.query, at, query)
+    if place.rotated:
+        band_queries: Any = step_queries(layer.query, place, query)
     else:
-        band_queries = _rotations(call, "query", layout.query, query, bands.query_maps, call.query_axes)
+        band_queries = _rotations(call, "query", query, bands.query_maps)
     band_keys = [key] * len(bands.key_maps)
     if not rotated:
-        band_keys = [
-            whole(tensor) for tensor in _rotations(call, "key", layout.key, key, bands.key_maps, call.key_axes)
-        ]
+        band_keys = [whole(states) for states in _rotations(call, "key", key, bands.key_maps)]
     branches = [
         Branch(band_queries[i], band_keys[j]) for i, j in zip(bands.query_choice, bands.key_choice, strict=True)
     ]
-
-    def geometry() -> Geometry:
-        return Geometry(bands.bands, queries, keys, mask, aligned)
-
+    make = functools.partial(Geometry, bands.bands, queries, keys, mask, aligned)
     # The geometry holds the mask, so that no other mask gets the same id while the geometry is remembered.
     kind = "geometry", aligned, keys.shape[1], keys.device, id(mask)
-    places = geometry() if torch.compiler.is_compiling() else at.once(kind, geometry)
+    geometry = make() if torch.compiler.is_compiling() else place.once(kind, make)
     settings = {"scaling": scaling, "softcap": softcap, "sinks": sinks, "dropout": dropout}
-    if at.state.weights:
-        return attention_with_weights(places, branches, value, **settings)
-    out = banded_attention(places, branches, value, **settings)
-    if mask is not None and mask.dtype == torch.bool and at.slot is None:
+    if place.state.weights:
+        return attention_with_weights(geometry, branches, value, **settings)
+    out = banded_attention(geometry, branches, value, **settings)
+    if mask is not None and mask.dtype == torch.bool and place.slot is None:
         # Like SDPA, return 0 if a query attends to nothing: Recurrent Gemma's convolutions read such padding.
         out = out.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0)
     return out, None
@@ -257,13 +256,13 @@ def _known_keys(call: Call) -> Call:
     Raises:
         EvaluationError: the numbers differ for another reason, because other code has added or removed keys.
     """
-    layers: list[Any] = getattr(call.at.state.cache, "layers", [])
+    layers: list[Any] = getattr(call.place.state.cache, "layers", [])
     index, key, positions = call.layer.index, call.key, call.key_axes
     if index is not None and 0 <= index < len(layers):  # otherwise the layer is shared, or uses the keys of another
         layers = [layers[index]]
     known, count = positions.shape[-1], key.shape[2]
     if known < count and any(getattr(layer, "max_cache_len", 0) >= count for layer in layers):
-        if call.at.query_axes.shape[-1] == 1 and torch.compiler.is_compiling():
+        if call.place.query_axes.shape[-1] == 1 and torch.compiler.is_compiling():
             # in a compiled graph, free slots stay and are masked
             return call._replace(key_axes=nn.functional.pad(positions, (0, count - known)))
         mask = None if call.mask is None else call.mask[..., :known]
@@ -290,51 +289,49 @@ def _only(mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
 
 
 def _rotations(
-    call: Call,
-    what: str,
-    layout: Layout,
-    states: torch.Tensor,
-    rules: tuple[PositionMap, ...],
-    positions: torch.Tensor,
+    call: Call, side: str, states: torch.Tensor, rules: tuple[PositionMap, ...]
 ) -> list[torch.Tensor] | list[Rotated]:
     """Return queries or keys rotated to their positions under each of the maps.
 
     Several tokens are rotated later, block by block. Phases are shared by all layers, and by queries and keys at the
     same positions.
     """
-    at = call.at
+    place, layout = call.place, getattr(call.layer, side)
+    positions = call.query_axes if side == "query" else call.key_axes
     kind = layout.kind, positions.shape, states.dtype, states.device
 
-    def phases(*some: PositionMap) -> Phases:
-        lengths = at.lengths(positions) if any(rule.follows_rows for rule in some) else None
-        moved = [mapped(positions, rule, lengths) for rule in some]
-        slots = next((one.shape[-1] for one in moved if one.ndim > positions.ndim), 0)
+    def phases(*maps: PositionMap) -> Phases:
+        lengths = place.lengths(positions) if any(rule.follows_rows for rule in maps) else None
+        moved = [mapped(positions, rule, lengths) for rule in maps]
+        slots = next((targets.shape[-1] for targets in moved if targets.ndim > positions.ndim), 0)
         if slots:
             if positions.ndim == 3:
                 raise UnsupportedModelError("Positions on several axes cannot be mapped by rotary pairs.")
-            moved = [one if one.ndim == 3 else one[..., None].expand(*one.shape, slots) for one in moved]
-            return layout.phases(*pair_phases(at, torch.cat(moved, -2), states), states.dtype)
-        targets = torch.cat(moved, -1)
-        if not at.state.remapping.delta:
-            return layout.phases(*phases_at(at, targets, states), states.dtype)
-        # the model has already rotated by its own positions and attention factor
-        cos, sin = phases_at(at, targets - torch.cat([positions] * len(some), -1), states)
-        factor = getattr(at.site.module, f"{at.site.prefix}attention_scaling", 1.0)
-        return layout.phases(cos / factor, sin / factor, states.dtype)
+            moved = [
+                targets if targets.ndim == 3 else targets[..., None].expand(*targets.shape, slots) for targets in moved
+            ]
+            cos, sin = pair_phases(place, torch.cat(moved, -2), states)
+        elif place.state.remapping.delta:
+            # the model has already rotated by its own positions and attention factor
+            cos, sin = phases_at(place, torch.cat(moved, -1) - torch.cat([positions] * len(maps), -1), states)
+            factor = getattr(place.site.module, f"{place.site.prefix}attention_scaling", 1.0)
+            cos, sin = cos / factor, sin / factor
+        else:
+            cos, sin = phases_at(place, torch.cat(moved, -1), states)
+        return layout.phases(cos, sin, states.dtype)  # type: ignore[no-any-return]
 
     if positions.shape[-1] == 1:  # a step consists of many small operations, so rotate for all maps at once
-        rotated = layout.rotate(states, at.once((what, *kind), lambda: phases(*rules)))
+        rotated = layout.rotate(states, place.once((side, rules, *kind), lambda: phases(*rules)))
         return list(rotated.chunk(len(rules), 2))
-    what = "both" if call.query_axes is call.key_axes else what
-    return [_lazily(layout, states, at.once((what, rule, *kind), functools.partial(phases, rule))) for rule in rules]
 
+    def lazily(cos: torch.Tensor, sin: torch.Tensor) -> Rotated:
+        return Rotated(
+            states,
+            lambda block, start, stop: layout.rotate(block, (cos[:, :, start:stop], sin[:, :, start:stop])),
+        )
 
-def _lazily(layout: Layout, states: torch.Tensor, phases: Phases) -> Rotated:
-    cos, sin = phases
-    return Rotated(
-        states,
-        lambda block, start, stop: layout.rotate(block, (cos[:, :, start:stop], sin[:, :, start:stop])),
-    )
+    side = "both" if call.query_axes is call.key_axes else side
+    return [lazily(*place.once((side, rule, *kind), functools.partial(phases, rule))) for rule in rules]
 
 
 def _scaled(call: Call) -> torch.Tensor:
@@ -344,19 +341,15 @@ def _scaled(call: Call) -> torch.Tensor:
         return query
 
     def make() -> torch.Tensor:
-        positions = call.query_axes if call.query_axes.ndim == 2 else call.query_axes[0]
-        return query_factor(scale, positions, call.at.lengths).to(query.dtype)[:, None, :, None]
+        return query_factor(scale, first_axis(call.query_axes), call.place.lengths).to(query.dtype)[:, None, :, None]
 
-    return query * call.at.once(("scale", query.dtype, query.device), make)
+    return query * call.place.once(("scale", query.dtype, query.device), make)
 
 
 def query_factor(
     scale: QueryScale, positions: torch.Tensor, lengths: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Return the factor of queries at positions, in float32 and of the same shape.
-
-    `lengths` is a function that returns the lengths of the rows for positions.
-    """
+    """Return the factor of queries at positions, in float32. `lengths` returns the lengths of rows for positions."""
     past = (positions.float() + 1) / scale.length
     if scale.row is not None:
         past = (lengths(positions).float() - scale.row.beyond) / scale.row.span
@@ -395,9 +388,8 @@ def _is_causal(base: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def arguments_read(function: Callable[..., Any]) -> frozenset[str]:
     """Return the names of arguments that an attention function reads: its parameters, and the strings in its code.
 
-    Trainers and collators pass many arguments down to the attention (`seq_idx`, `shift_labels`, the lengths of packed
-    documents for FlashAttention). Only those that the code of the unpatched function reads matter. A replacement has
-    to support these and may ignore the others.
+    A replacement has to support these. It may ignore the many others that trainers and collators pass down (`seq_idx`,
+    `shift_labels`, the lengths of packed documents for FlashAttention).
     """
     plain = inspect.unwrap(function)
     code = getattr(plain, "__code__", None)
@@ -414,7 +406,11 @@ class Lease:
     def __init__(self) -> None:
         for name, mask in MASKS.items():
             register_attention(name, late_attention, mask)
-        self.end = weakref.finalize(self, _end_lease)
+        self._end = weakref.finalize(self, _end_lease)
+
+    def close(self) -> None:
+        """End the registration. A second call does nothing."""
+        self._end()
 
     def __reduce__(self) -> tuple[type[Lease], tuple[()]]:
         return Lease, ()

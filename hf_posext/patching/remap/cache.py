@@ -33,32 +33,20 @@ class Contents(enum.Enum):
 
 
 class KeyRecord:
-    """Positions and rotations of the keys in one cache.
-
-    Attributes:
-        contents (`Contents`): state of the record.
-        plan (`ExtensionPlan`, *optional*): plan under which the keys were written.
-        positions (`torch.Tensor` of shape `(batch or 1, keys)` or `(axes, batch or 1, keys)`, *optional*): positions
-            of all keys.
-        padding (`torch.Tensor` of shape `(batch, 1)` or `(axes, batch, 1)`, *optional*): offset that is subtracted
-            from the model's positions. See `leading_padding`.
-        order (`tuple[bool, bool]`): whether positions are aligned and regular. See `Positions`.
-        rotated (`dict[int, tuple[torch.Tensor, int]]`): for each layer of the cache with rotated keys, the newest
-            position (batch or 1, 1) for which they are rotated, and their number.
-        standing (`tuple[frozenset[str], int]`): sets of frequencies whose layers all keep their keys rotated, and the
-            number of keys in the cache at that time.
-        newest (`torch.Tensor` of shape `(batch or 1, 1)`, *optional*): newest position in a static cache, in a tensor
-            that compiled steps update in place.
-    """
+    """Positions and rotations of the keys in one cache."""
 
     def __init__(self) -> None:
         self.contents = Contents.EMPTY
-        self.plan: ExtensionPlan | None = None
-        self.positions: torch.Tensor | None = None
-        self.padding: torch.Tensor | None = None
-        self.order = False, False
+        self.plan: ExtensionPlan | None = None  # plan under which the keys were written
+        self.positions: torch.Tensor | None = None  # of all keys, on one axis or several as in `Positions`
+        self.padding: torch.Tensor | None = None  # offset that is subtracted from the model's positions
+        self.order = False, False  # whether positions are aligned and regular, see `Positions`
+        # for each layer of the cache with rotated keys, the newest position (batch or 1, 1) for which they are
+        # rotated, and their number
         self.rotated: dict[int, tuple[torch.Tensor, int]] = {}
+        # sets of frequencies whose layers all keep their keys rotated, and the number of keys at that time
         self.standing: tuple[frozenset[str], int] = frozenset(), 0
+        # newest position (batch or 1, 1) in a static cache, in a tensor that compiled steps update in place
         self.newest: torch.Tensor | None = None
         self._seen: list[tuple[weakref.ref[torch.Tensor], int] | None] | None = None
 
@@ -67,10 +55,7 @@ class KeyRecord:
         return vars(self) | {"_seen": None}
 
     def open(self, cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
-        """Start a forward of the patched model, which may add keys to the cache.
-
-        Returns:
-            `torch.Tensor`, *optional*: positions of the keys in the cache. `None` if it is empty.
+        """Start a forward that may add keys to the cache, and return the positions of those in it, if any.
 
         Raises:
             EvaluationError: the keys are not those of the last forward, or are rotated for another plan.
@@ -78,7 +63,7 @@ class KeyRecord:
         self.catch_up(cache)
         length = _length(cache, None if self.contents is Contents.WRITING else self.positions)
         if not length:  # new, emptied, or an earlier forward failed before it added keys
-            self._empty()
+            self.empty()
         elif self.positions is None or self.positions.shape[-1] != length or not self._same(cache):
             known = 0 if self.positions is None else self.positions.shape[-1]
             raise EvaluationError(
@@ -107,9 +92,8 @@ class KeyRecord:
     def open_slot(self, cache: Any, plan: ExtensionPlan) -> torch.Tensor | None:
         """Return the slot of a static cache for the key of a single token, in a compiled graph.
 
-        `None` outside of compiled graphs, or if positions do not follow from the slot. Such a step reads only the slot
-        and the newest position. These tensors keep their addresses and shapes, so that one graph serves all steps, and
-        one CUDA graph all replays.
+        `None` outside of compiled graphs, or if positions do not follow from the slot. A step reads only the slot and
+        the newest position, in tensors that keep their addresses and shapes, so that one graph serves all steps.
         """
         if not torch.compiler.is_compiling() or not is_static(cache):
             return None
@@ -151,12 +135,13 @@ class KeyRecord:
                 "Expected an empty cache, got one that holds the keys of a patched model, which no other model can "
                 f"read, nor can its layers where they are called one by one. {START_ANEW}"
             )
-        self._empty()  # KNOWN or COUNTED -> EMPTY: the cache was emptied
+        self.empty()  # KNOWN or COUNTED -> EMPTY: the cache was emptied
         self.contents = Contents.WRITING  # EMPTY -> WRITING: another model may use it
 
-    def reset(self) -> None:
+    def empty(self) -> None:
         """Update the record after the cache was emptied."""
-        self._empty()
+        self.contents, self.positions, self.padding, self._seen = Contents.EMPTY, None, None, None
+        self.rotated.clear()
 
     def crop(self, cache: Any) -> None:
         """Update the record after the cache removed its latest keys."""
@@ -165,11 +150,9 @@ class KeyRecord:
         self.look(cache)
 
     def rows(self, cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Update the record after the cache changed its rows. A single row that stands for all is not changed.
+        """Update the record after the cache changed its rows, by the same change to the rows of a tensor (batch, ...).
 
-        Args:
-            cache (`Cache`): the cache.
-            change (`Callable`): applies the change to the rows of a tensor (batch, ...).
+        A single row that stands for all is not changed.
         """
 
         def changed(known: torch.Tensor) -> torch.Tensor:
@@ -189,14 +172,7 @@ class KeyRecord:
 
     def keep_padding(self, padding: torch.Tensor | None) -> None:
         """Store the offset that is subtracted from the model's positions."""
-        if padding is None or torch.compiler.is_compiling():
-            self.padding = padding
-        else:
-            self.padding = _kept(padding)
-
-    def _empty(self) -> None:
-        self.contents, self.positions, self.padding, self._seen = Contents.EMPTY, None, None, None
-        self.rotated.clear()
+        self.padding = padding if padding is None or torch.compiler.is_compiling() else _kept(padding)
 
     def _keep_newest(self, newest: torch.Tensor) -> None:
         """Store the newest position, in the existing tensor if its shape and device match."""
@@ -245,7 +221,7 @@ class FollowedCache(Carried):
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self._posext_keys.reset()
+        self._posext_keys.empty()
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         self._posext_keys.catch_up(self)
@@ -270,7 +246,7 @@ class FollowedCache(Carried):
 
 @contextmanager
 def _counting() -> Iterator[None]:
-    """Leave inference mode within the context, because its tensors do not count in-place changes."""
+    """Leave inference mode in the context, because its tensors do not count in-place changes."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         yield
     else:
@@ -355,8 +331,8 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
 def _length(cache: Any, left: torch.Tensor | None) -> int:
     """Return the number of keys in a cache.
 
-    A static cache counts on its device. If the last forward stored positions, their number is used and checked
-    asynchronously, so that the host does not wait.
+    A static cache counts on its device. To keep the host from waiting, the number of positions that the last forward
+    `left` is used, and checked asynchronously.
     """
     count = cache.get_seq_length()
     known = 0 if left is None else left.shape[-1]

@@ -1,4 +1,4 @@
-"""State of one forward of a patched model, from the hook before it to the hook after it.
+"""State of one forward of a patched model, from the hook before it to the hook after it, and its positions.
 
 No state of a forward is stored on the model, so threads, nested calls, and copies of a model do not interfere. Each
 thread has a stack of states. The tensors of the phases also carry their positions, because a gradient checkpoint runs
@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +24,6 @@ from ...errors import EvaluationError, UnsupportedModelError
 from ..detect import RotarySite
 from ..modes import CHECKPOINTING
 from .cache import KeyRecord, find_cache, follow, record_of, seen_for_free
-from .positions import Positions, first_axis, joined, leading_padding, order_of
 from .remapping import Remapping
 
 ATTENTION = {"sdpa": "posext-sdpa", "eager": "posext-eager"}
@@ -36,42 +36,83 @@ _calls = threading.local()
 Not a context variable, because torch.compile cannot trace those."""
 
 
-class ForwardState:
-    """State of one forward.
+T = TypeVar("T")
 
-    Attributes:
-        remapping (`Remapping`): remapping of the model.
-        parent (`ForwardState`, *optional*): state of the enclosing forward in this thread.
-        cache (`Cache`, *optional*): the user's cache.
-        record (`KeyRecord`, *optional*): record of the keys in the cache.
-        mask (`torch.Tensor` of shape `(batch, keys)`, *optional*): `True` for tokens that are not padding. `None` if
-            there is no padding, or if padding is not known.
-        own_mask (`bool`): whether the caller passed 4D masks, which may let layers see more than their windows.
-        weights (`bool`): whether attention weights are requested.
-        paged (`bool`): whether keys are in the pages of continuous batching.
-        past (`torch.Tensor`, *optional*): positions of the keys in the cache.
-        padding (`torch.Tensor`, *optional*): offset that is subtracted from the model's positions. See
-            `leading_padding`.
-        slot (`torch.Tensor`, *optional*): slot of the new key, in a compiled step.
-        positions (`dict[str, Positions]`): positions requested from the rotary modules, by set of frequencies.
-        loose (`set[str]`): sets of frequencies with layers whose cached keys are not rotated.
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions of the tokens and keys of one forward, as requested from one rotary module.
+
+    Positions are counted from the first token that is not padding. They have shape (batch or 1, tokens), or (axes,
+    batch or 1, tokens) in multimodal models, which have several positions per token: time, height, and width. All axes
+    affect the phases. The first axis decides which band a pair is in.
     """
+
+    state: ForwardState
+    site: RotarySite  # rotary module that was called, and its set of frequencies
+    query_axes: torch.Tensor  # positions of the tokens
+    key_axes: torch.Tensor  # positions of all keys, starting with those in the cache
+    aligned: bool  # whether the positions of all keys equal their indices
+    regular: bool  # whether positions in each row increase by one, except for padding before the first key
+    task: int  # id of the backward pass in which the module was called, -1 outside of a backward pass
+    # Number of axes that the rotary module expects. Positions that are equal on all axes, like those of text, are
+    # stored once.
+    axes: int | None = None
+    counted: torch.Tensor | None = None  # (batch, tokens), `False` for padding tokens
+    # Slot of the new key, in a compiled step with a static cache. The keys are then all slots. Free slots have later
+    # positions and are masked.
+    slot: torch.Tensor | None = None
+    # Whether the model itself rotates the query and key of a single token to the positions of the nearest pairs. The
+    # keys in the cache are then rotated, too.
+    rotated: bool = False
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False)  # values that the layers of a forward share
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """Positions of the tokens (batch or 1, tokens), on the first axis."""
+        return first_axis(self.query_axes)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """Positions of the keys (batch or 1, keys), on the first axis."""
+        return first_axis(self.key_axes)
+
+    def lengths(self, of: torch.Tensor) -> torch.Tensor:
+        """Return the lengths (batch or 1, tokens or 1) of the documents of queries or keys (..., tokens)."""
+        lengths = self.once("lengths", lambda: document_lengths(self.queries, self.counted))
+        if of.shape[-1] != lengths.shape[-1]:  # cached keys belong to the document that continues
+            counted, lengths = self.counted, lengths[:, -1:] if self.counted is None else lengths
+            if counted is not None:  # that of the last token that is not padding
+                last = torch.where(counted, torch.arange(counted.shape[-1], device=counted.device), 0)
+                lengths = lengths.expand(len(counted), -1).gather(-1, last.amax(-1, keepdim=True))
+        return lengths.to(of.device)
+
+    def once(self, what: Any, make: Callable[[], T]) -> T:
+        """Return a value that all layers of a forward share, and compute it at the first call."""
+        value: T | None = self.memo.get(what)
+        if value is None:
+            value = self.memo[what] = make()
+        return value
+
+
+class ForwardState:
+    """State of one forward."""
 
     def __init__(self, remapping: Remapping, parent: ForwardState | None = None) -> None:
         self.remapping = remapping
-        self.parent = parent
+        self.parent = parent  # state of the enclosing forward in this thread
         self.backbone: Callable[[], nn.Module | None] = lambda: None
-        self.cache: Any = None
+        self.cache: Any = None  # the user's cache, and the record of its keys
         self.record: KeyRecord | None = None
-        self.mask: torch.Tensor | None = None
-        self.own_mask = False
-        self.weights = False
-        self.paged = False
-        self.past: torch.Tensor | None = None
-        self.padding: torch.Tensor | None = None
-        self.slot: torch.Tensor | None = None
-        self.positions: dict[str, Positions] = {}
-        self.loose: set[str] = set()
+        self.mask: torch.Tensor | None = None  # (batch, keys), `True` for tokens that are not padding, if any is
+        self.own_mask = False  # whether the caller passed 4D masks, which may let layers see more than their windows
+        self.weights = False  # whether attention weights are requested
+        self.paged = False  # whether keys are in the pages of continuous batching
+        self.past: torch.Tensor | None = None  # positions of the keys in the cache
+        self.padding: torch.Tensor | None = None  # offset that is subtracted from the model's positions
+        self.slot: torch.Tensor | None = None  # slot of the new key, in a compiled step
+        self.positions: dict[str, Positions] = {}  # requested from the rotary modules, by set of frequencies
+        self.loose: set[str] = set()  # sets of frequencies with layers whose cached keys are not rotated
 
     def open(self, cache: Any, mask: torch.Tensor | None) -> None:
         """Read the positions of the keys in the cache, and store the padding mask."""
@@ -93,77 +134,79 @@ class ForwardState:
             self.record.close_slot(next(iter(self.positions.values())).query_axes)
         elif cache is not None and self.positions:
             record = self.record or KeyRecord()
-            at = next(iter(self.positions.values()))
+            place = next(iter(self.positions.values()))
             standing = frozenset(self.positions) - self.loose
             names = standing if self.remapping.rotates_cached_keys else frozenset()
             follow(cache, record)
             if record.padding is not self.padding:
                 record.keep_padding(self.padding)
-            record.close(cache, self.remapping.plan, at.key_axes, (at.aligned, at.regular), names)
-        for at in self.positions.values():
-            at.memo.clear()
+            record.close(cache, self.remapping.plan, place.key_axes, (place.aligned, place.regular), names)
+        for place in self.positions.values():
+            place.memo.clear()
 
     def release(self) -> None:
         """Drop tensors, the cache, and everything that refers back to the state."""
         self.positions, self.parent = {}, None
         self.past = self.padding = self.slot = self.cache = self.record = None
 
-    def note(self, site: RotarySite, given: torch.Tensor, tokens: int) -> Positions:
-        """Store the positions requested from a rotary module.
+    def note(self, site: RotarySite, position_ids: torch.Tensor, tokens: int) -> Positions:
+        """Store the positions `given` to a rotary module in a forward of `tokens` tokens.
 
-        Args:
-            site (`RotarySite`): the rotary module.
-            given (`torch.Tensor` of shape `(batch or 1, tokens)` or `(axes, batch or 1, tokens)`): positions.
-            tokens (`int`): number of tokens in this forward. `given` may be longer, because Qwen4's indexer also
-                requests the phases of cached keys.
+        There may be more positions than tokens, because Qwen4's indexer also requests the phases of cached keys.
         """
-        at = self._step(site, given) if self.slot is not None else None
-        self.positions[site.name] = at = at or self._positions(site, given, tokens)
-        return at
+        place = self._step(site, position_ids) if self.slot is not None else None
+        self.positions[site.name] = place = place or self._positions(site, position_ids, tokens)
+        return place
 
-    def _step(self, site: RotarySite, given: torch.Tensor) -> Positions | None:
+    def _step(self, site: RotarySite, position_ids: torch.Tensor) -> Positions | None:
         """Return positions in a compiled step, or `None` if the forward turns out not to be one."""
         assert self.slot is not None and self.record is not None
-        if given.shape[-1] != 1 or given.ndim != 2:
+        if position_ids.shape[-1] != 1 or position_ids.ndim != 2:
             self.past, self.slot = self.record.open(self.cache, self.remapping.plan), None
             return None
-        given = self._without_padding(given)
-        slots = torch.arange(self.cache.layers[0].max_cache_len, device=given.device)
-        keys = (given + slots - self.slot.to(given.device)).clamp(min=0)
+        position_ids = self._without_padding(position_ids)
+        slots = torch.arange(self.cache.layers[0].max_cache_len, device=position_ids.device)
+        keys = (position_ids + slots - self.slot.to(position_ids.device)).clamp(min=0)
         rotated = site.name in self.record.standing[0]
-        return Positions(self, site, given, keys, False, True, backward_task(), None, None, self.slot, rotated)
+        return Positions(self, site, position_ids, keys, False, True, backward_task(), None, None, self.slot, rotated)
 
-    def _positions(self, site: RotarySite, given: torch.Tensor, tokens: int) -> Positions:
+    def _positions(self, site: RotarySite, position_ids: torch.Tensor, tokens: int) -> Positions:
         past = self.past
-        if past is not None and given.shape[-1] == past.shape[-1] + tokens:
-            given = given[..., -tokens:]  # without the positions of cached keys
-        single, axes = given.shape[-1] == 1, given.shape[0] if given.ndim == 3 else None
+        if past is not None and position_ids.shape[-1] == past.shape[-1] + tokens:
+            position_ids = position_ids[..., -tokens:]  # without the positions of cached keys
+        single, axes = position_ids.shape[-1] == 1, position_ids.shape[0] if position_ids.ndim == 3 else None
         if axes is not None:
-            given = self._flat(given, single)
-        counted = None if single else self._counted(given)
+            position_ids = self._flat(position_ids, single)
+        counted = None if single else self._counted(position_ids)
         if past is None and counted is not None:
-            self.padding = _padding(given, counted)
-        given = self._without_padding(given)
-        keys = given if past is None else joined(past, given)
+            self.padding = leading_padding(position_ids, counted)
+        position_ids = self._without_padding(position_ids)
+        keys = position_ids
+        if past is not None:
+            past = past.to(position_ids.device)
+            rows = torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1])  # type: ignore[no-untyped-call]
+            keys = torch.cat([past.expand(*rows, -1), position_ids.expand(*rows, -1)], -1)
         aligned, regular = self._order(first_axis(keys), single, counted)
         rotated = False
         if single and regular and keys.ndim == 2 and past is not None:
             assert self.record is not None
             names, count = self.record.standing
             rotated = site.name in names and count == past.shape[-1]
-        return Positions(self, site, given, keys, aligned, regular, backward_task(), axes, counted, None, rotated)
+        return Positions(
+            self, site, position_ids, keys, aligned, regular, backward_task(), axes, counted, None, rotated
+        )
 
-    def _flat(self, given: torch.Tensor, single: bool) -> torch.Tensor:
+    def _flat(self, position_ids: torch.Tensor, single: bool) -> torch.Tensor:
         """Return positions (axes, batch, tokens) on one axis if all axes are equal, as they are in text."""
         if torch.compiler.is_compiling() or self.past is not None and self.past.ndim == 3:
-            return given
-        alike = (given == given[:1]).all()
+            return position_ids
+        alike = (position_ids == position_ids[:1]).all()
         if not single or seen_for_free(alike):
-            return given[0] if alike else given
+            return position_ids[0] if alike else position_ids
         torch._assert_async(alike, "a single token must be at one position, on all axes")
-        return given[0]
+        return position_ids[0]
 
-    def _counted(self, given: torch.Tensor) -> torch.Tensor | None:
+    def _counted(self, position_ids: torch.Tensor) -> torch.Tensor | None:
         """Return the mask (batch, tokens) of the tokens that are not padding, or `None` if all tokens count.
 
         Not called for a single token, which is never padding. A decoding step therefore does not read the mask.
@@ -171,17 +214,21 @@ class ForwardState:
         if self.mask is None or self.remapping.delta:
             return None
         first = 0 if self.past is None else self.past.shape[-1]
-        count = given.shape[-1]
+        count = position_ids.shape[-1]
         if self.mask.shape[-1] < first + count:  # the mask covers the new tokens only
             first = self.mask.shape[-1] - count
         if first < 0:
             return None
-        counted = self.mask[:, first : first + count].to(given.device)
-        return counted.expand(max(given.shape[-2], counted.shape[0]), -1)
+        counted = self.mask[:, first : first + count].to(position_ids.device)
+        return counted.expand(max(position_ids.shape[-2], counted.shape[0]), -1)
 
-    def _without_padding(self, given: torch.Tensor) -> torch.Tensor:
+    def _without_padding(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Return positions relative to the first token that is not padding."""
-        return given if self.padding is None else (given - self.padding.to(given.device)).clamp(min=0)
+        return (
+            position_ids
+            if self.padding is None
+            else (position_ids - self.padding.to(position_ids.device)).clamp(min=0)
+        )
 
     def _order(self, keys: torch.Tensor, single: bool, counted: torch.Tensor | None) -> tuple[bool, bool]:
         """Return whether positions of keys (rows, keys) are aligned and regular.
@@ -200,15 +247,55 @@ class ForwardState:
             if not seen_for_free(follows):
                 torch._assert_async(follows, "the position of a single token must follow those in the cache")
                 return order
-        return order_of(keys, None if counted is None else counted[:, -1].all().to(keys.device))
+        index = torch.arange(keys.shape[1], device=keys.device)
+        shift = index[-1:] - keys[:, -1:]
+        padding = (index < shift) & (keys <= 1) & (keys == keys[:, :1])
+        regular = ((keys == index - shift) | padding).all()
+        if counted is not None:  # the positions of keys that follow right padding do not increase by one
+            regular = regular & counted[:, -1].all().to(keys.device)
+        aligned, regular = torch.stack([(keys == index).all(), regular]).tolist()
+        return aligned, regular
 
 
-def _padding(given: torch.Tensor, counted: torch.Tensor) -> torch.Tensor | None:
-    """Return the offset of the positions of a first forward and of forwards that continue with its cache."""
-    padding = leading_padding(given, counted)
-    if not torch.compiler.is_compiling() and seen_for_free(padding) and not padding.any():
-        return None
-    return padding
+def on_axes(positions: torch.Tensor, axes: int | None) -> torch.Tensor:
+    """Return positions on the number of axes that a rotary module expects."""
+    return positions if axes is None or positions.ndim == 3 else positions.expand(axes, -1, -1)
+
+
+def first_axis(positions: torch.Tensor) -> torch.Tensor:
+    """Return positions (batch, tokens) on the first axis. Only multimodal models have several axes."""
+    return positions if positions.ndim == 2 else positions[0]
+
+
+def leading_padding(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """Return the position (..., batch, 1) of each row's first token under the mask, or 0 without left padding.
+
+    It is subtracted from the positions of a first forward and of forwards that continue with its cache. `None` if no
+    row is known to be padded. Without `position_ids`, a model counts left padding like text. A common shift does not
+    change RoPE, but it changes windows, chunks, sinks, and lengths. The mask (batch, tokens) is `True` for tokens that
+    are not padding.
+    """
+    first = mask.long().argmax(-1, keepdim=True)
+    rows = positions.expand(*positions.shape[:-2], mask.shape[0], -1)
+    starts = rows.gather(-1, first.expand(*rows.shape[:-1], 1))
+    padding = torch.where(first > 0, starts, 0)
+    free = not torch.compiler.is_compiling() and seen_for_free(padding)
+    return None if free and not padding.any() else padding
+
+
+def document_lengths(positions: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Return the length of each token's document, which is its highest position + 1.
+
+    Several documents may be packed into a row of positions (batch or 1, tokens). A new document starts when positions
+    decrease. Padding, `False` in `counted` (batch, tokens), does not count towards a length. It gets a length as well,
+    so that its phases are finite.
+    """
+    if counted is not None:
+        positions = positions.expand(counted.shape[0], -1)
+    document = (positions.diff(prepend=positions[:, :1]) < 0).cumsum(-1)
+    heights = positions if counted is None else torch.where(counted, positions, 0)
+    highest = torch.zeros_like(positions).scatter_reduce(-1, document, heights, "amax")
+    return highest.gather(-1, document) + 1
 
 
 def current_state(remapping: Remapping) -> ForwardState | None:
@@ -240,7 +327,7 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
             f"the attention was set to {implementation!r} while a patch that rotates in it is in force. "
             "Undo the patch, set the attention, then patch again"
         )
-    inputs = arguments(module, args, kwargs)
+    inputs = {**dict(zip(module._posext_arguments, args, strict=False)), **kwargs}
     if remapping.bands.bands:
         causal = inputs.get("is_causal")
         if causal is False or (causal is None and getattr(config, "is_causal", True) is False):
@@ -250,7 +337,7 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     mask = inputs.get("attention_mask")
     by_layer = isinstance(mask, Mapping)
     if isinstance(mask, Mapping):
-        mask = next((one for one in mask.values() if isinstance(one, torch.Tensor)), None)
+        mask = next((tensor for tensor in mask.values() if isinstance(tensor, torch.Tensor)), None)
     # transformers makes a mask for each type of layer in every step of a static cache, where the host must not wait
     state.own_mask = isinstance(mask, torch.Tensor) and mask.ndim == 4 and not (by_layer and mask.shape[2] == 1)
     state.open(find_cache((*args, *kwargs.values())), _padding_mask(mask))
@@ -262,15 +349,15 @@ def _running(state: ForwardState | None, entered: nn.Module) -> ForwardState | N
     PyTorch calls no hook after an interrupt (`KeyboardInterrupt` is not an `Exception`). The state of that forward
     would keep its model and cache alive.
     """
-    frames = []
-    frame = sys._getframe(2)
+    modules, traced = [], False
+    frame: Any = sys._getframe(2)
     while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back  # type: ignore[assignment]
-    modules = [each.f_locals.get("self") for each in frames if each.f_code.co_name == "_call_impl"]
+        if frame.f_code.co_name == "_call_impl":
+            modules.append(frame.f_locals.get("self"))
+        traced |= "_dynamo" in frame.f_code.co_filename  # hides frames that run
+        frame = frame.f_back
     if entered in modules:
         modules.remove(entered)  # its own frame, the innermost
-    traced = any("_dynamo" in each.f_code.co_filename for each in frames)  # hides frames that run
     while state is not None and not traced and state.backbone() not in modules:
         parent = state.parent
         state.release()
@@ -288,18 +375,16 @@ def end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if state is None:
         return
     _calls.state, _calls.carried = state.parent, None
-    if output is None:  # an error: the next forward detects keys that it has added to the cache
-        state.release()
-        return
-    cache = find_cache((*args, *kwargs.values()))
-    if cache is not state.cache and state.slot is None:
-        raise EvaluationError(
-            "a forward pre-hook that was registered after the patch has changed the cache; register it before the "
-            "patch is made"
-        )
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
-    returned = find_cache(values)
-    state.close(cache if returned is None else returned)
+    if output is not None:  # otherwise an error: the next forward detects keys that it has added to the cache
+        cache = find_cache((*args, *kwargs.values()))
+        if cache is not state.cache and state.slot is None:
+            raise EvaluationError(
+                "a forward pre-hook that was registered after the patch has changed the cache; register it before the "
+                "patch is made"
+            )
+        values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
+        returned = find_cache(values)
+        state.close(cache if returned is None else returned)
     state.release()
 
 
@@ -312,8 +397,11 @@ def begin_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     remapping: Remapping = module._posext_remapping  # type: ignore[assignment]
     if torch.is_grad_enabled() or current_state(remapping) is None:
+        values = (*args, *kwargs.values())
+        phases = (one for value in values for one in (value if isinstance(value, tuple) else (value,)))
+        carried: Iterator[Positions] = (one._posext_at for one in phases if hasattr(one, "_posext_at"))
         # The phases among the arguments keep the positions alive for as long as the layer runs.
-        _calls.carried = weakref.WeakValueDictionary({at.name: at for at in _carried((*args, *kwargs.values()))})
+        _calls.carried = weakref.WeakValueDictionary({place.site.name: place for place in carried})
     else:
         _calls.carried = None
 
@@ -328,29 +416,29 @@ def positions_at(module: nn.Module, remapping: Remapping, name: str) -> Position
         EvaluationError: neither is known.
     """
     carried = None if torch.compiler.is_compiling() else getattr(_calls, "carried", None)
-    positions: Positions | None = carried.get(name) if carried else None
-    if positions is not None:
-        return positions
+    place: Positions | None = carried.get(name) if carried else None
+    if place is not None:
+        return place
     state = current_state(remapping)
-    at = None if state is None else state.positions.get(name)
+    place = None if state is None else state.positions.get(name)
     task = backward_task()
-    if at is None and task == -1:
+    if place is None and task == -1:
         raise EvaluationError(
             f"{type(module).__name__} got phases that did not come from the model's rotary module in this forward; "
             "positions cannot be remapped there. Call the model itself, or undo the patch"
         )
-    if at is None or at.task != task:
+    if place is None or place.task != task:
         raise EvaluationError(
             "a gradient checkpoint runs a layer again whose phases came without their positions; "
             f"turn it off for this model: model.{CHECKPOINTING}_disable()"
         )
-    return at
+    return place
 
 
-def carry(out: Any, at: Positions) -> None:
+def carry(out: Any, place: Positions) -> None:
     """Attach positions to the tensor of their phases."""
     if not torch.compiler.is_compiling():
-        setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", at)  # noqa: B010  no such field
+        setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", place)  # noqa: B010  no such field
 
 
 def backward_task() -> int:
@@ -364,12 +452,6 @@ def both_sides(remapping: Remapping, kind: str, where: str) -> str:
         f"{kind} attends to both sides ({where}); {remapping.plan.method} is defined for causal attention. "
         "A frequency method such as yarn can be used there"
     )
-
-
-def arguments(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a forward by name."""
-    names: tuple[str, ...] = module._posext_arguments
-    return {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
 
 
 def _padding_mask(mask: Any) -> torch.Tensor | None:
@@ -387,17 +469,17 @@ def _padding_mask(mask: Any) -> torch.Tensor | None:
 
 def _attended(mask: torch.Tensor) -> torch.Tensor:
     """Return the mask (batch, keys) of the keys that at least one token attends to in a 4D mask."""
-    seen = (mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()).any(1)
-    queries, keys = seen.shape[1:]
+    visible = (mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()).any(1)
+    queries, keys = visible.shape[1:]
     ahead = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)
     # In transformers' masks, left padding attends to everything, because it would otherwise attend to nothing.
-    padding = (seen & ahead).any(-1, keepdim=True)
-    return (seen & ~padding).any(1)
+    padding = (visible & ahead).any(-1, keepdim=True)
+    return (visible & ~padding).any(1)
 
 
-def _weights_asked_for(config: Any, given: dict[str, Any], base: str) -> bool:
+def _weights_asked_for(config: Any, inputs: dict[str, Any], base: str) -> bool:
     """Return whether a forward has to return attention weights. Log a warning once if it cannot."""
-    requested = given.get("output_attentions")
+    requested = inputs.get("output_attentions")
     if not (getattr(config, "output_attentions", False) if requested is None else requested):
         return False
     if base != "eager":
@@ -406,11 +488,3 @@ def _weights_asked_for(config: Any, given: dict[str, Any], base: str) -> bool:
             "model.set_attn_implementation('eager'), then patch again"
         )
     return base == "eager"
-
-
-def _carried(values: Iterable[Any]) -> Iterator[Positions]:
-    for value in values:
-        for one in value if isinstance(value, tuple) else (value,):
-            at = getattr(one, "_posext_at", None)
-            if at is not None:
-                yield at

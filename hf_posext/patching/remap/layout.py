@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...plan import QueryScale
 from ..detect import text_config
 from ..kernels import one_pass
 
@@ -35,20 +36,12 @@ Quarters = dict[str, torch.Tensor]
 
 
 class Probing:
-    """Stand-in for a remapping while layouts are measured.
-
-    Args:
-        quarters (`Quarters`): quarter rotations that replace the phases.
-
-    Attributes:
-        captured (`Captured`): queries and keys that reached the attention of each layer.
-        windows (`dict[str, int | None]`): number of tokens that each layer sees back, `None` if it sees all of them.
-    """
+    """Stand-in for a remapping while layouts are measured, with quarter rotations that replace the phases."""
 
     def __init__(self, quarters: Quarters) -> None:
         self.quarters = quarters
         self.captured: Captured = {}
-        self.windows: dict[str, int | None] = {}
+        self.windows: dict[str, int | None] = {}  # number of tokens that each layer sees back, `None` if all
 
     def capture(
         self, path: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -65,9 +58,13 @@ def _window(mask: torch.Tensor) -> int | None:
     The window is read from the mask instead of the layer's arguments, because OLMoE passes a window to its attention
     but attends to all tokens.
     """
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    window = int(seen[-1].sum())
-    return window if window < len(seen) and torch.equal(seen, torch.ones_like(seen).tril().triu(1 - window)) else None
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    window = int(visible[-1].sum())
+    return (
+        window
+        if window < len(visible) and torch.equal(visible, torch.ones_like(visible).tril().triu(1 - window))
+        else None
+    )
 
 
 FEW = 8
@@ -84,28 +81,16 @@ Phases = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """Rotation of the channels of queries or keys.
+    """Rotation of the channels of queries or keys."""
 
-    Args:
-        kind (`int`): number of the layout. Layouts of one kind are equal.
-        slots (`torch.LongTensor` of shape `(dim,)`): slot of the rotary module's output that drives each channel.
-        partners (`torch.LongTensor` of shape `(dim,)`): channel with which each channel is mixed.
-        weights (`torch.Tensor` of shape `(dim,)`): signed weight of the partner, 0 for channels that do not rotate.
-        direct (`bool`): whether slots are the channels themselves. Phases then need no selection.
-
-    Attributes:
-        swaps (`tuple[tuple[slice, slice], ...]`, *optional*): channels and their partners as slices. `None` if two
-            pairs of slices do not suffice.
-        whole (`bool`): whether all channels rotate.
-    """
-
-    kind: int
-    slots: torch.Tensor
-    partners: torch.Tensor
-    weights: torch.Tensor
-    direct: bool
+    kind: int  # number of the layout; layouts of one kind are equal
+    slots: torch.Tensor  # slot of the rotary module's output that drives each channel (dim,)
+    partners: torch.Tensor  # channel with which each channel is mixed (dim,)
+    weights: torch.Tensor  # signed weight of the partner, 0 for channels that do not rotate (dim,)
+    direct: bool  # whether slots are the channels themselves, so that phases need no selection
+    # channels and their partners as slices; `None` if two pairs of slices do not suffice
     swaps: tuple[tuple[slice, slice], ...] | None = field(init=False)
-    whole: bool = field(init=False)
+    whole: bool = field(init=False)  # whether all channels rotate
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "swaps", _swaps(self.partners, self.weights))
@@ -160,36 +145,42 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class LayerLayout:
-    """Rotation of one layer: its set of frequencies, and the layouts of its queries and keys."""
+class Layer:
+    """Attention layer that rotates. Stored on the layer's module when a model is patched."""
 
-    rotary: str
+    rotary: str  # set of frequencies
     query: Layout
     key: Layout
+    window: int | None = None  # number of tokens that the layer's masks let it see back
+    near: bool = False  # whether all pairs within the window are at the positions of the model
+    scale: QueryScale | None = None  # scale of the queries
+    base: Callable[..., Any] | None = None  # attention function of the unpatched module
+    index: int | None = None  # index of the layer in the cache
+    _copies: dict[torch.device, Layer] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def is_plain(self) -> bool:
         """Return whether channels are mixed by plain rotations, with all weights 1, 0, or -1."""
         return all(bool((side.weights.abs().round() == side.weights.abs()).all()) for side in (self.query, self.key))
 
-    def to(self, device: torch.device) -> LayerLayout:
-        """Return the layout on a device."""
-        if self.query.slots.device == device:
-            return self
-        return LayerLayout(self.rotary, self.query.to(device), self.key.to(device))
+    def on(self, device: torch.device) -> Layer:
+        """Return the layer with its layouts on a device. A copy is kept for each device."""
+        layer = self._copies.get(device)
+        if layer is None:
+            layer = replace(self, query=self.query.to(device), key=self.key.to(device))
+            self._copies[device] = layer
+        return layer
 
 
 class UnknownLayout(Exception):
     """Error for a layer whose queries and keys do not rotate by rotary phases."""
 
 
-def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tensor]) -> dict[str, LayerLayout]:
-    """Return the layouts of all layers that rotate.
+def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tensor]) -> dict[str, Layer]:
+    """Return the layers that rotate, with their layouts, by path.
 
-    Args:
-        forward (`Callable`): runs the model with quarter rotations in place of phases, on as many equal rows, and
-            returns the queries and keys that reached attention.
-        pairs (`dict[str, torch.LongTensor]`): pair of each slot, by set of frequencies. Slots of one pair have the
-            same phase.
+    `forward` runs the model with quarter rotations in place of phases, on as many equal rows, and returns the queries
+    and keys that reached attention. `pairs` contains the pair of each slot, by set of frequencies. Slots of one pair
+    have the same phase.
 
     Raises:
         UnknownLayout: a layer has no layout. The message names the layer.
@@ -207,8 +198,8 @@ def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tens
         return torch.stack([torch.zeros_like(code), torch.ones_like(code), *digits])
 
     captured = forward({name: rows(code) for name, code in codes.items()})
-    layers: dict[str, LayerLayout] = {}
-    kinds: list[Layout] = []
+    layers: dict[str, Layer] = {}
+    kinds: dict[Any, Layout] = {}
     for layer, states in captured.items():
         sides = [_layout(layer, side[0], side[1], side[2:]) for side in states]
         if not any(bool(rotates.any()) for _, _, rotates, _ in sides):
@@ -219,22 +210,18 @@ def measure(forward: Callable[[Quarters], Captured], pairs: dict[str, torch.Tens
         if len(sets) != 1 or not bool(torch.isin(code, codes[sets[0]]).all()):
             raise UnknownLayout(f"{layer} is rotated by {len(sets)} sets of frequencies")
         set_codes = codes[sets[0]]
-        slot_of = {int(c): slot for slot, c in reversed(list(enumerate(codes[sets[0]].tolist())))}
+        slot_of = {int(c): slot for slot, c in reversed(list(enumerate(set_codes.tolist())))}
         layouts = []
         for partners, weights, _, code in sides:
             # most modules have a slot for each channel; otherwise, any slot of the channel's pair is right
             direct = torch.equal(set_codes, code)
             slots = torch.arange(len(code)) if direct else torch.tensor([slot_of.get(int(c), 0) for c in code])
+            numbers = tuple(tuple(each.tolist()) for each in (slots, partners, weights))
             layout = Layout(len(kinds), slots, partners, weights, direct)
-            layouts.append(next((kind for kind in kinds if _equal(kind, layout)), layout))
-            kinds.extend([layout] if layouts[-1] is layout else [])
-        layers[layer] = LayerLayout(sets[0], *layouts)
+            layouts.append(kinds.setdefault(numbers, layout))
+        query, key = layouts
+        layers[layer] = Layer(sets[0], query, key)
     return layers
-
-
-def _equal(one: Layout, other: Layout) -> bool:
-    pairs = ((one.slots, other.slots), (one.partners, other.partners), (one.weights, other.weights))
-    return all(torch.equal(*pair) for pair in pairs)
 
 
 def _swaps(partners: torch.Tensor, weights: torch.Tensor) -> tuple[tuple[slice, slice], ...] | None:
@@ -302,18 +289,18 @@ FINITE = (0.5, 1.5)
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return a skeleton of a model on the CPU in float32, in evaluation mode.
+    """Return a skeleton of a backbone, whose modules have the same paths and classes, or `None`.
 
-    Args:
-        model (`PreTrainedModel`): backbone of a model, on any device, with any weights.
-
-    Returns:
-        `PreTrainedModel` or `None`: a model whose modules have the same paths and classes. `None` if it cannot be
-        built, because the class needs more than a config, or because modules of the model were changed.
+    The skeleton is on the CPU, in float32, in evaluation mode. None can be built if the class needs more than a
+    config, or if modules of the model were changed.
     """
-    for smaller in (_narrowest, _narrowed, _shortened):
+    for fewer_heads, narrow in ((True, True), (True, False), (False, False)):
         try:
-            config = smaller(model.config)
+            config: Any = _shortened(model.config)
+            if fewer_heads:
+                _drop_heads(config)
+            if narrow and vars(config).get("head_dim") and vars(config).get("hidden_size", 0) > VOCABULARY:
+                _rewiden(config, config.hidden_size, VOCABULARY)
             if not _is_small(type(model), config):
                 continue
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -340,13 +327,10 @@ def _is_small(cls: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
 
 
 def copy_norms(skeleton: PreTrainedModel, model: PreTrainedModel, paths: Iterator[str]) -> bool:
-    """Copy the one-dimensional weights of a model's attention layers to its skeleton.
+    """Copy the one-dimensional weights of attention layers to the skeleton, and return whether all could be copied.
 
     A norm after the rotation weights each channel, which changes the measured layout. All other weights are applied
     before the rotation.
-
-    Returns:
-        `bool`: whether all of these weights could be copied.
     """
     for path in paths:
         real = dict(model.get_submodule(path).named_parameters())
@@ -394,36 +378,26 @@ def _head_sizes(module: nn.Module) -> dict[str, Any]:
     return sizes
 
 
-def _narrowest(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a config with few heads of the same width, and a narrow hidden size if `head_dim` is set separately."""
-    narrow: Any = _narrowed(config)
-    if vars(narrow).get("head_dim") and vars(narrow).get("hidden_size", 0) > VOCABULARY:
-        _rewidened(narrow, narrow.hidden_size, VOCABULARY)
-    return narrow
-
-
-def _narrowed(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a config with few heads of the same width, or with all heads if the config has no number of heads."""
-    narrow: Any = _shortened(config)
-    known = vars(narrow)  # not `getattr`: a config with sizes per layer raises for some names
+def _drop_heads(config: Any) -> None:
+    """Leave a config few heads of the same width, and all heads if it has no number of heads."""
+    known = vars(config)  # not `getattr`: a config with sizes per layer raises for some names
     heads, width = known.get("num_attention_heads"), known.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
-        return narrow
+        return
     key_heads = known.get("num_key_value_heads")
     key_heads = key_heads if isinstance(key_heads, int) and key_heads > 0 else heads
     kept = min(HEADS, key_heads)
     queries = kept * min(heads // key_heads, 2)
     less = (known.get("head_dim") or width // heads) * queries
     if less >= width:
-        return narrow
-    narrow.num_attention_heads = queries
+        return
+    config.num_attention_heads = queries
     if "num_key_value_heads" in known:
-        narrow.num_key_value_heads = kept
-    _rewidened(narrow, width, less)
-    return narrow
+        config.num_key_value_heads = kept
+    _rewiden(config, width, less)
 
 
-def _rewidened(config: Any, width: int, less: int) -> None:
+def _rewiden(config: Any, width: int, less: int) -> None:
     """Set every size of the hidden states in a config to `less`, under all its names."""
     for name, value in list(vars(config).items()):
         is_width = any(part in name for part in ("hidden", "width", "embed", "size")) and "window" not in name

@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from ...errors import UnsupportedModelError
 from ..mixin import Mixin
-from .positions import Positions
+from .forward import Positions
 from .remapping import Remapping
 
 
@@ -74,33 +74,21 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Request:
-    """Request in a step of continuous batching.
+    """Request in a step of continuous batching."""
 
-    Attributes:
-        queries (`slice`): tokens of the request in the row.
-        keys (`slice`): keys of the request in the row.
-        at (`Positions`, *optional*): positions of its tokens and keys. `None` in a layer that does not rotate.
-        mask (`torch.Tensor` of shape `(1, 1, tokens, keys)`, *optional*): attention mask. `None` if the causal default
-            is right.
-    """
-
-    queries: slice
-    keys: slice
-    at: Positions | None
-    mask: torch.Tensor | None
+    queries: slice  # tokens of the request in the row
+    keys: slice  # keys of the request in the row
+    place: Positions | None  # positions of its tokens and keys; `None` in a layer that does not rotate
+    mask: torch.Tensor | None  # (1, 1, tokens, keys); `None` if the causal default is right
 
 
 def requests_of(
-    module: nn.Module, base: str, at: Positions | None, query: torch.Tensor, kwargs: dict[str, Any]
+    module: nn.Module, base: str, place: Positions | None, query: torch.Tensor, kwargs: dict[str, Any]
 ) -> list[Request]:
     """Return the requests of a step. A request has all keys up to its newest token, or those in a sliding window.
 
-    Args:
-        module (`nn.Module`): attention layer.
-        base (`str`): attention implementation of the unpatched model, `"sdpa"` or `"eager"`.
-        at (`Positions`, *optional*): positions of the whole row. `None` in a layer that does not rotate.
-        query (`torch.Tensor` of shape `(1, heads, tokens, dim)`): queries of the whole row.
-        kwargs (`dict[str, Any]`): arguments of the attention function, after the paged cache has updated them.
+    The positions and queries (1, heads, tokens, dim) are those of the whole row. `kwargs` are the arguments of the
+    attention function, after the paged cache has updated them.
 
     Raises:
         UnsupportedModelError: keys are missing from the pages of a layer without a sliding window.
@@ -112,15 +100,15 @@ def requests_of(
         tokens, count = queries.stop - first, keys.stop - start
         if not tokens:
             continue  # padding in the list of requests
-        positions_of_request = at
-        if at is not None:
-            positions = at.query_axes[..., queries]
-            known = positions[..., :1] + torch.arange(tokens - count, tokens, device=positions.device)
-            aligned = not known.flatten()[0]
+        positions_of_request = place
+        if place is not None:
+            positions = place.query_axes[..., queries]
+            key_positions = positions[..., :1] + torch.arange(tokens - count, tokens, device=positions.device)
+            aligned = not key_positions.flatten()[0]
             if not aligned and window is None:
                 raise UnsupportedModelError(not_paged(module, "does not use the sliding window of its config"))
             positions_of_request = replace(
-                at, query_axes=positions, key_axes=known, aligned=aligned, regular=True, memo={}
+                place, query_axes=positions, key_axes=key_positions, aligned=aligned, regular=True, memo={}
             )
         requests.append(Request(queries, keys, positions_of_request, _mask(base, query, tokens, count, window)))
     return requests
@@ -137,7 +125,7 @@ def _mask(base: str, query: torch.Tensor, tokens: int, keys: int, window: int | 
         return None
     index = torch.arange(keys, device=query.device)
     distance = index[-tokens:, None] - index
-    seen = ((distance >= 0) & (distance < (window or keys)))[None, None]
+    visible = ((distance >= 0) & (distance < (window or keys)))[None, None]
     if base == "sdpa":
-        return seen
-    return torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+        return visible
+    return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)

@@ -22,19 +22,9 @@ from ..modes import cache_argument, cache_of, evaluation_mode, switch_attention,
 from ..undo import UndoLog
 from .attention import HONOURED, Lease, arguments_read, base_function
 from .forward import ATTENTION, begin_forward, begin_layer, both_sides, end_forward
-from .layout import (
-    WINDOW,
-    Captured,
-    LayerLayout,
-    Probing,
-    Quarters,
-    UnknownLayout,
-    copy_norms,
-    measure,
-    skeleton_of,
-)
+from .layout import WINDOW, Layer, Probing, Quarters, UnknownLayout, copy_norms, measure, skeleton_of
 from .paged import ServesBatches
-from .remapping import Layer, Remapping
+from .remapping import Remapping
 from .rotary import RotatesLate, follows_angles, own_phases
 
 CHECK_TOKENS = 24
@@ -54,31 +44,20 @@ TWO_BANDS = Band(SAME, SAME, high=CHECK_TOKENS // 3), Band(SAME, SAME, low=CHECK
 
 @dataclass(frozen=True)
 class Subject:
-    """Model that is probed for its rotation: a skeleton, or the model itself.
+    """Model that is probed for its rotation: a skeleton, or the model itself."""
 
-    Args:
-        root (`PreTrainedModel`): model that is called with token ids.
-        prefix (`str`): prefix that turns a path in the root into a path in the model.
-        backbone (`PreTrainedModel`): model inside the root that receives the cache.
-        sites (`list[RotarySite]`): rotary modules of the root, with the names of the model's.
-        bare (`bool`): whether the root is a skeleton.
-    """
-
-    root: PreTrainedModel
-    prefix: str
-    backbone: PreTrainedModel
-    sites: list[RotarySite]
-    bare: bool
+    root: PreTrainedModel  # model that is called with token ids
+    prefix: str  # prefix that turns a path in the root into a path in the model
+    backbone: PreTrainedModel  # model inside the root that receives the cache
+    sites: list[RotarySite]  # rotary modules of the root, with the names of the model's
+    bare: bool  # whether the root is a skeleton
 
 
 def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
-    """Make a model rotate inside its attention, at the positions of the plan.
+    """Make a model rotate inside its attention, and return the reason why a saved checkpoint needs this package.
 
     As a check, the model first runs without remapped positions, through the attention branch that users will run. It
     must return the same states as with its own rotation.
-
-    Returns:
-        `str`: reason why a saved checkpoint needs this package.
 
     Raises:
         UnsupportedModelError: the model fails the check, its attention cannot be reached, or it does not rotate like
@@ -119,7 +98,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
             f"{kind} computes its frequencies in each call; {plan.method}, which maps rotary pairs, cannot change them"
         )
     unmapped = Remapping(replace(plan, edits=()), base, delta=indexed)
-    if plan.bands and any(getattr(one, "is_causal", True) is False for one in (config, backbone.config)):
+    if plan.bands and any(getattr(holder, "is_causal", True) is False for holder in (config, backbone.config)):
         raise UnsupportedModelError(both_sides(Remapping(plan, base), kind, "is_causal=False in its config"))
     dynamic = next((site for site in sites if plan.bands and _follows_length(site)), None)
     if dynamic is not None:
@@ -128,13 +107,13 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
             f"for positions that do not grow with it. Pass a method that fixes the frequencies first, as in "
             f"'yarn+{plan.method}'."
         )
-    subject = _subject(model, backbone, prefix, sites)
+    whole = Subject(model, "", backbone, sites, False)
+    subject = _skeleton(whole, prefix) or whole
     with model_code(kind):
         remapping = _studied(subject, model, plan, unmapped, kind)
-    windows = remapping.windows.items()
-    refuse_idle(plan, {(window, layer_number(model.get_submodule(path)) or 0) for path, window in windows})
-    _install(Subject(model, "", backbone, sites, False), remapping, log)
-    _hook(Subject(model, "", backbone, sites, False), remapping, log)
+    layers = remapping.layers.items()
+    refuse_idle(plan, {(layer.window, layer_number(model.get_submodule(path)) or 0) for path, layer in layers})
+    _install(whole, remapping, log)
     if hasattr(model, "init_continuous_batching"):
         log.set(model, "__class__", mix(ServesBatches, type(model)))
     return "positions are remapped inside attention"
@@ -147,14 +126,14 @@ def _follows_length(site: RotarySite) -> bool:
     return any(not torch.equal(one[..., :1, :], other[..., :1, :]) for one, other in zip(near, far, strict=True))
 
 
-def _subject(model: PreTrainedModel, backbone: PreTrainedModel, prefix: str, sites: list[RotarySite]) -> Subject:
-    """Return a skeleton of the backbone as the subject, or the model itself if no skeleton can be built."""
-    takes_ids = "input_ids" in inspect.signature(backbone.forward).parameters
-    inside = all(site.path.startswith(prefix) for site in sites)
-    skeleton = skeleton_of(backbone) if takes_ids and inside else None
+def _skeleton(whole: Subject, prefix: str) -> Subject | None:
+    """Return a skeleton of the backbone of a model as the subject, or `None` if no skeleton can be built."""
+    takes_ids = "input_ids" in inspect.signature(whole.backbone.forward).parameters
+    inside = all(site.path.startswith(prefix) for site in whole.sites)
+    skeleton = skeleton_of(whole.backbone) if takes_ids and inside else None
     if skeleton is None:
-        return Subject(model, "", backbone, sites, False)
-    bones = [replace(site, module=skeleton.get_submodule(site.path[len(prefix) :])) for site in sites]
+        return None
+    bones = [replace(site, module=skeleton.get_submodule(site.path[len(prefix) :])) for site in whole.sites]
     return Subject(skeleton, prefix, skeleton, bones, True)
 
 
@@ -171,8 +150,8 @@ def _studied(
     selected = [getattr(config, name, CHECK_TOKENS) for name in SELECTED]
     ids = torch.arange(3, 3 + min(CHECK_TOKENS, *selected), device=root.device)[None] % config.vocab_size
     with evaluation_mode(root):
-        layers, windows = _layouts(subject, model, ids, kind)
-        unmapped = replace(unmapped, layers=layers, windows=windows)
+        layers = _layouts(subject, model, ids, kind)
+        unmapped = replace(unmapped, layers=layers)
         modules = dict(model.named_modules())
         if plan.query_scale is not None and plan.query_scale.first_layer > 0:
             unnumbered = [path for path in layers if layer_number(modules[path]) is None]
@@ -186,8 +165,8 @@ def _studied(
             if free:
                 raise UnsupportedModelError(both_sides(Remapping(plan, unmapped.base), kind, free[0]))
         # reference: outputs of the subject with its own rotation
-        strides = (1, 2) if delta else (1,)
-        expected = torch.cat([_states(root, ids, stride) for stride in strides])
+        expected = _states(root, ids)
+        doubled = _states(root, ids, 2) if delta else expected
         log = UndoLog()
         try:
             bones = {subject.prefix + path: module for path, module in root.named_modules()}
@@ -195,16 +174,15 @@ def _studied(
             refused = frozenset().union(*arguments) - HONOURED
             # the same with late rotation: without bands, then over two bands that leave positions unchanged
             _install(subject, unmapped, log)
-            _hook(subject, unmapped, log)
-            outputs = [_states(root, ids)]
+            outputs = [(expected, _states(root, ids))]
             if plan.bands:
-                outputs.append(_staged(subject, replace(unmapped, plan=replace(unmapped.plan, edits=TWO_BANDS)), ids))
+                two_bands = replace(unmapped.plan, edits=TWO_BANDS)
+                outputs.append((expected, _staged(subject, replace(unmapped, plan=two_bands), ids)))
             if delta:  # attention has rotated by nothing so far: also compare with doubled positions
-                doubled = replace(unmapped.plan, edits=(Band(TWICE, TWICE),))
-                outputs.append(_staged(subject, replace(unmapped, plan=doubled), ids))
-            tolerance = _tolerance(expected)
-            rows = [expected[:1]] * (len(outputs) - len(strides) + 1) + [expected[1:]] * (len(strides) - 1)
-            difference = max((one - row).float().abs().max() for one, row in zip(outputs, rows, strict=True))
+                twice = replace(unmapped.plan, edits=(Band(TWICE, TWICE),))
+                outputs.append((doubled, _staged(subject, replace(unmapped, plan=twice), ids)))
+            tolerance = torch.max(_tolerance(expected), _tolerance(doubled))
+            difference = max((attended - row).float().abs().max() for attended, row in outputs)
             if not difference <= tolerance:
                 raise UnsupportedModelError(
                     f"{kind} gives other outputs when its attention rotates late (by {difference:.1e}, "
@@ -222,7 +200,7 @@ def _studied(
             log.undo()
 
 
-def _states(root: PreTrainedModel, ids: torch.Tensor, stride: int = 1, **kwargs: Any) -> torch.Tensor:
+def _states(root: PreTrainedModel, ids: torch.Tensor, stride: int = 1) -> torch.Tensor:
     """Return the first output of a model for tokens at positions 0, stride, ...
 
     Positions with gaps need a mask, because transformers otherwise takes them for packed documents.
@@ -253,7 +231,7 @@ def _keeps_rotated(subject: Subject, remapping: Remapping, ids: torch.Tensor) ->
     edge = remapping.bands.edge
     if remapping.plan.follows_rows or remapping.delta or edge is None:
         return False
-    if not all(at.key.is_rotation() for at in remapping.layers.values()):
+    if not all(layer.key.is_rotation() for layer in remapping.layers.values()):
         return False
     if cache_argument(subject.root.forward) is None:
         return False
@@ -271,17 +249,15 @@ def _keeps_rotated(subject: Subject, remapping: Remapping, ids: torch.Tensor) ->
     return bool(difference <= _tolerance(expected))
 
 
-def _tolerance(wanted: torch.Tensor) -> torch.Tensor:
-    """Return the tolerance of outputs.
-
-    In float32, sums change their order. Half precision rounds each rotated state once.
-    """
-    return (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 5e-2) * wanted.float().abs().max()
+def _tolerance(states: torch.Tensor) -> torch.Tensor:
+    """Return the tolerance of outputs: float32 changes the order of sums, and half precision rounds states."""
+    return (1e-4 if states.dtype in (torch.float32, torch.float64) else 5e-2) * states.float().abs().max()
 
 
 def _install(subject: Subject, remapping: Remapping | Probing, log: UndoLog) -> None:
-    """Install rotary modules that leave the rotation to attention, and the attention function."""
-    root = subject.root
+    """Install rotary modules that leave the rotation to attention, the attention function, and hooks of forwards."""
+    root: Any = subject.root
+    backbone: Any = subject.backbone
     for site in subject.sites:
         module = site.module
         sets = {**getattr(module, "_posext_sets", {}), site.layer_type: site.name}
@@ -296,8 +272,21 @@ def _install(subject: Subject, remapping: Remapping | Probing, log: UndoLog) -> 
         log.set(module, "_posext_lease", lease)
     for mark in _marks(subject, remapping):
         log.set(*mark)
-    log.on_undo(_end, lease)
+    log.on_undo(lease.close)
     switch_attention(root, ATTENTION[text_config(root.config)._attn_implementation or "eager"], log)
+    if isinstance(remapping, Probing):
+        return
+    # hooks create a state for each forward of the backbone, and read positions that phases carry to the layers
+    log.set(backbone, "_posext_arguments", tuple(inspect.signature(backbone.forward).parameters))
+    log.set(backbone, "_posext_text_config", text_config(backbone.config))
+    handles = [
+        backbone.register_forward_pre_hook(begin_forward, with_kwargs=True),
+        backbone.register_forward_hook(end_forward, with_kwargs=True, always_call=True),
+    ]
+    modules = {subject.prefix + path: module for path, module in root.named_modules()}
+    handles += [modules[path].register_forward_pre_hook(begin_layer, with_kwargs=True) for path in remapping.layers]
+    for handle in handles:
+        log.on_undo(handle.remove)
 
 
 def _marks(subject: Subject, remapping: Remapping | Probing) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -308,32 +297,11 @@ def _marks(subject: Subject, remapping: Remapping | Probing) -> Iterator[tuple[n
         if isinstance(remapping, Probing):
             yield module, "_posext_path", path
         elif path in remapping.layers:
-            index: Any = getattr(module, "layer_idx", None)
-            window, scale = remapping.windows[path], remapping.plan.query_scale
+            layer, scale = remapping.layers[path], remapping.plan.query_scale
             scale = None if scale is None or scale.first_layer > (layer_number(module) or 0) else scale
-            base = base_function(remapping.base, module)
-            near = remapping.bands.sees_one(window)
-            yield module, "_posext_layer", Layer(remapping, remapping.layers[path], window, near, scale, base, index)
-
-
-def _end(lease: Lease) -> None:
-    lease.end()
-
-
-def _hook(subject: Subject, remapping: Remapping, log: UndoLog) -> None:
-    """Register hooks that create a state for each forward of the backbone, and read positions carried by phases."""
-    backbone: Any = subject.backbone
-    log.set(backbone, "_posext_arguments", tuple(inspect.signature(backbone.forward).parameters))
-    log.set(backbone, "_posext_text_config", text_config(backbone.config))
-    for handle in (
-        backbone.register_forward_pre_hook(begin_forward, with_kwargs=True),
-        backbone.register_forward_hook(end_forward, with_kwargs=True, always_call=True),
-    ):
-        log.on_undo(handle.remove)
-    modules = {subject.prefix + path: module for path, module in subject.root.named_modules()}
-    for path in remapping.layers:
-        handle = modules[path].register_forward_pre_hook(begin_layer, with_kwargs=True)
-        log.on_undo(handle.remove)
+            near, base = remapping.bands.sees_one(layer.window), base_function(remapping.base, module)
+            index: Any = getattr(module, "layer_idx", None)
+            yield module, "_posext_layer", replace(layer, near=near, scale=scale, base=base, index=index)
 
 
 def _backbone(model: PreTrainedModel, site: RotarySite) -> tuple[PreTrainedModel, str]:
@@ -352,18 +320,13 @@ def _backbone(model: PreTrainedModel, site: RotarySite) -> tuple[PreTrainedModel
     return backbone, f"{path}." if path else ""
 
 
-def _layouts(
-    subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: str
-) -> tuple[dict[str, LayerLayout], dict[str, int | None]]:
-    """Return the measured layout and the sliding window of every layer.
+def _layouts(subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: str) -> dict[str, Layer]:
+    """Return every layer that rotates, with its measured layout and sliding window.
 
     Raises:
         UnsupportedModelError: attention cannot be reached, no layer rotates, or a layer has no layout.
     """
-    sites: dict[str, RotarySite] = {}
-    for site in subject.sites:
-        sites.setdefault(site.name, site)
-
+    sites = {site.name: site for site in reversed(subject.sites)}
     backbone = model.get_submodule(subject.prefix.removesuffix("."))
 
     def probe(quarters: Quarters, text: torch.Tensor) -> Probing:
@@ -381,9 +344,6 @@ def _layouts(
             )
         return probing
 
-    def forward(quarters: Quarters) -> Captured:
-        return probe(quarters, ids[:, :5]).captured
-
     def groups(site: RotarySite) -> torch.Tensor:
         """Return the pair of each slot. Slots with equal phases at a few odd positions belong to one pair."""
         positions = torch.tensor([[1, 7, 31, 101, 997, 4001]], device=ids.device)
@@ -393,23 +353,24 @@ def _layouts(
         return pairs.cpu()
 
     pairs = {name: groups(site) for name, site in sites.items()}
+    few = ids[:, :5]
     try:
-        layers = measure(forward, pairs)
+        layers = measure(lambda quarters: probe(quarters, few).captured, pairs)
         weighted = [path for path, layout in layers.items() if not layout.is_plain()]
         if weighted and subject.bare:  # a norm after the rotation: measure again with the model's weights
             bones = [path[len(subject.prefix) :] for path in weighted]
             if not copy_norms(subject.root, backbone, bones):  # type: ignore[arg-type]
                 raise UnknownLayout(f"{weighted[0]} weighs its channels behind the rotation by weights out of reach")
-            layers = measure(forward, pairs)
+            layers = measure(lambda quarters: probe(quarters, few).captured, pairs)
     except UnknownLayout as error:
         raise UnsupportedModelError(
             f"{kind}: {error}; remapping methods cannot rotate it, frequency methods can"
         ) from error
     if not layers:
         raise UnsupportedModelError(f"{kind} has no attention layer that rotates; there is nothing to remap")
-    seen = probe({name: torch.zeros(1, len(slots)) for name, slots in pairs.items()}, ids).windows
+    measured = probe({name: torch.zeros(1, len(slots)) for name, slots in pairs.items()}, ids).windows
     full = getattr(backbone.config, "sliding_window", None)  # the skeleton's window is smaller
-    windows = {path: full if subject.bare and seen[path] == WINDOW else seen[path] for path in layers}
+    windows = {path: full if subject.bare and measured[path] == WINDOW else measured[path] for path in layers}
     if not subject.bare or ids.shape[-1] <= WINDOW:  # the text is too short to show the window of the model
         windows = {path: window or claimed_window(model.get_submodule(path)) for path, window in windows.items()}
-    return layers, windows
+    return {path: replace(layer, window=windows[path]) for path, layer in layers.items()}

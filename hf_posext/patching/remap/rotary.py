@@ -8,22 +8,14 @@ import torch
 
 from ..detect import RotarySite
 from ..mixin import Mixin
-from .forward import ForwardState, carry, current_state
+from .forward import ForwardState, Positions, carry, current_state, on_axes
 from .layout import Probing
-from .positions import Positions, on_axes
 from .remapping import Remapping
 
-PRODUCTS = frozenset((torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__))
-SUMS = frozenset((torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__))
-VIEWS = frozenset(
-    (
-        torch.unsqueeze,
-        torch.Tensor.unsqueeze,
-        torch.Tensor.__getitem__,
-        torch.Tensor.repeat_interleave,
-        torch.Tensor.to,
-    )
-)
+PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
+SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
+_METHODS = torch.Tensor.unsqueeze, torch.Tensor.__getitem__, torch.Tensor.repeat_interleave, torch.Tensor.to
+VIEWS = {torch.unsqueeze, *_METHODS}
 """Operations that models apply to phases and that keep ones and zeros unchanged."""
 
 MANY = 1024
@@ -48,63 +40,59 @@ class RotatesLate(Mixin):
             return _identity(super().forward(x, position_ids, **extra), remapping.quarters[name])
         # outside of a forward (other code calls the layers directly), only the positions are known
         state = current_state(remapping)
-        at = (state or ForwardState(remapping)).note(
+        place = (state or ForwardState(remapping)).note(
             RotarySite("", self, name, layer_type or ""), position_ids, x.shape[-2]
         )
-        if at.rotated:  # all phases of the step in one call; the model gets the first ones
-            out = super().forward(x, on_axes(remapping.bands.step_positions(at.queries), at.axes), **extra)
-            at.memo["asked"] = _parts(out)
+        if place.rotated:  # all phases of the step in one call; the model gets the first ones
+            out = super().forward(x, on_axes(remapping.bands.step_positions(place.queries), place.axes), **extra)
+            place.memo["step phases"] = _parts(out)
             out = out[:, :1] if isinstance(out, torch.Tensor) else type(out)((out[0][:, :1], out[1][:, :1]))
         else:
             out = super().forward(x, position_ids, **extra)
             if not remapping.delta:
                 out = _identity(out)
-        carry(out, at)
+        carry(out, place)
         return out
 
 
-def phases_at(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine (batch, tokens, slots) at positions, computed by the rotary module of a forward.
+def phases_at(place: Positions, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine (batch, tokens, slots) at requested positions, by the rotary module of a forward.
 
-    Args:
-        at (`Positions`): positions of the forward.
-        wanted (`torch.Tensor` of shape `(batch or 1, tokens)` or `(axes, batch or 1, tokens)`): requested positions.
-        like (`torch.Tensor`): tensor whose dtype and device the phases get.
+    Phases get the dtype and device of `like`.
     """
-    remapping, wanted = at.state.remapping, on_axes(wanted, at.axes)
-    if at.name not in remapping.growths:
-        return own_phases(at.site, wanted, like)
-    lengths = at.lengths(wanted)
+    remapping, name, positions = place.state.remapping, place.site.name, on_axes(positions, place.axes)
+    if name not in remapping.growths:
+        return own_phases(place.site, positions, like)
+    lengths = place.lengths(positions)
     scales = (lengths / remapping.plan.trained_length).clamp(min=1.0)
-    shape = torch.broadcast_shapes(wanted.shape[-2:], scales.shape)  # type: ignore[no-untyped-call]
-    wanted, scales = wanted.expand(*wanted.shape[:-2], *shape), scales.to(wanted.device).expand(shape)
-    device, temperature = _frequencies(at.site).device, remapping.growths[at.name].temperature
-    numbers = remapping.growth(at.name, device)
+    shape = torch.broadcast_shapes(positions.shape[-2:], scales.shape)  # type: ignore[no-untyped-call]
+    positions, scales = positions.expand(*positions.shape[:-2], *shape), scales.to(positions.device).expand(shape)
+    device, growth = _frequencies(place.site).device, remapping.growths[name]
+    moving, power, fixed = remapping.growth(name, device)
+
+    def grown(position: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the phases of one token, with the frequencies of the length of its document."""
+        twin = _twin(place.site, moving * scale ** (-power) + fixed)
+        cos, sin = own_phases(twin, position[..., None, None], like)
+        sharper = (1 + growth.temperature * scale.log()).to(cos)
+        return cos * sharper, sin * sharper
+
     # each token has its own frequencies, which neither the host nor a graph has to know
-    grown = torch.vmap(
-        lambda position, scale: _grown_phases(at.site, numbers, temperature, position[..., None, None], scale, like),
-        (-1, 0),
-    )
-    cos, sin = grown(wanted.flatten(-2), scales.flatten().to(device))
+    cos, sin = torch.vmap(grown, (-1, 0))(positions.flatten(-2), scales.flatten().to(device))
     return cos.view(*shape, -1), sin.view(*shape, -1)
 
 
-def pair_phases(at: Positions, wanted: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine (batch, tokens, slots) with separate positions for each frequency slot.
+def pair_phases(place: Positions, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [`phases_at`] with separate positions (batch or 1, tokens, slots of frequencies) for each frequency slot.
 
     For each token, a twin of the rotary module, with the token's angles as frequencies, is called for position 1.
-
-    Args:
-        at (`Positions`): positions of the forward.
-        wanted (`torch.Tensor` of shape `(batch or 1, tokens, slots of frequencies)`): requested positions.
-        like (`torch.Tensor`): tensor whose dtype and device the phases get.
     """
-    frequencies = _frequencies(at.site)
-    angles = wanted.to(frequencies.device) * frequencies
-    first = on_axes(torch.ones(1, 1, dtype=torch.long, device=frequencies.device), at.axes)
-    phases_of = torch.vmap(lambda angle: own_phases(_twin(at.site, angle), first, like))
+    frequencies = _frequencies(place.site)
+    angles = positions.to(frequencies.device) * frequencies
+    first = on_axes(torch.ones(1, 1, dtype=torch.long, device=frequencies.device), place.axes)
+    phases_of = torch.vmap(lambda angle: own_phases(_twin(place.site, angle), first, like))
     cos, sin = phases_of(angles.flatten(0, 1))
-    return cos.view(*wanted.shape[:2], -1), sin.view(*wanted.shape[:2], -1)
+    return cos.view(*positions.shape[:2], -1), sin.view(*positions.shape[:2], -1)
 
 
 def follows_angles(site: RotarySite, length: int) -> bool:
@@ -136,33 +124,11 @@ def own_phases(site: RotarySite, positions: torch.Tensor, like: torch.Tensor) ->
 
 
 def _frequencies(site: RotarySite) -> torch.Tensor:
-    frequencies: torch.Tensor = getattr(site.module, f"{site.prefix}inv_freq")
-    return frequencies
-
-
-def _grown_phases(
-    site: RotarySite,
-    numbers: torch.Tensor,
-    temperature: float,
-    positions: torch.Tensor,
-    scale: torch.Tensor,
-    like: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return phases with the frequencies of a document of one length.
-
-    `numbers` (3, slots) and `temperature` come from [`Growth`], and `scale` is the length over the trained length.
-    """
-    moving, power, fixed = numbers
-    cos, sin = own_phases(_twin(site, moving * scale ** (-power) + fixed), positions, like)
-    sharper = (1 + temperature * scale.log()).to(cos)
-    return cos * sharper, sin * sharper
+    return getattr(site.module, f"{site.prefix}inv_freq")  # type: ignore[no-any-return]
 
 
 def _twin(site: RotarySite, frequencies: torch.Tensor) -> RotarySite:
-    """Return a twin of a rotary module with other frequencies.
-
-    The module itself is not changed, because other threads may use it.
-    """
+    """Return a twin of a rotary module with other frequencies. Other threads may use the module itself."""
     twin: Any = object.__new__(type(site.module))
     twin.__dict__.update(site.module.__dict__)
     name = f"{site.prefix}inv_freq"
@@ -176,7 +142,9 @@ def _twin(site: RotarySite, frequencies: torch.Tensor) -> RotarySite:
 def _identity(out: Any, rows: torch.Tensor | None = None) -> Any:
     """Replace the phases in a rotary module's output by quarter rotations (rows, slots), or by the identity."""
     cos, _ = _parts(out)
-    if rows is None and not isinstance(out, torch.Tensor) and worth_it(cos):
+    # graphs fuse what `Unrotated` avoids
+    many = cos.shape[-2] >= MANY and not torch.compiler.is_compiling()
+    if rows is None and not isinstance(out, torch.Tensor) and many:
         return type(out)(unrotated(cos))
     quarters = torch.zeros_like(cos)
     if rows is not None:
@@ -221,14 +189,6 @@ class Ones(Unrotated):
 
 class Zeros(Unrotated):
     """Sines, and products with them."""
-
-
-def worth_it(like: torch.Tensor) -> bool:
-    """Return whether phases (..., tokens, slots) have enough tokens for [`Unrotated`], outside of compiled graphs.
-
-    Compiled graphs fuse these operations anyway.
-    """
-    return like.shape[-2] >= MANY and not torch.compiler.is_compiling()
 
 
 def unrotated(like: torch.Tensor) -> tuple[Ones, Zeros]:

@@ -19,9 +19,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from ...errors import EvaluationError
 from ..kernels import mapped, one_step, starts, step_fading
 from .cache import START_ANEW, is_static
-from .layout import LayerLayout, Layout, Phases
-from .positions import Positions
-from .remapping import Layer
+from .forward import Positions
+from .layout import Layer, Layout, Phases
 from .rotary import phases_at
 
 HOLDERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
@@ -30,52 +29,46 @@ layer stores other numbers. With these, all keys are rotated in every step."""
 
 
 def cached_keys(
-    layer: Layer, layout: LayerLayout, at: Positions, key: torch.Tensor, tokens: int, leave: bool = False
+    layer: Layer, place: Positions, key: torch.Tensor, tokens: int, leave: bool = False
 ) -> tuple[torch.Tensor, bool, int | None]:
     """Rotate a layer's keys in the cache to the positions for the newest token, if they may stay rotated.
 
-    Args:
-        layer (`Layer`): attention layer.
-        layout (`LayerLayout`): layout of the layer, on the device of the keys.
-        at (`Positions`): positions of the forward.
-        key (`torch.Tensor` of shape `(batch, heads, keys, dim)`): all keys that reached the attention function.
-        tokens (`int`): number of new keys.
-        leave (`bool`, *optional*, defaults to `False`): leave the rotation of the key that leaves the window to the
-            caller.
+    The keys (batch, heads, keys, dim) are all that reached the attention function, of which `tokens` are new. The
+    rotation of the key that leaves the window is left to the caller if `leave`.
 
     Returns:
         `tuple[torch.Tensor, bool, int | None]`: the keys, whether they are rotated (only for a single token), and the
         index of the key that the caller has to rotate.
     """
-    state = at.state
-    holder = _holder(layer, at, key)
-    if holder is not None and at.slot is not None:
-        step_keys(layout.key, at, key, at.query_axes.to(key.device))
+    state = place.state
+    holder = _holder(layer, place, key)
+    if holder is not None and place.slot is not None:
+        step_keys(layer.key, place, key, place.query_axes.to(key.device))
         return key, True, None
     rotated = state.record.rotated if holder is not None and state.record is not None else {}
     index: Any = layer.index
     before = rotated.pop(index, None)
-    settle = at.regular and at.key_axes.ndim == 2 and not key.requires_grad
-    if before is None and at.rotated:
+    settle = place.regular and place.key_axes.ndim == 2 and not key.requires_grad
+    if before is None and place.rotated:
         raise EvaluationError(
             "The cache gave a layer other keys than those that the last forward left there, and the model has rotated "
             f"the new key for those. {START_ANEW}"
         )
     # A static cache is rotated in its first forward, because a compiled step cannot rotate all keys.
     if holder is None or before is None and not (settle and (tokens == 1 or is_static(state.cache))):
-        state.loose.add(layout.rotary)
+        state.loose.add(layer.rotary)
         return key, False, None
-    count = min(key.shape[2], at.keys.shape[1])  # a static cache has free slots, a sliding one drops keys
+    count = min(key.shape[2], place.keys.shape[1])  # a static cache has free slots, a sliding one drops keys
     filled = key if count == key.shape[2] else key[:, :, :count]
-    positions = at.once(("held", count, key.device), lambda: at.keys[:, -count:].to(key.device))
-    newest = at.once(("newest", key.device), lambda: positions[:, -1:])
+    positions = place.once(("held", count, key.device), lambda: place.keys[:, -count:].to(key.device))
+    newest = place.once(("newest", key.device), lambda: positions[:, -1:])
     cached, last = count - tokens, None
     if before is not None and before[1] == cached and settle and tokens == 1:
         # a decoding step: rotate the new key and the one that leaves the window
         if leave:
             last = state.remapping.bands.leaving(count)
         else:
-            step_keys(layout.key, at, filled, newest)
+            step_keys(layer.key, place, filled, newest)
     else:
         # rotate all keys: in a first step, and after several tokens, a crop, or a position that does not follow
         bands = state.remapping.bands
@@ -84,20 +77,25 @@ def cached_keys(
             plain = filled.clone()
         if before is not None:  # undo the rotation of cached keys, and find the keys that have to change
             old = bands.rotated_positions(before[0], positions[:, :cached])
-            if at.rotated:  # the model has rotated the new key
+            if place.rotated:  # the model has rotated the new key
                 old = torch.cat([old, mapped(newest, bands.nearest)], 1)
             length = old.shape[1]
-            back = _once(at, ("back", before[1], cached), layout.key, key, lambda: _back(*phases_at(at, old, key)))
-            plain = torch.cat([layout.key.rotate(filled[:, :, :length], back), filled[:, :, length:]], 2)
+
+            def inverse() -> tuple[torch.Tensor, torch.Tensor]:
+                ends = zip(phases_at(place, old, key), (1.0, 0.0), strict=True)
+                return _between(*(torch.cat([side, torch.full_like(side, still)], 1) for side, still in ends))
+
+            back = _once(place, ("back", before[1], cached), layer.key, key, inverse)
+            plain = torch.cat([layer.key.rotate(filled[:, :, :length], back), filled[:, :, length:]], 2)
             stands = old == bands.rotated_positions(newest, positions[:, :length])
             wrong = torch.cat([~stands, positions[:, length:] >= 0], 1)
         if not settle:  # these keys cannot stay rotated: the cache gets them back unrotated
             filled.copy_(plain)
-            state.loose.add(layout.rotary)
+            state.loose.add(layer.rotary)
             return plain, False, None
         targets = bands.rotated_positions(newest, positions)
-        phases = _once(at, ("all", count), layout.key, key, lambda: phases_at(at, targets, key))
-        moved = layout.key.rotate(plain, phases)
+        phases = _once(place, ("all", count), layer.key, key, lambda: phases_at(place, targets, key))
+        moved = layer.key.rotate(plain, phases)
         if wrong is not None:  # keys at the right position keep their bits, so that errors do not accumulate
             moved = torch.where(wrong[:, None, :, None], moved, filled)
         filled.copy_(moved)  # in place, because the cache may hold a part of these keys, or must keep its memory
@@ -106,9 +104,9 @@ def cached_keys(
     return key, tokens == 1, last
 
 
-def _holder(layer: Layer, at: Positions, key: torch.Tensor) -> DynamicLayer | StaticLayer | None:
+def _holder(layer: Layer, place: Positions, key: torch.Tensor) -> DynamicLayer | StaticLayer | None:
     """Return the cache layer that shares memory with the keys, if its keys may stay rotated; otherwise `None`."""
-    state, index = at.state, layer.index
+    state, index = place.state, layer.index
     if not state.remapping.rotates_cached_keys or state.record is None or index is None:
         return None
     layers: list[Any] = getattr(state.cache, "layers", [])
@@ -119,49 +117,45 @@ def _holder(layer: Layer, at: Positions, key: torch.Tensor) -> DynamicLayer | St
     holder = layers[index]
     if type(holder) not in HOLDERS:
         return None
-    same = at.slot is not None or holder.keys is key
-    return holder if same or holder.keys.untyped_storage()._cdata == key.untyped_storage()._cdata else None
-
-
-def _back(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the phases of the inverse rotation. An attention factor may make phases larger than 1."""
-    dtype = torch.promote_types(cos.dtype, torch.float32)
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    size = cos.square() + sin.square()
-    return cos / size, -sin / size
+    alias = place.slot is not None or holder.keys is key
+    return holder if alias or holder.keys.untyped_storage()._cdata == key.untyped_storage()._cdata else None
 
 
 def _once(
-    at: Positions, what: Any, layout: Layout, like: torch.Tensor, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    place: Positions,
+    what: Any,
+    layout: Layout,
+    like: torch.Tensor,
+    make: Callable[[], tuple[torch.Tensor, torch.Tensor]],
 ) -> Phases:
-    return at.once((what, "kept", layout.kind, like.dtype, like.device), lambda: layout.phases(*make(), like.dtype))
+    return place.once((what, "kept", layout.kind, like.dtype, like.device), lambda: layout.phases(*make(), like.dtype))
 
 
-def step_queries(layout: Layout, at: Positions, query: torch.Tensor) -> list[torch.Tensor]:
+def step_queries(layout: Layout, place: Positions, query: torch.Tensor) -> list[torch.Tensor]:
     """Return a query (batch, heads, 1, dim) under each map, given its states rotated for the nearest pairs."""
-    bands = at.state.remapping.bands
+    bands = place.state.remapping.bands
     count = len(bands.onward)
-    rotated = list(layout.rotate(query, _onward(at, layout, query)[0]).chunk(count, 2)) if count else []
+    rotated = list(layout.rotate(query, _onward(place, layout, query)[0]).chunk(count, 2)) if count else []
     if bands.stays is not None:
         rotated.insert(bands.stays, query)
     return rotated
 
 
-def _onward(at: Positions, layout: Layout, like: torch.Tensor) -> tuple[Phases, Phases]:
+def _onward(place: Positions, layout: Layout, like: torch.Tensor) -> tuple[Phases, Phases]:
     """Return the rotations of the query for each other band, and the rotation of the key that leaves the window."""
 
     def make() -> tuple[Phases, Phases]:
-        cos, sin = (one[:, 1:].to(like.device) for one in at.memo["asked"])
+        cos, sin = (side[:, 1:].to(like.device) for side in place.memo["step phases"])
         cos, sin = layout.phases(*_between(cos, sin), like.dtype)
-        count = len(at.state.remapping.bands.onward)
+        count = len(place.state.remapping.bands.onward)
         return (cos[:, :, :count], sin[:, :, :count]), (cos[:, :, count:], sin[:, :, count:])
 
-    return at.once(("onward", layout.kind, like.dtype, like.device), make)
+    return place.once(("onward", layout.kind, like.dtype, like.device), make)
 
 
 def whole_step(
-    layer: LayerLayout,
-    at: Positions,
+    layer: Layer,
+    place: Positions,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -172,28 +166,28 @@ def whole_step(
     The kernel rotates the query for each band, and the key that leaves the nearest band. `None` if no kernel supports
     the step.
     """
-    bands = at.state.remapping.bands.bands
+    bands = place.state.remapping.bands.bands
     step = one_step(query, key, value, len(bands))
     if step is None:
         return None
 
     def make() -> Any:
         begins = starts(bands, key.shape[2])
-        fading = step_fading(bands, at.queries.to(query.device))
-        return begins and step(query, key, *_band_phases(layer, at, query), begins, scaling, fading)
+        fading = step_fading(bands, place.queries.to(query.device))
+        return begins and step(query, key, *_band_phases(layer, place, query), begins, scaling, fading)
 
     like = "whole", layer.query.kind, layer.key.kind, query.shape, key.shape, query.dtype, query.device, scaling
-    return at.once(like, make)
+    return place.once(like, make)
 
 
-def _band_phases(layer: LayerLayout, at: Positions, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _band_phases(layer: Layer, place: Positions, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the partners (2, dim) of all channels of queries and keys, and phases (batch or 1, 2, bands + 1, dim).
 
     Phases are in float32. They rotate the query for each band, and last, the key that leaves the window.
     """
-    bands = at.state.remapping.bands
+    bands = place.state.remapping.bands
     like = like.new_empty(0, dtype=torch.float32)
-    onward, leaves = _onward(at, layer.query, like)[0], _onward(at, layer.key, like)[1]
+    onward, leaves = _onward(place, layer.query, like)[0], _onward(place, layer.key, like)[1]
     sides = []
     for side, still in enumerate((1.0, 0.0)):  # cosines, then sines
         phases = list(onward[side].unbind(2))
@@ -205,41 +199,41 @@ def _band_phases(layer: LayerLayout, at: Positions, like: torch.Tensor) -> tuple
     return torch.stack([layer.query.partners, layer.key.partners]), torch.cat(sides, 1)
 
 
-def step_keys(layout: Layout, at: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
+def step_keys(layout: Layout, place: Positions, key: torch.Tensor, newest: torch.Tensor) -> None:
     """Rotate the key of a new token at `newest` (rows, 1), and the key that it pushes out of the window, in place.
 
     The new key is skipped if the model has rotated it. Positions are regular, so the same columns are rotated in all
     rows. In a compiled step, the columns are a tensor, and the host does not know whether a key has reached the window
     edge.
     """
-    bands = at.state.remapping.bands
+    bands = place.state.remapping.bands
     last, far, gone = key.shape[2] - 1, bands.edge or 0, bands.leaving(key.shape[2])
-    moves = gone is not None or (at.slot is not None and far > 0)
-    if at.rotated and not moves:
+    moves = gone is not None or (place.slot is not None and far > 0)
+    if place.rotated and not moves:
         return
 
     def phases() -> Phases:
         steps = []
-        if at.rotated:
-            steps.append(_onward(at, layout, key)[1])
+        if place.rotated:
+            steps.append(_onward(place, layout, key)[1])
         elif moves:
             crossing = torch.cat([one for side in bands.crossing(newest) for one in side], -1)
-            crossing_phases = phases_at(at, crossing, key)
+            crossing_phases = phases_at(place, crossing, key)
             steps.append(layout.phases(*_between(*crossing_phases), key.dtype))
-        if at.slot is not None and moves:  # before any key reaches the window edge, rotate by the identity
-            reached, (cos, sin) = at.slot >= far, steps[0]
+        if place.slot is not None and moves:  # before any key reaches the window edge, rotate by the identity
+            reached, (cos, sin) = place.slot >= far, steps[0]
             steps = [(torch.where(reached, cos, 1.0), torch.where(reached, sin, 0.0))]
-        if not at.rotated:
-            steps.append(layout.phases(*phases_at(at, mapped(newest, bands.nearest), key), key.dtype))
+        if not place.rotated:
+            steps.append(layout.phases(*phases_at(place, mapped(newest, bands.nearest), key), key.dtype))
         cos, sin = steps[0] if len(steps) == 1 else (torch.cat(one, 2) for one in zip(*steps, strict=True))
         return cos, sin
 
-    rotation = at.once(("step", layout.kind, last, key.dtype, key.device), phases)
-    if at.slot is None:
+    rotation = place.once(("step", layout.kind, last, key.dtype, key.device), phases)
+    if place.slot is None:
         columns = key[:, :, gone::far] if moves else key[:, :, last:]
-        layout.rotate_(columns[:, :, :1] if at.rotated else columns, rotation)
+        layout.rotate_(columns[:, :, :1] if place.rotated else columns, rotation)
         return
-    slots = [(at.slot - far).clamp(min=0)] * moves + [at.slot] * (not at.rotated)
+    slots = [(place.slot - far).clamp(min=0)] * moves + [place.slot] * (not place.rotated)
     index = torch.stack(slots).to(key.device)
     key.index_copy_(2, index, layout.rotate(key.index_select(2, index), rotation))
 
