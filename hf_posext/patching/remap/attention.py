@@ -149,9 +149,8 @@ def _paged_attention(
     remapping: Any = module._posext_remapping
     split = functools.partial(requests_of, module, remapping.base, place, query, options)
     # Layers with the same number of keys have the same requests, because a window only drops keys.
-    requests = (
-        split() if place is None else place.once(("requests", key.shape[2], options.get("sliding_window")), split)
-    )
+    kind = "requests", key.shape[2], options.get("sliding_window")
+    requests = split() if place is None else place.once(kind, split)
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
     for request in requests:
         keys, values = key[:, :, request.keys], value[:, :, request.keys]
@@ -204,11 +203,8 @@ def _banded_attention(call: Call) -> Attended:
     queries, keys = first_axis(call.query_axes), first_axis(call.key_axes)
     # Bands are stripes of the score matrix unless a sliding cache has dropped keys. Chunks also require rows that
     # begin at position 0. Windows may begin anywhere.
-    aligned = (
-        place.slot is None
-        and keys.shape[1] == place.keys.shape[1]
-        and (place.aligned or place.regular and bands.slide)
-    )
+    stripes = place.aligned or place.regular and bands.slide
+    aligned = stripes and place.slot is None and keys.shape[1] == place.keys.shape[1]
     # SDPA has no softcap: transformers 5.10.1 ignores it, later versions use eager attention
     softcap = None if remapping.base == "sdpa" else options.get("softcap")
     scaling, sinks = options.get("scaling"), options.get("s_aux")
@@ -307,9 +303,7 @@ def _rotations(
         if slots:
             if positions.ndim == 3:
                 raise UnsupportedModelError("Positions on several axes cannot be mapped by rotary pairs.")
-            moved = [
-                targets if targets.ndim == 3 else targets[..., None].expand(*targets.shape, slots) for targets in moved
-            ]
+            moved = [each if each.ndim == 3 else each[..., None].expand(*each.shape, slots) for each in moved]
             cos, sin = pair_phases(place, torch.cat(moved, -2), states)
         elif place.state.remapping.delta:
             # the model has already rotated by its own positions and attention factor

@@ -81,7 +81,7 @@ def cached_keys(
                 old = torch.cat([old, mapped(newest, bands.nearest)], 1)
             length = old.shape[1]
 
-            def inverse() -> tuple[torch.Tensor, torch.Tensor]:
+            def inverse() -> Phases:
                 ends = zip(phases_at(place, old, key), (1.0, 0.0), strict=True)
                 return _between(*(torch.cat([side, torch.full_like(side, still)], 1) for side, still in ends))
 
@@ -121,13 +121,7 @@ def _holder(layer: Layer, place: Positions, key: torch.Tensor) -> DynamicLayer |
     return holder if alias or holder.keys.untyped_storage()._cdata == key.untyped_storage()._cdata else None
 
 
-def _once(
-    place: Positions,
-    what: Any,
-    layout: Layout,
-    like: torch.Tensor,
-    make: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-) -> Phases:
+def _once(place: Positions, what: Any, layout: Layout, like: torch.Tensor, make: Callable[[], Phases]) -> Phases:
     return place.once((what, "kept", layout.kind, like.dtype, like.device), lambda: layout.phases(*make(), like.dtype))
 
 
