@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
-from hf_posext.patching.kernels import belongs
+from hf_posext.patching.kernels import Geometry, belongs
 from hf_posext.plan import Band, CountFade, DistanceDecay, PositionMap
 
 from ..conftest import tiny_llama, tokens
@@ -133,6 +133,17 @@ def test_channels_that_do_not_lie_one_behind_the_other(which: str, learning: boo
         leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
         ours, theirs = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, wanted))
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
+def test_biases_are_narrow() -> None:
+    """Check that a decay needs biases only beside the edges of its octaves, because building them takes long."""
+    decayed = Band(FAR, FAR, low=64, decay=DistanceDecay(1.0, 64))
+    positions = torch.arange(4096)[None]
+    geometry = Geometry((Band(PLAIN, PLAIN, high=64), decayed), positions, positions, None, aligned=True)
+    pieces = geometry.pieces(4032, 4096, 4, 2, torch.float32)
+    biased = [piece.high - piece.low for piece in pieces if piece.bias is not None]
+    plain = [piece.high - piece.low for piece in pieces if piece.bias is None]
+    assert sum(biased) + sum(plain) == 4096 + 63 and max(biased) < 2 * 64  # both bands score 63 keys
 
 
 class Largest(TorchDispatchMode):
