@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
-from typer.models import CommandFunctionType
 
+from ..decode import MAX_NUMBER
 from ..errors import PosExtError
 from ..version import __version__
-from .console import say
-from .processes import rank
+from .console import fail, in_flags, name_of, naming_flag, say, typed
+from .options import FORMER, derived
 
 COMMANDS = {
     "inspect": "Show how a model encodes position, and which methods apply.",
@@ -39,7 +39,7 @@ COMMANDS = {
 GROUPS = {
     "Input and output": "model dataset output text_column split revision documents start control label plot "
     "as_json log_with report_to resume config trust_remote_code",
-    "Positions": "methods method factor target_length trained_length original_length",
+    "Positions": "methods method factor target_length trained_length",
     "Training": "preset learning_rate rank lora_ratio targets length steps batch_size accumulation warmup pack pose "
     "shifted longce finetune.alpha gradient_checkpointing load_in_4bit save_every",
     "Measuring": "lengths protocol stride tail bos passkey retrieval tasks depths chat longppl alpha beta "
@@ -68,18 +68,49 @@ def heading_of(command: str, parameter: str) -> str:
     return _HEADINGS.get(f"{command}.{parameter}", _HEADINGS.get(parameter, "Options"))
 
 
+# typer used click up to 0.2x and carries its own copy since then. This is the class that it raises in either case.
+ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
 class Command(TyperCommand):
-    """A command whose help lists its options under headings if they fill more than a screen."""
+    """A command that refuses empty texts and endless numbers, and lists many options under headings."""
 
     ENOUGH = 12
     """Fewest options that get headings."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags = {flag for param in self.params for flag in param.opts}
+        for former, present in FORMER.items():
+            if present in flags and any(word.partition("=")[0] == former for word in args):
+                say(f"{former} is now called {present}", err=True)
+                args = [word.replace(former, present, 1) if word.startswith(former) else word for word in args]
         for before, word in itertools.pairwise(["", *args]):
             if not word or word.startswith("--") and word.endswith("="):
-                name = word.rstrip("=") or (before if before.startswith("-") else "each argument")
+                arguments = ", ".join(name_of(param) for param in self.params if param.param_type_name == "argument")
+                name = word.rstrip("=") or (before if before.startswith("-") else arguments)
                 raise typer.BadParameter(f"Expected text for {name}, got an empty one. Pass some, or leave it out.")
-        return super().parse_args(ctx, args)
+        with self.naming_flags(ctx):
+            rest = super().parse_args(ctx, args)
+        params: list[Any] = self.params
+        for param in params:
+            number = ctx.params.get(param.name)
+            if isinstance(number, int | float) and not abs(number) <= MAX_NUMBER:  # NaN is not, either
+                raise typer.BadParameter(f"Expected a number up to {MAX_NUMBER}", ctx, param)
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        with self.naming_flags(ctx):
+            return super().invoke(ctx)
+
+    @contextmanager
+    def naming_flags(self, ctx: Any) -> Iterator[None]:
+        """Put the flags of this command in place of keyword arguments in errors of the package."""
+        try:
+            yield
+        except (PosExtError, OSError) as error:
+            flags = {param.name: name_of(param) for param in self.params if param.param_type_name == "option"}
+            message = in_flags(str(error), flags)
+            raise ClickException(naming_flag(message, self.params, ctx.params)) from error
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
@@ -87,7 +118,8 @@ class Command(TyperCommand):
             super().format_options(ctx, formatter)
             return
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], **{heading: [] for heading in GROUPS}}
-        for param in self.get_params(ctx):
+        order = {name: place for place, name in enumerate(_HEADINGS)}
+        for param in sorted(self.get_params(ctx), key=lambda param: order.get(str(param.name), 0)):
             record = param.get_help_record(ctx)
             if record is not None:
                 is_option = param.param_type_name == "option"
@@ -97,10 +129,6 @@ class Command(TyperCommand):
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
-
-
-# typer used click up to 0.2x and carries its own copy since then. This is the class that it raises in either case.
-ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 class _Group(TyperGroup):
@@ -116,27 +144,23 @@ class _Group(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
-        command = next((self.commands[word] for word in words if word in self.commands), None)
-        options = [parameter for parameter in command.params if parameter.name] if command else []
         try:
             code = super().main(words, **{**kwargs, "standalone_mode": False})
         except ClickException as error:
-            code = fail(error.format_message() + _typed(error, words))
+            code = fail(error.format_message() + typed(error, words))
         except typer.Abort:
             code = 130
         except (PosExtError, OSError) as error:
-            flags = {str(option.name): option.opts[0] for option in options if option.opts[0].startswith("--")}
-            code = fail(in_flags(str(error), flags))
+            code = fail(str(error))
         sys.exit(code)
 
 
 class _Typer(typer.Typer):
-    """Application whose commands are of class [`Command`]."""
+    """Application whose commands are of class [`Command`], with an option for each field of their dataclasses."""
 
-    def command(
-        self, name: str | None = None, **settings: Any
-    ) -> Callable[[CommandFunctionType], CommandFunctionType]:
-        return super().command(name, **{"cls": Command, **settings})
+    def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
+        register = super().command(name, **{"cls": Command, **settings})
+        return lambda function: register(derived(function))
 
 
 app = _Typer(
@@ -148,52 +172,6 @@ app = _Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def in_flags(message: str, flags: Mapping[str, str]) -> str:
-    """Return a message of the package with the flags of a command in place of keyword arguments.
-
-    `factor=8` becomes `--factor 8`, `lengths=[512, 1024]` becomes `--lengths 512,1024`, `longppl=` becomes
-    `--longppl`, and so does a name at the beginning, as in "stride is 0" and "Expected factor to be". Parameters of
-    methods, as in `yarn(beta_fast=16)`, and names that the command does not have stay as they are.
-
-    Args:
-        message (`str`): text of an error.
-        flags (`Mapping[str, str]`): flags of the command by the name of the argument.
-    """
-    if "trained_length" in flags:
-        message = message.replace("original_length", "trained_length")
-    names = {**flags, **({"limit": flags["documents"]} if "documents" in flags else {})}
-    if not names:
-        return message
-    either = "|".join(sorted(names, key=len, reverse=True))
-    value = r"""\[[^\]]*\]|'[^']*'|"[^"]*"|[\w./-]*[\w/-]|(?=\W|$)"""
-
-    def flag(match: re.Match[str]) -> str:
-        if match["method"]:
-            return match["method"]
-        text = (match["value"] or "").strip("[]").replace("'", "").replace('"', "").replace(", ", ",")
-        text = "" if text == "True" else text.removeprefix("torch.")
-        return f"{names[match['name']]} {text}".strip()
-
-    keyword = rf"(?P<method>\w+\([^()]*\))|(?<![\w.-])(?P<name>{either})=(?P<value>{value})"
-    message = re.sub(keyword, flag, message)
-    message = re.sub(rf"^(Expected |)({either}) (?=is |needs |to be )", lambda m: f"{m[1]}{names[m[2]]} ", message)
-    compound = "|".join(name for name in names if "_" in name)
-    if compound:
-        message = re.sub(rf"(?<![\w/.-])({compound})(?![\w./])", lambda match: names[match[1]], message)
-    return message
-
-
-def _typed(error: Any, words: Sequence[str]) -> str:
-    """Return the text typed for an option if the message does not contain it."""
-    option = getattr(error, "param", None)
-    given = [
-        value
-        for word, value in itertools.pairwise(words)
-        if option is not None and word in option.opts and repr(value) not in error.format_message()
-    ]
-    return f" (got {given[-1]!r})" if given else ""
 
 
 def _print_version(requested: bool) -> None:
@@ -212,13 +190,6 @@ def begin(
     """Print three commands to begin with if no command is given."""
     if context.invoked_subcommand is None:
         say(GREETING)
-
-
-def fail(message: str) -> int:
-    """Print an error on one line, and return the exit code of wrong input."""
-    who = f"process {rank()}: " if rank() else ""
-    say(f"error: {who}{' '.join(message.split())}", err=True)
-    return 2
 
 
 def main() -> None:

@@ -1,14 +1,42 @@
-"""Standard output and standard error, with control characters made visible instead of sent to the terminal."""
+"""Text that a command prints: lines without control characters, plain tables, and errors as one line."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from ..escaping import visible
+
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables of torch and MPI for the rank of a process and the number of processes, as accelerate reads them."""
+
+KEYWORDS = {"limit": "documents", "ratio": "lora_ratio"}
+"""Keyword arguments of the package whose options have other names."""
+
+
+def rank() -> int:
+    """Return the rank of this process, 0 without a launcher. Only process 0 writes and prints."""
+    return _from_launcher(RANKS, 0)
+
+
+def world_size() -> int:
+    """Return the number of processes of the launcher, 1 without a launcher."""
+    return _from_launcher(SIZES, 1)
+
+
+def _from_launcher(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 class PlainConsole(Console):
@@ -21,6 +49,99 @@ class PlainConsole(Console):
         return super().render_str(visible(text), **settings)
 
 
+def plain_table(**settings: Any) -> Table:
+    """Return a table without edges, whose only line is below its head."""
+    return Table(**{"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, **settings})
+
+
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    """Print names and their values in two columns."""
+    table = plain_table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, value in facts:
+        table.add_row(name, escape(value))
+    PlainConsole().print(table)
+
+
 def say(message: str, err: bool = False) -> None:
     """Print a line to standard output, or to standard error."""
     typer.echo(visible(message), err=err)
+
+
+def fail(message: str) -> int:
+    """Print an error on one line, and return the exit code of wrong input."""
+    who = f"process {rank()}: " if rank() else ""
+    say(f"error: {who}{' '.join(message.split())}", err=True)
+    return 2
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Return a message of the package with the flags of a command in place of keyword arguments.
+
+    `factor=8` becomes `--factor 8`, `lengths=[512, 1024]` becomes `--lengths 512,1024`, `longppl=` becomes
+    `--longppl`, and so does a name at the beginning, as in "stride is 0" and "Expected factor to be". Parameters of
+    methods, as in `yarn(beta_fast=16)`, and names that the command does not have stay as they are.
+
+    Args:
+        message (`str`): text of an error.
+        flags (`Mapping[str, str]`): flags of the command by the name of the argument.
+    """
+    if "trained_length" in flags:
+        message = message.replace("original_length", "trained_length")
+    names = {**flags, **{name: flags[option] for name, option in KEYWORDS.items() if option in flags}}
+    if not names:
+        return message
+    either = "|".join(sorted(names, key=len, reverse=True))
+    value = r"""\[[^\]]*\]|'[^']*'|"[^"]*"|[\w./-]*[\w/-]|(?=\W|$)"""
+
+    def flag(match: re.Match[str]) -> str:
+        if match["method"]:
+            return match["method"]
+        text = (match["value"] or "").strip("[]").replace("'", "").replace('"', "").replace(", ", ",")
+        text = "" if text == "True" else text.removeprefix("torch.")
+        return f"{names[match['name']]} {text}".strip()
+
+    keyword = rf"(?P<method>\w+\([^()]*\))|(?<![\w.-])(?P<name>{either})=(?P<value>{value})"
+    message = re.sub(keyword, flag, message)
+    message = re.sub(rf"^(Expected |)({either}) (?=is |needs |to be )", lambda m: f"{m[1]}{names[m[2]]} ", message)
+    compound = "|".join(name for name in names if "_" in name)
+    if compound:
+        message = re.sub(rf"(?<![\w/.-])({compound})(?![\w./])", lambda match: names[match[1]], message)
+    return message
+
+
+def name_of(parameter: Any) -> str:
+    """Return the flag of an option, or the name of an argument in the help."""
+    return str(parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar)
+
+
+def naming_flag(message: str, parameters: Sequence[Any], values: Mapping[str, Any]) -> str:
+    """Return a message that names a flag or argument: if it names none, that whose value it quotes comes first.
+
+    Args:
+        message (`str`): text of an error.
+        parameters (`Sequence`): parameters of the command, of typer.
+        values (`Mapping[str, Any]`): their values by name.
+    """
+    if any(name_of(parameter) in message for parameter in parameters):
+        return message
+    for parameter in parameters:
+        value = values.get(parameter.name)
+        if value != parameter.default and not isinstance(value, int | float):
+            texts = list(map(str, value)) if isinstance(value, list) else [str(value), *str(value).split(",")]
+            # A word may stand in any sentence, so that it has to be in quotes.
+            if any((repr(text) if text.isalnum() else text) in message for text in texts):
+                return f"{name_of(parameter)}: {message}"
+    return message
+
+
+def typed(error: Any, words: Sequence[str]) -> str:
+    """Return the text typed for an option if the message of an error does not contain it."""
+    option = getattr(error, "param", None)
+    texts = [
+        text
+        for word, text in itertools.pairwise(words)
+        if option is not None and word in option.opts and repr(text) not in error.format_message()
+    ]
+    return f" (got {texts[-1]!r})" if texts else ""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from ..errors import InvalidParameterError
 from ..packages import require, versions_of
 from . import options
 from .app import app
-from .console import PlainConsole, say
+from .console import PlainConsole, plain_table, print_facts, say
 
 if TYPE_CHECKING:
     from ..diagnosis import Diagnosis
@@ -29,23 +28,20 @@ PACKAGES = (
     *("accelerate", "datasets", "evaluate", "matplotlib", "pandas", "scipy", "peft", "gradio", "gguf"),
 )
 
-NAMES = {"none": "as it is"}
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Facts = list[tuple[str, str]]
+"""Names and values, a line each."""
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
+def methods(as_json: options.AsJson = False) -> None:
     """List the methods, with the paper of each."""
-    from dataclasses import asdict
-
     from ..methods import list_methods
 
     listed = list_methods()
     if as_json:
         say(json.dumps([asdict(method) for method in listed], indent=2))
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = plain_table()
     table.add_column("method", no_wrap=True)
     table.add_column("extends")
     table.add_column("what it is, and its paper")
@@ -60,20 +56,21 @@ def methods(as_json: AsJson = False) -> None:
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id. Only its config is read.")],
     trust_remote_code: options.TrustRemoteCode = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show how a model encodes position, the length it was trained on, and which methods apply.
 
     For a model that was saved with a patch, or with an adapter trained under one, also show the plan. Everything else
     describes the model without its patch.
     """
+    from ..methods import as_method, list_methods
     from ..methods.text import by_reason
     from ..patching import detect_scheme
     from .loading import base_of, load_config, saved_plan
 
     plan, base = saved_plan(model), base_of(model)
     scheme = detect_scheme(load_config(model, trust_remote_code)) if plan is None else plan.scheme
-    refusals = _refusals(scheme)
+    refusals = {method.name: as_method(method.name).applies_to(scheme) for method in list_methods()}
     if as_json:
         content = {"model": model, "base": base, "plan": plan and plan.to_dict()}
         say(json.dumps({**content, "scheme": scheme.to_dict(), "methods": refusals}, indent=2))
@@ -81,51 +78,33 @@ def inspect(
     facts = _facts(model, base, plan, scheme)
     for reason, names in by_reason(refusals).items():
         facts.append(("refused", f"{', '.join(names)}: {reason}") if reason else ("methods", ", ".join(names)))
-    _print_facts(facts)
+    print_facts(facts)
 
 
-def _print_facts(facts: list[tuple[str, str]]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column()
-    for name, value in facts:
-        table.add_row(name, escape(value))
-    PlainConsole().print(table)
-
-
-def _refusals(scheme: PositionalScheme) -> dict[str, str | None]:
-    """Return the reason for which each method does not apply; `None` if it does."""
-    from ..methods import as_method, list_methods
-
-    return {method.name: as_method(method.name).applies_to(scheme) for method in list_methods()}
-
-
-def _facts(
-    model: str, base: str | None, plan: ExtensionPlan | None, scheme: PositionalScheme
-) -> list[tuple[str, str]]:
-    def tokens(length: int | None) -> str:
-        return "unknown" if length is None else f"{length} tokens"
-
+def _facts(model: str, base: str | None, plan: ExtensionPlan | None, scheme: PositionalScheme) -> Facts:
     facts = [
         ("model", f"{model} ({scheme.model_type})"),
         *([("adapter of", base)] if base else []),
         *([("in force", plan.describe())] if plan else []),
         ("positions", f"{scheme.kind} (generalization: {scheme.generalization})"),
-        ("trained length", f"{tokens(scheme.trained_length)} ({scheme.trained_length_source})"),
-        ("shipped length", tokens(scheme.shipped_length)),
+        ("trained length", f"{_tokens(scheme.trained_length)} ({scheme.trained_length_source})"),
+        ("shipped length", _tokens(scheme.shipped_length)),
     ]
     for rotary in scheme.rotaries:
-        name = f"rotary {rotary.name}".rstrip()
         window = f", window {rotary.window}" if rotary.window else ""
         frequencies = f"theta {rotary.theta:g}, {rotary.pairs} pairs, rope type {rotary.shipped_type}{window}"
-        facts.append((name, frequencies))
+        facts.append((f"rotary {rotary.name}".rstrip(), frequencies))
     return facts
+
+
+def _tokens(length: int | None) -> str:
+    return "unknown" if length is None else f"{length} tokens"
 
 
 @app.command()
 def env(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or Hub id whose plan to print.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print versions and devices for a bug report, and the plan of a model that was saved with a patch."""
     import torch
@@ -143,38 +122,42 @@ def env(
         content = {"versions": versions, "devices": devices, "model": model, "plan": plan and plan.to_dict()}
         say(json.dumps(content, indent=2))
         return
-    for name, version in versions.items():
-        say(f"{name:<16} {version}")
-    for device in devices:
-        say(f"{'device':<16} {device}")
+    for name, value in [*versions.items(), *(("device", device) for device in devices)]:
+        say(f"{name:<16} {value}")
     if model is not None:
         say(f"{'plan':<16} {plan.describe() if plan else 'none'}")
         if plan:
             say(json.dumps(plan.to_dict(), indent=2))
 
 
+ReadTexts = Annotated[str | None, typer.Option(help="Texts to read, in the forms of compare. Default: none.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(options.Texts):
+    """Texts of `explain`, which it can do without."""
+
+    dataset: ReadTexts = None  # type: ignore[assignment]
+
+
 @app.command()
 def explain(
-    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Folders or Hub ids; their weights are read.", metavar="MODEL")],
-    dataset: Annotated[str | None, typer.Option(help="Texts to read, in the forms of compare. Default: none.")] = None,
+    texts: Reading,
     methods: Annotated[
         str | None, typer.Option(help="Methods to draw and to measure. Default: draw all that apply.")
     ] = None,
     target_length: Annotated[
-        int | None, typer.Option(help="Target length in tokens. Default: 4 times the trained length.")
+        int | None, typer.Option(min=2, help="Target length in tokens. Default: 4 times the trained length.")
     ] = None,
     trained_length: options.TrainedLength = None,
-    original_length: options.OriginalLength = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG to write; several models become columns.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="PNG to write; several models become columns.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, tables included.")] = False,
-    documents: options.Documents = None,
     start: options.Start = 0,
-    text_column: options.TextColumn = None,
-    split: options.Split = None,
-    revision: options.Revision = None,
     dtype: options.Dtype = "float32",
-    device: Annotated[str, typer.Option(help="Device of torch: cpu, cuda:0, mps.")] = "cpu",
+    device: options.Device = "cpu",
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
@@ -183,52 +166,41 @@ def explain(
     With a data set, also find the token where its loss departs. With several models, each takes the methods that apply
     to it.
     """
-    from ..methods import as_method
-    from ..methods.text import split_outside_brackets
-
-    chosen = None if methods is None else [name for name in split_outside_brackets(methods, ",") if name]
-    for name in chosen or ():
-        as_method(name)
+    chosen = options.methods_of(methods)
     if plot is not None and plot.suffix.lower() != ".png":
         raise InvalidParameterError(f"Expected the name of a PNG, got {plot}. Pass --plot {plot.with_suffix('.png')}.")
 
     # The imports that take seconds come after the checks that need none of them.
     from ..diagnosis import diagnose
-    from ..evaluation import load_documents
     from ..patching import detect_scheme
-    from .loading import load_body, load_model, require_unpatched
+    from .loading import load_body, load_config, load_model, require_unpatched
 
     for model in models:
         require_unpatched(model, "explain describes a model without one", "show its plan with hf-posext inspect")
-    texts = None
-    if dataset is not None:
-        texts = load_documents(dataset, text_column=text_column, split=split, revision=revision, limit=documents)
+        load_config(model, trust_remote_code)
+    documents = None if texts.dataset is None else texts.load()
     diagnoses: list[Diagnosis] = []
     for model in models:
-        body = texts is None  # positions do not depend on the head
-        opening = (model, dtype, device, trust_remote_code)
-        network, tokenizer = (load_body(*opening), None) if body else load_model(*opening)
+        place = (model, dtype, device, trust_remote_code)
+        # Without documents only positions count, which do not depend on the head.
+        network, tokenizer = (load_body(*place), None) if documents is None else load_model(*place)
         fitting = chosen
         if chosen is not None and len(models) > 1:
             scheme = detect_scheme(network)
-            fitting = [name for name in chosen if as_method(name).applies_to(scheme) is None]
-        diagnoses.append(
-            diagnose(
-                network,
-                tokenizer,
-                texts,
-                methods=fitting,
-                target_length=target_length,
-                trained_length=options.renamed_length(context, trained_length, original_length),
-                start=start,
-                seed=seed,
-            )
-        )
+            fitting = [method for method in chosen if method.applies_to(scheme) is None]
+        lengths = {"target_length": target_length, "trained_length": trained_length}
+        diagnoses.append(diagnose(network, tokenizer, documents, methods=fitting, **lengths, start=start, seed=seed))
     if as_json:
         content = [diagnosis.to_dict() for diagnosis in diagnoses]
         say(json.dumps(content if len(content) > 1 else content[0], indent=1))
     else:
-        _print_diagnoses(diagnoses)
+        console = PlainConsole()
+        for index, diagnosis in enumerate(diagnoses):
+            if index:
+                console.print()
+            print_facts(_diagnosed(diagnosis))
+            console.print()
+            console.print(escape(diagnosis.verdict))
     if plot is not None:
         _draw(diagnoses, plot)
         say(f"picture: {plot}", err=as_json)
@@ -246,49 +218,39 @@ def _draw(diagnoses: list[Diagnosis], path: Path) -> None:
         diagnoses[0].plot(path)
 
 
-def _print_diagnoses(diagnoses: list[Diagnosis]) -> None:
-    console = PlainConsole()
-    for index, diagnosis in enumerate(diagnoses):
-        if index:
-            console.print()
-        _print_facts(_diagnosed(diagnosis))
-        console.print()
-        console.print(escape(diagnosis.verdict))
-
-
-def _diagnosed(found: Diagnosis) -> list[tuple[str, str]]:
+def _diagnosed(diagnosis: Diagnosis) -> Facts:
     from ..methods.frequencies import first_rotary
 
-    trained = "unknown" if found.trained_length is None else f"{found.trained_length} tokens"
+    tables, scheme = diagnosis.tables, diagnosis.scheme
+    positions = f"{scheme.kind} (generalization: {diagnosis.generalization}): {diagnosis.reason}"
     facts = [
-        ("model", f"{found.model} ({found.scheme.model_type})"),
-        ("positions", f"{found.scheme.kind} (generalization: {found.generalization}): {found.reason}"),
-        ("trained length", f"{trained} ({found.trained_length_source})"),
-        ("target length", f"{found.target_length} tokens"),
+        ("model", f"{diagnosis.model} ({scheme.model_type})"),
+        ("positions", positions),
+        ("trained length", f"{_tokens(diagnosis.trained_length)} ({diagnosis.trained_length_source})"),
+        ("target length", _tokens(diagnosis.target_length)),
     ]
-    if found.untrained:
-        facts.append(("untrained rows", f"{found.untrained[0]} to {found.untrained[1]}"))
-    if found.critical_dimension is not None:
-        rotary = 2 * first_rotary(found.scheme).pairs
-        facts.append(("full rotations", f"{found.critical_dimension} of {rotary} rotary channels of a head"))
-    if "phases" in found.tables:
-        unseen = found.tables["phases"].groupby("method", sort=False).new.sum()
-        facts.append(
-            ("unseen phases", ", ".join(f"{NAMES.get(str(name), name)} {count}" for name, count in unseen.items()))
-        )
-    if "reach" in found.tables:
-        reach = found.tables["reach"].reach
+    if diagnosis.untrained:
+        facts.append(("untrained rows", f"{diagnosis.untrained[0]} to {diagnosis.untrained[1]}"))
+    if diagnosis.critical_dimension is not None:
+        rotary = 2 * first_rotary(scheme).pairs
+        facts.append(("full rotations", f"{diagnosis.critical_dimension} of {rotary} rotary channels of a head"))
+    if "phases" in tables:
+        unseen = tables["phases"].groupby("method", sort=False).new.sum()
+        counts = (f"{'as it is' if name == 'none' else name} {count}" for name, count in unseen.items())
+        facts.append(("unseen phases", ", ".join(counts)))
+    if "reach" in tables:
+        reach = tables["reach"].reach
         facts.append(
             ("reach of heads", f"{reach.min():.0f} to {reach.max():.0f} tokens (1 % of the nearest's weight)")
         )
-    if "buckets" in found.tables:
-        facts.append(("last bucket", f"distances from {found.tables['buckets']['first'].iloc[-1]} on"))
-    if "losses" in found.tables:
-        interval = found.departure_interval
+    if "buckets" in tables:
+        facts.append(("last bucket", f"distances from {tables['buckets']['first'].iloc[-1]} on"))
+    if "losses" in tables:
+        interval, departure = diagnosis.departure_interval, diagnosis.departure
         span = f" [{interval[0]}, {interval[1]}]" if interval else ""
-        place = f"token {found.departure}{span}, by {found.rise:.2f} nats per token" if found.departure else "nowhere"
+        place = f"token {departure}{span}, by {diagnosis.rise:.2f} nats per token" if departure else "nowhere"
         facts.append(("loss departs", place))
-    return [*facts, *(("note", note) for note in found.notes)]
+    return [*facts, *(("note", note) for note in diagnosis.notes)]
 
 
 @app.command("app")

@@ -12,8 +12,8 @@ from ..packages import require
 from ..plan import PLAN_FILE
 from .app import app
 from .console import say
-from .options import Dtype, Factor, OriginalLength, TargetLength, TrainedLength, TrustRemoteCode, renamed_length
-from .output import output_directory
+from .options import Device, Dtype, Lengths, TrustRemoteCode
+from .runs import output_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,18 +27,14 @@ SourceMethod = Annotated[str | None, typer.Option(help="Method for an unpatched 
 
 @app.command()
 def export(
-    context: typer.Context,
     model: Source,
     to: Annotated[
         Literal["transformers", "transformers-4", "vllm", "sglang", "llama.cpp"],
         typer.Option(help="Server or library that will run it."),
     ],
-    output: Annotated[Path, typer.Option(help="Directory of the checkpoint; new or empty.")],
+    output: Annotated[Path, typer.Option(file_okay=False, help="Directory of the checkpoint; new or empty.")],
+    lengths: Lengths,
     method: SourceMethod = None,
-    factor: Factor = None,
-    target_length: TargetLength = None,
-    trained_length: TrainedLength = None,
-    original_length: OriginalLength = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -46,8 +42,6 @@ def export(
 
     An adapter is merged into its base. A plan that the server cannot run is refused before anything is written.
     """
-    trained_length = renamed_length(context, trained_length, original_length)
-    lengths = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
     with output_directory(output):
         from ..export import export_checkpoint
 
@@ -74,31 +68,37 @@ def gguf(
 
 
 def open_patched(
-    model: str, method: str | None, lengths: dict[str, Any], dtype: str, trust_remote_code: bool
+    model: str, method: str | None, lengths: Lengths, dtype: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any] | None]:
     """Open a patched model, or patch an unpatched one. Merge an adapter, and also return its config.
 
     Raises:
         InvalidParameterError: an unpatched model without a method, or a patched one with lengths.
     """
-    from ..patching import find_patch, patch_model
-    from .loading import base_of, load_config, load_model
+    from ..methods import as_method
+    from ..patching import detect_scheme, find_patch, patch_model
+    from .loading import base_of, load_config, load_model, saved_plan
 
+    config = load_config(base_of(model) or model, trust_remote_code)
+    plan, target = saved_plan(model), {name: value for name, value in vars(lengths).items() if value is not None}
+    # Refusals come before weights are read.
+    if plan is not None and (method is not None or target):
+        raise InvalidParameterError(f"{model} has a plan of its own. Leave out --method and lengths.")
+    if plan is None:
+        if method is None:
+            raise InvalidParameterError(
+                f"{model} has no {PLAN_FILE}. Pass the method, as in --method yarn --factor 4."
+            )
+        plan = as_method(method).plan(detect_scheme(config), **target)
     if dtype == "auto":
-        dtype = str(load_config(base_of(model) or model, trust_remote_code).dtype or "float32").removeprefix("torch.")
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
     network, tokenizer = load_model(model, dtype, "cpu", trust_remote_code)
     merged = None
     if adapters := getattr(network, "peft_config", None):
         merged = next(iter(adapters.values())).to_dict()
         network = network.merge_and_unload()
-    given = method is not None or any(value is not None for value in lengths.values())
-    if find_patch(network) is not None:
-        if given:
-            raise InvalidParameterError(f"{model} has a plan of its own. Leave out --method and lengths.")
-        return network, tokenizer, merged
-    if method is None:
-        raise InvalidParameterError(f"{model} has no {PLAN_FILE}. Pass the method, as in --method yarn --factor 4.")
-    patch_model(network, method, tokenizer=tokenizer, **lengths)
+    if find_patch(network) is None:
+        patch_model(network, plan, tokenizer=tokenizer)
     return network, tokenizer, merged
 
 
@@ -106,12 +106,10 @@ def open_patched(
 def serve(
     context: typer.Context,
     model: Source,
+    lengths: Lengths,
     method: SourceMethod = None,
-    factor: Factor = None,
-    target_length: TargetLength = None,
-    trained_length: TrainedLength = None,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="Device of torch, such as cuda:0 or mps.")] = "cpu",
+    device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a patched model over HTTP by `transformers serve`, remapped positions included.
@@ -124,8 +122,9 @@ def serve(
     from transformers.cli.serving import model_manager
 
     from ..patching import find_patch
+    from .loading import require_device
 
-    lengths = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
+    require_device(device)
     network, tokenizer, _ = open_patched(model, method, lengths, dtype, trust_remote_code)
     network = network.to(device).eval()
     patch = find_patch(network)

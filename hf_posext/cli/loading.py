@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -10,21 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError
+from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError, UnsupportedModelError
 from ..plan import ExtensionPlan, has_plan
-from .console import say
-from .processes import rank, spread
-
-ADAPTER_FILE = "adapter_config.json"
+from .console import rank, say
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..patching.loading import Source
-
+ADAPTER_FILE = "adapter_config.json"
 
 Network = TypeVar("Network", bound="torch.nn.Module")
 
@@ -124,40 +121,62 @@ def load_model(
     """
     from ..patching.loading import locate, open_tokenizer
 
-    require_device(device)
-    quiet_libraries()
-    with one_line_errors(name):
-        source = locate(name, trust_remote_code=trust_remote_code)
-        has_tokenizer = (
-            Path(name) / "tokenizer_config.json"
-        ).is_file()  # a Trainer may save an adapter without its tokenizer
-        base = None if has_tokenizer else base_of(name)
+    with _source_of(name, device, trust_remote_code) as source:
+        # A Trainer may save an adapter without its tokenizer.
+        base = None if (Path(name) / "tokenizer_config.json").is_file() else base_of(name)
         tokenizer = open_tokenizer(source if base is None else locate(base, trust_remote_code=trust_remote_code))
         model = _open(source, _dtype(source, dtype))
     return _placed(model, device), tokenizer
 
 
 def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return a model without its head, which its positions do not depend on.
-
-    Args:
-        name (`str`): a folder or Hub id.
-        dtype (`str`): `float32`, `bfloat16`, `float16`, or `auto` for that of the checkpoint.
-        device (`str`): device of torch, such as `cpu` or `cuda:0`.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
+    """Return a model without its head, which its positions do not depend on. Arguments as in [`load_model`].
 
     Raises:
         InvalidParameterError: no such model, or no such device.
     """
-    from ..patching.loading import locate, open_body
+    from ..patching.loading import open_body
+
+    with _source_of(name, device, trust_remote_code) as source:
+        weights = _dtype(source, dtype)
+        _announce(source, weights)
+        body = open_body(source, dtype=weights)
+    return _placed(body, device)
+
+
+def load_4bit(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return a model quantized while loading, on the GPU of this process, and its tokenizer."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UnsupportedModelError(
+            "4-bit weights need bitsandbytes, which is not installed here; pip install bitsandbytes, or leave "
+            "--load-in-4bit out"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from ..patching.loading import locate, open_tokenizer, open_weights
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    place = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    with one_line_errors(name):
+        source = locate(name, trust_remote_code=trust_remote_code)
+        tokenizer = open_tokenizer(source)
+        return open_weights(
+            AutoModelForCausalLM, source, quantization_config=quantization, device_map=place
+        ), tokenizer
+
+
+@contextmanager
+def _source_of(name: str, device: str, trust_remote_code: bool) -> Iterator[Source]:
+    """Check the device, and yield the place of a model. Errors of its opening are one line."""
+    from ..patching.loading import locate
 
     require_device(device)
     quiet_libraries()
     with one_line_errors(name):
-        source = locate(name, trust_remote_code=trust_remote_code)
-        weights = _dtype(source, dtype)
-        _announce(source, weights)
-        return _placed(open_body(source, dtype=weights), device)
+        yield locate(name, trust_remote_code=trust_remote_code)
 
 
 def require_device(device: str) -> None:
@@ -190,25 +209,6 @@ def _placed(model: Network, device: str) -> Network:
             f"{type(model).__name__} does not fit on device {device!r}: {_first_line(error).rstrip('.')}."
         ) from error
     return placed
-
-
-def load_evaluator(
-    name: str | None, dtype: str, device: str, accelerator: Accelerator | None, trust_remote_code: bool = False
-) -> str | tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase] | None:
-    """Return the evaluator that finds key tokens: a model and its tokenizer if the name has a slash, else the label.
-
-    Args:
-        name (`str`, *optional*): value of `--longppl`.
-        dtype, device: see [`load_model`].
-        accelerator (`Accelerator`, *optional*): see [`spread`].
-
-    Raises:
-        InvalidParameterError, PosExtError: see [`load_model`].
-    """
-    if name is None or not ("/" in name or "\\" in name):
-        return name
-    model, tokenizer = load_model(name, dtype, device, trust_remote_code)
-    return spread(model, accelerator), tokenizer
 
 
 def _open(source: Source, dtype: Any) -> PreTrainedModel | PeftModel:

@@ -1,12 +1,11 @@
-"""`compare` and `evaluate`: measurements of several methods, or of one model, with tables and a report."""
+"""`compare` and `evaluate`, which measure; `report` and `card`, which write what was measured."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,9 +14,17 @@ from ..evaluation.config import EvaluationConfig
 from ..packages import require
 from . import options
 from .app import app
-from .output import JOURNAL, output_directory, report_of
-from .processes import finish, join_processes, spread
-from .trackers import accelerate_trackers, check_tracker
+from .console import say
+from .runs import (
+    JOURNAL,
+    accelerate_trackers,
+    check_tracker,
+    finish,
+    join_processes,
+    output_directory,
+    report_of,
+    spread,
+)
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -25,20 +32,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Measurement(options.Run):
     """Options that both commands have in addition to the settings of [`EvaluationConfig`]."""
 
-    model: options.Model
-    dataset: options.Dataset
-    output: options.Output
-    documents: options.Documents = None
-    text_column: options.TextColumn = None
-    split: options.Split = None
-    revision: options.Revision = None
-    dtype: options.Dtype = "float32"
-    device: options.Device = None
-    trust_remote_code: options.TrustRemoteCode = False
-    log_with: options.LogWith = None
+    output: Annotated[Path, typer.Option(file_okay=False, help="Directory of the report; new or empty.")]
+    log_with: Annotated[
+        str | None,
+        typer.Option(metavar="TRACKER", help="Also log curves over the length: tensorboard, wandb, mlflow."),
+    ] = None
     resume: options.Resume = False
     config: options.Config = None
 
@@ -53,19 +54,12 @@ class Run:
                 measuring function.
         """
         # The imports that take seconds come after the checks that need none of them.
-        from ..evaluation import load_documents
-        from .loading import load_evaluator, load_model
+        from .loading import load_model
 
         if self.log_with is not None:
             check_tracker("log_with", self.log_with, accelerate_trackers())
         device, accelerator = join_processes(self.device)
-        texts = load_documents(
-            self.dataset,
-            text_column=self.text_column,
-            split=self.split,
-            revision=self.revision,
-            limit=self.documents,
-        )
+        texts = self.load()
 
         def load(name: str) -> tuple[Any, Any]:
             model, tokenizer = load_model(name, self.dtype, device, self.trust_remote_code)
@@ -81,93 +75,15 @@ class Run:
                 load=load,
                 journal=self.output / JOURNAL,
                 accelerator=accelerator,
-                longppl=load_evaluator(settings.longppl, self.dtype, device, accelerator, self.trust_remote_code),
+                longppl=settings.longppl if _evaluator(settings) is None else load(settings.longppl),
             )
         finish(results, self.output, accelerator, self.log_with)
 
 
-def measuring(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command an option for each field of [`Run`] and [`EvaluationConfig`], and pass it both objects.
-
-    The metadata of a setting names the command if only one command has it. Sequences are typed as values separated by
-    commas.
-    """
-    hints = get_type_hints(EvaluationConfig)
-    settings = [
-        _option(entry, hints[entry.name])
-        for entry in fields(EvaluationConfig)
-        if entry.metadata.get("flag", {}).get("of", command.__name__) == command.__name__
-    ]
-    settings.append(_keyword("original_length", options.OriginalLength, None))
-    annotations = get_type_hints(Run, include_extras=True)
-    run = [_keyword(entry.name, annotations[entry.name], _default(entry)) for entry in fields(Run)]
-    required = [parameter for parameter in run if parameter.default is inspect.Parameter.empty]
-    taken: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        derived = {"run": required, "settings": settings}
-        taken += derived.get(parameter.name, [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)])
-    taken += run[len(required) :]
-
-    @functools.wraps(command)
-    def typed(**given: Any) -> Any:
-        require("eval")
-        given["trained_length"] = options.renamed_length(
-            given["context"], given["trained_length"], given.pop("original_length")
-        )
-        values = {parameter.name: given.pop(parameter.name) for parameter in settings if parameter.name in given}
-        parsed = {name: _parsed(name, hints[name], value) for name, value in values.items()}
-        chosen = Run(**{parameter.name: given.pop(parameter.name) for parameter in run})
-        return command(**given, run=chosen, settings=EvaluationConfig(**parsed))
-
-    typed.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
-    typed.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
-    return typed
-
-
-def _option(entry: Any, hint: Any) -> inspect.Parameter:
-    """Return the option of a setting in the form of typer."""
-    flag = {key: value for key, value in entry.metadata.get("flag", {}).items() if key != "of"}
-    names = (f"--{entry.name.replace('_', '-')}",) if hint is bool else ()  # without a negative form
-    if (kind := _items(hint)) is not None:
-        flag = {"metavar": f"<{kind.__name__},...>", **flag}
-    if kind is not None or hint is Any:
-        hint = str if entry.default is MISSING else str | None
-    return _keyword(
-        entry.name, Annotated[hint, typer.Option(*names, help=entry.metadata["help"], **flag)], _default(entry)
-    )
-
-
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-
-
-def _default(entry: Any) -> Any:
-    return inspect.Parameter.empty if entry.default is MISSING else entry.default
-
-
-def _items(hint: Any) -> Any:
-    """Return the type of the items of a sequence, even if it is optional; `None` for other hints."""
-    for candidate in (hint, *get_args(hint)):
-        if get_origin(candidate) is Sequence:
-            return get_args(candidate)[0]
-    return None
-
-
-def _parsed(name: str, hint: Any, value: Any) -> Any:
-    """Return the value of a setting from the typed text."""
-    kind = _items(hint)
-    if kind is None or value is None:
-        return value
-    if kind is str:
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return options.numbers(value, name, kind)
-
-
 @app.command()
-@measuring
 def compare(
     context: typer.Context,
-    run: Run,
+    run: Measurement,
     methods: Annotated[str, typer.Option(help="Methods separated by commas, such as 'none,yarn(beta_fast=16)'.")],
     settings: EvaluationConfig,
 ) -> None:
@@ -178,8 +94,10 @@ def compare(
     continues an interrupted run. Methods that do not apply to the model are left out and listed with the reason. Under
     accelerate launch or torchrun, the processes share the documents.
     """
+    require("eval")
     with output_directory(run.output, run.resume):
-        chosen = _chosen(run, methods, settings)
+        chosen = options.methods_of(methods) or []
+        _check_comparison(run, chosen, settings)
 
         def measure(model: Any, tokenizer: Any, texts: Any, *, write: Any, load: Any, **others: Any) -> Results:
             from ..evaluation import compare as measured
@@ -190,10 +108,9 @@ def compare(
 
 
 @app.command()
-@measuring
 def evaluate(
     context: typer.Context,
-    run: Run,
+    run: Measurement,
     settings: EvaluationConfig,
     control: Annotated[
         str | None,
@@ -207,8 +124,9 @@ def evaluate(
     that --resume continues an interrupted run. With --control there is also a gain over truncation. Under accelerate
     launch or torchrun, the processes share the documents.
     """
+    require("eval")
     with output_directory(run.output, run.resume):
-        _check(run, settings)
+        _check_evaluation(run, control, label, settings)
 
         def measure(model: Any, tokenizer: Any, texts: Any, *, write: Any, load: Any, **others: Any) -> Results:
             from ..evaluation import evaluate_perplexity
@@ -223,21 +141,21 @@ def evaluate(
         run.report(context, settings, measure)
 
 
-def _chosen(run: Run, methods: str, settings: EvaluationConfig) -> list[Method]:
-    """Return the methods of the given names, after planning each for the model's config with the settings.
+def _evaluator(settings: EvaluationConfig) -> str | None:
+    """Return the model that finds key tokens; `None` if a method does, which is given by its label."""
+    return settings.longppl if {"/", "\\"} & set(settings.longppl or "") else None
 
-    Requests that cannot work are then refused before weights and documents are read.
-    """
-    from ..methods import as_method
-    from ..methods.text import split_outside_brackets
 
-    names = [name for name in split_outside_brackets(methods, ",") if name]
-    if not names:
-        raise InvalidParameterError(
-            f"Expected methods, got methods={methods!r}. Pass at least one, as in --methods none,yarn."
-        )
-    chosen = [as_method(name) for name in names]
+def _check_models(run: Measurement, *names: str | None) -> None:
+    """Refuse further models that do not exist before the weights of the first are read."""
+    from .loading import base_of, load_config
 
+    for name in filter(None, names):
+        load_config(base_of(name) or name, run.trust_remote_code)
+
+
+def _check_comparison(run: Measurement, methods: list[Method], settings: EvaluationConfig) -> None:
+    """Plan each method for the model's config, so that impossible requests are refused before weights are read."""
     from ..evaluation.key_search import check_key_search
     from ..evaluation.setup import check_request, plan_comparison
     from ..evaluation.tasks import name_of
@@ -247,20 +165,98 @@ def _chosen(run: Run, methods: str, settings: EvaluationConfig) -> list[Method]:
     require_unpatched(run.model, "a comparison begins unpatched", "measure it by hf-posext evaluate")
     config = load_config(run.model, run.trust_remote_code)
     request = check_request(settings, detect_scheme(config), config)
-    plans, _ = plan_comparison(request, chosen)
-    if "/" not in (settings.longppl or ""):  # a label; models are checked when they are loaded
+    plans, _ = plan_comparison(request, methods)
+    _check_models(run, _evaluator(settings))
+    if _evaluator(settings) is None:
         check_key_search(request, plans[0].trained_length, [name_of(plan) for plan in plans])
-    return chosen
 
 
-def _check(run: Run, settings: EvaluationConfig) -> None:
+def _check_evaluation(run: Measurement, control: str | None, label: str | None, settings: EvaluationConfig) -> None:
     """Refuse settings that the model's config and its plan do not allow, before weights and documents are read."""
+    from ..evaluation.comparison import label_of
+    from ..evaluation.key_search import check_key_search
+    from ..evaluation.rows import title
     from ..evaluation.setup import check_reads, check_request
     from ..patching import detect_scheme
     from .loading import base_of, load_config, saved_plan
 
+    _check_models(run, control, _evaluator(settings))
     if base_of(run.model):  # an adapter, whose base model has the config
         return
     plan, config = saved_plan(run.model), load_config(run.model, run.trust_remote_code)
     request = check_request(settings, detect_scheme(config) if plan is None else plan.scheme, config)
     check_reads(request, plan)
+    if _evaluator(settings) is None:
+        labels = [title(*label_of(label, plan, control is not None))]
+        check_key_search(request, request.scheme.trained_length, labels)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(dir_okay=False, metavar="RESULTS", help="results.json of each run.")],
+    output: Annotated[Path, typer.Option(file_okay=False, help="Directory of the report; new or empty.")],
+) -> None:
+    """Merge the results of several runs into one table, one picture and one report.
+
+    Runs of one model that were measured in the same way become one run. Runs that were measured otherwise (another
+    protocol, other documents) stay apart, and the report says so. OUTPUT contains README.md, perplexity.png and
+    results.csv of all, and of each model results.json, the gain by position and heat maps. With one model, README.md
+    begins with its model-index.
+    """
+    with output_directory(output):
+        from ..evaluation import Results
+        from ..evaluation.reading import portable
+        from ..reporting import differences, merge_runs, merged_grids, notes, print_grids, run_titles
+        from ..reporting import write_merged_report as write
+
+        loaded = {portable(str(path)): Results.load_json(path) for path in runs}
+        merged = merge_runs(loaded)
+        titles = run_titles(merged)
+        readme = write(loaded, output)
+        remarks = [f"{title}: {note}" for title, run in zip(titles, merged, strict=True) for note in notes(run)]
+        print_grids(merged_grids(merged, titles), [*differences(merged), *remarks])
+        say(f"report: {readme}")
+
+
+@app.command()
+def card(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="Saved adapter or model, or the OUTPUT of finetune.")
+    ],
+    before: Annotated[
+        Path, typer.Option(dir_okay=False, help="results.json of compare on the base, with the method none.")
+    ],
+    after: Annotated[
+        Path, typer.Option(dir_okay=False, help="results.json of evaluate on this model, measured in the same way.")
+    ],
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the adapter and its card to the Hub: user/name.")
+    ] = None,
+) -> None:
+    """Write the model card of a fine-tuned or extended model: what it is, before and after, training, limits.
+
+    Writes README.md, with the model-index, and before_after.png into DIRECTORY. The card contains the record of
+    finetune, if there is one.
+    """
+    from .loading import ADAPTER_FILE, saved_plan
+
+    paths = (directory, directory / "adapter", directory / "model")
+    saved = next((path for path in paths if saved_plan(str(path)) is not None), None)
+    if saved is None:
+        raise InvalidParameterError(
+            f"{directory} holds no adapter and no model that was saved with a patch. Pass what finetune or "
+            "patch.save_pretrained wrote."
+        )
+    if push is not None and not (saved / ADAPTER_FILE).is_file():
+        raise InvalidParameterError(f"{saved} is a whole model; without --push, and then: hf upload {push} {saved}")
+
+    # The imports that take seconds come after the checks that need none of them.
+    from ..adapters import push_to_hub
+    from ..evaluation import Results
+    from ..reporting import write_model_card
+    from ..training.record import provenance_of
+
+    figures = Results.load_json(before), Results.load_json(after)
+    say(f"card: {write_model_card(saved, *figures, training=provenance_of(saved))}")
+    if push is not None:
+        say(f"pushed: {push_to_hub(saved, push)}")

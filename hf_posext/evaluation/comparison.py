@@ -15,6 +15,7 @@ from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..patching import detect_scheme, find_patch, unwrap
 from ..patching.modes import evaluation_mode, outer_weights
+from ..plan import ExtensionPlan
 from .config import EvaluationConfig, checked
 from .journal import open_journal, run_identity
 from .key_search import check_key_search, key_search
@@ -253,8 +254,7 @@ def evaluate_perplexity(
     request = check_request(full_config, scheme, model, accelerator)
     check_reads(request, plan)
     control_length = _control_length(control, full_config.trained_length)
-    label = label or (plan.method if plan is not None else "none" if control is None else "model")
-    factor = 1.0 if plan is None or plan.changes_nothing else plan.factor
+    label, factor = label_of(label, plan, control is not None)
     criterion = check_key_search(request, control_length or scheme.trained_length, [title(label, factor)])
 
     setup = prepare(request, model, tokenizer, documents)
@@ -272,6 +272,12 @@ def evaluate_perplexity(
         models=[module for module in (model, control) if module is not None],
         journal=journal,
     )
+
+
+def label_of(label: str | None, plan: ExtensionPlan | None, controlled: bool) -> tuple[str, float]:
+    """Return the label and the factor of an evaluated model in the rows."""
+    label = label or (plan.method if plan is not None else "model" if controlled else "none")
+    return label, 1.0 if plan is None or plan.changes_nothing else plan.factor
 
 
 def _control_length(control: nn.Module | None, trained_length: int | None) -> int | None:

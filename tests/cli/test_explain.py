@@ -71,7 +71,7 @@ def test_ten_million_tokens_are_drawn_where_a_picture_can_show_them(tmp_path: Pa
         ([MODEL, "--methods", "yarm"], "did you mean 'yarn'"),
         ([MODEL, "--methods", "table-linear"], "table-linear extends learned positions"),
         ([MODEL, "--plot", "found.pdf"], "Expected the name of a PNG, got found.pdf. Pass --plot found.png."),
-        ([MODEL, "--trained-length", "0"], "--trained-length of at least 1 token, got 0"),
+        ([MODEL, "--trained-length", "0"], "Invalid value for '--trained-length'"),
         ([MODEL, "--dataset", "no.jsonl"], "no such path"),
         ([], "Missing argument"),
     ],

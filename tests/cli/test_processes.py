@@ -9,15 +9,15 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from hf_posext import Results
-from hf_posext.cli.loading import load_evaluator
-from hf_posext.cli.processes import join_processes
+from hf_posext.cli.runs import join_processes, spread
 from hf_posext.errors import InvalidParameterError
 
-from ..conftest import EXAMPLES
+from ..conftest import EXAMPLES, tiny_llama
 from .helpers import MODEL, OPTIONS, compare
 
 WORDS = [str(word) for name, value in OPTIONS.items() for word in (f"--{name}", value)]
@@ -78,12 +78,20 @@ def test_without_a_launcher_the_device_is_as_asked(monkeypatch: pytest.MonkeyPat
         join_processes("cuda:1")
 
 
-def test_the_evaluator_of_key_tokens_is_spread_like_the_model() -> None:
+def test_the_evaluator_of_key_tokens_is_spread_like_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[Any] = []
+    monkeypatch.setattr("hf_posext.cli.measuring.spread", lambda model, accelerator: models.append(model) or model)
+    for evaluator, count in ((MODEL, 2), ("yarn", 1)):  # a method is not another model
+        models.clear()
+        assert compare(tmp_path / str(count), documents=1, longppl=evaluator, short_length=8).exit_code == 0
+        assert [type(model).__name__ for model in models] == ["LlamaForCausalLM"] * count
+
+
+def test_a_model_is_spread_where_texts_are_shared() -> None:
     shares = SimpleNamespace(
         parallelism_config=SimpleNamespace(cp_size=2),
         num_processes=2,
         prepare=lambda model, optimizer: (SimpleNamespace(share_of=model), optimizer),
     )
-    model, _ = load_evaluator(str(MODEL), "float32", "cpu", shares)
-    assert type(model.share_of).__name__ == "LlamaForCausalLM"
-    assert load_evaluator("yarn", "float32", "cpu", shares) == "yarn", "a method is not another model"
+    model = tiny_llama()
+    assert spread(model, shares).share_of is model and spread(model, None) is model  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from hf_posext import patch_model
-from hf_posext.cli.app import app, fail
-from hf_posext.cli.console import PlainConsole, say
+from hf_posext.cli.app import app
+from hf_posext.cli.console import PlainConsole, fail, say
 from hf_posext.escaping import alt, cell, code, console, csv_cell, inline, visible
 from hf_posext.reporting import print_tables, render_report, write_merged_report, write_report
 

@@ -1,0 +1,262 @@
+"""Runs of a command: their output, the processes of a launcher, and trackers of results."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..errors import InvalidParameterError, JournalError, PosExtError
+from ..locks import WriterLock, journal_files
+from .console import rank, say, world_size
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from ..evaluation import Results
+
+JOURNAL = "journal.jsonl"
+
+PATIENCE = datetime.timedelta(days=7)
+"""Time that a process waits for others with longer documents. Launchers end all processes if one dies."""
+
+
+@contextmanager
+def output_directory(path: Path, resume: bool | None = None) -> Iterator[None]:
+    """Check, before any work, that a report can be written, and lock the journal against other writers.
+
+    Of several processes, only the first one checks. A launcher stops the others if it refuses. A directory that is
+    still empty at the end is removed. With `resume`, the directory may contain a journal and other files. `None` is
+    for commands without a journal.
+
+    Raises:
+        JournalError: another run writes to the directory.
+        InvalidParameterError: the directory holds files, or a journal without `resume`, or cannot be written.
+    """
+    lock = nullcontext() if resume is None else WriterLock(path / JOURNAL, rank(), world_size())
+    with removed_if_empty(path), lock:
+        if not rank():
+            _require_writable(path, bool(resume))
+        yield
+
+
+@contextmanager
+def removed_if_empty(path: Path) -> Iterator[None]:
+    """Remove a directory on exit if it is empty. Of several processes, only the first one does."""
+    try:
+        yield
+    finally:
+        if not rank() and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _require_writable(path: Path, resume: bool) -> None:
+    files = path.is_dir() and any(not entry.is_dir() and entry.suffix != ".lock" for entry in path.iterdir())
+    has_journal = bool(journal_files(path / JOURNAL))
+    if has_journal and not resume:
+        raise InvalidParameterError(
+            f"output {path} holds the journal of a run; to go on with it type the same with --resume, else give "
+            "another --output"
+        )
+    if files and not has_journal:
+        raise InvalidParameterError(
+            f"output {path} holds files already{', and no journal to go on with' if resume else ''}. Pass another "
+            "--output, or move them away."
+        )
+    make_writable(path)
+
+
+def make_writable(directory: Path) -> None:
+    """Make a directory, and check that files can be written to it.
+
+    Raises:
+        InvalidParameterError: they cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InvalidParameterError(
+            f"cannot write to {directory}: {error.strerror or error}. Pass an --output that can be written."
+        ) from error
+
+
+@contextmanager
+def plan_file(path: Path, resume: bool) -> Iterator[Path]:
+    """Check, before any work, that a plan can be written, lock its journal against other writers, and yield it.
+
+    The journal lies beside the plan. If the user interrupts the run, a message reports whether finished work is kept.
+
+    Raises:
+        JournalError: another run writes the journal.
+        InvalidParameterError: the file is not named `.json`, exists without a journal to resume, has a journal
+            although `resume` is false, or cannot be written.
+    """
+    if path.suffix != ".json":
+        raise InvalidParameterError(f"output is {path}. Pass the name of a JSON file, as in --output plan.json.")
+    journal = path.with_suffix(".journal.jsonl")
+    with WriterLock(journal, rank(), world_size()):
+        if not rank():
+            _require_new(path, journal, resume)
+        try:
+            yield journal
+        except KeyboardInterrupt:
+            state = (
+                f"what is finished is kept in {journal}; go on with --resume"
+                if journal_files(journal)
+                else "nothing is kept"
+            )
+            say(f"interrupted; {state}", err=True)
+            raise typer.Exit(130) from None
+
+
+def _require_new(path: Path, journal: Path, resume: bool) -> None:
+    if path.exists() and not (resume and journal_files(journal)):
+        raise InvalidParameterError(f"output {path} exists. Pass another --output, or move it away.")
+    if journal_files(journal) and not resume:
+        raise InvalidParameterError(
+            f"{journal} is the journal of a run; to go on with it type the same with --resume, else give another "
+            "--output"
+        )
+    make_writable(path.parent)
+
+
+@contextmanager
+def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]:
+    """Yield a function that writes the report of results. If measuring ends early, report the work that is kept."""
+    from ..reporting import write_report
+
+    finished: list[str] = []
+
+    def write(results: Results) -> None:
+        results.provenance["command"] = command
+        if not rank():
+            write_report(results, output)
+        finished[:] = dict.fromkeys(row["method"] for row in results.rows)
+
+    try:
+        yield write
+    except KeyboardInterrupt:
+        say(f"interrupted; {_kept(finished, output)}", err=True)
+        raise typer.Exit(130) from None
+    except (PosExtError, OSError) as error:
+        if isinstance(error, JournalError) or not journal_files(output / JOURNAL):
+            raise
+        raise InvalidParameterError(f"{str(error).rstrip('.')}; {_kept(finished, output)}") from error
+
+
+def _kept(finished: list[str], output: Path) -> str:
+    if not journal_files(output / JOURNAL):
+        return "nothing was finished, nothing was written"
+    state = f"finished and kept in {output}: {', '.join(finished)}" if finished else f"a part is kept in {output}"
+    return f"{state}; go on with --resume"
+
+
+def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
+    """Return the device of this process, and the `Accelerator` that shares work among the processes of a launcher.
+
+    Processes of a launcher compute on the CPU if there is no other device, even without `ACCELERATE_USE_CPU`. Without
+    a launcher (of accelerate, torch or MPI), the accelerator is `None`, and the device is the requested one, or the
+    CPU.
+
+    Raises:
+        InvalidParameterError: a device other than the CPU is requested although the launcher assigns devices, or
+            accelerate has not joined all processes of the launcher.
+    """
+    if world_size() == 1 and not {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        return device or "cpu", None
+    if device not in (None, "cpu"):
+        raise InvalidParameterError(
+            f"device is {device!r}, and the launcher gives each process its own. Leave --device out, or give cpu."
+        )
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    gpus = torch.accelerator if hasattr(torch, "accelerator") else torch.cuda
+    on_cpu = device == "cpu" or not gpus.is_available()
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    joined = accelerator.process_index, accelerator.num_processes
+    if joined != (rank(), world_size()):
+        raise InvalidParameterError(
+            f"the launcher started process {rank()} of {world_size()}, and accelerate made it {joined[0]} of "
+            f"{joined[1]}, so that work would be done twice. Start processes by accelerate launch or torchrun, or one "
+            "process without a launcher."
+        )
+    if not accelerator.is_main_process:
+        logging.getLogger("hf_posext").setLevel(logging.ERROR)  # only the first process prints warnings
+    return str(accelerator.device), accelerator
+
+
+def spread(model: PreTrainedModel, accelerator: Accelerator | None) -> PreTrainedModel:
+    """Return the model of this process: whole, or sharded if the launcher requests context parallelism."""
+    from ..evaluation.parallel import shard_weights, shares_texts
+
+    return shard_weights(model, accelerator) if accelerator is not None and shares_texts(accelerator) else model
+
+
+def finish(results: Results, output: Path, accelerator: Accelerator | None, log_with: str | None = None) -> None:
+    """Log the results, print the tables and the path of the report, and leave the group of processes.
+
+    Only the first process logs and prints.
+    """
+    if log_with is not None:
+        _track(results, log_with, output, accelerator)
+    if accelerator is not None:
+        accelerator.end_training()
+    if not rank():
+        from ..reporting import print_tables
+
+        print_tables(results)
+        count, devices = results.provenance["processes"], dict.fromkeys(results.provenance["devices"])
+        processes = f"{count} process{'es' if count > 1 else ''} on {', '.join(devices)}"
+        say(f"measured by {processes}, in {results.provenance['dtype']}")
+        say(f"report: {output / 'README.md'}")
+
+
+def check_tracker(option: str, name: str, installed: list[str]) -> None:
+    """Refuse, before any work, a tracker that is not installed.
+
+    Args:
+        option (`str`): name of the option, for the message.
+        name (`str`): requested tracker.
+        installed (`list[str]`): trackers that the library can use on this machine.
+
+    Raises:
+        InvalidParameterError: the tracker is unknown or not installed.
+    """
+    if name not in installed:
+        names = ", ".join(sorted(installed)) or "none; pip install tensorboard"
+        raise InvalidParameterError(f"{option} is {name!r}; installed here are: {names}")
+
+
+def accelerate_trackers() -> list[str]:
+    """Return the trackers that `accelerate` can log to on this machine."""
+    from accelerate.tracking import get_available_trackers
+
+    return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+
+
+def _track(results: Results, name: str, output: Path, accelerator: Accelerator | None) -> None:
+    """Log the results of a finished run as curves over the context length.
+
+    Trackers that write files write to `hf_posext` in `output`.
+    """
+    from accelerate import Accelerator
+
+    from ..evaluation import log_results
+
+    on_cpu = accelerator is None or accelerator.device.type == "cpu"
+    tracking = Accelerator(cpu=on_cpu, log_with=name, project_dir=output)
+    tracking.init_trackers("hf_posext")
+    log_results(results, tracking)
+    for tracker in tracking.trackers:
+        tracker.finish()
