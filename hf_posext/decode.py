@@ -1,14 +1,15 @@
-"""Strict decoding of JSON into frozen dataclasses. Errors name the path and value that do not match the type hints."""
+"""Values against type hints: checks of arguments, and strict decoding of JSON into frozen dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import PlanError, PosExtError
+from .errors import InvalidParameterError, PlanError, PosExtError
 
 MAX_NUMBER = 2**40
 """Upper bound of every number in a plan."""
@@ -17,6 +18,75 @@ MAX_TOKENS = 2**24
 """Longest text of a plan. Float32, in which phases are computed, does not tell later positions apart."""
 
 T = TypeVar("T")
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}
+
+
+class Bound(NamedTuple):
+    """Condition on a number, as a part of its type: `Annotated[float, Bound("above 0", lambda rate: rate > 0)]`."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def check_type(name: str, value: Any, hint: Any, largest: float = sys.float_info.max) -> None:
+    """Check that a value has the type of its hint, and is within its bounds.
+
+    A bool, a NaN, and what exceeds `largest` do not count as numbers. A string does not count as a sequence, and `""`
+    does not count as text.
+
+    Raises:
+        InvalidParameterError: the value has another type, or is out of bounds.
+    """
+    if not _fits(value, hint, largest):
+        raise InvalidParameterError(f"Expected {name} to be {_in_words(hint)}, got {short(repr(value))}.")
+
+
+def plain(value: Any) -> Any:
+    """Convert NumPy numbers and arrays to Python's own types."""
+    if type(value).__module__ == "numpy":
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value
+
+
+def _fits(value: Any, hint: Any, largest: float) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Callable:
+        return callable(value)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is Annotated:
+        bounds = (bound for bound in arguments[1:] if isinstance(bound, Bound))
+        return _fits(value, arguments[0], largest) and all(bound.holds(value) for bound in bounds)
+    if origin is Sequence:
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return is_sequence and all(_fits(item, arguments[0], largest) for item in value)
+    if origin in (types.UnionType, Union):
+        return any(_fits(value, argument, largest) for argument in arguments)
+    if hint in (int, float):
+        is_number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= largest  # false for NaN
+    return isinstance(value, origin or hint) and value != ""
+
+
+def _in_words(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin is Annotated:
+        return " ".join([_in_words(arguments[0]), *(one.text for one in arguments[1:] if isinstance(one, Bound))])
+    if origin is Sequence:
+        return f"a list of {WORDS[arguments[0]].removeprefix('a ')}s".replace("texts", "names")
+    if origin is Callable:
+        return "a function"
+    if origin in (types.UnionType, Union):
+        return " or ".join(map(_in_words, arguments))
+    return WORDS.get(hint) or f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
 
 
 class Record(dict[str, Any]):

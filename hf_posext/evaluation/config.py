@@ -6,37 +6,18 @@ import difflib
 import functools
 import inspect
 import math
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
-from types import NoneType
-from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, get_type_hints
 
-import numpy as np
-
-from ..decode import short
+from ..decode import check_type, plain, short
 from ..errors import InvalidParameterError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-
-WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
-
-
-def check_type(name: str, value: Any, hint: Any) -> None:
-    """Check that a value has the type of its hint.
-
-    A bool, a NaN, and what exceeds a float do not count as numbers. A string does not count as a sequence, and `""`
-    does not count as text.
-
-    Raises:
-        InvalidParameterError: the value has another type.
-    """
-    if not _fits(value, hint):
-        raise InvalidParameterError(f"Expected {name} to be {_in_words(hint)}, got {short(repr(value))}.")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -52,7 +33,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         bound = signature.bind(*args, **kwargs)
         for name, hint in _hints(function).items():
             if name in bound.arguments:
-                bound.arguments[name] = _plain(bound.arguments[name])
+                bound.arguments[name] = plain(bound.arguments[name])
                 check_type(name, bound.arguments[name], hint)
         return function(*bound.args, **bound.kwargs)
 
@@ -68,46 +49,6 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
             with suppress(NameError):
                 hints[name] = eval(parameter.annotation, function.__globals__)
     return hints
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Callable:
-        return callable(value)
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if origin is Sequence:
-        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return is_sequence and all(_fits(item, arguments[0]) for item in value)
-    if arguments:  # a union
-        return any(_fits(value, argument) for argument in arguments)
-    if hint in (int, float):
-        is_number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-        return is_number and abs(value) <= sys.float_info.max  # false for NaN
-    return isinstance(value, hint) and value != ""
-
-
-def _plain(value: Any) -> Any:
-    """Convert NumPy numbers and arrays to Python's own types."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
-    return value
-
-
-def _in_words(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(get_args(hint))}"
-    if get_origin(hint) is Sequence:
-        return f"a list of {WORDS[get_args(hint)[0]].removeprefix('a ')}s".replace("texts", "names")
-    if get_origin(hint) is Callable:
-        return "a function"
-    if get_args(hint):
-        return " or ".join(map(_in_words, get_args(hint)))
-    return WORDS.get(hint) or f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
 
 
 MAX_TRIALS = 10_000
@@ -205,7 +146,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(EvaluationConfig)
         for entry in fields(self):
-            value: Any = _plain(getattr(self, entry.name))
+            value: Any = plain(getattr(self, entry.name))
             least, most = entry.metadata["bounds"]
             object.__setattr__(self, entry.name, value)
             check_type(entry.name, value, hints[entry.name])

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..decode import check_type
 from ..errors import EvaluationError, InvalidParameterError
 from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode
-from .config import check_type, checked
+from .config import checked
 from .documents import Document, as_documents
 from .memory import check_positions
 from .rows import bootstrap_interval, pooled_perplexity

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from ..decode import check_type
 from ..errors import DocumentError, InvalidParameterError
-from .config import check_type
 from .documents import Document
 
 logger = logging.getLogger(__name__)

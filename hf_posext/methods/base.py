@@ -15,28 +15,20 @@ import difflib
 import numbers
 import re
 import sys
-import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import entry_points
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 
-from ..decode import MAX_NUMBER, MAX_TOKENS, short
+from ..decode import MAX_NUMBER, MAX_TOKENS, check_type, plain, short
+from ..decode import Bound as Bound
 from ..deprecation import RenamedAttribute, renamed_arguments
 from ..errors import InvalidParameterError, MethodNotApplicableError, PlanError, UnknownMethodError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import KINDS, PositionalScheme
-
-
-class Bound(NamedTuple):
-    """Condition on a number, as a part of its type: `Annotated[float, Bound("above 0", lambda rate: rate > 0)]`."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
 
 Positive = Annotated[float, Bound("above 0", lambda number: number > 0)]
 Count = Annotated[int, Bound("of at least 1", lambda number: number >= 1)]
@@ -83,14 +75,9 @@ class Method:
             InvalidParameterError: a hyper-parameter of another type than its hint, or a number that is not finite.
         """
         for entry in fields(self):
-            value, hint = getattr(self, entry.name), _hint(type(self), entry.type)
-            if not _fits(value, hint):
-                raise InvalidParameterError(
-                    f"Expected {self.name} {entry.name} to be {_type_text(hint)}, got {short(repr(value))}."
-                )
-            if isinstance(value, numbers.Real) and not isinstance(value, bool | int | float):  # of numpy
-                plain = int(value) if isinstance(value, numbers.Integral) else float(value)
-                object.__setattr__(self, entry.name, plain)
+            value = plain(getattr(self, entry.name))
+            object.__setattr__(self, entry.name, value)
+            check_type(f"{self.name} {entry.name}", value, _hint(type(self), entry.type), MAX_NUMBER)
 
     @classmethod
     def summary(cls) -> str:
@@ -344,38 +331,6 @@ def _hint(method: type[Method], written: Any) -> Any:
         return eval(written, names) if isinstance(written, str) else written
     except (NameError, AttributeError):  # imported inside the function that defines the class
         return Any
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is of a type such as `float | None`, with finite numbers only."""
-    arguments = get_args(hint)
-    wanted = get_origin(hint) or hint
-    if hint is Any or wanted is Literal:
-        return hint is Any or (isinstance(value, str) and value in arguments)
-    if wanted in (types.UnionType, Union):
-        return any(_fits(value, option) for option in arguments)
-    if wanted is Annotated:
-        bounds = (bound for bound in arguments[1:] if isinstance(bound, Bound))
-        return _fits(value, arguments[0]) and all(bound.holds(value) for bound in bounds)
-    if isinstance(value, bool) or wanted is bool:
-        return isinstance(value, bool) and wanted is bool
-    if wanted in (float, int):
-        number = isinstance(value, numbers.Integral if wanted is int else numbers.Real)
-        return number and bool(abs(value) <= MAX_NUMBER)  # false of NaN, too
-    if wanted is Sequence:
-        return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value)
-    return isinstance(value, wanted)
-
-
-def _type_text(hint: Any) -> str:
-    words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "text", type(None): "None"}
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        texts = (bound.text for bound in arguments[1:] if isinstance(bound, Bound))
-        return " ".join([_type_text(arguments[0]), *texts])
-    if origin in (types.UnionType, Union, Literal):
-        return " or ".join(repr(option) if origin is Literal else _type_text(option) for option in arguments)
-    return "a list of finite numbers" if origin is Sequence else words.get(hint, str(hint))
 
 
 def _number(source: str, value: Any, *, whole: bool = False) -> Any:
