@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import (
@@ -61,10 +61,7 @@ LENGTHS: dict[str, Any] = {"factor": 8, "trained_length": TRAINED}
 """Not every config contains the trained length, and a table may have more rows than were trained."""
 
 
-M = TypeVar("M", bound=PreTrainedModel)
-
-
-def sharpen(model: M) -> M:
+def sharpen(model: PreTrainedModel) -> PreTrainedModel:
     """Make weights larger, so that attention depends on positions well above rounding."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,13 +70,12 @@ def sharpen(model: M) -> M:
     return model.eval()
 
 
-def _builder(cls: type[M], **sizes: Any) -> Callable[..., M]:
+def _builder(cls: Any, **sizes: Any) -> Callable[..., Any]:
     """Return a function that builds a tiny model with random weights, or with other sizes."""
 
-    def build(**overrides: object) -> M:
+    def build(**overrides: object) -> Any:
         torch.manual_seed(0)
-        config: Any = cls.config_class
-        return sharpen(cls(config(**{"vocab_size": VOCABULARY, **sizes, **overrides})))
+        return sharpen(cls(cls.config_class(**{"vocab_size": VOCABULARY, **sizes, **overrides})))
 
     return build
 

@@ -233,6 +233,7 @@ class Composition(Method):
     under chunks that read eight times that length. The factor of the plan is the largest of them.
     """
 
+    name: ClassVar[str] = "composition"
     components: tuple[Method, ...] = ()
     parts: ClassVar[Any] = RenamedAttribute("components")
 

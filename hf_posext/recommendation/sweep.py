@@ -281,7 +281,10 @@ class Sweep:
     def tail(self, name: Name, documents: Sequence[str]) -> float:
         """Return the perplexity of the second half of the target length; infinite after a failed document."""
         sums = self._tails(self.runs[name], documents)
-        return math.inf if sums is None else float(pooled_perplexity(*zip(*sums, strict=True)))
+        if sums is None:
+            return math.inf
+        nll, tokens = zip(*sums, strict=True)
+        return float(pooled_perplexity(nll, tokens))
 
     def change(self, name: Name, documents: Sequence[str]) -> Ratio:
         """Return the relative change of perplexity inside the trained length."""
