@@ -82,3 +82,9 @@ class JournalError(PosExtError):
 
 class TrainingError(PosExtError):
     """Training that cannot continue, because of a non-finite loss or a mismatch with the run to resume."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, with the next one if it is a heading; its type if the message is empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

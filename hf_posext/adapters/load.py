@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import CheckpointError, PlanMismatchError, UnsupportedModelError
+from ..errors import CheckpointError, PlanMismatchError, UnsupportedModelError, first_line
 from ..packages import require
 from ..patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unwrap
 from ..patching.checkpoint import local_directory, model_class
@@ -220,9 +220,8 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
         source = locate(name, trust_remote_code=trusted)
         return open_weights(model_class(config, name, trusted), source, config, revision=revision, **kwargs)
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"the base model of the adapter, {name}, cannot be opened ({reason}). Pass it: "
+            f"the base model of the adapter, {name}, cannot be opened ({first_line(error)}). Pass it: "
             "load_adapter(path, base=model)"
         ) from error
 

@@ -11,7 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import AlreadyPatchedError, InvalidParameterError, PosExtError, UnsupportedModelError
+from ..errors import (
+    AlreadyPatchedError,
+    InvalidParameterError,
+    PosExtError,
+    UnsupportedModelError,
+    first_line,
+)
 from ..plan import ExtensionPlan, has_plan
 from .console import rank, say
 
@@ -187,7 +193,7 @@ def require_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # an unknown device, or one that torch is compiled without
         raise InvalidParameterError(
-            f"Expected a device that torch has on this machine, got {device!r}: {_first_line(error).rstrip('.')}. "
+            f"Expected a device that torch has on this machine, got {device!r}: {first_line(error).rstrip('.')}. "
             "Pass --device cpu."
         ) from error
 
@@ -206,7 +212,7 @@ def _placed(model: Network, device: str) -> Network:
         placed: Network = model.to(device).eval()
     except RuntimeError as error:  # the device exists, so its memory is full
         raise InvalidParameterError(
-            f"{type(model).__name__} does not fit on device {device!r}: {_first_line(error).rstrip('.')}."
+            f"{type(model).__name__} does not fit on device {device!r}: {first_line(error).rstrip('.')}."
         ) from error
     return placed
 
@@ -266,11 +272,6 @@ def one_line_errors(name: str) -> Iterator[None]:
                 "and trust its author."
             ) from error
         raise InvalidParameterError(
-            f"Cannot load {name}: {_first_line(error).rstrip('.')}. Pass a folder with a model and its tokenizer, or "
+            f"Cannot load {name}: {first_line(error).rstrip('.')}. Pass a folder with a model and its tokenizer, or "
             "a Hub id such as org/name."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading with its first line

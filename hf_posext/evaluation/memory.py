@@ -18,14 +18,13 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import DynamicCache
 
-from ..errors import InvalidParameterError, OutOfMemoryError, UnsupportedModelError
+from ..errors import InvalidParameterError, OutOfMemoryError, UnsupportedModelError, first_line
 from ..patching.detect import detect_scheme
 from ..patching.modes import cache_argument, cache_of, with_cache
 from ..patching.patch import find_patch
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .heads import PROBE_LENGTH, PROBE_SLICE, FullHead, Head, Read, deviation
-from .reading import first_line
 
 
 @dataclass(frozen=True)

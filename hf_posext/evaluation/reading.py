@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..decode import short
-from ..errors import DocumentError
+from ..errors import DocumentError, first_line
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> Path:
@@ -41,11 +41,6 @@ def write_atomically(path: str | Path, data: str | bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, or its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def portable(name: str) -> str:

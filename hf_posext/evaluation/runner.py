@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import NonFiniteError, OutOfMemoryError, PosExtError
+from ..errors import NonFiniteError, OutOfMemoryError, PosExtError, first_line
 from .journal import RunJournal
 from .parallel import deal, exchange, processes_of, rank_of, shares_texts
-from .reading import first_line
 from .scorer import LISTENER
 from .tasks import Outcome, Outcomes, Stage, Task
 

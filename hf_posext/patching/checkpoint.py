@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedModelError
+from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedModelError, first_line
 from ..plan import PLAN_FILE, PLAN_KEY, ExtensionPlan
 from .detect import text_config
 from .loading import check_loaded, serializable
@@ -177,7 +177,7 @@ def local_directory(name: str | Path, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise CheckpointError(f"neither a directory nor a repository that can be read: {name} ({reason})") from error
 
 

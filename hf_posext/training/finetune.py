@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from ..deprecation import renamed_arguments
-from ..errors import InvalidParameterError, TrainingError, UnsupportedModelError
+from ..errors import InvalidParameterError, TrainingError, UnsupportedModelError, first_line
 from ..evaluation import Document
 from ..evaluation.documents import as_documents
 from ..evaluation.reading import portable
@@ -278,9 +278,8 @@ def _train(
                 modes.enter_context(activation_checkpointing(run.patch.model))
             trained = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except pickle.UnpicklingError as error:  # torch reads checkpoints without running code in them
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"{checkpoint} cannot be read: {reason}; remove it to go on from the one before"
+            f"{checkpoint} cannot be read: {first_line(error)}; remove it to go on from the one before"
         ) from error
     except BaseException:
         if arguments.should_save and newest_checkpoint(checkpoints) is None:
