@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -228,24 +228,48 @@ def saved_shapes(model: Any, name: str = "default", *, embeddings: bool = False)
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore a model's modules, flags, and attributes on exit, undoing what PEFT changed inside the block."""
-    modules = [(module, dict(module._modules)) for module in model.modules()]
-    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
-    attributes = set(vars(model))
-    patch = vars(model).pop(MARK, None)  # the trial adapter does not belong to the patch
+    """Put an adapter on a model for a trial: the model is as before on exit, and the adapter is not the patch's."""
+    restore = restorer(model)
+    patch = vars(model).pop(MARK, None)
     with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
-            for module, children in modules:
-                module._modules.clear()
-                module._modules.update(children)
-            for weight, trained in flags:
-                weight.requires_grad_(trained)
-            for name in vars(model).keys() - attributes:
-                delattr(model, name)
+            restore()
             if patch is not None:
                 setattr(model, MARK, patch)
+
+
+def restorer(model: nn.Module) -> Callable[[], None]:
+    """Return a function that undoes what PEFT and training do to a model except for the values of its weights.
+
+    It restores modules and their hooks, the dtype, the flag and the gradient of every weight, and removes attributes
+    that the model did not have.
+    """
+    modules = [(m, dict(m._modules), dict(m._forward_hooks), set(vars(m))) for m in model.modules()]
+    # by name, since FSDP2 replaces the weights, and would not free what is held here
+    weights = [
+        (module, name, weight.requires_grad, weight.dtype, weight.grad)
+        for module, *_ in modules
+        for name, weight in module.named_parameters(recurse=False)
+    ]
+
+    def restore() -> None:
+        for module, children, hooks, attributes in modules:
+            module._modules.clear()
+            module._modules.update(children)
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
+            for name in vars(module).keys() - attributes:
+                delattr(module, name)
+        for module, name, trained, dtype, gradient in weights:
+            weight = getattr(module, name)
+            weight.grad = None  # its dtype would not fit
+            weight.data = weight.data.to(dtype)
+            weight.grad = gradient
+            weight.requires_grad_(trained)
+
+    return restore
 
 
 def blank_twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,17 @@ from ..patching.loading import locate, open_weights
 from ..patching.saved_config import open_patched_config
 from ..patching.untrusted import check_directory
 from ..plan import ExtensionPlan, has_plan
-from .directory import CARD_FILE, FILES, AdapterDirectory, computes, misfit, peft_config, same_effect, saved_shapes
+from .directory import (
+    CARD_FILE,
+    FILES,
+    AdapterDirectory,
+    computes,
+    misfit,
+    peft_config,
+    restorer,
+    same_effect,
+    saved_shapes,
+)
 from .save import tell_adapters
 
 if TYPE_CHECKING:
@@ -128,34 +138,37 @@ def load_adapter(
             "PeftModel, or the base without an adapter"
         )
     patch = _apply(unwrap(base), adapter, tokenizer)
+    restore, model = restorer(unwrap(base)), base
     try:
         fit = verify_adapter(base, path)
         if not fit:
             raise PlanMismatchError(
                 f"the adapter in {directory} does not belong on this model: {'; '.join(fit.reasons)}"
             )
+        config = peft_config(adapter)
+        if not names:
+            model = PeftModel.from_pretrained(
+                base, str(path), adapter_name=adapter_name, is_trainable=is_trainable, config=config
+            )
+        else:
+            config.inference_mode = not is_trainable
+            # otherwise PEFT would read the saved config, whose type it does not know
+            model.add_adapter(adapter_name, config)
+            if saved_shapes(model, adapter_name) != adapter.shapes:
+                raise PlanMismatchError(f"the adapter in {directory} does not fit the weights of this model")
+            model.load_adapter(str(path), adapter_name, is_trainable=is_trainable)
+        in_force = find_patch(model)
+        if in_force is not None:
+            tell_adapters(model, in_force)
     except BaseException:
+        if not names:
+            restore()
+        elif adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
         if patch is not None:
             patch.undo()
         raise
-    config = peft_config(adapter)
-    model: PeftModel = base
-    if not names:
-        model = PeftModel.from_pretrained(
-            base, str(path), adapter_name=adapter_name, is_trainable=is_trainable, config=config
-        )
-    else:
-        config.inference_mode = not is_trainable
-        # otherwise PEFT would read the saved config, whose type it does not know
-        model.add_adapter(adapter_name, config)
-        if saved_shapes(model, adapter_name) != adapter.shapes:
-            model.delete_adapter(adapter_name)
-            raise PlanMismatchError(f"the adapter in {directory} does not fit the weights of this model")
-        model.load_adapter(str(path), adapter_name, is_trainable=is_trainable)
-    in_force = find_patch(model)
-    if in_force is not None:
-        tell_adapters(model, in_force)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _read(directory: str | Path) -> AdapterDirectory:

@@ -235,6 +235,11 @@ def carry(model: PreTrainedModel, state: InForce) -> None:
     if not config.architectures:  # `model.save_pretrained` says it, `model.config.save_pretrained` does not
         log.set(config, "architectures", [type(model).__name__])
     log.set(config, "__class__", mix(StopsReaders if state.native_obstacle else CarriesPlan, type(config)))
+    modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if state.native_obstacle and not any(module._can_set_experts_implementation() for module in modules):
+        # Without experts, only the constructor of another model reads this entry, and stops `from_config`.
+        stop = f"{named(state.plan.to_dict())}; copy the model, or patch one that is built from an unpatched config"
+        log.set(config, "_experts_implementation_internal", stop)
     carry_in_adapters(model, state, getattr(model, "peft_config", None))
     # An adapter that comes after the patch is met when it is saved: every writer asks the model for its state first.
     log.on_undo(model.register_state_dict_pre_hook(_before_state_dict).remove)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from ..adapters.directory import restorer
 from ..deprecation import renamed_arguments
 from ..errors import InvalidParameterError, TrainingError, UnsupportedModelError, first_line
 from ..evaluation import Document
@@ -113,10 +114,12 @@ def finetune(
 ) -> Finetuned:
     """Patch a model, add the adapter of the preset, if any, and train it on long rows with `transformers.Trainer`.
 
-    The patch is applied first and the adapter second. Both stay in force when training ends. If training fails, both
-    are removed. Each sample depends only on the seed and its number. A run that is resumed from a checkpoint therefore
-    gives the same weights as an uninterrupted one, to the bit if the device is deterministic. Several processes train
-    together under `accelerate launch`; see `examples/accelerate_configs`.
+    The patch is applied first and the adapter second. Both stay in force when training ends. If training fails or is
+    interrupted, both are removed, and the dtype and `requires_grad` of every weight are restored. Weights of the model
+    itself, which presets such as `"full"` train, keep what they have learned. Each sample depends only on the seed and
+    its number. A run that is resumed from a checkpoint therefore gives the same weights as an uninterrupted one, to
+    the bit if the device is deterministic. Several processes train together under `accelerate launch`; see
+    `examples/accelerate_configs`.
 
     Args:
         model (`PreTrainedModel`): a decoder without a patch or an adapter. Trained weights are kept in float32. A
@@ -193,7 +196,7 @@ def finetune(
     texts = as_documents(documents)
     lengths = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
     patch = patch_model(model, method or preset.method, tokenizer=tokenizer, **lengths)  # type: ignore[arg-type]
-    network: nn.Module = model
+    restore = restorer(model)
     use_cache = getattr(model.config, "use_cache", None)
     try:
         plan = patch.plan
@@ -227,8 +230,7 @@ def finetune(
             facts["adapter"] = {name: str(value) for name, value in adapter.to_dict().items()}
         return _train(run, network, facts, resume, callbacks, report_to)
     except BaseException:
-        if isinstance(network, PeftModel):
-            network.unload()
+        restore()
         patch.undo()
         raise
     finally:

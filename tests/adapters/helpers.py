@@ -34,6 +34,17 @@ def train(model: PeftModel, length: int, steps: int = 3) -> None:
     model.eval()
 
 
+def structure(model: torch.nn.Module) -> dict[str, Any]:
+    """Everything that PEFT and training change except for values: modules, classes, attributes, hooks, weights."""
+    modules = {
+        path: (id(module), type(module), frozenset(vars(module)), frozenset(module._forward_hooks))
+        for path, module in model.named_modules()
+    }
+    weights = {path: (w.dtype, w.requires_grad, w.grad is None) for path, w in model.named_parameters()}
+    adapters = frozenset(getattr(model, "peft_config", ()))
+    return {"modules": modules, "weights": weights, "adapters": adapters, "config": model.config.to_dict()}
+
+
 def files(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, with its content."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

@@ -27,7 +27,7 @@ from hf_posext.errors import (
     UnsupportedModelError,
 )
 from hf_posext.patching import find_patch
-from tests.adapters.helpers import KINDS, files, train, with_adapter
+from tests.adapters.helpers import KINDS, files, structure, train, with_adapter
 from tests.conftest import TRAINED, logits, realigned, tiny_gpt2, tiny_llama, tokens
 
 IDS = tokens(3 * TRAINED)
@@ -143,6 +143,28 @@ def test_other_weights_are_refused_and_nothing_is_left_on_them(adapter: Path) ->
     assert find_patch(other) is None and torch.equal(logits(other, IDS), before)
     patch_model(other, "yarn", factor=4)
     assert not verify_adapter(other, adapter)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_error_of_peft_leaves_nothing_on_the_model(
+    beside: bool, adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    if beside:
+        model = load_adapter(adapter, model)
+    before = structure(model)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory left for the adapter")
+
+    monkeypatch.setattr("peft.peft_model.load_peft_weights", fail)
+    with pytest.raises(MemoryError):
+        load_adapter(adapter, model, adapter_name="second", is_trainable=True)
+    assert structure(model) == before
+    monkeypatch.undo()
+    again = load_adapter(adapter, model, adapter_name="second")
+    again.set_adapter("second")
+    assert torch.equal(logits(realigned(again), IDS), logits(realigned(load_adapter(adapter)), IDS))
 
 
 def test_base_in_half_precision_is_the_same_base(adapter: Path, base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_posext import detect_scheme, find_patch, load_adapter, load_patched, patch_model, unpatch_model
 from hf_posext.errors import AlreadyPatchedError, UnsupportedModelError
@@ -136,6 +145,24 @@ def test_undo_leaves_a_plain_config(method: str, tmp_path: Path) -> None:
     assert type(model.config) is cls and vars(model.config) == before
     model.save_pretrained(tmp_path)
     assert "posext" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("method", PLANS)
+def test_a_model_built_from_the_config_is_equal_or_stopped(method: str) -> None:
+    model = patched(method)
+    for config in (model.config, copy.deepcopy(model.config)):
+        if PLANS[method][1]:
+            other = type(model)(config)
+            other.load_state_dict(model.state_dict())
+            assert torch.equal(logits(realigned(other.eval()), IDS), logits(realigned(model), IDS))
+            continue
+        for build in (type(model), AutoModel.from_config):
+            with pytest.raises(ValueError, match=f"hf_posext plan .{method}: 64 -> 256 tokens.*unpatched config"):
+                build(config)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(realigned(twin), IDS), logits(realigned(model), IDS))
+    unpatch_model(model)
+    type(model)(model.config)
 
 
 def test_undo_of_what_was_loaded(tmp_path: Path) -> None:

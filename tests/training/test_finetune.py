@@ -25,6 +25,7 @@ from hf_posext.evaluation import passkey_accuracy
 from hf_posext.plan import ExtensionPlan
 from hf_posext.training import Evaluation, finetune
 
+from ..adapters.helpers import structure
 from ..conftest import logits, longer_gpt2, tiny_bloom, tiny_llama, tiny_t5, tokens
 from ..evaluation.helpers import character_tokenizer, random_texts
 from .helpers import QUICK, assert_same_bits, preset, train, weights
@@ -258,12 +259,33 @@ def test_what_cannot_be_trained_is_refused_and_the_model_is_as_it_was(
     changed: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     model = changed.get("model") or tiny_llama()
-    state = {name: id(module) for name, module in model.named_modules()}
+    state = structure(model)
     with pytest.raises(error, match=message):
         train(tmp_path / "out", **{"model": model, **changed})
     assert not (tmp_path / "out").exists()
-    assert {name: id(module) for name, module in model.named_modules()} == state
-    assert not hasattr(model, "_posext_patch")
+    assert structure(model) == state
+
+
+class Interrupts(TrainerCallback):
+    """Ctrl-C before the optimizer of the first step, which is when gradients are there."""
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-plus", "full"])
+def test_an_interrupted_run_leaves_the_model_as_it_was(name: str, tmp_path: Path) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.lm_head.weight.requires_grad_(False)
+    state, values = structure(model), weights(model)
+    options: dict[str, Any] = {"bf16": True, "gradient_checkpointing": True, "preset": preset(name)}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "out", model, "rerope", **options, callbacks=[Interrupts()])
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InvalidParameterError, match="holds files already"):
+        train(tmp_path, model, **options)
+    assert structure(model) == state
+    assert all(torch.equal(value, values[path]) for path, value in model.state_dict().items())
 
 
 def test_a_model_that_is_patched_or_adapted_already_is_refused(tmp_path: Path) -> None:
