@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedModelError, first_line
-from ..plan import PLAN_FILE, PLAN_KEY, ExtensionPlan
+from ..plan import PLAN_FILE, PLAN_KEY, SCHEMA, ExtensionPlan
 from .detect import text_config
-from .loading import check_loaded, serializable
+from .loading import Source, open_weights, serializable
 from .mixin import mix
 from .saved_config import CarriesPlan, open_patched_config, saved_plan
 from .sites import LENGTH_FIELDS
 from .tables import set_rows, tables_of
 from .undo import UndoLog
-from .untrusted import check_directory
+from .untrusted import check_directory, read_json
 
 REPLACED_FILE = "posext_replaced/tables.safetensors"
 FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "posext_replaced/*")
@@ -67,11 +68,7 @@ def save_patched(
     replaced: Mapping[str, torch.Tensor],
     directory: str | Path,
 ) -> None:
-    """Save weights, config, plan, tokenizer, and replaced tables into a new directory.
-
-    Raises:
-        FileExistsError: the directory holds files.
-    """
+    """Save weights, config, plan, tokenizer, and replaced tables into a new directory."""
     path = new_directory(directory)
     with serializable(model):
         model.save_pretrained(path)
@@ -88,11 +85,7 @@ def save_patched(
 
 
 def new_directory(directory: str | Path) -> Path:
-    """Create a directory, or accept an empty one.
-
-    Raises:
-        FileExistsError: it holds files.
-    """
+    """Create a directory, or accept an empty one. A directory that contains files raises a `FileExistsError`."""
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(file.suffix != ".lock" for file in path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty directory. Choose another, or remove it first.")
@@ -101,10 +94,7 @@ def new_directory(directory: str | Path) -> Path:
 
 
 def refuse_adapter(model: PreTrainedModel) -> None:
-    """
-    Raises:
-        UnsupportedModelError: PEFT has put adapter layers into the model, which would be saved under their names.
-    """
+    """Refuse a model with the layers of an adapter, which would be saved under their names."""
     if getattr(model, "peft_config", None):
         raise UnsupportedModelError(
             f"{type(model).__name__} has an adapter. Save it by save_adapter(model, path). To merge it into the "
@@ -115,25 +105,17 @@ def refuse_adapter(model: PreTrainedModel) -> None:
 def open_saved(
     directory: str | Path, **kwargs: Any
 ) -> tuple[PreTrainedModel, ExtensionPlan, dict[str, torch.Tensor], bool]:
-    """Open a saved patched model in its unpatched state, so that its plan can be applied again.
-
-    Args:
-        directory (`str` or `Path`): the saved directory, or a Hub id (`user/name`, `user/name@revision`).
-        kwargs: passed to `from_pretrained` (`dtype`, `device_map`, ...).
+    """Open a saved patched model in its unpatched state, so that its plan can be applied again; see [`load_patched`].
 
     Returns:
         `tuple`: the model without the patch, the plan, the rows by path of the longer tables as they were saved, and
         whether the tables before the patch were saved, too.
-
-    Raises:
-        PlanError: no plan there, or a corrupt one.
-        PlanMismatchError: the plan does not fit the weights beside it.
-        CheckpointError: a directory that cannot be trusted.
     """
     directory = local_directory(directory, FILES)
     check_directory(directory)
+    read_json(directory / "config.json")
     plan = ExtensionPlan.load(directory)
-    trusted = bool(kwargs.get("trust_remote_code"))
+    trusted = bool(kwargs.pop("trust_remote_code", False))
     config = open_patched_config(directory, trust_remote_code=trusted)
     cls = model_class(config, directory, trusted)
     if config.model_type != plan.scheme.model_type and text_config(config).model_type != plan.scheme.model_type:
@@ -141,7 +123,14 @@ def open_saved(
             f"the plan in {directory} is for {plan.scheme.model_type}, the weights are {config.model_type}; "
             "put back the plan that was saved with them"
         )
-    if saved_plan(config) not in (None, plan):
+    in_config = saved_plan(config)
+    # Directories from before schema 3 contain the plan in its own file alone.
+    if in_config is None and not plan.changes_nothing and read_json(directory / PLAN_FILE).get("schema") == SCHEMA:
+        raise PlanMismatchError(
+            f"{directory} contains {PLAN_FILE}, but the model without a patch was saved there later. Remove the file, "
+            "and open the directory with from_pretrained"
+        )
+    if in_config not in (None, plan):
         raise PlanMismatchError(
             f"{directory} contains two plans, in {PLAN_FILE} and in config.json; put back the one that was saved with "
             "the weights"
@@ -149,22 +138,12 @@ def open_saved(
     vars(config).pop(PLAN_KEY, None)  # the model has yet to be patched
     if not (plan.table or plan.sinusoids):  # the saved rows are as many as the saved config says
         _restore_shipped(config, plan)
-    kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
-    model, loaded = cls.from_pretrained(directory, config=config, **kwargs)
-    check_loaded(loaded, directory)
+    model = open_weights(cls, Source(str(directory), str(directory), None, trusted), config, **kwargs)
     return model, plan, _put_back(model, plan, directory), (directory / REPLACED_FILE).is_file()
 
 
 def local_directory(name: str | Path, patterns: Sequence[str]) -> Path:
-    """Return a local directory, downloaded from the Hub if necessary.
-
-    Args:
-        name (`str` or `Path`): a directory, or a Hub id (`user/name`, `user/name@revision`).
-        patterns (`Sequence[str]`): the files to download.
-
-    Raises:
-        CheckpointError: no such directory, and no such repository.
-    """
+    """Return a local directory. The files of a Hub id (`user/name`, `user/name@revision`) are downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -177,16 +156,13 @@ def local_directory(name: str | Path, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"neither a directory nor a repository that can be read: {name} ({reason})") from error
+        raise CheckpointError(
+            f"neither a directory nor a repository that can be read: {name} ({first_line(error)})"
+        ) from error
 
 
 def model_class(config: PreTrainedConfig, name: str | Path, trust_remote_code: bool = False) -> Any:
-    """Return the class that a config names as its architecture; for code of its own, that is trusted, the auto class.
-
-    Raises:
-        UnsupportedModelError: transformers has no model of that name.
-    """
+    """Return the class that a config names as its architecture, or the auto class of code that is trusted."""
     architecture = (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, None)
     if trust_remote_code:
@@ -204,7 +180,10 @@ def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> d
         _restore_shipped(model.config, plan)
         return {}
     file, tables = directory / REPLACED_FILE, tables_of(model)
-    replaced = load_file(file) if file.is_file() else _first_rows(model, plan, directory)
+    try:
+        replaced = load_file(file) if file.is_file() else _first_rows(model, plan, directory)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is corrupt or incomplete: {first_line(error)}. Copy it again.") from error
     rows = {len(table) for table in replaced.values()}
     fits = replaced.keys() == tables.keys() and all(
         table.shape[1:] == tables[path].weight.shape[1:] for path, table in replaced.items()

@@ -1,21 +1,20 @@
-"""Written config of a patched model: its plan, and entries for readers that do not know plans.
+"""Config of a patched model as it is written: its plan, and entries for readers that do not know plans.
 
-`Trainer.save_model`, `save_pretrained` of transformers and of PEFT, `push_to_hub` and TRL know nothing of plans. All
-of them write the config of the model, and PEFT writes that of the adapter. A patch therefore puts its plan into both.
-PEFT refuses an unknown `peft_type`, so that an adapter stops readers that do not know its plan.
+`Trainer.save_model`, `save_pretrained` of transformers and PEFT, `push_to_hub` and TRL know nothing of plans. All of
+them write the config of the model, and PEFT writes that of the adapter. A patch therefore puts its plan into both.
 
 A reader that knows no plans either computes the same positions from the config, or has to stop. Every model of
-transformers 5 refuses an unknown implementation of its attention or its experts when it is built, and its message
-quotes the name. Servers refuse an unknown rope type in the same way. So these entries of
-`config.json` contain a sentence that names the plan. What stood there before is kept beside the plan, and
-[`without_stop`] puts it back. Reading the config alone, as tokenizers do, stops nowhere.
+transformers 5 refuses an unknown implementation of its attention or experts when it is built, and the message quotes
+the name. Servers refuse an unknown rope type in the same way, and PEFT an unknown `peft_type`. These entries therefore
+contain a sentence that names the plan. The replaced values are kept beside the plan, and [`without_stop`] restores
+them. Code that reads the config alone, such as a tokenizer, is not stopped.
 
-transformers 5 writes `rope_parameters`. transformers 4 ignores the name and computes the positions of a plain model.
-It reads `rope_scaling` and `rope_theta`, as the converters of ollama and MLX do. Both can stand in one config.
-Version 5 takes `rope_scaling` first where both are there, so both have to be right. Where they cannot stand together,
-or version 4 would compute other positions from them, `pruned_heads` contains the sentence: version 4 expects numbers
-there and stops, version 5 ignores the entry. Facts about version 4 are from 4.57.6, its last:
-`configuration_utils.py`, `modeling_rope_utils.py`, `models/*/modeling_*.py`.
+transformers 5 writes `rope_parameters`. transformers 4 ignores that entry and computes the positions of a plain model.
+It reads `rope_scaling` and `rope_theta`, as the converters of ollama and MLX do. One config can contain both dialects.
+Version 5 prefers `rope_scaling`, so that both have to be right. If they cannot coexist, or version 4 would compute
+other positions from them, `pruned_heads` contains the sentence: version 4 expects numbers there and stops, and
+version 5 ignores the entry. Facts about version 4 are from 4.57.6, its last: `configuration_utils.py`,
+`modeling_rope_utils.py`, `models/*/modeling_*.py`.
 """
 
 from __future__ import annotations
@@ -64,6 +63,11 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 """Directories from which `Trainer` resumes. It reads their config as the config of no model."""
 
 
+def _sentence(plan: ExtensionPlan | Mapping[str, Any]) -> str:
+    plan = plan if isinstance(plan, ExtensionPlan) else ExtensionPlan.from_dict(plan)
+    return f"hf_posext plan ({plan.describe()})"
+
+
 class CarriesPlan(Carried):
     """Mixin for the config of a patched model."""
 
@@ -104,32 +108,20 @@ class StopsReaders(CarriesPlan):
 
 
 def stop_4(data: dict[str, Any]) -> None:
-    """Make a config with a plan stop transformers 4, but not version 5."""
-    data[_STOP_4] = {f"{named(data[PLAN_KEY])}; open the directory by transformers 5": []}
+    """Make a config with a plan stop transformers 4 but not version 5."""
+    data[_STOP_4] = {f"{_sentence(data[PLAN_KEY])}; open the directory by transformers 5": []}
 
 
 def stop_readers(data: dict[str, Any], part: str) -> str:
-    """Make a config with a plan stop both generations of transformers when a model is built from it.
-
-    Args:
-        data (`dict`): entries of `config.json`, which are changed.
-        part (`str`): name of the text part, as [`text_path`] returns it.
-
-    Returns:
-        `str`: the sentence that readers quote.
-    """
-    stop = f"{named(data[PLAN_KEY])}; open the directory by hf_posext.load_patched(path)"
+    """Make a config with a plan stop both generations of transformers. Return the sentence that they quote."""
+    stop = f"{_sentence(data[PLAN_KEY])}; open the directory by hf_posext.load_patched(path)"
     data |= dict.fromkeys(_IMPLEMENTATIONS, stop)  # which transformers itself never saves
     data |= {_STOP_4: {stop: []}, REPLACED_KEY: {"part": part}}
     return stop
 
 
 def entries_of_4(text: Mapping[str, Any]) -> dict[str, Any] | str:
-    """Return what the text part of a config needs beside `rope_parameters`, or the reason why nothing would do.
-
-    Args:
-        text (`Mapping`): entries of `config.json`, or of its text part.
-    """
+    """Return what the text part of a config needs beside `rope_parameters`, or the reason why nothing would do."""
     rope = text.get("rope_parameters")
     if not rope:
         return {}
@@ -160,16 +152,8 @@ def _as_float(key: str, value: Any) -> Any:
     return float(value) if whole else value
 
 
-def named(plan: Mapping[str, Any]) -> str:
-    return f"hf_posext plan ({ExtensionPlan.from_dict(plan).describe()})"
-
-
 def saved_plan(config: PreTrainedConfig) -> ExtensionPlan | None:
-    """Return the plan in a saved model's config; `None` without one.
-
-    Raises:
-        PlanError: a corrupt plan, or one of a newer schema.
-    """
+    """Return the plan in a saved model's config; `None` without one."""
     data = getattr(config, PLAN_KEY, None)
     return None if data is None else ExtensionPlan.from_dict(data)
 
@@ -177,13 +161,7 @@ def saved_plan(config: PreTrainedConfig) -> ExtensionPlan | None:
 def open_patched_config(
     name: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """Open the config of a model as it was in memory when it was written.
-
-    Args:
-        name (`str` or `Path`): directory or Hub id of a patched model, or of any other one.
-        revision (`str`, *optional*): on the Hub.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): whether the checkpoint's own Python code runs.
-    """
+    """Open the config of a model, patched or not, as it was in memory when it was written."""
     data, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     if REPLACED_KEY not in data or data.get("model_type") not in CONFIG_MAPPING:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -223,12 +201,9 @@ def text_path(config: PreTrainedConfig) -> str:
 
 
 def carry(model: PreTrainedModel, state: InForce) -> None:
-    """Make a patched model's config, and those of its adapters, include the plan when written.
+    """Make the config of a patched model, and those of its adapters, contain the plan when written.
 
-    Args:
-        model (`PreTrainedModel`): patched; its config is its own.
-        state (`InForce`): of the patch. Where no config can say the positions, readers that do not know the plan are
-            stopped.
+    If no config can express the positions, readers that do not know the plan are stopped.
     """
     config, log = model.config, state.log
     log.set(config, PLAN_KEY, state.plan.to_dict())
@@ -238,7 +213,7 @@ def carry(model: PreTrainedModel, state: InForce) -> None:
     modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if state.native_obstacle and not any(module._can_set_experts_implementation() for module in modules):
         # Without experts, only the constructor of another model reads this entry, and stops `from_config`.
-        stop = f"{named(state.plan.to_dict())}; copy the model, or patch one that is built from an unpatched config"
+        stop = f"{_sentence(state.plan)}; copy the model, or patch one that is built from an unpatched config"
         log.set(config, "_experts_implementation_internal", stop)
     carry_in_adapters(model, state, getattr(model, "peft_config", None))
     # An adapter that comes after the patch is met when it is saved: every writer asks the model for its state first.
@@ -246,11 +221,7 @@ def carry(model: PreTrainedModel, state: InForce) -> None:
 
 
 class CarriesPlanInAdapter(Carried):
-    """Mixin for the config of an adapter on a patched model.
-
-    Attributes:
-        _posext_entries (`dict`): what is written beside its own entries.
-    """
+    """Mixin for the config of an adapter on a patched model, which writes further entries."""
 
     _posext_entries: dict[str, Any]
 
@@ -260,7 +231,7 @@ class CarriesPlanInAdapter(Carried):
         super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "adapter_config.json"
         data = json.loads(path.read_text(encoding="utf-8"))
-        stop = f"{data['peft_type']} under {named(self._posext_entries[PLAN_KEY])}"
+        stop = f"{data['peft_type']} under {_sentence(self._posext_entries[PLAN_KEY])}"
         replaced = {name: data[name] for name in ("peft_type", "r") if name in data}
         stops = dict.fromkeys(replaced, f"{stop}; open the directory by hf_posext.load_adapter(path)")
         data |= {**self._posext_entries, REPLACED_KEY: replaced, **stops}
@@ -268,13 +239,7 @@ class CarriesPlanInAdapter(Carried):
 
 
 def carry_in_adapters(model: PreTrainedModel, state: InForce, configs: Mapping[str, Any] | None) -> None:
-    """Make the adapters of a patched model include its plan when written.
-
-    Args:
-        model (`PreTrainedModel`): patched.
-        state (`InForce`): of the patch.
-        configs (`Mapping[str, PeftConfig]`, *optional*): of its adapters, by name.
-    """
+    """Make the configs of a patched model's adapters, by name, contain its plan when written."""
     if not configs:
         return
     entries = {PLAN_KEY: state.plan.to_dict(), BASE_KEY: BaseModel.of(model).to_dict()}

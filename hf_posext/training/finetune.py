@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
@@ -223,12 +221,13 @@ def finetune(
             check_packing(model)
         if settings.pose is not None:
             check_skipping(model)
+        size = sum(weight.numel() for weight in model.parameters())
         network = trainable(model, preset, settings, adapter)
         run = Run(tokenizer, rows, patch, preset, settings, evaluation, output, arguments)
         facts = {"base": portable(model.config.name_or_path) or type(model).__name__, **_facts(run, texts)}
         if adapter is not None:
             facts["adapter"] = {name: str(value) for name, value in adapter.to_dict().items()}
-        return _train(run, network, facts, resume, callbacks, report_to)
+        return _train(run, network, size, facts, resume, callbacks, report_to)
     except BaseException:
         restore()
         patch.undo()
@@ -256,6 +255,7 @@ def _facts(run: Run, texts: Any) -> dict[str, Any]:
 def _train(
     run: Run,
     network: nn.Module,
+    size: int,
     facts: dict[str, Any],
     resume: bool,
     callbacks: Iterable[TrainerCallback],
@@ -268,7 +268,8 @@ def _train(
         if arguments.should_save:
             check_output(run.output, resume)
             begin(run.output, {**facts, "processes": arguments.world_size})
-    counts, began = count(network), time.monotonic()
+    trained_size = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    began = time.monotonic()
     try:
         trainer = make_trainer(run, network, arguments, callbacks)
         with ExitStack() as modes:
@@ -297,7 +298,7 @@ def _train(
             "steps": trainer.state.global_step,
             "resumed_from": checkpoint and checkpoint.name,
             "seconds": round(time.monotonic() - began, 1),
-            "parameters": counts,
+            "parameters": {"trained": trained_size, "model": size},
             "loss": trained.training_loss,
             "device": str(arguments.device),
         }
@@ -336,9 +337,6 @@ def trainable(
     """Return the model, or a `PeftModel` around it, with gradients for the weights that the preset trains.
 
     Trained weights in half precision are converted to float32.
-
-    Raises:
-        InvalidParameterError: PEFT cannot put the adapter on the model.
     """
     set_seed(settings.seed)
     network: nn.Module = model
@@ -361,19 +359,3 @@ def trainable(
         if weight.requires_grad and weight.dtype in HALF:
             weight.data = weight.data.float()
     return network
-
-
-def count(network: nn.Module) -> dict[str, int]:
-    """Return the number of trained parameters, and of all parameters of the model without the adapter's."""
-    weights = list(network.named_parameters())
-    trained = sum(weight.numel() for _, weight in weights if weight.requires_grad)
-    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    layers = tuple(f"{path}." for path, module in network.named_modules() if isinstance(module, wrappers))
-    wrapped = (".base_layer.", ".original_module.")
-    base = sum(
-        weight.numel()
-        for name, weight in weights
-        if not name.startswith("prompt_encoder.")
-        and (not name.startswith(layers) or any(mark in name for mark in wrapped))
-    )
-    return {"trained": trained, "model": base}

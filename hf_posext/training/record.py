@@ -38,12 +38,7 @@ PACKAGES = ("hf_posext", "transformers", "peft", "accelerate", "datasets", "torc
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Refuse an output directory whose files a run would overwrite.
-
-    Raises:
-        InvalidParameterError: the directory holds files without `resume`, holds no run to resume, or the run in it has
-            ended.
-    """
+    """Refuse an output directory that contains files without a run to resume."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not resume:
@@ -61,19 +56,13 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def begin(output: Path, run: dict[str, Any]) -> None:
-    """Write the facts of a new run, or compare them with those of the run to resume.
-
-    Args:
-        output (`Path`): directory of the run.
-        run (`dict`): every fact that determines the trained weights.
-
-    Raises:
-        TrainingError: the facts of the run to resume differ. The message lists the differences.
-    """
+    """Write the facts that determine the trained weights, or compare them with those of the run to resume."""
     output.mkdir(parents=True, exist_ok=True)
     run = json.loads(json.dumps(run))
     if not (output / PROVENANCE).is_file():
-        _write(output, {"run": run, "versions": _versions(), "command": _command()})
+        versions = {**versions_of(*PACKAGES), "python": platform.python_version()}
+        command = shlex.join([Path(sys.argv[0]).name, *map(portable, sys.argv[1:])])
+        _write(output, {"run": run, "versions": versions, "command": command})
         return
     before = _read(output).get("run", {})
     changed = [
@@ -104,11 +93,7 @@ def finish(output: Path, result: dict[str, Any], log: list[dict[str, Any]]) -> d
 
 
 def provenance_of(saved: Path) -> dict[str, Any] | None:
-    """Return the provenance of the run that saved an adapter or a model; `None` for any other folder.
-
-    Raises:
-        TrainingError: the provenance cannot be read.
-    """
+    """Return the provenance of the run that saved an adapter or a model; `None` for any other folder."""
     saved = saved.resolve()
     if not (saved.parent / PROVENANCE).is_file():
         return None
@@ -131,25 +116,10 @@ def _read(output: Path) -> dict[str, Any]:
     return provenance
 
 
-def _versions() -> dict[str, str]:
-    return {**versions_of(*PACKAGES), "python": platform.python_version()}
-
-
-def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *map(portable, sys.argv[1:])])
-
-
 def save(network: nn.Module, patch: Patch, trainer: Trainer, output: Path) -> Path:
-    """Save an adapter to `output/adapter`, or a model to `output/model`, with its plan.
+    """Save an adapter to `output/adapter`, or a model to `output/model`, with its plan, and return the path.
 
-    Args:
-        network (`PeftModel` or `PreTrainedModel`): the trained network. FSDP shards are gathered on every process.
-        patch ([`Patch`]): patch in force on the network.
-        trainer (`Trainer`): trainer of the network.
-        output (`Path`): directory of the run.
-
-    Returns:
-        `Path`: the saved adapter or model.
+    FSDP shards are gathered in every process.
     """
     adapted = isinstance(network, PeftModel)
     path = output / ("adapter" if adapted else "model")

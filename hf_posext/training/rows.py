@@ -52,18 +52,7 @@ def make_rows(
 
     A row comes from one document, and the remainder at the end of each document is not used. With `pack`, these
     remainders and the documents shorter than a row share rows. They stay whole and are separated by their positions.
-
-    Args:
-        documents (`Sequence[Document]`): texts to cut.
-        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the model.
-        length (`int`): tokens per row, including leading special tokens.
-        pack (`bool`, *optional*, defaults to `False`): also use texts that do not fill a row.
-
-    Returns:
-        [`Rows`]
-
-    Raises:
-        DocumentError: no document fills a row, or with `pack`, all of them together do not.
+    Texts that do not fill a row raise a `DocumentError`.
     """
     prefix = special_prefix(tokenizer)
     room = length - len(prefix)
@@ -85,18 +74,15 @@ def make_rows(
             "smaller length" + ("" if pack else ", or pack them")
         )
     if short and not pack:
-        logger.warning(
-            "%d of %d documents are shorter than %d tokens; left out, unless they are packed",
-            len(short),
-            len(sizes),
-            length,
-        )
+        message = "%d of %d documents are shorter than %d tokens; left out, unless they are packed"
+        logger.warning(message, len(short), len(sizes), length)
     used = sum(map(len, whole)) + (sum(map(len, ends)) if pack else 0)
-    dataset = (
-        _packed(whole, packs, length, _padding(tokenizer), first_scored(len(prefix)))
-        if pack
-        else _columns(input_ids=np.array(whole))
-    )
+    if pack:
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        padding = next(token for token in known if token is not None)  # any token: it is not attended to
+        dataset = _packed(whole, packs, length, padding, first_scored(len(prefix)))
+    else:
+        dataset = _columns(input_ids=np.array(whole))
     facts = {
         "documents": sizes,
         "left_out": [] if pack else short,
@@ -147,20 +133,8 @@ def _columns(**columns: np.ndarray) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns).with_format("torch")
 
 
-def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a padding token. Any token works, because padding is neither attended to nor predicted."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
-
-
 def schedule(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
-    """Return the rows in training order, with the number of each as `sample`.
-
-    Args:
-        rows (`datasets.Dataset`): rows in `torch` format.
-        count (`int`): total number of samples. Rows repeat, in a new order each time, after all have been read.
-        seed (`int`): seed of the orders.
-    """
+    """Return `count` rows in training order, with the number of each as `sample`. Each round has its own order."""
     rounds = -(-count // len(rows))
     orders = [np.random.default_rng([seed, number]).permutation(len(rows)) for number in range(rounds)]
 

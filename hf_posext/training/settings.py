@@ -17,19 +17,10 @@ from ..export.servers import MUTATING
 from ..patching.sites import attention_projections, embeddings, norms, shortest_names, tied_head
 from ..plan import ExtensionPlan
 
-MULTIPLES = ("steps", "batch_size", "accumulation", "length")
-"""Settings that must be 1 or more."""
-
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of a run, described in [`finetune`].
-
-    Args:
-        length (`int`): tokens per row.
-        steps, batch_size, accumulation, warmup, pack, pose, shifted, longce, bf16, gradient_checkpointing, patience,
-            save_every, seed: see [`finetune`].
-    """
+    """Numbers of a run, described in [`finetune`]."""
 
     length: int
     steps: int
@@ -47,64 +38,59 @@ class Settings:
     seed: int
 
     def check(self, plan: ExtensionPlan) -> None:
-        """Check that the settings are within bounds and compatible, for a plan.
-
-        Raises:
-            InvalidParameterError: a number is out of bounds, or two settings exclude each other.
-        """
-        for name in MULTIPLES:
-            value = getattr(self, name)
-            if value < 1:
-                raise InvalidParameterError(f"{name} is {value}. Pass 1 or more")
-        if not 0 <= self.warmup < self.steps:
-            raise InvalidParameterError(
-                f"warmup is {self.warmup} of {self.steps} steps. Pass fewer, or 0 to start at the full learning rate"
-            )
-        if self.length < 2 or self.length > plan.target_length:
-            raise InvalidParameterError(
-                f"length is {self.length}, and {plan.method} reads {plan.trained_length} -> {plan.target_length} "
-                f"tokens. Pass 2 to {plan.target_length}, or a larger factor"
-            )
-        if self.pose is not None:
-            self._check_pose(plan)
-        if self.shifted is not None:
-            self._check_shifted()
-        if self.longce is not None:
-            self._check_longce()
-        if self.patience is not None and self.patience < 1:
-            raise InvalidParameterError(f"patience is {self.patience}. Pass 1 or more evaluations, or leave it out")
-
-    def _check_pose(self, plan: ExtensionPlan) -> None:
-        if self.pose is not None and not 2 <= self.pose <= self.length:
-            raise InvalidParameterError(f"pose is {self.pose}. Pass the number of chunks in a row (the paper: 2)")
-        if self.length >= plan.target_length:
-            raise InvalidParameterError(
-                f"pose skips positions between {self.length} and {plan.target_length} tokens, and finds "
-                f"none. Pass a length below {plan.target_length}, such as {plan.trained_length}, or a larger factor"
-            )
-        if self.pack or self.longce:
-            setting = "pack" if self.pack else "longce"
-            raise InvalidParameterError(f"pose and {setting} both decide what a row's positions mean. Leave one out.")
-
-    def _check_shifted(self) -> None:
-        groups = self.shifted or 0
-        if groups < 2 or self.length % (2 * groups):
-            raise InvalidParameterError(
-                f"shifted is {groups} and length {self.length}. Pass 2 or more groups (the paper: 4), twice whose "
-                "number divides the length"
-            )
-        if self.pack:
-            raise InvalidParameterError("shifted attention takes rows of one document. Leave out pack or shifted.")
-
-    def _check_longce(self) -> None:
-        short = self.longce or 0
-        if not 1 <= short < self.length / 2:
-            raise InvalidParameterError(
-                f"longce is {short} and length {self.length}. Pass the tokens of the short context, such as "
-                f"{self.length // 8}: twice as many are below the length"
-            )
-        if self.pack:
-            raise InvalidParameterError("longce weighs by contexts of one document. Leave out pack or longce.")
+        """Refuse numbers that are out of bounds for a plan, and settings that exclude each other."""
+        length, target, pose, groups, short = self.length, plan.target_length, self.pose, self.shifted, self.longce
+        positive = ("steps", "batch_size", "accumulation", "length")
+        problems = [
+            *((getattr(self, name) < 1, f"{name} is {getattr(self, name)}. Pass 1 or more") for name in positive),
+            (
+                not 0 <= self.warmup < self.steps,
+                f"warmup is {self.warmup} of {self.steps} steps. Pass fewer, or 0 to start at the full learning rate",
+            ),
+            (
+                not 2 <= length <= target,
+                f"length is {length}, and {plan.method} reads {plan.trained_length} -> {target} tokens. Pass 2 to "
+                f"{target}, or a larger factor",
+            ),
+            (
+                pose is not None and not 2 <= pose <= length,
+                f"pose is {pose}. Pass the number of chunks in a row (the paper: 2)",
+            ),
+            (
+                pose is not None and length >= target,
+                f"pose skips positions between {length} and {target} tokens, and finds none. Pass a length below "
+                f"{target}, such as {plan.trained_length}, or a larger factor",
+            ),
+            (
+                pose is not None and (self.pack or short),
+                f"pose and {'pack' if self.pack else 'longce'} both decide what the positions mean. Leave one out.",
+            ),
+            (
+                groups is not None and (groups < 2 or length % (2 * groups)),
+                f"shifted is {groups} and length {length}. Pass 2 or more groups (the paper: 4), twice whose number "
+                "divides the length",
+            ),
+            (
+                groups is not None and self.pack,
+                "shifted attention takes rows of one document. Leave out pack or shifted.",
+            ),
+            (
+                short is not None and not 1 <= short < length / 2,
+                f"longce is {short} and length {length}. Pass the tokens of the short context, such as {length // 8}: "
+                "twice as many are below the length",
+            ),
+            (
+                short is not None and self.pack,
+                "longce weighs by contexts of one document. Leave out pack or longce.",
+            ),
+            (
+                self.patience is not None and self.patience < 1,
+                f"patience is {self.patience}. Pass 1 or more evaluations, or leave it out",
+            ),
+        ]
+        for wrong, message in problems:
+            if wrong:
+                raise InvalidParameterError(message)
 
 
 @dataclass(frozen=True)
@@ -175,11 +161,7 @@ step or 1e-4 with one.
 
 
 def as_preset(preset: str | Preset) -> Preset:
-    """Return the preset of a name, or a given [`Preset`] unchanged.
-
-    Raises:
-        InvalidParameterError: the preset is unknown.
-    """
+    """Return the preset of a name, or a given [`Preset`] unchanged."""
     if isinstance(preset, Preset):
         return preset
     if preset not in PRESETS:
@@ -190,12 +172,7 @@ def as_preset(preset: str | Preset) -> Preset:
 
 
 def adapter_config(preset: Preset, model: PreTrainedModel) -> LoraConfig:
-    """Return the adapter configuration of a preset, for a model that is already patched.
-
-    Raises:
-        InvalidParameterError: `LoraConfig` does not accept the options.
-        UnsupportedModelError: the model has no attention that the adapter can be put on.
-    """
+    """Return the adapter configuration of a preset, for a model that is already patched."""
     targets: Any = preset.targets
     if targets == "attention":
         targets = shortest_names(attention_projections(model), model)
@@ -222,11 +199,8 @@ def tie_again(network: PeftModel) -> None:
     """Tie the trained copies of the embeddings and the output weights. PEFT does so for a few names only."""
     layers = (network.get_base_model().get_input_embeddings(), network.get_base_model().get_output_embeddings())
     inputs, outputs = (getattr(layer, "modules_to_save", None) for layer in layers)
-    if inputs is not None and outputs is not None and _shares_weight(*layers):
+    if inputs is None or outputs is None:
+        return
+    frozen, head = (layer.original_module.weight for layer in layers)  # below PEFT's wrappers
+    if frozen is head or frozen.data_ptr() == head.data_ptr() != 0:
         outputs["default"].weight = inputs["default"].weight
-
-
-def _shares_weight(*wrapped: Any) -> bool:
-    """Return whether the layers below PEFT's wrappers, which are not trained, have one weight in common."""
-    inputs, outputs = (layer.original_module.weight for layer in wrapped)
-    return inputs is outputs or inputs.data_ptr() == outputs.data_ptr() != 0

@@ -20,7 +20,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -33,7 +32,7 @@ from ..evaluation.documents import as_documents
 from ..evaluation.tokens import first_scored
 from ..patching import Patch, find_patch
 from ..patching.modes import evaluation_mode
-from ..plan import PLAN_FILE
+from ..plan import PLAN_FILE, ExtensionPlan, has_plan
 from .record import CHECKPOINTS
 from .rows import Collator, Rows, Skips, schedule
 from .settings import Preset, Settings
@@ -116,24 +115,20 @@ class Evaluation:
         return f"eval_perplexity_{max(self.lengths)}"
 
 
+@dataclass
 class MeasuresLengths(TrainerCallback):  # type: ignore[misc]
     """Callback that logs perplexity and passkey retrieval by length at each evaluation of the Trainer.
 
     The metrics have names such as `eval_perplexity_4096` and `eval_passkey_4096`.
     """
 
-    def __init__(
-        self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation, seed: int
-    ) -> None:
-        self.trainer = trainer
-        self.tokenizer = tokenizer
-        self.evaluation = evaluation
-        self.texts = as_documents(evaluation.documents)
-        self.seed = seed
+    trainer: Trainer
+    tokenizer: PreTrainedTokenizerBase
+    evaluation: Evaluation
+    texts: Sequence[Document]
+    seed: int
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         evaluation = self.evaluation
         results = evaluate_perplexity(
             kwargs["model"],
@@ -157,18 +152,24 @@ class KeepsPlan(TrainerCallback):  # type: ignore[misc]
     """Callback that writes the plan of a patched model into every checkpoint of a `Trainer`, as the last file.
 
     The configs in a checkpoint already contain the plan. With this callback, a checkpoint that contains
-    `posext_plan.json` is complete, its tokenizer is the one given to [`patch_model`], if any, and prompt-learning
-    adapters of PEFT can be saved.
+    `posext_plan.json` is complete, its tokenizer is the one given to [`patch_model`], if any, prompt-learning adapters
+    of PEFT can be saved, and a run cannot be resumed with a model under another plan.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         patch = find_patch(kwargs["model"])
+        resumed = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.global_step and has_plan(resumed):
+            expected, plan = ExtensionPlan.load(resumed), None if patch is None else patch.plan
+            if plan != expected:
+                raise TrainingError(
+                    f"Expected the plan of {resumed} ({expected.describe()}), got "
+                    f"{'a model without a patch' if plan is None else plan.describe()}. Patch the model as before."
+                )
         if patch is not None:
             tell_adapters(kwargs["model"], patch)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         args.distributed_state.wait_for_everyone()
         patch = find_patch(kwargs["model"])
         if patch is not None and state.is_world_process_zero:
@@ -181,7 +182,7 @@ class KeepsPlan(TrainerCallback):  # type: ignore[misc]
 class StopsAtNonFinite(TrainerCallback):  # type: ignore[misc]
     """Callback that stops training if the loss or gradient norm is not finite, before such weights are saved."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         wrong = {name: logs[name] for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))}
         if not wrong:
@@ -200,27 +201,21 @@ class ShowsProgress(TrainerCallback):  # type: ignore[misc]
 
     bar: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None
             )
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None and "loss" in kwargs["logs"]:
             self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(1)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -261,16 +256,28 @@ def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingAr
     The loss of every step is logged. Arguments of the user replace these, except for those that a run requires.
     """
     settings, evaluation = run.settings, run.evaluation
-    evaluation_arguments: dict[str, Any] = {}
+    required: dict[str, Any] = {
+        "output_dir": str(run.output / CHECKPOINTS),
+        "train_sampling_strategy": "sequential",  # `schedule` has already shuffled the rows
+        "remove_unused_columns": False,
+        "logging_strategy": IntervalStrategy.STEPS,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+    }
     if evaluation is not None:
-        evaluation_arguments = {"eval_strategy": "steps", "eval_steps": evaluation.every, "eval_on_start": not resumed}
+        required |= {"eval_strategy": IntervalStrategy.STEPS, "eval_steps": evaluation.every}
+        required["eval_on_start"] = not resumed
         if settings.patience is not None:
-            evaluation_arguments |= {"metric_for_best_model": evaluation.metric, "greater_is_better": False}
-            evaluation_arguments["load_best_model_at_end"] = True
+            required |= {"metric_for_best_model": evaluation.metric, "greater_is_better": False}
+            required["load_best_model_at_end"] = True
     if run.arguments is not None:
-        return _own_arguments(run.arguments, run.output, evaluation_arguments)
+        changed = copy.copy(run.arguments)
+        for name, value in required.items():
+            setattr(changed, name, value)
+        return changed
     return TrainingArguments(
-        output_dir=str(run.output / CHECKPOINTS),
+        **required,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
@@ -281,39 +288,13 @@ def training_arguments(run: Run, *, resumed: bool, report_to: str) -> TrainingAr
         optim="adamw_torch",
         use_cpu=not torch.accelerator.is_available(),  # bfloat16 on a CPU requires it
         bf16=settings.bf16,
-        train_sampling_strategy="sequential",  # `schedule` has already shuffled the rows
-        remove_unused_columns=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         save_steps=settings.save_every,
         save_total_limit=2,
         seed=settings.seed,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
         report_to=report_to,
-        **evaluation_arguments,
     )
-
-
-def _own_arguments(arguments: TrainingArguments, output: Path, measured: dict[str, Any]) -> TrainingArguments:
-    """Return the user's arguments with the settings that a run requires: its directory, sequential rows, its log."""
-    needed = {
-        "output_dir": str(output / CHECKPOINTS),
-        "train_sampling_strategy": "sequential",
-        "remove_unused_columns": False,
-        "logging_strategy": IntervalStrategy.STEPS,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-        **measured,
-    }
-    if "eval_strategy" in needed:
-        needed["eval_strategy"] = IntervalStrategy.STEPS
-    changed = copy.copy(arguments)
-    for name, value in needed.items():
-        setattr(changed, name, value)
-    return changed
 
 
 def make_trainer(
@@ -336,7 +317,8 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     package_callbacks: list[TrainerCallback] = [KeepsPlan(), StopsAtNonFinite(), ShowsProgress()]
     if run.evaluation is not None:
-        package_callbacks.append(MeasuresLengths(trainer, run.tokenizer, run.evaluation, settings.seed))
+        texts = as_documents(run.evaluation.documents)
+        package_callbacks.append(MeasuresLengths(trainer, run.tokenizer, run.evaluation, texts, settings.seed))
     if settings.patience is not None:
         package_callbacks.append(EarlyStoppingCallback(settings.patience))
     for callback in (*package_callbacks, *callbacks):

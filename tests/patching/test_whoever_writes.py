@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +16,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from safetensors.torch import load_model, save_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,11 +25,20 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 from hf_posext import detect_scheme, find_patch, load_adapter, load_patched, patch_model, unpatch_model
-from hf_posext.errors import AlreadyPatchedError, UnsupportedModelError
+from hf_posext.adapters import save_adapter
+from hf_posext.errors import (
+    AlreadyPatchedError,
+    CheckpointError,
+    PlanError,
+    PlanMismatchError,
+    TrainingError,
+    UnsupportedModelError,
+)
 from hf_posext.training import KeepsPlan
 from tests.adapters.helpers import with_adapter
 from tests.conftest import EXAMPLES, TRAINED, logits, realigned, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
@@ -52,17 +64,13 @@ def patched(method: str) -> PreTrainedModel:
     return model
 
 
-def trainer(model: Any, path: Path, max_steps: int = 1, **options: Any) -> Trainer:
+def trainer(model: Any, path: Path, max_steps: int = 1, callbacks: Any = None, **options: Any) -> Trainer:
     rows = Dataset.from_dict({"input_ids": tokens(TRAINED, 2).tolist(), "labels": tokens(TRAINED, 2).tolist()})
-    settings = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 1,
-        "report_to": "none",
-        "save_steps": 1,
-        "use_cpu": True,
-    }
-    arguments = TrainingArguments(str(path), **settings, learning_rate=1e-3, disable_tqdm=True)
-    return Trainer(model, arguments, train_dataset=rows, **options)
+    settings: dict[str, Any] = {"max_steps": max_steps, "save_steps": 1, "per_device_train_batch_size": 1, **options}
+    arguments = TrainingArguments(
+        str(path), **settings, learning_rate=1e-3, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=callbacks)
 
 
 def by_trainer(model: Any, path: Path) -> Path:
@@ -300,3 +308,139 @@ def test_every_directory_but_a_checkpoint_speaks_to_transformers_4(tmp_path: Pat
         rope = config["rope_parameters"]
         assert config["rope_theta"] == rope.pop("rope_theta")
         assert config.get("rope_scaling", {"rope_type": "default"}) == rope
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("method", ["yarn", "rerope", "table-linear"])
+def test_the_best_checkpoint_is_loaded_and_alone_kept(method: str, adapter: bool, tmp_path: Path) -> None:
+    PLANS[method][0]().save_pretrained(tmp_path / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    patch_model(model, method, factor=4, trained_length=TRAINED)
+    if adapter:
+        model = with_adapter(model, target_modules="all-linear")
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    best = trainer(model, tmp_path / "run", max_steps=3, callbacks=[WorseAfter(2)], **options)
+    best.train()
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert best.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-2")
+    assert kept == ["checkpoint-2"]
+    opened = (load_adapter if adapter else load_patched)(tmp_path / "run" / "checkpoint-2")
+    assert torch.equal(logits(realigned(opened), IDS), logits(realigned(model.eval()), IDS))
+
+
+class WorseAfter(TrainerCallback):
+    """Evaluations that report a loss which falls up to a step, and rises from there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        metrics["eval_loss"] = float(abs(state.global_step - self.step))
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope", "table-linear", "alibi-linear"])
+def test_a_directory_that_was_copied_in_part_opens_equal_or_names_the_file(method: str, tmp_path: Path) -> None:
+    model = patched(method)
+    patch = find_patch(model)
+    assert patch is not None
+    patch.save_pretrained(tmp_path / "whole")
+    wanted = logits(realigned(model), IDS)
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    for file, cut in itertools.product(files, (False, True)):
+        shutil.copytree(tmp_path / "whole", tmp_path / "part")
+        path = tmp_path / "part" / file
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if cut else path.unlink()
+        if not cut and file.name in ("generation_config.json", "posext_plan.json", "tables.safetensors"):
+            # the config contains the plan, too; without the table, undo is refused
+            assert torch.equal(logits(realigned(load_patched(tmp_path / "part")), IDS), wanted)
+        else:
+            with pytest.raises((CheckpointError, PlanError), match=f"{file.name}|no weights|missing or incomplete"):
+                load_patched(tmp_path / "part")
+        shutil.rmtree(tmp_path / "part")
+    (tmp_path / "whole").rename(tmp_path / "checkpoint-7")
+    assert torch.equal(logits(realigned(load_patched(tmp_path / "checkpoint-7")), IDS), wanted)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    shard = sorted(by_shards(patched("rerope"), tmp_path).glob("model-*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"missing or incomplete: .*{shard.name}"):
+        load_patched(tmp_path)
+
+
+def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
+    for method, other in (("yarn", "rerope"), ("rerope", "yarn"), ("rerope", "table-linear")):
+        patched(method).save_pretrained(tmp_path / method)
+        find_patch(patched(other)).plan.save(tmp_path / method)  # type: ignore[union-attr]
+        with pytest.raises(PlanMismatchError, match="contains two plans|is for gpt2"):
+            load_patched(tmp_path / method)
+    find_patch(patched("rerope")).save_pretrained(tmp_path / "over")  # type: ignore[union-attr]
+    tiny_llama().save_pretrained(tmp_path / "over")
+    with pytest.raises(PlanMismatchError, match="model without a patch was saved there later. Remove the file"):
+        load_patched(tmp_path / "over")
+
+
+def test_a_run_is_not_resumed_under_another_plan(tmp_path: Path) -> None:
+    first = trainer(patched("yarn"), tmp_path, callbacks=[KeepsPlan()])
+    first.train()
+    other = tiny_llama()
+    patch_model(other, "yarn", factor=2)
+    for model, message in ((other, "x2"), (tiny_llama(), "a model without a patch")):
+        again = trainer(model, tmp_path, max_steps=2, callbacks=[KeepsPlan()])
+        with pytest.raises(TrainingError, match=f"Expected the plan of .*checkpoint-1.*x4.*got .*{message}"):
+            again.train(resume_from_checkpoint=True)
+    trainer(patched("yarn"), tmp_path, max_steps=2, callbacks=[KeepsPlan()]).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("method", PLANS)
+def test_pickles_and_weights_alone(method: str, tmp_path: Path) -> None:
+    model = patched(method)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.01)
+    wanted = logits(realigned(model), IDS)
+    torch.save(model, tmp_path / "model.pt")
+    opened = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    unpatch_model(opened)
+    save_model(model, str(tmp_path / "weights.safetensors"))
+    other = patched(method)
+    load_model(other, str(tmp_path / "weights.safetensors"))
+    assert torch.equal(logits(realigned(other), IDS), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "auto"])
+@pytest.mark.parametrize("method", ["yarn", "table-linear", "alibi-linear", "dynamic-ntk"])
+def test_half_precision_is_kept(method: str, dtype: Any, tmp_path: Path) -> None:
+    model = patched(method).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    opened = load_patched(tmp_path, dtype=dtype)
+    assert opened.dtype == torch.bfloat16
+    assert torch.equal(logits(realigned(opened), IDS), logits(realigned(model), IDS))
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope", "table-linear", "alibi-linear"])
+def test_adapters_that_are_mixed_and_switched(method: str, tmp_path: Path) -> None:
+    PLANS[method][0]().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    patch_model(base, method, factor=4, trained_length=TRAINED)
+    options: dict[str, Any] = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = with_adapter(base, **options)
+    model.add_adapter("second", LoraConfig(r=4, **options))
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.7], "mix", combination_type="linear")
+    wanted = {}
+    for name in ("default", "second", "mix"):
+        model.set_adapter(name)
+        wanted[name] = logits(realigned(model.eval()), IDS)
+        assert torch.equal(logits(realigned(load_adapter(save_adapter(model, tmp_path / name))), IDS), wanted[name])
+    opened = load_adapter(tmp_path / "default")
+    load_adapter(tmp_path / "second", opened, adapter_name="second")
+    opened.add_weighted_adapter(["default", "second"], [0.5, 0.7], "mix", combination_type="linear")
+    for name, expected in wanted.items():
+        opened.set_adapter(name)
+        assert torch.equal(logits(realigned(opened), IDS), expected)
+    merged = opened.merge_and_unload(adapter_names=["mix"])
+    # one product of matrices instead of three, in float32
+    torch.testing.assert_close(logits(merged, IDS), wanted["mix"], atol=5e-5, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(realigned(load_patched(tmp_path / "merged")), IDS), logits(realigned(merged), IDS))

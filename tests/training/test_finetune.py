@@ -219,7 +219,8 @@ def test_provenance_says_what_is_needed_to_train_again(tmp_path: Path) -> None:
     assert run["data"]["documents"] == {"0": 300, "1": 300, "2": 300} and run["data"]["rows"] == 12
     assert set(provenance["versions"]) >= {"hf_posext", "transformers", "peft", "torch", "python"}
     trained = sum(w.numel() for w in result.model.parameters() if w.requires_grad)
-    assert provenance["result"]["parameters"]["trained"] == trained
+    size = sum(weight.numel() for weight in tiny_llama().parameters())
+    assert provenance["result"]["parameters"] == {"trained": trained, "model": size}
     assert provenance["result"]["steps"] == 2 and provenance["result"]["seconds"] > 0
     assert not list(tmp_path.glob("out/*.partial")) and not list(tmp_path.glob("out/.*"))
 
