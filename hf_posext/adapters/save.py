@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -17,13 +18,14 @@ from ..errors import CheckpointError, NotPatchedError, PlanMismatchError, Unsupp
 from ..escaping import inline, render
 from ..export.servers import IGNORED, serving_obstacle
 from ..packages import require
-from ..patching import Patch, find_patch, unwrap
+from ..patching import find_patch, unwrap
 from ..patching.checkpoint import new_directory, upload
 from ..patching.fingerprint import BaseModel
-from ..patching.saved_config import REPLACED_KEY, carry_in_adapters, open_patched_config
+from ..patching.mixin import plain_class
+from ..patching.saved_config import REPLACED_KEY, open_patched_config, tell_adapters
 from ..patching.untrusted import read_json
 from ..plan import ExtensionPlan
-from .directory import CARD_FILE, CONFIG_FILE, FILES, OUR_KEYS, AdapterDirectory, blank_twin, computes, misfit
+from .load import CARD_FILE, CONFIG_FILE, FILES, OUR_KEYS, AdapterDirectory, computes, misfit
 
 
 def save_adapter(
@@ -84,7 +86,7 @@ def save_adapter(
             "that patch.save_pretrained wrote under this plan, or leave base_model out."
         )
     path = new_directory(directory)
-    tell_adapters(model, patch)
+    tell_adapters(model)
     _save(model, name, path)
     patch.plan.save(path)
     BaseModel.of(model).save(path)
@@ -92,8 +94,11 @@ def save_adapter(
         _name_base(path / CONFIG_FILE, base_model)
     else:
         patch.model.config.save_pretrained(path)
+    config = plain_class(patch.model.config).from_dict(patch.model.config.to_dict())  # type: ignore[attr-defined]
     try:
-        homeless = misfit(AdapterDirectory.read(path), blank_twin(patch.model))
+        with torch.device("meta"):  # the same modules, without weights and without what the patch changed
+            twin = type(patch.model)(config)
+        homeless = misfit(AdapterDirectory.read(path), twin)
     except CheckpointError as error:
         homeless = str(error)
     if homeless:
@@ -107,14 +112,6 @@ def save_adapter(
         tokenizer.save_pretrained(path)
     (path / CARD_FILE).write_text(adapter_readme(path), encoding="utf-8")
     return path
-
-
-def tell_adapters(model: nn.Module, patch: Patch) -> None:
-    """Prepare the adapters of a patched model, prompt learning included, to be saved with its plan."""
-    configs = getattr(model, "peft_config", None)
-    if not patch.plan.changes_nothing:
-        carry_in_adapters(patch.model, patch._state, configs)
-        patch._state.knows_prompts = True
 
 
 def _name(model: nn.Module, name: str | None) -> str:
@@ -157,7 +154,7 @@ def _name_base(path: Path, base_model: str) -> None:
     """Restore the adapter config to PEFT's own, for a base whose config gives the positions."""
     config = json.loads(path.read_text(encoding="utf-8"))
     entries = {key: value for key, value in config.items() if key not in OUR_KEYS}
-    entries |= {**config["posext_replaced"], "base_model_name_or_path": base_model}
+    entries |= {**config[REPLACED_KEY], "base_model_name_or_path": base_model}
     path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -166,13 +163,13 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def how_to_open(directory: Path) -> str:
-    """Return the section of a card on loading an adapter, or a checkpoint, with and without this package.
-
-    Args:
-        directory (`Path`): directory of the adapter or checkpoint.
-    """
+    """Return the section of a card on loading an adapter, or a checkpoint, with and without this package."""
     adapter = AdapterDirectory.read(directory) if (directory / CONFIG_FILE).is_file() else None
     plan = ExtensionPlan.load(directory)
+    try:
+        by_config = (directory / "config.json").is_file() and computes(open_patched_config(directory), plan)
+    except ValueError:  # a config with code of its own, which a card does not run
+        by_config = False
     return render(
         "how_to_open.md.jinja",
         "hf_posext.adapters",
@@ -180,7 +177,7 @@ def how_to_open(directory: Path) -> str:
         adapter=adapter is not None,
         base=public_name(adapter.base_name) if adapter else "",
         by_base=adapter is not None and REPLACED_KEY not in read_json(directory / CONFIG_FILE),
-        by_config=_in_config(directory, plan),
+        by_config=by_config,
         obstacles={name: serving_obstacle(adapter.config, name) for name in IGNORED} if adapter else {},
         commands={name: shlex.join(words) for name, words in serving_commands(adapter).items()} if adapter else {},
     )
@@ -197,16 +194,6 @@ def serving_commands(adapter: AdapterDirectory) -> dict[str, list[str]]:
         "vLLM": [*vllm, "--lora-modules", "adapter=PATH"],
         "SGLang": [*sglang, "--lora-paths", "adapter=PATH"],
     }
-
-
-def _in_config(directory: Path, plan: ExtensionPlan) -> bool:
-    """Return whether the config in a directory gives the plan's positions."""
-    if not (directory / "config.json").is_file():
-        return False
-    try:
-        return computes(open_patched_config(directory), plan)
-    except ValueError:  # a config with code of its own, which a card does not run
-        return False
 
 
 def card_data(adapter: AdapterDirectory) -> ModelCardData:
@@ -288,13 +275,5 @@ def push_to_hub(
             )
     else:
         plan = ExtensionPlan.load(path)
-    return upload(
-        path,
-        repo_id,
-        plan,
-        files=FILES,
-        private=private,
-        revision=revision,
-        commit_message=commit_message,
-        token=token,
-    )
+    options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
+    return upload(path, repo_id, plan, files=FILES, **options)  # type: ignore[arg-type]

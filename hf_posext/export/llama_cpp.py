@@ -40,6 +40,8 @@ WITH_FREQUENCIES = [
 llama.cpp refuses a file of any other architecture that contains the tensor.
 """
 
+LONGEST = 2**32 - 1
+
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 """Bounds of YaRN that llama.cpp uses unless flags give others."""
 
@@ -62,11 +64,9 @@ class RopeKeys:
 
 
 def rope_keys(plan: ExtensionPlan) -> RopeKeys:
-    """Return the keys and tensors with which llama.cpp gives every token the positions of a plan.
-
-    Raises:
-        ExportError: llama.cpp cannot compute the positions.
-    """
+    """Return the keys and tensors with which llama.cpp gives every token the positions of a plan."""
+    if plan.target_length > LONGEST:
+        raise refuse(SERVER, plan, f"a GGUF file contains lengths of at most {LONGEST}", "pass a smaller factor")
     limit = {"context_length": plan.target_length}
     if not plan.rotaries:
         return RopeKeys(limit)
@@ -124,11 +124,7 @@ def _divisors(plan: ExtensionPlan, entry: RotaryPlan, rotary: Rotary, keys: dict
 
 
 def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """Return the instructions for llama.cpp.
-
-    Raises:
-        ExportError: llama.cpp cannot compute the positions.
-    """
+    """Return the instructions for llama.cpp."""
     if plan.rotates_late or not all(isinstance(edit, RotaryPlan | TablePlan) for edit in plan.edits):
         instead = "a plan that only changes frequencies can be exported"
         if plan.method.startswith("self-extend"):
@@ -161,16 +157,9 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
         )
     if rope.flags:
         differences.append("YaRN's bounds are not in the file: without the flags it uses 32 and 1.")
-    convert: tuple[str, ...] = (
-        "python",
-        "convert_hf_to_gguf.py",
-        DIRECTORY,
-        "--outfile",
-        "converted.gguf",
-        "--outtype",
-        "auto",
-    )
-    file, commands = "converted.gguf", [convert]
+    file = "converted.gguf"
+    convert = ("python", "convert_hf_to_gguf.py", DIRECTORY, "--outfile", file, "--outtype", "auto")
+    commands: list[tuple[str, ...]] = [convert]
     if not rope.by_converter:
         file = "model.gguf"
         commands.append(("hf-posext", "gguf", DIRECTORY, "converted.gguf", "model.gguf"))
@@ -273,21 +262,21 @@ def _copy(reader: Any, arch: str, said: RopeKeys, path: Path) -> None:
     writer.close()
 
 
-def _value(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
-
-
 def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, said: RopeKeys) -> None:
     """Refuse a file that does not fit a plan."""
-    if (_value(reader, "split.count") or 0) > 1:
+
+    def value(key: str) -> Any:
+        entry = reader.get_field(key)
+        return None if entry is None else entry.contents()
+
+    if (value("split.count") or 0) > 1:
         raise CheckpointError(f"{source} is one of several parts; join them first: llama-gguf-split --merge")
     known = LLAMA_LIKE if len(said.tensors) > 1 else WITH_FREQUENCIES
     if said.tensors and arch not in known:
         reason = f"of the architecture {arch!r} it loads no tensor of frequencies (of {', '.join(known)} it does)"
         raise refuse(SERVER, plan, reason, "yarn, linear, ntk and theta can be exported to any")
     for entry in plan.rotaries:
-        channels, width = _value(reader, f"{arch}.rope.dimension_count"), plan.scheme.rotary(entry.name).dim
+        channels, width = value(f"{arch}.rope.dimension_count"), plan.scheme.rotary(entry.name).dim
         if channels is not None and channels != width:
             raise CheckpointError(
                 f"{source} rotates {channels} channels of a head, the plan is for {width}; convert the exported model"

@@ -14,7 +14,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -53,11 +53,7 @@ class Serving:
     differences: tuple[str, ...] = ()
 
     def command_lines(self, directory: str) -> list[str]:
-        """Return the commands as lines for a shell.
-
-        Args:
-            directory (`str`): directory of the export.
-        """
+        """Return the commands as lines for a shell, for an export in `directory`."""
         return [shlex.join(word.replace(DIRECTORY, directory) for word in command) for command in self.commands]
 
 
@@ -69,29 +65,12 @@ def refuse(server: str, plan: ExtensionPlan, reason: str, instead: str = "") -> 
     return ExportError(f"{server} cannot run ({plan.describe()}): {reason}; {what}")
 
 
-def override_flag(config: PreTrainedConfig, plan: ExtensionPlan, entries: Mapping[str, Any]) -> str:
-    """Return the JSON of a flag that overrides `config.json`, at the top level or in its text part.
-
-    Args:
-        config (`PreTrainedConfig`): config of the whole model.
-        plan (`ExtensionPlan`): plan with the target length.
-        entries (`Mapping`): entries of the text config that differ from those for transformers.
-    """
-    changed = {"max_position_embeddings": plan.target_length, **entries}
-    path = text_path(config)
-    return json.dumps({path: changed} if path else changed, separators=(",", ":"))
-
-
 OLLAMA = ("default", "linear", "llama3")
 """Rope types that the converter of ollama computes for Llama (`convert/convert_llama.go`)."""
 
 
 def serve_transformers_4(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """Return the instructions for transformers, with version 4 as the oldest reader.
-
-    Raises:
-        ExportError: version 4 would not compute the positions.
-    """
+    """Return the instructions for transformers, with version 4 as the oldest reader."""
     if not obstacle and isinstance(reason := _older(config, plan), str):
         raise refuse("transformers 4", plan, reason, "export it for transformers, whose version 5 computes it")
     return serve_transformers(config, plan, obstacle)
@@ -102,11 +81,7 @@ def _older(config: PreTrainedConfig, plan: ExtensionPlan) -> dict[str, Any] | st
 
 
 def serve_transformers(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """Return the instructions for transformers.
-
-    Raises:
-        ExportError: transformers cannot compute the positions from a config.
-    """
+    """Return the instructions for transformers."""
     if obstacle:
         instead = "patch.save_pretrained(path) saves the plan beside the weights, load_patched(path) opens both"
         raise refuse("transformers", plan, obstacle, instead)
@@ -147,14 +122,31 @@ Adapt = Callable[[RotaryPlan, dict[str, Any], list[str]], None]
 """Function of one server that changes the parameters of a set of frequencies, and adds differences."""
 
 
-def config_entries(
+def _serve(
+    server: Serving, length_flag: str, override_flag: str, config: PreTrainedConfig, obstacle: str | None, adapt: Adapt
+) -> Serving:
+    """Complete the instructions of a server, which has its command without the length.
+
+    The flag that overrides `config.json` takes JSON, at the top level or in its text part.
+    """
+    plan, part = server.plan, text_path(config)
+    entries, differences = _config_entries(server.server, config, plan, obstacle, adapt)
+    length = (length_flag, str(plan.target_length))
+    changed = {"max_position_embeddings": plan.target_length, **entries}
+    flag = json.dumps({part: changed} if part else changed, separators=(",", ":"))
+    return replace(
+        server,
+        commands=((*server.commands[0], *length),),
+        text=entries,
+        override=(override_flag, flag, *length) if plan.rotaries else (),
+        differences=tuple(differences),
+    )
+
+
+def _config_entries(
     server: str, config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None, adapt: Adapt
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the entries of the text config that differ from those for transformers, and sentences on differences.
-
-    Raises:
-        ExportError: the plan needs more than a config and weights.
-    """
+    """Return the entries of the text config that differ from those for transformers, and sentences on differences."""
     if obstacle or plan.buckets:
         raise refuse(server, plan, obstacle or "it does not serve models with buckets of relative distances")
     text: Any = text_config(config)
@@ -176,7 +168,8 @@ def config_entries(
                 "`longrope` is refused for models that rotate neighbouring channels (GLM, Cohere, ERNIE 4.5).",
             ]
         if kind == "linear" and "gemma3" not in text.model_type:
-            limit = _least(plan.target_length, parameters["factor"])
+            limit = round(plan.target_length / parameters["factor"])
+            limit += limit * parameters["factor"] < plan.target_length  # it has to reach the target
             entries["max_position_embeddings"] = limit
             differences.append(
                 "The limit in a `linear` config is multiplied by its factor. It is therefore the original "
@@ -188,18 +181,8 @@ def config_entries(
     return entries, differences
 
 
-def _least(target: int, factor: float) -> int:
-    """Return the shortest length that reaches the target when multiplied by `factor`."""
-    length = round(target / factor)
-    return length if length * factor >= target else length + 1
-
-
 def serve_vllm(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """Return the instructions for vLLM.
-
-    Raises:
-        ExportError: vLLM cannot compute the positions.
-    """
+    """Return the instructions for vLLM."""
 
     def adapt(entry: RotaryPlan, parameters: dict[str, Any], differences: list[str]) -> None:
         if parameters.get("partial_rotary_factor") == 0:
@@ -214,19 +197,12 @@ def serve_vllm(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | No
                 f"{plan.trained_length}; transformers uses the short list up to there."
             )
 
-    entries, differences = config_entries("vLLM", config, plan, obstacle, adapt)
-    length = ("--max-model-len", str(plan.target_length))
-    override = ("--hf-overrides", override_flag(config, plan, entries), *length) if plan.rotaries else ()
-    command = ("vllm", "serve", DIRECTORY, *length)
-    return Serving("vLLM", "vLLM 0.33.0 (4ba787ec9)", plan, (command,), entries, override, tuple(differences))
+    vllm = Serving("vLLM", "vLLM 0.33.0 (4ba787ec9)", plan, (("vllm", "serve", DIRECTORY),))
+    return _serve(vllm, "--max-model-len", "--hf-overrides", config, obstacle, adapt)
 
 
 def serve_sglang(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """Return the instructions for SGLang.
-
-    Raises:
-        ExportError: SGLang cannot compute the positions.
-    """
+    """Return the instructions for SGLang."""
 
     def adapt(entry: RotaryPlan, parameters: dict[str, Any], differences: list[str]) -> None:
         kind = parameters["rope_type"]
@@ -253,11 +229,8 @@ def serve_sglang(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | 
                 "depends on the others."
             )
 
-    entries, differences = config_entries("SGLang", config, plan, obstacle, adapt)
-    length = ("--context-length", str(plan.target_length))
-    override = ("--json-model-override-args", override_flag(config, plan, entries), *length) if plan.rotaries else ()
-    command = ("sglang", "serve", "--model-path", DIRECTORY, *length)
-    return Serving("SGLang", "SGLang 0.5.23", plan, (command,), entries, override, tuple(differences))
+    sglang = Serving("SGLang", "SGLang 0.5.23", plan, (("sglang", "serve", "--model-path", DIRECTORY),))
+    return _serve(sglang, "--context-length", "--json-model-override-args", config, obstacle, adapt)
 
 
 REFUSED = (
@@ -277,12 +250,7 @@ MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def serving_obstacle(config: Mapping[str, Any], server: str) -> str | None:
-    """Return the reason that a server does not load an adapter beside its base; `None` if it does.
-
-    Args:
-        config (`Mapping`): entries of `adapter_config.json`.
-        server (`str`): `"vLLM"` or `"SGLang"`.
-    """
+    """Return the reason that a server does not load an adapter, by its config, beside its base; `None` if it does."""
     if config.get("peft_type") != "LORA":
         return f"an adapter of type {config.get('peft_type')}"
     names = [name for name in (*REFUSED, *IGNORED[server]) if config.get(name)]

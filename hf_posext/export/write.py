@@ -16,22 +16,14 @@ from ..escaping import render
 from ..patching import find_patch
 from ..patching.checkpoint import new_directory, refuse_adapter
 from ..patching.saved_config import stop_4, stop_readers, text_path
-from . import llama_cpp
-from .servers import (
-    IGNORED,
-    Serving,
-    serve_sglang,
-    serve_transformers,
-    serve_transformers_4,
-    serve_vllm,
-    serving_obstacle,
-)
+from . import llama_cpp, servers
+from .servers import IGNORED, Serving, serving_obstacle
 
 SERVERS = {
-    "transformers": serve_transformers,
-    "transformers-4": serve_transformers_4,
-    "vllm": serve_vllm,
-    "sglang": serve_sglang,
+    "transformers": servers.serve_transformers,
+    "transformers-4": servers.serve_transformers_4,
+    "vllm": servers.serve_vllm,
+    "sglang": servers.serve_sglang,
     "llama.cpp": llama_cpp.serve,
 }
 INSTRUCTIONS = "SERVING.md"

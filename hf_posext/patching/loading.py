@@ -26,14 +26,7 @@ GGUF = ".gguf"
 
 @dataclass(frozen=True)
 class Source:
-    """Location of a model: a folder or Hub id, and its GGUF file if it has one.
-
-    Attributes:
-        name (`str`): the model as the user named it.
-        place (`str`): folder or Hub id.
-        gguf (`str`, *optional*): path of the GGUF file inside `place`.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): whether the checkpoint's own Python code runs.
-    """
+    """Location of a model: its name by the user, the folder or Hub id, and the path of a GGUF file in there."""
 
     name: str
     place: str
@@ -91,14 +84,7 @@ def locate(name: str | Path, *, trust_remote_code: bool = False) -> Source:
 
 
 def open_config(source: Source, **kwargs: Any) -> PreTrainedConfig:
-    """Read a config, from the header alone if the model is a GGUF file.
-
-    The config of a GGUF file gets the architecture and the positions, which transformers leaves out.
-
-    Raises:
-        CheckpointError: the GGUF file scales positions in a way that transformers cannot express.
-        OSError, ValueError: raised by transformers.
-    """
+    """Read a config. A GGUF file's gets the architecture and positions of the header, which transformers omits."""
     header = None if source.gguf is None else GGUFHeader.read(source.gguf_path())
     config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **source.arguments, **kwargs)
     if header is not None:
@@ -120,16 +106,7 @@ def open_weights(cls: Any, source: Source, config: PreTrainedConfig | None = Non
 
     Weights in a GGUF file are dequantized, so that the model can be patched, trained and saved like any other.
 
-    Args:
-        cls (`type`): a model class, or an `AutoModel` class.
-        source (`Source`): location of the model.
-        config (`PreTrainedConfig`, *optional*): config of the model. By default it is read.
-        kwargs: passed to `from_pretrained` (`dtype`, `device_map`, ...).
-
-    Raises:
-        CheckpointError: weights are missing or cut off, only pickles contain them, or an index names files outside of
-            the folder.
-        OSError, ValueError: raised by transformers.
+    Weights that are missing or incomplete, pickles, and shards outside of the folder raise a `CheckpointError`.
     """
     place = Path(source.place)
     if source.gguf is None and place.is_dir():

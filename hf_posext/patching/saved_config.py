@@ -32,7 +32,7 @@ from ..errors import UnsupportedModelError
 from ..plan import PLAN_KEY, ExtensionPlan
 from .fingerprint import BASE_KEY, BaseModel
 from .mixin import Carried, mix
-from .ownership import MARK, InForce
+from .ownership import MARK, InForce, mark_of, unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -249,6 +249,15 @@ def carry_in_adapters(model: PreTrainedModel, state: InForce, configs: Mapping[s
         else:
             state.log.set(config, "_posext_entries", entries)
             state.log.set(config, "__class__", mix(CarriesPlanInAdapter, type(config)))
+
+
+def tell_adapters(model: nn.Module) -> None:
+    """Prepare the adapters of a patched model, prompt learning included, to be saved with its plan."""
+    base = unwrap(model)
+    state = mark_of(base)
+    if state is not None and not state.plan.changes_nothing:
+        carry_in_adapters(base, state, getattr(model, "peft_config", None))
+        state.knows_prompts = True
 
 
 def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.directory import CARD_FILE, CONFIG_FILE, AdapterDirectory
+from ..adapters.load import CARD_FILE, CONFIG_FILE, AdapterDirectory
 from ..adapters.save import card_data, how_to_open, public_name, tags
 from ..errors import InvalidParameterError
 from ..evaluation.reading import write_atomically

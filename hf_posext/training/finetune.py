@@ -17,7 +17,7 @@ from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
-from ..adapters.directory import restorer
+from ..adapters.load import restorer
 from ..deprecation import renamed_arguments
 from ..errors import InvalidParameterError, TrainingError, UnsupportedModelError, first_line
 from ..evaluation import Document
@@ -39,23 +39,12 @@ if TYPE_CHECKING:
 
 
 NOT_MEASURED = {"eval_runtime", "train_runtime"}
-"""Keys that mark entries of the Trainer's log to leave out.
-
-These entries only report the speed of an evaluation without rows, and of the whole training.
-"""
-
+"""Keys of log entries to leave out: the speed of an evaluation without rows, and of the whole training."""
 
 HALF = (torch.float16, torch.bfloat16)
 
-SETTLED = (
-    "`is_gradient_checkpointing` is deprecated",
-    "Model has `tie_word_embeddings=True`",
-    "fan_in_fan_out is set to",
-)
-"""Warnings of PEFT to ignore.
-
-They concern a name that PEFT itself uses, ties that `tie_again` restores, and a setting that PEFT corrects.
-"""
+SETTLED = "`is_gradient_checkpointing` is|Model has `tie_word_embeddings=True`|fan_in_fan_out is set to"
+"""Warnings of PEFT on a name that it uses itself, ties that `tie_again` restores, and a setting that it corrects."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +213,17 @@ def finetune(
         size = sum(weight.numel() for weight in model.parameters())
         network = trainable(model, preset, settings, adapter)
         run = Run(tokenizer, rows, patch, preset, settings, evaluation, output, arguments)
-        facts = {"base": portable(model.config.name_or_path) or type(model).__name__, **_facts(run, texts)}
+        source = getattr(texts, "source", {})
+        if source.get("dataset"):
+            source = {**source, "dataset": portable(source["dataset"])}
+        facts: dict[str, Any] = {  # everything that determines the trained weights
+            "base": portable(model.config.name_or_path) or type(model).__name__,
+            "method": plan.method,
+            "plan": plan.describe(),
+            "preset": asdict(preset),
+            "settings": asdict(settings),
+            "data": {**source, **rows.facts},
+        }
         if adapter is not None:
             facts["adapter"] = {name: str(value) for name, value in adapter.to_dict().items()}
         return _train(run, network, size, facts, resume, callbacks, report_to)
@@ -236,20 +235,6 @@ def finetune(
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns the cache off
         model.eval()
-
-
-def _facts(run: Run, texts: Any) -> dict[str, Any]:
-    """Return every fact that determines the trained weights."""
-    source = getattr(texts, "source", {})
-    if source.get("dataset"):
-        source = {**source, "dataset": portable(source["dataset"])}
-    return {
-        "method": run.patch.plan.method,
-        "plan": run.patch.plan.describe(),
-        "preset": asdict(run.preset),
-        "settings": asdict(run.settings),
-        "data": {**source, **run.rows.facts},
-    }
 
 
 def _train(
@@ -334,23 +319,17 @@ def check_model(model: nn.Module, *, adapted: bool, bf16: bool) -> None:
 def trainable(
     model: PreTrainedModel, preset: Preset, settings: Settings, adapter: PeftConfig | None = None
 ) -> nn.Module:
-    """Return the model, or a `PeftModel` around it, with gradients for the weights that the preset trains.
-
-    Trained weights in half precision are converted to float32.
-    """
+    """Return the model, or a `PeftModel` around it, ready to train in float32 what the preset trains."""
     set_seed(settings.seed)
     network: nn.Module = model
     if adapter is not None or preset.rank is not None:
         config = adapter_config(preset, model) if adapter is None else copy.deepcopy(adapter)
         if getattr(model, "is_quantized", False):
-            checkpointing = {"use_gradient_checkpointing": settings.gradient_checkpointing}
-            prepare_model_for_kbit_training(
-                model, **checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            checkpointing = settings.gradient_checkpointing
+            prepare_model_for_kbit_training(model, checkpointing, {"use_reentrant": False})
         try:
             with warnings.catch_warnings():
-                for message in SETTLED:
-                    warnings.filterwarnings("ignore", message)
+                warnings.filterwarnings("ignore", SETTLED)
                 network = get_peft_model(model, config)
         except ValueError as error:
             raise InvalidParameterError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error

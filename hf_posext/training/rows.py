@@ -33,12 +33,10 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to train on.
+    """Rows to train on: `input_ids`, and facts on their origin for the provenance.
 
-    Args:
-        dataset (`datasets.Dataset`): `input_ids` of each row. With packed documents also `position_ids`, which restart
-            at 0 with each document, and `labels`, which exclude the first token and leading special tokens of each.
-        facts (`dict`): origin of the rows, for the provenance.
+    Packed rows have `position_ids`, which restart at 0 with each document, and `labels`, which exclude the first token
+    and leading special tokens of each.
     """
 
     dataset: datasets.Dataset

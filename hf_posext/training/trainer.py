@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ import datasets
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -25,13 +26,13 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
-from ..adapters.save import tell_adapters
 from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document, evaluate_perplexity, longce_weights
 from ..evaluation.documents import as_documents
 from ..evaluation.tokens import first_scored
 from ..patching import Patch, find_patch
 from ..patching.modes import evaluation_mode
+from ..patching.saved_config import tell_adapters
 from ..plan import PLAN_FILE, ExtensionPlan, has_plan
 from .record import CHECKPOINTS
 from .rows import Collator, Rows, Skips, schedule
@@ -47,11 +48,7 @@ class LongCE:
     `short_length` to `2 * short_length - 1` tokens before it. The windows read each token about twice, without
     gradients, in addition to the forward pass over the long row. Tokens of the first window have no shorter context
     and get weight 1.
-
-    Args:
-        model (`torch.nn.Module`): model in training.
-        short_length (`int`): length of the short context in tokens.
-        bos (`int`): number of leading special tokens in each row. Each window begins with them, too.
+    Each row and window begins with `bos` special tokens.
     """
 
     model: nn.Module
@@ -166,8 +163,7 @@ class KeepsPlan(TrainerCallback):  # type: ignore[misc]
                     f"Expected the plan of {resumed} ({expected.describe()}), got "
                     f"{'a model without a patch' if plan is None else plan.describe()}. Patch the model as before."
                 )
-        if patch is not None:
-            tell_adapters(kwargs["model"], patch)
+        tell_adapters(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         args.distributed_state.wait_for_everyone()
@@ -196,28 +192,12 @@ class StopsAtNonFinite(TrainerCallback):  # type: ignore[misc]
         )
 
 
-class ShowsProgress(TrainerCallback):  # type: ignore[misc]
-    """Callback that shows a progress bar on the main process. The one in transformers prints every log."""
-
-    bar: Any = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None
-            )
+class ShowsProgress(ProgressCallback):  # type: ignore[misc]
+    """Progress bar of transformers with the loss beside it, instead of a line for every log."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None and "loss" in kwargs["logs"]:
-            self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.training_bar is not None and "loss" in kwargs["logs"]:
+            self.training_bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -315,7 +295,9 @@ def make_trainer(
         optimizers=(None if preset.ratio == 1 or run.arguments else _two_rates(network, preset), None),
     )
     trainer.remove_callback(PrinterCallback)
-    package_callbacks: list[TrainerCallback] = [KeepsPlan(), StopsAtNonFinite(), ShowsProgress()]
+    package_callbacks: list[TrainerCallback] = [KeepsPlan(), StopsAtNonFinite()]
+    if sys.stderr.isatty():
+        package_callbacks.append(ShowsProgress())
     if run.evaluation is not None:
         texts = as_documents(run.evaluation.documents)
         package_callbacks.append(MeasuresLengths(trainer, run.tokenizer, run.evaluation, texts, settings.seed))

@@ -136,6 +136,21 @@ def test_architecture_that_loads_no_frequencies(tmp_path: Path) -> None:
     assert read_gguf(write_gguf(yarn, source, tmp_path / "new.gguf")).keys["rope.scaling.type"] == "yarn"
 
 
+def test_a_length_that_no_file_can_contain(tmp_path: Path) -> None:
+    model = tiny_llama()
+    patch = patch_model(model, "yarn", factor=2**27)
+    for write in (
+        lambda: export_checkpoint(model, tmp_path / "export", "llama.cpp"),
+        lambda: write_gguf(patch.plan, write_llama(tiny_llama(), tmp_path / "source.gguf"), tmp_path / "copy.gguf"),
+    ):
+        with pytest.raises(ExportError, match="lengths of at most 4294967295; pass a smaller factor"):
+            write()
+    assert not (tmp_path / "export").exists() and not (tmp_path / "copy.gguf").exists()
+    patch.undo()
+    patch_model(model, "yarn", factor=2**25)
+    export_checkpoint(model, tmp_path / "export", "llama.cpp")
+
+
 def test_model_of_another_shape(tmp_path: Path) -> None:
     plan = patch_model(tiny_llama(head_dim=32), "yarn", factor=FACTOR).plan
     with pytest.raises(CheckpointError, match="rotates 16 channels of a head, the plan is for 32"):

@@ -17,7 +17,7 @@ import torch
 
 from hf_posext import LongRoPE, patch_model
 from hf_posext.adapters import save_adapter
-from hf_posext.adapters.directory import AdapterDirectory
+from hf_posext.adapters.load import AdapterDirectory
 from hf_posext.adapters.save import how_to_open, serving_commands
 from hf_posext.export import export_checkpoint
 from hf_posext.export.servers import serving_obstacle

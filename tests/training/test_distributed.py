@@ -72,6 +72,52 @@ print("gathered")
 torch.distributed.destroy_process_group()  # or its threads may outlive what they need
 """
 
+OWN = """
+import sys
+from pathlib import Path
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from hf_posext import find_patch, load_adapter, load_patched, patch_model, unpatch_model
+from tests.adapters.helpers import with_adapter
+from tests.conftest import logits, realigned, tiny_llama, tokens
+from tests.patching.test_whoever_writes import trainer
+
+ids, out = tokens(192), Path(sys.argv[1]).parent
+for method in ("yarn", "rerope"):
+    base = tiny_llama()  # with the seed of every process
+    patch_model(base, method, factor=4)
+    network = with_adapter(base)
+    run = trainer(network, out / method, max_steps=2)
+    run.train()
+    run.save_model(out / method / "final")
+    run.accelerator.wait_for_everyone()
+    for saved in ("checkpoint-2", "final"):
+        opened = load_adapter(out / method / saved, tiny_llama())
+        assert torch.equal(logits(realigned(opened), ids), logits(realigned(network.eval()), ids))
+
+    model = tiny_llama()
+    plain = logits(model, ids)
+    patch_model(model, method, factor=4)
+    whole = logits(model, ids)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert torch.equal(logits(model, ids), whole)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if run.is_world_process_zero():
+        model.save_pretrained(out / method / "sharded", state_dict=weights)
+    run.accelerator.wait_for_everyone()
+    assert torch.equal(logits(realigned(load_patched(out / method / "sharded")), ids), whole)
+    unpatch_model(model)
+    assert torch.equal(logits(model, ids), plain)
+    patch_model(model, method, factor=4)  # of a model that is sharded already
+    assert torch.equal(logits(model, ids), whole)
+print("own trainer")
+"""
+
 
 def two_processes(code: str, *words: object) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -84,9 +130,9 @@ def two_processes(code: str, *words: object) -> str:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One launch for both, since starting takes longest: the directory of the run, and what was printed."""
+    """One launch for all, since starting takes longest: the directory of the run, and what was printed."""
     output = tmp_path_factory.mktemp("two") / "run"
-    return output, two_processes(TRAIN + GATHER, output)
+    return output, two_processes(TRAIN + OWN + GATHER, output)
 
 
 def test_two_processes_give_the_weights_of_one_with_twice_the_rows(told: tuple[Path, str], tmp_path: Path) -> None:
@@ -104,6 +150,10 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_rows(told: tuple[P
     measured = [entry["eval_perplexity_128"] for entry in one.log if "eval_perplexity_128" in entry]
     seen = [json.loads(numbers) for numbers in re.findall(r"measured (\[.*?\])", printed)]
     assert len(seen) == 2 and seen[0] == seen[1] == pytest.approx(measured, rel=1e-5)
+
+
+def test_a_trainer_of_two_processes_and_sharded_weights_keep_the_plan(told: tuple[Path, str]) -> None:
+    assert told[1].count("own trainer") == 2
 
 
 def test_shards_are_put_together_and_ties_are_kept(told: tuple[Path, str]) -> None:
