@@ -43,15 +43,7 @@ OUR_KEYS = (PLAN_KEY, BASE_KEY, REPLACED_KEY, "needs_the_positions_of_posext_pla
 
 @dataclass(frozen=True)
 class AdapterDirectory:
-    """Content of an adapter's directory.
-
-    Attributes:
-        path (`Path`): the directory.
-        config (`Mapping`): `adapter_config.json` as PEFT wrote it.
-        plan (`ExtensionPlan`): positions that the adapter was trained with.
-        base (`BaseModel`): model that the adapter was trained on.
-        shapes (`Mapping[str, tuple[int, ...]]`): shapes of the adapter's weights, by name.
-    """
+    """Content of an adapter's directory: PEFT's config, plan and base of the training, and shapes of the weights."""
 
     path: Path
     config: Mapping[str, Any]
@@ -288,9 +280,9 @@ def verify_adapter(model: nn.Module, directory: str | Path) -> AdapterFit:
     if difference:
         reasons.append(f"it is another base model: {difference}")
     if not reasons and not getattr(unwrap(model), "peft_config", None):
-        homeless = misfit(adapter, unwrap(model))
-        if homeless:
-            reasons.append(f"the adapter does not fit its weights: {homeless}")
+        difference = misfit(adapter, unwrap(model))
+        if difference:
+            reasons.append(f"the adapter does not fit its weights: {difference}")
     return AdapterFit(tuple(reasons), adapter.plan, in_force)
 
 
@@ -333,7 +325,7 @@ def load_adapter(
 
     adapter = _read(directory)
     path = adapter.path
-    names = _held(base)
+    names = _adapter_names(base)
     if base is None:
         base = _open_base(adapter, kwargs)
         _fit_vocabulary(base, adapter)
@@ -381,7 +373,7 @@ def _read(directory: str | Path) -> AdapterDirectory:
     return AdapterDirectory.read(local_directory(directory, patterns))
 
 
-def _held(base: nn.Module | None) -> list[str]:
+def _adapter_names(base: nn.Module | None) -> list[str]:
     """Return the names of the adapters on a model."""
     return list(getattr(base, "peft_config", None) or getattr(base and unwrap(base), "peft_config", None) or ())
 
@@ -440,9 +432,9 @@ def _open_base(adapter: AdapterDirectory, kwargs: dict[str, Any]) -> PreTrainedM
         ) from error
 
 
-def _both_plans(in_force: ExtensionPlan, wanted: ExtensionPlan) -> str:
+def _both_plans(in_force: ExtensionPlan, trained: ExtensionPlan) -> str:
     """Describe two plans side by side, with advice."""
-    comparison = f"the adapter was trained under ({wanted.describe()}), the model carries ({in_force.describe()})"
-    if in_force.method == wanted.method and in_force.factor != wanted.factor:
+    comparison = f"the adapter was trained under ({trained.describe()}), the model carries ({in_force.describe()})"
+    if in_force.method == trained.method and in_force.factor != trained.factor:
         return f"{comparison}; an adapter keeps the factor that it was trained with: give the model without a patch"
     return f"{comparison}; undo that first, unpatch_model(model), or train an adapter under it"

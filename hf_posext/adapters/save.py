@@ -98,14 +98,14 @@ def save_adapter(
     try:
         with torch.device("meta"):  # the same modules, without weights and without what the patch changed
             twin = type(patch.model)(config)
-        homeless = misfit(AdapterDirectory.read(path), twin)
+        difference = misfit(AdapterDirectory.read(path), twin)
     except CheckpointError as error:
-        homeless = str(error)
-    if homeless:
+        difference = str(error)
+    if difference:
         shutil.rmtree(path)
         raise UnsupportedModelError(
-            f"PEFT does not build the adapter {name!r} again from what it saves of it: {homeless}. Merge it into the "
-            "weights, model.merge_and_unload(), and save the model."
+            f"PEFT does not build the adapter {name!r} again from what it saves of it: {difference}. Merge it into "
+            "the weights, model.merge_and_unload(), and save the model."
         )
     tokenizer = tokenizer or patch.tokenizer
     if tokenizer is not None:

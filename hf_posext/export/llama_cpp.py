@@ -48,13 +48,10 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0
 
 @dataclass(frozen=True)
 class RopeKeys:
-    """Positions in the form of a GGUF file.
+    """Positions in the form of a GGUF file: metadata without the prefix of the architecture, tensors, and flags.
 
-    Attributes:
-        keys (`Mapping[str, Any]`): metadata without the prefix of the architecture (`"rope.freq_base"`).
-        tensors (`Mapping[str, tuple[float, ...]]`): divisors of the frequencies, by the name of the tensor.
-        flags (`tuple[str, ...]`): settings that are only available on the command line.
-        by_converter (`bool`): whether llama.cpp's `convert_hf_to_gguf.py` writes the same from the exported config.
+    The tensors contain divisors of the frequencies. `by_converter` is true if llama.cpp's `convert_hf_to_gguf.py`
+    writes the same from the exported config.
     """
 
     keys: Mapping[str, Any]
@@ -108,10 +105,10 @@ def _divisors(plan: ExtensionPlan, entry: RotaryPlan, rotary: Rotary, keys: dict
     if entry.attention_factor != 1.0:
         keys["rope.scaling.attn_factor"] = entry.attention_factor
 
-    def divisors(wanted: tuple[float, ...]) -> tuple[float, ...]:
+    def divisors(inv_freq: tuple[float, ...]) -> tuple[float, ...]:
         shipped = [rotary.theta ** (-2 * i / rotary.dim) for i in range(rotary.pairs)]
         # a pair that does not rotate: an angle divided by 1e30 has a cosine of exactly 1 in float32
-        return tuple(old / new if new else 1e30 for old, new in zip(shipped, wanted, strict=True))
+        return tuple(old / new if new else 1e30 for old, new in zip(shipped, inv_freq, strict=True))
 
     if entry.short_inv_freq is None:
         return RopeKeys(keys, {"rope_freqs.weight": divisors(entry.inv_freq)}, by_converter=False)
@@ -167,12 +164,12 @@ def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -
     return Serving(SERVER, READ_FROM, plan, tuple(commands), _config(config, plan, rope), (), tuple(differences))
 
 
-def _config(config: PreTrainedConfig, plan: ExtensionPlan, said: RopeKeys) -> dict[str, Any]:
+def _config(config: PreTrainedConfig, plan: ExtensionPlan, rope: RopeKeys) -> dict[str, Any]:
     """Return config entries for the converter: the plain base if it would write a rope type without its numbers."""
     text: Any = text_config(config)
     if text.model_type == "gpt2":
         return {"n_ctx": plan.target_length}  # the only entry from which it reads the length of GPT-2's table
-    if said.by_converter:
+    if rope.by_converter:
         return {}
     entry = plan.rotaries[0]
     plain = {"rope_type": "default", "rope_theta": plan.scheme.rotary(entry.name).theta}
@@ -206,10 +203,10 @@ def write_gguf(plan: ExtensionPlan | str | Path, source: str | Path, path: str |
     if path.exists():
         raise FileExistsError(f"{path} exists. Choose another name, or remove it first.")
     reader, arch = open_gguf(source)
-    said = rope_keys(plan)
-    _check(reader, arch, source, plan, said)
+    rope = rope_keys(plan)
+    _check(reader, arch, source, plan, rope)
     try:
-        _copy(reader, arch, said, path)
+        _copy(reader, arch, rope, path)
     except BaseException:
         path.unlink(missing_ok=True)  # an incomplete file would pass for a complete one
         raise
@@ -236,7 +233,7 @@ def read_gguf(path: str | Path) -> RopeKeys:
     return RopeKeys(keys, tensors)
 
 
-def _copy(reader: Any, arch: str, said: RopeKeys, path: Path) -> None:
+def _copy(reader: Any, arch: str, rope: RopeKeys, path: Path) -> None:
     """Write a copy of a file, with the positions of a plan in place of its own."""
     import gguf
 
@@ -248,10 +245,10 @@ def _copy(reader: Any, arch: str, said: RopeKeys, path: Path) -> None:
         kind = entry.types[0]
         inner = entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(entry.name, entry.contents(), kind, sub_type=inner)
-    for key, value in said.keys.items():
+    for key, value in rope.keys.items():
         types = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
         writer.add_key_value(f"{arch}.{key}", value, types[type(value)])
-    for name, numbers in said.tensors.items():
+    for name, numbers in rope.tensors.items():
         writer.add_tensor(name, np.array(numbers, dtype=np.float32))
     for tensor in reader.tensors:
         if tensor.name not in DIVISORS:
@@ -262,7 +259,7 @@ def _copy(reader: Any, arch: str, said: RopeKeys, path: Path) -> None:
     writer.close()
 
 
-def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, said: RopeKeys) -> None:
+def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, rope: RopeKeys) -> None:
     """Refuse a file that does not fit a plan."""
 
     def value(key: str) -> Any:
@@ -271,9 +268,9 @@ def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, said
 
     if (value("split.count") or 0) > 1:
         raise CheckpointError(f"{source} is one of several parts; join them first: llama-gguf-split --merge")
-    known = LLAMA_LIKE if len(said.tensors) > 1 else WITH_FREQUENCIES
-    if said.tensors and arch not in known:
-        reason = f"of the architecture {arch!r} it loads no tensor of frequencies (of {', '.join(known)} it does)"
+    supported = LLAMA_LIKE if len(rope.tensors) > 1 else WITH_FREQUENCIES
+    if rope.tensors and arch not in supported:
+        reason = f"of the architecture {arch!r} it loads no tensor of frequencies (of {', '.join(supported)} it does)"
         raise refuse(SERVER, plan, reason, "yarn, linear, ntk and theta can be exported to any")
     for entry in plan.rotaries:
         channels, width = value(f"{arch}.rope.dimension_count"), plan.scheme.rotary(entry.name).dim

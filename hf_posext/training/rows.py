@@ -76,8 +76,8 @@ def make_rows(
         logger.warning(message, len(short), len(sizes), length)
     used = sum(map(len, whole)) + (sum(map(len, ends)) if pack else 0)
     if pack:
-        known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        padding = next(token for token in known if token is not None)  # any token: it is not attended to
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        padding = next(token for token in candidates if token is not None)  # any token: it is not attended to
         dataset = _packed(whole, packs, length, padding, first_scored(len(prefix)))
     else:
         dataset = _columns(input_ids=np.array(whole))
