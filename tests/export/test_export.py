@@ -369,7 +369,7 @@ def test_docs_tell_the_measured_figures() -> None:
     for result, rounding in ((measured, 1e-6), (converted, 2e-5)):  # of 30 layers, and scores times 1.4 squared
         for row in result["rows"]:
             figures = f"{row['transformers']:.3f} | {row['llama.cpp']:.3f} | {row['difference']:+.1e}"
-            assert f"| {row['method']} | {figures} |" in text
+            assert f"| `{row['method']}` | {figures}" in text
             assert abs(row["difference"]) < rounding
     for row in json.loads((root / "benchmarks/results/serving.json").read_text())["parts"]["throughput"]:
         assert f"| `{row['method']}` | {row['tokens_per_second']:.1f} | {row['ratio']:.2f} |" in text
