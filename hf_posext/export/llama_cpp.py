@@ -40,8 +40,6 @@ WITH_FREQUENCIES = [
 llama.cpp refuses a file of any other architecture that contains the tensor.
 """
 
-LONGEST = 2**32 - 1
-
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 """Bounds of YaRN that llama.cpp uses unless flags give others."""
 
@@ -62,8 +60,6 @@ class RopeKeys:
 
 def rope_keys(plan: ExtensionPlan) -> RopeKeys:
     """Return the keys and tensors with which llama.cpp gives every token the positions of a plan."""
-    if plan.target_length > LONGEST:
-        raise refuse(SERVER, plan, f"a GGUF file contains lengths of at most {LONGEST}", "pass a smaller factor")
     limit = {"context_length": plan.target_length}
     if not plan.rotaries:
         return RopeKeys(limit)

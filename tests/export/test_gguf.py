@@ -136,19 +136,11 @@ def test_architecture_that_loads_no_frequencies(tmp_path: Path) -> None:
     assert read_gguf(write_gguf(yarn, source, tmp_path / "new.gguf")).keys["rope.scaling.type"] == "yarn"
 
 
-def test_a_length_that_no_file_can_contain(tmp_path: Path) -> None:
-    model = tiny_llama(max_position_embeddings=1024)
-    patch = patch_model(model, "yarn", factor=2**23)
-    for write in (
-        lambda: export_checkpoint(model, tmp_path / "export", "llama.cpp"),
-        lambda: write_gguf(patch.plan, write_llama(tiny_llama(), tmp_path / "source.gguf"), tmp_path / "copy.gguf"),
-    ):
-        with pytest.raises(ExportError, match="lengths of at most 4294967295; pass a smaller factor"):
-            write()
-    assert not (tmp_path / "export").exists() and not (tmp_path / "copy.gguf").exists()
-    patch.undo()
-    patch_model(model, "yarn", factor=2**21)
-    export_checkpoint(model, tmp_path / "export", "llama.cpp")
+def test_the_longest_target_is_written(tmp_path: Path) -> None:
+    plan = patch_model(tiny_llama(), "yarn", factor=2**24 // TRAINED).plan
+    source = write_llama(tiny_llama(), tmp_path / "source.gguf")
+    keys = read_gguf(write_gguf(plan, source, tmp_path / "copy.gguf")).keys
+    assert keys["context_length"] == 2**24 and keys["rope.scaling.factor"] == 2**24 / TRAINED
 
 
 def test_model_of_another_shape(tmp_path: Path) -> None:
