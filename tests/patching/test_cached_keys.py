@@ -62,6 +62,37 @@ def test_steps_chunks_and_crops_equal_one_forward(name: str) -> None:
     torch.testing.assert_close(steps(model, twin, [33, 34, 35]), whole[:, 33:35], **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "mistral"])
+@pytest.mark.parametrize("name", METHODS)
+def test_crops_bring_back_keys_behind_the_window(name: str, kind: str) -> None:
+    """Draft models do that: their layers record keys behind their window of 16."""
+    model = build(kind)
+    patch_model(model, METHODS[name], factor=8, trained_length=16)
+    whole = logits(model, IDS, use_cache=False)
+    cache = DynamicCache(config=model.config)
+    records = hasattr(cache, "activate_past_recording")
+    if records:
+        cache.activate_past_recording()
+    torch.testing.assert_close(steps(model, cache, [0, 23, 24]), whole[:, :24], **CLOSE)
+    last = 24
+    for back, bounds in ((3, [1, 2, 7, 8, 9]), (5, [1, 4, 5]), (0, [1, 2, 3])) if records else ():
+        cache.crop(-back)
+        after = [last - back, *(last - back + bound for bound in bounds)]
+        found = steps(model, cache, after)
+        last = after[-1]
+        torch.testing.assert_close(found, whole[:, after[0] : last], **CLOSE)
+
+
+def test_a_mask_for_other_keys_is_refused() -> None:
+    """As by the unpatched model, with an error."""
+    model = tiny_llama()
+    mask = torch.ones(1, 1, 20, 22, dtype=torch.bool).tril(2)
+    for method in (None, ReRoPE(window=8), DualChunk(chunk=12, local=4)):
+        patch = patch_model(model, method or "none", factor=8, trained_length=16)
+        with patch, pytest.raises(EvaluationError if method else RuntimeError):
+            logits(model, IDS[:, :20], attention_mask=mask)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static", "sliding"])
 def test_a_step_rotates_the_key_that_leaves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that a step changes only the key that leaves the window: all other cached keys keep their bits.

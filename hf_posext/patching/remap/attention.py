@@ -28,6 +28,7 @@ from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import PositionMap, QueryScale
 from ..kernels import SAME, Branch, Geometry, Rotated, attention_with_weights, banded_attention, mapped, whole
 from ..modes import forget_attention, register_attention
+from .cache import START_ANEW
 from .forward import ATTENTION, Positions, both_sides, current_state, first_axis, positions_at
 from .layout import Layer, Phases, Probing
 from .paged import not_paged, requests_of
@@ -200,6 +201,11 @@ def _banded_attention(call: Call) -> Attended:
         )
     if mask is None and count > 1 and not _is_causal(remapping.base, call.module, options):
         raise UnsupportedModelError(both_sides(remapping, type(call.module).__name__, "no mask, and not causal"))
+    if mask is not None and (mask.shape[2] not in (1, count) or mask.shape[3] != call.key.shape[2]):
+        raise EvaluationError(
+            f"{type(call.module).__name__} got a mask of {mask.shape[2]} queries and {mask.shape[3]} keys for {count} "
+            f"queries and {call.key.shape[2]} keys. {START_ANEW}"
+        )
     queries, keys = first_axis(call.query_axes), first_axis(call.key_axes)
     # Bands are stripes of the score matrix unless a sliding cache has dropped keys. Chunks also require rows that
     # begin at position 0. Windows may begin anywhere.

@@ -58,15 +58,17 @@ def cached_keys(
     if holder is None or before is None and not (settle and (tokens == 1 or is_static(state.cache))):
         state.loose.add(layer.rotary)
         return key, False, None
-    count = min(key.shape[2], place.keys.shape[1])  # a static cache has free slots, a sliding one drops keys
-    filled = key if count == key.shape[2] else key[:, :, :count]
+    # a sliding layer that records its past holds keys behind its window, which a crop brings back
+    held = key if key.shape[2] >= holder.keys.shape[2] else holder.keys
+    count = min(held.shape[2], place.keys.shape[1])  # a static cache has free slots, a sliding one drops keys
+    filled = held if count == held.shape[2] else held[:, :, :count]
     positions = place.once(("held", count, key.device), lambda: place.keys[:, -count:].to(key.device))
     newest = place.once(("newest", key.device), lambda: positions[:, -1:])
     cached, last = count - tokens, None
     if before is not None and before[1] == cached and settle and tokens == 1:
         # a decoding step: rotate the new key and the one that leaves the window
         if leave:
-            last = state.remapping.bands.leaving(count)
+            last = state.remapping.bands.leaving(min(count, key.shape[2]))
         else:
             step_keys(layer.key, place, filled, newest)
     else:
@@ -92,14 +94,14 @@ def cached_keys(
         if not settle:  # these keys cannot stay rotated: the cache gets them back unrotated
             filled.copy_(plain)
             state.loose.add(layer.rotary)
-            return plain, False, None
+            return plain[:, :, -key.shape[2] :], False, None
         targets = bands.rotated_positions(newest, positions)
         phases = _once(place, ("all", count), layer.key, key, lambda: phases_at(place, targets, key))
         moved = layer.key.rotate(plain, phases)
         if wrong is not None:  # keys at the right position keep their bits, so that errors do not accumulate
             moved = torch.where(wrong[:, None, :, None], moved, filled)
         filled.copy_(moved)  # in place, because the cache may hold a part of these keys, or must keep its memory
-        key = key if tokens == 1 else plain
+        key = key if tokens == 1 else plain[:, :, -key.shape[2] :]
     rotated[index] = newest, min(count, holder.keys.shape[2])
     return key, tokens == 1, last
 
