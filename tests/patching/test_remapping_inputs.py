@@ -4,6 +4,7 @@ and arguments of trainers."""
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -134,6 +135,25 @@ def test_decoding_after_padding(name: str, side: str) -> None:
         alone = logits(model, text[:, : 15 + index])[:, -1:]
         limit = 0.1 if "dynamic" in name else 1e-5
         torch.testing.assert_close(one, alone, atol=limit, rtol=0)
+
+
+@pytest.mark.parametrize("bounds", [[0, 1, 2, 3, 11, 12, 13, 14], [0, 7, 14], [0, 5, 7, 10, 14], [0, 9, 10, 14]])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["rerope", "self-extend", "dual-chunk", "sinks", "log-n"])
+def test_rows_whose_first_pieces_are_padding(name: str, kind: str, bounds: list[int]) -> None:
+    """They begin in the first, a later, or no piece of the prompt. Rows are swapped between the pieces."""
+    model, texts = build(kind), [tokens(count, seed=count) for count in (40, 31, 29, 26)]
+    patch(model, name)
+    rows = [torch.cat([torch.zeros(1, 40 - text.shape[1]).long(), text], 1) for text in texts]
+    ids, order = torch.cat(rows), torch.tensor([2, 0, 3, 1])
+    cache, found = DynamicCache(config=model.config), []
+    for start, stop in itertools.pairwise([*bounds, 20, 21, 22, 40]):
+        given = with_cache(model.forward, cache)
+        found.append(logits(model, ids[:, start:stop], attention_mask=ids[:, :stop].ne(0).long(), **given))
+        cache.reorder_cache(order)
+        ids, texts, found = ids[order], [texts[row] for row in order], [piece[order] for piece in found]
+    for text, row in zip(texts, torch.cat(found, 1), strict=True):
+        torch.testing.assert_close(row[None, -text.shape[1] :], logits(model, text), **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -40,6 +40,7 @@ class KeyRecord:
         self.plan: ExtensionPlan | None = None  # plan under which the keys were written
         self.positions: torch.Tensor | None = None  # of all keys, on one axis or several as in `Positions`
         self.padding: torch.Tensor | None = None  # offset that is subtracted from the model's positions
+        self.waiting: torch.Tensor | None = None  # (batch, 1), `True` for rows of padding alone so far, if any is
         self.order = False, False  # whether positions are aligned and regular, see `Positions`
         # for each layer of the cache with rotated keys, the newest position (batch or 1, 1) for which they are
         # rotated, and their number
@@ -97,7 +98,7 @@ class KeyRecord:
         """
         if not torch.compiler.is_compiling() or not is_static(cache):
             return None
-        if self.newest is None or not self.order[1] or self.plan is not plan:
+        if self.newest is None or not self.order[1] or self.plan is not plan or self.waiting is not None:
             return None
         self.contents = Contents.WRITING  # KNOWN or COUNTED -> WRITING
         layers: Any = cache.layers
@@ -140,7 +141,8 @@ class KeyRecord:
 
     def empty(self) -> None:
         """Update the record after the cache was emptied."""
-        self.contents, self.positions, self.padding, self._seen = Contents.EMPTY, None, None, None
+        self.contents, self.positions, self._seen = Contents.EMPTY, None, None
+        self.padding = self.waiting = None
         self.rotated.clear()
 
     def crop(self, cache: Any) -> None:
@@ -165,6 +167,8 @@ class KeyRecord:
             self._keep_newest(changed(self.newest))
         if self.padding is not None:
             self.keep_padding(changed(self.padding))
+        if self.waiting is not None:
+            self.waiting = changed(self.waiting)
         if self.positions is not None:
             self.positions = changed(self.positions)
         self.rotated = {index: (changed(newest), count) for index, (newest, count) in self.rotated.items()}

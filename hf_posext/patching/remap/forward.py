@@ -110,6 +110,7 @@ class ForwardState:
         self.paged = False  # whether keys are in the pages of continuous batching
         self.past: torch.Tensor | None = None  # positions of the keys in the cache
         self.padding: torch.Tensor | None = None  # offset that is subtracted from the model's positions
+        self.waiting: torch.Tensor | None = None  # (batch, 1), `True` for rows of padding alone so far, if any is
         self.slot: torch.Tensor | None = None  # slot of the new key, in a compiled step
         self.positions: dict[str, Positions] = {}  # requested from the rotary modules, by set of frequencies
         self.loose: set[str] = set()  # sets of frequencies with layers whose cached keys are not rotated
@@ -124,7 +125,7 @@ class ForwardState:
             self.slot = self.record.open_slot(cache, plan)
             if self.slot is None:
                 self.past = self.record.open(cache, plan)
-            self.padding = self.record.padding
+            self.padding, self.waiting = self.record.padding, self.record.waiting
         self.mask = mask
 
     def close(self, cache: Any) -> None:
@@ -140,6 +141,7 @@ class ForwardState:
             follow(cache, record)
             if record.padding is not self.padding:
                 record.keep_padding(self.padding)
+            record.waiting = self.waiting
             record.close(cache, self.remapping.plan, place.key_axes, (place.aligned, place.regular), names)
         for place in self.positions.values():
             place.memo.clear()
@@ -147,7 +149,7 @@ class ForwardState:
     def release(self) -> None:
         """Drop tensors, the cache, and everything that refers back to the state."""
         self.positions, self.parent = {}, None
-        self.past = self.padding = self.slot = self.cache = self.record = None
+        self.past = self.padding = self.waiting = self.slot = self.cache = self.record = None
 
     def note(self, site: RotarySite, position_ids: torch.Tensor, tokens: int) -> Positions:
         """Store the positions `given` to a rotary module in a forward of `tokens` tokens.
@@ -177,16 +179,18 @@ class ForwardState:
         single, axes = position_ids.shape[-1] == 1, position_ids.shape[0] if position_ids.ndim == 3 else None
         if axes is not None:
             position_ids = self._flat(position_ids, single)
-        counted = None if single else self._counted(position_ids)
-        if past is None and counted is not None:
-            self.padding = leading_padding(position_ids, counted)
+        waiting = None if self.record is None else self.record.waiting
+        begins = past is None or waiting is not None  # some rows may begin in this forward
+        counted = self._counted(position_ids) if begins or not single else None
+        if begins and counted is not None:
+            self.padding, self.waiting = leading_padding(position_ids, counted, waiting, self.padding)
         position_ids = self._without_padding(position_ids)
         keys = position_ids
         if past is not None:
             past = past.to(position_ids.device)
             rows = torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1])  # type: ignore[no-untyped-call]
             keys = torch.cat([past.expand(*rows, -1), position_ids.expand(*rows, -1)], -1)
-        aligned, regular = self._order(first_axis(keys), single, counted)
+        aligned, regular = self._order(first_axis(keys), single and not begins, counted)
         rotated = False
         if single and regular and keys.ndim == 2 and past is not None:
             assert self.record is not None
@@ -209,7 +213,8 @@ class ForwardState:
     def _counted(self, position_ids: torch.Tensor) -> torch.Tensor | None:
         """Return the mask (batch, tokens) of the tokens that are not padding, or `None` if all tokens count.
 
-        Not called for a single token, which is never padding. A decoding step therefore does not read the mask.
+        Not called for a single token, unless its row may still begin with padding. A decoding step therefore does not
+        read the mask.
         """
         if self.mask is None or self.remapping.delta:
             return None
@@ -267,20 +272,30 @@ def first_axis(positions: torch.Tensor) -> torch.Tensor:
     return positions if positions.ndim == 2 else positions[0]
 
 
-def leading_padding(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
-    """Return the position (..., batch, 1) of each row's first token under the mask, or 0 without left padding.
+def leading_padding(
+    positions: torch.Tensor, mask: torch.Tensor, waiting: torch.Tensor | None, before: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the position (..., batch, 1) of each row's first token under the mask, or 0 without left padding, and the
+    rows (batch, 1) of padding alone.
 
-    It is subtracted from the positions of a first forward and of forwards that continue with its cache. `None` if no
-    row is known to be padded. Without `position_ids`, a model counts left padding like text. A common shift does not
-    change RoPE, but it changes windows, chunks, sinks, and lengths. The mask (batch, tokens) is `True` for tokens that
-    are not padding.
+    The first is subtracted from the positions of a first forward and of forwards that continue with its cache. Both
+    are `None` if no row is known to be padded. Without `position_ids`, a model counts left padding like text. A common
+    shift does not change RoPE, but it changes windows, chunks, sinks, and lengths. The mask (batch, tokens) is `True`
+    for tokens that are not padding. In a later forward, `waiting` are the rows of padding alone so far. All others keep
+    the offset that they had `before`.
     """
     first = mask.long().argmax(-1, keepdim=True)
     rows = positions.expand(*positions.shape[:-2], mask.shape[0], -1)
     starts = rows.gather(-1, first.expand(*rows.shape[:-1], 1))
+    empty = ~mask.any(-1, keepdim=True)
     padding = torch.where(first > 0, starts, 0)
-    free = not torch.compiler.is_compiling() and seen_for_free(padding)
-    return None if free and not padding.any() else padding
+    if waiting is not None:
+        empty = empty & waiting
+        padding = torch.where(waiting, starts, 0 if before is None else before.to(starts.device))
+    padding = torch.where(empty, rows[..., -1:] + 1, padding)  # the padding of such rows stays at position 0
+    if torch.compiler.is_compiling():
+        return padding, None
+    return None if seen_for_free(padding) and not padding.any() else padding, empty if empty.any() else None
 
 
 def document_lengths(positions: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
