@@ -216,13 +216,16 @@ def test_decoding_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch
     assert waits.seen, "the count counts: several tokens are looked at"
 
 
-def test_a_cache_of_another_patch_is_refused(llama: LlamaForCausalLM) -> None:
-    cache = DynamicCache(config=llama.config)
-    with patch_model(llama, ReRoPE(window=8), factor=8):
-        steps(llama, cache, [0, 20, 21])
-    with patch_model(llama, ReRoPE(window=12), factor=8), pytest.raises(EvaluationError, match="under another patch"):
+@pytest.mark.parametrize("pieces", [[0, 21], [0, 20, 21]])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_cache_of_another_patch_is_refused(name: str, pieces: list[int], llama: LlamaForCausalLM) -> None:
+    """Whether its keys are rotated yet or not: other layers than the first have computed them under that patch."""
+    cache, lengths = DynamicCache(config=llama.config), {"factor": 8, "trained_length": 16}
+    with patch_model(llama, METHODS[name], **lengths):
+        steps(llama, cache, pieces)
+    with patch_model(llama, ReRoPE(window=12), **lengths), pytest.raises(EvaluationError, match="under another patch"):
         steps(llama, cache, [21, 22])
-    with patch_model(llama, ReRoPE(window=8), factor=8):
+    with patch_model(llama, METHODS[name], **lengths):
         found = steps(llama, cache, [21, 22])
         torch.testing.assert_close(found, logits(llama, IDS[:, :22], use_cache=False)[:, -1:], **CLOSE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -133,6 +134,22 @@ def test_other_caches(family: str) -> None:
     forward = torch.compile(model.__call__, backend="eager")
     for _ in range(6):
         torch.testing.assert_close(static.read(1, forward), growing.read(1), **CLOSE)
+
+
+@pytest.mark.parametrize("method", METHODS[:4])
+def test_copies_of_a_cache_go_on(method: Method) -> None:
+    """Of a beginning that several texts share, copied before and after compiled steps."""
+    model = tiny_llama()
+    patch_model(model, method, factor=8, trained_length=16)
+    readers = two(model, 0)
+    forward, _ = one_graph(model)
+    for _ in range(2):
+        twins = [copy.copy(reader) for reader in readers]
+        for twin in twins:
+            twin.cache = copy.deepcopy(twin.cache)
+        for static, growing in (readers, twins):
+            for _ in range(3):
+                torch.testing.assert_close(static.read(1, forward), growing.read(1), **CLOSE)
 
 
 def test_a_cache_that_is_used_again() -> None:

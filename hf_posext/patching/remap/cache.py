@@ -59,7 +59,7 @@ class KeyRecord:
         """Start a forward that may add keys to the cache, and return the positions of those in it, if any.
 
         Raises:
-            EvaluationError: the keys are not those of the last forward, or are rotated for another plan.
+            EvaluationError: the keys are not those of the last forward, or were written under another plan.
         """
         self.catch_up(cache)
         length = _length(cache, None if self.contents is Contents.WRITING else self.positions)
@@ -73,7 +73,7 @@ class KeyRecord:
                 "crop, reorder_cache, batch_select_indices or batch_repeat_interleave, which keep the positions of "
                 f"keys. {START_ANEW}"
             )
-        if self.rotated and self.plan != plan:
+        elif self.plan is not plan and self.plan != plan:
             raise EvaluationError(f"The cache was filled under another patch. {START_ANEW}")
         # EMPTY or KNOWN -> WRITING: keys come in by `update` from here on
         self.contents, self.plan = Contents.WRITING, plan
