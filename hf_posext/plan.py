@@ -124,6 +124,10 @@ class ExtensionPlan(_Labels):
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", tuple(sorted(self.edits, key=lambda edit: EDITS.index(type(edit)))))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the plan itself, which is frozen. A copied cache therefore stays one of its model in compiled steps."""
+        return self
+
     def of(self, kind: type[E]) -> tuple[E, ...]:
         """Return the edits of one type."""
         return tuple(edit for edit in self.edits if isinstance(edit, kind))
