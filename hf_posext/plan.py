@@ -125,7 +125,7 @@ class ExtensionPlan(_Labels):
         object.__setattr__(self, "edits", tuple(sorted(self.edits, key=lambda edit: EDITS.index(type(edit)))))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return the plan itself, which is frozen. A copied cache therefore stays one of its model in compiled steps."""
+        """Return the plan itself, which is frozen. A copied cache thereby stays one of its model in compiled steps."""
         return self
 
     def of(self, kind: type[E]) -> tuple[E, ...]:
