@@ -281,8 +281,8 @@ def leading_padding(
     The first is subtracted from the positions of a first forward and of forwards that continue with its cache. Both
     are `None` if no row is known to be padded. Without `position_ids`, a model counts left padding like text. A common
     shift does not change RoPE, but it changes windows, chunks, sinks, and lengths. The mask (batch, tokens) is `True`
-    for tokens that are not padding. In a later forward, `waiting` are the rows of padding alone so far. All others keep
-    the offset that they had `before`.
+    for tokens that are not padding. In a later forward, `waiting` are the rows of padding alone so far. All other rows
+    keep the offset that they had `before`.
     """
     first = mask.long().argmax(-1, keepdim=True)
     rows = positions.expand(*positions.shape[:-2], mask.shape[0], -1)

@@ -59,9 +59,9 @@ def cached_keys(
         state.loose.add(layer.rotary)
         return key, False, None
     # a sliding layer that records its past holds keys behind its window, which a crop brings back
-    held = key if key.shape[2] >= holder.keys.shape[2] else holder.keys
-    count = min(held.shape[2], place.keys.shape[1])  # a static cache has free slots, a sliding one drops keys
-    filled = held if count == held.shape[2] else held[:, :, :count]
+    stored = key if key.shape[2] >= holder.keys.shape[2] else holder.keys
+    count = min(stored.shape[2], place.keys.shape[1])  # a static cache has free slots, a sliding one drops keys
+    filled = stored if count == stored.shape[2] else stored[:, :, :count]
     positions = place.once(("held", count, key.device), lambda: place.keys[:, -count:].to(key.device))
     newest = place.once(("newest", key.device), lambda: positions[:, -1:])
     cached, last = count - tokens, None
