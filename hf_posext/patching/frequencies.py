@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan, RotaryPlan
 from .detect import RotarySite, rotary_sites
 from .effect import no_effect
-from .mixin import Mixin, mix
+from .mixin import Mixin, mix, source_file
 from .undo import UndoLog
 
 logger = logging.get_logger(__name__)
@@ -252,7 +251,7 @@ def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, log: Un
 
 def _baking(kind: type[nn.Module]) -> Callable[[Any, float], float] | None:
     """Return the attention class's function `(rope parameters, softmax scale) -> softmax scale`, if any."""
-    source = sys.modules[kind.__module__]
+    source = source_file(kind)
     apply_mscale: Callable[[Any, float], float] | None = getattr(source, "yarn_apply_mscale", None)
     if apply_mscale is not None:
         return apply_mscale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -64,3 +66,16 @@ def _instance(mixins: tuple[type, ...], base: type) -> Any:
     for mixin in mixins:
         cls = mix(mixin, cls)
     return object.__new__(cls)
+
+
+def source_file(cls: type[nn.Module]) -> ModuleType:
+    """Return the Python module in which the class of a module was written, whoever has subclassed it since.
+
+    FSDP2, `torch.nn.utils.parametrize`, and [`mix`] make classes at run time, which no file defines.
+    """
+    for written in cls.__mro__:
+        file = sys.modules.get(written.__module__)
+        defined = "<locals>" in written.__qualname__ or getattr(file, written.__name__, None) is written
+        if file is not None and defined and issubclass(written, nn.Module) and not issubclass(written, Mixin):
+            return file
+    return sys.modules[cls.__module__]

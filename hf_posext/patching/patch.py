@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..deprecation import renamed_arguments
@@ -110,7 +112,7 @@ class Patch:
         Raises:
             NotPatchedError: the patch is not in force any more.
             UnsupportedModelError: an adapter trains a copy of a table that was stretched; merge or drop it first. Or
-                the table before the patch was not saved with the model.
+                FSDP2 has sharded it, or the table before the patch was not saved with the model.
             UndoError: some changes could not be put back; names them.
         """
         with _lock:
@@ -122,6 +124,8 @@ class Patch:
                     "before the patch, only patch.save_pretrained(path) does. Open the original model."
                 )
             follow_tables(self.model, self._state.tables, self._state.log)
+            if self._state.tables:
+                _refuse_sharded_tables(self.model, "Undo the patch before the model is wrapped.")
             self._state.log.undo()
             unmark(self._state)  # not before all is undone, so that a second try finds the patch
 
@@ -303,6 +307,8 @@ def _apply(
         )
     if plan.rotates_late:
         _refuse_prefixes(outer, plan)
+    if (plan.table or plan.sinusoids) and tables_of(model):
+        _refuse_sharded_tables(outer, "Patch the model before it is wrapped.")
     try:
         if not plan.changes_nothing:
             own_configs(outer, state.log)
@@ -346,6 +352,16 @@ def _refuse_prefixes(model: nn.Module, plan: ExtensionPlan) -> None:
             f"Expected keys of tokens for {plan.method}, which gives them positions in attention, got an adapter of "
             f"the type {refused.pop()}, whose keys have none. Pass a frequency method such as yarn."
         )
+
+
+def _refuse_sharded_tables(model: nn.Module, advice: str) -> None:
+    """Refuse to replace tables whose weights a wrapper manages: it would put its own back, or not reduce gradients."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel | FSDPModule | FullyShardedDataParallel):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} manages the weights of a model whose table of positions would be replaced. "
+                f"{advice}"
+            )
 
 
 def find_patch(model: nn.Module) -> Patch | None:

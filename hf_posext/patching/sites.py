@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..scheme import Buckets, Table
+from .mixin import source_file
 from .modes import evaluation_mode
 
 TABLE_NAMES = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "positions_embed")
@@ -180,7 +180,7 @@ def makes_windows(module: nn.Module) -> bool:
 
     Some layers ask their attention for a window, for kernels that take no mask, and have none in their masks (OLMoE).
     """
-    names = vars(sys.modules[type(module).__module__])
+    names = vars(source_file(type(module)))
     return any(re.fullmatch("create_.*(sliding_window|chunked).*_mask", name) for name in names)
 
 
@@ -194,7 +194,7 @@ def alibi_slopes(model: PreTrainedModel) -> tuple[float, ...]:
     """Return the slope of each head, as the modeling file computes its biases from position 0 to position 1."""
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
-    file = sys.modules[type(model).__module__]
+    file = source_file(type(model))
     build: Callable[..., torch.Tensor] | None = getattr(file, "build_mpt_alibi_tensor", None)
     with torch.device("cpu"):
         if build is not None:

@@ -683,5 +683,16 @@ def test_attention_weights_that_sdpa_does_not_have(llama: LlamaForCausalLM, capl
     assert sum("set_attn_implementation('eager')" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["rerope", "dual-chunk", "dynamic-ntk"])
+def test_a_trace_of_one_text_is_refused(name: str, llama: LlamaForCausalLM) -> None:
+    """A trace of chunks that was run on a longer text divided by 0 and ended the process."""
+    patch(llama, name)
+    llama.config.return_dict = False
+    llama.config.use_cache = False
+    with pytest.raises(UnsupportedModelError, match="torch.export"):
+        torch.jit.trace(llama, (IDS,), check_trace=False)
+
+
 def test_refusals_are_errors_of_the_package() -> None:
     assert issubclass(EvaluationError, PosExtError) and issubclass(UnsupportedModelError, PosExtError)
