@@ -17,9 +17,7 @@ that pass and still have too few tokens are left out and listed by the measureme
 
 from __future__ import annotations
 
-import itertools
 import logging
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DocumentError
 from .config import checked
-from .reading import Texts, from_object, from_path, from_rows, json_lines, load_dataset, one_line_errors
+from .reading import from_object, from_path, from_rows, json_lines, load_dataset, one_line_errors
 
 if TYPE_CHECKING:
     import datasets
@@ -66,34 +64,30 @@ class Recipe:
     minimum_characters: int = 0
     streaming: bool = True
 
-    def request(self, split: str, revision: str | None) -> dict[str, Any]:
-        """Return the arguments of `datasets.load_dataset`. With `files`, rows have one column `text`, a line of JSON.
-
-        Args:
-            split (`str`): split to read.
-            revision (`str`, *optional*): commit, branch or tag.
+    def rows(self, split: str, revision: str | None) -> Iterable[Any]:
+        """Return the rows of a split, at a commit, branch or tag.
 
         Raises:
-            KeyError: `files` contains no file for that split.
+            DocumentError: the data set has no such split, or cannot be read.
         """
-        local = Path(self.path).is_dir()
+        local = str(Path(self.path).absolute()) if Path(self.path).is_dir() else None
         if self.files is None:
-            path = str(Path(self.path).absolute()) if local else self.path
-            return {
-                "path": path,
-                "name": self.config,
-                "split": split,
-                "revision": None if local else revision,
-                "streaming": self.streaming,
-            }
-        root = str(Path(self.path).absolute()) if local else f"hf://datasets/{self.path}@{revision or 'main'}"
-        return {
-            # Not "json", which requires one type per column: the `meta` of Proof-pile has many.
-            "path": "text",
-            "data_files": f"{root}/{self.files[split]}",
-            "split": "train",  # the split that datasets assigns to data_files without a split
-            "streaming": self.streaming,
-        }
+            arguments = {"path": local or self.path, "name": self.config, "split": split}
+            rows: Iterable[Any] = load_dataset(
+                self.path, **arguments, revision=None if local else revision, streaming=self.streaming
+            )
+            return rows
+        if split not in self.files:
+            raise DocumentError(
+                f"the recipe {self.name!r} has no split {split!r}. Choose one of {', '.join(self.files)}."
+            )
+        root = local or f"hf://datasets/{self.path}@{revision or 'main'}"
+        # Not "json", which requires one type per column: the `meta` of Proof-pile has many. The split is the one that
+        # datasets assigns to data_files without a split.
+        lines = load_dataset(
+            self.path, path="text", data_files=f"{root}/{self.files[split]}", split="train", streaming=self.streaming
+        )
+        return json_lines((line["text"] for line in lines), self.path)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -244,42 +238,42 @@ def load_documents(
     if minimum_characters is not None and minimum_characters < 0:
         raise DocumentError(f"minimum_characters is {minimum_characters}. Pass 0 or more, or leave it out.")
     recipe = _recipe(source)
-    extra: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if recipe is not None:
         text_column = text_column or recipe.text_column
         split, revision = split or recipe.split, revision or recipe.revision
         if minimum_characters is None:
             minimum_characters = recipe.minimum_characters
-        extra = {"recipe": recipe.name, "config": recipe.config}
+        facts = {"recipe": recipe.name, "config": recipe.config}
     text_column = text_column or "text"
     if minimum_characters is not None:
-        extra["minimum_characters"] = minimum_characters
-
-    if recipe is not None:
-        name = recipe.path
-        texts = _from_recipe(recipe, text_column, split or recipe.split, revision)
-    elif isinstance(source, str | Path):
-        name = str(source)
-        texts, facts = from_path(Path(source), text_column, split, revision)
-        extra.update(facts)
-    else:
-        name = type(source).__name__
-        texts = from_object(source, text_column, split, revision)
-    pairs = _long_enough(one_line_errors(texts, name), minimum_characters or 0)
+        facts["minimum_characters"] = minimum_characters
+    name = recipe.path if recipe else str(source) if isinstance(source, str | Path) else type(source).__name__
     documents: list[Document] = []
-    for id, text in itertools.islice(pairs, None if limit is None else min(limit, sys.maxsize)):
-        if not isinstance(text, str):
-            raise DocumentError(f"document {id!r} of {name} is {type(text).__name__}, not text. Drop or convert it.")
-        documents.append(Document(id, text))
-    if not documents and minimum_characters:
-        raise DocumentError(
-            f"{name} has no document of {minimum_characters:,} characters or more. Pass a lower minimum_characters."
-        )
+    with one_line_errors(name):
+        if recipe is not None:
+            texts = from_rows(recipe.rows(split or recipe.split, revision), text_column, name)
+        elif isinstance(source, str | Path):
+            texts, files = from_path(Path(source), text_column, split, revision)
+            facts |= files
+        else:
+            texts = from_object(source, text_column, split, revision)
+        for id, text in texts:
+            if not isinstance(text, str):
+                raise DocumentError(
+                    f"document {id!r} of {name} is {type(text).__name__}, not text. Drop or convert it."
+                )
+            if len(text) >= (minimum_characters or 0):
+                documents.append(Document(id, text))
+            if len(documents) == limit:
+                break
     if not documents:
         raise DocumentError(
-            f"{name} has no documents. Pass a data set with one row or more, or a folder of .txt files."
+            f"{name} has no document of {minimum_characters:,} characters or more. Pass a lower minimum_characters."
+            if minimum_characters
+            else f"{name} has no documents. Pass a data set with one row or more, or a folder of .txt files."
         )
-    provenance = {"dataset": name, "split": split, "revision": revision, "text_column": text_column, **extra}
+    provenance = {"dataset": name, "split": split, "revision": revision, "text_column": text_column, **facts}
     return Documents(_with_unique_ids(documents), provenance)
 
 
@@ -299,21 +293,6 @@ def _recipe(source: Any) -> Recipe | None:
     if Path(source).exists():
         logger.warning("%r is read by its recipe; for what lies here under this name, write ./%s", source, source)
     return RECIPES[source]
-
-
-def _from_recipe(recipe: Recipe, text_column: str, split: str, revision: str | None) -> Texts:
-    if recipe.files is not None and split not in recipe.files:
-        raise DocumentError(
-            f"the recipe {recipe.name!r} has no split {split!r}. Choose one of {', '.join(recipe.files)}."
-        )
-    rows = load_dataset(recipe.path, **recipe.request(split, revision))
-    if recipe.files is not None:
-        rows = json_lines((line["text"] for line in rows), recipe.path)
-    return from_rows(rows, text_column, recipe.path)
-
-
-def _long_enough(texts: Texts, minimum: int) -> Texts:
-    return (pair for pair in texts if not isinstance(pair[1], str) or len(pair[1]) >= minimum)
 
 
 def _with_unique_ids(documents: list[Document]) -> list[Document]:

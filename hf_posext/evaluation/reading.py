@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import errno
 import gzip
 import importlib
 import io
@@ -18,8 +19,8 @@ import lzma
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +91,32 @@ def kind_of(path: Path) -> str | None:
 def list_folder(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     """Return the document files of a folder by kind, and its other files, recursively and in path order.
 
-    Hidden files are skipped. Metadata files of `datasets` count as other files.
+    Hidden files are skipped. Metadata files of `datasets`, pipes, and linked folders count as other files.
+
+    Raises:
+        OSError: a folder inside cannot be listed.
     """
     from datasets.data_files import FILES_TO_IGNORE
 
-    taken: dict[str, list[Path]] = {}
-    left: list[Path] = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-        if hidden or not path.is_file():
-            continue
-        kind = None if path.name in FILES_TO_IGNORE else kind_of(path)
-        if kind is None:
-            left.append(path)
-        else:
-            taken.setdefault(kind, []).append(path)
-    return taken, left
+    def stop(error: OSError) -> None:
+        raise error
+
+    paths: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=stop):
+        hidden = [name for name in folders if name.startswith((".", "__"))]
+        linked = [
+            name for name in folders if Path(parent, name).is_symlink()
+        ]  # not followed, as links can be circular
+        folders[:] = [name for name in folders if name not in hidden]
+        paths += [Path(parent, name) for name in (*linked, *names) if not name.startswith((".", "__"))]
+    documents: dict[str, list[Path]] = {}
+    others: list[Path] = []
+    for path in sorted(paths):
+        # A broken link counts as a document, whose reading then fails.
+        is_file = path.is_file() or not path.exists()
+        kind = kind_of(path) if is_file and path.name not in FILES_TO_IGNORE else None
+        (others if kind is None else documents.setdefault(kind, [])).append(path)
+    return documents, others
 
 
 def from_path(
@@ -121,7 +132,9 @@ def from_path(
     """
     try:
         is_there = path.exists()
-    except OSError:  # the name is too long: probably a text passed as a path
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
         raise DocumentError(f"no such path: {short(path)}. Pass a list, also of one text.") from None
     if is_there and revision is not None:
         raise DocumentError(f"revision is {revision!r}, and {path} is on this machine. Leave revision out.")
@@ -134,6 +147,8 @@ def from_path(
         return _from_files(kind, [path], path.parent, text_column), {}
     if path.is_dir():
         return _from_folder(path, text_column, split)
+    if is_there:
+        raise DocumentError(f"{path} is neither a file nor a folder. Save its content to a file of {ENDINGS}.")
     if kind_of(path) is not None or not HUB_ID.fullmatch(str(path)):
         raise DocumentError(f"no such path: {short(path)}. Pass a folder, a file of {ENDINGS}, or a Hub id.")
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
@@ -151,51 +166,54 @@ def _from_folder(folder: Path, text_column: str, split: str | None) -> tuple[Tex
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         import datasets
 
-        saved = _or_one_line(str(folder), lambda: datasets.load_from_disk(str(folder)))
+        with one_line_errors(str(folder)):
+            saved = datasets.load_from_disk(str(folder))
         return from_rows(_of_split(saved, split, str(folder)), text_column, str(folder)), {"saved": "save_to_disk"}
-    taken, left = list_folder(folder)
-    if not taken:
-        others = f"; it contains {_names(left, folder)}" if left else ""
-        raise DocumentError(f"{folder} contains no documents{others}: give a folder with files of {ENDINGS}")
-    if len(taken) > 1:
-        shown = "; ".join(f"{kind}: {_names(files, folder)}" for kind, files in taken.items())
-        first = min((files[0] for files in taken.values()), key=lambda file: len(file.parts))
+    by_kind, others = list_folder(folder)
+    if not by_kind:
+        content = f"; it contains {_names(others, folder)}" if others else ""
+        raise DocumentError(f"{folder} contains no documents{content}: give a folder with files of {ENDINGS}")
+    if len(by_kind) > 1:
+        kinds = "; ".join(f"{kind}: {_names(files, folder)}" for kind, files in by_kind.items())
+        first = min((files[0] for files in by_kind.values()), key=lambda file: len(file.parts))
         raise DocumentError(
-            f"{folder} contains files of several kinds ({shown}). Pass one of them, as {first}, or a folder of "
+            f"{folder} contains files of several kinds ({kinds}). Pass one of them, as {first}, or a folder of "
             "one kind."
         )
-    ((kind, files),) = taken.items()
+    ((kind, files),) = by_kind.items()
     if kind == "text":
         if split is not None:
             raise DocumentError(f"split is {split!r}, and in {folder} each .txt is a document. Leave split out.")
     else:
-        files = _files_of_split(folder, kind, files, split)
-    if left:
-        logger.warning("%d files of %s are read, not %s", len(files), folder, _names(left, folder))
-    read = {"files": len(files), "files_left": [str(file.relative_to(folder)) for file in left]}
-    return _from_files(kind, files, folder, text_column), read
+        files = _files_of_split(folder, files, split)
+    if others:
+        logger.warning("%d files of %s are read, not %s", len(files), folder, _names(others, folder))
+    facts = {"files": len(files), "files_left": [str(file.relative_to(folder)) for file in others]}
+    return _from_files(kind, files, folder, text_column), facts
 
 
-def _files_of_split(folder: Path, kind: str, files: list[Path], split: str | None) -> list[Path]:
+def _files_of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
     """Return the files of one split, if file names, folder names, or a README define splits."""
     import datasets
 
+    root = folder.absolute()
     try:
-        found = datasets.load_dataset_builder(str(folder.absolute())).config.data_files
-        splits = {str(name): [Path(file) for file in listed] for name, listed in found.items()}
-    except Exception:  # extensions in upper case, which datasets does not recognize
-        splits = {"train": [file.absolute() for file in files]}
+        data_files = datasets.load_dataset_builder(str(root)).config.data_files
+    except datasets.exceptions.DataFilesNotFoundError:  # extensions in upper case, which datasets does not recognize
+        data_files = {}
+    splits = {str(name): [Path(file) for file in listed] for name, listed in data_files.items()}
     known = {file for listed in splits.values() for file in listed}
-    if set(splits) == {"train"} and any("train" not in str(file.relative_to(folder.absolute())) for file in known):
-        return files  # no name defines a split; the files of datasets would lack extensions in upper case
-    left = [file for file in files if file.absolute() not in known]
-    if left:
+    are_named = known and all("train" in str(file.relative_to(root)) for file in known)
+    if set(splits) <= {"train"} and not are_named:  # the files of datasets would lack extensions in upper case
+        known = {file.absolute() for file in files}
+        splits = {"train": sorted(known)}
+    rest = [file for file in files if file.absolute() not in known]
+    if rest:
         raise DocumentError(
-            f"{folder} contains files of the splits {', '.join(splits)} and besides {_names(left, folder)}. Pass one "
+            f"{folder} contains files of the splits {', '.join(splits)} and besides {_names(rest, folder)}. Pass one "
             "file, or a folder in which every file is of a split or none is."
         )
-    chosen: list[Path] = _of_split(splits, split, str(folder))
-    return [folder / file.relative_to(folder.absolute()) for file in chosen]
+    return [folder / file.relative_to(root) for file in _of_split(splits, split, str(folder))]
 
 
 def _names(files: list[Path], folder: Path) -> str:
@@ -205,7 +223,7 @@ def _names(files: list[Path], folder: Path) -> str:
 
 def _from_files(kind: str, files: list[Path], folder: Path, text_column: str) -> Texts:
     if kind == "text":
-        return ((file.relative_to(folder).as_posix(), _open(file).read()) for file in files)
+        return ((file.relative_to(folder).as_posix(), _text(file)) for file in files)
     if kind in ("parquet", "arrow"):
         names = [str(file.absolute()) for file in files]
         shown = str(files[0] if len(files) == 1 else folder)
@@ -233,6 +251,14 @@ def _open(path: Path, newline: str | None = None) -> io.TextIOBase:
     return file
 
 
+def _text(path: Path) -> str:
+    with _open(path) as file:
+        text = file.read()
+    if 4 * text.count("\0") > len(text):  # ASCII text in UTF-16 or UTF-32 without a byte order mark is valid UTF-8
+        raise DocumentError(f"cannot read {path}: a quarter of it or more is NUL; save it as UTF-8")
+    return text
+
+
 def _json_rows(path: Path) -> Iterator[Any]:
     """Yield the rows of a JSON list or of JSON lines, or a single row.
 
@@ -241,21 +267,12 @@ def _json_rows(path: Path) -> Iterator[Any]:
     with _open(path) as lines:
         if ".json" in [suffix.lower() for suffix in path.suffixes]:
             first = next((line for line in lines if line.strip()), "")
-            if not _is_json(first):  # a list or an object over several lines, or not JSON
+            try:
+                content = json.loads(first)
+            except json.JSONDecodeError:  # a list or an object over several lines, or not JSON
                 content = json.loads(first + lines.read())
-                yield from content if isinstance(content, list) else [content]
-                return
-            row = json.loads(first)
-            yield from row if isinstance(row, list) else [row]
+            yield from content if isinstance(content, list) else [content]
         yield from json_lines(lines, str(path))
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
 
 
 def json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
@@ -280,12 +297,11 @@ def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
         columns = rows.fieldnames or ()
         require_unique(columns, str(path))
         for number, row in enumerate(rows, start=1):
-            cells = sum(value is not None for name, value in row.items() if name is not None) + len(
-                row.get(None) or ()
-            )
-            if None in row or None in row.values():
+            surplus = row.pop(None, [])  # DictReader fills missing cells with `None`
+            if surplus or None in row.values():
+                cells = len(surplus) + sum(value is not None for value in row.values())
                 raise DocumentError(
-                    f"cannot read {path}: row {number} has {cells} cells, and the header {len(rows.fieldnames or ())}"
+                    f"cannot read {path}: row {number} has {cells} cells, and the header {len(columns)}"
                 )
             yield row
 
@@ -308,12 +324,10 @@ def from_rows(rows: Any, text_column: str, name: str, prefix: str = "") -> Texts
             raise DocumentError(f"row {index + 1} of {name} is {type(row).__name__}, not an object with columns")
         if text_column not in row:
             columns = ", ".join(map(str, row))
-            if index:
-                raise DocumentError(
-                    f"row {index + 1} of {name} has no {text_column!r}, which the rows before it have, only {columns}"
-                )
             raise DocumentError(
-                f"{name} has no column {text_column!r}; it has {columns}: choose one with text_column="
+                f"row {index + 1} of {name} has no {text_column!r}, which the rows before it have, only {columns}"
+                if index
+                else f"{name} has no column {text_column!r}; it has {columns}: choose one with text_column="
             )
         id = row.get("id")
         yield f"{prefix}{index}" if id is None or id == "" else str(id), row[text_column]
@@ -342,29 +356,25 @@ def from_object(source: Any, text_column: str, split: str | None, revision: str 
         return from_rows(source.to_pylist(), text_column, name)
     if hasattr(source, "column_names"):  # a Dataset or an IterableDataset
         return from_rows(source, text_column, name)
-    if isinstance(source, bytes) or not isinstance(source, Iterable):
+    if isinstance(source, bytes | set | frozenset) or not isinstance(source, Iterable):  # sets have no order
         raise DocumentError(
             f"Expected texts, got {name}. Pass a path, a list of texts, a Dataset, a DataFrame, or a dict of columns."
         )
-    return _from_items(source, text_column, name)
+    return from_rows((_row_of(item, text_column) for item in source), text_column, name)
 
 
-def _from_items(items: Iterable[Any], text_column: str, name: str) -> Texts:
-    for index, item in enumerate(items):
-        if isinstance(item, Mapping):
-            ((id, text),) = from_rows([item], text_column, f"element {index + 1} of {name}, a row,")
-            yield str(index) if id == "0" and item.get("id") in (None, "") else id, text
-        elif hasattr(item, "text") and hasattr(item, "id"):  # a Document
-            yield item.id, item.text
-        else:
-            yield str(index), item
+def _row_of(item: Any, text_column: str) -> Mapping[Any, Any]:
+    """Return a row, a [`Document`], or a text as a row."""
+    if isinstance(item, Mapping):
+        return item
+    return {"id": getattr(item, "id", None), text_column: getattr(item, "text", item)}
 
 
 def _rows_of_columns(columns: Mapping[Any, Any], name: str) -> Iterator[dict[str, Any]]:
-    lengths = Counter(
+    lengths = {
         len(column) if isinstance(column, list | tuple) or hasattr(column, "tolist") else None
         for column in columns.values()
-    )
+    }
     if len(lengths) != 1 or None in lengths:
         shown = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in itertools.islice(columns.items(), 3))
         raise DocumentError(
@@ -373,15 +383,15 @@ def _rows_of_columns(columns: Mapping[Any, Any], name: str) -> Iterator[dict[str
     return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
-def _of_split(found: Any, split: str | None, name: str) -> Any:
+def _of_split(data: Any, split: str | None, name: str) -> Any:
     """Return one split of a data set, or the data set itself if it has no splits."""
-    if not isinstance(found, Mapping):
-        return found
-    if split is None and len(found) > 1:
-        raise DocumentError(f"{name} has the splits {', '.join(found)}. Choose one, as split={next(iter(found))!r}.")
-    if split is not None and split not in found:
-        raise DocumentError(f"{name} has no split {split!r}; there are: {', '.join(found)}")
-    return found[split or next(iter(found))]
+    if not isinstance(data, Mapping):
+        return data
+    if split is None and len(data) > 1:
+        raise DocumentError(f"{name} has the splits {', '.join(data)}. Choose one, as split={next(iter(data))!r}.")
+    if split is not None and split not in data:
+        raise DocumentError(f"{name} has no split {split!r}; there are: {', '.join(data)}")
+    return data[split or next(iter(data))]
 
 
 def load_dataset(shown: str, *args: Any, streaming: bool = True, **kwargs: Any) -> Any:
@@ -392,27 +402,17 @@ def load_dataset(shown: str, *args: Any, streaming: bool = True, **kwargs: Any) 
     """
     import datasets
 
-    return _or_one_line(shown, lambda: datasets.load_dataset(*args, streaming=streaming, **kwargs))
+    with one_line_errors(shown):
+        return datasets.load_dataset(*args, streaming=streaming, **kwargs)
 
 
-def _or_one_line(shown: str, read: Callable[[], Any]) -> Any:
+@contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+    """Convert any error of a reader inside the block to a `DocumentError` of one line, with advice on the encoding."""
     try:
-        return read()
-    except Exception as error:
-        raise unreadable(shown, error) from error
-
-
-def one_line_errors(texts: Texts, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the same texts, and convert any error of the file readers to a `DocumentError` of one line."""
-    try:
-        yield from texts
+        yield
     except DocumentError:
         raise
     except Exception as error:
-        raise unreadable(name, error) from error
-
-
-def unreadable(name: str, error: Exception) -> DocumentError:
-    """Return an error as a `DocumentError` of one line, with advice if the text is not UTF-8."""
-    advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-    return DocumentError(f"cannot read {name}: {first_line(error)}{advice}")
+        advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise DocumentError(f"cannot read {name}: {first_line(error)}{advice}") from error
