@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
 
 from ..errors import EvaluationError, InvalidParameterError
 from ..patching.modes import evaluation_mode
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Evaluator = str | nn.Module | tuple[nn.Module, Any]
-"""Evaluator that finds key tokens: the label of a compared method, a model, or a model and its tokenizer."""
-
 WHOLE = ("prefix", "sliding", "rolling")
 """Protocols that score every token given all earlier tokens at the longest length."""
 
@@ -41,7 +38,7 @@ class KeySearch:
     setup: Setup
     evaluator: str
     scorer: TokenScorer
-    given: TokensRead
+    tokens: TokensRead
     criterion: Criterion
     enter: Callable[[], AbstractContextManager[Any]]
 
@@ -51,10 +48,14 @@ class KeySearch:
         return [] if self.scorer is self.setup.scorer else [self.scorer.model]
 
     @property
+    def _facts(self) -> dict[str, Any]:
+        return {"evaluator": self.evaluator, **self.criterion._asdict()}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Facts about the search that a run depends on, in addition to the evaluator's weights."""
-        fingerprint = hashlib.sha256(repr([row.tolist() for row in self.given.rows]).encode()).hexdigest()
-        return {"longppl": {"evaluator": self.evaluator, **self.criterion._asdict(), "tokens": fingerprint}}
+        fingerprint = hashlib.sha256(repr([row.tolist() for row in self.tokens.rows]).encode()).hexdigest()
+        return {"longppl": {**self._facts, "tokens": fingerprint}}
 
     def run(self, accelerator: Accelerator | None, journal: RunJournal | None) -> tuple[KeyTokens, dict[str, Any]]:
         """Find the key tokens on all processes, and return them with their entry of the provenance.
@@ -62,18 +63,16 @@ class KeySearch:
         Raises:
             EvaluationError: the evaluator failed on every document.
         """
-        ids = self.given.ids
-        tasks = {id: self._task(index, id) for index, id in enumerate(ids)}
-        stage = Stage(f"key tokens by {self.evaluator}", self.enter, list(tasks.values()), self._find)
+        tasks = [self._task(id, row) for id, row in zip(self.tokens.ids, self.tokens.rows, strict=True)]
+        stage = Stage(f"key tokens by {self.evaluator}", self.enter, tasks, self._find)
         outcomes = measure([stage], accelerator=accelerator, journal=journal)
-        by_id = {id: outcomes[task] for id, task in tasks.items()}
-        failures = {id: outcome.failure for id, outcome in by_id.items() if outcome.failure is not None}
-        if len(failures) == len(ids):
+        failures = {str(task.document): reason for task in tasks if (reason := outcomes[task].failure) is not None}
+        if len(failures) == len(tasks):
             raise EvaluationError(
-                f"no key tokens: {self.evaluator} failed on every document: {failures[ids[0]]}. Pass another "
-                "evaluator, as in --longppl org/name, or leave longppl out."
+                f"no key tokens: {self.evaluator} failed on every document: {next(iter(failures.values()))}. Pass "
+                "another evaluator, as in --longppl org/name, or leave longppl out."
             )
-        values = {id: outcome.value for id, outcome in by_id.items() if outcome.failure is None}
+        values = {str(task.document): outcomes[task].value for task in tasks if str(task.document) not in failures}
         total = sum(value["found"] for value in values.values())
         if not total:
             logger.warning(
@@ -83,19 +82,20 @@ class KeySearch:
                 self.evaluator,
             )
         indices = {id: value["indices"] for id, value in values.items()}
-        documents = self.setup.documents
-        keys = KeyTokens(indices, documents.length, total, self.evaluator, self.criterion, documents.start)
+        rows = self.setup.documents
+        keys = KeyTokens(indices, rows.length, total, self.evaluator, self.criterion, rows.start)
         left_out = [{"document": id, "reason": reason} for id, reason in failures.items()]
-        return keys, {"evaluator": self.evaluator, **self.criterion._asdict(), "left_out": left_out}
+        return keys, {**self._facts, "left_out": left_out}
 
     def _find(self, task: Task) -> dict[str, Any]:
-        result = find_in_row(self.scorer, self.given, self.given.ids.index(str(task.document)), self.criterion)
-        return {"indices": result.indices, "found": result.found}
+        index = self.tokens.ids.index(str(task.document))
+        indices, contrast = find_in_row(self.scorer, self.tokens, index, self.criterion)
+        return {"indices": indices, "found": len(contrast.keys)}
 
-    def _task(self, index: int, id: str) -> Task:
-        length, size = len(self.given.rows[index]), self.criterion.short_length + self.criterion.stride
-        windows = 1 + max(0, length - size) // self.criterion.stride
-        reads = [length, *[min(size, length)] * windows]
+    def _task(self, id: str, row: torch.Tensor) -> Task:
+        size = self.criterion.short_length + self.criterion.stride
+        windows = 1 + max(0, len(row) - size) // self.criterion.stride
+        reads = [len(row), *[min(size, len(row))] * windows]
         return task_of("keys", self.evaluator, 1.0, self.setup.lengths[-1:], reads, document=id)
 
 
@@ -136,19 +136,15 @@ def key_search(setup: Setup, criterion: Criterion | None, runs: Sequence[MethodR
     if criterion is None:
         return None
     evaluator = setup.config.longppl
-    if isinstance(evaluator, str):
-        run = runs[_find_label(evaluator, [run.name for run in runs])]
-        evaluator_tokens = read_by(None, setup.tokenizer, setup.texts, setup.documents)
-        search = KeySearch(setup, run.name, run.scorer, evaluator_tokens, criterion, run.enter)
-    else:
-        model, tokenizer = evaluator if isinstance(evaluator, tuple) else (evaluator, None)
-        evaluator_tokens = read_by(tokenizer, setup.tokenizer, setup.texts, setup.documents)
-        check_reads(model, evaluator_tokens.rows)
-        scorer = token_scorer(model, setup.memory)
-        name = evaluator_name(model)
-        search = KeySearch(setup, name, scorer, evaluator_tokens, criterion, lambda: evaluation_mode(scorer.model))
-    check_criterion(criterion, max(len(row) for row in evaluator_tokens.rows))
-    return search
+    model, tokenizer = evaluator if isinstance(evaluator, tuple) else (evaluator, None)
+    tokens = read_by(tokenizer, setup.tokenizer, setup.texts, setup.documents)
+    check_criterion(criterion, max(len(row) for row in tokens.rows))
+    if isinstance(model, str):
+        run = runs[_find_label(model, [run.name for run in runs])]
+        return KeySearch(setup, run.name, run.scorer, tokens, criterion, run.enter)
+    check_reads(model, tokens.rows)
+    scorer = token_scorer(model, setup.memory)
+    return KeySearch(setup, evaluator_name(model), scorer, tokens, criterion, lambda: evaluation_mode(scorer.model))
 
 
 def _find_label(label: str, names: Sequence[str]) -> int:
@@ -162,13 +158,13 @@ def _find_label(label: str, names: Sequence[str]) -> int:
     return matches[0]
 
 
-def default_criterion(asked: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
+def default_criterion(thresholds: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
     """Return the requested criterion, with defaults from the paper and windows that fit.
 
     The paper's short context has 4096 tokens. All of its models were trained on that length, which is well below the
     measured lengths. The default here is half of the trained length, so that windows stay inside the trained length,
     or half of the longest length if that is less, and at most 4096. The stride is a quarter of it, as in the paper.
     """
-    values = {name: value for name, value in asked.items() if value is not None}
+    values = {name: value for name, value in thresholds.items() if value is not None}
     short = values.setdefault("short_length", min(4096, (trained_length or longest) // 2, longest // 2))
     return Criterion(**values, stride=max(1, short // 4))

@@ -8,7 +8,7 @@ What is Wrong with Perplexity for Long-context Language Modeling?, https://arxiv
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
@@ -71,18 +71,6 @@ class KeyTokens:
     start: int = 0
 
 
-class Contrast(NamedTuple):
-    """NLL of tokens 1, 2, ... of a row given the long context, and given the short one; float64, in nats."""
-
-    long: np.ndarray
-    short: np.ndarray
-
-    def keys(self, criterion: Criterion) -> np.ndarray:
-        """Return the indices of the key tokens in the row. The first NLL belongs to token 1."""
-        gains = self.short - self.long > criterion.alpha
-        return np.flatnonzero(gains & (-self.long > criterion.beta)) + 1
-
-
 @checked
 def find_key_tokens(
     evaluator: nn.Module,
@@ -136,54 +124,26 @@ def find_key_tokens(
     """
     texts = as_documents(documents)
     rows = tokenize_documents(texts, tokenizer, length, start)
-    evaluator_tokens = read_by(evaluator_tokenizer, tokenizer, texts, rows)
-    return find_in_rows(evaluator, evaluator_tokens, rows, Criterion(alpha, beta, short_length, stride))[0]
+    tokens = read_by(evaluator_tokenizer, tokenizer, texts, rows)
+    return _find(evaluator, tokens, rows, Criterion(alpha, beta, short_length, stride))[0]
 
 
-class Found(NamedTuple):
+class Contrast(NamedTuple):
     """Key tokens of one document.
 
     Args:
-        indices (`list[int]`): indices of the key tokens in the document's row.
-        found (`int`): number of key tokens, counted in the evaluator's tokens.
-        nll (`np.ndarray`): NLL of the evaluator's tokens 1, 2, ... given the long context.
+        keys (`np.ndarray` of shape `(key tokens,)`): their indices in the evaluator's row, ascending.
+        long (`np.ndarray` of shape `(tokens - 1,)`): NLL of tokens 1, 2, ... given all earlier tokens; float64, nats.
+        short (`np.ndarray` of the same shape): NLL given the short context.
     """
 
-    indices: list[int]
-    found: int
-    nll: np.ndarray
-
-
-def find_in_row(scorer: TokenScorer, given: TokensRead, index: int, criterion: Criterion) -> Found:
-    """Find the key tokens of one document.
-
-    Raises:
-        NonFiniteError: the logits are not finite.
-    """
-    contrast = contrast_row(scorer, given.rows[index], given.ids[index], given.bos, criterion)
-    keys = contrast.keys(criterion)
-    keys = keys[keys >= max(1, given.bos)]  # the special prefix is not part of the text
-    return Found(given.carry(index, keys).tolist(), len(keys), contrast.long)
-
-
-def find_in_rows(
-    evaluator: nn.Module, given: TokensRead, rows: TokenizedDocuments, criterion: Criterion
-) -> tuple[KeyTokens, list[np.ndarray]]:
-    """Return the key tokens of all documents, and the evaluator's NLL of its own tokens given the long context."""
-    check_criterion(criterion, max(len(row) for row in given.rows))
-    check_reads(evaluator, given.rows)
-    scorer = TokenScorer(evaluator)
-    with evaluation_mode(scorer.model):
-        indices = tqdm(range(len(given.ids)), desc="key tokens", unit="doc", disable=None)
-        results = [find_in_row(scorer, given, index, criterion) for index in indices]
-    by_document = {id: result.indices for id, result in zip(given.ids, results, strict=True)}
-    total = sum(result.found for result in results)
-    keys = KeyTokens(by_document, rows.length, total, evaluator_name(scorer.model), criterion, rows.start)
-    return keys, [result.nll for result in results]
+    keys: np.ndarray
+    long: np.ndarray
+    short: np.ndarray
 
 
 def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: int, criterion: Criterion) -> Contrast:
-    """Return the NLL of every token of a document with the long context and with the short one.
+    """Return the key tokens of a row that begins with `bos` special tokens.
 
     Raises:
         NonFiniteError: the logits are not finite.
@@ -191,7 +151,39 @@ def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: int, crit
     short = windowed_nll(scorer, row, criterion.short_length + criterion.stride, criterion.stride, bos)
     require_finite(short, id, culprit=scorer.culprit)
     long = whole_nll(scorer, row, id)
-    return Contrast(long, np.append(long[: len(long) - len(short)], short))
+    short = np.append(long[: len(long) - len(short)], short)
+    keys = (
+        np.flatnonzero((short - long > criterion.alpha) & (-long > criterion.beta)) + 1
+    )  # the first NLL is token 1's
+    return Contrast(keys[keys >= max(1, bos)], long, short)  # the special prefix is not part of the text
+
+
+def find_in_row(
+    scorer: TokenScorer, tokens: TokensRead, index: int, criterion: Criterion
+) -> tuple[list[int], Contrast]:
+    """Return the indices of a document's key tokens in the row of the measured models, and the contrast behind them.
+
+    Raises:
+        NonFiniteError: the logits are not finite.
+    """
+    contrast = contrast_row(scorer, tokens.rows[index], tokens.ids[index], tokens.bos, criterion)
+    return tokens.carry(index, contrast.keys).tolist(), contrast
+
+
+def _find(
+    evaluator: nn.Module, tokens: TokensRead, rows: TokenizedDocuments, criterion: Criterion
+) -> tuple[KeyTokens, list[np.ndarray]]:
+    """Return the key tokens of all documents, and the evaluator's NLL of its own tokens given the long context."""
+    check_criterion(criterion, max(len(row) for row in tokens.rows))
+    check_reads(evaluator, tokens.rows)
+    scorer = TokenScorer(evaluator)
+    with evaluation_mode(scorer.model):
+        progress = tqdm(range(len(tokens.ids)), desc="key tokens", unit="doc", disable=None)
+        results = [find_in_row(scorer, tokens, index, criterion) for index in progress]
+    indices = {id: keys for id, (keys, _) in zip(tokens.ids, results, strict=True)}
+    total = sum(len(contrast.keys) for _, contrast in results)
+    keys = KeyTokens(indices, rows.length, total, evaluator_name(scorer.model), criterion, rows.start)
+    return keys, [contrast.long for _, contrast in results]
 
 
 def whole_nll(scorer: TokenScorer, row: torch.Tensor, id: str) -> np.ndarray:
@@ -317,9 +309,8 @@ def longppl(
     texts = as_documents(documents)
     rows = tokenize_documents(texts, tokenizer, length, start)
     if keys is None:
-        evaluator_tokens = read_by(evaluator_tokenizer, tokenizer, texts, rows)
-        criterion = Criterion(alpha, beta, short_length, stride)
-        keys, nll = find_in_rows(evaluator or model, evaluator_tokens, rows, criterion)
+        tokens = read_by(evaluator_tokenizer, tokenizer, texts, rows)
+        keys, nll = _find(evaluator or model, tokens, rows, Criterion(alpha, beta, short_length, stride))
         if evaluator is None:
             return _pool(rows, nll, keys, seed)
     missing = [id for id in rows.ids if id not in keys.indices]
@@ -378,12 +369,12 @@ def longppl_cells(
 
     Records contain the [`key_sums`] of each document at the longest length, and `None` at all other lengths.
     """
-    method_records, control_records = (
-        [record for record in group if record["length"] == length] for group in (records, control)
+    at_length = [record for record in records if record["length"] == length]
+    sums, counts = _columns(at_length, "key_nll_sum", "key_tokens")
+    control_sums, _ = _columns(
+        (record for record in control if record["length"] == length), "key_nll_sum", "key_tokens"
     )
-    known = any(record["key_tokens"] is not None for record in method_records)
-    sums, counts = _key_columns(method_records)
-    control_sums, _ = _key_columns(control_records)
+    known = any(record["key_tokens"] is not None for record in at_length)
     return {
         "longppl": float(pooled_perplexity(sums, counts)) if counts else None,
         "longppl_ci95": bootstrap_interval(sums, counts, seed) if counts else None,
@@ -392,31 +383,22 @@ def longppl_cells(
     }
 
 
-def _key_columns(records: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[int]]:
-    """Return the NLL sums and the token counts of the documents that have key tokens."""
-    counted = [record for record in records if record["key_tokens"]]
-    return [record["key_nll_sum"] for record in counted], [record["key_tokens"] for record in counted]
+def _columns(records: Iterable[Mapping[str, Any]], nll: str, tokens: str) -> tuple[list[float], list[int]]:
+    """Return the NLL sums and the token counts of the documents that have such tokens."""
+    counted = [record for record in records if record[tokens]]
+    return [record[nll] for record in counted], [record[tokens] for record in counted]
 
 
 def _pool(rows: TokenizedDocuments, nll: list[np.ndarray], keys: KeyTokens, seed: int) -> LongPPL:
     per_document: list[dict[str, Any]] = []
     for id, values in zip(rows.ids, nll, strict=True):
-        of_keys = key_sums(values, keys.indices[id])
-        sums, counts = [of_keys["key_nll_sum"]], [of_keys["key_tokens"]]
-        per_document.append(
-            {
-                "document": id,
-                "nll_sum": of_keys["key_nll_sum"],
-                "key_tokens": of_keys["key_tokens"],
-                "longppl": float(pooled_perplexity(sums, counts)) if of_keys["key_tokens"] else None,
-                "tokens": len(values),
-                "all_nll_sum": math.fsum(values),
-            }
-        )
-    counted = [record for record in per_document if record["key_tokens"]]
-    sums, counts = [record["nll_sum"] for record in counted], [record["key_tokens"] for record in counted]
-    all_sums, all_counts = [r["all_nll_sum"] for r in per_document], [r["tokens"] for r in per_document]
-    if not counted:
+        total, count = key_sums(values, keys.indices[id]).values()
+        longppl = float(pooled_perplexity([total], [count])) if count else None
+        record = {"document": id, "nll_sum": total, "key_tokens": count, "longppl": longppl}
+        per_document.append({**record, "tokens": len(values), "all_nll_sum": math.fsum(values)})
+    sums, counts = _columns(per_document, "nll_sum", "key_tokens")
+    all_sums, all_counts = _columns(per_document, "all_nll_sum", "tokens")
+    if not counts:
         raise EvaluationError(
             f"none of {sum(all_counts)} tokens is key ({keys.found} of the evaluator's own are): at alpha "
             f"{keys.criterion.alpha:g} and beta {keys.criterion.beta:g}, more than {keys.criterion.short_length} "

@@ -45,20 +45,28 @@ def encode(tokenizer: Any, text: str) -> Encoded:
     The bytes of a character split into several tokens count for the first of them. Text that the tokenizer drops
     counts for the next token.
     """
-    wanted = {"add_special_tokens": False, "verbose": False}  # verbose would warn about the model's length
     if not getattr(tokenizer, "is_fast", False):
-        return Encoded(np.array(tokenizer(text, **wanted)["input_ids"], dtype=np.int32), None)
-    encoded = tokenizer(text, **wanted, return_offsets_mapping=True, return_attention_mask=False)
-    ids = np.array(encoded["input_ids"], dtype=np.int32)
-    characters = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
-    return Encoded(ids, bytes_before(text)[characters])
+        return Encoded(np.array(token_ids(tokenizer, text), dtype=np.int32), None)
+    ids, spans = with_offsets(tokenizer, text)
+    return Encoded(ids.astype(np.int32), bytes_before(text)[spans[:, 1]])
+
+
+def with_offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of a text without special tokens, and the characters `(tokens, 2)` of each; int64."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, verbose=False, return_offsets_mapping=True, return_attention_mask=False
+    )
+    spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return np.array(encoded["input_ids"], dtype=np.int64), spans
 
 
 def bytes_before(text: str) -> np.ndarray:
     """Return the UTF-8 bytes before each character of a text, and in total; int64, of shape `(characters + 1,)`."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    sizes = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
-    return np.concatenate([[0], np.cumsum(sizes)])
+    sizes = 1 + (codes > 0x7F).astype(np.uint8) + (codes > 0x7FF) + (codes > 0xFFFF)
+    total = np.zeros(len(codes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=total[1:])
+    return total
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Any) -> Iterator[Encoded]:
@@ -106,15 +114,11 @@ def _fingerprint(documents: Sequence[Document], tokenizer: Any) -> str | None:
     """Return a fingerprint of everything the tokens depend on; `None` if the tokenizer cannot be pickled."""
     from datasets.fingerprint import Hasher
 
-    if getattr(tokenizer, "is_fast", False):
-        tokenizer("a", verbose=False)  # resets padding and truncation of earlier calls, which are part of the state
-        state = tokenizer.backend_tokenizer.to_str()
-    else:
-        try:
-            state = Hasher.hash(tokenizer)
-        except Exception as error:
-            logger.warning("tokens are not cached, since the tokenizer cannot be pickled (%s)", error)
-            return None
+    try:
+        state = _state(tokenizer) if getattr(tokenizer, "is_fast", False) else Hasher.hash(tokenizer)
+    except Exception as error:
+        logger.warning("tokens are not cached, since the tokenizer cannot be pickled (%s)", error)
+        return None
     kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
     versions = [metadata.version(package) for package in ("tokenizers", "transformers")]
     digest = hashlib.sha256()
@@ -124,6 +128,13 @@ def _fingerprint(documents: Sequence[Document], tokenizer: Any) -> str | None:
         digest.update(b"%d:" % len(content))  # the size separates texts that would otherwise be ambiguous
         digest.update(content)
     return digest.hexdigest()
+
+
+def _state(tokenizer: Any) -> str:
+    """Return all settings and the vocabulary of a fast tokenizer as text."""
+    tokenizer("a", verbose=False)  # resets padding and truncation of earlier calls, which are part of the state
+    state: str = tokenizer.backend_tokenizer.to_str()
+    return state
 
 
 Bos = Literal["auto", "always", "never"]
@@ -217,7 +228,7 @@ def first_scored(bos: int) -> int:
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens that a tokenizer adds before and after a text: `[CLS]` and `[SEP]`, or nothing and `</s>`."""
     plain, whole = token_ids(tokenizer, "a"), tokenizer("a")["input_ids"]
-    begin = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), None)
+    begin = next((index for index in range(len(whole)) if whole[index : index + len(plain)] == plain), None)
     if begin is None:
         raise InvalidParameterError(
             f"{type(tokenizer).__name__} tokenizes a text differently with special tokens around it; expected "
@@ -278,25 +289,24 @@ def tokenize_documents(
     ids, rows, byte_ends, counts = [], [], [], []
     left_out: list[dict[str, Any]] = []
     for document, encoded in zip(documents, encode_documents(documents, tokenizer), strict=True):
-        own = leading(encoded.ids, prefix)
-        count = len(prefix) + len(encoded.ids) - own
+        skipped = start + leading(encoded.ids, prefix)
+        count = start + len(prefix) + len(encoded.ids) - skipped
         if count - start < length:
             left_out.append({"document": document.id, "tokens": count})
             continue
-        part = slice(own + start, own + start + length - len(prefix))
+        part = slice(skipped, skipped + length - len(prefix))
         ids.append(document.id)
         rows.append(np.concatenate([prefix, encoded.ids[part]]))
         counts.append(count)
         if encoded.ends is not None:
-            begins = encoded.ends[part.start - 1] if part.start else 0
+            begins = encoded.ends[skipped - 1] if skipped else 0
             byte_ends.append(np.concatenate([np.full(len(prefix), begins), encoded.ends[part]]))
     if not rows:
-        longest = max((entry["tokens"] for entry in left_out), default=0)
-        usable = longest - start
-        shorter = f"lengths up to {usable}, or longer documents" if usable > 1 else "longer documents"
+        longest = max(entry["tokens"] for entry in left_out)
+        shorter = f"lengths up to {longest - start}, or longer" if longest - start > 1 else "longer"
         raise DocumentError(
             f"all {len(documents)} documents are too short: the longest has {longest} tokens, and start + length is "
-            f"{start} + {length}. Pass {shorter}."
+            f"{start} + {length}. Pass {shorter} documents."
         )
     if left_out:
         logger.warning(
@@ -309,8 +319,8 @@ def tokenize_documents(
 
 def leading(ids: np.ndarray, prefix: np.ndarray) -> int:
     """Return the number of leading tokens of a text that belong to the special prefix, which is added anyway."""
-    others = np.flatnonzero(~np.isin(ids, prefix)) if len(prefix) else [0]
-    return int(others[0]) if len(others) else len(ids)
+    text = np.flatnonzero(~np.isin(ids, prefix)) if len(prefix) else [0]
+    return int(text[0]) if len(text) else len(ids)
 
 
 def _prefix_in_words(tokenizer: Any, prefix: list[int], bos: Bos) -> str:
@@ -352,31 +362,31 @@ def read_by(
         require_tokenizer(evaluator_tokenizer)
     if evaluator_tokenizer is None or _are_same(evaluator_tokenizer, tokenizer):
         return TokensRead(rows.ids, list(rows.tokens), rows.bos)
-    for own in (tokenizer, evaluator_tokenizer):
-        if not own.is_fast:
+    for each in (tokenizer, evaluator_tokenizer):
+        if not each.is_fast:
             raise InvalidParameterError(
-                f"{type(own).__name__} gives no character offsets, so key tokens cannot be carried between it and "
+                f"{type(each).__name__} gives no character offsets, so key tokens cannot be carried between it and "
                 "another tokenizer. Use a fast tokenizer, or an evaluator with the same tokenizer."
             )
     text_of = {document.id: document.text for document in texts}
     first, prefix = rows.bos, special_prefix(evaluator_tokenizer)
-    own_rows, aligned = [], []
+    evaluator_rows, aligned = [], []
     for id, row in zip(rows.ids, rows.tokens, strict=True):
-        ids, spans = _offsets(tokenizer, text_of[id])
+        ids, spans = with_offsets(tokenizer, text_of[id])
         skipped = rows.start + leading(ids, row[:first].numpy())
         begin = int(spans[skipped - 1, 1]) if skipped else 0
         spans = np.maximum(spans[skipped : skipped + rows.length - first] - begin, 0)
         covered = text_of[id][begin : begin + spans[-1, 1]]
-        others, other_spans = _offsets(evaluator_tokenizer, covered)
-        own_rows.append(torch.tensor([*prefix, *others.tolist()], device="cpu"))
-        aligned.append((covered, spans, other_spans))
+        evaluator_ids, evaluator_spans = with_offsets(evaluator_tokenizer, covered)
+        evaluator_rows.append(torch.tensor([*prefix, *evaluator_ids.tolist()], device="cpu"))
+        aligned.append((covered, spans, evaluator_spans))
 
     def carry(index: int, keys: np.ndarray) -> np.ndarray:
-        covered, spans, other_spans = aligned[index]
-        carried = np.flatnonzero(tokens_inside(spans, other_spans[keys - len(prefix)], covered)) + first
+        covered, spans, evaluator_spans = aligned[index]
+        carried = np.flatnonzero(tokens_inside(spans, evaluator_spans[keys - len(prefix)], covered)) + first
         return carried[carried >= max(1, first)]  # neither the prefix nor token 0 is scored
 
-    return TokensRead(rows.ids, own_rows, len(prefix), carry)
+    return TokensRead(rows.ids, evaluator_rows, len(prefix), carry)
 
 
 def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarray:
@@ -395,18 +405,6 @@ def tokens_inside(offsets: np.ndarray, spans: np.ndarray, text: str) -> np.ndarr
     return result
 
 
-def _offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of a text without special tokens, and their character offsets `(tokens, 2)`."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    return np.array(encoded["input_ids"], dtype=np.int64), spans
-
-
 def _are_same(one: Any, other: Any) -> bool:
     """Return `True` if two tokenizers are equal, even if they were loaded from different places."""
-    if one is other or not (one.is_fast and other.is_fast):
-        return one is other
-    for tokenizer in (one, other):
-        tokenizer("a", verbose=False)  # resets padding and truncation of earlier calls, which are part of the state
-    same: bool = one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
-    return same
+    return one is other or bool(one.is_fast and other.is_fast and _state(one) == _state(other))

@@ -93,9 +93,7 @@ def test_an_evaluator_of_another_tokenizer_marks_the_same_characters(
         offsets, skipped = every[start : start + length], every[start - 1][1] if start else 0
         ids = torch.tensor(letters(document.text[skipped : offsets[-1][1]])["input_ids"])
         contrast = contrast_row(TokenScorer(evaluator), ids, "x", evaluator_bos, Criterion(**settings))
-        marked = {
-            skipped + int(key) - evaluator_bos for key in contrast.keys(Criterion(**settings))
-        }  # a character a token
+        marked = {skipped + int(key) - evaluator_bos for key in contrast.keys}  # a character a token
         expected[document.id] = [
             index
             for index, (begin, end) in enumerate(offsets)
