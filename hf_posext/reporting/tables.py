@@ -8,11 +8,12 @@ trained length. Untrusted names, labels, and commands are escaped.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -81,8 +82,8 @@ def legacy_mark(results: Results) -> str:
 
 def control_rows(results: Results) -> dict[int, Row]:
     """Return one row per length that contains the control, which is the same for every method."""
-    found = {row["length"]: row for row in results.rows if row.get("perplexity_truncated_tail") is not None}
-    return dict(sorted(found.items()))
+    rows = {row["length"]: row for row in results.rows if row.get("perplexity_truncated_tail") is not None}
+    return dict(sorted(rows.items()))
 
 
 def control_name(results: Results) -> str:
@@ -123,43 +124,95 @@ def format_change(row: Row) -> str:
 def notes(results: Results) -> list[str]:
     """Return notes on gaps in the tables: omitted methods and documents, and checks without a result."""
     refusals = by_reason(results.provenance.get("not_applicable") or {})
-    said = [f"Left out: {', '.join(names)} ({reason})." for reason, names in refusals.items()]
+    sentences = [f"Left out: {', '.join(names)} ({reason})." for reason, names in refusals.items()]
     for entry in results.provenance.get("left_out") or ():
         if "reason" in entry:  # entries without a reason are too short, and are listed in the provenance
             kind, name = next(iter(entry.items()))  # a document, or a task of a method
             where = f" in {entry['run']}" if "run" in entry else ""  # only in merged runs
-            said.append(f"Left out: {kind} {name}{where} ({entry['reason']}).")
+            sentences.append(f"Left out: {kind} {name}{where} ({entry['reason']}).")
     trained = results.provenance.get("trained_length")
     if trained and not results.short_context() and any(row["method"] != "none" for row in results.rows):
         is_measured = lengths_of(results)[0] <= trained
         missing = "`none` is not among the methods" if is_measured else f"no length up to {trained} was measured"
-        said.append(f"No short-context check: {missing}.")
+        sentences.append(f"No short-context check: {missing}.")
     longppl = results.provenance.get("longppl")
     if longppl and all(row.get("longppl") is None for row in results.rows):
         evaluator, short_length = longppl["evaluator"], longppl["short_length"]
-        said.append(f"No LongPPL: {evaluator} found no token that needs more than {short_length} tokens of context.")
-    return said
+        sentences.append(
+            f"No LongPPL: {evaluator} found no token that needs more than {short_length} tokens of context."
+        )
+    return sentences
 
 
-def _perplexity_cell(row: Row | None, suffix: str = "") -> str:
-    if row is None:
-        return NOTHING
+def grids(results: Results) -> list[Grid]:
+    """Return the grids of all measured quantities.
+
+    The order is short-context check, perplexity, gain, LongPPL, passkeys, retrieval, and bits per byte. Only the
+    perplexity is always present.
+    """
+    lengths, methods, control = lengths_of(results), by_method(results), control_rows(results)
+    mark = legacy_mark(results)
+    chat = ", in the chat template" if results.provenance.get("chat") else ""
+
+    def cells(rows: Mapping[int, Row], text: Callable[[Row], str]) -> tuple[str, ...]:
+        return tuple(text(rows[length]) if length in rows else NOTHING for length in lengths)
+
+    def grid(title: str, text: Callable[[Row], str], remark: str = "") -> Grid:
+        return Grid(title, lengths, tuple((name, cells(rows, text)) for name, rows in methods.items()), remark)
+
+    def has(key: str) -> bool:
+        return any(row.get(key) is not None for row in results.rows)
+
+    short_context = results.short_context()
+    tables = []
+    if short_context:
+        changes = tuple((row_name(row), (format_change(row),)) for row in short_context)
+        title = f"{SHORT_CONTEXT}: change of perplexity inside the trained length {mark}".rstrip()
+        tables.append(Grid(title, (short_context[0]["length"],), changes))
+    title = f"Perplexity {mark}" if mark else "Perplexity per token (second half of the text in brackets)"
+    perplexity = grid(title, _perplexity)
+    if control:
+        truncated = (control_name(results), cells(control, lambda row: _perplexity(row, "_truncated")))
+        perplexity = replace(perplexity, rows=(truncated, *perplexity.rows))
+    tables.append(perplexity)
+    if control:
+        title = f"Gain over truncation{f' {mark}' if mark else ', second half'} (above 1: the longer context pays)"
+        # Only the longest length has an interval, because four intervals do not fit in 80 columns.
+        tables.append(grid(title, lambda row: _gain(row, with_interval=row["length"] == lengths[-1])))
+    if has("longppl"):
+        tables.append(_longppl_grid(results))
+    if has("passkey"):
+        trials = next((f", {row['passkey_trials']} trials" for row in results.rows if row.get("passkey_trials")), "")
+        at_longest = {name: rows[lengths[-1]] for name, rows in methods.items() if lengths[-1] in rows}
+        shares = {name: [(row.get("passkey"), row.get("passkey_trials"))] for name, row in at_longest.items()}
+        title = f"Passkeys retrieved (greedy decoding{trials}{chat})"
+        tables.append(grid(title, lambda row: _per_cent([row.get("passkey")]), _intervals(shares, lengths[-1])))
+    if results.retrieval:
+        tables.append(_retrieval_grid(results, lengths, chat))
+    if has("bits_per_byte"):
+        title = "Bits per byte of text (comparable across tokenizers)"
+        tables.append(grid(title, lambda row: _number(row.get("bits_per_byte"), "{:.3f}")))
+    return tables
+
+
+def _number(value: float | None, form: str) -> str:
+    return NOTHING if value is None else form.format(value)
+
+
+def _per_cent(shares: Iterable[float | None]) -> str:
+    """Return the mean of the known shares in per cent."""
+    known = [share for share in shares if share is not None]
+    return f"{100 * sum(known) / len(known):.0f} %" if known else NOTHING
+
+
+def _perplexity(row: Row, suffix: str = "") -> str:
     whole, tail = (format_perplexity(row[f"perplexity{suffix}{part}"]) for part in ("", "_tail"))
     return whole if is_legacy(row["protocol"]) else f"{whole} ({tail})"
 
 
-def _gain_cell(row: Row | None, with_interval: bool) -> str:
-    if row is None or row.get("gain") is None:
-        return NOTHING
-    return f"{row['gain']:.2f}" + (format_interval(finite_interval(row, "gain_ci95")) if with_interval else "")
-
-
-def _passkey_cell(row: Row | None) -> str:
-    return NOTHING if row is None or row.get("passkey") is None else f"{100 * row['passkey']:.0f} %"
-
-
-def _bits_cell(row: Row | None) -> str:
-    return NOTHING if row is None or row.get("bits_per_byte") is None else f"{row['bits_per_byte']:.3f}"
+def _gain(row: Row, with_interval: bool) -> str:
+    interval = finite_interval(row, "gain_ci95") if with_interval else None
+    return _number(row.get("gain"), f"{{:.2f}}{format_interval(interval)}")
 
 
 def _longppl_grid(results: Results) -> Grid:
@@ -176,99 +229,35 @@ def _longppl_grid(results: Results) -> Grid:
     return Grid(title, (rows[0]["length"],), tuple(cells))
 
 
-def _chat(results: Results) -> str:
-    return ", in the chat template" if results.provenance.get("chat") else ""
-
-
-def _retrieval_grid(results: Results, lengths: tuple[int, ...]) -> Grid:
-    tasks: dict[str, dict[str, dict[int, list[float | None]]]] = {}
+def _retrieval_grid(results: Results, lengths: tuple[int, ...], chat: str) -> Grid:
+    tasks: dict[str, dict[str, dict[int, list[Row]]]] = {}
     for row in results.retrieval:
         by_length = tasks.setdefault(row["task"], {}).setdefault(row_name(row), {})
-        by_length.setdefault(row["length"], []).append(row["accuracy"])
+        by_length.setdefault(row["length"], []).append(row)
     rows: list[tuple[str, tuple[str, ...]]] = []
+    shares = {}
     for task, methods in tasks.items():
         rows.append((task, ()))
-        rows += [(name, tuple(_share(found.get(length)) for length in lengths)) for name, found in methods.items()]
+        for name, by_length in methods.items():
+            rows.append((name, tuple(_per_cent(row["accuracy"] for row in by_length.get(n, ())) for n in lengths)))
+            depths = by_length.get(lengths[-1], ())
+            shares[f"{task}, {name}"] = [(row["accuracy"], row["trials"]) for row in depths]
     trials = results.retrieval[0]["trials"]
-    title = f"Retrieval: share found, mean over depths (trials at each: {trials}{_chat(results)})"
-    return Grid(title, lengths, tuple(rows), _retrieval_intervals(results, lengths[-1]))
+    title = f"Retrieval: share found, mean over depths (trials at each: {trials}{chat})"
+    return Grid(title, lengths, tuple(rows), _intervals(shares, lengths[-1]))
 
 
-def _retrieval_intervals(results: Results, length: int) -> str:
-    found: dict[str, list[tuple[float, int]]] = {}
-    for row in results.retrieval:
-        if row["length"] == length and row["accuracy"] is not None and row["trials"]:
-            found.setdefault(f"{row['task']}, {row_name(row)}", []).append((row["accuracy"], row["trials"]))
-    shares = {}
-    for name, depths in found.items():
-        trials = sum(number for _, number in depths)
-        shares[name] = (sum(accuracy * number for accuracy, number in depths) / trials, trials)
-    return _intervals(shares, length)
-
-
-def _passkey_intervals(methods: Mapping[str, Mapping[int, Row]], length: int) -> str:
-    rows = {name: by_length[length] for name, by_length in methods.items() if length in by_length}
-    shares = {
-        name: (row["passkey"], row["passkey_trials"])
-        for name, row in rows.items()
-        if row.get("passkey") is not None and row.get("passkey_trials")
-    }
-    return _intervals(shares, length)
-
-
-def _intervals(shares: Mapping[str, tuple[float, int]], length: int) -> str:
-    """Return a sentence with the 95 % interval of each share; an empty text without shares."""
-    said = []
-    for name, (share, trials) in shares.items():
-        low, high = share_interval(share, trials)
-        said.append(f"{name} {100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of {trials}")
-    return f"At {length} tokens, with 95 % intervals (Wilson): {'; '.join(said)}." if said else ""
-
-
-def _share(accuracies: list[float | None] | None) -> str:
-    known = [accuracy for accuracy in accuracies or () if accuracy is not None]
-    return f"{100 * sum(known) / len(known):.0f} %" if known else NOTHING
-
-
-def grids(results: Results) -> list[Grid]:
-    """Return the grids of all measured quantities.
-
-    The order is short-context check, perplexity, gain, LongPPL, passkeys, retrieval, and bits per byte. Only the
-    perplexity is always present.
-    """
-    lengths, methods, control = lengths_of(results), by_method(results), control_rows(results)
-    mark = legacy_mark(results)
-
-    def rows_of(cell: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        return tuple((name, tuple(cell(rows.get(length)) for length in lengths)) for name, rows in methods.items())
-
-    perplexity = rows_of(_perplexity_cell)
-    if control:
-        cells = tuple(_perplexity_cell(control.get(length), "_truncated") for length in lengths)
-        perplexity = ((control_name(results), cells), *perplexity)
-    title = f"Perplexity {mark}" if mark else "Perplexity per token (second half of the text in brackets)"
-    answers = [Grid(title, lengths, perplexity)]
-    short_context = results.short_context()
-    if short_context:
-        changes = tuple((row_name(row), (format_change(row),)) for row in short_context)
-        title = f"{SHORT_CONTEXT}: change of perplexity inside the trained length {mark}".rstrip()
-        answers.insert(0, Grid(title, (short_context[0]["length"],), changes))
-    if control:
-        # Only the longest length has an interval, because four intervals do not fit in 80 columns.
-        gain = rows_of(lambda row: _gain_cell(row, with_interval=row is not None and row["length"] == lengths[-1]))
-        title = f"Gain over truncation{f' {mark}' if mark else ', second half'} (above 1: the longer context pays)"
-        answers.append(Grid(title, lengths, gain))
-    if any(row.get("longppl") is not None for row in results.rows):
-        answers.append(_longppl_grid(results))
-    if any(row.get("passkey") is not None for row in results.rows):
-        trials = next((f", {row['passkey_trials']} trials" for row in results.rows if row.get("passkey_trials")), "")
-        title = f"Passkeys retrieved (greedy decoding{trials}{_chat(results)})"
-        answers.append(Grid(title, lengths, rows_of(_passkey_cell), _passkey_intervals(methods, lengths[-1])))
-    if results.retrieval:
-        answers.append(_retrieval_grid(results, lengths))
-    if any(row.get("bits_per_byte") is not None for row in results.rows):
-        answers.append(Grid("Bits per byte of text (comparable across tokenizers)", lengths, rows_of(_bits_cell)))
-    return answers
+def _intervals(shares: Mapping[str, Sequence[tuple[float | None, int | None]]], length: int) -> str:
+    """Return a sentence with the 95 % interval of each share, pooled over its pairs of share and trials."""
+    texts = []
+    for name, pairs in shares.items():
+        known = [(share, trials) for share, trials in pairs if share is not None and trials]
+        if known:
+            trials = sum(count for _, count in known)
+            share = sum(share * count for share, count in known) / trials
+            low, high = share_interval(share, trials)
+            texts.append(f"{name} {100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}] of {trials}")
+    return f"At {length} tokens, with 95 % intervals (Wilson): {'; '.join(texts)}." if texts else ""
 
 
 def markdown_table(grid: Grid) -> str:
@@ -287,57 +276,47 @@ TOLERANCE = 1.25
 
 def describe_methods(results: Results) -> list[str]:
     """Return one sentence per method: its reach, its cost inside the trained length, its gain, and its passkeys."""
-    methods = by_method(results)
     control = control_rows(results)
     trained_length = results.provenance.get("trained_length") or 0
     mark = inline(legacy_mark(results))
-    return [
-        f"{code(name)} {f'{mark} ' if mark else ''}{_describe(name, rows, control, trained_length)}."
-        for name, rows in methods.items()
-    ]
-
-
-def _describe(name: str, rows: Mapping[int, Row], control: Mapping[int, Row], trained_length: int) -> str:
-    parts = [_reach(rows, control)]
-    inside = [row for length, row in rows.items() if length <= trained_length and row.get("change") is not None]
-    if inside and name != "none":
-        parts.append(_inside(inside[-1]))
-    longest = rows[max(rows)]
-    if longest.get("gain") is not None:
-        parts.append(_against_truncation(longest))
-    if longest.get("passkey") is not None:
-        parts.append(f"it retrieves {100 * longest['passkey']:.0f} % of the passkeys there")
-    return "; ".join(parts)
-
-
-def _levels(rows: Mapping[int, Row], control: Mapping[int, Row]) -> dict[int, float]:
-    """Return the tail perplexity by length, divided by the control's if every length has a control."""
-    tails = {length: row["perplexity_tail"] for length, row in rows.items() if row.get("perplexity_tail") is not None}
-    if all(length in control for length in tails):
-        return {length: tail / control[length]["perplexity_truncated_tail"] for length, tail in tails.items()}
-    return tails
+    sentences = []
+    for name, rows in by_method(results).items():
+        parts = [_reach(rows, control)]
+        inside = [row for length, row in rows.items() if length <= trained_length and row.get("change") is not None]
+        if inside and name != "none":
+            parts.append(_cost(inside[-1]))
+        longest = rows[max(rows)]
+        if longest.get("gain") is not None:
+            parts.append(_against_truncation(longest))
+        if longest.get("passkey") is not None:
+            parts.append(f"it retrieves {100 * longest['passkey']:.0f} % of the passkeys there")
+        sentences.append(f"{code(name)} {f'{mark} ' if mark else ''}{'; '.join(parts)}.")
+    return sentences
 
 
 def _reach(rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
-    levels = _levels(rows, control)
-    if not levels:
+    """Describe up to which length a method keeps its tail perplexity, relative to the control if it is known."""
+    tails = {length: row["perplexity_tail"] for length, row in rows.items() if row.get("perplexity_tail") is not None}
+    if not tails:
         return "gave no finite perplexity"
+    levels = dict(tails)
+    if all(length in control for length in tails):
+        levels = {length: tail / control[length]["perplexity_truncated_tail"] for length, tail in tails.items()}
     lengths = list(levels)
     first, longest = lengths[0], lengths[-1]
     broken = next((length for length in lengths if levels[length] > TOLERANCE * levels[first]), None)
-    at_first = format_perplexity(rows[first]["perplexity_tail"])
-    what = "perplexity" if is_legacy(rows[first]["protocol"]) else "tail perplexity"
-    if broken is None:
-        at_longest = format_perplexity(rows[longest]["perplexity_tail"])
-        span = f"to {longest} tokens ({what} {at_first} at {first}, {at_longest} at {longest})"
-        return f"keeps its perplexity level {span if len(lengths) > 1 else f'at {first} tokens ({at_first})'}"
-    held = lengths[lengths.index(broken) - 1]
-    at_broken = format_perplexity(rows[broken]["perplexity_tail"])
-    figures = f"({what} {at_first} at {first}, {at_broken} there)"
-    return f"holds up to {held} tokens and breaks by {broken} {figures}"
+    shown = {length: format_perplexity(tail) for length, tail in tails.items()}
+    quantity = "perplexity" if is_legacy(rows[first]["protocol"]) else "tail perplexity"
+    if broken is not None:
+        figures = f"({quantity} {shown[first]} at {first}, {shown[broken]} there)"
+        return f"holds up to {lengths[lengths.index(broken) - 1]} tokens and breaks by {broken} {figures}"
+    if len(lengths) == 1:
+        return f"keeps its perplexity level at {first} tokens ({shown[first]})"
+    figures = f"({quantity} {shown[first]} at {first}, {shown[longest]} at {longest})"
+    return f"keeps its perplexity level to {longest} tokens {figures}"
 
 
-def _inside(row: Row) -> str:
+def _cost(row: Row) -> str:
     """Describe the cost of the extension inside the trained length."""
     change = row["change"]
     interval = finite_interval(row, "change_ci95")
@@ -359,6 +338,9 @@ def _against_truncation(row: Row) -> str:
 
 
 WIDTH = 80
+LONGEST = 100
+"""Most characters of a name on the terminal and in pictures. Files contain the whole name."""
+
 # Room for "theta x128" or "truncated to 131072". Longer names are folded.
 NAME_WIDTH = 20
 GAP = 3  # spaces between columns, including the rule that rich's box leaves blank
@@ -366,9 +348,15 @@ HEAD = "tokens"
 """Heading of the column of names, which is the unit of the other headings."""
 
 
-def _plain(text: str) -> str:
-    """Return an untrusted text with terminal control characters and rich's markup escaped."""
-    return escape(visible(text))
+def one_line(text: str) -> str:
+    """Return an untrusted text on one line, with visible control characters."""
+    return visible(" ".join(text.split()))
+
+
+def short_name(name: str) -> str:
+    """Return an untrusted name on one line of at most 100 characters, with visible control characters."""
+    line = one_line(name)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}\u2026"
 
 
 def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
@@ -385,30 +373,25 @@ def _column_groups(grid: Grid, name_width: int) -> list[list[int]]:
     return groups
 
 
-def _rich_table(grid: Grid, columns: list[int], name_width: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, GAP - 1), pad_edge=False, show_edge=False)
-    table.add_column(HEAD, width=name_width, overflow="fold")
-    for column in columns:
-        table.add_column(str(grid.lengths[column]), justify="right", no_wrap=True)
-    for name, cells in grid.rows:
-        table.add_row(
-            _plain(name), *(_plain(cells[column]) for column in columns if cells), style=None if cells else "bold"
-        )
-    return table
-
-
-def print_grids(answers: Sequence[Grid], remarks: Sequence[str], console: Console | None = None) -> None:
+def print_grids(tables: Sequence[Grid], remarks: Sequence[str], console: Console | None = None) -> None:
     """Print every grid in at most 80 columns, then the remarks. A wide grid continues below itself."""
     console = console or Console(width=WIDTH, highlight=False)
-    names = [HEAD, *(name for grid in answers for name, _ in grid.rows)]
-    name_width = min(NAME_WIDTH, max(map(len, names)))
-    for grid in answers:
-        console.print(_plain(grid.title), style="bold")
+    names = [HEAD, *(short_name(name) for grid in tables for name, _ in grid.rows)]
+    name_width = min(NAME_WIDTH, max(map(cell_len, names)))
+    for grid in tables:
+        console.print(escape(one_line(grid.title)), style="bold")
         for columns in _column_groups(grid, name_width):
-            console.print(_rich_table(grid, columns, name_width))
+            table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, GAP - 1), pad_edge=False, show_edge=False)
+            table.add_column(HEAD, width=name_width, overflow="fold")
+            for column in columns:
+                table.add_column(str(grid.lengths[column]), justify="right", no_wrap=True)
+            for name, cells in grid.rows:
+                values = [cells[column] for column in columns if cells]
+                table.add_row(escape(short_name(name)), *values, style=None if cells else "bold")
+            console.print(table)
             console.print()
     for remark in remarks:
-        console.print(_plain(remark))
+        console.print(escape(one_line(remark)))
 
 
 def print_tables(results: Results, console: Console | None = None) -> None:
