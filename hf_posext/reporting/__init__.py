@@ -5,7 +5,7 @@ from ..packages import require
 require("eval")
 
 from .card import before_after, model_card, write_model_card
-from .plots import plot_gain_by_position, plot_perplexity, plot_side_by_side
+from .drawing import plot_gain_by_position, plot_perplexity, plot_side_by_side
 from .report import (
     differences,
     merge_runs,

@@ -14,7 +14,7 @@ from ..evaluation.results import Results
 from ..evaluation.rows import Conditions, DocumentRecord, RetrievalRow, Row, make_rows
 from ..evaluation.windows import CONTROL
 from ..plan import ExtensionPlan
-from .plots import plot_perplexity
+from .drawing import plot_perplexity
 from .report import differences, flatten, render_template, results_to_model_index
 from .tables import by_method, control_name, describe_methods, grids, lengths_of, notes
 

@@ -15,7 +15,14 @@ from ..evaluation.reading import write_atomically
 from ..evaluation.results import Results
 from ..evaluation.rows import Row
 from ..evaluation.windows import CONTROL, is_legacy
-from .plots import file_names, heatmap_files, plot_gain_by_position, plot_perplexity, plot_side_by_side, write_heatmaps
+from .drawing import (
+    file_names,
+    heatmap_files,
+    plot_gain_by_position,
+    plot_perplexity,
+    plot_side_by_side,
+    write_heatmaps,
+)
 from .tables import (
     NOTHING,
     SHORT_CONTEXT,

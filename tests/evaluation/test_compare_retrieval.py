@@ -19,7 +19,7 @@ from hf_posext.evaluation import Results, compare, evaluate_perplexity, load_doc
 from hf_posext.evaluation.questions import Questions
 from hf_posext.evaluation.results import RETRIEVAL_KEYS
 from hf_posext.reporting import markdown_table, merge_runs, merged_grids, print_tables, run_titles, write_report
-from hf_posext.reporting.plots import heatmap_files
+from hf_posext.reporting.drawing import heatmap_files
 from hf_posext.reporting.tables import grids, notes
 
 from ..conftest import EXAMPLES, tiny_t5

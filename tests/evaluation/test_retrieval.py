@@ -18,7 +18,7 @@ from hf_posext.evaluation import prompts, questions, retrieval
 from hf_posext.evaluation.prompts import TASKS, WORDS, answer_room, task_prompt
 from hf_posext.evaluation.questions import DEPTHS, score
 from hf_posext.patching import patch_model
-from hf_posext.reporting import plots as heatmaps
+from hf_posext.reporting import drawing as heatmaps
 
 from ..conftest import EXAMPLES
 from .helpers import BOS, character_tokenizer
