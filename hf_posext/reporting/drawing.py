@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..errors import InvalidParameterError
 from ..escaping import visible
@@ -166,6 +166,13 @@ def draw_line(
     )
 
 
+class PerplexityLocator(LogLocator):
+    """Locator of ticks on a log axis. Ticks are evenly spaced in a range that may contain no round multiple of ten."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        return MaxNLocator(5).tick_values(vmin, vmax) if vmax < 4 * vmin else super().tick_values(vmin, vmax)
+
+
 def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], control: str) -> None:
     """Draw the tail perplexity of every method by length, and of the control under a given name."""
     truncated = control_rows(results)
@@ -177,7 +184,7 @@ def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], 
     for name, rows in by_method(results).items():
         draw_line(panel, name, rows, "perplexity_tail", _tail_intervals(results, rows), styles[name])
     panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    panel.yaxis.set_major_locator(PerplexityLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_perplexity(value).removesuffix(".0")))
     panel.set_ylim(top=1.15 * panel.get_ylim()[1])  # room for the note on the trained length
@@ -226,10 +233,21 @@ def note(
 
 
 def _has_room(panel: Axes, text: str, x: float) -> bool:
-    """Return `True` if a text that begins at `x` fits in the panel, whose size before drawing is approximate."""
+    """Return `True` if a text that begins at `x` fits in the panel."""
     place = panel.transAxes.inverted().transform(panel.transData.transform((x, panel.get_ylim()[0])))[0]
+    return bool((1 - place) * _letters(panel) > len(text))
+
+
+def _letters(panel: Axes) -> float:
+    """Return the letters that fit the width of a panel, whose size before drawing is approximate."""
     inches = panel.get_position().width * panel.figure.get_figwidth()  # type: ignore[union-attr]
-    return bool(inches * (1 - place) > LETTER * NOTE / 72 * len(text))
+    return float(inches / (LETTER * NOTE / 72))
+
+
+def upright_if_crowded(panel: Axes, lengths: Sequence[int]) -> None:
+    """Turn the labels of lengths upright if they do not fit side by side."""
+    if len(lengths) * (max(len(str(length)) for length in lengths) + 1) > _letters(panel):
+        panel.tick_params(axis="x", labelrotation=90)
 
 
 def note_trained_length(panel: Axes, results: Results) -> None:
@@ -268,13 +286,17 @@ def lengths_as_ticks(panel: Axes, lengths: tuple[int, ...], trained_length: int 
     shown = [*lengths, *([trained_length] if trained_length else [])]
     panel.set_xlim(min(shown) / 1.2, max(shown) * 1.2)
     panel.tick_params(labelbottom=labelled)
+    upright_if_crowded(panel, lengths)
     panel.set_xlabel("context length (tokens)" if labelled else "")
 
+
+ABREAST, LETTERS = 3, 84
+"""Maximum number of models in a row, and letters of their titles that fit the width of the picture."""
 
 # Cividis rises evenly in lightness and looks the same to red-green colour-blind readers. Numbers repeat each value.
 COLOUR_MAP = "cividis"
 DARK = 0.4  # accuracy below which a cell is dark and its number white
-COLUMNS = 3
+COLUMNS, CELLS = 3, 24  # maximum heat maps in a row, and cells that are wide enough for a number
 LONGEST_STEM = 100
 """Most characters of a title in a file name, which systems limit to 255 bytes."""
 
@@ -318,13 +340,15 @@ def plot_heatmaps(
             f"{len(rows)} rows show {len(set(cells))} cells. Pass the rows of one retrieval, of one method at a time."
         )
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    columns = min(COLUMNS, len(tasks))
+    columns = max(1, min(COLUMNS, len(tasks), CELLS // len({row["length"] for row in rows})))
     blocks = -(-len(tasks) // columns)
     figure = new_figure(3.1 * blocks + 0.3)
     panels = figure.subplots(blocks, columns, squeeze=False).flatten()
     for panel, task in zip(panels, tasks, strict=False):
         image = _draw(panel, [row for row in rows if row["task"] == task], trained_length)
-        panel.set_title(short_name(task), fontsize=10.5, fontweight="bold", color=INK)
+        panel.set_title(
+            textwrap.fill(short_name(task), LETTERS // columns), fontsize=10.5, fontweight="bold", color=INK
+        )
     for panel in panels[len(tasks) :]:
         panel.remove()
     bar = figure.colorbar(image, ax=panels[: len(tasks)].tolist(), ticks=[0, 0.25, 0.5, 0.75, 1], aspect=30)
@@ -332,7 +356,7 @@ def plot_heatmaps(
     bar.outline.set_visible(False)
     bar.set_label("accuracy (%)", fontsize=9, color=INK)
     if title:
-        figure.suptitle(short_name(title), fontsize=12, fontweight="bold", color=INK)
+        figure.suptitle(textwrap.fill(short_name(title), LETTERS), fontsize=12, fontweight="bold", color=INK)
     save_figure(figure, path)
 
 
@@ -351,6 +375,7 @@ def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], trained_length: int | 
         panel.text(right + 0.5, down + 0.5, text, ha="center", va="center", fontsize=8.5, color=colour)
     panel.invert_yaxis()
     panel.set_xticks(np.arange(len(lengths)) + 0.5, [str(length) for length in lengths])
+    upright_if_crowded(panel, lengths)
     panel.set_xlabel("length (tokens)", fontsize=9, color=INK)
     has_depth = depths != [None]
     panel.set_yticks(np.arange(len(depths)) + 0.5, [f"{100 * d:.0f} %" for d in depths] if has_depth else [""])
@@ -363,10 +388,6 @@ def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], trained_length: int | 
         panel.axvline(inside, color=INK, linewidth=1.5, linestyle=":", clip_on=False)
         panel.set_xlabel(f"length (tokens); dots: trained on {trained_length}", fontsize=9, color=INK)
     return image
-
-
-ABREAST, LETTERS = 3, 84
-"""Maximum number of models in a row, and letters of their titles that fit the width of the picture."""
 
 
 def _folded(line: str, width: int) -> list[str]:

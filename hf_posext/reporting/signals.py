@@ -17,7 +17,8 @@ from matplotlib.patches import Patch as Swatch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from ..errors import InvalidParameterError
-from .drawing import BEFORE, CONTROL, GRID, INK, dress_axes, method_styles, new_figure, note, save_figure
+from .drawing import BEFORE, CONTROL, GRID, INK, dress_axes, label_of, method_styles, new_figure, note, save_figure
+from .tables import short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,9 +54,9 @@ KINDS = {
 }
 
 
-def plot_diagnosis(found: Diagnosis, path: str | Path) -> None:
+def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     """Draw the signal of one model, unpatched and with each method, above the loss by position if measured."""
-    signals, measured = found.signals, "losses" in found.tables
+    signals, measured = diagnosis.signals, "losses" in diagnosis.tables
     columns = min(ABREAST, max(1, len(signals)))
     rows = -(-len(signals) // columns)
     heights = [1.9] * rows + [2.7] * measured
@@ -63,7 +64,7 @@ def plot_diagnosis(found: Diagnosis, path: str | Path) -> None:
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     for index, signal in enumerate(signals):
         panel = figure.add_subplot(grid[index // columns, index % columns])
-        draw_signal(panel, signal, found)
+        draw_signal(panel, signal, diagnosis)
         panel.set_ylabel(channel_label(signal) if index % columns == 0 else "")
         panel.set_xlabel(f"{signal.over} (tokens)" if index + columns >= len(signals) else "")
     lines: list[Any] = []
@@ -71,16 +72,16 @@ def plot_diagnosis(found: Diagnosis, path: str | Path) -> None:
         panel = figure.add_subplot(grid[-1, :])
         panel.set_title("Loss by position")
         panel.set_ylabel("loss (nats per token)")
-        draw_losses(panel, found)
+        draw_losses(panel, diagnosis)
         lines = panel.get_legend_handles_labels()[0]
-    figure.suptitle(_title(found), fontsize=12, fontweight="bold", color=INK)
-    legend(figure, [*colour_handles(SHADES.get(found.scheme.kind, "")), *lines])
+    figure.suptitle(_title(diagnosis), fontsize=12, fontweight="bold", color=INK)
+    legend(figure, [*colour_handles(SHADES.get(diagnosis.scheme.kind, "")), *lines])
     save_figure(figure, path)
 
 
-def _title(found: Diagnosis) -> str:
-    length = f"trained on {found.trained_length} tokens" if found.trained_length else "trained length unknown"
-    return f"{Path(found.model).name}: {KINDS[found.scheme.kind]}, {length}"
+def _title(diagnosis: Diagnosis) -> str:
+    length = f"trained on {diagnosis.trained_length} tokens" if diagnosis.trained_length else "trained length unknown"
+    return f"{short_name(Path(diagnosis.model).name)}: {KINDS[diagnosis.scheme.kind]}, {length}"
 
 
 def channel_label(signal: Signal) -> str:
@@ -88,58 +89,57 @@ def channel_label(signal: Signal) -> str:
     return f"{signal.channel}s" if signal.channel == "head" else f"{signal.channel}s\n(fast above slow)"
 
 
-def draw_signal(panel: Axes, signal: Signal, found: Diagnosis) -> None:
+def draw_signal(panel: Axes, signal: Signal, diagnosis: Diagnosis) -> None:
     """Draw a heat map of channels by tokens, in blue if seen in training, and darker for larger values."""
     values = signal.values
     if signal.channel == "dimension":  # dimensions have different scales, so each is standardized
-        shown = signal.at < (found.trained_length or found.target_length)
-        own = values[:, shown] if shown.sum() > 1 else values  # a distant target leaves one column or none
-        values = (values - np.nanmean(own, 1, keepdims=True)) / np.maximum(np.nanstd(own, 1, keepdims=True), 1e-12)
-        values = values.clip(-2, 2)
-    elif found.scheme.kind == "alibi":  # weight at an equal score, relative to the nearest token
+        is_trained = signal.at < (diagnosis.trained_length or diagnosis.target_length)
+        trained = (
+            values[:, is_trained] if is_trained.sum() > 1 else values
+        )  # a distant target leaves one column or none
+        mean, deviation = np.nanmean(trained, 1, keepdims=True), np.nanstd(trained, 1, keepdims=True)
+        values = ((values - mean) / np.maximum(deviation, 1e-12)).clip(-2, 2)
+    elif diagnosis.scheme.kind == "alibi":  # weight at an equal score, relative to the nearest token
         values = np.exp(values)
     low, high = np.nanmin(values), np.nanmax(values)
     share = (values - low) / max(high - low, 1e-12)
     image = np.where(signal.unseen[..., None], MAPS[1](share), MAPS[0](share))
     image[np.isnan(values)] = (0.93, 0.93, 0.93, 1.0)  # positions without a value
     image = image.repeat(-(-TALLEST // len(image)), axis=0)
-    extent = (0.0, float(found.target_length), float(len(signal.channels)), 0.0)
+    extent = (0.0, float(diagnosis.target_length), float(len(signal.channels)), 0.0)
     panel.imshow(image, aspect="auto", interpolation="antialiased", extent=extent)
-    panel.set_title("as it is" if signal.method == "none" else signal.method)
+    panel.set_title("as it is" if signal.method == "none" else short_name(signal.method))
     panel.set_yticks([])
-    dress(panel, found)
+    dress(panel, diagnosis)
 
 
-def draw_losses(panel: Axes, found: Diagnosis) -> None:
+def draw_losses(panel: Axes, diagnosis: Diagnosis) -> None:
     """Draw the loss by position of the unpatched model, its short-context baseline, and each measured method."""
-    lines = found.tables["losses"]
-    level = f"last {found.provenance['context']} tokens"
+    lines = diagnosis.tables["losses"]
+    level = f"last {diagnosis.provenance['context']} tokens"
     methods = [name for name in dict.fromkeys(lines.curve) if name not in ("none", level)]
-    drawn = method_styles(methods)
-    styles: dict[str, Any] = {
-        name: {key: drawn[name][key] for key in ("color", "linestyle") if key in drawn[name]} for name in methods
-    }
-    styles |= {"none": {"color": BEFORE}, level: {"color": CONTROL, "linestyle": "--", "zorder": 1}}
+    styles: dict[str, Any] = {name: {**style, "markersize": 4} for name, style in method_styles(methods).items()}
+    styles |= {"none": {"color": BEFORE}, level: {"color": CONTROL, "linestyle": "--", "zorder": 2.5}}
     names = {"none": "as it is", level: "as it is, short context"}
     for name in ("none", *methods, level):
-        own = lines[lines.curve == name]
-        middles = (own.begin + own.end) / 2
-        panel.plot(middles, own.nll, linewidth=1.7, label=names.get(name, name), **styles[name])
-        if name != level and own.low.notna().all():
-            panel.fill_between(middles, own.low, own.high, color=styles[name]["color"], alpha=0.1, linewidth=0)
-    panel.set_xlim(0, found.target_length)
+        curve = lines[lines.curve == name]
+        middles, style = (curve.begin + curve.end) / 2, {**styles[name], "linewidth": 1.7}
+        panel.plot(middles, curve.nll, label=names.get(name, label_of(short_name(name))), markevery=4, **style)
+        if name != level and curve.low.notna().all():
+            panel.fill_between(middles, curve.low, curve.high, color=style["color"], alpha=0.1, linewidth=0)
+    panel.set_xlim(0, diagnosis.target_length)
     panel.set_xlabel("position (tokens)")
     panel.grid(axis="y", color=GRID, linewidth=0.8)
-    dress(panel, found)
-    if found.departure:
-        panel.axvline(found.departure, color=NEW, linewidth=1.3)
-    told = f"departs at token {found.departure}" if found.departure else "does not depart"
-    note(panel, told, found.departure or found.trained_length or 0, 1.0, ("data", "axes fraction"))
+    dress(panel, diagnosis)
+    if diagnosis.departure:
+        panel.axvline(diagnosis.departure, color=NEW, linewidth=1.3)
+    text = f"departs at token {diagnosis.departure}" if diagnosis.departure else "does not depart"
+    note(panel, text, diagnosis.departure or diagnosis.trained_length or 0, 1.0, ("data", "axes fraction"))
 
 
-def dress(panel: Axes, found: Diagnosis) -> None:
+def dress(panel: Axes, diagnosis: Diagnosis) -> None:
     """Set ticks at multiples of the trained length if they fit, and mark the trained length."""
-    trained, target = found.trained_length, found.target_length
+    trained, target = diagnosis.trained_length, diagnosis.target_length
     if trained and target <= 6 * trained:
         panel.xaxis.set_major_locator(FixedLocator(list(range(0, target + trained // 8, trained))))
     else:
@@ -193,8 +193,8 @@ def plot_classes(runs: Sequence[Diagnosis], path: str | Path) -> None:
     Raises:
         InvalidParameterError: the target is too long to draw the trained rows of a table in ten columns or more.
     """
-    runs = [found for found in runs if found.signals]
-    measured = ["losses" in found.tables for found in runs]
+    runs = [diagnosis for diagnosis in runs if diagnosis.signals]
+    measured = ["losses" in diagnosis.tables for diagnosis in runs]
     columns = min(MODELS_ABREAST, len(runs))
     heights = ([2.5, 2.3] if any(measured) else [2.5]) * -(-len(runs) // columns)
     figure = new_figure(1.1 + sum(heights))
@@ -215,7 +215,7 @@ def plot_classes(runs: Sequence[Diagnosis], path: str | Path) -> None:
         elif lower is not upper:
             lower.remove()
     for panel in lowers:
-        low, high = zip(*(other.get_ylim() for other in lowers), strict=True)
+        low, high = zip(*(lower.get_ylim() for lower in lowers), strict=True)
         panel.set_ylim(min(low), max(high))
         panel.tick_params(labelleft=bool(panel.get_ylabel()) or panel is lowers[0])
     handles = (
@@ -225,35 +225,35 @@ def plot_classes(runs: Sequence[Diagnosis], path: str | Path) -> None:
     save_figure(figure, path)
 
 
-def draw_class(panel: Axes, found: Diagnosis) -> None:
+def draw_class(panel: Axes, diagnosis: Diagnosis) -> None:
     """Draw a few channels of the signal as lines, or all of them if the channels are heads."""
-    signal = found.signals[0]
-    panel.set_title(CLASSES[found.generalization], pad=18)
-    named = f"{Path(found.model).name}, {KINDS[found.scheme.kind]}"
-    panel.annotate(named, (0.5, 1.04), xycoords="axes fraction", ha="center", fontsize=9.5, color=INK)
+    signal = diagnosis.signals[0]
+    panel.set_title(CLASSES[diagnosis.generalization], pad=18)
+    name = short_name(f"{Path(diagnosis.model).name}, {KINDS[diagnosis.scheme.kind]}")
+    panel.annotate(name, (0.5, 1.04), xycoords="axes fraction", ha="center", fontsize=9.5, color=INK)
     panel.set_xlabel(f"{signal.over} (tokens)")
-    dress(panel, found)
-    panel.set_xlim(0, found.target_length)
+    dress(panel, diagnosis)
+    panel.set_xlim(0, diagnosis.target_length)
     if signal.channel == "head":
         for line in range(len(signal.channels)):
             _line(panel, signal, line)
-        if found.scheme.kind == "alibi":
+        if diagnosis.scheme.kind == "alibi":
             panel.set_ylim(LOWEST, 1)
         panel.set_ylabel(f"{signal.quantity}\nof {len(signal.channels)} heads")
         return
-    trained = found.trained_length or found.target_length
-    chosen = _slow_pairs(found) if signal.channel == "rotary pair" else _waves(panel, signal, trained)
+    trained = diagnosis.trained_length or diagnosis.target_length
+    chosen = _slow_pairs(diagnosis) if signal.channel == "rotary pair" else _waves(panel, signal, trained)
     low, high = panel.get_xlim()
-    visible = (signal.at >= low) & (signal.at <= high)
-    squeezed = found.signals[1] if signal.channel == "rotary pair" and len(found.signals) > 1 else None
+    is_visible = (signal.at >= low) & (signal.at <= high)
+    squeezed = diagnosis.signals[1] if signal.channel == "rotary pair" and len(diagnosis.signals) > 1 else None
     for place, line in enumerate(chosen):
-        scale = 2.6 * float(np.nanmax(np.abs(signal.values[line, visible])))
+        scale = 2.6 * float(np.nanmax(np.abs(signal.values[line, is_visible])))
         _line(panel, signal, line, place, scale)
         if squeezed is not None:
             _line(panel, squeezed, line, place, scale, linewidth=2.2, linestyle=(0, (4, 1)))
     if squeezed is not None:
-        told = f"dashed: {squeezed.method}"
-        panel.annotate(told, (1.0, 1.0), xycoords="axes fraction", ha="right", va="top", fontsize=8.5, color=SHOWN)
+        text = f"dashed: {short_name(squeezed.method)}"
+        panel.annotate(text, (1.0, 1.0), xycoords="axes fraction", ha="right", va="top", fontsize=8.5, color=SHOWN)
     panel.set_ylim(0.5 - LINES, 0.75)
     panel.set_yticks([])
     panel.set_ylabel(f"{signal.quantity}\nof {LINES} {signal.channel}s")
@@ -261,18 +261,18 @@ def draw_class(panel: Axes, found: Diagnosis) -> None:
 
 def _line(panel: Axes, signal: Signal, line: int, place: int = 0, scale: float = 1.0, **style: Any) -> None:
     """Draw one channel, in blue if seen in training and in orange otherwise."""
-    values, new = signal.values[line] / scale - place, signal.unseen[line]
-    for wanted, colour in ((False, SHOWN), (True, NEW)):
-        inside = new == wanted
+    values = signal.values[line] / scale - place
+    for is_unseen, colour in ((False, SHOWN), (True, NEW)):
+        inside = signal.unseen[line] == is_unseen
         inside[:-1] |= inside[1:]  # overlap by one column, so that the colours meet
         panel.plot(signal.at, np.where(inside, values, np.nan), color=colour, **{"linewidth": 1.4, **style})
 
 
-def _slow_pairs(found: Diagnosis) -> list[int]:
-    if "frequencies" not in found.tables:  # the trained length is unknown
-        count = len(found.signals[0].channels)
+def _slow_pairs(diagnosis: Diagnosis) -> list[int]:
+    if "frequencies" not in diagnosis.tables:  # the trained length is unknown
+        count = len(diagnosis.signals[0].channels)
         return [round(share * (count - 1)) for share in (0.3, 0.5, 0.7)]
-    lines = found.tables["frequencies"]
+    lines = diagnosis.tables["frequencies"]
     turns = lines[lines.set == lines.set.iloc[0]].turns.to_numpy()
     return [int(np.abs(np.log(turns / share)).argmin()) for share in SHARES]
 
@@ -296,18 +296,12 @@ def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
     return [int(line) for line in chosen]
 
 
-def _name_methods(panel: Axes, found: Diagnosis) -> None:
+def _name_methods(panel: Axes, diagnosis: Diagnosis) -> None:
     """Label the line of each method in the panel, because models have different methods."""
-    lines = found.tables["losses"]
-    styles = method_styles([signal.method for signal in found.signals[1:]])
-    for signal in found.signals[1:]:
-        own = lines[lines.curve == signal.method]
-        colour = styles[signal.method]["color"]
-        panel.annotate(
-            signal.method,
-            (found.target_length, own.high.iloc[-4:].max() if own.high.notna().all() else own.nll.iloc[-4:].max()),
-            ha="right",
-            va="bottom",
-            fontsize=8.5,
-            color=colour,
-        )
+    lines = diagnosis.tables["losses"]
+    styles = method_styles([signal.method for signal in diagnosis.signals[1:]])
+    for signal in diagnosis.signals[1:]:
+        end = lines[lines.curve == signal.method].iloc[-4:]
+        height = end.high.max() if end.high.notna().all() else end.nll.max()
+        place: Any = {"ha": "right", "va": "bottom", "fontsize": 8.5, "color": styles[signal.method]["color"]}
+        panel.annotate(short_name(signal.method), (diagnosis.target_length, height), **place)
