@@ -28,7 +28,6 @@ from .tables import (
     SHORT_CONTEXT,
     Grid,
     control_name,
-    control_rows,
     describe_methods,
     grids,
     legacy_mark,
@@ -138,9 +137,10 @@ MEASUREMENT = (
 
 SAME_RUN = ("model", "trained_length", *MEASUREMENT, "longppl")
 
-DOCUMENT = ("document", "method", "factor", "length")
-PROMPTS = ("method", "factor", "task", "length", "depth")
-"""Keys that identify a document record, and keys that identify a retrieval row."""
+ROW = ("method", "factor", "length")
+DOCUMENT = ("document", *ROW)
+PROMPTS = (*ROW, "task", "depth")
+"""Keys that identify a row, a document record, and a retrieval row."""
 
 R = TypeVar("R", bound=Record)
 
@@ -174,9 +174,13 @@ def run_titles(runs: Sequence[Results]) -> list[str]:
     models = [PurePath(str(run.provenance.get("model", "a model"))).name for run in runs]
     titles = []
     for run, model in zip(runs, models, strict=True):
-        peers = [other for other, name in zip(runs, models, strict=True) if name == model]
-        telling = [f"{key} {_told(run, key)}" for key in SAME_RUN if len({_told(peer, key) for peer in peers}) > 1]
-        titles.append(f"{model} ({', '.join(telling)})" if telling else model)
+        peers = [peer for peer, name in zip(runs, models, strict=True) if name == model]
+        settings = [
+            f"{key} {_setting_text(run, key)}"
+            for key in SAME_RUN
+            if len({_setting_text(peer, key) for peer in peers}) > 1
+        ]
+        titles.append(f"{model} ({', '.join(settings)})" if settings else model)
     return [
         title if titles.count(title) == 1 else f"{title} #{titles[:index].count(title) + 1}"
         for index, title in enumerate(titles)
@@ -185,12 +189,12 @@ def run_titles(runs: Sequence[Results]) -> list[str]:
 
 def differences(runs: Sequence[Results]) -> list[str]:
     """Return one warning if the settings of the runs differ; otherwise an empty list."""
-    said = []
+    settings = []
     for key in MEASUREMENT:
-        values = {json.dumps(_setting(run, key), sort_keys=True): _told(run, key) for run in runs}
+        values = {json.dumps(_setting(run, key), sort_keys=True): _setting_text(run, key) for run in runs}
         if len(values) > 1:
-            said.append(f"{key} ({', '.join(values.values())})")
-    return [f"Compare within a model, not across: the runs differ in {'; '.join(said)}."] if said else []
+            settings.append(f"{key} ({', '.join(values.values())})")
+    return [f"Compare within a model, not across: the runs differ in {'; '.join(settings)}."] if settings else []
 
 
 def merged_grids(runs: Sequence[Results], titles: Sequence[str]) -> list[Grid]:
@@ -203,78 +207,75 @@ def merged_grids(runs: Sequence[Results], titles: Sequence[str]) -> list[Grid]:
     for run, title in zip(runs, titles, strict=True):
         for grid in grids(run):
             questions.setdefault(grid.title, []).append((title, grid))
-    answers = []
+    tables = []
     for question in sorted(questions, key=lambda title: not title.startswith(SHORT_CONTEXT)):
-        found = questions[question]
-        lengths = tuple(sorted({length for _, grid in found for length in grid.lengths}))
+        blocks = questions[question]
+        lengths = tuple(sorted({length for _, grid in blocks for length in grid.lengths}))
         rows: list[tuple[str, tuple[str, ...]]] = []
-        for title, grid in found:
+        for title, grid in blocks:
             rows.append((title, ()))
             for name, cells in grid.rows:
-                by_length = dict(zip(grid.lengths, cells, strict=True)) if cells else {}
+                by_length = dict(zip(grid.lengths, cells, strict=False))  # a heading has no cells
                 rows.append((name, tuple(by_length.get(length, "") for length in lengths) if cells else ()))
-        remark = " ".join(f"{title}: {grid.remark}" for title, grid in found if grid.remark)
-        answers.append(Grid(question, lengths, tuple(rows), remark))
-    return answers
+        remark = " ".join(f"{title}: {grid.remark}" for title, grid in blocks if grid.remark)
+        tables.append(Grid(question, lengths, tuple(rows), remark))
+    return tables
 
 
 def _join(group: Mapping[str, Results]) -> Results:
-    first = next(iter(group.values()))
-    rows: dict[Any, tuple[str, Row]] = {}
+    origins: dict[Any, tuple[str, Row]] = {}
     for name, run in group.items():
         for row in run.rows:
-            key = (row["method"], row["factor"], row["length"])
-            other_name, other = rows.setdefault(key, (name, row))
-            if not _agree(row, other):
+            origin, known = origins.setdefault(tuple(row[key] for key in ROW), (name, row))
+            if not _agree(row, known):
                 raise InvalidParameterError(
-                    f"{other_name} and {name} contradict each other: {row_name(row)} at {row['length']} tokens has "
-                    f"perplexity {other['perplexity']} and {row['perplexity']}. Leave one of them out."
+                    f"{origin} and {name} contradict each other: {row_name(row)} at {row['length']} tokens has "
+                    f"perplexity {known['perplexity']} and {row['perplexity']}. Leave one of them out."
                 )
-            rows[key] = (other_name, _filled(other, row))
+    runs = list(group.values())
     refusals: dict[str, str] = {}
-    for run in group.values():
+    for run in runs:
         refusals |= run.provenance.get("not_applicable") or {}
-    provenance = {**first.provenance, "not_applicable": refusals, "left_out": _left_out(group)}
-    if commands := dict.fromkeys(run.provenance["command"] for run in group.values() if "command" in run.provenance):
+    provenance = {**runs[0].provenance, "not_applicable": refusals, "left_out": _left_out(group)}
+    if commands := dict.fromkeys(run.provenance["command"] for run in runs if "command" in run.provenance):
         provenance["command"] = "\n".join(commands)
     return Results(
         provenance,
-        [row for _, row in rows.values()],
-        _unique((record for run in group.values() for record in run.per_document), DOCUMENT),
-        _unique((row for run in group.values() for row in run.retrieval), PROMPTS),
+        _unique((row for run in runs for row in run.rows), ROW),
+        _unique((record for run in runs for record in run.per_document), DOCUMENT),
+        _unique((row for run in runs for row in run.retrieval), PROMPTS),
     )
 
 
 def _left_out(group: Mapping[str, Results]) -> list[dict[str, Any]]:
     """Return the omitted entries of all runs: once if all runs omitted them, otherwise with the name of the run."""
     by_run = {name: run.provenance.get("left_out") or [] for name, run in group.items()}
-    told: list[dict[str, Any]] = []
+    named: list[dict[str, Any]] = []
     for name, entries in by_run.items():
         for entry in entries:
-            own = entry if all(entry in others for others in by_run.values()) else {**entry, "run": name}
-            told += [] if own in told else [own]
-    return told
+            is_common = all(entry in omitted for omitted in by_run.values())
+            named_entry = entry if is_common else {**entry, "run": name}
+            if named_entry not in named:
+                named.append(named_entry)
+    return named
 
 
-def _agree(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    if row["nll_sum"] is None or other["nll_sum"] is None:
-        return row["nll_sum"] is other["nll_sum"]
-    same_tokens = row["tokens"] == other["tokens"]
-    return same_tokens and math.isclose(row["nll_sum"], other["nll_sum"], rel_tol=AGREEMENT)
-
-
-def _filled(row: R, other: Mapping[str, Any]) -> R:
-    """Return a row with missing entries, such as passkeys or the control, filled from another row."""
-    return type(row)(row, **{key: value for key, value in other.items() if row.get(key) is None})
+def _agree(row: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    if row["nll_sum"] is None or known["nll_sum"] is None:
+        return row["nll_sum"] is known["nll_sum"]
+    same_tokens = row["tokens"] == known["tokens"]
+    return same_tokens and math.isclose(row["nll_sum"], known["nll_sum"], rel_tol=AGREEMENT)
 
 
 def _unique(records: Iterable[R], keys: Sequence[str]) -> list[R]:
-    """Return one record per value of the keys, with missing entries filled from its duplicates."""
-    found: dict[Any, R] = {}
+    """Return one record per value of the keys, with missing entries, such as passkeys, filled from its duplicates."""
+    merged: dict[Any, R] = {}
     for record in records:
         key = tuple(record[key] for key in keys)
-        found[key] = _filled(found.get(key, record), record)
-    return list(found.values())
+        known = merged.setdefault(key, record)
+        missing = {name: value for name, value in record.items() if known.get(name) is None}
+        merged[key] = type(known)(known, **missing)
+    return list(merged.values())
 
 
 def _setting(run: Results, key: str) -> Any:
@@ -283,40 +284,13 @@ def _setting(run: Results, key: str) -> Any:
     return bool(value) if key == "chat" else value
 
 
-def _told(run: Results, key: str) -> str:
+def _setting_text(run: Results, key: str) -> str:
     """Return a setting as a short text; for a list of documents, their number."""
     value = _setting(run, key)
     if key == "longppl" and value is not None:
         settings = (f"{name} {value[name]:g}" for name in ("alpha", "beta", "short_length") if name in value)
         return f"by {value['evaluator']} with {', '.join(settings)}"
     return f"{len(value)} documents" if isinstance(value, list) else str(value)
-
-
-PROTOCOLS = {
-    "prefix": "each document is read once, from its first scored token to the longest length, and the value at a "
-    "length L is over the first L tokens. A token is conditioned on all tokens before it. Where positions depend on "
-    "the length of the input, each length is read afresh.",
-    "sliding": "a window of L tokens moves over the document by the stride, and scores the tokens that no earlier "
-    "window has scored; each is counted once. Truncated, a window is read as many tokens at a time as the trained "
-    "length has.",
-    "rolling": "disjoint windows of L tokens, those of lm-eval: each scores the L tokens after its first, the last "
-    "window begins earlier to be as long. Truncated, a window is read as many tokens at a time as the trained length "
-    "has.",
-    "tail": "each document is read as by `prefix`, and of its first L tokens only the last K count, given all tokens "
-    "before them.",
-    "legacy-yarn": "legacy, for comparison with old tables: the windows of `sliding`, and the mean over windows of "
-    "the mean in each, as YaRN's script has it. The first window weighs as much as any other, and tokens do not weigh "
-    "the same.",
-    "legacy-longlora": "legacy, for comparison with old tables: all documents in one stream, overlapping windows of L "
-    "tokens, all of their tokens scored, and the mean over batches of 32 windows of the mean in each, as LongLoRA's "
-    "script has it. Windows cross the borders of documents, and tokens do not weigh the same.",
-    "pseudo": "pseudo-perplexity of an encoder. Of the first L tokens of each document, 64 that are spread evenly are "
-    "scored, each masked alone and given all others before and after it; truncated, those in a window of the trained "
-    "length around it.",
-    "seq2seq": "the encoder reads the first L - K tokens of each document, and the decoder is scored on the next "
-    "K = min(128, L / 4), each given those before it; truncated, the encoder reads the last tokens of its text, as "
-    "many as the trained length.",
-}
 
 
 def write_report(results: Results, directory: str | Path) -> Path:
@@ -444,21 +418,22 @@ def _front_matter(results: Results) -> str:
 
 
 def render_template(template: str, runs: Sequence[Results], **values: Any) -> str:
-    used = dict.fromkeys(row["protocol"] for run in runs for row in run.rows)
+    """Return a filled-in template of reports of the runs.
+
+    In addition to `values`, templates have `quantities`, the keys of rows of which some row has a value.
+    """
+    rows = [row for run in runs for row in run.rows]
     return render(
         template,
         "hf_posext.reporting",
         {"table": markdown_table, "cell": _cell},
+        quantities={key for row in rows for key, value in row.items() if value is not None},
         documents=", ".join(str(max(row["documents"] for row in run.rows)) for run in runs),
-        has_control=any(control_rows(run) for run in runs),
         has_positions=any(has_positions(run) for run in runs),
-        has_longppl=any(row.get("longppl") is not None for run in runs for row in run.rows),
         has_retrieval=any(run.retrieval for run in runs),
-        has_passkey=any(row.get("passkey") is not None for run in runs for row in run.rows),
         has_legacy=any(map(legacy_mark, runs)),
-        has_bits_per_byte=any(row.get("bits_per_byte") is not None for run in runs for row in run.rows),
         has_short_context=any(run.short_context() for run in runs),
-        protocols={protocol: PROTOCOLS.get(protocol, "see its documentation.") for protocol in used},
+        protocols=dict.fromkeys(row["protocol"] for row in rows),
         **values,
     )
 
