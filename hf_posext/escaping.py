@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 # C0 and C1 except for tab and line feed, line separators, and the controls that reorder text (U+202A and so on).
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _FORMULA = ("=", "+", "-", "@")
 
 

@@ -255,7 +255,7 @@ def _text(path: Path) -> str:
     with _open(path) as file:
         text = file.read()
     if 4 * text.count("\0") > len(text):  # ASCII text in UTF-16 or UTF-32 without a byte order mark is valid UTF-8
-        raise DocumentError(f"cannot read {path}: a quarter of it or more is NUL; save it as UTF-8")
+        raise DocumentError(f"cannot read {path}: a quarter of it or more is NUL. Save it as UTF-8.")
     return text
 
 

@@ -10,6 +10,7 @@ import math
 import re
 import textwrap
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from ..errors import InvalidParameterError
 from ..escaping import visible
@@ -166,11 +167,16 @@ def draw_line(
     )
 
 
-class PerplexityLocator(LogLocator):
-    """Locator of ticks on a log axis. Ticks are evenly spaced in a range that may contain no round multiple of ten."""
+class PerplexityLocator(Locator):
+    """Locator of ticks on a log axis, which chooses how many there are per power of ten by the range."""
+
+    def __call__(self) -> Any:
+        return self.tick_values(*self.axis.get_view_interval())
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
-        return MaxNLocator(5).tick_values(vmin, vmax) if vmax < 4 * vmin else super().tick_values(vmin, vmax)
+        if vmax < 4 * vmin:  # too narrow for round multiples of powers of ten
+            return MaxNLocator(5).tick_values(vmin, vmax)
+        return LogLocator(subs=(1.0, 2.0, 3.0, 5.0) if vmax < 300 * vmin else (1.0,)).tick_values(vmin, vmax)
 
 
 def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], control: str) -> None:
@@ -184,7 +190,7 @@ def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], 
     for name, rows in by_method(results).items():
         draw_line(panel, name, rows, "perplexity_tail", _tail_intervals(results, rows), styles[name])
     panel.set_yscale("log")
-    panel.yaxis.set_major_locator(PerplexityLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    panel.yaxis.set_major_locator(PerplexityLocator())
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_perplexity(value).removesuffix(".0")))
     panel.set_ylim(top=1.15 * panel.get_ylim()[1])  # room for the note on the trained length
@@ -304,8 +310,10 @@ LONGEST_STEM = 100
 def file_names(titles: Sequence[str]) -> list[str]:
     """Return a stem of a file name for each title, numbered if two would be the same file on some system."""
     stems = [re.sub(r"[^A-Za-z0-9.+-]+", "_", title).strip("_")[:LONGEST_STEM] for title in titles]
-    is_unique = len({stem.lower() for stem in stems}) == len(stems)
-    return stems if is_unique else [f"{stem}-{index + 1}" for index, stem in enumerate(stems)]
+    counts = Counter(stem.lower() for stem in stems)
+    numbered = [f"{stem}-{index + 1}" for index, stem in enumerate(stems)]
+    names = [number if counts[stem.lower()] > 1 else stem for stem, number in zip(stems, numbered, strict=True)]
+    return names if len({name.lower() for name in names}) == len(names) else numbered
 
 
 def heatmap_files(results: Results, prefix: str = "") -> dict[str, str]:

@@ -129,7 +129,7 @@ def notes(results: Results) -> list[str]:
         if "reason" in entry:  # entries without a reason are too short, and are listed in the provenance
             kind, name = next(iter(entry.items()))  # a document, or a task of a method
             where = f" in {entry['run']}" if "run" in entry else ""  # only in merged runs
-            sentences.append(f"Left out: {kind} {name}{where} ({entry['reason']}).")
+            sentences.append(f"Left out: {kind} {short_name(str(name))}{where} ({entry['reason']}).")
     trained = results.provenance.get("trained_length")
     if trained and not results.short_context() and any(row["method"] != "none" for row in results.rows):
         is_measured = lengths_of(results)[0] <= trained

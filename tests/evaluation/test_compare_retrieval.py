@@ -19,7 +19,7 @@ from hf_posext.evaluation import Results, compare, evaluate_perplexity, load_doc
 from hf_posext.evaluation.questions import Questions
 from hf_posext.evaluation.results import RETRIEVAL_KEYS
 from hf_posext.reporting import markdown_table, merge_runs, merged_grids, print_tables, run_titles, write_report
-from hf_posext.reporting.drawing import heatmap_files
+from hf_posext.reporting.drawing import file_names, heatmap_files
 from hf_posext.reporting.tables import grids, notes
 
 from ..conftest import EXAMPLES, tiny_t5
@@ -215,6 +215,10 @@ def test_files_are_named_after_methods_and_never_alike() -> None:
         "retrieval_a_.._b_x2.png",
         "retrieval_ntk_x2.png",
     ]
+    for titles in (["a", "a", "a-1"], ["A", "a"], ["\u5b57", "\u8bcd", "-1"], ["x" * 300, "x" * 301]):
+        stems = file_names(titles)
+        assert len({stem.lower() for stem in stems}) == len(titles), "also on systems that ignore case"
+        assert max(map(len, stems)) < 110
 
 
 def test_merged_runs_keep_what_was_retrieved(told: Results) -> None:

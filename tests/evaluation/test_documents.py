@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bz2
 import csv
+import errno
 import gzip
 import io
 import json
 import lzma
+import os
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +322,94 @@ def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None
 def test_a_row_of_a_frame_without_an_id_is_known_by_its_number() -> None:
     frame = pandas.DataFrame({"text": ["first", "second"], "id": ["a", None]}, index=[7, 3])
     assert [document.id for document in load_documents(frame)] == ["a", "1"]
+
+
+# Sources that would be read in part, or as something else
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le", "latin-1"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path, suffix: str, encoding: str) -> None:
+    """ASCII text in UTF-16 without a byte order mark is valid UTF-8, of which every other character is NUL."""
+    text = "caf\u00e9" if encoding == "latin-1" else "cafe"
+    content = {".txt": text * 9, ".jsonl": f'{{"text": "{text}"}}', ".json": f'["{text}"]', ".csv": f"text\n{text}\n"}
+    (tmp_path / f"a{suffix}").write_bytes(content[suffix].encode(encoding))
+    with pytest.raises(DocumentError, match=r"cannot read .*UTF-8|no column 'text'|is not JSON|cannot read") as error:
+        load_documents(tmp_path / f"a{suffix}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_split_that_no_file_name_defines_is_refused(tmp_path: Path) -> None:
+    folder = lay(tmp_path, "part-1.jsonl", "part-2.jsonl")
+    assert load_documents(folder, split="train") == load_documents(folder), "as datasets calls files without a split"
+    with pytest.raises(DocumentError, match="has no split 'test'; there are: train"):
+        load_documents(folder, split="test")
+
+
+def test_a_readme_with_several_configurations_is_not_ignored(tmp_path: Path) -> None:
+    folder = lay(tmp_path, "en.jsonl", "de.jsonl")
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("en", "de")]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    with pytest.raises(DocumentError, match="Config name is missing|config") as error:
+        load_documents(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = lay(tmp_path, "a.txt", "locked/b.txt")
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:  # as for another user's folder; the tests may run as root
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DocumentError, match="cannot read .*Permission denied"):
+        load_documents(folder)
+
+
+def test_links_and_pipes_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, elsewhere = lay(tmp_path / "novels", "a.txt"), lay(tmp_path / "elsewhere", "b.txt")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "circle").symlink_to(folder)
+    (folder / "c.txt").symlink_to(elsewhere / "b.txt")
+    os.mkfifo(folder / "pipe.txt")
+    assert [document.id for document in load_documents(folder)] == ["a.txt", "c.txt"]
+    assert "are read, not circle, linked, pipe.txt" in caplog.text
+    (folder / "broken.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DocumentError, match="cannot read .*No such file"):
+        load_documents(folder)
+    with pytest.raises(DocumentError, match="pipe.txt is neither a file nor a folder"):
+        load_documents(folder / "pipe.txt")
+
+
+def test_texts_without_an_order_are_refused() -> None:
+    """Their ids are their places, which would differ between processes."""
+    for texts in ({"one", "two"}, frozenset({"one"})):
+        with pytest.raises(DocumentError, match="Expected texts, got (set|frozenset)"):
+            load_documents(texts)
+
+
+def test_files_that_are_not_what_their_names_say(tmp_path: Path) -> None:
+    for name in ("a.txt.gz", "a.jsonl.gz", "a.parquet", "a.arrow", "a.txt.xz"):
+        (tmp_path / name).write_bytes(b"plain text")
+        with pytest.raises(DocumentError, match=f"cannot read .*{name}") as error:
+            load_documents(tmp_path / name)
+        assert "\n" not in str(error.value)
+    (tmp_path / "empty.txt").touch()
+    assert load_documents(tmp_path / "empty.txt") == [Document("empty.txt", "")]
+
+
+def test_dictionaries_of_streams_and_rows_in_lists() -> None:
+    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    both = datasets.IterableDatasetDict({"train": stream, "test": stream.skip(1)})
+    assert load_documents(both, split="test") == EXPECTED[1:]
+    assert load_documents(stream, limit=1) == EXPECTED[:1]
+    assert load_documents([ROWS[0], "plain", Document("d", "text")]) == [
+        EXPECTED[0],
+        Document("1", "plain"),
+        Document("d", "text"),
+    ]
+    with pytest.raises(DocumentError, match="row 2 of list has no 'text'"):
+        load_documents([ROWS[0], {"body": "x"}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -368,3 +369,28 @@ def test_results_are_one_line_and_a_table_in_notebooks() -> None:
     html = results._repr_html_()
     assert html.count("<tr") == len(results.rows) + 1 and "&lt;script&gt;" in html and "<script>" not in html
     assert repr(Results()).startswith("Results(a model; methods none measured")
+
+
+@pytest.mark.parametrize(("low", "high"), [(33.0, 40.0), (41.0, 48.0), (1.2, 1.9), (30.0, 300.0), (5.0, 5e6)])
+def test_every_range_of_perplexities_has_ticks(
+    low: float, high: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = make_results(control=False, passkey=False, lengths=(512, 1024))
+    results.per_document = []
+    for row in results.rows:
+        row["perplexity_tail"] = low if row["length"] == 512 else high
+    (panel,) = panels(lambda: plot_perplexity(results, tmp_path / "p.png"), monkeypatch)
+    bottom, top = panel.get_ylim()
+    assert 2 <= sum(bottom <= tick <= top for tick in panel.get_yticks()) <= 10
+
+
+def test_lengths_that_do_not_fit_side_by_side_stand_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for lengths, rotation in ((LENGTHS, 0.0), (tuple(2**n for n in range(7, 21)), 90.0)):
+        results, drawn = make_results(lengths=lengths), 0
+        for panel in panels(lambda results=results: plot_perplexity(results, tmp_path / "p.png"), monkeypatch):  # type: ignore[misc]
+            labels = [label for label in panel.get_xticklabels() if label.get_visible() and label.get_text()]
+            boxes = [label.get_window_extent() for label in labels]
+            assert {label.get_rotation() for label in labels} <= {rotation}
+            assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes)), "none overlap"
+            drawn += len(labels)
+        assert drawn >= 2 * len(lengths), "in the lowest panels"

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from rich.cells import cell_len
 from rich.console import Console
 
 from hf_posext import patch_model
 from hf_posext.cli.app import app
 from hf_posext.cli.console import PlainConsole, fail, say
 from hf_posext.escaping import alt, cell, code, console, csv_cell, inline, visible
+from hf_posext.evaluation import Results
 from hf_posext.reporting import print_tables, render_report, write_merged_report, write_report
 
 from ..conftest import tiny_llama
@@ -101,6 +105,68 @@ def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
         assert [row["method"] for row in rows if "1+1" in row["method"]] == ["'=1+1"] * 4
         changes = [float(row["change"]) for row in rows]
         assert changes == pytest.approx([row["change"] for row in results.rows]) and min(changes) < 0
+
+
+NAMES = {
+    "pipe": "a|b",
+    "script": "<script>alert(1)</script>",
+    "formula": "=cmd|' /C calc'!A0",
+    "line": "a\nb\r\n| x | y |",
+    "ansi": "\x1b[31mred\x1b[0m\x9b2J",
+    "right to left": "\u05e9\u05dc\u05d5\u05dd \u202ecba\u2066\u200f\u061c",
+    "hidden label": "_nolegend_",
+    "long": "x" * 10_000,
+    "blank": " ",
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
+def test_a_name_from_outside_is_right_in_every_output(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = make_results()
+    results.rows = [row | {"method": name} if row["method"] == "yarn" else row for row in results.rows]
+    results.per_document = [
+        record | {"method": name if record["method"] == "yarn" else record["method"], "document": name}
+        for record in results.per_document
+        if record["document"] == "a"
+    ]
+    answer = {"task": name, "length": 512, "depth": 0.5, "accuracy": 0.5, "trials": 4, "method": name, "factor": 8.0}
+    results.provenance |= {"model": name, "command": name, "left_out": [{"document": name, "reason": "out of memory"}]}
+    results = Results(results.provenance, results.rows, results.per_document, [answer])
+    file = io.StringIO()
+    print_tables(results, Console(width=80, file=file))
+    lines = file.getvalue().splitlines()
+    assert max(map(cell_len, lines)) <= 80 and len(lines) < 250
+    for character in "\x1b\x9b\u202e\u2066\u200f\u061c":
+        assert character not in file.getvalue()
+    saved = legends(monkeypatch)
+    readme = write_report(results, tmp_path / "report")
+    write_merged_report({name: results, "b": make_results()}, tmp_path / "merged")
+    assert all(len(names) >= 4 and max(map(len, names)) <= 100 for names in saved), "every line is in its legend"
+    assert Results.load_json(readme.parent / "results.json").rows[-1]["method"] == name, "files keep the whole name"
+    for path in (readme, tmp_path / "merged" / "README.md"):
+        html = rendered(path.read_text(encoding="utf-8"))
+        assert "<script" not in html and html.count("<pre>") == 1
+    with (readme.parent / "results.csv").open(encoding="utf-8", newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == len(results.rows) and not any(row["method"].startswith("=") for row in rows)
+    for path in tmp_path.glob("*/*.png"):
+        assert imread(path).shape[1] == 1800
+
+
+def legends(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The names in the legend of every picture of lines that is drawn from now on."""
+    saved: list[list[str]] = []
+    save = Figure.savefig
+
+    def look(figure: Figure, *args: object, **settings: object) -> None:
+        saved.extend([text.get_text() for text in legend.get_texts()] for legend in figure.legends)
+        save(figure, *args, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    return saved
 
 
 def test_the_terminal_shows_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
