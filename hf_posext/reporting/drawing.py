@@ -171,6 +171,7 @@ class PerplexityLocator(Locator):
     """Locator of ticks on a log axis, which chooses how many there are per power of ten by the range."""
 
     def __call__(self) -> Any:
+        assert self.axis is not None
         return self.tick_values(*self.axis.get_view_interval())
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
