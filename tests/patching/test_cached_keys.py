@@ -219,7 +219,7 @@ def test_decoding_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("pieces", [[0, 21], [0, 20, 21]])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_cache_of_another_patch_is_refused(name: str, pieces: list[int], llama: LlamaForCausalLM) -> None:
-    """Whether its keys are rotated yet or not: other layers than the first have computed them under that patch."""
+    """Rotated or not, keys of all layers but the first were computed under that patch."""
     cache, lengths = DynamicCache(config=llama.config), {"factor": 8, "trained_length": 16}
     with patch_model(llama, METHODS[name], **lengths):
         steps(llama, cache, pieces)

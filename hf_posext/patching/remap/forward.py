@@ -342,7 +342,7 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
             f"the attention was set to {implementation!r} while a patch that rotates in it is in force. "
             "Undo the patch, set the attention, then patch again"
         )
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise UnsupportedModelError(
             f"torch.jit.trace records the positions of one text, and {remapping.plan.method} computes those of each. "
             "Use torch.export or torch.compile."
