@@ -1,9 +1,10 @@
-"""Values against type hints: checks of arguments, and strict decoding of JSON into frozen dataclasses."""
+"""Values checked against type hints, which may contain bounds: arguments, fields of dataclasses, and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,6 @@ MAX_TOKENS = 2**24
 T = TypeVar("T")
 
 
-WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}
-
-
 class Bound(NamedTuple):
     """Condition on a number, as a part of its type: `Annotated[float, Bound("above 0", lambda rate: rate > 0)]`."""
 
@@ -30,63 +28,107 @@ class Bound(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def check_type(name: str, value: Any, hint: Any, largest: float = sys.float_info.max) -> None:
+Positive = Annotated[float, Bound("above 0", lambda number: number > 0)]
+Count = Annotated[int, Bound("of at least 1", lambda number: number >= 1)]
+Index = Annotated[int, Bound("of at least 0", lambda number: number >= 0)]
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+
+
+def fits(value: Any, hint: Any, largest: float) -> bool:
+    """Return whether a value has the type of a hint.
+
+    A bool and a NaN do not count as numbers, and a string does not count as a sequence.
+
+    Args:
+        value (`Any`): the value.
+        hint (`Any`): a class, a union, or one of `Annotated` with [`Bound`], `Literal`, `Sequence`, `tuple`, `list`,
+            `Mapping`, and `Callable`.
+        largest (`float`): upper bound of the size of numbers.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any or origin is Callable:
+        return hint is Any or callable(value)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin in (types.UnionType, Union):
+        return any(fits(value, option, largest) for option in arguments)
+    if origin is Annotated:
+        bounds = (bound for bound in arguments[1:] if isinstance(bound, Bound))
+        return fits(value, arguments[0], largest) and all(bound.holds(value) for bound in bounds)
+    if origin in (Sequence, tuple, list):
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return is_sequence and all(fits(entry, arguments[0], largest) for entry in value)
+    if hint in (int, float):
+        is_number = isinstance(value, numbers.Integral if hint is int else numbers.Real)
+        return is_number and not isinstance(value, bool) and bool(abs(value) <= largest)  # false for NaN
+    return isinstance(value, origin or hint)
+
+
+def in_words(hint: Any) -> str:
+    """Return the type of a hint in words, such as "a whole number or None"."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        return " or ".join(map(in_words, arguments))
+    if origin is Annotated:
+        return " ".join([in_words(arguments[0]), *(each.text for each in arguments[1:] if isinstance(each, Bound))])
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin in (Sequence, tuple, list):
+        entries = in_words(arguments[0]).removeprefix("a ").removeprefix("an ")
+        return f"a list of {entries.replace('number', 'numbers').replace('text', 'names')}"
+    if origin is not None:
+        return "a function" if origin is Callable else "an object"
+    return _WORDS.get(hint) or f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
+
+
+def check_type(
+    name: str,
+    value: Any,
+    hint: Any,
+    largest: float = sys.float_info.max,
+    *,
+    error: type[PosExtError] = InvalidParameterError,
+    blank: bool = False,
+) -> None:
     """Check that a value has the type of its hint, and is within its bounds.
 
-    A bool, a NaN, and what exceeds `largest` do not count as numbers. A string does not count as a sequence, and `""`
-    does not count as text.
+    Args:
+        name (`str`): name in the message.
+        value (`Any`): the value.
+        hint (`Any`): the type, as [`fits`] takes it.
+        largest (`float`, *optional*): upper bound of the size of numbers.
+        error (`type[PosExtError]`, *optional*): the error to raise.
+        blank (`bool`, *optional*, defaults to `False`): whether `""` counts as text.
 
     Raises:
-        InvalidParameterError: the value has another type, or is out of bounds.
+        InvalidParameterError: the value has another type, or is out of bounds. `error` replaces this type.
     """
-    if not _fits(value, hint, largest):
-        raise InvalidParameterError(f"Expected {name} to be {_in_words(hint)}, got {short(repr(value))}.")
+    is_blank = isinstance(value, str) and not value and hint is not Any
+    if not fits(value, hint, largest) or (is_blank and not blank):
+        advice = f" Pass at most {largest:g}." if fits(value, hint, math.inf) and not is_blank else ""
+        raise error(f"Expected {name} to be {in_words(hint)}, got {short(repr(value))}.{advice}")
+
+
+def check_fields(record: Any, error: type[PosExtError] = PlanError) -> None:
+    """Check the fields of a dataclass, and of dataclasses in them, against their types.
+
+    Raises:
+        PlanError: names the field. `error` replaces this type.
+    """
+    for name, hint in _hints(type(record)).items():
+        value = getattr(record, name)
+        check_type(f"{type(record).__name__}.{name}", value, hint, MAX_NUMBER, error=error, blank=True)
+        for entry in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(entry):
+                check_fields(entry, error)
 
 
 def plain(value: Any) -> Any:
-    """Convert NumPy numbers and arrays to Python's own types."""
-    if type(value).__module__ == "numpy":
-        return value.tolist()
+    """Convert numbers and arrays of NumPy, also in a list or tuple, to Python's own types."""
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
-    return value
-
-
-def _fits(value: Any, hint: Any, largest: float) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Callable:
-        return callable(value)
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if origin is Annotated:
-        bounds = (bound for bound in arguments[1:] if isinstance(bound, Bound))
-        return _fits(value, arguments[0], largest) and all(bound.holds(value) for bound in bounds)
-    if origin is Sequence:
-        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return is_sequence and all(_fits(item, arguments[0], largest) for item in value)
-    if origin in (types.UnionType, Union):
-        return any(_fits(value, argument, largest) for argument in arguments)
-    if hint in (int, float):
-        is_number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-        return is_number and abs(value) <= largest  # false for NaN
-    return isinstance(value, origin or hint) and value != ""
-
-
-def _in_words(hint: Any) -> str:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(arguments)}"
-    if origin is Annotated:
-        return " ".join([_in_words(arguments[0]), *(one.text for one in arguments[1:] if isinstance(one, Bound))])
-    if origin is Sequence:
-        return f"a list of {WORDS[arguments[0]].removeprefix('a ')}s".replace("texts", "names")
-    if origin is Callable:
-        return "a function"
-    if origin in (types.UnionType, Union):
-        return " or ".join(map(_in_words, arguments))
-    return WORDS.get(hint) or f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
+    return value.tolist() if type(value).__module__ == "numpy" else value
 
 
 class Record(dict[str, Any]):
@@ -127,7 +169,15 @@ class OptionalKey:
 
 def required_keys(cls: type[Record]) -> tuple[str, ...]:
     """Return the required keys of a record class, in order of declaration."""
-    return tuple(name for name in get_type_hints(cls) if not isinstance(vars(cls).get(name), OptionalKey))
+    return tuple(name for name in _hints(cls) if not isinstance(vars(cls).get(name), OptionalKey))
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the types of the fields of a dataclass, or of the keys of a record."""
+    hints = get_type_hints(cls, include_extras=True)
+    if issubclass(cls, Record):
+        return hints
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 class Rules(NamedTuple):
@@ -157,28 +207,19 @@ def decode(cls: type[T], data: Any, where: str = "plan", rules: Rules = PLAN_RUL
             large. `rules.error` replaces this type.
     """
     if not isinstance(data, Mapping):
-        raise rules.error(f"{where} is {short(data)}; an object of {cls.__name__} belongs there")
-    hints = get_type_hints(cls)
+        raise rules.error(f"Expected {where} to be an object of {cls.__name__}, got {short(repr(data))}.")
+    hints = _hints(cls)
     if issubclass(cls, Record):
         required = set(required_keys(cls))
     else:
-        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        hints = {name: hint for name, hint in hints.items() if name in fields}
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         required = {
-            name
-            for name, field in fields.items()
-            if name not in rules.optional or field.default is dataclasses.MISSING
+            each.name for each in fields if each.name not in rules.optional or each.default is dataclasses.MISSING
         }
     if not required <= set(data) <= set(hints):
         missing, unknown = sorted(required - set(data)), sorted(set(data) - set(hints))
         raise rules.error(f"{where} lacks {missing} and has unknown {unknown}; {rules.remedy}")
     return cls(**{name: _value(hints[name], value, f"{where}.{name}", rules) for name, value in data.items()})
-
-
-def short(value: Any) -> str:
-    """Return a value as text, truncated to 40 characters."""
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _value(hint: Any, value: Any, where: str, rules: Rules) -> Any:
@@ -187,14 +228,17 @@ def _value(hint: Any, value: Any, where: str, rules: Rules) -> Any:
         return None if value is None else _value(arguments[0], value, where, rules)
     if origin in (tuple, list):
         if not isinstance(value, list):
-            raise rules.error(f"{where} is {short(value)}; a list belongs there")
+            raise rules.error(f"Expected {where} to be a list, got {short(repr(value))}.")
         return origin(_value(arguments[0], entry, f"{where}.{i}", rules) for i, entry in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return decode(hint, value, where, rules)  # type: ignore[arg-type]
-    wanted = Mapping if origin is not None else (int | float) if hint is float else hint
-    fits = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
-    largest = rules.largest if hint is float else MAX_NUMBER
-    if not fits or (isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= largest)):
-        name = "object" if origin is not None else {"str": "text", "int": "whole number"}.get(hint.__name__, "number")
-        raise rules.error(f"{where} is {short(value)}; a {name} of at most {largest:g} belongs there")
-    return float(value) if hint is float else value
+    kind = arguments[0] if origin is Annotated else hint
+    largest = rules.largest if kind is float else MAX_NUMBER
+    check_type(where, value, hint, largest, error=rules.error, blank=True)
+    return float(value) if kind is float else value
+
+
+def short(value: Any) -> str:
+    """Return a value as text, truncated to 40 characters."""
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,13 +1,13 @@
-"""Edits of a plan: plain data, each of which checks itself, because a plan may come from any file."""
+"""Edits of a plan: plain data, whose bounds are part of their types, because a plan may come from any file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from .decode import MAX_NUMBER, short
+from .decode import Bound, Count, Index, Positive, short
 from .errors import PlanError
 
 if TYPE_CHECKING:
@@ -17,8 +17,22 @@ MAX_TABLE_BYTES = 2**31
 """Largest table of positions that a plan may ask for, at 4 bytes a number."""
 
 
+class Change:
+    """Base of the edits of a plan."""
+
+    def check(self, plan: ExtensionPlan) -> None:
+        """Check what no type can express.
+
+        Raises:
+            PlanError: the plan asks for more than can be made, or for what no method can have meant.
+        """
+
+
+Frequency = Annotated[float, Bound("from 0 to 2 pi", lambda radians: 0 <= radians <= 2 * math.pi)]
+
+
 @dataclass(frozen=True)
-class RotaryPlan:
+class RotaryPlan(Change):
     """New values of one set of rotary frequencies.
 
     Args:
@@ -33,9 +47,9 @@ class RotaryPlan:
     """
 
     name: str
-    inv_freq: tuple[float, ...]
-    attention_factor: float = 1.0
-    short_inv_freq: tuple[float, ...] | None = None
+    inv_freq: tuple[Frequency, ...]
+    attention_factor: Positive = 1.0
+    short_inv_freq: tuple[Frequency, ...] | None = None
     rope_parameters: Mapping[str, Any] | None = None
     growth: Growth | None = None
 
@@ -43,16 +57,10 @@ class RotaryPlan:
         slots = next((rotary.slots for rotary in plan.scheme.rotaries if rotary.name == self.name), None)
         if slots is None:
             raise PlanError(f"plan changes frequencies {short(self.name)!r}, which its own scheme does not have")
-        for numbers in filter(None, (self.inv_freq, self.short_inv_freq)):
-            if len(numbers) != slots:
-                raise PlanError(f"plan has {len(numbers)} frequencies for {self.name!r}; its scheme has {slots}")
-            if not all(0 <= number <= 2 * math.pi for number in numbers):
-                raise PlanError(f"plan has frequencies {min(numbers)} to {max(numbers)}; 0 to 2 pi is possible")
         grown = (self.growth.moving, self.growth.power, self.growth.kept) if self.growth else ()
-        if any(len(numbers) != slots for numbers in grown):
-            raise PlanError(f"plan has a growth of another width than the frequencies of {self.name!r}")
-        if self.attention_factor <= 0:
-            raise PlanError(f"plan has attention_factor {self.attention_factor}; a number above 0 belongs there")
+        for numbers in filter(None, (self.inv_freq, self.short_inv_freq, *grown)):
+            if len(numbers) != slots:
+                raise PlanError(f"plan has {len(numbers)} numbers for {self.name!r}; its scheme has {slots}")
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,8 @@ class Growth:
 class RowGroup:
     """Group size that grows with the length of each row: `max(1, ceil((row length - beyond) / span))`."""
 
-    span: int
-    beyond: int = 0
+    span: Count
+    beyond: Index = 0
 
 
 @dataclass(frozen=True)
@@ -112,15 +120,15 @@ class PositionMap:
     """
 
     rate: float = 1.0
-    group: int = 1
+    group: Count = 1
     offset: float = 0.0
-    modulo: int | None = None
+    modulo: Count | None = None
     limit: float | None = None
     row_group: RowGroup | None = None
-    kept: int = 0
+    kept: Index = 0
     row_curve: RowCurve | None = None
-    pair_groups: tuple[int, ...] = ()
-    pair_shares: tuple[float, ...] = ()
+    pair_groups: tuple[Count, ...] = ()
+    pair_shares: tuple[Annotated[float, Bound("from 0 to 1", lambda share: 0 <= share <= 1)], ...] = ()
 
     @property
     def by_pair(self) -> bool:
@@ -133,28 +141,19 @@ class PositionMap:
         return self.row_group is not None or self.row_curve is not None
 
     def of_pair(self, pair: int) -> PositionMap:
-        """Return the map of one rotary pair."""
-        one = slice(pair, pair + 1)
-        return replace(self, pair_groups=self.pair_groups[one], pair_shares=self.pair_shares[one])
+        """Return the map of index rotary pair."""
+        index = slice(pair, pair + 1)
+        return replace(self, pair_groups=self.pair_groups[index], pair_shares=self.pair_shares[index])
 
     def check(self, rows: bool = False) -> None:
-        """Refuse a group or modulo below 1, and a group that follows rows in a map that is not for rows of text."""
-        group = self.row_group
-        if self.kept < 0 or (group is not None and (group.span < 1 or group.beyond < 0)):
-            raise PlanError("plan has groups that follow rows with a span below 1, or with a negative number")
+        """Refuse shares without a group that follows rows, and what a table has no rows of text or pairs for."""
         if (self.follows_rows or self.by_pair) and not rows:
             raise PlanError(
                 "plan maps positions of a table by groups that follow rows or by rotary pairs; a table has no rows of "
                 "text and no pairs"
             )
-        if min(self.pair_groups, default=1) < 1 or not all(0 <= share <= 1 for share in self.pair_shares):
-            raise PlanError("plan has groups of pairs below 1, or shares of pairs outside 0 to 1")
-        if self.pair_shares and (group is None or self.pair_groups):
+        if self.pair_shares and (self.row_group is None or self.pair_groups):
             raise PlanError("plan has shares of pairs without a group that follows rows, or beside groups of pairs")
-        if min(self.group, self.modulo or 1) < 1:
-            raise PlanError(
-                f"plan maps positions by group {self.group} and modulo {self.modulo}; 1 or more belongs there"
-            )
 
 
 @dataclass(frozen=True)
@@ -165,12 +164,12 @@ class CountFade:
     `n = (p // chunk - low + 1) * chunk` keys.
 
     Args:
-        strength (`float`): above 0. At 1 the band weighs no more than `reference` keys did.
+        strength (`float`): at 1 the band weighs no more than `reference` keys did.
         reference (`int`): number of keys up to which nothing changes.
     """
 
-    strength: float
-    reference: int
+    strength: Positive
+    reference: Count
 
 
 @dataclass(frozen=True)
@@ -182,16 +181,16 @@ class DistanceDecay:
     elsewhere. Pairs nearer than `start` lose nothing.
 
     Args:
-        strength (`float`): above 0.
+        strength (`float`): share of the logarithm of the distance.
         start (`int`): first distance that loses, in tokens.
     """
 
-    strength: float
-    start: int
+    strength: Positive
+    start: Count
 
 
 @dataclass(frozen=True)
-class Band:
+class Band(Change):
     """Band of the pairs of query i and key j, and the positions of its rotary phases.
 
     A pair belongs to the band when `low <= i // chunk - j // chunk < high`, and `j < keys_below` where that is given;
@@ -203,7 +202,7 @@ class Band:
     key: PositionMap
     low: int = 0
     high: int | None = None
-    chunk: int = 1
+    chunk: Count = 1
     keys_below: int | None = None
     fade: CountFade | None = None
     decay: DistanceDecay | None = None
@@ -214,40 +213,31 @@ class Band:
         return self.low > 0 and self.high is None and self.keys_below is None
 
     def check(self, plan: ExtensionPlan) -> None:
-        if self.chunk < 1:
-            raise PlanError(f"plan has a band with chunk {self.chunk}; 1 or more belongs there")
         slots = {rotary.slots for rotary in plan.scheme.rotaries}
         for mapping in (self.query, self.key):
             mapping.check(rows=True)
             if mapping.by_pair and slots != {len(mapping.pair_groups or mapping.pair_shares)}:
                 raise PlanError(f"plan maps positions by rotary pairs of another number than its scheme has: {slots}")
-        fade, decay = self.fade, self.decay
-        if fade is not None and not (fade.strength > 0 and fade.reference >= 1 and self.is_far):
-            raise PlanError(
-                f"plan fades a band by strength {fade.strength:g} from {fade.reference} keys on; a strength above 0, "
-                "1 key or more, and a band of all farther keys belong there"
-            )
-        if decay is not None and not (decay.strength > 0 and decay.start >= 1 and self.is_far and self.chunk == 1):
-            raise PlanError(
-                f"plan lets a band decay by strength {decay.strength:g} from distance {decay.start} on; a strength "
-                "above 0, 1 token or more, and a band of all farther keys, not of chunks, belong there"
-            )
+        if (self.fade or self.decay) and not self.is_far:
+            raise PlanError("plan fades a band, or lets it decay, that does not contain all farther keys")
+        if self.decay and self.chunk != 1:
+            raise PlanError(f"plan lets a band of chunks of {self.chunk} decay by distance; chunks of 1 are possible")
 
 
 @dataclass(frozen=True)
-class QueryScale:
+class QueryScale(Change):
     """Factor of queries, in layers from `first_layer` on: `constant`, times `max(1, ln(p + 1) / ln length)` at
     position p where `log` is set, times `(1 + temperature * ln max(1, (p + 1) / length)) ** 2`. Where `step` is given,
     the last is `1 + temperature * ln(floor((p + 1) / step) + 1)` instead, and where `row` is given,
     `1 + temperature * ln max(1, (n - beyond) / span)` with its numbers, in a row of n tokens.
     """
 
-    length: int
+    length: Annotated[int, Bound("of at least 2", lambda length: length >= 2)]
     log: bool = False
     temperature: float = 0.0
     constant: float = 1.0
-    step: int | None = None
-    first_layer: int = 0
+    step: Count | None = None
+    first_layer: Index = 0
     row: RowGroup | None = None
 
     def acts_at(self, position: int) -> bool:
@@ -260,18 +250,9 @@ class QueryScale:
             warmer = count - self.row.beyond > self.row.span
         return self.constant != 1 or (self.temperature != 0 and warmer) or (self.log and past)
 
-    def check(self, plan: ExtensionPlan) -> None:
-        if self.first_layer < 0 or (self.step is not None and self.step < 1):
-            raise PlanError(
-                f"plan scales queries from layer {self.first_layer} on by steps of {self.step} tokens; layer 0 or "
-                "more, and 1 token or more belong there"
-            )
-        if self.length < 2:
-            raise PlanError(f"plan scales queries from length {self.length}; 2 or more belongs there")
-
 
 @dataclass(frozen=True)
-class TablePlan:
+class TablePlan(Change):
     """Source of the rows of a longer table of positions.
 
     Position p gets the trained table at `position`, between two rows by `interpolation`; where `coarse` is given, plus
@@ -281,20 +262,15 @@ class TablePlan:
         position (`PositionMap`): from a position of the new table to one of the trained table.
         interpolation (`str`, *optional*, defaults to `"linear"`): or `"cubic"`, a natural spline.
         coarse (`PositionMap`, *optional*): of a hierarchical table.
-        alpha (`float`, *optional*, defaults to 0): its share, 0 up to but not including 1.
+        alpha (`float`, *optional*, defaults to 0): its share.
     """
 
     position: PositionMap
-    interpolation: str = "linear"
+    interpolation: Literal["linear", "cubic"] = "linear"
     coarse: PositionMap | None = None
-    alpha: float = 0.0
+    alpha: Annotated[float, Bound("from 0 up to, but not including, 1", lambda alpha: 0 <= alpha < 1)] = 0.0
 
     def check(self, plan: ExtensionPlan) -> None:
-        if self.interpolation not in ("linear", "cubic") or not 0 <= self.alpha < 1:
-            raise PlanError(
-                f"plan interpolates a table by {short(self.interpolation)!r} with alpha {self.alpha:g}; "
-                "'linear' or 'cubic', and 0 <= alpha < 1 are possible"
-            )
         for entry in filter(None, (self.position, self.coarse)):
             entry.check()
         usable, width = (plan.scheme.table.usable, plan.scheme.table.width) if plan.scheme.table else (0, 1)
@@ -304,40 +280,37 @@ class TablePlan:
 
 
 @dataclass(frozen=True)
-class Slopes:
+class Slopes(Change):
     """Slope of ALiBi of each head."""
 
-    values: tuple[float, ...]
+    values: tuple[Annotated[float, Bound("of at least 0", lambda slope: slope >= 0)], ...]
 
     def check(self, plan: ExtensionPlan) -> None:
-        heads = len(plan.scheme.slopes)
-        if len(self.values) != heads or min(self.values) < 0:
-            raise PlanError(
-                f"plan has {len(self.values)} slopes, the least {min(self.values):g}; its scheme has {heads} heads, "
-                "and slopes are not below 0"
-            )
+        if len(self.values) != len(plan.scheme.slopes):
+            raise PlanError(f"plan has {len(self.values)} slopes; its scheme has {len(plan.scheme.slopes)} heads")
 
 
 @dataclass(frozen=True)
-class BucketPlan:
+class BucketPlan(Change):
     """Change of a relative distance before it is sorted into a bucket: its size is divided by `factor` and
     rounded up, and buckets reach to `max_distance` where that is given."""
 
-    factor: float = 1.0
+    factor: Positive = 1.0
     max_distance: int | None = None
 
     def check(self, plan: ExtensionPlan) -> None:
         buckets = plan.scheme.buckets
-        shipped = buckets.max_distance if buckets else MAX_NUMBER
-        if self.factor <= 0 or (self.max_distance or shipped) < shipped or buckets is None:
+        if buckets is None:
+            raise PlanError("plan changes buckets of distances, which its own scheme does not have")
+        if self.max_distance is not None and self.max_distance < buckets.max_distance:
             raise PlanError(
-                f"plan divides distances by {self.factor:g} and has buckets up to {self.max_distance}; a number above "
-                f"0, and the {shipped} of its scheme or more are possible"
+                f"plan has buckets up to distance {self.max_distance}; the {buckets.max_distance} of its scheme or "
+                "more are possible"
             )
 
 
 @dataclass(frozen=True)
-class Sinusoids:
+class Sinusoids(Change):
     """Map from the position of a token to the position of its sines."""
 
     position: PositionMap
@@ -347,8 +320,7 @@ class Sinusoids:
 
 
 Edit: TypeAlias = RotaryPlan | Band | QueryScale | TablePlan | Slopes | BucketPlan | Sinusoids
-"""One change of a positional scheme. `check(plan)` raises `PlanError` where no method can have meant it. A plan has
-its edits in this order."""
+"""One change of a positional scheme. A plan has its edits in this order."""
 
 
 def check_table_size(rows: int, width: int, count: int = 1) -> None:

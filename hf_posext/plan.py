@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
-from .decode import MAX_TOKENS, PLAN_RULES, Rules, decode, short
+from .decode import MAX_TOKENS, PLAN_RULES, Positive, Rules, check_fields, decode, short
 from .deprecation import RenamedAttribute, renamed_names, warn_of_former
 from .edits import (
     Band,
@@ -75,7 +74,7 @@ class _Labels:
     method: str
     parameters: tuple[Mapping[str, Any], ...]
     scheme: PositionalScheme
-    factor: float
+    factor: Positive
     trained_length: int
     target_length: int
 
@@ -200,31 +199,24 @@ class ExtensionPlan(_Labels):
         Raises:
             PlanError: contains the bound.
         """
+        check_fields(self)
         if self.scheme.kind not in KINDS:
             raise PlanError(f"plan.scheme.kind is {short(self.scheme.kind)}; there are: {', '.join(KINDS)}")
-        self._check_lengths()
+        if not (self.factor <= MAX_TOKENS and 1 <= self.trained_length <= self.target_length <= MAX_TOKENS):
+            raise PlanError(
+                f"plan goes from {self.trained_length} to {self.target_length} tokens by factor {self.factor:g}; "
+                f"lengths grow from 1 or more, up to {MAX_TOKENS}"
+            )
+        if abs(self.trained_length * self.factor - self.target_length) > 1:
+            raise PlanError(
+                f"plan has factor {self.factor:g}, but goes from {self.trained_length} to {self.target_length} tokens"
+            )
         for kind in EDITS:
             count, most = len(self.of(kind)), {RotaryPlan: len(self.scheme.rotaries), Band: MAX_BANDS}.get(kind, 1)
             if count > most:
                 raise PlanError(f"plan has {count} edits of the type {kind.__name__}; at most {most} are possible")
         for edit in self.edits:
             edit.check(self)
-
-    def _check_lengths(self) -> None:
-        for name in ("factor", "trained_length", "target_length"):
-            number = getattr(self, name)
-            if not (isinstance(number, int) or name == "factor") or not math.isfinite(number) or number > MAX_TOKENS:
-                kind = "number" if name == "factor" else "whole number"
-                raise PlanError(f"plan.{name} is {short(number)}; a {kind} of at most {MAX_TOKENS} belongs there")
-        if not (self.factor > 0 and 1 <= self.trained_length <= self.target_length):
-            raise PlanError(
-                f"plan goes from {self.trained_length} to {self.target_length} tokens by factor {self.factor:g}; "
-                "lengths grow from 1 or more"
-            )
-        if abs(self.trained_length * self.factor - self.target_length) > 1:
-            raise PlanError(
-                f"plan has factor {self.factor:g}, but goes from {self.trained_length} to {self.target_length} tokens"
-            )
 
     def __repr__(self) -> str:
         return f"ExtensionPlan({visible(self.describe())})"

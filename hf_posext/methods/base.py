@@ -19,19 +19,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import entry_points
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from ..decode import MAX_NUMBER, MAX_TOKENS, check_type, plain, short
-from ..decode import Bound as Bound
+from ..decode import MAX_NUMBER, MAX_TOKENS, Positive, check_type, plain, short
 from ..deprecation import RenamedAttribute, renamed_arguments
 from ..errors import InvalidParameterError, MethodNotApplicableError, PlanError, UnknownMethodError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import KINDS, PositionalScheme
-
-Positive = Annotated[float, Bound("above 0", lambda number: number > 0)]
-Count = Annotated[int, Bound("of at least 1", lambda number: number >= 1)]
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ class Method:
         """
         for entry in fields(self):
             value = plain(getattr(self, entry.name))
-            object.__setattr__(self, entry.name, value)
             check_type(f"{self.name} {entry.name}", value, _hint(type(self), entry.type), MAX_NUMBER)
+            object.__setattr__(self, entry.name, value)
 
     @classmethod
     def summary(cls) -> str:
@@ -234,6 +230,7 @@ class Composition(Method):
     """
 
     name: ClassVar[str] = "composition"
+
     components: tuple[Method, ...] = ()
     parts: ClassVar[Any] = RenamedAttribute("components")
 

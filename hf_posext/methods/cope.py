@@ -6,10 +6,11 @@ from typing import Annotated
 
 import torch
 
+from ..decode import Bound
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .base import Bound, register
+from .base import register
 from .frequencies import FrequencyMethod, frequencies, from_tensor
 
 

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+from ..decode import Count, Positive
 from ..errors import InvalidParameterError
 from ..plan import Band, CountFade, DistanceDecay, ExtensionPlan
 from ..scheme import PositionalScheme
-from .base import Count, Method, Positive, register
+from .base import Method, register
 from .remap import require_far_band
 from .rerope import LeakyReRoPE, ReRoPE
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from ..decode import Count, Positive
 from ..plan import ExtensionPlan, QueryScale
-from .base import Count, Method, Positive, register
+from .base import Method, register
 from .remap import with_query_scale
 
 

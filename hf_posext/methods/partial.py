@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from ..decode import Bound
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .base import Bound, register
+from .base import register
 from .frequencies import FrequencyMethod, frequencies, from_tensor
 
 

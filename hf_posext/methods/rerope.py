@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from ..decode import Bound
 from ..plan import Band, ExtensionPlan, PositionMap
-from .base import Bound, register
+from .base import register
 from .remap import RemapMethod, near_and_far, window_of
 
 

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Self
 
+from ..decode import Bound, Positive
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
-from .base import Bound, Positive, register
+from .base import register
 from .remap import SAME, RemapMethod, window_of
 
 

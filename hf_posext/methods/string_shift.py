@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from ..decode import Positive
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
-from .base import Positive, register
+from .base import register
 from .remap import SAME, RemapMethod, near_and_far, window_of
 
 

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from ..decode import Bound
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale, RotaryPlan
 from ..scheme import Rotary
-from .base import Bound, register
+from .base import register
 from .frequencies import FrequencyMethod, from_tensor, powers
 from .remap import with_query_scale
 

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 import torch
 
+from ..decode import Bound, Positive
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Growth, RotaryPlan
 from ..scheme import Rotary
-from .base import Bound, Positive, register
+from .base import register
 from .frequencies import FrequencyMethod, as_longrope, exponents, from_tensor, padded, powers, require_pairs, unscaled
 
 

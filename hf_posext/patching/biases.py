@@ -52,17 +52,18 @@ class AttentionSlopes:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the layer with the biases of these slopes."""
-        return args, kwargs | self.biased(module, kwargs["alibi"], kwargs["attention_mask"])
+        return args, kwargs | self.biased(module, kwargs)
 
-    def biased(self, module: Any, alibi: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the arguments `alibi` and `attention_mask` in place of those that the layer was given."""
+    def biased(self, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the arguments that take the place of those that the layer was given."""
         raise NotImplementedError
 
 
 class BloomSlopes(AttentionSlopes):
     """Slopes for the attention layers of BLOOM."""
 
-    def biased(self, module: Any, alibi: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def biased(self, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        alibi, mask = given["alibi"], given["attention_mask"]
         return {"alibi": alibi.new_zeros(1, 1, 1), "attention_mask": mask + self.biases(mask)}
 
 
@@ -73,28 +74,25 @@ class FalconSlopes(AttentionSlopes):
     nothing, so that the mask gets distances, which are small, and so exact, where attention is.
     """
 
-    def biased(self, module: Any, alibi: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        biases = self.biases(mask)
-        lowest = torch.finfo(mask.dtype).min
+    def biased(self, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        mask = given["attention_mask"]
+        biases, lowest = self.biases(mask), torch.finfo(mask.dtype).min
         unseen = mask < lowest / 2
         nearest = biases.masked_fill(unseen, 0).amax(-1, keepdim=True)  # that of the last token that a query sees
         scaled = (biases - nearest) / math.sqrt(module.hidden_size // module.num_heads)
         return {"alibi": biases, "attention_mask": scaled.to(mask.dtype).masked_fill(unseen, lowest)}
 
 
-class MptSlopes(Mixin):
-    """Mixin for MPT, which computes float32 biases once for all layers."""
+class MptSlopes(AttentionSlopes):
+    """Slopes for the attention layers of MPT, which counts back from the last key, padding or not."""
 
-    _posext_slopes: AttentionSlopes
-
-    def build_mpt_alibi_tensor(
-        self, num_heads: int, sequence_length: int, alibi_bias_max: int = 8, device: Any = None
-    ) -> torch.Tensor:
-        distances = torch.arange(1 - sequence_length, 1, dtype=torch.float32, device=device)
-        return self._posext_slopes.on(distances.device)[:, None, None] * distances
+    def biased(self, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        shipped = given["position_bias"]
+        distances = torch.arange(1 - shipped.shape[-1], 1, dtype=torch.float32, device=shipped.device)
+        return {"position_bias": self.on(shipped.device)[:, None, None] * distances}
 
 
-_HOOKS = {"BloomAttention": BloomSlopes, "FalconAttention": FalconSlopes}
+_HOOKS = {"BloomAttention": BloomSlopes, "FalconAttention": FalconSlopes, "MptAttention": MptSlopes}
 
 
 def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
@@ -108,14 +106,9 @@ def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> s
     slopes = torch.tensor(plan.slopes, dtype=torch.float32)
     sites: dict[str, AttentionSlopes] = {}
     for path, module in model.named_modules():
-        name = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in (*_HOOKS, "MptModel")), None)
-        if name is None:
-            continue
-        sites[path] = _HOOKS.get(name, AttentionSlopes)(slopes)
-        if name == "MptModel":
-            log.set(module, "_posext_slopes", sites[path])
-            log.set(module, "__class__", mix(MptSlopes, type(module)))
-        else:
+        hook = next((_HOOKS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _HOOKS), None)
+        if hook is not None:
+            sites[path] = hook(slopes)
             log.on_undo(module.register_forward_pre_hook(sites[path], with_kwargs=True).remove)
     if not sites:
         raise UnsupportedModelError(

@@ -54,8 +54,8 @@ class RotarySite:
     def phases(self, positions: torch.Tensor) -> torch.Tensor:
         """Return cosine and sine (or the complex phase) of the module at positions (n,), float32 of shape (n, ...)."""
         device = getattr(self.module, f"{self.prefix}inv_freq").device
-        wanted = inspect.signature(self.module.forward).parameters
-        extra = {"layer_type": self.layer_type} if self.layer_type and "layer_type" in wanted else {}
+        parameters = inspect.signature(self.module.forward).parameters
+        extra = {"layer_type": self.layer_type} if self.layer_type and "layer_type" in parameters else {}
         with torch.inference_mode(), model_code(f"{type(self.module).__name__} ({self.path})"):
             out = self.module(torch.zeros(1, 1, 1, device=device), positions[None].to(device), **extra)
         parts = [torch.view_as_real(t) if t.is_complex() else t for t in (out if isinstance(out, tuple) else (out,))]
@@ -119,8 +119,9 @@ def _rotary_sites(model: PreTrainedModel) -> Iterator[RotarySite]:
         if its_config is not model.config and plain_class(its_config) is not plain_class(config):
             continue
         for attribute in sorted({*module._buffers, *vars(module)}):
-            own = attribute.endswith("inv_freq") and not attribute.endswith(("original_inv_freq", "long_inv_freq"))
-            if own and isinstance(getattr(module, attribute), torch.Tensor):
+            if not attribute.endswith("inv_freq") or attribute.endswith(("original_inv_freq", "long_inv_freq")):
+                continue
+            if isinstance(getattr(module, attribute), torch.Tensor):
                 layer_type = attribute.removesuffix("inv_freq").removesuffix("_")
                 shared = its_config is config or its_config is model.config
                 yield RotarySite(path, module, layer_type if shared else path, layer_type)
@@ -160,9 +161,9 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"transformers has no model for config type {config.model_type!r}. Load the model and give that instead."
         )
-    wanted = cls.config_class if cls.config_class is not None else type(config)
+    expected = cls.config_class if cls.config_class is not None else type(config)
     with torch.device("meta"):
-        return cls(copy.deepcopy(config if isinstance(config, wanted) else text_config(config)))
+        return cls(copy.deepcopy(config if isinstance(config, expected) else text_config(config)))
 
 
 def _scheme(model: PreTrainedModel) -> PositionalScheme:
@@ -264,8 +265,8 @@ def _window(config: Any, layer_type: str) -> int | None:
 
 def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | None, str, int | None]:
     """Return the trained length, its source, and the length that the model as shipped claims."""
-    held = {name: getattr(config, name, None) for name in LENGTH_FIELDS}
-    field, limit = next(((name, value) for name, value in held.items() if value and value > 0), ("", None))
+    limits = {name: getattr(config, name, None) for name in LENGTH_FIELDS}
+    field, limit = next(((name, value) for name, value in limits.items() if value and value > 0), ("", None))
     if limit is None:
         return None, "the config does not contain the trained length", None
     scaled = next((rotary for rotary in rotaries if rotary.shipped_type not in ("default", "proportional")), None)
@@ -293,8 +294,8 @@ def _kind(model: PreTrainedModel, config: PreTrainedConfig, rotates: bool) -> tu
         return "alibi", None
     if rotates:
         return "rotary", None
-    for kind, found in (("sinusoidal", sinusoids), ("learned", position_tables), ("relative", bucket_modules)):
-        if found(model):
+    for kind, modules_of in (("sinusoidal", sinusoids), ("learned", position_tables), ("relative", bucket_modules)):
+        if modules_of(model):
             return kind, None
     if getattr(config, "relative_attention", False):
         return "relative", f"{family} cannot be changed: its attention is relative by itself (disentangled)"

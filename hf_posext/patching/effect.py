@@ -69,15 +69,8 @@ def claimed_window(layer: Any) -> int | None:
 
 
 def refuse_idle(plan: ExtensionPlan, layers: Layers) -> None:
-    """Refuse edits that change no pair of tokens within reach of a layer, in texts of up to twice the target length.
-
-    Args:
-        plan (`ExtensionPlan`): with edits that attention applies.
-        layers (`set`): what the attention layers that rotate see.
-
-    Raises:
-        NoEffectError: every distance, and every logit, stays as it is.
-    """
+    """Refuse edits of attention that change no pair of tokens within reach of a layer that rotates, in texts of up to
+    twice the target length."""
     # new frequencies were compared with the former ones when they were written
     if plan.rotaries or differ(plan, replace(plan, edits=()), 2 * plan.target_length - 1, layers):
         return
@@ -94,13 +87,6 @@ def refuse_idle_components(model: nn.Module, plan: ExtensionPlan) -> None:
 
     A component that begins to act behind the target length is named in a warning: at the lengths that the plan is for,
     logits are those of the other components.
-
-    Args:
-        model (`PreTrainedModel`): under the plan.
-        plan (`ExtensionPlan`): in force.
-
-    Raises:
-        NoEffectError: names the component.
     """
     target = plan.target_length
     components = components_of(plan) if len(plan.parameters) > 1 else ()
@@ -120,21 +106,15 @@ def refuse_idle_components(model: nn.Module, plan: ExtensionPlan) -> None:
 
 
 def differ(plan: ExtensionPlan, other: ExtensionPlan, last: int, layers: Layers = EVERYWHERE) -> bool:
-    """Return whether two plans of one scheme treat a pair of tokens within reach of a layer differently.
-
-    Args:
-        plan (`ExtensionPlan`): a plan.
-        other (`ExtensionPlan`): one with fewer edits.
-        last (`int`): position of the last token of the text.
-        layers (`set`): what the attention layers see.
-    """
+    """Return whether two plans, the other one with fewer edits, treat a pair of tokens within reach of a layer
+    differently, in a text whose last token is at position `last`."""
     # what the model shows when it is written: tables, slopes, buckets
     ours, theirs = ([edit for edit in each.edits if not isinstance(edit, LATE)] for each in (plan, other))
     if ours != theirs:
         return True
     others, trained = {entry.name: entry for entry in other.rotaries}, plan.trained_length
     for entry in plan.rotaries:
-        if entry.name not in others or _turn_apart(entry, others[entry.name], last, trained):
+        if entry.name not in others or _rotate_apart(entry, others[entry.name], last, trained):
             return True
     scale = plan.query_scale if plan.query_scale != other.query_scale else None
     return any(
@@ -144,16 +124,16 @@ def differ(plan: ExtensionPlan, other: ExtensionPlan, last: int, layers: Layers 
     )
 
 
-def _turn_apart(entry: RotaryPlan, other: RotaryPlan, last: int, trained: int) -> bool:
+def _rotate_apart(entry: RotaryPlan, other: RotaryPlan, last: int, trained: int) -> bool:
     """Return whether two plans of one set of frequencies rotate a pair of tokens by other angles, or scale it."""
     return any(
-        abs(one - two) * length > ROUNDING * (1 + length)
+        abs(rate - former) * length > ROUNDING * (1 + length)
         for length in {trained, last + 1}
-        for one, two in zip(_turns(entry, length, trained), _turns(other, length, trained), strict=True)
+        for rate, former in zip(_rates(entry, length, trained), _rates(other, length, trained), strict=True)
     )
 
 
-def _turns(entry: RotaryPlan, length: int, trained: int) -> list[float]:
+def _rates(entry: RotaryPlan, length: int, trained: int) -> list[float]:
     """Return the frequencies of a set, and the factor of its phases, in a row of some length."""
     longer, growth = max(1.0, length / trained), entry.growth
     if growth is not None:
@@ -167,11 +147,7 @@ def _turns(entry: RotaryPlan, length: int, trained: int) -> list[float]:
 def _move(bands: tuple[Band, ...], others: tuple[Band, ...], last: int, reach: int) -> bool:
     """Return whether bands treat a pair of the query at `last`, or of the first one in its chunk, unlike others do.
 
-    Args:
-        bands (`tuple[Band, ...]`): of a plan.
-        others (`tuple[Band, ...]`): of another plan; without one, positions are those of the tokens.
-        last (`int`): position of the query.
-        reach (`int`): number of keys that it sees.
+    The query sees `reach` keys. Without bands, positions are those of the tokens.
     """
     if bands == others:
         return False
@@ -183,7 +159,7 @@ def _move(bands: tuple[Band, ...], others: tuple[Band, ...], last: int, reach: i
         between = torch.linspace(0, most, DISTANCES, dtype=torch.float64).long()
         distances = torch.cat([ends, most - ends, between, torch.tensor(edges).clamp(max=most)])
         ours, theirs = (_seen(each or (Band(SAME, SAME),), position, distances) for each in (bands, others))
-        if any((one != two).any() for one, two in zip(ours, theirs, strict=True)):
+        if any((values != former).any() for values, former in zip(ours, theirs, strict=True)):
             return True
     return False
 

@@ -35,13 +35,7 @@ SMALLEST = 1e-6  # below this float16 has no full precision
 
 @dataclass(frozen=True)
 class Sample:
-    """Sampled numbers of one weight.
-
-    Args:
-        name (`str`): path of the weight in the base model.
-        shape (`tuple[int, ...]`): of the whole weight.
-        values (`tuple[float, ...]`): evenly spaced over it.
-    """
+    """Numbers evenly spaced over one weight, with its path in the base model and its whole shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,13 +44,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Identity of the model that an adapter was trained on.
-
-    Args:
-        architecture (`str`): class of the model in transformers.
-        revision (`str`, *optional*): commit on the Hub that it was loaded from.
-        samples (`tuple[Sample, ...]`): numbers of its weights.
-    """
+    """Identity of the model that an adapter was trained on: its class, its commit on the Hub, and samples of its
+    weights."""
 
     architecture: str
     revision: str | None
@@ -66,10 +55,10 @@ class BaseModel:
     def of(cls, model: nn.Module) -> BaseModel:
         """Return the identity of a model in memory, with or without an adapter."""
         inner = unwrap(model)
-        found = {name: weight for name, weight in _weights(model).items() if weight.numel()}
-        names = sorted(found)
+        weights = {name: weight for name, weight in _weights(model).items() if weight.numel()}
+        names = sorted(weights)
         chosen = [names[i * len(names) // TENSORS] for i in range(TENSORS)] if len(names) > TENSORS else names
-        samples = tuple(Sample(name, tuple(found[name].shape), _values(found[name])) for name in chosen)
+        samples = tuple(Sample(name, tuple(weights[name].shape), _values(weights[name])) for name in chosen)
         return cls(type(inner).__name__, getattr(inner.config, "_commit_hash", None), samples)
 
     @classmethod
@@ -143,5 +132,5 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def _values(weight: torch.Tensor) -> tuple[float, ...]:
     flat = weight.detach().flatten()
     count = min(VALUES, flat.numel())
-    at = torch.tensor([i * flat.numel() // count for i in range(count)], device=flat.device)
-    return tuple(flat[at].float().cpu().tolist())
+    index = torch.tensor([i * flat.numel() // count for i in range(count)], device=flat.device)
+    return tuple(flat[index].float().cpu().tolist())

@@ -146,8 +146,8 @@ def _write(site: RotarySite, entry: RotaryPlan, log: UndoLog) -> None:
     device = getattr(module, f"{prefix}inv_freq").device
     for name, values in numbers.items():
         log.set(module, name, torch.tensor(values, dtype=torch.float32, device=device))
-    held = getattr(module, f"{prefix}attention_scaling", None)
-    if held is not None:
+    scaling = getattr(module, f"{prefix}attention_scaling", None)
+    if scaling is not None:
         log.set(module, f"{prefix}attention_scaling", entry.attention_factor)
     elif entry.attention_factor != 1.0:
         raise UnsupportedModelError(f"{site.path} ({type(module).__name__}) has no attention scaling to set")

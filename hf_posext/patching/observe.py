@@ -35,12 +35,12 @@ def table_rows(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     Raises:
         UnsupportedModelError: the model is on the meta device.
     """
-    found = {}
+    rows = {}
     for path, module in position_tables(model).items():
         if module.weight.is_meta:
             raise UnsupportedModelError(f"{path} is on the meta device. Load its weights, then diagnose it.")
-        found[path] = module.weight.detach()[first_row(model, path, module) or 0 :].float().cpu()
-    return found
+        rows[path] = module.weight.detach()[first_row(model, path, module) or 0 :].float().cpu()
+    return rows
 
 
 def frequencies_in_force(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
@@ -48,17 +48,17 @@ def frequencies_in_force(model: PreTrainedModel, length: int) -> dict[str, torch
 
     Rope types that follow the length keep what the last input gave them; a copy of the module is asked here.
     """
-    found: dict[str, torch.Tensor] = {}
+    by_set: dict[str, torch.Tensor] = {}
     for site in rotary_sites(model):
-        if site.name in found:
+        if site.name in by_set:
             continue
         if getattr(site.module, f"{site.prefix}inv_freq").is_meta:
             raise UnsupportedModelError(f"{site.path} is on the meta device. Load the weights of the model first.")
         twin = replace(site, module=copy.deepcopy(site.module))
         twin.phases(torch.tensor([0, length - 1]))
         frequencies: torch.Tensor = getattr(twin.module, f"{site.prefix}inv_freq")
-        found[site.name] = frequencies.detach().float().cpu()
-    return found
+        by_set[site.name] = frequencies.detach().float().cpu()
+    return by_set
 
 
 def attends_both_ways(model: PreTrainedModel) -> bool:
@@ -79,10 +79,7 @@ def slope_scale(model: PreTrainedModel) -> float:
 def buckets_of(model: PreTrainedModel, distances: torch.Tensor, plan: BucketPlan) -> torch.Tensor:
     """Return the buckets of keys `distances` tokens before the query, int64 of the same shape.
 
-    Args:
-        model (`PreTrainedModel`): with buckets of relative distances that hf_posext can read.
-        distances (`torch.LongTensor`): 0 or more.
-        plan (`BucketPlan`): what is done to distances first; `BucketPlan()` for the model as it is.
+    A plan says what is done to distances first: nothing in `BucketPlan()`.
     """
     module: Any = next(iter(bucket_modules(model).values()))
     name = bucket_function(module)
@@ -115,10 +112,8 @@ def sinusoid_rows(model: PreTrainedModel, positions: torch.Tensor, rule: Positio
     Args:
         model (`PreTrainedModel`): with sinusoids, without a patch.
         positions (`torch.LongTensor` of shape `(positions,)`): tokens counted from 0.
-        rule (`PositionMap`, *optional*): as a plan moves them; then no table ends.
-
-    Raises:
-        UnsupportedModelError: a rule, and the sines of the model follow no formula that is known here.
+        rule (`PositionMap`, *optional*): as a plan moves them; then no table ends, and the sines must follow a known
+            formula.
     """
     path, module = next(iter(sinusoids(model).items()))
     table: Any = module.weight if isinstance(module, nn.Embedding) else module.weights
@@ -178,10 +173,6 @@ def last_query_scores(
     Yields:
         `tuple[int, list[torch.Tensor]]`: the position of the token, and for each layer float32 scores of shape
         `(heads, keys)`, masked ones among them.
-
-    Raises:
-        UnsupportedModelError: the model keeps no cache of keys, or its attention hands no scores to a softmax, or
-            others than it has with sdpa.
     """
     config = text_config(model.config)
     if config.model_type == "falcon" and config.alibi:

@@ -23,32 +23,19 @@ class InForce:
     """State of a plan in force, stored in the mark of a patched model.
 
     It refers to the model weakly, since the model refers to it.
-
-    Args:
-        root (`Weak`): the model that was given to `patch_model`, unwrapped.
-        plan (`ExtensionPlan`): what was done to it.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the one whose limit was raised.
-        log (`UndoLog`): what was changed.
-        tables (`dict[str, nn.Embedding]`): the tables by path that got other weights.
-        native_obstacle (`str`, *optional*): why plain transformers does not open a checkpoint of the model.
-        lost_tables (`bool`): whether the model was loaded without the tables that the patch replaced.
-        knows_prompts (`bool`): whether adapters of prompt learning were told of the plan; the model has no part in
-            them.
-        marked (`list[Weak]`): the modules that carry the mark.
-        active (`bool`): `False` once it is undone.
     """
 
-    root: Weak
+    root: Weak  # the model that was given to `patch_model`, unwrapped
     plan: ExtensionPlan
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase | None  # the one whose limit was raised
     log: UndoLog = field(default_factory=UndoLog)
-    tables: dict[str, nn.Embedding] = field(default_factory=dict)
-    native_obstacle: str | None = None
-    lost_tables: bool = False
-    knows_prompts: bool = False
-    marked: list[Weak] = field(default_factory=list)
+    tables: dict[str, nn.Embedding] = field(default_factory=dict)  # by path, those that got other weights
+    native_obstacle: str | None = None  # why plain transformers does not open a checkpoint of the model
+    lost_tables: bool = False  # loaded without the tables that the patch replaced
+    knows_prompts: bool = False  # adapters of prompt learning, in which the model has no part, were told of the plan
+    marked: list[Weak] = field(default_factory=list)  # the modules that carry the mark
     active: bool = False
-    handle: weakref.ref[Any] | None = None
+    handle: weakref.ref[Any] | None = None  # the `Patch` that users hold
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"handle": None}
@@ -111,31 +98,25 @@ def own_configs(model: nn.Module, log: UndoLog) -> None:
     others meanwhile; then the model keeps them, so that no setting is lost.
     """
     memo: dict[int, Any] = {}
-    holders: list[tuple[Weak, str, Any, Any]] = []
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, PreTrainedConfig | GenerationConfig):
-                holders.append((Weak(module), name, value, copy.deepcopy(value, memo)))
-    log.on_undo(_Shared(holders).give_back)
+    holders = [
+        (Weak(module), name, config, copy.deepcopy(config, memo))
+        for module in model.modules()
+        for name, config in vars(module).items()
+        if isinstance(config, PreTrainedConfig | GenerationConfig)
+    ]
+    log.on_undo(_share_again, holders, [copy.deepcopy(_contents(twin)) for *_, twin in holders])
     for holder, name, _, twin in holders:
         setattr(holder(), name, twin)
 
 
-class _Shared:
-    """Original configs of a model, and the copies in their place."""
-
-    def __init__(self, holders: list[tuple[Weak, str, Any, Any]]) -> None:
-        self._holders = holders
-        self._at_first = [copy.deepcopy(_contents(twin)) for *_, twin in holders]
-
-    def give_back(self) -> None:
-        """Restore the original configs wherever the copies are unchanged."""
-        if [_contents(twin) for *_, twin in self._holders] != self._at_first:
-            return
-        for reference, name, former, twin in self._holders:
-            module = reference()
-            if module is not None and vars(module).get(name) is twin:
-                setattr(module, name, former)
+def _share_again(holders: list[tuple[Weak, str, Any, Any]], at_first: list[dict[str, Any]]) -> None:
+    """Restore the original configs, unless a copy was changed."""
+    if [_contents(twin) for *_, twin in holders] != at_first:
+        return
+    for reference, name, former, twin in holders:
+        module = reference()
+        if module is not None and vars(module).get(name) is twin:
+            setattr(module, name, former)
 
 
 def _contents(config: Any) -> dict[str, Any]:

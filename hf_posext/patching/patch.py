@@ -251,7 +251,13 @@ def patch_model(
         _refuse_meta(inner)
         scheme = detect_scheme(inner)
         if isinstance(method, ExtensionPlan):
-            plan = _checked(method, given, hyper_parameters)
+            plan = method
+            named = [name for name, value in (given | hyper_parameters).items() if value is not None]
+            if named:
+                raise InvalidParameterError(
+                    f"a plan has its lengths already, got {', '.join(named)}. Pass a method to choose others."
+                )
+            plan.check()
             if not scheme.same_positions(plan.scheme):
                 raise PlanMismatchError(
                     f"the plan is for ({plan.scheme.describe()}); the model is ({scheme.describe()}); "
@@ -270,17 +276,6 @@ def patch_model(
     patch._state.handle = weakref.ref(patch)
     logger.info("patched: %s", plan.describe())
     return patch
-
-
-def _checked(plan: ExtensionPlan, lengths: dict[str, Any], hyper_parameters: dict[str, Any]) -> ExtensionPlan:
-    """Check a ready-made plan, which takes no further arguments."""
-    given = [name for name, value in (lengths | hyper_parameters).items() if value is not None]
-    if given:
-        raise InvalidParameterError(
-            f"a plan has its lengths already, got {', '.join(given)}. Pass a method to choose others."
-        )
-    plan.check()
-    return plan
 
 
 _ROOMS: dict[type[Edit], Callable[[PreTrainedModel, ExtensionPlan, UndoLog], str | None]] = {

@@ -163,7 +163,7 @@ def read_table(model: PreTrainedModel) -> tuple[Table | None, str | None]:
 
 def read_buckets(model: PreTrainedModel) -> tuple[Buckets | None, str | None]:
     """Return the count and reach of the buckets, or why they cannot be changed."""
-    found = set()
+    kinds = set()
     for path, module in bucket_modules(model).items():
         name = bucket_function(module)
         if name is None:
@@ -171,8 +171,8 @@ def read_buckets(model: PreTrainedModel) -> tuple[Buckets | None, str | None]:
         reach = getattr(module, "relative_attention_max_distance", None)
         if reach is None:
             reach = inspect.signature(getattr(type(module), name)).parameters["max_distance"].default
-        found.add(Buckets(bias_table(module).num_embeddings, reach))
-    return (None, "its layers have different buckets") if len(found) > 1 else (next(iter(found)), None)
+        kinds.add(Buckets(bias_table(module).num_embeddings, reach))
+    return (None, "its layers have different buckets") if len(kinds) > 1 else (next(iter(kinds)), None)
 
 
 def makes_windows(module: nn.Module) -> bool:
@@ -324,17 +324,17 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
     Raises:
         UnsupportedModelError: the model has none.
     """
-    found: dict[str, None] = {}
+    projections: dict[str, None] = {}
     for path, module in text_modules(model):
         if "attention" in type(module).__name__.lower() and not isinstance(module, PreTrainedModel):
             inside = (name for name, part in module.named_modules() if isinstance(part, (nn.Linear, Conv1D)))
-            found |= dict.fromkeys(f"{path}.{name}" for name in inside)
-    if not found:
+            projections |= dict.fromkeys(f"{path}.{name}" for name in inside)
+    if not projections:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear map inside an attention module. Pass the targets of the adapter "
             "by name, or targets='all-linear'"
         )
-    return list(found)
+    return list(projections)
 
 
 def norms(model: PreTrainedModel) -> list[str]:
@@ -363,10 +363,10 @@ def tied_head(model: PreTrainedModel) -> str | None:
 
 def shortest_names(paths: Iterable[str], model: nn.Module) -> list[str]:
     """Return the shortest end of each path that no module outside of `paths` shares, such as `q_proj`."""
-    wanted = set(paths)
-    others = [path for path, _ in model.named_modules() if path not in wanted]
+    chosen = set(paths)
+    others = [path for path, _ in model.named_modules() if path not in chosen]
     names: set[str] = set()
-    for path in wanted:
+    for path in chosen:
         parts = path.split(".")
         ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
         names.add(next(end for end in ends if end in names or not any(other.endswith(end) for other in others)))

@@ -141,11 +141,11 @@ def _follow(model: PreTrainedModel, before: dict[str, nn.Module], after: dict[st
             if type(number) is type(ours) is int and ours == vars(was).get(name) != number:
                 log.set(module, name, number)
         for name, buffer in twin._buffers.items():
-            held, former = module._buffers.get(name), was._buffers.get(name)
-            if buffer is None or held is None or former is None or former.shape != held.shape:
+            ours, former = module._buffers.get(name), was._buffers.get(name)
+            if buffer is None or ours is None or former is None:
                 continue
-            if buffer.shape != held.shape:
-                log.set(module, name, buffer.to(held))
+            if buffer.shape != ours.shape == former.shape:
+                log.set(module, name, buffer.to(ours))
         for name, weight in twin._parameters.items():
             ours, former = module._parameters.get(name), was._parameters.get(name)
             if weight is None or ours is None or former is None or weight.shape in (ours.shape, former.shape):
@@ -165,9 +165,9 @@ def length_fields(model: PreTrainedModel) -> Iterator[tuple[PreTrainedConfig, st
     """Return every config field of the text parts that contains the longest input: config, name, tokens."""
     for config in text_configs(model):
         for name in dict.fromkeys(config.attribute_map.get(name, name) for name in LENGTH_FIELDS):
-            held = getattr(config, name, None)
-            if isinstance(held, int):
-                yield config, name, held
+            length = getattr(config, name, None)
+            if isinstance(length, int):
+                yield config, name, length
 
 
 def set_limit(model: PreTrainedModel, config: PreTrainedConfig, name: str, length: int, log: UndoLog) -> None:
@@ -184,8 +184,8 @@ def raise_limits(model: PreTrainedModel, length: int, tokenizer: PreTrainedToken
 
     A limit that is already higher stays.
     """
-    for config, name, held in length_fields(model):
-        if held < length:
+    for config, name, limit in length_fields(model):
+        if limit < length:
             set_limit(model, config, name, length, log)
     if tokenizer is not None and tokenizer.model_max_length < length:
         log.set(tokenizer, "model_max_length", length)
@@ -193,13 +193,13 @@ def raise_limits(model: PreTrainedModel, length: int, tokenizer: PreTrainedToken
 
 def _resize_config(model: PreTrainedModel, old: int, offset: int, new: int, log: UndoLog) -> None:
     """Resize the limits of a config. Some families include the rows before position 0, others do not."""
-    for config, name, held in length_fields(model):
-        if held not in (old, old - offset):
+    for config, name, length in length_fields(model):
+        if length not in (old, old - offset):
             continue
-        set_limit(model, config, name, held + new - old, log)
+        set_limit(model, config, name, length + new - old, log)
         if getattr(config, "relative_attention", False) and getattr(config, "max_relative_positions", old) < 1:
             # DeBERTa has twice as many relative positions as rows here, unless it is told how many
-            log.set(config, "max_relative_positions", held)
+            log.set(config, "max_relative_positions", length)
 
 
 class OtherSines(Mixin):
@@ -230,16 +230,16 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
         `str`, *optional*: why a saved checkpoint needs this package; `None` where sines are saved with the weights.
     """
     assert plan.sinusoids is not None
-    found = sinusoids(model)
+    modules = sinusoids(model)
     rows: dict[str, torch.Tensor] = {}
     changed = False
-    for path, module in found.items():
+    for path, module in modules.items():
         table: Any = module.weight if isinstance(module, nn.Embedding) else module.weights
         frequencies = radians(table, f"{path} of {plan.scheme.model_type}")
         if isinstance(module, nn.Embedding):
-            check_table_size(plan.target_length, table.shape[1], len(found))
-            at = mapped(torch.arange(plan.target_length), plan.sinusoids)
-            rows[path] = sines(at, frequencies).to(table)
+            check_table_size(plan.target_length, table.shape[1], len(modules))
+            positions = mapped(torch.arange(plan.target_length), plan.sinusoids)
+            rows[path] = sines(positions, frequencies).to(table)
             changed |= _differ(rows[path], table)
             continue
         log.set(module, "_posext_positions", plan.sinusoids)
@@ -255,7 +255,7 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
     if rows:
         set_rows(model, rows, 0, log)
     ignored = model._keys_to_ignore_on_save or ()
-    if rows.keys() == found.keys() and not any(f"{path}.weight" in ignored for path in rows):
+    if rows.keys() == modules.keys() and not any(f"{path}.weight" in ignored for path in rows):
         return None
     return "transformers makes the sines anew when it opens a checkpoint"
 
@@ -271,12 +271,12 @@ def stretch(table: torch.Tensor, plan: TablePlan, positions: torch.Tensor) -> to
     return out
 
 
-def _between(rows: torch.Tensor, at: torch.Tensor, curves: torch.Tensor | None) -> torch.Tensor:
+def _between(rows: torch.Tensor, positions: torch.Tensor, curves: torch.Tensor | None) -> torch.Tensor:
     """Return rows at fractional positions, linear or along a spline with the given second derivatives."""
-    at = at.double().clamp(0, len(rows) - 1)
-    low = at.floor().long()
+    positions = positions.double().clamp(0, len(rows) - 1)
+    low = positions.floor().long()
     high = (low + 1).clamp(max=len(rows) - 1)
-    right = (at - low)[:, None]
+    right = (positions - low)[:, None]
     left = 1 - right
     out = left * rows[low] + right * rows[high]
     if curves is not None:

@@ -138,9 +138,9 @@ class GGUFHeader:
             divisors = self.divisors["rope_freqs.weight"]
             if np.all(divisors == 1.0):
                 return
-            found = llama3_of(divisors, rope["rope_theta"])
-            if found is not None:
-                config.rope_parameters = {**rope, **found}
+            llama3 = llama3_of(divisors, rope["rope_theta"])
+            if llama3 is not None:
+                config.rope_parameters = {**rope, **llama3}
                 return
         what = f"rope scaling {kind!r}" if stated else ", ".join(sorted(self.divisors))
         raise CheckpointError(

@@ -73,15 +73,21 @@ def test_plans_of_older_schemas_are_read() -> None:
     del data["query_scale"]["step"], data["query_scale"]["first_layer"]
     assert ExtensionPlan.from_dict(data) == plan
     data["parts"] = [1]
-    with pytest.raises(PlanError, match="parts.0 is 1"):
+    with pytest.raises(PlanError, match="Expected plan.parts.0 to be an object of Band, got 1"):
         ExtensionPlan.from_dict(data)
 
 
-@pytest.mark.parametrize("group", [{"span": 0, "beyond": 0}, {"span": 1, "beyond": -1}])
-def test_groups_that_follow_rows_are_checked(group: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"span": 0, "beyond": 0}, r"row_group.span to be a whole number of at least 1, got 0"),
+        ({"span": 1, "beyond": -1}, r"row_group.beyond to be a whole number of at least 0, got -1"),
+    ],
+)
+def test_groups_that_follow_rows_are_checked(group: dict[str, int], message: str) -> None:
     data = as_method("jet-long").plan(detect_scheme(tiny_llama()), factor=8).to_dict()
     data["parts"][1]["key"]["row_group"] = group
-    with pytest.raises(PlanError, match="follow rows with a span below 1"):
+    with pytest.raises(PlanError, match=message):
         ExtensionPlan.from_dict(data)
     table = as_method("table-linear").plan(detect_scheme(tiny_gpt2()), factor=8).to_dict()
     table["table"]["position"]["row_group"] = {"span": 9, "beyond": 0}
@@ -92,10 +98,16 @@ def test_groups_that_follow_rows_are_checked(group: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"pair_groups": [1, 2, 0, 1, 1, 1, 1, 1]}, "groups of pairs below 1"),
+        (
+            {"pair_groups": [1, 2, 0, 1, 1, 1, 1, 1]},
+            "plan.parts.1.key.pair_groups.2 to be a whole number of at least 1, got 0",
+        ),
         ({"pair_groups": [1, 2]}, "another number than its scheme has"),
         ({"pair_groups": [], "pair_shares": [0.5] * 8}, "shares of pairs without a group that follows rows"),
-        ({"pair_groups": [], "pair_shares": [1.5] * 8, "row_group": {"span": 9, "beyond": 0}}, "outside 0 to 1"),
+        (
+            {"pair_groups": [], "pair_shares": [1.5] * 8, "row_group": {"span": 9, "beyond": 0}},
+            "pair_shares.0 to be a number from 0 to 1, got 1.5",
+        ),
     ],
 )
 def test_maps_by_pair_are_checked(edit: dict[str, Any], message: str) -> None:
@@ -109,15 +121,15 @@ def test_maps_by_pair_are_checked(edit: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"fade": {"strength": 0, "reference": 9}}, "fades a band by strength 0 from 9 keys"),
-        ({"fade": {"strength": 1, "reference": 0}}, "fades a band by strength 1 from 0 keys"),
-        ({"fade": {"strength": 1, "reference": 9}, "high": 99}, "of all farther keys"),
-        ({"fade": {"strength": 1, "reference": 9}, "low": 0}, "of all farther keys"),
+        ({"fade": {"strength": 0, "reference": 9}}, "plan.parts.1.fade.strength to be a number above 0, got 0"),
+        ({"fade": {"strength": 1, "reference": 0}}, "fade.reference to be a whole number of at least 1, got 0"),
+        ({"fade": {"strength": 1, "reference": 9}, "high": 99}, "does not contain all farther keys"),
+        ({"fade": {"strength": 1, "reference": 9}, "low": 0}, "does not contain all farther keys"),
         ({"fade": {"strength": 1}}, "parts.1.fade lacks \\['reference'\\]"),
-        ({"decay": {"strength": -1, "start": 9}}, "decay by strength -1 from distance 9"),
-        ({"decay": {"strength": 1, "start": 0}}, "decay by strength 1 from distance 0"),
-        ({"decay": {"strength": 1, "start": 9}, "chunk": 4}, "not of chunks"),
-        ({"decay": {"strength": 1, "start": 1.5}}, "decay.start is 1.5"),
+        ({"decay": {"strength": -1, "start": 9}}, "decay.strength to be a number above 0, got -1"),
+        ({"decay": {"strength": 1, "start": 0}}, "decay.start to be a whole number of at least 1, got 0"),
+        ({"decay": {"strength": 1, "start": 9}, "chunk": 4}, "chunks of 4 decay by distance"),
+        ({"decay": {"strength": 1, "start": 1.5}}, "decay.start to be a whole number of at least 1, got 1.5"),
     ],
 )
 def test_what_is_taken_from_logits_is_checked(edit: dict[str, Any], message: str) -> None:
@@ -149,22 +161,22 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("schema", 4), "schema 4; this version of hf_posext reads 1 to 3"),
         (change("surprise", 1), "unknown \\['surprise'\\]"),
         (lambda data: data.pop("factor"), "lacks \\['factor'\\]"),
-        (change("factor", 1e300), "factor is 1e\\+300"),
-        (change("factor", True), "factor is True"),
-        (change("target_length", "4096"), "target_length is 4096"),
-        (change("target_length", 10**30), "target_length is 10000"),
-        (change("method", ["yarn"]), "method is"),
-        (change("rotaries", "x" * 99), "rotaries is xxx"),
-        (change("rotaries.0.inv_freq", [0.1]), "1 frequencies for ''; its scheme has 8"),
-        (change("rotaries.0.inv_freq", [-1.0] * 8), "frequencies -1.0"),
-        (change("rotaries.0.inv_freq", [99.0] * 8), "99.0; 0 to 2 pi"),
+        (change("factor", 1e300), "plan.factor to be a number above 0, got 1e\\+300. Pass at most"),
+        (change("factor", True), "plan.factor to be a number above 0, got True"),
+        (change("target_length", "4096"), "plan.target_length to be a whole number, got '4096'"),
+        (change("target_length", 10**30), "plan.target_length to be a whole number, got 10000.* Pass at most"),
+        (change("method", ["yarn"]), "plan.method to be text, got "),
+        (change("rotaries", "x" * 99), "plan.rotaries to be a list, got 'xxx"),
+        (change("rotaries.0.inv_freq", [0.1]), "1 numbers for ''; its scheme has 8"),
+        (change("rotaries.0.inv_freq", [-1.0] * 8), "inv_freq.0 to be a number from 0 to 2 pi, got -1.0"),
+        (change("rotaries.0.inv_freq", [99.0] * 8), "inv_freq.0 to be a number from 0 to 2 pi, got 99.0"),
         (change("rotaries.0.name", "layer"), "'layer', which its own scheme does not have"),
         (change("scheme.rotaries.0.surprise", 1), "unknown \\['surprise'\\]"),
-        (change("scheme", []), "scheme is \\[\\]"),
+        (change("scheme", []), "plan.scheme to be an object of PositionalScheme, got \\[\\]"),
         (change("target_length", 3), "from 64 to 3 tokens"),
-        (change("rotaries.0.attention_factor", 0), "attention_factor 0"),
+        (change("rotaries.0.attention_factor", 0), "attention_factor to be a number above 0, got 0"),
         (change("scheme.kind", "magic"), "kind is magic"),
-        (change("scheme.rotaries.0.theta", "1e4"), "theta is 1e4"),
+        (change("scheme.rotaries.0.theta", "1e4"), "theta to be a number, got '1e4'"),
     ],
 )
 def test_corrupt_plans_are_refused(

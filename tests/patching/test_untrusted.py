@@ -238,12 +238,13 @@ def test_a_corrupt_fingerprint_says_what_to_do(adapter: Path) -> None:
     ("changes", "message"),
     [
         ({"schema": 99}, "schema 99; this version of hf_posext reads 1"),
-        ({"factor": 1e9}, "a number of at most 16777216"),
+        ({"factor": 1e9}, "lengths grow from 1 or more, up to 16777216"),
         ({"factor": 1e6}, "factor 1e\\+06, but goes from 64 to 256"),
+        ({"target_length": 2**41}, "plan.target_length to be a whole number, got 2199.* Pass at most"),
         ({"factor": 8.0}, "factor 8, but goes from 64 to 256"),
-        ({"target_length": 2**24 + 1}, "a whole number of at most 16777216"),
+        ({"target_length": 2**24 + 1}, "lengths grow from 1 or more, up to 16777216"),
         ({"trained_length": 0}, "lengths grow from 1"),
-        ({"parts": None}, "a list belongs there"),
+        ({"parts": None}, "Expected plan.parts to be a list, got None"),
         ({"unknown": 1}, "has unknown"),
     ],
 )
