@@ -277,7 +277,7 @@ def test_attention_that_cannot_be_replaced(llama: LlamaForCausalLM) -> None:
     patch = patch_model(llama, ReRoPE(window=16), factor=8)
     wanted = logits(llama, tokens(40))
     llama.set_attn_implementation("eager")
-    with pytest.raises(EvaluationError, match="set to 'eager' while a patch"):
+    with pytest.raises(EvaluationError, match="implementation of the patch, got 'eager'"):
         logits(llama, tokens(40))
     patch.undo()
     llama.set_attn_implementation("eager")

@@ -580,7 +580,7 @@ def test_loops_over_the_layers(name: str) -> None:
     torch.testing.assert_close(own_loop(model, IDS, 0, None), whole, **CLOSE)
     cache = DynamicCache(config=model.config)
     torch.testing.assert_close(own_loop(model, IDS[:, :50], 0, cache), logits(model, IDS[:, :50]), **CLOSE)
-    with pytest.raises(EvaluationError, match="call the model itself"):
+    with pytest.raises(EvaluationError, match="Call the model itself"):
         own_loop(model, IDS[:, 50:51], 50, cache)
     with pytest.raises(EvaluationError, match="called one by one"):
         logits(model, IDS[:, 50:51], **with_cache(model.forward, DynamicCache([*cached_pairs(cache)])))
@@ -639,7 +639,9 @@ def test_arguments_that_do_not_change_attention_pass(name: str, base: str) -> No
 def test_arguments_that_change_attention_are_refused(llama: LlamaForCausalLM) -> None:
     """Check the refusal of biases, which transformers' sdpa attention adds and attention over bands would ignore."""
     patch(llama, "rerope")
-    with pytest.raises(UnsupportedModelError, match="asks its attention for position_bias, which remapping cannot"):
+    with pytest.raises(
+        UnsupportedModelError, match="passes position_bias to its attention, which remapping does not support"
+    ):
         logits(llama, IDS, position_bias=torch.zeros(1, 4, 60, 60))
 
 

@@ -84,8 +84,8 @@ def late_attention(
         return remapping.capture(module._posext_path, query, key, value, attention_mask)  # type: ignore[arg-type]
     if remapping is None:
         raise EvaluationError(
-            f"{type(module).__name__} has no patch, but its config asks for one: the module was made after the patch, "
-            "or its model shares the config with a patched model. Undo the patch, then patch again"
+            f"{type(module).__name__} has no patch, but its config names the attention of one. The module was created "
+            "after the patch, or its model shares the config with a patched model. Undo the patch, then patch again."
         )
     layer: Layer | None = getattr(module, "_posext_layer", None)
     place = None if layer is None else positions_at(module, remapping, layer.rotary)
@@ -197,7 +197,8 @@ def _banded_attention(call: Call) -> Attended:
     unknown = [name for name, option in options.items() if option is not None and name in remapping.refused]
     if unknown:
         raise UnsupportedModelError(
-            f"{type(call.module).__name__} asks its attention for {', '.join(unknown)}, which remapping cannot honour"
+            f"{type(call.module).__name__} passes {', '.join(unknown)} to its attention, which remapping does not "
+            "support."
         )
     if mask is None and count > 1 and not _is_causal(remapping.base, call.module, options):
         raise UnsupportedModelError(both_sides(remapping, type(call.module).__name__, "no mask, and not causal"))
@@ -272,9 +273,9 @@ def _known_keys(call: Call) -> Call:
     if known > count and any(getattr(layer, "is_sliding", False) for layer in layers):
         return call._replace(key_axes=positions[..., -count:])  # a sliding cache keeps the latest keys
     raise EvaluationError(
-        f"{type(call.module).__name__} got {count} keys, and the positions of {known} are known. Layers that are "
-        "called one by one, and caches that drop keys on their own, do not tell where their keys are: call the model "
-        "itself, with a cache that keeps all keys, or undo the patch"
+        f"Expected {known} keys in {type(call.module).__name__}, got {count}. Positions of keys are not known if "
+        "layers are called one by one, or if a cache drops keys on its own. Call the model itself, with a cache that "
+        "keeps all keys, or undo the patch."
     )
 
 

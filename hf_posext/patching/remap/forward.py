@@ -339,8 +339,8 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     implementation = config._attn_implementation
     if implementation not in ATTENTION.values():
         raise EvaluationError(
-            f"the attention was set to {implementation!r} while a patch that rotates in it is in force. "
-            "Undo the patch, set the attention, then patch again"
+            f"Expected the attention implementation of the patch, got {implementation!r}. Undo the patch, set the "
+            "attention, then patch again."
         )
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise UnsupportedModelError(
@@ -399,8 +399,8 @@ def end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         cache = find_cache((*args, *kwargs.values()))
         if cache is not state.cache and state.slot is None:
             raise EvaluationError(
-                "a forward pre-hook that was registered after the patch has changed the cache; register it before the "
-                "patch is made"
+                "A forward pre-hook that was registered after the patch has changed the cache. Register it before the "
+                "patch."
             )
         values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
         returned = find_cache(values)
@@ -444,13 +444,13 @@ def positions_at(module: nn.Module, remapping: Remapping, name: str) -> Position
     task = backward_task()
     if place is None and task == -1:
         raise EvaluationError(
-            f"{type(module).__name__} got phases that did not come from the model's rotary module in this forward; "
-            "positions cannot be remapped there. Call the model itself, or undo the patch"
+            f"{type(module).__name__} got phases that did not come from the model's rotary module in this forward, so "
+            "that positions cannot be remapped. Call the model itself, or undo the patch."
         )
     if place is None or place.task != task:
         raise EvaluationError(
-            "a gradient checkpoint runs a layer again whose phases came without their positions; "
-            f"turn it off for this model: model.{CHECKPOINTING}_disable()"
+            "A gradient checkpoint runs a layer again whose phases came without their positions. "
+            f"Turn it off for this model: model.{CHECKPOINTING}_disable()."
         )
     return place
 
@@ -504,7 +504,7 @@ def _weights_asked_for(config: Any, inputs: dict[str, Any], base: str) -> bool:
         return False
     if base != "eager":
         logger.warning_once(
-            "attention weights are asked for, and sdpa attention does not compute them: undo the patch, call "
-            "model.set_attn_implementation('eager'), then patch again"
+            "Attention weights are requested, but sdpa attention does not compute them. Undo the patch, call "
+            "model.set_attn_implementation('eager'), then patch again."
         )
     return base == "eager"
