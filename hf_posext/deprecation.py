@@ -18,21 +18,10 @@ R = TypeVar("R")
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of a function whose keyword arguments have new names.
+    """Decorate a function whose keyword arguments have new names: `@renamed_arguments(former="new")`.
 
-    The former names are not in the signature, so that type checkers and documentation show the new ones only.
-
-    Args:
-        names: the new name under each former one.
-
-    Example:
-
-    ```python
-    @renamed_arguments(original_length="trained_length")
-    def patch_model(model, *, trained_length=None): ...
-    ```
-
-    Calls of the function raise `InvalidParameterError` where an argument is given under both names.
+    The former names are not in the signature, so that type checkers and documentation show the new ones only. Calls
+    with both names of an argument raise `InvalidParameterError`.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -54,11 +43,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 class RenamedAttribute:
-    """Attribute of a class by its former name; reading it warns.
-
-    Args:
-        name (`str`): the new name.
-    """
+    """Attribute of a class by its former name. Reading it warns and returns the attribute of the new `name`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -74,12 +59,7 @@ class RenamedAttribute:
 
 
 def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a module in which classes or functions have new names.
-
-    Args:
-        module (`str`): its `__name__`.
-        names: the new name under each former one.
-    """
+    """Return the `__getattr__` of a module whose classes or functions have new names, each given by its former one."""
 
     def look_up(name: str) -> Any:
         if name not in names:

@@ -1,4 +1,4 @@
-"""Methods: pure maths, one file for each paper. To add a method, write its file and name it here."""
+"""Methods: pure maths, one file for each paper. A method is registered by its name here."""
 
 from .alibi import ALiBiLinear, ALiBiNTK
 from .base import Composition, Method, NoExtension, get_method, hyper_parameters, list_methods, methods, register
@@ -80,3 +80,7 @@ __all__ = [
     "methods",
     "register",
 ]
+
+for _name in __all__:
+    if hasattr(globals()[_name], "title"):  # not a base class, and not a function
+        register(globals()[_name])

@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 
 from ..plan import ExtensionPlan, Slopes
-from .base import Method, register
+from .base import Method
 
 
-@register
 @dataclass(frozen=True)
 class ALiBiLinear(Method):
     """Divide all ALiBi slopes by the factor, so that the longest distance costs what it cost in training.
@@ -25,7 +24,6 @@ class ALiBiLinear(Method):
         return plan.with_edits(Slopes, Slopes(tuple(slope / plan.factor for slope in slopes)))
 
 
-@register
 @dataclass(frozen=True)
 class ALiBiNTK(Method):
     """Keep the steepest ALiBi slope, divide the flattest by the factor, and space the others geometrically.

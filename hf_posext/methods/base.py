@@ -4,8 +4,8 @@ A method consists of hyper-parameters and a pure map from plan to plan. It never
 empty plan, and each method returns a changed one, so methods compose by applying them in sequence: `"yarn+resonance"`,
 or `YaRN(factor=8) + Resonance()`.
 
-Methods of this package register themselves when `hf_posext.methods` is imported. Methods of other packages use an
-entry point.
+Methods of this package are registered in `hf_posext/methods/__init__.py`. Methods of other packages use an entry
+point, or the decorator [`register`].
 """
 
 from __future__ import annotations
@@ -382,7 +382,6 @@ def register(method: M) -> M:
     return method
 
 
-@register
 @dataclass(frozen=True)
 class NoExtension(Method):
     """Leave the model unpatched."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from ..errors import InvalidParameterError
 from ..plan import BucketPlan, ExtensionPlan
 from ..scheme import PositionalScheme
-from .base import Method, register
+from .base import Method
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class BucketMethod(Method):
         return plan.with_edits(BucketPlan, self.buckets(plan, plan.buckets or BucketPlan()))
 
 
-@register
 @dataclass(frozen=True)
 class BucketLinear(BucketMethod):
     """Divide relative distances by the factor, rounded away from zero, before they are sorted into buckets.
@@ -55,7 +54,6 @@ class BucketLinear(BucketMethod):
         return replace(current, factor=current.factor * plan.factor)
 
 
-@register
 @dataclass(frozen=True)
 class BucketMaxDistance(BucketMethod):
     """Stretch the far buckets of relative distances `s` times. The nearest half keep one distance each.

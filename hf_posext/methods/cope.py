@@ -10,11 +10,9 @@ from ..decode import Bound
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .base import register
 from .frequencies import FrequencyMethod, frequencies, from_tensor
 
 
-@register
 @dataclass(frozen=True)
 class CoPE(FrequencyMethod):
     """Slow down the slowest pairs, the slowest of them to a standstill. Meant for training.

@@ -7,7 +7,6 @@ from typing import Self
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
-from .base import register
 from .remap import RemapMethod, near_and_far, require_one_set, window_of
 
 SCALES = {
@@ -20,7 +19,6 @@ SCALES = {
 """Groups that the authors found by a test with needles. Their page and their code disagree on Llama 3."""
 
 
-@register
 @dataclass(frozen=True)
 class DPE(RemapMethod):
     """Keep distances within the window, and count farther ones in groups of tokens sized by rotary pair.

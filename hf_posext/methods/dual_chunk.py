@@ -4,11 +4,9 @@ from dataclasses import dataclass
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
-from .base import register
 from .remap import RemapMethod, window_of
 
 
-@register
 @dataclass(frozen=True)
 class DualChunk(RemapMethod):
     """Count positions within chunks: exact inside a chunk and the one before, constant for older chunks.

@@ -6,12 +6,11 @@ from ..decode import Count, Positive
 from ..errors import InvalidParameterError
 from ..plan import Band, CountFade, DistanceDecay, ExtensionPlan
 from ..scheme import PositionalScheme
-from .base import Method, register
+from .base import Method
 from .remap import require_far_band
 from .rerope import LeakyReRoPE, ReRoPE
 
 
-@register
 @dataclass(frozen=True)
 class Fade(Method):
     """Lower the logits of far keys with their number, on top of a remapping method: `"rerope+fade"`.
@@ -50,7 +49,6 @@ class Fade(Method):
         return plan.with_edits(Band, *plan.bands[:-1], faded)
 
 
-@register
 @dataclass(frozen=True)
 class Decay(Method):
     """Lower the logits of far keys with the logarithm of their distance: `"leaky-rerope+decay"`.

@@ -4,13 +4,11 @@ from dataclasses import dataclass
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowGroup
-from .base import register
 from .frequencies import padded, require_pairs
 from .remap import SAME, RemapMethod, require_one_set, window_of
 from .yarn import YaRN
 
 
-@register
 @dataclass(frozen=True)
 class JetLong(RemapMethod):
     """Keep distances within a window, and count farther ones in groups that grow with the row.

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowCurve
-from .base import register
 from .remap import SAME, RemapMethod, window_of
 
 CURVES = {
@@ -16,7 +15,6 @@ CURVES = {
 """Trained length, and limit, slope and shift of the curve that the authors fitted to each model."""
 
 
-@register
 @dataclass(frozen=True)
 class LaMPE(RemapMethod):
     """Keep distances up to `head`, and squeeze farther ones into a number of positions that follows the row.

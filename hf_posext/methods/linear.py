@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, PositionMap, RotaryPlan, Sinusoids
 from ..scheme import Rotary
-from .base import Method, register
+from .base import Method
 from .frequencies import FrequencyMethod, from_tensor, powers
 
 
-@register
 @dataclass(frozen=True)
 class Linear(FrequencyMethod):
     """Squeeze positions back into the trained range, by one factor for all frequencies.
@@ -30,7 +29,6 @@ class Linear(FrequencyMethod):
         )
 
 
-@register
 @dataclass(frozen=True)
 class SinusoidLinear(Method):
     """Give each token the sines of a position squeezed back into the trained range.

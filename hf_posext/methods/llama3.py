@@ -8,11 +8,9 @@ import torch
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .base import register
 from .frequencies import FrequencyMethod, from_tensor, powers
 
 
-@register
 @dataclass(frozen=True)
 class Llama3(FrequencyMethod):
     """Interpolate slow pairs and keep fast ones, with a smooth step between and no temperature.

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 from ..decode import Count, Positive
 from ..plan import ExtensionPlan, QueryScale
-from .base import Method, register
+from .base import Method
 from .remap import with_query_scale
 
 
-@register
 @dataclass(frozen=True)
 class LogN(Method):
     """Scale queries with the logarithm of their position, which keeps attention sharp. On top of any other method.
@@ -27,7 +26,6 @@ class LogN(Method):
         return with_query_scale(plan, QueryScale(length=plan.trained_length, log=True))
 
 
-@register
 @dataclass(frozen=True)
 class Llama4Temperature(Method):
     """Scale queries in steps with the logarithm of their position, as Llama 4. On top of any other method.

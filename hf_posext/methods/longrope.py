@@ -8,12 +8,10 @@ from typing import Self
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import PositionalScheme, Rotary
-from .base import register
 from .frequencies import FrequencyMethod, first_rotary
 from .frequencies import longrope as longrope_plan
 
 
-@register
 @dataclass(frozen=True)
 class LongRoPE(FrequencyMethod):
     """Slow each pair by a searched factor of its own.

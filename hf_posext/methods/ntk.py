@@ -4,11 +4,9 @@ from dataclasses import dataclass, replace
 
 from ..plan import ExtensionPlan, Growth, RotaryPlan
 from ..scheme import Rotary
-from .base import register
 from .frequencies import FrequencyMethod, exponents, from_tensor, padded, powers, require_pairs, unscaled
 
 
-@register
 @dataclass(frozen=True)
 class NTK(FrequencyMethod):
     """Raise the base so that the slowest pair is interpolated and the fastest is kept.
@@ -30,7 +28,6 @@ class NTK(FrequencyMethod):
         )
 
 
-@register
 @dataclass(frozen=True)
 class DynamicNTK(FrequencyMethod):
     """Interpolate NTK-aware, by the factor that each row needs.

@@ -6,11 +6,9 @@ from typing import Annotated
 from ..decode import Bound
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .base import register
 from .frequencies import FrequencyMethod, frequencies, from_tensor
 
 
-@register
 @dataclass(frozen=True)
 class Partial(FrequencyMethod):
     """Stop the slowest pairs, so that they carry content at any distance.
@@ -41,7 +39,6 @@ class Partial(FrequencyMethod):
         return from_tensor(rotary, inv_freq, attention_factor=current.attention_factor, rope_parameters=parameters)
 
 
-@register
 @dataclass(frozen=True)
 class NoPE(FrequencyMethod):
     """Stop all rotation: only the causal mask gives the order. Needs recalibration at the trained length.

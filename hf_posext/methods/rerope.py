@@ -5,11 +5,9 @@ from typing import Annotated
 
 from ..decode import Bound
 from ..plan import Band, ExtensionPlan, PositionMap
-from .base import register
 from .remap import RemapMethod, near_and_far, window_of
 
 
-@register
 @dataclass(frozen=True)
 class ReRoPE(RemapMethod):
     """Keep distances within the window, and rotate all farther ones by the window itself.
@@ -32,7 +30,6 @@ class ReRoPE(RemapMethod):
         return near_and_far(window, PositionMap(rate=0, offset=window), PositionMap(rate=0))
 
 
-@register
 @dataclass(frozen=True)
 class LeakyReRoPE(RemapMethod):
     """Keep distances within the window, and let farther ones grow `stride` times slower.

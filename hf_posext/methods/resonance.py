@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .base import register
 from .frequencies import FrequencyMethod, as_longrope, frequencies
 
 
-@register
 @dataclass(frozen=True)
 class Resonance(FrequencyMethod):
     """Round wavelengths to whole tokens, on top of any other method: `"yarn+resonance"`.

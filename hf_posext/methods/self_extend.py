@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
-from .base import register
 from .remap import RemapMethod, near_and_far, window_of
 
 
-@register
 @dataclass(frozen=True)
 class SelfExtend(RemapMethod):
     """Keep distances within the window, and count farther ones in groups of tokens.

@@ -8,11 +8,9 @@ from ..decode import Bound, Positive
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
-from .base import register
 from .remap import SAME, RemapMethod, window_of
 
 
-@register
 @dataclass(frozen=True)
 class SelfLogistic(RemapMethod):
     """Keep distances within a window, and count farther ones in groups that grow from 1 token to `capacity - 1`.

@@ -4,11 +4,9 @@ from dataclasses import dataclass
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
-from .base import register
 from .remap import SAME, RemapMethod
 
 
-@register
 @dataclass(frozen=True)
 class Sinks(RemapMethod):
     """Attend to the first few tokens and the latest ones. Streams without end, and does not extend the context.

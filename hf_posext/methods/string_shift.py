@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from ..decode import Positive
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
-from .base import register
 from .remap import SAME, RemapMethod, near_and_far, window_of
 
 
-@register
 @dataclass(frozen=True)
 class StringShift(RemapMethod):
     """Replace far, seldom trained distances by nearer ones. Works inside the trained length and does not extend it.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, PositionMap, TablePlan
-from .base import Method, register
+from .base import Method
 
 LONG_EMBED = "https://arxiv.org/abs/2404.12096"
 
@@ -40,7 +40,6 @@ def squeezed(plan: ExtensionPlan) -> PositionMap:
     return PositionMap(rate=1 / plan.factor, limit=plan.trained_length - 1)
 
 
-@register
 @dataclass(frozen=True)
 class TableLinear(TableMethod):
     """Squeeze positions back into a learned table, with linear interpolation between its rows.
@@ -58,7 +57,6 @@ class TableLinear(TableMethod):
         return TablePlan(squeezed(plan))
 
 
-@register
 @dataclass(frozen=True)
 class TableCubic(TableMethod):
     """Squeeze positions back into a learned table, along a cubic spline through its rows.
@@ -76,7 +74,6 @@ class TableCubic(TableMethod):
         return TablePlan(squeezed(plan), interpolation="cubic")
 
 
-@register
 @dataclass(frozen=True)
 class TableGroup(TableMethod):
     """Use each row of a learned table for several consecutive tokens.
@@ -93,7 +90,6 @@ class TableGroup(TableMethod):
         return TablePlan(PositionMap(group=math.ceil(plan.factor)))
 
 
-@register
 @dataclass(frozen=True)
 class TableRepeat(TableMethod):
     """Repeat a learned table: tokens L apart have the same position.
@@ -110,7 +106,6 @@ class TableRepeat(TableMethod):
         return TablePlan(PositionMap(modulo=plan.trained_length))
 
 
-@register
 @dataclass(frozen=True)
 class TableHierarchical(TableMethod):
     """Write each position as two digits, the stretch of L tokens and the place in it. The first L rows are kept.

@@ -8,14 +8,12 @@ from ..decode import Bound
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale, RotaryPlan
 from ..scheme import Rotary
-from .base import register
 from .frequencies import FrequencyMethod, from_tensor, powers
 from .remap import with_query_scale
 
 Base = Annotated[float, Bound("above 1", lambda base: base > 1)]
 
 
-@register
 @dataclass(frozen=True)
 class Theta(FrequencyMethod):
     """Change the base, usually with training afterwards.
@@ -49,7 +47,6 @@ class Theta(FrequencyMethod):
         )
 
 
-@register
 @dataclass(frozen=True)
 class EABF(FrequencyMethod):
     """Raise the base, and scale queries with the logarithm of their position except in the first layers.

@@ -10,11 +10,9 @@ from ..decode import Bound, Positive
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Growth, RotaryPlan
 from ..scheme import Rotary
-from .base import register
 from .frequencies import FrequencyMethod, as_longrope, exponents, from_tensor, padded, powers, require_pairs, unscaled
 
 
-@register
 @dataclass(frozen=True)
 class YaRN(FrequencyMethod):
     """Keep fast pairs, interpolate slow ones with a ramp between, and sharpen attention.
@@ -120,7 +118,6 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-@register
 @dataclass(frozen=True)
 class DynamicYaRN(FrequencyMethod):
     """Apply YaRN with the factor that each row needs, so that short inputs keep their quality.
