@@ -36,7 +36,7 @@ class Method:
 
     Subclasses are frozen dataclasses of hyper-parameters, one file for each paper, whose docstring gives the formula.
     They set the class variables below and implement [`~Method.extend`]. Values are checked against their types, which
-    may contain bounds (`Positive`, `Count`, [`Bound`]); `__post_init__` checks what a type cannot express.
+    may contain bounds (`Positive`, `Count`, `Bound`); `__post_init__` checks what a type cannot express.
 
     Args:
         factor (`float`, *optional*): How many times the trained length to read. If `None`, the factor or target length
