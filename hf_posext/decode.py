@@ -38,13 +38,9 @@ _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: 
 def fits(value: Any, hint: Any, largest: float) -> bool:
     """Return whether a value has the type of a hint.
 
-    A bool and a NaN do not count as numbers, and a string does not count as a sequence.
-
-    Args:
-        value (`Any`): the value.
-        hint (`Any`): a class, a union, or one of `Annotated` with [`Bound`], `Literal`, `Sequence`, `tuple`, `list`,
-            `Mapping`, and `Callable`.
-        largest (`float`): upper bound of the size of numbers.
+    A bool, a NaN, and what exceeds `largest` do not count as numbers. A string does not count as a sequence. The hint
+    is a class, a union, or one of `Annotated` with [`Bound`], `Literal`, `Sequence`, `tuple`, `list`, `Mapping`, and
+    `Callable`.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or origin is Callable:
@@ -91,15 +87,7 @@ def check_type(
     error: type[PosExtError] = InvalidParameterError,
     blank: bool = False,
 ) -> None:
-    """Check that a value has the type of its hint, and is within its bounds.
-
-    Args:
-        name (`str`): name in the message.
-        value (`Any`): the value.
-        hint (`Any`): the type, as [`fits`] takes it.
-        largest (`float`, *optional*): upper bound of the size of numbers.
-        error (`type[PosExtError]`, *optional*): the error to raise.
-        blank (`bool`, *optional*, defaults to `False`): whether `""` counts as text.
+    """Check that a value [`fits`] the type of its hint. If `blank`, `""` counts as text.
 
     Raises:
         InvalidParameterError: the value has another type, or is out of bounds. `error` replaces this type.
@@ -110,18 +98,18 @@ def check_type(
         raise error(f"Expected {name} to be {in_words(hint)}, got {short(repr(value))}.{advice}")
 
 
-def check_fields(record: Any, error: type[PosExtError] = PlanError) -> None:
-    """Check the fields of a dataclass, and of dataclasses in them, against their types.
+def check_fields(record: Any) -> None:
+    """Check the fields of a dataclass of a plan, and of dataclasses in them, against their types.
 
     Raises:
-        PlanError: names the field. `error` replaces this type.
+        PlanError: names the field.
     """
     for name, hint in _hints(type(record)).items():
         value = getattr(record, name)
-        check_type(f"{type(record).__name__}.{name}", value, hint, MAX_NUMBER, error=error, blank=True)
+        check_type(f"{type(record).__name__}.{name}", value, hint, MAX_NUMBER, error=PlanError, blank=True)
         for entry in value if isinstance(value, tuple) else (value,):
             if dataclasses.is_dataclass(entry):
-                check_fields(entry, error)
+                check_fields(entry)
 
 
 def plain(value: Any) -> Any:

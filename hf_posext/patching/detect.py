@@ -102,18 +102,8 @@ def model_kind(model: nn.Module | PreTrainedConfig) -> tuple[str, str]:
 
 
 def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
-    """Return every set of rotary frequencies in the text part of a model.
-
-    MusicFlamingo rotates its audio by timestamps, in a module with the config of the whole model: where some modules
-    take positions of tokens, the others are not of text.
-    """
-    sites = list(_rotary_sites(model))
-    of_text = [site for site in sites if "position_ids" in inspect.signature(site.module.forward).parameters]
-    return of_text or sites
-
-
-def _rotary_sites(model: PreTrainedModel) -> Iterator[RotarySite]:
-    config = text_config(model.config)
+    """Return every set of rotary frequencies in the text part of a model."""
+    config, sites = text_config(model.config), []
     for path, module in model.named_modules():
         its_config: Any = getattr(module, "config", None)
         if its_config is not model.config and plain_class(its_config) is not plain_class(config):
@@ -124,7 +114,11 @@ def _rotary_sites(model: PreTrainedModel) -> Iterator[RotarySite]:
             if isinstance(getattr(module, attribute), torch.Tensor):
                 layer_type = attribute.removesuffix("inv_freq").removesuffix("_")
                 shared = its_config is config or its_config is model.config
-                yield RotarySite(path, module, layer_type if shared else path, layer_type)
+                sites.append(RotarySite(path, module, layer_type if shared else path, layer_type))
+    # MusicFlamingo rotates its audio by timestamps, in a module with the config of the whole model: where some modules
+    # take positions of tokens, the others are not of text
+    of_text = [site for site in sites if "position_ids" in inspect.signature(site.module.forward).parameters]
+    return of_text or sites
 
 
 def detect_scheme(model_or_config: nn.Module | PreTrainedConfig) -> PositionalScheme:

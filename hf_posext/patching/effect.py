@@ -165,11 +165,10 @@ def _move(bands: tuple[Band, ...], others: tuple[Band, ...], last: int, reach: i
 
 
 def _seen(bands: tuple[Band, ...], position: int, distances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a query sees of keys at some distances (keys,).
+    """Return what a query sees of keys at some distances (keys,), as float64.
 
-    Returns:
-        `torch.DoubleTensor` of shape `(keys, 1 or slots)` and `(keys, 1)`: the distance that phases have, for each
-        rotary pair where it has its own, and what is added to the logit. Keys in no band get minus infinity.
+    It is the distance that phases have, (keys, 1), or (keys, slots) where each rotary pair has its own, and what is
+    added to the logit, (keys, 1). Keys in no band get minus infinity.
     """
     query = torch.tensor([position])
     keys, row = query - distances, query + 1

@@ -55,9 +55,6 @@ class Patch:
 
     Attributes:
         model (`PreTrainedModel`): the patched model, without PEFT or DDP wrappers.
-        plan (`ExtensionPlan`): what was done to it.
-        native_obstacle (`str`, *optional*): why a checkpoint of the patched model needs this package to be opened;
-            `None` where plain transformers opens it with equal logits.
     """
 
     def __init__(self, model: PreTrainedModel, state: InForce) -> None:
@@ -76,7 +73,7 @@ class Patch:
 
     @property
     def native_obstacle(self) -> str | None:
-        """Reason why a checkpoint needs this package; `None` if plain transformers opens it."""
+        """Reason why a checkpoint needs this package; `None` if plain transformers opens it with equal logits."""
         return self._state.native_obstacle
 
     @property

@@ -1,8 +1,8 @@
 """Checks of untrusted files before anything in them is opened.
 
-What is opened afterwards is safetensors, JSON and GGUF. Pickles are never read, and remote code runs
-only where the user passes `trust_remote_code=True`. The header of a GGUF file
-states more about positions and vocabulary than transformers reads.
+What is opened afterwards is safetensors, JSON and GGUF. Pickles are never read, and remote code runs only where the
+user passes `trust_remote_code=True`. The header of a GGUF file states more about positions and vocabulary than
+transformers reads.
 """
 
 from __future__ import annotations
@@ -88,20 +88,12 @@ DIVISORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """Metadata of a GGUF file.
-
-    Attributes:
-        path (`Path`): the file.
-        scaling (`Mapping[str, Any]`): the keys under `rope.scaling` and `rope.scale_linear`, without the architecture.
-        divisors (`Mapping[str, numpy.ndarray]`): tensors of `DIVISORS`, each of shape `(pairs,)`.
-        types (`tuple[str, ...]`): names of the types that tensors are stored in, the commonest first.
-        has_vocabulary (`bool`): whether the file contains a tokenizer.
-    """
+    """Metadata of a GGUF file."""
 
     path: Path
-    scaling: Mapping[str, Any]
-    divisors: Mapping[str, np.ndarray]
-    types: tuple[str, ...]
+    scaling: Mapping[str, Any]  # the keys under `rope.scaling` and `rope.scale_linear`, without the architecture
+    divisors: Mapping[str, np.ndarray]  # tensors of `DIVISORS`, each of shape `(pairs,)`
+    types: tuple[str, ...]  # names of the types that tensors are stored in, the commonest first
     has_vocabulary: bool
 
     @classmethod
