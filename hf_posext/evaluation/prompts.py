@@ -110,7 +110,7 @@ def frame(tokenizer: Any, question: str, bos: Bos = "auto", chat: bool = False) 
 
 def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
     """Return the rendered chat before the text, and after it with the question and the opening of the answer."""
-    asked, _, opening = question.partition("? ")
+    request, _, opening = question.partition("? ")
     name = type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidParameterError(
@@ -119,7 +119,7 @@ def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
         )
     try:
         chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": f"{TEXT}{asked}?"}],
+            [{"role": "user", "content": f"{TEXT}{request}?"}],
             chat_template=FIXED_DAY + tokenizer.get_chat_template(),
             tokenize=False,
             add_generation_prompt=True,
@@ -200,11 +200,11 @@ def task_prompt(
     answer = answer_room(tokenizer, task)
     if lines:
         filler = token_ids(tokenizer, FILLER)
-        needles = [(at, token_ids(tokenizer, line)) for at, line in lines]
+        needles = [(place, token_ids(tokenizer, line)) for place, line in lines]
         hidden = [token for _, needle in needles for token in needle]
         room = _room(length, task, begin, hidden, end, answer)
         whole_lines = room // len(filler)
-        body = haystack(filler, room, [(round(at * whole_lines), needle) for at, needle in needles])
+        body = haystack(filler, room, [(round(place * whole_lines), needle) for place, needle in needles])
     else:
         rows = {word: token_ids(tokenizer, f"{word}\n") for word in WORDS}
         # The shortest list contains the common words twice.
@@ -255,15 +255,15 @@ def _word_list(
 ) -> list[int]:
     """Return `room` tokens of shuffled words, one per line. Other words repeat equally often if they are too few."""
     words = list(common) * int(COMMON_SHARE * room / sum(len(rows[word]) for word in common))
-    left = room - sum(len(rows[word]) for word in words)
-    others = draw.sample([word for word in WORDS if word not in common], len(WORDS) - len(common))
-    for word in itertools.cycle(others):
-        if len(rows[word]) > left:
+    rest = room - sum(len(rows[word]) for word in words)
+    rare = draw.sample([word for word in WORDS if word not in common], len(WORDS) - len(common))
+    for word in itertools.cycle(rare):
+        if len(rows[word]) > rest:
             break
         words.append(word)
-        left -= len(rows[word])
+        rest -= len(rows[word])
     draw.shuffle(words)
-    return haystack(token_ids(tokenizer, FILLER), left, []) + [token for word in words for token in rows[word]]
+    return haystack(token_ids(tokenizer, FILLER), rest, []) + [token for word in words for token in rows[word]]
 
 
 def _numbers(draw: Random, count: int) -> list[str]:
@@ -284,7 +284,7 @@ def _multi_key(draw: Random, depth: float) -> Material:
     names, keys = draw.sample(WORDS, KEYS), _numbers(draw, KEYS)
     depths = [depth, *(draw.random() for _ in range(KEYS - 1))]
     line = "The pass key of {0} is {1}. Remember it. {1} is the pass key of {0}.\n"
-    lines = [(at, line.format(name, key)) for at, name, key in zip(depths, names, keys, strict=True)]
+    lines = [(place, line.format(name, key)) for place, name, key in zip(depths, names, keys, strict=True)]
     question = f"What is the pass key of {names[0]}? The pass key of {names[0]} is"
     return Material(sorted(lines), question, (keys[0],))
 
@@ -292,7 +292,7 @@ def _multi_key(draw: Random, depth: float) -> Material:
 def _multi_value(draw: Random, depth: float) -> Material:
     name, keys = draw.choice(WORDS), _numbers(draw, VALUES)
     line = "A pass key of {0} is {1}. Remember it. {1} is a pass key of {0}.\n"
-    lines = [(at, line.format(name, key)) for at, key in zip(_after(draw, depth, VALUES), keys, strict=True)]
+    lines = [(place, line.format(name, key)) for place, key in zip(_after(draw, depth, VALUES), keys, strict=True)]
     question = f"What are the {VALUES} pass keys of {name}? The pass keys of {name} are"
     return Material(lines, question, tuple(keys))
 
@@ -303,9 +303,8 @@ def _variable_tracking(draw: Random, depth: float) -> Material:
     for chain, value, start in zip(
         (names[:VARIABLES], names[VARIABLES:]), values, (depth, draw.random()), strict=True
     ):
-        assigned = [value, *chain[:-1]]
-        places = _after(draw, start, VARIABLES)
-        lines += [(at, f"{name} = {to}\n") for at, name, to in zip(places, chain, assigned, strict=True)]
+        places, sources = _after(draw, start, VARIABLES), [value, *chain[:-1]]
+        lines += [(place, f"{name} = {source}\n") for place, name, source in zip(places, chain, sources, strict=True)]
     question = f"Which {VARIABLES} variables are {values[0]}? The variables that are {values[0]} are"
     return Material(sorted(lines, key=lambda line: line[0]), question, tuple(names[:VARIABLES]))
 

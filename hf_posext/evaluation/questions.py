@@ -80,7 +80,7 @@ class Questions:
     def ask(
         self, model: nn.Module, tokenizer: Any, task: str | None, length: int, new_tokens: int | None = None
     ) -> list[float]:
-        """Return the mean score of the greedy answers start each depth of [`places`], from 0 to 1.
+        """Return the mean score of the greedy answers at each depth of [`places`], from 0 to 1.
 
         `length` is the number of tokens of prompt and answer together. `new_tokens` defaults to the room that the
         prompt reserves for its answer.
@@ -96,7 +96,7 @@ NO_QUESTIONS = Questions()
 
 
 def check_questions(
-    trials: int, tasks: Sequence[str] | None = None, depths: Sequence[float] | None = None, **others: Any
+    trials: int, tasks: Sequence[str] | None = None, depths: Sequence[float] | None = None, **settings: Any
 ) -> Questions:
     """Return the checked questions of retrieval. The default is all tasks at five depths.
 
@@ -110,7 +110,7 @@ def check_questions(
         raise InvalidParameterError(f"Expected depths from 0 to 1, each once, got {list(depths)}.")
     if not 1 <= trials <= MAX_TRIALS:
         raise InvalidParameterError(f"Expected 1 to {MAX_TRIALS:,} trials per length and depth, got {trials}.")
-    return Questions(trials=trials, tasks=tuple(tasks), depths=tuple(map(float, depths)), **others)
+    return Questions(trials=trials, tasks=tuple(tasks), depths=tuple(map(float, depths)), **settings)
 
 
 @checked
@@ -236,8 +236,8 @@ def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: in
     """Return the greedy answers to prompts of equal length, without special tokens."""
     answers: list[str] = []
     per_batch = max(1, BATCH_TOKENS // (len(prompts[0]) + new_tokens))
-    for at in range(0, len(prompts), per_batch):
-        batch = torch.tensor(prompts[at : at + per_batch], device=model.device)
+    for start in range(0, len(prompts), per_batch):
+        batch = torch.tensor(prompts[start : start + per_batch], device=model.device)
         output = generate_greedily(model, batch, new_tokens)
         answers += tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
     return answers

@@ -51,10 +51,12 @@ def before_after(before: Results, after: Results) -> Results:
     if apart:
         raise InvalidParameterError(f"before and after cannot be compared. {apart[0]} Measure both in the same way")
     records = [DocumentRecord(record, method=THIS_MODEL) for record in after.per_document]
-    named = {key: [record for record in before.per_document if record.method == key] for key in (CONTROL, "none")}
+    control, unpatched = (
+        [record for record in before.per_document if record.method == name] for name in (CONTROL, "none")
+    )
     lengths = {record["length"] for record in records}
-    for name, held in named.items():
-        if held and not lengths <= {record["length"] for record in held}:
+    for name, known in ((CONTROL, control), ("none", unpatched)):
+        if known and not lengths <= {record["length"] for record in known}:
             raise InvalidParameterError(
                 f"{name} was not measured at every length of the model after. Measure it there."
             )
@@ -64,13 +66,13 @@ def before_after(before: Results, after: Results) -> Results:
     rows = make_rows(
         records,
         conditions=conditions,
-        control=_matching(named[CONTROL], records),
-        baseline=_matching(named["none"], records),
+        control=_matching(control, records),
+        baseline=_matching(unpatched, records),
         seed=before.provenance.get("seed") or 0,
     )
     measured = sorted(after.rows, key=lambda row: row.length)
     # Passkeys and LongPPL cannot be computed from sums of NLL, so the measured values are kept.
-    rows = [Row({**old, **new}) for new, old in zip(rows, measured, strict=True)]
+    rows = [Row({**row, **computed}) for row, computed in zip(measured, rows, strict=True)]
     retrieval = [RetrievalRow(entry, method=THIS_MODEL) for entry in after.retrieval]
     return Results(
         dict(before.provenance),
@@ -80,17 +82,15 @@ def before_after(before: Results, after: Results) -> Results:
     )
 
 
-def _matching(held: list[DocumentRecord], records: list[DocumentRecord]) -> list[DocumentRecord]:
-    """Return another method's records of the same documents, in the same order."""
-    if not held:
-        return []
-    by_key = {(record["document"], record["length"]): record for record in held}
+def _matching(known: list[DocumentRecord], records: list[DocumentRecord]) -> list[DocumentRecord]:
+    """Return another method's records of the same documents, in the same order; none if there are none at all."""
+    by_key = {(record["document"], record["length"]): record for record in known}
     missing = [record["document"] for record in records if (record["document"], record["length"]) not in by_key]
-    if missing:
+    if known and missing:
         raise InvalidParameterError(
             f"Expected the same documents before and after, got no {missing[0]!r} before. Measure both on these."
         )
-    return [by_key[record["document"], record["length"]] for record in records]
+    return [by_key[record["document"], record["length"]] for record in records] if known else []
 
 
 PICTURE = "before_after.png"
@@ -144,9 +144,9 @@ def model_card(
     whole = {"library_name": "transformers", "tags": tags(plan), "pipeline_tag": "text-generation"}
     data = ModelCardData(**whole) if adapter is None else card_data(adapter)
     data.model_name = directory.name
-    own = [Row(row, method=plan.method) for row in results.rows if row.method == THIS_MODEL]
-    data.eval_results = results_to_model_index(Results(results.provenance, own))
-    said = zip(by_method(results), describe_methods(results), strict=True)
+    rows = [Row(row, method=plan.method) for row in results.rows if row.method == THIS_MODEL]
+    data.eval_results = results_to_model_index(Results(results.provenance, rows))
+    described = zip(by_method(results), describe_methods(results), strict=True)
     text = render_template(
         "card.md.jinja",
         [results],
@@ -154,7 +154,7 @@ def model_card(
         base=public_name((adapter and adapter.base_name) or results.provenance.get("model")),
         plan=plan,
         adapter=adapter is not None,
-        sentences=[sentence for name, sentence in said if name == "none" or name.startswith(THIS_MODEL)],
+        sentences=[sentence for name, sentence in described if name == "none" or name.startswith(THIS_MODEL)],
         notes=notes(results),
         grids=grids(results),
         picture=PICTURE,
@@ -173,19 +173,21 @@ def model_card(
 def _limits(results: Results, plan: ExtensionPlan) -> list[str]:
     """Return the limits of the figures: gaps of the measurement, and conclusions that it does not support."""
     longest = lengths_of(results)[-1]
-    own = [row for row in results.rows if row["method"] == THIS_MODEL]
-    said = []
-    if longest < plan.target_length:
-        said.append(f"The positions are for {plan.target_length} tokens; nothing above {longest} was measured.")
-    else:
-        said.append(f"Nothing above {longest} tokens was measured.")
+    rows = [row for row in results.rows if row["method"] == THIS_MODEL]
+    limits = [
+        f"The positions are for {plan.target_length} tokens; nothing above {longest} was measured."
+        if longest < plan.target_length
+        else f"Nothing above {longest} tokens was measured."
+    ]
     if not results.short_context():
-        said.append("What it costs inside the trained length was not measured.")
-    if all(row.get("passkey") is None for row in own) and not results.retrieval:
-        said.append("Whether it finds what stands far back was not measured; perplexity does not tell.")
-    if all(row.get("gain") is None for row in own):
-        said.append("Whether the longer context is of use at all was not measured: there was not a control.")
-    documents = max(row["documents"] for row in own)
-    said.append(f"The figures are of {documents} documents of one kind; other texts, other languages may differ.")
-    said.append("All that holds of the base model holds of this one: what it was trained on, its licence, its biases.")
-    return said
+        limits.append("What it costs inside the trained length was not measured.")
+    if all(row.get("passkey") is None for row in rows) and not results.retrieval:
+        limits.append("Whether it finds what stands far back was not measured; perplexity does not tell.")
+    if all(row.get("gain") is None for row in rows):
+        limits.append("Whether the longer context is of use at all was not measured: there was not a control.")
+    documents = max(row["documents"] for row in rows)
+    return [
+        *limits,
+        f"The figures are of {documents} documents of one kind; other texts, other languages may differ.",
+        "All that holds of the base model holds of this one: what it was trained on, its licence, its biases.",
+    ]

@@ -323,14 +323,6 @@ def heatmap_files(results: Results, prefix: str = "") -> dict[str, str]:
     return {name: f"{prefix}retrieval_{plain}.png" for name, plain in zip(names, file_names(names), strict=True)}
 
 
-def write_heatmaps(results: Results, directory: str | Path, prefix: str = "") -> None:
-    """Draw a heat map for each method with retrieval results."""
-    trained_length = results.provenance.get("trained_length")
-    for name, file in heatmap_files(results, prefix).items():
-        rows = [row for row in results.retrieval if row_name(row) == name]
-        plot_heatmaps(rows, Path(directory) / file, trained_length=trained_length, title=name)
-
-
 def plot_heatmaps(
     rows: Sequence[Mapping[str, Any]], path: str | Path, *, trained_length: int | None = None, title: str | None = None
 ) -> None:

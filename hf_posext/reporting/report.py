@@ -19,9 +19,9 @@ from .drawing import (
     file_names,
     heatmap_files,
     plot_gain_by_position,
+    plot_heatmaps,
     plot_perplexity,
     plot_side_by_side,
-    write_heatmaps,
 )
 from .tables import (
     NOTHING,
@@ -406,7 +406,10 @@ def _write_run(results: Results, directory: Path, prefix: str = "") -> None:
         plot_gain_by_position(results, directory / files["positions"])
     if files["retrieval"]:
         results.save_retrieval_csv(directory / files["retrieval"])
-        write_heatmaps(results, directory, prefix)
+    for name, file in files["heatmaps"].items():
+        rows = [row for row in results.retrieval if row_name(row) == name]
+        trained_length = results.provenance.get("trained_length")
+        plot_heatmaps(rows, directory / file, trained_length=trained_length, title=name)
 
 
 def _front_matter(results: Results) -> str:
