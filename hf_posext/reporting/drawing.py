@@ -452,7 +452,11 @@ def plot_gain_by_position(results: Results, path: str | Path) -> None:
     panel.set_ylim(0, max(1.12, panel.get_ylim()[1]))
     bounds, _ = stretches(control[0])
     panel.set_xlim(bounds[0], bounds[-1])
-    panel.xaxis.set_major_locator(FixedLocator([bounds[0], *lengths_of(results)]))
+    ticks = [longest]
+    for tick in reversed((bounds[0], *lengths_of(results)[:-1])):  # on a linear axis, the shortest are crowded
+        if ticks[-1] - tick >= (bounds[-1] - bounds[0]) / 16:
+            ticks.append(tick)
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.set_title(f"Gain over truncation by position in the document, at {longest} tokens")
     panel.set_xlabel("position in the document (tokens)")
     panel.set_ylabel("gain (above 1: context pays)")

@@ -394,3 +394,15 @@ def test_lengths_that_do_not_fit_side_by_side_stand_upright(tmp_path: Path, monk
             assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes)), "none overlap"
             drawn += len(labels)
         assert drawn >= 2 * len(lengths), "in the lowest panels"
+
+
+def test_positions_that_are_labelled_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for lengths, expected in (
+        (LENGTHS, [0, *LENGTHS]),
+        (tuple(2**n for n in range(9, 16)), [2048, 4096, 8192, 16384]),
+    ):
+        results = make_results(lengths=lengths)
+        (panel,) = panels(lambda results=results: plot_gain_by_position(results, tmp_path / "p.png"), monkeypatch)  # type: ignore[misc]
+        assert set(expected) <= set(panel.get_xticks()) and lengths[-1] in panel.get_xticks()
+        boxes = sorted((label.get_window_extent() for label in panel.get_xticklabels()), key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
