@@ -238,6 +238,8 @@ def load_documents(
         raise DocumentError(f"limit is {limit}. Pass the number of documents to read, 1 or more, or leave it out.")
     if minimum_characters is not None and minimum_characters < 0:
         raise DocumentError(f"minimum_characters is {minimum_characters}. Pass 0 or more, or leave it out.")
+    if isinstance(source, str) and not source:  # as a path, it is the working directory
+        raise DocumentError("the path is ''. Pass a file, a folder such as '.', a Hub id, or a list of texts.")
     recipe = _recipe(source)
     facts: dict[str, Any] = {}
     if recipe is not None:

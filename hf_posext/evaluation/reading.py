@@ -268,11 +268,22 @@ def _json_rows(path: Path) -> Iterator[Any]:
         if ".json" in [suffix.lower() for suffix in path.suffixes]:
             first = next((line for line in lines if line.strip()), "")
             try:
-                content = json.loads(first)
+                content = _json(first)
             except json.JSONDecodeError:  # a list or an object over several lines, or not JSON
-                content = json.loads(first + lines.read())
+                content = _json(first + lines.read())
             yield from content if isinstance(content, list) else [content]
         yield from json_lines(lines, str(path))
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"an object has the keys {', '.join(key for key, _ in pairs)}, some twice. Rename them.")
+    return content
 
 
 def json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
@@ -284,7 +295,7 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield _json(line)
             except json.JSONDecodeError as error:
                 raise DocumentError(f"cannot read {name}: line {number} is not JSON ({error})") from error
 

@@ -454,7 +454,7 @@ def plot_gain_by_position(results: Results, path: str | Path) -> None:
     panel.set_xlim(bounds[0], bounds[-1])
     ticks = [longest]
     for tick in reversed((bounds[0], *lengths_of(results)[:-1])):  # on a linear axis, the shortest are crowded
-        if ticks[-1] - tick >= (bounds[-1] - bounds[0]) / 16:
+        if ticks[-1] - tick >= (longest - bounds[0]) / 16:
             ticks.append(tick)
     panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.set_title(f"Gain over truncation by position in the document, at {longest} tokens")

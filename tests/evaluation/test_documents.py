@@ -113,6 +113,7 @@ def test_ids_that_repeat_are_numbered(caplog: pytest.LogCaptureFixture) -> None:
         (datasets.Dataset.from_list(ROWS), {"text_column": "body"}, "no column 'body'; it has id, text"),
         (["fine", None], {}, "document '1' of list is NoneType, not text"),
         (["fine"], {"limit": 0}, "limit is 0"),
+        ("", {}, "the path is ''. Pass a file, a folder such as '.'"),
         ("missing/folder/of/novels", {}, "no such path: missing/folder/of/novels"),
         ("missing.jsonl", {}, "no such path: missing.jsonl"),
         ("nobody/nothing", {}, "cannot read nobody/nothing"),  # a Hub id, and the tests are offline
@@ -275,6 +276,8 @@ def test_texts_of_tables_stay_as_they_are(tmp_path: Path) -> None:
         ),
         ("r.jsonl", '{"body": "b"}\n', "r.jsonl has no column 'text'; it has body: choose one with text_column="),
         ("r.jsonl", '{"text": "a"}\n3\n', "row 2 of .*r.jsonl is int, not an object"),
+        ("r.jsonl", '{"text": "a", "text": "b"}\n', "r.jsonl: an object has the keys text, text, some twice. Rename"),
+        ("r.json", '[{"text": "a",\n"text": "b"}]\n', "r.json: an object has the keys text, text, some twice"),
         ("r.csv", "id,text\n1,a\n2\n", "row 2 has 1 cells, and the header 2"),
         ("r.csv", "id,text\n1,a,b\n", "row 1 has 3 cells, and the header 2"),
         ("r.csv", 'id,text\n1,"open\n', "cannot read .*r.csv"),
