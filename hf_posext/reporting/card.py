@@ -180,14 +180,14 @@ def _limits(results: Results, plan: ExtensionPlan) -> list[str]:
         else f"Nothing above {longest} tokens was measured."
     ]
     if not results.short_context():
-        limits.append("What it costs inside the trained length was not measured.")
+        limits.append("Its cost inside the trained length was not measured.")
     if all(row.get("passkey") is None for row in rows) and not results.retrieval:
-        limits.append("Whether it finds what stands far back was not measured; perplexity does not tell.")
+        limits.append("Whether it retrieves distant information was not measured. Perplexity does not show this.")
     if all(row.get("gain") is None for row in rows):
-        limits.append("Whether the longer context is of use at all was not measured: there was not a control.")
+        limits.append("Whether the longer context helps at all was not measured, because there was no control.")
     documents = max(row["documents"] for row in rows)
     return [
         *limits,
-        f"The figures are of {documents} documents of one kind; other texts, other languages may differ.",
-        "All that holds of the base model holds of this one: what it was trained on, its licence, its biases.",
+        f"The figures are of {documents} documents of one kind. Other texts and languages may give other values.",
+        "It inherits the training data, the licence, and the biases of the base model.",
     ]

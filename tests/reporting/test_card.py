@@ -112,8 +112,8 @@ def test_card_of_an_adapter(before: Results, adapter: tuple[Path, Results]) -> N
         "| run.preset.name | lora |",
         "| result.seconds | 1.5 |",
         "Nothing above 128 tokens was measured.",
-        "Whether it finds what stands far back was not measured",
-        "its licence, its biases",
+        "Whether it retrieves distant information was not measured",
+        "inherits the training data, the licence, and the biases",
     ):
         assert words in text, words
     assert (path / PICTURE).read_bytes().startswith(b"\x89PNG")
