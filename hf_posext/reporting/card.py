@@ -83,7 +83,7 @@ def before_after(before: Results, after: Results) -> Results:
 
 
 def _matching(known: list[DocumentRecord], records: list[DocumentRecord]) -> list[DocumentRecord]:
-    """Return another method's records of the same documents, in the same order; none if there are none at all."""
+    """Return another method's records of the same documents, in the same order; an empty list without such records."""
     by_key = {(record["document"], record["length"]): record for record in known}
     missing = [record["document"] for record in records if (record["document"], record["length"]) not in by_key]
     if known and missing:
