@@ -26,8 +26,8 @@ from hf_posext.errors import (
 )
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
 from hf_posext.evaluation import compare as compare_function
-from hf_posext.evaluation.decoders import Prefix
 from hf_posext.evaluation.documents import Document
+from hf_posext.evaluation.protocols import Prefix
 from hf_posext.evaluation.results import ROW_KEYS
 from hf_posext.evaluation.rows import STRETCHES, gain_by_position, position_sums
 from hf_posext.evaluation.windows import Measurement, control_stride

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from hf_posext.evaluation.decoders import Prefix, Rolling, Sliding, Tail
+from hf_posext.evaluation.protocols import Prefix, Rolling, Sliding, Tail
 from hf_posext.evaluation.scorer import Memory
 from hf_posext.evaluation.tokens import TokenizedDocuments
 from hf_posext.evaluation.windows import Window, rolling_windows, sliding_windows

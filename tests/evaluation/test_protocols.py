@@ -12,8 +12,17 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError, NonFiniteError
-from hf_posext.evaluation.decoders import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
-from hf_posext.evaluation.protocols import DECODER_PROTOCOLS, PROTOCOLS, protocol_for
+from hf_posext.evaluation.protocols import (
+    DECODER_PROTOCOLS,
+    PROTOCOLS,
+    LegacyLongLoRA,
+    LegacyYaRN,
+    Prefix,
+    Rolling,
+    Sliding,
+    Tail,
+    protocol_for,
+)
 from hf_posext.evaluation.rows import Conditions, document_record, make_rows
 from hf_posext.evaluation.scorer import Memory, TokenScorer
 from hf_posext.evaluation.tokens import TokenizedDocuments
