@@ -165,12 +165,12 @@ class EvaluationConfig:
         Raises:
             InvalidParameterError: a name is not a field, a value has the wrong type, or there are no lengths.
         """
-        known = [entry.name for entry in fields(cls)]
+        names = [entry.name for entry in fields(cls)]
         for name in settings:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
                 guess = f"did you mean {near[0]!r}? " if near else ""
-                raise InvalidParameterError(f"unknown setting {name!r}; {guess}there are: {', '.join(known)}")
+                raise InvalidParameterError(f"unknown setting {name!r}; {guess}there are: {', '.join(names)}")
         if config is not None:
             return replace(config, **settings)
         if "lengths" not in settings:

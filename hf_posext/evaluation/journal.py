@@ -206,21 +206,21 @@ def _parsed(line: bytes, keys: tuple[str, ...]) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and tuple(entry) == keys else None
 
 
-def _differences(where: str, before: Any, now: Any) -> Iterator[str]:
+def _differences(path: str, earlier: Any, current: Any) -> Iterator[str]:
     """Describe the differences between two JSON values, such as `lengths.0 is 512 there and 1024 here`."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
-            yield from _differences(f"{where}.{key}", before.get(key), now.get(key))
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for index, pair in enumerate(zip(before, now, strict=True)):
-            yield from _differences(f"{where}.{index}", *pair)
-    elif before != now:
-        name = where.removeprefix(".").removeprefix("configuration.")
-        yield f"{name} is {short(before)} there and {short(now)} here"
+    if isinstance(earlier, dict) and isinstance(current, dict):
+        for key in earlier | current:
+            yield from _differences(f"{path}.{key}", earlier.get(key), current.get(key))
+    elif isinstance(earlier, list) and isinstance(current, list) and len(earlier) == len(current):
+        for index, pair in enumerate(zip(earlier, current, strict=True)):
+            yield from _differences(f"{path}.{index}", *pair)
+    elif earlier != current:
+        name = path.removeprefix(".").removeprefix("configuration.")
+        yield f"{name} is {short(earlier)} there and {short(current)} here"
 
 
 def run_identity(
-    setup: Setup, models: Sequence[Any], plans: Sequence[ExtensionPlan | None], **others: Any
+    setup: Setup, models: Sequence[Any], plans: Sequence[ExtensionPlan | None], **dependencies: Any
 ) -> dict[str, Any]:
     """Return everything that the measurements of a run depend on.
 
@@ -251,7 +251,7 @@ def run_identity(
         "start": config.start,
         "seed": config.seed,
         "tokens": tokens_fingerprint(setup.documents),
-        **others,
+        **dependencies,
     }
 
 

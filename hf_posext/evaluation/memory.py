@@ -82,13 +82,13 @@ def ran_out(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
 
 
-def halved(what: str, amount: int, reason: str) -> int:
+def halved(unit: str, amount: int, reason: str) -> int:
     """Return half of `amount`, after logging it and emptying the device's memory cache.
 
     Call it when the error is out of scope, because its frames hold the tensors that did not fit.
     """
     clear_device_cache(garbage_collection=True)
-    logger.warning("out of memory, so %s go from %d to %d: %s", what, amount, amount // 2, reason)
+    logger.warning("out of memory, so %s go from %d to %d: %s", unit, amount, amount // 2, reason)
     return amount // 2
 
 
@@ -132,8 +132,8 @@ class Room:
     Without `gives_way` out-of-memory errors propagate.
     """
 
-    def __init__(self, what: str, amount: int, gives_way: bool = True) -> None:
-        self.what, self.amount, self.gives_way = what, amount, gives_way
+    def __init__(self, unit: str, amount: int, gives_way: bool = True) -> None:
+        self.unit, self.amount, self.gives_way = unit, amount, gives_way
 
     def parts(self, items: range, cost: int, otherwise: Callable[[str], None] | None = None) -> Iterator[Part]:
         """Yield the batches of a range in order. A batch that ran out of memory is repeated with half its items.
@@ -149,7 +149,7 @@ class Room:
             if part.reason is None:
                 begin += size
             elif size > 1:
-                self.amount = halved(self.what, size, part.reason) * cost
+                self.amount = halved(self.unit, size, part.reason) * cost
             elif otherwise is not None:
                 otherwise(part.reason)
 

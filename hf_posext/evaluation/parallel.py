@@ -99,10 +99,10 @@ def exchange(result: T, ended: Exception | None, accelerator: Accelerator | None
         return [result]
     from accelerate.utils import gather_object
 
-    known = ended if ended is None or isinstance(ended, PosExtError) else None
-    if ended is not None and known is None:
-        known = EvaluationError(f"process {rank_of(accelerator)} failed: {type(ended).__name__}: {ended}")
-    shares = gather_object([(None if ended else result, known)])
+    error = ended  # errors of other packages may not survive pickling
+    if ended is not None and not isinstance(ended, PosExtError):
+        error = EvaluationError(f"process {rank_of(accelerator)} failed: {type(ended).__name__}: {ended}")
+    shares = gather_object([(None if ended else result, error)])
     errors = [error for _, error in shares if error is not None]
     if errors:
         raise ended or errors[0]

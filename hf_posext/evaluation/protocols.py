@@ -323,7 +323,7 @@ def protocol_for(
     required = PROTOCOLS[name].option
     for option, value in options.items():
         if value is not None and option != required:
-            users = [other for other, protocol in PROTOCOLS.items() if protocol.option == option]
+            users = [user for user, protocol in PROTOCOLS.items() if protocol.option == option]
             raise InvalidParameterError(
                 f"{option} is {value}, and protocol {name!r} has none. Leave it out, or choose {' or '.join(users)}."
             )

@@ -220,13 +220,7 @@ class Conditions:
 
     @classmethod
     def of(cls, protocol: PerplexityProtocol, documents: TokenizedDocuments, dtype: str) -> Self:
-        """Return the conditions of a run.
-
-        Args:
-            protocol ([`PerplexityProtocol`]): protocol of the run.
-            documents ([`TokenizedDocuments`]): documents before `protocol.arrange`.
-            dtype (`str`): dtype of the model's weights.
-        """
+        """Return the conditions of a run on documents before `protocol.arrange`."""
         joined = len(documents.ids) // len(protocol.arrange(documents).ids)
         rule = protocol.bos_rule(documents.bos)
         if documents.prefix:

@@ -39,28 +39,19 @@ def measure(
     continue. Any other error of this package ends the run on all processes. Tasks in the journal, which is the same on
     every process, are not measured again. Failed tasks are not written to the journal, so a resumed run retries them.
 
-    Args:
-        stages (`Sequence[Stage]`): stages in order.
-        accelerator (`Accelerator`, *optional*): accelerator of the processes.
-        journal ([`RunJournal`], *optional*): journal to resume from and to write to.
-        on_stage (`Callable`, *optional*): called with the outcomes so far after each stage. With several processes it
-            is called once, at the end, because only then does each process have all outcomes.
-
-    Returns:
-        `dict[Task, Outcome]`: outcomes of all tasks, in the order of the stages and their tasks.
-
-    Raises:
-        PosExtError: an error that ends the run. Every process raises it.
+    `on_stage` is called with the outcomes so far after each stage. With several processes it is called once, at the
+    end, because only then does each process have all outcomes. Outcomes are in the order of the stages and their
+    tasks.
     """
     tasks = [task for stage in stages for task in stage.tasks]
     outcomes = {task: Outcome(journal[task]) for task in tasks if task in journal} if journal is not None else {}
     if outcomes:
         logger.info("%d of %d measurements are in the journal", len(outcomes), len(tasks))
     share = _share([task for task in tasks if task not in outcomes], accelerator)
-    is_alone = processes_of(accelerator) == 1
+    processes = processes_of(accelerator)
     ended: Exception | None = None
     try:
-        with Progress(share, rank_of(accelerator), processes_of(accelerator)) as progress:
+        with Progress(share, rank_of(accelerator), processes) as progress:
             for stage in stages:
                 todo = [task for task in stage.tasks if task in share]
                 if todo:
@@ -75,14 +66,14 @@ def measure(
                                 if journal is not None:
                                     journal[task] = outcomes[task].value
                             progress.end(task)
-                if on_stage is not None and is_alone:
+                if on_stage is not None and processes == 1:
                     on_stage(outcomes)
     except Exception as error:
         ended = error
-    for others in exchange(outcomes, ended, accelerator):
-        outcomes |= others
+    for outcomes_of_process in exchange(outcomes, ended, accelerator):
+        outcomes |= outcomes_of_process
     outcomes = {task: outcomes[task] for task in tasks}
-    if on_stage is not None and not is_alone:
+    if on_stage is not None and processes > 1:
         on_stage(outcomes)
     return outcomes
 
@@ -96,11 +87,7 @@ def _share(tasks: Sequence[Task], accelerator: Accelerator | None) -> set[Task]:
 
 
 def _failed(task: Task, error: Exception) -> Outcome:
-    """Return the outcome of a failed task if the others may continue.
-
-    Raises:
-        PosExtError: the error, if it ends the run.
-    """
+    """Return the outcome of a failed task, or raise an error that ends the run."""
     if isinstance(error, NonFiniteError | OutOfMemoryError | torch.OutOfMemoryError):
         logger.error("%s failed: %s", task, error)
         return Outcome(failure=first_line(error))
@@ -121,21 +108,18 @@ class Progress:
     def __init__(self, tasks: set[Task], rank: int, processes: int) -> None:
         total = sum(task.tokens for task in tasks)
         self.bar = tqdm(total=total, unit="tok", unit_scale=True, disable=True if rank else None)
-        self.processes = f"{processes} process{'es' if processes > 1 else ''}"
-        self._finished = 0  # tokens of finished and failed tasks
+        self.bar.set_postfix_str(f"{processes} process{'es' if processes > 1 else ''}", refresh=False)
         self._limit = 0  # tokens including those of the current task
         self._stop = threading.Event()
         self._clock = threading.Thread(target=self._tick, daemon=True)
 
     def begin(self, label: str, task: Task) -> None:
         """Show the current task."""
-        self._limit = self._finished + task.tokens
-        self.bar.set_description(label if task.document is None else f"{label}, {task.document}", refresh=False)
-        self.bar.set_postfix_str(self.processes)
+        self._limit = self.bar.n + task.tokens
+        self.bar.set_description(label if task.document is None else f"{label}, {task.document}")
 
     def end(self, task: Task) -> None:
         """Count the remaining tokens of a finished or failed task."""
-        self._finished = self._limit
         self.bar.update(self._limit - self.bar.n)
 
     def __enter__(self) -> Self:

@@ -286,13 +286,13 @@ class Assembly:
         for run, (_, reasons_of) in measured.items():
             for id, reason in reasons_of.items() if run not in failed else ():
                 left_out.setdefault(id, f"{run.name}: {reason}")
-        kept = [id for id in self.methods[0].documents if id not in left_out]
-        if not kept:
+        common = [id for id in self.methods[0].documents if id not in left_out]
+        if not common:
             reasons = "; ".join(f"{id} ({reason})" for id, reason in left_out.items())
             raise EvaluationError(f"no document is left that all could measure: {reasons}. {REMEDY}")
 
         records = {
-            run: [record for id in kept for record in by_id[id]]
+            run: [record for id in common for record in by_id[id]]
             for run, (by_id, _) in measured.items()
             if run not in failed
         }
