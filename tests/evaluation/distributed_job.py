@@ -34,21 +34,21 @@ def plain(results: Results) -> dict[str, Any]:
 
 def uneven(accelerator: Accelerator | None, journal: Path, model: Any = None) -> dict[str, Any]:
     """Five documents, four readings and pass keys: shares that cannot be equal."""
-    told: list[int] = []
+    documents: list[int] = []
     results = compare(
         model or tiny_llama(), character_tokenizer(), random_texts(5, 140), ["none", "linear", "yarn"],
         lengths=[48, 120, 128], factor=2.0, trained_length=32, passkey=0, journal=journal, accelerator=accelerator,
-        on_method=lambda so_far: told.append(len(so_far.rows)),
+        on_method=lambda so_far: documents.append(len(so_far.rows)),
     )  # fmt: skip
-    return {**plain(results), "told": told}
+    return {**plain(results), "told": documents}
 
 
 def empty_shard(accelerator: Accelerator | None) -> dict[str, Any]:
     """One document, which is one unit: all processes but the first have nothing to do."""
-    found = evaluate_perplexity(
+    results = evaluate_perplexity(
         tiny_llama(), character_tokenizer(), random_texts(1, 140), [48, 128], accelerator=accelerator
     )
-    return plain(found)
+    return plain(results)
 
 
 def failing_document(accelerator: Accelerator | None) -> dict[str, Any]:
@@ -59,10 +59,10 @@ def failing_document(accelerator: Accelerator | None) -> dict[str, Any]:
         model.get_input_embeddings().weight[poison] = torch.nan
     texts = [text.replace(POISON, " ") for text in random_texts(4, 140)]
     texts[1] = f"{texts[1][:100]}{POISON}{texts[1][101:]}"
-    found = compare(
+    results = compare(
         model, tokenizer, texts, ["none", "linear"], lengths=[128], factor=2.0, passkey=2, accelerator=accelerator
     )
-    return plain(found)
+    return plain(results)
 
 
 def asked(accelerator: Accelerator | None, journal: Path) -> dict[str, Any]:
@@ -70,12 +70,12 @@ def asked(accelerator: Accelerator | None, journal: Path) -> dict[str, Any]:
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight.mul_(4.0)  # large logits, so that there are key tokens
-    found = compare(
+    results = compare(
         model, character_tokenizer(), random_texts(6, 200), ["none", "linear"], lengths=[150, 190], factor=4.0,
         longppl="linear", short_length=8, retrieval=1, tasks=["passkey"], depths=[0, 1],
         journal=journal, accelerator=accelerator,
     )  # fmt: skip
-    return {**plain(found), "retrieval": found.retrieval, "longppl": found.provenance["longppl"]}
+    return {**plain(results), "retrieval": results.retrieval, "longppl": results.provenance["longppl"]}
 
 
 def fatal(accelerator: Accelerator | None) -> str:
@@ -86,7 +86,7 @@ def fatal(accelerator: Accelerator | None) -> str:
             raise InvalidParameterError("no such thing")
         return task.document
 
-    return told(accelerator, run)
+    return error_of_two(accelerator, run)
 
 
 def crash(accelerator: Accelerator | None) -> str:
@@ -97,10 +97,10 @@ def crash(accelerator: Accelerator | None) -> str:
             raise RuntimeError("no room")
         return nullcontext()
 
-    return told(accelerator, lambda task: 1, enter)
+    return error_of_two(accelerator, lambda task: 1, enter)
 
 
-def told(accelerator: Accelerator | None, run: Any, enter: Any = nullcontext) -> str:
+def error_of_two(accelerator: Accelerator | None, run: Any, enter: Any = nullcontext) -> str:
     """Errors that two tasks raise."""
     try:
         tasks = [Task("nll", "x", 1.0, (64,), str(index)) for index in range(2)]
@@ -113,7 +113,7 @@ def told(accelerator: Accelerator | None, run: Any, enter: Any = nullcontext) ->
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    found = {
+    results = {
         "processes": accelerator.num_processes,
         "fatal": fatal(accelerator),
         "crash": crash(accelerator),
@@ -122,7 +122,7 @@ def main(directory: Path) -> None:
         "failing_document": failing_document(accelerator),
         "asked": asked(accelerator, directory / "asked.jsonl"),
     }
-    (directory / f"{accelerator.process_index}.json").write_text(json.dumps(found))
+    (directory / f"{accelerator.process_index}.json").write_text(json.dumps(results))
     accelerator.end_training()
 
 

@@ -82,4 +82,4 @@ def naive_contexts(protocol: Any, row: torch.Tensor, length: int, bos: int) -> I
 def naive_protocol_nll(protocol: Any, model: nn.Module, row: torch.Tensor, length: int, bos: int) -> np.ndarray:
     """NLL of each token that a protocol scores, by a forward of its own over exactly the context that it defines."""
     pairs = naive_contexts(protocol, row, length, bos)
-    return np.array([naive_nll(model, torch.tensor([*given, row[token]]))[-1] for token, given in pairs])
+    return np.array([naive_nll(model, torch.tensor([*context, row[token]]))[-1] for token, context in pairs])

@@ -40,13 +40,13 @@ def measured(protocol: Any, model: nn.Module, documents: TokenizedDocuments) -> 
     boundaries = boundaries_of(detect_scheme(model), patch and patch.plan)
     scorer, arranged = protocol.scorer(model, None, Memory()), protocol.arrange(documents)
     return {
-        (found.length, index): found
+        (measurement.length, index): measurement
         for index in range(len(arranged.ids))
         for lengths in protocol.passes(LENGTHS, boundaries)
-        for found in protocol.measure(scorer, arranged, index, lengths)
+        for measurement in protocol.measure(scorer, arranged, index, lengths)
     }
 
 
-def assert_equal(found: np.ndarray, wanted: np.ndarray) -> None:
-    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5)  # float32 attention over another shape
-    assert found.sum() == pytest.approx(wanted.sum(), rel=1e-6)
+def assert_equal(nll: np.ndarray, expected: np.ndarray) -> None:
+    assert nll == pytest.approx(expected, rel=1e-5, abs=1e-5)  # float32 attention over another shape
+    assert nll.sum() == pytest.approx(expected.sum(), rel=1e-6)

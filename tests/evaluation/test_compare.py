@@ -108,13 +108,13 @@ def test_rows_have_what_the_schema_says(llama: LlamaForCausalLM) -> None:
 
 
 def test_pass_keys_are_the_same_prompts_for_every_method(llama: LlamaForCausalLM) -> None:
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     generate = llama.generate
-    llama.generate = lambda ids, **kwargs: seen.append(ids) or generate(ids, **kwargs)  # type: ignore[method-assign]
+    llama.generate = lambda ids, **kwargs: inputs.append(ids) or generate(ids, **kwargs)  # type: ignore[method-assign]
     results = run(llama, lengths=[120, 128], passkey=3)
     assert [list(row) for row in results.rows] == [[*ROW_KEYS, *PASSKEY_KEYS]] * 4
     assert {row["passkey_trials"] for row in results.rows} == {3}
-    assert len(seen) == 4 and all(torch.equal(seen[i], seen[i + 2]) for i in (0, 1))
+    assert len(inputs) == 4 and all(torch.equal(inputs[i], inputs[i + 2]) for i in (0, 1))
 
 
 def test_equals_evaluate_perplexity(llama: LlamaForCausalLM) -> None:
@@ -159,10 +159,10 @@ def test_gain_by_position_equals_a_loop_over_tokens(llama: LlamaForCausalLM) -> 
     with patch_model(llama, "linear", factor=2):
         after = np.array([naive_nll(llama, row) for row in rows])
     longest = [record for record in results.per_document if record["length"] == 128]
-    own, cut = ([record for record in longest if record["method"] == name] for name in ("linear", "truncated"))
-    found = gain_by_position(own, cut, seed=0)
-    assert [(stretch.begin, stretch.end) for stretch in found] == [(8 * i, 8 * i + 8) for i in range(16)]
-    for stretch in found:
+    extended, cut = ([record for record in longest if record["method"] == name] for name in ("linear", "truncated"))
+    gains = gain_by_position(extended, cut, seed=0)
+    assert [(stretch.begin, stretch.end) for stretch in gains] == [(8 * i, 8 * i + 8) for i in range(16)]
+    for stretch in gains:
         tokens = [t - 1 for t in range(stretch.begin, stretch.end) if t > 0]  # nll[0] is of token 1
         saved = (control - after)[:, tokens]
         assert stretch.gain == pytest.approx(math.exp(saved.mean()), rel=1e-6)
@@ -175,10 +175,10 @@ def test_a_text_shorter_than_the_stretches_has_fewer_of_them() -> None:
     nll = np.array([1.0, 2.0, 4.0])  # four tokens, of which the first is not scored
     sums = position_sums(Measurement(4, nll))
     assert sums is not None and len(sums) == STRETCHES and sum(sums) == 7.0
-    found = gain_by_position(
+    gains = gain_by_position(
         [{"first": 1, "tokens": 3, "position_nll_sums": sums}], [{"position_nll_sums": sums}], seed=0
     )
-    assert [(stretch.end, stretch.gain, stretch.gain_ci95) for stretch in found] == [
+    assert [(stretch.end, stretch.gain, stretch.gain_ci95) for stretch in gains] == [
         (2, 1.0, None), (3, 1.0, None), (4, 1.0, None)
     ]  # fmt: skip
 
@@ -310,9 +310,9 @@ def test_a_document_that_fails_is_left_out_of_every_row(
         lengths=LENGTHS, factor=2,
     )  # fmt: skip
     break_reading(monkeypatch, ("linear", 1))
-    told: list[int] = []
-    results = run(llama, on_method=lambda so_far: told.append(so_far.rows[0]["documents"]))
-    assert told == [3, 2], "`none` could measure all three"
+    counts: list[int] = []
+    results = run(llama, on_method=lambda so_far: counts.append(so_far.rows[0]["documents"]))
+    assert counts == [3, 2], "`none` could measure all three"
     assert results.rows == expected.rows and results.per_document == expected.per_document
     assert results.provenance["left_out"] == [
         {"document": "1", "tokens": 140, "reason": "linear x2: document 1 is broken"}

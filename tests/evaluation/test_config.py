@@ -114,11 +114,11 @@ def test_a_setting_of_another_type_is_refused(settings: dict[str, Any], message:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    given = EvaluationConfig(
+    config = EvaluationConfig(
         lengths=np.array([48, 64]), start=np.int64(3), alpha=np.float64(2.0), depths=[np.float32(0.5)]
     )
-    assert given == EvaluationConfig(lengths=[48, 64], start=3, alpha=2.0, depths=[0.5])
-    assert json.loads(json.dumps(given.settings()))["lengths"] == [48, 64]
+    assert config == EvaluationConfig(lengths=[48, 64], start=3, alpha=2.0, depths=[0.5])
+    assert json.loads(json.dumps(config.settings()))["lengths"] == [48, 64]
 
 
 def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
@@ -168,17 +168,17 @@ def test_an_argument_of_another_type_is_refused_whatever_the_function(
     function: Any, arguments: dict[str, Any], message: str
 ) -> None:
     """One mechanism for all public functions: the annotations."""
-    given: dict[str, Any] = {"model": tiny_llama(), "tokenizer": character_tokenizer()}
+    keywords: dict[str, Any] = {"model": tiny_llama(), "tokenizer": character_tokenizer()}
     if function in (compare, evaluate_perplexity, longppl, find_key_tokens):
-        given["documents"] = TEXTS
+        keywords["documents"] = TEXTS
     if function is compare:
-        given["methods"] = ["none"]
+        keywords["methods"] = ["none"]
     if function in (log_results, load_documents):
-        given = {}
+        keywords = {}
     if function is find_key_tokens:
-        given["evaluator"] = given.pop("model")
+        keywords["evaluator"] = keywords.pop("model")
     with pytest.raises(InvalidParameterError, match=f"^Expected {message}"):
-        function(**{**given, **arguments})
+        function(**{**keywords, **arguments})
 
 
 def test_every_public_function_is_checked() -> None:
@@ -190,8 +190,8 @@ def test_every_public_function_is_checked() -> None:
 
 def test_the_earlier_name_of_the_trained_length_works_and_warns() -> None:
     with pytest.warns(DeprecationWarning, match="original_length is now called trained_length; pass trained"):
-        found = run(**SETTINGS, original_length=32)
-    assert found.rows == run(**SETTINGS, trained_length=32).rows != run(**SETTINGS).rows
+        results = run(**SETTINGS, original_length=32)
+    assert results.rows == run(**SETTINGS, trained_length=32).rows != run(**SETTINGS).rows
 
 
 def test_every_setting_has_a_flag_with_its_help() -> None:
@@ -207,10 +207,10 @@ def test_every_setting_has_a_flag_with_its_help() -> None:
 
 
 def test_flags_and_yaml_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[EvaluationConfig] = []
+    configs: list[EvaluationConfig] = []
 
     def stop(*_: Any, **__: Any) -> Any:
-        seen.append(_[4])
+        configs.append(_[4])
         raise InvalidParameterError("seen")
 
     monkeypatch.setattr("hf_posext.evaluation.compare", stop, raising=False)
@@ -221,16 +221,16 @@ def test_flags_and_yaml_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyP
         lengths=[64, 128], factor=2.0, trained_length=64, retrieval=2, tasks=["passkey", "multi-key"],
         depths=[0.0, 0.5], offload_cache=True, prefill_chunk=64, seed=7,
     )  # fmt: skip
-    assert seen == [expected]
+    assert configs == [expected]
 
 
 def test_the_earlier_flag_works_and_says_its_new_name(tmp_path: Path) -> None:
     result = command(tmp_path / "out", "--original-length", "64", trained_length=None)
     assert result.exit_code == 0 and "--original-length is now called --trained-length" in result.stderr
-    found = Results.load_json(tmp_path / "out" / "results.json")
-    assert found.provenance["trained_length"] == 64
-    assert "--trained-length 64" in found.provenance["command"]
-    assert "--original-length" not in found.provenance["command"]
+    results = Results.load_json(tmp_path / "out" / "results.json")
+    assert results.provenance["trained_length"] == 64
+    assert "--trained-length 64" in results.provenance["command"]
+    assert "--original-length" not in results.provenance["command"]
 
 
 class Unread(Exception):

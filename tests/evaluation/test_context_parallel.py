@@ -25,15 +25,15 @@ def stand_in(processes: int, cp_size: int | None) -> SimpleNamespace:
 def test_two_processes_give_the_values_of_one() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = Path(__file__).parents[2]
-    found = subprocess.run(
+    process = subprocess.run(
         [*command, "-m", "tests.evaluation.context_parallel_job"],
         cwd=root,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert "two processes agree" in found.stdout
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "two processes agree" in process.stdout
 
 
 def test_who_shares_texts() -> None:

@@ -20,35 +20,35 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of what each of two processes has found."""
+    """The directory of what each of two processes has measured."""
     directory = tmp_path_factory.mktemp("two")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
+    process = subprocess.run(
         [*launch, "-m", "tests.evaluation.distributed_job", str(directory)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     return directory
 
 
 @pytest.fixture(scope="module")
-def found(two: Path) -> list[dict[str, Any]]:
+def outcomes(two: Path) -> list[dict[str, Any]]:
     return [json.loads((two / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_two_processes_really_ran(found: list[dict[str, Any]]) -> None:
-    assert [one["processes"] for one in found] == [2, 2]
+def test_two_processes_really_ran(outcomes: list[dict[str, Any]]) -> None:
+    assert [outcome["processes"] for outcome in outcomes] == [2, 2]
 
 
 def test_rows_are_the_same_bits_on_one_and_on_two_processes(
-    two: Path, found: list[dict[str, Any]], tmp_path: Path
+    two: Path, outcomes: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     alone = job.uneven(None, tmp_path / "journal.jsonl")
     assert alone.pop("told") == [3, 6, 9], "one process tells after each method"
-    for one in found:
-        assert one["uneven"].pop("told") == [9], "two tell at the end"
-        assert one["uneven"] == alone
+    for outcome in outcomes:
+        assert outcome["uneven"].pop("told") == [9], "two tell at the end"
+        assert outcome["uneven"] == alone
     assert len(alone["rows"]) == 9 and len(alone["per_document"]) == 4 * 5 * 3
     keys = [
         [json.dumps(json.loads(line)["task"]) for line in file.read_text().splitlines()[1:]]
@@ -59,10 +59,10 @@ def test_rows_are_the_same_bits_on_one_and_on_two_processes(
 
 
 def test_key_tokens_and_retrieval_are_the_same_bits_too(
-    two: Path, found: list[dict[str, Any]], tmp_path: Path
+    two: Path, outcomes: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     alone = json.loads(json.dumps(job.asked(None, tmp_path / "journal.jsonl")))
-    assert [one["asked"] for one in found] == [alone, alone]
+    assert [outcome["asked"] for outcome in outcomes] == [alone, alone]
     assert alone["rows"][-1]["key_tokens"] > 0 and len(alone["retrieval"]) == 2 * 2 * 2
     kinds = [
         {json.loads(line)["task"]["kind"] for line in file.read_text().splitlines()[1:]}
@@ -71,32 +71,32 @@ def test_key_tokens_and_retrieval_are_the_same_bits_too(
     assert kinds == [{"keys", "nll", "retrieval"}] * 2, "each process did some of each"
 
 
-def test_one_process_goes_on_from_the_journal_of_two(two: Path, found: list[dict[str, Any]]) -> None:
+def test_one_process_goes_on_from_the_journal_of_two(two: Path, outcomes: list[dict[str, Any]]) -> None:
     model = tiny_llama()
     model.register_forward_pre_hook(lambda *_: pytest.fail("everything is in the journals"))
     again = job.uneven(None, two / "journal.jsonl", model)
-    assert again["rows"] == found[0]["uneven"]["rows"]
+    assert again["rows"] == outcomes[0]["uneven"]["rows"]
 
 
 @pytest.mark.parametrize("scenario", [job.empty_shard, job.failing_document])
 def test_shares_that_are_empty_or_fail_make_no_difference(
-    scenario: Callable[[None], dict[str, Any]], found: list[dict[str, Any]]
+    scenario: Callable[[None], dict[str, Any]], outcomes: list[dict[str, Any]]
 ) -> None:
     alone = json.loads(json.dumps(scenario(None)))
-    assert [one[scenario.__name__] for one in found] == [alone] * 2
+    assert [outcome[scenario.__name__] for outcome in outcomes] == [alone] * 2
 
 
-def test_a_document_that_fails_on_one_process_is_left_out_with_its_reason(found: list[dict[str, Any]]) -> None:
-    for one in found:
-        (entry,) = one["failing_document"]["left_out"]
+def test_a_document_that_fails_on_one_process_is_left_out_with_its_reason(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        (entry,) = outcome["failing_document"]["left_out"]
         assert entry["document"] == "1" and entry["tokens"] == 140
         assert entry["reason"].startswith("truncated: ") and "document '1'" in entry["reason"]
-        assert {row["documents"] for row in one["failing_document"]["rows"]} == {3}
+        assert {row["documents"] for row in outcome["failing_document"]["rows"]} == {3}
 
 
-def test_an_error_of_one_process_ends_all_of_them(found: list[dict[str, Any]]) -> None:
-    assert [one["fatal"] for one in found] == ["InvalidParameterError: no such thing"] * 2
-    assert [one["crash"] for one in found] == [
+def test_an_error_of_one_process_ends_all_of_them(outcomes: list[dict[str, Any]]) -> None:
+    assert [outcome["fatal"] for outcome in outcomes] == ["InvalidParameterError: no such thing"] * 2
+    assert [outcome["crash"] for outcome in outcomes] == [
         "EvaluationError: process 1 failed: RuntimeError: no room",
         "RuntimeError: no room",
     ]

@@ -142,8 +142,8 @@ def test_what_failed_is_tried_again_by_the_run_that_continues(tmp_path: Path) ->
     assert first[both[0]].failure == "RuntimeError: busy"
     assert [json.loads(line)["task"]["document"] for line in path.read_text().splitlines()[1:]] == ["2"]
     with RunJournal(path, {}) as journal:  # the second must not run again
-        found = measure([Stage("a", nullcontext, both, lambda task: {"1": 1}[str(task.document)])], journal=journal)
-    assert found == {both[0]: Outcome(1), both[1]: Outcome(2)}
+        outcomes = measure([Stage("a", nullcontext, both, lambda task: {"1": 1}[str(task.document)])], journal=journal)
+    assert outcomes == {both[0]: Outcome(1), both[1]: Outcome(2)}
 
 
 def test_the_outcomes_so_far_are_told_after_each_stage() -> None:

@@ -28,12 +28,12 @@ FOLDER = EXAMPLES / "accelerate_configs"
 @pytest.mark.parametrize("name", CONFIGS)
 def test_accelerate_reads_the_configurations(name: str) -> None:
     file = str(FOLDER / f"{name}.yaml")
-    found = load_config_from_file(file).to_dict()
-    assert {key: found[key] for key in CONFIGS[name]} == CONFIGS[name]
+    results = load_config_from_file(file).to_dict()
+    assert {key: results[key] for key in CONFIGS[name]} == CONFIGS[name]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "job.py"]))
     assert arguments.mixed_precision == "no", "the weights' type is what --dtype says"
-    assert arguments.multi_gpu is (found["distributed_type"] == "MULTI_GPU")
-    assert arguments.num_processes == found["num_processes"]
+    assert arguments.multi_gpu is (results["distributed_type"] == "MULTI_GPU")
+    assert arguments.num_processes == results["num_processes"]
 
 
 def test_context_parallelism_takes_all_processes() -> None:
@@ -54,14 +54,14 @@ def run(*words: object) -> str:
 def test_the_job_finds_the_same_on_one_and_two_processes(tmp_path: Path) -> None:
     job = [EXAMPLES / "eval_job.py", "--documents", 3, "--methods", "none", "linear", "--lengths", 64, 128, "--output"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    found: list[Results] = []
+    results: list[Results] = []
     launches: list[tuple[str, list[Any]]] = [("1", []), ("2", torchrun)]
     for count, launcher in launches:
-        said = run(*launcher, *job, tmp_path / count)
-        assert said.splitlines()[-1] == f"{count} processes; report: {tmp_path / count / 'README.md'}"
-        found.append(Results.load_json(tmp_path / count / "results.json"))
+        output = run(*launcher, *job, tmp_path / count)
+        assert output.splitlines()[-1] == f"{count} processes; report: {tmp_path / count / 'README.md'}"
+        results.append(Results.load_json(tmp_path / count / "results.json"))
     assert (tmp_path / "2" / "journal-1.jsonl").exists() and not (tmp_path / "1" / "journal-1.jsonl").exists()
-    assert found[0].rows == found[1].rows and found[0].per_document == found[1].per_document
+    assert results[0].rows == results[1].rows and results[0].per_document == results[1].per_document
 
 
 def test_the_slurm_script_is_a_shell_script() -> None:

@@ -62,8 +62,8 @@ def log_likelihoods(model: PreTrainedModel, tasks: Path) -> list[float]:
 
     lm = HFLM(pretrained=model, tokenizer=character_tokenizer(), max_length=WINDOW, batch_size=1)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    found = simple_evaluate(model=lm, tasks=["local_texts"], task_manager=manager, bootstrap_iters=0)
-    samples: list[dict[str, Any]] = sorted(found["samples"]["local_texts"], key=lambda sample: sample["doc_id"])
+    report = simple_evaluate(model=lm, tasks=["local_texts"], task_manager=manager, bootstrap_iters=0)
+    samples: list[dict[str, Any]] = sorted(report["samples"]["local_texts"], key=lambda sample: sample["doc_id"])
     return [sample["filtered_resps"][0] for sample in samples]
 
 
@@ -107,8 +107,8 @@ def test_lm_eval_reads_the_longer_limit_from_the_patched_config() -> None:
 def test_the_example(tasks: Path) -> None:
     main = runpy.run_path(str(EXAMPLES / "lm_eval_bridge.py"))["main"]
     where = ["--model", str(EXAMPLES / "tiny" / "tiny-rope"), "--include-path", str(tasks), "--tasks", "local_texts"]
-    found = main([*where, "--max-length", "1024", "--limit", "1"])
-    none, yarn = (found[method]["local_texts"]["byte_perplexity,none"] for method in ("none", "yarn"))
+    report = main([*where, "--max-length", "1024", "--limit", "1"])
+    none, yarn = (report[method]["local_texts"]["byte_perplexity,none"] for method in ("none", "yarn"))
     assert none != yarn
 
 

@@ -72,8 +72,8 @@ def seq2seq_nll(model: nn.Module, ids: list[int], length: int, window: int) -> l
     read = torch.tensor([[*ids[max(0, end - (window - 1)) : end], SEP]])
     start, nll = model.config.decoder_start_token_id, []
     for i in range(k):
-        given = torch.tensor([[start, *ids[end : end + i]]])
-        logits = model(input_ids=read, decoder_input_ids=given).logits[0, -1]
+        decoder_ids = torch.tensor([[start, *ids[end : end + i]]])
+        logits = model(input_ids=read, decoder_input_ids=decoder_ids).logits[0, -1]
         nll.append(-logits.double().log_softmax(-1)[ids[end + i]].item())
     return nll
 
@@ -108,11 +108,11 @@ def test_pseudo_perplexity_and_its_control_equal_the_loop(samples: int) -> None:
     protocol = Pseudo(samples)
     scorer = protocol.scorer(model, tokenizer(), Memory())
     for index, ids in enumerate(texts()):
-        for window, found in (
+        for window, measurements in (
             (120, [protocol.measure(scorer, rows, index, [length])[0] for length in LENGTHS]),
             (30, protocol.measure(scorer, rows, index, LENGTHS, 30)),
         ):
-            for measurement in found:
+            for measurement in measurements:
                 nll = pseudo_nll(model, ids, measurement.length, window, samples)
                 assert measurement.nll == pytest.approx(nll, rel=1e-5, abs=1e-5)
                 assert measurement.tail == (len(nll) + 1) // 2 and measurement.first is None
@@ -150,11 +150,11 @@ def test_an_encoder_from_end_to_end(tmp_path: Path) -> None:
     assert row["gain"] == pytest.approx(gain, rel=1e-5) and row["tokens"] == 2 * 64
     assert results.row("table-linear", 40)["change"] is not None, "within the trained length control is the model"
     assert row["bits_per_byte"] == pytest.approx(np.concatenate(after).mean() / math.log(2), rel=1e-5)
-    own, cut = (
+    extended, cut = (
         [record for record in results.per_document if (record["method"], record["length"]) == (name, 120)]
         for name in ("table-linear", "truncated")
     )
-    stretches = gain_by_position(own, cut, seed=0)
+    stretches = gain_by_position(extended, cut, seed=0)
     assert [(stretch.begin, stretch.end) for stretch in stretches] == [
         (i * 120 // 16, (i + 1) * 120 // 16) for i in range(16)
     ]
@@ -200,9 +200,9 @@ def test_tokens_before_a_text_go_before_the_targets_too() -> None:
     model = build("bart", task="seq2seq-lm")
     row = evaluate_perplexity(model, tokenizer(), TEXTS[:1], [40]).row("none", 40)
     ids = texts()[0]
-    given = torch.tensor([[model.config.decoder_start_token_id, CLS, *ids[28:37]]])
+    decoder_ids = torch.tensor([[model.config.decoder_start_token_id, CLS, *ids[28:37]]])
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[CLS, *ids[:28], SEP]]), decoder_input_ids=given).logits[0, 1:]
+        logits = model(input_ids=torch.tensor([[CLS, *ids[:28], SEP]]), decoder_input_ids=decoder_ids).logits[0, 1:]
     assert row["nll_sum"] == pytest.approx(cross_entropy(logits, torch.tensor(ids[28:38]), reduction="sum").item())
 
 

@@ -36,15 +36,15 @@ def failure_of_cuda() -> None:
 
 def limit(module: nn.Module, tokens: int, fail: Any = real_failure) -> list[int]:
     """A module runs out of memory with more tokens (of all rows) than that; grows by those of every forward."""
-    seen: list[int] = []
+    sizes: list[int] = []
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen.append(args[0].shape[0] * args[0].shape[1])
-        if seen[-1] > tokens:
+        sizes.append(args[0].shape[0] * args[0].shape[1])
+        if sizes[-1] > tokens:
             fail()
 
     module.register_forward_pre_hook(hook)
-    return seen
+    return sizes
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -65,16 +65,16 @@ def test_what_counts_as_out_of_memory() -> None:
 def test_batches_are_halved(llama: LlamaForCausalLM, fail: Any, caplog: pytest.LogCaptureFixture) -> None:
     ids = tokens(40, rows=11)
     expected = TokenScorer(llama).token_nll(ids).double().numpy()
-    seen = limit(llama.model.layers[1], 130, fail)
+    sizes = limit(llama.model.layers[1], 130, fail)
     scorer = TokenScorer(llama)
     assert scorer.token_nll(ids).double().numpy() == pytest.approx(expected, **ROUNDING)
     assert messages(caplog) == [
         "out of memory, so windows in a batch go from 11 to 5",
         "out of memory, so windows in a batch go from 5 to 2",
     ]
-    assert seen[3:] == [11 * 40, 5 * 40, *[2 * 40] * 5, 40], "after three forwards of the check"
+    assert sizes[3:] == [11 * 40, 5 * 40, *[2 * 40] * 5, 40], "after three forwards of the check"
     scorer.token_nll(tokens(20, rows=11))
-    assert seen[-3:] == [4 * 20, 4 * 20, 3 * 20], "the amount of tokens stays, whatever the windows"
+    assert sizes[-3:] == [4 * 20, 4 * 20, 3 * 20], "the amount of tokens stays, whatever the windows"
 
 
 def test_masked_texts_are_halved(caplog: pytest.LogCaptureFixture) -> None:
@@ -103,20 +103,20 @@ def test_slices_of_logits_are_halved(llama: LlamaForCausalLM, caplog: pytest.Log
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [(None, ["560 to 280", "280 to 140"]), (200, ["200 to 100"]), (10_000, ["560 to 280"] * 1)]
+    ("chunk", "expected"), [(None, ["560 to 280", "280 to 140"]), (200, ["200 to 100"]), (10_000, ["560 to 280"] * 1)]
 )
 def test_chunks_are_halved(
-    llama: LlamaForCausalLM, asked: int | None, expected: list[str], caplog: pytest.LogCaptureFixture
+    llama: LlamaForCausalLM, chunk: int | None, expected: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also where the text was to be read as a whole."""
     ids = tokens(560)
-    wanted = naive_nll(llama, ids[0])
-    limit(llama.model.layers[1].mlp, {None: 150, 200: 150, 10_000: 300}[asked])
-    scorer = TokenScorer(llama, Memory(prefill_chunk=asked))
+    reference = naive_nll(llama, ids[0])
+    limit(llama.model.layers[1].mlp, {None: 150, 200: 150, 10_000: 300}[chunk])
+    scorer = TokenScorer(llama, Memory(prefill_chunk=chunk))
     nll = scorer.token_nll(ids)[0].double().numpy()
     assert messages(caplog) == [f"out of memory, so tokens in a chunk go from {step}" for step in expected]
-    assert nll == pytest.approx(wanted, **ROUNDING)
-    assert scorer.token_nll(ids)[0].double().numpy() == pytest.approx(wanted, **ROUNDING)
+    assert nll == pytest.approx(reference, **ROUNDING)
+    assert scorer.token_nll(ids)[0].double().numpy() == pytest.approx(reference, **ROUNDING)
     assert len(caplog.records) == len(expected), "the shorter chunk stays"
 
 
@@ -152,14 +152,14 @@ def test_models_that_cannot_read_in_chunks_give_up(caplog: pytest.LogCaptureFixt
 
 def test_a_chunk_that_memory_asked_for_is_not_forced_on_other_patches(llama: LlamaForCausalLM) -> None:
     """After a static method has run out of memory, one that cannot read in chunks reads shorter texts as a whole."""
-    seen = limit(llama.model.layers[1], 150)
+    sizes = limit(llama.model.layers[1], 150)
     scorer, ids = TokenScorer(llama), tokens(140)
     scorer.token_nll(tokens(200))
     with patch_model(llama, DynamicYaRN(factor=4)):
         assert scorer.token_nll(ids)[0].double().numpy() == pytest.approx(naive_nll(llama, ids[0]), **ROUNDING)
         with pytest.raises(OutOfMemoryError, match="positions of dynamic-yarn follow the length of the input"):
             scorer.token_nll(tokens(200))
-    assert 140 in seen
+    assert 140 in sizes
 
 
 def test_other_errors_pass(llama: LlamaForCausalLM) -> None:
@@ -201,7 +201,7 @@ def test_room_does_every_item_once() -> None:
 
 def test_what_did_not_fit_is_freed_before_the_next_attempt() -> None:
     model = tiny_llama()
-    held: list[Any] = []
+    tensors: list[Any] = []
     alive: list[int] = []
 
     class Buffer:
@@ -209,11 +209,11 @@ def test_what_did_not_fit_is_freed_before_the_next_attempt() -> None:
 
     def hook(module: nn.Module, args: Any) -> None:
         local = Buffer()
-        alive.append(sum(reference() is not None for reference in held))
+        alive.append(sum(reference() is not None for reference in tensors))
         if args[0].shape[1] > 100:
-            held.append(weakref.ref(local))
+            tensors.append(weakref.ref(local))
             real_failure()
 
     model.model.layers[1].register_forward_pre_hook(hook)
     TokenScorer(model).token_nll(tokens(200))
-    assert len(held) == 1 and sum(alive) == 0
+    assert len(tensors) == 1 and sum(alive) == 0

@@ -76,11 +76,11 @@ def test_as_many_passes_as_the_positions_need(protocol: Any, name: str) -> None:
     for index in (0, 1):
         calls.clear()
         for lengths in passes:
-            for found in protocol.measure(scorer, documents, index, lengths):
-                fresh = naive_nll(made(), documents.tokens[index, : found.length])
-                assert_equal(found.nll, fresh[-len(found.nll) :])
+            for measurement in protocol.measure(scorer, documents, index, lengths):
+                fresh = naive_nll(made(), documents.tokens[index, : measurement.length])
+                assert_equal(measurement.nll, fresh[-len(measurement.nll) :])
         guards = [[lengths[0]] if len(lengths) > 1 and index == 0 else [] for lengths in passes]
-        assert calls == [read for own, guard in zip(passes, guards, strict=True) for read in (own[-1], *guard)]
+        assert calls == [read for lengths, guard in zip(passes, guards, strict=True) for read in (lengths[-1], *guard)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,8 +116,8 @@ def test_windows_are_read_as_a_fresh_model_reads_them(name: str, protocol: Any) 
             with torch.no_grad():
                 log_probabilities = made()(ids).logits[0, w.first - 1 - w.begin :].double().log_softmax(-1)
             fresh += [-float(log_probabilities[i, target]) for i, target in enumerate(targets)]
-        (found,) = protocol.measure(scorer, documents, 0, [length])
-        assert_equal(found.nll, np.array(fresh))
+        (measurement,) = protocol.measure(scorer, documents, 0, [length])
+        assert_equal(measurement.nll, np.array(fresh))
 
 
 def test_guard_refuses_a_model_whose_positions_depend_on_the_length() -> None:
@@ -133,8 +133,8 @@ def test_guard_refuses_a_model_whose_positions_depend_on_the_length() -> None:
 def test_rolling_reads_no_more_than_its_length() -> None:
     """Of a learned table of 64 positions, lm-eval's windows of 64 tokens need all, and no more."""
     documents = TokenizedDocuments(["a"], tokens(100), False)
-    (found,) = Rolling().measure(Rolling().scorer(tiny_gpt2(), None, Memory()), documents, 0, [64])
-    assert len(found.nll) == 99
+    (measurement,) = Rolling().measure(Rolling().scorer(tiny_gpt2(), None, Memory()), documents, 0, [64])
+    assert len(measurement.nll) == 99
 
 
 def test_the_control_of_a_tail_reads_no_more_than_it_needs(llama: LlamaForCausalLM) -> None:

@@ -139,10 +139,10 @@ def test_training_mode_is_restored(llama: LlamaForCausalLM) -> None:
 
 def test_short_documents_are_left_out_and_named() -> None:
     documents = [Document(f"{size} long", text) for size in (30, 60, 20, 70) for text in random_texts(1, size)]
-    found = tokenize_documents(documents, character_tokenizer(bos=True), length=40, start=5)
-    assert found.ids == ["60 long", "70 long"] and found.counts == [61, 71]
-    assert found.left_out == [{"document": "30 long", "tokens": 31}, {"document": "20 long", "tokens": 21}]
-    assert found.tokens.shape == (2, 40) and found.tokens[:, 0].tolist() == [BOS, BOS]
+    rows = tokenize_documents(documents, character_tokenizer(bos=True), length=40, start=5)
+    assert rows.ids == ["60 long", "70 long"] and rows.counts == [61, 71]
+    assert rows.left_out == [{"document": "30 long", "tokens": 31}, {"document": "20 long", "tokens": 21}]
+    assert rows.tokens.shape == (2, 40) and rows.tokens[:, 0].tolist() == [BOS, BOS]
 
 
 def test_all_documents_too_short_says_what_fits(llama: LlamaForCausalLM) -> None:

@@ -24,20 +24,20 @@ from .helpers import character_tokenizer, naive_nll, naive_windowed_nll, random_
 TEXTS = random_texts(3, 140)
 
 
-def found(model: Any, **options: Any) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]]]:
+def measured(model: Any, **options: Any) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]]]:
     results = compare(model, character_tokenizer(), TEXTS, ["linear"], lengths=[64, 128], factor=2.0, **options)
-    own, control = (
+    extended, control = (
         [record for record in results.per_document if (record["method"], record["length"]) == (name, 128)]
         for name in ("linear", "truncated")
     )
-    return results, own, control
+    return results, extended, control
 
 
 def test_a_tail_is_divided_into_stretches_of_its_own(
     llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, own, control = found(llama, protocol="tail", tail=40)
-    stretches = gain_by_position(own, control, seed=0)
+    results, extended, control = measured(llama, protocol="tail", tail=40)
+    stretches = gain_by_position(extended, control, seed=0)
     assert (stretches[0].begin, stretches[-1].end, len(stretches)) == (87, 128, STRETCHES)
     rows = [torch.tensor(character_tokenizer()(text)["input_ids"][:128]) for text in TEXTS]
     cut = [naive_windowed_nll(llama, row, TRAINED, control_stride(TRAINED), False) for row in rows]
@@ -53,22 +53,22 @@ def test_a_tail_is_divided_into_stretches_of_its_own(
 
 @pytest.mark.parametrize("options", [{"protocol": "rolling"}, {"protocol": "sliding", "stride": 16}], ids=str)
 def test_windows_cover_the_document(llama: LlamaForCausalLM, options: dict[str, Any]) -> None:
-    _, own, control = found(llama, **options)
-    stretches = gain_by_position(own, control, seed=0)
+    _, extended, control = measured(llama, **options)
+    stretches = gain_by_position(extended, control, seed=0)
     assert (stretches[0].begin, stretches[-1].end) == (0, 128)
-    saved = [sum(record["position_nll_sums"]) for record in own]
-    assert saved == pytest.approx([record["nll_sum"] for record in own], rel=1e-9)
+    saved = [sum(record["position_nll_sums"]) for record in extended]
+    assert saved == pytest.approx([record["nll_sum"] for record in extended], rel=1e-9)
 
 
 def test_what_a_decoder_is_asked_for_is_divided_too() -> None:
     results = compare(
         tiny_t5(), character_tokenizer(), TEXTS, ["bucket-linear"], lengths=[128], factor=2.0, trained_length=TRAINED
     )
-    own, control = results.per_document[3:], results.per_document[:3]
-    stretches = gain_by_position(own, control, seed=0)
-    assert (own[0]["first"], own[0]["tokens"]) == (96, 32)
+    extended, control = results.per_document[3:], results.per_document[:3]
+    stretches = gain_by_position(extended, control, seed=0)
+    assert (extended[0]["first"], extended[0]["tokens"]) == (96, 32)
     assert (stretches[0].begin, stretches[-1].end) == (95, 128)
-    assert own[0]["bytes"] == 32 and results.rows[0]["bits_per_byte"] == pytest.approx(
+    assert extended[0]["bytes"] == 32 and results.rows[0]["bits_per_byte"] == pytest.approx(
         results.rows[0]["nll_sum"] / math.log(2) / 96
     )
 

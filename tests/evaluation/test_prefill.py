@@ -92,9 +92,9 @@ def chunked(model: nn.Module, ids: torch.Tensor, chunk: int = CHUNK, first: int 
 def test_equals_one_forward(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = MODELS[name]()
     ids = tokens(LENGTH)
-    found, expected = chunked(model, ids)[0].double().numpy(), naive_nll(model, ids[0])
-    assert found == pytest.approx(expected, **ROUNDING)
-    assert found.sum() == pytest.approx(expected.sum(), rel=1e-7)
+    nll, expected = chunked(model, ids)[0].double().numpy(), naive_nll(model, ids[0])
+    assert nll == pytest.approx(expected, **ROUNDING)
+    assert nll.sum() == pytest.approx(expected.sum(), rel=1e-7)
     assert not [record for record in caplog.records if record.name.startswith("hf_posext")]
 
 
@@ -138,9 +138,9 @@ def test_peft_model() -> None:
 def test_bfloat16() -> None:
     """Rounded differently, each logit by some 2 ** -9 of its size; on average far less."""
     model, ids = tiny_llama().to(torch.bfloat16), tokens(LENGTH)
-    found, expected = chunked(model, ids)[0].double().numpy(), naive_nll(model, ids[0])
-    assert abs(found - expected).max() < 0.05
-    assert found.mean() == pytest.approx(expected.mean(), abs=2e-3)
+    nll, expected = chunked(model, ids)[0].double().numpy(), naive_nll(model, ids[0])
+    assert abs(nll - expected).max() < 0.05
+    assert nll.mean() == pytest.approx(expected.mean(), abs=2e-3)
 
 
 def test_the_last_token_need_not_be_read() -> None:
@@ -240,8 +240,8 @@ def test_chunks_are_checked_for_each_patch() -> None:
     with patch_model(model, DynamicYaRN(factor=4)), pytest.raises(UnsupportedModelError, match="dynamic-yarn"):
         scorer.token_nll(ids)
     with patch_model(model, METHODS["longrope, two lists"]):
-        found = scorer.token_nll(ids)[0].double().numpy()
-        assert found == pytest.approx(naive_nll(model, ids[0]), **ROUNDING)
+        nll = scorer.token_nll(ids)[0].double().numpy()
+        assert nll == pytest.approx(naive_nll(model, ids[0]), **ROUNDING)
     assert torch.equal(scorer.token_nll(ids), before)
 
 
@@ -282,15 +282,15 @@ def test_impossible_memory_is_refused(arguments: dict[str, Any], message: str) -
 def test_from_the_front_door() -> None:
     """The perplexity of chunks is that of whole texts; what cannot be is refused before anything is measured."""
     model, texts = tiny_llama(), random_texts(2, 200)
-    asked = {"lengths": [40, LENGTH]}
-    whole = evaluate_perplexity(model, character_tokenizer(), texts, **asked)
-    found = evaluate_perplexity(model, character_tokenizer(), texts, **asked, prefill_chunk=CHUNK)
-    assert found.provenance["prefill_chunk"] == CHUNK
-    for row, expected in zip(found.rows, whole.rows, strict=True):
+    settings = {"lengths": [40, LENGTH]}
+    whole = evaluate_perplexity(model, character_tokenizer(), texts, **settings)
+    nll = evaluate_perplexity(model, character_tokenizer(), texts, **settings, prefill_chunk=CHUNK)
+    assert nll.provenance["prefill_chunk"] == CHUNK
+    for row, expected in zip(nll.rows, whole.rows, strict=True):
         assert row["nll_sum"] == pytest.approx(expected["nll_sum"], rel=1e-7)
     with pytest.raises(InvalidParameterError, match="the positions of dynamic-yarn follow"):
         methods = ["none", "dynamic-yarn"]
-        compare(model, character_tokenizer(), texts, methods, **asked, factor=4, prefill_chunk=CHUNK)
+        compare(model, character_tokenizer(), texts, methods, **settings, factor=4, prefill_chunk=CHUNK)
 
 
 def test_models_that_read_both_ways_are_refused_chunks() -> None:

@@ -82,8 +82,8 @@ def test_rolling_windows_are_those_of_lm_eval(total: int, window: int) -> None:
     pairs = get_rolling_token_windows(row[1:], prefix_token=row[0], max_seq_len=window, context_len=1)
     # As HFLM does: the window's context and what it predicts, of which the last token is not fed to the model.
     fed = [((context + targets)[:-1], targets) for context, targets in map(make_disjoint_window, pairs)]
-    own = [(row[w.begin : w.end - 1], row[w.first : w.end]) for w in rolling_windows(total, window)]
-    assert own == fed
+    ours = [(row[w.begin : w.end - 1], row[w.first : w.end]) for w in rolling_windows(total, window)]
+    assert ours == fed
 
 
 @MANY
@@ -118,13 +118,15 @@ def test_sums_are_those_of_a_naive_loop(rows: TokenizedDocuments, data: st.DataO
         together = isinstance(protocol, Prefix)
         for index, row in enumerate(rows.tokens):
             passes = [lengths] if together else [[length] for length in lengths]
-            found = [one for lengths in passes for one in protocol.measure(scorer, rows, index, lengths)]
-            assert [one.length for one in found] == lengths
-            for one in found:
-                expected = naive_protocol_nll(protocol, model(), row, one.length, rows.bos)
-                assert len(one.nll) == len(expected) and one.nll.dtype == np.float64
-                assert one.first == max(free, one.length - tail if protocol.name == "tail" else 0)
-                assert math.isclose(math.fsum(one.nll), math.fsum(expected), rel_tol=1e-6)
+            measurements = [
+                measurement for lengths in passes for measurement in protocol.measure(scorer, rows, index, lengths)
+            ]
+            assert [measurement.length for measurement in measurements] == lengths
+            for measurement in measurements:
+                expected = naive_protocol_nll(protocol, model(), row, measurement.length, rows.bos)
+                assert len(measurement.nll) == len(expected) and measurement.nll.dtype == np.float64
+                assert measurement.first == max(free, measurement.length - tail if protocol.name == "tail" else 0)
+                assert math.isclose(math.fsum(measurement.nll), math.fsum(expected), rel_tol=1e-6)
 
 
 @FEW
@@ -148,8 +150,13 @@ def test_a_control_scores_the_same_tokens_with_no_more_context(
         finally:
             handle.remove()
         assert max(read) <= trained
-        for one in control:
-            (own,) = protocol.measure(scorer, rows, 0, [one.length])
-            assert (one.length, one.first, one.tail, len(one.nll)) == (own.length, own.first, own.tail, len(own.nll))
-            if one.length <= trained:
-                assert math.isclose(math.fsum(one.nll), math.fsum(own.nll), rel_tol=1e-6)
+        for measurement in control:
+            (ours,) = protocol.measure(scorer, rows, 0, [measurement.length])
+            assert (measurement.length, measurement.first, measurement.tail, len(measurement.nll)) == (
+                ours.length,
+                ours.first,
+                ours.tail,
+                len(ours.nll),
+            )
+            if measurement.length <= trained:
+                assert math.isclose(math.fsum(measurement.nll), math.fsum(ours.nll), rel_tol=1e-6)

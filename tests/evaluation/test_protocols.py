@@ -38,20 +38,20 @@ ALL = [Prefix(), Tail(7), Sliding(3), Sliding(7), Rolling(), LegacyYaRN(3), Lega
 def controlled(protocol: Any, model: nn.Module, documents: TokenizedDocuments) -> dict[tuple[int, int], Measurement]:
     scorer, arranged = protocol.scorer(model, None, Memory()), protocol.arrange(documents)
     return {
-        (found.length, index): found
+        (measurement.length, index): measurement
         for index in range(len(arranged.ids))
-        for found in protocol.measure(scorer, arranged, index, LENGTHS, TRAINED)
+        for measurement in protocol.measure(scorer, arranged, index, LENGTHS, TRAINED)
     }
 
 
 def expected_control(protocol: Any, model: nn.Module, row: torch.Tensor, length: int, bos: bool) -> np.ndarray:
     """NLL of what fits the trained length as the protocol reads it; of the rest through windows of that length."""
     far = naive_windowed_nll(model, row, TRAINED, control_stride(TRAINED), bos)
-    found = []
-    for token, given in naive_contexts(protocol, row, length, bos):
-        fits = len(given) + (protocol.name != "rolling") <= TRAINED  # lm-eval does not read the token that it scores
-        found.append(naive_nll(model, torch.tensor([*given, row[token]]))[-1] if fits else far[token - 1])
-    return np.array(found)
+    nll = []
+    for token, context in naive_contexts(protocol, row, length, bos):
+        fits = len(context) + (protocol.name != "rolling") <= TRAINED  # lm-eval does not read the token that it scores
+        nll.append(naive_nll(model, torch.tensor([*context, row[token]]))[-1] if fits else far[token - 1])
+    return np.array(nll)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -59,9 +59,9 @@ def expected_control(protocol: Any, model: nn.Module, row: torch.Tensor, length:
 def test_every_protocol_equals_a_forward_per_token(llama: LlamaForCausalLM, protocol: Any, bos: bool) -> None:
     documents = rows(bos=bos)
     arranged = protocol.arrange(documents)
-    found = measured(protocol, llama, documents)
-    assert set(found) == {(n, i) for n in LENGTHS for i in range(len(arranged.ids))}
-    for (length, index), measurement in found.items():
+    measurements = measured(protocol, llama, documents)
+    assert set(measurements) == {(n, i) for n in LENGTHS for i in range(len(arranged.ids))}
+    for (length, index), measurement in measurements.items():
         assert_equal(
             measurement.nll, naive_protocol_nll(protocol, llama, arranged.tokens[index], length, arranged.bos)
         )
@@ -74,14 +74,16 @@ def test_every_control_equals_a_forward_per_token(llama: LlamaForCausalLM, proto
     arranged = protocol.arrange(documents)
     normal = measured(protocol, llama, documents)
     for (length, index), measurement in controlled(protocol, llama, documents).items():
-        row, own = arranged.tokens[index], normal[length, index]
-        wanted = expected_control(protocol, llama, row, length, arranged.bos)
-        assert_equal(measurement.nll, wanted)
-        assert measurement._replace(nll=own.nll) == own._replace(nll=own.nll), "the same tokens in the same groups"
+        row, whole = arranged.tokens[index], normal[length, index]
+        expected = expected_control(protocol, llama, row, length, arranged.bos)
+        assert_equal(measurement.nll, expected)
+        assert measurement._replace(nll=whole.nll) == whole._replace(nll=whole.nll), (
+            "the same tokens in the same groups"
+        )
         if length <= TRAINED:
-            assert measurement.nll == pytest.approx(own.nll, abs=1e-5), "inside the trained length nothing is cut"
+            assert measurement.nll == pytest.approx(whole.nll, abs=1e-5), "inside the trained length nothing is cut"
         else:
-            assert abs(measurement.nll - own.nll).max() > 1e-3
+            assert abs(measurement.nll - whole.nll).max() > 1e-3
 
 
 @pytest.mark.parametrize("protocol", ALL, ids=named)
@@ -97,15 +99,15 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(llama: LlamaForCau
 def rows_of(protocol: Any, model: nn.Module, documents: TokenizedDocuments) -> list[dict[str, Any]]:
     arranged = protocol.arrange(documents)
 
-    def records(found: dict[tuple[int, int], Measurement], label: str) -> list[dict[str, Any]]:
+    def records(measurements: dict[tuple[int, int], Measurement], label: str) -> list[dict[str, Any]]:
         return [
             document_record(measurement, arranged, index, label, 1.0, with_positions=length == LENGTHS[-1])
-            for (length, index), measurement in found.items()
+            for (length, index), measurement in measurements.items()
         ]
 
-    own = records(measured(protocol, model, documents), "none")
+    unpatched = records(measured(protocol, model, documents), "none")
     control = records(controlled(protocol, model, documents), "truncated")
-    return make_rows(own, conditions=Conditions.of(protocol, documents, "float32"), control=control)
+    return make_rows(unpatched, conditions=Conditions.of(protocol, documents, "float32"), control=control)
 
 
 # The published averages, from the published loops
@@ -190,10 +192,10 @@ def test_means_of_legacy_groups_weigh_the_same() -> None:
 
 
 def test_the_tail_of_a_tail_is_in_the_second_half_of_the_text(llama: LlamaForCausalLM) -> None:
-    found = measured(Tail(7), llama, rows())
+    measurements = measured(Tail(7), llama, rows())
     by_token = {n: naive_nll(llama, rows().tokens[0, :n]) for n in LENGTHS}
     for length, half in ((8, 4), (14, 7), (24, 7)):
-        record = document_record(found[length, 0], rows(), 0, "none", 1.0, with_positions=False)
+        record = document_record(measurements[length, 0], rows(), 0, "none", 1.0, with_positions=False)
         assert (record["first"], record["tokens"], record["tail_tokens"]) == (length - 7, 7, half)
         assert record["tail_nll_sum"] == pytest.approx(by_token[length][-half:].sum(), rel=1e-6)
 
@@ -230,9 +232,11 @@ def test_what_cannot_be_is_said(llama: LlamaForCausalLM, name: str, options: dic
 
 def test_every_protocol_is_found_by_its_name(llama: LlamaForCausalLM) -> None:
     options = {"tail": {"tail": 7}, **{name: {"stride": 3} for name in ("sliding", "legacy-yarn", "legacy-longlora")}}
-    found = [protocol_for(name, *model_kind(llama), LENGTHS, **options.get(name, {})) for name in DECODER_PROTOCOLS]
-    assert [protocol.name for protocol in found] == list(DECODER_PROTOCOLS)
-    assert found[3] == Tail(7) and found[1] == Sliding(3)
+    protocols = [
+        protocol_for(name, *model_kind(llama), LENGTHS, **options.get(name, {})) for name in DECODER_PROTOCOLS
+    ]
+    assert [protocol.name for protocol in protocols] == list(DECODER_PROTOCOLS)
+    assert protocols[3] == Tail(7) and protocols[1] == Sliding(3)
     assert [name for name in PROTOCOLS if is_legacy(name)] == ["legacy-yarn", "legacy-longlora"]
 
 

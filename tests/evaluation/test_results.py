@@ -138,10 +138,10 @@ def test_what_happens_inside_the_trained_length_is_told_first(tmp_path: Path) ->
     changes = {"change": 0.095, "change_ci95": [0.09, 0.101]}
     rows = [a_row("none", factor=1.0), a_row(length=256, **changes), a_row(**changes), a_row(length=1024, **changes)]
     results = Results({"trained_length": 600}, rows)
-    (told,) = results.short_context()
-    assert told == {"method": "yarn", "factor": 8.0, "length": 512, **changes}
+    (change,) = results.short_context()
+    assert change == {"method": "yarn", "factor": 8.0, "length": 512, **changes}
     written = json.loads(results.save_json(tmp_path / "results.json").read_text())
-    assert written["short_context"] == [told] and list(written).index("short_context") < list(written).index("rows")
+    assert written["short_context"] == [change] and list(written).index("short_context") < list(written).index("rows")
     assert Results.load_json(tmp_path / "results.json") == results
     assert Results({}, rows).short_context() == [] == Results({"trained_length": 100}, rows).short_context()
 

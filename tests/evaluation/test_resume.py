@@ -58,10 +58,10 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    found = Runs(tmp_path_factory.mktemp("runs"))
-    yield found
-    found.server.stdin.close()  # type: ignore[union-attr]
-    assert found.server.wait(30) == 0
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    yield runs
+    runs.server.stdin.close()  # type: ignore[union-attr]
+    assert runs.server.wait(30) == 0
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(runs: Runs) -> None:

@@ -114,9 +114,9 @@ def test_results_open_as_datasets(results: Results, tmp_path: Path) -> None:
 def test_model_index(results: Results) -> None:
     data = ModelCardData(model_name="my-model", eval_results=results_to_model_index(results))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n# My model\n")
-    found = card.data.eval_results
-    assert found is not None
-    shown = {(entry.dataset_config, entry.metric_name): entry.metric_value for entry in found}
+    entries = card.data.eval_results
+    assert entries is not None
+    shown = {(entry.dataset_config, entry.metric_name): entry.metric_value for entry in entries}
     assert shown == {
         ("none x1, 512 tokens", "Perplexity"): 30.0,
         ("none x1, 512 tokens", "Gain over the truncated context"): 1.0,
@@ -126,10 +126,10 @@ def test_model_index(results: Results) -> None:
         ("yarn x8, 4096 tokens", "Gain over the truncated context"): 1.1,
         ("yarn x8, 4096 tokens", "Passkey retrieval"): 0.75,
     }
-    assert {(entry.dataset_type, entry.dataset_name, entry.dataset_split) for entry in found} == {
+    assert {(entry.dataset_type, entry.dataset_name, entry.dataset_split) for entry in entries} == {
         ("emozilla/pg19", "pg19", "test")
     }
-    assert found[0].dataset_args == {
+    assert entries[0].dataset_args == {
         "method": "none", "factor": 1.0, "length": 512, "protocol": "prefix", "documents": 8, "tokens": 4088,
     }  # fmt: skip
 
