@@ -87,12 +87,12 @@ def check_type(
     error: type[PosExtError] = InvalidParameterError,
     blank: bool = False,
 ) -> None:
-    """Check that a value [`fits`] the type of its hint. If `blank`, `""` counts as text.
+    """Check that a value [`fits`] the type of its hint. If `blank`, blanks count as text.
 
     Raises:
         InvalidParameterError: the value has another type, or is out of bounds. `error` replaces this type.
     """
-    is_blank = isinstance(value, str) and not value and hint is not Any
+    is_blank = isinstance(value, str) and not value.strip() and hint is not Any
     if not fits(value, hint, largest) or (is_blank and not blank):
         advice = f" Pass at most {largest:g}." if fits(value, hint, math.inf) and not is_blank else ""
         raise error(f"Expected {name} to be {in_words(hint)}, got {short(repr(value))}.{advice}")

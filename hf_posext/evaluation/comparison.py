@@ -13,6 +13,7 @@ from torch import nn
 
 from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError
+from ..methods import Method
 from ..patching import detect_scheme, find_patch, unwrap
 from ..patching.modes import evaluation_mode, outer_weights
 from ..plan import ExtensionPlan
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-    from ..methods.base import Method
     from .documents import Document
     from .key_tokens import Criterion
 

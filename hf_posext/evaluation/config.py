@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, ParamSpec, TypeVar, get_type_hints
 
-from ..decode import check_type, plain, short
+from ..decode import MAX_TOKENS, check_type, plain, short
 from ..errors import InvalidParameterError
 
 P = ParamSpec("P")
@@ -93,7 +93,10 @@ class EvaluationConfig:
     )
     target_length: int | None = _setting("Target length in tokens, instead of a factor.", None, of="compare")
     trained_length: int | None = _setting(
-        "Trained length in tokens, also of the control, if the config is wrong or lacks it.", None, least=2
+        "Trained length in tokens, also of the control, if the config is wrong or lacks it.",
+        None,
+        least=2,
+        most=MAX_TOKENS,
     )
     passkey: int = _setting("Passkey trials at each length; 0 for none.", 0, least=0, most=MAX_TRIALS)
     retrieval: int = _setting(

@@ -169,6 +169,8 @@ class Document:
     def __post_init__(self) -> None:
         for name in ("id", "text"):
             value = getattr(self, name)
+            if not isinstance(value, str):
+                raise DocumentError(f"Expected text as {name} of a document, got {type(value).__name__}.")
             try:
                 value.encode()
             except UnicodeEncodeError:

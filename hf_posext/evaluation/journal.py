@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 3
 
+LISTED = 5
+"""Most differences between two runs in a message. Two models differ in dozens of entries."""
+
 SAMPLES = 32
 """Number of values of each tensor in a fingerprint, in addition to the sum, which does not depend on their order."""
 
@@ -164,10 +167,11 @@ class RunJournal:
             if number > 1:
                 yield json.dumps(entry["task"]), entry["value"]
             elif entry != self._header:
-                differences = "; ".join(_differences("", entry, self._header))
+                differences = list(_differences("", entry, self._header))
+                more = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
                 raise JournalError(
-                    f"{file} is the journal of another run, which cannot be continued by this one: {differences}. "
-                    "Pass another output, or the earlier settings."
+                    f"{file} is the journal of another run, which cannot be continued by this one: "
+                    f"{'; '.join(differences[:LISTED])}{more}. Pass another output, or the earlier settings."
                 )
 
 

@@ -115,8 +115,8 @@ def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[
         InvalidParameterError: no methods, a method twice at the same factor, or invalid parameters or lengths.
         MethodNotApplicableError: some methods do not apply, and no method other than `none` does.
     """
-    if isinstance(methods, str) or not methods:
-        raise InvalidParameterError(f"methods is {methods!r}. Pass a list, as in methods=['none', 'yarn'].")
+    if not methods:
+        raise InvalidParameterError("Expected methods, got none. Pass a list, as in methods=['none', 'yarn'].")
     config, scheme = request.config, request.scheme
     lengths = {name: getattr(config, name) for name in ("factor", "target_length", "trained_length")}
     plans: list[ExtensionPlan] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import sys
 import traceback
 from contextlib import nullcontext
@@ -19,8 +20,9 @@ import typer.main
 
 from hf_posext import evaluation
 from hf_posext.cli import app
-from hf_posext.errors import InvalidParameterError, PosExtError
+from hf_posext.errors import DocumentError, InvalidParameterError, PosExtError
 from hf_posext.evaluation import (
+    Document,
     EvaluationConfig,
     Results,
     compare,
@@ -143,6 +145,15 @@ def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
         (compare, {"on_method": 3}, "on_method to be a function or None, got 3"),
         (compare, {"config": {"lengths": [48]}}, "config to be an EvaluationConfig or None"),
         (compare, {"model": 3}, "model to be a Module, got 3"),
+        (compare, {"methods": "none"}, "methods to be a list of names or Methods, got 'none'"),
+        (compare, {"methods": math.nan}, "methods to be a list of names or Methods, got nan"),
+        (compare, {"methods": iter(["none"])}, "methods to be a list of names or Methods, got <list_iterator"),
+        (compare, {"methods": [" "]}, r"methods to be a list of names or Methods, got \[' '\]"),
+        (compare, {"journal": " "}, "journal to be text or a Path or None, got ' '"),
+        (compare, {"documents": ""}, "texts, got ''. Pass a path, or a list of texts"),
+        (evaluate_perplexity, {"label": " "}, "label to be text or None, got ' '"),
+        (Document, {"id": math.nan, "text": "x"}, "text as id of a document, got float"),
+        (Document, {"id": "a", "text": b"x"}, "text as text of a document, got bytes"),
         (evaluate_perplexity, {"journal": b"j"}, "journal to be text or a Path or None, got b'j'"),
         (evaluate_perplexity, {"accelerator": "gpu"}, "accelerator to be an Accelerator or None, got 'gpu'"),
         (evaluate_perplexity, {"control": "none"}, "control to be a Module or None, got 'none'"),
@@ -173,11 +184,11 @@ def test_an_argument_of_another_type_is_refused_whatever_the_function(
         keywords["documents"] = TEXTS
     if function is compare:
         keywords["methods"] = ["none"]
-    if function in (log_results, load_documents):
+    if function in (log_results, load_documents, Document):
         keywords = {}
     if function is find_key_tokens:
         keywords["evaluator"] = keywords.pop("model")
-    with pytest.raises(InvalidParameterError, match=f"^Expected {message}"):
+    with pytest.raises((InvalidParameterError, DocumentError), match=f"^Expected {message}"):
         function(**{**keywords, **arguments})
 
 
