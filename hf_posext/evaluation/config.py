@@ -155,7 +155,7 @@ class EvaluationConfig:
             check_type(entry.name, value, hints[entry.name])
             if least is not None and value is not None and not least <= value <= most:
                 bounds = f"{least} or more" if math.isinf(most) else f"{least} to {most:,}"
-                raise InvalidParameterError(f"{entry.name} is {short(value)}. Pass a whole number, {bounds}.")
+                raise InvalidParameterError(f"Expected {entry.name} to be {bounds}, got {short(value)}.")
 
     @classmethod
     def of(cls, config: EvaluationConfig | None = None, **settings: Any) -> EvaluationConfig:

@@ -109,7 +109,7 @@ class Progress:
         total = sum(task.tokens for task in tasks)
         self.bar = tqdm(total=total, unit="tok", unit_scale=True, disable=True if rank else None)
         self.bar.set_postfix_str(f"{processes} process{'es' if processes > 1 else ''}", refresh=False)
-        self._limit = 0  # tokens including those of the current task
+        self._limit = 0.0  # tokens including those of the current task
         self._stop = threading.Event()
         self._clock = threading.Thread(target=self._tick, daemon=True)
 
