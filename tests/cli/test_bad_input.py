@@ -70,7 +70,7 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
         ({"protocol": "sliding", "stride": 64}, "stride"),
         ({"passkey": -1}, "Expected --passkey to be 0 to 10,000, got -1"),
         ({"passkey": 1, "lengths": "16"}, "for a prompt of the task 'passkey'"),
-        ({"start": -1}, "start is -1"),
+        ({"start": -1}, "Expected --start to be 0 or more, got -1"),
         ({"dtype": "int8"}, "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
         ({"device": "cuda:99"}, "Expected a device that torch has on this machine, got 'cuda:99'"),
         ({"device": "meta"}, "Expected a device that torch has on this machine, got 'meta'"),

@@ -252,7 +252,7 @@ def test_mistakes_show_before_anything_is_measured(llama: LlamaForCausalLM) -> N
     llama.model.layers[0].register_forward_pre_hook(lambda *args: pytest.fail("nothing may be measured"))
     mistakes: list[tuple[type[PosExtError], str, dict[str, Any]]] = [
         (UnknownMethodError, "yarm", {"methods": ["none", "yarm"]}),
-        (InvalidParameterError, "factor is -1", {"methods": ["linear"], "factor": -1.0}),
+        (InvalidParameterError, "got factor=-1.0", {"methods": ["linear"], "factor": -1.0}),
         (
             InvalidParameterError,
             "'linear' at factor 2 is among the methods more than once",

@@ -150,7 +150,7 @@ def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
         (compare, {"methods": iter(["none"])}, "methods to be a list of names or Methods, got <list_iterator"),
         (compare, {"methods": [" "]}, r"methods to be a list of names or Methods, got \[' '\]"),
         (compare, {"journal": " "}, "journal to be text or a Path or None, got ' '"),
-        (compare, {"documents": ""}, "texts, got ''. Pass a path, or a list of texts"),
+        (compare, {"documents": "", "lengths": [48]}, "texts, got ''. Pass a path, or a list of texts"),
         (evaluate_perplexity, {"label": " "}, "label to be text or None, got ' '"),
         (Document, {"id": math.nan, "text": "x"}, "text as id of a document, got float"),
         (Document, {"id": "a", "text": b"x"}, "text as text of a document, got bytes"),
