@@ -267,7 +267,7 @@ def test_mistakes_show_before_anything_is_measured(llama: LlamaForCausalLM) -> N
     for error, message, options in mistakes:
         with pytest.raises(error, match=message):
             run(llama, **options)
-    with pytest.raises(InvalidParameterError, match="Expected methods to be a list of names or Methods, got 'none'"):
+    with pytest.raises(InvalidParameterError, match="Expected methods to be a list of names or a Method, got 'none'"):
         compare_function(llama, character_tokenizer(), TEXTS, "none", lengths=LENGTHS)
     assert getattr(llama, "_posext_patch", None) is None
 
