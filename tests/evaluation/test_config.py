@@ -149,7 +149,6 @@ def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
         (compare, {"methods": math.nan}, "methods to be a list of names or a Method, got nan"),
         (compare, {"methods": iter(["none"])}, "methods to be a list of names or a Method, got <list_iterator"),
         (compare, {"journal": " "}, "journal to be text or a Path or None, got ' '"),
-        (compare, {"documents": "", "lengths": [48]}, "texts, got ''. Pass a path, or a list of texts"),
         (evaluate_perplexity, {"label": " "}, "label to be text or None, got ' '"),
         (Document, {"id": math.nan, "text": "x"}, "text as id of a document, got float"),
         (Document, {"id": "a", "text": b"x"}, "text as text of a document, got bytes"),
