@@ -83,6 +83,21 @@ def test_crops_bring_back_keys_behind_the_window(name: str, kind: str) -> None:
         torch.testing.assert_close(found, whole[:, after[0] : last], **CLOSE)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_last_layers_use_the_keys_of_others(name: str, kind: str, static: bool) -> None:
+    """The cache has no layers of theirs, or (transformers 5.24) empty ones; half of them see a window of 16."""
+    types = ["sliding_attention", "full_attention"] * 3
+    model = build(kind, num_kv_shared_layers=2, layer_types=types)
+    patch_model(model, METHODS[name], factor=8, trained_length=16)
+    whole = logits(model, IDS, use_cache=False)
+    cache = StaticCache(config=model.config, max_cache_len=48) if static else DynamicCache(config=model.config)
+    found = steps(model, cache, [0, 23, 24, 25, 31, 32, 33])
+    # a fifth of the logits' spread of 20 is from the last layers; float32 sums in another order
+    torch.testing.assert_close(found, whole[:, :33], atol=1e-4, rtol=0)
+
+
 def test_a_mask_for_other_keys_is_refused() -> None:
     """As by the unpatched model, with an error."""
     model = tiny_llama()

@@ -261,8 +261,9 @@ def _known_keys(call: Call) -> Call:
     """
     layers: list[Any] = getattr(call.place.state.cache, "layers", [])
     index, key, positions = call.layer.index, call.key, call.key_axes
-    if index is not None and 0 <= index < len(layers):  # otherwise the layer is shared, or uses the keys of another
-        layers = [layers[index]]
+    own = layers[index : index + 1] if index is not None and index >= 0 else []
+    if own and own[0].keys is not None:  # otherwise the layer is shared, or uses the keys of another
+        layers = own
     known, count = positions.shape[-1], key.shape[2]
     if known < count and any(getattr(layer, "max_cache_len", 0) >= count for layer in layers):
         if call.place.query_axes.shape[-1] == 1 and torch.compiler.is_compiling():

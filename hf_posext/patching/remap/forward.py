@@ -345,7 +345,7 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise UnsupportedModelError(
             f"torch.jit.trace records the positions of one text, and {remapping.plan.method} computes those of each. "
-            "Use torch.export or torch.compile."
+            "Use torch.compile, or torch.export for texts of one length."
         )
     inputs = {**dict(zip(module._posext_arguments, args, strict=False)), **kwargs}
     if remapping.bands.bands:
