@@ -42,7 +42,7 @@ class RotaryPlan(Change):
             attention logits scale by its square.
         short_inv_freq (`tuple[float, ...]`, *optional*): used instead within the trained length (LongRoPE).
         rope_parameters (`Mapping`, *optional*): the config entry from which transformers computes the same numbers;
-            `None` where none of its rope types can say them.
+            `None` where none of its rope types can express them.
         growth (`Growth`, *optional*): how they follow the length of each row; `inv_freq` are those of a short one.
     """
 

@@ -1,6 +1,6 @@
 """Plan of an extension: frozen, plain JSON, and complete enough to move between machines.
 
-A plan says the numbers themselves (every frequency), not how to compute them, so that it can be applied, checked
+A plan contains the numbers themselves (every frequency), not how to compute them, so that it can be applied, checked
 and drawn where the method that made it is not installed.
 """
 

@@ -122,7 +122,7 @@ def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> s
             f"{idle[0]} of {plan.scheme.model_type} does not run with the slopes of {plan.method}: something calls it "
             "past its hooks. Remove what wraps it, then patch."
         )
-    return "no config of transformers can say the slopes of ALiBi"
+    return "no config of transformers can express the slopes of ALiBi"
 
 
 MOST_DISTANCES = 2**16
@@ -174,7 +174,7 @@ def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> 
         for owner in (*sites, model.config):
             log.set(owner, "relative_attention_max_distance", reach)
     if plan.buckets.factor != 1 or not stated:
-        obstacle = "no config of transformers can say that distances are divided before they are sorted into buckets"
+        obstacle = "no config of transformers can divide distances before they are sorted into buckets"
         for module in sites:
             mixin = OtherBuckets if hasattr(module, "_relative_position_bucket") else OtherBucketsOfMPNet
             log.set(module, "_posext_buckets", plan.buckets)

@@ -236,7 +236,7 @@ def _default_frequencies(site: RotarySite, config: Any) -> torch.Tensor | None:
             frequencies: torch.Tensor = compute(config, **extra)[0]
             if len(frequencies) == getattr(site.module, f"{site.prefix}inv_freq").numel():
                 return frequencies
-            # Mistral 4: that function knows nothing of the part of a head that rotates; transformers' rope types do
+            # Mistral 4: that function ignores that only a part of a head rotates; transformers' rope types do not
             unscaled = copy.deepcopy(config)
             holder = unscaled.rope_parameters[site.layer_type] if site.layer_type else unscaled.rope_parameters
             holder |= {"rope_type": "linear", "factor": 1.0}

@@ -176,7 +176,7 @@ def _say_in_config(
     shipped = getattr(config, "rope_parameters", None)
     changed: dict[str, Any] = {}
     if any(entry.rope_parameters is None for entry in plan.rotaries):
-        obstacle: str | None = f"no rope type of transformers can say the frequencies of {plan.method}"
+        obstacle: str | None = f"no rope type of transformers can express the frequencies of {plan.method}"
     elif shipped is None:
         obstacle = f"the config of {plan.scheme.model_type} has no rope_parameters, which transformers reads"
     elif any(site.module.config is not config for site in sites):

@@ -47,7 +47,8 @@ def shifted_sparse_attention(model: PreTrainedModel, groups: int = 4) -> Iterato
 
     Raises:
         InvalidParameterError: fewer than two groups.
-        UnsupportedModelError: attention that cannot be replaced, or that needs what S2 does not have; says what.
+        UnsupportedModelError: attention that cannot be replaced, or that needs what S2 does not support. The message
+            names it.
     """
     if groups < 2:
         raise InvalidParameterError(

@@ -79,7 +79,7 @@ def slope_scale(model: PreTrainedModel) -> float:
 def buckets_of(model: PreTrainedModel, distances: torch.Tensor, plan: BucketPlan) -> torch.Tensor:
     """Return the buckets of keys `distances` tokens before the query, int64 of the same shape.
 
-    A plan says what is done to distances first: nothing in `BucketPlan()`.
+    The plan is applied to distances first. `BucketPlan()` changes nothing.
     """
     module: Any = next(iter(bucket_modules(model).values()))
     name = bucket_function(module)

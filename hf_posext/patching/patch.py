@@ -221,7 +221,7 @@ def patch_model(
 
     Raises:
         UnknownMethodError: no such method; names the nearest.
-        MethodNotApplicableError: the method is for another scheme; says what applies.
+        MethodNotApplicableError: the method is for another scheme. The message lists those that apply.
         InvalidParameterError: a factor, length or hyper-parameter out of bounds, or a target below the trained or
             shipped length.
         AlreadyPatchedError: the model, or a part of it, carries a patch, or was saved with one.

@@ -51,7 +51,7 @@ OBSTACLES = {
     "ctrl": ("sinusoidal", "its sines are made inside the model"),
     "pegasus_x": ("sinusoidal", "its sines are made anew in every forward"),
 }
-"""Families that no structure below tells: their kind, and why they cannot be changed."""
+"""Families that the functions below do not recognize: their kind, and why they cannot be changed."""
 
 _ADAPTER_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
 """End of the path of a module of which an adapter of PEFT trains a copy (`modules_to_save`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import hf_posext.plan as plan_module
 from hf_posext import ExtensionPlan, YaRN, detect_scheme
 from hf_posext.errors import PlanError
 from hf_posext.methods import DPE, Composition, LogN, RemapMethod, ReRoPE, as_method
-from hf_posext.plan import Band, PositionMap, QueryScale, Sinusoids, Slopes
+from hf_posext.plan import Band, BucketPlan, Edit, PositionMap, QueryScale, Sinusoids, Slopes, TablePlan
 
 from ..conftest import tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -138,6 +139,24 @@ def test_what_is_taken_from_logits_is_checked(edit: dict[str, Any], message: str
     data["parts"][1] |= edit
     with pytest.raises(PlanError, match=message):
         ExtensionPlan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (QueryScale(length=1), "QueryScale.length to be a whole number of at least 2, got 1"),
+        (QueryScale(length=64, step=0), "QueryScale.step to be a whole number of at least 1 or None, got 0"),
+        (QueryScale(length=64, first_layer=-1), "QueryScale.first_layer to be a whole number of at least 0, got -1"),
+        (TablePlan(PositionMap(modulo=0)), "PositionMap.modulo to be a whole number of at least 1 or None, got 0"),
+        (TablePlan(PositionMap(), alpha=1.0), "TablePlan.alpha to be a number from 0 up to, but not including, 1"),
+        (BucketPlan(factor=math.nan), "BucketPlan.factor to be a number above 0, got nan"),
+        (Slopes((0.5, -1.0)), "Slopes.values to be a list of numbers of at least 0, got"),
+    ],
+)
+def test_edits_in_memory_are_checked_as_those_of_a_file(edit: Edit, message: str) -> None:
+    plan = as_method("yarn").plan(detect_scheme(tiny_llama()), factor=8)
+    with pytest.raises(PlanError, match=f"Expected {message}"):
+        replace(plan, edits=(*plan.edits, edit)).check()
 
 
 def test_file_round_trip(plan: ExtensionPlan, tmp_path: Path) -> None:
