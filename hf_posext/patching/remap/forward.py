@@ -152,7 +152,7 @@ class ForwardState:
         self.past = self.padding = self.waiting = self.slot = self.cache = self.record = None
 
     def note(self, site: RotarySite, position_ids: torch.Tensor, tokens: int) -> Positions:
-        """Store the positions `given` to a rotary module in a forward of `tokens` tokens.
+        """Store the positions that a rotary module receives in a forward of `tokens` tokens.
 
         There may be more positions than tokens, because Qwen4's indexer also requests the phases of cached keys.
         """
