@@ -113,7 +113,8 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
             if value is not None:
                 raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL. Pass longppl=, too.")
         return None
-    if isinstance(config.longppl, tuple) and len(config.longppl) != 2:
+    # The model of a label reads with the tokenizer of the documents.
+    if isinstance(config.longppl, tuple) and (len(config.longppl) != 2 or isinstance(config.longppl[0], str)):
         raise InvalidParameterError("Expected longppl to be a label, a model, or (model, tokenizer).")
     if request.protocol.name not in WHOLE:
         raise InvalidParameterError(

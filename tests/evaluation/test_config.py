@@ -106,6 +106,7 @@ def test_unknown_settings_are_refused_with_a_suggestion() -> None:
         ({"depths": [float("inf")]}, r"Expected depths to be a list of numbers or None, got \[inf\]"),
         ({"trained_length": 1}, "Expected trained_length to be 2 to 16,777,216, got 1"),
         ({"seed": -1}, "Expected seed to be 0 or more, got -1"),
+        ({"longppl": ("none", character_tokenizer(bos=True))}, r"a label, a model, or \(model, tokenizer\)"),
         ({"longppl": (1,)}, r"Expected longppl to be a label, a model, or \(model, tokenizer\)"),
         ({"config": {"lengths": [48]}}, "Expected config to be an EvaluationConfig or None, got {'lengths"),
     ],
