@@ -172,7 +172,7 @@ def _target(found: Diagnosis) -> int:
     if trained is None:
         return UNKNOWN_TARGET
     scaled = found.scheme.kind == "rotary" and shipped is not None and shipped > trained
-    return shipped if scaled and shipped else FACTOR * trained
+    return shipped if scaled and shipped else min(FACTOR * trained, MAX_TOKENS)
 
 
 def _with_remedies(

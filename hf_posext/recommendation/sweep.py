@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from ..decode import MAX_TOKENS
 from ..diagnosis.signals import phase_table
 from ..errors import EvaluationError, MethodNotApplicableError, PosExtError
 from ..evaluation.journal import RunJournal
@@ -93,9 +94,8 @@ def candidates(
             continue
         free = method.needs_factor and method.factor is None
         try:
-            plan = method.plan(
-                scheme, trained_length=trained_length, target_length=stretch * target_length if free else None
-            )
+            longer = max(target_length, min(stretch * target_length, MAX_TOKENS))
+            plan = method.plan(scheme, trained_length=trained_length, target_length=longer if free else None)
         except PosExtError as error:
             if methods is not None:
                 raise
