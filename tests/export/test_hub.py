@@ -30,6 +30,10 @@ from hf_posext.adapters import load_adapter, push_to_hub, verify_adapter
 from hf_posext.evaluation import Results
 from hf_posext.reporting.report import push_results
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoModelForCausalLM
+from hf_posext import load_patched, patch_model
+from tests.adapters.helpers import with_adapter
+from tests.conftest import logits, realigned, tiny_llama, tokens
 
 logging.basicConfig()
 root = Path(sys.argv[1])
@@ -52,6 +56,21 @@ try:
     load_adapter("me/nothing")
 except ValueError as error:
     print("refused:", error)
+
+ids = tokens(192)
+for method in ("yarn", "rerope"):
+    model = tiny_llama()
+    patch_model(model, method, factor=4)
+    model.push_to_hub(f"me/{method}")
+    assert torch.equal(logits(realigned(load_patched(f"me/{method}")), ids), logits(realigned(model), ids))
+    adapted = with_adapter(model)
+    adapted.push_to_hub(f"me/{method}-lora")
+    opened = load_adapter(f"me/{method}-lora", tiny_llama())
+    assert torch.equal(logits(realigned(opened), ids), logits(realigned(adapted), ids))
+try:
+    AutoModelForCausalLM.from_pretrained("me/rerope")
+except ValueError as error:
+    print("stopped:", error)
 """
 
 
@@ -85,6 +104,14 @@ def test_adapter_goes_there_and_comes_back(pushed: tuple[FakeHub, str, str, Path
     assert said.splitlines()[0] == f"{hub.url}/me/adapter/commit/main"
     commits = [path for verb, path in hub.log if path.startswith("/api/models/me/adapter/commit")]
     assert len(commits) == 3  # the adapter at once, then twice the card
+
+
+def test_what_transformers_and_peft_push_contains_the_plan(pushed: tuple[FakeHub, str, str, Path]) -> None:
+    hub, said, _, _ = pushed
+    assert 'stopped: Specified `attn_implementation="hf_posext plan (rerope: 64 -> 256 tokens' in said
+    for method in ("yarn", "rerope"):
+        assert b"posext_plan" in hub.repositories[f"me/{method}"]["config.json"]
+        assert b"posext_plan" in hub.repositories[f"me/{method}-lora"]["adapter_config.json"]
 
 
 def test_plan_alone(pushed: tuple[FakeHub, str, str, Path]) -> None:
