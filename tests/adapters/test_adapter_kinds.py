@@ -60,16 +60,16 @@ def trained(base: Path, config: Any, method: str, name: str = "default") -> Peft
 @pytest.mark.parametrize("method", ["yarn", "rerope"])
 def test_round_trip(method: str, kind: str, base: Path, tmp_path: Path) -> None:
     model = trained(base, KINDS[kind](), method)
-    wanted = logits(realigned(model), IDS)
+    expected = logits(realigned(model), IDS)
     save_adapter(model, tmp_path / "adapter")
     opened = load_adapter(tmp_path / "adapter")
-    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    assert torch.equal(logits(realigned(opened), IDS), expected)
     assert verify_adapter(opened, tmp_path / "adapter")
     if kind in UNMERGED:
         return
     merged = opened.merge_and_unload()
     # one product of matrices instead of three, in float32
-    torch.testing.assert_close(logits(merged, IDS), wanted, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(merged, IDS), expected, atol=5e-5, rtol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(realigned(load_patched(tmp_path / "merged")), IDS), logits(realigned(merged), IDS))
 
@@ -103,10 +103,10 @@ def test_a_vocabulary_that_grew(trained_embeddings: bool, base: Path, tmp_path: 
 def test_one_of_several_by_name(base: Path, tmp_path: Path) -> None:
     model = trained(base, LoraConfig(r=4, **LAYERS), "rerope", "long")
     model.add_adapter("other", LoraConfig(r=2, **LAYERS, init_lora_weights=False))
-    wanted = {}
+    expected = {}
     for name in ("long", "other"):
         model.set_adapter(name)
-        wanted[name] = logits(realigned(model), IDS)
+        expected[name] = logits(realigned(model), IDS)
         save_adapter(model, tmp_path / name, adapter_name=name)
     with pytest.raises(
         UnsupportedModelError, match="'none'; the model has the adapters long, other: give adapter_name"
@@ -116,7 +116,7 @@ def test_one_of_several_by_name(base: Path, tmp_path: Path) -> None:
     load_adapter(tmp_path / "other", base=opened, adapter_name="second")
     for name, saved in (("default", "long"), ("second", "other")):
         opened.set_adapter(name)
-        assert torch.equal(logits(realigned(opened), IDS), wanted[saved])
+        assert torch.equal(logits(realigned(opened), IDS), expected[saved])
     with pytest.raises(UnsupportedModelError, match="has the adapters default, second. Pass another adapter_name"):
         load_adapter(tmp_path / "other", base=opened)
     yarn = trained(base, LoraConfig(r=4, **LAYERS), "yarn")

@@ -64,22 +64,22 @@ def test_opens_to_the_same_logits(method: str, kind: str, base: Path, tmp_path: 
     patch_model(model, method, factor=4)
     peft = with_adapter(model, **KINDS[kind])
     train(peft, 2 * TRAINED)
-    wanted = logits(realigned(peft), IDS)
+    expected = logits(realigned(peft), IDS)
     save_adapter(peft, tmp_path / "adapter")
     opened = load_adapter(tmp_path / "adapter")
-    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    assert torch.equal(logits(realigned(opened), IDS), expected)
     assert verify_adapter(opened, tmp_path / "adapter")
     plain = open_base(base)
-    assert (logits(load_adapter(tmp_path / "adapter", base=plain), IDS) - wanted).abs().max() < 1e-5
+    assert (logits(load_adapter(tmp_path / "adapter", base=plain), IDS) - expected).abs().max() < 1e-5
     assert find_patch(plain) is not None
 
 
 def test_merging_keeps_the_patch_and_the_checkpoint_is_plain(adapter: Path, tmp_path: Path) -> None:
     model = load_adapter(adapter)
-    wanted = logits(model, IDS)
+    expected = logits(model, IDS)
     merged = model.merge_and_unload()
     # one product of matrices instead of three, in float32
-    torch.testing.assert_close(logits(merged, IDS), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(merged, IDS), expected, atol=1e-5, rtol=1e-5)
     patch = find_patch(merged)
     assert patch is not None and patch.active
     patch.save_pretrained(tmp_path / "merged")
@@ -120,10 +120,10 @@ def test_other_factor_is_refused_with_both_plans(adapter: Path, base: Path) -> N
     before = logits(model, IDS)
     with pytest.raises(PlanMismatchError) as caught:
         load_adapter(adapter, base=model)
-    said = str(caught.value)
-    assert "trained under (yarn: 64 -> 256 tokens (x4)" in said
-    assert "carries (yarn: 64 -> 128 tokens (x2)" in said
-    assert "keeps the factor that it was trained with" in said
+    message = str(caught.value)
+    assert "trained under (yarn: 64 -> 256 tokens (x4)" in message
+    assert "carries (yarn: 64 -> 128 tokens (x2)" in message
+    assert "keeps the factor that it was trained with" in message
     assert torch.equal(logits(model, IDS), before)
 
 
@@ -242,9 +242,9 @@ def test_plain_transformers_refuses_the_directory(adapter: Path) -> None:
 
 def test_plain_peft_with_the_config_beside_the_adapter(adapter: Path, base: Path) -> None:
     """Follow the README of the adapter without this package."""
-    said = (adapter / "README.md").read_text().split("```python\n")[2].split("```")[0].replace("PATH", str(adapter))
+    code = (adapter / "README.md").read_text().split("```python\n")[2].split("```")[0].replace("PATH", str(adapter))
     names: dict[str, Any] = {}
-    exec(said.replace('from_pretrained("base"', f'from_pretrained("{base}"'), names)
+    exec(code.replace('from_pretrained("base"', f'from_pretrained("{base}"'), names)
     plain = names["model"].eval()
     assert torch.equal(logits(realigned(plain), IDS), logits(realigned(load_adapter(adapter)), IDS))
 
@@ -255,12 +255,12 @@ def test_base_that_says_the_positions_itself(base: Path, tmp_path: Path) -> None
     (tmp_path / "extended" / "posext_plan.json").unlink()  # nothing but transformers' own files
     peft = with_adapter(open_patched(base))
     save_adapter(peft, tmp_path / "adapter", base_model=str(tmp_path / "extended"))
-    wanted = logits(realigned(peft), IDS)
+    expected = logits(realigned(peft), IDS)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         for opener in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
-            assert torch.equal(logits(realigned(opener.from_pretrained(tmp_path / "adapter").eval()), IDS), wanted)
-    assert torch.equal(logits(realigned(load_adapter(tmp_path / "adapter")), IDS), wanted)
+            assert torch.equal(logits(realigned(opener.from_pretrained(tmp_path / "adapter").eval()), IDS), expected)
+    assert torch.equal(logits(realigned(load_adapter(tmp_path / "adapter")), IDS), expected)
     assert "AutoPeftModelForCausalLM" in (tmp_path / "adapter" / "README.md").read_text()
     with pytest.raises(PlanMismatchError, match="does not say the positions"):
         save_adapter(peft, tmp_path / "new", base_model=str(base))
@@ -292,13 +292,13 @@ def test_table_that_the_adapter_trains(order: str, tmp_path: Path) -> None:
     ]
     peft = [step() for step in (steps if order == "patch first" else steps[::-1])][order == "patch first"]
     train(peft, 2 * TRAINED)
-    wanted = logits(peft, IDS)
+    expected = logits(peft, IDS)
     save_adapter(peft, tmp_path / "adapter")
     opened = load_adapter(tmp_path / "adapter")
     assert torch.equal(logits(realigned(opened), IDS), logits(realigned(peft), IDS))
 
     merged = opened.merge_and_unload()
-    torch.testing.assert_close(logits(merged, IDS), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(merged, IDS), expected, atol=1e-5, rtol=1e-5)
     patch = find_patch(merged)
     assert patch is not None
     patch.save_pretrained(tmp_path / "merged")

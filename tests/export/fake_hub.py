@@ -35,14 +35,14 @@ class FakeHub:
             return (409 if known else 200), {}, json.dumps({"url": f"{self.url}/{name}"}).encode()
         if path == "/api/validate-yaml":
             return 200, {}, json.dumps({"errors": [], "warnings": []}).encode()
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|revision|tree)/[^/]+", path)
-        if found:
-            return self._api(found[1], found[2], body)
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
-        if found and found[2] in self.repositories.get(found[1], {}):
-            content = self.repositories[found[1]][found[2]]
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|revision|tree)/[^/]+", path)
+        if match:
+            return self._api(match[1], match[2], body)
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        if match and match[2] in self.repositories.get(match[1], {}):
+            content = self.repositories[match[1]][match[2]]
             etag = hashlib.sha1(content).hexdigest()
-            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.sha(found[1])}
+            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.sha(match[1])}
             return 200, headers, content
         return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
 

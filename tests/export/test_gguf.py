@@ -34,12 +34,12 @@ def make(method: object, path: Path) -> tuple[ExtensionPlan, Path]:
 def llama_cpp(path: Path, length: int) -> tuple[torch.Tensor, float]:
     """Frequencies and temperature that llama.cpp 0c1e57098 makes of a file: `ggml_rope_cache_init`, `rope_yarn` and
     `llama_context` in a loop over channels."""
-    said, dim = read_gguf(path), 16
-    keys, kind = said.keys, said.keys.get("rope.scaling.type", "linear")
+    rope, dim = read_gguf(path), 16
+    keys, kind = rope.keys, rope.keys.get("rope.scaling.type", "linear")
     scale = 1 / keys.get("rope.scaling.factor", 1.0)
     long = length > keys.get("rope.scaling.original_context_length", math.inf)
     name = "rope_freqs.weight" if kind != "longrope" else f"rope_factors_{'long' if long else 'short'}.weight"
-    divisors = said.tensors.get(name, (1.0,) * (dim // 2))
+    divisors = rope.tensors.get(name, (1.0,) * (dim // 2))
 
     def bound(turns: float) -> float:
         trained = keys["rope.scaling.original_context_length"]
@@ -65,10 +65,10 @@ def test_means_the_frequencies_of_the_plan(method: object, tmp_path: Path) -> No
     lists = [(plan.target_length, entry.inv_freq)]
     if entry.short_inv_freq is not None:
         lists.append((plan.trained_length, entry.short_inv_freq))
-    for length, wanted in lists:
+    for length, expected in lists:
         frequencies, temperature = llama_cpp(path, length)
         # float32 divisors, and a power in another order
-        torch.testing.assert_close(frequencies, torch.tensor(wanted), rtol=1e-6, atol=1e-25)
+        torch.testing.assert_close(frequencies, torch.tensor(expected), rtol=1e-6, atol=1e-25)
         assert temperature == pytest.approx(entry.attention_factor, rel=1e-6)
     assert read_gguf(path).keys["context_length"] == FACTOR * TRAINED
 
@@ -110,8 +110,8 @@ def test_export_says_how(tmp_path: Path) -> None:
     serving = export_checkpoint(model, tmp_path / "out", "llama.cpp")
     assert serving.command_lines("out")[1] == "hf-posext gguf out converted.gguf model.gguf"
     source = write_llama(tiny_llama(), tmp_path / "converted.gguf")
-    said = read_gguf(write_gguf(tmp_path / "out", source, tmp_path / "model.gguf"))
-    assert len(said.tensors["rope_freqs.weight"]) == 8
+    rope = read_gguf(write_gguf(tmp_path / "out", source, tmp_path / "model.gguf"))
+    assert len(rope.tensors["rope_freqs.weight"]) == 8
 
 
 def test_bounds_of_yarn_are_flags(tmp_path: Path) -> None:

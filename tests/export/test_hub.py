@@ -42,8 +42,8 @@ print(push_to_hub(root / "plan", "me/plan", commit_message="a plan"))
 model = load_adapter("me/adapter")
 assert verify_adapter(model, "me/adapter@main")
 with torch.no_grad():
-    wanted = load_adapter(root / "adapter")(torch.arange(1, 100)[None]).logits
-    assert torch.equal(model(torch.arange(1, 100)[None]).logits, wanted)
+    expected = load_adapter(root / "adapter")(torch.arange(1, 100)[None]).logits
+    assert torch.equal(model(torch.arange(1, 100)[None]).logits, expected)
 results = Results.load_json(root / "results.json")
 push_results(results, "me/adapter")
 results.rows[0]["perplexity"] += 1
@@ -76,7 +76,7 @@ except ValueError as error:
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeHub, str, str, Path]]:
-    """The hub after all steps, and what the process said."""
+    """The hub after all steps, and what the process printed."""
     root = tmp_path_factory.mktemp("hub")
     tiny_llama().save_pretrained(root / "base")
     model = type(tiny_llama()).from_pretrained(root / "base")
@@ -97,18 +97,18 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeHub, 
 
 
 def test_adapter_goes_there_and_comes_back(pushed: tuple[FakeHub, str, str, Path]) -> None:
-    hub, said, _, root = pushed
+    hub, printed, _, root = pushed
     assert set(hub.repositories["me/adapter"]) == ADAPTER | {"README.md"}  # no pickles, nothing of the machine
     for name in ADAPTER:
         assert hub.repositories["me/adapter"][name] == (root / "adapter" / name).read_bytes()
-    assert said.splitlines()[0] == f"{hub.url}/me/adapter/commit/main"
+    assert printed.splitlines()[0] == f"{hub.url}/me/adapter/commit/main"
     commits = [path for verb, path in hub.log if path.startswith("/api/models/me/adapter/commit")]
     assert len(commits) == 3  # the adapter at once, then twice the card
 
 
 def test_what_transformers_and_peft_push_contains_the_plan(pushed: tuple[FakeHub, str, str, Path]) -> None:
-    hub, said, _, _ = pushed
-    assert 'stopped: Specified `attn_implementation="hf_posext plan (rerope: 64 -> 256 tokens' in said
+    hub, printed, _, _ = pushed
+    assert 'stopped: Specified `attn_implementation="hf_posext plan (rerope: 64 -> 256 tokens' in printed
     for method in ("yarn", "rerope"):
         assert b"posext_plan" in hub.repositories[f"me/{method}"]["config.json"]
         assert b"posext_plan" in hub.repositories[f"me/{method}-lora"]["adapter_config.json"]
@@ -120,20 +120,20 @@ def test_plan_alone(pushed: tuple[FakeHub, str, str, Path]) -> None:
 
 
 def test_results_are_added_to_the_card(pushed: tuple[FakeHub, str, str, Path]) -> None:
-    hub, said, _, root = pushed
+    hub, printed, _, root = pushed
     card = ModelCard(hub.repositories["me/adapter"]["README.md"].decode())
     before = ModelCard((root / "adapter" / "README.md").read_text())
     assert card.text == before.text and set(before.data.tags) <= set(card.data.tags)
     first = make_results().rows[0]
     values = {(e.metric_name, e.dataset_config): e.metric_value for e in card.data.eval_results}
     assert values["Perplexity", f"none x1, {first['length']} tokens"] == first["perplexity"] + 1  # overwritten
-    assert "refused: " in said and "overwrite" in said
+    assert "refused: " in printed and "overwrite" in printed
 
 
 def test_base_that_others_do_not_have_is_told(pushed: tuple[FakeHub, str, str, Path]) -> None:
-    _, said, warned, root = pushed
+    _, printed, warned, root = pushed
     assert f"names {root / 'base'} as its base model, which others do not have" in warned
-    assert "neither a directory nor a repository that can be read: me/nothing" in said
+    assert "neither a directory nor a repository that can be read: me/nothing" in printed
 
 
 def test_nothing_incomplete_is_pushed(tmp_path: Path) -> None:

@@ -109,13 +109,13 @@ WRITERS = (by_trainer, by_save_model, by_accelerate, by_shards, by_itself)
 def test_every_writer_keeps_the_positions(method: str, writer: Callable[[Any, Path], Path], tmp_path: Path) -> None:
     model = patched(method)
     path = writer(model, tmp_path / "saved")
-    wanted = logits(realigned(model.eval()), IDS)
+    expected = logits(realigned(model.eval()), IDS)
     opened = load_patched(path)
-    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    assert torch.equal(logits(realigned(opened), IDS), expected)
     assert detect_scheme(opened).trained_length == TRAINED
     if PLANS[method][1]:
         plain = type(model).from_pretrained(path)
-        assert torch.equal(logits(realigned(plain.eval()), IDS), wanted)
+        assert torch.equal(logits(realigned(plain.eval()), IDS), expected)
     else:
         with pytest.raises(ValueError, match=f"hf_posext plan .{method}: 64 -> 256 tokens.*load_patched"):
             AutoModelForCausalLM.from_pretrained(path)
@@ -125,9 +125,9 @@ def test_every_writer_keeps_the_positions(method: str, writer: Callable[[Any, Pa
 def test_plain_transformers_opens_equal_or_stops(method: str, tmp_path: Path) -> None:
     model = patched(method)
     model.save_pretrained(tmp_path)
-    wanted = logits(realigned(model), IDS)
+    expected = logits(realigned(model), IDS)
     opened = load_patched(tmp_path)
-    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    assert torch.equal(logits(realigned(opened), IDS), expected)
     config = AutoConfig.from_pretrained(tmp_path)  # as tokenizers and tools read it
     scheme = detect_scheme(config)
     assert scheme.trained_length == TRAINED and scheme.trained_length_source.startswith("the plan")
@@ -137,7 +137,7 @@ def test_plain_transformers_opens_equal_or_stops(method: str, tmp_path: Path) ->
                 type(model).from_pretrained(tmp_path, **options)
         return
     plain = type(model).from_pretrained(tmp_path)
-    assert torch.equal(logits(realigned(plain.eval()), IDS), wanted)
+    assert torch.equal(logits(realigned(plain.eval()), IDS), expected)
     with pytest.raises(AlreadyPatchedError, match=f"carries the patch '{method}: 64 -> 256.*load_patched"):
         patch_model(plain, method, factor=4)  # a second stretch
     unpatch_model(load_patched(tmp_path)) if method != "table-linear" else None
@@ -178,8 +178,8 @@ def test_undo_of_what_was_loaded(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     opened = load_patched(tmp_path)
     unpatch_model(opened)
-    wanted = logits(realigned(tiny_llama()), IDS)
-    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    expected = logits(realigned(tiny_llama()), IDS)
+    assert torch.equal(logits(realigned(opened), IDS), expected)
     assert opened.config.max_position_embeddings == TRAINED
     with patch_model(opened, "rerope", factor=2) as again:
         assert (again.plan.trained_length, again.plan.target_length) == (TRAINED, 2 * TRAINED)
@@ -256,11 +256,11 @@ def test_native_adapter_of_transformers(base: Path, tmp_path: Path, monkeypatch:
     patch = patch_model(model, "rerope", factor=4)
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), "mine")
-    wanted = logits(realigned(model.eval()), IDS)
+    expected = logits(realigned(model.eval()), IDS)
     save_adapter(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
     for path in (tmp_path / "ours", tmp_path / "theirs"):
-        assert torch.equal(logits(realigned(load_adapter(path)), IDS), wanted)
+        assert torch.equal(logits(realigned(load_adapter(path)), IDS), expected)
     with pytest.raises(UnsupportedModelError, match=r"save_adapter\(model, path\)\. To merge.*load_adapter"):
         patch.save_pretrained(tmp_path / "new")
 
@@ -344,7 +344,7 @@ def test_a_directory_that_was_copied_in_part_opens_equal_or_names_the_file(metho
     patch = find_patch(model)
     assert patch is not None
     patch.save_pretrained(tmp_path / "whole")
-    wanted = logits(realigned(model), IDS)
+    expected = logits(realigned(model), IDS)
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
     for file, cut in itertools.product(files, (False, True)):
         shutil.copytree(tmp_path / "whole", tmp_path / "part")
@@ -352,13 +352,13 @@ def test_a_directory_that_was_copied_in_part_opens_equal_or_names_the_file(metho
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if cut else path.unlink()
         if not cut and file.name in ("generation_config.json", "posext_plan.json", "tables.safetensors"):
             # the config contains the plan, too; without the table, undo is refused
-            assert torch.equal(logits(realigned(load_patched(tmp_path / "part")), IDS), wanted)
+            assert torch.equal(logits(realigned(load_patched(tmp_path / "part")), IDS), expected)
         else:
             with pytest.raises((CheckpointError, PlanError), match=f"{file.name}|no weights|missing or incomplete"):
                 load_patched(tmp_path / "part")
         shutil.rmtree(tmp_path / "part")
     (tmp_path / "whole").rename(tmp_path / "checkpoint-7")
-    assert torch.equal(logits(realigned(load_patched(tmp_path / "checkpoint-7")), IDS), wanted)
+    assert torch.equal(logits(realigned(load_patched(tmp_path / "checkpoint-7")), IDS), expected)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -398,15 +398,15 @@ def test_pickles_and_weights_alone(method: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.01)
-    wanted = logits(realigned(model), IDS)
+    expected = logits(realigned(model), IDS)
     torch.save(model, tmp_path / "model.pt")
     opened = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(logits(realigned(opened), IDS), wanted)
+    assert torch.equal(logits(realigned(opened), IDS), expected)
     unpatch_model(opened)
     save_model(model, str(tmp_path / "weights.safetensors"))
     other = patched(method)
     load_model(other, str(tmp_path / "weights.safetensors"))
-    assert torch.equal(logits(realigned(other), IDS), wanted)
+    assert torch.equal(logits(realigned(other), IDS), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "auto"])
@@ -428,19 +428,19 @@ def test_adapters_that_are_mixed_and_switched(method: str, tmp_path: Path) -> No
     model = with_adapter(base, **options)
     model.add_adapter("second", LoraConfig(r=4, **options))
     model.add_weighted_adapter(["default", "second"], [0.5, 0.7], "mix", combination_type="linear")
-    wanted = {}
+    expected = {}
     for name in ("default", "second", "mix"):
         model.set_adapter(name)
-        wanted[name] = logits(realigned(model.eval()), IDS)
-        assert torch.equal(logits(realigned(load_adapter(save_adapter(model, tmp_path / name))), IDS), wanted[name])
+        expected[name] = logits(realigned(model.eval()), IDS)
+        assert torch.equal(logits(realigned(load_adapter(save_adapter(model, tmp_path / name))), IDS), expected[name])
     opened = load_adapter(tmp_path / "default")
     load_adapter(tmp_path / "second", opened, adapter_name="second")
     opened.add_weighted_adapter(["default", "second"], [0.5, 0.7], "mix", combination_type="linear")
-    for name, expected in wanted.items():
+    for name, trained in expected.items():
         opened.set_adapter(name)
-        assert torch.equal(logits(realigned(opened), IDS), expected)
+        assert torch.equal(logits(realigned(opened), IDS), trained)
     merged = opened.merge_and_unload(adapter_names=["mix"])
     # one product of matrices instead of three, in float32
-    torch.testing.assert_close(logits(merged, IDS), wanted["mix"], atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(merged, IDS), expected["mix"], atol=5e-5, rtol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(realigned(load_patched(tmp_path / "merged")), IDS), logits(realigned(merged), IDS))

@@ -129,14 +129,14 @@ def two_processes(code: str, *words: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One launch for all, since starting takes longest: the directory of the run, and what was printed."""
     output = tmp_path_factory.mktemp("two") / "run"
     return output, two_processes(TRAIN + OWN + GATHER, output)
 
 
-def test_two_processes_give_the_weights_of_one_with_twice_the_rows(told: tuple[Path, str], tmp_path: Path) -> None:
-    output, printed = told
+def test_two_processes_give_the_weights_of_one_with_twice_the_rows(launched: tuple[Path, str], tmp_path: Path) -> None:
+    output, printed = launched
     evaluation = Evaluation(random_texts(2, 200), [128], every=2)
     one = train(tmp_path, steps=4, save_every=2, accumulation=4, pose=2, evaluation=evaluation)
     weights = load_file(output / "adapter" / "adapter_model.safetensors")
@@ -152,13 +152,13 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_rows(told: tuple[P
     assert len(seen) == 2 and seen[0] == seen[1] == pytest.approx(measured, rel=1e-5)
 
 
-def test_a_trainer_of_two_processes_and_sharded_weights_keep_the_plan(told: tuple[Path, str]) -> None:
-    assert told[1].count("own trainer") == 2
+def test_a_trainer_of_two_processes_and_sharded_weights_keep_the_plan(launched: tuple[Path, str]) -> None:
+    assert launched[1].count("own trainer") == 2
 
 
-def test_shards_are_put_together_and_ties_are_kept(told: tuple[Path, str]) -> None:
+def test_shards_are_put_together_and_ties_are_kept(launched: tuple[Path, str]) -> None:
     """As FSDP2 leaves them, which accelerate itself starts on GPUs alone."""
-    assert told[1].count("gathered") == 2
+    assert launched[1].count("gathered") == 2
 
 
 @pytest.mark.parametrize("name", ["train_ddp", "train_fsdp2"])

@@ -70,12 +70,12 @@ def test_a_script_of_twenty_lines(method: str, tmp_path: Path) -> None:
     words = [sys.executable, "-c", SCRIPT + COMPARED, base, method, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "compared.safetensors")
-    assert torch.equal(found["opened"], found["trained"])
-    assert (found["trained"] - found["plain"]).abs().max() > 0.1
-    assert torch.equal(found["merged"], found["generated"])
-    merged = logits(load_patched(tmp_path / "merged"), found["ids"])
-    torch.testing.assert_close(merged, found["trained"], atol=1e-3, rtol=1e-3)  # one matrix in place of three
+    tensors = load_file(tmp_path / "compared.safetensors")
+    assert torch.equal(tensors["opened"], tensors["trained"])
+    assert (tensors["trained"] - tensors["plain"]).abs().max() > 0.1
+    assert torch.equal(tensors["merged"], tensors["generated"])
+    merged = logits(load_patched(tmp_path / "merged"), tensors["ids"])
+    torch.testing.assert_close(merged, tensors["trained"], atol=1e-3, rtol=1e-3)  # one matrix in place of three
 
 
 @pytest.mark.parametrize("place", ["embeddings", "everything", "hooks"])
@@ -124,8 +124,8 @@ def test_right_padding_trains_as_each_row_alone(method: str) -> None:
     # float64, except for norms and the loss, which transformers computes in float32
     torch.testing.assert_close(together, sum(share * loss for share, (loss, _) in zip(shares, alone, strict=True)))
     for name, gradient in gradients.items():
-        wanted = sum(share * one[name] for share, (_, one) in zip(shares, alone, strict=True))
-        torch.testing.assert_close(gradient, wanted, atol=1e-7, rtol=1e-5)
+        expected = sum(share * one[name] for share, (_, one) in zip(shares, alone, strict=True))
+        torch.testing.assert_close(gradient, expected, atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -133,12 +133,12 @@ def test_right_padding_trains_as_each_row_alone(method: str) -> None:
 def test_gradient_checkpointing_changes_no_bit(method: str, reentrant: bool) -> None:
     model = tiny_llama()
     patch_model(model, method, factor=4)
-    wanted = loss_and_gradients(model, input_ids=IDS, labels=IDS)
+    expected = loss_and_gradients(model, input_ids=IDS, labels=IDS)
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # as of 5.23
     enable({"use_reentrant": reentrant})
     loss, gradients = loss_and_gradients(model, input_ids=IDS, labels=IDS)
-    assert torch.equal(loss, wanted[0]) and gradients.keys() == wanted[1].keys()
-    assert all(torch.equal(gradient, wanted[1][name]) for name, gradient in gradients.items())
+    assert torch.equal(loss, expected[0]) and gradients.keys() == expected[1].keys()
+    assert all(torch.equal(gradient, expected[1][name]) for name, gradient in gradients.items())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -63,13 +63,13 @@ def test_attention_embeddings_and_norms_are_found_by_what_they_are(family: str) 
 @pytest.mark.parametrize("family", MODELS)
 def test_lora_plus_trains_projections_embeddings_and_norms_and_nothing_else(family: str) -> None:
     model = MODELS[family][0]()
-    wanted = {*embeddings(model), *norms(model)}
+    expected = {*embeddings(model), *norms(model)}
     layers = set(attention_projections(model))
     network = adapted(model, PRESETS["lora-plus"])
     trained = {name.removeprefix("base_model.model.") for name, w in network.named_parameters() if w.requires_grad}
     whole = {name.split(".modules_to_save.")[0] for name in trained if ".modules_to_save." in name}
     with_lora = {name.split(".lora_")[0] for name in trained if ".lora_" in name}
-    assert (whole, with_lora) == (wanted, layers)
+    assert (whole, with_lora) == (expected, layers)
     assert len(trained) == sum(".modules_to_save." in name or ".lora_" in name for name in trained)
 
 
