@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import shutil
@@ -22,7 +21,7 @@ from ..patching import find_patch, unwrap
 from ..patching.checkpoint import new_directory, upload
 from ..patching.fingerprint import BaseModel
 from ..patching.mixin import plain_class
-from ..patching.saved_config import REPLACED_KEY, open_patched_config, tell_adapters
+from ..patching.saved_config import REPLACED_KEY, edited, open_patched_config, tell_adapters
 from ..patching.untrusted import read_json
 from ..plan import ExtensionPlan
 from .load import CARD_FILE, CONFIG_FILE, FILES, OUR_KEYS, AdapterDirectory, computes, misfit
@@ -91,13 +90,16 @@ def save_adapter(
     patch.plan.save(path)
     BaseModel.of(model).save(path)
     if base_model is not None:
-        _name_base(path / CONFIG_FILE, base_model)
+        with edited(path / CONFIG_FILE) as config:  # PEFT's own again: the config of the base gives the positions
+            config |= {**config[REPLACED_KEY], "base_model_name_or_path": base_model}
+            for key in OUR_KEYS:
+                config.pop(key, None)
     else:
         patch.model.config.save_pretrained(path)
-    config = plain_class(patch.model.config).from_dict(patch.model.config.to_dict())  # type: ignore[attr-defined]
+    plain = plain_class(patch.model.config).from_dict(patch.model.config.to_dict())  # type: ignore[attr-defined]
     try:
         with torch.device("meta"):  # the same modules, without weights and without what the patch changed
-            twin = type(patch.model)(config)
+            twin = type(patch.model)(plain)
         difference = misfit(AdapterDirectory.read(path), twin)
     except CheckpointError as error:
         difference = str(error)
@@ -148,14 +150,6 @@ def _save(model: Any, name: str, path: Path) -> None:
         model.save_pretrained(path)
     finally:
         model.set_adapter(active)
-
-
-def _name_base(path: Path, base_model: str) -> None:
-    """Restore the adapter config to PEFT's own, for a base whose config gives the positions."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    entries = {key: value for key, value in config.items() if key not in OUR_KEYS}
-    entries |= {**config[REPLACED_KEY], "base_model_name_or_path": base_model}
-    path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..errors import InvalidParameterError, NotPatchedError
 from ..escaping import render
 from ..patching import find_patch
 from ..patching.checkpoint import new_directory, refuse_adapter
-from ..patching.saved_config import stop_4, stop_readers, text_path
+from ..patching.saved_config import edited, stop_4, stop_readers, text_path
 from . import llama_cpp, servers
 from .servers import IGNORED, Serving, serving_obstacle
 
@@ -74,8 +73,21 @@ def export_checkpoint(
     patch.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
-    _edit_config(path / "config.json", text_path(patch.model.config), serving)
-    _raise_tokenizer(path / "tokenizer_config.json", patch.plan.target_length)
+    part = text_path(patch.model.config)
+    with edited(path / "config.json") as config:
+        text = config[part] if part else config
+        if "rope_parameters" in serving.text:  # the entries for transformers 4 would take precedence, and differ
+            text.pop("rope_scaling", None)
+            text.pop("rope_theta", None)
+            if serving.server == llama_cpp.SERVER:  # `hf-posext gguf` adds the plan to the file after conversion
+                stop_readers(config, part)
+            else:
+                stop_4(config)
+        text.update(serving.text)
+    if (path / "tokenizer_config.json").is_file():  # not raised if it was not given when the model was patched
+        with edited(path / "tokenizer_config.json") as config:
+            if "model_max_length" in config:
+                config["model_max_length"] = max(config["model_max_length"], patch.plan.target_length)
     instructions = render(
         "serving.md.jinja",
         "hf_posext.export",
@@ -88,27 +100,3 @@ def export_checkpoint(
     )
     (path / INSTRUCTIONS).write_text(instructions, encoding="utf-8")
     return serving
-
-
-def _edit_config(path: Path, part: str, serving: Serving) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    text = config[part] if part else config
-    if "rope_parameters" in serving.text:  # the entries for transformers 4 would take precedence, and differ
-        text.pop("rope_scaling", None)
-        text.pop("rope_theta", None)
-        if serving.server == llama_cpp.SERVER:  # `hf-posext gguf` adds the plan to the file after conversion
-            stop_readers(config, part)
-        else:
-            stop_4(config)
-    text.update(serving.text)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _raise_tokenizer(path: Path, length: int) -> None:
-    """Raise the limit of a tokenizer that was not given when the model was patched."""
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("model_max_length", length) < length:
-        config["model_max_length"] = length
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

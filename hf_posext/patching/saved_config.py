@@ -22,7 +22,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,17 +69,23 @@ def _sentence(plan: ExtensionPlan | Mapping[str, Any]) -> str:
     return f"hf_posext plan ({plan.describe()})"
 
 
+@contextmanager
+def edited(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the entries of a JSON file, and write them when the block has changed them."""
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    yield data
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 class CarriesPlan(Carried):
     """Mixin for the config of a patched model."""
 
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
         """Write the config for readers of other generations, too."""
         super().to_json_file(json_file_path, use_diff=use_diff)  # type: ignore[misc]
-        path = Path(json_file_path)
-        data = json.loads(path.read_text(encoding="utf-8"))
-        name = text_path(self)
-        self._edit(data, data[name] if name else data, bool(_CHECKPOINT.fullmatch(path.absolute().parent.name)))
-        path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path, name = Path(json_file_path), text_path(self)
+        with edited(path) as data:
+            self._edit(data, data[name] if name else data, bool(_CHECKPOINT.fullmatch(path.absolute().parent.name)))
 
     def _edit(self, data: dict[str, Any], text: dict[str, Any], resumed: bool) -> None:
         """Edit the written config, and its text part."""
@@ -229,13 +236,11 @@ class CarriesPlanInAdapter(Carried):
         """Write `adapter_config.json` with the plan, a type that PEFT refuses, and a rank that servers cannot
         compute with: vLLM and SGLang do not look at the type."""
         super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
-        path = Path(save_directory) / "adapter_config.json"
-        data = json.loads(path.read_text(encoding="utf-8"))
-        stop = f"{data['peft_type']} under {_sentence(self._posext_entries[PLAN_KEY])}"
-        replaced = {name: data[name] for name in ("peft_type", "r") if name in data}
-        stops = dict.fromkeys(replaced, f"{stop}; open the directory by hf_posext.load_adapter(path)")
-        data |= {**self._posext_entries, REPLACED_KEY: replaced, **stops}
-        path.write_text(json.dumps(data, indent=2, sort_keys=True), encoding="utf-8")
+        with edited(Path(save_directory) / "adapter_config.json") as data:
+            stop = f"{data['peft_type']} under {_sentence(self._posext_entries[PLAN_KEY])}"
+            replaced = {name: data[name] for name in ("peft_type", "r") if name in data}
+            stops = dict.fromkeys(replaced, f"{stop}; open the directory by hf_posext.load_adapter(path)")
+            data |= {**self._posext_entries, REPLACED_KEY: replaced, **stops}
 
 
 def carry_in_adapters(model: PreTrainedModel, state: InForce, configs: Mapping[str, Any] | None) -> None:
