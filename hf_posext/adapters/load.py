@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..decode import short
-from ..errors import CheckpointError, PlanMismatchError, UnsupportedModelError, first_line
+from ..errors import CheckpointError, InvalidParameterError, PlanMismatchError, UnsupportedModelError, first_line
 from ..packages import require
 from ..patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unwrap
 from ..patching.checkpoint import local_directory, model_class
@@ -307,7 +307,7 @@ def load_adapter(
         adapter_name (`str`, *optional*, defaults to `"default"`): name of the adapter in the model.
         is_trainable (`bool`, *optional*, defaults to `False`): whether the adapter can be trained further.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer whose `model_max_length` is raised.
-        kwargs: passed to `from_pretrained` of the base (`dtype`, `device_map`, ...).
+        kwargs: passed to `from_pretrained` of the base (`dtype`, `device_map`, ...), if it is loaded here.
 
     Returns:
         `PeftModel`: the model with the patch in force. `merge_and_unload()` keeps the patch, `unpatch_model` undoes
@@ -317,12 +317,17 @@ def load_adapter(
         PlanMismatchError: the base model is another one, or its plan is. The message shows both plans.
         CheckpointError: the directory is incomplete, corrupt or hostile, or the base cannot be opened.
         PlanError: the plan is missing, corrupt, or of a newer schema.
+        InvalidParameterError: `kwargs` are given with a base.
         UnsupportedModelError: the model is not a transformers model, already has an adapter of this name, or has
             adapters without being a `PeftModel`.
     """
     require("train")
     from peft import PeftModel
 
+    if base is not None and kwargs:  # they would be ignored
+        raise InvalidParameterError(
+            f"Expected no arguments of from_pretrained beside a base, got {', '.join(kwargs)}. Load the base with them"
+        )
     adapter = _read(directory)
     path = adapter.path
     names = _adapter_names(base)

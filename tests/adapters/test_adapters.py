@@ -22,6 +22,7 @@ from hf_posext.adapters.save import adapter_readme
 from hf_posext.errors import (
     AlreadyPatchedError,
     CheckpointError,
+    InvalidParameterError,
     NotPatchedError,
     PlanMismatchError,
     UnsupportedModelError,
@@ -99,6 +100,11 @@ def test_base_that_carries_the_same_plan(adapter: Path, base: Path) -> None:
     patch_model(model, "yarn", factor=4)
     opened = load_adapter(adapter, base=model)
     assert torch.equal(logits(realigned(opened), IDS), logits(realigned(load_adapter(adapter)), IDS))
+
+
+def test_arguments_for_a_base_that_is_given_are_refused(adapter: Path, base: Path) -> None:
+    with pytest.raises(InvalidParameterError, match="beside a base, got dtype, trainable. Load the base with them"):
+        load_adapter(adapter, open_base(base), dtype=torch.bfloat16, trainable=True)
 
 
 def test_undone_patch_leaves_the_adapter_on_the_plain_base(adapter: Path, base: Path) -> None:
