@@ -238,7 +238,7 @@ class CarriesPlanInAdapter(Carried):
         super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
         with edited(Path(save_directory) / "adapter_config.json") as data:
             stop = f"{data['peft_type']} under {_sentence(self._posext_entries[PLAN_KEY])}"
-            replaced = {name: data[name] for name in ("peft_type", "r") if name in data}
+            replaced: dict[str, Any] = {name: data[name] for name in ("peft_type", "r") if name in data}
             stops = dict.fromkeys(replaced, f"{stop}; open the directory by hf_posext.load_adapter(path)")
             data |= {**self._posext_entries, REPLACED_KEY: replaced, **stops}
 
