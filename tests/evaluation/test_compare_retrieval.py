@@ -84,7 +84,7 @@ def test_results_are_read_again(found: Results, tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     data["retrieval"][0]["trials"] = None
     path.write_text(json.dumps(data))
-    with pytest.raises(Exception, match=r"retrieval\.0\.trials is None"):
+    with pytest.raises(Exception, match=r"retrieval\.0\.trials to be a whole number, got None"):
         Results.load_json(path)
     assert "retrieval" not in make_results().to_dict()
 
