@@ -70,11 +70,7 @@ def gguf(
 def open_patched(
     model: str, method: str | None, lengths: Lengths, dtype: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any] | None]:
-    """Open a patched model, or patch an unpatched one. Merge an adapter, and also return its config.
-
-    Raises:
-        InvalidParameterError: an unpatched model without a method, or a patched one with lengths.
-    """
+    """Open a patched model, or patch an unpatched one. Merge an adapter, and also return its config."""
     from ..methods import as_method
     from ..patching import detect_scheme, find_patch, patch_model
     from .loading import base_of, load_config, load_model, saved_plan

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..patching.loading import Source
+
 ADAPTER_FILE = "adapter_config.json"
 
 Network = TypeVar("Network", bound="torch.nn.Module")
@@ -48,32 +49,17 @@ def quiet_libraries() -> None:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the config of a model without its weights.
+    """Return the config of a model without its weights."""
+    from ..patching.loading import open_config
 
-    Args:
-        name (`str`): a folder, Hub id or GGUF file.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
-
-    Raises:
-        InvalidParameterError: no such model, or transformers cannot read its config.
-    """
-    from ..patching.loading import locate, open_config
-
-    quiet_libraries()
-    with one_line_errors(name):
-        return open_config(locate(name, trust_remote_code=trust_remote_code))
+    with _opening(name, trust_remote_code) as source:
+        return open_config(source)
 
 
 def saved_plan(name: str) -> ExtensionPlan | None:
     """Return the plan of a model that was saved with a patch, or with an adapter trained under one, else `None`.
 
     The config beside a plan contains the positions under the plan, not those that the model was trained on.
-
-    Args:
-        name (`str`): a folder or Hub id.
-
-    Raises:
-        PlanError: an adapter without a plan, or a corrupt plan.
     """
     path = Path(name)
     return ExtensionPlan.load(path) if (path / ADAPTER_FILE).is_file() or has_plan(path) else None
@@ -89,17 +75,7 @@ def base_of(name: str) -> str | None:
 
 
 def require_unpatched(name: str, why: str, instead: str) -> None:
-    """Refuse a model with a patch before its weights are read, for commands that start from an unpatched model.
-
-    Args:
-        name (`str`): a folder or Hub id.
-        why (`str`): reason of the command, such as `"a comparison begins unpatched"`.
-        instead (`str`): alternative for such a model, such as `"measure it by hf-posext evaluate"`.
-
-    Raises:
-        AlreadyPatchedError: the model was saved with a patch, or with an adapter trained under one.
-        PlanError: see [`saved_plan`].
-    """
+    """Refuse a model with a patch before its weights are read, with the reason of the command and an alternative."""
     plan = saved_plan(name)
     if plan is not None:
         raise AlreadyPatchedError(
@@ -116,18 +92,18 @@ def load_model(
     A model that was saved with a patch, or with an adapter trained under one, is opened under the patch.
 
     Args:
-        name (`str`): a folder or Hub id.
+        name (`str`): a folder, Hub id or GGUF file.
         dtype (`str`): `float32`, `bfloat16`, `float16`, or `auto` for that of the checkpoint.
         device (`str`): device of torch, such as `cpu` or `cuda:0`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code in the checkpoint runs.
 
     Raises:
-        InvalidParameterError: no such model or device, not a language model, or no tokenizer.
-        PosExtError: see [`load_patched`] and [`load_adapter`].
+        PosExtError: no such model or device, not a language model, no tokenizer, or a broken checkpoint; on one line.
     """
     from ..patching.loading import locate, open_tokenizer
 
-    with _source_of(name, device, trust_remote_code) as source:
+    require_device(device)
+    with _opening(name, trust_remote_code) as source:
         # A Trainer may save an adapter without its tokenizer.
         base = None if (Path(name) / "tokenizer_config.json").is_file() else base_of(name)
         tokenizer = open_tokenizer(source if base is None else locate(base, trust_remote_code=trust_remote_code))
@@ -136,14 +112,11 @@ def load_model(
 
 
 def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return a model without its head, which its positions do not depend on. Arguments as in [`load_model`].
-
-    Raises:
-        InvalidParameterError: no such model, or no such device.
-    """
+    """Return a model without its head, which its positions do not depend on. Arguments as in [`load_model`]."""
     from ..patching.loading import open_body
 
-    with _source_of(name, device, trust_remote_code) as source:
+    require_device(device)
+    with _opening(name, trust_remote_code) as source:
         weights = _dtype(source, dtype)
         _announce(source, weights)
         body = open_body(source, dtype=weights)
@@ -160,29 +133,13 @@ def load_4bit(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from ..patching.loading import locate, open_tokenizer, open_weights
+    from ..patching.loading import open_tokenizer, open_weights
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     place = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    with one_line_errors(name):
-        source = locate(name, trust_remote_code=trust_remote_code)
-        tokenizer = open_tokenizer(source)
-        return open_weights(
-            AutoModelForCausalLM, source, quantization_config=quantization, device_map=place
-        ), tokenizer
-
-
-@contextmanager
-def _source_of(name: str, device: str, trust_remote_code: bool) -> Iterator[Source]:
-    """Check the device, and yield the place of a model. Errors of its opening are one line."""
-    from ..patching.loading import locate
-
-    require_device(device)
-    quiet_libraries()
-    with one_line_errors(name):
-        yield locate(name, trust_remote_code=trust_remote_code)
+    with _opening(name, trust_remote_code) as source:
+        model = open_weights(AutoModelForCausalLM, source, quantization_config=nf4, device_map=place)
+        return model, open_tokenizer(source)
 
 
 def require_device(device: str) -> None:
@@ -249,9 +206,12 @@ def _announce(source: Source, dtype: Any) -> None:
 
 
 @contextmanager
-def one_line_errors(name: str) -> Iterator[None]:
+def _opening(name: str, trust_remote_code: bool) -> Iterator[Source]:
+    """Yield the place of a model, which is then opened without progress bars. Any error is one line."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
+
+    from ..patching.loading import locate
 
     path = Path(name)
     gguf = name.lower().endswith(".gguf")  # `locate` refuses it with a reason
@@ -259,8 +219,9 @@ def one_line_errors(name: str) -> Iterator[None]:
         raise InvalidParameterError(
             f"Expected a model folder or a Hub id such as org/name, got {name}: no such folder."
         )
+    quiet_libraries()
     try:
-        yield
+        yield locate(name, trust_remote_code=trust_remote_code)
     except PosExtError:
         raise
     except (

@@ -17,7 +17,6 @@ from .app import app
 from .console import say
 from .runs import (
     JOURNAL,
-    accelerate_trackers,
     check_tracker,
     finish,
     join_processes,
@@ -46,18 +45,17 @@ class Measurement(options.Run):
     def report(self, context: typer.Context, settings: EvaluationConfig, measure: Callable[..., Results]) -> None:
         """Load texts and models, measure, and write the report.
 
-        Args:
-            context (`typer.Context`): context of the command.
-            settings (`EvaluationConfig`): settings of the evaluation.
-            measure (`Callable`): function of a model, its tokenizer, and the texts. Its keyword arguments are `write`,
-                which writes the report of results, `load`, which loads a model by name, and further arguments of the
-                measuring function.
+        `measure` is a function of a model, its tokenizer, and the texts. Its keyword arguments are `write`, which
+        writes the report of results, `load`, which loads a model by name, and those of the package's function.
         """
         # The imports that take seconds come after the checks that need none of them.
         from .loading import load_model
 
         if self.log_with is not None:
-            check_tracker("log_with", self.log_with, accelerate_trackers())
+            from accelerate.tracking import get_available_trackers
+
+            installed = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+            check_tracker("log_with", self.log_with, installed)
         device, accelerator = join_processes(self.device)
         texts = self.load()
 

@@ -50,20 +50,16 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def read_config(path: str | Path, known: Collection[str], flags: Collection[str] = ()) -> dict[str, str]:
+def read_config(path: Path, known: Collection[str], flags: Collection[str]) -> dict[str, str]:
     """Return the settings in a YAML file, as text by option name. An empty value leaves the default.
 
     Args:
-        path (`str` or `Path`): YAML file.
+        path (`Path`): YAML file.
         known (`Collection[str]`): names of the options, with underscores.
-        flags (`Collection[str]`, *optional*): names of the options that are true or false.
-
-    Raises:
-        InvalidParameterError: the file cannot be read, is not YAML, or does not contain a mapping, a name is unknown
-            or duplicate, or a value has a wrong type.
+        flags (`Collection[str]`): names of the options that are true or false.
     """
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise InvalidParameterError(
             f"cannot read the settings in {path}: {error.strerror}. Pass a YAML file, as in --config run.yaml."
@@ -102,7 +98,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _as_text(path: str | Path, name: str, value: Any, is_flag: bool) -> str:
+def _as_text(path: Path, name: str, value: Any, is_flag: bool) -> str:
     items = value if isinstance(value, list) and name in LISTS else [value]
     for item in items:
         if isinstance(item, bool) != is_flag or not isinstance(item, str | int | float):
@@ -149,9 +145,7 @@ class Texts:
 
     dataset: Annotated[str, typer.Option(help="Folder of .txt; .jsonl, .json, .csv, .parquet; recipe; Hub id.")]
     documents: Annotated[int | None, typer.Option(help="Number of documents to read. Default: all.")] = None
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts. Default: text, or the recipe's.")] = (
-        None
-    )
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts. Default: text, or recipe's.")] = None
     split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub data set.")] = None
 
@@ -258,11 +252,7 @@ def _parsed(name: str, hint: Any, value: Any) -> Any:
 
 
 def numbers(text: str, name: str = "lengths", kind: type[Number] = int) -> list[Number]:
-    """Return the numbers of a text, which are separated by commas.
-
-    Raises:
-        InvalidParameterError: text between the commas is not a number.
-    """
+    """Return the numbers of a text, which are separated by commas."""
     what, example = ("whole numbers", "512,1024") if kind is int else ("numbers", "0,0.5,1")
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
@@ -273,11 +263,7 @@ def numbers(text: str, name: str = "lengths", kind: type[Number] = int) -> list[
 
 
 def methods_of(text: str | None) -> list[Method] | None:
-    """Return the methods in a text, which are separated by commas; `None` for `None`.
-
-    Raises:
-        InvalidParameterError, UnknownMethodError: see [`as_method`]; or the text contains none.
-    """
+    """Return the methods in a text, which are separated by commas; `None` for `None`."""
     if text is None:
         return None
     from ..methods import as_method

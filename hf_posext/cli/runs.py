@@ -33,18 +33,21 @@ PATIENCE = datetime.timedelta(days=7)
 def output_directory(path: Path, resume: bool | None = None) -> Iterator[None]:
     """Check, before any work, that a report can be written, and lock the journal against other writers.
 
-    Of several processes, only the first one checks. A launcher stops the others if it refuses. A directory that is
-    still empty at the end is removed. With `resume`, the directory may contain a journal and other files. `None` is
-    for commands without a journal.
-
-    Raises:
-        JournalError: another run writes to the directory.
-        InvalidParameterError: the directory holds files, or a journal without `resume`, or cannot be written.
+    Of several processes, only the first one checks. A launcher stops the others if it refuses. With `resume`, the
+    directory may contain a journal and other files. `None` is for commands without a journal.
     """
     lock = nullcontext() if resume is None else WriterLock(path / JOURNAL, rank(), world_size())
     with removed_if_empty(path), lock:
         if not rank():
-            _require_writable(path, bool(resume))
+            files = path.is_dir() and any(not entry.is_dir() and entry.suffix != ".lock" for entry in path.iterdir())
+            has_journal = bool(journal_files(path / JOURNAL))
+            _require_resumed(f"output {path} holds", has_journal and not resume)
+            if files and not has_journal:
+                raise InvalidParameterError(
+                    f"output {path} holds files already{', and no journal to go on with' if resume else ''}. Pass "
+                    "another --output, or move them away."
+                )
+            make_writable(path)
         yield
 
 
@@ -58,28 +61,16 @@ def removed_if_empty(path: Path) -> Iterator[None]:
             path.rmdir()
 
 
-def _require_writable(path: Path, resume: bool) -> None:
-    files = path.is_dir() and any(not entry.is_dir() and entry.suffix != ".lock" for entry in path.iterdir())
-    has_journal = bool(journal_files(path / JOURNAL))
-    if has_journal and not resume:
+def _require_resumed(journal: str, is_new: bool) -> None:
+    """Refuse to begin a run where another one has left its journal."""
+    if is_new:
         raise InvalidParameterError(
-            f"output {path} holds the journal of a run; to go on with it type the same with --resume, else give "
-            "another --output"
+            f"{journal} the journal of a run; to go on with it type the same with --resume, else give another --output"
         )
-    if files and not has_journal:
-        raise InvalidParameterError(
-            f"output {path} holds files already{', and no journal to go on with' if resume else ''}. Pass another "
-            "--output, or move them away."
-        )
-    make_writable(path)
 
 
 def make_writable(directory: Path) -> None:
-    """Make a directory, and check that files can be written to it.
-
-    Raises:
-        InvalidParameterError: they cannot.
-    """
+    """Make a directory, and check that files can be written to it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -95,18 +86,17 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
     """Check, before any work, that a plan can be written, lock its journal against other writers, and yield it.
 
     The journal lies beside the plan. If the user interrupts the run, a message reports whether finished work is kept.
-
-    Raises:
-        JournalError: another run writes the journal.
-        InvalidParameterError: the file is not named `.json`, exists without a journal to resume, has a journal
-            although `resume` is false, or cannot be written.
     """
     if path.suffix != ".json":
         raise InvalidParameterError(f"output is {path}. Pass the name of a JSON file, as in --output plan.json.")
     journal = path.with_suffix(".journal.jsonl")
     with WriterLock(journal, rank(), world_size()):
         if not rank():
-            _require_new(path, journal, resume)
+            has_journal = bool(journal_files(journal))
+            if path.exists() and not (resume and has_journal):
+                raise InvalidParameterError(f"output {path} exists. Pass another --output, or move it away.")
+            _require_resumed(f"{journal} is", has_journal and not resume)
+            make_writable(path.parent)
         try:
             yield journal
         except KeyboardInterrupt:
@@ -117,17 +107,6 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
             )
             say(f"interrupted; {state}", err=True)
             raise typer.Exit(130) from None
-
-
-def _require_new(path: Path, journal: Path, resume: bool) -> None:
-    if path.exists() and not (resume and journal_files(journal)):
-        raise InvalidParameterError(f"output {path} exists. Pass another --output, or move it away.")
-    if journal_files(journal) and not resume:
-        raise InvalidParameterError(
-            f"{journal} is the journal of a run; to go on with it type the same with --resume, else give another "
-            "--output"
-        )
-    make_writable(path.parent)
 
 
 @contextmanager
@@ -167,10 +146,6 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
     Processes of a launcher compute on the CPU if there is no other device, even without `ACCELERATE_USE_CPU`. Without
     a launcher (of accelerate, torch or MPI), the accelerator is `None`, and the device is the requested one, or the
     CPU.
-
-    Raises:
-        InvalidParameterError: a device other than the CPU is requested although the launcher assigns devices, or
-            accelerate has not joined all processes of the launcher.
     """
     if world_size() == 1 and not {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         return device or "cpu", None
@@ -223,33 +198,14 @@ def finish(results: Results, output: Path, accelerator: Accelerator | None, log_
 
 
 def check_tracker(option: str, name: str, installed: list[str]) -> None:
-    """Refuse, before any work, a tracker that is not installed.
-
-    Args:
-        option (`str`): name of the option, for the message.
-        name (`str`): requested tracker.
-        installed (`list[str]`): trackers that the library can use on this machine.
-
-    Raises:
-        InvalidParameterError: the tracker is unknown or not installed.
-    """
+    """Refuse, before any work, a tracker that is not among those that the library of an option can use here."""
     if name not in installed:
         names = ", ".join(sorted(installed)) or "none; pip install tensorboard"
         raise InvalidParameterError(f"{option} is {name!r}; installed here are: {names}")
 
 
-def accelerate_trackers() -> list[str]:
-    """Return the trackers that `accelerate` can log to on this machine."""
-    from accelerate.tracking import get_available_trackers
-
-    return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-
-
 def _track(results: Results, name: str, output: Path, accelerator: Accelerator | None) -> None:
-    """Log the results of a finished run as curves over the context length.
-
-    Trackers that write files write to `hf_posext` in `output`.
-    """
+    """Log results as curves over the context length. Trackers that write files write to `hf_posext` in `output`."""
     from accelerate import Accelerator
 
     from ..evaluation import log_results

@@ -103,8 +103,8 @@ def read_documents(
         plans (`Mapping[str, ExtensionPlan]`): plans to measure beside the model as it is, by name.
         seed (`int`): seed of the bootstrap intervals.
         attention (`bool`, *optional*, defaults to `True`): whether to watch attention, in a pass of its own.
-        control (`bool`, *optional*, defaults to `False`): whether to measure the unpatched model with its context
-            truncated to the trained length, as the curve "truncated".
+        control (`bool`, *optional*, defaults to `False`): whether to measure the curve "truncated", the unpatched
+            model with its context truncated to the trained length.
     """
     try:
         scorer = TokenScorer(model)
@@ -167,16 +167,8 @@ def long_rows(
 ) -> TokenizedDocuments:
     """Return rows of the target length, past the trained one.
 
-    Args:
-        texts (`list[Document]`): the documents.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        found ([`Diagnosis`]): the diagnosis from the weights.
-        start (`int`): tokens to leave out at the beginning of each document.
-        exactly (`bool`): whether rows must have the target length. Otherwise they are at most as long as half of the
-            documents are.
-
-    Raises:
-        DocumentError: no document is as long, or 1.25 times as long as the trained length.
+    Without `exactly`, rows are at most as long as half of the documents are. A document must be 1.25 times as long as
+    the trained length.
     """
     length, least = found.target_length, math.ceil(BEYOND * (found.trained_length or 0))
     if not exactly:
@@ -206,12 +198,7 @@ def _within_table(tokenized: TokenizedDocuments, found: Diagnosis) -> TokenizedD
 
 
 def token_losses(scorer: TokenScorer, documents: TokenizedDocuments) -> np.ndarray:
-    """Return the loss of tokens 1, 2, ... given all tokens before, in nats, float64 of shape `(documents, length -
-    1)`.
-
-    Raises:
-        NonFiniteError: a loss is not finite; names the document.
-    """
+    """Return the loss of tokens 1, 2, ... given all tokens before: nats, float64, `(documents, length - 1)`."""
     rows = []
     for name, tokens in zip(documents.ids, documents.tokens, strict=True):
         nll = scorer.token_nll(tokens[None])[0].double().numpy()
@@ -227,10 +214,7 @@ def short_context_losses(scorer: TokenScorer, documents: TokenizedDocuments, con
     is scored whole and the second half of each other one, so that every token has at least half of the context. Each
     window begins with the special tokens of the document.
 
-    Args:
-        scorer ([`TokenScorer`]): scorer of the model without a patch.
-        documents ([`TokenizedDocuments`]): rows.
-        context (`int`): an even number of tokens, fewer than a row has.
+    The number of tokens, `context`, is even and less than that of a row.
     """
     step, length = context // 2, documents.length
     begins = list(range(step, length - context, step)) + [length - context]
@@ -255,16 +239,7 @@ def truncated_losses(scorer: TokenScorer, documents: TokenizedDocuments, trained
 
 
 def require_skill(losses: np.ndarray, vocabulary: int, name: str) -> None:
-    """Refuse a model that predicts no better than a uniform guess, on which positions would show no effect.
-
-    Args:
-        losses (`numpy.ndarray`): losses in a short context.
-        vocabulary (`int`): size of the vocabulary.
-        name (`str`): name of the model.
-
-    Raises:
-        EvaluationError: the mean loss is that of a guess.
-    """
+    """Refuse a model that predicts no better than a uniform guess, on which positions would show no effect."""
     loss, guess = float(losses.mean()), math.log(vocabulary)
     if loss >= CHANCE * guess:
         raise EvaluationError(
@@ -278,12 +253,8 @@ def curve_table(curves: Sequence[tuple[str, np.ndarray]], seed: int = 0, first: 
     """Return mean losses of stretches of the text, a line for each curve and stretch.
 
     Columns: `curve`, `begin` and `end` (tokens, the end not included), `nll` (nats per token), `low` and `high`
-    (95 %, percentile bootstrap over documents; NaN with one document).
-
-    Args:
-        curves (`Sequence[tuple[str, numpy.ndarray]]`): names and losses of shape `(documents, length - 1)`.
-        seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
-        first (`int`, *optional*, defaults to 1): first token that counts, behind special tokens.
+    (95 %, percentile bootstrap over documents; NaN with one document). Losses have the shape `(documents, length -
+    1)`. `first` is the first token that counts, behind special tokens.
     """
     longest = max(losses.shape[1] for _, losses in curves) + 1
     bounds = np.unique(np.maximum(np.arange(STRETCHES + 1) * longest // STRETCHES, first))
@@ -314,9 +285,6 @@ def attention_table(model: PreTrainedModel, documents: TokenizedDocuments, devic
 
     Columns: `position`, `layer`, `entropy` (nats; `exp` of it is the number of tokens that a head looks at), `spread`
     (standard deviation of the scores over visible keys, biases of the model included). Means over heads and documents.
-
-    Raises:
-        UnsupportedModelError: the attention of the model cannot be watched.
     """
     chunk = max(2, documents.length // QUERIES)
     lines = []
@@ -336,8 +304,7 @@ def sample(count: int) -> list[int]:
 def sharpness(scores: torch.Tensor) -> tuple[float, float]:
     """Return the entropy of the weights and the standard deviation of the visible scores, means over heads.
 
-    Args:
-        scores (`torch.Tensor` of shape `(heads, keys)`): inputs of the softmax, float32.
+    `scores` are the inputs of the softmax, float32 of shape `(heads, keys)`.
     """
     visible = scores > MASKED
     logs = scores.masked_fill(~visible, -torch.inf).log_softmax(-1)
@@ -349,15 +316,10 @@ def sharpness(scores: torch.Tensor) -> tuple[float, float]:
 
 
 def departure(excess: np.ndarray, seed: int = 0) -> Departure | None:
-    """Return the place from which on the loss stays above its level, with a percentile bootstrap over documents.
+    """Return the place from which on the loss stays above its level, `None` if it does not.
 
-    Args:
-        excess (`numpy.ndarray` of shape `(documents, tokens)`): loss of each token, from token 1 on, less its level,
-            in nats. At most zero if nothing is wrong.
-        seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
-
-    Returns:
-        [`Departure`], *optional*: `None` if the loss keeps its level.
+    `excess` is the loss of each token, from token 1 on, less its level: nats, `(documents, tokens)`. It is at most
+    zero if nothing is wrong. The interval is a percentile bootstrap over documents.
     """
     # A candidate: the final stretch that exceeds half of the tolerance by the largest sum.
     place = last_stretch(excess.mean(0) - TOLERANCE / 2)

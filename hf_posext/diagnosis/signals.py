@@ -192,16 +192,9 @@ def frequency_table(scheme: PositionalScheme, in_force: Frequencies, trained_len
         trained = powers(rotary.theta, rotary).double()
         for pair, (radians, now) in enumerate(zip(trained.tolist(), in_force[rotary.name].tolist(), strict=False)):
             wavelength = 2 * math.pi / radians
-            lines.append(
-                {
-                    "set": rotary.name,
-                    "pair": pair,
-                    "wavelength": wavelength,
-                    "turns": trained_length / wavelength,
-                    "slowed": radians / now if now else math.inf,
-                }
-            )
-    return pd.DataFrame(lines)
+            slowed = radians / now if now else math.inf
+            lines.append((rotary.name, pair, wavelength, trained_length / wavelength, slowed))
+    return pd.DataFrame(lines, columns=["set", "pair", "wavelength", "turns", "slowed"])
 
 
 def critical_dimension(rotary: Rotary, trained_length: int) -> int:
@@ -227,13 +220,7 @@ def phase_table(
 
     Columns: `method`, `set`, `pair`, `turns` (between the two tokens farthest apart), `new` (whether training has not
     shown that phase: it is past the phase of the trained length, and the trained phases are less than a rotation).
-
-    Args:
-        scheme (`PositionalScheme`): rotary.
-        in_force (`Mapping[str, torch.Tensor]`): frequencies of the model as it is.
-        plans (`Mapping[str, ExtensionPlan | None]`): plans by name; `None` is the model as it is.
-        trained_length (`int`): tokens.
-        target_length (`int`): tokens.
+    The plan `None` is the model as it is, whose frequencies are those in force.
     """
     lines = []
     for method, plan in plans.items():
@@ -248,17 +235,12 @@ def phase_table(
             phases = radians * reach
             new = is_unseen(phases, powers(rotary.theta, rotary).double() * trained_length)
             for pair, (turns, unseen) in enumerate(zip((phases / (2 * math.pi)).tolist(), new.tolist(), strict=True)):
-                lines.append({"method": method, "set": rotary.name, "pair": pair, "turns": turns, "new": unseen})
-    return pd.DataFrame(lines)
+                lines.append((method, rotary.name, pair, turns, unseen))
+    return pd.DataFrame(lines, columns=["method", "set", "pair", "turns", "new"])
 
 
 def is_unseen(phases: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Return whether training has not shown a phase: past all trained phases, which are less than a rotation.
-
-    Args:
-        phases (`torch.Tensor`): radians.
-        shown (`torch.Tensor`): radians of the same pairs at the trained length.
-    """
+    """Return whether a phase is past those that training has `shown`, which are less than a rotation; in radians."""
     return (phases > shown) & (shown < 2 * math.pi)
 
 

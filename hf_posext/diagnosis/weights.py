@@ -36,26 +36,17 @@ def last_stretch(values: np.ndarray) -> int | None:
     """Return the first index of the final stretch with the largest sum: `argmax_k sum(values[k:])`.
 
     This is the maximum-likelihood place of a change of mean from below zero to as far above it: the CUSUM of Page
-    (1954) read from the end. Pass `values - threshold`, with the threshold half-way between the two levels.
-
-    Args:
-        values (`numpy.ndarray` of shape `(length,)`): the series.
-
-    Returns:
-        `int`, *optional*: `None` if no stretch has a sum above zero.
+    (1954) read from the end. Pass `values - threshold`, with the threshold half-way between the two levels. `None` if
+    no stretch has a sum above zero.
     """
     sums = np.cumsum(np.asarray(values, dtype=np.float64)[::-1])[::-1]
     return int(sums.argmax()) if len(sums) and sums.max() > 0 else None
 
 
 def untrained_from(rows: np.ndarray) -> int | None:
-    """Return the first row from which on the table looks untrained.
+    """Return the first row from which on the table looks untrained; `None` if all rows look trained, or none does.
 
-    Args:
-        rows (`numpy.ndarray` of shape `(positions, width)`): without the rows before position 0.
-
-    Returns:
-        `int`, *optional*: `None` if all rows look trained, or none does.
+    `rows` have the shape `(positions, width)`, without those before position 0.
     """
     if len(rows) <= 2 * WINDOW or not has_pattern(rows):
         return None
@@ -77,7 +68,6 @@ def has_pattern(rows: np.ndarray) -> bool:
 
 
 def _best_window(cosines: np.ndarray) -> float:
-    """Return the largest mean of sixteen adjacent cosines."""
     window = min(WINDOW, len(cosines))
     return float(np.convolve(cosines, np.full(window, 1 / window), mode="valid").max()) if window else 0.0
 
@@ -106,17 +96,9 @@ def row_statistics(rows: np.ndarray) -> pd.DataFrame:
     for begin in range(0, len(rows), WINDOW):
         end = min(begin + WINDOW, len(rows))
         inside = cosines[begin : end - 1]
-        around = slice(max(0, begin - 24), begin + 40)
-        lines.append(
-            {
-                "begin": begin,
-                "end": end,
-                "norm": norms[begin:end].mean(),
-                "cosine": inside.mean() if len(inside) else math.nan,
-                "slow": slow_share(rows[around]),
-            }
-        )
-    return pd.DataFrame(lines)
+        slow = slow_share(rows[max(0, begin - 24) : begin + 40])
+        lines.append((begin, end, norms[begin:end].mean(), inside.mean() if len(inside) else math.nan, slow))
+    return pd.DataFrame(lines, columns=["begin", "end", "norm", "cosine", "slow"])
 
 
 def slow_share(rows: np.ndarray) -> float:
@@ -136,17 +118,12 @@ def reach_table(slopes: tuple[float, ...], scale: float) -> pd.DataFrame:
     """Return the reach of each head of an ALiBi model, steepest first.
 
     Columns: `head`, `slope` (nats per token), `reach` (tokens, `ln 100 / slope`: at that distance an equal score gets
-    1 % of the weight of the nearest token).
-
-    Args:
-        slopes (`tuple[float, ...]`): slopes of the scheme.
-        scale (`float`): factor that the model multiplies its biases by.
+    1 % of the weight of the nearest token). The model multiplies its biases by `scale`.
     """
-    lines = [
-        {"head": head, "slope": slope * scale, "reach": -math.log(FADED) / (slope * scale) if slope else math.inf}
-        for head, slope in enumerate(slopes)
-    ]
-    return pd.DataFrame(lines).sort_values("slope", ascending=False, ignore_index=True)
+    table = pd.DataFrame({"head": range(len(slopes)), "slope": np.multiply(slopes, scale)})
+    with np.errstate(divide="ignore"):  # a head without a slope sees as far as it likes
+        table["reach"] = -math.log(FADED) / table.slope
+    return table.sort_values("slope", ascending=False, ignore_index=True)
 
 
 def bucket_table(model: PreTrainedModel, buckets: Buckets) -> pd.DataFrame:
