@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from ..diagnosis.signals import phase_table, planned_frequencies, relative_positions
 from ..methods.frequencies import first_rotary
 from ..patching.kernels import belongs
-from ..reporting.drawing import COLOURS, CONTROL, GRID, INK, new_figure, note
+from ..reporting.drawing import COLOURS, CONTROL, GRID, INK, dress_axes, new_figure, note
 from ..reporting.signals import (
     MAPS,
     NEW,
@@ -42,34 +42,28 @@ STEPS = 256
 
 
 def signal_figure(view: View) -> Figure | None:
-    """Return the signal of positions, as it is and under the method.
-
-    Returns:
-        `Figure`, *optional*: `None` if the model has no positions that can be drawn.
-    """
-    signals = view.found.signals
+    """Return the signal of positions, as it is and under the method; `None` if none can be drawn."""
+    signals = view.diagnosis.signals
     if not signals:
         return None
     figure = new_figure(3.6)
     for panel, signal in zip(figure.subplots(1, 2, sharey=True), signals, strict=True):
-        draw_signal(panel, signal, view.found)
+        draw_signal(panel, signal, view.diagnosis)
         panel.set_xlabel(f"{signal.over} (tokens)")
     figure.axes[0].set_ylabel(channel_label(signals[0]))
-    legend(figure, colour_handles(SHADES[view.found.scheme.kind]))
+    legend(figure, colour_handles(SHADES[view.diagnosis.scheme.kind]))
     return figure
 
 
 def frequency_figure(view: View) -> Figure | None:
-    """Return the wavelength of each rotary pair, as it is and under the method; orange if the text needs unseen
-    phases.
+    """Return the wavelength of each rotary pair, as it is and under the method; `None` without rotary positions.
 
-    Returns:
-        `Figure`, *optional*: `None` if the model has no rotary positions.
+    A pair is orange if the text needs unseen phases of it.
     """
-    scheme = view.found.scheme
+    scheme = view.diagnosis.scheme
     if not scheme.rotaries:
         return None
-    rotary, length = first_rotary(scheme), view.found.target_length
+    rotary, length = first_rotary(scheme), view.diagnosis.target_length
     phases = phase_table(scheme, view.in_force, {"none": None, "after": view.plan}, view.trained_length, length)
     figure = new_figure(4.0)
     panel = figure.subplots()
@@ -85,21 +79,13 @@ def frequency_figure(view: View) -> Figure | None:
         for unseen, colour in ((False, SHOWN), (True, NEW)):
             points = np.where(new == unseen, tokens, np.nan)
             panel.plot(points, linestyle="", markeredgecolor="white", **style | {"color": colour})
-    panel.axhline(view.trained_length, color=INK, linewidth=1.0, linestyle=":")
-    note(
-        panel,
-        f"trained length {view.trained_length}",
-        0.0,
-        view.trained_length,
-        ("axes fraction", "data"),
-        va="bottom",
-    )
+    _mark_trained_length(panel, view, 0.0)
     panel.set_yscale("log")
     panel.set_title("Wavelength of each rotary pair")
     panel.set_xlabel("rotary pair (fast to slow)")
     panel.set_ylabel("tokens per rotation")
     panel.grid(axis="y", color=GRID, linewidth=0.8)
-    _dress_plain(panel)
+    dress_axes(panel)
     series = [
         Line2D([], [], linewidth=1.2, label=_names(view)[name], **style | {"markeredgecolor": "white"})
         for name, _, style in styles
@@ -109,12 +95,8 @@ def frequency_figure(view: View) -> Figure | None:
 
 
 def mask_figure(view: View) -> Figure | None:
-    """Return the relative position of each query and key, as it is and under the method.
-
-    Returns:
-        `Figure`, *optional*: `None` if the method leaves every pair at its own distance.
-    """
-    plan, length, trained = view.plan, view.found.target_length, view.trained_length
+    """Return the relative position of each query and key, as it is and under the method; `None` if both are equal."""
+    plan, length, trained = view.plan, view.diagnosis.target_length, view.trained_length
     if not plan.bands:
         return None
     figure = new_figure(4.1)
@@ -130,7 +112,7 @@ def mask_figure(view: View) -> Figure | None:
         image = panel.imshow(grid, **colours, aspect="auto", interpolation="nearest", extent=extent)
         panel.set_title(_names(view)[name])
         panel.set_xlabel("key (token)")
-        dress(panel, replace(view.found, trained_length=None))  # a key has no distance, so none is the trained one
+        dress(panel, replace(view.diagnosis, trained_length=None))  # a key has no distance, so none is the trained one
         panel.set_xticks(ticks)
         panel.set_yticks(ticks)
     _draw_band_edges(panels[1], view, at)
@@ -145,16 +127,12 @@ def mask_figure(view: View) -> Figure | None:
 
 
 def loss_figure(view: View) -> Figure:
-    """Return the loss by position, as it is and under the method.
-
-    Args:
-        view ([`View`]): a view after [`~hf_posext.app.view.read`].
-    """
+    """Return the loss by position, as it is and under the method, of a view that [`~hf_posext.app.view.read`] made."""
     figure = new_figure(3.8)
     panel = figure.subplots()
     panel.set_title("Loss by position")
     panel.set_ylabel("loss (nats per token)")
-    draw_losses(panel, view.found)
+    draw_losses(panel, view.diagnosis)
     legend(figure, [*panel.get_legend_handles_labels()[0], colour_handles()[-1]])
     return figure
 
@@ -174,52 +152,36 @@ def _distance_colours(trained: int, length: int) -> Colormap:
 def _draw_band_edges(panel: Axes, view: View, at: torch.Tensor) -> None:
     """Draw white lines between the bands of a plan."""
     number = np.zeros((len(at), len(at)))
-    for place, part in enumerate(view.plan.bands):
-        number[belongs(part, at, at).numpy()] = place
+    for place, band in enumerate(view.plan.bands):
+        number[belongs(band, at, at).numpy()] = place
     number[np.triu_indices(len(at), 1)] = 0
     if number.any():
-        panel.contour(
-            at.numpy(),
-            at.numpy(),
-            number,
-            levels=np.arange(len(view.plan.bands)) + 0.5,
-            colors="white",
-            linewidths=1.0,
-        )
+        levels = np.arange(len(view.plan.bands)) + 0.5
+        panel.contour(at.numpy(), at.numpy(), number, levels=levels, colors="white", linewidths=1.0)
 
 
 def _draw_last_query(panel: Axes, view: View) -> None:
     """Draw the relative position of each key, seen from the last token."""
-    length = view.found.target_length
+    length = view.diagnosis.target_length
     apart = np.arange(length)
-    given = relative_positions(view.plan, torch.tensor([length - 1]), torch.from_numpy(length - 1 - apart))[0].numpy()
+    relative = relative_positions(view.plan, torch.tensor([length - 1]), torch.from_numpy(length - 1 - apart))[
+        0
+    ].numpy()
     panel.plot(apart, apart, color=CONTROL, linewidth=1.2, linestyle="--")
-    panel.plot(apart, given, color=COLOURS[0], linewidth=1.9)
-    panel.axhline(view.trained_length, color=INK, linewidth=1.0, linestyle=":")
-    note(
-        panel,
-        f"trained length {view.trained_length}",
-        1.0,
-        view.trained_length,
-        ("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-    )
+    panel.plot(apart, relative, color=COLOURS[0], linewidth=1.9)
+    _mark_trained_length(panel, view, 1.0, ha="right")
     panel.set_title("seen from the last token")
     panel.set_xlabel("distance in the text (tokens)")
     panel.set_ylabel("relative position (tokens)")
-    dress(panel, view.found)
+    dress(panel, view.diagnosis)
     panel.set_xlim(0, length)
-    top = max(1.3 * view.trained_length, 1.1 * np.nanmax(given))
+    top = max(1.3 * view.trained_length, 1.1 * np.nanmax(relative))
     panel.set_ylim(0, top)
     note(panel, " as it is", min(top, 0.7 * length), 1.0, ("data", "axes fraction"))
 
 
-def _dress_plain(panel: Axes) -> None:
-    """Set fonts and colours of a panel without tokens on its horizontal axis."""
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.tick_params(labelsize=8.5, colors=INK)
-    for text, size in ((panel.title, 10.5), (panel.xaxis.label, 9), (panel.yaxis.label, 9)):
-        text.set(fontsize=size, color=INK)
-    panel.title.set_fontweight("bold")
+def _mark_trained_length(panel: Axes, view: View, x: float, **alignment: Any) -> None:
+    """Draw a dotted line at the trained length, which is on the vertical axis, and name it."""
+    panel.axhline(view.trained_length, color=INK, linewidth=1.0, linestyle=":")
+    text = f"trained length {view.trained_length}"
+    note(panel, text, x, view.trained_length, ("axes fraction", "data"), va="bottom", **alignment)

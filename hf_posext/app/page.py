@@ -109,14 +109,14 @@ def build_page(shelf: Shelf) -> Any:
             return figures | dict.fromkeys((signal_note, frequency_note, mask_note, loss_note, about), "")
 
         def choose(name: Any) -> Updates:
-            found = first_look(shelf, name)
-            names = applicable(found.scheme)
+            diagnosis = first_look(shelf, name)
+            names = applicable(diagnosis.scheme)
             return {
                 message: gr.update(visible=False),
-                facts: words.facts(found),
-                verdict: words.verdict(found.verdict),
+                facts: words.facts(diagnosis),
+                verdict: words.verdict(diagnosis.verdict),
                 method: gr.update(choices=names, value=words.first_method(names)),
-                length: gr.update(**_bounds(found.trained_length)),
+                length: gr.update(**_bounds(diagnosis.trained_length)),
                 trained: None,
             }
 
@@ -130,7 +130,7 @@ def build_page(shelf: Shelf) -> Any:
                 **cleared(),
                 message: gr.update(visible=False),
                 about: words.about(view),
-                verdict: words.verdict(view.found.verdict),
+                verdict: words.verdict(view.diagnosis.verdict),
                 **_drawn(signal, signal_note, signal_figure(view), words.signal(view)),
                 **_drawn(frequency, frequency_note, frequency_figure(view), words.frequency(view)),
                 **_drawn(mask, mask_note, mask_figure(view), words.mask(view)),
@@ -141,7 +141,7 @@ def build_page(shelf: Shelf) -> Any:
             view = read(shelf, _choice(*chosen))
             return {
                 message: gr.update(visible=False),
-                verdict: words.verdict(view.found.verdict),
+                verdict: words.verdict(view.diagnosis.verdict),
                 **_drawn(loss, loss_note, loss_figure(view), words.plain(effect(view))),
             }
 

@@ -33,11 +33,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Door:
-    """ASGI middleware that answers 404 except for the paths of the page.
-
-    Args:
-        app (`Callable`): the application to guard.
-    """
+    """ASGI middleware that answers 404 except for the paths of the page."""
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self.app = app

@@ -94,12 +94,7 @@ class Shelf:
     _open: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = field(default_factory=dict)
 
     def open(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return a model and its tokenizer, which are opened once.
-
-        Raises:
-            InvalidParameterError: the shelf has no model of that name.
-            PosExtError: the model cannot be opened.
-        """
+        """Return a model and its tokenizer, which are opened once."""
         if not isinstance(name, str) or name not in self.models:
             raise InvalidParameterError(f"Expected one of the models {', '.join(self.models)}, got {name!r}.")
         if name not in self._open:
@@ -107,12 +102,7 @@ class Shelf:
         return self._open[name]
 
     def documents(self) -> Documents:
-        """Return the texts.
-
-        Raises:
-            InvalidParameterError: the page was started without texts.
-            DocumentError: the texts cannot be read.
-        """
+        """Return the texts that the page reads."""
         if self.dataset is None:
             raise InvalidParameterError(
                 "There are no texts to read. Start the page with hf-posext app --dataset texts.jsonl (or a .csv, "
@@ -217,14 +207,14 @@ class View:
     """Result of a choice.
 
     Args:
-        found ([`Diagnosis`]): diagnosis up to the chosen length, with the signals as it is and under the method. After
-            [`read`] with the losses of both and of the control.
+        diagnosis ([`Diagnosis`]): diagnosis up to the chosen length, with the signals as it is and under the method.
+            After [`read`] with the losses of both and of the control.
         plan (`ExtensionPlan`): plan of the method.
         in_force (`Mapping[str, torch.Tensor]`): rotary frequencies of the model as it is by set, radians per token.
         gain ([`Gain`], *optional*): committed gain of the method on this model.
     """
 
-    found: Diagnosis
+    diagnosis: Diagnosis
     plan: ExtensionPlan
     in_force: Mapping[str, torch.Tensor]
     gain: Gain | None = None
@@ -248,35 +238,20 @@ def applicable(scheme: PositionalScheme) -> list[str]:
 
 
 def first_look(shelf: Shelf, name: str, length: int | None = None, trained: int | None = None) -> Diagnosis:
-    """Return the diagnosis of a model as it is, without remedies' signals.
-
-    Args:
-        shelf ([`Shelf`]): shelf of the model.
-        name (`str`): name of the model.
-        length (`int`, *optional*): tokens to cover; four times the trained length by default.
-        trained (`int`, *optional*): trained length in tokens; overrides what the model states.
-
-    Raises:
-        PosExtError: the model cannot be opened or diagnosed.
-    """
+    """Return the diagnosis of a model as it is, up to a length in tokens, without remedies' signals."""
     model, _ = shelf.open(name)
-    found = diagnose(model, methods=[], target_length=length, trained_length=trained)
+    diagnosis = diagnose(model, methods=[], target_length=length, trained_length=trained)
     known = shelf.known_length(name)
-    if found.trained_length or not known:
-        return found
-    found = diagnose(model, methods=[], target_length=length, trained_length=known)
-    return replace(found, trained_length_source="as all shipped models were")
+    if diagnosis.trained_length or not known:
+        return diagnosis
+    diagnosis = diagnose(model, methods=[], target_length=length, trained_length=known)
+    return replace(diagnosis, trained_length_source="as all shipped models were")
 
 
 def look(shelf: Shelf, choice: Choice) -> View:
-    """Return the view of a choice from the weights; no text is read.
-
-    Raises:
-        InvalidParameterError: a length or factor is out of bounds, or the trained length is unknown.
-        PosExtError: the model cannot be opened, or the method does not apply to it.
-    """
-    found = first_look(shelf, choice.model, choice.length, choice.trained_length)
-    trained = found.trained_length
+    """Return the view of a choice from the weights; no text is read."""
+    diagnosis = first_look(shelf, choice.model, choice.length, choice.trained_length)
+    trained = diagnosis.trained_length
     if trained is None:
         raise InvalidParameterError(
             f"The trained length of {choice.model} is unknown. Enter it in the field Trained length, in tokens."
@@ -288,22 +263,16 @@ def look(shelf: Shelf, choice: Choice) -> View:
         )
     if not 1 <= choice.factor <= LARGEST_FACTOR:
         raise InvalidParameterError(f"Expected a factor of 1 to {LARGEST_FACTOR}, got {choice.factor:g}.")
-    plan = as_method(choice.method).plan(found.scheme, factor=choice.factor, trained_length=trained)
+    plan = as_method(choice.method).plan(diagnosis.scheme, factor=choice.factor, trained_length=trained)
     model, _ = shelf.open(choice.model)
-    signals = [position_signal(model, found.scheme, entry, choice.length, trained) for entry in (None, plan)]
-    in_force = frequencies_in_force(model, choice.length) if found.scheme.rotaries else {}
-    found = replace(found, signals=tuple(signal for signal in signals if signal is not None))
-    return View(found, plan, in_force, shelf.known_gain(choice.model, plan, choice.length))
+    signals = [position_signal(model, diagnosis.scheme, entry, choice.length, trained) for entry in (None, plan)]
+    in_force = frequencies_in_force(model, choice.length) if diagnosis.scheme.rotaries else {}
+    diagnosis = replace(diagnosis, signals=tuple(signal for signal in signals if signal is not None))
+    return View(diagnosis, plan, in_force, shelf.known_gain(choice.model, plan, choice.length))
 
 
 def read(shelf: Shelf, choice: Choice) -> View:
-    """Return the view of a choice with the loss by position: as it is, under the method, and of the control.
-
-    Raises:
-        InvalidParameterError: more tokens than the page reads or than the method has positions for, or no texts.
-        DocumentError: the texts are too short.
-        PosExtError: see [`look`]; or the model cannot be measured.
-    """
+    """Return the view of a choice with the loss by position: as it is, under the method, and of the control."""
     view = look(shelf, choice)
     if choice.length > READ:
         raise InvalidParameterError(
@@ -311,7 +280,7 @@ def read(shelf: Shelf, choice: Choice) -> View:
             "belong on the command line: hf-posext explain MODEL --dataset TEXTS --methods METHOD --target-length "
             "TOKENS"
         )
-    if view.found.scheme.ends and choice.length > view.plan.target_length:
+    if view.diagnosis.scheme.ends and choice.length > view.plan.target_length:
         raise InvalidParameterError(
             f"{view.plan.method} with factor {choice.factor:g} has {view.plan.target_length} positions, got a length "
             f"of {choice.length}. Choose a larger factor or a smaller length."
@@ -319,18 +288,14 @@ def read(shelf: Shelf, choice: Choice) -> View:
     model, tokenizer = shelf.open(choice.model)
     plans = {} if view.plan.changes_nothing else {view.plan.method: view.plan}
     texts = shelf.documents()
-    rows = long_rows(texts, tokenizer, view.found, shelf.start, exactly=True)
-    found = read_documents(model, texts, rows, view.found, plans, 0, attention=False, control=True)
-    return replace(view, found=replace(found, verdict=verdict(found)))
+    rows = long_rows(texts, tokenizer, view.diagnosis, shelf.start, exactly=True)
+    diagnosis = read_documents(model, texts, rows, view.diagnosis, plans, 0, attention=False, control=True)
+    return replace(view, diagnosis=replace(diagnosis, verdict=verdict(diagnosis)))
 
 
 def effect(view: View) -> str:
-    """Return the effect of the method on the loss, and its gain over truncation in the second half of the texts.
-
-    Args:
-        view ([`View`]): a view after [`read`].
-    """
-    lines, trained, method = view.found.tables["losses"], view.trained_length, view.plan.method
+    """Return the effect of the method on the loss, and its gain over truncation in the second half of the texts."""
+    lines, trained, method = view.diagnosis.tables["losses"], view.trained_length, view.plan.method
     if view.plan.changes_nothing:
         return f"{method} changes nothing, so there is nothing to compare."
 
@@ -340,7 +305,7 @@ def effect(view: View) -> str:
 
     readable = lines[lines.curve == "none"].begin.max() >= trained
     as_it_is = f"{mean('none', trained):.2f} nats per token as it is" if readable else "undefined as it is"
-    half = view.found.target_length // 2
+    half = view.diagnosis.target_length // 2
     gain = float(np.exp(mean(CONTROL, half) - mean(method, half)))
     return (
         f"Past token {trained} the loss is {as_it_is} and {mean(method, trained):.2f} with {method}; up to there it "

@@ -40,13 +40,13 @@ def plain(text: str) -> str:
     return f'<p class="plain">{escape(text)}</p>'
 
 
-def facts(found: Diagnosis) -> str:
+def facts(diagnosis: Diagnosis) -> str:
     """Return the scheme and the trained length of a model."""
-    trained = f"{found.trained_length} tokens" if found.trained_length else "an unknown number of tokens"
-    kind = KINDS[found.scheme.kind]
+    trained = f"{diagnosis.trained_length} tokens" if diagnosis.trained_length else "an unknown number of tokens"
+    kind = KINDS[diagnosis.scheme.kind]
     lines = (
-        (f"{kind[:1].upper()}{kind[1:]}.", f" {CLASSES[found.generalization]}: {found.reason}."),
-        (f"Trained on {trained}", f" ({found.trained_length_source})."),
+        (f"{kind[:1].upper()}{kind[1:]}.", f" {CLASSES[diagnosis.generalization]}: {diagnosis.reason}."),
+        (f"Trained on {trained}", f" ({diagnosis.trained_length_source})."),
     )
     return "".join(f'<p class="plain"><b>{escape(head)}</b>{escape(rest)}</p>' for head, rest in lines)
 
@@ -66,9 +66,9 @@ def about(view: View) -> str:
 
 def signal(view: View) -> str:
     """Return the text below the signal, with the measured gain of the method if it is known."""
-    if not view.found.signals:
-        return plain(f"{view.found.scheme.model_type} has no positions that can be drawn.")
-    drawn = view.found.signals[0]
+    if not view.diagnosis.signals:
+        return plain(f"{view.diagnosis.scheme.model_type} has no positions that can be drawn.")
+    drawn = view.diagnosis.signals[0]
     return plain(
         f"Each line is a {drawn.channel}, each column a {drawn.over}. Orange is unseen in training. Blue under a "
         "method is necessary, not enough: a model may still read worse than with a truncated input."
@@ -90,8 +90,10 @@ def gain(known: Gain | None) -> str:
 
 def frequency(view: View) -> str:
     """Return the text below the frequencies."""
-    if not view.found.scheme.rotaries:
-        return plain(f"{Path(view.found.model).name} has {KINDS[view.found.scheme.kind]}, without frequencies.")
+    if not view.diagnosis.scheme.rotaries:
+        return plain(
+            f"{Path(view.diagnosis.model).name} has {KINDS[view.diagnosis.scheme.kind]}, without frequencies."
+        )
     return plain(
         "A pair above the dotted line makes less than one rotation within the trained length, so a longer text takes "
         "it to phases that training has not shown (orange). A method slows the pair, or keeps far tokens nearer."
@@ -105,7 +107,7 @@ def mask(view: View) -> str:
             "Every query attends to every key before it. The colour is the distance at which the key appears. White "
             "lines separate the bands that the method treats differently."
         )
-    remapping = [name for name in applicable(view.found.scheme) if isinstance(as_method(name), RemapMethod)]
+    remapping = [name for name in applicable(view.diagnosis.scheme) if isinstance(as_method(name), RemapMethod)]
     others = f" Methods that change distances: {', '.join(remapping)}." if remapping else ""
     return plain(f"{view.plan.method} leaves every pair of tokens at its own distance.{others}")
 

@@ -105,26 +105,26 @@ def diagnose(
         raise InvalidParameterError(f"Expected a trained_length of at least 1 token, got {trained_length}.")
     scheme = detect_scheme(inner)
     with torch.device("cpu"):  # whatever the default device of the process is
-        found = _structure(inner, scheme, trained_length)
-    target = _target(found) if target_length is None else target_length
+        diagnosis = _structure(inner, scheme, trained_length)
+    target = _target(diagnosis) if target_length is None else target_length
     if not 2 <= target <= MAX_TOKENS:
         raise InvalidParameterError(f"Expected a target_length of 2 to {MAX_TOKENS} tokens, got {target}.")
-    found = replace(found, target_length=target)
-    lengths = {"target_length": target, "trained_length": found.trained_length}
+    diagnosis = replace(diagnosis, target_length=target)
+    lengths = {"target_length": target, "trained_length": diagnosis.trained_length}
     planned = [as_method(method).plan(scheme, **lengths) for method in methods or ()]
     chosen = {plan.method: plan for plan in planned if not plan.changes_nothing}
     with torch.device("cpu"):
-        found, applicable = _with_remedies(inner, found, chosen)
+        diagnosis, applicable = _with_remedies(inner, diagnosis, chosen)
     if documents is not None:  # refusals of the model come before the minutes of reading
         texts = as_documents(documents)
-        rows = long_rows(texts, tokenizer, found, start, exactly=target_length is not None)
-        chosen, found = _accepted(inner, found, chosen)
+        rows = long_rows(texts, tokenizer, diagnosis, start, exactly=target_length is not None)
+        chosen, diagnosis = _accepted(inner, diagnosis, chosen)
     drawn: Plans = {"none": None, **(applicable if methods is None else chosen)}
     with torch.device("cpu"):
-        found = _with_signals(inner, found, drawn)
+        diagnosis = _with_signals(inner, diagnosis, drawn)
     if documents is not None:
-        found = read_documents(model, texts, rows, found, chosen, seed)
-    return replace(found, verdict=verdict(found))
+        diagnosis = read_documents(model, texts, rows, diagnosis, chosen, seed)
+    return replace(diagnosis, verdict=verdict(diagnosis))
 
 
 def _structure(model: PreTrainedModel, scheme: PositionalScheme, given: int | None) -> Diagnosis:
@@ -167,23 +167,23 @@ def _structure(model: PreTrainedModel, scheme: PositionalScheme, given: int | No
     )
 
 
-def _target(found: Diagnosis) -> int:
-    trained, shipped = found.trained_length, found.scheme.shipped_length
+def _target(diagnosis: Diagnosis) -> int:
+    trained, shipped = diagnosis.trained_length, diagnosis.scheme.shipped_length
     if trained is None:
         return UNKNOWN_TARGET
-    scaled = found.scheme.kind == "rotary" and shipped is not None and shipped > trained
+    scaled = diagnosis.scheme.kind == "rotary" and shipped is not None and shipped > trained
     return shipped if scaled and shipped else min(FACTOR * trained, MAX_TOKENS)
 
 
 def _with_remedies(
-    model: PreTrainedModel, found: Diagnosis, chosen: Mapping[str, ExtensionPlan]
+    model: PreTrainedModel, diagnosis: Diagnosis, chosen: Mapping[str, ExtensionPlan]
 ) -> tuple[Diagnosis, dict[str, ExtensionPlan]]:
     """Add the methods that need no further parameters, and return their plans for the target.
 
     For rotary positions, add the phases under these and the chosen methods. A method that leaves phases unseen is
     dropped from the remedies.
     """
-    scheme, trained, target = found.scheme, found.trained_length, found.target_length
+    scheme, trained, target = diagnosis.scheme, diagnosis.trained_length, diagnosis.target_length
     base = trained or UNKNOWN_TARGET // FACTOR
     goal = target if target > base else FACTOR * base
     causal = scheme.kind != "rotary" or not attends_both_ways(model)
@@ -199,20 +199,20 @@ def _with_remedies(
         else:
             if causal or not plan.bands:  # remapping is defined for causal attention
                 plans[name] = plan
-    found = replace(found, remedies=tuple(plans))
+    diagnosis = replace(diagnosis, remedies=tuple(plans))
     drawn = plans if trained and goal == target else {}
     if scheme.kind != "rotary" or scheme.obstacle or not scheme.rotaries or trained is None:
-        return found, drawn
+        return diagnosis, drawn
     in_force = frequencies_in_force(model, target)
     phases = phase_table(scheme, in_force, {"none": None, **drawn, **chosen}, trained, target)
     tables = {"frequencies": frequency_table(scheme, in_force, trained), "phases": phases}
     unseen = set(phases[phases.new].method)
     kept = tuple(name for name in plans if name not in unseen)
-    return replace(found, tables={**found.tables, **tables}, remedies=kept), drawn
+    return replace(diagnosis, tables={**diagnosis.tables, **tables}, remedies=kept), drawn
 
 
 def _accepted(
-    model: PreTrainedModel, found: Diagnosis, plans: Mapping[str, ExtensionPlan]
+    model: PreTrainedModel, diagnosis: Diagnosis, plans: Mapping[str, ExtensionPlan]
 ) -> tuple[dict[str, ExtensionPlan], Diagnosis]:
     """Return the plans that the model accepts, and the diagnosis with a note for each other one."""
     refused: dict[str, str] = {}
@@ -222,23 +222,25 @@ def _accepted(
                 pass
         except REFUSALS as error:
             refused[name] = str(error)
-    return {name: plan for name, plan in plans.items() if name not in refused}, _without(found, refused)
+    return {name: plan for name, plan in plans.items() if name not in refused}, _without(diagnosis, refused)
 
 
-def _with_signals(model: PreTrainedModel, found: Diagnosis, plans: Plans) -> Diagnosis:
+def _with_signals(model: PreTrainedModel, diagnosis: Diagnosis, plans: Plans) -> Diagnosis:
     """Add the signals under the plans that the model accepts."""
     signals, refused = [], {}
     for name, plan in plans.items():
         try:
-            signal = position_signal(model, found.scheme, plan, found.target_length, found.trained_length)
+            signal = position_signal(model, diagnosis.scheme, plan, diagnosis.target_length, diagnosis.trained_length)
         except REFUSALS as error:
             refused[name] = str(error)
         else:
             signals += [] if signal is None else [signal]
-    return replace(_without(found, refused), signals=tuple(signals))
+    return replace(_without(diagnosis, refused), signals=tuple(signals))
 
 
-def _without(found: Diagnosis, refused: Mapping[str, str]) -> Diagnosis:
+def _without(diagnosis: Diagnosis, refused: Mapping[str, str]) -> Diagnosis:
     """Drop the refused methods from the remedies, and note the reasons."""
-    kept = tuple(name for name in found.remedies if name not in refused)
-    return replace(found, remedies=kept, notes=(*found.notes, *(f"{name}: {why}" for name, why in refused.items())))
+    kept = tuple(name for name in diagnosis.remedies if name not in refused)
+    return replace(
+        diagnosis, remedies=kept, notes=(*diagnosis.notes, *(f"{name}: {why}" for name, why in refused.items()))
+    )

@@ -155,110 +155,103 @@ def _number(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def verdict(found: Diagnosis) -> str:
-    """Return two sentences: what breaks, where and why, and what to try.
-
-    Args:
-        found ([`Diagnosis`]): a diagnosis without its verdict.
-    """
-    return f"{_cause(found)}{_measured(found)}. {_advice(found)}."
+def verdict(diagnosis: Diagnosis) -> str:
+    """Return two sentences: what breaks, where and why, and what to try."""
+    return f"{_cause(diagnosis)}{_measured(diagnosis)}. {_advice(diagnosis)}."
 
 
-def _cause(found: Diagnosis) -> str:
-    kind, trained, target = found.scheme.kind, found.trained_length, found.target_length
-    if kind == "learned" and found.scheme.table and trained:
-        return _table(found, found.scheme.table.usable, trained)
-    if kind == "rotary" and "phases" in found.tables:
-        return _phases(found)
+def _cause(diagnosis: Diagnosis) -> str:
+    kind, trained, target = diagnosis.scheme.kind, diagnosis.trained_length, diagnosis.target_length
+    if kind == "learned" and diagnosis.scheme.table and trained:
+        return _table(diagnosis, diagnosis.scheme.table.usable, trained)
+    if kind == "rotary" and "phases" in diagnosis.tables:
+        return _phases(diagnosis)
     if kind == "alibi":
-        reach = found.tables["reach"].reach
+        reach = diagnosis.tables["reach"].reach
         near = reach[reach < (trained or target)]
         far = "and every head sees as far back as in training"
         if len(near):
             heads = f"{len(near)} of {len(reach)} heads see no" if len(near) < len(reach) else "no head sees"
             far = f"though {heads} farther back than {near.max():.0f} tokens"
         return f"A distance costs a fixed price per token, so that no input is too long to be read, {far}"
-    if kind == "relative" and "buckets" in found.tables:
-        last = found.tables["buckets"]["first"].iloc[-1]
+    if kind == "relative" and "buckets" in diagnosis.tables:
+        last = diagnosis.tables["buckets"]["first"].iloc[-1]
         return f"All distances of {last} tokens and more share one learned bias, so that far tokens look equally far"
     if kind == "sinusoidal":
         return f"The sines go on past the {_tokens(trained)} of training, where the model has never seen them"
     if kind == "none":
         return "Order comes from the causal mask or from a recurrent state, so that nothing ends at a length"
-    return f"{found.scheme.model_type} has {kind} positions, of which nothing more can be read from the weights"
+    return f"{diagnosis.scheme.model_type} has {kind} positions, of which nothing more can be read from the weights"
 
 
-def _table(found: Diagnosis, rows: int, trained: int) -> str:
-    lines = found.tables["rows"]
-    if not found.untrained:
+def _table(diagnosis: Diagnosis, rows: int, trained: int) -> str:
+    lines = diagnosis.tables["rows"]
+    if not diagnosis.untrained:
         smooth = lines.cosine.max() > ALIKE
         state = "looks trained throughout" if smooth else "shows no trace of training, since no row is like the next"
         return (
             f"The table of learned positions ends at {rows} tokens and {state}; a longer input has no position to read"
         )
-    first = found.untrained[0]
+    first = diagnosis.untrained[0]
     before, after = lines[lines.end <= first].cosine.mean(), lines[lines.begin >= first].cosine.mean()
     return (
-        f"Rows {first} to {found.untrained[1]} of the table of learned positions look untrained (neighbours have a "
-        f"cosine of {after:.2f}, and of {before:.2f} before), so that text past {trained} tokens is placed by noise"
+        f"Rows {first} to {diagnosis.untrained[1]} of the table of learned positions look untrained (neighbours have "
+        f"a cosine of {after:.2f}, and of {before:.2f} before), so that text past {trained} tokens is placed by noise"
     )
 
 
-def _phases(found: Diagnosis) -> str:
-    lines = found.tables["phases"]
+def _phases(diagnosis: Diagnosis) -> str:
+    lines = diagnosis.tables["phases"]
     as_is = lines[lines.method == "none"]
-    trained, target = _tokens(found.trained_length), _tokens(found.target_length)
+    trained, target = _tokens(diagnosis.trained_length), _tokens(diagnosis.target_length)
     if as_is.new.any():
         count, make = as_is.new.sum(), "make" if as_is.new.sum() > 1 else "makes"
         return (
             f"{count} of {len(as_is)} rotary pairs {make} less than one rotation within the {trained} of training, so "
             f"that an input of {target} needs phases that the model has never seen"
         )
-    types = sorted({rotary.shipped_type for rotary in found.scheme.rotaries} - {"default"})
+    types = sorted({rotary.shipped_type for rotary in diagnosis.scheme.rotaries} - {"default"})
     shipped = f" with the {' and '.join(types)} scaling that it ships with" if types else ""
     return f"Every phase of an input of {target} is one that the {trained} of training have shown{shipped}"
 
 
-def _measured(found: Diagnosis) -> str:
-    if "losses" not in found.tables:
+def _measured(diagnosis: Diagnosis) -> str:
+    if "losses" not in diagnosis.tables:
         return ""
-    count, read = len(found.provenance["documents"]), found.provenance["read"]
+    count, read = len(diagnosis.provenance["documents"]), diagnosis.provenance["read"]
     where = f"; on {count} document{'s' if count > 1 else ''} the loss "
-    if found.departure is None:
+    if diagnosis.departure is None:
         return f"{where}keeps its level up to the {read} tokens that were read"
-    return f"{where}rises by {found.rise:.2f} nats per token from token {found.departure} on"
+    return f"{where}rises by {diagnosis.rise:.2f} nats per token from token {diagnosis.departure} on"
 
 
-def _advice(found: Diagnosis) -> str:
-    keep, read = _limit(found), found.provenance.get("read", 0)
-    if found.scheme.obstacle:
-        return f"No method of hf_posext applies ({found.scheme.obstacle}); {keep}"
-    names = ", ".join(found.remedies)
-    if found.scheme.kind == "none" and found.departure is None:
-        return (
-            f"Nothing needs to be changed up to {read} tokens"
-            if read
-            else ("Documents would show how far the model can be trusted")
-        )
+def _advice(diagnosis: Diagnosis) -> str:
+    keep, read = _limit(diagnosis), diagnosis.provenance.get("read", 0)
+    if diagnosis.scheme.obstacle:
+        return f"No method of hf_posext applies ({diagnosis.scheme.obstacle}); {keep}"
+    names = ", ".join(diagnosis.remedies)
+    if diagnosis.scheme.kind == "none" and diagnosis.departure is None:
+        unread = "Documents would show how far the model can be trusted"
+        return f"Nothing needs to be changed up to {read} tokens" if read else unread
     if not names:
         return f"No method of hf_posext applies; {keep}"
-    if found.departure is not None:
+    if diagnosis.departure is not None:
         return f"Try {names}, or {keep}"
-    if read > (found.trained_length or 0):
+    if read > (diagnosis.trained_length or 0):
         return f"Nothing needs to be changed up to {read} tokens; to read farther, try {names}"
-    if found.generalization == "extrapolation":
+    if diagnosis.generalization == "extrapolation":
         return (
             f"Documents would show whether it can be trusted there; if not, compare {names} with truncating the input"
         )
-    if "phases" in found.tables:
-        phases = found.tables["phases"]
+    if "phases" in diagnosis.tables:
+        phases = diagnosis.tables["phases"]
         if not phases[phases.method == "none"].new.any():
             return f"Up to there nothing needs to be changed; to read farther, try {names}"
     return f"Try {names}, or {keep}"
 
 
-def _limit(found: Diagnosis) -> str:
-    trained, departure = found.trained_length, found.departure
+def _limit(diagnosis: Diagnosis) -> str:
+    trained, departure = diagnosis.trained_length, diagnosis.departure
     early = departure is not None and departure < EARLY * (trained or departure + 1)
     limit = departure - 1 if departure is not None and (early or not trained) else trained
     return f"keep inputs within {_tokens(limit)}" if limit else "measure it on documents to see where it breaks"

@@ -86,7 +86,7 @@ def read_documents(
     model: nn.Module,
     texts: list[Document],
     tokenized: TokenizedDocuments,
-    found: Diagnosis,
+    diagnosis: Diagnosis,
     plans: Mapping[str, ExtensionPlan],
     seed: int,
     *,
@@ -99,7 +99,7 @@ def read_documents(
         model (`torch.nn.Module`): causal, without a patch.
         texts (`list[Document]`): the documents.
         tokenized ([`TokenizedDocuments`]): the same documents, by [`long_rows`].
-        found ([`Diagnosis`]): the diagnosis from the weights.
+        diagnosis ([`Diagnosis`]): the diagnosis from the weights.
         plans (`Mapping[str, ExtensionPlan]`): plans to measure beside the model as it is, by name.
         seed (`int`): seed of the bootstrap intervals.
         attention (`bool`, *optional*, defaults to `True`): whether to watch attention, in a pass of its own.
@@ -113,28 +113,28 @@ def read_documents(
             f"{error} Or leave the documents out: a diagnosis of the weights needs none."
         ) from error
     check_vocabulary(scorer.model, tokenized.tokens)
-    context = _context(found.trained_length, tokenized.length)
-    readable = _within_table(tokenized, found)
+    context = _context(diagnosis.trained_length, tokenized.length)
+    readable = _within_table(tokenized, diagnosis)
     with (
         evaluation_mode(scorer.model),
         tqdm(total=2 + len(plans), desc="reading", unit="pass", disable=None) as progress,
     ):
         level = short_context_losses(scorer, tokenized, context)
         first = first_scored(tokenized.bos)
-        require_skill(level[:, first - 1 :], scorer.model.get_input_embeddings().num_embeddings, found.model)
+        require_skill(level[:, first - 1 :], scorer.model.get_input_embeddings().num_embeddings, diagnosis.model)
         progress.update()
         losses = token_losses(scorer, readable)
         progress.update()
         curves = [("none", losses), (f"last {context} tokens", level)]
-        if control and found.trained_length:
-            curves.append((CONTROL, truncated_losses(scorer, tokenized, found.trained_length)))
+        if control and diagnosis.trained_length:
+            curves.append((CONTROL, truncated_losses(scorer, tokenized, diagnosis.trained_length)))
         for name, plan in plans.items():
             with patch_model(model, plan):
                 curves.append((name, token_losses(TokenScorer(model), tokenized)))
             progress.update()
     place = departure(losses - level[:, : losses.shape[1]], seed)
-    tables = {**found.tables, "losses": curve_table(curves, seed, first)}
-    notes = found.notes
+    tables = {**diagnosis.tables, "losses": curve_table(curves, seed, first)}
+    notes = diagnosis.notes
     try:
         if attention:
             tables["attention"] = attention_table(scorer.model, readable, scorer.model.device)
@@ -152,31 +152,31 @@ def read_documents(
         "dtype": str(scorer.model.dtype).removeprefix("torch."),
     }
     return dataclasses.replace(
-        found,
+        diagnosis,
         departure=None if place is None else place.token,
         departure_interval=None if place is None else place.interval,
         rise=None if place is None else place.rise,
         tables=tables,
         notes=notes,
-        provenance={**found.provenance, **read},
+        provenance={**diagnosis.provenance, **read},
     )
 
 
 def long_rows(
-    texts: list[Document], tokenizer: PreTrainedTokenizerBase, found: Diagnosis, start: int, *, exactly: bool
+    texts: list[Document], tokenizer: PreTrainedTokenizerBase, diagnosis: Diagnosis, start: int, *, exactly: bool
 ) -> TokenizedDocuments:
     """Return rows of the target length, past the trained one.
 
     Without `exactly`, rows are at most as long as half of the documents are. A document must be 1.25 times as long as
     the trained length.
     """
-    length, least = found.target_length, math.ceil(BEYOND * (found.trained_length or 0))
+    length, least = diagnosis.target_length, math.ceil(BEYOND * (diagnosis.trained_length or 0))
     if not exactly:
         counts = sorted(tokenize_documents(texts, tokenizer, 2, start).counts, reverse=True)
         length = min(length, counts[(len(counts) - 1) // 2] - start)
     if length < least:
         raise DocumentError(
-            f"Expected documents of at least {least} tokens for a trained length of {found.trained_length}, got "
+            f"Expected documents of at least {least} tokens for a trained length of {diagnosis.trained_length}, got "
             f"{length} tokens to read. Pass longer documents (four times the trained length is best), or "
             "trained_length= if the model was trained on less."
         )
@@ -189,9 +189,9 @@ def _context(trained_length: int | None, length: int) -> int:
     return max(2, min(tokens, length // 2) // 2 * 2)
 
 
-def _within_table(tokenized: TokenizedDocuments, found: Diagnosis) -> TokenizedDocuments:
+def _within_table(tokenized: TokenizedDocuments, diagnosis: Diagnosis) -> TokenizedDocuments:
     """Cut rows to what the unpatched model can read: a learned table has an end."""
-    table = found.scheme.table
+    table = diagnosis.scheme.table
     if table is None or tokenized.length <= table.usable:
         return tokenized
     return dataclasses.replace(tokenized, tokens=tokenized.tokens[:, : table.usable])

@@ -160,7 +160,7 @@ def test_the_signal_of_a_table_is_its_rows_and_what_lies_between_them() -> None:
     model = longer_gpt2()
     view = view_of(model, "table-linear", trained=TRAINED)
     rows = model.transformer.wpe.weight.detach().double().numpy()
-    before, after = view.found.signals
+    before, after = view.diagnosis.signals
     for line, dimension in enumerate(before.channels):
         assert before.values[line].tolist() == pytest.approx(rows[:LENGTH, dimension].tolist())
         squeezed = [np.interp(place / 4, range(TRAINED), rows[:TRAINED, dimension]) for place in range(LENGTH)]
@@ -236,4 +236,4 @@ def test_the_gain_of_the_page_is_the_gain_of_compare(measured: View, two_texts: 
 
 
 def test_the_verdict_after_reading_tells_of_the_documents(measured: View) -> None:
-    assert "on 2 documents the loss" in measured.found.verdict and "attention" not in measured.found.tables
+    assert "on 2 documents the loss" in measured.diagnosis.verdict and "attention" not in measured.diagnosis.tables

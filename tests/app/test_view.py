@@ -123,7 +123,7 @@ def test_a_shipped_model_shows_the_gain_that_was_measured_and_another_one_does_n
     """F19: the figure of ALiBi turns blue under a method that measures three times worse than truncation."""
     shelf = make_shelf([], None, None, opener)
     view = look(shelf, Choice("tiny-alibi", "alibi-linear", 4, 2048))
-    assert not view.found.signals[1].unseen.any(), "all blue"
+    assert not view.diagnosis.signals[1].unseen.any(), "all blue"
     (row,) = [
         row
         for row in json.loads((EXAMPLES.parent / "results" / "demo" / "tiny-alibi.json").read_text())["rows"]
@@ -144,7 +144,7 @@ def test_a_shipped_model_shows_the_gain_that_was_measured_and_another_one_does_n
 def test_what_is_said_is_escaped() -> None:
     assert "<b>" not in words.alert("no <b>model</b>\nof that name") and "\n" not in words.alert("a\nb")
     view = look(shelf_of(tiny_bloom()), Choice("model", "alibi-linear", 4, TRAINED, TRAINED))
-    assert "ALiBi" in words.facts(view.found) and "64 tokens</b> (given)." in words.facts(view.found)
+    assert "ALiBi" in words.facts(view.diagnosis) and "64 tokens</b> (given)." in words.facts(view.diagnosis)
     assert 'rel="noreferrer"' in words.about(view) and "64 → 256 tokens" in words.about(view)
 
 

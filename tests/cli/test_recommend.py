@@ -70,7 +70,7 @@ def test_a_search_writes_its_plan(tmp_path: Path) -> None:
         ("recommend", {"methods": "table-linear"}, "Every method is refused"),
         ("recommend", {"methods": "yarm"}, "did you mean 'yarn'"),
         ("recommend", {"dataset": "no.jsonl"}, "no such path"),
-        ("recommend", {"target_length": 10_000_000, "budget": None}, "documents are too short"),
+        ("recommend", {"target_length": 8_000_000, "budget": None}, "documents are too short"),
         (
             "recommend",
             {"model": EXAMPLES / "tiny" / "tiny-alibi", "trained_length": None},
