@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -201,7 +201,8 @@ def _number(field: str, value: Any) -> float:
     Raises:
         InvalidParameterError: the field is empty or contains something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:  # false for NaN; integers of JSON have any size
         got = "an empty field" if value in (None, "") else repr(value)[:40]
         raise InvalidParameterError(f"Expected a number in the field {field}, got {got}.")
     return value

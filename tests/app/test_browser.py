@@ -223,6 +223,24 @@ def test_what_cannot_be_is_told_in_one_line_and_can_be_taken_back(page: Page, pi
     assert page.get_by_role("alert").count() == 0
 
 
+def test_a_phone_shows_the_whole_page_without_scrolling_sideways(
+    address: str, browser: Browser, pictures: Path
+) -> None:
+    phone = browser.new_page(viewport={"width": 390, "height": 844}, device_scale_factor=2)
+    phone.set_default_timeout(1000 * SECONDS)
+    phone.goto(address)
+    drawn(phone, "signal")
+    for name, part in (("Signal", "signal"), ("Frequencies", "frequency"), ("Mask", "mask")):
+        phone.get_by_role("tab", name=name, exact=True).click()
+        picture = phone.locator(f"#{part}-figure img")
+        picture.wait_for()
+        box = picture.bounding_box()
+        assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 390
+        assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+        phone.screenshot(path=pictures / f"phone-{part}.png", full_page=True)
+    phone.close()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -252,6 +270,14 @@ def test_a_value_out_of_bounds_is_one_sentence(page: Page, field: str, value: st
         (["tiny-rope", "yarn", 4, 1e300, None], "Expected"),
         (["tiny-rope", "yarn", 4, True, None], "Expected a number in the field Length, got True"),
         (["tiny-rope"], "Expected a method"),
+        ([], "Expected a method"),
+        (["tiny-rope", "yarn", 10**400, 2048, None], "Expected a number in the field Factor, got 1000"),
+        (["tiny-rope", "yarn", float("nan"), 2048, None], "Expected a number in the field Factor, got nan"),
+        (["tiny-rope", "yarn", 4, -(10**400), None], "Expected a number in the field Length, got -1000"),
+        (["tiny-rope", "yarn", 4, 2048, [512]], "Expected a number in the field Trained length, got [512]"),
+        (["../tiny-rope", "yarn", 4, 2048, None], "Expected one of the models tiny-rope"),
+        ([None, "yarn", 4, 2048, None], "Expected one of the models tiny-rope"),
+        (["tiny-rope", "yarn(" * 1000, 4, 2048, None], "cannot read the parameters of"),
     ],
 )
 def test_a_tampered_request_is_one_sentence(values: list[Any], message: str) -> None:
