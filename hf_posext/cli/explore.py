@@ -130,14 +130,11 @@ def env(
             say(json.dumps(plan.to_dict(), indent=2))
 
 
-ReadTexts = Annotated[str | None, typer.Option(help="Texts to read, in the forms of compare. Default: none.")]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Reading(options.Texts):
     """Texts of `explain`, which it can do without."""
 
-    dataset: ReadTexts = None  # type: ignore[assignment]
+    dataset: str | None = options.option("Texts to read, in the forms of compare. Default: none.")  # type: ignore[assignment]
 
 
 @app.command()

@@ -14,6 +14,7 @@ from . import options
 from .app import app
 from .console import rank as process_rank
 from .console import say
+from .options import option
 from .runs import check_tracker, make_writable, removed_if_empty
 
 if TYPE_CHECKING:
@@ -25,17 +26,14 @@ if TYPE_CHECKING:
 class Adapter:
     """Preset, and the settings of it that are changed."""
 
-    preset: Annotated[str, typer.Option(help="lora, lora-plus (and embeddings, norms), dora, full, nope.")] = "lora"
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the preset's.")] = None
-    rank: Annotated[int | None, typer.Option(help="Rank of LoRA. Default: the preset's.")] = None
-    alpha: Annotated[float | None, typer.Option(help="LoRA is scaled by alpha / rank.")] = None
-    lora_ratio: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of LoRA's second matrix relative to the first (LoRA+), such as 16."),
-    ] = None
-    targets: Annotated[
-        str | None, typer.Option(help="Layers with LoRA: attention, all-linear, or names separated by commas.")
-    ] = None
+    preset: str = option("lora, lora-plus (and embeddings, norms), dora, full, nope.", "lora")
+    learning_rate: float | None = option("Peak learning rate. Default: the preset's.")
+    rank: int | None = option("Rank of LoRA. Default: the preset's.")
+    alpha: float | None = option("LoRA is scaled by alpha / rank.")
+    lora_ratio: float | None = option(
+        "Learning rate of LoRA's second matrix relative to the first (LoRA+), such as 16."
+    )
+    targets: str | None = option("Layers with LoRA: attention, all-linear, or names separated by commas.")
 
     def changed(self) -> Preset:
         """Return the preset with the given settings."""
@@ -62,61 +60,38 @@ class Adapter:
 class Training:
     """Keyword arguments of [`~hf_posext.training.finetune`], passed on as they are."""
 
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens per row. Default: the target length.")] = None
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per process and forward pass.")] = 1
-    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 8
-    warmup: Annotated[
-        int | None,
-        typer.Option(min=0, help="Steps until the peak learning rate. Default: 20, at most half of all steps."),
-    ] = None
-    pack: Annotated[
-        bool, typer.Option("--pack", help="Pack short texts into shared rows, without attention between them.")
-    ] = False
-    pose: Annotated[
-        int | None, typer.Option(min=2, help="Short rows with skipped positions (PoSE): chunks in a row, such as 2.")
-    ] = None
-    shifted: Annotated[
-        int | None, typer.Option(min=2, help="Attend within groups while training (S2): groups in a row, such as 4.")
-    ] = None
-    longce: Annotated[
-        int | None,
-        typer.Option(min=1, help="Weight tokens by the gain of the long context (LongCE): tokens of the short one."),
-    ] = None
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 by autocast.")] = False
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Save memory at the cost of time.")
-    ] = False
-    patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many evaluations without improvement.")
-    ] = None
-    save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints. Default: a tenth of all steps.")
-    ] = None
+    length: int | None = option("Tokens per row. Default: the target length.", min=2)
+    steps: int = option("Optimizer steps.", 1000, min=1)
+    batch_size: int = option("Rows per process and forward pass.", 1, min=1)
+    accumulation: int = option("Forward passes per step.", 8, min=1)
+    warmup: int | None = option("Steps until the peak learning rate. Default: 20, at most half of all steps.", min=0)
+    pack: bool = option("Pack short texts into shared rows, without attention between them.", False)
+    pose: int | None = option("Short rows with skipped positions (PoSE): chunks in a row, such as 2.", min=2)
+    shifted: int | None = option("Attend within groups while training (S2): groups in a row, such as 4.", min=2)
+    longce: int | None = option(
+        "Weight tokens by the gain of the long context (LongCE): tokens of the short context.", min=1
+    )
+    bf16: bool = option("Compute in bfloat16 by autocast.", False)
+    gradient_checkpointing: bool = option("Save memory at the cost of time.", False)
+    patience: int | None = option("Stop after this many evaluations without improvement.", min=1)
+    save_every: int | None = option("Steps between checkpoints. Default: a tenth of all steps.", min=1)
     seed: options.Seed = 0
-    report_to: Annotated[
-        str, typer.Option(metavar="TRACKER", help="Log training as the Trainer does: tensorboard, wandb, mlflow.")
-    ] = "none"
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in OUTPUT, if any.")] = False
+    report_to: str = option("Log training as the Trainer does: tensorboard, wandb, mlflow.", "none", metavar="TRACKER")
+    resume: bool = option("Resume the run in OUTPUT, if any.", False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """Measurements during training."""
 
-    evaluate: Annotated[
-        str | None, typer.Option(help="Texts to measure during training, in the forms of --dataset.")
-    ] = None
-    evaluate_split: Annotated[str | None, typer.Option(help="Split of the data set of --evaluate.")] = None
-    lengths: Annotated[
-        str | None,
-        typer.Option(help="For --evaluate: context lengths in tokens. Default: the trained and the target length."),
-    ] = None
-    every: Annotated[int, typer.Option(min=1, help="For --evaluate: steps between measurements.")] = 100
-    start: Annotated[
-        int, typer.Option(min=0, help="For --evaluate: tokens to skip at the beginning of each document.")
-    ] = 0
-    passkey: Annotated[int, typer.Option(min=0, help="For --evaluate: passkey trials at each length.")] = 0
+    evaluate: str | None = option("Texts to measure during training, in the forms of --dataset.")
+    evaluate_split: str | None = option("Split of the data set of --evaluate.")
+    lengths: str | None = option(
+        "For --evaluate: context lengths in tokens. Default: the trained and the target length."
+    )
+    every: int = option("For --evaluate: steps between measurements.", 100, min=1)
+    start: int = option("For --evaluate: tokens to skip at the beginning of each document.", 0, min=0)
+    passkey: int = option("For --evaluate: passkey trials at each length.", 0, min=0)
 
     def load(self, texts: options.Texts, plan: ExtensionPlan) -> Evaluation | None:
         """Return the evaluation with its texts, which are read like those to train on."""

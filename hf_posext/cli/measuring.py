@@ -34,11 +34,10 @@ if TYPE_CHECKING:
 class Measurement(options.Run):
     """Options that both commands have in addition to the settings of [`EvaluationConfig`]."""
 
-    output: Annotated[Path, typer.Option(file_okay=False, help="Directory of the report; new or empty.")]
-    log_with: Annotated[
-        str | None,
-        typer.Option(metavar="TRACKER", help="Also log curves over the length: tensorboard, wandb, mlflow."),
-    ] = None
+    output: Path = options.option("Directory of the report; new or empty.", ..., file_okay=False)
+    log_with: str | None = options.option(
+        "Also log curves over the length: tensorboard, wandb, mlflow.", metavar="TRACKER"
+    )
     resume: options.Resume = False
     config: options.Config = None
 

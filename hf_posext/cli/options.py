@@ -7,7 +7,7 @@ import functools
 import inspect
 import shlex
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -124,18 +124,28 @@ Config = Annotated[
     Path | None,
     typer.Option(callback=use_config, is_eager=True, help="YAML file of these settings; flags take precedence."),
 ]
-TargetLength = Annotated[int | None, typer.Option(min=2, help="Target length in tokens, instead of a factor.")]
 TrainedLength = Annotated[
     int | None, typer.Option(min=1, help="Trained length in tokens, if the config is wrong or lacks it.")
 ]
+
+
+def option(help: str, default: Any = None, **flag: Any) -> Any:
+    """Declare the field of a dataclass as an option; `...` as its default makes it one that must be given.
+
+    Args:
+        help (`str`): text of the help.
+        default (`Any`, *optional*): default value.
+        flag: further arguments of `typer.Option`.
+    """
+    return field(default=MISSING if default is ... else default, metadata={"help": help, "flag": flag})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
     """Target of a method, as a factor or a length."""
 
-    factor: Annotated[float | None, typer.Option(help="Target length as a multiple of the trained length.")] = None
-    target_length: TargetLength = None
+    factor: float | None = option("Target length as a multiple of the trained length.")
+    target_length: int | None = option("Target length in tokens, instead of a factor.", min=2)
     trained_length: TrainedLength = None
 
 
@@ -143,23 +153,18 @@ class Lengths:
 class Texts:
     """Texts of a command."""
 
-    dataset: Annotated[str, typer.Option(help="Folder of .txt; .jsonl, .json, .csv, .parquet; recipe; Hub id.")]
-    documents: Annotated[int | None, typer.Option(help="Number of documents to read. Default: all.")] = None
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts. Default: text, or recipe's.")] = None
-    split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub data set.")] = None
+    dataset: str = option("Folder of .txt; .jsonl, .json, .csv, .parquet; recipe; Hub id.", ...)
+    documents: int | None = option("Number of documents to read. Default: all.")
+    text_column: str | None = option("Column of the texts. Default: text, or the recipe's.")
+    split: str | None = option("Split of the data set.")
+    revision: str | None = option("Branch, tag or commit of a Hub data set.")
 
     def load(self) -> Documents:
         """Return the documents."""
         from ..evaluation import load_documents
 
-        return load_documents(
-            self.dataset,
-            text_column=self.text_column,
-            split=self.split,
-            revision=self.revision,
-            limit=self.documents,
-        )
+        names = {"text_column": self.text_column, "split": self.split, "revision": self.revision}
+        return load_documents(self.dataset, limit=self.documents, **names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +179,7 @@ class Run(Texts, Subject):
     """A model that reads texts, in one process or in those of a launcher."""
 
     dtype: Dtype = "float32"
-    device: Annotated[
-        str | None,
-        typer.Option(help="Device of torch, such as cuda:0 or mps. Default: cpu, or the launcher's for each process."),
-    ] = None
+    device: str | None = option("Device of torch, such as cuda:0 or mps. Default: cpu, or the launcher's choice.")
     trust_remote_code: TrustRemoteCode = False
 
 

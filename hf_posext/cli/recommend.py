@@ -27,17 +27,14 @@ class Choice(options.Run):
     """Options of both commands: a model, a target length, and the file of the plan."""
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")]
-    target_length: Annotated[int, typer.Option(min=2, help="Target length in tokens, above the trained length.")]
-    output: Annotated[
-        Path,
-        typer.Option(dir_okay=False, help="JSON file of the plan; must not exist. The journal is written beside it."),
-    ]
+    target_length: int = options.option("Target length in tokens, above the trained length.", ..., min=2)
+    output: Path = options.option(
+        "JSON file of the plan; must not exist. The journal is written beside it.", ..., dir_okay=False
+    )
     trained_length: options.TrainedLength = None
     start: options.Start = 0
     seed: options.Seed = 0
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run whose journal is beside OUTPUT, if any.")
-    ] = False
+    resume: bool = options.option("Resume the run whose journal is beside OUTPUT, if any.", False)
 
     def measure(self, function: Callable[..., Result], journal: Path, **settings: Any) -> Result:
         """Return the result of a function of the model, its tokenizer and the texts, which measures them."""
