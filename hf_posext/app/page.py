@@ -205,7 +205,8 @@ def _number(field: str, value: Any) -> float:
     if not is_number or not abs(value) <= sys.float_info.max:  # false for NaN; integers of JSON have any size
         got = "an empty field" if value in (None, "") else repr(value)[:40]
         raise InvalidParameterError(f"Expected a number in the field {field}, got {got}.")
-    return value
+    number: float = value
+    return number
 
 
 def _tokens(field: str, value: Any) -> int:

@@ -163,7 +163,7 @@ class Texts:
         """Return the documents."""
         from ..evaluation import load_documents
 
-        names = {"text_column": self.text_column, "split": self.split, "revision": self.revision}
+        names: Any = {"text_column": self.text_column, "split": self.split, "revision": self.revision}
         return load_documents(self.dataset, limit=self.documents, **names)
 
 
