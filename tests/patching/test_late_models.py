@@ -13,7 +13,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from hf_posext import patch_model
-from hf_posext.errors import AlreadyPatchedError, EvaluationError, UnsupportedModelError
+from hf_posext.errors import EvaluationError, UnsupportedModelError
 from hf_posext.methods import DynamicNTK, LogN, ReRoPE, Sinks
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens
@@ -290,5 +290,5 @@ def test_saved_config_does_not_name_our_attention(llama: LlamaForCausalLM, tmp_p
     llama.save_pretrained(tmp_path / "plain")
     for directory in ("patched", "plain"):
         assert "posext-" not in (tmp_path / directory / "config.json").read_text()  # the plan is there, by its own key
-    with pytest.raises(AlreadyPatchedError, match="made from the config of a patched model"):
-        patch_model(llama.__class__(llama.config), "none", factor=8)
+    with pytest.raises(ValueError, match=r"hf_posext plan \(rerope\(window=16\)"):
+        llama.__class__(llama.config)

@@ -431,9 +431,9 @@ def test_parameters_that_cannot_be(method: Method, message: str) -> None:
             make()
     for fades in (Fade, Decay):
         for strength in (0, -1, math.nan, math.inf):
-            with pytest.raises(InvalidParameterError, match=rf"{fades.name} strength (above 0, got|is (nan|inf))"):
+            with pytest.raises(InvalidParameterError, match=f"Expected {fades.name} strength to be a .*number"):
                 fades(strength=strength)
-    with pytest.raises(InvalidParameterError, match="1 token or more, got 0"):
+    with pytest.raises(InvalidParameterError, match="fade reference to be a whole number of at least 1"):
         Fade(reference=0)
 
 
