@@ -103,7 +103,7 @@ def table(found: Mapping[str, Any]) -> str:
     runs, trials = found["runs"], found["settings"]["passkey"]
     first, *_, last = found["settings"]["lengths"]
     heads = ["", f"perplexity at {first}", f"change at {first}", f"perplexity at {last}", "gain"]
-    heads += [*([f"passkeys at {last}"] if trials else []), "of full", "trained parameters", "seconds"]
+    heads += [*([f"passkeys at {last}"] if trials else []), "of full", "trained parameters"]
     lines = []
     for name in ordered(runs):
         run, row = runs[name], longest(runs[name])
@@ -119,7 +119,6 @@ def table(found: Mapping[str, Any]) -> str:
             f"{parameters['trained']:,} ({parameters['trained'] / parameters['model']:.1%})"
             if parameters
             else NOTHING,
-            f"{run['train_seconds']:.0f}" if "train_seconds" in run else NOTHING,
         ]
         lines.append(cells)
     return markdown(heads, lines)
