@@ -213,7 +213,7 @@ def load_documents(
             - the name of a recipe (`"pg19"`, `"proof-pile"`, `"govreport"`, `"arxiv"`, `"booksum"`), which takes
               precedence over a folder of that name in the working directory. Write `"./pg19"` for the folder;
             - a file: `.txt` (one document), `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, or `.arrow` (one document
-              per row), in UTF-8, optionally compressed (`.gz`, `.xz`, `.bz2`, `.zst`);
+              per row), in UTF-8, all but the last two optionally compressed (`.gz`, `.xz`, `.bz2`, `.zst`);
             - a folder of such files of one kind, at any depth but not through links to other folders, or a folder
               written by `Dataset.save_to_disk`;
             - a Hub id;

@@ -77,7 +77,7 @@ OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
-ENDINGS = f"{', '.join(KINDS)} (also compressed: {', '.join((*OPENERS, '.zst'))})"
+ENDINGS = f"{', '.join(KINDS)} (all but the last two also compressed: {', '.join((*OPENERS, '.zst'))})"
 
 
 def kind_of(path: Path) -> str | None:
