@@ -8,6 +8,7 @@ run whoever else has wrapped their forward (accelerate, with a `device_map`).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .sites import bucket_modules, logits_of_probe
 from .undo import UndoLog
 
 
-class AttentionSlopes:
+class AttentionSlopes(ABC):
     """Forward pre-hook of an attention layer, with the float32 slopes (heads,) of a plan and their biases."""
 
     def __init__(self, slopes: torch.Tensor) -> None:
@@ -54,9 +55,9 @@ class AttentionSlopes:
         """Return the arguments of the layer with the biases of these slopes."""
         return args, kwargs | self.biased(module, kwargs)
 
+    @abstractmethod
     def biased(self, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return the arguments that take the place of those that the layer was given."""
-        raise NotImplementedError
 
 
 class BloomSlopes(AttentionSlopes):
