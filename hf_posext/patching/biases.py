@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,7 +94,11 @@ class MptSlopes(AttentionSlopes):
         return {"position_bias": self.on(shipped.device)[:, None, None] * distances}
 
 
-_HOOKS = {"BloomAttention": BloomSlopes, "FalconAttention": FalconSlopes, "MptAttention": MptSlopes}
+_HOOKS: dict[str, Callable[[torch.Tensor], AttentionSlopes]] = {
+    "BloomAttention": BloomSlopes,
+    "FalconAttention": FalconSlopes,
+    "MptAttention": MptSlopes,
+}
 
 
 def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
