@@ -18,8 +18,8 @@ KINDS: dict[str, dict[str, Any]] = {"lora": {}, "lora-plus": {"modules_to_save":
 def with_adapter(model: PreTrainedModel, **options: Any) -> PeftModel:
     """An adapter that is not the identity."""
     torch.manual_seed(1)
-    given = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
-    return get_peft_model(model, LoraConfig(**{**given, **options})).eval()
+    defaults = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    return get_peft_model(model, LoraConfig(**{**defaults, **options})).eval()
 
 
 def train(model: PeftModel, length: int, steps: int = 3) -> None:

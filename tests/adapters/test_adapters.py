@@ -142,13 +142,13 @@ def test_other_method_is_refused_with_both_plans(adapter: Path, base: Path) -> N
 
 def test_other_weights_are_refused_and_nothing_is_left_on_them(adapter: Path) -> None:
     torch.manual_seed(7)
-    other = type(tiny_llama())(tiny_llama().config).eval()
-    before = logits(other, IDS)
+    stranger = type(tiny_llama())(tiny_llama().config).eval()
+    before = logits(stranger, IDS)
     with pytest.raises(PlanMismatchError, match="another base model: its .* has other values"):
-        load_adapter(adapter, base=other)
-    assert find_patch(other) is None and torch.equal(logits(other, IDS), before)
-    patch_model(other, "yarn", factor=4)
-    assert not verify_adapter(other, adapter)
+        load_adapter(adapter, base=stranger)
+    assert find_patch(stranger) is None and torch.equal(logits(stranger, IDS), before)
+    patch_model(stranger, "yarn", factor=4)
+    assert not verify_adapter(stranger, adapter)
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -185,9 +185,9 @@ def test_other_architecture_is_refused(adapter: Path) -> None:
 
 
 def test_other_theta_is_refused(adapter: Path) -> None:
-    other = tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})
+    model = tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})
     with pytest.raises(PlanMismatchError, match="theta 10000.*theta 500000"):
-        load_adapter(adapter, base=other)
+        load_adapter(adapter, base=model)
 
 
 def test_verify_tells_every_reason(adapter: Path, base: Path) -> None:
@@ -205,8 +205,8 @@ def test_adapter_that_has_no_place_is_refused(base: Path, tmp_path: Path) -> Non
         verify_adapter(open_patched(base), path)
     (path / "adapter_model.safetensors").write_bytes(weights)
     with safe_open(path / "adapter_model.safetensors", "pt") as file:
-        more = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(more | {"base_model.model.model.layers.9.weight": torch.ones(2)}, path / "adapter_model.safetensors")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors | {"base_model.model.model.layers.9.weight": torch.ones(2)}, path / "adapter_model.safetensors")
     assert "it has no place for model.layers.9.weight" in verify_adapter(open_patched(base), path).reasons[0]
     with pytest.raises(PlanMismatchError, match="has no place for model.layers.9"):
         load_adapter(path)

@@ -89,9 +89,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def browser() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
-    found = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
+    executable = next(
+        path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))
+    )
     with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])  # root has none
+        opened = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])  # root has none
         yield opened
         opened.close()
 
@@ -99,15 +101,15 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(address: str, browser: Browser) -> Iterator[Page]:
     """The page, opened; fails if it asked anything of another machine."""
-    asked: list[str] = []
+    requests: list[str] = []
     opened = browser.new_page(viewport={"width": 1360, "height": 860})
     opened.set_default_timeout(1000 * SECONDS)
-    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("request", lambda request: requests.append(request.url))
     opened.goto(address)
     opened.wait_for_selector("#signal-figure img")
     yield opened
     opened.close()
-    assert asked and [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    assert requests and [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
 
 
 def choose(page: Page, name: str, value: str) -> None:
@@ -177,12 +179,12 @@ def test_the_loss_is_measured_before_and_after(page: Page, pictures: Path) -> No
     page.locator("#measure").click()
     drawn(page, "loss")
     assert "on 2 documents the loss rises by" in page.locator("#verdict").inner_text()
-    told = page.locator("#loss-note").inner_text()
-    found = re.search(
-        r"Past token 512 the loss is ([\d.]+) nats per token as it is and ([\d.]+) with self-extend", told
+    note = page.locator("#loss-note").inner_text()
+    losses = re.search(
+        r"Past token 512 the loss is ([\d.]+) nats per token as it is and ([\d.]+) with self-extend", note
     )
-    assert found and float(found[1]) > float(found[2]) + 0.5
-    assert re.search(r"self-extend has a gain of [\d.]+ over truncating the input to 512 tokens", told)
+    assert losses and float(losses[1]) > float(losses[2]) + 0.5
+    assert re.search(r"self-extend has a gain of [\d.]+ over truncating the input to 512 tokens", note)
     page.screenshot(path=pictures / "loss.png")
     type_in(page, "factor", "3")  # what was measured is of another choice now
     page.locator("#loss-figure img").wait_for(state="detached")
@@ -322,7 +324,7 @@ def test_an_error_that_was_not_foreseen_is_one_line_too(caplog: pytest.LogCaptur
     def broken() -> dict[str, str]:
         raise ZeroDivisionError("of the code")
 
-    assert _one_line(lambda told: {"message": told}, broken)() == {
+    assert _one_line(lambda message: {"message": message}, broken)() == {
         "message": "Unforeseen ZeroDivisionError. The terminal of hf-posext app shows more."
     }
     assert "of the code" in caplog.text

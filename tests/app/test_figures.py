@@ -69,8 +69,8 @@ def test_a_mask_is_the_formula_of_its_paper(method: str, formula: Callable[[int,
     before, after = (figure.axes[panel].images[-1].get_array().filled(np.nan).tolist() for panel in (0, 1))
     for i in range(LENGTH):
         assert before[i][: i + 1] == [i - j for j in range(i + 1)]
-        wanted = [formula(i, j) for j in range(i + 1)]
-        assert np.allclose(after[i][: i + 1], wanted, rtol=1e-6, atol=0)  # fractional positions are float32
+        expected = [formula(i, j) for j in range(i + 1)]
+        assert np.allclose(after[i][: i + 1], expected, rtol=1e-6, atol=0)  # fractional positions are float32
         assert np.isnan(before[i][i + 1 :]).all() and np.isnan(after[i][i + 1 :]).all()
     line = figure.axes[2].lines[1]
     last = [formula(LENGTH - 1, LENGTH - 1 - distance) for distance in range(LENGTH)]
@@ -121,8 +121,8 @@ def test_wavelengths_are_those_of_transformers_own_yarn() -> None:
     inv_freq, _ = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     assert series["yarn x4"].tolist() == pytest.approx([2 * math.pi / radians for radians in inv_freq.tolist()])
     width = model.config.hidden_size // model.config.num_attention_heads
-    own = [2 * math.pi * 10_000.0 ** (2 * pair / width) for pair in range(width // 2)]
-    assert series["as it is"].tolist() == pytest.approx(own)  # float32 frequencies: 1e-7
+    wavelengths = [2 * math.pi * 10_000.0 ** (2 * pair / width) for pair in range(width // 2)]
+    assert series["as it is"].tolist() == pytest.approx(wavelengths)  # float32 frequencies: 1e-7
     (trained,) = (line for line in figure.axes[0].lines if line.get_linestyle() == ":")
     assert set(trained.get_ydata()) == {TRAINED}
 
@@ -133,13 +133,13 @@ def test_points_are_orange_where_the_text_goes_past_what_training_has_shown() ->
     figure = figures.frequency_figure(view_of(model, "linear", length=4 * TRAINED))
     assert figure is not None
     points = [line for line in figure.axes[0].lines if line.get_linestyle() == "None"]
-    found = [
+    drawn = [
         (to_hex(line.get_color()).upper(), np.flatnonzero(~np.isnan(line.get_ydata())).tolist()) for line in points
     ]
     slow = [pair for pair in range(8) if 2 * math.pi * 10_000.0 ** (pair / 8) > TRAINED]
     fast = [pair for pair in range(8) if pair not in slow]
     assert slow and fast
-    assert found == [(SHOWN, fast), (NEW, slow), (SHOWN, list(range(8))), (NEW, [])]
+    assert drawn == [(SHOWN, fast), (NEW, slow), (SHOWN, list(range(8))), (NEW, [])]
 
 
 def test_a_pair_that_stands_still_has_no_wavelength() -> None:

@@ -35,8 +35,8 @@ def test_the_shipped_models_come_after_those_given_and_the_novels_with_them(tmp_
     assert len(shelf.documents()) == 2
     texts = tmp_path / "texts.txt"
     texts.write_text("One text.", encoding="utf-8")
-    own = make_shelf([], texts, None, opener)
-    assert own.start == 0 and [document.text for document in own.documents()] == ["One text."]
+    shelf_of_text = make_shelf([], texts, None, opener)
+    assert shelf_of_text.start == 0 and [document.text for document in shelf_of_text.documents()] == ["One text."]
 
 
 def test_two_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_the_trained_length_of_the_shipped_alibi_model_is_known_and_that_of_a_co
     shipped = EXAMPLES / "tiny" / "tiny-alibi"
     shutil.copytree(shipped, tmp_path / "copy")
     shelf = make_shelf([tmp_path / "copy"], None, None, opener)
-    found = first_look(shelf, "tiny-alibi")
-    assert (found.trained_length, found.target_length) == (512, 2048)
+    first = first_look(shelf, "tiny-alibi")
+    assert (first.trained_length, first.target_length) == (512, 2048)
     assert first_look(shelf, "copy").trained_length is None
     with pytest.raises(InvalidParameterError, match="The trained length of copy is unknown"):
         look(shelf, Choice("copy", "alibi-linear", 4, 2048))

@@ -29,8 +29,8 @@ def figures(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
 def output(adapter: Path, tmp_path: Path) -> Path:
     """As `finetune` leaves it."""
     shutil.copytree(adapter, tmp_path / "run" / "adapter")
-    made = {"run": {"settings": {"steps": 3}}, "result": {"path": "adapter", "seconds": 1.5}}
-    (tmp_path / "run" / "provenance.json").write_text(json.dumps(made))
+    provenance = {"run": {"settings": {"steps": 3}}, "result": {"path": "adapter", "seconds": 1.5}}
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps(provenance))
     return tmp_path / "run"
 
 

@@ -59,11 +59,11 @@ def test_results_go_to_a_tracker_that_is_there(tmp_path: Path) -> None:
     assert compare(output, documents=1, methods="none", log_with="tensorboard").exit_code == 0
     events = EventAccumulator(str(output / "hf_posext"))
     events.Reload()
-    told = [(event.step, event.value) for event in events.Scalars("perplexity/none-x1")]
+    events_of_none = [(event.step, event.value) for event in events.Scalars("perplexity/none-x1")]
     rows = Results.load_json(output / "results.json").rows
-    assert told == [(row["length"], np.float32(row["perplexity"])) for row in rows]
-    said = error_of(compare(tmp_path / "other", log_with="tensorbord"))
-    assert "--log-with is 'tensorbord'; installed here are: " in said and "tensorboard" in said.split("are: ")[1]
+    assert events_of_none == [(row["length"], np.float32(row["perplexity"])) for row in rows]
+    message = error_of(compare(tmp_path / "other", log_with="tensorbord"))
+    assert "--log-with is 'tensorbord'; installed here are: " in message and "tensorboard" in message.split("are: ")[1]
 
 
 def test_the_command_in_the_provenance_measures_the_same_again(finished: tuple[Any, Path], tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_methods_of_other_schemes_are_listed_with_the_reason(tmp_path: Path, cap
         "table-linear": "table-linear extends learned positions; llama has rotary",
         "alibi-linear": "alibi-linear extends alibi positions; llama has rotary",
     }
-    said = "Left out: table-linear (extends learned positions; llama has rotary)."
-    assert said in " ".join(result.stdout.split()) and said in (tmp_path / "out" / "README.md").read_text()
+    reason = "Left out: table-linear (extends learned positions; llama has rotary)."
+    assert reason in " ".join(result.stdout.split()) and reason in (tmp_path / "out" / "README.md").read_text()
     assert "left out: table-linear (extends learned positions; llama has rotary)" in caplog.messages
 
 
@@ -143,8 +143,8 @@ def test_ctrl_c_keeps_what_is_finished_and_restores_the_model(tmp_path: Path, mo
     models = break_at(monkeypatch, "yarn", KeyboardInterrupt())
     result = compare(tmp_path / "out")
     assert result.exit_code == 130
-    kept = f"interrupted; finished and kept in {tmp_path / 'out'}: none, linear; go on with --resume"
-    assert result.stderr.splitlines()[-1] == kept
+    message = f"interrupted; finished and kept in {tmp_path / 'out'}: none, linear; go on with --resume"
+    assert result.stderr.splitlines()[-1] == message
     results = Results.load_json(tmp_path / "out" / "results.json")
     assert [row["method"] for row in results.rows] == ["none", "none", "linear", "linear"]
     assert "`linear x2`" in (tmp_path / "out" / "README.md").read_text()
@@ -157,8 +157,8 @@ def test_ctrl_c_before_a_method_is_finished_keeps_the_part_that_is(
     break_at(monkeypatch, "none", KeyboardInterrupt())
     result = compare(tmp_path / "out")
     assert result.exit_code == 130
-    kept = f"interrupted; a part is kept in {tmp_path / 'out'}; go on with --resume"
-    assert result.stderr.splitlines()[-1] == kept
+    message = f"interrupted; a part is kept in {tmp_path / 'out'}; go on with --resume"
+    assert result.stderr.splitlines()[-1] == message
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
 
 
@@ -176,8 +176,8 @@ def test_ctrl_c_before_anything_is_finished_leaves_nothing(tmp_path: Path, monke
 def test_an_error_on_the_way_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_at(monkeypatch, "yarn", EvaluationError("two ways disagree"))
     message = error_of(compare(tmp_path / "out"))
-    kept = f"finished and kept in {tmp_path / 'out'}: none, linear; go on with --resume"
-    assert message == f"error: two ways disagree; {kept}"
+    advice = f"finished and kept in {tmp_path / 'out'}: none, linear; go on with --resume"
+    assert message == f"error: two ways disagree; {advice}"
     assert len(Results.load_json(tmp_path / "out" / "results.json").rows) == 4
 
 
@@ -195,8 +195,8 @@ def test_a_method_that_breaks_is_left_out_with_the_reason_and_its_traceback_is_l
     break_at(monkeypatch, "yarn", ZeroDivisionError("a bug"))
     result = compare(tmp_path / "out")
     assert result.exit_code == 0
-    said = "Left out: yarn x2 (failed on every document: ZeroDivisionError: a bug)."
-    assert said in " ".join(result.stdout.split()) and said in (tmp_path / "out" / "README.md").read_text()
+    reason = "Left out: yarn x2 (failed on every document: ZeroDivisionError: a bug)."
+    assert reason in " ".join(result.stdout.split()) and reason in (tmp_path / "out" / "README.md").read_text()
     rows = Results.load_json(tmp_path / "out" / "results.json").rows
     assert [row["method"] for row in rows] == ["none", "none", "linear", "linear"]
     assert "ZeroDivisionError: a bug" in caplog.text and "break_or_read" in caplog.text
@@ -214,15 +214,15 @@ def test_a_run_goes_on_from_its_journal_and_ends_with_the_same_rows(
         f"error: output {output} holds the journal of a run; to go on with it type the same with --resume, else give "
         "another --output"
     )
-    other = error_of(compare(output, "--resume", passkey=2, seed=1))
-    assert "journal.jsonl is the journal of another run" in other and "seed is 0 there and 1 here" in other
+    message = error_of(compare(output, "--resume", passkey=2, seed=1))
+    assert "journal.jsonl is the journal of another run" in message and "seed is 0 there and 1 here" in message
     measured = break_at(monkeypatch, "no method", KeyboardInterrupt())
     result = compare(output, "--resume", passkey=2)
     assert result.exit_code == 0, result.output
     assert len(measured) == 2, "the two documents of the method that was interrupted"
-    whole = Results.load_json(finished[1] / "results.json")
+    undisturbed = Results.load_json(finished[1] / "results.json")
     again = Results.load_json(output / "results.json")
-    assert again.rows == whole.rows and again.per_document == whole.per_document
+    assert again.rows == undisturbed.rows and again.per_document == undisturbed.per_document
     assert "--resume" not in again.provenance["command"]
     measured.clear()
     assert compare(output, "--resume", passkey=2).exit_code == 0 and measured == []
@@ -254,5 +254,5 @@ def test_a_document_that_fails_is_left_out_and_told(tmp_path: Path, monkeypatch:
     name = entry["document"]
     assert entry["reason"] == f"linear x2: logits are not finite in document {name!r}" and entry["tokens"] > 128
     assert name not in {record["document"] for record in results.per_document}
-    said = f"Left out: document {name} (linear x2: logits are not finite in document {name!r})."
-    assert said in " ".join(result.stdout.split()) and said in (tmp_path / "out" / "README.md").read_text()
+    reason = f"Left out: document {name} (linear x2: logits are not finite in document {name!r})."
+    assert reason in " ".join(result.stdout.split()) and reason in (tmp_path / "out" / "README.md").read_text()

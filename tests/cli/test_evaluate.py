@@ -54,13 +54,16 @@ def test_a_saved_patch_is_in_force_and_gains_what_it_gains_in_a_comparison(patch
     result = evaluate(tmp_path / "one", "--control", MODEL, "--trained-length", 64, model=patched)
     assert result.exit_code == 0, result.output
     assert compare(tmp_path / "two", methods="rerope(window=32)").exit_code == 0
-    one, two = (Results.load_json(tmp_path / name / "results.json") for name in ("one", "two"))
-    for own, other in zip(one.rows, two.rows, strict=True):
-        assert own["method"] == "rerope(window=32)" and own["factor"] == 2
+    evaluated, compared = (Results.load_json(tmp_path / name / "results.json") for name in ("one", "two"))
+    for row, expected in zip(evaluated.rows, compared.rows, strict=True):
+        assert row["method"] == "rerope(window=32)" and row["factor"] == 2
         for key in ("perplexity", "perplexity_truncated", "gain"):
-            assert own[key] == pytest.approx(other[key], rel=1e-5)
-    assert one.rows[0]["change"] == pytest.approx(two.rows[0]["change"], abs=1e-5) and one.rows[1]["change"] is None
-    assert one.provenance["control"].endswith("tiny-rope")
+            assert row[key] == pytest.approx(expected[key], rel=1e-5)
+    assert (
+        evaluated.rows[0]["change"] == pytest.approx(compared.rows[0]["change"], abs=1e-5)
+        and evaluated.rows[1]["change"] is None
+    )
+    assert evaluated.provenance["control"].endswith("tiny-rope")
 
 
 def test_a_comparison_of_a_patched_model_says_what_to_type(patched: Path, tmp_path: Path) -> None:

@@ -27,9 +27,11 @@ def test_a_model_is_explained_without_documents() -> None:
 
 
 def test_json_holds_the_tables() -> None:
-    found = json.loads(run("explain", MODEL, "--json").stdout)
-    assert found["critical_dimension"] == 32 and len(found["tables"]["frequencies"]) == 32
-    assert [one["generalization"] for one in json.loads(run("explain", MODEL, ALIBI, "--json").stdout)] == [
+    explanation = json.loads(run("explain", MODEL, "--json").stdout)
+    assert explanation["critical_dimension"] == 32 and len(explanation["tables"]["frequencies"]) == 32
+    assert [
+        explanation["generalization"] for explanation in json.loads(run("explain", MODEL, ALIBI, "--json").stdout)
+    ] == [
         "interpolation",
         "extrapolation",
     ]
@@ -58,10 +60,12 @@ def test_ten_million_tokens_are_drawn_where_a_picture_can_show_them(tmp_path: Pa
     for model in (MODEL, LEARNED):
         result = run("explain", model, *options)
         assert result.exit_code == 0 and "target length 10000000 tokens" in words(result), result.output
-    both = run("explain", MODEL, LEARNED, *options)
-    assert both.exit_code == 2 and words(both).count("target length 10000000 tokens") == 2, "what was found is told"
-    assert "no wave of the 511 tokens of training, which are 1 of its 2048 columns" in both.stderr
-    assert "Pass a shorter --target-length, as 16352" in both.stderr
+    two_models = run("explain", MODEL, LEARNED, *options)
+    assert two_models.exit_code == 2 and words(two_models).count("target length 10000000 tokens") == 2, (
+        "what was found is told"
+    )
+    assert "no wave of the 511 tokens of training, which are 1 of its 2048 columns" in two_models.stderr
+    assert "Pass a shorter --target-length, as 16352" in two_models.stderr
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,9 @@ def test_checkpoint_of_a_finetuning(preset: str, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         models.append(AutoModelForCausalLM.from_pretrained(out).eval())
     opened = load_adapter(saved).merge_and_unload() if preset == "lora" else load_patched(saved)
-    wanted = logits(realigned(opened.to(models[0].dtype).eval()), IDS)
+    expected = logits(realigned(opened.to(models[0].dtype).eval()), IDS)
     for model in models:
-        assert torch.equal(logits(realigned(model), IDS), wanted)
+        assert torch.equal(logits(realigned(model), IDS), expected)
 
 
 def test_gguf_gets_the_positions_of_an_export(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_gguf_gets_the_positions_of_an_export(tmp_path: Path) -> None:
     source = write_llama(AutoModelForCausalLM.from_pretrained(MODEL), tmp_path / "converted.gguf")
     result = run("gguf", tmp_path / "out", source, tmp_path / "model.gguf")
     assert result.exit_code == 0, result.output
-    said = read_gguf(tmp_path / "model.gguf")
-    assert said.keys["context_length"] == 2048 and len(said.tensors["rope_freqs.weight"]) == 32
+    written = read_gguf(tmp_path / "model.gguf")
+    assert written.keys["context_length"] == 2048 and len(written.tensors["rope_freqs.weight"]) == 32
     assert "Choose another name" in error_of(run("gguf", tmp_path / "out", source, tmp_path / "model.gguf"))
 
 

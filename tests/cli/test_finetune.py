@@ -38,20 +38,20 @@ def finetune(output: Path, *flags: str, **changed: Any) -> Any:
 def test_an_adapter_is_trained_and_what_it_did_is_told(tmp_path: Path) -> None:
     texts = tmp_path / "held.txt"
     texts.write_text(json.loads(NOVELS.read_text().splitlines()[0])["text"][:2000])
-    more = {"lora_ratio": 4, "report_to": "tensorboard"}
-    result = finetune(tmp_path / "out", evaluate=texts, every=1, passkey=1, lengths="96,128", rank=4, **more)
+    options = {"lora_ratio": 4, "report_to": "tensorboard"}
+    result = finetune(tmp_path / "out", evaluate=texts, every=1, passkey=1, lengths="96,128", rank=4, **options)
     assert result.exit_code == 0, result.output
-    told = result.stdout.splitlines()
-    assert told[0].startswith("trained 43,008 parameters (0.75%), 2 steps, ")
-    assert [line.partition(":")[0] for line in told[1:]] == [
-        told[1].partition(":")[0],
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("trained 43,008 parameters (0.75%), 2 steps, ")
+    assert [line.partition(":")[0] for line in lines[1:]] == [
+        lines[1].partition(":")[0],
         "perplexity at 96",
         "perplexity at 128",
         "passkey at 96",
         "passkey at 128",
         "adapter",
     ]
-    assert told[1].startswith("loss ") and told[-1] == f"adapter: {tmp_path / 'out' / 'adapter'}"
+    assert lines[1].startswith("loss ") and lines[-1] == f"adapter: {tmp_path / 'out' / 'adapter'}"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "adapter",
         "checkpoints",
@@ -72,9 +72,13 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
     settings.write_text("preset: full\nlearning_rate: 1.0e-4\nbf16: true\ngradient-checkpointing: true\nsteps: 1\n")
     result = finetune(tmp_path / "out", config=settings, learning_rate=None, steps=None)
     assert result.exit_code == 0, result.output
-    made = json.loads((tmp_path / "out" / "provenance.json").read_text())["run"]
-    assert made["preset"]["rank"] is None and made["preset"]["learning_rate"] == 1e-4
-    assert made["settings"]["bf16"] and made["settings"]["gradient_checkpointing"] and made["settings"]["steps"] == 1
+    settled = json.loads((tmp_path / "out" / "provenance.json").read_text())["run"]
+    assert settled["preset"]["rank"] is None and settled["preset"]["learning_rate"] == 1e-4
+    assert (
+        settled["settings"]["bf16"]
+        and settled["settings"]["gradient_checkpointing"]
+        and settled["settings"]["steps"] == 1
+    )
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
     again = finetune(tmp_path / "out", "--resume", config=settings, learning_rate=None, steps=None)
     assert "has ended; there is nothing to resume" in error_of(again)
@@ -119,28 +123,31 @@ def test_bad_input_is_one_line(changed: dict[str, Any], flags: tuple[str, ...], 
 
 def test_texts_that_are_too_short_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
-    told = error_of(finetune(tmp_path / "out", dataset=tmp_path / "short.txt"))
+    message = error_of(finetune(tmp_path / "out", dataset=tmp_path / "short.txt"))
     assert (
-        "do not fill a row of 128 tokens" in told and "Pass longer documents or a smaller length, or pack them" in told
+        "do not fill a row of 128 tokens" in message
+        and "Pass longer documents or a smaller length, or pack them" in message
     )
 
 
 def test_texts_to_measure_on_are_found_as_the_others_in_a_split_of_their_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[Any] = []
+    loads: list[Any] = []
 
-    def load(source: str, *, limit: int | None = None, **given: Any) -> list[str]:
-        asked.append((source, given))
+    def load(source: str, *, limit: int | None = None, **options: Any) -> list[str]:
+        loads.append((source, options))
         return ["A text."]
 
     monkeypatch.setattr("hf_posext.evaluation.load_documents", load)
-    given = {"text_column": "body", "revision": "v1", "split": "train", "evaluate_split": "test"}
+    options = {"text_column": "body", "revision": "v1", "split": "train", "evaluate_split": "test"}
     for held_out in ("me/novels", "me/others"):
-        error_of(finetune(tmp_path / "out", dataset="me/novels", evaluate=held_out, **given))
+        error_of(finetune(tmp_path / "out", dataset="me/novels", evaluate=held_out, **options))
     trained_on = ("me/novels", {"text_column": "body", "split": "train", "revision": "v1"})
-    own, other = ({"text_column": "body", "split": "test", "revision": revision} for revision in ("v1", None))
-    assert asked == [trained_on, ("me/novels", own), trained_on, ("me/others", other)]
+    same_source, other_source = (
+        {"text_column": "body", "split": "test", "revision": revision} for revision in ("v1", None)
+    )
+    assert loads == [trained_on, ("me/novels", same_source), trained_on, ("me/others", other_source)]
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -61,17 +61,19 @@ def test_headings_are_shown_and_no_option_is_lost() -> None:
 
 
 def test_completion() -> None:
-    asked = {"_HF_POSEXT_COMPLETE": "complete_bash", "COMP_WORDS": "hf-posext in", "COMP_CWORD": "1"}
+    completion = {"_HF_POSEXT_COMPLETE": "complete_bash", "COMP_WORDS": "hf-posext in", "COMP_CWORD": "1"}
     code = "from hf_posext.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **completion}, capture_output=True, text=True
+    )
     assert done.stdout.split() == ["inspect"]
 
 
 def test_env(patched: Path) -> None:
     lines = run("env").stdout.splitlines()
     assert lines[0].split() == ["hf_posext", hf_posext.__version__] and lines[-1].startswith("device")
-    found = json.loads(run("env", patched, "--json").stdout)
-    assert found["plan"]["method"] == "rerope(window=32)" and found["versions"]["torch"][0].isdigit()
+    environment = json.loads(run("env", patched, "--json").stdout)
+    assert environment["plan"]["method"] == "rerope(window=32)" and environment["versions"]["torch"][0].isdigit()
     assert run("env", MODEL).stdout.splitlines()[-1].split() == ["plan", "none"]
     assert "no such folder" in error_of(run("env", "./no/such/model"))
 
@@ -90,9 +92,9 @@ def test_inspect_needs_the_config_alone(tmp_path: Path) -> None:
 def test_inspect_says_which_methods_do_not_apply_and_why() -> None:
     result = run("inspect", EXAMPLES / "tiny" / "tiny-alibi")
     assert "yarn: extends rotary positions; bloom has alibi" in " ".join(result.stdout.split())
-    found = json.loads(run("inspect", EXAMPLES / "tiny" / "tiny-alibi", "--json").stdout)
-    assert found["scheme"]["kind"] == "alibi" and found["scheme"]["generalization"] == "extrapolation"
-    assert found["methods"]["none"] is None and "bloom has alibi" in found["methods"]["yarn"]
+    inspection = json.loads(run("inspect", EXAMPLES / "tiny" / "tiny-alibi", "--json").stdout)
+    assert inspection["scheme"]["kind"] == "alibi" and inspection["scheme"]["generalization"] == "extrapolation"
+    assert inspection["methods"]["none"] is None and "bloom has alibi" in inspection["methods"]["yarn"]
 
 
 def test_inspect_tells_a_model_with_a_patch_as_it_is_without_and_the_plan(tmp_path: Path, adapter: Path) -> None:
@@ -104,9 +106,9 @@ def test_inspect_tells_a_model_with_a_patch_as_it_is_without_and_the_plan(tmp_pa
         words = " ".join(run("inspect", folder).stdout.split())
         assert f"in force {method}: {lengths} tokens" in words
         assert "trained length 512 tokens (max_position_embeddings of the config)" in words
-        found = json.loads(run("inspect", folder, "--json").stdout)
-        assert found["plan"]["method"] == method and found["scheme"]["trained_length"] == 512
-        assert found["base"] == (str(MODEL) if folder == adapter else None)
+        inspection = json.loads(run("inspect", folder, "--json").stdout)
+        assert inspection["plan"]["method"] == method and inspection["scheme"]["trained_length"] == 512
+        assert inspection["base"] == (str(MODEL) if folder == adapter else None)
     assert json.loads(run("inspect", MODEL, "--json").stdout)["plan"] is None
 
 

@@ -74,10 +74,10 @@ def of_patched(root: Path) -> Callable[[], Any]:
 
 def of_adapter(root: Path, adapter: Path) -> Callable[[], Any]:
     base = drop(Path(shutil.copytree(MODEL, root / "base")))
-    own = Path(shutil.copytree(adapter, root / "adapter"))
-    config = json.loads((own / "adapter_config.json").read_text())
-    (own / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
-    return lambda: load_adapter(own)
+    copied = Path(shutil.copytree(adapter, root / "adapter"))
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    return lambda: load_adapter(copied)
 
 
 def test_missing_weights_are_refused_by_every_loader(partial: Path, tmp_path: Path, adapter: Path) -> None:
@@ -146,8 +146,8 @@ def remote(tmp_path: Path) -> tuple[Path, Path]:
     """A folder whose config is a class of its own, and the file that its code writes."""
     folder, marker = Path(shutil.copytree(MODEL, tmp_path / "remote")), tmp_path / "executed"
     config = json.loads((folder / "config.json").read_text())
-    own = {"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}
-    (folder / "config.json").write_text(json.dumps({**config, **own}))
+    custom = {"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}
+    (folder / "config.json").write_text(json.dumps({**config, **custom}))
     (folder / "code.py").write_text(CODE.format(marker=str(marker)))
     return folder, marker
 
@@ -167,8 +167,8 @@ def test_code_in_a_tokenizer_does_not_run(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder, marker = Path(shutil.copytree(MODEL, tmp_path / "remote")), tmp_path / "executed"
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "code.Own"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **own}))
+    custom = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "code.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **custom}))
     (folder / "code.py").write_text(CODE.format(marker=str(marker)))
     with pytest.raises(PosExtError):
         load_model(str(folder), "float32", "cpu")

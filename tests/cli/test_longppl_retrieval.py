@@ -47,7 +47,7 @@ def test_the_command_in_the_provenance_measures_the_same_again(finished: tuple[A
 
 def test_evaluate_with_a_folder_as_evaluator(tmp_path: Path) -> None:
     words = ["--model", MODEL, "--dataset", NOVELS, "--lengths", "128", "--documents", 1, "--output", tmp_path / "out"]
-    asked = [
+    tasks = [
         "--longppl",
         MODEL,
         "--short-length",
@@ -61,7 +61,7 @@ def test_evaluate_with_a_folder_as_evaluator(tmp_path: Path) -> None:
         "--depths",
         "0.5",
     ]
-    result = run("evaluate", *words, *asked)
+    result = run("evaluate", *words, *tasks)
     assert result.exit_code == 0, result.output
     results = Results.load_json(tmp_path / "out" / "results.json")
     assert results.provenance["longppl"]["evaluator"].endswith("tiny-rope")

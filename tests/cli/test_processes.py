@@ -44,8 +44,8 @@ def test_two_processes_write_one_report_of_the_same_rows(whole: Results, tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("measured by 2 processes on cpu") == 1
     assert done.stdout.count("Perplexity per token") == 1 and done.stdout.count("report: ") == 1
-    found = Results.load_json(tmp_path / "out" / "results.json")
-    assert found.rows == whole.rows and found.per_document == whole.per_document
+    results = Results.load_json(tmp_path / "out" / "results.json")
+    assert results.rows == whole.rows and results.per_document == whole.per_document
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"journal.jsonl", "journal-1.jsonl"} <= files and not any(name.endswith(".lock") for name in files)
     assert compare(tmp_path / "out", "--resume").exit_code == 0, "one process goes on with the journals of two"
@@ -64,8 +64,8 @@ def test_a_killed_command_goes_on_with_resume(whole: Results, tmp_path: Path) ->
     done = journal.read_bytes()
     assert done.count(b"\n") >= 3
     assert compare(tmp_path / "out", "--resume").exit_code == 0
-    found = Results.load_json(tmp_path / "out" / "results.json")
-    assert found.rows == whole.rows and found.per_document == whole.per_document
+    results = Results.load_json(tmp_path / "out" / "results.json")
+    assert results.rows == whole.rows and results.per_document == whole.per_document
     assert journal.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
 
 

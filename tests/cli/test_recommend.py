@@ -21,10 +21,10 @@ SEARCH = {"population": 4, "generations": 1}
 
 
 def call(command: str, output: Path, *flags: str, model: object = MODEL, **changed: Any) -> Any:
-    own = RECOMMEND if command == "recommend" else SEARCH
+    defaults = RECOMMEND if command == "recommend" else SEARCH
     options = {
         **OPTIONS,
-        **own,
+        **defaults,
         "output": output,
         **{name.replace("_", "-"): value for name, value in changed.items()},
     }
@@ -35,8 +35,11 @@ def call(command: str, output: Path, *flags: str, model: object = MODEL, **chang
 def test_a_recommendation_is_told_and_its_plan_written(tmp_path: Path) -> None:
     result = call("recommend", tmp_path / "new" / "plan.json")
     assert result.exit_code == 0, result.output
-    told = " ".join(result.stdout.split())
-    assert told.startswith("Use rerope x2 to read 128 tokens (gain over truncation ") and "of a budget of 6000" in told
+    output_text = " ".join(result.stdout.split())
+    assert (
+        output_text.startswith("Use rerope x2 to read 128 tokens (gain over truncation ")
+        and "of a budget of 6000" in output_text
+    )
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
     plan = ExtensionPlan.load(tmp_path / "new" / "plan.json")
     assert plan.method == "rerope" and plan.target_length == 128

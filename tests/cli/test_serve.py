@@ -80,7 +80,7 @@ def test_clients_get_the_tokens_that_their_prompts_get_alone(method: str, tmp_pa
     plain = [alone(model, tokenizer, prompt) for prompt in prompts]
     patch_model(model, method, factor=4, tokenizer=tokenizer).save_pretrained(tmp_path / "model")
     model = load_patched(tmp_path / "model")
-    wanted = [alone(model, tokenizer, prompt) for prompt in prompts]
-    assert wanted != plain
+    expected = [alone(model, tokenizer, prompt) for prompt in prompts]
+    assert expected != plain
     with server(tmp_path / "model") as url, ThreadPoolExecutor(len(prompts)) as clients:
-        assert list(clients.map(lambda prompt: complete(url, prompt), prompts)) == wanted
+        assert list(clients.map(lambda prompt: complete(url, prompt), prompts)) == expected

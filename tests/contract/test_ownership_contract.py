@@ -76,11 +76,11 @@ def test_a_model_that_shares_the_config_is_untouched(name: str, kind: str, tmp_p
     twin.load_state_dict(model.state_dict())
     twin.generation_config = model.generation_config
     assert twin.config is model.config
-    before, said = logits(twin, LONG), twin.config.to_json_string(use_diff=False)
+    before, config = logits(twin, LONG), twin.config.to_json_string(use_diff=False)
     limit = twin.generation_config.to_json_string()
     with patch_model(model, method, **LENGTHS):
         assert torch.equal(logits(twin, LONG), before)
-        assert twin.config.to_json_string(use_diff=False) == said
+        assert twin.config.to_json_string(use_diff=False) == config
         assert twin.generation_config.to_json_string() == limit
         twin.save_pretrained(tmp_path)
     assert model.config is twin.config and model.generation_config is twin.generation_config
@@ -111,7 +111,7 @@ def test_a_patch_is_one_from_every_handle(name: str, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_patched_model_is_freed_at_once(name: str, kind: str) -> None:
     model, method = build(name, kind)
-    gone = weakref.ref(model)
+    reference = weakref.ref(model)
     patch_model(model, method, **LENGTHS)
     logits(model, tokens(8))
     copied = copy.deepcopy(model)
@@ -119,7 +119,7 @@ def test_a_patched_model_is_freed_at_once(name: str, kind: str) -> None:
     gc.disable()
     try:
         del model
-        assert gone() is None, "only the collector frees it"
+        assert reference() is None, "only the collector frees it"
     finally:
         gc.enable()
     unpatch_model(copied)  # refers to the copy, not to the model that is gone

@@ -45,34 +45,34 @@ def test_no_values_have_no_stretch() -> None:
 @pytest.mark.parametrize(("rise", "documents", "off"), [(2.0, 1, 80), (1.0, 8, 16), (0.3, 8, 60), (0.15, 8, 100)])
 def test_a_known_change_is_found(rise: float, documents: int, off: int) -> None:
     for seed in range(20):
-        found = departure(noisy(step(rise), documents, seed))
-        assert found is not None
-        assert abs(found.token - (PLACE + 1)) <= off
-        assert found.rise == pytest.approx(rise, abs=0.15)  # 1.34 / sqrt(1148) = 0.04 of one document
+        change = departure(noisy(step(rise), documents, seed))
+        assert change is not None
+        assert abs(change.token - (PLACE + 1)) <= off
+        assert change.rise == pytest.approx(rise, abs=0.15)  # 1.34 / sqrt(1148) = 0.04 of one document
 
 
 def test_the_interval_holds_the_place() -> None:
-    held = 0
+    hits = 0
     for seed in range(20):
-        found = departure(noisy(step(0.5), 8, seed))
-        assert found is not None and found.interval is not None
-        held += found.interval[0] <= PLACE + 1 <= found.interval[1]
-    assert held >= 17  # of twenty, at 95 % with eight documents: fewer than that has a chance of 1 in 60
+        change = departure(noisy(step(0.5), 8, seed))
+        assert change is not None and change.interval is not None
+        hits += change.interval[0] <= PLACE + 1 <= change.interval[1]
+    assert hits >= 17  # of twenty, at 95 % with eight documents: fewer than that has a chance of 1 in 60
 
 
 def test_a_ramp_departs_where_it_has_risen_by_a_quarter_of_a_nat() -> None:
     ramp = np.clip((np.arange(LENGTH) - PLACE) / 500, 0, None) + 0.05
     for seed in range(10):
-        found = departure(noisy(ramp, seed=seed))
-        assert found is not None
-        assert found.token == pytest.approx(PLACE + 125, abs=100)  # where noise of 0.2 nats over a passage is crossed
+        change = departure(noisy(ramp, seed=seed))
+        assert change is not None
+        assert change.token == pytest.approx(PLACE + 125, abs=100)  # where noise of 0.2 nats over a passage is crossed
 
 
 @pytest.mark.parametrize("documents", [1, 2, 8])
 @pytest.mark.parametrize("level", [0.05, 0.0])  # exactly at the level, and below it as where longer context helps
 def test_curves_without_a_change_are_not_accused(documents: int, level: float) -> None:
     accused = [departure(noisy(level, documents, seed)) for seed in range(100)]
-    assert sum(found is not None for found in accused) <= 2
+    assert sum(change is not None for change in accused) <= 2
 
 
 def test_a_rise_that_does_not_last_is_no_departure() -> None:
@@ -89,6 +89,6 @@ def test_too_little_text_after_a_change_says_nothing() -> None:
     late[:, -3 * 64 :] = 2.0  # three blocks of one document
     assert departure(late) is None
     late[:, -4 * 64 :] = 2.0
-    found = departure(late)
-    assert found is not None and found.token == LENGTH - 4 * 64 + 1
-    assert found.interval is None, "one document tells nothing of others"
+    change = departure(late)
+    assert change is not None and change.token == LENGTH - 4 * 64 + 1
+    assert change.interval is None, "one document tells nothing of others"

@@ -60,19 +60,19 @@ def sentences(text: str) -> int:
 
 
 def test_the_shipped_table_is_found_to_be_trained_to_511_of_its_2048_rows() -> None:
-    found = diagnose(shipped("tiny-learned"))
-    assert abs(found.trained_length - 512) <= 16 and found.untrained == (found.trained_length, 2047)
-    assert found.generalization == "none"
-    assert found.trained_length_source.startswith("statistics of the table")
-    assert "Rows 511 to 2047" in found.verdict and "table-linear" in found.verdict
-    assert sentences(found.verdict) == 2
+    diagnosis = diagnose(shipped("tiny-learned"))
+    assert abs(diagnosis.trained_length - 512) <= 16 and diagnosis.untrained == (diagnosis.trained_length, 2047)
+    assert diagnosis.generalization == "none"
+    assert diagnosis.trained_length_source.startswith("statistics of the table")
+    assert "Rows 511 to 2047" in diagnosis.verdict and "table-linear" in diagnosis.verdict
+    assert sentences(diagnosis.verdict) == 2
 
 
 def test_minilm_is_not_accused() -> None:
-    found = diagnose(AutoModel.from_pretrained(get_model_path()))
-    assert found.untrained is None and found.trained_length == 512
-    assert found.trained_length_source == "positions in the learned table"
-    assert "ends at 512 tokens and looks trained throughout" in found.verdict
+    diagnosis = diagnose(AutoModel.from_pretrained(get_model_path()))
+    assert diagnosis.untrained is None and diagnosis.trained_length == 512
+    assert diagnosis.trained_length_source == "positions in the learned table"
+    assert "ends at 512 tokens and looks trained throughout" in diagnosis.verdict
 
 
 @pytest.mark.parametrize(
@@ -88,54 +88,54 @@ def test_tables_with_an_offset_count_from_position_0(model_type: str, task: str,
     for name, parameter in model.named_parameters():
         if parameter.shape == rows.shape and "position" in name:
             parameter.data = rows.clone()
-    found = diagnose(model)
-    assert found.untrained is not None and abs(found.untrained[0] - 120) <= 2
-    assert found.untrained[1] == scheme.table.usable - 1
+    diagnosis = diagnose(model)
+    assert diagnosis.untrained is not None and abs(diagnosis.untrained[0] - 120) <= 2
+    assert diagnosis.untrained[1] == scheme.table.usable - 1
 
 
 def test_a_random_table_is_not_accused_and_says_so() -> None:
-    found = diagnose(tiny_gpt2(n_positions=128))
-    assert found.untrained is None and found.trained_length == 128
-    assert "shows no trace of training" in found.verdict and "smoother than random rows" in found.notes[0]
+    diagnosis = diagnose(tiny_gpt2(n_positions=128))
+    assert diagnosis.untrained is None and diagnosis.trained_length == 128
+    assert "shows no trace of training" in diagnosis.verdict and "smoother than random rows" in diagnosis.notes[0]
 
 
 def test_rotary_phases_are_counted() -> None:
-    found = diagnose(shipped("tiny-rope"))
-    turns = found.tables["frequencies"].turns
+    diagnosis = diagnose(shipped("tiny-rope"))
+    turns = diagnosis.tables["frequencies"].turns
     expected = [512 / (2 * np.pi * 10_000 ** (2 * pair / 64)) for pair in range(32)]
     np.testing.assert_allclose(turns, expected, rtol=1e-6)  # float32 frequencies
-    assert found.critical_dimension == 2 * sum(turn >= 1 for turn in expected) == 32
-    new = found.tables["phases"].groupby("method").new.sum()
+    assert diagnosis.critical_dimension == 2 * sum(turn >= 1 for turn in expected) == 32
+    new = diagnosis.tables["phases"].groupby("method").new.sum()
     assert new["none"] == 16 and new["yarn"] == 0 and new["ntk"] == 15
-    assert "yarn" in found.remedies and "self-extend" in found.remedies and "ntk" not in found.remedies
-    assert found.verdict.startswith(
+    assert "yarn" in diagnosis.remedies and "self-extend" in diagnosis.remedies and "ntk" not in diagnosis.remedies
+    assert diagnosis.verdict.startswith(
         "16 of 32 rotary pairs make less than one rotation within the 512 tokens of training"
     )
 
 
 def test_scaling_that_a_model_ships_with_is_what_it_is_judged_by() -> None:
     rope = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": TRAINED}
-    found = diagnose(tiny_llama(rope_parameters=rope, max_position_embeddings=4 * TRAINED))
-    assert (found.trained_length, found.target_length) == (TRAINED, 4 * TRAINED)
-    assert not found.tables["phases"][found.tables["phases"].method == "none"].new.any()
-    assert found.tables["frequencies"].slowed.iloc[-1] == pytest.approx(4)
-    assert "yarn scaling that it ships with" in found.verdict
+    diagnosis = diagnose(tiny_llama(rope_parameters=rope, max_position_embeddings=4 * TRAINED))
+    assert (diagnosis.trained_length, diagnosis.target_length) == (TRAINED, 4 * TRAINED)
+    assert not diagnosis.tables["phases"][diagnosis.tables["phases"].method == "none"].new.any()
+    assert diagnosis.tables["frequencies"].slowed.iloc[-1] == pytest.approx(4)
+    assert "yarn scaling that it ships with" in diagnosis.verdict
 
 
 def test_the_reach_of_alibi_is_where_a_score_has_a_hundredth_of_its_weight() -> None:
-    found = diagnose(shipped("tiny-alibi"))
-    lines = found.tables["reach"]
-    assert found.generalization == "extrapolation" and found.trained_length is None
+    diagnosis = diagnose(shipped("tiny-alibi"))
+    lines = diagnosis.tables["reach"]
+    assert diagnosis.generalization == "extrapolation" and diagnosis.trained_length is None
     for line in lines.itertuples():
         assert np.exp(-line.slope * line.reach) == pytest.approx(0.01)
     assert lines.slope.tolist() == [0.25, 0.0625, 0.015625, 0.00390625]  # 2 ** (-8 (head + 1) / 4), the paper's
 
 
 def test_the_last_bucket_is_told() -> None:
-    found = diagnose(tiny_t5(relative_attention_max_distance=128))
+    diagnosis = diagnose(tiny_t5(relative_attention_max_distance=128))
     # 32 buckets, 16 each way, 8 of one distance each: the last begins where 8 + 8 ln(d / 8) / ln(128 / 8) reaches 15
-    assert found.tables["buckets"]["first"].iloc[-1] == 91
-    assert found.verdict.startswith("All distances of 91 tokens and more share one learned bias")
+    assert diagnosis.tables["buckets"]["first"].iloc[-1] == 91
+    assert diagnosis.verdict.startswith("All distances of 91 tokens and more share one learned bias")
 
 
 @pytest.mark.parametrize(
@@ -143,19 +143,19 @@ def test_the_last_bucket_is_told() -> None:
 )
 def test_other_families_get_a_verdict(model_type: str) -> None:
     model = build(model_type)
-    found = diagnose(model)
-    assert found.verdict and json.loads(json.dumps(found.to_dict())) == found.to_dict()
-    assert found.scheme == detect_scheme(model)
+    diagnosis = diagnose(model)
+    assert diagnosis.verdict and json.loads(json.dumps(diagnosis.to_dict())) == diagnosis.to_dict()
+    assert diagnosis.scheme == detect_scheme(model)
 
 
 def test_remapping_is_no_remedy_for_an_encoder() -> None:
-    found = diagnose(build("modernbert", task="masked-lm"))
-    assert "yarn" in found.remedies and "self-extend" not in found.remedies
+    diagnosis = diagnose(build("modernbert", task="masked-lm"))
+    assert "yarn" in diagnosis.remedies and "self-extend" not in diagnosis.remedies
 
 
 def test_sines_that_cannot_be_moved_are_noted() -> None:
-    found = diagnose(build("marian", task="seq2seq-lm"))  # the zoo has multiplied its sines by four
-    assert found.remedies == () and "does not hold sines" in found.notes[0]
+    diagnosis = diagnose(build("marian", task="seq2seq-lm"))  # the zoo has multiplied its sines by four
+    assert diagnosis.remedies == () and "does not hold sines" in diagnosis.notes[0]
     assert diagnose(tiny_xglm()).remedies == ("sinusoid-linear",)
 
 
@@ -174,27 +174,27 @@ def test_the_model_is_as_before() -> None:
 
 
 def test_documents_show_where_the_table_breaks() -> None:
-    found = read("tiny-learned")
-    assert found.departure == pytest.approx(512, abs=16)  # of one novel
-    assert found.departure_interval is None and found.rise > 1
-    assert f"from token {found.departure} on" in found.verdict and sentences(found.verdict) == 2
-    attention = found.tables["attention"]
+    diagnosis = read("tiny-learned")
+    assert diagnosis.departure == pytest.approx(512, abs=16)  # of one novel
+    assert diagnosis.departure_interval is None and diagnosis.rise > 1
+    assert f"from token {diagnosis.departure} on" in diagnosis.verdict and sentences(diagnosis.verdict) == 2
+    attention = diagnosis.tables["attention"]
     assert attention.layer.unique().tolist() == [0, 2, 3, 5]
     assert {"entropy", "spread", "position"} <= set(attention.columns)
 
 
 def test_documents_show_that_alibi_holds() -> None:
-    found = read("tiny-alibi", trained_length=512)
-    assert found.departure is None and "Nothing needs to be changed up to 1024 tokens" in found.verdict
-    assert found.trained_length_source == "given"
+    diagnosis = read("tiny-alibi", trained_length=512)
+    assert diagnosis.departure is None and "Nothing needs to be changed up to 1024 tokens" in diagnosis.verdict
+    assert diagnosis.trained_length_source == "given"
 
 
 def test_methods_are_measured_beside_the_model() -> None:
-    found = read("tiny-rope", methods=["yarn"])
-    losses = found.tables["losses"]
+    diagnosis = read("tiny-rope", methods=["yarn"])
+    losses = diagnosis.tables["losses"]
     beyond = losses[losses.begin >= 768].groupby("curve").nll.mean()
     assert list(losses.curve.unique()) == ["none", "last 128 tokens", "yarn"]
-    assert found.departure == pytest.approx(570, abs=60) and beyond["none"] > beyond["yarn"] + 0.5
+    assert diagnosis.departure == pytest.approx(570, abs=60) and beyond["none"] > beyond["yarn"] + 0.5
 
 
 def test_a_method_that_the_model_refuses_is_noted_and_not_read_with() -> None:
@@ -203,21 +203,21 @@ def test_a_method_that_the_model_refuses_is_noted_and_not_read_with() -> None:
     model = shipped("tiny-rope")
     model.set_attn_implementation("another")
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
-    found = diagnose(model, tokenizer, [PASSAGE], methods=["self-extend", "yarn"], target_length=640)
-    assert list(found.tables["losses"].curve.unique()) == ["none", "last 128 tokens", "yarn"]
-    (note,) = [note for note in found.notes if note.startswith("self-extend: ")]
+    diagnosis = diagnose(model, tokenizer, [PASSAGE], methods=["self-extend", "yarn"], target_length=640)
+    assert list(diagnosis.tables["losses"].curve.unique()) == ["none", "last 128 tokens", "yarn"]
+    (note,) = [note for note in diagnosis.notes if note.startswith("self-extend: ")]
     assert "runs with 'another' attention" in note
-    assert "yarn" in found.remedies and "self-extend" not in found.remedies
-    assert [signal.method for signal in found.signals] == ["none", "yarn"]
+    assert "yarn" in diagnosis.remedies and "self-extend" not in diagnosis.remedies
+    assert [signal.method for signal in diagnosis.signals] == ["none", "yarn"]
 
 
 def test_a_diagnosis_goes_to_a_file(tmp_path: Path) -> None:
-    found = diagnose(shipped("tiny-learned"))
-    path = found.save(tmp_path / "found.json")
+    diagnosis = diagnose(shipped("tiny-learned"))
+    path = diagnosis.save(tmp_path / "found.json")
     with pytest.warns(DeprecationWarning, match="save_json is now called save"):
-        assert found.save_json(tmp_path / "old.json").read_text() == path.read_text()
-    assert json.loads(path.read_text(encoding="utf-8")) == found.to_dict()
-    assert found.to_dict()["trained_length"] == 511 and len(found.to_dict()["tables"]["rows"]) == 128
+        assert diagnosis.save_json(tmp_path / "old.json").read_text() == path.read_text()
+    assert json.loads(path.read_text(encoding="utf-8")) == diagnosis.to_dict()
+    assert diagnosis.to_dict()["trained_length"] == 511 and len(diagnosis.to_dict()["tables"]["rows"]) == 128
 
 
 def test_a_patched_model_is_refused() -> None:
@@ -248,10 +248,12 @@ def test_lengths_that_cannot_be_are_refused(options: dict[str, int], message: st
 def test_a_target_of_any_length_is_looked_at_where_it_is_drawn(make: Callable[[], PreTrainedModel]) -> None:
     """A number for each of these tokens would take gigabytes for each signal."""
     farthest = FARTHEST // 4 if make is tiny_gpt2 else FARTHEST  # a table of 2**24 rows is above its own bound
-    found = diagnose(make(), target_length=farthest, trained_length=TRAINED)
-    assert found.target_length == farthest and {"none", *found.remedies} <= {signal.method for signal in found.signals}
-    assert len(found.signals) > 1
-    for signal in found.signals:
+    diagnosis = diagnose(make(), target_length=farthest, trained_length=TRAINED)
+    assert diagnosis.target_length == farthest and {"none", *diagnosis.remedies} <= {
+        signal.method for signal in diagnosis.signals
+    }
+    assert len(diagnosis.signals) > 1
+    for signal in diagnosis.signals:
         assert signal.values.shape[1] == 2048 and signal.at[-1] > 0.999 * farthest
         assert np.isfinite(signal.values[:, 0]).all(), "of what a column holds, the mean of what the model has"
 
@@ -298,8 +300,10 @@ def test_an_encoder_has_no_loss_by_position() -> None:
 
 
 def test_a_diagnosis_is_one_line_and_a_table_in_notebooks() -> None:
-    found = dataclasses.replace(diagnose(shipped("tiny-alibi")), model="<script>\x1b")
-    assert repr(found).startswith(r"Diagnosis(model <script>\x1b; positions alibi (extrapolation); trained length ")
-    assert "\n" not in repr(found) and len(repr(found)) < 300
-    html = found._repr_html_()
-    assert "&lt;script&gt;" in html and "<script>" not in html and found.verdict.split()[0] in html
+    diagnosis = dataclasses.replace(diagnose(shipped("tiny-alibi")), model="<script>\x1b")
+    assert repr(diagnosis).startswith(
+        r"Diagnosis(model <script>\x1b; positions alibi (extrapolation); trained length "
+    )
+    assert "\n" not in repr(diagnosis) and len(repr(diagnosis)) < 300
+    html = diagnosis._repr_html_()
+    assert "&lt;script&gt;" in html and "<script>" not in html and diagnosis.verdict.split()[0] in html

@@ -35,7 +35,7 @@ def test_the_critical_dimension_of_llama_2_is_92() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "wanted"),
+    ("method", "formula"),
     [
         (SelfExtend(group=8, window=32), lambda i, j: i - j if i - j < 32 else i // 8 + 32 - 32 // 8 - j // 8),
         (ReRoPE(window=24), lambda i, j: min(i - j, 24)),
@@ -43,20 +43,20 @@ def test_the_critical_dimension_of_llama_2_is_92() -> None:
         (DualChunk(chunk=48, local=16), None),
     ],
 )
-def test_remapped_positions_are_those_of_the_papers(method: object, wanted: object) -> None:
+def test_remapped_positions_are_those_of_the_papers(method: object, formula: object) -> None:
     plan = method.plan(detect_scheme(tiny_llama()), factor=4)
-    found = relative_positions(plan, torch.arange(LONG), torch.arange(LONG))
+    positions = relative_positions(plan, torch.arange(LONG), torch.arange(LONG))
 
     def dual_chunk(i: int, j: int) -> int:  # An et al. 2024: chunks of 48 - 16 tokens
         apart = i // 32 - j // 32
         query = (i % 32, min(i % 32 + 32, 48), min(63, 48))[min(apart, 2)]
         return query - j % 32
 
-    expected = torch.full_like(found, math.nan)
+    expected = torch.full_like(positions, math.nan)
     for i in range(LONG):
         for j in range(i + 1):
-            expected[i, j] = (wanted or dual_chunk)(i, j)
-    torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-6, atol=0)  # float32 of leaky distances
+            expected[i, j] = (formula or dual_chunk)(i, j)
+    torch.testing.assert_close(positions, expected, equal_nan=True, rtol=1e-6, atol=0)  # float32 of leaky distances
     # queries are sampled, so that it may miss the largest by as much as they are apart
     assert farthest_position(plan, LONG) == pytest.approx(float(expected.nan_to_num(0).max()), abs=LONG / 63)
 
@@ -65,10 +65,10 @@ def test_positions_of_each_pair_are_those_of_the_papers() -> None:
     plan = DPE(scales=[2, 8], window=32).plan(scheme := detect_scheme(tiny_llama()), factor=4)
     places = torch.arange(LONG)
     for pair, group in ((0, 2), (3, 2), (4, 8), (7, 8)):
-        found = relative_positions(plan, places[-1:], places, pair)[0].tolist()
+        positions = relative_positions(plan, places[-1:], places, pair)[0].tolist()
         last = LONG - 1
-        wanted = [last - j if last - j < 32 else last // group + 32 - 32 // group - j // group for j in range(LONG)]
-        assert found == wanted
+        expected = [last - j if last - j < 32 else last // group + 32 - 32 // group - j // group for j in range(LONG)]
+        assert positions == expected
     in_force = {"": torch.tensor([10_000.0 ** (-p / 8) for p in range(8)])}
     table = phase_table(scheme, in_force, {"dpe": plan}, 64, LONG).set_index("pair")
     turns = [float(in_force[""][p]) * ((LONG - 1) // g + 32 - 32 // g) / (2 * math.pi) for p, g in ((0, 2), (7, 8))]
@@ -117,8 +117,11 @@ def test_a_rotary_signal_is_what_the_patched_model_turns_by(method: str) -> None
     turns = plan.rotaries[0].inv_freq if plan else site.module.inv_freq.tolist()
     unscaled = [10_000 ** (-2 * pair / 16) for pair in range(8)]
     expected = [
-        [own * at > before * TRAINED and before * TRAINED < 2 * math.pi for at in range(LONG)]
-        for own, before in zip(turns, unscaled, strict=True)
+        [
+            frequency * position > unscaled_frequency * TRAINED and unscaled_frequency * TRAINED < 2 * math.pi
+            for position in range(LONG)
+        ]
+        for frequency, unscaled_frequency in zip(turns, unscaled, strict=True)
     ]
     apart = np.arange(LONG) != TRAINED  # there, rounding decides
     np.testing.assert_array_equal(signal.unseen[:, apart], np.array(expected)[:, apart])
@@ -146,27 +149,27 @@ def test_an_alibi_signal_goes_on_past_training() -> None:
     model = tiny_bloom()
     scheme = detect_scheme(model)
     plan = as_method("alibi-linear").plan(scheme, factor=4, trained_length=TRAINED)
-    own = position_signal(model, scheme, None, LONG, TRAINED)
-    other = position_signal(model, scheme, plan, LONG, TRAINED)
-    assert own is not None and other is not None
+    plain = position_signal(model, scheme, None, LONG, TRAINED)
+    extended = position_signal(model, scheme, plan, LONG, TRAINED)
+    assert plain is not None and extended is not None
     slopes = [2 ** (-8 * (head + 1) / 4) for head in range(4)]
-    np.testing.assert_allclose(own.values, -np.outer(slopes, np.arange(LONG)), rtol=1e-6)
-    np.testing.assert_allclose(other.values, own.values / 4, rtol=1e-6)
-    assert own.unseen.sum() == 4 * (LONG - TRAINED - 1) and not other.unseen.any()
+    np.testing.assert_allclose(plain.values, -np.outer(slopes, np.arange(LONG)), rtol=1e-6)
+    np.testing.assert_allclose(extended.values, plain.values / 4, rtol=1e-6)
+    assert plain.unseen.sum() == 4 * (LONG - TRAINED - 1) and not extended.unseen.any()
 
 
 def test_sines_are_squeezed() -> None:
     model = tiny_xglm()
     scheme = detect_scheme(model)
     plan = as_method("sinusoid-linear").plan(scheme, factor=4)
-    own = position_signal(model, scheme, None, LONG, TRAINED)
-    other = position_signal(model, scheme, plan, LONG, TRAINED)
-    assert own is not None and other is not None
+    plain = position_signal(model, scheme, None, LONG, TRAINED)
+    squeezed = position_signal(model, scheme, plan, LONG, TRAINED)
+    assert plain is not None and squeezed is not None
     # position 4 p of the squeezed sines is position p of the others
-    np.testing.assert_allclose(other.values[:, ::4], own.values[:, :TRAINED], atol=1e-7)
-    assert own.unseen.any() and not other.unseen.any()
+    np.testing.assert_allclose(squeezed.values[:, ::4], plain.values[:, :TRAINED], atol=1e-7)
+    assert plain.unseen.any() and not squeezed.unseen.any()
     sines = model.model.embed_positions
-    for signal, method in ((own, "none"), (other, plan)):
+    for signal, method in ((plain, "none"), (squeezed, plan)):
         with patch_model(model, method):
             rows = sines.get_embedding(LONG + sines.offset, sines.embedding_dim, sines.padding_idx)[sines.offset :]
         # angles of up to 256 radians are float32 in the model
@@ -176,9 +179,9 @@ def test_sines_are_squeezed() -> None:
 def test_sines_of_another_order_are_those_that_the_model_makes() -> None:
     model = build("musicgen")  # cosines first
     sines = model.model.decoder.embed_positions
-    own, far = (position_signal(model, detect_scheme(model), None, length, TRAINED) for length in (LONG, 10**8))
-    assert own is not None and far is not None
-    np.testing.assert_array_equal(own.values, sines.get_embedding(LONG, sines.embedding_dim).T[own.channels])
+    near, far = (position_signal(model, detect_scheme(model), None, length, TRAINED) for length in (LONG, 10**8))
+    assert near is not None and far is not None
+    np.testing.assert_array_equal(near.values, sines.get_embedding(LONG, sines.embedding_dim).T[near.channels])
     assert np.isfinite(far.values[:, 0]).all() and np.isnan(far.values[:, 1:]).all(), "no such table is made"
 
 
@@ -209,27 +212,27 @@ def test_frequencies_in_force_are_those_of_a_long_input_and_leave_the_model(kind
     rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8} if kind == "longrope" else {}
     model = tiny_llama(rope_parameters=rope, max_position_embeddings=TRAINED if kind == "dynamic" else LONG)
     before = model.model.rotary_emb.inv_freq.clone()
-    (found,) = frequencies_in_force(model, LONG).values()
+    (frequencies,) = frequencies_in_force(model, LONG).values()
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
     with torch.no_grad():
         model(tokens(LONG))
-    assert torch.equal(found, model.model.rotary_emb.inv_freq)
+    assert torch.equal(frequencies, model.model.rotary_emb.inv_freq)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "mpt", "gpt_neox", "phi3", "gemma"])
 def test_scores_are_those_of_the_model(model_type: str) -> None:
     model, ids = build(model_type), tokens(60)[0] % 100
-    found = dict(last_query_scores(model, ids, 12))
-    assert list(found) == [11, 23, 35, 47, 59]
+    scores_at = dict(last_query_scores(model, ids, 12))
+    assert list(scores_at) == [11, 23, 35, 47, 59]
     model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = model(input_ids=ids[None], output_attentions=True, use_cache=False).attentions
-    for position, layers in found.items():
+    for position, layers in scores_at.items():
         assert len(layers) == len(weights)
         for scores, layer in zip(layers, weights, strict=True):
-            own = layer[0, :, position, : position + 1]
+            weights_of_query = layer[0, :, position, : position + 1]
             # the cache has keys that were made in other shapes; float32
-            torch.testing.assert_close(scores.softmax(-1), own, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(scores.softmax(-1), weights_of_query, rtol=1e-3, atol=1e-5)
 
 
 def test_falcon_divides_its_slopes() -> None:
@@ -267,9 +270,9 @@ def test_losses_are_those_of_a_plain_loop(bos: bool) -> None:
 
     @torch.no_grad()
     def loss(row: torch.Tensor, begin: int, token: int) -> float:
-        seen = row[begin : token + 1].clone()
-        seen[0] = row[0] if bos else seen[0]
-        return float(F.cross_entropy(model(seen[None, :-1]).logits[0, -1:], row[token : token + 1]))
+        window = row[begin : token + 1].clone()
+        window[0] = row[0] if bos else window[0]
+        return float(F.cross_entropy(model(window[None, :-1]).logits[0, -1:], row[token : token + 1]))
 
     def begins(token: int) -> int:
         """Of the window that scores a token: the first that holds it in its second half, or the last of all."""
@@ -288,9 +291,9 @@ def test_losses_are_those_of_a_plain_loop(bos: bool) -> None:
 def test_a_curve_is_the_mean_of_its_stretches() -> None:
     losses = np.random.default_rng(0).random((4, 319))
     table = curve_table([("none", losses), ("shorter", losses[:, :159])])
-    own = table[table.curve == "none"]
-    assert own.begin.tolist() == [1, *range(10, 320, 10)] and own.end.tolist() == list(range(10, 321, 10))
-    np.testing.assert_allclose(own.nll.iloc[1], losses[:, 9:19].mean())
-    assert ((own.low < own.nll) & (own.nll < own.high)).all()
+    plain = table[table.curve == "none"]
+    assert plain.begin.tolist() == [1, *range(10, 320, 10)] and plain.end.tolist() == list(range(10, 321, 10))
+    np.testing.assert_allclose(plain.nll.iloc[1], losses[:, 9:19].mean())
+    assert ((plain.low < plain.nll) & (plain.nll < plain.high)).all()
     assert table[table.curve == "shorter"].end.max() == 160
     assert curve_table([("one", losses[:1])]).low.isna().all()

@@ -18,15 +18,15 @@ from ..conftest import TRAINED, longer_gpt2, tiny_bloom, tiny_llama, tiny_t5, ti
 from ..zoo import build
 
 
-def with_losses(found: Diagnosis, departure: int | None = 70) -> Diagnosis:
+def with_losses(diagnosis: Diagnosis, departure: int | None = 70) -> Diagnosis:
     curves = [("none", 4.0), ("last 16 tokens", 3.5), ("yarn", 3.7)]
     lines = [
         {"curve": name, "begin": begin, "end": begin + 16, "nll": level, "low": level - 0.1, "high": level + 0.1}
         for name, level in curves
         for begin in range(0, 256, 16)
     ]
-    tables = {**found.tables, "losses": pd.DataFrame(lines)}
-    return replace(found, departure=departure, tables=tables, provenance={"context": 16})
+    tables = {**diagnosis.tables, "losses": pd.DataFrame(lines)}
+    return replace(diagnosis, departure=departure, tables=tables, provenance={"context": 16})
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +37,15 @@ def llama() -> Diagnosis:
 @pytest.mark.filterwarnings("error")
 def test_a_target_far_away_keeps_the_shades_of_its_values() -> None:
     """All of the trained length is then in one column, by which no dimension can be measured."""
-    found = diagnose(longer_gpt2(), methods=["table-linear"], target_length=2**23)
+    diagnosis = diagnose(longer_gpt2(), methods=["table-linear"], target_length=2**23)
     pictures = []
-    for signal in found.signals:
+    for signal in diagnosis.signals:
         panel = new_figure(2).subplots()
-        draw_signal(panel, signal, found)
+        draw_signal(panel, signal, diagnosis)
         pictures.append(np.asarray(panel.images[0].get_array()))
-    own, longer = pictures
-    assert (own[:, 1:, :3] == 0.93).all() and (own[:, 0, :3] != 0.93).any(), "grey where the table has ended"
-    assert len(np.unique(longer.reshape(-1, 4), axis=0)) > 50, "and not all of them the lightest or the darkest"
+    plain, extended = pictures
+    assert (plain[:, 1:, :3] == 0.93).all() and (plain[:, 0, :3] != 0.93).any(), "grey where the table has ended"
+    assert len(np.unique(extended.reshape(-1, 4), axis=0)) > 50, "and not all of them the lightest or the darkest"
 
 
 def test_orange_is_what_training_has_not_shown(llama: Diagnosis) -> None:
@@ -60,9 +60,9 @@ def test_orange_is_what_training_has_not_shown(llama: Diagnosis) -> None:
 
 
 def test_rows_that_do_not_exist_are_grey() -> None:
-    found = diagnose(longer_gpt2(), methods=[], target_length=5 * TRAINED)
+    diagnosis = diagnose(longer_gpt2(), methods=[], target_length=5 * TRAINED)
     panel = new_figure(2).subplots()
-    draw_signal(panel, found.signals[0], found)
+    draw_signal(panel, diagnosis.signals[0], diagnosis)
     image = np.asarray(panel.images[0].get_array())
     assert (image[:, 3 * TRAINED :] == (0.93, 0.93, 0.93, 1.0)).all()
 
@@ -84,17 +84,17 @@ def test_the_lines_of_a_class_are_blue_then_orange(llama: Diagnosis) -> None:
 
 
 def test_the_loss_panel_says_where_it_departs(llama: Diagnosis) -> None:
-    for departure, told in ((70, "departs at token 70"), (None, "does not depart")):
+    for departure, label in ((70, "departs at token 70"), (None, "does not depart")):
         panel = new_figure(2).subplots()
         draw_losses(panel, with_losses(llama, departure))
-        assert [text.get_text() for text in panel.texts] == [told]
+        assert [text.get_text() for text in panel.texts] == [label]
         assert panel.get_legend_handles_labels()[1] == ["as it is", "yarn", "as it is, short context"]
 
 
 @pytest.mark.parametrize("measured", [False, True])
 def test_the_picture_of_a_model_is_1800_pixels_wide(measured: bool, llama: Diagnosis, tmp_path: Path) -> None:
-    found = with_losses(llama) if measured else llama
-    found.plot(tmp_path / "model.png")
+    diagnosis = with_losses(llama) if measured else llama
+    diagnosis.plot(tmp_path / "model.png")
     image = imread(tmp_path / "model.png")
     assert image.shape[1] == 1800 and image[..., :3].std() > 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["model.png"]

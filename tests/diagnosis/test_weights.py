@@ -52,16 +52,16 @@ def test_the_end_of_training_is_found(width: int, likeness: float, scale: float)
     for end in (40, 200, 470):
         table = smooth(500, width, likeness, seed=end)
         table[end:] = scale * np.random.default_rng(end).standard_normal((500 - end, width))
-        found = untrained_from(table)
-        assert found is not None and abs(found - end) <= 8
+        end_found = untrained_from(table)
+        assert end_found is not None and abs(end_found - end) <= 8
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.3])
 def test_rows_that_are_filled_with_one_number_are_untrained(fill: float) -> None:
     table = smooth(300, 64, 0.9)
     table[200:] = fill
-    found = untrained_from(table)
-    assert found is not None and abs(found - 200) <= 1
+    start = untrained_from(table)
+    assert start is not None and abs(start - 200) <= 1
 
 
 @pytest.mark.parametrize("width", [16, 64, 768])
@@ -99,8 +99,10 @@ def test_the_lines_tell_norm_cosine_and_spectrum() -> None:
     assert lines.begin.tolist() == list(range(0, 2048, 16))
     line = lines[lines.begin == 320].iloc[0]
     assert line.norm == pytest.approx(np.mean([np.linalg.norm(row) for row in table[320:336]]))
-    own = [table[p] @ table[p + 1] / np.linalg.norm(table[p]) / np.linalg.norm(table[p + 1]) for p in range(320, 335)]
-    assert line.cosine == pytest.approx(np.mean(own))
+    cosines = [
+        table[p] @ table[p + 1] / np.linalg.norm(table[p]) / np.linalg.norm(table[p + 1]) for p in range(320, 335)
+    ]
+    assert line.cosine == pytest.approx(np.mean(cosines))
     # smooth rows have most of their power in the lowest tenth of the frequencies, noise has a tenth of it
     assert lines[lines.end <= 480].slow.min() > 0.2
     assert lines[(lines.begin >= 560) & (lines.end <= 2000)].slow.mean() == pytest.approx(0.1, abs=0.02)

@@ -77,20 +77,20 @@ def main() -> None:
     assert ring.num_processes == 2
     AttentionInterface.register("gathering", ring.attention)
     model = tiny_llama(attn_implementation="gathering")
-    whole, shared = TokenScorer(model), ContextParallelScorer(model, Memory(accelerator=ring))
+    scorer, shared = TokenScorer(model), ContextParallelScorer(model, Memory(accelerator=ring))
     far = 3 * TRAINED
     for ids, options in (
         (tokens(far), {}),
         (tokens(far - 3, rows=2), {"first": 17}),
         (tokens(far + 1), {"first": far - 5, "last_read": False}),
     ):
-        plain = whole.token_nll(ids, **options)
+        plain = scorer.token_nll(ids, **options)
         # float32: keys arrive in another order, so that sums round otherwise
         torch.testing.assert_close(shared.token_nll(ids, **options), plain, atol=2e-5, rtol=0)
-    plain = whole.token_nll(tokens(far))
+    plain = scorer.token_nll(tokens(far))
     for method in ("yarn", "linear"):
         with patch_model(model, method, factor=4):
-            extended = whole.token_nll(tokens(far))
+            extended = scorer.token_nll(tokens(far))
             assert (extended - plain).abs().max() > 1e-2
             torch.testing.assert_close(shared.token_nll(tokens(far)), extended, atol=2e-5, rtol=0)
 
@@ -110,14 +110,14 @@ def main() -> None:
 def shards_are_measured_as_the_whole(ring: Ring) -> None:
     """Weights dealt out by FSDP2, as context parallelism does, give what whole ones do and can be trained after."""
     read = character_tokenizer(), random_texts(2, 200)
-    asked: dict[str, Any] = {"methods": ["none", "yarn"], "factor": 2, "lengths": [40, 120], "trained_length": 64}
+    options: dict[str, Any] = {"methods": ["none", "yarn"], "factor": 2, "lengths": [40, 120], "trained_length": 64}
     model = tiny_llama(attn_implementation="gathering")
-    whole, fingerprint = compare(model, *read, **asked), weights_fingerprint(model)
+    expected_results, fingerprint = compare(model, *read, **options), weights_fingerprint(model)
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=ring.mesh, reshard_after_forward=True)
     assert weights_fingerprint(model) == fingerprint
-    shared = compare(model, *read, accelerator=ring, **asked)
-    for row, expected in zip(shared.rows, whole.rows, strict=True):
+    shared = compare(model, *read, accelerator=ring, **options)
+    for row, expected in zip(shared.rows, expected_results.rows, strict=True):
         for name in ("perplexity", "gain"):
             # float32: keys arrive in another order, so that sums round otherwise
             torch.testing.assert_close(row[name], expected[name], rtol=1e-5, atol=0, msg=f"{name} of {row}")

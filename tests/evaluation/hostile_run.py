@@ -55,9 +55,9 @@ class Run:
         launch(rank, processes, port)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with self.said.open("a") as said:
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
+        with self.said.open("a") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
         sys.argv = ["hf-posext", *map(str, words)]
         code = 70
         try:
@@ -118,14 +118,14 @@ class Attack:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.faults = directory, 0
-        whole = Run(directory / "whole")
+        undisturbed = Run(directory / "whole")
         begun = time.monotonic()
-        assert whole.wait() == [0, 0], whole.text()
-        self.seconds, self.lines, self.whole = time.monotonic() - begun, whole.lines(), bits(directory / "whole")
+        assert undisturbed.wait() == [0, 0], undisturbed.text()
+        self.seconds, self.lines, self.whole = time.monotonic() - begun, undisturbed.lines(), bits(directory / "whole")
         self.size = sum(file.stat().st_size for file in (directory / "whole").iterdir())
         print(f"undisturbed: {self.seconds:.1f} s, {self.lines} lines, {self.size} bytes", flush=True)
 
-    def judge(self, what: str, run: Run, codes: list[int], *, resume: bool = True) -> None:
+    def judge(self, attack: str, run: Run, codes: list[int], *, resume: bool = True) -> None:
         """Refuse an end that is neither equal bits nor one line with code 2; then go on, to equal bits."""
         text, verdicts = run.text(), []
         killed = -signal.SIGKILL in codes
@@ -145,7 +145,7 @@ class Attack:
         bad = any(verdict != verdict.lower() for verdict in verdicts)
         self.faults += bad
         last = [line for line in text.splitlines() if line.startswith("error")][-1:]
-        print(f"{'FAULT' if bad else 'ok'}  {what}: {'; '.join(verdicts)} {last or ''}", flush=True)
+        print(f"{'FAULT' if bad else 'ok'}  {attack}: {'; '.join(verdicts)} {last or ''}", flush=True)
         if bad:
             print(text[-2000:], flush=True)
 
@@ -251,8 +251,8 @@ def gone(attack: Attack) -> None:
                 time.sleep(0.001)
             act(output)
             attack.judge(f"{act.__name__} at {lines} lines", run, run.wait(), resume=False)
-            for left in (output, output.with_name("moved")):
-                left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+            for path in (output, output.with_name("moved")):
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 OTHERS = [

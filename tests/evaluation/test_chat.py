@@ -57,17 +57,17 @@ def test_a_prompt_is_the_rendered_conversation_to_the_token(task: str | None, te
     length = 1500
     prompt, _ = both(tokenizer, task, length)
     assert len(prompt.tokens) + prompt.room == length
-    said = "".join(tokenizer.convert_ids_to_tokens(prompt.tokens))
+    text = "".join(tokenizer.convert_ids_to_tokens(prompt.tokens))
     begin = "<s>" + ("" if template == TEMPLATE else "26 Jul 2024\n") + "user.\n"
-    assert said.startswith(begin)
-    body, question, opening = said.removeprefix(begin).partition(" end\nassistant.\n")
+    assert text.startswith(begin)
+    body, question, opening = text.removeprefix(begin).partition(" end\nassistant.\n")
     assert question and body.endswith("?"), "the question ends the message of the user"
     assert opening.endswith((" is", " are")) and "?" not in opening, "the assistant's begins with the answer"
     today = datetime.now().strftime("%d %b %Y")
-    whole = tokenizer.apply_chat_template(
+    rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": body}], tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
     ).replace(today, "26 Jul 2024")  # the day of one that asks for it is fixed, too
-    assert prompt.tokens == tokenizer(whole + opening, add_special_tokens=False)["input_ids"]
+    assert prompt.tokens == tokenizer(rendered + opening, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("task", [None, *TASKS])
@@ -102,17 +102,17 @@ def run(tokenizer: Any, journal: Path | None = None, **options: Any) -> Any:
 
 def test_a_comparison_in_a_chat_template_says_so(tmp_path: Path) -> None:
     tokenizer = chatting(pieces=True)
-    found = run(tokenizer, tmp_path / "journal.jsonl", chat=True)
+    results = run(tokenizer, tmp_path / "journal.jsonl", chat=True)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    assert found.rows[0]["passkey"] == passkey_accuracy(model, tokenizer, [384], 2, chat=True)[384]
-    assert found.provenance["chat"] is True
-    assert any("in the chat template" in grid.title for grid in grids(found))
-    for other in ({}, {"template": DATED}):  # neither another prompt nor another template goes on with this journal
+    assert results.rows[0]["passkey"] == passkey_accuracy(model, tokenizer, [384], 2, chat=True)[384]
+    assert results.provenance["chat"] is True
+    assert any("in the chat template" in grid.title for grid in grids(results))
+    for change in ({}, {"template": DATED}):  # neither another prompt nor another template goes on with this journal
         with pytest.raises(JournalError, match="chat is"):
-            run(chatting(pieces=True, **other), tmp_path / "journal.jsonl", chat=bool(other))
+            run(chatting(pieces=True, **change), tmp_path / "journal.jsonl", chat=bool(change))
     plain = run(tokenizer)
     assert not any("chat" in grid.title for grid in grids(plain))
-    assert len(merge_runs({"chat": found, "plain": plain})) == 2, "two ways to ask do not become one run"
+    assert len(merge_runs({"chat": results, "plain": plain})) == 2, "two ways to ask do not become one run"
     del plain.provenance["chat"]  # as in results of earlier versions
     assert len(merge_runs({"earlier": plain, "plain": run(tokenizer)})) == 1
 

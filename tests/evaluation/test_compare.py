@@ -291,13 +291,13 @@ def test_peft_model_is_compared_as_it_is() -> None:
 
 def break_reading(monkeypatch: pytest.MonkeyPatch, *broken: tuple[str, int]) -> None:
     """Makes documents fail, by their index, while a method is in force; `truncated` is the control."""
-    whole = Prefix.measure
+    measure = Prefix.measure
 
     def read(self: Prefix, scorer: Any, documents: Any, index: int, lengths: Any, context: int | None = None) -> Any:
         patch = find_patch(scorer.model)
         if ("truncated" if patch is None else patch.plan.method, index) in broken:
             raise NonFiniteError(f"document {index} is broken")
-        return whole(self, scorer, documents, index, lengths, context)
+        return measure(self, scorer, documents, index, lengths, context)
 
     monkeypatch.setattr(Prefix, "measure", read)
 
@@ -375,7 +375,7 @@ def test_pass_keys_that_fail_leave_their_cell_empty(llama: LlamaForCausalLM) -> 
 
 def test_a_journal_is_continued_by_the_same_run_only(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     journal = tmp_path / "journal.jsonl"
-    whole = run(llama, journal=journal, passkey=0)
+    undisturbed = run(llama, journal=journal, passkey=0)
     changes: list[tuple[str, dict[str, Any]]] = [
         ("lengths.1 is 128 there and 64 here", {"lengths": [48, 64]}),
         ("plans is .* there", {"methods": ("none", "linear", "yarn")}),
@@ -402,5 +402,5 @@ def test_a_journal_is_continued_by_the_same_run_only(llama: LlamaForCausalLM, tm
     with pytest.raises(JournalError, match=r"models\.0\.dtype is float32 there and bfloat16 here"):
         run(copy.deepcopy(llama).bfloat16(), journal=journal)
     llama.register_forward_pre_hook(lambda *_: pytest.fail("everything is in the journal"))
-    assert run(llama, journal=journal).rows == whole.rows
-    assert run(llama, journal=journal, prefill_chunk=32).rows == whole.rows, "a run may go on with less memory"
+    assert run(llama, journal=journal).rows == undisturbed.rows
+    assert run(llama, journal=journal, prefill_chunk=32).rows == undisturbed.rows, "a run may go on with less memory"

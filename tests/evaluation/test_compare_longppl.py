@@ -50,12 +50,12 @@ def decided_llama(**overrides: object) -> LlamaForCausalLM:
 def texts() -> list[str]:
     """Text that a model writes by itself: likely given all of it, and unlikely given a part."""
     model = decided_llama()
-    other = [token for token in range(128) if not FIRST <= token < FIRST + len(CHARACTERS)]
+    unused = [token for token in range(128) if not FIRST <= token < FIRST + len(CHARACTERS)]
     torch.manual_seed(0)
-    said = model.generate(
-        torch.tensor([[BOS]] * 4), max_new_tokens=140, do_sample=True, suppress_tokens=other, eos_token_id=None
+    rows = model.generate(
+        torch.tensor([[BOS]] * 4), max_new_tokens=140, do_sample=True, suppress_tokens=unused, eos_token_id=None
     )
-    return ["".join(CHARACTERS[token - FIRST] for token in row) for row in said[:, 1:].tolist()]
+    return ["".join(CHARACTERS[token - FIRST] for token in row) for row in rows[:, 1:].tolist()]
 
 
 def run(texts: list[str], bos: bool = True, **options: Any) -> Results:
@@ -69,13 +69,13 @@ def documents_of(texts: list[str]) -> list[Document]:
 
 
 def key_nll(nll: list[np.ndarray], indices: dict[str, list[int]]) -> np.ndarray:
-    return np.concatenate([nll[int(id)][np.array(own, int) - 1] for id, own in indices.items()])
+    return np.concatenate([nll[int(id)][np.array(positions, int) - 1] for id, positions in indices.items()])
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_every_method_and_the_control_on_the_same_key_tokens(texts: list[str], bos: bool) -> None:
     model, tokenizer = decided_llama(), character_tokenizer(bos)
-    found = run(texts, bos, longppl="none")
+    results = run(texts, bos, longppl="none")
     windows = {"short_length": SHORT, "stride": SHORT // 4}
     keys = find_key_tokens(model, tokenizer, documents_of(texts), length=128, start=START, **windows)
     assert keys.found > 10, "the test tells nothing without key tokens"
@@ -86,16 +86,16 @@ def test_every_method_and_the_control_on_the_same_key_tokens(texts: list[str], b
         alone = longppl(model, tokenizer, documents_of(texts), length=128, start=START, keys=keys)
     truncated = [naive_windowed_nll(model, row, TRAINED, TRAINED // 8, bos) for row in rows]
     for method, nll in expected.items():
-        row, shorter = found.row(method, 128), found.row(method, 48)
+        row, shorter = results.row(method, 128), results.row(method, 48)
         # Relative: the loops are float64 after float32 logits, which forwards of other shapes round by some 1e-7.
         assert row["longppl"] == pytest.approx(np.exp(key_nll(nll, keys.indices).mean()), rel=1e-5)
         assert row["longppl_truncated"] == pytest.approx(np.exp(key_nll(truncated, keys.indices).mean()), rel=1e-5)
         assert row["key_tokens"] == keys.found
         assert row["longppl_ci95"][0] <= row["longppl"] <= row["longppl_ci95"][1]
         assert all(shorter[key] is None for key in LONGPPL_KEYS)
-    row = found.row("linear", 128)
+    row = results.row("linear", 128)
     assert (row["longppl"], row["longppl_ci95"]) == (pytest.approx(alone.value), pytest.approx(alone.ci95))
-    assert found.provenance["longppl"] == {
+    assert results.provenance["longppl"] == {
         "evaluator": "none", "alpha": 2.0, "beta": -2.0, "short_length": SHORT, "stride": SHORT // 4, "left_out": []
     }  # fmt: skip
 
@@ -107,20 +107,20 @@ def test_the_thresholds_that_were_asked_for(texts: list[str]) -> None:
     counts = set()
     for thresholds in ({"alpha": 0.5}, {"beta": -0.5}, {"alpha": 3.0, "beta": -4.0}):
         keys = find_key_tokens(model, tokenizer, documents_of(texts), length=128, start=START, **windows, **thresholds)
-        found = run(texts, longppl="none", **thresholds)
-        assert found.row("linear", 128)["key_tokens"] == keys.found
-        assert thresholds.items() <= found.provenance["longppl"].items()
+        results = run(texts, longppl="none", **thresholds)
+        assert results.row("linear", 128)["key_tokens"] == keys.found
+        assert thresholds.items() <= results.provenance["longppl"].items()
         counts.add(keys.found)
     assert len(counts | {usual}) == 4, "each of them finds other tokens"
 
 
 def test_results_say_it_and_are_read_again(texts: list[str], tmp_path: Path) -> None:
-    found = run(texts, longppl="linear x2")
-    assert [list(row) for row in found.rows] == [[*ROW_KEYS, *LONGPPL_KEYS]] * 4
-    assert [list(record) for record in found.per_document] == [[*DOCUMENT_KEYS, *KEY_TOKEN_KEYS]] * (3 * 4 * 2)
-    assert found.provenance["longppl"]["evaluator"] == "linear x2"
-    assert Results.load_json(found.save_json(tmp_path / "r.json")) == found
-    last = found.to_frame().iloc[-1]
+    results = run(texts, longppl="linear x2")
+    assert [list(row) for row in results.rows] == [[*ROW_KEYS, *LONGPPL_KEYS]] * 4
+    assert [list(record) for record in results.per_document] == [[*DOCUMENT_KEYS, *KEY_TOKEN_KEYS]] * (3 * 4 * 2)
+    assert results.provenance["longppl"]["evaluator"] == "linear x2"
+    assert Results.load_json(results.save_json(tmp_path / "r.json")) == results
+    last = results.to_frame().iloc[-1]
     assert last["longppl_ci95_low"] <= last["longppl"] <= last["longppl_ci95_high"]
     assert not set(LONGPPL_KEYS) & set(run(texts, short_length=None).rows[0])
 
@@ -129,11 +129,11 @@ def test_results_say_it_and_are_read_again(texts: list[str], tmp_path: Path) -> 
     "options", [{"protocol": "sliding", "stride": 16}, {"protocol": "rolling"}, {"prefill_chunk": 32}]
 )
 def test_it_is_the_same_however_shorter_lengths_are_read(texts: list[str], options: dict[str, Any]) -> None:
-    plain, other = run(texts, longppl="none"), run(texts, longppl="none", **options)
+    plain, changed = run(texts, longppl="none"), run(texts, longppl="none", **options)
     for method in ("none", "linear"):
         for key in LONGPPL_KEYS:
             # Rounding of forwards of other shapes, as above.
-            assert other.row(method, 128)[key] == pytest.approx(plain.row(method, 128)[key], rel=1e-5)
+            assert changed.row(method, 128)[key] == pytest.approx(plain.row(method, 128)[key], rel=1e-5)
 
 
 def test_an_evaluator_of_its_own_with_or_without_a_tokenizer(texts: list[str]) -> None:
@@ -141,17 +141,17 @@ def test_an_evaluator_of_its_own_with_or_without_a_tokenizer(texts: list[str]) -
     evaluator.config.name_or_path = "other/model"
     windows = {"short_length": SHORT, "stride": SHORT // 4}
     keys = find_key_tokens(evaluator, tokenizer, documents_of(texts), length=128, start=START, **windows)
-    found = run(texts, longppl=evaluator)
-    assert found.row("linear", 128)["key_tokens"] == keys.found > 0
-    assert found.provenance["longppl"]["evaluator"] == "other/model"
+    results = run(texts, longppl=evaluator)
+    assert results.row("linear", 128)["key_tokens"] == keys.found > 0
+    assert results.provenance["longppl"]["evaluator"] == "other/model"
     with patch_model(evaluator, "linear", factor=2):
         patched = run(texts, longppl=evaluator)
     assert patched.provenance["longppl"]["evaluator"] == "other/model, linear x2"
     deeper, letters = decided_llama(), character_tokenizer(bos=False)
     others = {"evaluator_tokenizer": letters, "start": START, **windows}
     keys = find_key_tokens(deeper, tokenizer, documents_of(texts), length=128, **others)
-    own = run(texts, longppl=(deeper, letters))
-    assert own.row("linear", 128)["key_tokens"] == sum(map(len, keys.indices.values())) > 0
+    results_of_letters = run(texts, longppl=(deeper, letters))
+    assert results_of_letters.row("linear", 128)["key_tokens"] == sum(map(len, keys.indices.values())) > 0
 
 
 def test_one_model_beside_its_control(texts: list[str]) -> None:
@@ -170,7 +170,7 @@ def test_one_model_beside_its_control(texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "trained", "longest", "expected"),
+    ("short_length", "trained", "longest", "expected"),
     [
         (None, 512, 4096, (256, 64)),
         (None, 131_072, 1_000_000, (4096, 1024)),
@@ -180,8 +180,10 @@ def test_one_model_beside_its_control(texts: list[str]) -> None:
         (3, 512, 4096, (3, 1)),
     ],
 )
-def test_the_short_context(asked: int | None, trained: int | None, longest: int, expected: tuple[int, int]) -> None:
-    assert default_criterion({"short_length": asked}, trained, longest) == Criterion(2.0, -2.0, *expected)
+def test_the_short_context(
+    short_length: int | None, trained: int | None, longest: int, expected: tuple[int, int]
+) -> None:
+    assert default_criterion({"short_length": short_length}, trained, longest) == Criterion(2.0, -2.0, *expected)
 
 
 @pytest.mark.parametrize(
@@ -225,34 +227,36 @@ def test_no_key_tokens_are_no_error(texts: list[str], caplog: pytest.LogCaptureF
     with torch.no_grad():
         flat.lm_head.weight.zero_()
     with caplog.at_level(logging.WARNING, logger="hf_posext"):
-        found = run(texts, longppl=flat)
+        results = run(texts, longppl=flat)
     assert "no token is key, so there is no LongPPL: more than 24 tokens" in caplog.text
-    row = found.row("linear", 128)
+    row = results.row("linear", 128)
     assert (row["longppl"], row["longppl_ci95"], row["longppl_truncated"], row["key_tokens"]) == (None, None, None, 0)
 
 
 def test_a_document_whose_key_tokens_cannot_be_found_counts_for_the_rest(
     texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, find = run(texts, longppl="none"), key_search_module.find_in_row
+    undisturbed, find = run(texts, longppl="none"), key_search_module.find_in_row
 
     def fail_at(which: set[int]) -> None:
-        def find_or_fail(scorer: Any, given: Any, index: int, criterion: Any) -> Any:
+        def find_or_fail(scorer: Any, documents: Any, index: int, criterion: Any) -> Any:
             if index in which:
                 raise NonFiniteError(f"logits are not finite in document {index}")
-            return find(scorer, given, index, criterion)
+            return find(scorer, documents, index, criterion)
 
         monkeypatch.setattr(key_search_module, "find_in_row", find_or_fail)
 
     fail_at({1})
-    found = run(texts, longppl="none")
-    row, before = found.row("linear", 128), whole.row("linear", 128)
+    results = run(texts, longppl="none")
+    row, before = results.row("linear", 128), undisturbed.row("linear", 128)
     assert {key: row[key] for key in ROW_KEYS} == {key: before[key] for key in ROW_KEYS}
-    records = [r for r in whole.per_document if (r["method"], r["length"]) == ("linear", 128) and r["document"] != "1"]
+    records = [
+        r for r in undisturbed.per_document if (r["method"], r["length"]) == ("linear", 128) and r["document"] != "1"
+    ]
     sums, counts = (sum(record[key] for record in records) for key in KEY_TOKEN_KEYS)
     assert row["longppl"] == pytest.approx(np.exp(sums / counts), rel=1e-12) and row["key_tokens"] == counts
     reason = "logits are not finite in document 1"
-    assert found.provenance["longppl"]["left_out"] == [{"document": "1", "reason": reason}]
+    assert results.provenance["longppl"]["left_out"] == [{"document": "1", "reason": reason}]
     fail_at({0, 1, 2, 3})
     message = "no key tokens: none failed on every document: logits are not finite .*. Pass another evaluator, as in"
     with pytest.raises(EvaluationError, match=message):
@@ -263,15 +267,15 @@ def test_a_run_goes_on_with_the_key_tokens_of_its_journal(
     texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = tmp_path / "journal.jsonl"
-    whole = run(texts, longppl="linear", journal=journal)
+    undisturbed = run(texts, longppl="linear", journal=journal)
     lines = journal.read_text().splitlines(keepends=True)
     kinds = [json.loads(line)["task"]["kind"] for line in lines[1:]]
     assert kinds == ["keys"] * 4 + ["nll"] * (3 * 4)
     journal.write_text("".join(lines[:3]))  # two of four documents have key tokens
-    assert run(texts, longppl="linear", journal=journal).rows == whole.rows
+    assert run(texts, longppl="linear", journal=journal).rows == undisturbed.rows
     assert len(journal.read_text().splitlines()) == len(lines)
     monkeypatch.setattr(key_search_module, "find_in_row", None)
-    assert run(texts, longppl="linear", journal=journal).rows == whole.rows, "nothing is found twice"
+    assert run(texts, longppl="linear", journal=journal).rows == undisturbed.rows, "nothing is found twice"
     others: list[dict[str, Any]] = [
         {"longppl": "none"},
         {"longppl": "linear", "short_length": 16},
@@ -280,9 +284,9 @@ def test_a_run_goes_on_with_the_key_tokens_of_its_journal(
         {"longppl": decided_llama()},
         {"longppl": None, "short_length": None},
     ]
-    for other in others:
+    for change in others:
         with pytest.raises(JournalError):
-            run(texts, journal=journal, **other)
+            run(texts, journal=journal, **change)
 
 
 def test_random_texts_have_few_key_tokens() -> None:

@@ -61,8 +61,8 @@ def test_rows_are_what_each_method_retrieves_by_itself(found: Results) -> None:
         ("none", 384, 0.0): 1.0, ("none", 384, 1.0): 1.0, ("none", 640, 0.0): 0.0, ("none", 640, 1.0): 0.0,
         ("yarn", 384, 0.0): 1.0, ("yarn", 384, 1.0): 1.0, ("yarn", 640, 0.0): 1.0, ("yarn", 640, 1.0): 1.0,
     }, "what the extension is for"  # fmt: skip
-    told = {"trials": 1, "tasks": ("passkey", "common-words"), "depths": (0.0, 1.0)}
-    assert found.provenance["retrieval"] == told
+    settings = {"trials": 1, "tasks": ("passkey", "common-words"), "depths": (0.0, 1.0)}
+    assert found.provenance["retrieval"] == settings
 
 
 def test_one_model_is_asked_the_same(found: Results) -> None:
@@ -124,20 +124,20 @@ def test_a_task_that_fails_is_a_gap(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             raise torch.OutOfMemoryError("out of memory")
         return answered(self, model, tokenizer, task, length)
 
-    whole = run(**SHORT)
+    undisturbed = run(**SHORT)
     monkeypatch.setattr(Questions, "ask", ask)
-    other = run(**SHORT)
-    failed = [(row["task"], row["length"]) == ("passkey", 160) for row in other.retrieval]
-    assert [row["accuracy"] is None for row in other.retrieval] == failed and sum(failed) == 4
-    kept = [row for row, gap in zip(whole.retrieval, failed, strict=True) if not gap]
-    assert [row for row in other.retrieval if row["accuracy"] is not None] == kept
-    assert other.provenance["left_out"] == [
+    results = run(**SHORT)
+    failed = [(row["task"], row["length"]) == ("passkey", 160) for row in results.retrieval]
+    assert [row["accuracy"] is None for row in results.retrieval] == failed and sum(failed) == 4
+    accuracies = [row for row, gap in zip(undisturbed.retrieval, failed, strict=True) if not gap]
+    assert [row for row in results.retrieval if row["accuracy"] is not None] == accuracies
+    assert results.provenance["left_out"] == [
         {"retrieval": f"{name} on passkey at 160", "reason": "out of memory"} for name in ("none", "yarn x2")
     ]
-    assert other.rows == whole.rows
-    (retrieved,) = [grid for grid in grids(other) if grid.title.startswith("Retrieval")]
+    assert results.rows == undisturbed.rows
+    (retrieved,) = [grid for grid in grids(results) if grid.title.startswith("Retrieval")]
     assert retrieved.rows[0] == ("passkey", ()) and retrieved.rows[1][1][1] == "-" != retrieved.rows[1][1][0]
-    write_report(other, tmp_path)
+    write_report(results, tmp_path)
     assert (tmp_path / "retrieval_yarn_x2.png").exists()
 
 
@@ -148,9 +148,9 @@ def test_nothing_is_asked_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert kinds == ["nll", *(["nll"] + ["retrieval"] * 4) * 2]
     monkeypatch.setattr(Questions, "ask", None)
     assert run(journal=journal, **SHORT).retrieval == first
-    for other in ({"depths": [0]}, {"retrieval": 2}, {"tasks": ["passkey"]}, {"seed": 1}):
+    for change in ({"depths": [0]}, {"retrieval": 2}, {"tasks": ["passkey"]}, {"seed": 1}):
         with pytest.raises(JournalError):
-            run(journal=journal, **SHORT, **other)
+            run(journal=journal, **SHORT, **change)
 
 
 @pytest.fixture
@@ -222,14 +222,16 @@ def test_files_are_named_after_methods_and_never_alike() -> None:
 
 
 def test_merged_runs_keep_what_was_retrieved(told: Results) -> None:
-    other = make_results()
-    other.provenance["longppl"] = told.provenance["longppl"]
-    (merged,) = merge_runs({"a": told, "b": other, "c": told})
+    plain = make_results()
+    plain.provenance["longppl"] = told.provenance["longppl"]
+    (merged,) = merge_runs({"a": told, "b": plain, "c": told})
     assert merged.retrieval == told.retrieval
     apart = make_results()
     apart.provenance["longppl"] = {**told.provenance["longppl"], "evaluator": "other"}
     runs = merge_runs({"a": told, "b": apart})
     titles = run_titles(runs)
-    assert titles == [f"tiny|rope (longppl by {one} with short_length 256)" for one in ("org/evaluator", "other")]
+    assert titles == [
+        f"tiny|rope (longppl by {evaluator} with short_length 256)" for evaluator in ("org/evaluator", "other")
+    ]
     retrieved = merged_grids(runs, titles)[-1]
     assert [name for name, cells in retrieved.rows if not cells] == [titles[0], "passkey", "common-words"]

@@ -70,8 +70,10 @@ def test_one_model_is_a_comparison_with_no_other_method() -> None:
     settings = {**SETTINGS, "factor": None}
     alone = evaluate_perplexity(tiny_llama(), character_tokenizer(), TEXTS, config=EvaluationConfig(**settings))
     compared = compare(tiny_llama(), character_tokenizer(), TEXTS, ["none"], EvaluationConfig(**settings))
-    same = ("perplexity", "perplexity_tail", "nll_sum", "bits_per_byte", "ci95")
-    assert [[row[key] for key in same] for row in alone.rows] == [[row[key] for key in same] for row in compared.rows]
+    columns = ("perplexity", "perplexity_tail", "nll_sum", "bits_per_byte", "ci95")
+    assert [[row[key] for key in columns] for row in alone.rows] == [
+        [row[key] for key in columns] for row in compared.rows
+    ]
     with pytest.raises(InvalidParameterError, match=r"factor is 8\.0, and a model is measured as it is"):
         evaluate_perplexity(tiny_llama(), character_tokenizer(), TEXTS, **{**SETTINGS, "factor": 8.0})
 
@@ -126,13 +128,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
     model, tokenizer = tiny_llama(), character_tokenizer()
-    for given, message in (
+    for arguments, message in (
         ((model, None, TEXTS), "Expected a tokenizer, got NoneType"),
         ((tiny_llama().to("meta"), tokenizer, TEXTS), "is on the meta device. Load its weights"),
         ((model, tokenizer, "word " * 999), "no such path: word .*Pass a list, also of one text"),
     ):
         with pytest.raises(PosExtError, match=message):
-            evaluate_perplexity(*given, [48])
+            evaluate_perplexity(*arguments, [48])
     for ask in (passkey_accuracy, retrieval):
         with pytest.raises(InvalidParameterError, match="Expected 1 to 10,000 trials"):
             ask(model, tokenizer, [128], trials=10**19)
@@ -310,8 +312,8 @@ def test_from_the_call_to_the_nll_are_nine_frames(monkeypatch: pytest.MonkeyPatc
 
     def spy(*args: Any) -> torch.Tensor:
         frames = [frame for frame in traceback.extract_stack() if "hf_posext" in frame.filename]
-        at = next(index for index, frame in enumerate(frames) if frame.name == "compare")
-        paths.add(tuple(frame.name for frame in frames[at + 1 :]))
+        front_door = next(index for index, frame in enumerate(frames) if frame.name == "compare")
+        paths.add(tuple(frame.name for frame in frames[front_door + 1 :]))
         return measured(*args)
 
     monkeypatch.setattr(scorer, "logits_nll", spy)

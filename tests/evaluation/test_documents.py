@@ -86,16 +86,16 @@ def test_a_data_set_folder_goes_through_load_dataset(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_is_asked_for_with_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def load_dataset(*args: Any, **kwargs: Any) -> Any:
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     documents = load_documents("emozilla/pg19", split="test", revision="abc123")
     assert documents == EXPECTED
-    assert asked == [(("emozilla/pg19",), {"streaming": True, "split": "test", "revision": "abc123"})]
+    assert calls == [(("emozilla/pg19",), {"streaming": True, "split": "test", "revision": "abc123"})]
     assert documents.source["revision"] == "abc123"
 
 
@@ -213,10 +213,10 @@ def test_compressed_files_are_read_alone_and_in_folders(tmp_path: Path, suffix: 
 def test_data_sets_that_were_saved_to_disk_are_read(tmp_path: Path) -> None:
     table = datasets.Dataset.from_list(ROWS)
     table.save_to_disk(tmp_path / "one")
-    both = datasets.DatasetDict({"train": table, "test": table.select([1])})
-    both.save_to_disk(tmp_path / "both")
+    splits = datasets.DatasetDict({"train": table, "test": table.select([1])})
+    splits.save_to_disk(tmp_path / "both")
     assert load_documents(tmp_path / "one") == EXPECTED
-    for source in (tmp_path / "both", both):
+    for source in (tmp_path / "both", splits):
         assert load_documents(source, split="test") == EXPECTED[1:]
         with pytest.raises(DocumentError, match="has the splits train, test. Choose one, as split='train'"):
             load_documents(source)
@@ -406,8 +406,8 @@ def test_files_that_are_not_what_their_names_say(tmp_path: Path) -> None:
 
 def test_dictionaries_of_streams_and_rows_in_lists() -> None:
     stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
-    both = datasets.IterableDatasetDict({"train": stream, "test": stream.skip(1)})
-    assert load_documents(both, split="test") == EXPECTED[1:]
+    streams = datasets.IterableDatasetDict({"train": stream, "test": stream.skip(1)})
+    assert load_documents(streams, split="test") == EXPECTED[1:]
     assert load_documents(stream, limit=1) == EXPECTED[:1]
     assert load_documents([ROWS[0], "plain", Document("d", "text")]) == [
         EXPECTED[0],

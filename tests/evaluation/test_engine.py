@@ -62,18 +62,18 @@ def test_one_process_is_alone() -> None:
 
 
 def test_each_stage_is_entered_once_and_left_also_after_an_error() -> None:
-    told: list[str] = []
+    events: list[str] = []
 
     @contextmanager
     def enter(name: str) -> Iterator[None]:
-        told.append(f"enter {name}")
+        events.append(f"enter {name}")
         try:
             yield
         finally:
-            told.append(f"leave {name}")
+            events.append(f"leave {name}")
 
     def say(task: Task) -> None:
-        told.append(f"{task.method}{task.document}")
+        events.append(f"{task.method}{task.document}")
 
     broken = [
         Stage("a", lambda: enter("a"), [task("a", 1), task("a", 2)], say),
@@ -81,11 +81,11 @@ def test_each_stage_is_entered_once_and_left_also_after_an_error() -> None:
     ]
     with pytest.raises(InvalidParameterError, match="no such thing"):
         measure(broken)
-    assert told == ["enter a", "a1", "a2", "leave a", "enter b", "leave b"]
-    told.clear()
+    assert events == ["enter a", "a1", "a2", "leave a", "enter b", "leave b"]
+    events.clear()
     with pytest.raises(KeyboardInterrupt):
         measure([Stage("c", lambda: enter("c"), [task("c")], raising(KeyboardInterrupt()))])
-    assert told == ["enter c", "leave c"]
+    assert events == ["enter c", "leave c"]
 
 
 def test_a_task_that_fails_is_an_outcome_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -117,20 +117,20 @@ def test_a_task_that_fails_is_an_outcome_and_the_others_go_on(caplog: pytest.Log
 
 def test_a_run_with_a_journal_measures_nothing_twice(tmp_path: Path) -> None:
     path, ran = tmp_path / "journal.jsonl", []  # type: tuple[Path, list[Any]]
-    whole = measure(stages("a", "b"))
+    outcomes = measure(stages("a", "b"))
     with RunJournal(path, {}) as journal:
         measure(stages("a"), journal=journal)
     with RunJournal(path, {}) as journal:
         again = measure(stages("a", "b", ran=ran), journal=journal)
-    assert {task.method for task in ran} == {"b"} and list(again) == list(whole)
+    assert {task.method for task in ran} == {"b"} and list(again) == list(outcomes)
     ran.clear()
     with RunJournal(path, {}) as journal:
         last = measure(stages("a", "b", ran=ran), journal=journal)
-    assert ran == [] and last == again == whole and len(path.read_text().splitlines()) == 7
+    assert ran == [] and last == again == outcomes and len(path.read_text().splitlines()) == 7
 
 
 def test_what_failed_is_tried_again_by_the_run_that_continues(tmp_path: Path) -> None:
-    path, both = tmp_path / "journal.jsonl", [task("a", 1), task("a", 2)]
+    path, tasks = tmp_path / "journal.jsonl", [task("a", 1), task("a", 2)]
 
     def busy(task: Task) -> int:
         if task.document == "1":
@@ -138,18 +138,20 @@ def test_what_failed_is_tried_again_by_the_run_that_continues(tmp_path: Path) ->
         return 2
 
     with RunJournal(path, {}) as journal:
-        first = measure([Stage("a", nullcontext, both, busy)], journal=journal)
-    assert first[both[0]].failure == "RuntimeError: busy"
+        first = measure([Stage("a", nullcontext, tasks, busy)], journal=journal)
+    assert first[tasks[0]].failure == "RuntimeError: busy"
     assert [json.loads(line)["task"]["document"] for line in path.read_text().splitlines()[1:]] == ["2"]
     with RunJournal(path, {}) as journal:  # the second must not run again
-        outcomes = measure([Stage("a", nullcontext, both, lambda task: {"1": 1}[str(task.document)])], journal=journal)
-    assert outcomes == {both[0]: Outcome(1), both[1]: Outcome(2)}
+        outcomes = measure(
+            [Stage("a", nullcontext, tasks, lambda task: {"1": 1}[str(task.document)])], journal=journal
+        )
+    assert outcomes == {tasks[0]: Outcome(1), tasks[1]: Outcome(2)}
 
 
 def test_the_outcomes_so_far_are_told_after_each_stage() -> None:
-    told: list[int] = []
-    measure(stages("a", "b"), on_stage=lambda outcomes: told.append(len(outcomes)))
-    assert told == [3, 6]
+    counts: list[int] = []
+    measure(stages("a", "b"), on_stage=lambda outcomes: counts.append(len(outcomes)))
+    assert counts == [3, 6]
 
 
 def test_a_disk_that_is_full_ends_the_run(tmp_path: Path) -> None:

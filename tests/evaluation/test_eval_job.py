@@ -44,8 +44,8 @@ def test_context_parallelism_takes_all_processes() -> None:
 
 
 def run(*words: object) -> str:
-    here = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment = {**os.environ, **here}
+    variables = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, **variables}
     done = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -41,10 +41,10 @@ def test_a_fine_tuned_model_is_compared_with_its_base(llama: LlamaForCausalLM) -
         copy.deepcopy(llama), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     ).eval()
     results = run(tuned, control=llama, trained_length=32, label="lora", passkey=0)
-    same = run(tiny_llama(), control=llama, trained_length=32)
-    assert [row["method"] for row in results.rows] == ["lora"] * 2 and same.rows[0]["method"] == "model"
-    assert results.rows[1]["perplexity_truncated_tail"] == same.rows[1]["perplexity_truncated_tail"]
-    assert results.rows[1]["perplexity_tail"] != same.rows[1]["perplexity_tail"]
+    untuned = run(tiny_llama(), control=llama, trained_length=32)
+    assert [row["method"] for row in results.rows] == ["lora"] * 2 and untuned.rows[0]["method"] == "model"
+    assert results.rows[1]["perplexity_truncated_tail"] == untuned.rows[1]["perplexity_truncated_tail"]
+    assert results.rows[1]["perplexity_tail"] != untuned.rows[1]["perplexity_tail"]
     assert results.provenance["trained_length"] == 32
 
 

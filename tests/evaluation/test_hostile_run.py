@@ -69,9 +69,9 @@ class Server:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
     directory = tmp_path_factory.mktemp("runs")
-    both = Server(directory), Server(directory)
-    yield both
-    for server in both:
+    pair = Server(directory), Server(directory)
+    yield pair
+    for server in pair:
         server.process.stdin.close()  # type: ignore[union-attr]
         assert server.process.wait(30) == 0
 

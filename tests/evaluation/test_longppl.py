@@ -52,22 +52,22 @@ def naive_keys(model: PreTrainedModel, ids: torch.Tensor, bos: bool) -> list[int
 @pytest.mark.parametrize(("bos", "start"), [(False, 0), (True, 0), (True, 7)])
 def test_key_tokens_and_their_perplexity_are_the_definition(documents: list[Document], bos: bool, start: int) -> None:
     model, tokenizer = tiny_llama(), character_tokenizer(bos)
-    found = longppl(model, tokenizer, documents, length=LENGTH, start=start, **SETTINGS)
+    result = longppl(model, tokenizer, documents, length=LENGTH, start=start, **SETTINGS)
     plain = {d.id: character_tokenizer()(d.text)["input_ids"][start:] for d in documents}
     rows = {id: torch.tensor(([BOS] * bos + ids)[:LENGTH]) for id, ids in plain.items()}
     expected = {id: naive_keys(model, ids, bos) for id, ids in rows.items()}
-    assert found.keys.indices == expected
+    assert result.keys.indices == expected
     nll = np.concatenate([naive_nll(model, rows[id])[np.array(keys, int) - 1] for id, keys in expected.items()])
     assert len(nll) > 3, "the test tells nothing without key tokens"
-    assert found.key_tokens == found.keys.found == len(nll)
-    assert found.value == pytest.approx(np.exp(nll.mean()), rel=TOLERANCE)
+    assert result.key_tokens == result.keys.found == len(nll)
+    assert result.value == pytest.approx(np.exp(nll.mean()), rel=TOLERANCE)
     everything = np.concatenate([naive_nll(model, ids) for ids in rows.values()])
-    assert found.tokens == len(everything) == 3 * (LENGTH - 1)
-    assert found.perplexity == pytest.approx(np.exp(everything.mean()), rel=TOLERANCE)
-    for record in found.per_document:
-        own = naive_nll(model, rows[record["document"]])[np.array(expected[record["document"]], int) - 1]
-        assert (record["key_tokens"], record["nll_sum"]) == (len(own), pytest.approx(own.sum(), rel=TOLERANCE))
-    assert found.ci95 is not None and found.ci95[0] <= found.value <= found.ci95[1]
+    assert result.tokens == len(everything) == 3 * (LENGTH - 1)
+    assert result.perplexity == pytest.approx(np.exp(everything.mean()), rel=TOLERANCE)
+    for record in result.per_document:
+        key_nll = naive_nll(model, rows[record["document"]])[np.array(expected[record["document"]], int) - 1]
+        assert (record["key_tokens"], record["nll_sum"]) == (len(key_nll), pytest.approx(key_nll.sum(), rel=TOLERANCE))
+    assert result.ci95 is not None and result.ci95[0] <= result.value <= result.ci95[1]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_an_evaluator_of_another_tokenizer_marks_the_same_characters(
             for index, (begin, end) in enumerate(offsets)
             if index > 0
             and marked & set(range(begin, end))
-            and all(at in marked or document.text[at].isspace() for at in range(begin, end))
+            and all(place in marked or document.text[place].isspace() for place in range(begin, end))
         ]
     assert keys.indices == expected
     total = sum(map(len, expected.values()))
@@ -111,7 +111,7 @@ def test_an_evaluator_of_another_tokenizer_marks_the_same_characters(
 def test_the_first_token_of_a_row_is_never_key(documents: list[Document], llama: LlamaForCausalLM) -> None:
     """It has no NLL, though an evaluator whose rows begin with BOS has one. Below any gain, every token is key."""
     settings = {**SETTINGS, "alpha": -1e9, "beta": -1e9}
-    found = longppl(
+    result = longppl(
         llama,
         character_tokenizer(),
         documents,
@@ -120,19 +120,19 @@ def test_the_first_token_of_a_row_is_never_key(documents: list[Document], llama:
         evaluator_tokenizer=character_tokenizer(bos=True),
         **settings,
     )
-    assert all(indices == list(range(1, LENGTH)) for indices in found.keys.indices.values())
-    assert found.value == pytest.approx(found.perplexity, rel=1e-12)
+    assert all(indices == list(range(1, LENGTH)) for indices in result.keys.indices.values())
+    assert result.value == pytest.approx(result.perplexity, rel=1e-12)
 
 
 def test_a_copy_of_the_tokenizer_is_no_other_tokenizer() -> None:
     """Nothing is carried over characters, by which the tokens of one character are key together."""
-    one, copy = (AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope") for _ in range(2))
+    original, copy = (AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope") for _ in range(2))
     document = Document("a", "\u4f60\u597d\u4e16\u754c\u5929\u5730\u7384\u9ec4\u5b87\u5b99\u6d2a\u8352")
     settings = {**SETTINGS, "alpha": 0.05, "beta": -9.0, "length": 36}
     evaluator = tiny_llama(vocab_size=4096)
     copy("He said", truncation=True, max_length=1)  # what an earlier call of somebody else leaves
-    keys = find_key_tokens(evaluator, one, [document], evaluator_tokenizer=copy, **settings)
-    assert keys == find_key_tokens(evaluator, one, [document], **settings)
+    keys = find_key_tokens(evaluator, original, [document], evaluator_tokenizer=copy, **settings)
+    assert keys == find_key_tokens(evaluator, original, [document], **settings)
     assert len({index // 3 for index in keys.indices["a"]}) > len(keys.indices["a"]) / 3, "some of a character's three"
 
 
@@ -147,9 +147,9 @@ def test_tokens_inside_spans(text: str, tokens: list[tuple[int, int]], spans: li
         ends = [(min(begin, len(text)), min(begin + size, len(text))) for begin, size in pairs]
         return np.array(ends, dtype=np.int64).reshape(-1, 2)
 
-    marked = {at for begin, end in clip(spans) for at in range(begin, end)}
+    marked = {place for begin, end in clip(spans) for place in range(begin, end)}
     expected = [
-        bool(marked & set(range(b, e))) and all(at in marked or text[at].isspace() for at in range(b, e))
+        bool(marked & set(range(b, e))) and all(place in marked or text[place].isspace() for place in range(b, e))
         for b, e in clip(tokens)
     ]
     assert tokens_inside(clip(tokens), clip(spans), text).tolist() == expected
@@ -167,17 +167,19 @@ def test_the_same_key_tokens_for_every_model(documents: list[Document], llama: L
     assert patched.value == pytest.approx(np.exp(chosen.mean()), rel=TOLERANCE)
     assert patched.keys is keys
     assert (keys.evaluator, with_name.evaluator) == ("LlamaForCausalLM", "LlamaForCausalLM, linear x4")
-    other = longppl(llama, tokenizer, documents, length=LENGTH, evaluator=tiny_llama(num_hidden_layers=1), **SETTINGS)
-    assert other.keys.indices != keys.indices
+    shallow = longppl(
+        llama, tokenizer, documents, length=LENGTH, evaluator=tiny_llama(num_hidden_layers=1), **SETTINGS
+    )
+    assert shallow.keys.indices != keys.indices
 
 
 def test_documents_without_key_tokens_count_nothing(documents: list[Document], llama: LlamaForCausalLM) -> None:
     tokenizer = character_tokenizer()
     keys = find_key_tokens(llama, tokenizer, documents, length=LENGTH, **SETTINGS)
-    some = dataclasses.replace(keys, indices={**keys.indices, "d0": [40], "d1": [], "d2": []})
-    found = longppl(llama, tokenizer, documents, length=LENGTH, keys=some)
-    assert [record["longppl"] for record in found.per_document] == [pytest.approx(found.value), None, None]
-    assert (found.key_tokens, found.ci95) == (1, None)
+    few = dataclasses.replace(keys, indices={**keys.indices, "d0": [40], "d1": [], "d2": []})
+    result = longppl(llama, tokenizer, documents, length=LENGTH, keys=few)
+    assert [record["longppl"] for record in result.per_document] == [pytest.approx(result.value), None, None]
+    assert (result.key_tokens, result.ci95) == (1, None)
 
 
 def test_no_key_tokens_at_all_is_an_error(documents: list[Document], llama: LlamaForCausalLM) -> None:
@@ -232,8 +234,8 @@ def test_a_pass_key_is_what_the_shipped_model_finds_key() -> None:
     # Digits of a short context are a guess among ten, 2.3 nats each, less what the model has of a bias.
     keys = find_key_tokens(model, tokenizer, [text], length=length, alpha=1.0, short_length=64, stride=16)
     digits = set(range(length - 5, length))
-    found = {index for index in keys.indices["0"] if index >= length - 100}
-    assert len(found & digits) >= 4 and found <= digits
+    near_end = {index for index in keys.indices["0"] if index >= length - 100}
+    assert len(near_end & digits) >= 4 and near_end <= digits
 
 
 def test_longce_weights() -> None:

@@ -50,9 +50,9 @@ def test_loaded_by_path_offline(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(printed) == 2, "the folder, and the file"
-    for found in printed:
-        assert found["module"].startswith("evaluate_modules"), "a copy, apart from the package"
-        assert found["results"] == {
+    for line in printed:
+        assert line["module"].startswith("evaluate_modules"), "a copy, apart from the package"
+        assert line["results"] == {
             "perplexity": float(pooled_perplexity(NLL, TOKENS)),
             "bits_per_byte": pytest.approx(math.fsum(NLL) / math.log(2) / 3129, rel=1e-15),
             "n_tokens": 731,
@@ -82,9 +82,9 @@ def test_every_token_weighs_the_same(metric: LongDocumentPerplexity) -> None:
 
 
 def test_combines_with_others(metric: LongDocumentPerplexity) -> None:
-    both = evaluate.combine({"a": metric, "b": LongDocumentPerplexity()}, force_prefix=True)
-    found = both.compute(nll_sums=NLL, tokens=TOKENS)
-    assert found["a_perplexity"] == found["b_perplexity"] == pooled_perplexity(NLL, TOKENS)
+    combined = evaluate.combine({"a": metric, "b": LongDocumentPerplexity()}, force_prefix=True)
+    values = combined.compute(nll_sums=NLL, tokens=TOKENS)
+    assert values["a_perplexity"] == values["b_perplexity"] == pooled_perplexity(NLL, TOKENS)
 
 
 def test_a_broken_model_is_infinite(metric: LongDocumentPerplexity) -> None:
@@ -123,10 +123,9 @@ def test_one_import_to_a_line() -> None:
 
 def test_the_example_of_the_card_is_true(metric: LongDocumentPerplexity) -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    found = metric.compute(nll_sums=[210.0, 96.0], tokens=[70, 30], byte_counts=[300, 125])
-    shown = (
-        f"# {{'perplexity': {str(found['perplexity'])[:4]}..., 'bits_per_byte': {str(found['bits_per_byte'])[:4]}..., "
-    )
-    assert f"{shown}'n_tokens': 100, 'n_documents': 2}}" in card
+    values = metric.compute(nll_sums=[210.0, 96.0], tokens=[70, 30], byte_counts=[300, 125])
+    perplexity, bits = (str(values[name])[:4] for name in ("perplexity", "bits_per_byte"))
+    shown = f"# {{'perplexity': {perplexity}..., 'bits_per_byte': {bits}..., 'n_tokens': 100, 'n_documents': 2}}"
+    assert shown in card
     for name in ("datasets", "evaluate", "numpy"):
         assert name in (FOLDER / "requirements.txt").read_text(encoding="utf-8")

@@ -38,13 +38,13 @@ CLS, SEP, MASK = 101, 102, 69  # the first that the character tokenizer leaves f
 
 def tokenizer(before: bool = True) -> PreTrainedTokenizerFast:
     """A token per character, `[SEP]` after a text, and `[CLS]` before it or not."""
-    made = character_tokenizer()
-    made.add_special_tokens({"mask_token": "[MASK]"})
-    made._tokenizer.post_processor = processors.TemplateProcessing(
+    characters = character_tokenizer()
+    characters.add_special_tokens({"mask_token": "[MASK]"})
+    characters._tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]" if before else "$A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
     )
-    assert made.mask_token_id == MASK
-    return made
+    assert characters.mask_token_id == MASK
+    return characters
 
 
 def texts() -> list[list[int]]:
@@ -284,15 +284,15 @@ def test_special_tokens_are_the_tokenizers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "expected"),
+    ("make", "expected"),
     [
         (lambda: build("bert", task="masked-lm"), "BertForMaskedLM"),
         (tiny_t5, "T5ForConditionalGeneration"),
         (tiny_llama, "LlamaForCausalLM"),
     ],
 )
-def test_the_command_line_loads_the_class_that_the_config_names(made: Any, expected: str, tmp_path: Path) -> None:
-    made().save_pretrained(tmp_path)
+def test_the_command_line_loads_the_class_that_the_config_names(make: Any, expected: str, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
     character_tokenizer().save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path), "float32", "cpu")
     assert type(model).__name__ == expected

@@ -24,10 +24,10 @@ from .helpers import character_tokenizer
 
 def spoil(module: nn.Module, value: float, times: int = 10**9) -> None:
     """From now on, one number of what a module gives for token 30 is `value`."""
-    left = itertools.repeat(None, times)
+    remaining = itertools.repeat(None, times)
 
     def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        if output.shape[1] <= 30 or next(left, "over") == "over":
+        if output.shape[1] <= 30 or next(remaining, "over") == "over":
             return output
         output = output.clone()
         output[:, 30, 0] = value
@@ -96,9 +96,9 @@ def test_encoders_and_encoder_decoders_name_the_layers_too() -> None:
     assert masked.culprit is not None
     assert masked.culprit() == "bert.encoder.layer.*.output.dense (first in layer 2)"
 
-    both = tiny_t5()
-    spoil(both.get_submodule("encoder.block.1.layer.1.DenseReluDense.wo"), float("inf"))
-    seq2seq = Seq2SeqScorer(both, character_tokenizer())
+    encoder_decoder = tiny_t5()
+    spoil(encoder_decoder.get_submodule("encoder.block.1.layer.1.DenseReluDense.wo"), float("inf"))
+    seq2seq = Seq2SeqScorer(encoder_decoder, character_tokenizer())
     seq2seq.token_nll(tokens(20)[0], tokens(5)[0])
     assert seq2seq.culprit is None
     nll = seq2seq.token_nll(tokens(40)[0], tokens(5)[0])

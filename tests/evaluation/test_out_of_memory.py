@@ -81,10 +81,12 @@ def test_masked_texts_are_halved(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
     model = build("bert", task="masked-lm")
-    texts, at = tokens(30, rows=9), torch.arange(9)
-    expected = MaskedScorer(model, tokenizer).token_nll(texts, at)
+    texts, targets = tokens(30, rows=9), torch.arange(9)
+    expected = MaskedScorer(model, tokenizer).token_nll(texts, targets)
     limit(model.bert.encoder.layer[1], 100)
-    assert MaskedScorer(model, tokenizer).token_nll(texts, at).numpy() == pytest.approx(expected.numpy(), **ROUNDING)
+    assert MaskedScorer(model, tokenizer).token_nll(texts, targets).numpy() == pytest.approx(
+        expected.numpy(), **ROUNDING
+    )
     assert [message[-6:] for message in messages(caplog)] == ["9 to 4", "4 to 2"]
 
 

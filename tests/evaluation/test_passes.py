@@ -67,8 +67,8 @@ MODELS: dict[str, tuple[Callable[[], LlamaForCausalLM], list[list[int]]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_as_many_passes_as_the_positions_need(protocol: Any, name: str) -> None:
     """Forwards are counted, and what they give is what a fresh model gives for each length."""
-    made, passes = MODELS[name]
-    model, documents = made(), rows()
+    make, passes = MODELS[name]
+    model, documents = make(), rows()
     scorer = protocol.scorer(model, None, Memory())
     scorer.token_nll(tokens(8))  # the first has the checks of the scorer with it
     calls: list[int] = []
@@ -77,7 +77,7 @@ def test_as_many_passes_as_the_positions_need(protocol: Any, name: str) -> None:
         calls.clear()
         for lengths in passes:
             for measurement in protocol.measure(scorer, documents, index, lengths):
-                fresh = naive_nll(made(), documents.tokens[index, : measurement.length])
+                fresh = naive_nll(make(), documents.tokens[index, : measurement.length])
                 assert_equal(measurement.nll, fresh[-len(measurement.nll) :])
         guards = [[lengths[0]] if len(lengths) > 1 and index == 0 else [] for lengths in passes]
         assert calls == [read for lengths, guard in zip(passes, guards, strict=True) for read in (lengths[-1], *guard)]
@@ -85,8 +85,8 @@ def test_as_many_passes_as_the_positions_need(protocol: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_passes_follow_from_the_model(name: str) -> None:
-    made, passes = MODELS[name]
-    model = made()
+    make, passes = MODELS[name]
+    model = make()
     patch = find_patch(model)
     boundaries = boundaries_of(detect_scheme(model), patch and patch.plan)
     assert Prefix().passes(LENGTHS, boundaries) == Tail(7).passes(LENGTHS, boundaries) == passes
@@ -103,8 +103,8 @@ def test_a_switch_belongs_to_the_shorter_lengths() -> None:
 @pytest.mark.parametrize("protocol", [Sliding(5), Rolling()], ids=named)
 def test_windows_are_read_as_a_fresh_model_reads_them(name: str, protocol: Any) -> None:
     """Longest length first, and a last window that is shorter: nothing of an earlier input is left."""
-    made, _ = MODELS[name]
-    model, documents = made(), rows(count=1)
+    make, _ = MODELS[name]
+    model, documents = make(), rows(count=1)
     scorer = protocol.scorer(model, None, Memory())
     for length in (24, 14, 8):
         fresh = []
@@ -114,7 +114,7 @@ def test_windows_are_read_as_a_fresh_model_reads_them(name: str, protocol: Any) 
                 documents.tokens[0, w.first : w.end],
             )
             with torch.no_grad():
-                log_probabilities = made()(ids).logits[0, w.first - 1 - w.begin :].double().log_softmax(-1)
+                log_probabilities = make()(ids).logits[0, w.first - 1 - w.begin :].double().log_softmax(-1)
             fresh += [-float(log_probabilities[i, target]) for i, target in enumerate(targets)]
         (measurement,) = protocol.measure(scorer, documents, 0, [length])
         assert_equal(measurement.nll, np.array(fresh))

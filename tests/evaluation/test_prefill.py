@@ -216,18 +216,18 @@ FOLLOWING = {
 def test_positions_that_follow_the_length_are_refused_by_name(name: str) -> None:
     make, method = FOLLOWING[name]
     model = make()
-    what = "llama" if method is None else name
+    label = "llama" if method is None else name
     with patch_model(model, method or NoExtension()) as patch:
-        with pytest.raises(UnsupportedModelError, match=f"positions of {what} follow .*; leave prefill_chunk out"):
+        with pytest.raises(UnsupportedModelError, match=f"positions of {label} follow .*; leave prefill_chunk out"):
             chunked(model, tokens(LENGTH))
-        whole = chunked(model, tokens(LENGTH), chunk=LENGTH)[0]
-        assert whole.double().numpy() == pytest.approx(naive_nll(model, tokens(LENGTH)[0]), **ROUNDING), "one chunk"
+        nll = chunked(model, tokens(LENGTH), chunk=LENGTH)[0]
+        assert nll.double().numpy() == pytest.approx(naive_nll(model, tokens(LENGTH)[0]), **ROUNDING), "one chunk"
     scheme = detect_scheme(model)
     requests = {
         chunk: check_request(EvaluationConfig(lengths=[LENGTH], prefill_chunk=chunk), scheme, model)
         for chunk in (CHUNK, LENGTH, None)
     }
-    with pytest.raises(InvalidParameterError, match=f"prefill_chunk is 13 for texts of 150 tokens, but .*{what}"):
+    with pytest.raises(InvalidParameterError, match=f"prefill_chunk is 13 for texts of 150 tokens, but .*{label}"):
         check_reads(requests[CHUNK], patch.plan)
     check_reads(requests[LENGTH], patch.plan)
     check_reads(requests[None], patch.plan)
@@ -283,10 +283,10 @@ def test_from_the_front_door() -> None:
     """The perplexity of chunks is that of whole texts; what cannot be is refused before anything is measured."""
     model, texts = tiny_llama(), random_texts(2, 200)
     settings = {"lengths": [40, LENGTH]}
-    whole = evaluate_perplexity(model, character_tokenizer(), texts, **settings)
+    unchunked = evaluate_perplexity(model, character_tokenizer(), texts, **settings)
     nll = evaluate_perplexity(model, character_tokenizer(), texts, **settings, prefill_chunk=CHUNK)
     assert nll.provenance["prefill_chunk"] == CHUNK
-    for row, expected in zip(nll.rows, whole.rows, strict=True):
+    for row, expected in zip(nll.rows, unchunked.rows, strict=True):
         assert row["nll_sum"] == pytest.approx(expected["nll_sum"], rel=1e-7)
     with pytest.raises(InvalidParameterError, match="the positions of dynamic-yarn follow"):
         methods = ["none", "dynamic-yarn"]

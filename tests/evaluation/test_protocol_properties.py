@@ -82,8 +82,8 @@ def test_rolling_windows_are_those_of_lm_eval(total: int, window: int) -> None:
     pairs = get_rolling_token_windows(row[1:], prefix_token=row[0], max_seq_len=window, context_len=1)
     # As HFLM does: the window's context and what it predicts, of which the last token is not fed to the model.
     fed = [((context + targets)[:-1], targets) for context, targets in map(make_disjoint_window, pairs)]
-    ours = [(row[w.begin : w.end - 1], row[w.first : w.end]) for w in rolling_windows(total, window)]
-    assert ours == fed
+    windows = [(row[w.begin : w.end - 1], row[w.first : w.end]) for w in rolling_windows(total, window)]
+    assert windows == fed
 
 
 @MANY
@@ -151,12 +151,12 @@ def test_a_control_scores_the_same_tokens_with_no_more_context(
             handle.remove()
         assert max(read) <= trained
         for measurement in control:
-            (ours,) = protocol.measure(scorer, rows, 0, [measurement.length])
+            (normal,) = protocol.measure(scorer, rows, 0, [measurement.length])
             assert (measurement.length, measurement.first, measurement.tail, len(measurement.nll)) == (
-                ours.length,
-                ours.first,
-                ours.tail,
-                len(ours.nll),
+                normal.length,
+                normal.first,
+                normal.tail,
+                len(normal.nll),
             )
             if measurement.length <= trained:
-                assert math.isclose(math.fsum(measurement.nll), math.fsum(ours.nll), rel_tol=1e-6)
+                assert math.isclose(math.fsum(measurement.nll), math.fsum(normal.nll), rel_tol=1e-6)

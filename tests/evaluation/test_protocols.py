@@ -74,16 +74,16 @@ def test_every_control_equals_a_forward_per_token(llama: LlamaForCausalLM, proto
     arranged = protocol.arrange(documents)
     normal = measured(protocol, llama, documents)
     for (length, index), measurement in controlled(protocol, llama, documents).items():
-        row, whole = arranged.tokens[index], normal[length, index]
+        row, uncut = arranged.tokens[index], normal[length, index]
         expected = expected_control(protocol, llama, row, length, arranged.bos)
         assert_equal(measurement.nll, expected)
-        assert measurement._replace(nll=whole.nll) == whole._replace(nll=whole.nll), (
+        assert measurement._replace(nll=uncut.nll) == uncut._replace(nll=uncut.nll), (
             "the same tokens in the same groups"
         )
         if length <= TRAINED:
-            assert measurement.nll == pytest.approx(whole.nll, abs=1e-5), "inside the trained length nothing is cut"
+            assert measurement.nll == pytest.approx(uncut.nll, abs=1e-5), "inside the trained length nothing is cut"
         else:
-            assert abs(measurement.nll - whole.nll).max() > 1e-3
+            assert abs(measurement.nll - uncut.nll).max() > 1e-3
 
 
 @pytest.mark.parametrize("protocol", ALL, ids=named)
@@ -141,8 +141,8 @@ def longlora_script(model: Any, data: torch.Tensor, seq_length: int, sliding_win
     all_ix = list(range(0, len(data) - seq_length, sliding_window))
     all_ix.pop()
     losses = []
-    for at in range(0, len(all_ix), 32):
-        x = torch.stack([data[i : i + seq_length] for i in all_ix[at : at + 32]])
+    for start in range(0, len(all_ix), 32):
+        x = torch.stack([data[i : i + seq_length] for i in all_ix[start : start + 32]])
         losses.append(model(input_ids=x, labels=x).loss.item())
     return float(2.71828 ** torch.as_tensor(losses).mean().item())
 

@@ -130,8 +130,8 @@ def test_no_more_is_read_than_the_limit_needs(name: str) -> None:
         last = first.with_name(first.name.replace("test", "test-last"))
         last.write_bytes(b"torn\n")
         card = (copy / "README.md").read_text(encoding="utf-8")
-        both = f"[{first.relative_to(copy)}, {last.relative_to(copy)}]"
-        (copy / "README.md").write_text(card.replace(f'"{first.relative_to(copy)}"', both), encoding="utf-8")
+        paths = f"[{first.relative_to(copy)}, {last.relative_to(copy)}]"
+        (copy / "README.md").write_text(card.replace(f'"{first.relative_to(copy)}"', paths), encoding="utf-8")
     documents = load_documents(name, limit=2, minimum_characters=100)
     assert [document.text[-1] for document in documents] == ["0", "2"]
     with pytest.raises(DocumentError, match="cannot read"):
@@ -171,24 +171,24 @@ def test_a_name_means_the_recipe_and_a_path_the_folder(
 
 
 def test_the_hub_is_asked_for_the_pinned_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = {}
 
     def load_dataset(**kwargs: Any) -> Any:
-        asked.update(kwargs)
+        request.update(kwargs)
         return [{"report": LONG, "text": json.dumps({"text": LONG})}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     load_documents("govreport")
-    assert asked == {
+    assert request == {
         "path": "ccdv/govreport-summarization",
         "name": "document",
         "split": "test",
         "revision": "4e21184e01ae8017e2c036e180fe5e541fef60a0",
         "streaming": True,
     }
-    asked.clear()
+    request.clear()
     load_documents("proof-pile", split="validation", revision="abc123")
-    assert asked == {
+    assert request == {
         "path": "text",
         "data_files": "hf://datasets/hoskinson-center/proof-pile@abc123/dev/proofpile_dev.jsonl.gz",
         "split": "train",

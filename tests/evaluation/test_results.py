@@ -22,7 +22,7 @@ from ..reporting.helpers import make_results
 from .helpers import DOCUMENT_KEYS
 
 
-def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **more: Any) -> dict[str, Any]:
+def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **columns: Any) -> dict[str, Any]:
     row = dict.fromkeys(ROW_KEYS)
     return {
         **row,
@@ -36,7 +36,7 @@ def a_row(method: str = "yarn", length: int = 512, factor: float = 8.0, **more: 
         "factor": factor,
         "perplexity": 40.5,
         "ci95": [38.0, 43.0],
-        **more,
+        **columns,
     }
 
 
@@ -200,6 +200,6 @@ def test_verbs_of_results(tmp_path: Path) -> None:
         results.save(tmp_path / "rows.xls")
     assert results.describe().splitlines() == describe_methods(results)
     readme = results.save_report(tmp_path / "report")
-    other = write_report(results, tmp_path / "other")
-    assert readme == tmp_path / "report" / "README.md" and readme.read_text() == other.read_text()
-    assert sorted(os.listdir(readme.parent)) == sorted(os.listdir(other.parent))
+    written = write_report(results, tmp_path / "other")
+    assert readme == tmp_path / "report" / "README.md" and readme.read_text() == written.read_text()
+    assert sorted(os.listdir(readme.parent)) == sorted(os.listdir(written.parent))

@@ -67,35 +67,35 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(runs: Runs) -> None:
     begin = time.monotonic()
     assert runs.run("whole") == 0
-    whole = runs.written("whole")
-    lines = whole.count(b"\n")
+    journal = runs.written("whole")
+    lines = journal.count(b"\n")
     assert lines == 1 + 6 * 4, "a header, and six documents read by three methods and the control"
     step = (time.monotonic() - begin) / lines
     parts = []
     for index in range(KILLS):
         name, draw = f"killed-{index}", random.Random()
-        moment = draw.randint(0, len(whole) - 1), draw.uniform(0, 2 * step)
+        moment = draw.randint(0, len(journal) - 1), draw.uniform(0, 2 * step)
         assert runs.run(name, *moment) in (0, -signal.SIGKILL)
         parts.append(runs.written(name).count(b"\n"))
-        assert whole.startswith(runs.written(name)), "what was finished is there, the last line perhaps torn"
+        assert journal.startswith(runs.written(name)), "what was finished is there, the last line perhaps torn"
         assert runs.run(name) == 0, moment
-        assert runs.result(name) == runs.result("whole") and runs.written(name) == whole, moment
+        assert runs.result(name) == runs.result("whole") and runs.written(name) == journal, moment
     assert sum(0 < part < lines for part in parts) >= KILLS // 4, f"lines when it was killed, of {lines}: {parts}"
 
 
 def test_a_run_that_is_killed_again_and_again_ends(runs: Runs) -> None:
     """Each attempt begins with a torn line, and is killed when it has added a few."""
     assert runs.run("again") == 0
-    whole, result = runs.written("again"), runs.result("again")
-    header, size = whole.index(b"\n") + 1, len(whole) // 8
-    runs.journal("again").write_bytes(whole[: header - 50])
-    at, attempts = header + size, 0
-    while (ended := runs.run("again", kill_at=min(at, len(whole)))) != 0:
+    journal, result = runs.written("again"), runs.result("again")
+    header, size = journal.index(b"\n") + 1, len(journal) // 8
+    runs.journal("again").write_bytes(journal[: header - 50])
+    size_at_kill, attempts = header + size, 0
+    while (ended := runs.run("again", kill_at=min(size_at_kill, len(journal)))) != 0:
         assert ended == -signal.SIGKILL
-        assert len(runs.written("again")) >= at, "each gets further"
+        assert len(runs.written("again")) >= size_at_kill, "each gets further"
         runs.journal("again").write_bytes(runs.written("again")[:-50])
-        at, attempts = len(runs.written("again")) + size, attempts + 1
-        if at >= len(whole):
+        size_at_kill, attempts = len(runs.written("again")) + size, attempts + 1
+        if size_at_kill >= len(journal):
             break
     assert attempts >= 1 and runs.run("again") == 0
-    assert runs.written("again") == whole and runs.result("again") == result
+    assert runs.written("again") == journal and runs.result("again") == result

@@ -57,7 +57,7 @@ def test_prompts_follow_from_their_arguments_alone(task: str) -> None:
         task_prompt(PIECES, task, 700, 0.5, trial=0, seed=2),
         task_prompt(PIECES, task, 700, 0.5, trial=1, seed=0),
     ]
-    assert all(other.answers != first.answers for other in others)
+    assert all(prompt.answers != first.answers for prompt in others)
 
 
 @pytest.mark.parametrize("task", HIDDEN)
@@ -90,8 +90,8 @@ def test_what_each_task_hides_and_asks() -> None:
     value = text.rsplit("that are ", 1)[1].removesuffix(" are")
     assigned = dict(line.split(" = ") for line in text.split("\n") if " = " in line)
     assert len(assigned) == 8 and assigned[names[0]] == value
-    found = {name for name in assigned if _resolve(name, assigned) == value}
-    assert found == set(names)
+    resolved = {name for name in assigned if _resolve(name, assigned) == value}
+    assert resolved == set(names)
     places = [text.index(f"{name} = ") for name in names]
     assert places == sorted(places), "no variable is used before it is assigned"
 
@@ -179,23 +179,23 @@ def test_what_cannot_be_asked_is_refused(llama: LlamaForCausalLM) -> None:
 
 def test_the_shipped_model_finds_pass_keys_at_every_depth_inside_its_trained_length() -> None:
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    asked: dict[str, Any] = {"tasks": ["passkey"], "trials": 2}
-    rows = retrieval(model, PIECES, [384], depths=[0.0, 0.5, 1.0], **asked)
+    settings: dict[str, Any] = {"tasks": ["passkey"], "trials": 2}
+    rows = retrieval(model, PIECES, [384], depths=[0.0, 0.5, 1.0], **settings)
     assert [row["accuracy"] for row in rows] == [1.0, 1.0, 1.0]
-    assert [row["accuracy"] for row in retrieval(model, PIECES, [1024], depths=[0.5], **asked)] == [0.0]
+    assert [row["accuracy"] for row in retrieval(model, PIECES, [1024], depths=[0.5], **settings)] == [0.0]
     with patch_model(model, "yarn", factor=4):
-        assert [row["accuracy"] for row in retrieval(model, PIECES, [1024], depths=[0.5], **asked)] == [1.0]
+        assert [row["accuracy"] for row in retrieval(model, PIECES, [1024], depths=[0.5], **settings)] == [1.0]
 
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    made = [
+    by_depth = [
         {"task": task, "length": length, "depth": depth, "accuracy": depth * 512 / length, "trials": 4}
         for task in ("passkey", "multi-key")
         for length in (1024, 512)
         for depth in (0.0, 0.5, 1.0)
     ]
-    return [*made, {"task": "common-words", "length": 512, "depth": None, "accuracy": 0.75, "trials": 4}]
+    return [*by_depth, {"task": "common-words", "length": 512, "depth": None, "accuracy": 0.75, "trials": 4}]
 
 
 @pytest.fixture
@@ -213,8 +213,8 @@ def test_heat_maps(figures: list[Figure], tmp_path: Path, rows: list[dict[str, A
     assert png.startswith(b"\x89PNG") and int.from_bytes(png[16:20], "big") == 1800
     (figure,) = figures
     assert figure.get_suptitle() == "yarn x2"
-    first, second, whole, bar = figure.axes
-    assert [panel.get_title() for panel in (first, second, whole)] == ["passkey", "multi-key", "common-words"]
+    first, second, depthless, bar = figure.axes
+    assert [panel.get_title() for panel in (first, second, depthless)] == ["passkey", "multi-key", "common-words"]
     for panel in (first, second):
         assert [label.get_text() for label in panel.get_xticklabels()] == ["512", "1024"]
         assert [label.get_text() for label in panel.get_yticklabels()] == ["0 %", "50 %", "100 %"]
@@ -224,7 +224,7 @@ def test_heat_maps(figures: list[Figure], tmp_path: Path, rows: list[dict[str, A
         assert {line.get_xdata()[0] for line in panel.lines} == {1}, "between 512 and 1024"
         assert panel.get_xlabel() == "length (tokens); dots: trained on 512"
         assert panel.get_ylabel() == "depth in the text"
-    assert [text.get_text() for text in whole.texts] == ["75"] and whole.get_ylabel() == "whole text"
+    assert [text.get_text() for text in depthless.texts] == ["75"] and depthless.get_ylabel() == "whole text"
     assert bar.get_ylabel() == "accuracy (%)"
 
 

@@ -86,18 +86,18 @@ def test_a_file_cut_off_anywhere_loses_its_last_line_at_most(path: Path) -> None
     data = path.read_bytes()
     for size in range(len(data) + 1):
         path.write_bytes(data[:size])
-        whole = max(0, data[:size].count(b"\n") - 1)
-        assert len(finished(path)) == whole, size
+        count = max(0, data[:size].count(b"\n") - 1)
+        assert len(finished(path)) == count, size
         if size % 7 == 0:  # each line goes to the disk, which takes its time
-            write(path, ENTRIES[whole:])
+            write(path, ENTRIES[count:])
             assert path.read_bytes() == data, f"cut at {size}, it must end as if it had never been"
 
 
 def test_a_corrupt_line_is_refused_by_its_number(path: Path) -> None:
     write(path)
-    whole = path.read_text().splitlines()
+    intact = path.read_text().splitlines()
     for number, line in [(1, "{"), (3, '{"task": ["nll"'), (4, "\0\0"), (5, '["task", "value"]'), (2, '{"task": 1}')]:
-        lines = [*whole]
+        lines = [*intact]
         lines[number - 1] = line
         path.write_text("\n".join(lines) + "\n")
         with pytest.raises(JournalError, match=rf"journal\.jsonl is corrupt at line {number}: .*Delete that line"):

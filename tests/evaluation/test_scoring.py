@@ -72,8 +72,8 @@ def test_equals_full_logits(model_type: str, small_slices: int, caplog: pytest.L
 def test_what_follows_the_head_matters(model_type: str) -> None:
     """The parameter of each head changes the NLL, so that the test above would see it forgotten."""
     (name,) = HEADS[model_type]
-    one, other = (build(model_type, **{name: HEADS[model_type][name] * times}) for times in (1, 2))
-    assert abs(naive_nll(one, tokens(50)[0]) - naive_nll(other, tokens(50)[0])).mean() > 1e-3
+    plain, scaled = (build(model_type, **{name: HEADS[model_type][name] * times}) for times in (1, 2))
+    assert abs(naive_nll(plain, tokens(50)[0]) - naive_nll(scaled, tokens(50)[0])).mean() > 1e-3
 
 
 def test_scores_from_the_first_token_asked_for_and_in_batches(llama: LlamaForCausalLM, small_slices: int) -> None:
@@ -233,7 +233,7 @@ def test_logits_keep_the_float32_sums_that_a_device_gives(
             projection.sums_in_float32.cache_clear()
         exact = heads.hidden_states(read.trunk).double() @ llama.lm_head.weight.T.double()
     assert (rounded.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
-    off, rounding = ((one.double() - exact).abs().max() for one in (logits, rounded))
+    off, rounding = ((values.double() - exact).abs().max() for values in (logits, rounded))
     assert off <= 1e-6 * exact.abs().max() < rounding  # 32 products are summed
 
 

@@ -59,8 +59,8 @@ def test_perplexity_is_that_of_a_loop_and_the_row_names_the_prefix(prefix: str, 
     model, tokenizer = tiny_llama(), tokenizer_of(prefix)
     ids = [IDS[name] for name in prefix.split()]
     assert tokenizer("a")["input_ids"][: len(ids)] == ids == special_prefix(tokenizer)
-    found = evaluate_perplexity(model, tokenizer, TEXTS, [20, 40])
-    for row in found.rows:
+    results = evaluate_perplexity(model, tokenizer, TEXTS, [20, 40])
+    for row in results.rows:
         # float32 logits against float64 of the loop
         assert row["perplexity"] == pytest.approx(expected_perplexity(model, ids, row["length"]), rel=1e-5)
         assert row["bos"] == rule
@@ -80,9 +80,9 @@ def test_perplexity_is_that_of_a_loop_and_the_row_names_the_prefix(prefix: str, 
 )
 def test_bos_is_where_it_was_asked_for(added: str, bos: Any, ids: list[int], rule: str) -> None:
     model, tokenizer = tiny_llama(), tokenizer_of(added) if added else character_tokenizer()
-    found = evaluate_perplexity(model, tokenizer, TEXTS, [40], bos=bos)
-    assert found.rows[0]["perplexity"] == pytest.approx(expected_perplexity(model, ids, 40), rel=1e-5)
-    assert found.rows[0]["bos"] == found.provenance["bos"] == rule
+    results = evaluate_perplexity(model, tokenizer, TEXTS, [40], bos=bos)
+    assert results.rows[0]["perplexity"] == pytest.approx(expected_perplexity(model, ids, 40), rel=1e-5)
+    assert results.rows[0]["bos"] == results.provenance["bos"] == rule
     assert special_prefix(tokenizer, bos) == ids
     for tokens in (
         passkey_prompts(tokenizer, 400, 1, 0, bos)[0].tokens,
@@ -111,8 +111,8 @@ def test_training_rows_and_key_tokens_begin_with_the_prefix() -> None:
     keys = find_key_tokens(
         tiny_llama(), tokenizer, TEXTS, length=40, short_length=8, stride=4, alpha=-99.0, beta=-99.0
     )
-    found = [index for indices in keys.indices.values() for index in indices]
-    assert min(found) == 2, "every token is key by these thresholds, but for the prefix"
+    indices = [index for indices in keys.indices.values() for index in indices]
+    assert min(indices) == 2, "every token is key by these thresholds, but for the prefix"
 
 
 def test_special_tokens_have_no_loss_in_training() -> None:
@@ -132,8 +132,8 @@ def test_special_tokens_have_no_loss_in_training() -> None:
         nll = []
         for text in texts:
             ids = character_tokenizer()(text.text)["input_ids"]
-            for at in range(0, len(ids), 18):
-                row = torch.tensor([2, 0, *ids[at : at + 18]])
+            for start in range(0, len(ids), 18):
+                row = torch.tensor([2, 0, *ids[start : start + 18]])
                 if len(row) == 20 or pack:
                     nll.extend(naive_nll(model, row)[1:])
         assert loss == pytest.approx(float(np.mean(nll)), rel=1e-5)  # float32, summed in another order

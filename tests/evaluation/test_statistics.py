@@ -22,9 +22,9 @@ def test_tokens_weigh_the_same() -> None:
 
 
 def test_differences_give_a_ratio_of_perplexities() -> None:
-    other = NLL + 0.1 * TOKENS
-    ratio = pooled_perplexity(other, TOKENS) / pooled_perplexity(NLL, TOKENS)
-    assert pooled_perplexity(other - NLL, TOKENS) == pytest.approx(ratio, rel=1e-12)
+    raised = NLL + 0.1 * TOKENS
+    ratio = pooled_perplexity(raised, TOKENS) / pooled_perplexity(NLL, TOKENS)
+    assert pooled_perplexity(raised - NLL, TOKENS) == pytest.approx(ratio, rel=1e-12)
 
 
 def test_overflow_is_infinite_without_a_warning() -> None:
@@ -41,8 +41,8 @@ def test_interval_equals_a_plain_bootstrap() -> None:
 
 
 def test_interval_is_seeded() -> None:
-    first, again, other = (bootstrap_interval(list(NLL), list(TOKENS), seed) for seed in (0, 0, 1))
-    assert first == again != other
+    first, again, reseeded = (bootstrap_interval(list(NLL), list(TOKENS), seed) for seed in (0, 0, 1))
+    assert first == again != reseeded
 
 
 def test_pairing_takes_out_how_hard_a_document_is() -> None:

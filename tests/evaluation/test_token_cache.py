@@ -96,34 +96,34 @@ def test_the_second_time_nothing_is_tokenized(documents: list[Document], bos: bo
     assert len(list(own_cache.glob("*.arrow"))) == 1
 
 
-@pytest.mark.parametrize("other", ["text", "joined", "order", "vocabulary", "normaliser", "special", "class"])
-def test_what_tokens_depend_on_is_in_the_fingerprint(documents: list[Document], other: str, own_cache: Path) -> None:
+@pytest.mark.parametrize("change", ["text", "joined", "order", "vocabulary", "normaliser", "special", "class"])
+def test_what_tokens_depend_on_is_in_the_fingerprint(documents: list[Document], change: str, own_cache: Path) -> None:
     tokenizer = counting()
     tokenize_documents(documents, tokenizer, 10)
-    if other == "text":
+    if change == "text":
         documents = [*documents[:2], Document("d2", documents[2].text + "x")]
-    elif other == "joined":
+    elif change == "joined":
         documents = [Document("d0", documents[0].text + documents[1].text[0]), Document("d1", documents[1].text[1:])]
         documents.append(Document("d2", random_texts(3, 30)[2]))
-    elif other == "order":
+    elif change == "order":
         documents = documents[::-1]
-    elif other == "vocabulary":
+    elif change == "vocabulary":
         tokenizer.add_tokens("z")
-    elif other == "normaliser":
+    elif change == "normaliser":
         tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    elif other == "special":
+    elif change == "special":
         tokenizer.split_special_tokens = True
     else:
         tokenizer = character_tokenizer()
-    found = tokenize_documents(documents, tokenizer, 10)
+    rows = tokenize_documents(documents, tokenizer, 10)
     assert len(list(own_cache.glob("*.arrow"))) == 2
-    assert found.tokens.tolist() == [tokenizer(document.text)["input_ids"][:10] for document in documents]
+    assert rows.tokens.tolist() == [tokenizer(document.text)["input_ids"][:10] for document in documents]
 
 
 def test_a_slow_tokenizer_has_no_byte_ends() -> None:
-    found = tokenize_documents([Document("x", "abcde")], Slow(), 4)
-    assert found.byte_ends is None
-    assert found.tokens.tolist() == [[ord(character) + 1 for character in "abcd"]]
+    rows = tokenize_documents([Document("x", "abcde")], Slow(), 4)
+    assert rows.byte_ends is None
+    assert rows.tokens.tolist() == [[ord(character) + 1 for character in "abcd"]]
 
 
 def test_a_slow_tokenizer_is_cached_by_all_that_it_is(documents: list[Document], own_cache: Path) -> None:
@@ -182,11 +182,11 @@ def tokenize_and_count(documents: list[Document], start: Any, total: Any, good: 
     """In a process of its own: begins together with the others, and tells how much it tokenized."""
     Counting.pause = 0.1
     start.wait()
-    found = tokenize_documents(documents, counting(), 10)
+    rows = tokenize_documents(documents, counting(), 10)
     expected = [character_tokenizer()(document.text)["input_ids"][:10] for document in documents]
     with total.get_lock():
         total.value += len(Counting.calls)
-        good.value += int(found.tokens.tolist() == expected)
+        good.value += int(rows.tokens.tolist() == expected)
 
 
 def test_of_processes_that_begin_together_one_tokenizes(documents: list[Document], own_cache: Path) -> None:
@@ -214,12 +214,12 @@ print(json.dumps([len(Counting.calls), found.tokens.tolist(), found.byte_ends.to
 
 
 def test_a_second_run_tokenizes_nothing(documents: list[Document], own_cache: Path) -> None:
-    found = tokenize_documents(documents, counting(), 10)
+    rows = tokenize_documents(documents, counting(), 10)
     assert len(Counting.calls) == 3
     environment = {**os.environ, "HF_DATASETS_CACHE": str(own_cache.parent), "PYTHONHASHSEED": "7"}
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", RUN], env=environment, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     calls, tokens, ends = json.loads(run.stdout)
-    assert found.byte_ends is not None
-    assert (calls, tokens, ends) == (0, found.tokens.tolist(), found.byte_ends.tolist())
+    assert rows.byte_ends is not None
+    assert (calls, tokens, ends) == (0, rows.tokens.tolist(), rows.byte_ends.tolist())

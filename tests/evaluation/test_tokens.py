@@ -67,10 +67,10 @@ def test_byte_ends_are_a_plain_loop(name: str, start: int) -> None:
         ends.append(len(TEXT[:reached].encode()))
     bos = name in ("fallback", "normalised")
     length = len(ends) - start + bos
-    found = tokenize_documents([Document("x", TEXT)], tokenizer, length, start)
+    rows = tokenize_documents([Document("x", TEXT)], tokenizer, length, start)
     before = [ends[start - 1] if start else 0] if bos else []
-    assert found.byte_ends is not None and found.byte_ends.shape == found.tokens.shape
-    assert found.byte_ends[0].tolist() == before + ends[start:]
+    assert rows.byte_ends is not None and rows.byte_ends.shape == rows.tokens.shape
+    assert rows.byte_ends[0].tolist() == before + ends[start:]
     assert len(set(ends)) > 10
     if name != "normalised":  # which drops accents
         assert ends[-1] == len(TEXT.encode())
@@ -83,9 +83,13 @@ def test_a_token_of_one_byte_ends_one_byte_further() -> None:
     assert rows.byte_ends is not None
     ends = [0, *rows.byte_ends[0].tolist()]
     for count in range(len(encoded) + 1):
-        whole = len(encoded[:count].decode(errors="ignore").encode())
-        size = len((encoded[:count].decode(errors="ignore") + TEXT[len(encoded[:whole].decode()) :][:1]).encode())
-        assert ends[count] == (count if whole == count else size), "a split character counts with its first token"
+        size_of_whole = len(encoded[:count].decode(errors="ignore").encode())
+        size = len(
+            (encoded[:count].decode(errors="ignore") + TEXT[len(encoded[:size_of_whole].decode()) :][:1]).encode()
+        )
+        assert ends[count] == (count if size_of_whole == count else size), (
+            "a split character counts with its first token"
+        )
 
 
 @given(st.text(max_size=20))
@@ -103,19 +107,19 @@ def test_what_the_tokenizer_adds_is_there_once_also_if_the_text_begins_with_it(h
         bos = [BOS, BOS]
         assert tokenizer("a")["input_ids"][:2] == bos
     literal = {"template, and BOS in the text": "<s>", "all three": "<s><s>"}.get(how, "")
-    found = tokenize_documents([Document("x", literal + "Hello there")], tokenizer, 6, start)
+    rows = tokenize_documents([Document("x", literal + "Hello there")], tokenizer, 6, start)
     plain = character_tokenizer()("Hello there")["input_ids"]
-    assert found.tokens.tolist() == [[*bos, *plain[start : start + 6 - len(bos)]]]
-    assert (found.bos, found.counts) == (len(bos), [11 + len(bos)])
-    assert found.byte_ends is not None
+    assert rows.tokens.tolist() == [[*bos, *plain[start : start + 6 - len(bos)]]]
+    assert (rows.bos, rows.counts) == (len(bos), [11 + len(bos)])
+    assert rows.byte_ends is not None
     begin = len(literal) + start
-    assert found.byte_ends.tolist() == [[begin] * len(bos) + [begin + 1 + index for index in range(6 - len(bos))]]
+    assert rows.byte_ends.tolist() == [[begin] * len(bos) + [begin + 1 + index for index in range(6 - len(bos))]]
 
 
 def test_a_bos_that_the_tokenizer_does_not_add_is_text() -> None:
-    found = tokenize_documents([Document("x", "<s>Hello")], character_tokenizer(), 6)
-    assert found.tokens[0, 0] == BOS and not found.bos
-    assert found.counts == [6]
+    rows = tokenize_documents([Document("x", "<s>Hello")], character_tokenizer(), 6)
+    assert rows.tokens[0, 0] == BOS and not rows.bos
+    assert rows.counts == [6]
     only = Document("y", "<s><s>")
     with pytest.raises(DocumentError, match="the longest has 1 tokens"):
         tokenize_documents([only], character_tokenizer(bos=True), 2)
@@ -127,8 +131,8 @@ def test_a_vocabulary_above_16_bits() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     for _ in range(2):  # also from the cache
-        found = tokenize_documents([Document("x", "w1 w65535 w65536 w79999")], wrapped, 4)
-        assert found.tokens.tolist() == [[1, 65_535, 65_536, 79_999]]
+        rows = tokenize_documents([Document("x", "w1 w65535 w65536 w79999")], wrapped, 4)
+        assert rows.tokens.tolist() == [[1, 65_535, 65_536, 79_999]]
 
 
 ODD = {
@@ -169,14 +173,14 @@ def test_odd_texts_from_every_format(tmp_path: Path, suffix: str) -> None:
     if suffix == ".txt":
         expected |= {"mark": ODD["mark"][1:], "line ends": "one\ntwo\nthree\nfour, five"}
     assert {document.id.removesuffix(".txt"): document.text for document in documents} == expected
-    found = tokenize_documents(documents, byte_tokenizer(), 4)
-    whole = {id: byte_tokenizer()(text)["input_ids"] for id, text in expected.items()}
-    assert {record["document"].removesuffix(".txt"): record["tokens"] for record in found.left_out} == {
+    rows = tokenize_documents(documents, byte_tokenizer(), 4)
+    ids = {id: byte_tokenizer()(text)["input_ids"] for id, text in expected.items()}
+    assert {record["document"].removesuffix(".txt"): record["tokens"] for record in rows.left_out} == {
         "empty": 0,
         "word": 2,
     }
-    for id, row, count in zip(found.ids, found.tokens, found.counts, strict=True):
-        tokens = whole[id.removesuffix(".txt")]
+    for id, row, count in zip(rows.ids, rows.tokens, rows.counts, strict=True):
+        tokens = ids[id.removesuffix(".txt")]
         assert (row.tolist(), count) == (tokens[:4], len(tokens))
 
 
@@ -197,12 +201,12 @@ def test_a_line_of_ten_megabytes(tmp_path: Path) -> None:
         path = write(tmp_path, suffix, {"long": words})
         begin = time.process_time()
         documents = load_documents(path)
-        found = tokenize_documents(documents, wrapped, 1000)
+        rows = tokenize_documents(documents, wrapped, 1000)
         assert time.process_time() - begin < 20
         assert documents[0].text == words
-        assert found.counts == [1100]
-        assert found.byte_ends is not None
-        assert found.byte_ends[0].tolist() == list(range(10_000, 10_000_001, 10_000))
+        assert rows.counts == [1100]
+        assert rows.byte_ends is not None
+        assert rows.byte_ends[0].tolist() == list(range(10_000, 10_000_001, 10_000))
 
 
 SURROGATES = {

@@ -19,10 +19,10 @@ from hf_posext.evaluation.results import ROW_KEYS, log_results
 from hf_posext.reporting.report import results_to_model_index
 
 
-def a_row(method: str, factor: float, length: int, perplexity: float, **more: Any) -> dict[str, Any]:
+def a_row(method: str, factor: float, length: int, perplexity: float, **columns: Any) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(ROW_KEYS)
     counts = {"protocol": "prefix", "bos": "none", "dtype": "float32", "tokens": 8 * (length - 1), "documents": 8}
-    return {**row, "method": method, "factor": factor, "length": length, "perplexity": perplexity, **counts, **more}
+    return {**row, "method": method, "factor": factor, "length": length, "perplexity": perplexity, **counts, **columns}
 
 
 @pytest.fixture

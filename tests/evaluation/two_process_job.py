@@ -91,9 +91,9 @@ def main() -> None:
         while len(ended) < len(children):
             child, status = os.wait()
             ended[child] = os.waitstatus_to_exitcode(status)
-            for other in children:  # as a launcher does
-                if ended[child] and other not in ended:
-                    os.kill(other, signal.SIGKILL)
+            for sibling in children:  # as a launcher does
+                if ended[child] and sibling not in ended:
+                    os.kill(sibling, signal.SIGKILL)
         print(*(ended[child] for child in children), flush=True)
 
 

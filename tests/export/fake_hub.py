@@ -28,8 +28,8 @@ class FakeHub:
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         self.log.append((method, path))
         if (method, path) == ("POST", "/api/repos/create"):
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
             known = name in self.repositories
             self.repositories.setdefault(name, {})
             return (409 if known else 200), {}, json.dumps({"url": f"{self.url}/{name}"}).encode()
@@ -52,8 +52,8 @@ class FakeHub:
             return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
         reply: Any
         if verb == "preupload":
-            asked = json.loads(body)["files"]
-            reply = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+            requested = json.loads(body)["files"]
+            reply = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in requested]}
         elif verb == "commit":
             for line in body.splitlines():
                 entry = json.loads(line)

@@ -87,9 +87,9 @@ def write_llama(
         add("output.weight", model.lm_head.weight)
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
     for i, layer in enumerate(model.model.layers):
-        for ours, theirs in NAMES.items():
-            weight = layer.get_submodule(ours).weight
-            add(f"blk.{i}.{theirs}.weight", _neighbours(weight, heads[ours]) if ours in heads else weight)
+        for module, block in NAMES.items():
+            weight = layer.get_submodule(module).weight
+            add(f"blk.{i}.{block}.weight", _neighbours(weight, heads[module]) if module in heads else weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -70,13 +70,13 @@ def without_us(paths: list[Path], directory: Path) -> dict[str, torch.Tensor]:
     """Logits by path, of a process in which this package cannot be imported."""
     from safetensors.torch import save_file
 
-    given, found = directory / "ids.safetensors", directory / "found.safetensors"
-    save_file({"ids": IDS}, given)
-    words = [sys.executable, "-c", WITHOUT_US, given, found, *paths]
+    inputs, outputs = directory / "ids.safetensors", directory / "found.safetensors"
+    save_file({"ids": IDS}, inputs)
+    words = [sys.executable, "-c", WITHOUT_US, inputs, outputs, *paths]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Unrecognized keys" not in done.stderr
-    return load_file(found)
+    return load_file(outputs)
 
 
 def export(method: Any, path: Path, to: str, model: PreTrainedModel | None = None) -> tuple[PreTrainedModel, Serving]:
@@ -90,14 +90,14 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def test_plain_transformers_in_a_fresh_process(tmp_path: Path) -> None:
-    wanted = {}
+    expected_logits = {}
     for name, (build, method) in PLAIN.items():
         model, _ = export(method, tmp_path / name, "transformers", build())
-        wanted[tmp_path / name] = logits(realigned(model), IDS)
-    found = without_us(list(wanted), tmp_path)
-    for path, expected in wanted.items():
-        assert torch.equal(found[str(path)], expected), path.name
-        assert found[f"{path} limit"] == 4 * TRAINED
+        expected_logits[tmp_path / name] = logits(realigned(model), IDS)
+    outputs = without_us(list(expected_logits), tmp_path)
+    for path, expected in expected_logits.items():
+        assert torch.equal(outputs[str(path)], expected), path.name
+        assert outputs[f"{path} limit"] == 4 * TRAINED
 
 
 # What vLLM 0.33.0 and SGLang 0.5.23 make of a config, in the words of docs/serving.md
@@ -122,8 +122,8 @@ def server_phases(to: str, rope: dict[str, Any], limit: int, count: int, dim: in
         for i, frequency in enumerate(plain):
             ramp = min(max((i - low) / (high - low), 0), 1)
             mixed.append(frequency / factor * ramp + frequency * (1 - ramp))
-        own = 0.1 * math.log(factor) + 1
-        scale = rope["attention_factor"] if to == "vllm" else own * rope.get("attn_factor", 1)
+        default_scale = 0.1 * math.log(factor) + 1
+        scale = rope["attention_factor"] if to == "vllm" else default_scale * rope.get("attn_factor", 1)
         plain, rows = mixed, math.floor(original * factor)
     if kind == "longrope":
         plain = [frequency / divisor for frequency, divisor in zip(plain, rope["long_factor"], strict=True)]
@@ -142,10 +142,10 @@ def server_phases(to: str, rope: dict[str, Any], limit: int, count: int, dim: in
 def test_servers_compute_the_phases_of_the_plan(method: Any, to: str, tmp_path: Path) -> None:
     model, serving = export(method, tmp_path / "out", to)
     config = config_of(tmp_path / "out")
-    found = server_phases(to, config["rope_parameters"], config["max_position_embeddings"], 4 * TRAINED)
+    phases = server_phases(to, config["rope_parameters"], config["max_position_embeddings"], 4 * TRAINED)
     cos, sin = model.model.rotary_emb(torch.zeros(1, 1, 1), torch.arange(4 * TRAINED)[None])
     # angles of float32, up to 255 radians
-    torch.testing.assert_close(torch.cat([cos[0, :, :8], sin[0, :, :8]], -1).double(), found, atol=3e-5, rtol=0)
+    torch.testing.assert_close(torch.cat([cos[0, :, :8], sin[0, :, :8]], -1).double(), phases, atol=3e-5, rtol=0)
     assert serving.commands[0][-1] == str(4 * TRAINED)
 
 
@@ -154,9 +154,9 @@ def test_flags_say_what_the_exported_config_says(to: str, flag: str, tmp_path: P
     """The base model under the flags is the exported model, if its weights are the same."""
     for method in ("yarn", "linear"):
         _, serving = export(method, tmp_path / method, to)
-        said = json.loads(serving.override[serving.override.index(flag) + 1])
+        overrides = json.loads(serving.override[serving.override.index(flag) + 1])
         config = config_of(tmp_path / method)
-        assert said == {key: config[key] for key in ("rope_parameters", "max_position_embeddings")}
+        assert overrides == {key: config[key] for key in ("rope_parameters", "max_position_embeddings")}
         assert shlex.join(serving.override) in (tmp_path / method / "SERVING.md").read_text()
 
 
@@ -241,8 +241,8 @@ def test_text_part_of_a_multimodal_config(tmp_path: Path) -> None:
         assert text["rope_parameters"]["rope_type"] == "yarn" and text["max_position_embeddings"] == 4 * TRAINED
         assert ("attn_factor" in text["rope_parameters"]) == (to == "sglang")
         assert "rope_parameters" not in config_of(tmp_path / to)
-        said = json.loads(serving.override[serving.override.index(flag) + 1])
-        assert said == {"text_config": {key: text[key] for key in ("rope_parameters", "max_position_embeddings")}}
+        overrides = json.loads(serving.override[serving.override.index(flag) + 1])
+        assert overrides == {"text_config": {key: text[key] for key in ("rope_parameters", "max_position_embeddings")}}
     assert isinstance(model.config.text_config, LlamaConfig)
 
 

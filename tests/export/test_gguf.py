@@ -85,13 +85,13 @@ def test_all_else_is_copied(tmp_path: Path) -> None:
     assert all(np.array_equal(after[name], before[name]) for name in before)
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors}
     assert kinds["blk.0.attn_q.weight"] == gguf.GGMLQuantizationType.Q8_0
-    ours = ("rope.freq_base", "rope.scaling.", "context_length")
+    written = ("rope.freq_base", "rope.scaling.", "context_length")
     fields = [
         {f.name: f.contents() for f in gguf.GGUFReader(file).fields.values() if not f.name.startswith("GGUF.")}
         for file in (source, path)
     ]
-    kept = [{k: v for k, v in f.items() if not k.removeprefix("llama.").startswith(ours)} for f in fields]
-    assert kept[0] == kept[1] and kept[0]["tokenizer.ggml.model"] == "no_vocab"
+    copied = [{k: v for k, v in f.items() if not k.removeprefix("llama.").startswith(written)} for f in fields]
+    assert copied[0] == copied[1] and copied[0]["tokenizer.ggml.model"] == "no_vocab"
 
 
 def test_scaling_of_the_source_does_not_stay(tmp_path: Path) -> None:

@@ -87,22 +87,22 @@ def by_ollama(config: dict[str, Any], dim: int) -> torch.Tensor:
 @pytest.mark.parametrize("method", METHODS)
 def test_mlx_computes_the_same(method: str, tmp_path: Path) -> None:
     config, frequencies, attention, _ = exported(method, tmp_path)
-    theirs, scale = by_mlx(config, 2 * len(frequencies))
-    torch.testing.assert_close(theirs, frequencies, rtol=1e-6, atol=0)  # ours are float32
+    read, scale = by_mlx(config, 2 * len(frequencies))
+    torch.testing.assert_close(read, frequencies, rtol=1e-6, atol=0)  # ours are float32
     assert scale == pytest.approx(attention, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ollama_computes_the_same_or_is_named(method: str, tmp_path: Path) -> None:
     config, frequencies, _, instructions = exported(method, tmp_path)
-    theirs = by_ollama(config, 2 * len(frequencies))
-    same = torch.allclose(theirs, frequencies, rtol=1e-6, atol=0)
-    assert same == ("ollama's converter" not in instructions) == (not method.startswith("yarn"))
+    read = by_ollama(config, 2 * len(frequencies))
+    equal = torch.allclose(read, frequencies, rtol=1e-6, atol=0)
+    assert equal == ("ollama's converter" not in instructions) == (not method.startswith("yarn"))
 
 
 def test_longrope_is_named(tmp_path: Path) -> None:
     config, frequencies, attention, instructions = exported(LongRoPE(**LISTS, attention_factor=1.25), tmp_path)
-    theirs, scale = by_mlx(config, 2 * len(frequencies))
+    read, scale = by_mlx(config, 2 * len(frequencies))
     assert scale != pytest.approx(attention, rel=1e-2)
     assert "mlx-lm (060aa4349) takes the long factors alone" in instructions
     assert "ollama's converter (017eb8ae4) ignores `longrope`" in instructions
@@ -116,8 +116,8 @@ def by_vllm(config: dict[str, Any], max_rank: int) -> None:
     scaling = config["lora_alpha"] / config["r"]
     assert scaling > 0
     saved = [name for name in config.get("modules_to_save") or [] if name not in ("classifier", "score")]
-    most = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    if saved or config.get("use_dora") or config.get("bias", "none") != "none" or most > max_rank:
+    highest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if saved or config.get("use_dora") or config.get("bias", "none") != "none" or highest > max_rank:
         raise ValueError("refused")
 
 

@@ -20,21 +20,21 @@ SAME = PositionMap()
 def test_golden_values_of_a_fade() -> None:
     """Window 256, reference 512, strength 1."""
     part = Band(SAME, SAME, low=256, fade=CountFade(1.0, 512))
-    found = fade(part, torch.tensor([[511, 767, 1023, 2047, 4095]]), torch.float64)
-    assert found is not None
-    wanted = torch.tensor([[0, 0, -0.405465, -1.252763, -2.014903]]).double()
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)  # as printed
+    shift = fade(part, torch.tensor([[511, 767, 1023, 2047, 4095]]), torch.float64)
+    assert shift is not None
+    expected = torch.tensor([[0, 0, -0.405465, -1.252763, -2.014903]]).double()
+    torch.testing.assert_close(shift, expected, atol=1e-6, rtol=0)  # as printed
 
 
 @pytest.mark.parametrize(("strength", "start"), [(1.0, 256), (1.5, 512)])
 def test_a_decay_is_exact_in_the_middle_of_an_octave_and_near_elsewhere(strength: float, start: int) -> None:
     part = Band(SAME, SAME, low=256, decay=DistanceDecay(strength, start))
     distance = torch.arange(-10, 2**20, 7)
-    found = decay(part, distance, torch.float64)
-    assert found is not None
+    shift = decay(part, distance, torch.float64)
+    assert shift is not None
     exact = -strength * (distance / start).clamp(min=1).double().log()
-    assert (found - exact).abs().max() <= strength * math.log(2) / 2 + 1e-12
-    assert (found[distance < start] == 0).all()
+    assert (shift - exact).abs().max() <= strength * math.log(2) / 2 + 1e-12
+    assert (shift[distance < start] == 0).all()
     # the middle of an octave, to a token
     middle = torch.tensor([round(start * 2**0.5), round(start * 2**3.5)])
     at_middle = decay(part, middle, torch.float64)
@@ -60,11 +60,11 @@ def test_a_fade_under_chunks_begins_at_twice_the_trained_length() -> None:
     far = as_method("dual-chunk+fade").plan(detect_scheme(tiny_llama()), factor=8).bands[-1]
     chunk = 3 * TRAINED // 4 - TRAINED // 4
     counts = [sum(p // chunk - key // chunk >= 2 for key in range(p + 1)) for p in range(8 * TRAINED)]
-    wanted = torch.tensor([-math.log(max(1, count / TRAINED)) for count in counts], dtype=torch.float64)
+    expected = torch.tensor([-math.log(max(1, count / TRAINED)) for count in counts], dtype=torch.float64)
     shift = fade(far, torch.arange(8 * TRAINED)[None], torch.float64)
     assert shift is not None
-    torch.testing.assert_close(shift[0], wanted, atol=1e-15, rtol=1e-15)
-    assert int(wanted.ne(0).nonzero()[0]) == 2 * TRAINED
+    torch.testing.assert_close(shift[0], expected, atol=1e-15, rtol=1e-15)
+    assert int(expected.ne(0).nonzero()[0]) == 2 * TRAINED
 
 
 @pytest.mark.parametrize("base", ["rerope", "leaky-rerope", "self-extend", "dual-chunk"])
@@ -74,12 +74,12 @@ def test_nothing_changes_inside_the_trained_length(base: str, fading: str) -> No
         return  # refused
     ids = tokens(4 * TRAINED)
     with patch_model(model := tiny_llama(), base, factor=8):
-        wanted = logits(model, ids)
+        plain = logits(model, ids)
     with patch_model(model, f"{base}+{fading}", factor=8):
-        found = logits(model, ids)
+        faded = logits(model, ids)
     # float32; the log-sum-exp of pieces in another order where a decay cuts them
-    torch.testing.assert_close(found[:, :TRAINED], wanted[:, :TRAINED], atol=1e-5, rtol=0)
-    assert (found - wanted)[:, 3 * TRAINED :].abs().max() > 1e-2
+    torch.testing.assert_close(faded[:, :TRAINED], plain[:, :TRAINED], atol=1e-5, rtol=0)
+    assert (faded - plain)[:, 3 * TRAINED :].abs().max() > 1e-2
 
 
 def test_a_decay_changes_nothing_up_to_twice_the_trained_length() -> None:

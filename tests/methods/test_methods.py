@@ -46,8 +46,8 @@ GOLDEN = {
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_values(case: str) -> None:
     method, values = GOLDEN[case]
-    got = [planned(method).inv_freq[pair] for pair in (0, 16, 32, 48, 63)]
-    assert got == pytest.approx(values, rel=1e-6)
+    frequencies = [planned(method).inv_freq[pair] for pair in (0, 16, 32, 48, 63)]
+    assert frequencies == pytest.approx(values, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_golden_values(case: str) -> None:
     ],
 )
 def test_the_four_yarns_differ_as_measured(variant: str, values: list[float]) -> None:
-    got = [planned(YaRN(variant=variant)).inv_freq[pair] for pair in (24, 28, 32, 36, 40, 44)]
-    assert got == pytest.approx(values, rel=3e-5)  # the table has five digits
+    frequencies = [planned(YaRN(variant=variant)).inv_freq[pair] for pair in (24, 28, 32, 36, 40, 44)]
+    assert frequencies == pytest.approx(values, rel=3e-5)  # the table has five digits
 
 
 @pytest.mark.parametrize("variant", ["code", "paper", "pose", "radix"])
 def test_yarn_variants_equal_their_formulas_in_float64(variant: str) -> None:
-    for i, got in enumerate(planned(YaRN(variant=variant)).inv_freq):
+    for i, actual in enumerate(planned(YaRN(variant=variant)).inv_freq):
         wavelength = 2 * math.pi * BASE ** (2 * i / DIM)
         if variant == "paper":
             keep = min(max((TRAINED / wavelength - 1) / 31, 0), 1)
@@ -77,12 +77,12 @@ def test_yarn_variants_equal_their_formulas_in_float64(variant: str) -> None:
         frequency = BASE ** (-2 * i / DIM)
         if variant == "radix":
             power = min(max((i - low) * (i - low + 1) / ((high - low) * (high - low + 1)), 0), 1) if i > low else 0
-            wanted = frequency / FACTOR**power
+            expected = frequency / FACTOR**power
         elif variant == "pose":
-            wanted = frequency / ((1 - keep) * FACTOR + keep)
+            expected = frequency / ((1 - keep) * FACTOR + keep)
         else:
-            wanted = frequency / FACTOR * (1 - keep) + frequency * keep
-        assert got == pytest.approx(wanted, rel=1e-6)
+            expected = frequency / FACTOR * (1 - keep) + frequency * keep
+        assert actual == pytest.approx(expected, rel=1e-6)
 
 
 def sized(theta: float, trained: int, dim: int = DIM) -> PositionalScheme:
@@ -91,11 +91,11 @@ def sized(theta: float, trained: int, dim: int = DIM) -> PositionalScheme:
 
 def test_cope_slows_the_slow_pairs_as_published() -> None:
     """Golden values for 128 channels, base 5e5, clip 20."""
-    got = CoPE(clip=20).plan(sized(5e5, 8192)).rotaries[0].inv_freq
-    wanted = {44: 1.2076973741e-4, 45: 9.771021437e-5, 54: 7.129065036e-6, 62: 2.055254846e-8, 63: 0}
-    assert {pair: got[pair] for pair in wanted} == pytest.approx(wanted, rel=2e-6, abs=1e-20)  # float32
-    assert got[:45] == Partial(proportion=1).plan(sized(5e5, 8192)).rotaries[0].inv_freq[:45]
-    mask = [got[44 + m] / 5e5 ** (-(44 + m) / 64) for m in (1, 10, 18)]
+    frequencies = CoPE(clip=20).plan(sized(5e5, 8192)).rotaries[0].inv_freq
+    expected = {44: 1.2076973741e-4, 45: 9.771021437e-5, 54: 7.129065036e-6, 62: 2.055254846e-8, 63: 0}
+    assert {pair: frequencies[pair] for pair in expected} == pytest.approx(expected, rel=2e-6, abs=1e-20)  # float32
+    assert frequencies[:45] == Partial(proportion=1).plan(sized(5e5, 8192)).rotaries[0].inv_freq[:45]
+    mask = [frequencies[44 + m] / 5e5 ** (-(44 + m) / 64) for m in (1, 10, 18)]
     assert mask == pytest.approx([0.9931806517, 0.4587103273, 0.0068193483], rel=2e-6)
 
 
@@ -104,10 +104,10 @@ def test_cope_slows_the_slow_pairs_as_published() -> None:
     [(5e5, 8192, 128, 29), (1e4, 4096, 128, 18), (1e7, 262144, 64, 10), (1e4, 512, 64, 16)],
 )
 def test_cope_clips_the_pairs_that_do_not_turn_once(theta: float, trained: int, dim: int, clip: int) -> None:
-    whole, got = (
+    unclipped, clipped = (
         method.plan(sized(theta, trained, dim)).rotaries[0].inv_freq for method in (Partial(proportion=1), CoPE())
     )
-    slower = [pair for pair in range(dim // 2) if got[pair] < whole[pair] * (1 - 1e-6)]
+    slower = [pair for pair in range(dim // 2) if clipped[pair] < unclipped[pair] * (1 - 1e-6)]
     assert slower == list(range(dim // 2 - clip + 1, dim // 2)), "the fastest of them is as it was"
 
 
@@ -129,34 +129,34 @@ def test_groups_of_self_grow_as_published() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "options", "wanted"),
+    ("trained", "options", "groups"),
     [
         (32_768, {}, {32_768: 1, 32_769: 2, 131_072: 4}),
         (512, {}, {1024: 2, 2048: 4, 4096: 8, 4097: 9}),
         (512, {"window": 256, "offset": True}, {512: 1, 1024: 3, 2048: 7, 4096: 15}),
     ],
 )
-def test_groups_of_jet_long(trained: int, options: dict[str, int], wanted: dict[int, int]) -> None:
+def test_groups_of_jet_long(trained: int, options: dict[str, int], groups: dict[int, int]) -> None:
     far = JetLong(**options).plan(sized(1e4, trained), factor=8).bands[1].key  # type: ignore[arg-type]
     positions = torch.arange(40)
-    for length, group in wanted.items():
+    for length, group in groups.items():
         assert torch.equal(mapped(positions, far, torch.tensor([[length]]))[0], positions // group)
 
 
 @pytest.mark.parametrize(
-    ("table", "i", "j", "wanted"),
+    ("table", "i", "j", "expected"),
     [
         ("llama-3", 5000, 100, [1993, 1993, 2962, 1266, 1145, 1145, 1266, 1055]),
         ("llama-3", 8191, 0, [2815, 2815, 4607, 1471, 1247, 1247, 1471, 1079]),
         ("llama-3", 1023, 0, [1023] * 8),
     ],
 )
-def test_distances_of_dpe_as_published(table: str, i: int, j: int, wanted: list[int]) -> None:
+def test_distances_of_dpe_as_published(table: str, i: int, j: int, expected: list[int]) -> None:
     near, far = DPE(table=table).plan(sized(5e5, 8192), factor=2).bands
     band = near if i - j < 1024 else far
-    query, key = (mapped(torch.tensor([[at]]), rule) for at, rule in ((i, band.query), (j, band.key)))
+    query, key = (mapped(torch.tensor([[position]]), rule) for position, rule in ((i, band.query), (j, band.key)))
     distances = (query - key).flatten().expand(64).tolist()
-    assert distances == [distance for distance in wanted for _ in range(8)]
+    assert distances == [distance for distance in expected for _ in range(8)]
 
 
 def test_dpe_guesses_no_scales() -> None:
@@ -172,16 +172,16 @@ def test_dpe_guesses_no_scales() -> None:
 
 
 @pytest.mark.parametrize(
-    ("curve", "trained", "wanted"),
+    ("curve", "trained", "mapped_lengths"),
     [
         ("llama-3", 8192, {16384: 1993.957, 32768: 4501.089, 65536: 6129.908}),
         ("llama-3.1", 131072, {262144: 82348.58}),
     ],
 )
-def test_lampe_maps_as_many_positions_as_published(curve: str, trained: int, wanted: dict[int, float]) -> None:
+def test_lampe_maps_as_many_positions_as_published(curve: str, trained: int, mapped_lengths: dict[int, float]) -> None:
     """The published M, by way of the last token of a row, which is mapped to its whole part."""
     far = LaMPE(curve=curve).plan(sized(5e5, trained), factor=8).bands[1]
-    for length, places in wanted.items():
+    for length, places in mapped_lengths.items():
         last = mapped(torch.tensor([[length - 1]]), far.key, torch.tensor([[length]]))
         assert last.item() == math.floor(places)
     within = torch.arange(trained)[None]
@@ -271,24 +271,24 @@ def test_theta_without_a_base_takes_the_critical_one() -> None:
 
 
 def test_composition_applies_one_after_the_other() -> None:
-    alone, both = planned("yarn"), planned("yarn+resonance")
-    wanted = [2 * math.pi / round(2 * math.pi / f) for f in alone.inv_freq]
-    assert both.inv_freq == pytest.approx(wanted, rel=2e-7)
-    assert both.attention_factor == alone.attention_factor
-    assert planned(YaRN() + Resonance()) == both
+    alone, composed = planned("yarn"), planned("yarn+resonance")
+    expected = [2 * math.pi / round(2 * math.pi / f) for f in alone.inv_freq]
+    assert composed.inv_freq == pytest.approx(expected, rel=2e-7)
+    assert composed.attention_factor == alone.attention_factor
+    assert planned(YaRN() + Resonance()) == composed
     plan = (YaRN(factor=4) + Resonance()).plan(scheme())
     assert (plan.method, plan.factor) == ("yarn+resonance", 4)
     assert [entry["name"] for entry in plan.parameters] == ["yarn", "resonance"]
-    each = (NTK(factor=2) + Resonance(factor=8)).plan(scheme())
-    assert (each.factor, each.target_length) == (8, 8 * TRAINED)
+    separate = (NTK(factor=2) + Resonance(factor=8)).plan(scheme())
+    assert (separate.factor, separate.target_length) == (8, 8 * TRAINED)
     twice = (NTK() + Resonance()).plan(scheme(), factor=2)
-    assert each.rotaries[0].inv_freq == twice.rotaries[0].inv_freq
+    assert separate.rotaries[0].inv_freq == twice.rotaries[0].inv_freq
     assert as_method("resonance+partial").plan(scheme()).factor == 1
 
 
 def test_partial_on_ntk_is_not_natively_sayable_but_planned() -> None:
-    ntk, both = planned("ntk"), planned("ntk+partial")
-    assert both.inv_freq == (*ntk.inv_freq[:48], *[0.0] * 16)
+    ntk, composed = planned("ntk"), planned("ntk+partial")
+    assert composed.inv_freq == (*ntk.inv_freq[:48], *[0.0] * 16)
 
 
 def test_sliding_layers_are_left_alone_where_they_see_no_farther_than_trained() -> None:

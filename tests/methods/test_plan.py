@@ -257,9 +257,9 @@ def test_former_fields() -> None:
     with pytest.warns(DeprecationWarning, match=r"parts, query_scale is now called edits; call plan.with_edits"):
         assert replace(plan, parts=plan.bands[:1], query_scale=None).edits == plan.bands[:1]  # type: ignore[call-arg]
     with pytest.warns(DeprecationWarning, match="slopes, sinusoids is now called edits"):
-        more = replace(plan, slopes=(0.5,), sinusoids=PositionMap(rate=2))  # type: ignore[call-arg]
-    assert more.edits == (*plan.edits, Slopes((0.5,)), Sinusoids(PositionMap(rate=2)))
-    assert (more.slopes, more.sinusoids) == ((0.5,), PositionMap(rate=2))
+        extended = replace(plan, slopes=(0.5,), sinusoids=PositionMap(rate=2))  # type: ignore[call-arg]
+    assert extended.edits == (*plan.edits, Slopes((0.5,)), Sinusoids(PositionMap(rate=2)))
+    assert (extended.slopes, extended.sinusoids) == ((0.5,), PositionMap(rate=2))
 
     class Former(RemapMethod):
         name = "former"

@@ -38,5 +38,5 @@ def banded_attention(
 ) -> torch.Tensor:
     """Return attention over bands, with queries and keys at the given positions."""
     bands, *states = zip(*branches, strict=True)
-    each = [kernels.Branch(*one) for one in zip(*states, strict=True)]
-    return kernels.banded_attention(kernels.Geometry(bands, queries, keys, mask, aligned), each, value, **options)
+    of_bands = [kernels.Branch(*branch) for branch in zip(*states, strict=True)]
+    return kernels.banded_attention(kernels.Geometry(bands, queries, keys, mask, aligned), of_bands, value, **options)

@@ -56,29 +56,29 @@ class PretendDevice(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if func in _device_constructors() and kwargs.get("device") is None:
             kwargs["device"] = torch.get_default_device()
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-        here = any(isinstance(one, OnDevice) for one in tensors)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on_device = any(isinstance(tensor, OnDevice) for tensor in tensors)
         with torch._C.DisableTorchFunction():
-            strangers = [one for one in tensors if not isinstance(one, OnDevice) and one.ndim]
-        if func == torch.Tensor.device.__get__ and here:
+            strangers = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.ndim]
+        if func == torch.Tensor.device.__get__ and on_device:
             return DEVICE
         foreign = name == "__getitem__" and not isinstance(args[0], OnDevice)  # the CPU takes no index of a GPU
-        if here and strangers and (foreign or name not in COPIES):
+        if on_device and strangers and (foreign or name not in COPIES):
             raise RuntimeError(f"Expected all tensors to be on the same device, in {name}")
-        stays = here
-        for asked in filter(is_device, tree_leaves((args, kwargs))):
-            stays = torch.device(asked).type == DEVICE.type
+        stays = on_device
+        for target in filter(is_device, tree_leaves((args, kwargs))):
+            stays = torch.device(target).type == DEVICE.type
         if name == "to" and isinstance(args[-1], torch.Tensor) and len(args) > 1:
             stays = isinstance(args[-1], OnDevice)
         stays &= name not in ("cpu", "numpy")
         brings = stays and name in UPLOADS and not (name == "to" and is_here(args[0]))
-        if brings or (here and (name in WAITS or (name == "to" and not stays))):
+        if brings or (on_device and (name in WAITS or (name == "to" and not stays))):
             self.waits.append(name)
-        args, kwargs = tree_map(lambda one: "cpu" if is_device(one) else one, (args, kwargs))
+        args, kwargs = tree_map(lambda leaf: "cpu" if is_device(leaf) else leaf, (args, kwargs))
         kind = OnDevice if stays else torch.Tensor
 
-        def put(one: Any) -> Any:
-            return one.as_subclass(kind) if isinstance(one, torch.Tensor) and type(one) is not kind else one
+        def put(leaf: Any) -> Any:
+            return leaf.as_subclass(kind) if isinstance(leaf, torch.Tensor) and type(leaf) is not kind else leaf
 
         with torch._C.DisableTorchFunction():
             return tree_map(put, func(*args, **kwargs))
@@ -86,7 +86,7 @@ class PretendDevice(TorchFunctionMode):
 
 def vmap_here(vmap: Callable[..., Any], func: Callable[..., Any], in_dims: Any) -> Callable[..., Any]:
     """Call `torch.vmap`, inside which tensors lose their class."""
-    return lambda *args: tree_map(lambda one: one.as_subclass(type(args[0])), vmap(func, in_dims)(*args))
+    return lambda *args: tree_map(lambda leaf: leaf.as_subclass(type(args[0])), vmap(func, in_dims)(*args))
 
 
 def is_here(tensor: torch.Tensor) -> bool:
@@ -94,17 +94,17 @@ def is_here(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, OnDevice) or torch._C._functorch.is_batchedtensor(tensor)
 
 
-def is_device(given: Any) -> bool:
-    return isinstance(given, torch.device) or (isinstance(given, str) and given in ("cpu", "cuda", "cuda:0"))
+def is_device(leaf: Any) -> bool:
+    return isinstance(leaf, torch.device) or (isinstance(leaf, str) and leaf in ("cpu", "cuda", "cuda:0"))
 
 
 def moved(model: nn.Module) -> nn.Module:
     """Move the parameters, buffers and other tensors of a model to the device, in place."""
     for module in model.modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            for name, tensor in held.items():
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor) and not isinstance(tensor, OnDevice):
                     parameter = isinstance(tensor, nn.Parameter)
-                    held[name] = tensor.detach().as_subclass(OnDevice)
-                    held[name]._is_param = parameter  # what isinstance(..., nn.Parameter) asks for
+                    tensors[name] = tensor.detach().as_subclass(OnDevice)
+                    tensors[name]._is_param = parameter  # what isinstance(..., nn.Parameter) asks for
     return model

@@ -57,19 +57,19 @@ def test_gradients_of_a_model_equal_the_formula(case: str, padding: int) -> None
     method, relative, options = CASES[case]
     model = tiny_llama().double()
     texts = [tokens(LENGTH - padding, seed=1)[0], tokens(LENGTH)[0]][0 if padding else 1 :]
-    wanted = gradients(model, [nll(naive_llama(model, one, relative, **options), one) for one in texts])  # type: ignore[arg-type]
+    expected = gradients(model, [nll(naive_llama(model, text, relative, **options), text) for text in texts])  # type: ignore[arg-type]
     patch_model(model, method, factor=8)
-    ids = torch.stack([pad(one, (LENGTH - len(one), 0)) for one in texts])
-    mask = torch.stack([pad(torch.ones_like(one), (LENGTH - len(one), 0)) for one in texts])
-    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if padding else {}
-    found = {}
+    ids = torch.stack([pad(text, (LENGTH - len(text), 0)) for text in texts])
+    mask = torch.stack([pad(torch.ones_like(text), (LENGTH - len(text), 0)) for text in texts])
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if padding else {}
+    grads = {}
     for kernel in ("cpu", "plain"):
         with Calls() as calls, attention_kernel(kernel):
-            logits = model(ids, use_cache=False, **given).logits
-            losses = [nll(row[-len(one) :], one) for row, one in zip(logits, texts, strict=True)]
-            found[kernel] = gradients(model, losses)
+            logits = model(ids, use_cache=False, **inputs).logits
+            losses = [nll(row[-len(text) :], text) for row, text in zip(logits, texts, strict=True)]
+            grads[kernel] = gradients(model, losses)
         assert bool(calls.count) == (kernel == "cpu")
-    for fused, plain, exact in zip(found["cpu"], found["plain"], wanted, strict=True):
+    for fused, plain, exact in zip(grads["cpu"], grads["plain"], expected, strict=True):
         torch.testing.assert_close(fused, plain, atol=1e-12 * plain.abs().max().item(), rtol=0)  # other order of sums
         # the phases of the model are float32, off by up to 6e-8 of 100 radians
         torch.testing.assert_close(fused, exact, atol=1e-5 * exact.abs().max().item(), rtol=0)
@@ -86,62 +86,64 @@ def problem(queries: int = 60, keys: int = 100, dtype: torch.dtype = torch.float
     return branches, states(2, keys), at_key[:, keys - queries :], at_key
 
 
-def leaves(given: tuple[Any, ...]) -> list[torch.Tensor]:
-    return [given[1], *(one for branch in given[0] for one in (branch.query, branch.key))]
+def leaves(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    return [arguments[1], *(state for branch in arguments[0] for state in (branch.query, branch.key))]
 
 
 @pytest.mark.parametrize("padded", [-torch.inf, torch.finfo(torch.float64).min, torch.finfo(torch.float32).min])
 def test_rows_that_attend_to_nothing_have_no_gradient(padded: float) -> None:
     """Check queries that attend to nothing, or to nothing in one band: no NaN, and all weights sum to 1."""
-    given = problem(100)
+    arguments = problem(100)
     allowed = torch.ones(100, 100).tril().bool().repeat(2, 1, 1, 1)
     allowed[0, ..., :30] = False
     mask = torch.zeros(2, 1, 100, 100, dtype=torch.float64).masked_fill(~allowed, padded)
     weights = torch.randn(2, 100, 4, 8, dtype=torch.float64)
-    found = banded_attention(*given, mask=mask, aligned=True, scaling=0.3)
+    out = banded_attention(*arguments, mask=mask, aligned=True, scaling=0.3)
     nothing = ~allowed.any(-1, keepdim=True)
-    seen = ~nothing.transpose(1, 2)
-    wanted = dense(*given, mask=allowed | nothing, scaling=0.3) * seen
-    torch.testing.assert_close(found * seen, wanted, **EXACT)
-    ours, theirs = (torch.autograd.grad((out * weights).sum(), leaves(given)) for out in (found, wanted))
-    torch.testing.assert_close(ours, theirs, **EXACT)
+    attending = ~nothing.transpose(1, 2)
+    expected = dense(*arguments, mask=allowed | nothing, scaling=0.3) * attending
+    torch.testing.assert_close(out * attending, expected, **EXACT)
+    grads, expected_grads = (
+        torch.autograd.grad((result * weights).sum(), leaves(arguments)) for result in (out, expected)
+    )
+    torch.testing.assert_close(grads, expected_grads, **EXACT)
 
 
 def test_what_the_kernel_cannot_differentiate_takes_the_plain_form() -> None:
-    given = problem()
+    arguments = problem()
     mask = torch.zeros(1, 1, 60, 100, dtype=torch.float64, requires_grad=True)
     options: dict[str, Any] = {"aligned": True, "scaling": 0.3}
     with Calls() as calls:
-        (grad,) = torch.autograd.grad(banded_attention(*given, mask=mask, **options).sum(), [mask])
-        for more in ({"softcap": 5.0}, {"dropout": 0.5}):
-            banded_attention(*given, mask=None, **options, **more).sum().backward()
+        (grad,) = torch.autograd.grad(banded_attention(*arguments, mask=mask, **options).sum(), [mask])
+        for unsupported in ({"softcap": 5.0}, {"dropout": 0.5}):
+            banded_attention(*arguments, mask=None, **options, **unsupported).sum().backward()
     assert grad.abs().max() > 0 and calls.count == 0
 
-    branches, value, *places = given
+    branches, value, *places = arguments
     banded.SCORE_BYTES = 2**30  # checkpoints, which blocks of the plain form need, are not for torch.func
 
     def loss(of: torch.Tensor) -> torch.Tensor:
         return banded_attention(branches, of, *places, mask=None, **options).square().sum()
 
-    wanted = torch.autograd.grad(loss(value), [value])[0]
-    torch.testing.assert_close(torch.func.grad(loss)(value), wanted, **EXACT)
+    expected = torch.autograd.grad(loss(value), [value])[0]
+    torch.testing.assert_close(torch.func.grad(loss)(value), expected, **EXACT)
     compiled = torch.compile(loss, backend="eager")
     with Calls() as calls:
-        torch.testing.assert_close(torch.autograd.grad(compiled(value), [value])[0], wanted, **EXACT)
+        torch.testing.assert_close(torch.autograd.grad(compiled(value), [value])[0], expected, **EXACT)
 
 
 def test_a_second_derivative_is_refused_but_in_the_plain_form() -> None:
-    given = problem()
+    arguments = problem()
     for kernel in ("cpu", "plain"):
         with attention_kernel(kernel):
-            out = banded_attention(*given, mask=None, aligned=True, scaling=0.3)
-            (grad,) = torch.autograd.grad(out.square().sum(), [given[1]], create_graph=True)
+            out = banded_attention(*arguments, mask=None, aligned=True, scaling=0.3)
+            (grad,) = torch.autograd.grad(out.square().sum(), [arguments[1]], create_graph=True)
         if kernel == "cpu":
             with pytest.raises(RuntimeError, match="once_differentiable"):
                 grad.square().sum().backward()
         else:
             grad.square().sum().backward()
-    assert given[1].grad is not None and given[1].grad.abs().max() > 0
+    assert arguments[1].grad is not None and arguments[1].grad.abs().max() > 0
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name came in 5.2x
@@ -150,7 +152,7 @@ def test_checkpoints_of_the_model(reentrant: bool) -> None:
     model = tiny_llama().train()
     patch_model(model, ReRoPE(window=16), factor=8)
     ids = tokens(LENGTH)
-    found = []
+    grads = []
     for checkpointing in (False, True):
         model.zero_grad()
         if checkpointing:
@@ -158,8 +160,8 @@ def test_checkpoints_of_the_model(reentrant: bool) -> None:
         with Calls() as calls:
             model(ids, labels=ids, use_cache=False).loss.backward()
         assert calls.count
-        found.append([one.grad for one in model.parameters()])
-    assert all(map(torch.equal, *found)), "the same is computed again"
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *grads)), "the same is computed again"
 
 
 def test_autocast() -> None:
@@ -173,9 +175,9 @@ def test_autocast() -> None:
         with torch.no_grad():
             assert torch.equal(model(ids, labels=ids, use_cache=False).loss, loss)
     assert calls.count
-    ours = torch.cat([one.grad.flatten() for one in model.parameters()])
+    mixed = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model.zero_grad()
     model(ids, labels=ids, use_cache=False).loss.backward()
-    exact = torch.cat([one.grad.flatten() for one in model.parameters()])
+    exact = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     # 8 bits in each of some products in a row
-    assert (ours - exact).norm() < 0.03 * exact.norm()
+    assert (mixed - exact).norm() < 0.03 * exact.norm()

@@ -25,7 +25,7 @@ SCHEMAS = {
 EXACT = {"atol": 1e-12, "rtol": 0.0}  # float64, sums in another order
 
 
-def attend(query: Any, key: Any, value: Any, scaling: float, causal: bool, left: int, right: int) -> Any:
+def attend(query: Any, key: Any, value: Any, scaling: float, causal: bool, left_window_window: int, right: int) -> Any:
     """Attend like FlashAttention-2, in the layout (batch, heads, tokens, dim).
 
     Sides of a window count from the diagonal that ends in the last query and the last key. -1 means no bound.
@@ -35,7 +35,9 @@ def attend(query: Any, key: Any, value: Any, scaling: float, causal: bool, left:
     queries, keys = scores.shape[-2:]
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     hidden = (distance < 0) if causal or right == 0 else torch.zeros_like(distance, dtype=torch.bool)
-    scores = scores.masked_fill(hidden | (distance > left) if left >= 0 else hidden, -torch.inf)
+    scores = scores.masked_fill(
+        hidden | (distance > left_window_window) if left_window_window >= 0 else hidden, -torch.inf
+    )
     return scores.softmax(-1) @ value.repeat_interleave(groups, 1), scores.logsumexp(-1)
 
 
@@ -47,21 +49,21 @@ class Substitutes:
         self.called: list[str] = []
 
     def flash(self, *args: Any, **kwargs: Any) -> Any:
-        given = bound("_flash_attention_forward", args, kwargs)
-        assert given["cum_seq_q"] is given["cum_seq_k"] is None and given["dropout_p"] == 0
-        states = [given[name].transpose(1, 2) for name in ("query", "key", "value")]
-        assert (given["max_q"], given["max_k"]) == (states[0].shape[2], states[1].shape[2])
-        sides = (given.get("window_size_left", -1), given.get("window_size_right", -1))
-        out, total = attend(*states, given["scale"], given["is_causal"], *sides)
+        arguments = bound("_flash_attention_forward", args, kwargs)
+        assert arguments["cum_seq_q"] is arguments["cum_seq_k"] is None and arguments["dropout_p"] == 0
+        states = [arguments[name].transpose(1, 2) for name in ("query", "key", "value")]
+        assert (arguments["max_q"], arguments["max_k"]) == (states[0].shape[2], states[1].shape[2])
+        sides = (arguments.get("window_size_left", -1), arguments.get("window_size_right", -1))
+        out, total = attend(*states, arguments["scale"], arguments["is_causal"], *sides)
         self.called.append("flash" if sides == (-1, -1) else "window")
         return out.transpose(1, 2), total, None, None, None
 
     def cudnn(self, *args: Any, **kwargs: Any) -> Any:
-        given = bound("_scaled_dot_product_cudnn_attention", args, kwargs)
-        assert given["attn_bias"] is None and given["compute_log_sumexp"]
-        states = [given[name] for name in ("query", "key", "value")]
-        assert not given["is_causal"] or states[0].shape[2] == states[1].shape[2], "aligned to which corner?"
-        out, total = attend(*states, given["scale"], given["is_causal"], -1, -1)
+        arguments = bound("_scaled_dot_product_cudnn_attention", args, kwargs)
+        assert arguments["attn_bias"] is None and arguments["compute_log_sumexp"]
+        states = [arguments[name] for name in ("query", "key", "value")]
+        assert not arguments["is_causal"] or states[0].shape[2] == states[1].shape[2], "aligned to which corner?"
+        out, total = attend(*states, arguments["scale"], arguments["is_causal"], -1, -1)
         self.called.append("cudnn")
         return out, total[..., None], *[None] * 7
 
@@ -76,14 +78,14 @@ def bound(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
 @pytest.fixture(params=["cudnn", "flash"])
 def substitutes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Substitutes:
     """Substitute the kernels of a machine with cuDNN, and of one without."""
-    those = Substitutes(request.param)
-    monkeypatch.setattr(choice, "FLASH", those.flash)
-    monkeypatch.setattr(choice, "CUDNN", those.cudnn)
+    kernels = Substitutes(request.param)
+    monkeypatch.setattr(choice, "FLASH", kernels.flash)
+    monkeypatch.setattr(choice, "CUDNN", kernels.cudnn)
     monkeypatch.setattr(choice, "PLANNED", 12)
     picked = choice.SDPBackend.CUDNN_ATTENTION if request.param == "cudnn" else choice.SDPBackend.FLASH_ATTENTION
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: picked.value)
     with attention_kernel("torch"):
-        yield those
+        yield kernels
 
 
 def problem(bands: str, queries: int, keys: int) -> tuple[tuple[Any, ...], torch.Tensor]:
@@ -104,10 +106,10 @@ def problem(bands: str, queries: int, keys: int) -> tuple[tuple[Any, ...], torch
 def test_pieces_of_kernels_equal_dense(
     counts: tuple[int, int], bands: str, sinks: torch.Tensor | None, substitutes: Substitutes
 ) -> None:
-    given, causal = problem(bands, *counts)
-    found = banded_attention(*given, mask=None, aligned=True, scaling=0.3, sinks=sinks)
-    torch.testing.assert_close(found, dense(*given, mask=causal, scaling=0.3, sinks=sinks), **EXACT)
-    assert substitutes.called and found.is_contiguous(), "some models view it"
+    arguments, causal = problem(bands, *counts)
+    out = banded_attention(*arguments, mask=None, aligned=True, scaling=0.3, sinks=sinks)
+    torch.testing.assert_close(out, dense(*arguments, mask=causal, scaling=0.3, sinks=sinks), **EXACT)
+    assert substitutes.called and out.is_contiguous(), "some models view it"
 
 
 def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
@@ -116,8 +118,8 @@ def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
     cuDNN, which plans each number of keys anew, is not used for a few queries.
     """
     for queries, far in ((100, "cudnn"), (5, "flash")):
-        given, _ = problem("window", queries, 100)
-        banded_attention(*given, mask=None, aligned=True, scaling=0.3)
+        arguments, _ = problem("window", queries, 100)
+        banded_attention(*arguments, mask=None, aligned=True, scaling=0.3)
         assert substitutes.called[:2] == ["window", far if substitutes.machine == "cudnn" else "flash"]
         substitutes.called.clear()
 
@@ -138,8 +140,8 @@ def test_a_kernel_that_fails_or_computes_something_else_is_left_alone(
         if fault == "raises":
             raise RuntimeError("no kernel image\nand more")
         scaling = 1.1 * scaling if fault == "scale" else scaling
-        left = -1 if window is None else window - (0 if fault == "window" else 1)
-        return attend(query, key, value, scaling, causal, left, -1 if window is None else 0)
+        sides = -1 if window is None else window - (0 if fault == "window" else 1)
+        return attend(query, key, value, scaling, causal, sides, -1 if window is None else 0)
 
     query, value = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
     with caplog.at_level("WARNING"):
@@ -150,13 +152,13 @@ def test_a_kernel_that_fails_or_computes_something_else_is_left_alone(
 
 
 def test_what_kernels_cannot_do_goes_to_the_plain_form(substitutes: Substitutes) -> None:
-    given, causal = problem("window", 30, 100)
+    arguments, causal = problem("window", 30, 100)
     for options in ({"mask": causal}, {"mask": None, "softcap": 5.0}):
-        found = banded_attention(*given, aligned=True, scaling=0.3, **options)
-        torch.testing.assert_close(found, dense(*given, **{**options, "mask": causal}, scaling=0.3), **EXACT)
-    given, causal = problem("sinks", 30, 100)
-    found = banded_attention(*given, mask=None, aligned=True, scaling=0.3)
-    torch.testing.assert_close(found, dense(*given, mask=causal, scaling=0.3), **EXACT)
+        out = banded_attention(*arguments, aligned=True, scaling=0.3, **options)
+        torch.testing.assert_close(out, dense(*arguments, **{**options, "mask": causal}, scaling=0.3), **EXACT)
+    arguments, causal = problem("sinks", 30, 100)
+    out = banded_attention(*arguments, mask=None, aligned=True, scaling=0.3)
+    torch.testing.assert_close(out, dense(*arguments, mask=causal, scaling=0.3), **EXACT)
     assert not substitutes.called
 
 
@@ -164,9 +166,9 @@ def test_what_kernels_cannot_do_goes_to_the_plain_form(substitutes: Substitutes)
 def test_a_model_on_each_kernel_that_runs_here(method: Any) -> None:
     model, ids = tiny_llama(), tokens(50)
     patch_model(model, method, factor=8, trained_length=16)
-    wanted = logits(model, ids, use_cache=False)
+    expected = logits(model, ids, use_cache=False)
     for name in ("cpu", "plain"):
         with attention_kernel(name):
-            found = logits(model, ids, use_cache=False)
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)  # float32 sums in another order
-    assert torch.equal(logits(model, ids, use_cache=False), wanted)
+            actual = logits(model, ids, use_cache=False)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)  # float32 sums in another order
+    assert torch.equal(logits(model, ids, use_cache=False), expected)

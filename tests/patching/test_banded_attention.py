@@ -101,14 +101,14 @@ def test_banded_attention_equals_dense(
         out = function(branches, value, at_query, at_key, scaling=0.3, **options, **kwargs)
         return [out, *torch.autograd.grad((out * weights).sum(), leaves)] if learning else [out]
 
-    wanted = run(dense, mask=causal)
+    expected = run(dense, mask=causal)
     additive = torch.zeros(2, 4, queries, keys).masked_fill(~causal, torch.finfo(torch.float32).min)
     for mask in (None, causal, additive):
         for aligned, kernel in itertools.product((True, False), ("cpu", "plain")):
             with attention_kernel(kernel):
-                found = run(banded_attention, mask=mask, aligned=aligned)
-            torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
-            assert found[0].is_contiguous(), "some models view it"
+                results = run(banded_attention, mask=mask, aligned=aligned)
+            torch.testing.assert_close(results, expected, atol=1e-12, rtol=0)
+            assert results[0].is_contiguous(), "some models view it"
 
 
 @pytest.mark.parametrize("learning", [False, True])
@@ -120,19 +120,19 @@ def test_channels_that_do_not_lie_one_behind_the_other(which: str, learning: boo
     def states(name: str, heads: int) -> torch.Tensor:
         if name == which == "value":
             return torch.randn(1, heads, 50, 1, dtype=torch.float64, requires_grad=learning).expand(-1, -1, -1, 8)
-        made = torch.randn(1, heads, 8, 50, dtype=torch.float64, requires_grad=learning)
-        return made.mT if name == which else made.mT.contiguous()
+        states = torch.randn(1, heads, 8, 50, dtype=torch.float64, requires_grad=learning)
+        return states.mT if name == which else states.mT.contiguous()
 
     branches = [Branch(band, states("query", 4), states("key", 2)) for band in BANDS["window"]]
-    value, at = states("value", 2), torch.arange(50)[None]
+    value, positions = states("value", 2), torch.arange(50)[None]
     causal = torch.ones(50, 50).tril().bool()[None, None]
-    found = banded_attention(branches, value, at, at, mask=None, aligned=True, scaling=0.3)
-    wanted = dense(branches, value, at, at, mask=causal, scaling=0.3)
-    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)  # float64, sums in another order
+    out = banded_attention(branches, value, positions, positions, mask=None, aligned=True, scaling=0.3)
+    expected = dense(branches, value, positions, positions, mask=causal, scaling=0.3)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)  # float64, sums in another order
     if learning:
         leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
-        ours, theirs = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, wanted))
-        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+        grads, expected_grads = (torch.autograd.grad(result.square().sum(), leaves) for result in (out, expected))
+        torch.testing.assert_close(grads, expected_grads, atol=1e-11, rtol=0)
 
 
 def test_biases_are_narrow() -> None:
@@ -153,8 +153,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else (out,):
-            self.elements = max(self.elements, one.numel() if isinstance(one, torch.Tensor) else 0)
+        for leaf in out if isinstance(out, tuple | list) else (out,):
+            self.elements = max(self.elements, leaf.numel() if isinstance(leaf, torch.Tensor) else 0)
         return out
 
 
@@ -166,24 +166,26 @@ def test_a_single_query_equals_dense(bands: str, options: dict[str, Any], learni
     torch.manual_seed(0)
     query = [torch.randn(2, 4, 1, 8, dtype=torch.float64, requires_grad=learning) for _ in BANDS[bands]]
     key, value = (torch.randn(2, 2, 90, 8, dtype=torch.float64, requires_grad=learning) for _ in range(2))
-    branches = [Branch(band, one, key) for band, one in zip(BANDS[bands], query, strict=True)]
+    branches = [Branch(band, state, key) for band, state in zip(BANDS[bands], query, strict=True)]
     at_key = torch.arange(90).expand(2, -1)
     padded = torch.ones(2, 1, 1, 90, dtype=torch.bool)
     padded[0, ..., :7] = padded[..., 83:] = False
     heads = padded & (torch.rand(2, 4, 1, 90) < 0.8)
     additive = torch.zeros_like(padded, dtype=torch.float64).masked_fill(~padded, torch.finfo(torch.float64).min)
-    for mask, wanted in ((None, padded | True), (padded, padded), (heads, heads), (additive, padded)):
+    for mask, visible in ((None, padded | True), (padded, padded), (heads, heads), (additive, padded)):
         with attention_kernel("plain"):
-            found = banded_attention(
+            out = banded_attention(
                 branches, value, at_key[:, 80:81], at_key, mask=mask, aligned=False, scaling=0.3, **options
             )
-        exact = dense(branches, value, at_key[:, 80:81], at_key, mask=wanted, scaling=0.3, **options)
-        torch.testing.assert_close(found, exact, atol=1e-12, rtol=0)  # float64, sums in another order
-        assert found.shape == (2, 1, 4, 8) and found.is_contiguous()
+        exact = dense(branches, value, at_key[:, 80:81], at_key, mask=visible, scaling=0.3, **options)
+        torch.testing.assert_close(out, exact, atol=1e-12, rtol=0)  # float64, sums in another order
+        assert out.shape == (2, 1, 4, 8) and out.is_contiguous()
         if learning:
-            ours, theirs = (torch.autograd.grad(one.square().sum(), [*query, key, value]) for one in (found, exact))
-            for one, two in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+            grads, expected_grads = (
+                torch.autograd.grad(result.square().sum(), [*query, key, value]) for result in (out, exact)
+            )
+            for grad, expected_grad in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(grad, expected_grad, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("method", [ReRoPE(window=64), SelfExtend(group=8, window=32), DualChunk(chunk=48, local=16)])
@@ -195,18 +197,18 @@ def test_memory_is_linear(learning: bool, kernel: str, method: Any, monkeypatch:
     monkeypatch.setattr(banded, "FUSED_ROWS", 64)
     model = tiny_llama(num_hidden_layers=1)
     patch_model(model, method, factor=64)
-    sizes, held = [], [0, 0]
+    sizes, elements = [], [0, 0]
 
-    def hold(index: int, one: torch.Tensor) -> torch.Tensor:
-        held[index] += one.numel()
-        return one
+    def hold(index: int, tensor: torch.Tensor) -> torch.Tensor:
+        elements[index] += tensor.numel()
+        return tensor
 
     for index, length in enumerate((2048, 4096)):
-        holding = torch.autograd.graph.saved_tensors_hooks(functools.partial(hold, index), lambda one: one)
+        holding = torch.autograd.graph.saved_tensors_hooks(functools.partial(hold, index), lambda tensor: tensor)
         with Largest() as largest, torch.set_grad_enabled(learning), holding, attention_kernel(kernel):
             out = model(tokens(length), use_cache=False).logits
             if learning:
                 out.sum().backward()
         sizes.append(largest.elements)
     assert sizes[0] < 2048 * 256 and sizes[1] == 4096 * 128, "at 4096 tokens the logits are the largest"
-    assert held[1] <= 2.1 * held[0]
+    assert elements[1] <= 2.1 * elements[0]

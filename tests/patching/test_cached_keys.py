@@ -52,14 +52,14 @@ def steps(model: LlamaForCausalLM, cache: DynamicCache, bounds: list[int], ids: 
 def test_steps_chunks_and_crops_equal_one_forward(name: str) -> None:
     """Compare single tokens, a chunk, and a crop with one forward. A copy of the cache continues separately."""
     model = patched(name)
-    whole = logits(model, IDS, use_cache=False)
+    expected = logits(model, IDS, use_cache=False)
     cache = DynamicCache(config=model.config)
-    found = steps(model, cache, [0, 20, 21, 22, 23, 31, 32, 33])
-    torch.testing.assert_close(found, whole[:, :33], **CLOSE)
+    stepped = steps(model, cache, [0, 20, 21, 22, 23, 31, 32, 33])
+    torch.testing.assert_close(stepped, expected[:, :33], **CLOSE)
     twin = copy.deepcopy(cache)
     cache.crop(-5)
-    torch.testing.assert_close(steps(model, cache, [28, 29, 30, 34, 35, 36]), whole[:, 28:36], **CLOSE)
-    torch.testing.assert_close(steps(model, twin, [33, 34, 35]), whole[:, 33:35], **CLOSE)
+    torch.testing.assert_close(steps(model, cache, [28, 29, 30, 34, 35, 36]), expected[:, 28:36], **CLOSE)
+    torch.testing.assert_close(steps(model, twin, [33, 34, 35]), expected[:, 33:35], **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "mistral"])
@@ -68,19 +68,19 @@ def test_crops_bring_back_keys_behind_the_window(name: str, kind: str) -> None:
     """Draft models do that: their layers record keys behind their window of 16."""
     model = build(kind)
     patch_model(model, METHODS[name], factor=8, trained_length=16)
-    whole = logits(model, IDS, use_cache=False)
+    expected = logits(model, IDS, use_cache=False)
     cache = DynamicCache(config=model.config)
     records = hasattr(cache, "activate_past_recording")
     if records:
         cache.activate_past_recording()
-    torch.testing.assert_close(steps(model, cache, [0, 23, 24]), whole[:, :24], **CLOSE)
+    torch.testing.assert_close(steps(model, cache, [0, 23, 24]), expected[:, :24], **CLOSE)
     last = 24
     for back, bounds in ((3, [1, 2, 7, 8, 9]), (5, [1, 4, 5]), (0, [1, 2, 3])) if records else ():
         cache.crop(-back)
         after = [last - back, *(last - back + bound for bound in bounds)]
-        found = steps(model, cache, after)
+        stepped = steps(model, cache, after)
         last = after[-1]
-        torch.testing.assert_close(found, whole[:, after[0] : last], **CLOSE)
+        torch.testing.assert_close(stepped, expected[:, after[0] : last], **CLOSE)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -91,11 +91,11 @@ def test_the_last_layers_use_the_keys_of_others(name: str, kind: str, static: bo
     types = ["sliding_attention", "full_attention"] * 3
     model = build(kind, num_kv_shared_layers=2, layer_types=types)
     patch_model(model, METHODS[name], factor=8, trained_length=16)
-    whole = logits(model, IDS, use_cache=False)
+    expected = logits(model, IDS, use_cache=False)
     cache = StaticCache(config=model.config, max_cache_len=48) if static else DynamicCache(config=model.config)
-    found = steps(model, cache, [0, 23, 24, 25, 31, 32, 33])
+    stepped = steps(model, cache, [0, 23, 24, 25, 31, 32, 33])
     # a fifth of the logits' spread of 20 is from the last layers; float32 sums in another order
-    torch.testing.assert_close(found, whole[:, :33], atol=1e-4, rtol=0)
+    torch.testing.assert_close(stepped, expected[:, :33], atol=1e-4, rtol=0)
 
 
 def test_a_mask_for_other_keys_is_refused() -> None:
@@ -145,14 +145,14 @@ def test_padded_rows_equal_rows_alone(name: str) -> None:
     mask[0, :9] = 0
     ids = torch.cat([torch.cat([torch.zeros(1, 9).long(), short], 1), IDS])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, found = DynamicCache(config=model.config), []
+    cache, pieces = DynamicCache(config=model.config), []
     bounds = [0, 36, 37, 38, 42, 43, 44, 45, 46, 47, 48]
     for start, stop in zip(bounds, bounds[1:], strict=False):
         inputs: dict[str, Any] = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        found.append(logits(model, ids[:, start:stop], cache=cache, **inputs))
-    both = torch.cat(found, 1)
-    torch.testing.assert_close(both[1:], logits(model, IDS, use_cache=False), **CLOSE)
-    torch.testing.assert_close(both[:1, 9:], logits(model, short, use_cache=False), **CLOSE)
+        pieces.append(logits(model, ids[:, start:stop], cache=cache, **inputs))
+    rows = torch.cat(pieces, 1)
+    torch.testing.assert_close(rows[1:], logits(model, IDS, use_cache=False), **CLOSE)
+    torch.testing.assert_close(rows[:1, 9:], logits(model, short, use_cache=False), **CLOSE)
 
 
 def test_a_position_that_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +162,10 @@ def test_a_position_that_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> Non
     steps(model, cache, [0, 20, 21])
     monkeypatch.setattr(rotated_keys, "step_keys", None)  # what must not be called
     gap = {"position_ids": torch.tensor([[30]]), "attention_mask": torch.ones(1, 22).long()}
-    found = logits(model, IDS[:, 21:22], cache=copy.deepcopy(cache), **gap)
+    last = logits(model, IDS[:, 21:22], cache=copy.deepcopy(cache), **gap)
     where = torch.cat([torch.arange(21), torch.tensor([30])])[None]
-    whole = logits(model, IDS[:, :22], position_ids=where, attention_mask=gap["attention_mask"], use_cache=False)
-    torch.testing.assert_close(found, whole[:, -1:], **CLOSE)
+    expected = logits(model, IDS[:, :22], position_ids=where, attention_mask=gap["attention_mask"], use_cache=False)
+    torch.testing.assert_close(last, expected[:, -1:], **CLOSE)
     wait_for_devices(monkeypatch)
     with pytest.raises(RuntimeError, match="must follow those in the cache"):
         logits(model, IDS[:, 21:22], cache=cache, **gap)
@@ -241,8 +241,8 @@ def test_a_cache_of_another_patch_is_refused(name: str, pieces: list[int], llama
     with patch_model(llama, ReRoPE(window=12), **lengths), pytest.raises(EvaluationError, match="under another patch"):
         steps(llama, cache, [21, 22])
     with patch_model(llama, METHODS[name], **lengths):
-        found = steps(llama, cache, [21, 22])
-        torch.testing.assert_close(found, logits(llama, IDS[:, :22], use_cache=False)[:, -1:], **CLOSE)
+        last = steps(llama, cache, [21, 22])
+        torch.testing.assert_close(last, logits(llama, IDS[:, :22], use_cache=False)[:, -1:], **CLOSE)
 
 
 def test_a_layer_that_lost_its_rotated_keys_is_refused() -> None:
@@ -269,5 +269,5 @@ def test_a_set_with_unrotated_keys_rotates_in_attention() -> None:
 
     steps(model, cache, [0, 20])
     cache.layers[0].__class__ = Other
-    found = steps(model, cache, list(range(20, 34)))
-    torch.testing.assert_close(found, logits(model, IDS, use_cache=False)[:, 20:33], **CLOSE)
+    stepped = steps(model, cache, list(range(20, 34)))
+    torch.testing.assert_close(stepped, logits(model, IDS, use_cache=False)[:, 20:33], **CLOSE)

@@ -62,12 +62,12 @@ class Reader:
     @torch.no_grad()
     def read(self, count: int, forward: Any = None) -> torch.Tensor:
         """Return the logits of the last of `count` more tokens."""
-        given = slice(self.count, self.count + count)
+        piece = slice(self.count, self.count + count)
         self.count += count
         known = SLOTS if isinstance(self.cache, StaticCache) else self.count  # free slots are masked as later ones are
         logits: torch.Tensor = (forward or self.model)(
-            input_ids=self.ids[:, given],
-            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, given],
+            input_ids=self.ids[:, piece],
+            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, piece],
             attention_mask=self.mask[:, :known] if self.padding else None,
             **with_cache(self.model.forward, self.cache),
         ).logits[:, -1]
@@ -80,8 +80,8 @@ def two(model: LlamaForCausalLM, padding: int) -> tuple[Reader, Reader]:
         Reader(model, StaticCache(config=model.config, max_cache_len=SLOTS), padding),
         Reader(model, DynamicCache(config=model.config), padding),
     )
-    for one in readers:
-        one.read(TEXT)
+    for reader in readers:
+        reader.read(TEXT)
     return readers
 
 
@@ -95,8 +95,8 @@ def rotated_keys(method: str | Method, step: int) -> list[int]:
     """Return the slots of the new key and of the key that has just left the window. Position 0 needs no rotation."""
     name = method if isinstance(method, str) else method.label
     far = TEXT + step - (14 if name.startswith("rerope") else 8)
-    left = [] if name.startswith(("dual-chunk", "string-shift")) or far <= 0 else [far]
-    return [*left, TEXT + step]
+    leaving = [] if name.startswith(("dual-chunk", "string-shift")) or far <= 0 else [far]
+    return [*leaving, TEXT + step]
 
 
 @pytest.mark.parametrize("padding", [0, 5])
@@ -158,13 +158,13 @@ def test_a_cache_that_is_used_again() -> None:
     patch_model(model, METHODS[1], factor=8)
     static, _ = two(model, 0)
     forward, graphs = one_graph(model)
-    found = []
+    rounds = []
     for _ in range(2):
-        found.append(torch.cat([static.read(1, forward) for _ in range(4)]))
+        rounds.append(torch.cat([static.read(1, forward) for _ in range(4)]))
         static.cache.reset()
         static.count = 0
         static.read(TEXT)
-    assert torch.equal(*found) and graphs.frame_count == 1
+    assert torch.equal(*rounds) and graphs.frame_count == 1
     static.read(1, forward)
     static.cache.reorder_cache(torch.tensor([0]))
     _, growing = two(model, 0)
@@ -201,13 +201,13 @@ def test_a_text_outside_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_llama(), tokens(30)
     patch_model(model, METHODS[3], factor=8, trained_length=16)
     with torch.no_grad():
-        wanted = model(ids).logits
-        whole, _ = one_graph(model)
+        expected = model(ids).logits
+        full_graph, _ = one_graph(model)
         with pytest.raises(torch._dynamo.exc.Unsupported, match="function _banded_attention"):
-            whole(ids)
+            full_graph(ids)
         torch._dynamo.reset()
-        found = torch.compile(model.__call__, backend="eager")(ids).logits
-    torch.testing.assert_close(found, wanted, **CLOSE)
+        broken_graph = torch.compile(model.__call__, backend="eager")(ids).logits
+    torch.testing.assert_close(broken_graph, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("method", [METHODS[1], METHODS[3], METHODS[6]])

@@ -65,7 +65,7 @@ def served(model: PreTrainedModel, *, share: bool, tokens: int) -> tuple[list[li
     greedy = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     outputs = model.generate_batch(prompts(), generation_config=greedy, continuous_batching_config=batching).values()
     assert [output.error for output in outputs] == [None] * len(LENGTHS)
-    return [list(one.generated_tokens) for one in outputs], [torch.tensor(one.logprobs) for one in outputs]
+    return [list(output.generated_tokens) for output in outputs], [torch.tensor(output.logprobs) for output in outputs]
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def test_requests_get_what_they_get_alone(method: str) -> None:
     plain = [alone(model, prompt, new) for prompt, new in zip(prompts(), before, strict=True)]
     patch = patch_model(model, method, factor=4)
     patched = [alone(model, prompt, new) for prompt, new in zip(prompts(), before, strict=True)]
-    assert max((one - other).abs().max() for one, other in zip(plain, patched, strict=True)) > 1e-2
+    assert max((before - after).abs().max() for before, after in zip(plain, patched, strict=True)) > 1e-2
     check(model, share=False, tokens=512)
     check(model, share=True, tokens=16)  # prompts in pieces, and pages of a prompt before
     patch.undo()

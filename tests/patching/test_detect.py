@@ -143,16 +143,16 @@ def test_the_scheme_of_a_patched_model_is_the_one_it_was_shipped_with() -> None:
 
 
 def test_no_weights_are_made_from_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[torch.device] = []
+    devices: list[torch.device] = []
     init = torch.nn.Linear.__init__
 
     def watch(self: torch.nn.Linear, *args: object, **kwargs: object) -> None:
         init(self, *args, **kwargs)  # type: ignore[arg-type]
-        made.append(self.weight.device)
+        devices.append(self.weight.device)
 
     monkeypatch.setattr(torch.nn.Linear, "__init__", watch)
     detect_scheme(LlamaConfig(num_hidden_layers=2))
-    assert {device.type for device in made} == {"meta"}
+    assert {device.type for device in devices} == {"meta"}
 
 
 def test_a_config_that_transformers_has_no_model_for() -> None:

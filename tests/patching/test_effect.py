@@ -89,9 +89,9 @@ def test_the_verdict_is_what_logits_show(name: str, monkeypatch: pytest.MonkeyPa
             continue  # a method that has to come after another
         refused: list[NoEffectError] = []
 
-        def note(*given: Any, refused: list[NoEffectError] = refused) -> None:
+        def note(*arguments: Any, refused: list[NoEffectError] = refused) -> None:
             try:
-                judge(*given)
+                judge(*arguments)
             except NoEffectError as error:
                 refused.append(error)
 
@@ -139,14 +139,17 @@ def test_a_component_is_judged_as_logits_show(
         method = as_method(f"{base}+{component}")
         if name != "all" and "rerope(window=48)" in base:
             continue  # the base has no effect in layers that see 48 tokens
-        seen = []
+        readings = []
         for text in (base, method):
-            monkeypatch.setattr(patch, "refuse_idle_components", lambda *given: None)
+            monkeypatch.setattr(patch, "refuse_idle_components", lambda *arguments: None)
             with patch_model(model, text, target_length=TARGET):
-                seen.append([logits(model, TEXT[:, :length]) for length in (TARGET, 2 * TARGET)])
+                readings.append([logits(model, TEXT[:, :length]) for length in (TARGET, 2 * TARGET)])
             monkeypatch.undo()
         # as above: the rounding of phases is 1e-6
-        early, late = (bool((one - two).abs().max() > 1e-4) for one, two in zip(*seen, strict=True))
+        early, late = (
+            bool((base_logits - component_logits).abs().max() > 1e-4)
+            for base_logits, component_logits in zip(*readings, strict=True)
+        )
         logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
         caplog.clear()
         if late:

@@ -57,12 +57,12 @@ def impatient() -> Iterator[None]:
 
 def in_threads(work: Callable[[int], torch.Tensor], count: int, rounds: int) -> list[list[torch.Tensor]]:
     """Run functions in threads at once and return their results. An error in any of them is raised."""
-    given: list[list[torch.Tensor]] = [[] for _ in range(count)]
+    results: list[list[torch.Tensor]] = [[] for _ in range(count)]
     errors: list[BaseException] = []
 
     def run(index: int) -> None:
         try:
-            given[index] += [work(index) for _ in range(rounds)]
+            results[index] += [work(index) for _ in range(rounds)]
         except BaseException as error:
             errors.append(error)
 
@@ -73,23 +73,23 @@ def in_threads(work: Callable[[int], torch.Tensor], count: int, rounds: int) -> 
         thread.join()
     for error in errors:
         raise error
-    return given
+    return results
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_forwards_in_threads(name: str, impatient: None) -> None:
-    model, given = patched(name), calls()
-    for call in given[:2]:
+    model, inputs = patched(name), calls()
+    for call in inputs[:2]:
         call["use_cache"] = False
 
     @torch.no_grad()
     def forward(index: int) -> torch.Tensor:
-        found: torch.Tensor = model(**given[index]).logits
-        return found
+        out: torch.Tensor = model(**inputs[index]).logits
+        return out
 
     alone = [forward(index) for index in range(4)]
-    for index, found in enumerate(in_threads(forward, 4, 6)):
-        assert all(torch.equal(one, alone[index]) for one in found)
+    for index, outs in enumerate(in_threads(forward, 4, 6)):
+        assert all(torch.equal(out, alone[index]) for out in outs)
 
 
 @pytest.mark.parametrize("name", ["rerope", "dual-chunk", "dynamic-ntk"])
@@ -100,12 +100,12 @@ def test_generation_in_threads(name: str, impatient: None) -> None:
     def generate(index: int) -> torch.Tensor:
         ids = prompts[index]
         settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-        found: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-        return found
+        generated: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        return generated
 
     alone = [generate(index) for index in range(4)]
-    for index, found in enumerate(in_threads(generate, 4, 2)):
-        assert all(torch.equal(one, alone[index]) for one in found)
+    for index, outs in enumerate(in_threads(generate, 4, 2)):
+        assert all(torch.equal(out, alone[index]) for out in outs)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name came in 5.2x
@@ -113,24 +113,24 @@ def test_training_in_threads(impatient: None) -> None:
     """Check checkpoints that run layers again in backward, while other threads continue."""
     model = patched("rerope").train()
     model.gradient_checkpointing_enable()
-    given = calls()
+    inputs = calls()
 
     def gradient(index: int) -> torch.Tensor:
-        loss = model(**given[index], use_cache=False).logits.square().mean()
-        (found,) = torch.autograd.grad(loss, [model.model.layers[0].self_attn.q_proj.weight])
-        return found
+        loss = model(**inputs[index], use_cache=False).logits.square().mean()
+        (grad,) = torch.autograd.grad(loss, [model.model.layers[0].self_attn.q_proj.weight])
+        return grad
 
     alone = [gradient(index) for index in range(4)]
-    for index, found in enumerate(in_threads(gradient, 4, 3)):
-        assert all(torch.equal(one, alone[index]) for one in found)
+    for index, grads in enumerate(in_threads(gradient, 4, 3)):
+        assert all(torch.equal(grad, alone[index]) for grad in grads)
 
 
 @pytest.mark.parametrize("name", ["rerope", "dynamic-ntk", "log-n"])
 def test_a_forward_within_a_forward(name: str) -> None:
     """Check a layer hook that calls the same model, another patched model, and one that fails."""
-    model, other = patched(name), patched("self-extend")
+    model, neighbour = patched(name), patched("self-extend")
     ids = tokens(40)
-    whole = logits(model, ids)
+    expected = logits(model, ids)
     inner: list[torch.Tensor] = []
     busy = False
 
@@ -139,29 +139,31 @@ def test_a_forward_within_a_forward(name: str) -> None:
         if not busy:
             busy = True
             inner.append(logits(model, ids[:, :25], **gaps))
-            inner.append(logits(other, ids))
+            inner.append(logits(neighbour, ids))
             with pytest.raises(IndexError):
                 logits(model, ids + 1000)
             busy = False
 
     gaps = {"position_ids": 2 * torch.arange(25)[None], "use_cache": False}
-    wanted = logits(model, ids[:, :25], **gaps), logits(other, ids)
+    expected_inner = logits(model, ids[:, :25], **gaps), logits(neighbour, ids)
     handle = model.model.layers[0].mlp.register_forward_hook(ask)
     cache = DynamicCache(config=model.config)
-    found = torch.cat(
+    stepped = torch.cat(
         [logits(model, piece, **with_cache(model.forward, cache)) for piece in ids.split([30, 1, 9], 1)], 1
     )
     handle.remove()
-    whole = whole if "dynamic" not in name else torch.cat([whole[:, :0], found], 1)  # follows the length that is read
-    torch.testing.assert_close(found, whole, **CLOSE)
-    for one, right in zip(inner, wanted * 3, strict=True):
-        assert torch.equal(one, right)
+    expected = (
+        expected if "dynamic" not in name else torch.cat([expected[:, :0], stepped], 1)
+    )  # follows the length that is read
+    torch.testing.assert_close(stepped, expected, **CLOSE)
+    for actual, right in zip(inner, expected_inner * 3, strict=True):
+        assert torch.equal(actual, right)
 
 
 def test_a_failed_forward_leaves_nothing(llama: LlamaForCausalLM) -> None:
     patched("rerope", llama)
     ids = tokens(40)
-    wanted = logits(llama, ids)
+    expected = logits(llama, ids)
     cache = DynamicCache(config=llama.config)
     logits(llama, ids[:, :20], **with_cache(llama.forward, cache))
 
@@ -172,7 +174,7 @@ def test_a_failed_forward_leaves_nothing(llama: LlamaForCausalLM) -> None:
     with pytest.raises(KeyboardInterrupt):
         logits(llama, ids[:, 20:21], **with_cache(llama.forward, cache))
     handle.remove()
-    assert torch.equal(logits(llama, ids), wanted)
+    assert torch.equal(logits(llama, ids), expected)
     with pytest.raises(EvaluationError, match="got 21 keys"):  # the first layer has the new key, the second has not
         logits(llama, ids[:, 20:21], **with_cache(llama.forward, cache))
 
@@ -183,9 +185,9 @@ def test_a_hook_that_changes_the_cache(llama: LlamaForCausalLM) -> None:
     puts = lambda module, args, kwargs: (args, kwargs | with_cache(module.forward, cache))  # noqa: E731
     handle = llama.model.register_forward_pre_hook(puts, with_kwargs=True)
     patched("rerope", llama)
-    found = torch.cat([logits(llama, piece) for piece in ids.split([30, 1, 9], 1)], 1)
+    stepped = torch.cat([logits(llama, piece) for piece in ids.split([30, 1, 9], 1)], 1)
     handle.remove()
-    torch.testing.assert_close(found, logits(llama, ids), **CLOSE)
+    torch.testing.assert_close(stepped, logits(llama, ids), **CLOSE)
     cache = DynamicCache(config=llama.config)
     llama.model.register_forward_pre_hook(puts, with_kwargs=True)
     with pytest.raises(EvaluationError, match="registered after the patch"):
@@ -199,7 +201,7 @@ def test_copies_and_pickles(name: str, kind: str) -> None:
     model, ids = build(kind), tokens(60)
     before = logits(model, ids)
     patched(name, model)
-    wanted = logits(model, ids)
+    expected = logits(model, ids)
     saved = io.BytesIO()
     torch.save(model, saved)
     saved.seek(0)
@@ -208,17 +210,17 @@ def test_copies_and_pickles(name: str, kind: str) -> None:
         pickle.loads(pickle.dumps(model)),
         torch.load(saved, weights_only=False),
     ):
-        assert torch.equal(logits(twin, ids), wanted)
+        assert torch.equal(logits(twin, ids), expected)
         unpatch_model(twin)
         assert torch.equal(logits(twin, ids), before)
-    assert torch.equal(logits(model, ids), wanted)
+    assert torch.equal(logits(model, ids), expected)
 
 
 def test_an_interrupted_forward_is_forgotten_by_the_next() -> None:
     """Check states after an interrupt, for which PyTorch calls no hook. Nested forwards keep theirs."""
-    model, other = patched("rerope"), tiny_llama()
-    patch_model(other, METHODS["rerope"], factor=8, trained_length=16)
-    wanted, inner = logits(model, tokens(40)), logits(other, tokens(24))
+    model, neighbour = patched("rerope"), tiny_llama()
+    patch_model(neighbour, METHODS["rerope"], factor=8, trained_length=16)
+    expected, inner = logits(model, tokens(40)), logits(neighbour, tokens(24))
     cache = DynamicCache(config=model.config)
 
     def fail(*_: Any) -> None:
@@ -226,15 +228,17 @@ def test_an_interrupted_forward_is_forgotten_by_the_next() -> None:
 
     with model.model.layers[1].register_forward_pre_hook(fail), pytest.raises(KeyboardInterrupt):
         logits(model, tokens(40), **with_cache(model.forward, cache))
-    held = weakref.ref(cache)
+    reference = weakref.ref(cache)
     del cache
     gc.collect()
-    assert held() is not None  # by the state of that forward
-    found = []
-    with model.model.layers[1].register_forward_pre_hook(lambda *_: found.append(logits(other, tokens(24)))):
-        assert torch.equal(logits(model, tokens(40)), wanted)
+    assert reference() is not None  # by the state of that forward
+    inner_logits = []
+    with model.model.layers[1].register_forward_pre_hook(
+        lambda *_: inner_logits.append(logits(neighbour, tokens(24)))
+    ):
+        assert torch.equal(logits(model, tokens(40)), expected)
     gc.collect()
-    assert held() is None and torch.equal(found[0], inner)
+    assert reference() is None and torch.equal(inner_logits[0], inner)
 
 
 def test_a_checkpoint_keeps_nothing_of_the_model() -> None:
@@ -242,7 +246,7 @@ def test_a_checkpoint_keeps_nothing_of_the_model() -> None:
     getattr(model, f"{CHECKPOINTING}_enable")()
     loss = model(input_ids=tokens(40), use_cache=False).logits.square().mean()
     torch.autograd.grad(loss, [model.model.layers[0].self_attn.q_proj.weight])
-    held = weakref.ref(model)
+    reference = weakref.ref(model)
     del model, loss
     gc.collect()
-    assert held() is None
+    assert reference() is None

@@ -111,7 +111,7 @@ def test_a_file_a_folder_and_a_file_of_a_repository_are_found(file: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("names", "asked", "message"),
+    ("names", "path", "message"),
     [
         (["a.gguf", "b.gguf"], "", "Expected one GGUF file in .*, got 2: a.gguf, b.gguf. Pass one"),
         (["m-00001-of-00002.gguf"], "m-00001-of-00002.gguf", "one part of a split GGUF file"),
@@ -120,11 +120,11 @@ def test_a_file_a_folder_and_a_file_of_a_repository_are_found(file: Path, tmp_pa
     ],
 )
 def test_files_that_cannot_be_opened_are_refused_in_one_line(
-    tmp_path: Path, names: list[str], asked: str, message: str
+    tmp_path: Path, names: list[str], path: str, message: str
 ) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"not one")
-    assert re.search(message, error_of(run("inspect", tmp_path / asked)))
+    assert re.search(message, error_of(run("inspect", tmp_path / path)))
 
 
 def test_inspect_opens_no_weights(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,23 +50,23 @@ def readings(model: PreTrainedModel, method: str | Method) -> list[torch.Tensor]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         with patch_model(model, method, factor=8, trained_length=16):
-            found = [model(ids).logits, model(ids, attention_mask=mask).logits[:, 5:]]
-            found += [
+            outs = [model(ids).logits, model(ids, attention_mask=mask).logits[:, 5:]]
+            outs += [
                 model(piece, **with_cache(model.forward, cache)).logits
                 for piece in ids[:, :34].split([30, 1, 1, 1, 1], 1)
             ]
-        found.append(model(ids).logits)
-    return [one.cpu() for one in found]
+        outs.append(model(ids).logits)
+    return [out.cpu() for out in outs]
 
 
 @pytest.mark.parametrize(("make", "method"), CASES)
 def test_patched_models_give_what_they_give_on_the_cpu(
     make: Callable[[], PreTrainedModel], method: str | Method
 ) -> None:
-    wanted = readings(make(), method)
-    for one, other in zip(readings(make().cuda(), method), wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)  # float32, sums in another order
-    assert not torch.equal(wanted[0], wanted[-1]), "the patch does something"
+    expected = readings(make(), method)
+    for actual, reference in zip(readings(make().cuda(), method), expected, strict=True):
+        torch.testing.assert_close(actual, reference, atol=1e-4, rtol=0)  # float32, sums in another order
+    assert not torch.equal(expected[0], expected[-1]), "the patch does something"
 
 
 @pytest.mark.parametrize("bands", ["window", "chunks"])
@@ -77,14 +77,16 @@ def test_kernels_in_half_precision(bands: str, queries: int) -> None:
     query = torch.randn(2, 8, queries, 64, device="cuda", dtype=torch.bfloat16)
     key, value = (torch.randn(2, 2, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     branches = [Branch(band, query + number / 4, key - number / 4) for number, band in enumerate(BANDS[bands])]
-    at = torch.arange(256, device="cuda")[None]
-    given = {"mask": None, "aligned": True, "scaling": 0.1}
+    positions = torch.arange(256, device="cuda")[None]
+    options = {"mask": None, "aligned": True, "scaling": 0.1}
     assert choose(query, value) is not None and one_pass(query) is not None
-    found = banded_attention(branches, value, at[:, -queries:], at, **given)
-    exact = [Branch(one.band, one.query.double().cpu(), one.key.double().cpu()) for one in branches]
-    places = at[:, -queries:].cpu(), at.cpu()
-    wanted = dense(exact, value.double().cpu(), *places, mask=places[1][:, None] <= places[0][..., None], scaling=0.1)
-    torch.testing.assert_close(found.double().cpu(), wanted, **HALF)
+    out = banded_attention(branches, value, positions[:, -queries:], positions, **options)
+    exact = [Branch(branch.band, branch.query.double().cpu(), branch.key.double().cpu()) for branch in branches]
+    places = positions[:, -queries:].cpu(), positions.cpu()
+    expected = dense(
+        exact, value.double().cpu(), *places, mask=places[1][:, None] <= places[0][..., None], scaling=0.1
+    )
+    torch.testing.assert_close(out.double().cpu(), expected, **HALF)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -97,12 +99,12 @@ def test_a_step_in_one_kernel(heads: int, key_heads: int, dim: int, bands: int, 
     key, value = (torch.randn(2, key_heads, 3000, dim, **like) for _ in range(2))
     partners = torch.stack([torch.arange(dim, device="cuda").roll(dim // 2)] * 2)
     phases, starts = torch.randn(2, 2, bands + 1, dim, device="cuda"), (2500, 900, 0)[3 - bands :]
-    given = [one.cpu() for one in (query, key, value, partners, phases)]
-    wanted, wanted_key = by_products(*given, starts, 2499)
-    found = one_step(query, key, value, bands)(query, key, partners, phases, starts, 1 / 7)(query, key, value, 2499)
+    inputs = [tensor.cpu() for tensor in (query, key, value, partners, phases)]
+    expected, expected_key = by_products(*inputs, starts, 2499)
+    out = one_step(query, key, value, bands)(query, key, partners, phases, starts, 1 / 7)(query, key, value, 2499)
     eps = torch.finfo(dtype).eps  # rotated states and weights are rounded to the dtype
-    torch.testing.assert_close(found.double().cpu(), wanted, atol=40 * eps, rtol=0)
-    torch.testing.assert_close(key.double().cpu(), wanted_key, atol=2e-6, rtol=eps)
+    torch.testing.assert_close(out.double().cpu(), expected, atol=40 * eps, rtol=0)
+    torch.testing.assert_close(key.double().cpu(), expected_key, atol=2e-6, rtol=eps)
 
 
 @pytest.mark.parametrize("method", REMAPPING[:5])
@@ -118,12 +120,12 @@ def test_steps_of_a_model_in_one_kernel(method: Method) -> None:
 
     choice._step_of.cache_clear()
     with patch_model(model, method, factor=8, trained_length=16):
-        found, tried = steps(), choice._step_of.cache_info().hits
+        fused, tried = steps(), choice._step_of.cache_info().hits
         with attention_kernel("plain"):
-            wanted = steps()
+            expected = steps()
     assert tried and choice._step_of.cache_info().hits == tried
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    for actual, reference in zip(fused, expected, strict=True):
+        torch.testing.assert_close(actual, reference, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("method", REMAPPING)
@@ -132,10 +134,10 @@ def test_patched_models_in_half_precision(method: Method) -> None:
     model: Any = tiny_llama(head_dim=64).cuda().bfloat16()
     ids = IDS.cuda()
     with patch_model(model, method, factor=8, trained_length=16), torch.no_grad():
-        found = model(ids).logits
+        fused = model(ids).logits
         with attention_kernel("plain"):
-            wanted = model(ids).logits
-    torch.testing.assert_close(found, wanted, atol=0.02 * float(wanted.abs().max()), rtol=0)
+            expected = model(ids).logits
+    torch.testing.assert_close(fused, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -175,18 +177,18 @@ def test_gradients(method: Method) -> None:
         with patch_model(model, method, factor=8, trained_length=16):
             ids = IDS.to(model.device)
             model(ids, labels=ids).loss.backward()
-        return [one.grad.cpu() for one in model.parameters() if one.grad is not None]
+        return [parameter.grad.cpu() for parameter in model.parameters() if parameter.grad is not None]
 
-    for one, other in zip(gradients(tiny_llama().cuda()), gradients(tiny_llama()), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5 * max(1.0, float(other.abs().max())), rtol=0)
+    for grad, reference in zip(gradients(tiny_llama().cuda()), gradients(tiny_llama()), strict=True):
+        torch.testing.assert_close(grad, reference, atol=1e-5 * max(1.0, float(reference.abs().max())), rtol=0)
 
 
 def test_measurements_give_what_they_give_on_the_cpu() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_ROPE)
     text = (ROOT / "examples" / "data" / "heldout.jsonl").read_text().splitlines()[0][20_000:24_000]
-    found = []
+    perplexities = []
     for device in ("cuda", "cpu"):
         model = AutoModelForCausalLM.from_pretrained(TINY_ROPE, dtype=torch.float32).to(device)
         results = compare(model, tokenizer, [text], ["none", "self-extend"], factor=2, lengths=[64, 600])
-        found.append([row["perplexity"] for row in results.rows])
-    assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) == 4
+        perplexities.append([row["perplexity"] for row in results.rows])
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4) and len(perplexities[0]) == 4

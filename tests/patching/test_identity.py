@@ -53,13 +53,13 @@ def test_a_journal_is_not_continued_by_a_model_with_other_buffers(persistent: bo
 
 
 def test_a_journal_is_not_continued_in_another_precision(tmp_path: Path) -> None:
-    whole = run(tiny_llama(), journal=tmp_path / "journal.jsonl")
+    results = run(tiny_llama(), journal=tmp_path / "journal.jsonl")
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(JournalError, match=r"models\.0\.autocast is None there and bfloat16 here"):
             run(tiny_llama(), journal=tmp_path / "journal.jsonl")
         autocast = run(tiny_llama())
-    assert whole.rows[0]["dtype"] == "float32" and autocast.rows[0]["dtype"] == "float32, autocast to bfloat16"
-    assert whole.rows[0]["perplexity"] != autocast.rows[0]["perplexity"]
+    assert results.rows[0]["dtype"] == "float32" and autocast.rows[0]["dtype"] == "float32, autocast to bfloat16"
+    assert results.rows[0]["perplexity"] != autocast.rows[0]["perplexity"]
 
 
 def test_a_journal_is_not_continued_by_another_quantisation(tmp_path: Path) -> None:
@@ -83,27 +83,27 @@ def test_what_was_read_before_is_not_part_of_the_identity() -> None:
 def test_documents_of_one_id_are_measured_each(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     model = tiny_llama()
     twins = [Document("a", TEXTS[0]), Document("a", TEXTS[1]), Document("b", TEXTS[2])]
-    found, right = run(model, twins, tmp_path / "journal.jsonl"), run(model, TEXTS)
+    results, right = run(model, twins, tmp_path / "journal.jsonl"), run(model, TEXTS)
     assert "document ids repeat; they are numbered" in caplog.text
-    assert [row["nll_sum"] for row in found.rows] == [row["nll_sum"] for row in right.rows]
-    assert list(dict.fromkeys(record["document"] for record in found.per_document)) == ["0-a", "1-a", "2-b"]
-    assert [record["nll_sum"] for record in found.per_document] == [r["nll_sum"] for r in right.per_document]
-    assert run(model, twins, tmp_path / "journal.jsonl").rows == found.rows, "also from the journal"
+    assert [row["nll_sum"] for row in results.rows] == [row["nll_sum"] for row in right.rows]
+    assert list(dict.fromkeys(record["document"] for record in results.per_document)) == ["0-a", "1-a", "2-b"]
+    assert [record["nll_sum"] for record in results.per_document] == [r["nll_sum"] for r in right.per_document]
+    assert run(model, twins, tmp_path / "journal.jsonl").rows == results.rows, "also from the journal"
 
 
 def test_gains_of_documents_of_one_id_are_of_each(caplog: pytest.LogCaptureFixture) -> None:
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "lengths": [64, 128],
         "factor": 2.0,
         "longppl": "linear",
         "short_length": 16,
     }
     tokenizer, twins = character_tokenizer(), [Document("a", text) for text in TEXTS]
-    found, right = (
-        compare(tiny_llama(), tokenizer, documents, ["none", "linear"], **asked, alpha=0.1, beta=-9.0)
+    results, right = (
+        compare(tiny_llama(), tokenizer, documents, ["none", "linear"], **settings, alpha=0.1, beta=-9.0)
         for documents in (twins, TEXTS)
     )
-    assert found.rows == right.rows and right.rows[-1]["key_tokens"] > 0
+    assert results.rows == right.rows and right.rows[-1]["key_tokens"] > 0
 
 
 def test_numbered_documents_remember_their_source() -> None:

@@ -51,8 +51,8 @@ def test_growing_frequencies_are_those_of_the_length(kind: str) -> None:
         (entry,) = patch.plan.rotaries
     assert entry.growth is not None
     (rotary,) = [module for module in model.modules() if hasattr(module, "inv_freq")]
-    moving, kept = (torch.tensor(one, dtype=torch.float64) for one in (entry.growth.moving, entry.growth.kept))
-    rotary.inv_freq = (moving * (60 / 16) ** -torch.tensor(entry.growth.power, dtype=torch.float64) + kept).float()
+    moving, fixed = (torch.tensor(values, dtype=torch.float64) for values in (entry.growth.moving, entry.growth.kept))
+    rotary.inv_freq = (moving * (60 / 16) ** -torch.tensor(entry.growth.power, dtype=torch.float64) + fixed).float()
     torch.testing.assert_close(grown, logits(model, ids, use_cache=False), atol=1e-5, rtol=0)
 
 
@@ -77,12 +77,12 @@ def test_log_n_grows_the_queries_of_every_layer(kind: str, sizes: dict[str, Any]
         if path.endswith("q_proj") or "linear_q_adapter_list." in path and path.endswith(".1"):
             hooks.append(module.register_forward_hook(lambda module, args, out: out * growth))
     assert hooks
-    wanted = logits(model, ids, use_cache=False)
+    expected = logits(model, ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    assert (wanted - plain).abs().max() > 1e-2
+    assert (expected - plain).abs().max() > 1e-2
     patch_model(model, LogN(), factor=8, trained_length=16)
-    torch.testing.assert_close(logits(model, ids, use_cache=False), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model, ids, use_cache=False), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
@@ -114,11 +114,11 @@ def test_padding_gives_what_it_gives_without_the_patch() -> None:
     model, ids = build("recurrent_gemma"), tokens(24, rows=2)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
-    given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    before = logits(model, ids, **given)
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    before = logits(model, ids, **inputs)
     patch_model(model, KEEPS, factor=8, trained_length=TRAINED)
     # float32 sums in another order
-    torch.testing.assert_close(logits(model, ids, **given)[mask.bool()], before[mask.bool()], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(model, ids, **inputs)[mask.bool()], before[mask.bool()], atol=1e-4, rtol=0)
 
 
 def test_device_map_with_a_layer_on_disk(tmp_path: Path) -> None:
@@ -129,14 +129,16 @@ def test_device_map_with_a_layer_on_disk(tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
 
     def kept() -> dict[str, Any]:
-        found = trace(model)  # without what accelerate makes anew for each forward
-        return found | {"numbers": {name: one for name, one in found["numbers"].items() if "layers.1" not in name}}
+        state = trace(model)  # without what accelerate makes anew for each forward
+        return state | {
+            "numbers": {name: number for name, number in state["numbers"].items() if "layers.1" not in name}
+        }
 
-    before, was, whole = logits(model, ids), kept(), tiny_llama()
+    before, was, undivided = logits(model, ids), kept(), tiny_llama()
     assert any(parameter.is_meta for parameter in model.parameters())
-    patch_model(whole, ReRoPE(window=8), factor=8)
+    patch_model(undivided, ReRoPE(window=8), factor=8)
     patch = patch_model(model, ReRoPE(window=8), factor=8)
-    assert torch.equal(logits(model, ids), logits(whole, ids))
+    assert torch.equal(logits(model, ids), logits(undivided, ids))
     patch.undo()
     assert kept() == was and torch.equal(logits(model, ids), before)
 
@@ -158,13 +160,15 @@ def test_positions_that_get_lost_are_missed_in_backward(llama: LlamaForCausalLM)
     """Check phases without their positions, like after a copy to another device: only a rerun layer needs them."""
 
     def copies(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, kwargs | {"position_embeddings": tuple(one.clone() for one in kwargs["position_embeddings"])}
+        return args, kwargs | {
+            "position_embeddings": tuple(phases.clone() for phases in kwargs["position_embeddings"])
+        }
 
     patch_model(llama, ReRoPE(window=8), factor=8)
-    wanted = logits(llama, tokens(40))
+    expected = logits(llama, tokens(40))
     for layer in llama.model.layers:
         layer.self_attn.register_forward_pre_hook(copies, with_kwargs=True, prepend=True)
-    assert torch.equal(logits(llama, tokens(40)), wanted)
+    assert torch.equal(logits(llama, tokens(40)), expected)
     llama(tokens(40), use_cache=False).logits.sum().backward()
     llama.train().gradient_checkpointing_enable()
     with pytest.raises(EvaluationError, match="phases came without their positions.*_checkpointing_disable"):
@@ -184,8 +188,8 @@ def trace(model: PreTrainedModel) -> dict[str, Any]:
         if "hooks" in name
     }
     attributes = {path: {*vars(module), type(module)} for path, module in model.named_modules()}
-    numbers = {name: id(one) for name, one in (*model.named_parameters(), *model.named_buffers())}
-    configs = [vars(one) for one in (model.config, model.config.get_text_config(decoder=True))]
+    numbers = {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    configs = [vars(config) for config in (model.config, model.config.get_text_config(decoder=True))]
     return {"hooks": hooks, "attributes": attributes, "numbers": numbers, "configs": json.dumps(configs, default=str)}
 
 
@@ -197,7 +201,7 @@ def test_undo_leaves_no_trace(kind: str) -> None:
     state, was = torch.get_rng_state(), trace(model)
     patch = patch_model(model, ReRoPE(window=16), factor=8)
     assert torch.equal(torch.get_rng_state(), state)
-    parameters = {name: id(one) for name, one in model.named_parameters()}
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
     assert parameters.items() <= was["numbers"].items(), "weights are neither changed nor replaced"
     assert all(set(after) - set(old) for after, old in zip(registries(), before, strict=True))
     logits(model, tokens(40))
@@ -246,8 +250,8 @@ def test_several_patched_models_at_once() -> None:
     models = [tiny_llama(attn_implementation=base) for base in bases]
     for model, method in zip(models, methods, strict=True):
         patch_model(model, method, factor=8)
-    for model, wanted in (*zip(models, alone, strict=True), *zip(models[::-1], alone[::-1], strict=True)):
-        assert torch.equal(logits(model, ids), wanted)
+    for model, expected in (*zip(models, alone, strict=True), *zip(models[::-1], alone[::-1], strict=True)):
+        assert torch.equal(logits(model, ids), expected)
     torch.testing.assert_close(alone[0], alone[-1], atol=1e-4, rtol=0)  # two ways to attend; logits spread by 4
 
 
@@ -275,14 +279,14 @@ def test_attention_that_cannot_be_replaced(llama: LlamaForCausalLM) -> None:
         patch_model(llama, ReRoPE(window=16), factor=8)
     llama.set_attn_implementation("sdpa")
     patch = patch_model(llama, ReRoPE(window=16), factor=8)
-    wanted = logits(llama, tokens(40))
+    expected = logits(llama, tokens(40))
     llama.set_attn_implementation("eager")
     with pytest.raises(EvaluationError, match="implementation of the patch, got 'eager'"):
         logits(llama, tokens(40))
     patch.undo()
     llama.set_attn_implementation("eager")
     patch_model(llama, ReRoPE(window=16), factor=8)
-    torch.testing.assert_close(logits(llama, tokens(40)), wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(llama, tokens(40)), expected, atol=1e-4, rtol=0)
 
 
 def test_saved_config_does_not_name_our_attention(llama: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def generate(model: PreTrainedModel, cached: bool = True, **kwargs: Any) -> tupl
     return out.sequences, torch.stack(out.scores)
 
 
-def same(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> bool:
+def same(actual: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> bool:
     """Return whether tokens are equal, and scores within float32 sums in another order. Scores spread by 4."""
-    return torch.equal(found[0], wanted[0]) and torch.allclose(found[1], wanted[1], atol=1e-4, rtol=0)
+    return torch.equal(actual[0], expected[0]) and torch.allclose(actual[1], expected[1], atol=1e-4, rtol=0)
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -88,9 +88,9 @@ def test_generation(mode: str, kind: str, caplog: pytest.LogCaptureFixture) -> N
         assert same(generate(model, **MODES[mode]), plain)
     for method in ACTIVE.values():
         with patch_model(model, method, factor=8, trained_length=16):
-            found = generate(model, **MODES[mode])
-            assert same(found, generate(model, cached=False, **MODES[mode]))
-            assert not same(found, plain)
+            generated = generate(model, **MODES[mode])
+            assert same(generated, generate(model, cached=False, **MODES[mode]))
+            assert not same(generated, plain)
     assert same(generate(model, **MODES[mode]), plain)
 
 
@@ -121,8 +121,8 @@ def test_quantised_cache(beams: int) -> None:
     model = tiny_llama()
     patch_model(model, ReRoPE(window=8), factor=8)
     cache = Cache(layers=[Lossless(residual_length=5) for _ in range(2)])
-    found = generate(model, **with_cache(model.forward, cache), num_beams=beams)
-    assert same(found, generate(model, cached=False, num_beams=beams))
+    generated = generate(model, **with_cache(model.forward, cache), num_beams=beams)
+    assert same(generated, generate(model, cached=False, num_beams=beams))
 
 
 def test_fp8_cache_loses_no_more_than_unpatched(llama: LlamaForCausalLM) -> None:
@@ -172,7 +172,7 @@ def test_a_cache_follows_its_rows(llama: LlamaForCausalLM) -> None:
     patch_model(llama, ReRoPE(window=8), factor=8)
     ids, mask = torch.cat([PROMPT, tokens(2, rows=2, seed=3)], 1), torch.cat([MASK, torch.ones(2, 2).long()], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    whole = logits(llama, ids, attention_mask=mask, position_ids=positions)[:, -1]
+    expected = logits(llama, ids, attention_mask=mask, position_ids=positions)[:, -1]
     cache = DynamicCache(config=llama.config)
 
     def run(rows: list[int], start: int, stop: int) -> torch.Tensor:
@@ -184,12 +184,12 @@ def test_a_cache_follows_its_rows(llama: LlamaForCausalLM) -> None:
     cache.reorder_cache(torch.tensor([3, 0, 2, 1]))
     rows = [1, 0, 1, 0]
     run(rows, 20, 21)
-    torch.testing.assert_close(run(rows, 21, 22), whole[rows], atol=1e-5, rtol=0)  # float32 sums in another order
+    torch.testing.assert_close(run(rows, 21, 22), expected[rows], atol=1e-5, rtol=0)  # float32 sums in another order
     cache.batch_select_indices(torch.tensor([1, 2]))
     cache.crop(-2)
     cache = copy.deepcopy(cache)
     run([0, 1], 20, 21)
-    torch.testing.assert_close(run([0, 1], 21, 22), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run([0, 1], 21, 22), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("method", [*ACTIVE.values(), SelfExtend(group=4, window=8), DynamicNTK()])
@@ -235,15 +235,15 @@ def test_gradient_checkpointing_with_several_forwards(
 def test_lora_on_a_patched_model_trains_and_disables(llama: LlamaForCausalLM) -> None:
     ids = tokens(60)
     with patch_model(llama, ReRoPE(window=8), factor=8):
-        wanted = logits(llama, ids)
+        expected = logits(llama, ids)
     peft = get_peft_model(llama, LoraConfig(target_modules=["q_proj", "v_proj"]))
     patch_model(peft, ReRoPE(window=8), factor=8)
-    torch.testing.assert_close(logits(peft, ids), wanted, atol=1e-5, rtol=0)  # a sum with the adapter's zeros
+    torch.testing.assert_close(logits(peft, ids), expected, atol=1e-5, rtol=0)  # a sum with the adapter's zeros
     assert any(grad.abs().max() > 0 for grad in gradients(peft, [{"input_ids": ids}]))
     with peft.disable_adapter():
-        assert torch.equal(logits(peft, ids), wanted)
+        assert torch.equal(logits(peft, ids), expected)
     merged = peft.merge_and_unload()
-    torch.testing.assert_close(logits(merged, ids), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(merged, ids), expected, atol=1e-5, rtol=0)
     unpatch_model(merged)
 
 
@@ -261,17 +261,17 @@ def test_copies_live_on_their_own(copied: Callable[[PreTrainedModel], PreTrained
     ids = tokens(40)
     before = logits(model, ids)
     patch = patch_model(model, ReRoPE(window=8), factor=8, trained_length=16)
-    wanted = logits(model, ids)
+    expected = logits(model, ids)
     twin, third = copied(model), copied(model)
     patch.undo()
     assert torch.equal(logits(model, ids), before)
-    for one in (twin, third):
-        assert torch.equal(logits(one, ids), wanted)
+    for copied_model in (twin, third):
+        assert torch.equal(logits(copied_model, ids), expected)
         with torch.no_grad():
-            assert torch.isfinite(one.generate(ids[:, :20], max_new_tokens=3, do_sample=False)).all()
-        unpatch_model(one)
-        assert torch.equal(logits(one, ids), before)
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.modules())
+            assert torch.isfinite(copied_model.generate(ids[:, :20], max_new_tokens=3, do_sample=False)).all()
+        unpatch_model(copied_model)
+        assert torch.equal(logits(copied_model, ids), before)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in copied_model.modules())
 
 
 def test_a_step_leaves_nothing_that_cannot_be_learned_from(llama: LlamaForCausalLM) -> None:
@@ -279,10 +279,10 @@ def test_a_step_leaves_nothing_that_cannot_be_learned_from(llama: LlamaForCausal
     patch_model(llama, ReRoPE(window=8), factor=8)
     token = tokens(1)
     with torch.inference_mode():
-        wanted = llama(token).logits
-    found = llama(token).logits
-    found.sum().backward()
-    assert torch.equal(found, wanted) and llama.model.layers[0].self_attn.v_proj.weight.grad.any()
+        expected = llama(token).logits
+    out = llama(token).logits
+    out.sum().backward()
+    assert torch.equal(out, expected) and llama.model.layers[0].self_attn.v_proj.weight.grad.any()
 
 
 class Scored(Dataset[torch.Tensor]):
@@ -300,9 +300,9 @@ class Scored(Dataset[torch.Tensor]):
 
 def test_patched_model_in_a_data_loader_worker(llama: LlamaForCausalLM) -> None:
     patch_model(llama, ReRoPE(window=8), factor=8)
-    (found,) = DataLoader(Scored(llama), batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    (scores,) = DataLoader(Scored(llama), batch_size=2, num_workers=1, multiprocessing_context="spawn")
     for index in range(2):
-        torch.testing.assert_close(found[index], logits(llama, tokens(40, seed=index))[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(scores[index], logits(llama, tokens(40, seed=index))[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("method", [*ACTIVE.values(), DynamicNTK()])
@@ -312,13 +312,13 @@ def test_compiled_forward_in_one_graph(method: Method, llama: LlamaForCausalLM) 
     compiled = torch.compile(llama, backend="eager", fullgraph=True)
     for length in (40, 24):
         ids = tokens(length)
-        found = compiled(ids, use_cache=False).logits
-        torch.testing.assert_close(found, logits(llama, ids, use_cache=False), atol=1e-5, rtol=0)
+        out = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(out, logits(llama, ids, use_cache=False), atol=1e-5, rtol=0)
 
 
 def test_compiled_decoding(llama: LlamaForCausalLM) -> None:
     patch_model(llama, ReRoPE(window=8), factor=8)
-    wanted = generate(llama)
+    expected = generate(llama)
     torch._dynamo.reset()
     llama.forward = torch.compile(llama.forward, backend="eager")
-    assert same(generate(llama, cache_implementation="static"), wanted)
+    assert same(generate(llama, cache_implementation="static"), expected)

@@ -59,14 +59,16 @@ class OldModel(PreTrainedModel):
 
 @pytest.mark.parametrize("method", ["linear", "ntk", "yarn", "theta"])
 def test_a_config_without_rope_parameters_is_patched(method: str) -> None:
-    model, at = OldModel(OldConfig()), torch.arange(4 * TRAINED)[None]
-    before = model.rotary(at, at)
+    model, positions = OldModel(OldConfig()), torch.arange(4 * TRAINED)[None]
+    before = model.rotary(positions, positions)
     with patch_model(model, method, factor=4) as patch:
-        assert not torch.equal(model.rotary(at, at)[0], before[0])
-        wanted = torch.tensor(patch.plan.rotaries[0].inv_freq) * at[0, :, None]
-        torch.testing.assert_close(model.rotary(at, at)[0][0, :, :8], wanted.cos() * model.rotary.attention_scaling)
+        assert not torch.equal(model.rotary(positions, positions)[0], before[0])
+        angles = torch.tensor(patch.plan.rotaries[0].inv_freq) * positions[0, :, None]
+        torch.testing.assert_close(
+            model.rotary(positions, positions)[0][0, :, :8], angles.cos() * model.rotary.attention_scaling
+        )
         assert "has no rope_parameters" in str(patch.native_obstacle)
-    assert torch.equal(model.rotary(at, at)[0], before[0])
+    assert torch.equal(model.rotary(positions, positions)[0], before[0])
 
 
 def test_a_temperature_that_the_code_never_applies_is_refused() -> None:

@@ -46,10 +46,10 @@ def readings(model: PreTrainedModel, method: str | Method, on_device: bool) -> l
     """Return the logits of a text, a left-padded text, and cached steps, under a patch and without it."""
 
     def read(ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        given = ({"input_ids": ids} | kwargs).items()
+        arguments = ({"input_ids": ids} | kwargs).items()
         inputs = {
-            name: one.as_subclass(OnDevice) if on_device and isinstance(one, torch.Tensor) else one
-            for name, one in given
+            name: value.as_subclass(OnDevice) if on_device and isinstance(value, torch.Tensor) else value
+            for name, value in arguments
         }
         with torch.no_grad():
             logits: torch.Tensor = model(**inputs).logits
@@ -58,38 +58,38 @@ def readings(model: PreTrainedModel, method: str | Method, on_device: bool) -> l
     mask = torch.ones_like(IDS)
     mask[:, :5] = 0
     with patch_model(model, method, factor=8, trained_length=16):
-        found = [read(IDS), read(IDS, attention_mask=mask)[:, 5:]]
+        outs = [read(IDS), read(IDS, attention_mask=mask)[:, 5:]]
         caches = [DynamicCache(config=model.config)]
         if model._can_compile_fullgraph and not model.config.model_type.startswith("qwen3_5"):
             caches.append(StaticCache(config=model.config, max_cache_len=48))
         for cache in caches:
-            found += [
+            outs += [
                 read(piece, **with_cache(model.forward, cache)) for piece in IDS[:, :34].split([30, 1, 1, 1, 1], 1)
             ]
-    return [*found, read(IDS)]
+    return [*outs, read(IDS)]
 
 
 @pytest.mark.parametrize(("make", "method"), CASES)
 def test_patched_models_give_what_they_give_on_the_cpu(
     make: Callable[[], PreTrainedModel], method: str | Method
 ) -> None:
-    here, there = make(), moved(make())
+    on_cpu, on_device = make(), moved(make())
     with PretendDevice():
-        found = readings(there, method, on_device=True)  # type: ignore[arg-type]
-    wanted = readings(here, method, on_device=False)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
-    assert not torch.equal(wanted[0], wanted[-1]), "the patch does something"
+        actual = readings(on_device, method, on_device=True)  # type: ignore[arg-type]
+    expected = readings(on_cpu, method, on_device=False)
+    for out, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(out, reference, **CLOSE)
+    assert not torch.equal(expected[0], expected[-1]), "the patch does something"
 
 
 @pytest.mark.parametrize(("make", "method"), [CASES[0], CASES[1], CASES[2], *CASES[-3:]])
 def test_a_default_device_is_not_that_of_a_plan(make: Callable[[], PreTrainedModel], method: str | Method) -> None:
     """Check `torch.set_default_device`, the device of tensors that are created without one."""
-    there = moved(make())
+    model = moved(make())
     with DEVICE, PretendDevice():
-        found = readings(there, method, on_device=True)  # type: ignore[arg-type]
-    for one, other in zip(found, readings(make(), method, on_device=False), strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
+        actual = readings(model, method, on_device=True)  # type: ignore[arg-type]
+    for out, reference in zip(actual, readings(make(), method, on_device=False), strict=True):
+        torch.testing.assert_close(out, reference, **CLOSE)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -117,8 +117,8 @@ def test_a_step_of_decoding_waits_as_often_as_without_a_patch(
 def test_measurements_give_what_they_give_on_the_cpu(default: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_ROPE)
     text = (ROOT / "examples" / "data" / "heldout.jsonl").read_text().splitlines()[0][20_000:24_000]
-    given = {"factor": 2, "lengths": [64, 600], "prefill_chunk": 200, "passkey": 1}
-    found = []
+    settings = {"factor": 2, "lengths": [64, 600], "prefill_chunk": 200, "passkey": 1}
+    measurements = []
     for on_device in (True, False):
         model = AutoModelForCausalLM.from_pretrained(TINY_ROPE, dtype=torch.float32)
         with ExitStack() as stack:
@@ -126,19 +126,21 @@ def test_measurements_give_what_they_give_on_the_cpu(default: bool) -> None:
                 moved(model)
                 stack.enter_context(DEVICE if default else nullcontext())
                 stack.enter_context(PretendDevice())
-            results = compare(model, tokenizer, [text], ["none", "self-extend"], **given)
+            results = compare(model, tokenizer, [text], ["none", "self-extend"], **settings)
             verdict = diagnose(model, target_length=2048).verdict
         numbers = [row[name] for row in results.rows for name in ("perplexity", "gain", "passkey")]
-        found.append((numbers, verdict))
-    (there, told_there), (here, told_here) = found
-    assert there == pytest.approx(here, rel=1e-5) and len(there) == 12 and told_there == told_here
+        measurements.append((numbers, verdict))
+    (numbers_there, told_there), (numbers_here, told_here) = measurements
+    assert (
+        numbers_there == pytest.approx(numbers_here, rel=1e-5) and len(numbers_there) == 12 and told_there == told_here
+    )
 
 
 def test_the_device_refuses_what_a_gpu_refuses() -> None:
     with PretendDevice() as device:
-        there = torch.arange(3, device="cuda")
-        assert there.device.type == "cuda" and (there + torch.tensor(1)).tolist() == [1, 2, 3]
+        tensor = torch.arange(3, device="cuda")
+        assert tensor.device.type == "cuda" and (tensor + torch.tensor(1)).tolist() == [1, 2, 3]
         assert device.waits == ["tolist"]
         with pytest.raises(RuntimeError, match="same device"):
-            there + torch.arange(3)
-        assert there.cpu().device.type == "cpu" and (there.cpu() + torch.arange(3)).sum() == 6
+            tensor + torch.arange(3)
+        assert tensor.cpu().device.type == "cpu" and (tensor.cpu() + torch.arange(3)).sum() == 6

@@ -94,10 +94,10 @@ def test_a_family_reads_longer_and_is_undone(kind: str, family: str, task: str, 
     assert {path: {*vars(module), type(module)} for path, module in model.named_modules()} == state
     assert {name: id(weight) for name, weight in model.named_parameters(remove_duplicate=False)} == weights
 
-    for other in (twin, again):  # neither copy is touched by the undo, and each has its own
-        assert torch.equal(forward(other, long), longer)
-        unpatch_model(other)
-        assert torch.equal(forward(other, short), before)
+    for copied in (twin, again):  # neither copy is touched by the undo, and each has its own
+        assert torch.equal(forward(copied, long), longer)
+        unpatch_model(copied)
+        assert torch.equal(forward(copied, short), before)
 
     patch = patch_model(model, METHODS[kind], factor=2, trained_length=original)
     patch.save_pretrained(tmp_path / "saved")
@@ -191,11 +191,11 @@ def test_a_trained_table_survives_saving(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, tokens(TRAINED)), before)
 
     (tmp_path / "saved" / "posext_replaced" / "tables.safetensors").unlink()
-    kept = load_patched(tmp_path / "saved")
-    assert torch.equal(logits(realigned(kept), tokens(2 * TRAINED)), trained)
+    loaded_again = load_patched(tmp_path / "saved")
+    assert torch.equal(logits(realigned(loaded_again), tokens(2 * TRAINED)), trained)
     with pytest.raises(UnsupportedModelError, match="cannot be undone.*Open the original model"):
-        unpatch_model(kept)
-    assert find_patch(kept) is not None
+        unpatch_model(loaded_again)
+    assert find_patch(loaded_again) is not None
 
 
 def test_undo_follows_the_model_to_another_dtype_with_its_own_weights() -> None:
@@ -253,15 +253,15 @@ def test_biases_are_not_rounded_with_a_bfloat16_model(family: str) -> None:
     """Rounded biases tell far neighbours apart no more; with the weights the same, only biases differ here."""
     model = make(family, CAUSAL).to(torch.bfloat16)
     exact = make(family, CAUSAL)
-    for own, rounded in zip(exact.parameters(), model.parameters(), strict=True):
-        own.data = rounded.data.float()
+    for weight, rounded in zip(exact.parameters(), model.parameters(), strict=True):
+        weight.data = rounded.data.float()
     plan = as_method("alibi-linear").plan(detect_scheme(exact), factor=1.001, trained_length=TRAINED)
     ids = token_ids(1500)
     native = forward(model, ids).float()
     patch_model(model, plan)
     patch_model(exact, plan)
-    wanted = forward(exact, ids)
-    assert (forward(model, ids).float() - wanted).norm() < (native - wanted).norm()
+    expected = forward(exact, ids)
+    assert (forward(model, ids).float() - expected).norm() < (native - expected).norm()
 
 
 @pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])
@@ -280,14 +280,14 @@ def test_left_padding_changes_nothing_under_other_slopes() -> None:
         padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], 1)
         mask = torch.cat([torch.zeros(1, 9, dtype=torch.long), torch.ones_like(ids)], 1)
         with torch.no_grad():
-            got = model(input_ids=padded, attention_mask=mask)[0][:, 9:]
-        torch.testing.assert_close(got, forward(model, ids), atol=2e-4, rtol=0)
+            out = model(input_ids=padded, attention_mask=mask)[0][:, 9:]
+        torch.testing.assert_close(out, forward(model, ids), atol=2e-4, rtol=0)
 
 
-def bucket(distance: int, count: int, reach: int, both: bool) -> int:
+def bucket(distance: int, count: int, reach: int, bidirectional: bool) -> int:
     """Raffel et al., for one distance from a query to a key."""
     start = 0
-    if both:
+    if bidirectional:
         count //= 2
         start = count if distance > 0 else 0
         distance = abs(distance)
@@ -300,20 +300,20 @@ def bucket(distance: int, count: int, reach: int, both: bool) -> int:
     return start + min(exact + int(ratio * (count - exact)), count - 1)
 
 
-@pytest.mark.parametrize("both", [True, False])
-def test_buckets_equal_the_formula(both: bool) -> None:
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_equal_the_formula(bidirectional: bool) -> None:
     model = tiny_t5()
-    stack = model.encoder if both else model.decoder
+    stack = model.encoder if bidirectional else model.decoder
     attention = stack.block[0].layer[0].SelfAttention
     distances = range(-300, 301)
     for method, divisor, reach in (("bucket-linear", 8, 32), ("bucket-max-distance", 1, 256)):
         with patch_model(model, method, factor=8, trained_length=TRAINED):
-            got = attention.compute_bias(301, 301)[0].permute(1, 2, 0)
+            biases = attention.compute_bias(301, 301)[0].permute(1, 2, 0)
         for distance in distances:
             size = -(-abs(distance) // divisor)
-            index = bucket(size if distance > 0 else -size, 32, reach, both)
+            index = bucket(size if distance > 0 else -size, 32, reach, bidirectional)
             query, key = max(0, -distance), max(0, distance)
-            assert torch.equal(got[query, key], attention.relative_attention_bias.weight[index]), (method, distance)
+            assert torch.equal(biases[query, key], attention.relative_attention_bias.weight[index]), (method, distance)
 
 
 def test_mpnet_has_a_table_and_buckets() -> None:
@@ -339,11 +339,11 @@ def test_a_raised_maximum_distance_is_said_in_the_config(tmp_path: Path) -> None
         patch = patch_model(model, "bucket-max-distance", factor=4, trained_length=TRAINED)
         assert patch.native_obstacle is None and model.config.relative_attention_max_distance == 512
         ids = token_ids(300)
-        wanted = forward(model, ids)
+        expected = forward(model, ids)
         patch.save_pretrained(tmp_path / family)
-        assert torch.equal(forward(realigned(type(model).from_pretrained(tmp_path / family)), ids), wanted)
+        assert torch.equal(forward(realigned(type(model).from_pretrained(tmp_path / family)), ids), expected)
         loaded = realigned(load_patched(tmp_path / family))
-        assert torch.equal(forward(loaded, ids), wanted)
+        assert torch.equal(forward(loaded, ids), expected)
         unpatch_model(loaded)
         assert loaded.config.relative_attention_max_distance == 128
 
@@ -359,9 +359,9 @@ def test_sines_equal_the_formula(family: str, task: str) -> None:
     first, step = (0, 1 / 32) if fixed else (2, 1 / 31)  # width 64; tensor2tensor divides by one less
     table = module.weight if fixed else module.weights
     angle = (first + torch.arange(60) / 4).double()[:, None] * 10_000 ** (-torch.arange(32).double() * step)
-    wanted = torch.cat([angle.sin(), angle.cos()], -1)
+    expected = torch.cat([angle.sin(), angle.cos()], -1)
     # float32 sines
-    torch.testing.assert_close(table[first : first + 60].double(), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(table[first : first + 60].double(), expected, atol=1e-6, rtol=0)
 
 
 def test_every_fourth_token_of_a_squeezed_table_is_where_it_was() -> None:

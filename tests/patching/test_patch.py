@@ -84,17 +84,17 @@ def test_limits_are_raised_and_put_back(llama: LlamaForCausalLM) -> None:
 def test_phases_stay_float32_in_any_dtype(llama: LlamaForCausalLM, dtype: torch.dtype) -> None:
     """Cast after patching, cast before patching: the frequencies are the float32 ones of the plan."""
     patch = patch_model(llama, "yarn", factor=8)
-    wanted = torch.tensor(patch.plan.rotaries[0].inv_freq)
+    expected = torch.tensor(patch.plan.rotaries[0].inv_freq)
     llama.to(dtype)
     assert llama.lm_head.weight.dtype == dtype
-    assert torch.equal(llama.model.rotary_emb.inv_freq, wanted)
-    assert torch.equal(copy.deepcopy(llama).to(torch.bfloat16).model.rotary_emb.inv_freq, wanted)
+    assert torch.equal(llama.model.rotary_emb.inv_freq, expected)
+    assert torch.equal(copy.deepcopy(llama).to(torch.bfloat16).model.rotary_emb.inv_freq, expected)
     unpatch_model(llama)
 
     cast = tiny_llama().to(dtype)
     rounded = cast.model.rotary_emb.inv_freq.clone()
     with patch_model(cast, "yarn", factor=8):
-        assert torch.equal(cast.model.rotary_emb.inv_freq, wanted)
+        assert torch.equal(cast.model.rotary_emb.inv_freq, expected)
     assert cast.model.rotary_emb.inv_freq.dtype == dtype and torch.equal(cast.model.rotary_emb.inv_freq, rounded)
 
 
@@ -165,9 +165,9 @@ def test_only_transformers_models_are_taken() -> None:
 def test_a_plan_can_be_applied_and_is_refused_elsewhere(llama: LlamaForCausalLM) -> None:
     plan = YaRN().plan(detect_scheme(llama.config), factor=8)
     with patch_model(llama, "yarn", factor=8):
-        wanted = logits(llama, LONG)
+        expected = logits(llama, LONG)
     with patch_model(llama, plan):
-        assert torch.equal(logits(llama, LONG), wanted)
+        assert torch.equal(logits(llama, LONG), expected)
     with pytest.raises(InvalidParameterError, match="has its lengths already"):
         patch_model(llama, plan, factor=4)
     with pytest.raises(PlanMismatchError, match="theta 10000, 8 pairs.*theta 10000, 16 pairs"):
@@ -242,8 +242,8 @@ def test_layer_types_have_their_own_frequencies() -> None:
         assert torch.equal(model.model.rotary_emb.sliding_attention_inv_freq, local)
         assert patch.native_obstacle is None
         model.to(torch.bfloat16)
-        wanted = torch.tensor(patch.plan.rotaries[0].inv_freq)
-        assert torch.equal(model.model.rotary_emb.full_attention_inv_freq, wanted)
+        expected = torch.tensor(patch.plan.rotaries[0].inv_freq)
+        assert torch.equal(model.model.rotary_emb.full_attention_inv_freq, expected)
         model.float()
     with patch_model(model, "nope"):
         assert model.model.rotary_emb.sliding_attention_inv_freq.abs().max() == 0
@@ -299,8 +299,8 @@ def test_phimoe_recomputes_frequencies_in_every_forward(method: str, tmp_path: P
 
 def test_loading_refuses_weights_of_another_model(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     patch_model(llama, "yarn", factor=8).save_pretrained(tmp_path / "yarn")
-    other = YaRN().plan(detect_scheme(tiny_llama(hidden_size=128)), factor=8)
-    other.save(tmp_path / "yarn")
+    plan = YaRN().plan(detect_scheme(tiny_llama(hidden_size=128)), factor=8)
+    plan.save(tmp_path / "yarn")
     with pytest.raises(PlanMismatchError, match="contains two plans"):
         load_patched(tmp_path / "yarn")
 

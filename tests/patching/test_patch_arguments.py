@@ -77,12 +77,12 @@ def test_numbers_of_numpy_and_whole_floats_are_numbers(llama: LlamaForCausalLM) 
 
 def test_hyper_parameters_are_keywords(llama: LlamaForCausalLM) -> None:
     scheme = detect_scheme(llama)
-    for name, given, method in (
+    for name, parameters, method in (
         ("yarn", {"beta_fast": 16}, YaRN(beta_fast=16)),
         ("self-extend", {"group": 8, "window": 32}, SelfExtend(group=8, window=32)),
         ("yarn(beta_slow=2)", {"beta_fast": 16}, YaRN(beta_slow=2, beta_fast=16)),
     ):
-        with patch_model(llama, name, factor=8, **given) as patch:
+        with patch_model(llama, name, factor=8, **parameters) as patch:
             assert patch.plan == method.plan(scheme, factor=8)
     with patch_model(llama, "theta", theta=5e5, factor=8) as patch:
         assert patch.plan.rotaries[0].rope_parameters["rope_theta"] == 5e5  # type: ignore[index]
@@ -196,10 +196,10 @@ def test_a_part_of_a_composition_that_leaves_no_trace_is_refused(text: str, llam
 @pytest.mark.parametrize("text", ["yarn+resonance", "yarn+log-n", "ntk+rerope", "yarn+nope", "dynamic-yarn+log-n"])
 def test_other_compositions_are_more_than_each_part(text: str, llama: LlamaForCausalLM) -> None:
     scheme = detect_scheme(llama)
-    both = as_method(text).plan(scheme, factor=4).to_dict()
+    composed = as_method(text).plan(scheme, factor=4).to_dict()
     for part in text.split("+"):
         alone = as_method(part).plan(scheme, factor=4).to_dict()
-        assert any(both[key] != alone[key] for key in ("rotaries", "parts", "query_scale"))
+        assert any(composed[key] != alone[key] for key in ("rotaries", "parts", "query_scale"))
 
 
 def test_a_plan_without_effect_is_refused() -> None:

@@ -67,9 +67,9 @@ def naive_llama(
     distance = torch.full((count, count, dim // 2), math.nan, dtype=torch.float64)
     for i in range(count):
         for j in range(i + 1):
-            wanted = relative(i, j)
-            if wanted is not None:
-                distance[i, j] = torch.tensor(wanted, dtype=torch.float64)
+            relative_position = relative(i, j)
+            if relative_position is not None:
+                distance[i, j] = torch.tensor(relative_position, dtype=torch.float64)
     angle = distance.nan_to_num() * pairs
     cos, sin = angle.cos() * attention_factor**2, angle.sin() * attention_factor**2
     added = torch.zeros(count, count, dtype=torch.float64)
@@ -87,9 +87,9 @@ def naive_llama(
         v = attention.v_proj(h).view(count, groups, dim).repeat_interleave(heads // groups, 1)
         q1, q2, k1, k2 = q[..., : dim // 2], q[..., dim // 2 :], k[..., : dim // 2], k[..., dim // 2 :]
         # Re[(q1 + i q2) conj(k1 + i k2) e^(i angle)], summed over pairs
-        same = torch.einsum("ihp,jhp->hijp", q1, k1) + torch.einsum("ihp,jhp->hijp", q2, k2)
+        aligned = torch.einsum("ihp,jhp->hijp", q1, k1) + torch.einsum("ihp,jhp->hijp", q2, k2)
         cross = torch.einsum("ihp,jhp->hijp", q1, k2) - torch.einsum("ihp,jhp->hijp", q2, k1)
-        scores = ((same * cos + cross * sin).sum(-1)) / math.sqrt(dim)
+        scores = ((aligned * cos + cross * sin).sum(-1)) / math.sqrt(dim)
         scores = scores * (grow[:, None] if number >= first_layer else 1) + added
         weights = scores.masked_fill(distance[..., 0].isnan(), -math.inf).softmax(-1)
         x = x + attention.o_proj(torch.einsum("hij,jhd->ihd", weights, v).reshape(count, -1))
@@ -370,11 +370,11 @@ def test_left_padded_rows_of_unequal_length_equal_the_loop(case: str) -> None:
     padded = torch.cat([torch.zeros(1, 70, dtype=torch.long), short], 1)
     mask = torch.cat([padded, IDS]).ne(0).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    both = logits(model, torch.cat([padded, IDS]), attention_mask=mask, position_ids=positions)
-    torch.testing.assert_close(both[1], reference(case), **TOLERANCE)
+    rows = logits(model, torch.cat([padded, IDS]), attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(rows[1], reference(case), **TOLERANCE)
     # of a method that follows rows, a row's own length counts, not its batch-mate's
     alone = logits(model, short)[0] if case.startswith(FOLLOWING) else reference(case, short.shape[1])
-    torch.testing.assert_close(both[0, 70:], alone, **TOLERANCE)
+    torch.testing.assert_close(rows[0, 70:], alone, **TOLERANCE)
 
 
 @pytest.mark.parametrize("method", ["dynamic-ntk", "dynamic-yarn"])
@@ -390,12 +390,12 @@ def test_dynamic_methods_leave_short_rows_alone_and_decode_with_a_small_residual
     patch_model(model, method, factor=8)
     assert torch.equal(logits(model, IDS[:, :TRAINED]), plain)
 
-    def residual(one: LlamaForCausalLM) -> float:
+    def residual(llama: LlamaForCausalLM) -> float:
         with torch.no_grad():
-            out = one(IDS[:, :TRAINED], use_cache=True)
+            out = llama(IDS[:, :TRAINED], use_cache=True)
             for i in range(TRAINED, 2 * TRAINED):
-                out = one(IDS[:, i : i + 1], use_cache=True, **with_cache(one.forward, cache_of(out)))
-        return float((out.logits[0, -1] - logits(one, IDS[:, : 2 * TRAINED])[0, -1]).abs().max())
+                out = llama(IDS[:, i : i + 1], use_cache=True, **with_cache(llama.forward, cache_of(out)))
+        return float((out.logits[0, -1] - logits(llama, IDS[:, : 2 * TRAINED])[0, -1]).abs().max())
 
     assert 0 < residual(model) < residual(stock)
 
@@ -442,8 +442,10 @@ def test_golden_values_of_the_temperature_of_llama_4() -> None:
     scale = Llama4Temperature().plan(replace(detect_scheme(tiny_llama()), trained_length=8192)).query_scale
     positions = torch.tensor([[8190, 8191, 16383, 65535]])
     assert scale is not None
-    found = query_factor(scale, positions, lambda of: of).flatten()
-    torch.testing.assert_close(found, torch.tensor([1, 1.069315, 1.109861, 1.219722]), atol=1e-6, rtol=0)  # as printed
+    factors = query_factor(scale, positions, lambda of: of).flatten()
+    torch.testing.assert_close(
+        factors, torch.tensor([1, 1.069315, 1.109861, 1.219722]), atol=1e-6, rtol=0
+    )  # as printed
 
 
 @pytest.mark.parametrize("method", [JetLong(), JetLong(offset=True), JetLong(window=48, offset=True) + Fade()])

@@ -69,11 +69,11 @@ def patch(model: PreTrainedModel, name: str) -> None:
 # --- padding ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", ["mask", "mask and positions"])
+@pytest.mark.parametrize("passed", ["mask", "mask and positions"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("name", ALL)
-def test_a_row_equals_itself_alone_whatever_padding(name: str, kind: str, side: str, given: str) -> None:
+def test_a_row_equals_itself_alone_whatever_padding(name: str, kind: str, side: str, passed: str) -> None:
     model = build(kind)
     patch(model, name)
     short, long = tokens(20, seed=1), tokens(90, seed=2)
@@ -81,11 +81,11 @@ def test_a_row_equals_itself_alone_whatever_padding(name: str, kind: str, side: 
     ids = torch.cat([torch.cat([pad, short] if side == "left" else [short, pad], 1), long])
     mask = (ids != 0).long()
     inputs = {"attention_mask": mask}
-    if given != "mask":
+    if passed != "mask":
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    both = logits(model, ids, **inputs)
-    torch.testing.assert_close(both[:1, mask[0].bool()], logits(model, short), **CLOSE)
-    torch.testing.assert_close(both[1:], logits(model, long), **CLOSE)
+    rows = logits(model, ids, **inputs)
+    torch.testing.assert_close(rows[:1, mask[0].bool()], logits(model, short), **CLOSE)
+    torch.testing.assert_close(rows[1:], logits(model, long), **CLOSE)
 
 
 def mask_of_pairs(mask: torch.Tensor, form: str) -> Any:
@@ -106,11 +106,11 @@ def test_a_mask_of_pairs_shows_padding(name: str, side: str, form: str) -> None:
     pad = torch.zeros(1, 70).long()
     ids = torch.cat([torch.cat([pad, short] if side == "left" else [short, pad], 1), long])
     mask = (ids != 0).long()
-    both = logits(model, ids, attention_mask=mask_of_pairs(mask, form))
-    torch.testing.assert_close(both[:1, mask[0].bool()], logits(model, short), **CLOSE)
-    torch.testing.assert_close(both[1:], logits(model, long), **CLOSE)
-    whole = logits(model, short.expand(2, -1), attention_mask=mask_of_pairs(torch.ones(1, 20), form))
-    torch.testing.assert_close(whole[1:], logits(model, short), **CLOSE)
+    rows = logits(model, ids, attention_mask=mask_of_pairs(mask, form))
+    torch.testing.assert_close(rows[:1, mask[0].bool()], logits(model, short), **CLOSE)
+    torch.testing.assert_close(rows[1:], logits(model, long), **CLOSE)
+    unpadded = logits(model, short.expand(2, -1), attention_mask=mask_of_pairs(torch.ones(1, 20), form))
+    torch.testing.assert_close(unpadded[1:], logits(model, short), **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -123,18 +123,18 @@ def test_decoding_after_padding(name: str, side: str) -> None:
     short, steps = text[:, :14], text[:, 14:]
     pad = torch.zeros(1, 30).long()
     ids = torch.cat([pad, short] if side == "left" else [short, pad], 1)
-    mask, cache, found = (ids != 0).long(), DynamicCache(config=model.config), []
+    mask, cache, steps_read = (ids != 0).long(), DynamicCache(config=model.config), []
     logits(model, ids, attention_mask=mask, **with_cache(model.forward, cache))
     for index in range(steps.shape[1]):
         mask = torch.cat([mask, torch.ones(1, 1).long()], 1)
         where = {} if side == "left" else {"position_ids": torch.tensor([[14 + index]])}
         step = steps[:, index : index + 1]
-        found.append(logits(model, step, attention_mask=mask, **where, **with_cache(model.forward, cache)))
-    for index, one in enumerate(found):
+        steps_read.append(logits(model, step, attention_mask=mask, **where, **with_cache(model.forward, cache)))
+    for index, step_logits in enumerate(steps_read):
         # dynamic methods give each step the frequencies of its own length, and cached keys have none of their own
         alone = logits(model, text[:, : 15 + index])[:, -1:]
         limit = 0.1 if "dynamic" in name else 1e-5
-        torch.testing.assert_close(one, alone, atol=limit, rtol=0)
+        torch.testing.assert_close(step_logits, alone, atol=limit, rtol=0)
 
 
 @pytest.mark.parametrize("bounds", [[0, 1, 2, 3, 11, 12, 13, 14], [0, 7, 14], [0, 5, 7, 10, 14], [0, 9, 10, 14]])
@@ -146,13 +146,13 @@ def test_rows_whose_first_pieces_are_padding(name: str, kind: str, bounds: list[
     patch(model, name)
     rows = [torch.cat([torch.zeros(1, 40 - text.shape[1]).long(), text], 1) for text in texts]
     ids, order = torch.cat(rows), torch.tensor([2, 0, 3, 1])
-    cache, found = DynamicCache(config=model.config), []
+    cache, pieces = DynamicCache(config=model.config), []
     for start, stop in itertools.pairwise([*bounds, 20, 21, 22, 40]):
-        given = with_cache(model.forward, cache)
-        found.append(logits(model, ids[:, start:stop], attention_mask=ids[:, :stop].ne(0).long(), **given))
+        cached = with_cache(model.forward, cache)
+        pieces.append(logits(model, ids[:, start:stop], attention_mask=ids[:, :stop].ne(0).long(), **cached))
         cache.reorder_cache(order)
-        ids, texts, found = ids[order], [texts[row] for row in order], [piece[order] for piece in found]
-    for text, row in zip(texts, torch.cat(found, 1), strict=True):
+        ids, texts, pieces = ids[order], [texts[row] for row in order], [piece[order] for piece in pieces]
+    for text, row in zip(texts, torch.cat(pieces, 1), strict=True):
         torch.testing.assert_close(row[None, -text.shape[1] :], logits(model, text), **CLOSE)
 
 
@@ -164,8 +164,8 @@ def test_classifiers_read_rows_as_if_alone(name: str, side: str) -> None:
     patch(model, name)
     short, long, pad = tokens(20, seed=1), tokens(90, seed=2), torch.zeros(1, 70).long()
     ids = torch.cat([torch.cat([pad, short] if side == "left" else [short, pad], 1), long])
-    both = logits(model, ids, attention_mask=(ids != 0).long())
-    torch.testing.assert_close(both, torch.cat([logits(model, short), logits(model, long)]), **CLOSE)
+    scores = logits(model, ids, attention_mask=(ids != 0).long())
+    torch.testing.assert_close(scores, torch.cat([logits(model, short), logits(model, long)]), **CLOSE)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -181,16 +181,16 @@ def test_models_without_a_head(name: str, cls: Any, base: str) -> None:
 
     def states(ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         with torch.no_grad():
-            found: torch.Tensor = model(ids, **kwargs).last_hidden_state
-        return found
+            hidden: torch.Tensor = model(ids, **kwargs).last_hidden_state
+        return hidden
 
     before = states(IDS)
     patch(model, name)
-    whole, cache = states(IDS), DynamicCache(config=model.config)
-    assert (whole - before).abs().max() > 1e-3
+    expected, cache = states(IDS), DynamicCache(config=model.config)
+    assert (expected - before).abs().max() > 1e-3
     if "dynamic" not in name:  # these differ between steps and a whole text
         steps = [states(piece, **with_cache(model.forward, cache)) for piece in IDS.split([50, 1, 1, 8], 1)]
-        torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=0)  # states spread by 10
+        torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-4, rtol=0)  # states spread by 10
 
 
 # --- both sides ------------------------------------------------------------------------------------------------------
@@ -262,8 +262,8 @@ def test_a_picture_sees_its_later_tokens(
     assert (right - causal).abs().max() > 0.1
     method = ReRoPE(window=400) if name == "rerope" else DualChunk(chunk=400, local=8)
     patch_model(model, method, factor=8, trained_length=512)
-    found, along = outputs()
-    torch.testing.assert_close(found, right, **CLOSE)
+    remapped, along = outputs()
+    torch.testing.assert_close(remapped, right, **CLOSE)
     torch.testing.assert_close(along, slope, atol=1e-5 * float(slope.abs().max()), rtol=0)
 
 
@@ -276,8 +276,8 @@ def test_a_picture_that_is_longer_than_the_window_is_remapped() -> None:
     narrow, wide = (build("gemma3_text", sliding_window=window) for window in (16, 64))
     for model in (narrow, wide):
         patch_model(model, ReRoPE(window=20), factor=4)
-    found, wanted = (logits(model, IDS, attention_mask=masks, use_cache=False) for model in (narrow, wide))
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    by_layer, by_mask = (logits(model, IDS, attention_mask=masks, use_cache=False) for model in (narrow, wide))
+    torch.testing.assert_close(by_layer, by_mask, **CLOSE)
 
 
 # --- positions on several axes ---------------------------------------------------------------------------------------
@@ -301,15 +301,15 @@ def test_windows_are_those_of_the_masks(method: Method, base: str) -> None:
     mask[:, :5] = 0
     for model in (asks, plain):
         patch_model(model, method, factor=4)
-    for given in ({}, {"attention_mask": mask}):
-        assert torch.equal(logits(asks, IDS, **given), logits(plain, IDS, **given))
+    for inputs in ({}, {"attention_mask": mask}):
+        assert torch.equal(logits(asks, IDS, **inputs), logits(plain, IDS, **inputs))
     narrow, wide = (build("gemma3_text", sliding_window=window) for window in (16, 64))
     everything = mask_of_pairs(torch.ones_like(IDS), "bool")
     for model in (narrow, wide):
         patch_model(model, method, factor=4)
-    found, wanted = (logits(model, IDS, attention_mask=everything) for model in (narrow, wide))
-    torch.testing.assert_close(found, wanted, **CLOSE)
-    assert not torch.allclose(logits(narrow, IDS), wanted, atol=0.1)  # its own masks have windows
+    by_layer, by_mask = (logits(model, IDS, attention_mask=everything) for model in (narrow, wide))
+    torch.testing.assert_close(by_layer, by_mask, **CLOSE)
+    assert not torch.allclose(logits(narrow, IDS), by_mask, atol=0.1)  # its own masks have windows
 
 
 @pytest.mark.parametrize("has_skeleton", [True, False])
@@ -361,14 +361,14 @@ class Picture:
 
     def steps(self) -> torch.Tensor:
         """Read the last ten tokens one by one."""
-        cache, found = DynamicCache(config=self.model.config.get_text_config()), []
+        cache, pieces = DynamicCache(config=self.model.config.get_text_config()), []
         cached = with_cache(self.model.forward, cache)
         first = {"position_ids": self.positions[..., :30], "mm_token_type_ids": self.types[:, :30], **self.image}
         logits(self.model, self.ids[:, :30], **first, **cached)
         for i in range(30, 40):
-            given = {"position_ids": self.positions[..., i : i + 1], "attention_mask": torch.ones(1, i + 1).long()}
-            found.append(logits(self.model, self.ids[:, i : i + 1], **given, **cached))
-        return torch.cat(found, 1)
+            inputs = {"position_ids": self.positions[..., i : i + 1], "attention_mask": torch.ones(1, i + 1).long()}
+            pieces.append(logits(self.model, self.ids[:, i : i + 1], **inputs, **cached))
+        return torch.cat(pieces, 1)
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
@@ -391,21 +391,21 @@ def test_steps_behind_an_image_equal_one_forward(name: str, kind: str) -> None:
     picture = Picture(vision_model(kind))
     before = picture.whole(picture.positions)
     patch(picture.model, name)
-    whole = picture.whole(picture.positions)
-    assert (whole - before).abs().max() > 1e-3
-    torch.testing.assert_close(picture.steps(), whole[:, 30:], **CLOSE)
+    expected = picture.whole(picture.positions)
+    assert (expected - before).abs().max() > 1e-3
+    torch.testing.assert_close(picture.steps(), expected[:, 30:], **CLOSE)
     # a text, and a picture in a later turn of the same conversation
     text, cache = tokens(20, seed=4) % 100 + 1, DynamicCache(config=picture.model.config.get_text_config())
-    cached, found = with_cache(picture.model.forward, cache), []
+    cached, pieces = with_cache(picture.model.forward, cache), []
     ids = torch.cat([text, picture.ids], 1)
     types = torch.cat([torch.zeros_like(text), picture.types], 1).int()
     where = torch.cat([torch.arange(20).expand(3, 1, -1), picture.positions + 20], -1)
     for start, stop in ((0, 15), (15, 16), (16, 17), (17, 60)):
         image = picture.image if stop == 60 else {}
-        given = {"position_ids": where[..., start:stop], "mm_token_type_ids": types[:, start:stop], **image}
-        found.append(logits(picture.model, ids[:, start:stop], **given, **cached))
+        inputs = {"position_ids": where[..., start:stop], "mm_token_type_ids": types[:, start:stop], **image}
+        pieces.append(logits(picture.model, ids[:, start:stop], **inputs, **cached))
     at_once = logits(picture.model, ids, position_ids=where, mm_token_type_ids=types, **picture.image)
-    torch.testing.assert_close(torch.cat(found, 1), at_once, **CLOSE)
+    torch.testing.assert_close(torch.cat(pieces, 1), at_once, **CLOSE)
 
 
 # --- frequencies that follow the length of the input -----------------------------------------------------------------
@@ -424,7 +424,9 @@ def test_remapping_of_frequencies_that_follow_the_input(kind: str) -> None:
             patch(model, name)
     patch_model(model, YaRN() + ReRoPE(window=8), factor=8, trained_length=16)
     ids, cache = tokens(TRAINED + 20), DynamicCache(config=model.config)
-    steps = [logits(model, one, **with_cache(model.forward, cache)) for one in ids.split([TRAINED - 2, *[1] * 22], 1)]
+    steps = [
+        logits(model, piece, **with_cache(model.forward, cache)) for piece in ids.split([TRAINED - 2, *[1] * 22], 1)
+    ]
     torch.testing.assert_close(torch.cat(steps, 1), logits(model, ids, use_cache=False), **CLOSE)
 
 
@@ -450,11 +452,11 @@ def replicas(model: PreTrainedModel, count: int) -> list[Any]:
     modules = list(model.modules())
     copies = [[module._replicate_for_data_parallel() for module in modules] for _ in range(count)]
     number = {module: index for index, module in enumerate(modules)}
-    for made in copies:
-        for module, one in zip(modules, made, strict=True):
-            one._modules = {name: child and made[number[child]] for name, child in module._modules.items()}
-            one._parameters = dict(module._parameters)
-    return [made[0] for made in copies]
+    for replica in copies:
+        for module, twin in zip(modules, replica, strict=True):
+            twin._modules = {name: child and replica[number[child]] for name, child in module._modules.items()}
+            twin._parameters = dict(module._parameters)
+    return [replica[0] for replica in copies]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -467,16 +469,16 @@ def test_replicas_of_data_parallel(name: str) -> None:
     twins = replicas(model, len(rows))
     for _ in range(3):
         with ThreadPoolExecutor(len(rows)) as pool:
-            found = list(pool.map(logits, twins, rows))
-        assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
+            outs = list(pool.map(logits, twins, rows))
+        assert all(torch.equal(out, reference) for out, reference in zip(outs, right, strict=True))
 
 
 # --- caches that other code has changed ------------------------------------------------------------------------------
 
 
-def keep(cache: DynamicCache, kept: torch.Tensor, dim: int) -> None:
+def keep(cache: DynamicCache, indices: torch.Tensor, dim: int) -> None:
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.index_select(dim, kept), layer.values.index_select(dim, kept)
+        layer.keys, layer.values = layer.keys.index_select(dim, indices), layer.values.index_select(dim, indices)
 
 
 @torch.inference_mode()
@@ -512,30 +514,30 @@ def test_evicted_and_rearranged_keys_are_found_out(name: str, kind: str) -> None
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("made", ["by the user", "by the model", "in a step", "rows", "copy", "pickle"])
-def test_writes_into_copies_and_under_inference_mode_are_found_out(made: str) -> None:
+@pytest.mark.parametrize("origin", ["by the user", "by the model", "in a step", "rows", "copy", "pickle"])
+def test_writes_into_copies_and_under_inference_mode_are_found_out(origin: str) -> None:
     """Check keys of inference mode: a forward that reads them is right until other code writes into them."""
     model = tiny_llama()
-    whole = logits(model, IDS[:, :42])
+    expected = logits(model, IDS[:, :42])
     with patch_model(model, ReRoPE(window=64), factor=4):  # as unpatched
         for write in (False, True):
-            cache = DynamicCache(config=model.config) if made != "by the model" else None
+            cache = DynamicCache(config=model.config) if origin != "by the model" else None
             cache = cache_of(model(IDS[:, :40], use_cache=True, **with_cache(model.forward, cache)))
-            if made == "in a step":
+            if origin == "in a step":
                 logits(model, IDS[:, 40:41], **with_cache(model.forward, cache))
-            elif made == "rows":
+            elif origin == "rows":
                 cache.batch_repeat_interleave(2)
                 cache.batch_select_indices(torch.tensor([1]))
-            elif made in ("copy", "pickle"):
-                cache = copy.deepcopy(cache) if made == "copy" else pickle.loads(pickle.dumps(cache))
+            elif origin in ("copy", "pickle"):
+                cache = copy.deepcopy(cache) if origin == "copy" else pickle.loads(pickle.dumps(cache))
             count = cache.get_seq_length()
             if write:
                 cache.layers[1].keys[:, :, 3] = 0.0
                 with pytest.raises(EvaluationError, match="overwritten"):
                     logits(model, IDS[:, count : count + 1], **with_cache(model.forward, cache))
             else:
-                found = logits(model, IDS[:, count : count + 1], **with_cache(model.forward, cache))
-                torch.testing.assert_close(found[:, 0], whole[:, count], **CLOSE)
+                step = logits(model, IDS[:, count : count + 1], **with_cache(model.forward, cache))
+                torch.testing.assert_close(step[:, 0], expected[:, count], **CLOSE)
 
 
 def test_keys_that_are_evicted_while_a_forward_runs() -> None:
@@ -565,10 +567,10 @@ def own_loop(model: LlamaForCausalLM, ids: torch.Tensor, start: int, cache: Dyna
     phases = model.model.rotary_emb(states, positions)
     mask = (torch.arange(start + count)[None] <= positions[0][:, None])[None, None]
     for layer in model.model.layers:
-        given = {"attention_mask": mask, "position_ids": positions, "position_embeddings": phases}
-        states = layer(states, **given, **with_cache(layer.forward, cache))
-    found: torch.Tensor = model.lm_head(model.model.norm(states))
-    return found
+        inputs = {"attention_mask": mask, "position_ids": positions, "position_embeddings": phases}
+        states = layer(states, **inputs, **with_cache(layer.forward, cache))
+    out: torch.Tensor = model.lm_head(model.model.norm(states))
+    return out
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -576,8 +578,8 @@ def test_loops_over_the_layers(name: str) -> None:
     """Check a loop over the layers without a cache, and its refusal with one, whose positions are not known."""
     model = tiny_llama()
     patch(model, name)
-    whole = logits(model, IDS)
-    torch.testing.assert_close(own_loop(model, IDS, 0, None), whole, **CLOSE)
+    expected = logits(model, IDS)
+    torch.testing.assert_close(own_loop(model, IDS, 0, None), expected, **CLOSE)
     cache = DynamicCache(config=model.config)
     torch.testing.assert_close(own_loop(model, IDS[:, :50], 0, cache), logits(model, IDS[:, :50]), **CLOSE)
     with pytest.raises(EvaluationError, match="Call the model itself"):
@@ -619,9 +621,9 @@ def test_arguments_that_do_not_change_attention_pass(name: str, base: str) -> No
     model = tiny_llama(attn_implementation=base)
     patch(model, name)
     where = torch.cat([torch.arange(25), torch.arange(35)])[None]
-    wanted = logits(model, IDS, position_ids=where, use_cache=False)
+    expected = logits(model, IDS, position_ids=where, use_cache=False)
     lengths = torch.tensor([0, 25, 60], dtype=torch.int32)
-    given: dict[str, Any] = {
+    extras: dict[str, Any] = {
         "seq_idx": torch.cat([torch.zeros(25), torch.ones(35)])[None].int(),
         "cu_seq_lens_q": lengths,
         "cu_seq_lens_k": lengths,
@@ -630,8 +632,8 @@ def test_arguments_that_do_not_change_attention_pass(name: str, base: str) -> No
         "num_items_in_batch": 60,
         "something_new": 1,
     }
-    assert torch.equal(logits(model, IDS, position_ids=where, use_cache=False, **given), wanted)
-    loss = model(IDS, labels=IDS, shift_labels=IDS.roll(-1, 1), ignore_index=-100, use_cache=False, **given).loss
+    assert torch.equal(logits(model, IDS, position_ids=where, use_cache=False, **extras), expected)
+    loss = model(IDS, labels=IDS, shift_labels=IDS.roll(-1, 1), ignore_index=-100, use_cache=False, **extras).loss
     loss.backward()
     assert torch.isfinite(loss) and model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
 
@@ -660,14 +662,14 @@ def test_attention_weights(name: str, kind: str) -> None:
         right = model(IDS, output_attentions=True).attentions
         patch_model(model, ReRoPE(window=TRAINED), factor=4)
         unmoved = model(IDS, output_attentions=True).attentions
-        for one, other in zip(unmoved, right, strict=True):
-            torch.testing.assert_close(one, other, **CLOSE)
+        for actual, reference in zip(unmoved, right, strict=True):
+            torch.testing.assert_close(actual, reference, **CLOSE)
     model = eager(kind)
     patch(model, name)
-    whole = logits(model, IDS)
+    expected = logits(model, IDS)
     with torch.no_grad():
         out = model(IDS, output_attentions=True)
-    torch.testing.assert_close(out.logits, whole, atol=1e-4, rtol=0)  # two ways to sum
+    torch.testing.assert_close(out.logits, expected, atol=1e-4, rtol=0)  # two ways to sum
     assert len(out.attentions) == model.config.num_hidden_layers
     for weights in out.attentions:
         assert weights.shape == (1, model.config.num_attention_heads, 60, 60)

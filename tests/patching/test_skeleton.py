@@ -99,19 +99,19 @@ def test_weights_hide_nothing(make: Callable[[], Any], spoil: Callable[[Any], No
 @pytest.mark.parametrize("make", [tiny_llama, lambda: build("gemma3_text"), lambda: build("deepseek_v3")])
 def test_layouts_are_those_of_good_weights(make: Callable[[], Any]) -> None:
     """Check that every layer has bit-identical layouts for any weights."""
-    found = []
-    for spoil in (lambda model: None, lambda model: [one.data.zero_() for one in model.parameters()]):
+    layouts = []
+    for spoil in (lambda model: None, lambda model: [parameter.data.zero_() for parameter in model.parameters()]):
         model = make()
         spoil(model)
         patch_model(model, KEEPS, factor=8, trained_length=TRAINED)
-        found.append(model._posext_remapping.layers)
-    good, bad = found
+        layouts.append(model._posext_remapping.layers)
+    good, bad = layouts
     assert good.keys() == bad.keys() and good
     for path, layer in good.items():
         for side in ("query", "key"):
-            one, other = getattr(layer, side), getattr(bad[path], side)
+            good_layout, bad_layout = getattr(layer, side), getattr(bad[path], side)
             for name in ("slots", "partners", "weights"):
-                assert torch.equal(getattr(one, name), getattr(other, name))
+                assert torch.equal(getattr(good_layout, name), getattr(bad_layout, name))
 
 
 def test_a_norm_behind_the_rotation_weighs_by_the_weights_of_the_model() -> None:
@@ -120,7 +120,9 @@ def test_a_norm_behind_the_rotation_weighs_by_the_weights_of_the_model() -> None
     before = logits(model, IDS)
     draw = torch.Generator().manual_seed(0)
     norms = [
-        one for path, one in model.named_parameters() if path.endswith("layernorm.weight") and "self_attn" in path
+        weight
+        for path, weight in model.named_parameters()
+        if path.endswith("layernorm.weight") and "self_attn" in path
     ]
     assert norms
     for weight in norms:
@@ -180,12 +182,12 @@ def test_a_model_of_a_billion_weights_is_patched_at_once() -> None:
     model.to_empty(device="cpu").eval()
     model.model.rotary_emb = rotary
     patch_model(model, "yarn", factor=4).undo()  # what is loaded on first use
-    seen: list[str] = []
+    forwards: list[str] = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+        layer.register_forward_hook(lambda module, *_: forwards.append(type(module).__name__))
     start = time.process_time()
     patch_model(model, "rerope", factor=4)
-    assert time.process_time() - start < 5 and not seen  # a busy machine takes longer
+    assert time.process_time() - start < 5 and not forwards  # a busy machine takes longer
 
 
 def test_qwen2_is_what_the_biases_are_of() -> None:

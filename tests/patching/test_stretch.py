@@ -52,11 +52,11 @@ def test_rows_equal_the_formula(name: str, factor: float) -> None:
     rows = torch.randn(L, 5, generator=torch.Generator().manual_seed(0))
     plan = as_method(name).plan(detect_scheme(tiny_gpt2()), factor=factor)
     assert plan.table is not None
-    got = stretch(rows, plan.table, torch.arange(plan.target_length))
+    stretched = stretch(rows, plan.table, torch.arange(plan.target_length))
     exact = rows.double().numpy()
-    wanted = np.stack([REFERENCES[name](exact, p, factor) for p in range(plan.target_length)])
+    expected = np.stack([REFERENCES[name](exact, p, factor) for p in range(plan.target_length)])
     # positions between rows are float32: 64 * 2**-24, times the steps between rows of some 4
-    np.testing.assert_allclose(got.numpy(), wanted, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(stretched.numpy(), expected, rtol=0, atol=2e-5)
 
 
 def test_a_tables_rows_do_not_depend_on_the_dtype_of_the_model() -> None:

@@ -109,11 +109,11 @@ def test_rows_are_those_of_linear_interpolation(family: str, tmp_path: Path) -> 
     assert set(before) == set(position_tables(model)), "every table is read by a text"
 
     patch = patch_model(model, "table-linear", factor=4)
-    whole = torch.arange(count)
-    share = (whole % 4 / 4)[:, None]
+    positions = torch.arange(count)
+    share = (positions % 4 / 4)[:, None]
     after = rows_read(model, ids)
     for path, rows in before.items():
-        right = rows[whole // 4] * (1 - share) + rows[(whole // 4 + 1).clamp(max=count - 1)] * share
+        right = rows[positions // 4] * (1 - share) + rows[(positions // 4 + 1).clamp(max=count - 1)] * share
         torch.testing.assert_close(after[path], right, atol=1e-6, rtol=0)  # one rounding of float32
     longer = rows_read(model, tokens(3 * count).clamp(min=2))
     assert all(len(rows) == 3 * count for rows in longer.values())

@@ -35,27 +35,29 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     That is too late for Triton's own functions. They are replaced by what they call.
     """
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for own, combine in (("max", standard._elementwise_max), ("sum", standard._sum_combine)):
-        monkeypatch.setattr(tl, own, lambda states, axis, combine=combine: tl.reduce(states, axis, combine))
+    for name, combine in (("max", standard._elementwise_max), ("sum", standard._sum_combine)):
+        monkeypatch.setattr(tl, name, lambda states, axis, combine=combine: tl.reduce(states, axis, combine))
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    found = importlib.import_module(NAME)
-    monkeypatch.setattr(found, "TILE", 16 * 4 * 16)  # so that short texts have several blocks and pieces
-    return found
+    kernels = importlib.import_module(NAME)
+    monkeypatch.setattr(kernels, "TILE", 16 * 4 * 16)  # so that short texts have several blocks and pieces
+    return kernels
 
 
 def by_products(
     query: Any, key: Any, value: Any, partners: Any, phases: Any, starts: Any, leaving: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output of [`Step`], and the keys after it, by matrix products in float64."""
-    query, key, value, phases = (one.double() for one in (query, key, value, phases))
+    query, key, value, phases = (tensor.double() for tensor in (query, key, value, phases))
     if leaving >= 0:
         last = key[:, :, leaving]
         key = key.clone()
         key[:, :, leaving] = last * phases[:, 0, -1:] + last[..., partners[1]] * phases[:, 1, -1:]
-    asked = query * phases[:, :1, :-1] + query[..., partners[0]] * phases[:, 1:, :-1]
+    rotated = query * phases[:, :1, :-1] + query[..., partners[0]] * phases[:, 1:, :-1]
     group, stops = query.shape[1] // key.shape[1], (key.shape[2], *starts)
-    each = key.repeat_interleave(group, 1)
-    scores = [asked[:, :, band, None] @ each[:, :, starts[band] : stops[band]].mT / 7 for band in range(len(starts))]
+    repeated = key.repeat_interleave(group, 1)
+    scores = [
+        rotated[:, :, band, None] @ repeated[:, :, starts[band] : stops[band]].mT / 7 for band in range(len(starts))
+    ]
     weights = torch.cat(scores[::-1], -1).softmax(-1)
     return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), key
 
@@ -89,19 +91,19 @@ def test_it_equals_matrix_products(
     key, value = (torch.randn(rows, key_heads, keys + 9, dim)[:, :, :keys].to(dtype) for _ in range(2))
     partners = torch.stack([torch.arange(dim).roll(dim // 2), torch.arange(dim).flip(0)])
     phases = torch.randn(rows if dim == 32 else 1, 2, len(starts) + 1, dim)
-    wanted, wanted_key = by_products(query, key, value, partners, phases, starts, leaving)
+    expected, expected_key = by_products(query, key, value, partners, phases, starts, leaving)
     before = key.clone()
     step = interpreted.Step(query, key, partners, phases, starts, 1 / 7)
     # the rounding of rotated states and of weights to the dtype
     close = {"atol": 20 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
-    torch.testing.assert_close(step(query, key, value, leaving).double(), wanted, **close)
-    torch.testing.assert_close(key.double(), wanted_key, **close)
+    torch.testing.assert_close(step(query, key, value, leaving).double(), expected, **close)
+    torch.testing.assert_close(key.double(), expected_key, **close)
     others = [number for number in range(keys) if number != leaving]
     assert torch.equal(key[:, :, others], before[:, :, others])
     # the next layer, whose key has been rotated already
-    found = step(query, key, value, -1)
-    torch.testing.assert_close(found.double(), wanted, **close)
-    assert found.shape == (rows, 1, heads, dim) and found.is_contiguous()
+    out = step(query, key, value, -1)
+    torch.testing.assert_close(out.double(), expected, **close)
+    assert out.shape == (rows, 1, heads, dim) and out.is_contiguous()
 
 
 METHODS: list[Method] = [
@@ -122,7 +124,9 @@ def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, met
     model, ids = tiny_llama(), tokens(30)
     called = []
     step = interpreted.Step.__call__
-    monkeypatch.setattr(interpreted.Step, "__call__", lambda *given: (called.append(given[4]), step(*given))[1])
+    monkeypatch.setattr(
+        interpreted.Step, "__call__", lambda *arguments: (called.append(arguments[4]), step(*arguments))[1]
+    )
 
     @torch.no_grad()
     def steps() -> tuple[list[torch.Tensor], DynamicCache]:
@@ -132,13 +136,13 @@ def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, met
         ], cache
 
     with patch_model(model, method, factor=8, trained_length=16):
-        wanted, cache = steps()
-        monkeypatch.setattr(rotated_keys, "one_step", lambda *given: interpreted.Step)
-        found, other = steps()
-    for one, two in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)  # float32, sums in another order
-    for layer, same in zip(cache.layers, other.layers, strict=True):
-        torch.testing.assert_close(layer.keys, same.keys, atol=1e-5, rtol=0)
+        expected, cache = steps()
+        monkeypatch.setattr(rotated_keys, "one_step", lambda *arguments: interpreted.Step)
+        fused, fused_cache = steps()
+    for actual, reference in zip(fused, expected, strict=True):
+        torch.testing.assert_close(actual, reference, atol=1e-5, rtol=0)  # float32, sums in another order
+    for layer, fused_layer in zip(cache.layers, fused_cache.layers, strict=True):
+        torch.testing.assert_close(layer.keys, fused_layer.keys, atol=1e-5, rtol=0)
     assert len(called) == 2 * 19, "the first step rotates all keys"
     assert (max(called) > 0) == (not method.label.startswith(("dual-chunk", "string-shift")))
 
@@ -168,20 +172,20 @@ def test_it_compiles(dtype: str, generation: int, monkeypatch: pytest.MonkeyPatc
     assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
 
 
-def tried(*given: Any) -> Any:
+def tried(*sizes: Any) -> Any:
     choice._step_of.cache_clear()
-    return choice._step_of(torch.device("cpu"), torch.float32, *given)
+    return choice._step_of(torch.device("cpu"), torch.float32, *sizes)
 
 
 def test_a_trial(interpreted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Check that a kernel that is off, or raises an error, is not used."""
-    made = interpreted.Step
-    assert tried(4, 2, 16, 3) is made
+    step = interpreted.Step
+    assert tried(4, 2, 16, 3) is step
     assert tried(4, 2, 16, 4) is None and tried(128, 1, 16, 2) is None and not caplog.messages, "more than it holds"
     with caplog.at_level(logging.WARNING):
-        monkeypatch.setattr(interpreted, "Step", lambda *given: made(*given[:4], (100, 0), *given[5:]))
+        monkeypatch.setattr(interpreted, "Step", lambda *arguments: step(*arguments[:4], (100, 0), *arguments[5:]))
         assert tried(4, 2, 16, 2) is None and "it is off by" in caplog.text
-        monkeypatch.setattr(interpreted, "Step", lambda *given: 1 / 0)
+        monkeypatch.setattr(interpreted, "Step", lambda *arguments: 1 / 0)
         assert tried(4, 2, 16, 2) is None and "ZeroDivisionError" in caplog.text
     choice._step_of.cache_clear()
 
@@ -189,7 +193,7 @@ def test_a_trial(interpreted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pyte
 def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the conditions: a GPU, one query, adjacent states, and no forced kernel."""
     monkeypatch.setattr(choice, "one_pass", lambda states: "kernels")
-    monkeypatch.setattr(choice, "_step_of", lambda *given: given[2:])
+    monkeypatch.setattr(choice, "_step_of", lambda *arguments: arguments[2:])
     ask = choice.one_step
     with PretendDevice():
         query, key = torch.zeros(2, 4, 1, 8, device="cuda"), torch.zeros(2, 2, 9, 8, device="cuda")

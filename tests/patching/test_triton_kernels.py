@@ -29,10 +29,10 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Import the kernels for the interpreter, which is chosen where kernels are defined."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    found = importlib.import_module(NAME)
+    kernels = importlib.import_module(NAME)
     for module in (banded, layout_module):
-        monkeypatch.setattr(module, "one_pass", lambda states: found)
-    return found
+        monkeypatch.setattr(module, "one_pass", lambda states: kernels)
+    return kernels
 
 
 def states(heads: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
@@ -53,27 +53,27 @@ def spy(fused: Any) -> list[int]:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rotation(fused: ModuleType, half: int, dtype: torch.dtype, rows: int) -> None:
     """Compare rotations of all channels, or some, of tokens that are no multiple of a block."""
-    given, partners = states(3, 37, dtype), torch.arange(24)
+    inputs, partners = states(3, 37, dtype), torch.arange(24)
     partners[: 2 * half] = partners[: 2 * half].roll(half)
     weights = (torch.arange(24) < 2 * half).float()
     layout = Layout(0, partners, partners, weights, direct=False)
     cos, sin = layout.phases(*torch.randn(2, rows, 37, 24).unbind(), dtype)
     called = spy(fused)
-    found = layout.rotate(given, (cos, sin))
-    wanted = given.double() * cos.double() + given[..., partners].double() * sin.double()
+    rotated = layout.rotate(inputs, (cos, sin))
+    expected = inputs.double() * cos.double() + inputs[..., partners].double() * sin.double()
     # rounded once, at the end
-    torch.testing.assert_close(found, wanted.to(dtype), atol=2e-6, rtol=torch.finfo(dtype).eps)
-    assert called and found.dtype == dtype and torch.equal(found[..., 2 * half :], given[..., 2 * half :])
+    torch.testing.assert_close(rotated, expected.to(dtype), atol=2e-6, rtol=torch.finfo(dtype).eps)
+    assert called and rotated.dtype == dtype and torch.equal(rotated[..., 2 * half :], inputs[..., 2 * half :])
 
 
 def test_other_layouts_are_rotated_by_pytorch(fused: ModuleType) -> None:
     """Check pairs of neighbors, and an irregular layout."""
     for partners in (torch.arange(24) ^ 1, torch.arange(24).flip(0)):
-        given, weights = states(3, 37, torch.float32), torch.ones(24)
+        inputs, weights = states(3, 37, torch.float32), torch.ones(24)
         layout = Layout(0, partners, partners, weights, direct=False)
         cos, sin = layout.phases(*torch.randn(2, 1, 37, 24).unbind(), torch.float32)
         called = spy(fused)
-        torch.testing.assert_close(layout.rotate(given, (cos, sin)), given * cos + given[..., partners] * sin)
+        torch.testing.assert_close(layout.rotate(inputs, (cos, sin)), inputs * cos + inputs[..., partners] * sin)
         assert not called
 
 
@@ -84,28 +84,28 @@ def test_merge(fused: ModuleType, dtype: torch.dtype) -> None:
     scores[:, :, 7:, 12:] += 20 * torch.randn(30, 1)  # one of the pieces may count for nothing
 
     def piece(rows: slice, keys: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        some = scores[:, :, rows, keys]
-        return (some.softmax(-1) @ value[:, :, keys]).to(dtype), some.logsumexp(-1)
+        part = scores[:, :, rows, keys]
+        return (part.softmax(-1) @ value[:, :, keys]).to(dtype), part.logsumexp(-1)
 
-    later, whole = slice(3, 36), slice(0, 37)
-    held, sums = piece(whole, slice(0, 12))
-    held[:, :, :5], sums[:, :, :5] = 0, -torch.inf
-    banded.merge(held[:, :, later], sums[:, :, later], *piece(later, slice(12, 20)))
-    wanted, total = piece(whole, slice(0, 20))
-    (wanted[:, :, 3:5], total[:, :, 3:5]) = (one[:, :, :2] for one in piece(later, slice(12, 20)))
-    wanted[:, :, :3], total[:, :, :3] = 0, -torch.inf
-    (wanted[:, :, 36:], total[:, :, 36:]) = piece(slice(36, 37), slice(0, 12))
+    later, everything = slice(3, 36), slice(0, 37)
+    merged, sums = piece(everything, slice(0, 12))
+    merged[:, :, :5], sums[:, :, :5] = 0, -torch.inf
+    banded.merge(merged[:, :, later], sums[:, :, later], *piece(later, slice(12, 20)))
+    expected, total = piece(everything, slice(0, 20))
+    (expected[:, :, 3:5], total[:, :, 3:5]) = (result[:, :, :2] for result in piece(later, slice(12, 20)))
+    expected[:, :, :3], total[:, :, :3] = 0, -torch.inf
+    (expected[:, :, 36:], total[:, :, 36:]) = piece(slice(36, 37), slice(0, 12))
     # values up to 4, of which each piece and their sum are rounded; a log-sum-exp of 60 is known to 4e-6
-    torch.testing.assert_close(held, wanted, atol=4 * max(torch.finfo(dtype).eps, 4e-6), rtol=0)
+    torch.testing.assert_close(merged, expected, atol=4 * max(torch.finfo(dtype).eps, 4e-6), rtol=0)
     torch.testing.assert_close(sums, total, atol=0, rtol=1e-6)
 
 
 def compiled_for(generation: int, kernel: Any, kinds: dict[str, str], sizes: dict[str, Any], odd: list[str]) -> Any:
     """Compile a kernel for a GPU. All arguments are multiples of 16, except for sizes and those in `odd`."""
-    even = [number for number, given in enumerate(kernel.arg_names) if given not in (*odd, *sizes)]
+    even = [number for number, name in enumerate(kernel.arg_names) if name not in (*odd, *sizes)]
     source = ASTSource(
         fn=kernel,
-        signature={given: kinds.get(given, "i32") for given in kernel.arg_names},
+        signature={name: kinds.get(name, "i32") for name in kernel.arg_names},
         constexprs=sizes,
         attrs={(number,): [["tt.divisibility", 16]] for number in even},
     )
@@ -136,8 +136,8 @@ def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     with caplog.at_level(logging.WARNING):
         assert choice._one_pass(torch.device("cpu")) is None
         assert choice._one_pass(torch.device("cpu")) is None
-    (said,) = caplog.messages
-    assert said.startswith("Triton is not used on cpu: ")
+    (message,) = caplog.messages
+    assert message.startswith("Triton is not used on cpu: ")
 
 
 def test_a_kernel_that_is_off(fused: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,16 +156,16 @@ def test_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_one_pass", lambda device: "kernels")
     assert choice.one_pass(torch.zeros(1, 1, 4, 8)) is None
     with PretendDevice():
-        given = torch.zeros(1, 1, 4, 8, device="cuda")
-        assert choice.one_pass(given) == "kernels"
-        assert choice.one_pass(given.mT) is None and choice.one_pass(given.double()) is None
+        states_there = torch.zeros(1, 1, 4, 8, device="cuda")
+        assert choice.one_pass(states_there) == "kernels"
+        assert choice.one_pass(states_there.mT) is None and choice.one_pass(states_there.double()) is None
         learning = torch.zeros(1, 1, 4, 8, device="cuda").requires_grad_()
         assert choice.one_pass(learning) is None
         with torch.no_grad():
             assert choice.one_pass(learning) == "kernels"
-        asked = []
+        answers = []
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-        assert choice.one_pass(given) is None
+        assert choice.one_pass(states_there) is None
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        torch.func.vmap(lambda each: asked.append(choice.one_pass(each)) or each)(given)
-        assert asked == [None]
+        torch.func.vmap(lambda row: answers.append(choice.one_pass(row)) or row)(states_there)
+        assert answers == [None]

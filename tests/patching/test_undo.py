@@ -160,7 +160,7 @@ def test_a_model_that_was_cast_while_patched(family: str, method: str, dtypes: t
         model.to(dtype)
         twin.to(dtype)
     patch.undo()
-    restored, expected = ({**each.state_dict(), **dict(each.named_buffers())} for each in (model, twin))
+    restored, expected = ({**cast.state_dict(), **dict(cast.named_buffers())} for cast in (model, twin))
     assert restored.keys() == expected.keys()
     for name, tensor in expected.items():
         assert restored[name].dtype == tensor.dtype and torch.equal(restored[name], tensor), name
@@ -246,10 +246,10 @@ def test_a_part_that_is_kept_alone_goes_on(attention: str) -> None:
     model = tiny_llama()
     model.set_attn_implementation(attention)
     patch_model(model, "rerope(window=16)", factor=4)
-    part, whole = model.model, weakref.ref(model)
+    part, reference = model.model, weakref.ref(model)
     with torch.no_grad():
-        wanted = part(LONG)[0]
+        expected = part(LONG)[0]
         del model
         gc.collect()
-        assert whole() is None
-        torch.testing.assert_close(part(LONG)[0], wanted, atol=0, rtol=0)
+        assert reference() is None
+        torch.testing.assert_close(part(LONG)[0], expected, atol=0, rtol=0)

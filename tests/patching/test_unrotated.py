@@ -37,8 +37,8 @@ def test_queries_and_keys_are_left_as_they_are() -> None:
     ],
 )
 def test_what_else_is_asked_of_them_is_computed(apply: Any, like: torch.Tensor) -> None:
-    found = apply(QUERY, KEY, *unrotated(like))
-    for rotated, states in zip(found, (QUERY, KEY), strict=True):
+    outputs = apply(QUERY, KEY, *unrotated(like))
+    for rotated, states in zip(outputs, (QUERY, KEY), strict=True):
         assert type(rotated) is torch.Tensor and rotated.dtype == torch.promote_types(states.dtype, like.dtype)
         assert torch.equal(rotated, states.to(rotated.dtype))
 
@@ -58,7 +58,7 @@ def test_models_give_the_same_to_the_bit(family: str, monkeypatch: pytest.Monkey
     """Compare logits and gradients with and without computed products with ones and zeros."""
     model: Any = build(family)
     ids, left_out = tokens(40), 0
-    found = []
+    readings = []
 
     def counted(constant: torch.Tensor, states: Any, known: Any = module._leaves_its_form) -> bool:
         nonlocal left_out
@@ -73,10 +73,12 @@ def test_models_give_the_same_to_the_bit(family: str, monkeypatch: pytest.Monkey
             model.zero_grad()
             out = model(ids, labels=ids)
             out.loss.backward()
-            found.append((out.logits, *(one.grad for one in model.parameters() if one.grad is not None)))
+            readings.append(
+                (out.logits, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
+            )
             assert (left_out > 0) == (many == 1)
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    for computed, spared in zip(*readings, strict=True):
+        assert torch.equal(computed, spared)
 
 
 def test_code_that_writes_into_its_phases_is_refused(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

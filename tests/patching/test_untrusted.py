@@ -174,9 +174,9 @@ def test_shards_outside_of_the_directory(checkpoint: Path, name: object) -> None
 
 def test_tables_that_the_model_does_not_have(originals: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(originals / "table", tmp_path / "table"))
-    held = path / "posext_replaced" / "tables.safetensors"
-    (rows,) = load_file(held).values()
-    save_file({"../../lm_head": rows}, held)
+    tables = path / "posext_replaced" / "tables.safetensors"
+    (rows,) = load_file(tables).values()
+    save_file({"../../lm_head": rows}, tables)
     refused(load_patched, path, PosExtError, "holds other tables")
 
 
@@ -267,10 +267,10 @@ def test_table_too_long_to_make(originals: Path, tmp_path: Path) -> None:
 
 
 def test_too_many_parts(adapter: Path) -> None:
-    one = asdict(PositionMap())
+    position_map = asdict(PositionMap())
     part = {
-        "query": one,
-        "key": one,
+        "query": position_map,
+        "key": position_map,
         "low": 0,
         "high": None,
         "chunk": 1,
@@ -286,14 +286,14 @@ def test_too_many_parts(adapter: Path) -> None:
 def test_ranks_that_the_weights_do_not_have(adapter: Path, rank: object) -> None:
     edit(adapter / "adapter_config.json", posext_replaced={"peft_type": "LORA", "r": rank})
     refused(load_adapter, adapter, CheckpointError, "its weights 4; one is wrong")
-    kept = {"peft_type": "LORA", "r": 10**9}
-    edit(adapter / "adapter_config.json", posext_replaced=kept, rank_pattern={"q_proj": rank})
+    entries = {"peft_type": "LORA", "r": 10**9}
+    edit(adapter / "adapter_config.json", posext_replaced=entries, rank_pattern={"q_proj": rank})
     refused(load_adapter, adapter, CheckpointError, "its weights 4; one is wrong")
 
 
-@pytest.mark.parametrize("kept", ["LORA", ["r"], 8])
-def test_replaced_entries_that_are_none(adapter: Path, kept: object) -> None:
-    edit(adapter / "adapter_config.json", posext_replaced=kept)
+@pytest.mark.parametrize("entries", ["LORA", ["r"], 8])
+def test_replaced_entries_that_are_none(adapter: Path, entries: object) -> None:
+    edit(adapter / "adapter_config.json", posext_replaced=entries)
     refused(load_adapter, adapter, CheckpointError, "Expected entries of PEFT under posext_replaced")
 
 

@@ -160,9 +160,9 @@ def test_a_model_built_from_the_config_is_equal_or_stopped(method: str) -> None:
     model = patched(method)
     for config in (model.config, copy.deepcopy(model.config)):
         if PLANS[method][1]:
-            other = type(model)(config)
-            other.load_state_dict(model.state_dict())
-            assert torch.equal(logits(realigned(other.eval()), IDS), logits(realigned(model), IDS))
+            rebuilt = type(model)(config)
+            rebuilt.load_state_dict(model.state_dict())
+            assert torch.equal(logits(realigned(rebuilt.eval()), IDS), logits(realigned(model), IDS))
             continue
         for build in (type(model), AutoModel.from_config):
             with pytest.raises(ValueError, match=f"hf_posext plan .{method}: 64 -> 256 tokens.*unpatched config"):
@@ -282,12 +282,12 @@ def test_prompt_learning_is_refused_or_told(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["yarn", "ntk", "linear", "rerope"])
 def test_a_trainer_goes_on_from_its_checkpoint(method: str, tmp_path: Path) -> None:
-    whole, halves = patched(method), patched(method)
-    trainer(whole, tmp_path / "whole", max_steps=2).train()
+    uninterrupted, halves = patched(method), patched(method)
+    trainer(uninterrupted, tmp_path / "whole", max_steps=2).train()
     trainer(halves, tmp_path / "halves", max_steps=2).train()
     again = patched(method)
     trainer(again, tmp_path / "halves", max_steps=2).train(str(tmp_path / "halves" / "checkpoint-1"))
-    assert torch.equal(logits(again.eval(), IDS), logits(whole.eval(), IDS))
+    assert torch.equal(logits(again.eval(), IDS), logits(uninterrupted.eval(), IDS))
     config = json.loads((tmp_path / "halves" / "checkpoint-1" / "config.json").read_text())
     # transformers 4 reads what Trainer does not go on from, too, or stops at the last: reader_4.py
     assert [key in config for key in ("rope_theta", "rope_scaling", "pruned_heads")] == {
@@ -321,9 +321,9 @@ def test_the_best_checkpoint_is_loaded_and_alone_kept(method: str, adapter: bool
     options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
     best = trainer(model, tmp_path / "run", max_steps=3, callbacks=[WorseAfter(2)], **options)
     best.train()
-    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    checkpoints = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert best.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-2")
-    assert kept == ["checkpoint-2"]
+    assert checkpoints == ["checkpoint-2"]
     opened = (load_adapter if adapter else load_patched)(tmp_path / "run" / "checkpoint-2")
     assert torch.equal(logits(realigned(opened), IDS), logits(realigned(model.eval()), IDS))
 
@@ -369,9 +369,9 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
-    for method, other in (("yarn", "rerope"), ("rerope", "yarn"), ("rerope", "table-linear")):
+    for method, other_method in (("yarn", "rerope"), ("rerope", "yarn"), ("rerope", "table-linear")):
         patched(method).save_pretrained(tmp_path / method)
-        find_patch(patched(other)).plan.save(tmp_path / method)  # type: ignore[union-attr]
+        find_patch(patched(other_method)).plan.save(tmp_path / method)  # type: ignore[union-attr]
         with pytest.raises(PlanMismatchError, match="contains two plans|is for gpt2"):
             load_patched(tmp_path / method)
     find_patch(patched("rerope")).save_pretrained(tmp_path / "over")  # type: ignore[union-attr]
@@ -383,9 +383,9 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_run_is_not_resumed_under_another_plan(tmp_path: Path) -> None:
     first = trainer(patched("yarn"), tmp_path, callbacks=[KeepsPlan()])
     first.train()
-    other = tiny_llama()
-    patch_model(other, "yarn", factor=2)
-    for model, message in ((other, "x2"), (tiny_llama(), "a model without a patch")):
+    stranger = tiny_llama()
+    patch_model(stranger, "yarn", factor=2)
+    for model, message in ((stranger, "x2"), (tiny_llama(), "a model without a patch")):
         again = trainer(model, tmp_path, max_steps=2, callbacks=[KeepsPlan()])
         with pytest.raises(TrainingError, match=f"Expected the plan of .*checkpoint-1.*x4.*got .*{message}"):
             again.train(resume_from_checkpoint=True)
@@ -404,9 +404,9 @@ def test_pickles_and_weights_alone(method: str, tmp_path: Path) -> None:
     assert torch.equal(logits(realigned(opened), IDS), expected)
     unpatch_model(opened)
     save_model(model, str(tmp_path / "weights.safetensors"))
-    other = patched(method)
-    load_model(other, str(tmp_path / "weights.safetensors"))
-    assert torch.equal(logits(realigned(other), IDS), expected)
+    opened_weights = patched(method)
+    load_model(opened_weights, str(tmp_path / "weights.safetensors"))
+    assert torch.equal(logits(realigned(opened_weights), IDS), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "auto"])

@@ -63,58 +63,58 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def run(**options: Any) -> Recommendation:
-    given = {"methods": METHODS, "trained_length": TRAINED, "passkey": 0, **options}
-    return recommend(*shipped(), given.pop("target_length", TARGET), **given)
+    settings = {"methods": METHODS, "trained_length": TRAINED, "passkey": 0, **options}
+    return recommend(*shipped(), settings.pop("target_length", TARGET), **settings)
 
 
 def reference(methods: list[str]) -> dict[tuple[str, float], tuple[float, float, float]]:
     """Tail perplexity, gain and short change of all contenders on all documents, from a comparison."""
-    found = {}
+    measurements = {}
     for target in (TARGET, 2 * TARGET):
         lengths = {"target_length": target, "trained_length": TRAINED}
         results = hf_posext.compare(*shipped(), methods, lengths=[TRAINED, TARGET], **lengths)
         for row in results.rows:
             if row["length"] == TARGET:
                 change = results.row(row["method"], TRAINED)["change"]
-                found[row["method"], row["factor"]] = (row["perplexity_tail"], row["gain"], change)
-    return found
+                measurements[row["method"], row["factor"]] = (row["perplexity_tail"], row["gain"], change)
+    return measurements
 
 
 def test_a_quarter_of_the_cost_comes_within_a_per_cent_of_the_best(read: list[int]) -> None:
-    found = run()
+    result = run()
     spent = sum(read)
     everything = reference(METHODS)
     best = min(tail for tail, _, change in everything.values() if change <= 0.01)
-    tail, _, change = everything[found.best["method"], found.best["factor"]]
+    tail, _, change = everything[result.best["method"], result.best["factor"]]
     assert tail <= 1.01 * best and change <= 0.01
     # What is said of the cost is what went through the model, and what all would have cost is counted by hand.
-    assert found.cost["tokens"] == spent <= found.cost["budget"] == round(found.cost["exhaustive_tokens"] / 4)
-    contenders = len(found.contenders) + sum(name.partition(" x")[0] in METHODS for name in found.left_out)
+    assert result.cost["tokens"] == spent <= result.cost["budget"] == round(result.cost["exhaustive_tokens"] / 4)
+    contenders = len(result.contenders) + sum(name.partition(" x")[0] in METHODS for name in result.left_out)
     control = (1 + math.ceil((TARGET - TRAINED) / (TRAINED // 8))) * TRAINED
-    assert found.cost["exhaustive_tokens"] == contenders * (6 * TARGET + TRAINED) + 6 * (TRAINED + control)
+    assert result.cost["exhaustive_tokens"] == contenders * (6 * TARGET + TRAINED) + 6 * (TRAINED + control)
 
 
 def test_with_enough_budget_the_numbers_are_those_of_a_comparison() -> None:
-    found = run(methods=["yarn", "rerope"], budget=10**6)
+    result = run(methods=["yarn", "rerope"], budget=10**6)
     everything = reference(["yarn", "rerope"])
-    assert found.control_documents == found.best["documents"] == 6
-    for line in found.contenders:
+    assert result.control_documents == result.best["documents"] == 6
+    for line in result.contenders:
         tail, _, change = everything[line["method"], line["factor"]]
         assert line["documents"] == 6
         assert (line["perplexity_tail"], line["short_change"]) == pytest.approx((tail, change), rel=1e-9, abs=1e-12)
-    assert found.gain == pytest.approx(everything[found.best["method"], found.best["factor"]][1], rel=1e-9)
-    assert found.answer == "extend" and f"Use {found.best['method']}" in found.describe()
+    assert result.gain == pytest.approx(everything[result.best["method"], result.best["factor"]][1], rel=1e-9)
+    assert result.answer == "extend" and f"Use {result.best['method']}" in result.describe()
 
 
 def test_the_plan_is_the_one_to_use(tmp_path: Path) -> None:
-    found = run(methods=["rerope", "linear"], budget=10**6)
-    plan = ExtensionPlan.load(found.save(tmp_path / "plan.json"))
-    former: Any = found
+    result = run(methods=["rerope", "linear"], budget=10**6)
+    plan = ExtensionPlan.load(result.save(tmp_path / "plan.json"))
+    former: Any = result
     with pytest.warns(DeprecationWarning, match="save_plan is now called save"):
         assert ExtensionPlan.load(former.save_plan(tmp_path / "plan.json")) == plan
     with pytest.warns(DeprecationWarning, match="text is now called describe"):
-        assert former.text() == found.describe()
-    assert plan == found.plan and plan.method == "rerope" and plan.target_length == TARGET
+        assert former.text() == result.describe()
+    assert plan == result.plan and plan.method == "rerope" and plan.target_length == TARGET
     model, ids = shipped()[0], tokens(TARGET)
     before = logits(model, ids)
     with hf_posext.patch_model(model, plan):
@@ -125,9 +125,9 @@ def test_the_plan_is_the_one_to_use(tmp_path: Path) -> None:
 
 
 def test_truncation_is_recommended_where_it_is_better() -> None:
-    found = run(methods=["linear"], short_limit=100.0)
-    assert found.answer == "truncate" and found.gain < 1 and found.plan.changes_nothing
-    assert "Do not extend: truncate the input to the last 64 tokens" in found.describe()
+    result = run(methods=["linear"], short_limit=100.0)
+    assert result.answer == "truncate" and result.gain < 1 and result.plan.changes_nothing
+    assert "Do not extend: truncate the input to the last 64 tokens" in result.describe()
 
 
 def test_a_method_over_the_limit_is_not_recommended_at_any_gain() -> None:
@@ -150,17 +150,17 @@ def test_pass_keys_decide_between_what_is_level(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_component_that_begins_past_the_target_costs_no_budget(capfd: pytest.CaptureFixture[str]) -> None:
     """A decay begins at twice the trained length, which is the target; a fade begins before it."""
-    found = run(methods=["leaky-rerope+decay", "leaky-rerope", "leaky-rerope+fade"], budget=10**6)
-    assert {line["method"] for line in found.contenders} == {"leaky-rerope", "leaky-rerope+fade"}
-    assert found.left_out["leaky-rerope+decay x2"] == f"equals leaky-rerope x2 up to {TARGET} tokens"
-    assert f"does the same up to {TARGET} tokens: leaky-rerope+decay x2 (as leaky-rerope x2)" in found.describe()
+    result = run(methods=["leaky-rerope+decay", "leaky-rerope", "leaky-rerope+fade"], budget=10**6)
+    assert {line["method"] for line in result.contenders} == {"leaky-rerope", "leaky-rerope+fade"}
+    assert result.left_out["leaky-rerope+decay x2"] == f"equals leaky-rerope x2 up to {TARGET} tokens"
+    assert f"does the same up to {TARGET} tokens: leaky-rerope+decay x2 (as leaky-rerope x2)" in result.describe()
     assert "has no effect" not in capfd.readouterr().err
     model, ids = shipped()[0], tokens(2 * TARGET)
-    each = []
+    readings = []
     for method in ("leaky-rerope", "leaky-rerope+decay"):
         with hf_posext.patch_model(model, method, target_length=TARGET, trained_length=TRAINED):
-            each.append([logits(model, ids[:, :length]) for length in (TRAINED, TARGET, 2 * TARGET)])
-    plain, decayed = each
+            readings.append([logits(model, ids[:, :length]) for length in (TRAINED, TARGET, 2 * TARGET)])
+    plain, decayed = readings
     assert torch.equal(plain[0], decayed[0]) and torch.equal(plain[1], decayed[1])
     assert not torch.equal(plain[2], decayed[2])
     alone = run(methods=["leaky-rerope+decay"], budget=10**6)
@@ -173,15 +173,15 @@ def test_a_run_goes_on_from_its_journal_also_with_more_budget(tmp_path: Path, re
     read.clear()
     again = run(methods=["yarn", "rerope"], budget=3000, journal=tmp_path / "journal.jsonl")
     assert not read and again.contenders == first.contenders and again.cost == first.cost
-    more = run(methods=["yarn", "rerope"], budget=6000, journal=tmp_path / "journal.jsonl")
-    assert more.cost["tokens"] == spent + sum(read) <= 6000 and sum(read) > 0
+    extended = run(methods=["yarn", "rerope"], budget=6000, journal=tmp_path / "journal.jsonl")
+    assert extended.cost["tokens"] == spent + sum(read) <= 6000 and sum(read) > 0
 
 
 def test_other_schemes_and_what_needs_no_method() -> None:
     model, tokenizer, texts = shipped()
-    found = recommend(model, tokenizer, texts, 256, 10**6, trained_length=32, methods=["none"], passkey=0)
-    assert found.answer == "as it is" and "Change nothing" in found.describe()  # it was trained on 512
-    assert found.to_dict()["plan"]["method"] == "none" and list(found.to_frame().method) == ["none"]
+    result = recommend(model, tokenizer, texts, 256, 10**6, trained_length=32, methods=["none"], passkey=0)
+    assert result.answer == "as it is" and "Change nothing" in result.describe()  # it was trained on 512
+    assert result.to_dict()["plan"]["method"] == "none" and list(result.to_frame().method) == ["none"]
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,8 @@ def test_a_learned_table_that_ends_has_no_contender_that_does_nothing() -> None:
 
 def test_all_start_with_a_document_and_the_better_third_goes_on() -> None:
     prices = Prices((100,) * 24, guard=10, short=10, control=500, passkeys=0)
-    found = schedule(8, prices, 10**6)
-    assert found.rungs == [Rung(24, 8), Rung(8, 8), Rung(3, 8)]
+    plan = schedule(8, prices, 10**6)
+    assert plan.rungs == [Rung(24, 8), Rung(8, 8), Rung(3, 8)]
     tight = schedule(8, prices, 24 * 110 + 8 * 100 + 3 * 200 + 4 * 10 + 2 * 500)
     assert tight.rungs == [Rung(24, 1), Rung(8, 2), Rung(3, 4)] and tight.control == 2
     assert schedule(8, prices, tight.tokens(prices) - 1).control == 1
@@ -243,22 +243,24 @@ def test_the_page_is_what_the_result_files_give() -> None:
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_what_was_measured_is_within_a_per_cent_at_a_quarter_of_the_cost(path: Path) -> None:
-    held = json.loads(path.read_text(encoding="utf-8"))
-    kept = [line for line in held["exhaustive"]["contenders"] if line["short_change"] <= 0.01]
-    best = min(line["perplexity_tail"] for line in kept)
-    chosen = held["recommended"]["best"]
-    (mine,) = (line for line in kept if (line["method"], line["factor"]) == (chosen["method"], chosen["factor"]))
-    assert mine["perplexity_tail"] <= 1.01 * best
-    assert held["recommended"]["cost"]["tokens"] <= held["exhaustive"]["tokens"] / 4
+    record = json.loads(path.read_text(encoding="utf-8"))
+    admissible = [line for line in record["exhaustive"]["contenders"] if line["short_change"] <= 0.01]
+    best = min(line["perplexity_tail"] for line in admissible)
+    chosen = record["recommended"]["best"]
+    (recommended,) = (
+        line for line in admissible if (line["method"], line["factor"]) == (chosen["method"], chosen["factor"])
+    )
+    assert recommended["perplexity_tail"] <= 1.01 * best
+    assert record["recommended"]["cost"]["tokens"] <= record["exhaustive"]["tokens"] / 4
 
 
 class Decided(Exception):
     """Requests to a sweep after the rungs: passkeys of some contenders, or no more than the rest."""
 
 
-@pytest.mark.parametrize(("ratio", "asked"), [(1.0049, ["best", "next"]), (1.0051, None)])
+@pytest.mark.parametrize(("ratio", "expected"), [(1.0049, ["best", "next"]), (1.0051, None)])
 def test_passkeys_decide_between_contenders_that_are_half_a_per_cent_apart(
-    ratio: float, asked: list[str] | None
+    ratio: float, expected: list[str] | None
 ) -> None:
     """The others are ranked by perplexity alone, which costs nothing more."""
 
@@ -300,9 +302,9 @@ def test_passkeys_decide_between_contenders_that_are_half_a_per_cent_apart(
         def _require_skill(self, count: int) -> None:
             pass
 
-        def _spend_the_rest(self, left: Any, control: int, count: int) -> Any:
+        def _spend_the_rest(self, finalists: Any, control: int, count: int) -> Any:
             raise Decided(None)
 
     with pytest.raises(Decided) as decided:
         Asking(Three(), 0.01, 10_000).run()  # type: ignore[arg-type]
-    assert decided.value.args == (asked,)
+    assert decided.value.args == (expected,)

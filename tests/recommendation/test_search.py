@@ -28,8 +28,10 @@ LENGTH = 2 * TRAINED
 
 
 def run(**options: Any) -> SearchedFactors:
-    given = {"population": 6, "generations": 2, **options}
-    return search(tiny_llama(), character_tokenizer(), random_texts(2, 140), given.pop("length", LENGTH), **given)
+    settings = {"population": 6, "generations": 2, **options}
+    return search(
+        tiny_llama(), character_tokenizer(), random_texts(2, 140), settings.pop("length", LENGTH), **settings
+    )
 
 
 @cache
@@ -55,14 +57,14 @@ def test_the_same_seed_finds_the_same_and_another_seed_another() -> None:
     assert run(seed=1).plan != found().plan
 
 
-@pytest.mark.parametrize("kept", [1, 2, 7, 20])
-def test_a_search_that_was_killed_goes_on_to_the_same_result(kept: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lines_left", [1, 2, 7, 20])
+def test_a_search_that_was_killed_goes_on_to_the_same_result(lines_left: int, tmp_path: Path) -> None:
     """After a kill the journal ends anywhere, here also within a line."""
     journal = tmp_path / "journal.jsonl"
     assert run(journal=journal).plan == found().plan
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 1 + 12 * 2
-    journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:9])
+    journal.write_bytes(b"".join(lines[:lines_left]) + lines[lines_left][:9])
     again = run(journal=journal)
     assert again.plan == found().plan and again.history == found().history
     assert sorted(journal.read_bytes().splitlines()) == sorted(b"".join(lines).splitlines())
@@ -70,8 +72,8 @@ def test_a_search_that_was_killed_goes_on_to_the_same_result(kept: int, tmp_path
 
 def test_a_finished_search_goes_on_through_more_generations(tmp_path: Path) -> None:
     run(journal=tmp_path / "journal.jsonl")
-    more = run(generations=3, journal=tmp_path / "journal.jsonl")
-    assert more.history[:3] == found().history and more.plan == run(generations=3).plan
+    extended = run(generations=3, journal=tmp_path / "journal.jsonl")
+    assert extended.history[:3] == found().history and extended.plan == run(generations=3).plan
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1 + 15 * 2
 
 
@@ -112,8 +114,8 @@ def test_children_never_fall_and_keep_the_bounds() -> None:
     assert len(set(children)) == 40 and not set(children) & set(parents)
     for child in children:
         assert child[0] >= 1 and child[-1] <= 9 and list(child) == sorted(child)
-    whole = ordered(np.log([1.0, 4.0, 2.0, 8.0]), largest)
-    assert whole == pytest.approx((1, math.sqrt(8), math.sqrt(8), 8), abs=1e-6)
+    factors = ordered(np.log([1.0, 4.0, 2.0, 8.0]), largest)
+    assert factors == pytest.approx((1, math.sqrt(8), math.sqrt(8), 8), abs=1e-6)
 
 
 def test_key_tokens_as_the_objective() -> None:

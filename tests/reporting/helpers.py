@@ -29,25 +29,25 @@ def make_results(*, control: bool = True, passkey: bool = True, lengths: tuple[i
     for method, measured in MEASURED.items():
         factor = 1.0 if method == "none" else 8.0
         for i, length in enumerate(lengths):
-            whole, tail, found = measured[i % 4]
+            perplexity, tail, retrieved = measured[i % 4]
             whole_truncated, tail_truncated = TRUNCATED[i % 4]
             gain = tail_truncated / tail
-            change = whole / MEASURED["none"][i % 4][0] - 1
+            change = perplexity / MEASURED["none"][i % 4][0] - 1
             row = {"method": method, "factor": factor, "protocol": "prefix", "bos": "none", "dtype": "float32"}
             row |= {"length": length, "bits_per_byte": None}
-            row |= {"perplexity": whole, "perplexity_tail": tail, "nll_sum": 1.0, "tokens": 8 * (length - 1)}
-            row |= {"documents": 8, "ci95": [0.9 * whole, 1.1 * whole]}
+            row |= {"perplexity": perplexity, "perplexity_tail": tail, "nll_sum": 1.0, "tokens": 8 * (length - 1)}
+            row |= {"documents": 8, "ci95": [0.9 * perplexity, 1.1 * perplexity]}
             row |= {"perplexity_truncated": whole_truncated if control else None}
             row |= {"perplexity_truncated_tail": tail_truncated if control else None}
             row |= {"gain": gain if control else None, "gain_ci95": [gain - 0.02, gain + 0.02] if control else None}
             row |= {"change": change, "change_ci95": [change - 0.01, change + 0.01]}
-            rows.append(row | ({"passkey": found, "passkey_trials": 20} if passkey else {}))
+            rows.append(row | ({"passkey": retrieved, "passkey_trials": 20} if passkey else {}))
             for document, share in (("a", 0.9), ("b", 1.1)):  # two documents, one easier than the other
                 record = {"document": document, "method": method, "factor": factor, "length": length, "first": 1}
                 record |= {"bytes": None, "groups": None, "group_mean_sum": None}
-                record |= {"nll_sum": share * length * math.log(whole), "tokens": length}
+                record |= {"nll_sum": share * length * math.log(perplexity), "tokens": length}
                 record |= {"tail_nll_sum": share * length / 2 * math.log(tail), "tail_tokens": length // 2}
-                record |= {"position_nll_sums": [share * length / 16 * math.log(whole)] * 16}
+                record |= {"position_nll_sums": [share * length / 16 * math.log(perplexity)] * 16}
                 per_document.append(record)
                 if control and method == "none":
                     sums = [share * length / 16 * math.log(whole_truncated)] * 16

@@ -43,14 +43,14 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
 
 def test_before_and_after_are_what_one_comparison_would_have_measured(before: Results) -> None:
     """Of an untrained model both ways exist, and must agree to the last digit."""
-    whole = compare(tiny_llama(), character_tokenizer(), TEXTS, ["none", "yarn"], lengths=LENGTHS, factor=2.0)
+    compared = compare(tiny_llama(), character_tokenizer(), TEXTS, ["none", "yarn"], lengths=LENGTHS, factor=2.0)
     model = tiny_llama()
     patch_model(model, "yarn", factor=2)
     joined = before_after(before, measure(model))
-    for row in whole.rows:
+    for row in compared.rows:
         name = THIS_MODEL if row["method"] == "yarn" else "none"
         assert joined.row(name, row["length"]) == row | {"method": name}
-    assert joined.short_context() == [entry | {"method": THIS_MODEL} for entry in whole.short_context()]
+    assert joined.short_context() == [entry | {"method": THIS_MODEL} for entry in compared.short_context()]
 
 
 def test_without_a_control_there_is_no_gain(before: Results) -> None:
@@ -66,10 +66,10 @@ def test_what_cannot_be_compared(before: Results, adapter: tuple[Path, Results])
     several = compare(tiny_llama(), character_tokenizer(), TEXTS, ["linear", "yarn"], lengths=LENGTHS, factor=2.0)
     with pytest.raises(InvalidParameterError, match="are of linear, yarn. Measure it alone"):
         before_after(before, several)
-    other = copy.deepcopy(after)
-    other.provenance["protocol"] = "sliding"
+    altered = copy.deepcopy(after)
+    altered.provenance["protocol"] = "sliding"
     with pytest.raises(InvalidParameterError, match=r"protocol .prefix, sliding.*Measure both in the same"):
-        before_after(before, other)
+        before_after(before, altered)
     shorter = compare(tiny_llama(), character_tokenizer(), TEXTS, ["none"], lengths=LENGTHS[1:], factor=2.0)
     with pytest.raises(InvalidParameterError, match="truncated was not measured at every length"):
         before_after(shorter, after)
@@ -79,23 +79,23 @@ def test_what_cannot_be_compared(before: Results, adapter: tuple[Path, Results])
 
 def test_card_of_an_adapter(before: Results, adapter: tuple[Path, Results]) -> None:
     path, after = adapter
-    kept = {name: content for name, content in files(path).items() if name != "README.md"}
+    contents = {name: content for name, content in files(path).items() if name != "README.md"}
     card = ModelCard(write_model_card(path, before, after, training=TRAINING).read_text())
     joined = before_after(before, after)
 
     data = card.data
     assert data.library_name == "peft" and {"hf_posext", "yarn"} <= set(data.tags)
     assert data.model_name == "my-adapter"
-    told = {
+    values = {
         (entry.metric_name, entry.dataset_args["length"]): entry.metric_value
         for entry in data.eval_results
         if entry.dataset_args["method"] == "yarn"
     }
-    assert len(told) == len(data.eval_results) > 0  # of this model alone
+    assert len(values) == len(data.eval_results) > 0  # of this model alone
     for length in LENGTHS:
         row = joined.row(THIS_MODEL, length)
-        assert told["Perplexity", length] == row["perplexity"]
-        assert told["Gain over the truncated context", length] == row["gain"]
+        assert values["Perplexity", length] == row["perplexity"]
+        assert values["Gain over the truncated context", length] == row["gain"]
 
     text = card.text
     change = joined.short_context()[0]["change"]
@@ -117,7 +117,7 @@ def test_card_of_an_adapter(before: Results, adapter: tuple[Path, Results]) -> N
     ):
         assert words in text, words
     assert (path / PICTURE).read_bytes().startswith(b"\x89PNG")
-    assert {name: content for name, content in files(path).items() if name in kept} == kept
+    assert {name: content for name, content in files(path).items() if name in contents} == contents
 
 
 def test_card_of_a_checkpoint(before: Results, tmp_path: Path) -> None:

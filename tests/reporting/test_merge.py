@@ -55,8 +55,8 @@ def test_runs_of_one_model_become_one_and_what_both_measured_is_kept_once() -> N
     second.provenance["not_applicable"] = {"table-linear": "table-linear extends learned positions"}
     (merged,) = merge_runs({"a": first, "b": second})
     assert [row["method"] for row in merged.rows] == ["none"] * 4 + ["yarn"] * 4 + ["linear"] * 4
-    found = [(record["document"], record["method"], record["length"]) for record in merged.per_document]
-    assert len(found) == len(set(found)) == 2 * 4 * 4, "two documents, four lengths, three methods and the control"
+    keys = [(record["document"], record["method"], record["length"]) for record in merged.per_document]
+    assert len(keys) == len(set(keys)) == 2 * 4 * 4, "two documents, four lengths, three methods and the control"
     assert merged.provenance["not_applicable"] == second.provenance["not_applicable"]
     assert first.provenance["not_applicable"] == {} and len(first.rows) == 8, "what was given stays as it was"
 
@@ -110,12 +110,12 @@ def test_what_only_one_run_found_is_kept_whichever_comes_first(order: tuple[str,
 
 
 def test_runs_that_contradict_each_other_are_refused() -> None:
-    other = a_run()
-    other.rows[0]["nll_sum"] *= 1 + 1e-5
+    altered = a_run()
+    altered.rows[0]["nll_sum"] *= 1 + 1e-5
     with pytest.raises(InvalidParameterError, match="a.json and b.json contradict each other: none at 512"):
-        merge_runs({"a.json": a_run(), "b.json": other})
-    other.rows[0]["nll_sum"] /= 1 + 1e-5 - 1e-8  # what another number of threads may make
-    assert len(merge_runs({"a.json": a_run(), "b.json": other})) == 1
+        merge_runs({"a.json": a_run(), "b.json": altered})
+    altered.rows[0]["nll_sum"] /= 1 + 1e-5 - 1e-8  # what another number of threads may make
+    assert len(merge_runs({"a.json": a_run(), "b.json": altered})) == 1
 
 
 def test_a_run_without_rows_is_refused() -> None:
@@ -124,7 +124,7 @@ def test_a_run_without_rows_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "difference"),
     [
         ("protocol", "sliding", "protocol (prefix, sliding)"),
         ("start", 2000, "start (0, 2000)"),
@@ -132,10 +132,10 @@ def test_a_run_without_rows_is_refused() -> None:
         ("documents", [{"document": "c", "tokens": 9000}], "documents (2 documents, 1 documents)"),
     ],
 )
-def test_what_was_measured_otherwise_stays_apart_and_says_so(key: str, value: Any, said: str) -> None:
+def test_what_was_measured_otherwise_stays_apart_and_says_so(key: str, value: Any, difference: str) -> None:
     runs = merge_runs({"a": a_run(), "b": a_run(**{key: value})})
     assert len(runs) == 2
-    assert differences(runs) == [f"Compare within a model, not across: the runs differ in {said}."]
+    assert differences(runs) == [f"Compare within a model, not across: the runs differ in {difference}."]
     titles = run_titles(runs)
     assert len(set(titles)) == 2 and all(title.startswith("tiny-rope (") and key in title for title in titles)
     perplexity = merged_grids(runs, titles)[1]
@@ -148,8 +148,8 @@ def test_runs_that_were_measured_alike_need_no_warning() -> None:
 
 
 def test_titles_are_never_alike() -> None:
-    one, two = a_run(documents=[{"document": "a"}]), a_run(documents=[{"document": "b"}])
-    assert run_titles(merge_runs({"a": one, "b": two})) == ["tiny-rope #1", "tiny-rope #2"]
+    first, second = a_run(documents=[{"document": "a"}]), a_run(documents=[{"document": "b"}])
+    assert run_titles(merge_runs({"a": first, "b": second})) == ["tiny-rope #1", "tiny-rope #2"]
 
 
 def test_one_table_has_a_block_for_each_model_and_fits_80_columns() -> None:
@@ -201,8 +201,13 @@ def test_the_merged_report_is_complete(tmp_path: Path) -> None:
     runs = three_schemes()
     runs["tiny-alibi.json"].provenance["not_applicable"] = {"ntk": "ntk extends rotary positions; bloom has alibi"}
     readme = write_merged_report(runs, tmp_path / "new")
-    own = {f"{model}_{file}" for model in SCHEMES for file in ("results.json", "gain_by_position.png")}
-    assert {path.name for path in readme.parent.iterdir()} == {"README.md", "perplexity.png", "results.csv", *own}
+    per_model = {f"{model}_{file}" for model in SCHEMES for file in ("results.json", "gain_by_position.png")}
+    assert {path.name for path in readme.parent.iterdir()} == {
+        "README.md",
+        "perplexity.png",
+        "results.csv",
+        *per_model,
+    }
     for model, run in zip(SCHEMES, merge_runs(runs), strict=True):
         assert Results.load_json(readme.parent / f"{model}_results.json").rows == run.rows
     text = readme.read_text()
@@ -220,8 +225,8 @@ def test_the_merged_report_is_complete(tmp_path: Path) -> None:
 
 def retrieved(method: str) -> list[dict[str, Any]]:
     factor = 1.0 if method == "none" else 8.0
-    found = {"method": method, "factor": factor, "task": "multi-key", "depth": 0.5, "accuracy": 0.25, "trials": 4}
-    return [found | {"length": length} for length in (512, 4096)]
+    row = {"method": method, "factor": factor, "task": "multi-key", "depth": 0.5, "accuracy": 0.25, "trials": 4}
+    return [row | {"length": length} for length in (512, 4096)]
 
 
 def test_runs_of_one_model_are_one_card_with_all_that_one_run_has(tmp_path: Path) -> None:
@@ -236,22 +241,22 @@ def test_runs_of_one_model_are_one_card_with_all_that_one_run_has(tmp_path: Path
         *("README.md", "perplexity.png", "results.csv", "results.json", "retrieval.csv"),
     }
     assert all(f"]({name})" in text for name in pictures) and "[`results.json`](results.json)." in text
-    kept = Results.load_json(tmp_path / "results.json")
-    assert [row["method"] for row in kept.rows] == ["none"] * 4 + ["yarn"] * 4 + ["linear"] * 4
-    assert len(kept.retrieval) == 6 and kept.provenance["command"].splitlines() == [
+    merged = Results.load_json(tmp_path / "results.json")
+    assert [row["method"] for row in merged.rows] == ["none"] * 4 + ["yarn"] * 4 + ["linear"] * 4
+    assert len(merged.retrieval) == 6 and merged.provenance["command"].splitlines() == [
         "hf-posext compare --model tiny",
         "hf-posext compare --methods linear",
     ]
     card = ModelCard(text)
     assert card.data.model_name == "tiny-rope" and card.text.strip().startswith("# Side by side: tiny-rope\n")
-    told = {
+    values = {
         (entry.dataset_args["method"], entry.dataset_args["length"], entry.metric_name): entry.metric_value
         for entry in card.data.eval_results
     }
-    assert len(told) == len(card.data.eval_results)
-    for row in kept.rows:
-        assert told[row["method"], row["length"], "Perplexity"] == row["perplexity"]
-        assert told[row["method"], row["length"], "Gain over the truncated context"] == row["gain"]
+    assert len(values) == len(card.data.eval_results)
+    for row in merged.rows:
+        assert values[row["method"], row["length"], "Perplexity"] == row["perplexity"]
+        assert values[row["method"], row["length"], "Gain over the truncated context"] == row["gain"]
 
 
 def test_what_has_no_control_at_the_longest_length_has_no_gain_by_position(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_the_picture_is_as_wide_as_a_readme_and_replaces_in_one_step(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("asked", "titles"),
+    ("options", "titles"),
     [
         ({}, ["Perplexity of the second half of the text", "Gain over truncation", "Passkeys retrieved"]),
         ({"passkey": False}, ["Perplexity of the second half of the text", "Gain over truncation"]),
@@ -148,9 +148,9 @@ def test_the_picture_is_as_wide_as_a_readme_and_replaces_in_one_step(tmp_path: P
     ],
 )
 def test_the_picture_has_a_panel_for_each_question(
-    asked: dict[str, bool], titles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, bool], titles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = panels(lambda: plot_perplexity(make_results(**asked), tmp_path / "p.png"), monkeypatch)
+    drawn = panels(lambda: plot_perplexity(make_results(**options), tmp_path / "p.png"), monkeypatch)
     assert [panel.get_title() for panel in drawn] == titles
 
 
@@ -215,9 +215,9 @@ def test_what_no_table_shows_is_said() -> None:
     results.provenance["not_applicable"] = {
         name: f"{name} {reason}" for name in ("table-linear", "table-cubic")
     }  # fmt: skip
-    told = f"Left out: table-linear, table-cubic ({reason})."
-    assert notes(results) == [told, "No short-context check: no length up to 512 was measured."]
-    assert told in " ".join(" ".join(printed(results)).split()) and told in render_report(results)
+    note = f"Left out: table-linear, table-cubic ({reason})."
+    assert notes(results) == [note, "No short-context check: no length up to 512 was measured."]
+    assert note in " ".join(" ".join(printed(results)).split()) and note in render_report(results)
     for row in results.rows:
         row |= {"length": row["length"] // 4, "change": None, "change_ci95": None}
     assert notes(results)[1] == "No short-context check: `none` is not among the methods."
@@ -322,12 +322,12 @@ def test_intervals_of_a_legacy_average_are_of_its_means(tmp_path: Path, monkeypa
     assert (low, high) == pytest.approx((math.exp(3.5), MEASURED["none"][0][0]))
 
 
-@pytest.mark.parametrize(("there", "said"), [(1.25, "keeps its perplexity level"), (1.25001, "breaks by 1024")])
-def test_a_quarter_more_perplexity_is_broken(there: float, said: str) -> None:
+@pytest.mark.parametrize(("growth", "words"), [(1.25, "keeps its perplexity level"), (1.25001, "breaks by 1024")])
+def test_a_quarter_more_perplexity_is_broken(growth: float, words: str) -> None:
     results = make_results(control=False, passkey=False, lengths=(512, 1024))
     for row in results.rows:
-        row["perplexity_tail"] = 40.0 if row["length"] == 512 else 40.0 * there
-    assert all(said in sentence for sentence in describe_methods(results))
+        row["perplexity_tail"] = 40.0 if row["length"] == 512 else 40.0 * growth
+    assert all(words in sentence for sentence in describe_methods(results))
 
 
 @pytest.mark.filterwarnings("error")
@@ -353,10 +353,10 @@ def test_shares_have_their_intervals_in_the_report() -> None:
     assert "yarn x8 90 % [70, 97] of 20." in render_report(results)
 
 
-@pytest.mark.parametrize(("found", "trials"), [(0, 5), (5, 5), (1, 20), (7, 13)])
-def test_the_interval_of_a_share_is_that_of_scipy(found: int, trials: int) -> None:
-    expected = binomtest(found, trials).proportion_ci(0.95, method="wilson")
-    assert share_interval(found / trials, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+@pytest.mark.parametrize(("successes", "trials"), [(0, 5), (5, 5), (1, 20), (7, 13)])
+def test_the_interval_of_a_share_is_that_of_scipy(successes: int, trials: int) -> None:
+    expected = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    assert share_interval(successes / trials, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_results_are_one_line_and_a_table_in_notebooks() -> None:
@@ -391,7 +391,7 @@ def test_lengths_that_do_not_fit_side_by_side_stand_upright(tmp_path: Path, monk
             labels = [label for label in panel.get_xticklabels() if label.get_visible() and label.get_text()]
             boxes = [label.get_window_extent() for label in labels]
             assert {label.get_rotation() for label in labels} <= {rotation}
-            assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes)), "none overlap"
+            assert all(box.x1 < next_box.x0 for box, next_box in itertools.pairwise(boxes)), "none overlap"
             drawn += len(labels)
         assert drawn >= 2 * len(lengths), "in the lowest panels"
 
@@ -405,4 +405,4 @@ def test_positions_that_are_labelled_do_not_overlap(tmp_path: Path, monkeypatch:
         (panel,) = panels(lambda results=results: plot_gain_by_position(results, tmp_path / "p.png"), monkeypatch)  # type: ignore[misc]
         assert set(expected) <= set(panel.get_xticks()) and lengths[-1] in panel.get_xticks()
         boxes = sorted((label.get_window_extent() for label in panel.get_xticklabels()), key=lambda box: box.x0)
-        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+        assert all(box.x1 < next_box.x0 for box, next_box in itertools.pairwise(boxes))

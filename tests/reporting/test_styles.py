@@ -31,8 +31,8 @@ def test_no_two_methods_look_alike() -> None:
 
 
 def test_a_composition_looks_like_its_first_component_in_a_broken_line() -> None:
-    for base, other in itertools.product(("rerope", "self-extend"), ("fade", "decay", "log-n")):
-        alone, composed = look(base), look(f"{base}+{other}")
+    for base, component in itertools.product(("rerope", "self-extend"), ("fade", "decay", "log-n")):
+        alone, composed = look(base), look(f"{base}+{component}")
         assert composed[:2] == alone[:2] and composed[2] != alone[2]
     assert look("rerope+fade") != look("rerope+decay") != look("rerope")
 
@@ -41,15 +41,15 @@ def test_variants_in_one_picture_are_told_apart() -> None:
     names = ["rerope(window=128)", "rerope(window=256)", "rerope(window=384)", "yarn x2", "yarn x8"]
     looks = method_styles(names)
     shown = [(looks[name]["color"], looks[name]["marker"], looks[name]["fillstyle"]) for name in names]
-    assert len(set(shown)) == 5 and len({each[:2] for each in shown}) == 2
+    assert len(set(shown)) == 5 and len({look_of_variant[:2] for look_of_variant in shown}) == 2
 
 
 def test_pictures_are_legible_in_grey() -> None:
     assert len({look(name)[1] for name in STYLED[: len(MARKERS)]}) == len(MARKERS)
     for first, second in itertools.combinations(STYLED, 2):
-        (one, marker, *_), (other, same, *_) = look(first), look(second)
-        if marker == same:  # told apart by their lightness
-            assert abs(grey(str(one)) - grey(str(other))) > 0.05, (first, second)
+        (color, marker, *_), (second_color, second_marker, *_) = look(first), look(second)
+        if marker == second_marker:  # told apart by their lightness
+            assert abs(grey(str(color)) - grey(str(second_color))) > 0.05, (first, second)
 
 
 def grey(colour: str) -> float:

@@ -54,8 +54,8 @@ class Results:
                 patch.setattr(sys, "argv", [f"{name}.py", "--tiny", "--output", str(path), *self._more(name)])
                 script(name).main()
         assert not list(self.folder.glob("*.partial.json"))
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result
 
     def _more(self, name: str) -> list[str]:
         picture = ["--picture", str(self.folder / "scaling.png")]
@@ -69,9 +69,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def test_ways_of_perplexity_agree(results: Results) -> None:
-    found = results.of("perplexity")
+    result = results.of("perplexity")
     left_out = set()
-    for sweep in found["parts"].values():
+    for sweep in result["parts"].values():
         for name, row in sweep["rows"].items():
             if "left_out" in row:
                 left_out.add(name)
@@ -80,7 +80,7 @@ def test_ways_of_perplexity_agree(results: Results) -> None:
                 assert len(row["nll"]) == len(sweep["lengths"]) and row["deviation"] <= 1e-5
         assert sweep["rows"]["hf_posext"]["readings"] == 2
     assert left_out <= OPTIONAL
-    apart = [goal for goal in found["goals"] if goal["what"].startswith("NLL apart")]
+    apart = [goal for goal in result["goals"] if goal["what"].startswith("NLL apart")]
     assert len(apart) == 5 and all(goal["met"] is not False for goal in apart)
 
 
@@ -94,8 +94,8 @@ def test_docs_recipe_weighs_windows_by_one_token_less() -> None:
 
 
 def test_cpu(results: Results) -> None:
-    found = results.of("cpu")
-    rows = [row for part in found["parts"].values() for row in part]
+    result = results.of("cpu")
+    rows = [row for part in result["parts"].values() for row in part]
     kinds = {"import", "patch_model", "forward", "prefill", "memory", "decode", "training"}
     assert {row["what"] for row in rows} == kinds
     ways = {kind: [row["way"] for row in rows if row["what"] == kind] for kind in ("prefill", "training")}
@@ -116,55 +116,55 @@ def test_a_layer_is_trained_by_its_given_states() -> None:
 
 
 def test_gpu_script_on_the_cpu(results: Results) -> None:
-    found = results.of("gpu")
-    rows = [row for name, part in found["parts"].items() if not name.startswith("perplexity") for row in part]
+    result = results.of("gpu")
+    rows = [row for name, part in result["parts"].items() if not name.startswith("perplexity") for row in part]
     errors = [row["error"] for row in rows if row["what"] == "prefill"]
     assert len(errors) == 3 * 5 and max(errors) < 1e-6
-    assert {goal["found"] is None for goal in found["goals"] if "131,072" in goal["what"]} == {True}
-    assert [goal["found"] is not None for goal in found["goals"] if goal["what"].startswith("1.2 B")] == [True] * 3
+    assert {goal["found"] is None for goal in result["goals"] if "131,072" in goal["what"]} == {True}
+    assert [goal["found"] is not None for goal in result["goals"] if goal["what"].startswith("1.2 B")] == [True] * 3
 
 
 def test_gpu_decoding_on_the_cpu(results: Results) -> None:
     """Steps of all ways are timed, and steps of the shorter length alone."""
-    found = results.of("gpu_decoding")
+    result = results.of("gpu_decoding")
     ways = ["plain", *script("gpu").METHODS]
-    assert {name: [row["way"] for row in part] for name, part in found["parts"].items()} == {
+    assert {name: [row["way"] for row in part] for name, part in result["parts"].items()} == {
         "graph 32768": ways,
         "decode 32768": ways,
     }
-    known = [said for said, kind, other in script("gpu_decoding").AGAINST if other == "plain"]
-    for goal in found["goals"]:
-        (said,) = (one for one in (*known, "as PyTorch picks") if one in goal["what"])
-        assert (goal["found"] is not None) == (said in known and "32,768" in goal["what"])
+    known = [words for words, kind, baseline in script("gpu_decoding").AGAINST if baseline == "plain"]
+    for goal in result["goals"]:
+        (words,) = (candidate for candidate in (*known, "as PyTorch picks") if candidate in goal["what"])
+        assert (goal["found"] is not None) == (words in known and "32,768" in goal["what"])
 
 
 def test_scaling(results: Results) -> None:
-    found = results.of("scaling")
-    assert [curve["way"] for curve in found["parts"].values()] == list(script("scaling").WAYS)
+    result = results.of("scaling")
+    assert [curve["way"] for curve in result["parts"].values()] == list(script("scaling").WAYS)
     assert (results.folder / "scaling.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_fit_finds_what_made_the_values() -> None:
     lengths = (1024, 2048, 4096, 8192)
-    found = script("scaling").fit(lengths, [3e-4 * n + 2e-8 * n**2 for n in lengths], (1, 2))
-    assert found["coefficients"] == pytest.approx([3e-4, 2e-8]) and found["largest_residual"] < 1e-9
+    curve = script("scaling").fit(lengths, [3e-4 * n + 2e-8 * n**2 for n in lengths], (1, 2))
+    assert curve["coefficients"] == pytest.approx([3e-4, 2e-8]) and curve["largest_residual"] < 1e-9
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    output, made = script("output"), []
+    output, names = script("output"), []
 
     def part(name: str) -> Callable[[], str]:
-        return lambda: made.append(name) or name
+        return lambda: names.append(name) or name
 
     path = tmp_path / "some.json"
     output.Run("some", {"repeats": 1}, path).part("first", part("first"))
     again = output.Run("some", {"repeats": 1}, path)
     assert [again.part(name, part(name)) for name in ("first", "second")] == ["first", "second"]
-    assert made == ["first", "second"]
-    other = output.Run("some", {"repeats": 2}, path)
-    assert other.part("first", part("third")) == "third", "settings that are not the same"
+    assert names == ["first", "second"]
+    changed = output.Run("some", {"repeats": 2}, path)
+    assert changed.part("first", part("third")) == "third", "settings that are not the same"
     again.finish([])
-    assert [each.name for each in tmp_path.iterdir()] == ["some.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["some.json"]
     assert json.loads(path.read_text())["command"] == "python benchmarks/some.py --repeats 1"
     command = output.Run("some", {"tiny": True, "quick": False}, None).content["command"]
     assert command == "python benchmarks/some.py --tiny"
@@ -177,19 +177,20 @@ def test_page_of_a_machine_that_measured_nothing() -> None:
 @pytest.mark.parametrize("name", ["perplexity", "cpu", "scaling", "gpu", "gpu_decoding"])
 def test_results_say_what_they_are(name: str, results: Results) -> None:
     """With goals in which nothing is amiss, and a page that shows them."""
-    found = results.of(name)
+    result = results.of(name)
     assert (
-        found["command"].startswith(f"python benchmarks/{name}.py --") and str(results.folder) not in found["command"]
+        result["command"].startswith(f"python benchmarks/{name}.py --")
+        and str(results.folder) not in result["command"]
     )
-    assert found["machine"]["date"] and found["machine"]["versions"]["torch"] and "gpu" in found["machine"]
-    assert found["goals"]
-    for goal in found["goals"]:
+    assert result["machine"]["date"] and result["machine"]["versions"]["torch"] and "gpu" in result["machine"]
+    assert result["goals"]
+    for goal in result["goals"]:
         (bound,) = {"at_most", "at_least"} & goal.keys()
         value = goal["found"]
         expected = None if value is None else value <= goal[bound] if bound == "at_most" else value >= goal[bound]
         assert goal["what"] and goal["met"] is expected, goal
     text = script("page").render(results.folder)
-    assert all(goal["what"] in text for goal in found["goals"]) and found["command"] in text
+    assert all(goal["what"] in text for goal in result["goals"]) and result["command"] in text
 
 
 def test_every_method_for_a_shipped_model_was_measured() -> None:

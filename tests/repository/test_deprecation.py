@@ -30,9 +30,9 @@ def test_a_former_argument_is_passed_under_the_new_name_with_a_warning() -> None
     with pytest.warns(DeprecationWarning, match="size is now called length; pass length=8") as caught:
         assert former(size=8) == (8, "black")
     assert caught[0].filename == __file__
-    with pytest.warns(DeprecationWarning) as both:
+    with pytest.warns(DeprecationWarning) as warned:
         assert former(size=0, colour="red") == (0, "red")
-    assert len(both) == 2
+    assert len(warned) == 2
     with pytest.raises(InvalidParameterError, match="length and size are the same"):
         former(size=8, length=9)
     assert list(inspect.signature(draw).parameters) == ["length", "color"]

@@ -116,9 +116,9 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         return done.stdout
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [str(path), *words])
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
         runpy.run_path(str(path), run_name="__main__")
-    return said.getvalue()
+    return stdout.getvalue()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,11 +126,11 @@ def test_an_example_does_what_it_says(name: str, folder: Path, monkeypatch: pyte
     first = BEFORE.get(name)
     if first is not None and not (folder / "reports" / "lora").exists():  # where tests are shared out
         run(first, folder, monkeypatch)
-    said = run(name, folder, monkeypatch)
-    assert said.strip()
-    assert [pattern for pattern in RUNS.get(name, ("", []))[1] if not re.search(pattern, said)] == [], said
-    assert [line for line in said.splitlines() if len(line) > 80] == []
-    assert str(EXAMPLES) not in said and str(folder) not in said
+    text = run(name, folder, monkeypatch)
+    assert text.strip()
+    assert [pattern for pattern in RUNS.get(name, ("", []))[1] if not re.search(pattern, text)] == [], text
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert str(EXAMPLES) not in text and str(folder) not in text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,9 +163,9 @@ def test_the_custom_method_is_that_of_its_author(monkeypatch: pytest.MonkeyPatch
     places = torch.arange(1, 9, dtype=torch.float64)
     scale = torch.log(torch.tensor(4.0, dtype=torch.float64)) / 8**0.625
     expected = 1 / (10_000 ** ((places - 1) / 8) * torch.exp(scale * places**0.625))
-    found = torch.tensor(plan.rotaries[0].inv_freq, dtype=torch.float64)
+    inv_freq = torch.tensor(plan.rotaries[0].inv_freq, dtype=torch.float64)
     # float32, and rounded once more through longrope's factors
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(inv_freq, expected, rtol=1e-6, atol=0)
     assert plan.rotaries[0].attention_factor == 1
 
 
@@ -201,12 +201,12 @@ def test_the_loss_of_the_recipe_weighs_answers_four_times(recipe: dict[str, Any]
     labels = torch.tensor([[1, 2, 3 + 16, 4, 5], [6, 7, 8, 9 + 16, 10 + 16]])
     expected = 0.0
     for row in range(2):
-        for at in range(4):
-            label = int(labels[row, at + 1])
-            expected -= logits[row, at].log_softmax(-1)[label % 16].item() * (4 if label >= 16 else 1)
+        for position in range(4):
+            label = int(labels[row, position + 1])
+            expected -= logits[row, position].log_softmax(-1)[label % 16].item() * (4 if label >= 16 else 1)
     outputs = type("Outputs", (), {"logits": logits})
-    found = recipe["weighted_loss"](outputs, labels, torch.tensor(8))
-    assert found.item() == pytest.approx(expected / 8, rel=1e-6)
+    loss = recipe["weighted_loss"](outputs, labels, torch.tensor(8))
+    assert loss.item() == pytest.approx(expected / 8, rel=1e-6)
 
 
 def test_the_recipe_decays_matrices_alone(recipe: dict[str, Any]) -> None:
@@ -244,10 +244,10 @@ def test_embeds_as_a_mean_over_tokens(example: ModuleType) -> None:
     with torch.no_grad():
         expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-    found = example.embed(model.eval(), tokenizer, ids)[0]
-    assert torch.allclose(found, expected / expected.norm(), atol=1e-6)  # float32, one forward each
+    embedding = example.embed(model.eval(), tokenizer, ids)[0]
+    assert torch.allclose(embedding, expected / expected.norm(), atol=1e-6)  # float32, one forward each
     with patch_model(model, "table-linear", target_length=1024):
-        assert not torch.allclose(example.embed(model, tokenizer, ids)[0], found, atol=1e-3)
+        assert not torch.allclose(example.embed(model, tokenizer, ids)[0], embedding, atol=1e-3)
 
 
 def test_runs_and_writes_what_it_prints(
@@ -325,8 +325,8 @@ def fresh() -> Any:
 
 @pytest.mark.parametrize("which", ["committed", "fresh"])
 def test_what_the_text_claims_holds(which: str, request: pytest.FixtureRequest) -> None:
-    said = printed(request.getfixturevalue(which))
-    assert [claim for claim in CLAIMS if not re.search(claim, said)] == [], said
+    text = printed(request.getfixturevalue(which))
+    assert [claim for claim in CLAIMS if not re.search(claim, text)] == [], text
 
 
 def test_the_committed_numbers_are_those_of_a_run(committed: Any, fresh: Any) -> None:

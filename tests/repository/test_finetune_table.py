@@ -88,18 +88,20 @@ def test_the_words_follow_the_numbers(results: Path) -> None:
     assert f"that helps with `yarn` ({100 * ratio:+.1f} % [" in verdict
     assert missing.startswith("Not measured yet: `none/untrained`") and "`yarn/" not in missing
     for tail, tilt, words in ((39, 0.01, "harms"), (36.5, 0.05, "makes no difference that these documents show")):
-        found = finetune_table.load(results)
-        found["runs"]["yarn/lora-plus"] = a_run(tail, tilt, 200)
-        assert f"that {words} with `yarn`" in finetune_table.sentences(found)[1]
+        content = finetune_table.load(results)
+        content["runs"]["yarn/lora-plus"] = a_run(tail, tilt, 200)
+        assert f"that {words} with `yarn`" in finetune_table.sentences(content)[1]
 
 
 def test_training_that_gains_nothing_has_no_share(results: Path) -> None:
-    found = finetune_table.load(results)
-    found["runs"]["yarn/full"] = a_run(42, trained=1000)
-    assert "Training all weights raised the perplexity at 4096 of `yarn` (+5.0 %)." in finetune_table.sentences(found)
-    assert finetune_table.share_of_full("yarn/lora", found["runs"]) is None
-    found["runs"]["none/untrained"] = a_run(25)
-    assert "Above 1, where the longer context helps, are `none/untrained`." in finetune_table.sentences(found)[0]
+    content = finetune_table.load(results)
+    content["runs"]["yarn/full"] = a_run(42, trained=1000)
+    assert "Training all weights raised the perplexity at 4096 of `yarn` (+5.0 %)." in finetune_table.sentences(
+        content
+    )
+    assert finetune_table.share_of_full("yarn/lora", content["runs"]) is None
+    content["runs"]["none/untrained"] = a_run(25)
+    assert "Above 1, where the longer context helps, are `none/untrained`." in finetune_table.sentences(content)[0]
 
 
 def test_candidates_are_a_table_of_their_own_against_the_best_full(results: Path, tmp_path: Path) -> None:
@@ -112,8 +114,8 @@ def test_candidates_are_a_table_of_their_own_against_the_best_full(results: Path
 
 
 def test_the_picture(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = finetune_table.load(results)
-    gain, cost = panels(lambda: finetune_table.plot(found, tmp_path / "p.png"), monkeypatch)
+    content = finetune_table.load(results)
+    gain, cost = panels(lambda: finetune_table.plot(content, tmp_path / "p.png"), monkeypatch)
     assert imread(tmp_path / "p.png").shape[1] == 1800
     dots = {line.get_label(): list(line.get_xdata()) for line in gain.lines}
     assert dots["lora"] == [30 / 36] and dots["untrained"] == [30 / 50, 30 / 40]

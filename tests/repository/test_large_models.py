@@ -97,8 +97,8 @@ def test_the_control_reads_as_many_windows(script: ModuleType, monkeypatch: pyte
 
 
 def test_tiny_run(script: ModuleType) -> None:
-    whole, chunked = script.measure("tiny", 300, 128, (None, 32))
-    assert whole["nll"] == pytest.approx(chunked["nll"], abs=1e-5)
+    unchunked, chunked = script.measure("tiny", 300, 128, (None, 32))
+    assert unchunked["nll"] == pytest.approx(chunked["nll"], abs=1e-5)
 
 
 def test_the_page_has_the_commands_for_public_models(page: ModuleType) -> None:

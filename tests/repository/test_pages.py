@@ -73,16 +73,16 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert code is not None
     monkeypatch.chdir(tmp_path)
     (tmp_path / "novels.jsonl").write_text('{"text": "Once upon a time."}\n', encoding="utf-8")
-    seen: dict[str, object] = {}
+    calls: dict[str, object] = {}
     shape = {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}}
     model = tiny_llama(max_position_embeddings=8192, **shape)  # the positions of SmolLM2
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: None)
-    monkeypatch.setattr(hf_posext, "compare", lambda *args, **kwargs: seen.update(methods=args[3]))
-    names: dict[str, object] = {"print": lambda text: seen.update(described=text)}
+    monkeypatch.setattr(hf_posext, "compare", lambda *args, **kwargs: calls.update(methods=args[3]))
+    names: dict[str, object] = {"print": lambda text: calls.update(described=text)}
     exec(code[1], names)
-    assert seen["methods"] == ["none", "yarn", "rerope"]
-    assert str(seen["described"]).splitlines() == re.findall(r"^# (.*)$", code[1], flags=re.MULTILINE)
+    assert calls["methods"] == ["none", "yarn", "rerope"]
+    assert str(calls["described"]).splitlines() == re.findall(r"^# (.*)$", code[1], flags=re.MULTILINE)
     assert (tmp_path / "smollm2-yarn-x4" / "model.safetensors").exists() and not names["patch"].active  # type: ignore[attr-defined]
 
 
@@ -99,8 +99,8 @@ def test_every_page_is_in_the_navigation_and_there() -> None:
     listed = set(pages(NAV))
     written = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert written <= listed
-    rest = {page for page in listed - written if not page.startswith("reference/")} - {"index.md"}
-    assert all((ROOT / page).is_file() for page in rest)
+    unwritten = {page for page in listed - written if not page.startswith("reference/")} - {"index.md"}
+    assert all((ROOT / page).is_file() for page in unwritten)
 
 
 def test_every_room_with_a_reference_page_is_there() -> None:
@@ -126,10 +126,11 @@ def results(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["tiny-learned", "tiny-rope"])
 def test_the_page_says_where_the_loss_departs(name: str) -> None:
-    found = results(name)
-    low, high = found["departure_interval"]
+    diagnosis = results(name)
+    low, high = diagnosis["departure_interval"]
     assert (
-        f"`{name}` {'departs ' if name == 'tiny-learned' else ''}at token {found['departure']} [{low}, {high}]" in PAGE
+        f"`{name}` {'departs ' if name == 'tiny-learned' else ''}at token {diagnosis['departure']} [{low}, {high}]"
+        in PAGE
     )
 
 
@@ -139,11 +140,13 @@ def test_alibi_does_not_depart() -> None:
 
 @pytest.mark.parametrize("name", ["tiny-learned", "tiny-alibi", "tiny-rope"])
 def test_the_files_say_how_they_were_made(name: str) -> None:
-    found = results(name)
-    told = found["provenance"]
-    assert found["model"] == f"examples/tiny/{name}" and told["dataset"] == "examples/data/heldout.jsonl"
-    assert len(told["documents"]) == 8 and told["read"] == found["target_length"] == 2048
-    assert told["command"] == "python tools/explain_figure.py --measure" and set(told["versions"]) >= {"torch"}
+    diagnosis = results(name)
+    provenance = diagnosis["provenance"]
+    assert diagnosis["model"] == f"examples/tiny/{name}" and provenance["dataset"] == "examples/data/heldout.jsonl"
+    assert len(provenance["documents"]) == 8 and provenance["read"] == diagnosis["target_length"] == 2048
+    assert provenance["command"] == "python tools/explain_figure.py --measure" and set(provenance["versions"]) >= {
+        "torch"
+    }
     assert (ROOT / "docs" / "images" / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -151,13 +154,20 @@ TEXT = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="
 
 
 def test_every_preset_is_there_with_its_rate() -> None:
-    found = re.findall(r"^\| `([a-z-]+)` \|.*\| (\S+) \|$", TEXT, flags=re.MULTILINE)
-    assert {name: float(rate) for name, rate in found} == {name: one.learning_rate for name, one in PRESETS.items()}
+    rates = re.findall(r"^\| `([a-z-]+)` \|.*\| (\S+) \|$", TEXT, flags=re.MULTILINE)
+    assert {name: float(rate) for name, rate in rates} == {
+        name: preset.learning_rate for name, preset in PRESETS.items()
+    }
 
 
 def test_every_flag_exists() -> None:
     command: Any = typer.main.get_command(app)
-    known = {name for one in command.commands.values() for option in one.params for name in option.opts}
+    known = {
+        name
+        for command_of_app in command.commands.values()
+        for option in command_of_app.params
+        for name in option.opts
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", TEXT))
     assert len(named) > 20 and named <= known
 
@@ -173,9 +183,9 @@ def test_the_page_lists_every_file() -> None:
 @pytest.mark.parametrize("path", FILES, ids=[path.relative_to(ROOT).as_posix() for path in FILES])
 def test_every_file_says_what_made_it(path: Path) -> None:
     """A command, and the versions that it ran with; the sweeps of `recommend` and `search` contain none so far."""
-    found = results_index.origin(path)
-    assert found.command is not None
-    assert found.versions is not None or path.parent.name in ("recommend", "search")
+    origin = results_index.origin(path)
+    assert origin.command is not None
+    assert origin.versions is not None or path.parent.name in ("recommend", "search")
 
 
 @pytest.mark.parametrize("file", ["results/tiny-rope.json", "benchmarks/results/public_model.json"])

@@ -107,14 +107,14 @@ def test_extras_are_those_that_the_package_asks_for(extra: str) -> None:
 
 
 def test_no_file_names_a_path_of_somebodys_machine() -> None:
-    found = []
+    paths = []
     for name in repository_files():
         try:
             text = (ROOT / name).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # weights and pictures
-        found += [f"{name}: {match.group()}" for match in MACHINE_PATH.finditer(text)]
-    assert found == []
+        paths += [f"{name}: {match.group()}" for match in MACHINE_PATH.finditer(text)]
+    assert paths == []
 
 
 def test_machine_paths_would_be_found() -> None:

@@ -158,9 +158,11 @@ def test_the_error_is_ours_and_an_import_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_versions() -> None:
-    found = versions_of("hf_posext", "torch", "no-such-package")
+    versions = versions_of("hf_posext", "torch", "no-such-package")
     assert (
-        found["hf_posext"] == "0.1.0" and found["torch"][0].isdigit() and found["no-such-package"] == "not installed"
+        versions["hf_posext"] == "0.1.0"
+        and versions["torch"][0].isdigit()
+        and versions["no-such-package"] == "not installed"
     )
 
 

@@ -39,8 +39,8 @@ def result(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def run(script: ModuleType, path: Path, documents: str, methods: list[str]) -> None:
-    given = ["--documents", *documents, "--lengths", str(LENGTH), "--methods", *methods]
-    script.main(["--model", str(TINY), *given, "--start", str(START), "--output", str(path)])
+    options = ["--documents", *documents, "--lengths", str(LENGTH), "--methods", *methods]
+    script.main(["--model", str(TINY), *options, "--start", str(START), "--output", str(path)])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def compared(script: ModuleType) -> Results:
 def test_cells_are_the_records_of_compare(result: Path, compared: Results) -> None:
     """Every field of every cell, to the bit; the first half of the sums by stretch is what compare tells at 512."""
     cells = {(cell["document"], cell["asked"]): cell for cell in read(result)["cells"]}
-    records = {(each["document"], each["method"], each["length"]): each for each in compared.per_document}
+    records = {(record["document"], record["method"], record["length"]): record for record in compared.per_document}
     assert len(cells) == 2 * (1 + len(METHODS)) and len(records) == 2 * len(cells)
     for (document, method), cell in cells.items():
         record = records[document, method, LENGTH]
@@ -88,25 +88,25 @@ def test_the_long_question_is_as_long_as_it_says(script: ModuleType) -> None:
 
 
 def test_an_answer_is_asked_once(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, asked = tmp_path / "public_model.json", []
+    path, methods_asked = tmp_path / "public_model.json", []
 
-    def answer(model: Any, tokenizer: Any, document: Any, method: str, tokens: int, *rest: Any) -> dict[str, Any]:
-        asked.append(method)
+    def answer(model: Any, tokenizer: Any, document: Any, method: str, tokens: int, *counts: Any) -> dict[str, Any]:
+        methods_asked.append(method)
         return {"document": document.id, "asked": method, "tokens": tokens}
 
     monkeypatch.setattr(script, "answer", answer)
     for methods in (["none"], ["none", "yarn"]):
         script.main(["--model", str(TINY), "--answers", *methods, "--output", str(path)])
-    assert asked == ["none", "yarn"] and len(read(path)["answers"]) == 2
+    assert methods_asked == ["none", "yarn"] and len(read(path)["answers"]) == 2
 
 
 def test_questions_are_asked_once_and_stand_in_the_page(
     script: ModuleType, page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, asked = tmp_path / "public_model.json", []
+    path, questions_asked = tmp_path / "public_model.json", []
 
     def share(questions: Any, model: Any, tokenizer: Any, task: str | None, length: int) -> list[float]:
-        asked.append(
+        questions_asked.append(
             (task, length, hasattr(model, "_posext_patch") or bool(model.config.rope_parameters.get("factor")))
         )
         return [0.5]
@@ -115,7 +115,7 @@ def test_questions_are_asked_once_and_stand_in_the_page(
     rules = ["--questions", "passkey", "multi-key", "--lengths", "512", "1024", "--output", str(path)]
     for methods in (["none"], ["none", "yarn"]):
         script.main(["--model", str(TINY), "--methods", *methods, *rules])
-    assert asked == [
+    assert questions_asked == [
         *((task, length, False) for task in (None, "multi-key") for length in (512, 1024)),
         *((task, length, True) for task in (None, "multi-key") for length in (512, 1024)),
     ]
@@ -125,9 +125,9 @@ def test_questions_are_asked_once_and_stand_in_the_page(
 
 
 def test_the_summary_names_what_is_above_one(result: Path, page: ModuleType, compared: Results) -> None:
-    told = page.Cells(read(result), NOVELS.name, LENGTH).summary()
+    summary = page.Cells(read(result), NOVELS.name, LENGTH).summary()
     above = [method for method in METHODS if compared.row(method, LENGTH)["gain"] >= 1]
-    assert above and all(f"`{method}`" in told for method in above) and "`none`" not in told
+    assert above and all(f"`{method}`" in summary for method in above) and "`none`" not in summary
 
 
 def test_a_finished_cell_is_not_measured_again(
@@ -135,7 +135,7 @@ def test_a_finished_cell_is_not_measured_again(
 ) -> None:
     before, measured = result.read_text(encoding="utf-8"), []
 
-    def measure(model: Any, tokenizer: Any, document: Any, method: str, *rest: Any) -> list[dict[str, Any]]:
+    def measure(model: Any, tokenizer: Any, document: Any, method: str, *settings: Any) -> list[dict[str, Any]]:
         measured.append((document.id, method))
         return []
 
@@ -177,8 +177,8 @@ def test_missing_cells_are_named_and_not_invented(result: Path, page: ModuleType
     assert page.LACKS in line
     missing = cells.missing(2)
     assert missing[0] == "1 of 2 novels: `yarn`"
-    (rest,) = missing[1:]
-    assert rest.startswith("2 of 2 novels: ") and "`ntk`" in rest and "`none`" not in rest
+    (others,) = missing[1:]
+    assert others.startswith("2 of 2 novels: ") and "`ntk`" in others and "`none`" not in others
     assert page.Cells(content, NOVELS.name, 2 * LENGTH).gain("yarn") is None
 
 
@@ -187,7 +187,7 @@ def test_the_page_names_what_is_missing(page: ModuleType) -> None:
     content = read(page.RESULT)
     for length, goal in page.GOALS.items():
         cells = page.Cells(content, page.HELD_OUT, length)
-        assert all(told in text for told in cells.missing(goal))
+        assert all(sentence in text for sentence in cells.missing(goal))
 
 
 def read(path: Path) -> dict[str, Any]:

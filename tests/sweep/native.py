@@ -82,11 +82,11 @@ def native_model(model: PreTrainedModel, method: str, factor: float, long_factor
         scaling |= {"short_mscale": 1.0, "long_mscale": 1.0}
     # DeepSeek's rule for the attention factor is a part of the YaRN that a model ships with, and of no other method.
     replaced = {*SCALING_KEYS, *(() if method == "yarn" else MSCALE_KEYS)}
-    wanted = {
+    scaled = {
         name: {key: value for key, value in shipped.items() if key not in replaced} | scaling
         for name, shipped in rope_parameters(text).items()
     }
-    text.rope_parameters = wanted[""] if "" in wanted else text.rope_parameters | wanted
+    text.rope_parameters = scaled[""] if "" in scaled else text.rope_parameters | scaled
     if hasattr(text, "original_max_position_embeddings"):
         text.original_max_position_embeddings = TRAINED_LENGTH  # Phi-3 believes this one, not the rope parameters
     limit = text.attribute_map.get("max_position_embeddings", "max_position_embeddings")
@@ -108,7 +108,7 @@ def why_no_reference(model: PreTrainedModel) -> str:
     except ValueError as error:
         return f"transformers refuses: {error}"
     for name, buffer in frequencies(model).items():
-        got, held = scaled[name].numel(), buffer.numel()
-        if got != held:
-            return f"transformers' own scaling gives {got} frequencies, where the model has {held}"
+        count, expected = scaled[name].numel(), buffer.numel()
+        if count != expected:
+            return f"transformers' own scaling gives {count} frequencies, where the model has {expected}"
     return ""

@@ -86,7 +86,7 @@ def decoded_logits(model: PreTrainedModel, length: int) -> torch.Tensor:
     ids, out = token_ids(length), []
     # recurrent_gemma takes a cache, but neither returns nor keeps the one that it makes itself
     cache = DynamicCache(config=model.config) if model.config.model_type == "recurrent_gemma" else None
-    for start, stop in [(0, PREFILL), *((at, at + 1) for at in range(PREFILL, length))]:
+    for start, stop in [(0, PREFILL), *((position, position + 1) for position in range(PREFILL, length))]:
         step = model(
             input_ids=ids[:, start:stop],
             attention_mask=torch.ones(1, stop, dtype=torch.long),
@@ -112,9 +112,9 @@ def doubled_logits(model: PreTrainedModel) -> torch.Tensor:
     return doubled
 
 
-def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, as a share of the largest logit."""
-    return float((got - wanted).abs().max() / wanted.abs().max())
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def native_logits(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -153,29 +153,29 @@ def check_identity(model: PreTrainedModel, method: Method, native: dict[str, tor
     """Checks that a method passes which does not reach the input."""
     plan = method.plan(detect_scheme(model), factor=4, trained_length=given_length(model))
     with patch_model(model, plan):
-        got = {
+        readings = {
             "full": logits(model, LENGTH),
             "padded": padded_logits(model),
             "decode": decoded_logits(model, LENGTH),
         }
-    return {name: relative(its, native[name]) < EQUAL for name, its in got.items()}
+    return {name: relative(its, native[name]) < EQUAL for name, its in readings.items()}
 
 
 def check_doubled(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Return whether doubled positions in attention are doubled positions of the model, and matter."""
     plan = BEYOND.plan(detect_scheme(model), factor=4, trained_length=given_length(model))
     with patch_model(model, plan.with_edits(Band, *DOUBLED)):
-        got = logits(model, LENGTH)
+        doubled = logits(model, LENGTH)
     matters = relative(native["doubled"], native["full"]) > CHANGED
-    return {"doubled": matters and relative(got, native["doubled"]) < EQUAL}
+    return {"doubled": matters and relative(doubled, native["doubled"]) < EQUAL}
 
 
 def check_remapped(model: PreTrainedModel, native: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Return whether a method that reaches the input changes logits, and decodes what it gives in one forward."""
     with patch_model(model, WITHIN, factor=4, trained_length=given_length(model)):
         full, decoded = logits(model, LONG), decoded_logits(model, LONG)
-    own = own_difference(native)
-    agrees = own < AGREES and relative(decoded, full) < EQUAL + 2 * own
+    noise = own_difference(native)
+    agrees = noise < AGREES and relative(decoded, full) < EQUAL + 2 * noise
     return {"remapped": agrees and relative(full, native["long"]) > CHANGED}
 
 
@@ -190,12 +190,12 @@ def expected_refusal(model: PreTrainedModel) -> str:
 def traces(model: PreTrainedModel) -> list[str]:
     """Traces that a patch has left on a model or in the registries of transformers."""
     registries = (AttentionInterface, AttentionMaskInterface)
-    left = [name for registry in registries for name in registry._global_mapping if "posext" in name]
+    traces_left = [name for registry in registries for name in registry._global_mapping if "posext" in name]
     for path, module in model.named_modules():
-        left += [f"{path}.{name}" for name in vars(module) if "posext" in name]
-        left += [f"hook on {path}"] if module._forward_hooks or module._forward_pre_hooks else []
-        left += [f"class of {path}"] if hasattr(type(module), "_posext_base") else []
-    return left
+        traces_left += [f"{path}.{name}" for name in vars(module) if "posext" in name]
+        traces_left += [f"hook on {path}"] if module._forward_hooks or module._forward_pre_hooks else []
+        traces_left += [f"class of {path}"] if hasattr(type(module), "_posext_base") else []
+    return traces_left
 
 
 @pytest.mark.parametrize("model_type", candidate_types())

@@ -36,17 +36,17 @@ def test_rotary_type(model_type: str, request: pytest.FixtureRequest) -> None:
     model = build(model_type, **ASKED_FOR.get(model_type, {}))
     length = given_length(model)
     native = logits(model, LENGTH)
-    verdicts, reasons, given = {}, {}, {}
+    verdicts, reasons, outputs = {}, {}, {}
     for name, method in {**METHODS, "self-extend": SelfExtend(group=4, window=8)}.items():
         try:
             with patch_model(model, method, factor=4, trained_length=length):
-                given[name] = logits(model, LENGTH)
+                outputs[name] = logits(model, LENGTH)
         except PosExtError as error:
             verdicts[name], reasons[name] = "refused", str(error)
             continue
-        verdicts[name] = "works" if relative(given[name], native) > CHANGED / 10 else "fails"  # jetmoe: 5e-4
+        verdicts[name] = "works" if relative(outputs[name], native) > CHANGED / 10 else "fails"  # jetmoe: 5e-4
         assert torch.equal(logits(model, LENGTH), native) and not traces(model), name
-    if {"dpe", "self-extend"} <= given.keys() and relative(given["dpe"], given["self-extend"]) > EQUAL:
+    if {"dpe", "self-extend"} <= outputs.keys() and relative(outputs["dpe"], outputs["self-extend"]) > EQUAL:
         verdicts["dpe"] = "fails"
     del verdicts["self-extend"]
     reasons.pop("self-extend", None)

@@ -26,10 +26,10 @@ def preset(name: str, **changed: Any) -> Preset:
 
 def train(output: Path, model: Any = None, method: Any = "yarn", **changed: Any) -> Finetuned:
     """`finetune` as above, some of it changed."""
-    given = {"preset": preset("lora"), **QUICK, **changed}
-    texts = given.pop("texts", random_texts(3, 300))
-    tokenizer = given.pop("tokenizer", None) or character_tokenizer()
-    return finetune(model or tiny_llama(), tokenizer, texts, method, output=output, **given)
+    settings = {"preset": preset("lora"), **QUICK, **changed}
+    texts = settings.pop("texts", random_texts(3, 300))
+    tokenizer = settings.pop("tokenizer", None) or character_tokenizer()
+    return finetune(model or tiny_llama(), tokenizer, texts, method, output=output, **settings)
 
 
 def adapted(model: Any, chosen: Preset, seed: int = 0) -> Any:
@@ -42,7 +42,7 @@ def weights(network: nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in network.state_dict().items()}
 
 
-def assert_same_bits(network: nn.Module, other: nn.Module) -> None:
-    first, second = weights(network), weights(other)
+def assert_same_bits(network: nn.Module, reference: nn.Module) -> None:
+    first, second = weights(network), weights(reference)
     assert first.keys() == second.keys()
     assert [name for name, weight in first.items() if not torch.equal(weight, second[name])] == []

@@ -138,18 +138,18 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_two_processes_give_the_weights_of_one_with_twice_the_rows(launched: tuple[Path, str], tmp_path: Path) -> None:
     output, printed = launched
     evaluation = Evaluation(random_texts(2, 200), [128], every=2)
-    one = train(tmp_path, steps=4, save_every=2, accumulation=4, pose=2, evaluation=evaluation)
+    single = train(tmp_path, steps=4, save_every=2, accumulation=4, pose=2, evaluation=evaluation)
     weights = load_file(output / "adapter" / "adapter_model.safetensors")
-    expected = load_file(one.path / "adapter_model.safetensors")
+    expected = load_file(single.path / "adapter_model.safetensors")
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         # gradients are summed in another order; Adam's first steps divide by their size
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5, msg=name)
     provenance = json.loads((output / "provenance.json").read_text())
     assert provenance["run"]["processes"] == 2 and provenance["result"]["resumed_from"] == "checkpoint-2"
-    measured = [entry["eval_perplexity_128"] for entry in one.log if "eval_perplexity_128" in entry]
-    seen = [json.loads(numbers) for numbers in re.findall(r"measured (\[.*?\])", printed)]
-    assert len(seen) == 2 and seen[0] == seen[1] == pytest.approx(measured, rel=1e-5)
+    measured = [entry["eval_perplexity_128"] for entry in single.log if "eval_perplexity_128" in entry]
+    printed_numbers = [json.loads(numbers) for numbers in re.findall(r"measured (\[.*?\])", printed)]
+    assert len(printed_numbers) == 2 and printed_numbers[0] == printed_numbers[1] == pytest.approx(measured, rel=1e-5)
 
 
 def test_a_trainer_of_two_processes_and_sharded_weights_keep_the_plan(launched: tuple[Path, str]) -> None:
@@ -165,6 +165,6 @@ def test_shards_are_put_together_and_ties_are_kept(launched: tuple[Path, str]) -
 def test_the_shipped_configurations_are_read_by_accelerate(name: str) -> None:
     path = CONFIGS / f"{name}.yaml"
     config = load_config_from_file(str(path))
-    given = yaml.safe_load(path.read_text())
-    assert config.distributed_type == given["distributed_type"] and config.num_processes == 4
-    assert config.fsdp_config == given.get("fsdp_config", {})
+    content = yaml.safe_load(path.read_text())
+    assert config.distributed_type == content["distributed_type"] and config.num_processes == 4
+    assert config.fsdp_config == content.get("fsdp_config", {})

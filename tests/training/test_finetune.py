@@ -120,16 +120,16 @@ def test_the_steps_are_those_that_a_plain_loop_makes(tmp_path: Path) -> None:
 
 
 def test_perplexity_and_pass_keys_are_logged_at_each_evaluation(tmp_path: Path) -> None:
-    held = random_texts(2, 200)
-    asked = Evaluation(held, [112, 128], every=2, start=3, passkey=2)
-    result = train(tmp_path / "out", evaluation=asked, steps=4)
+    unseen_texts = random_texts(2, 200)
+    evaluation = Evaluation(unseen_texts, [112, 128], every=2, start=3, passkey=2)
+    result = train(tmp_path / "out", evaluation=evaluation, steps=4)
     measured = [entry for entry in result.log if "eval_perplexity_128" in entry]
     assert [entry["step"] for entry in measured] == [0, 2, 4]
     assert sum("loss" in entry for entry in result.log) == 4 and len(result.log) == 7
     base, tokenizer = tiny_llama(), character_tokenizer()
     patch_model(base, "yarn", factor=2)
     for model, entry in ((base, measured[0]), (result.model, measured[-1])):
-        rows = evaluate_perplexity(model, tokenizer, held, [112, 128], start=3).rows
+        rows = evaluate_perplexity(model, tokenizer, unseen_texts, [112, 128], start=3).rows
         keys = passkey_accuracy(model, tokenizer, [112, 128], 2)
         for row in rows:
             length = row["length"]
@@ -154,15 +154,21 @@ class Spoils(TrainerCallback):
 
 @pytest.mark.parametrize("name", ["lora", "lora-plus"])
 def test_early_stop_goes_back_to_the_best_weights(name: str, tmp_path: Path) -> None:
-    asked = Evaluation(random_texts(2, 200), [128], every=1)
+    evaluation = Evaluation(random_texts(2, 200), [128], every=1)
     spoils = Spoils(3, -1000)
     result = train(
-        tmp_path / "out", evaluation=asked, preset=preset(name), steps=20, patience=2, callbacks=[spoils], warmup=5
+        tmp_path / "out",
+        evaluation=evaluation,
+        preset=preset(name),
+        steps=20,
+        patience=2,
+        callbacks=[spoils],
+        warmup=5,
     )
     measured = {entry["step"]: entry["eval_perplexity_128"] for entry in result.log if "eval_perplexity_128" in entry}
     best = min((step for step in measured if step), key=lambda step: measured[step])
     assert best < 3 < max(measured) == best + 2 == result.provenance["result"]["steps"]
-    rows = evaluate_perplexity(result.model, character_tokenizer(), asked.documents, [128]).rows
+    rows = evaluate_perplexity(result.model, character_tokenizer(), evaluation.documents, [128]).rows
     assert rows[0]["perplexity"] == pytest.approx(measured[best], rel=1e-6)
 
 
@@ -171,10 +177,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_checkpoint_sta
     before, scheme = logits(model, tokens(64)), detect_scheme(model)
     with pytest.raises(TrainingError) as caught:
         train(tmp_path / "out", model, steps=8, save_every=2, callbacks=[Spoils(5, math.nan)])
-    kept = tmp_path / "out" / "checkpoints" / "checkpoint-4"
+    checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-4"
     assert str(caught.value).startswith("loss nan and grad_norm nan at step 6 of 8; the last good checkpoint is ")
-    assert str(kept) in str(caught.value) and "lower learning rate" in str(caught.value)
-    assert sorted(path.name for path in kept.parent.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert str(checkpoint) in str(caught.value) and "lower learning rate" in str(caught.value)
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert not (tmp_path / "out" / "adapter").exists()
     assert torch.equal(logits(model, tokens(64)), before) and detect_scheme(model) == scheme, "the base is as it was"
     resumed = train(tmp_path / "out", steps=8, save_every=2, resume=True)
@@ -197,9 +203,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_checkpoint_sta
 def test_each_option_changes_what_is_learned(changed: dict[str, Any], tmp_path: Path) -> None:
     """All but checkpointing, which computes the same again."""
     plain = weights(train(tmp_path / "plain").model)
-    other = weights(train(tmp_path / "other", **changed).model)
-    same = all(torch.equal(weight, other[name]) for name, weight in plain.items())
-    assert same == ("gradient_checkpointing" in changed)
+    altered = weights(train(tmp_path / "other", **changed).model)
+    equal = all(torch.equal(weight, altered[name]) for name, weight in plain.items())
+    assert equal == ("gradient_checkpointing" in changed)
 
 
 def test_the_second_matrices_may_learn_faster(tmp_path: Path) -> None:

@@ -37,10 +37,10 @@ def test_no_gradient_flows_through_the_weights_and_the_mode_is_kept() -> None:
     outputs = model(input_ids=ids, use_cache=False)
     longce(outputs, ids).backward()
     assert model.training
-    got = model.lm_head.weight.grad.clone()
+    grad = model.lm_head.weight.grad.clone()
     model.zero_grad()
     outputs = model(input_ids=ids, use_cache=False)
     nll = torch.nn.functional.cross_entropy(outputs.logits[0, :-1], ids[0, 1:], reduction="none")
     weight = (longce.short_nll(ids, nll.detach()[None])[0] - nll.detach()).exp().clamp(max=5.0)
     (weight * nll).mean().backward()
-    torch.testing.assert_close(got, model.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(grad, model.lm_head.weight.grad, rtol=1e-4, atol=1e-7)

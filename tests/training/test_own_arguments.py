@@ -28,9 +28,9 @@ def test_own_arguments_and_adapter(tmp_path: Path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path / "base")
     model = type(model).from_pretrained(tmp_path / "base")
-    given = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.05, "seed": 7, "use_cpu": True}
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.05, "seed": 7, "use_cpu": True}
     arguments = TrainingArguments(
-        str(tmp_path / "elsewhere"), **given, lr_scheduler_type="constant", weight_decay=0.1, report_to="none"
+        str(tmp_path / "elsewhere"), **settings, lr_scheduler_type="constant", weight_decay=0.1, report_to="none"
     )
     adapter = IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     plan = YaRN().plan(detect_scheme(model), factor=2)

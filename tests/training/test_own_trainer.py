@@ -81,10 +81,10 @@ def test_a_script_of_twenty_lines(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["embeddings", "everything", "hooks"])
 @pytest.mark.parametrize("method", ["yarn", "rerope", "dynamic-ntk"])
 def test_offloaded_weights(method: str, place: str, tmp_path: Path) -> None:
-    whole = tiny_llama()
-    whole.save_pretrained(tmp_path / "model")
-    plain = logits(whole, IDS)
-    patch_model(whole, method, factor=4)
+    undivided = tiny_llama()
+    undivided.save_pretrained(tmp_path / "model")
+    plain = logits(undivided, IDS)
+    patch_model(undivided, method, factor=4)
     places: dict[str, Any] = {"": "disk"}
     if place == "embeddings":
         parts = ("model.layers", "model.norm", "model.rotary_emb", "lm_head")
@@ -94,7 +94,7 @@ def test_offloaded_weights(method: str, place: str, tmp_path: Path) -> None:
     if place == "hooks":
         cpu_offload(model)
     patch = patch_model(model, method, factor=4)
-    assert torch.equal(logits(model, IDS), logits(whole, IDS))
+    assert torch.equal(logits(model, IDS), logits(undivided, IDS))
     patch.undo()
     assert torch.equal(logits(model, IDS), plain)
 
@@ -114,9 +114,9 @@ def test_right_padding_trains_as_each_row_alone(method: str) -> None:
     model = tiny_llama().double()
     patch_model(model, method, factor=4)
     short, long = tokens(TRAINED // 2, seed=1), tokens(3 * TRAINED, seed=2)
-    rest = torch.zeros(1, long.shape[1] - short.shape[1], dtype=torch.long)
-    ids = torch.cat([torch.cat([short, rest], 1), long])
-    mask = torch.cat([torch.cat([torch.ones_like(short), rest], 1), torch.ones_like(long)])
+    padding = torch.zeros(1, long.shape[1] - short.shape[1], dtype=torch.long)
+    ids = torch.cat([torch.cat([short, padding], 1), long])
+    mask = torch.cat([torch.cat([torch.ones_like(short), padding], 1), torch.ones_like(long)])
     labels = ids.masked_fill(mask == 0, -100)
     together, gradients = loss_and_gradients(model, input_ids=ids, attention_mask=mask, labels=labels)
     alone = [loss_and_gradients(model, input_ids=row, labels=row) for row in (short, long)]
@@ -124,7 +124,7 @@ def test_right_padding_trains_as_each_row_alone(method: str) -> None:
     # float64, except for norms and the loss, which transformers computes in float32
     torch.testing.assert_close(together, sum(share * loss for share, (loss, _) in zip(shares, alone, strict=True)))
     for name, gradient in gradients.items():
-        expected = sum(share * one[name] for share, (_, one) in zip(shares, alone, strict=True))
+        expected = sum(share * grads[name] for share, (_, grads) in zip(shares, alone, strict=True))
         torch.testing.assert_close(gradient, expected, atol=1e-7, rtol=1e-5)
 
 

@@ -52,10 +52,10 @@ def test_a_batch_has_a_mask_since_transformers_takes_a_jump_for_another_document
     batch = Collator(Skips(64, 2, seed=0))([{"input_ids": ids[0], "sample": 1}])
     changed = ids.clone()
     changed[0, 0] = changed[0, 0] % 127 + 1
-    given = {"position_ids": batch["position_ids"], "use_cache": False}
+    inputs = {"position_ids": batch["position_ids"], "use_cache": False}
 
-    def last(row: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        return logits(model, row, **given, **more)[0, -1]
+    def last(row: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
+        return logits(model, row, **inputs, **extras)[0, -1]
 
     assert (batch["position_ids"].diff() > 1).sum() == 1
     assert not torch.equal(*(last(row, attention_mask=batch["attention_mask"]) for row in (ids, changed)))

@@ -67,9 +67,9 @@ def test_lora_plus_trains_projections_embeddings_and_norms_and_nothing_else(fami
     layers = set(attention_projections(model))
     network = adapted(model, PRESETS["lora-plus"])
     trained = {name.removeprefix("base_model.model.") for name, w in network.named_parameters() if w.requires_grad}
-    whole = {name.split(".modules_to_save.")[0] for name in trained if ".modules_to_save." in name}
+    fully_trained = {name.split(".modules_to_save.")[0] for name in trained if ".modules_to_save." in name}
     with_lora = {name.split(".lora_")[0] for name in trained if ".lora_" in name}
-    assert (whole, with_lora) == (expected, layers)
+    assert (fully_trained, with_lora) == (expected, layers)
     assert len(trained) == sum(".modules_to_save." in name or ".lora_" in name for name in trained)
 
 
@@ -105,8 +105,8 @@ def test_output_weights_that_are_tied_to_the_embeddings_stay_so(build: Any, tied
     merged.save_pretrained(tmp_path / "merged")
     plain = type(merged).from_pretrained(tmp_path / "merged").eval()
     # float32: the merged product of matrices is rounded once more
-    for other in (merged, plain):
-        torch.testing.assert_close(logits(other, ids), trained, rtol=1e-4, atol=1e-4)
+    for reopened in (merged, plain):
+        torch.testing.assert_close(logits(reopened, ids), trained, rtol=1e-4, atol=1e-4)
 
 
 def test_the_presets_train_these_many_parameters() -> None:

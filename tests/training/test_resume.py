@@ -55,14 +55,14 @@ class Stops(TrainerCallback):
     ids=["lora", "lora-plus", "dora", "full", "dropout"],
 )
 def test_six_steps_are_three_and_three(changed: dict[str, Any], tmp_path: Path) -> None:
-    given = {"steps": 6, "save_every": 3, "warmup": 2, **changed}
-    whole = train(tmp_path / "whole", **given)
+    settings = {"steps": 6, "save_every": 3, "warmup": 2, **changed}
+    uninterrupted = train(tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "parts", **given, callbacks=[Stops(5)])
-    parts = train(tmp_path / "parts", **given, resume=True)
+        train(tmp_path / "parts", **settings, callbacks=[Stops(5)])
+    parts = train(tmp_path / "parts", **settings, resume=True)
     assert parts.provenance["result"]["resumed_from"] == "checkpoint-3"
-    assert_same_bits(parts.model, whole.model)
-    assert parts.log == whole.log
+    assert_same_bits(parts.model, uninterrupted.model)
+    assert parts.log == uninterrupted.log
 
 
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path: Path) -> None:
@@ -82,11 +82,11 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path: Path) -
     (half / "posext_plan.json").unlink()
     (half / "adapter_model.safetensors").write_bytes(b"half")
 
-    given = {"steps": 400, "save_every": 2, "pose": 2}
+    settings = {"steps": 400, "save_every": 2, "pose": 2}
     stop = int(reached.name.rpartition("-")[2]) + 6
     for place in (output, tmp_path / "whole"):
         with pytest.raises(KeyboardInterrupt):
-            train(place, **given, resume=True, callbacks=[Stops(stop)])
+            train(place, **settings, resume=True, callbacks=[Stops(stop)])
     for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"):
         files = [place / "checkpoints" / f"checkpoint-{stop}" / name for place in (output, tmp_path / "whole")]
         assert files[0].read_bytes() == files[1].read_bytes(), name
@@ -114,12 +114,12 @@ def test_resume_begins_where_there_is_nothing_yet(tmp_path: Path) -> None:
 def test_hostile_files_beside_a_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, steps=4, save_every=1, callbacks=[Stops(2)])
-    kept = (tmp_path / "provenance.json").read_text()
+    content_before = (tmp_path / "provenance.json").read_text()
     for content, message in (("[" * 100_000, "is not JSON"), ("[]", "holds no object"), ("{", "is not JSON")):
         (tmp_path / "provenance.json").write_text(content)
         with pytest.raises(TrainingError, match=message):
             train(tmp_path, steps=4, save_every=1, resume=True)
-    (tmp_path / "provenance.json").write_text(json.dumps(json.loads(kept)))
+    (tmp_path / "provenance.json").write_text(json.dumps(json.loads(content_before)))
     strange = tmp_path / "checkpoints" / "checkpoint-..\\x"
     strange.mkdir()
     assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-2"

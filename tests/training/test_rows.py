@@ -23,7 +23,7 @@ def documents(*texts: str) -> list[Document]:
 def test_a_row_is_a_part_of_one_document_and_none_is_repeated() -> None:
     tokenizer, texts = character_tokenizer(), random_texts(3, 100)
     rows = make_rows(documents(*texts), tokenizer, 32)
-    expected = [tokenizer(text[at : at + 32])["input_ids"] for text in texts for at in (0, 32, 64)]
+    expected = [tokenizer(text[start : start + 32])["input_ids"] for text in texts for start in (0, 32, 64)]
     assert rows.dataset["input_ids"][:].tolist() == expected
     assert rows.dataset.column_names == ["input_ids"]
     assert rows.facts["rows"] == 9 and rows.facts["tokens"] == 9 * 32 and rows.facts["left_out"] == []
@@ -59,7 +59,7 @@ def test_packing_uses_every_token_once_in_as_few_rows_as_they_need() -> None:
     texts = [text[:size] for text, size in zip(random_texts(6, 70), (70, 20, 12, 9, 23, 3), strict=True)]
     rows = make_rows(documents(*texts), tokenizer, 32, pack=True)
     assert rows.facts["tokens"] == 137 and rows.facts["left_out"] == []
-    found = []
+    pieces_read = []
     for row in rows.dataset:
         begins = [*(row["position_ids"] == 0).nonzero().flatten().tolist(), 32]
         pieces = [slice(*pair) for pair in zip(begins, begins[1:], strict=False)]
@@ -70,9 +70,9 @@ def test_packing_uses_every_token_once_in_as_few_rows_as_they_need() -> None:
                 assert (labels == NO_LABEL).all()
                 continue
             assert labels.tolist() == [NO_LABEL, *ids[1:].tolist()], "what another document ends with predicts nothing"
-            found.append(ids.tolist())
+            pieces_read.append(ids.tolist())
     pieces = [texts[0][:32], texts[0][32:64], texts[0][64:], *texts[1:]]
-    assert sorted(found) == sorted(tokenizer(piece)["input_ids"] for piece in pieces)
+    assert sorted(pieces_read) == sorted(tokenizer(piece)["input_ids"] for piece in pieces)
     # 6 + 20 + 12 + 9 + 23 + 3 tokens fill three rows (23 + 9, 20 + 12, 6 + 3), and two are full as they are
     assert rows.facts["rows"] == 5
 

@@ -30,20 +30,20 @@ LENGTH, GROUPS = 32, 4
 def attended(length: int, groups: int, heads: int) -> torch.Tensor:
     """Keys that each query of each head sees, (heads, queries, keys)."""
     size = length // groups
-    seen = torch.zeros(heads, length, length, dtype=torch.bool)
+    visible = torch.zeros(heads, length, length, dtype=torch.bool)
     for head in range(heads):
         shift = size // 2 if head >= heads - heads // 2 else 0
         for query in range(length):
             for key in range(query + 1):
-                seen[head, query, key] = (query + shift) // size == (key + shift) // size
-    return seen
+                visible[head, query, key] = (query + shift) // size == (key + shift) // size
+    return visible
 
 
 def dense(module: Any, query: Any, key: Any, value: Any, mask: Any = None, scaling: Any = None, **kwargs: Any) -> Any:
     key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    seen = attended(query.shape[2], GROUPS, query.shape[1])
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2), None
+    visible = attended(query.shape[2], GROUPS, query.shape[1])
+    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value).transpose(1, 2), None
 
 
 def give(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,8 @@ def test_states_are_attended_as_by_the_dense_reference(heads: tuple[int, int]) -
         for count, width in ((heads[0], 8), (heads[1], 8), (heads[1], 12))
     )
     module = torch.nn.Module().train()
-    got, _ = shifted_attention(module, query, key, value, None, groups=GROUPS, scaling=0.3)
-    torch.testing.assert_close(got, dense(module, query, key, value, scaling=0.3)[0], rtol=1e-12, atol=1e-12)
+    out, _ = shifted_attention(module, query, key, value, None, groups=GROUPS, scaling=0.3)
+    torch.testing.assert_close(out, dense(module, query, key, value, scaling=0.3)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", [None, "yarn"])
@@ -71,7 +71,7 @@ def test_a_model_in_training_gives_logits_and_gradients_of_the_dense_reference(m
     if method:
         patch_model(model, method, factor=2)
     with shifted_sparse_attention(model, GROUPS):
-        got = give(model.train(), ids)
+        out = give(model.train(), ids)
         gradients = [weight.grad.clone() for weight in model.parameters()]
     AttentionInterface.register("reference", dense)
     AttentionMaskInterface.register("reference", lambda *args, **kwargs: None)
@@ -81,7 +81,7 @@ def test_a_model_in_training_gives_logits_and_gradients_of_the_dense_reference(m
     finally:
         AttentionInterface._global_mapping.pop("reference")
         AttentionMaskInterface._global_mapping.pop("reference")
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # float32, summed in another order
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)  # float32, summed in another order
     for gradient, weight in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-3, atol=1e-6)
 
@@ -135,8 +135,8 @@ def test_a_layer_that_asks_for_a_window_which_its_masks_lack_is_refused(tmp_path
 
     model, ids = OlmoeForCausalLM.from_pretrained(tmp_path, sliding_window=None), tokens(LENGTH)
     with torch.no_grad(), shifted_sparse_attention(model, GROUPS):
-        grouped, whole = (model.train(mode)(input_ids=ids, use_cache=False).logits for mode in (True, False))
-    near = torch.isclose(grouped, whole, rtol=1e-4, atol=1e-5).all(-1)[0]  # other kernels, float32
+        grouped, ungrouped = (model.train(mode)(input_ids=ids, use_cache=False).logits for mode in (True, False))
+    near = torch.isclose(grouped, ungrouped, rtol=1e-4, atol=1e-5).all(-1)[0]  # other kernels, float32
     assert near[:4].all() and not near[4:].any(), "behind the first half-group, some head sees fewer tokens"
 
 
@@ -154,20 +154,20 @@ def test_what_it_cannot_honour_is_refused() -> None:
         pass
     with pytest.raises(UnsupportedModelError, match="LlamaAttention has one head"):
         _entered(tiny_llama(num_attention_heads=1, num_key_value_heads=1)).__enter__()
-    for given in ({"position_bias": torch.zeros(1, 4, 8, 8)}, {"attention_mask": torch.zeros(1, 1, 8, 8)}):
+    for request in ({"position_bias": torch.zeros(1, 4, 8, 8)}, {"attention_mask": torch.zeros(1, 1, 8, 8)}):
         biased = tiny_llama()
-        hook = partial(lambda more, module, args, kwargs: (args, kwargs | more), given)
+        hook = partial(lambda extras, module, args, kwargs: (args, kwargs | extras), request)
         biased.model.layers[0].self_attn.register_forward_pre_hook(hook, with_kwargs=True)
-        asked = "position_bias" if "position_bias" in given else "a mask where all of a text is seen"
-        with pytest.raises(UnsupportedModelError, match=f"LlamaAttention asks its attention for {asked}"):
+        feature = "position_bias" if "position_bias" in request else "a mask where all of a text is seen"
+        with pytest.raises(UnsupportedModelError, match=f"LlamaAttention asks its attention for {feature}"):
             _entered(biased).__enter__()
         assert biased.config._attn_implementation == "sdpa"
     late = tiny_llama()
     patch_model(late, "rerope(window=16)", factor=2)
     with pytest.raises(UnsupportedModelError, match="runs with 'posext-sdpa' attention"), _entered(late):
         pass
-    one = shifted_sparse_attention(tiny_llama(), 1)
-    with pytest.raises(InvalidParameterError, match="2 groups of a row or more, got 1"), one:
+    single_group = shifted_sparse_attention(tiny_llama(), 1)
+    with pytest.raises(InvalidParameterError, match="2 groups of a row or more, got 1"), single_group:
         pass
     model = tiny_llama().train()
     with shifted_sparse_attention(model, GROUPS), pytest.raises(InvalidParameterError, match="of 8; got 30 tokens"):

@@ -103,10 +103,10 @@ def _tiny_arguments(config: PreTrainedConfig, overrides: dict[str, Any], unused:
         part = fields.get(name)
         if isinstance(part, PreTrainedConfig):
             parts[name] = _tiny_arguments(part, overrides, unused) | {"model_type": part.model_type}
-    own = OVERRIDES.get(config.model_type, {})
-    asked = {name: value for name, value in overrides.items() if name in fields or name in own}
-    unused -= set(asked)
-    return {name: value for name, value in (common | parts | own | asked).items() if value is not KEEP_DEFAULT}
+    of_type = OVERRIDES.get(config.model_type, {})
+    requested = {name: value for name, value in overrides.items() if name in fields or name in of_type}
+    unused -= set(requested)
+    return {name: value for name, value in (common | parts | of_type | requested).items() if value is not KEEP_DEFAULT}
 
 
 def model_class(model_type: str, task: str = "causal-lm") -> type[PreTrainedModel]:

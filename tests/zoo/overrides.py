@@ -29,8 +29,8 @@ def _layers(*pattern: str) -> list[str]:
     return list(pattern) * (6 // len(pattern))
 
 
-def _default_rope(theta: float = 10_000.0, **more: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta, **more}
+def _default_rope(theta: float = 10_000.0, **extras: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta, **extras}
 
 
 OVERRIDES: dict[str, dict[str, Any]] = {

@@ -108,8 +108,10 @@ def test_the_record_holds_what_is_promised_of_remapping() -> None:
 def test_the_record_holds_what_is_promised_of_methods_that_fade_follow_rows_or_map_pairs() -> None:
     """Each works, or is refused with a reason, on the types of the other two sweeps."""
     kinds = ("frequencies", "methods")
-    rotary, more = (json.loads((ROOT / "results" / f"sweep-{kind}.json").read_text())["rotary"] for kind in kinds)
-    assert rotary.keys() == more.keys()
-    for name, record in more.items():
+    rotary, of_methods = (
+        json.loads((ROOT / "results" / f"sweep-{kind}.json").read_text())["rotary"] for kind in kinds
+    )
+    assert rotary.keys() == of_methods.keys()
+    for name, record in of_methods.items():
         assert set(record["verdicts"].values()) <= {"works", "refused"}, name
         assert {m for m, verdict in record["verdicts"].items() if verdict == "refused"} == record["reasons"].keys()
