@@ -18,7 +18,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_EVALUATE_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test sweep test-floor sweep-floor test-newest docs test-lm-eval test-trl test-serve test-reader-4 test-app bench bench-page public-model lint format card story clean
+.PHONY: demo test sweep test-floor sweep-floor test-newest docs test-lm-eval test-trl test-serve test-reader-4 test-app bench pages public-model lint format card story clean
 .DELETE_ON_ERROR:
 
 # Three models trained on 512 tokens (only the rotary one's config says so; the learned table ends at 2048 rows), from
@@ -73,15 +73,19 @@ test-app: .venv/.app
 	touch $@
 
 # Some 20 minutes and 14 GB, on a machine with nothing else to do; the peers are in benchmarks/requirements.txt.
-# One with a GPU runs benchmarks/gpu.py as well, and then bench-page.
+# One with a GPU runs benchmarks/gpu.py as well, and then pages.
 bench: $(READY)
 	.venv/bin/python benchmarks/perplexity.py
 	.venv/bin/python benchmarks/cpu.py
 	.venv/bin/python benchmarks/scaling.py
-	$(MAKE) bench-page
+	$(MAKE) pages
 
-bench-page: $(READY)
-	.venv/bin/python benchmarks/page.py
+# Every page that is made of result files, templates and the registry.
+WRITERS := benchmarks/large_models_page.py benchmarks/page.py benchmarks/public_model_page.py tools/finetune_table.py \
+	tools/llama_cpp_tables.py tools/model_card.py tools/readme.py tools/recommend_page.py tools/results_index.py \
+	tools/sweep_table.py
+pages: $(READY)
+	for writer in $(WRITERS); do .venv/bin/python $$writer || exit 1; done
 
 # SmolLM2-135M-Instruct, from PyPI, on one novel at twice its trained length: some 30 minutes of one core. Run again, it
 # continues; benchmarks/public_model.py has more documents, lengths and methods.
