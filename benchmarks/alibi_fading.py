@@ -15,10 +15,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from output import machine
 from shipped import ROOT, load, novels
 from transformers.models.bloom import modeling_bloom
-
-from hf_posext.packages import machine, versions_of
 
 LENGTHS, TRAINED, START, DOCUMENTS = (512, 1024, 2048, 4096), 512, 2000, 4
 CONTROL = ROOT / "results" / "methods" / "biases.json"
@@ -62,21 +61,23 @@ def losses(model: Any, ids: torch.Tensor, bias: Any) -> float:
 def main() -> None:
     model, tokenizer = load("tiny-alibi")
     texts = [tokenizer(novel.text, return_tensors="pt").input_ids[0][START:] for novel in novels("heldout", DOCUMENTS)]
-    known = {row["length"]: row for row in json.loads(CONTROL.read_text())["rows"] if row["method"] == "none"}
+    truncated = {row["length"]: row for row in json.loads(CONTROL.read_text())["rows"] if row["method"] == "none"}
     rows = []
     for name, bias in BIASES.items():
         for length in LENGTHS:
             nats = sum(losses(model, ids[:length], bias) for ids in texts)
             perplexity = math.exp(nats / (len(texts) * (length - length // 2)))
             if name == "none":  # the tokens are those of the control
-                assert math.isclose(perplexity, known[length]["perplexity_tail"], rel_tol=1e-5), (length, perplexity)
-            gain = known[length]["perplexity_truncated_tail"] / perplexity
+                assert math.isclose(perplexity, truncated[length]["perplexity_tail"], rel_tol=1e-5), (
+                    length,
+                    perplexity,
+                )
+            gain = truncated[length]["perplexity_truncated_tail"] / perplexity
             rows.append({"method": name, "length": length, "perplexity_tail": perplexity, "gain": gain})
             print(name, length, f"{gain:.4f}", flush=True)
     content = {
         "command": "python benchmarks/alibi_fading.py",
         "machine": machine(),
-        "versions": versions_of("hf_posext", "torch", "transformers"),
         "documents": len(texts),
         "start": START,
         "rows": rows,

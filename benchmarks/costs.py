@@ -1,4 +1,4 @@
-"""Costs before any forward: the import of the package, and `patch_model` itself."""
+"""Costs before any forward: importing the package, and patching a model."""
 
 from __future__ import annotations
 
@@ -31,27 +31,31 @@ Row = dict[str, Any]
 
 
 def import_rows(repeats: int) -> list[Row]:
-    """Measure each import in a fresh interpreter that has imported transformers and a model of it."""
-    found: dict[str, list[float]] = {BASELINE: [], **{statement: [] for statement in IMPORTS}}
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
+    """Time each import in a fresh interpreter that has already imported transformers and one of its models."""
+    seconds_of: dict[str, list[float]] = {BASELINE: [], **{statement: [] for statement in IMPORTS}}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }  # as installed
     for turn in range(repeats + 1):
         for statement in IMPORTS:
             code = TIMED.format(first=BASELINE, second=statement)
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True, env=kept)
-            first, second = map(float, done.stdout.split())
-            if turn:  # the first writes the byte code
-                found[BASELINE].append(first)
-                found[statement].append(second)
-    baseline = statistics.median(found[BASELINE])
+            process = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, check=True, text=True, env=environment
+            )
+            first, second = map(float, process.stdout.split())
+            if turn:  # the first turn writes the byte code
+                seconds_of[BASELINE].append(first)
+                seconds_of[statement].append(second)
+    baseline = statistics.median(seconds_of[BASELINE])
     rows = []
-    for statement, times in found.items():
-        taken = statistics.median(times)
-        rows.append({"what": "import", "way": statement, "seconds": taken, "time_ratio": taken / baseline})
+    for statement, times in seconds_of.items():
+        median = statistics.median(times)
+        rows.append({"what": "import", "way": statement, "seconds": median, "time_ratio": median / baseline})
     return rows
 
 
 def patch_rows(shape: str, methods: tuple[str, ...]) -> list[Row]:
-    """`patch_model` on a model of which it may copy nothing; remapping methods run it on a few tokens, as a check."""
+    """Time `patch_model` and check that it copies no weights."""
     rows = []
     for method in methods:
         way = Way(method, patching, {"shape": shape, "method": method}, needs=7 * 10**9 if shape == "billion" else 0)
@@ -65,28 +69,28 @@ def patch_rows(shape: str, methods: tuple[str, ...]) -> list[Row]:
 
 
 def patching(shape: str, method: str) -> Callable[[], Row]:
-    """Patch and undo, after a small model was patched in the same way: what a first use imports does not count."""
+    """Return a function that patches a model and undoes the patch. Imports of the first use are not counted."""
     small = models.llama("tiny", 100)
     patch_model(small, method, factor=8).undo()
     model = filled(shape)
     weights = [parameter.data_ptr() for parameter in model.parameters()]
 
     def run() -> Row:
-        made = []
-        taken = seconds(lambda: made.append(patch_model(model, method, factor=8)))
-        kept = weights == [parameter.data_ptr() for parameter in model.parameters()]
+        patches = []
+        elapsed = seconds(lambda: patches.append(patch_model(model, method, factor=8)))
+        in_place = weights == [parameter.data_ptr() for parameter in model.parameters()]
         return {
-            "seconds": taken,
-            "undo_seconds": seconds(made[0].undo),
+            "seconds": elapsed,
+            "undo_seconds": seconds(patches[0].undo),
             "parameters": model.num_parameters(),
-            "weights_in_place": kept,
+            "weights_in_place": in_place,
         }
 
     return run
 
 
 def filled(shape: str) -> LlamaForCausalLM:
-    """A model whose weights repeat a block of random numbers, as drawing a billion takes a minute."""
+    """Return a model whose weights repeat a block of random numbers. Drawing a billion numbers takes a minute."""
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(models.config(shape, 128_256, trained=8192), dtype=torch.float32)
     model = model.to_empty(device="cpu")

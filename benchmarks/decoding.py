@@ -1,4 +1,4 @@
-"""One more token with a cache: step by step, and in one graph."""
+"""Time of one more token with a cache: step by step, and in one graph."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from hf_posext.methods import Method
 from hf_posext.patching.modes import with_cache
 
 FREE = 256
-"""Slots of a static cache for the tokens that are timed."""
+"""Slots of a static cache for the timed tokens."""
 
 CUDNN = "plain, by cuDNN"
-"""Kernel that PyTorch picks for the unpatched model on a GPU. cuDNN plans each shape anew, and a cache that grows has
-another at each step: by FlashAttention-2 it takes a part of that time, and all ways
-are measured against that."""
+"""Row of the unpatched model on cuDNN, the kernel that PyTorch picks on a GPU.
+
+cuDNN plans each shape anew, and a growing cache has a new shape at each step. FlashAttention-2 takes only a part of
+that time, so it is the baseline of all ways."""
 
 Step = Callable[[], torch.Tensor]
 
 
 def decode_rows(
-    shape: str, length: int, trained: int, chosen: dict[str, Method], steps: int, device: str = "cpu"
+    shape: str, length: int, trained: int, methods: dict[str, Method], steps: int, device: str = "cpu"
 ) -> list[Row]:
-    """One more token of the whole model with `length` tokens in a cache that grows, against the unpatched model."""
+    """Time one more token of the whole model against the unpatched model, with `length` tokens in a growing cache."""
     runs = {
-        name: growing(shape, length, trained, method, device) for name, method in {"plain": None, **chosen}.items()
+        name: growing(shape, length, trained, method, device) for name, method in {"plain": None, **methods}.items()
     }
     if device == "cuda":
         runs = {name: picking(run, cudnn=False) for name, run in runs.items()}
@@ -40,27 +41,29 @@ def decode_rows(
 
 
 def graph_rows(
-    shape: str, length: int, trained: int, chosen: dict[str, Method], steps: int, device: str = "cpu"
+    shape: str, length: int, trained: int, methods: dict[str, Method], steps: int, device: str = "cpu"
 ) -> list[Row]:
-    """The same with a static cache, compiled once and replayed as a CUDA graph, as `generate` does; on a CPU the graph
-    is run as it is."""
-    ways = {"plain": None, **chosen}
+    """Time one more token with a static cache.
+
+    The step is compiled once and replayed as a CUDA graph, like in `generate`. On a CPU the graph runs without CUDA.
+    """
+    ways = {"plain": None, **methods}
     return decoded(
         "graph",
         length,
-        {name: replayed(shape, length, trained, one, device) for name, one in ways.items()},
+        {name: replayed(shape, length, trained, method, device) for name, method in ways.items()},
         steps,
         device,
     )
 
 
-def decoded(what: str, length: int, runs: dict[str, Step], steps: int, device: str) -> list[Row]:
+def decoded(kind: str, length: int, runs: dict[str, Step], steps: int, device: str) -> list[Row]:
     times = seconds_in_turn(runs, steps, device)
-    return [row(what, name, length, times[name], times["plain"]) for name in runs]
+    return [row(kind, name, length, times[name], times["plain"]) for name in runs]
 
 
 def picking(run: Step, cudnn: bool) -> Step:
-    """A step in which PyTorch's attention may run on cuDNN, or not."""
+    """Return a step that allows or forbids cuDNN for PyTorch's attention."""
 
     def step() -> torch.Tensor:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
@@ -73,13 +76,13 @@ def picking(run: Step, cudnn: bool) -> Step:
 
 
 def growing(shape: str, length: int, trained: int, method: Method | None, device: str) -> Step:
-    """Each call reads one more token."""
+    """Return a function that reads one more token into a growing cache at each call."""
     model, ids = patched(shape, length, trained, method, device)
     return reader(model, model, ids, DynamicCache(config=model.config))
 
 
 def replayed(shape: str, length: int, trained: int, method: Method | None, device: str) -> Step:
-    """The same in one graph."""
+    """Return a function that reads one more token in one graph at each call."""
     model, ids = patched(shape, length, trained, method, device)
     torch._dynamo.config.cache_size_limit = 64  # one graph for each model
     how: dict[str, Any] = {"mode": "reduce-overhead"} if device == "cuda" else {"backend": "eager"}
@@ -100,14 +103,14 @@ def patched(
 
 
 def reader(model: LlamaForCausalLM, forward: Any, ids: torch.Tensor, cache: Any) -> Step:
-    """Reads the text into the cache, then a token at each call."""
+    """Read the text into the cache, and return a function that reads one more token at each call."""
     with torch.no_grad():
         model(ids, logits_to_keep=1, **with_cache(model.forward, cache))
-    token, given = ids[:, :1].clone(), with_cache(model.forward, cache)
+    token, cached = ids[:, :1].clone(), with_cache(model.forward, cache)
 
     @torch.no_grad()
     def run() -> torch.Tensor:
-        logits: torch.Tensor = forward(input_ids=token, **given).logits
+        logits: torch.Tensor = forward(input_ids=token, **cached).logits
         return logits
 
     return run

@@ -1,14 +1,14 @@
 """Effect of a few hundred rows of fine-tuning on a model of 512 tokens that reads 4096: methods x trained weights.
 
-Each run patches the shipped model, trains on the novels of `examples/data/train.jsonl`, and is measured on the novels
-that it never saw: perplexity by length, passkeys, gain over a context truncated to the trained length, and what
-changed inside that. All runs read the same tokens; PoSE reads them in rows of 512 with skipped positions. A run that
-is finished is kept in the result file and not made again, and one that is killed goes on from its last checkpoint:
+Each run patches the shipped model and trains on the novels of `examples/data/train.jsonl`. It is measured on held-out
+novels: perplexity by length, passkeys, gain over a context truncated to the trained length, and the change inside the
+trained length. All runs read the same tokens. PoSE reads them in rows of 512 with skipped positions. Finished runs in
+the result file are skipped. A killed run continues from its last checkpoint:
 
     python benchmarks/finetune.py --output benchmarks/results/finetune.json --work reports/finetune
     python benchmarks/finetune.py --output ... --work ... --runs yarn/lora,yarn/full --threads 2
 
-The first use of a result file writes the settings into it; later ones must have the same.
+The first run writes its settings to the result file. Later runs must have the same settings.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ import json
 import os
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from output import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_posext import Results, compare, evaluate_perplexity, load_patched, patch_model
 from hf_posext.adapters import load_adapter
 from hf_posext.evaluation import passkey_accuracy
 from hf_posext.evaluation.reading import write_atomically
-from hf_posext.packages import machine
 from hf_posext.training import PRESETS, Preset, finetune
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -38,7 +37,7 @@ LENGTHS = [512, 1024, 2048, 4096]
 FACTOR = 8
 METHODS = ("none", "linear", "ntk", "theta", "yarn")
 FADED = "rerope+fade"
-"""Better than truncation without training, so that it is trained at the rates of all candidates."""
+"""Better than truncation without training. It is trained at the learning rates of all candidates."""
 
 LORA = replace(PRESETS["lora"], learning_rate=3e-3)
 TRAININGS: dict[str, tuple[Preset, int | None]] = {
@@ -47,7 +46,7 @@ TRAININGS: dict[str, tuple[Preset, int | None]] = {
     "full": (replace(PRESETS["full"], learning_rate=1e-4), None),
     "pose-lora": (LORA, 2),
 }
-"""Preset and PoSE's chunks, for every method; learning rates are the best of the candidates below, on other novels."""
+"""Preset and number of PoSE chunks, for every method. Learning rates are the best of `CANDIDATES`, on other novels."""
 
 CANDIDATES: dict[str, tuple[Preset, int | None]] = {
     "full-lr3e-5": (replace(PRESETS["full"], learning_rate=3e-5), None),
@@ -69,8 +68,10 @@ CANDIDATES: dict[str, tuple[Preset, int | None]] = {
     "lora-qk-r16": (replace(LORA, rank=16, targets=("q_proj", "k_proj")), None),
     "lora-all-r3": (replace(LORA, rank=3, alpha=6, targets="all-linear"), None),
 }
-"""Tried with YaRN on `examples/data/validation.jsonl`: learning rates for so few steps, and adapters of at most 2 % of
-the parameters, to find what comes closest to training all weights."""
+"""Candidates that were tried with YaRN on `examples/data/validation.jsonl`.
+
+They vary the learning rate for so few steps, and adapters of at most 2 % of the parameters. The goal is the result of
+training all weights."""
 
 RUNS = (
     *(f"{method}/untrained" for method in METHODS),
@@ -79,39 +80,39 @@ RUNS = (
 
 
 def load(model: Path, device: str) -> tuple[Any, Any]:
-    """The model in float32, as it was shipped, and its tokenizer."""
+    """Return the shipped model in float32 and its tokenizer."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     return network.to(device).eval(), AutoTokenizer.from_pretrained(model)
 
 
 def measure_control(args: argparse.Namespace) -> dict[int, dict[str, Any]]:
-    """By length, the untouched model: whole, and with its context truncated to the trained length."""
+    """Measure the untouched model by length, with its full context and truncated to the trained length."""
     network, tokenizer = load(args.model, args.device)
     results = compare(network, tokenizer, str(args.documents), ["none"], lengths=LENGTHS, start=args.start)
-    wanted = ("perplexity", "perplexity_tail", "perplexity_truncated", "perplexity_truncated_tail")
-    return {row["length"]: {key: row[key] for key in wanted} for row in results.rows}
+    keys = ("perplexity", "perplexity_tail", "perplexity_truncated", "perplexity_truncated_tail")
+    return {row["length"]: {key: row[key] for key in keys} for row in results.rows}
 
 
 def measure(network: Any, tokenizer: Any, args: argparse.Namespace, control: dict[str, Any]) -> dict[str, Any]:
-    """Rows by length, and the sums of each document, of a model with its patch in force."""
+    """Return rows by length and the sums of each document, for a model with its patch in force."""
     began = time.monotonic()
     results: Results = evaluate_perplexity(network, tokenizer, str(args.documents), LENGTHS, start=args.start)
     keys = passkey_accuracy(network, tokenizer, LENGTHS, args.passkey) if args.passkey else {}
     rows = []
     for row in results.rows:
-        known = control[str(row["length"])]
+        truncated = control[str(row["length"])]
         rows.append(
             {
                 "length": row["length"],
                 "perplexity": row["perplexity"],
                 "perplexity_tail": row["perplexity_tail"],
-                "gain": known["perplexity_truncated_tail"] / row["perplexity_tail"],
+                "gain": truncated["perplexity_truncated_tail"] / row["perplexity_tail"],
                 "passkey": keys.get(row["length"]),
             }
         )
     inside = rows[0]["perplexity"] / control[str(LENGTHS[0])]["perplexity"] - 1
-    kept = ("document", "length", "nll_sum", "tokens", "tail_nll_sum", "tail_tokens")
-    documents = [{key: record[key] for key in kept} for record in results.per_document]
+    fields = ("document", "length", "nll_sum", "tokens", "tail_nll_sum", "tail_tokens")
+    documents = [{key: record[key] for key in fields} for record in results.per_document]
     seconds = round(time.monotonic() - began, 1)
     return {"rows": rows, "short_context_change": inside, "per_document": documents, "measure_seconds": seconds}
 
@@ -128,8 +129,8 @@ def make(name: str, args: argparse.Namespace, control: dict[str, Any]) -> dict[s
     if ended(output):  # killed while it was measured
         adapter = (output / "adapter").is_dir()
         trained = load_adapter(output / "adapter", network) if adapter else load_patched(output / "model")
-        return {**measure(trained, tokenizer, args, control), **told(output)}
-    rows = args.batch * (1 if pose is None else FACTOR)  # rows of PoSE are as much shorter
+        return {**measure(trained, tokenizer, args, control), **training_facts(output)}
+    rows = args.batch * (1 if pose is None else FACTOR)  # rows of PoSE are shorter by the same factor
     at_once = min(rows, FACTOR) if pose else 1
     result = finetune(
         network,
@@ -149,7 +150,7 @@ def make(name: str, args: argparse.Namespace, control: dict[str, Any]) -> dict[s
         resume=True,
         seed=args.seed,
     )
-    return {**measure(result.model, tokenizer, args, control), **told(output)}
+    return {**measure(result.model, tokenizer, args, control), **training_facts(output)}
 
 
 def ended(output: Path) -> bool:
@@ -158,7 +159,7 @@ def ended(output: Path) -> bool:
     return path.is_file() and "result" in json.loads(path.read_text(encoding="utf-8"))
 
 
-def told(output: Path) -> dict[str, Any]:
+def training_facts(output: Path) -> dict[str, Any]:
     """Return the provenance of a training for the result file."""
     provenance = json.loads((output / "provenance.json").read_text(encoding="utf-8"))
     facts = {key: provenance["result"][key] for key in ("parameters", "loss", "resumed_from", "device")}
@@ -200,28 +201,26 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
 
     names = args.runs.split(",") if args.runs else RUNS
-    known = {*RUNS, *(f"{method}/{training}" for method in (*METHODS, FADED) for training in CANDIDATES)}
-    known |= {f"{FADED}/{training}" for training in ("untrained", *TRAININGS)}
-    if unknown := [name for name in names if name not in known]:
+    run_names = {*RUNS, *(f"{method}/{training}" for method in (*METHODS, FADED) for training in CANDIDATES)}
+    run_names |= {f"{FADED}/{training}" for training in ("untrained", *TRAININGS)}
+    if unknown := [name for name in names if name not in run_names]:
         parser.error(f"no such runs: {', '.join(unknown)}")
-    same = ("steps", "batch", "warmup", "seed", "bf16", "start", "passkey")
+    options = ("steps", "batch", "warmup", "seed", "bf16", "start", "passkey")
     files = {name: getattr(args, name).name for name in ("model", "train", "documents")}
-    settings = {**files, **{name: getattr(args, name) for name in same}, "factor": FACTOR, "lengths": LENGTHS}
-    found = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"settings": settings}
-    if found["settings"] != settings:
-        parser.error(f"{args.output} is of other settings: {found['settings']}; this is {settings}")
+    settings = {**files, **{name: getattr(args, name) for name in options}, "factor": FACTOR, "lengths": LENGTHS}
+    content = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"settings": settings}
+    if content["settings"] != settings:
+        parser.error(f"{args.output} is of other settings: {content['settings']}; this is {settings}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    if "control" not in found:
-        packages = ("hf_posext", "torch", "transformers", "peft")
-        found["versions"] = {name: version(name) for name in packages}
-        found["machine"] = {**machine(), "threads": args.threads}
-        found["control"] = json.loads(json.dumps(measure_control(args)))
-        found["runs"] = {}
+    if "control" not in content:
+        content["machine"] = {**machine(), "threads": args.threads}
+        content["control"] = json.loads(json.dumps(measure_control(args)))
+        content["runs"] = {}
     for name in names:
-        if name not in found["runs"]:
-            found["runs"][name] = make(name, args, found["control"])
-            write_atomically(args.output, json.dumps(found, indent=1) + "\n")
-        show(name, found["runs"][name])
+        if name not in content["runs"]:
+            content["runs"][name] = make(name, args, content["control"])
+            write_atomically(args.output, json.dumps(content, indent=1) + "\n")
+        show(name, content["runs"][name])
 
 
 if __name__ == "__main__":

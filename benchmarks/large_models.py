@@ -28,16 +28,16 @@ VOCABULARY, TOKENS = 32_000, 16_384
 @dataclass(frozen=True)
 class Shape:
     """
-    The sizes of a decoder that decide what a forward takes.
+    Sizes of a decoder that determine the cost of a forward.
 
     Args:
         name (`str`): of the model.
-        parameters (`int`): of the weights that a token is multiplied by, the head included.
-        layers, width, inner (`int`): layers, hidden size, size inside of the MLP.
-        queries (`int`): channels of all query heads together.
-        keys (`int`): channels of all key heads together; values have as many.
+        parameters (`int`): of the weights that a token is multiplied by, including the head.
+        layers, width, inner (`int`): number of layers, hidden size, intermediate size of the MLP.
+        queries (`int`): channels of all query heads.
+        keys (`int`): channels of all key heads. Values have as many.
         vocabulary (`int`): rows of the head.
-        bytes (`int`): of a weight and of an activation: 2 in bfloat16.
+        bytes (`int`): size of a weight and of an activation; 2 in bfloat16.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Shape:
 
     @classmethod
     def of(cls, name: str, config: Any, parameters: int, bytes: int = 2) -> Shape:
-        """The sizes that a Llama-like config contains."""
+        """Return the sizes that a Llama-like config contains."""
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = head * config.num_attention_heads, head * config.num_key_value_heads
         sizes = config.num_hidden_layers, config.hidden_size, config.intermediate_size
@@ -64,29 +64,32 @@ class Shape:
         return self.bytes * self.parameters
 
     def activations(self, tokens: int) -> int:
-        """Bytes at the peak of a layer: three tensors inside of the MLP, four as wide as the model beside them."""
+        """Return the bytes at the peak of a layer: three tensors of the MLP's size and four of the hidden size."""
         return self.bytes * tokens * (3 * self.inner + 4 * self.width)
 
     def cache(self, tokens: int) -> int:
-        """Bytes of a KV cache."""
+        """Return the bytes of a KV cache."""
         return self.bytes * tokens * self.layers * 2 * self.keys
 
     def logits(self) -> int:
-        """Bytes of the slice of logits that exists at a time, in float32."""
+        """Return the bytes of the slice of logits in memory at a time, in float32."""
         rows = max(1, min(LOGITS_ROWS, LOGITS_BYTES // (4 * self.vocabulary)))
         return 4 * rows * self.vocabulary
 
     def masked(self, chunk: int, tokens: int) -> int:
-        """Bytes that attention takes where a chunk follows others: transformers makes a mask, which PyTorch turns into
-        a bias, and with a mask it repeats keys and values for all query heads."""
+        """Return the bytes of attention over a chunk that follows others.
+
+        transformers makes a mask, which PyTorch converts to a bias. With a mask PyTorch also repeats keys and values
+        for all query heads.
+        """
         return (1 + self.bytes) * chunk * tokens + 2 * self.bytes * tokens * self.queries
 
     def extra(self, tokens: int, chunk: int | None = None, offloaded: bool = False) -> int:
-        """Bytes that a forward needs beside the weights.
+        """Return the bytes that a forward needs in addition to the weights.
 
-        What the trunk returns stays while the head works, when the activations of the layers are free again. In chunks
-        the cache comes on top; a layer's keys and values exist twice while a chunk is appended to them. Of a cache
-        that is offloaded two layers are on the device.
+        The hidden states stay while the head runs. The activations of the layers are free by then. Chunks add the
+        cache, and a second copy of a layer's keys and values while a chunk is appended to them. An offloaded cache has
+        two layers on the device.
         """
         size = min(tokens, chunk or tokens)
         peak = max(self.activations(size), self.bytes * size * self.width + self.logits())
@@ -96,16 +99,16 @@ class Shape:
         return peak + self.masked(size, tokens) + (3 * layer if offloaded else self.cache(tokens) + layer)
 
     def operations(self, tokens: int) -> tuple[int, int]:
-        """Floating-point operations of the products with weights, and of causal attention."""
+        """Return the floating-point operations of the products with weights, and of causal attention."""
         return 2 * self.parameters * tokens, 2 * tokens * tokens * self.queries * self.layers
 
     def seconds(self, tokens: int, linear: float, attention: float) -> float:
-        """Time of one forward at so many operations a second, of either kind."""
+        """Return the seconds of one forward, given the operations per second of each kind."""
         products, pairs = self.operations(tokens)
         return products / linear + pairs / attention
 
     def control_seconds(self, tokens: int, trained: int, linear: float, attention: float) -> float:
-        """Time of the control: the first window of the trained length, and windows that end every eighth of it."""
+        """Return the seconds of the control: one window of the trained length, then one for every eighth of it."""
         windows = control_windows(tokens, trained)
         return windows * self.seconds(min(tokens, trained), linear, attention)
 
@@ -116,12 +119,13 @@ LARGE = (
     Shape("Qwen3-8B", 8_190_735_360, 36, 4096, 12_288, 4096, 1024, 151_936),
     Shape("Llama-3.1-70B", 70_553_706_496, 80, 8192, 28_672, 8192, 1024, 128_256),
 )
-"""Parameters as transformers counts them. The input embedding of untied models is among them, though no token is
-multiplied by it: 7 % of an 8 B model."""
+"""Large models, with their parameters as counted by transformers.
+
+The count includes the input embedding of untied models, which no token is multiplied by: 7 % of an 8 B model."""
 
 
 def job(shape: str, vocabulary: int, tokens: int, chunk: int | None) -> Callable[[], list[float]]:
-    """The mean NLL of a random text under a random model; see `measure.Job`."""
+    """Return a function that computes the mean NLL of a random text under a random model; see `measure.Job`."""
     model, row = models.llama(shape, vocabulary), models.text(tokens, vocabulary)[None]
     TokenScorer(model, Memory(chunk and 32)).token_nll(row[:, :64])
 
@@ -132,21 +136,25 @@ def job(shape: str, vocabulary: int, tokens: int, chunk: int | None) -> Callable
 
 
 def measure(shape: str, vocabulary: int, tokens: int, chunks: tuple[int | None, ...]) -> list[dict[str, Any]]:
-    """Time and memory of one document, whole and in chunks, beside the memory of the formulas."""
+    """Measure time and memory of one document, whole and in chunks, beside the memory that the formulas give."""
     sizes = {"shape": shape, "vocabulary": vocabulary, "tokens": tokens}
     ways = [Way(str(chunk), job, {**sizes, "chunk": chunk}) for chunk in chunks]
-    found = read_in_turn(ways, 1)
+    readings_of = read_in_turn(ways, 1)
     parameters = sum(weight.numel() for weight in models.llama(shape, vocabulary).parameters())
     small = Shape.of(shape, models.config(shape, vocabulary), parameters, bytes=torch.float32.itemsize)
     rows: list[dict[str, Any]] = []
     for chunk in chunks:
-        readings = found[str(chunk)]
+        readings = readings_of[str(chunk)]
         if isinstance(readings, str):
             rows.append({**sizes, "chunk": chunk, "left_out": readings})
             continue
-        (one,) = readings
-        told = {"cpu_seconds": one.cpu_seconds, "extra_mb": one.extra_bytes / 1e6, "nll": one.value[0]}
-        rows.append({**sizes, "chunk": chunk, **told, "formula_mb": small.extra(tokens, chunk) / 1e6})
+        (reading,) = readings
+        measurement = {
+            "cpu_seconds": reading.cpu_seconds,
+            "extra_mb": reading.extra_bytes / 1e6,
+            "nll": reading.value[0],
+        }
+        rows.append({**sizes, "chunk": chunk, **measurement, "formula_mb": small.extra(tokens, chunk) / 1e6})
     return rows
 
 

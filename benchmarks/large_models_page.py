@@ -28,10 +28,10 @@ BILLION = Shape.of("1.2 B", config("billion", 128_256), LARGE[0].parameters)
 
 class Rates:
     """
-    Operations a second on the GPU of `gpu.json`, read from two of its rows; its other rows check the formulas.
+    Operations per second on the GPU of `gpu.json`, from two of its rows. Its other rows check the formulas.
 
-    Attention is that of one layer with the heads of an 8 B model at 32,768 tokens. The products with weights are what
-    is left of the perplexity of 32,768 tokens under a model of 1.2 B.
+    The rate of attention comes from one layer with the heads of an 8 B model at 32,768 tokens. The rate of the
+    products with weights comes from the rest of the time of the perplexity of 32,768 tokens under a model of 1.2 B.
 
     Args:
         gpu (`dict`): content of `benchmarks/results/gpu.json`.
@@ -55,51 +55,51 @@ class Rates:
 def perplexity(gpu: dict[str, Any], tokens: int) -> dict[str, Any]:
     """Return the reading of hf_posext for one document under the model of 1.2 B."""
     parts = [part for name, part in gpu["parts"].items() if name.startswith("perplexity")]
-    (found,) = [part["rows"]["hf_posext"] for part in parts if part["tokens"] == tokens]
-    row: dict[str, Any] = found
+    (readings,) = [part["rows"]["hf_posext"] for part in parts if part["tokens"] == tokens]
+    row: dict[str, Any] = readings
     return row
 
 
 def checks(gpu: dict[str, Any], chunks: list[dict[str, Any]]) -> list[tuple[str, str, float, float]]:
-    """Return what was measured, its unit, the reading and the formula, for rows that no rate was read from."""
-    rates, found = Rates(gpu), []
+    """Return name, unit, reading and formula of each measurement that no rate was taken from."""
+    rates, lines = Rates(gpu), []
     for tokens in LENGTHS:
         extra = perplexity(gpu, tokens)["extra_mb"]
-        found.append((f"1.2 B in bfloat16, {tokens:,} tokens, {rates.name}", "MB", extra, BILLION.extra(tokens) / 1e6))
+        lines.append((f"1.2 B in bfloat16, {tokens:,} tokens, {rates.name}", "MB", extra, BILLION.extra(tokens) / 1e6))
     last = LENGTHS[-1]
     took = perplexity(gpu, last)["seconds"], rates.seconds(BILLION, last)
-    found.append((f"1.2 B in bfloat16, {last:,} tokens, {rates.name}", "s", *took))
+    lines.append((f"1.2 B in bfloat16, {last:,} tokens, {rates.name}", "s", *took))
     (layer,) = [row for row in gpu["parts"][f"prefill {last}"] if row["way"] == "plain"]
     pairs = 2 * last**2 * SHAPES["llama-3-8b"]["hidden_size"] / rates.attention
-    found.append((f"attention of one 8 B layer, {last:,} tokens, {rates.name}", "s", layer["seconds"], pairs))
+    lines.append((f"attention of one 8 B layer, {last:,} tokens, {rates.name}", "s", layer["seconds"], pairs))
     for row in chunks:
         if "left_out" not in row:
             how = "whole" if row["chunk"] is None else f"in chunks of {row['chunk']:,}"
-            what = f"small model in float32, {row['tokens']:,} tokens, {how}, CPU"
-            found.append((what, "MB", row["extra_mb"], row["formula_mb"]))
-    return found
+            name = f"small model in float32, {row['tokens']:,} tokens, {how}, CPU"
+            lines.append((name, "MB", row["extra_mb"], row["formula_mb"]))
+    return lines
 
 
 def check_table(rows: list[tuple[str, str, float, float]]) -> str:
     lines = [
-        (what, f"{read:,.2f} {unit}" if unit == "s" else f"{read:,.0f} {unit}")
-        + (f"{told:,.2f} {unit}" if unit == "s" else f"{told:,.0f} {unit}", f"{told / read - 1:+.0%}")
-        for what, unit, read, told in rows
+        (name, f"{reading:,.2f} {unit}" if unit == "s" else f"{reading:,.0f} {unit}")
+        + (f"{formula:,.2f} {unit}" if unit == "s" else f"{formula:,.0f} {unit}", f"{formula / reading - 1:+.0%}")
+        for name, unit, reading, formula in rows
     ]
     return markdown(("", "measured", "formula", "off by"), lines)
 
 
 def memory_table() -> str:
-    """Return GB on one device: the weights, and the memory of a forward beside them."""
+    """Return the table of GB on one device: the weights, and the additional memory of a forward."""
     lines = []
     for shape in LARGE:
         for tokens in LENGTHS:
-            whole, chunked, offloaded = (shape.extra(tokens, *how) for how in ((None,), (CHUNK,), (CHUNK, True)))
+            unchunked, chunked, offloaded = (shape.extra(tokens, *how) for how in ((None,), (CHUNK,), (CHUNK, True)))
             shared = (
                 shape.extra(tokens // DEVICES)
                 + (shape.weights + 2 * shape.weights * DEVICES // shape.layers) // DEVICES
             )
-            row = shape.weights, whole, chunked, offloaded, shared
+            row = shape.weights, unchunked, chunked, offloaded, shared
             lines.append((shape.name, f"{tokens:,}", *(f"{size / 1e9:.1f}" for size in row)))
     heads = (
         "model",
@@ -114,7 +114,7 @@ def memory_table() -> str:
 
 
 def time_table(rates: Rates) -> str:
-    """Return seconds for one document: a method, the control at two trained lengths, a method on several devices."""
+    """Return the table of seconds for one document: a method, the control at two trained lengths, several devices."""
     lines = []
     for shape in LARGE:
         for tokens in LENGTHS:
@@ -124,7 +124,7 @@ def time_table(rates: Rates) -> str:
                 rates.control(shape, tokens, 32_768),
                 rates.seconds(shape, tokens) / DEVICES,
             )
-            lines.append((shape.name, f"{tokens:,}", *(f"{each:.1f}" for each in times)))
+            lines.append((shape.name, f"{tokens:,}", *(f"{seconds:.1f}" for seconds in times)))
     heads = ("model", "tokens", "a method", "control at 8,192", "control at 32,768", f"a method, {DEVICES} devices")
     return markdown(heads, lines)
 

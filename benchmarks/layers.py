@@ -1,4 +1,4 @@
-"""One attention layer without its projections: what a remapping method changes, and nothing else."""
+"""Attention layers without their projections: only the part that a remapping method changes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hf_posext.methods import DualChunk, LeakyReRoPE, Method, ReRoPE, SelfExtend
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 ROWS = 8
-"""Queries of which the exact output is computed."""
+"""Number of queries whose exact output is computed."""
 
 
 def remapping(window: int, chunk: int, group: int) -> dict[str, Method]:
-    """The methods that are measured, by the size of what they read as it is."""
+    """Return the measured methods, for a window, a chunk and a group size."""
     return {
         "self-extend": SelfExtend(group=group, window=window),
         "rerope": ReRoPE(window=window),
@@ -30,7 +30,7 @@ def remapping(window: int, chunk: int, group: int) -> dict[str, Method]:
 
 
 class Given(nn.Module):
-    """Stands for a projection: gives the same states whatever comes."""
+    """Projection that returns the same states for any input."""
 
     def __init__(self, states: torch.Tensor) -> None:
         super().__init__()
@@ -42,16 +42,16 @@ class Given(nn.Module):
 
 class Layer:
     """
-    Rotation and attention of given random states, as a model calls them.
+    Rotation and attention of random states, called like in a model.
 
     Args:
-        shape (`str`): of `models.SHAPES`.
-        length (`int`): tokens.
-        trained (`int`): what the model claims to be trained on.
-        method (`Method`, *optional*): what positions to see.
-        code (`Callable`, *optional*): of `published`, to be called in place of a patched model.
+        shape (`str`): a name in `models.SHAPES`.
+        length (`int`): number of tokens.
+        trained (`int`): trained length of the model.
+        method (`Method`, *optional*): method to patch the model with.
+        code (`Callable`, *optional*): function of `published` to call instead of a patched model.
         device (`str`): `"cpu"`, in float32, or `"cuda"`, in bfloat16.
-        depth (`int`): how many such layers there are, one behind the other; phases are made once, as in a model.
+        depth (`int`): number of consecutive layers. Phases are computed once, like in a model.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Layer:
         self.rotary, self.attention = model.model.rotary_emb, model.model.layers[0].self_attn
         config = model.config
         generator = torch.Generator(device).manual_seed(0)
-        given = {"dtype": model.dtype, "device": device, "generator": generator}
+        options = {"dtype": model.dtype, "device": device, "generator": generator}
         heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
-        self.states = tuple(torch.randn(1, count, length, self.attention.head_dim, **given) for count in heads)
+        self.states = tuple(torch.randn(1, count, length, self.attention.head_dim, **options) for count in heads)
         for name, states in zip(PROJECTIONS, self.states, strict=True):
             setattr(self.attention, name, Given(states))
         self.attention.o_proj = nn.Identity()
@@ -83,26 +83,26 @@ class Layer:
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:
-        """The output of all heads, `(tokens, heads, dim)`; the same of each layer."""
+        """Return the output of all heads, `(tokens, heads, dim)`. It is the same for each layer."""
         if self.code is None:
             return self._attend()
         for _ in range(self.depth):
-            found: torch.Tensor = self.code(self.method, self.states, self.rotary)[0]
-        return found
+            out: torch.Tensor = self.code(self.method, self.states, self.rotary)[0]
+        return out
 
     def train(self) -> tuple[torch.Tensor, ...]:
-        """Forward and backward: gradients of the given states, where all of the output counts alike."""
-        given = [getattr(self.attention, name).states.requires_grad_() for name in PROJECTIONS]
-        return torch.autograd.grad(self._attend().sum(), given)
+        """Run forward and backward, and return the gradients of the states for the sum of the output."""
+        states = [getattr(self.attention, name).states.requires_grad_() for name in PROJECTIONS]
+        return torch.autograd.grad(self._attend().sum(), states)
 
     def _attend(self) -> torch.Tensor:
         angles = self.rotary(self.hidden, self.positions)
         for _ in range(self.depth):
-            found: torch.Tensor = self.attention(self.hidden, position_embeddings=angles, attention_mask=None)[0]
-        return found.view(self.hidden.shape[1], self.states[0].shape[1], -1)
+            out: torch.Tensor = self.attention(self.hidden, position_embeddings=angles, attention_mask=None)[0]
+        return out.view(self.hidden.shape[1], self.states[0].shape[1], -1)
 
     def error(self) -> float:
-        """The largest distance of some of the output from float64, in relation to the largest output."""
+        """Return the largest error of `ROWS` rows against float64, relative to the largest output."""
         rows = torch.linspace(0, self.hidden.shape[1] - 1, ROWS, device=self.hidden.device).long()
-        wanted = published.exact(self.method, self.states, self.inv_freq, rows)
-        return float((self()[rows].double() - wanted).abs().max() / wanted.abs().max())
+        expected = published.exact(self.method, self.states, self.inv_freq, rows)
+        return float((self()[rows].double() - expected).abs().max() / expected.abs().max())

@@ -1,8 +1,8 @@
 """Perplexity of a model under llama.cpp and under transformers, with the same plans on the same tokens.
 
-llama.cpp gets a GGUF file with the positions that `hf-posext gguf` writes; transformers the patched model. Both
-compute in float32 (keys and values of llama.cpp's cache too). Needs `pip install llama-cpp-python gguf`. With
-`--converter`, the file is what llama.cpp's own converter makes of an export, as `SERVING.md` says.
+llama.cpp reads a GGUF file with the positions that `hf-posext gguf` writes. transformers runs the patched model. Both
+compute in float32, including the cache of llama.cpp. Needs `pip install llama-cpp-python gguf`. With `--converter`,
+llama.cpp's own converter writes the file from an export, with the command of `SERVING.md`.
 
     python -m benchmarks.llama_cpp --length 2048 --output benchmarks/results/llama_cpp.json
     python -m benchmarks.llama_cpp --model SMOLLM2 --converter convert_hf_to_gguf.py --trained-length 1024 \\
@@ -23,13 +23,12 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_posext
+from benchmarks.output import command, machine
 from hf_posext.export import export_checkpoint, write_gguf
 from hf_posext.export.llama_cpp import READ_FROM, rope_keys
-from hf_posext.packages import machine
 from hf_posext.patching.loading import Source, locate, open_config, open_tokenizer, open_weights
 from hf_posext.plan import ExtensionPlan
 from tests.export.gguf_helpers import write_llama
@@ -39,7 +38,7 @@ METHODS = ("none", "linear", "ntk", "theta", "yarn", "yarn(attention_factor=1.4)
 
 
 def documents(source: Source, length: int, count: int) -> list[list[int]]:
-    """The first tokens of the first documents that are long enough."""
+    """Return the first tokens of the first documents that are long enough."""
     tokenizer = open_tokenizer(source)
     rows = []
     with NOVELS.open(encoding="utf-8") as lines:
@@ -51,7 +50,7 @@ def documents(source: Source, length: int, count: int) -> list[list[int]]:
 
 
 def nll(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    """NLL (length - 1,) of all tokens but the first, float64 from float32 logits."""
+    """Return the NLL of all tokens except the first, `(length - 1,)`, in float64 from float32 logits."""
     scores = logits[:-1].float().log_softmax(-1).double()
     return -scores.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
@@ -74,7 +73,7 @@ def by_llama_cpp(path: Path, rows: list[list[int]]) -> torch.Tensor:
 
 
 def convert(converter: Path, model: PreTrainedModel, source: Source, directory: Path) -> Path:
-    """The GGUF file of a model, patched or not, by llama.cpp's converter and the command of `SERVING.md`."""
+    """Write the GGUF file of a model, patched or not, with llama.cpp's converter and the command of `SERVING.md`."""
     tokenizer, export, path = open_tokenizer(source), directory / "export", directory / "source.gguf"
     patch = hf_posext.find_patch(model)
     if patch is None:
@@ -104,9 +103,14 @@ def measure(
         path = path and write_gguf(plan, path, directory / "model.gguf")
     path = path or convert(converter, model, source, directory)  # type: ignore[arg-type]
     losses = by_transformers(model, rows), by_llama_cpp(path, rows)
-    ours, theirs = (math.exp(loss.mean()) for loss in losses)
+    perplexity, peer_perplexity = (math.exp(loss.mean()) for loss in losses)
     largest = float((losses[0] - losses[1]).abs().max())
-    row = {"method": method, "transformers": ours, "llama.cpp": theirs, "difference": theirs / ours - 1}
+    row = {
+        "method": method,
+        "transformers": perplexity,
+        "llama.cpp": peer_perplexity,
+        "difference": peer_perplexity / perplexity - 1,
+    }
     return {**row, "largest_per_token": largest}
 
 
@@ -118,32 +122,35 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
-    source = locate(given.model)
-    rows = documents(source, given.length, given.documents)
-    trained = given.trained_length or open_config(source).max_position_embeddings
-    lengths = {"factor": given.length / trained, "trained_length": given.trained_length}
-    versions = {
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "hf_posext": hf_posext.__version__,
+    arguments = parser.parse_args()
+    source = locate(arguments.model)
+    rows = documents(source, arguments.length, arguments.documents)
+    trained = arguments.trained_length or open_config(source).max_position_embeddings
+    lengths = {"factor": arguments.length / trained, "trained_length": arguments.trained_length}
+    settings = {
+        "model": None if arguments.model == str(MODEL) else Path(arguments.model).name,
+        "converter": arguments.converter and arguments.converter.name,
+        "trained-length": arguments.trained_length,
+        "length": arguments.length,
+        "documents": arguments.documents,
     }
     content: dict[str, Any] = {
-        "model": Path(given.model).stem,
-        "converter": given.converter and given.converter.name,
+        "command": command("-m benchmarks.llama_cpp", settings),
+        "model": Path(arguments.model).stem,
+        "converter": arguments.converter and arguments.converter.name,
         "trained_length": trained,
-        "length": given.length,
+        "length": arguments.length,
         "documents": len(rows),
         "machine": machine(),
-        "versions": versions | {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": READ_FROM.split()[-1]},
+        "versions": {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": READ_FROM.split()[-1]},
         "rows": [],
     }
     for method in METHODS:
         with tempfile.TemporaryDirectory() as directory:
-            content["rows"].append(measure(method, source, lengths, given.converter, rows, Path(directory)))
+            content["rows"].append(measure(method, source, lengths, arguments.converter, rows, Path(directory)))
         print(json.dumps(content["rows"][-1]), flush=True)
-        if given.output is not None:
-            given.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if arguments.output is not None:
+            arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

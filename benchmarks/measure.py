@@ -1,8 +1,8 @@
-"""Measuring for these benchmarks: one thread, ways in turn, processor time, peak of resident memory.
+"""Measurement for these benchmarks: one thread, ways in turn, processor time, peak of resident memory.
 
-A job is a function that gets ready whatever it measures (model, tokens, a short run to warm up) and returns what is
-measured, a function without arguments. Every reading is taken in its own child process, forked from a server that
-has done the imports, so that none finds memory or caches that another has left. Memory is read from /proc (Linux).
+A job prepares its model and tokens, warms up with a short run, and returns the function to measure, which has no
+arguments. Every reading is taken in its own child process, forked from a server that has done the imports. No reading
+uses memory or caches of an earlier one. Memory is read from /proc (Linux).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ CHILDREN.set_forkserver_preload(["torch", "transformers.models.llama.modeling_ll
 @dataclass(frozen=True)
 class Way:
     """
-    One way of doing what others do as well.
+    One of several ways to compute the same result.
 
     Args:
-        name (`str`): in tables.
-        job (`Job`): a function of a module.
-        settings (`dict`): its arguments.
-        needs (`int`): bytes without which it is not tried.
-        once (`bool`): whether it is read in the first turn only.
+        name (`str`): name in tables.
+        job (`Job`): function of a module, which a child process can import.
+        settings (`dict`): arguments of the job.
+        needs (`int`): bytes of free memory below which the way is left out.
+        once (`bool`): whether the way is read in the first turn only.
     """
 
     name: str
@@ -52,12 +52,14 @@ class Way:
 @dataclass(frozen=True)
 class Reading:
     """
+    One measurement.
+
     Args:
         cpu_seconds (`float`): user and system time of the process.
-        seconds (`float`): on the clock.
-        peak_bytes (`int`): peak of memory; of the GPU's own memory there.
-        extra_bytes (`int`): the same above what was in use when the measured function began.
-        value (`Any`): what the function returned.
+        seconds (`float`): wall-clock time.
+        peak_bytes (`int`): peak of resident memory, or of GPU memory on a GPU.
+        extra_bytes (`int`): peak above the memory in use before the measured function.
+        value (`Any`): result of the function.
     """
 
     cpu_seconds: float
@@ -68,7 +70,7 @@ class Reading:
 
 
 def read(job: Job, settings: dict[str, Any]) -> Reading | str:
-    """A reading in this process, or why there is none."""
+    """Take a reading in this process, or return the reason why the way cannot run."""
     torch.set_num_threads(1)
     try:
         run = job(**settings)
@@ -89,12 +91,12 @@ def read(job: Job, settings: dict[str, Any]) -> Reading | str:
 
 
 def read_in_child(way: Way) -> Reading | str:
-    """A reading in a child process, or why there is none."""
+    """Take a reading in a child process, or return the reason why the way cannot run."""
     free = psutil.virtual_memory().available
     if way.settings.get("device") != "cuda" and way.needs > 0.8 * free:
         return f"needs {way.needs / 1e9:.1f} GB, and {free / 1e9:.1f} GB were free"
     environment = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    os.environ.update(environment)  # of the server, and by it of the children
+    os.environ.update(environment)  # inherited by the server and its children
     with ProcessPoolExecutor(1, mp_context=CHILDREN) as pool:
         try:
             return pool.submit(read, way.job, way.settings).result()
@@ -105,32 +107,32 @@ def read_in_child(way: Way) -> Reading | str:
 def read_in_turn(
     ways: Iterable[Way], repeats: int, done: Callable[[Way], object] = lambda way: None
 ) -> dict[str, list[Reading] | str]:
-    """Readings of each way, one of each before the next of any; a way that cannot run is not tried again."""
-    found: dict[str, list[Reading] | str] = {way.name: [] for way in ways}
+    """Return readings of each way, taken in turns. A way that cannot run is tried once."""
+    readings_of: dict[str, list[Reading] | str] = {way.name: [] for way in ways}
     for turn in range(repeats):
         for way in ways:
-            so_far = found[way.name]
+            so_far = readings_of[way.name]
             if isinstance(so_far, str) or (turn and way.once):
                 continue
             reading = read_in_child(way)
-            found[way.name] = reading if isinstance(reading, str) else [*so_far, reading]
+            readings_of[way.name] = reading if isinstance(reading, str) else [*so_far, reading]
             done(way)
-    return found
+    return readings_of
 
 
 def seconds_in_turn(runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each function, in this process; in turns that go forth and back, after one to warm up."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    """Return the seconds of each function in this process, in turns of alternating order after one to warm up."""
+    seconds_of: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name in list(runs) if turn % 2 else list(runs)[::-1]:
-            taken = seconds(runs[name], device)
+            elapsed = seconds(runs[name], device)
             if turn:
-                found[name].append(taken)
-    return found
+                seconds_of[name].append(elapsed)
+    return seconds_of
 
 
 def seconds(run: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of one call, in this process: of the processor, or with a GPU until that has finished."""
+    """Return the seconds of one call in this process: processor time, or on a GPU the time until it has finished."""
     if device == "cpu":
         start = time.process_time()
         run()
@@ -142,14 +144,14 @@ def seconds(run: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def ratio(ours: list[float], others: list[float]) -> float | None:
-    """The median of the ratios of what was read in the same turn; `None` where there was nothing."""
-    pairs = [a / b for a, b in zip(ours, others, strict=False) if b > 0]
+def ratio(times: list[float], baseline_times: list[float]) -> float | None:
+    """Return the median ratio of times in the same turn; `None` without any."""
+    pairs = [a / b for a, b in zip(times, baseline_times, strict=False) if b > 0]
     return statistics.median(pairs) if pairs else None
 
 
 def _resident_bytes(forget_peak: bool = False) -> int:
-    """The peak of resident memory, or what is resident now, where the peak of the past shall no longer count."""
+    """Return the peak of resident memory, or reset it and return the memory that is resident now."""
     if forget_peak:
         FORGET_PEAK.write_text("5")
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
@@ -165,7 +167,7 @@ def _gpu_bytes(forget_peak: bool = False) -> int:
 
 
 def free(device: str) -> None:
-    """Give memory of a GPU that is not in use to others."""
+    """Return unused GPU memory to the system."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Gain over truncation and passkeys of every method of the registry, on the shipped models.
 
-Each group of methods is one comparison: eight times the trained length, the first novels that are held out, passkeys
-where the model knows them. A group that was stopped continues from its journal in reports/methods.
+Each group of methods is one comparison: eight times the trained length, the first held-out novels, and passkeys if the
+model retrieves them. A stopped group continues from its journal in reports/methods.
 
     python benchmarks/methods.py                                  # every group
     python benchmarks/methods.py --groups tables,biases
@@ -33,7 +33,7 @@ ON_TOP = {
     "decay": "leaky-rerope+decay",
     "dpe": "dpe(table='llama-3', window=256)",
 }
-"""Compositions that stand for methods which change what another one leaves."""
+"""Compositions that stand for methods which need a base method."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Group:
     Args:
         model (`str`): name of a shipped model.
         holds (`Callable[[type[Method]], bool]`): whether a method belongs to the group.
-        more (`tuple[str, ...]`, *optional*): further settings of its methods.
+        variants (`tuple[str, ...]`, *optional*): further methods, with settings of their own.
         passkeys (`int`, *optional*): trials at each length. 0 for a model that finds few within its trained length,
             and for methods whose passkeys are in `results/fading`.
     """
 
     model: str
     holds: Callable[[type[Method]], bool]
-    more: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     passkeys: int = PASSKEYS
 
 
@@ -80,8 +80,10 @@ GROUPS = {
 
 
 def chosen(group: Group, scheme: PositionalScheme) -> list[Method]:
-    """Return the methods of a group: as they are, on top of another one, or as their example where defaults fail."""
-    found: list[Method] = [] if scheme.ends else [as_method("none")]  # which could not read as far
+    """Return the methods of a group: plain, on top of another method, or as their example if defaults fail."""
+    chosen_methods: list[Method] = (
+        [] if scheme.ends else [as_method("none")]
+    )  # a table ends, so `none` cannot read as far
     for name, cls in methods().items():
         if name == "none" or not group.holds(cls):
             continue
@@ -90,8 +92,8 @@ def chosen(group: Group, scheme: PositionalScheme) -> list[Method]:
             method.plan(scheme, factor=FACTOR, trained_length=TRAINED)
         except InvalidParameterError:
             method = cls.example(scheme)
-        found.append(method)
-    return [*found, *map(as_method, group.more)]
+        chosen_methods.append(method)
+    return [*chosen_methods, *map(as_method, group.variants)]
 
 
 def measure(name: str) -> None:

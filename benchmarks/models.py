@@ -1,4 +1,4 @@
-"""The random models and texts that are measured: random weights show equality and cost, not quality."""
+"""Random models and texts for measurements. Random weights show equality and cost, not quality."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
 }
 SHAPES["layer"] = SHAPES["billion"] | {"num_hidden_layers": 1, "tie_word_embeddings": False}
-"""`tiny` has larger weights, so that equal numbers mean something; `small` is 256 wide and 6 layers deep; `attention`
-and `llama-3-8b` are a layer of little else than attention, the second with the heads of that model; `billion` has the
+"""Sizes of the random models.
+
+`tiny` has larger weights, which make equal numbers meaningful. `small` is 256 wide and 6 layers deep. `attention` and
+`llama-3-8b` are one layer with little more than attention, the second with the heads of that model. `billion` has the
 shape of Llama-3.2-1B, and `layer` is one of its layers."""
 
 BOS = "<s>"
@@ -33,7 +35,7 @@ def config(shape: str, vocabulary: int, trained: int = 512, **changes: Any) -> L
 
 
 def llama(shape: str, vocabulary: int, trained: int = 512, device: str = "cpu", **changes: Any) -> LlamaForCausalLM:
-    """A Llama of random weights: float32 on the CPU, bfloat16 on a GPU."""
+    """Return a Llama with random weights, in float32 on a CPU and in bfloat16 on a GPU."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
@@ -42,14 +44,14 @@ def llama(shape: str, vocabulary: int, trained: int = 512, device: str = "cpu", 
 
 
 def text(tokens: int, vocabulary: int) -> torch.Tensor:
-    """A row of random tokens that begins with token 0, the BOS of [`tokenizer`]."""
+    """Return a row of random tokens that begins with token 0, the BOS of [`tokenizer`]."""
     row = torch.randint(1, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
     row[0] = 0
     return row
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Token `n` is the word `n`, and token 0 is BOS, which it does not add by itself."""
+    """Return a tokenizer whose token `n` is the word `n`. Token 0 is BOS, which it does not add by itself."""
     numbers = {str(number): number for number in range(1, vocabulary)}
     words = Tokenizer(models.WordLevel({BOS: 0, **numbers}, unk_token=BOS))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -57,5 +59,5 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def words(row: torch.Tensor) -> str:
-    """The text of which the tokenizer makes these tokens."""
+    """Return the text that the tokenizer encodes as these tokens."""
     return " ".join(str(token) if token else BOS for token in row.tolist())

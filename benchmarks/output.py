@@ -1,4 +1,4 @@
-"""Output of every benchmark: a table of 80 columns, and JSON with the origin of the numbers."""
+"""Output of all benchmarks: tables of 80 columns, and JSON with the origin of the numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from hf_posext import packages
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("hf_posext", "torch", "transformers", "accelerate", "lm_eval", "longppl")
+PACKAGES = ("hf_posext", "torch", "transformers", "accelerate", "peft", "lm_eval", "longppl")
 
 
 def machine() -> dict[str, Any]:
@@ -25,7 +25,7 @@ def machine() -> dict[str, Any]:
         **packages.machine(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: package_version for name in PACKAGES if (package_version := _version(name))},
     }
 
 
@@ -36,28 +36,34 @@ def _version(package: str) -> str | None:
         return None
 
 
-def goal(what: str, found: float | None, *, at_most: float | None = None, at_least: float | None = None) -> dict:
-    """A goal and whether it is met; `found` is `None` where nothing could be measured."""
-    met = None if found is None else found <= at_most if at_most is not None else found >= (at_least or 0.0)
+def command(script: str, settings: dict[str, Any]) -> str:
+    """Return the command line of a script, such as `benchmarks/cpu.py`, without flags that are off or not given."""
+    flags = {key: value for key, value in settings.items() if value is not None and value is not False}
+    return f"python {script}" + "".join(
+        f" --{key}" + ("" if value is True else f" {value}") for key, value in flags.items()
+    )
+
+
+def goal(name: str, value: float | None, *, at_most: float | None = None, at_least: float | None = None) -> dict:
+    """Return a goal and whether it is met. `value` is `None` if nothing could be measured."""
+    met = None if value is None else value <= at_most if at_most is not None else value >= (at_least or 0.0)
     bound = {"at_most": at_most} if at_most is not None else {"at_least": at_least}
-    return {"what": what, **bound, "found": found, "met": met}
+    return {"what": name, **bound, "found": value, "met": met}
 
 
 class Run:
     """
-    A result that is written part by part, so that a run which was killed goes on where it stopped.
+    Result that is written part by part. A killed run continues after its last finished part.
 
     Args:
-        name (`str`): of the script and of its result file.
-        settings (`dict`): a run goes on only from parts with the same, made by the same commit and versions.
-        path (`Path`, *optional*): the result file; nothing is written without one.
+        name (`str`): name of the script and of its result file.
+        settings (`dict`): flags of the run. It continues only from parts with the same flags, commit and versions.
+        path (`Path`, *optional*): the result file. Nothing is written without one.
     """
 
     def __init__(self, name: str, settings: dict[str, Any], path: Path | None) -> None:
-        given = {key: "" if value is True else f" {value}" for key, value in settings.items() if value is not False}
-        flags = "".join(f" --{key}{value}" for key, value in given.items())
         self.path = path
-        self.content = {"command": f"python benchmarks/{name}.py{flags}", "machine": machine(), "parts": {}}
+        self.content = {"command": command(f"benchmarks/{name}.py", settings), "machine": machine(), "parts": {}}
         if self._partial is not None and self._partial.exists():
             before = json.loads(self._partial.read_text(encoding="utf-8"))
             if self._key(before) == self._key(self.content):
@@ -71,7 +77,7 @@ class Run:
         return content["command"], content["machine"]["commit"], content["machine"]["versions"]
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return the result of a part, from now or from before the run was killed."""
+        """Return the result of a part, from the partial file if an earlier run has finished it."""
         if name not in self.content["parts"]:
             self.content["parts"][name] = make()
             if self._partial is not None:
@@ -79,7 +85,7 @@ class Run:
         return self.content["parts"][name]
 
     def finish(self, goals: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Write the result in full, with its goals."""
+        """Write the complete result, with its goals."""
         self.content["goals"] = list(goals)
         if self.path is not None and self._partial is not None:
             self._write(self.path)
@@ -98,13 +104,13 @@ def console(stderr: bool = False) -> Console:
 
 
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The first column to the left, the others to the right."""
-    found = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    """Return a table whose first column is aligned to the left and the others to the right."""
+    layout = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for number, head in enumerate(heads):
-        found.add_column(head, justify="right" if number else "left", overflow="fold")
+        layout.add_column(head, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        found.add_row(*row)
-    return found
+        layout.add_row(*row)
+    return layout
 
 
 def figure(value: float | None, digits: int = 2) -> str:
@@ -128,9 +134,9 @@ def rows_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 def goals_table(goals: Sequence[dict[str, Any]]) -> Table:
     verdicts = {True: "yes", False: "NO", None: "not measured"}
-    bounds = [f"<= {one['at_most']:g}" if "at_most" in one else f">= {one['at_least']:g}" for one in goals]
+    bounds = [f"<= {entry['at_most']:g}" if "at_most" in entry else f">= {entry['at_least']:g}" for entry in goals]
     rows = [
-        (one["what"], bound, figure(one["found"]), verdicts[one["met"]])
-        for one, bound in zip(goals, bounds, strict=True)
+        (entry["what"], bound, figure(entry["found"]), verdicts[entry["met"]])
+        for entry, bound in zip(goals, bounds, strict=True)
     ]
     return table("Goals", ("", "goal", "found", "met"), rows)

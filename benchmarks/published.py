@@ -1,4 +1,4 @@
-"""Remapped positions as their papers have them, apart from the package: what is exact, and what was fast until now.
+"""Remapped positions of the papers, independent of the package: an exact reference, and the published code.
 
 Queries and keys are `(1, heads, tokens, dim)` before any rotation, with fewer heads for keys and values.
 """
@@ -16,7 +16,7 @@ from hf_posext.methods import Composition, Decay, DualChunk, Fade, LeakyReRoPE, 
 
 
 def distance(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """The distance at which query `i` sees key `j`; `None` is the model as it is."""
+    """Return the distance at which query `i` sees key `j`. `None` stands for the unpatched model."""
     d = i - j
     match method:
         case None:
@@ -39,8 +39,8 @@ def distance(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     raise TypeError(f"no formula for {method}")
 
 
-def taken(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """Return what a fade or a decay subtracts from the logit of query `i` and key `j` beyond the window, float64."""
+def logit_loss(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """Return the float64 amount that a fade or decay subtracts from the logit of query `i` and key `j`."""
     d = (i - j).double()
     match method:
         case Composition(components=(ReRoPE(window=w), Fade(strength=s, reference=r))):
@@ -54,36 +54,38 @@ def taken(method: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
 
 
 def exact(method: Any, states: tuple[torch.Tensor, ...], inv_freq: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Attention of some queries in float64, each pair rotated by its distance: `(rows, heads, dim)`."""
-    query, key, value = (each[0].double() for each in states)
+    """Return the float64 attention of the queries `rows`, each pair rotated by its distance: `(rows, heads, dim)`."""
+    query, key, value = (states_of_kind[0].double() for states_of_kind in states)
     groups, half = len(query) // len(key), query.shape[-1] // 2
     keys = torch.arange(key.shape[1], device=key.device)
     apart = distance(method, rows[:, None], keys).double()
-    lost = taken(method, rows[:, None], keys)
+    lost = logit_loss(method, rows[:, None], keys)
     angle = apart[..., None] * inv_freq.double()
     cos, sin = angle.cos(), angle.sin()
-    found = []
+    outputs = []
     for head, states_of_head in enumerate(query[:, rows]):
-        (a, b), (c, d) = (each.split(half, -1) for each in (states_of_head[:, None], key[head // groups][None]))
+        (a, b), (c, d) = (
+            channels.split(half, -1) for channels in (states_of_head[:, None], key[head // groups][None])
+        )
         scores = ((a * c + b * d) * cos + (a * d - b * c) * sin).sum(-1) * query.shape[-1] ** -0.5
         weights = (scores - lost).masked_fill(keys > rows[:, None], -torch.inf).softmax(-1)
-        found.append(weights @ value[head // groups])
-    return torch.stack(found, 1)
+        outputs.append(weights @ value[head // groups])
+    return torch.stack(outputs, 1)
 
 
 def rotated(method: Any, states: tuple[torch.Tensor, ...], rotary: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Queries and keys at their own positions, and at those of far pairs."""
+    """Return queries and keys rotated by their own positions, and by those of far pairs."""
     query, key, _ = states
-    at = torch.arange(query.shape[2], device=query.device)[None]
+    positions = torch.arange(query.shape[2], device=query.device)[None]
     match method:
         case SelfExtend(group=g, window=w):
-            far = at // g + w - w // g, at // g
+            far = positions // g + w - w // g, positions // g
         case ReRoPE(window=w):
-            far = torch.full_like(at, w), torch.zeros_like(at)
+            far = torch.full_like(positions, w), torch.zeros_like(positions)
         case _:
             raise TypeError(f"no published code for {method}")
-    cos, sin = rotary(query, at)
-    (query_cos, query_sin), (key_cos, key_sin) = (rotary(query, each) for each in far)
+    cos, sin = rotary(query, positions)
+    (query_cos, query_sin), (key_cos, key_sin) = (rotary(query, far_positions) for far_positions in far)
     far_query, _ = apply_rotary_pos_emb(query, key, query_cos, query_sin)
     _, far_key = apply_rotary_pos_emb(query, key, key_cos, key_sin)
     return [apply_rotary_pos_emb(query, key, cos, sin), (far_query, far_key)]
@@ -95,14 +97,14 @@ def repeated(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def eager(method: Any, states: tuple[torch.Tensor, ...], rotary: Any) -> torch.Tensor:
-    """The default code of Self-Extend and ReRoPE: all pairs are scored twice, and `torch.where` selects."""
+    """Run the default code of Self-Extend and ReRoPE, which scores all pairs twice and selects by `torch.where`."""
     value = repeated(states[2], states[0])
     near, far = (
         query @ repeated(key, query).transpose(-1, -2) * query.shape[-1] ** -0.5
         for query, key in rotated(method, states, rotary)
     )
-    at = torch.arange(near.shape[-1], device=near.device)
-    apart = at[:, None] - at
+    positions = torch.arange(near.shape[-1], device=near.device)
+    apart = positions[:, None] - positions
     scores = torch.where(apart < method.window, near, far).masked_fill_(apart < 0, torch.finfo(near.dtype).min)
     weights = softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).transpose(1, 2)
@@ -110,8 +112,11 @@ def eager(method: Any, states: tuple[torch.Tensor, ...], rotary: Any) -> torch.T
 
 @torch.inference_mode()
 def flash(method: Any, states: tuple[torch.Tensor, ...], rotary: Any) -> torch.Tensor:
-    """Self-Extend's code for FlashAttention: a call with a window and one past it, on repeated heads, merged in
-    float32 with weights of the log-sum-exp, copies and all."""
+    """Run Self-Extend's code for FlashAttention.
+
+    One call attends within the window and one past it, on repeated heads. Their outputs are merged in float32 with
+    weights from the log-sum-exp. Copies of the published code are kept.
+    """
     window, value = method.window, repeated(states[2], states[0])
     (query, key), (far_query, far_key) = rotated(method, states, rotary)
     key, far_key = repeated(key, query), repeated(far_key, query)
@@ -129,18 +134,18 @@ def flash(method: Any, states: tuple[torch.Tensor, ...], rotary: Any) -> torch.T
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention, and its log-sum-exp, by FlashAttention-2; on a CPU by what PyTorch has there."""
+    """Return causal attention and its log-sum-exp by FlashAttention-2, or on a CPU by PyTorch's own kernel."""
     length = query.shape[2]
     if query.is_cuda:
-        states = (each.transpose(1, 2) for each in (query, key, value))
+        states = (tensor.transpose(1, 2) for tensor in (query, key, value))
         near = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
         out, total, *_ = torch.ops.aten._flash_attention_forward(
             *states, None, None, length, length, 0.0, True, False, **near
         )
         return out.transpose(1, 2), total
-    at = torch.arange(length)
-    apart = at[:, None] - at
-    seen = (apart >= 0) & (apart < (window or length))
-    mask = torch.zeros(length, length, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+    positions = torch.arange(length)
+    apart = positions[:, None] - positions
+    visible = (apart >= 0) & (apart < (window or length))
+    mask = torch.zeros(length, length, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
     out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)
     return out, total

@@ -1,7 +1,7 @@
 """Searched frequencies against YaRN's, on novels that the search has not seen.
 
-The search reads three of the training novels; the result is compared with YaRN on the eight held-out ones, against the
-control. A run that was stopped goes on from its journals in reports/search.
+The search reads three of the training novels. Its result is compared with YaRN on the eight held-out ones, against the
+control. A stopped run continues from its journals in reports/search.
 
     python benchmarks/search.py --output results/search/tiny-rope.json
 """
@@ -13,25 +13,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+from output import machine
 from shipped import ROOT, load, novels
 
 import hf_posext
 from hf_posext.evaluation.rows import bootstrap_interval, pooled_perplexity
-from hf_posext.packages import machine
 
 JOURNALS = ROOT / "reports" / "search"
 TRAINED, TARGET, START = 512, 2048, 2000
 SEARCH_NOVELS, POPULATION, GENERATIONS = 3, 16, 6
 
 
-def paired(results: hf_posext.Results, method: str, other: str) -> dict[str, Any]:
-    """Tail perplexity of one method divided by that of another, at the target, with its interval over documents."""
+def paired(results: hf_posext.Results, method: str, baseline: str) -> dict[str, Any]:
+    """Return the tail perplexity of a method divided by that of a baseline, with its interval over documents."""
     sums: dict[str, list[float]] = {}
     tokens: list[int] = []
-    for name in (method, other):
-        mine = [one for one in results.per_document if one["method"] == name and one["length"] == TARGET]
-        sums[name], tokens = [one["tail_nll_sum"] for one in mine], [one["tail_tokens"] for one in mine]
-    difference = [a - b for a, b in zip(sums[method], sums[other], strict=True)]
+    for name in (method, baseline):
+        records = [
+            record for record in results.per_document if record["method"] == name and record["length"] == TARGET
+        ]
+        sums[name], tokens = (
+            [record["tail_nll_sum"] for record in records],
+            [record["tail_tokens"] for record in records],
+        )
+    difference = [a - b for a, b in zip(sums[method], sums[baseline], strict=True)]
     return {
         "ratio": float(pooled_perplexity(difference, tokens)),
         "ci95": bootstrap_interval(difference, tokens, 0),
@@ -46,9 +51,11 @@ def main() -> None:
     model, tokenizer = load("tiny-rope")
     options = {"population": POPULATION, "generations": GENERATIONS, "start": START}
     journals = [JOURNALS / f"{output.stem}.{part}.jsonl" for part in ("search", "heldout")]
-    found = hf_posext.search(model, tokenizer, novels("train", SEARCH_NOVELS), TARGET, journal=journals[0], **options)
-    print(found.describe(), flush=True)
-    method = found.method
+    searched = hf_posext.search(
+        model, tokenizer, novels("train", SEARCH_NOVELS), TARGET, journal=journals[0], **options
+    )
+    print(searched.describe(), flush=True)
+    method = searched.method
     results = hf_posext.compare(
         model,
         tokenizer,
@@ -60,9 +67,9 @@ def main() -> None:
         journal=journals[1],
     )
     content = {
-        "command": "python benchmarks/search.py --output results/search/tiny-rope.json",
+        "command": f"python benchmarks/search.py --output results/search/{output.name}",
         "machine": machine(),
-        "search": found.to_dict(),
+        "search": searched.to_dict(),
         "heldout": {
             "documents": [entry["document"] for entry in results.provenance["documents"]],
             "rows": results.to_dict()["rows"],

@@ -1,7 +1,6 @@
-"""Cosine and sine that the rotary classes of vLLM and SGLang compute from our exports, against those of transformers.
+"""Cosine and sine that the rotary classes of vLLM and SGLang compute from exports, against those of transformers.
 
-Neither server is installed: their rotary modules are taken from an unpacked wheel, and all else that they import is
-replaced by names that do nothing.
+Neither server is installed. Their rotary modules come from an unpacked wheel. Stubs replace all their other imports.
 
     pip download vllm sglang --no-deps -d wheels && for w in wheels/*.whl; do unzip -q $w -d servers; done
     python benchmarks/server_phases.py --servers servers --output benchmarks/results/server_phases.json
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from output import command, machine
 from torch import nn
 
 import hf_posext
 from hf_posext.errors import ExportError
 from hf_posext.export import export_checkpoint
 from hf_posext.methods import LongRoPE, Method, YaRN
-from hf_posext.packages import machine
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -42,7 +40,7 @@ METHODS += [LongRoPE(long_factor=[1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.0])]
 
 
 class Idle:
-    """Can be called, looked into, and used as a decorator; is false."""
+    """Object that can be called and used as a decorator, has any attribute, and is false."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else self
@@ -57,7 +55,7 @@ class Idle:
 
 
 class Layer(nn.Module):
-    """Stands for the base classes of the servers' operators."""
+    """Stand-in for the base classes of the servers' operators."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -81,7 +79,7 @@ class Stub(types.ModuleType):
 
 
 class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Every module of a server is a stub, but those of its rotary package."""
+    """Importer that makes every module of a server a stub, except for its rotary package."""
 
     def __init__(self, server: str, root: Path) -> None:
         self.server, self.root = server, root
@@ -102,7 +100,7 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def phases(server: str, config: dict[str, Any]) -> torch.Tensor:
-    """Cosine and sine of every position up to the target, as the server looks them up."""
+    """Return cosine and sine of every position up to the target, from the table of the server."""
     rope, limit = config["rope_parameters"], config["max_position_embeddings"]
     package = importlib.import_module(f"{server}.{ROTARY[server]}")
     if server == "vllm":
@@ -112,8 +110,8 @@ def phases(server: str, config: dict[str, Any]) -> torch.Tensor:
     else:
         factory = importlib.import_module(f"{package.__name__}.factory")
         module = factory.get_rope(WIDTH, WIDTH, limit, rope["rope_theta"], True, rope, torch.float32)
-    both = getattr(module, "long_short_cos_sin_cache", None)  # of LongRoPE, the long list after the short one
-    table = module.cos_sin_cache if both is None else both[TRAINED:]
+    two_lists = getattr(module, "long_short_cos_sin_cache", None)  # LongRoPE: the long list follows the short one
+    table = module.cos_sin_cache if two_lists is None else two_lists[TRAINED:]
     return table[: FACTOR * TRAINED].float()
 
 
@@ -125,10 +123,10 @@ def measure(server: str, method: str | Method) -> dict[str, Any]:
             serving = export_checkpoint(model, directory, server)
         except ExportError as error:
             return {"server": server, "method": plan.method, "refused": str(error)}
-        found = phases(server, json.loads((Path(directory) / "config.json").read_text()))
+        served = phases(server, json.loads((Path(directory) / "config.json").read_text()))
     cos, sin = model.model.rotary_emb(torch.zeros(1, 1, 1), torch.arange(FACTOR * TRAINED)[None])
     half = cos.shape[-1] // 2
-    difference = (found - torch.cat([cos[0, :, :half], sin[0, :, :half]], -1)).abs().max()
+    difference = (served - torch.cat([cos[0, :, :half], sin[0, :, :half]], -1)).abs().max()
     row = {"server": server, "method": plan.method, "read_from": serving.read_from}
     return {**row, "largest_difference": float(difference)}
 
@@ -137,18 +135,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--servers", type=Path, required=True, help="Directory with vllm/ and sglang/ unpacked.")
     parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     rows = []
     for server in ROTARY:
-        sys.meta_path.insert(0, Stubs(server, given.servers))
+        sys.meta_path.insert(0, Stubs(server, arguments.servers))
         for method in METHODS:
             rows.append(measure(server, method))
             print(json.dumps(rows[-1]), flush=True)
-    if given.output is not None:
+    if arguments.output is not None:
         versions = {row["server"]: row.pop("read_from") for row in rows if "read_from" in row}
-        versions |= {"transformers": transformers.__version__, "torch": torch.__version__}
-        content = {"machine": machine(), "versions": versions, "rows": rows}
-        given.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        origin = {"command": command("benchmarks/server_phases.py", {"servers": arguments.servers.name})}
+        content = {**origin, "machine": machine(), "versions": versions, "rows": rows}
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

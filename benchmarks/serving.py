@@ -1,7 +1,7 @@
 """Tokens per second of `hf-posext serve` for tiny-rope: each method against the unpatched model, on the same requests.
 
-The servers of all methods are open at once and take turns. Clients send eight prompts of different lengths, most of
-them past the trained length, and wait for all answers. Prompts of a round are new, so that no cache holds them.
+The servers of all methods run at once and take turns. Clients send eight prompts of different lengths, most of them
+past the trained length, and wait for all answers. Each round has new prompts, which no cache contains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.cli.test_serve import MODEL, NOVELS, complete, server
 
 METHODS = ("none", "yarn", "rerope", "rerope+fade", "leaky-rerope+fade", "self-extend", "dual-chunk")
 LENGTHS = (6000, 5000, 4000, 3000, 2000, 1500, 1000, 500)
-"""Characters of each prompt, about three for a token."""
+"""Characters of each prompt, about three per token."""
 
 
 def measure(methods: Sequence[str], lengths: Sequence[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
@@ -46,7 +46,9 @@ def measure(methods: Sequence[str], lengths: Sequence[int], tokens: int, rounds:
                 assert all(answers)
     rows = []
     for method, times in seconds.items():
-        ratios = [base / each for base, each in zip(seconds[methods[0]], times, strict=True)][1:]
+        ratios = [base / seconds_of_round for base, seconds_of_round in zip(seconds[methods[0]], times, strict=True)][
+            1:
+        ]
         speed = tokens * len(lengths) / statistics.median(times[1:])
         rows.append(
             {"method": method, "seconds": times[1:], "tokens_per_second": speed, "ratio": statistics.median(ratios)}
@@ -60,11 +62,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=32, help="New tokens of each request.")
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.json")
-    given = parser.parse_args()
-    run = Run("serving", {"rounds": given.rounds, "tokens": given.tokens}, given.output)
-    setting = {"model": MODEL.name, "factor": 4, "characters": LENGTHS, "new_tokens": given.tokens}
+    arguments = parser.parse_args()
+    run = Run("serving", {"rounds": arguments.rounds, "tokens": arguments.tokens}, arguments.output)
+    setting = {"model": MODEL.name, "factor": 4, "characters": LENGTHS, "new_tokens": arguments.tokens}
     run.part("setting", lambda: setting)
-    rows = run.part("throughput", lambda: measure(METHODS, LENGTHS, given.tokens, given.rounds))
+    rows = run.part("throughput", lambda: measure(METHODS, LENGTHS, arguments.tokens, arguments.rounds))
     run.finish([])
     cells = [(row["method"], figure(row["tokens_per_second"], 1), figure(row["ratio"])) for row in rows]
     console().print(table("hf-posext serve", ("", "tokens/s", "x unpatched"), cells))

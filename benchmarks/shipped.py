@@ -1,4 +1,4 @@
-"""The shipped models and novels, named in results by their paths in the repository."""
+"""Shipped models and novels. Results name them by their paths in the repository."""
 
 from __future__ import annotations
 

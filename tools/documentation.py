@@ -1,8 +1,8 @@
-"""Pages of the site that are not in `docs/`: README, changelog, what they link to, and the reference.
+"""Pages of the site that are not in `docs/`: README, changelog, the pages that they link to, and the reference.
 
-mkdocs calls `on_files` and `on_page_markdown`, and mkdocstrings [`References`], as `mkdocs.yml` says. A link means the
-same in the repository and in the site: what it leads to becomes a page or a file of the site, and a link that leads
-nowhere fails the build.
+`mkdocs.yml` registers `on_files` and `on_page_markdown` as hooks, and [`References`] as an extension of mkdocstrings.
+A link means the same in the repository and on the site: its target becomes a page or a file of the site. A broken link
+fails the build.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def public_names(room: str) -> list[str]:
 
 
 def place(room: str, name: str) -> str:
-    """Return where the site documents a public name. A function that is called as its module is named by both."""
+    """Return the path under which the site documents a public name, also of a function named like its module."""
     module = ROOT / "hf_posext" / room / f"{name}.py"
     return f"hf_posext.{room}.{name}.{name}" if module.is_file() else f"hf_posext.{room}.{name}"
 
 
 def site_path(path: str) -> str:
-    """Return the place in the site of a file of the repository."""
+    """Return the path on the site of a file of the repository."""
     place = "index.md" if path == "README.md" else path
     return place.removeprefix("docs/")
 
@@ -71,9 +71,9 @@ def targets(path: str) -> list[str]:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages and files that others link to, and a page of reference for each room."""
+    """Add the pages and files that others link to, and a reference page for each room."""
     pages = [*PAGES, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
-    for path in pages:  # grows while pages lead to others
+    for path in pages:  # grows while pages link to others
         pages += [target for target in targets(path) if target.endswith(".md") and target not in pages]
     linked = {target for path in pages for target in targets(path)}
     for path in sorted({*pages, *linked}):
@@ -87,20 +87,20 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point the links of a page to where the site has what they lead to."""
-    here = page.file.src_uri
-    path = next((path for path in (f"docs/{here}", here) if (ROOT / path).is_file()), "README.md")
+    """Rewrite the links of a page to the paths of their targets on the site."""
+    uri = page.file.src_uri
+    path = next((path for path in (f"docs/{uri}", uri) if (ROOT / path).is_file()), "README.md")
 
     def target(link: str) -> str:
         return os.path.normpath(PurePosixPath(path).parent / link)
 
     def moved(match: re.Match[str]) -> str:
-        return f"]({os.path.relpath(site_path(target(match[1])), PurePosixPath(here).parent)}{match[2] or ''})"
+        return f"]({os.path.relpath(site_path(target(match[1])), PurePosixPath(uri).parent)}{match[2] or ''})"
 
     def without_directories(match: re.Match[str]) -> str:
         return match[1] if (ROOT / target(match[2])).is_dir() else match[0]  # the site lists no directory
 
-    return markdown if here.startswith("reference/") else LINK.sub(moved, LABELLED.sub(without_directories, markdown))
+    return markdown if uri.startswith("reference/") else LINK.sub(moved, LABELLED.sub(without_directories, markdown))
 
 
 PLACES = {name: place(room, name) for room in reversed(ROOMS) for name in public_names(room)}
@@ -108,7 +108,7 @@ REFERENCE = re.compile(r"\[`~?([\w.]+)(?:\(\))?`\](?![\[(])")
 
 
 class References(griffe.Extension):  # type: ignore[misc]  # griffe is in .venv-docs alone
-    """Public names become links to their reference. Other names stand as code. The help of settings describes them."""
+    """Extension that links public names to their reference, and documents settings by their help."""
 
     def on_instance(self, *, obj: Any, **kwargs: Any) -> None:
         """Rewrite the docstring of an object."""

@@ -43,10 +43,10 @@ def measure(name: str, documents: Any = NOVELS, folder: Path = RESULTS) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / name)
     texts = load_documents(documents)
     texts.source["dataset"] = Path(documents).relative_to(ROOT).as_posix()
-    found = diagnose(load(name), tokenizer, texts, target_length=TARGET, start=START, **RUNS[name])
+    result = diagnose(load(name), tokenizer, texts, target_length=TARGET, start=START, **RUNS[name])
     folder.mkdir(parents=True, exist_ok=True)
-    provenance = {**found.provenance, "command": COMMAND}
-    replace(found, model=f"examples/tiny/{name}", provenance=provenance).save(folder / f"{name}.json")
+    provenance = {**result.provenance, "command": COMMAND}
+    replace(result, model=f"examples/tiny/{name}", provenance=provenance).save(folder / f"{name}.json")
 
 
 def load(name: str) -> Any:
@@ -54,19 +54,19 @@ def load(name: str) -> Any:
 
 
 def diagnosis(name: str, folder: Path = RESULTS) -> Diagnosis:
-    """Signals from the shipped weights, losses from the result file."""
-    held = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    found = diagnose(load(name), target_length=TARGET, **RUNS[name])
-    tables = {**found.tables, "losses": pd.DataFrame(held["tables"]["losses"])}
-    return replace(found, tables=tables, **{key: held[key] for key in MEASURED})
+    """Return a diagnosis with signals from the shipped weights and losses from the result file."""
+    content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    result = diagnose(load(name), target_length=TARGET, **RUNS[name])
+    tables = {**result.tables, "losses": pd.DataFrame(content["tables"]["losses"])}
+    return replace(result, tables=tables, **{key: content[key] for key in MEASURED})
 
 
 def draw(folder: Path = IMAGES) -> None:
-    """The figure, and the picture of each model."""
+    """Draw the figure, and the picture of each model."""
     runs = [diagnosis(name) for name in RUNS]
     plot_classes(runs, folder / "explain.png")
-    for name, found in zip(RUNS, runs, strict=True):
-        plot_diagnosis(found, folder / f"explain-{name}.png")
+    for name, result in zip(RUNS, runs, strict=True):
+        plot_diagnosis(result, folder / f"explain-{name}.png")
 
 
 def main() -> int:

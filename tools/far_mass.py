@@ -1,4 +1,4 @@
-"""Write what share of attention falls on the far band, by length, before and after fading: figures and a picture.
+"""Share of attention on the far band by length, before and after fading: numbers and a picture.
 
 python tools/far_mass.py    # a minute; results/fading/far_mass.json and docs/images/fading.png
 
@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from importlib.metadata import version
-from pathlib import Path
+import sys
 from typing import Any
 from unittest import mock
 
 import matplotlib as mpl
 import torch
+from pages import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext.patching.remap.attention as remap
 from hf_posext import load_documents, patch_model
-from hf_posext.packages import machine
 from hf_posext.patching.kernels import Branch, Geometry, banded_attention, whole
 from hf_posext.reporting.drawing import method_styles
 
 mpl.use("Agg")
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+from output import machine  # type: ignore[import-not-found]
+
 MODEL = ROOT / "examples" / "tiny" / "tiny-rope"
 NOVELS = ROOT / "examples" / "data" / "heldout.jsonl"
 RESULT = ROOT / "results" / "fading" / "far_mass.json"
@@ -45,18 +46,18 @@ def far_mass(model: Any, ids: torch.Tensor, window: int) -> dict[int, float]:
         keys, states = geometry.keys, [(whole(query), key) for query, key in branches]
         for length in LENGTHS:
             last = slice(length - 1, length)
-            seen = [Branch(query[:, :, last], key[:, :, :length]) for query, key in states]
+            visible = [Branch(query[:, :, last], key[:, :, :length]) for query, key in states]
             place = Geometry(geometry.bands, geometry.queries[:, last], keys[:, :length], None, True)
-            # with 1 as the value of far keys and 0 as that of near ones, what is attended is the share
+            # with values of 1 for far keys and 0 for near ones, the output of attention is the share
             far = (keys[:, :length] <= length - 1 - window).to(value.dtype)
             value_of_far = far[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[-1])
-            out = banded_attention(place, seen, value_of_far, **options)
+            out = banded_attention(place, visible, value_of_far, **options)
             shares[length].append(float(out.mean()))
         return banded_attention(geometry, branches, value, **options)
 
     with mock.patch.object(remap, "banded_attention", watched), torch.inference_mode():
         model.base_model(ids[None])
-    return {length: sum(found) / len(found) for length, found in shares.items()}
+    return {length: sum(values) / len(values) for length, values in shares.items()}
 
 
 def measure() -> dict[str, Any]:
@@ -73,14 +74,17 @@ def measure() -> dict[str, Any]:
     for method in METHODS:
         with patch_model(model, method, factor=FACTOR) as patch:
             window = patch.plan.bands[-1].low
-            each = [far_mass(model, ids, window) for ids in texts]
+            shares = [far_mass(model, ids, window) for ids in texts]
         rows += [
-            {"method": method, "length": n, "window": window, "far_share": sum(one[n] for one in each) / len(each)}
+            {
+                "method": method,
+                "length": n,
+                "window": window,
+                "far_share": sum(shares_of_text[n] for shares_of_text in shares) / len(shares),
+            }
             for n in LENGTHS
         ]
-    versions = {name: version(name) for name in ("transformers", "torch")}
-    made = {"command": "python tools/far_mass.py", "versions": versions}
-    return {**made, "documents": len(texts), "start": START, "rows": rows}
+    return {"command": "python tools/far_mass.py", "documents": len(texts), "start": START, "rows": rows}
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
@@ -103,10 +107,10 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 def main() -> None:
     """Measure, write and draw."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    found = {"machine": machine(), **measure()}
+    content = {"machine": machine(), **measure()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(found["rows"]).savefig(PICTURE, dpi=120)
+    RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(content["rows"]).savefig(PICTURE, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Write `docs/finetune_results.md` and its picture from what `benchmarks/finetune.py` measured.
+"""Write `docs/finetune_results.md` and its picture from the results of `benchmarks/finetune.py`.
 
-python tools/finetune_table.py            # write both; runs that are not there yet are named
-python tools/finetune_table.py --check    # exit 1 where the committed page is not what the result files give
+python tools/finetune_table.py            # write both; the page lists missing runs
+python tools/finetune_table.py --check    # exit 1 if the committed page is out of date
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ TEMPLATE = ROOT / "tools" / "finetune_results.md.jinja"
 
 METHODS = ("none", "linear", "ntk", "theta", "yarn")
 TRAININGS = ("untrained", "lora", "lora-plus", "full", "pose-lora")
-"""Runs in a whole result file: `method/training` of each."""
+"""Methods and trainings of a complete result file, whose runs are named `method/training`."""
 
 FADED = "rerope+fade"
-"""Trained by LoRA alone, at a learning rate of its own."""
+"""Method that is trained by LoRA only, at its own learning rate."""
 
 Run = Mapping[str, Any]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file of `benchmarks/finetune.py`.
+    """Load a result file of `benchmarks/finetune.py`.
 
     Raises:
-        ValueError: it holds no runs.
+        ValueError: if it contains no runs.
     """
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if not found.get("runs"):
-        raise ValueError(f"{path} holds no runs; measure with benchmarks/finetune.py --output {path}")
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not content.get("runs"):
+        raise ValueError(f"Expected runs in {path}, got none. Run benchmarks/finetune.py --output {path}.")
+    return content
 
 
 def longest(run: Run) -> Run:
-    """The row at the longest length."""
+    """Return the row at the longest length."""
     row: Run = run["rows"][-1]
     return row
 
@@ -73,24 +73,28 @@ def trains_all(run: Run) -> bool:
 def share_of_full(name: str, runs: Mapping[str, Run]) -> float | None:
     """Return the gain of a run as a share of training all weights, in ln of tail perplexity at the longest length.
 
-    `None` where the method as it was, or with all weights trained, is not there, or gained nothing.
+    `None` if a run without training or with all weights trained is missing, or if training gained nothing.
     """
     method = name.partition("/")[0]
-    before = runs.get(f"{method}/untrained")
-    whole = [run for other, run in runs.items() if other.startswith(f"{method}/") and trains_all(run)]
-    if before is None or not whole or runs[name] is before:
+    start = runs.get(f"{method}/untrained")
+    fully_trained = [
+        run for name_of_run, run in runs.items() if name_of_run.startswith(f"{method}/") and trains_all(run)
+    ]
+    if start is None or not fully_trained or runs[name] is start:
         return None
-    untrained = longest(before)["perplexity_tail"]
-    gained = math.log(untrained / min(longest(run)["perplexity_tail"] for run in whole))
+    untrained = longest(start)["perplexity_tail"]
+    gained = math.log(untrained / min(longest(run)["perplexity_tail"] for run in fully_trained))
     return math.log(untrained / longest(runs[name])["perplexity_tail"]) / gained if gained > 0 else None
 
 
-def ratio(run: Run, other: Run, seed: int) -> tuple[float, list[float] | None]:
-    """Tail perplexity of a run divided by that of another at the longest length; its interval, paired by document."""
+def ratio(run: Run, baseline: Run, seed: int) -> tuple[float, list[float] | None]:
+    """Return the ratio of tail perplexities of two runs at the longest length, and its interval paired by document."""
     length = longest(run)["length"]
-    own, its = ({r["document"]: r for r in one["per_document"] if r["length"] == length} for one in (run, other))
-    difference = [own[name]["tail_nll_sum"] - its[name]["tail_nll_sum"] for name in own]
-    tokens = [record["tail_tokens"] for record in own.values()]
+    records, baseline_records = (
+        {r["document"]: r for r in side["per_document"] if r["length"] == length} for side in (run, baseline)
+    )
+    difference = [records[name]["tail_nll_sum"] - baseline_records[name]["tail_nll_sum"] for name in records]
+    tokens = [record["tail_tokens"] for record in records.values()]
     return float(pooled_perplexity(difference, tokens)), bootstrap_interval(difference, tokens, seed)
 
 
@@ -98,10 +102,10 @@ def percent(value: float) -> str:
     return f"{100 * value:+.1f} %"
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """One line a run, as the file has them, those of one method together."""
-    runs, trials = found["runs"], found["settings"]["passkey"]
-    first, *_, last = found["settings"]["lengths"]
+def table(content: Mapping[str, Any]) -> str:
+    """Return the table of runs, ordered by method and training."""
+    runs, trials = content["runs"], content["settings"]["passkey"]
+    first, *_, last = content["settings"]["lengths"]
     heads = ["", f"perplexity at {first}", f"change at {first}", f"perplexity at {last}", "gain"]
     heads += [*([f"passkeys at {last}"] if trials else []), "of full", "trained parameters"]
     lines = []
@@ -125,7 +129,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def ordered(runs: Mapping[str, Run]) -> list[str]:
-    """Methods and trainings as a whole file has them, then any others as they come."""
+    """Return the names of runs in the order of `METHODS` and `TRAININGS`, then others."""
 
     def place(name: str) -> tuple[int, int]:
         method, _, training = name.partition("/")
@@ -134,28 +138,28 @@ def ordered(runs: Mapping[str, Run]) -> list[str]:
     return sorted(runs, key=place)
 
 
-def sentences(found: Mapping[str, Any]) -> list[str]:
+def sentences(content: Mapping[str, Any]) -> list[str]:
     """Return sentences on the runs: the best, its gain over truncation, embeddings and norms, and missing runs."""
-    runs, length = found["runs"], found["settings"]["lengths"][-1]
+    runs, length = content["runs"], content["settings"]["lengths"][-1]
     best = min(runs, key=lambda name: longest(runs[name])["perplexity_tail"])
     above = [f"`{name}`" for name in ordered(runs) if longest(runs[name])["gain"] > 1]
     gain = f"The best at {length} tokens is `{best}`, with a gain over truncation of {longest(runs[best])['gain']:.3f}"
-    said = [
+    lines = [
         f"{gain}. Above 1, where the longer context helps, are {', '.join(above)}."
         if above
         else f"{gain}. None is above 1, so by perplexity truncating the input is as good or better.",
-        *without_gain(found),
-        *embeddings_and_norms(found),
+        *without_gain(content),
+        *embeddings_and_norms(content),
     ]
-    missing = [f"`{m}/{t}`" for m in METHODS for t in TRAININGS if f"{m}/{t}" not in runs]
-    return [*said, f"Not measured yet: {', '.join(missing)}."] if missing else said
+    unmeasured = [f"`{m}/{t}`" for m in METHODS for t in TRAININGS if f"{m}/{t}" not in runs]
+    return [*lines, f"Not measured yet: {', '.join(unmeasured)}."] if unmeasured else lines
 
 
-def without_gain(found: Mapping[str, Any]) -> list[str]:
-    """A sentence on the methods for which training all weights made it worse, so that there is nothing to recover."""
-    runs, length = found["runs"], found["settings"]["lengths"][-1]
+def without_gain(content: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on the methods whose perplexity rose by training all weights."""
+    runs, length = content["runs"], content["settings"]["lengths"][-1]
     worse = [
-        f"`{name.partition('/')[0]}` ({percent(ratio(runs[name], before, found['settings']['seed'])[0] - 1)})"
+        f"`{name.partition('/')[0]}` ({percent(ratio(runs[name], before, content['settings']['seed'])[0] - 1)})"
         for name in ordered(runs)
         if name.endswith("/full") and (before := runs.get(name.replace("/full", "/untrained")))
         if longest(runs[name])["perplexity_tail"] >= longest(before)["perplexity_tail"]
@@ -163,32 +167,32 @@ def without_gain(found: Mapping[str, Any]) -> list[str]:
     return [f"Training all weights raised the perplexity at {length} of {', '.join(worse)}."] if worse else []
 
 
-def embeddings_and_norms(found: Mapping[str, Any]) -> list[str]:
-    """LongLoRA's finding as it turns out here: what training embeddings and norms beside LoRA changes."""
-    runs, length = found["runs"], found["settings"]["lengths"][-1]
+def embeddings_and_norms(content: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on LongLoRA's finding: the effect of training embeddings and norms in addition to LoRA."""
+    runs, length = content["runs"], content["settings"]["lengths"][-1]
     verdicts: dict[str, list[str]] = {}
     for method in METHODS:
-        both = [runs.get(f"{method}/{training}") for training in ("lora-plus", "lora")]
-        if both[0] is None or both[1] is None:
+        pair = [runs.get(f"{method}/{training}") for training in ("lora-plus", "lora")]
+        if pair[0] is None or pair[1] is None:
             continue
-        value, interval = ratio(both[0], both[1], found["settings"]["seed"])
+        value, interval = ratio(pair[0], pair[1], content["settings"]["seed"])
         low, high = interval or (value, value)
         verdict = "helps" if high < 1 else "harms" if low > 1 else "makes no difference that these documents show"
         span = f" [{percent(low - 1)}, {percent(high - 1)}]" if interval else ""
         verdicts.setdefault(verdict, []).append(f"`{method}` ({percent(value - 1)}{span})")
     if not verdicts:
         return []
-    told = "; ".join(f"{verdict} with {', '.join(methods)}" for verdict, methods in verdicts.items())
+    findings = "; ".join(f"{verdict} with {', '.join(methods)}" for verdict, methods in verdicts.items())
     return [
         "LongLoRA found, with models of billions of parameters, that LoRA needs trained embeddings and norms. "
-        f"Here, after {found['settings']['steps']} steps, that {told}: `lora-plus` against `lora`, perplexity at "
-        f"{length} with 95 % intervals paired by document."
+        f"Here, after {content['settings']['steps']} steps, that {findings}: `lora-plus` against `lora`, perplexity "
+        f"at {length} with 95 % intervals paired by document."
     ]
 
 
-def plot(found: Mapping[str, Any], path: Path = PICTURE) -> None:
-    """A dot for each run, a line for each method: gain at the longest length, and change at the trained one."""
-    runs, lengths = found["runs"], found["settings"]["lengths"]
+def plot(content: Mapping[str, Any], path: Path = PICTURE) -> None:
+    """Draw gain at the longest length and change at the trained length, a dot per run and a line per method."""
+    runs, lengths = content["runs"], content["settings"]["lengths"]
     methods = [method for method in (*METHODS, FADED) if any(name.startswith(f"{method}/") for name in runs)]
     figure = new_figure(1.4 + 0.8 * len(methods))
     panels = figure.subplots(1, 2, sharey=True)
@@ -196,12 +200,12 @@ def plot(found: Mapping[str, Any], path: Path = PICTURE) -> None:
     for index, training in enumerate(TRAININGS):
         # the name of a training may end in its learning rate
         trained = {name.partition("-lr")[0]: run for name, run in runs.items()}
-        own = {row: run for row, m in enumerate(methods) if (run := trained.get(f"{m}/{training}"))}
-        heights = [row + 0.16 * (index - 2) for row in own]  # beside each other where they are equal
+        trained_runs = {row: run for row, m in enumerate(methods) if (run := trained.get(f"{m}/{training}"))}
+        heights = [row + 0.16 * (index - 2) for row in trained_runs]  # side by side if they are equal
         style: dict[str, Any] = {"linestyle": "none", "markersize": 7, "markeredgecolor": "white"}
         style |= {"color": colours[index], "marker": markers[index], "label": training}
-        panels[0].plot([longest(run)["gain"] for run in own.values()], heights, **style)
-        panels[1].plot([1 + run["short_context_change"] for run in own.values()], heights, **style)
+        panels[0].plot([longest(run)["gain"] for run in trained_runs.values()], heights, **style)
+        panels[1].plot([1 + run["short_context_change"] for run in trained_runs.values()], heights, **style)
     for panel, words, side, ticks in (
         (panels[0], "truncation", "right", (0.2, 0.3, 0.5, 0.7, 1)),
         (panels[1], "untouched model", "left", (0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5)),
@@ -235,27 +239,27 @@ def plot(found: Mapping[str, Any], path: Path = PICTURE) -> None:
 
 def command(settings: Mapping[str, Any]) -> str:
     """Return the command of the result file."""
-    given = " ".join(f"--{name} {settings[name]}" for name in ("steps", "batch", "warmup", "passkey", "seed"))
+    flags = " ".join(f"--{name} {settings[name]}" for name in ("steps", "batch", "warmup", "passkey", "seed"))
     output = RESULTS.relative_to(ROOT).as_posix()
     return (
-        f"python benchmarks/finetune.py --output {output} --work reports/finetune {given} "
+        f"python benchmarks/finetune.py --output {output} --work reports/finetune {flags} "
         f"--{'' if settings['bf16'] else 'no-'}bf16"
     )
 
 
 def render(results: Path = RESULTS, tried: Path = CANDIDATES) -> str:
-    """The page that the result files give; the second may be missing."""
-    found = load(results)
+    """Return the page of the result files. The second file may be missing."""
+    content = load(results)
     candidates = load(tried) if tried.is_file() else None
     return fill(
         TEMPLATE,
-        settings=found["settings"],
-        lengths=found["settings"]["lengths"],
-        machine=found["machine"],
-        threads=found["machine"]["threads"],
-        command=command(found["settings"]),
-        sentences=sentences(found),
-        table=table(found),
+        settings=content["settings"],
+        lengths=content["settings"]["lengths"],
+        machine=content["machine"],
+        threads=content["machine"]["threads"],
+        command=command(content["settings"]),
+        sentences=sentences(content),
+        table=table(content),
         candidates=candidates,
         candidates_table=candidates and table(candidates),
         results_path=RESULTS.relative_to(ROOT).as_posix(),

@@ -1,7 +1,7 @@
 """Write the measured tables of `docs/serving.md` from the results of `benchmarks/llama_cpp.py`.
 
 python tools/llama_cpp_tables.py             # write them
-python tools/llama_cpp_tables.py --check     # exit 1 where a committed table is not what its result file gives
+python tools/llama_cpp_tables.py --check     # exit 1 if a committed table is out of date
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables of `docs/methods.md`: what each method does, what it costs, who can serve it, and what was measured."""
+"""Tables of `docs/methods.md`: summary, cost, servers and measurements of each method."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SERVERS = {"vLLM": serve_vllm, "SGLang": serve_sglang, "llama.cpp": serve_llama_
 
 
 def methods_table(names: list[str] | None = None) -> str:
-    """Table of methods: name, scheme, summary, paper and published code.
+    """Return the table of methods: name, scheme, summary, paper and published code.
 
     Args:
-        names (`list[str]`, *optional*): methods to list; every registered one by default.
+        names (`list[str]`, *optional*): methods to list. Defaults to every registered method.
     """
     rows = []
     for name, method in methods().items():
@@ -39,11 +39,11 @@ def methods_table(names: list[str] | None = None) -> str:
 
 
 def measured_tables() -> str:
-    """A table for each group of methods that was measured, under its title."""
+    """Return a table for each measured group of methods, under its title."""
     texts = []
     for path in sorted(MEASURED.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        facts, rows = found["provenance"], found["rows"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        facts, rows = content["provenance"], content["rows"]
         by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
         for row in rows:
             by_method.setdefault(row["method"], {})[row["length"]] = row
@@ -57,13 +57,13 @@ def measured_tables() -> str:
             cells = [_cost(plan), _servers(plan, facts), f"{gains[trained]['gain']:.3f}"]
             cells += [_gain(gains[length]) for length in lengths]
             if keys:
-                found, trials = gains[lengths[-1]]["passkey"], gains[lengths[-1]]["passkey_trials"]
-                cells.append(f"{round(found * trials)} of {trials}")
+                share, trials = gains[lengths[-1]]["passkey"], gains[lengths[-1]]["passkey_trials"]
+                cells.append(f"{round(share * trials)} of {trials}")
             lines.append((f"`{name}`", *cells))
         title = f"**{path.stem.capitalize()}**, {facts['model'].rpartition('/')[2]}, trained on {trained} tokens:"
         file = path.relative_to(ROOT)
-        made = f"[`{file}`](../{file}): `{facts['command']}`"
-        texts += [title, table(heads, lines, left=3), made]
+        origin = f"[`{file}`](../{file}): `{facts['command']}`"
+        texts += [title, table(heads, lines, left=3), origin]
     return "\n\n".join(texts)
 
 
@@ -73,7 +73,7 @@ def _gain(row: Mapping[str, Any]) -> str:
 
 
 def _plan(label: str, facts: Mapping[str, Any]) -> ExtensionPlan:
-    """Return the plan that a row was measured with; labels leave lists out, and an example stands for those."""
+    """Return the plan of a measured row. Labels leave lists out; the method's example replaces those."""
     scheme = detect_scheme(AutoConfig.from_pretrained(ROOT / facts["model"]))
     lengths = {"factor": 8, "trained_length": facts["trained_length"]}
     try:
@@ -89,7 +89,7 @@ def _cost(plan: ExtensionPlan) -> str:
 
 
 def _servers(plan: ExtensionPlan, facts: Mapping[str, Any]) -> str:
-    """Return the servers that compute a plan from an export, as the exports themselves decide."""
+    """Return the servers that compute a plan from an export."""
     config = AutoConfig.from_pretrained(ROOT / facts["model"])
     obstacle = None
     if plan.rotates_late or plan.slopes or any(entry.rope_parameters is None for entry in plan.rotaries):

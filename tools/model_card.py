@@ -1,7 +1,7 @@
 """Write `MODEL_CARD.md`, the card of the three shipped models, from `results/tiny-*.json`; `make card` calls it.
 
 python tools/model_card.py            # write the card
-python tools/model_card.py --check    # exit 1 where the committed card is not what the result files give
+python tools/model_card.py --check    # exit 1 if the committed card is out of date
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ MODELS = {
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """The result file of one model.
+    """Load the result file of one model.
 
     Raises:
-        ValueError: it holds anything but rows of the unextended model, one for each length.
+        ValueError: if its rows are not those of the unextended model, one per length.
     """
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     rows = results["rows"]
     methods = {row["method"] for row in rows}
     lengths = [row["length"] for row in rows]
     if methods != {"none"} or len(set(lengths)) != len(lengths):
-        raise ValueError(f"{path} has methods {sorted(methods)} at lengths {lengths}; a card is of `--methods none`")
+        raise ValueError(f"Expected rows of `none` in {path}, one per length, got {sorted(methods)} at {lengths}.")
     return results
 
 
 def count_parameters(model: str) -> int:
-    """Numbers in the shipped weights; tied embeddings are stored once."""
+    """Return the number of shipped weights. Tied embeddings are stored once."""
     with safe_open(ROOT / "examples" / "tiny" / model / "model.safetensors", framework="numpy") as weights:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
 def eval_results(rows: list[dict[str, Any]], start: int) -> list[EvalResult]:
-    """The Hub's form of the rows: perplexity and passkey accuracy, one data set entry for each length."""
+    """Return the rows in the Hub's form: perplexity and passkey accuracy, one dataset entry per length."""
     entries = []
     for row in rows:
         common = {
             "task_type": "text-generation",
             "dataset_type": "text",
             "dataset_name": "held-out novels of 100 English Novels 1.4",
-            # Results are grouped by the config, not by the arguments: without it all lengths would be one entry.
+            # The Hub groups results by config, not by arguments. Without it, all lengths would be one entry.
             "dataset_config": f"{row['length']} tokens from token {start} on",
             "dataset_split": "heldout",
             "dataset_args": {key: row[key] for key in ("length", "protocol", "documents", "tokens")},
@@ -70,7 +70,7 @@ def eval_results(rows: list[dict[str, Any]], start: int) -> list[EvalResult]:
 
 
 def metadata(results: dict[str, dict[str, Any]]) -> str:
-    """The YAML block of the card; `ModelCardData` keeps results of one model only, so the index is joined here."""
+    """Return the YAML block of the card. `ModelCardData` keeps one model's results, so the index is joined here."""
     data = ModelCardData(
         language="en",
         license="apache-2.0",
@@ -88,7 +88,7 @@ def metadata(results: dict[str, dict[str, Any]]) -> str:
 
 
 def render(directory: Path) -> str:
-    """The card that the result files in a directory give, loaded back by `huggingface_hub` before it is returned."""
+    """Return the card of the result files in a directory, after `huggingface_hub` has read it back."""
     results = {name: load_results(directory / f"{name}.json") for name in MODELS}
     models = []
     for name, (architecture, positions) in MODELS.items():
@@ -117,7 +117,7 @@ def render(directory: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the card is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the card is out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="directory of the result files")
     parser.add_argument("--card", type=Path, default=ROOT / "MODEL_CARD.md", help="the card")
     arguments = parser.parse_args()

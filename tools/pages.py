@@ -1,4 +1,4 @@
-"""Generated pages: fill a template, lay out a table, and write the pages or check the committed ones."""
+"""Generated pages: templates, tables, and a command line that writes pages or checks the committed ones."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def fill(template: Path, **values: Any) -> str:
-    """Return a template filled with values; a name without a value is an error."""
+    """Return a template filled with values. A name without a value is an error."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
     return environment.from_string(template.read_text(encoding="utf-8")).render(values)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return a Markdown table; columns after the first `left` are aligned to the right."""
+    """Return a Markdown table. Columns after the first `left` are aligned to the right."""
     rule = ["---"] * left + ["---:"] * (len(heads) - left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows))
 
 
 def between_marks(page: Path, begin: str, end: str, text: str) -> str:
     """Return a page with the text between its marks replaced."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    return f"{before}{begin}{text}{end}{rest.partition(end)[2]}"
+    before, _, after_begin = page.read_text(encoding="utf-8").partition(begin)
+    return f"{before}{begin}{text}{end}{after_begin.partition(end)[2]}"
 
 
 def publish(
@@ -39,7 +39,7 @@ def publish(
     written: Callable[[], object] | None = None,
 ) -> int:
     """
-    Write pages, or with `--check` compare the committed ones with what the result files give.
+    Write pages, or with `--check` compare the committed pages with the rendered ones.
 
     Args:
         description (`str`, *optional*): docstring of the script.

@@ -1,8 +1,8 @@
 """Write `README.md` and generated pages of `docs/` from templates, the registry of methods and committed results.
 
 python tools/readme.py --collect   # first take result files and picture from the last `make demo`
-python tools/readme.py             # write both
-python tools/readme.py --check     # exit 1 where what is committed is not what these give
+python tools/readme.py             # write the pages
+python tools/readme.py --check     # exit 1 if a committed page is out of date
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PAGES = {
 }
 """Generated pages and their templates in `tools/`."""
 FIRST_METHODS = "linear yarn dynamic-yarn longrope rerope self-extend dual-chunk alibi-linear table-linear".split()
-"""Methods that README names; `docs/methods.md` has them all."""
+"""Methods that README lists. `docs/methods.md` lists all of them."""
 DEMO = ROOT / "reports" / "demo"
 RESULTS = ROOT / "results" / "demo"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
@@ -63,7 +63,7 @@ FADING = ROOT / "results" / "fading"
 
 
 def collect() -> None:
-    """Copy the demo's result files and its picture to where they are committed."""
+    """Copy the result files and the picture of the demo to their committed places."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     for run in sorted(DEMO.glob("*/results.json")):
@@ -72,38 +72,38 @@ def collect() -> None:
 
 
 def tables_of(results: Results) -> str:
-    """The tables of one comparison, each under its title."""
+    """Return the tables of one comparison, each under its title."""
     return "\n\n".join(f"{grid.title}\n\n{markdown_table(grid)}" for grid in grids(results))
 
 
 def summary_table(*comparisons: Results) -> str:
-    """One line a method, the best first: what it costs inside the trained length, and gives at the longest one."""
+    """Return the table of methods, the best first: change inside the trained length, gain at the longest length."""
     length = max(row["length"] for row in comparisons[0].rows)
     trained = comparisons[0].provenance["trained_length"]
     truncated = control_rows(comparisons[0])[length]["perplexity_truncated_tail"]
     control = (control_name(comparisons[0]), "", format_perplexity(truncated), "1", "")
-    known: set[str] = set()
-    measured: list[tuple[float, tuple[str, ...]]] = []
+    names: set[str] = set()
+    lines: list[tuple[float, tuple[str, ...]]] = []
     for results in comparisons:
         for name, rows in by_method(results).items():
-            if name in known:
+            if name in names:
                 continue
-            known.add(name)
+            names.add(name)
             row, inside = rows[length], rows[trained]
-            trials, found = row["passkey_trials"], row["passkey"]
+            trials, share = row["passkey_trials"], row["passkey"]
             interval = finite_interval(row, "gain_ci95")
             gain = f"{row['gain']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
             change, perplexity = (
                 format_change(inside) if name != "none" else "",
                 format_perplexity(row["perplexity_tail"]),
             )
-            measured.append((row["gain"], (name, change, perplexity, gain, f"{round(found * trials)} of {trials}")))
+            lines.append((row["gain"], (name, change, perplexity, gain, f"{round(share * trials)} of {trials}")))
     heads = ("", f"change at {trained}", f"perplexity at {length}", "gain over truncation", "passkeys found")
-    return table(heads, [control, *(line for _, line in sorted(measured, reverse=True))])
+    return table(heads, [control, *(line for _, line in sorted(lines, reverse=True))])
 
 
 def gains_table(results: Results) -> str:
-    """Table of gains over truncation, with intervals at the longest length, and of passkeys found there."""
+    """Return the table of gains over truncation, with intervals and passkeys at the longest length."""
     lengths = sorted({row["length"] for row in results.rows})
     passkeys = any(row.get("passkey_trials") for row in results.rows)
     heads = ["method", *(str(length) for length in lengths), *(["passkeys"] if passkeys else [])]
@@ -121,7 +121,7 @@ def gains_table(results: Results) -> str:
 
 
 def measured(name: str) -> str:
-    """Table of gains from a file in `results/fading`, with the file and its command."""
+    """Return the table of gains from a file in `results/fading`, with the file and its command."""
     file = f"results/fading/{name}.json"
     results = Results.load_json(ROOT / file)
     command = results.provenance["command"]
@@ -129,16 +129,16 @@ def measured(name: str) -> str:
 
 
 def against_base(results: Results) -> str:
-    """Table of the gain of each composition by its defaults over its base method, with intervals over documents."""
+    """Return the table of the gain of each composition over its base method, with intervals over documents."""
     cells = {(cell["method"], cell["length"], cell["document"]): cell for cell in results.per_document}
     documents = list(dict.fromkeys(document for _, _, document in cells))
     rows = []
     for method, length in dict.fromkeys((method, length) for method, length, _ in cells):
-        base, *rest = method.split("+")
-        if rest and "(" not in method:
+        base, *components = method.split("+")
+        if components and "(" not in method:
             pairs = [(cells[base, length, document], cells[method, length, document]) for document in documents]
-            saved = [one["tail_nll_sum"] - other["tail_nll_sum"] for one, other in pairs]
-            tokens = [one["tail_tokens"] for one, _ in pairs]
+            saved = [base_cell["tail_nll_sum"] - cell["tail_nll_sum"] for base_cell, cell in pairs]
+            tokens = [base_cell["tail_tokens"] for base_cell, _ in pairs]
             low, high = bootstrap_interval(saved, tokens, results.provenance["seed"]) or (math.nan, math.nan)
             rows.append({"method": method, "length": length})
             rows[-1]["gain"] = f"{float(pooled_perplexity(saved, tokens)):.4f} [{low:.4f}, {high:.4f}]"
@@ -146,7 +146,7 @@ def against_base(results: Results) -> str:
 
 
 def by_length(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
-    """Return a table of one number of each row, a line for each method and a column for each length."""
+    """Return a table of one number per row of results, with a line per method and a column per length."""
     lengths = sorted({row["length"] for row in rows})
     cells = {(row["method"], row["length"]): cell(row) for row in rows}
     methods = dict.fromkeys(row["method"] for row in rows)
@@ -155,14 +155,14 @@ def by_length(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str])
 
 
 def million_parameters(model: str) -> str:
-    """Size of the shipped weights, in words."""
+    """Return the number of shipped weights, in words."""
     with safe_open(ROOT / "examples" / "tiny" / model / "model.safetensors", framework="numpy") as weights:
         count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return f"{count / 1e6:.1f} M parameter"
 
 
 def render(page: Path = README) -> str:
-    """The page that its template, the registry and the result files give."""
+    """Return a page from its template, the registry and the result files."""
     path = RESULTS / f"{MODEL}.json"
     results = Results.load_json(path)
     remapping = Results.load_json(REMAPPING)

@@ -1,9 +1,9 @@
-"""Write `docs/results_index.md`: every committed result file, the command that makes it, its commit and its date.
+"""Write `docs/results_index.md`: every committed result file with its command, commit, date and versions.
 
 python tools/results_index.py            # write the page
-python tools/results_index.py --check    # exit 1 where the committed page is not what the files give
+python tools/results_index.py --check    # exit 1 if the committed page is out of date
 
-A file of an older schema is refused by name: numbers that the code beside them no longer reads are measured again.
+A file of an older schema raises an error that names it: numbers that the code cannot read must be measured again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCRIPTS = {
     "results/sweep-late.json": "make sweep",
     "results/sweep-methods.json": "make sweep",
 }
-"""Scripts of the files that do not contain their command."""
+"""Commands of the files that do not contain one."""
 
 SCHEMAS = {"benchmarks/results/public_model.json": 1}
 """Schemas of files that are not [`Results`]."""
@@ -55,10 +55,10 @@ class Origin(NamedTuple):
 
 def origin(path: Path, root: Path = ROOT) -> Origin:
     """
-    The origin of one result file.
+    Return the origin of one result file.
 
     Raises:
-        EvaluationError: the file has an older schema than the code that reads it.
+        EvaluationError: if the file has an older schema than the code that reads it.
     """
     file = path.relative_to(root).as_posix()
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +74,8 @@ def origin(path: Path, root: Path = ROOT) -> Origin:
     machine = content.get("machine") or provenance.get("machine") or {}
     newest: dict[str, Any] = max(runs, key=lambda run: run["date"]) if runs else machine
     stated = {**newest, **provenance}
-    versions = content.get("versions") or stated.get("versions") or content  # a sweep has its one version by itself
+    # Peers of a benchmark are listed beside the machine's own packages. A sweep has its one version at the top level.
+    versions = {**(stated.get("versions") or {}), **(content.get("versions") or {})} or content
     commit = stated.get("commit")
     return Origin(
         file,
@@ -86,23 +87,23 @@ def origin(path: Path, root: Path = ROOT) -> Origin:
 
 
 def origins(root: Path = ROOT) -> list[Origin]:
-    """The origins of all result files, by path."""
+    """Return the origins of all result files, by path."""
     paths = sorted(
         path for folder in FOLDERS for path in (root / folder).rglob("*.json") if ".partial." not in path.name
     )
     return [origin(path, root) for path in paths]
 
 
-def render(found: Iterable[Origin]) -> str:
-    """The page. Ages count from the newest file, so that the page does not change by itself."""
-    found = list(found)
-    dates = [datetime.date.fromisoformat(each.date) for each in found if each.date]
+def render(entries: Iterable[Origin]) -> str:
+    """Return the page. Ages count from the newest file, so the page changes only with the files."""
+    entries = list(entries)
+    dates = [datetime.date.fromisoformat(entry.date) for entry in entries if entry.date]
     lines = []
-    for each in found:
-        days = f"{(max(dates) - datetime.date.fromisoformat(each.date)).days} days" if each.date else UNKNOWN
-        command = f"`{each.command}`" if each.command else UNKNOWN
-        cells = (f"[{each.file}](../{each.file})", command, each.commit or UNKNOWN, each.date or UNKNOWN, days)
-        lines.append((*cells, each.versions or UNKNOWN))
+    for entry in entries:
+        days = f"{(max(dates) - datetime.date.fromisoformat(entry.date)).days} days" if entry.date else UNKNOWN
+        command = f"`{entry.command}`" if entry.command else UNKNOWN
+        cells = (f"[{entry.file}](../{entry.file})", command, entry.commit or UNKNOWN, entry.date or UNKNOWN, days)
+        lines.append((*cells, entry.versions or UNKNOWN))
     heads = ("file", "command", "commit", "date", "age", "versions")
     return (
         "# Result files\n"

@@ -1,8 +1,8 @@
-"""Write `docs/architectures.md`, which rotary models can be patched, from the results of the three sweeps.
+"""Write `docs/architectures.md`, the list of rotary models that can be patched, from the results of the three sweeps.
 
 python tools/sweep_table.py --collect   # first make the result files from the last `make sweep`
 python tools/sweep_table.py             # write the table
-python tools/sweep_table.py --check     # exit 1 where the committed table is not what the result files give
+python tools/sweep_table.py --check     # exit 1 if the committed table is out of date
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import transformers
 from pages import ROOT, publish
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_posext.packages import machine
+sys.path.append(str(ROOT / "benchmarks"))
+from output import machine  # type: ignore[import-not-found]
 
 # Where pytest's cache keeps what the sweep sets under "sweep/...".
 CACHE = ROOT / ".pytest_cache" / "v" / "sweep"
@@ -88,32 +89,35 @@ def collect() -> dict[Path, dict[str, Any]]:
     """Return the content of the result file of each sweep that the cache of pytest contains.
 
     Raises:
-        ValueError: there is none, or types are missing, or were swept under another version of transformers.
+        ValueError: if there is none, or if types are missing or were swept under another version of transformers.
     """
-    rotary, late, more, other, not_built = (
+    rotary, late, by_method, schemes, not_built = (
         {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted((CACHE / kind).glob("*"))}
         for kind in ("rotary", "late", "methods", "other", "not_built")
     )
     types = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    missing = types - rotary.keys() - other.keys() - not_built.keys() if rotary else set()
-    known = rotary or json.loads(FREQUENCIES.read_text(encoding="utf-8"))["rotary"]
-    for swept in filter(None, (late, more)):
-        missing |= known.keys() ^ swept.keys()
-    records = [*rotary.values(), *late.values(), *more.values()]
+    unswept = types - rotary.keys() - schemes.keys() - not_built.keys() if rotary else set()
+    reference = rotary or json.loads(FREQUENCIES.read_text(encoding="utf-8"))["rotary"]
+    for swept in filter(None, (late, by_method)):
+        unswept |= reference.keys() ^ swept.keys()
+    records = [*rotary.values(), *late.values(), *by_method.values()]
     stale = sum(record.pop("transformers") != transformers.__version__ for record in records)
-    if missing or stale or not records:
-        raise ValueError(f"{len(missing)} types not swept, {stale} under another transformers; run make sweep")
+    if unswept or stale or not records:
+        raise ValueError(
+            f"Expected all types swept under this transformers, got {len(unswept)} missing and {stale} stale. "
+            "Run make sweep."
+        )
     version = {"transformers": transformers.__version__, "machine": machine()}
-    whole = {
-        FREQUENCIES: {"rotary": rotary, "other": other, "not_built": not_built},
+    contents = {
+        FREQUENCIES: {"rotary": rotary, "other": schemes, "not_built": not_built},
         LATE: {"rotary": late},
-        MORE: {"rotary": more},
+        MORE: {"rotary": by_method},
     }
-    return {path: version | content for path, content in whole.items() if content["rotary"]}
+    return {path: version | content for path, content in contents.items() if content["rotary"]}
 
 
 def verdict(record: dict[str, Any]) -> str:
-    """`works`, `refused` or `fails`. A type works if linear, yarn and llama3 do; longrope needs lists that fit."""
+    """Return `works`, `refused` or `fails`. A type works if linear, yarn and llama3 work; longrope needs lists."""
     cells = [record["cells"][method]["verdict"] for method in METHODS]
     if "fails" in cells:
         return "fails"
@@ -121,7 +125,7 @@ def verdict(record: dict[str, Any]) -> str:
 
 
 def show_sets(sets: list[dict[str, Any]]) -> str:
-    """The sets of frequencies in a few words: `full_attention: 8 pairs, base 1e+06`."""
+    """Return the sets of frequencies in a few words: `full_attention: 8 pairs, base 1e+06`."""
     words = []
     for rotary in sets:
         name = f"{rotary['name']}: " if rotary["name"] else ""
@@ -131,7 +135,7 @@ def show_sets(sets: list[dict[str, Any]]) -> str:
 
 
 def render_late(results: dict[str, Any]) -> str:
-    """The table of the remapping methods as Markdown."""
+    """Return the table of the remapping methods as Markdown."""
     cells = {name: [record["verdicts"][check] for check in CHECKS] for name, record in results["rotary"].items()}
     fails = sum("fails" in row for row in cells.values())
     refused = sum("refused" in row and "fails" not in row for row in cells.values())
@@ -143,7 +147,7 @@ def render_late(results: dict[str, Any]) -> str:
 
 
 def render_more(results: dict[str, Any]) -> str:
-    """Return the table of the third sweep, and below it the refused types by reason."""
+    """Return the table of the third sweep, followed by the refused types by reason."""
     rotary, text = results["rotary"], MORE_HEAD
     for method in next(iter(rotary.values()))["verdicts"]:
         verdicts = [record["verdicts"][method] for record in rotary.values()]
@@ -152,7 +156,7 @@ def render_more(results: dict[str, Any]) -> str:
     refused: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for name, record in rotary.items():
         for method, reason in record["reasons"].items():
-            # what is left without the type, the method and the advice is alike for all types of a kind
+            # without the type, the method and the advice, the reason is the same for all types of a kind
             kind = re.sub(
                 rf"^{name}(_text)?:? (model\S* )?| for {method.partition('(')[0]}$",
                 "",
@@ -166,7 +170,7 @@ def render_more(results: dict[str, Any]) -> str:
     )
 
 
-def render(results: dict[str, Any], late: dict[str, Any], more: dict[str, Any]) -> str:
+def render(results: dict[str, Any], late: dict[str, Any], methods: dict[str, Any]) -> str:
     """Return all tables as Markdown."""
     verdicts = [verdict(record) for record in results["rotary"].values()]
     counts = {word: verdicts.count(word) for word in ("works", "refused", "fails")}
@@ -178,7 +182,7 @@ def render(results: dict[str, Any], late: dict[str, Any], more: dict[str, Any]) 
         reasons = dict.fromkeys(cell["reason"] for cell in outcomes if "reason" in cell)
         notes = "; ".join([*filter(None, [record["note"]]), *reasons])
         text += f"| {name} | {show_sets(record['sets'])} | {cells} | {notes} |\n"
-    text += render_late(late) + render_more(more)
+    text += render_late(late) + render_more(methods)
     text += "\n## Other schemes\n\n"
     schemes = sorted(set(results["other"].values()))
     for scheme in schemes:
@@ -190,7 +194,7 @@ def render(results: dict[str, Any], late: dict[str, Any], more: dict[str, Any]) 
 
 
 def pages() -> dict[Path, str]:
-    """Return the page that the result files give."""
+    """Return the page of the result files."""
     return {TABLE: render(*(json.loads(file.read_text(encoding="utf-8")) for file in (FREQUENCIES, LATE, MORE)))}
 
 

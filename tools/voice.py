@@ -95,21 +95,21 @@ def findings() -> Iterator[tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print each count beside its budget. Return 1 where a count is above it."""
+    """Print each count beside its budget. Return 1 if a count is above its budget."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--update", action="store_true", help="lower the budgets to the counts")
     parser.add_argument("--list", metavar="KIND", nargs="?", const="", help="show the places, of one kind if given")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     places = list(findings())
-    if given.list is not None:
-        print("\n".join(f"{kind}: {place}" for kind, place in places if given.list in ("", kind)))
+    if options.list is not None:
+        print("\n".join(f"{kind}: {place}" for kind, place in places if options.list in ("", kind)))
         return 0
     counts = Counter(kind for kind, _ in places)
     budget: dict[str, int] = json.loads(BUDGET.read_text(encoding="utf-8")) if BUDGET.exists() else {}
     kinds = ["opening", "; advice", *PHRASES]
     for kind in kinds:
         print(f"{kind:<16} {counts[kind]:>4} of {budget.get(kind, 0)}")
-    if given.update:
+    if options.update:
         lowered = {kind: min(counts[kind], budget.get(kind, counts[kind])) for kind in kinds}
         BUDGET.write_text(json.dumps(lowered, indent=2) + "\n", encoding="utf-8")
         return 0

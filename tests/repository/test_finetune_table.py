@@ -123,5 +123,5 @@ def test_the_picture(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_file_without_runs_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no runs; measure with benchmarks/finetune.py"):
+    with pytest.raises(ValueError, match="Expected runs in .*, got none. Run benchmarks/finetune.py"):
         finetune_table.load(a_file(tmp_path / "finetune.json"))
