@@ -23,7 +23,7 @@ AGAINST = (
     ("step by step, as PyTorch picks,", "decode", decoding.CUDNN),
     ("step by step, FlashAttention-2,", "decode", "plain"),
 )
-"""How a token is read, its kind of row, and the row of the unpatched baseline."""
+"""Mode of reading a token, its kind of row, and the row of the unpatched baseline."""
 
 STEPS = 8
 """Timed steps per repeat."""
