@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .packages import require
 
@@ -24,9 +24,10 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from torch import nn
 
+from .decode import Bound, Count, Index
 from .deprecation import RenamedAttribute, renamed_arguments
-from .errors import AlreadyPatchedError, EvaluationError, InvalidParameterError, MethodNotApplicableError
-from .evaluation.config import EvaluationConfig
+from .errors import EvaluationError, InvalidParameterError, MethodNotApplicableError
+from .evaluation.config import EvaluationConfig, checked
 from .evaluation.journal import RunJournal, open_journal, run_identity
 from .evaluation.key_search import default_criterion, key_search
 from .evaluation.key_tokens import KeyTokens
@@ -39,8 +40,9 @@ from .methods import NTK, LongRoPE, YaRN
 from .methods.base import components_of
 from .methods.frequencies import first_rotary, frequencies, powers
 from .methods.yarn import yarn_mscale
-from .patching import detect_scheme, find_patch, unwrap
+from .patching import detect_scheme
 from .patching.modes import evaluation_mode
+from .patching.patch import unpatched
 from .plan import ExtensionPlan
 from .scheme import PositionalScheme
 
@@ -54,9 +56,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SearchedFactors", "search"]
 
-OBJECTIVES = ("tail", "key-tokens")
-SMALLEST = 4
-"""Minimum population: two parents, a mutation, and a crossing."""
+Population = Annotated[int, Bound("of at least 4", lambda number: number >= 4)]
+"""Number of genomes: at least two parents, a mutation, and a crossing."""
 
 Genome = tuple[float, ...]
 """Divisor of the frequency of each rotary pair, fastest first."""
@@ -71,13 +72,13 @@ RATE, SPREAD = 0.3, 0.2
 def mutate(parent: Genome, largest: float, draw: np.random.Generator) -> Genome:
     """Return a genome with random factors multiplied by numbers near 1."""
     logs = np.log(parent)
-    chosen = draw.random(len(logs)) < RATE
-    return ordered(logs + chosen * draw.normal(0.0, SPREAD, len(logs)), largest)
+    changed = draw.random(len(logs)) < RATE
+    return ordered(logs + changed * draw.normal(0.0, SPREAD, len(logs)), largest)
 
 
-def cross(one: Genome, other: Genome, largest: float, draw: np.random.Generator) -> Genome:
+def cross(first: Genome, second: Genome, largest: float, draw: np.random.Generator) -> Genome:
     """Return a genome with each factor from one parent or the other."""
-    return ordered(np.log(np.where(draw.random(len(one)) < 0.5, one, other)), largest)
+    return ordered(np.log(np.where(draw.random(len(first)) < 0.5, first, second)), largest)
 
 
 def ordered(logs: np.ndarray, largest: float) -> Genome:
@@ -87,18 +88,19 @@ def ordered(logs: np.ndarray, largest: float) -> Genome:
 
 
 @renamed_arguments(original_length="trained_length")
+@checked
 def search(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     target_length: int,
     *,
-    trained_length: int | None = None,
-    objective: str = "tail",
+    trained_length: Count | None = None,
+    objective: Literal["tail", "key-tokens"] = "tail",
     attention_factor: float | None = None,
-    population: int = 32,
-    generations: int = 20,
-    start: int = 0,
+    population: Population = 32,
+    generations: Count = 20,
+    start: Index = 0,
     seed: int = 0,
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
@@ -144,18 +146,9 @@ def search(
         DocumentError, UnsupportedModelError, JournalError: as in [`evaluate_perplexity`].
         EvaluationError: no genome could be measured on every document, or no token needs the long context.
     """
-    base = unwrap(model)
-    present = find_patch(base)
-    if present is not None:
-        raise AlreadyPatchedError(
-            f"Expected a model without a patch, got one with {present.plan.method!r} in force. Call "
-            "unpatch_model(model) first."
-        )
+    base = unpatched(model)
     scheme = detect_scheme(base)
-    yarn = check_search(
-        scheme, target_length, trained_length=trained_length, objective=objective, attention_factor=attention_factor,
-        population=population, generations=generations,
-    )  # fmt: skip
+    yarn = check_search(scheme, target_length, trained_length, attention_factor)
     # Key tokens are found with YaRN, and its label selects it as the evaluator.
     longppl = yarn.method if objective == "key-tokens" else None
     config = EvaluationConfig(lengths=[target_length], start=start, seed=seed, longppl=longppl)
@@ -165,44 +158,35 @@ def search(
     setup = prepare(request, model, tokenizer, documents)
     temperature = attention_factor or yarn_mscale(yarn.factor)
     trial = Trial(base, scheme, setup, yarn.trained_length, target_length, temperature)
-    known = seeds(scheme, yarn.trained_length, target_length)
-    told = {"objective": objective, "population": population}  # without generations, because a search may be continued
-    identity = run_identity(setup, [base], [trial.plan(one) for one in known.values()], search=told)
+    parents = seeds(scheme, yarn.trained_length, target_length)
+    # A finished search may be continued, so that the number of generations is no condition.
+    conditions = {"objective": objective, "population": population}
+    plans = [trial.plan(genome) for genome in parents.values()]
+    identity = run_identity(setup, [base], plans, search=conditions)
     with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
         if objective == "key-tokens":
             trial = trial.on_key_tokens(yarn, accelerator, written)
         run = partial(trial.perplexities, accelerator=accelerator, journal=written)
-        found, history = _evolve(run, list(known.values()), population, generations, 1 + yarn.factor, seed)
-    best = min(found, key=lambda genome: (found[genome], genome))
+        perplexities, history = _evolve(run, list(parents.values()), population, generations, 1 + yarn.factor, seed)
+    best = min(perplexities, key=lambda genome: (perplexities[genome], genome))
     settings = {"trained_length": yarn.trained_length, "population": population, "generations": generations}
-    values = {name: found[genome] for name, genome in known.items()}
+    values = {name: perplexities[genome] for name, genome in parents.items()}
     return SearchedFactors(
-        trial.plan(best), objective, found[best], values, tuple(history), {**setup.provenance, **settings}
+        trial.plan(best), objective, perplexities[best], values, tuple(history), {**setup.provenance, **settings}
     )
 
 
 def check_search(
     scheme: PositionalScheme,
     target_length: int,
-    *,
     trained_length: int | None = None,
-    objective: str = "tail",
     attention_factor: float | None = None,
-    population: int = 32,
-    generations: int = 20,
 ) -> ExtensionPlan:
-    """Check the arguments of [`search`] that require only the scheme. Return the plan of YaRN, one of the seeds.
+    """Check the arguments of [`search`] that depend on the scheme. Return the plan of YaRN, one of the seeds.
 
     Raises:
         MethodNotApplicableError, InvalidParameterError: as in [`search`].
     """
-    if objective not in OBJECTIVES:
-        raise InvalidParameterError(f"Expected an objective of {', '.join(OBJECTIVES)}, got {objective!r}.")
-    if population < SMALLEST or generations < 1:
-        raise InvalidParameterError(
-            f"Expected a population of at least {SMALLEST} and at least 1 generation, got {population} and "
-            f"{generations}."
-        )
     if scheme.kind != "rotary" or scheme.obstacle:
         why = scheme.obstacle or f"{scheme.model_type} has {scheme.kind} positions"
         raise MethodNotApplicableError(f"A search is of rotary frequencies, but {why}. See hf-posext recommend.")
@@ -232,25 +216,25 @@ def factors_of(plan: ExtensionPlan) -> Genome:
 
 def first_generation(parents: Sequence[Genome], count: int, largest: float, draw: np.random.Generator) -> list[Genome]:
     """Return `count` different genomes: the parents, then mutations of each parent in turn."""
-    found = dict.fromkeys(parents)
-    while len(found) < count:
-        found[mutate(parents[len(found) % len(parents)], largest, draw)] = None
-    return list(found)[:count]
+    genomes = dict.fromkeys(parents)
+    while len(genomes) < count:
+        genomes[mutate(parents[len(genomes) % len(parents)], largest, draw)] = None
+    return list(genomes)[:count]
 
 
 def children_of(
-    parents: Sequence[Genome], known: set[Genome], count: int, largest: float, draw: np.random.Generator
+    parents: Sequence[Genome], measured: set[Genome], count: int, largest: float, draw: np.random.Generator
 ) -> list[Genome]:
-    """Return `count` genomes that are not among the measured ones (`known`): half mutations, half crossings."""
-    found: dict[Genome, None] = {}
-    while len(found) < count:
-        one, other = (parents[index] for index in draw.choice(len(parents), 2, replace=False))
-        child = mutate(one, largest, draw) if len(found) < count // 2 else cross(one, other, largest, draw)
-        if child in known or child in found:  # similar parents often yield a known child
+    """Return `count` genomes that are not among the `measured` ones: half mutations, half crossings."""
+    children: dict[Genome, None] = {}
+    while len(children) < count:
+        first, second = (parents[index] for index in draw.choice(len(parents), 2, replace=False))
+        child = mutate(first, largest, draw) if len(children) < count // 2 else cross(first, second, largest, draw)
+        if child in measured or child in children:  # similar parents often yield a known child
             child = mutate(child, largest, draw)
-        if child not in known:
-            found[child] = None
-    return list(found)
+        if child not in measured:
+            children[child] = None
+    return list(children)
 
 
 def _evolve(
@@ -258,14 +242,16 @@ def _evolve(
 ) -> tuple[dict[Genome, float], list[dict[str, Any]]]:
     """Return the perplexities of all measured genomes, and the history by generation."""
     draw = np.random.default_rng(seed)
-    found: dict[Genome, float] = run(first_generation(first, population, largest, draw), name="generation 0")
-    history = [{"generation": 0, "measured": len(found), "best": min(found.values())}]
+    perplexities: dict[Genome, float] = run(first_generation(first, population, largest, draw), name="generation 0")
+    history = [{"generation": 0, "measured": len(perplexities), "best": min(perplexities.values())}]
     for generation in range(1, generations + 1):
-        parents = sorted(found, key=lambda genome: (found[genome], genome))[: population // 2]
-        children = children_of(parents, set(found), population // 2, largest, draw)
-        found |= run(children, name=f"generation {generation} of {generations}, best {min(found.values()):.2f}")
-        history.append({"generation": generation, "measured": len(found), "best": min(found.values())})
-    return found, history
+        parents = sorted(perplexities, key=lambda genome: (perplexities[genome], genome))[: population // 2]
+        children = children_of(parents, set(perplexities), population // 2, largest, draw)
+        perplexities |= run(
+            children, name=f"generation {generation} of {generations}, best {min(perplexities.values()):.2f}"
+        )
+        history.append({"generation": generation, "measured": len(perplexities), "best": min(perplexities.values())})
+    return perplexities, history
 
 
 @dataclass(frozen=True)
@@ -313,14 +299,14 @@ class Trial:
         runs = {genome: self._run(genome) for genome in genomes}
         stages = [run.stage(name) for run in runs.values()]
         outcomes = measure(stages, accelerator=accelerator, journal=journal)
-        found = {}
+        values = {}
         for genome, run in runs.items():
             records, failures = run.by_document(outcomes)
-            found[genome] = math.inf if failures else self._pooled([one for (one,) in records.values()])
-        if all(map(math.isinf, found.values())):
+            values[genome] = math.inf if failures else self._pooled([record for (record,) in records.values()])
+        if all(map(math.isinf, values.values())):
             reason = next(iter(runs[genomes[0]].by_document(outcomes)[1].values()), "the loss is not finite")
             raise EvaluationError(f"no genome could be measured on every document: {reason}")
-        return found
+        return values
 
     def _run(self, genome: Genome) -> MethodRun:
         label = hashlib.sha256(repr(genome).encode()).hexdigest()[:16]
@@ -328,7 +314,9 @@ class Trial:
 
     def _pooled(self, records: list[dict[str, Any]]) -> float:
         nll, tokens = ("tail_nll_sum", "tail_tokens") if self.keys is None else ("key_nll_sum", "key_tokens")
-        return float(pooled_perplexity([one[nll] or 0.0 for one in records], [one[tokens] or 0 for one in records]))
+        return float(
+            pooled_perplexity([record[nll] or 0.0 for record in records], [record[tokens] or 0 for record in records])
+        )
 
 
 @dataclass(frozen=True)
@@ -372,17 +360,17 @@ class SearchedFactors:
         """Return the result in one line, compared with the better seed."""
         name = min(self.seeds, key=lambda seed: self.seeds[seed])
         gain = self.seeds[name] / self.perplexity - 1
-        told = f"{100 * gain:.1f} % below {name}'s" if gain > 0 else f"no better than {name}'s"
-        measured = self.history[-1]["measured"]
+        comparison = f"{100 * gain:.1f} % below {name}'s" if gain > 0 else f"no better than {name}'s"
+        count = self.history[-1]["measured"]
         return (
-            f"{self.objective} perplexity {self.perplexity:.2f} at {self.plan.target_length} tokens, {told} "
-            f"{self.seeds[name]:.2f}, after {measured} genomes; on the documents of the search: measure it on others"
+            f"{self.objective} perplexity {self.perplexity:.2f} at {self.plan.target_length} tokens, {comparison} "
+            f"{self.seeds[name]:.2f}, after {count} genomes; on the documents of the search: measure it on others"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        whole = {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"plan": self.plan.to_dict()}
-        plain: dict[str, Any] = json.loads(json.dumps(whole, allow_nan=False))
+        content = {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"plan": self.plan.to_dict()}
+        plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
         return plain
 
     def save(self, path: str | Path) -> Path:

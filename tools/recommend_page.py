@@ -42,20 +42,20 @@ def search_sentence(result: dict[str, Any]) -> str:
     search, heldout = result["search"], result["heldout"]
     ratio, span = heldout["searched_over_yarn"]["ratio"], heldout["searched_over_yarn"]["ci95"]
     rows = {row["method"].partition("(")[0]: row for row in heldout["rows"] if row["length"] == _target(search)}
-    change = search["perplexity"] / search["seeds"]["yarn"] - 1
-    worse = "below" if span[1] < 1 else "above" if span[0] > 1 else "not to be told apart from"
-    comparison = f"{worse} YaRN's" if worse != "above" else "above YaRN's: the search did not beat it"
-    better = sum(ratio_of_novel < 1 for ratio_of_novel in heldout["searched_over_yarn"]["by_document"])
+    gain = 1 - search["perplexity"] / search["seeds"]["yarn"]
+    verdict = "The search gains" if span[1] < 1 else "The search loses" if span[0] > 1 else "The interval includes 1"
+    better = sum(change < 1 for change in heldout["searched_over_yarn"]["by_document"])
     count = len(heldout["documents"])
-    searched, yarn = rows["longrope"], rows["yarn"]
+    mine, yarns = rows["longrope"], rows["yarn"]
+    documents, genomes = len(search["provenance"]["documents"]), search["history"][-1]["measured"]
     return (
-        f"`{result['command']}`: after {search['history'][-1]['measured']} genomes the tail perplexity at "
-        f"{_target(search)} tokens on the {len(search['provenance']['documents'])} training novels that were searched "
-        f"on is {-change:.2%} below YaRN's. On the {count} held-out novels it is {searched['perplexity_tail']:.2f} "
-        f"against {yarn['perplexity_tail']:.2f}, {ratio:.4f} times as much [{span[0]:.4f}, {span[1]:.4f}] and lower "
-        f"on {better} of {count}: {comparison}. Its gain over truncation is {searched['gain']:.3f}, YaRN's "
-        f"{yarn['gain']:.3f}; inside the trained length it changes perplexity by {_short(heldout, 'longrope'):+.1%}, "
-        f"YaRN by {_short(heldout, 'yarn'):+.1%}.\n"
+        f"`{result['command']}` measured {genomes} genomes on {documents} training novels. On these, the tail "
+        f"perplexity of the best at {_target(search)} tokens is {gain:.2%} below that of YaRN. On {count} held-out "
+        f"novels it is {mine['perplexity_tail']:.2f}, against {yarns['perplexity_tail']:.2f} for YaRN: {ratio:.4f} "
+        f"times as much [{span[0]:.4f}, {span[1]:.4f}], and lower on {better} of {count}. {verdict}. The gain over "
+        f"truncation is {mine['gain']:.3f}, against {yarns['gain']:.3f} for YaRN. Inside the trained length, "
+        f"perplexity changes by {_short(heldout, 'longrope'):+.1%}, against {_short(heldout, 'yarn'):+.1%} for "
+        "YaRN.\n"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.lines import Line2D
 
-from ..diagnosis.signals import phase_table, planned_frequencies, relative_positions
+from ..diagnosis.weights import phase_table, planned_frequencies, relative_positions
 from ..methods.frequencies import first_rotary
 from ..patching.kernels import belongs
 from ..reporting.drawing import COLOURS, CONTROL, GRID, INK, dress_axes, new_figure, note
@@ -101,13 +101,15 @@ def mask_figure(view: View) -> Figure | None:
         return None
     figure = new_figure(4.1)
     panels = figure.subplots(1, 3)
-    at = torch.from_numpy(np.unique(np.arange(CELLS) * length // CELLS)) if length > CELLS else torch.arange(length)
+    tokens = (
+        torch.from_numpy(np.unique(np.arange(CELLS) * length // CELLS)) if length > CELLS else torch.arange(length)
+    )
     colours = {"cmap": _distance_colours(trained, length), "vmin": 0, "vmax": length}
     ticks = np.arange(0, length + 1, trained * -(-length // (4 * trained)) if length > trained else length)
     for panel, name, entry in zip(panels, ("none", "after"), (None, plan), strict=False):
-        grid = relative_positions(entry, at, at).numpy()
+        grid = relative_positions(entry, tokens, tokens).numpy()
         extent = (0.0, float(length), float(length), 0.0)
-        unseen = np.isnan(grid) & np.tri(len(at), dtype=bool)
+        unseen = np.isnan(grid) & np.tri(len(tokens), dtype=bool)
         panel.imshow(np.where(unseen, 0.5, np.nan), cmap="gray", vmin=-1, vmax=1, aspect="auto", extent=extent)
         image = panel.imshow(grid, **colours, aspect="auto", interpolation="nearest", extent=extent)
         panel.set_title(_names(view)[name])
@@ -115,7 +117,7 @@ def mask_figure(view: View) -> Figure | None:
         dress(panel, replace(view.diagnosis, trained_length=None))  # a key has no distance, so none is the trained one
         panel.set_xticks(ticks)
         panel.set_yticks(ticks)
-    _draw_band_edges(panels[1], view, at)
+    _draw_band_edges(panels[1], view, tokens)
     panels[0].set_ylabel("query (token)")
     panels[1].tick_params(labelleft=False)
     _draw_last_query(panels[2], view)
@@ -149,15 +151,15 @@ def _distance_colours(trained: int, length: int) -> Colormap:
     return ListedColormap(colours).with_extremes(bad=(1.0, 1.0, 1.0, 0.0))
 
 
-def _draw_band_edges(panel: Axes, view: View, at: torch.Tensor) -> None:
+def _draw_band_edges(panel: Axes, view: View, tokens: torch.Tensor) -> None:
     """Draw white lines between the bands of a plan."""
-    number = np.zeros((len(at), len(at)))
+    number = np.zeros((len(tokens), len(tokens)))
     for place, band in enumerate(view.plan.bands):
-        number[belongs(band, at, at).numpy()] = place
-    number[np.triu_indices(len(at), 1)] = 0
+        number[belongs(band, tokens, tokens).numpy()] = place
+    number[np.triu_indices(len(tokens), 1)] = 0
     if number.any():
         levels = np.arange(len(view.plan.bands)) + 0.5
-        panel.contour(at.numpy(), at.numpy(), number, levels=levels, colors="white", linewidths=1.0)
+        panel.contour(tokens.numpy(), tokens.numpy(), number, levels=levels, colors="white", linewidths=1.0)
 
 
 def _draw_last_query(panel: Axes, view: View) -> None:

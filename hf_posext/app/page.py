@@ -124,8 +124,8 @@ def build_page(shelf: Shelf) -> Any:
             trained_length = _tokens("Trained length", tokens) if tokens else first_look(shelf, name).trained_length
             return {length: gr.update(**_bounds(trained_length))}
 
-        def draw(*chosen: Any) -> Updates:
-            view = look(shelf, _choice(*chosen))
+        def draw(*values: Any) -> Updates:
+            view = look(shelf, _choice(*values))
             return {
                 **cleared(),
                 message: gr.update(visible=False),
@@ -137,8 +137,8 @@ def build_page(shelf: Shelf) -> Any:
                 loss_note: words.loss(shelf.dataset),
             }
 
-        def read_texts(*chosen: Any) -> Updates:
-            view = read(shelf, _choice(*chosen))
+        def read_texts(*values: Any) -> Updates:
+            view = read(shelf, _choice(*values))
             return {
                 message: gr.update(visible=False),
                 verdict: words.verdict(view.diagnosis.verdict),
@@ -203,8 +203,8 @@ def _number(field: str, value: Any) -> float:
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not abs(value) <= sys.float_info.max:  # false for NaN; integers of JSON have any size
-        got = "an empty field" if value in (None, "") else repr(value)[:40]
-        raise InvalidParameterError(f"Expected a number in the field {field}, got {got}.")
+        content = "an empty field" if value in (None, "") else repr(value)[:40]
+        raise InvalidParameterError(f"Expected a number in the field {field}, got {content}.")
     number: float = value
     return number
 
@@ -227,9 +227,9 @@ def _one_line(refused: Callable[[str], Updates], handler: Callable[..., Updates]
     """Wrap a handler so that errors become one line on the page. Unforeseen ones are logged as well."""
 
     @functools.wraps(handler)
-    def guarded(*chosen: Any) -> Updates:
+    def guarded(*values: Any) -> Updates:
         try:
-            return handler(*chosen)
+            return handler(*values)
         except (PosExtError, OSError) as error:
             return refused(str(error))
         except Exception as error:

@@ -131,8 +131,8 @@ def _measured_gains(name: str) -> list[Gain]:
         for row in Results.load_json(path).rows if path.is_file() else ():
             gain, (low, high) = row["gain"], row["gain_ci95"] or (None, None)
             if gain is not None and low is not None and high is not None:
-                measured = row["method"], row["factor"], row["length"]
-                gains.append(Gain(*measured, gain, low, high, row["documents"], source))
+                cell = row["method"], row["factor"], row["length"]
+                gains.append(Gain(*cell, gain, low, high, row["documents"], source))
     return gains
 
 
@@ -154,20 +154,20 @@ def make_shelf(
     """
     for path, option in [*((folder, "model") for folder in folders), *([(dataset, "dataset")] if dataset else [])]:
         if not (path.is_dir() or option == "dataset" and path.is_file()):
-            what = "folder of a model" if option == "model" else "file or folder of texts"
-            raise InvalidParameterError(f"Expected a {what} on this machine, got --{option} {path}.")
+            kind = "folder of a model" if option == "model" else "file or folder of texts"
+            raise InvalidParameterError(f"Expected a {kind} on this machine, got --{option} {path}.")
     # The rotary model comes first: it has something to show on every tab.
     shipped = sorted((path.parent for path in _shipped_folder(checkout).glob("*/config.json")), reverse=True)
     novels = checkout / "examples" / "data" / "heldout.jsonl"
-    chosen = [*folders, *shipped]
-    if not chosen:
+    models = [*folders, *shipped]
+    if not models:
         raise InvalidParameterError(
             "The page needs a model: the shipped ones are part of the repository (examples/tiny), not of the "
             "installed package. Pass at least one: hf-posext app --model FOLDER --dataset texts.jsonl"
         )
     texts = dataset or (novels if novels.is_file() else None)
     begin = start if start is not None else FRONT_MATTER if texts == novels else 0
-    return Shelf(_named(chosen), texts, begin, opener)
+    return Shelf(_named(models), texts, begin, opener)
 
 
 def _shipped_folder(checkout: Path) -> Path:
@@ -241,10 +241,10 @@ def first_look(shelf: Shelf, name: str, length: int | None = None, trained: int 
     """Return the diagnosis of a model as it is, up to a length in tokens, without remedies' signals."""
     model, _ = shelf.open(name)
     diagnosis = diagnose(model, methods=[], target_length=length, trained_length=trained)
-    known = shelf.known_length(name)
-    if diagnosis.trained_length or not known:
+    shipped = shelf.known_length(name)
+    if diagnosis.trained_length or not shipped:
         return diagnosis
-    diagnosis = diagnose(model, methods=[], target_length=length, trained_length=known)
+    diagnosis = diagnose(model, methods=[], target_length=length, trained_length=shipped)
     return replace(diagnosis, trained_length_source="as all shipped models were")
 
 

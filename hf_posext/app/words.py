@@ -48,7 +48,7 @@ def facts(diagnosis: Diagnosis) -> str:
         (f"{kind[:1].upper()}{kind[1:]}.", f" {CLASSES[diagnosis.generalization]}: {diagnosis.reason}."),
         (f"Trained on {trained}", f" ({diagnosis.trained_length_source})."),
     )
-    return "".join(f'<p class="plain"><b>{escape(head)}</b>{escape(rest)}</p>' for head, rest in lines)
+    return "".join(f'<p class="plain"><b>{escape(head)}</b>{escape(detail)}</p>' for head, detail in lines)
 
 
 def about(view: View) -> str:
@@ -75,15 +75,15 @@ def signal(view: View) -> str:
     ) + gain(view.gain)
 
 
-def gain(known: Gain | None) -> str:
+def gain(row: Gain | None) -> str:
     """Return the committed gain of a method on a shipped model."""
-    if known is None:
+    if row is None:
         return plain("The gain of this method on this model is not known here. The tab Loss measures it.")
-    better = "The longer context helps" if known.low > 1 else "Neither is better"
-    better = "Truncating the input is the better choice" if known.high < 1 else better
+    better = "The longer context helps" if row.low > 1 else "Neither is better"
+    better = "Truncating the input is the better choice" if row.high < 1 else better
     return plain(
-        f"Measured: {known.method} x{known.factor:g} has a gain of {known.gain:.3f} [{known.low:.3f}, "
-        f"{known.high:.3f}] over truncation at {known.length} tokens ({known.documents} documents, {known.source}). "
+        f"Measured: {row.method} x{row.factor:g} has a gain of {row.gain:.3f} [{row.low:.3f}, "
+        f"{row.high:.3f}] over truncation at {row.length} tokens ({row.documents} documents, {row.source}). "
         f"{better}."
     )
 
@@ -108,8 +108,8 @@ def mask(view: View) -> str:
             "lines separate the bands that the method treats differently."
         )
     remapping = [name for name in applicable(view.diagnosis.scheme) if isinstance(as_method(name), RemapMethod)]
-    others = f" Methods that change distances: {', '.join(remapping)}." if remapping else ""
-    return plain(f"{view.plan.method} leaves every pair of tokens at its own distance.{others}")
+    advice = f" Methods that change distances: {', '.join(remapping)}." if remapping else ""
+    return plain(f"{view.plan.method} leaves every pair of tokens at its own distance.{advice}")
 
 
 def loss(dataset: Path | None) -> str:

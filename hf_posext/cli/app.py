@@ -90,13 +90,13 @@ class Command(TyperCommand):
                 name = word.rstrip("=") or (before if before.startswith("-") else arguments)
                 raise typer.BadParameter(f"Expected text for {name}, got an empty one. Pass some, or leave it out.")
         with self.naming_flags(ctx):
-            rest = super().parse_args(ctx, args)
+            remaining = super().parse_args(ctx, args)
         params: list[Any] = self.params
         for param in params:
             number = ctx.params.get(param.name)
             if isinstance(number, int | float) and not abs(number) <= MAX_NUMBER:  # NaN is not, either
                 raise typer.BadParameter(f"Expected a number up to {MAX_NUMBER}", ctx, param)
-        return rest
+        return remaining
 
     def invoke(self, ctx: Any) -> Any:
         with self.naming_flags(ctx):

@@ -92,7 +92,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     names = {**flags, **{name: flags[option] for name, option in KEYWORDS.items() if option in flags}}
     if not names:
         return message
-    either = "|".join(sorted(names, key=len, reverse=True))
+    pattern = "|".join(sorted(names, key=len, reverse=True))
     value = r"""\[[^\]]*\]|'[^']*'|"[^"]*"|[\w./-]*[\w/-]|(?=\W|$)"""
 
     def flag(match: re.Match[str]) -> str:
@@ -102,9 +102,9 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
         text = "" if text == "True" else text.removeprefix("torch.")
         return f"{names[match['name']]} {text}".strip()
 
-    keyword = rf"(?P<method>\w+\([^()]*\))|(?<![\w.-])(?P<name>{either})=(?P<value>{value})"
+    keyword = rf"(?P<method>\w+\([^()]*\))|(?<![\w.-])(?P<name>{pattern})=(?P<value>{value})"
     message = re.sub(keyword, flag, message)
-    message = re.sub(rf"^(Expected |)({either}) (?=is |needs |to be )", lambda m: f"{m[1]}{names[m[2]]} ", message)
+    message = re.sub(rf"^(Expected |)({pattern}) (?=is |needs |to be )", lambda m: f"{m[1]}{names[m[2]]} ", message)
     compound = "|".join(name for name in names if "_" in name)
     if compound:
         message = re.sub(rf"(?<![\w/.-])({compound})(?![\w./])", lambda match: names[match[1]], message)

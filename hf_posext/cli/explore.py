@@ -37,15 +37,15 @@ def methods(as_json: options.AsJson = False) -> None:
     """List the methods, with the paper of each."""
     from ..methods import list_methods
 
-    listed = list_methods()
+    infos = list_methods()
     if as_json:
-        say(json.dumps([asdict(method) for method in listed], indent=2))
+        say(json.dumps([asdict(method) for method in infos], indent=2))
         return
     table = plain_table()
     table.add_column("method", no_wrap=True)
     table.add_column("extends")
     table.add_column("what it is, and its paper")
-    for method in listed:
+    for method in infos:
         paper = f"\n{method.url}" if method.url else ""
         extends = "any" if len(method.kinds) > 4 else ", ".join(method.kinds)
         table.add_row(method.name, extends, escape(f"{method.title}: {method.summary}") + paper)
@@ -163,7 +163,7 @@ def explain(
     With a data set, also find the token where its loss departs. With several models, each takes the methods that apply
     to it.
     """
-    chosen = options.methods_of(methods)
+    parsed = options.methods_of(methods)
     if plot is not None and plot.suffix.lower() != ".png":
         raise InvalidParameterError(f"Expected the name of a PNG, got {plot}. Pass --plot {plot.with_suffix('.png')}.")
 
@@ -181,10 +181,10 @@ def explain(
         place = (model, dtype, device, trust_remote_code)
         # Without documents only positions count, which do not depend on the head.
         network, tokenizer = (load_body(*place), None) if documents is None else load_model(*place)
-        fitting = chosen
-        if chosen is not None and len(models) > 1:
+        fitting = parsed
+        if parsed is not None and len(models) > 1:
             scheme = detect_scheme(network)
-            fitting = [method for method in chosen if method.applies_to(scheme) is None]
+            fitting = [method for method in parsed if method.applies_to(scheme) is None]
         lengths = {"target_length": target_length, "trained_length": trained_length}
         diagnoses.append(diagnose(network, tokenizer, documents, methods=fitting, **lengths, start=start, seed=seed))
     if as_json:

@@ -106,9 +106,9 @@ class HeldOut:
                 raise InvalidParameterError(f"{idle[0]}= requires evaluate=. Pass both or neither.")
             return None
         revision = texts.revision if self.evaluate == texts.dataset else None
-        same = replace(texts, dataset=self.evaluate, split=self.evaluate_split, revision=revision, documents=None)
+        held_out = replace(texts, dataset=self.evaluate, split=self.evaluate_split, revision=revision, documents=None)
         try:
-            documents = same.load()
+            documents = held_out.load()
         except DocumentError as error:
             raise DocumentError(re.sub("^split", "evaluate_split", str(error))) from error
         return Evaluation(documents, lengths, self.every, self.start, self.passkey)
@@ -184,12 +184,12 @@ def finetune(
 def _tell(result: Finetuned) -> None:
     """Print the number of trained parameters, the time, and the measurements before and after."""
     facts = result.provenance["result"]
-    trained, whole = facts["parameters"]["trained"], facts["parameters"]["model"]
-    say(f"trained {trained:,} parameters ({trained / whole:.2%}), {facts['steps']} steps, {facts['seconds']:.0f} s")
+    trained, total = facts["parameters"]["trained"], facts["parameters"]["model"]
+    say(f"trained {trained:,} parameters ({trained / total:.2%}), {facts['steps']} steps, {facts['seconds']:.0f} s")
     losses = [entry["loss"] for entry in result.log if "loss" in entry]
     say(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    measured = [entry for entry in result.log if any(name.startswith("eval_") for name in entry)]
-    for name in (key for key in (measured[0] if measured else {}) if key.startswith("eval_")):
-        what, _, tokens = name.removeprefix("eval_").rpartition("_")
-        say(f"{what} at {tokens}: {measured[0][name]:.2f} -> {measured[-1][name]:.2f}")
+    evaluations = [entry for entry in result.log if any(name.startswith("eval_") for name in entry)]
+    for name in (key for key in (evaluations[0] if evaluations else {}) if key.startswith("eval_")):
+        metric, _, tokens = name.removeprefix("eval_").rpartition("_")
+        say(f"{metric} at {tokens}: {evaluations[0][name]:.2f} -> {evaluations[-1][name]:.2f}")
     say(f"{result.path.name}: {result.path}")

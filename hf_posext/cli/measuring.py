@@ -93,13 +93,13 @@ def compare(
     """
     require("eval")
     with output_directory(run.output, run.resume):
-        chosen = options.methods_of(methods) or []
-        _check_comparison(run, chosen, settings)
+        parsed = options.methods_of(methods) or []
+        _check_comparison(run, parsed, settings)
 
-        def measure(model: Any, tokenizer: Any, texts: Any, *, write: Any, load: Any, **others: Any) -> Results:
+        def measure(model: Any, tokenizer: Any, texts: Any, *, write: Any, load: Any, **arguments: Any) -> Results:
             from ..evaluation import compare as measured
 
-            return measured(model, tokenizer, texts, chosen, settings, on_method=write, **others)
+            return measured(model, tokenizer, texts, parsed, settings, on_method=write, **arguments)
 
         run.report(context, settings, measure)
 
@@ -125,12 +125,12 @@ def evaluate(
     with output_directory(run.output, run.resume):
         _check_evaluation(run, control, label, settings)
 
-        def measure(model: Any, tokenizer: Any, texts: Any, *, write: Any, load: Any, **others: Any) -> Results:
+        def measure(model: Any, tokenizer: Any, texts: Any, *, write: Any, load: Any, **arguments: Any) -> Results:
             from ..evaluation import evaluate_perplexity
 
             base = None if control is None else load(control)[0]
             results = evaluate_perplexity(
-                model, tokenizer, texts, config=settings, label=label, control=base, **others
+                model, tokenizer, texts, config=settings, label=label, control=base, **arguments
             )
             write(results)
             return results

@@ -50,12 +50,12 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def read_config(path: Path, known: Collection[str], flags: Collection[str]) -> dict[str, str]:
+def read_config(path: Path, names: Collection[str], flags: Collection[str]) -> dict[str, str]:
     """Return the settings in a YAML file, as text by option name. An empty value leaves the default.
 
     Args:
         path (`Path`): YAML file.
-        known (`Collection[str]`): names of the options, with underscores.
+        names (`Collection[str]`): names of the options, with underscores.
         flags (`Collection[str]`): names of the options that are true or false.
     """
     try:
@@ -76,11 +76,11 @@ def read_config(path: Path, known: Collection[str], flags: Collection[str]) -> d
         name = FORMER.get(flag, flag).removeprefix("--").replace("-", "_")
         if flag in FORMER:
             say(f"{key} in {path} is now called {name}", err=True)
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
             guess = f"did you mean {near[0]!r}? " if near else ""
             raise InvalidParameterError(
-                f"unknown setting {key!r} in {path}; {guess}there are: {', '.join(sorted(known))}"
+                f"unknown setting {key!r} in {path}; {guess}there are: {', '.join(sorted(names))}"
             )
         if value is not None:
             settings[name] = _as_text(path, name, value, name in flags)
@@ -255,12 +255,12 @@ def _parsed(name: str, hint: Any, value: Any) -> Any:
 
 def numbers(text: str, name: str = "lengths", kind: type[Number] = int) -> list[Number]:
     """Return the numbers of a text, which are separated by commas."""
-    what, example = ("whole numbers", "512,1024") if kind is int else ("numbers", "0,0.5,1")
+    kinds, example = ("whole numbers", "512,1024") if kind is int else ("numbers", "0,0.5,1")
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise InvalidParameterError(
-            f"Expected {what} separated by commas, got {name}={text!r}. Pass --{name} {example}."
+            f"Expected {kinds} separated by commas, got {name}={text!r}. Pass --{name} {example}."
         ) from None
 
 

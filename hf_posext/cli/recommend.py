@@ -78,16 +78,17 @@ def recommend(
     patch_model(model, ExtensionPlan.load(OUTPUT)). --resume continues an interrupted run, also with more budget.
     """
     with plan_file(run.output, run.resume) as journal:
-        chosen = options.methods_of(methods)
+        parsed = options.methods_of(methods)
 
         # The imports that take seconds come after the checks that need none of them.
         from ..recommendation import recommend as measured
-        from ..recommendation.recommend import check_options
+        from ..recommendation.recommend import check_target
         from .loading import require_unpatched
 
         require_unpatched(run.model, "a recommendation begins unpatched", "measure it by hf-posext evaluate")
-        check_options(run.target_length, run.trained_length, short_limit, passkey)
-        settings = {"budget": budget, "methods": chosen, "short_limit": short_limit, "passkey": passkey}
+        if run.trained_length is not None:
+            check_target(run.target_length, run.trained_length, "trained_length=")
+        settings = {"budget": budget, "methods": parsed, "short_limit": short_limit, "passkey": passkey}
         recommendation = run.measure(measured, journal, **settings)
         if rank():
             return
@@ -124,9 +125,8 @@ def search(
 
         require_unpatched(run.model, "a search begins unpatched", "measure it by hf-posext evaluate")
         scheme = detect_scheme(load_config(run.model, run.trust_remote_code))
-        settings: Any = {"objective": objective, "population": population, "generations": generations}
-        check_search(scheme, run.target_length, trained_length=run.trained_length, **settings)
-        result = run.measure(evolve, journal, **settings)
+        check_search(scheme, run.target_length, run.trained_length)
+        result = run.measure(evolve, journal, objective=objective, population=population, generations=generations)
         if rank():
             return
         result.save(run.output)

@@ -4,8 +4,7 @@ from ..packages import require
 
 require("eval")
 
-from .diagnose import diagnose
-from .diagnosis import Diagnosis
-from .signals import Signal, position_signal
+from .diagnosis import Diagnosis, diagnose
+from .weights import Signal, position_signal
 
 __all__ = ["Diagnosis", "Signal", "diagnose", "position_signal"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,8 +24,10 @@ from ..patching import patch_model
 from ..patching.modes import evaluation_mode
 from ..patching.observe import last_query_scores
 from ..plan import ExtensionPlan
-from .diagnosis import Diagnosis
 from .weights import last_stretch
+
+if TYPE_CHECKING:
+    from .diagnosis import Diagnosis
 
 BEYOND = 1.25
 """Shortest documents that are read, as a multiple of the trained length; shorter ones show nothing past it."""
@@ -233,9 +235,9 @@ def short_context_losses(scorer: TokenScorer, documents: TokenizedDocuments, con
 
 def truncated_losses(scorer: TokenScorer, documents: TokenizedDocuments, trained_length: int) -> np.ndarray:
     """Return the loss of the same tokens, each given at most the trained length: the control of a gain."""
-    whole = Window(0, 1, documents.length)
+    window = Window(0, 1, documents.length)
     readers = [TruncatedReader(scorer, tokens, trained_length, documents.bos) for tokens in documents.tokens]
-    return np.stack([reader.nll([whole]) for reader in readers])
+    return np.stack([reader.nll([window]) for reader in readers])
 
 
 def require_skill(losses: np.ndarray, vocabulary: int, name: str) -> None:
@@ -341,8 +343,8 @@ def departure(excess: np.ndarray, seed: int = 0) -> Departure | None:
 def _block_means(tail: np.ndarray) -> np.ndarray:
     """Return means of whole blocks of each document, counted from the end, as one row."""
     documents, tokens = tail.shape
-    whole = tokens - tokens % BLOCK
-    return np.asarray(tail[:, tokens - whole :].reshape(documents, -1, BLOCK).mean(-1).ravel())
+    covered = tokens - tokens % BLOCK
+    return np.asarray(tail[:, tokens - covered :].reshape(documents, -1, BLOCK).mean(-1).ravel())
 
 
 def _departure_interval(excess: np.ndarray, onset: float, seed: int) -> tuple[int, int] | None:

@@ -14,8 +14,9 @@ from torch import nn
 from ..deprecation import renamed_arguments
 from ..errors import AlreadyPatchedError, InvalidParameterError
 from ..methods import Method
-from ..patching import detect_scheme, find_patch, unwrap
+from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode, outer_weights
+from ..patching.patch import unpatched
 from ..plan import ExtensionPlan
 from .config import EvaluationConfig, checked
 from .journal import open_journal, run_identity
@@ -106,13 +107,7 @@ def compare(
         UnknownMethodError: a method does not exist.
         MethodNotApplicableError: no method applies to the model, or only `none` does although others are requested.
     """
-    base = unwrap(model)
-    patch = find_patch(base)
-    if patch is not None:
-        raise AlreadyPatchedError(
-            f"the model has the patch {patch.plan.method!r} in force, and a comparison begins unpatched. "
-            "Call unpatch_model(model) first."
-        )
+    base = unpatched(model)
     full_config = EvaluationConfig.of(config, **settings)
     request = check_request(full_config, detect_scheme(base), base, accelerator)
     plans, not_applicable = plan_comparison(request, methods)

@@ -369,6 +369,21 @@ def find_patch(model: nn.Module) -> Patch | None:
     return known
 
 
+def unpatched(model: nn.Module) -> PreTrainedModel:
+    """Return the model inside wrappers.
+
+    Raises:
+        AlreadyPatchedError: it carries a patch.
+    """
+    patch = find_patch(model)
+    if patch is not None:
+        raise AlreadyPatchedError(
+            f"Expected a model without a patch, got one under {patch.plan.describe()!r}. "
+            "Run unpatch_model(model) first."
+        )
+    return unwrap(model)
+
+
 def unpatch_model(model: nn.Module) -> None:
     """Undo the patch of a model, also through wrappers.
 

@@ -12,17 +12,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..decode import Bound, Count, Index
 from ..deprecation import renamed_arguments
 from ..diagnosis import diagnose
 from ..diagnosis.reading import require_skill
 from ..errors import EvaluationError, InvalidParameterError, UnsupportedModelError
-from ..evaluation.config import EvaluationConfig
+from ..evaluation.config import EvaluationConfig, checked
 from ..evaluation.journal import open_journal, run_identity
 from ..evaluation.questions import Questions
 from ..evaluation.scorer import model_name
@@ -61,18 +62,19 @@ PROBE = 16
 
 
 @renamed_arguments(original_length="trained_length")
+@checked
 def recommend(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document] | Sequence[str] | datasets.Dataset | str,
     target_length: int,
-    budget: int | None = None,
+    budget: Count | None = None,
     *,
     methods: Sequence[str | Method] | None = None,
-    short_limit: float = 0.01,
-    trained_length: int | None = None,
-    passkey: int = 5,
-    start: int = 0,
+    short_limit: Annotated[float, Bound("of at least 0", lambda limit: limit >= 0)] = 0.01,
+    trained_length: Count | None = None,
+    passkey: Index = 5,
+    start: Index = 0,
     seed: int = 0,
     journal: str | Path | None = None,
     accelerator: Accelerator | None = None,
@@ -117,7 +119,6 @@ def recommend(
         EvaluationError: the loss is no better than a guess, or every contender failed.
         AlreadyPatchedError, UnsupportedModelError, JournalError: as in [`evaluate_perplexity`].
     """
-    check_options(target_length, trained_length, short_limit, passkey)
     with prepared(
         model, tokenizer, documents, target_length, methods=methods, trained_length=trained_length,
         passkey=passkey, start=start, seed=seed, journal=journal, accelerator=accelerator,
@@ -127,20 +128,8 @@ def recommend(
         return Halving(sweep, short_limit, budget).run()
 
 
-def check_options(target_length: int, trained_length: int | None, short_limit: float, passkey: int) -> None:
-    """Check the options of [`recommend`] that do not depend on the model.
-
-    Raises:
-        InvalidParameterError: a limit or number of trials is below 0, or the target is not above a given trained
-            length.
-    """
-    if short_limit < 0 or passkey < 0:
-        raise InvalidParameterError(f"Expected short_limit and passkey of 0 or more, got {short_limit} and {passkey}.")
-    if trained_length is not None:
-        _check_target(target_length, trained_length, "trained_length=")
-
-
-def _check_target(target_length: int, trained_length: int, source: str) -> None:
+def check_target(target_length: int, trained_length: int, source: str) -> None:
+    """Refuse a target that the model reads without a method; `source` is that of the trained length."""
     if target_length <= trained_length:
         raise InvalidParameterError(
             f"Expected target_length above the trained length of {trained_length} tokens ({source}), got "
@@ -173,7 +162,7 @@ def prepared(
             f"The trained length of {diagnosis.model} is not known ({diagnosis.trained_length_source}). Pass "
             "trained_length= in tokens."
         )
-    _check_target(target_length, trained, diagnosis.trained_length_source)
+    check_target(target_length, trained, diagnosis.trained_length_source)
     request = check_request(
         EvaluationConfig(lengths=[trained, target_length], start=start, seed=seed), scheme, base, accelerator
     )
@@ -209,29 +198,29 @@ class Halving:
         prices = sweep.prices(names)
         plan = schedule(len(sweep.documents), prices, self.budget)
         cut = names[plan.rungs[0].contenders :]
-        left = names[: plan.rungs[0].contenders]
-        measured: dict[Name, int] = {}
+        contenders = names[: plan.rungs[0].contenders]
+        counts: dict[Name, int] = {}
         for number, rung in enumerate(plan.rungs, 1):
-            left = left[: rung.contenders]
-            sweep.read(left, sweep.documents[: rung.documents], f"round {number} of {len(plan.rungs)}")
+            contenders = contenders[: rung.contenders]
+            sweep.read(contenders, sweep.documents[: rung.documents], f"round {number} of {len(plan.rungs)}")
             if number == 1:
                 self._require_skill(rung.documents)
-            measured |= dict.fromkeys(left, rung.documents)
-            left = self._ranked(left, rung.documents)
-        reason = sweep.failure(left[0])
+            counts |= dict.fromkeys(contenders, rung.documents)
+            contenders = self._ranked(contenders, rung.documents)
+        reason = sweep.failure(contenders[0])
         if reason is not None:
             raise EvaluationError(f"Every contender failed, so nothing can be recommended: {reason}")
         control = plan.control
         sweep.read_control(sweep.documents[:control])
         count = plan.rungs[-1].documents
-        level = [name for name in left if self._level(name, left[0], count)]
-        undecided = len(level) > 1 or sweep.gain(left[0], sweep.documents[:control]).value < 1
+        level = [name for name in contenders if self._level(name, contenders[0], count)]
+        undecided = len(level) > 1 or sweep.gain(contenders[0], sweep.documents[:control]).value < 1
         if undecided and sweep.tokens + len(level) * prices.passkeys <= self.budget:
             sweep.ask(level)
-            left.sort(key=lambda name: (name not in level, -(sweep.accuracy(name) or 0)))
-        control, count = self._spend_the_rest(left, control, count)
-        measured |= dict.fromkeys(left, count)
-        return self._answer(left[0], measured, control, cut)
+            contenders.sort(key=lambda name: (name not in level, -(sweep.accuracy(name) or 0)))
+        control, count = self._spend_the_rest(contenders, control, count)
+        counts |= dict.fromkeys(contenders, count)
+        return self._answer(contenders[0], counts, control, cut)
 
     def _ranked(self, names: Sequence[Name], count: int) -> list[Name]:
         """Return the contenders in order: those within the limit first, then by tail perplexity at the target."""
@@ -243,19 +232,19 @@ class Halving:
 
     def _level(self, name: Name, best: Name, count: int) -> bool:
         documents = self.sweep.documents[:count]
-        same = self._within(name, documents) == self._within(best, documents)
-        return same and self.sweep.worse(name, best, documents).value <= 1 + TIE
+        both_within = self._within(name, documents) == self._within(best, documents)
+        return both_within and self.sweep.worse(name, best, documents).value <= 1 + TIE
 
-    def _spend_the_rest(self, left: Sequence[Name], control: int, count: int) -> tuple[int, int]:
+    def _spend_the_rest(self, contenders: Sequence[Name], control: int, count: int) -> tuple[int, int]:
         """Return the document counts of control and finalists after the control catches up and all read on."""
-        sweep, prices = self.sweep, self.sweep.prices(left)
+        sweep, prices = self.sweep, self.sweep.prices(contenders)
         while control < count and sweep.tokens + prices.control <= self.budget:
             control += 1
             sweep.read_control(sweep.documents[:control])
-        more = sum(prices.methods) + prices.short + prices.control
-        while control == count < len(sweep.documents) and sweep.tokens + more <= self.budget:
+        price = sum(prices.methods) + prices.short + prices.control
+        while control == count < len(sweep.documents) and sweep.tokens + price <= self.budget:
             control, count = control + 1, count + 1
-            sweep.read(left, sweep.documents[:count], "finalists")
+            sweep.read(contenders, sweep.documents[:count], "finalists")
             sweep.read_control(sweep.documents[:control])
         return control, count
 
@@ -263,22 +252,24 @@ class Halving:
         losses, model = np.array(self.sweep.losses_inside(self.sweep.documents[:count])), self.sweep.model
         require_skill(losses, model.get_input_embeddings().num_embeddings, model_name(model))
 
-    def _answer(self, best: Name, measured: dict[Name, int], control: int, cut: Sequence[Name]) -> Recommendation:
+    def _answer(self, best: Name, counts: dict[Name, int], control: int, cut: Sequence[Name]) -> Recommendation:
         sweep = self.sweep
         read = sweep.documents[:control]
         gain = sweep.gain(best, read)
-        lines = {name: self._line(name, best, min(count, measured[best])) for name, count in measured.items()}
+        lines = {name: self._line(name, best, min(count, counts[best])) for name, count in counts.items()}
         answer = self._decide(best, gain, lines[best])
         plan = sweep.by_name[best]
         if answer == TRUNCATE:
             plan = NoExtension().plan(plan.scheme, trained_length=sweep.trained)
         choice = sweep.choice
-        unseen = {title(*name_of(one)): "leaves phases that training has never shown" for one in choice.unseen}
-        twins = {one: f"equals {other} up to {sweep.target} tokens" for one, other in choice.twins.items()}
+        unseen = {
+            title(*name_of(contender)): "leaves phases that training has never shown" for contender in choice.unseen
+        }
+        twins = {contender: f"equals {twin} up to {sweep.target} tokens" for contender, twin in choice.twins.items()}
         unpaid = {title(*name): "the budget does not pay for it" for name in cut}
         notes = [f"The budget left {len(cut)} contenders unmeasured."] if cut else []
         if twins:
-            equal = ", ".join(f"{one} (as {other})" for one, other in choice.twins.items())
+            equal = ", ".join(f"{contender} (as {twin})" for contender, twin in choice.twins.items())
             notes.append(f"Not measured, since another contender does the same up to {sweep.target} tokens: {equal}.")
         lines = dict(sorted(lines.items(), key=lambda item: (-item[1]["documents"], item[1]["ratio"] or np.inf)))
         return Recommendation(
@@ -386,9 +377,9 @@ def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
     contenders = len(prices.methods)
     full = [_halved(contenders, first, documents, CONTROL_DOCUMENTS) for first in range(documents, 0, -1)]
     fewer = [_halved(count, 1, documents, 1) for count in range(contenders, 0, -1)]
-    for found in (*full, *fewer):
-        if found.tokens(prices) <= budget:
-            return found
+    for candidate in (*full, *fewer):
+        if candidate.tokens(prices) <= budget:
+            return candidate
     least = least_tokens(prices)
     raise InvalidParameterError(
         f"Expected a budget of at least {least} tokens (one method and the control on one document), got {budget}. "

@@ -82,8 +82,10 @@ class Recommendation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types. Non-finite numbers become `None`."""
-        whole = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        text = json.dumps({**_plain(whole | {"plan": self.plan.to_dict()}), "text": self.describe()}, allow_nan=False)
+        content = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        text = json.dumps(
+            {**_plain(content | {"plan": self.plan.to_dict()}), "text": self.describe()}, allow_nan=False
+        )
         plain: dict[str, Any] = json.loads(text)
         return plain
 
@@ -101,24 +103,25 @@ class Recommendation:
     text = RenamedAttribute("describe")
 
     def _answer(self) -> str:
-        best, many = _title(self.best), "s" if self.control_documents > 1 else ""
-        found = f"gain over truncation {self.gain:.3f}{_span(self.gain_ci95)}, {self.control_documents} document{many}"
+        best, plural = _title(self.best), "s" if self.control_documents > 1 else ""
+        evidence = (
+            f"gain over truncation {self.gain:.3f}{_span(self.gain_ci95)}, {self.control_documents} document{plural}"
+        )
         if self.answer == EXTEND:
-            return f"Use {best} to read {self.target_length} tokens ({found})."
+            return f"Use {best} to read {self.target_length} tokens ({evidence})."
         if self.answer == AS_IT_IS:
-            return f"Change nothing: the model reads {self.target_length} tokens as it is ({found})."
-        kept = f"Do not extend: truncate the input to the last {self.trained_length} tokens."
+            return f"Change nothing: the model reads {self.target_length} tokens as it is ({evidence})."
+        advice = f"Do not extend: truncate the input to the last {self.trained_length} tokens."
         if not self.best["short_change"] <= self.short_limit:
-            return (
-                f"{kept} No contender keeps the change inside the trained length within {_percent(self.short_limit)}."
-            )
-        return f"{kept} Under the limit {best} reads {self.target_length} tokens best, yet no better ({found})."
+            limit = _percent(self.short_limit)
+            return f"{advice} No contender keeps the change inside the trained length within {limit}."
+        return f"{advice} Under the limit {best} reads {self.target_length} tokens best, yet no better ({evidence})."
 
     def _certainty(self) -> str:
-        others = [line for line in self.contenders if line is not self.best and line["failure"] is None]
-        kept = [line for line in others if line["short_change"] <= self.short_limit]
-        second = self._second([line for line in kept if line["documents"] == self.best["documents"]])
-        beyond = min((line for line in others if line not in kept), key=lambda line: line["ratio"], default=None)
+        rivals = [line for line in self.contenders if line is not self.best and line["failure"] is None]
+        within = [line for line in rivals if line["short_change"] <= self.short_limit]
+        second = self._second([line for line in within if line["documents"] == self.best["documents"]])
+        beyond = min((line for line in rivals if line not in within), key=lambda line: line["ratio"], default=None)
         if beyond is None or beyond["ratio"] >= 1:
             return second
         return (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from ..decode import MAX_TOKENS
-from ..diagnosis.signals import phase_table
+from ..diagnosis.weights import phase_table
 from ..errors import EvaluationError, MethodNotApplicableError, PosExtError
 from ..evaluation.journal import RunJournal
 from ..evaluation.memory import check_positions
@@ -84,7 +84,7 @@ def candidates(
         UnknownMethodError, InvalidParameterError: a given method is unknown or has invalid parameters.
     """
     refusals: Refusals = {}
-    found: dict[str, ExtensionPlan] = {}
+    effects: dict[str, ExtensionPlan] = {}
     variants = list(_variants(scheme, methods, trained_length))
     plain = [method for method in variants if not isinstance(method, Composition) and method.label == method.name]
     for stretch, method in itertools.product(STRETCHES, variants):
@@ -102,25 +102,25 @@ def candidates(
             if method in plain:  # windows and fades may not suit every factor, and only plain methods are reported
                 refusals[method.label] = str(error)
         else:
-            found.setdefault(_effect(plan), plan)
+            effects.setdefault(_effect(plan), plan)
     ends = scheme.ends and (scheme.shipped_length or 0) < target_length
-    twins = {effect: twin for effect, plan in found.items() if (twin := _twin(plan, found, target_length))}
-    plans = [plan for effect, plan in found.items() if effect not in twins and not (plan.changes_nothing and ends)]
+    twins = {effect: twin for effect, plan in effects.items() if (twin := _twin(plan, effects, target_length))}
+    plans = [plan for effect, plan in effects.items() if effect not in twins and not (plan.changes_nothing and ends)]
     for plan in plans:
         check_positions(scheme, plan, target_length)
     tried: Refusals = {}
     usable = try_plans(model, plans, tried)
     refusals |= tried
     if not usable or (refusals and all(plan.changes_nothing for plan in usable)):
-        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason(refusals).items())
+        listing = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason(refusals).items())
         raise MethodNotApplicableError(
-            f"Every method is refused, so nothing can be recommended: {told or 'none was given'}. Keep inputs within "
-            f"{trained_length} tokens."
+            f"Every method is refused, so nothing can be recommended: {listing or 'none was given'}. Keep inputs "
+            f"within {trained_length} tokens."
         )
     unseen = _with_unseen_phases(model, usable, trained_length, target_length)
-    kept = [plan for plan in usable if plan not in unseen]
-    names = {title(*name_of(found[effect])): title(*name_of(twin)) for effect, twin in twins.items()}
-    return Candidates(kept or usable, unseen if kept else [], refusals, names)
+    seen = [plan for plan in usable if plan not in unseen]
+    names = {title(*name_of(effects[effect])): title(*name_of(twin)) for effect, twin in twins.items()}
+    return Candidates(seen or usable, unseen if seen else [], refusals, names)
 
 
 def _variants(
@@ -130,27 +130,27 @@ def _variants(
     if methods is not None:
         yield from map(as_method, methods)
         return
-    chosen = [as_method(info.name) for info in list_methods(scheme.kind)]
-    chosen = [method for method in chosen if method.needs_factor or method.name == "none"]
-    yield from chosen
-    for method in chosen:
+    defaults = [as_method(info.name) for info in list_methods(scheme.kind)]
+    defaults = [method for method in defaults if method.needs_factor or method.name == "none"]
+    yield from defaults
+    for method in defaults:
         if isinstance(method, RemapMethod):
             yield from (method + fade for fade in FADES)
-    for method in chosen:
+    for method in defaults:
         if "window" in hyper_parameters(type(method)):
             yield from (replace(method, window=round(share * trained_length)) for share in WINDOWS)  # type: ignore[call-arg]
 
 
 def _effect(plan: ExtensionPlan) -> str:
     """Return a plan as text without its labels, so that plans with equal effects compare equal."""
-    called = ("method", "parameters", "factor", "target_length")
-    return json.dumps({key: value for key, value in asdict(plan).items() if key not in called})
+    labels = ("method", "parameters", "factor", "target_length")
+    return json.dumps({key: value for key, value in asdict(plan).items() if key not in labels})
 
 
-def _twin(plan: ExtensionPlan, known: Mapping[str, ExtensionPlan], length: int) -> ExtensionPlan | None:
+def _twin(plan: ExtensionPlan, plans: Mapping[str, ExtensionPlan], length: int) -> ExtensionPlan | None:
     """Return the known plan, by effect, of a composition without a component that begins to act past a length."""
     for _, without in without_each(plan, components_of(plan) if len(plan.parameters) > 1 else ()):
-        if (twin := known.get(_effect(without))) is not None and not differ(plan, without, length - 1):
+        if (twin := plans.get(_effect(without))) is not None and not differ(plan, without, length - 1):
             return twin
     return None
 
@@ -228,8 +228,8 @@ class Sweep:
         self.by_name = {name_of(plan): plan for plan in [*self.choice.plans, *self.choice.unseen]}
         self.runs = {name: method_run(self.setup, plan) for name, plan in self.by_name.items()}
         target = replace(self.setup, lengths=[self.target])
-        asked = Questions(self.passkey, seed=self.seed)
-        self.questions = {name: replace(run, setup=target, questions=asked) for name, run in self.runs.items()}
+        questions = Questions(self.passkey, seed=self.seed)
+        self.questions = {name: replace(run, setup=target, questions=questions) for name, run in self.runs.items()}
         short = replace(self.setup, lengths=[self.trained])
         self.short = MethodRun(short, SHORT, 1.0, self.setup.scorer)
         self.control = control_run(self.setup, self.setup.scorer, self.trained)
@@ -288,9 +288,9 @@ class Sweep:
 
     def change(self, name: Name, documents: Sequence[str]) -> Ratio:
         """Return the relative change of perplexity inside the trained length."""
-        own = self._sums(self.runs[name], documents, self.trained)
-        found = self._ratio(own, self._sums(self.short, documents, self.trained))
-        return Ratio(found.value - 1, found.ci95 and [end - 1 for end in found.ci95])
+        sums = self._sums(self.runs[name], documents, self.trained)
+        ratio = self._ratio(sums, self._sums(self.short, documents, self.trained))
+        return Ratio(ratio.value - 1, ratio.ci95 and [end - 1 for end in ratio.ci95])
 
     def gain(self, name: Name, documents: Sequence[str]) -> Ratio:
         """Return the tail perplexity of the control divided by that of a contender.
@@ -305,7 +305,7 @@ class Sweep:
 
     def worse(self, name: Name, best: Name, documents: Sequence[str]) -> Ratio:
         """Return the tail perplexity of one contender divided by that of another."""
-        return self._ratio(*(self._tails(self.runs[each], documents) for each in (name, best)))
+        return self._ratio(*(self._tails(self.runs[label], documents) for label in (name, best)))
 
     def losses_inside(self, documents: Sequence[str]) -> list[float]:
         """Return the loss of the unpatched model on each document inside the trained length, in nats per token.
@@ -320,8 +320,8 @@ class Sweep:
 
     def failure(self, name: Name) -> str | None:
         """Return the reason for the first failure of a contender; `None` without failures."""
-        known = (self.outcomes[task] for task in self.runs[name].tasks if task in self.outcomes)
-        return next((outcome.failure for outcome in known if outcome.failure is not None), None)
+        outcomes = (self.outcomes[task] for task in self.runs[name].tasks if task in self.outcomes)
+        return next((outcome.failure for outcome in outcomes if outcome.failure is not None), None)
 
     def seconds(self, name: Name | None) -> float | None:
         """Return the median seconds per document; `None` if not measured.
@@ -374,11 +374,11 @@ class Sweep:
                     sums[task.document] = (record[f"{part}nll_sum"], record[f"{part}tokens"])
         return [sums[id] for id in documents]
 
-    def _ratio(self, one: Sums | None, other: Sums | None) -> Ratio:
-        if one is None or other is None:
-            return Ratio(math.nan if other is None else math.inf, None)
-        difference = [a - b for (a, _), (b, _) in zip(one, other, strict=True)]
-        tokens = [count for _, count in one]
+    def _ratio(self, sums: Sums | None, reference: Sums | None) -> Ratio:
+        if sums is None or reference is None:
+            return Ratio(math.nan if reference is None else math.inf, None)
+        difference = [a - b for (a, _), (b, _) in zip(sums, reference, strict=True)]
+        tokens = [count for _, count in sums]
         return Ratio(float(pooled_perplexity(difference, tokens)), bootstrap_interval(difference, tokens, self.seed))
 
 

@@ -234,7 +234,7 @@ def test_half_of_what_reading_needs_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trained_length": 0}, "trained_length of at least 1 token, got 0"),
+        ({"trained_length": 0}, "Expected trained_length to be a whole number of at least 1 or None, got 0"),
         ({"target_length": 1}, "target_length of 2 to .*, got 1\\."),
         ({"target_length": FARTHEST + 1}, "target_length of 2 to 16777216 tokens, got "),
     ],

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hf_posext import detect_scheme, patch_model
 from hf_posext.diagnosis import position_signal
 from hf_posext.diagnosis.reading import curve_table, sample, sharpness, short_context_losses, token_losses
-from hf_posext.diagnosis.signals import critical_dimension, farthest_position, phase_table, relative_positions
+from hf_posext.diagnosis.weights import critical_dimension, farthest_position, phase_table, relative_positions
 from hf_posext.errors import UnsupportedModelError
 from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.evaluation.tokens import TokenizedDocuments

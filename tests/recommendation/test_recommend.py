@@ -194,7 +194,7 @@ def test_other_schemes_and_what_needs_no_method() -> None:
         ({"methods": ["table-linear"]}, MethodNotApplicableError, "Every method is refused"),
         ({"methods": []}, MethodNotApplicableError, "none was given. Keep inputs within 64 tokens"),
         ({"target_length": 10**6, "methods": ["yarn"]}, DocumentError, "documents are too short"),
-        ({"short_limit": -1}, InvalidParameterError, "short_limit and passkey of 0 or more, got -1"),
+        ({"short_limit": -1}, InvalidParameterError, "Expected short_limit to be a number of at least 0, got -1"),
     ],
     ids=str,
 )
