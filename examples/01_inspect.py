@@ -31,14 +31,14 @@ def tokens(length: int | None, source: str) -> str:
 def inspect(name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     scheme = detect_scheme(model)  # its config would do: detect_scheme(AutoConfig.from_pretrained(name))
-    found = diagnose(model)  # no text runs through the model
+    diagnosis = diagnose(model)  # no text runs through the model
     facts = {
         "scheme": scheme.kind,
         "generalizes by": scheme.generalization,
         "in its config": tokens(scheme.trained_length, scheme.trained_length_source),
-        "in its weights": tokens(found.trained_length, found.trained_length_source),
+        "in its weights": tokens(diagnosis.trained_length, diagnosis.trained_length_source),
         "methods": ", ".join(method.name for method in list_methods(scheme.kind) if method.name != "none"),
-        "in short": found.verdict,
+        "in short": diagnosis.verdict,
     }
     print(f"\n{Path(name).name}")
     for title, fact in facts.items():

@@ -85,8 +85,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         install(Path(folder))
-        (found,) = [method for method in list_methods("rotary") if method.name == NTKMixed.name]
-    print(f"{found.name}: {found.title}, {found.url}\n{found.summary}\n")
+        (info,) = [method for method in list_methods("rotary") if method.name == NTKMixed.name]
+    print(f"{info.name}: {info.title}, {info.url}\n{info.summary}\n")
     check_method(NTKMixed())
     print("It keeps the contract: plan, effect, undo, cache, padding, save and load.\n")
     results = compare(

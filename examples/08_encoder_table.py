@@ -29,8 +29,8 @@ TRAINED = 512
 def embed(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tensor:
     """Return unit vectors, `(texts, width)`: means over the tokens of a text, `[CLS]` and `[SEP]` included."""
     before, after = (torch.full((len(texts), 1), id) for id in (tokenizer.cls_token_id, tokenizer.sep_token_id))
-    whole = torch.cat([before, texts, after], dim=1)
-    pooled = torch.cat([model(input_ids=rows).last_hidden_state.mean(dim=1) for rows in whole.split(8)])
+    ids = torch.cat([before, texts, after], dim=1)
+    pooled = torch.cat([model(input_ids=rows).last_hidden_state.mean(dim=1) for rows in ids.split(8)])
     return torch.nn.functional.normalize(pooled, dim=-1)
 
 
@@ -43,8 +43,8 @@ def embed_chunks(model: Any, tokenizer: Any, texts: torch.Tensor) -> torch.Tenso
 def ranks(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
     """Return the rank, from 1 on, of the right document for queries of shape `(documents, passages, width)`."""
     similarity = queries @ documents.T
-    own = similarity.diagonal(dim1=0, dim2=2).T[..., None]
-    return 1 + (similarity > own).sum(dim=-1)
+    target = similarity.diagonal(dim1=0, dim2=2).T[..., None]
+    return 1 + (similarity > target).sum(dim=-1)
 
 
 def measure(
@@ -56,16 +56,21 @@ def measure(
     truncated document ends, are left out.
     """
     length = texts.shape[1] + 2
-    starts = [at for at in range(64, texts.shape[1] - passage + 1, 256) if not TRAINED - 2 - passage < at < TRAINED]
-    passages = torch.stack([texts[:, at : at + passage] for at in starts], dim=1)
-    late = torch.tensor([at >= TRAINED for at in starts])
+    starts = [
+        start for start in range(64, texts.shape[1] - passage + 1, 256) if not TRAINED - 2 - passage < start < TRAINED
+    ]
+    passages = torch.stack([texts[:, start : start + passage] for start in starts], dim=1)
+    late = torch.tensor([start >= TRAINED for start in starts])
 
     def embed_passages() -> torch.Tensor:
         return embed(model, tokenizer, passages.flatten(0, 1)).view(len(texts), len(starts), -1)
 
     def rows(reader: str, queries: torch.Tensor, documents: torch.Tensor) -> list[dict[str, Any]]:
-        found = ranks(queries, documents)
-        return [_row(length, reader, name, found[:, chosen]) for name, chosen in (("before", ~late), ("after", late))]
+        positions = ranks(queries, documents)
+        return [
+            _row(length, reader, name, positions[:, selection])
+            for name, selection in (("before", ~late), ("after", late))
+        ]
 
     queries = embed_passages()
     out = rows("none, truncated to 512", queries, embed(model, tokenizer, texts[:, : TRAINED - 2]))
@@ -76,9 +81,9 @@ def measure(
     return out
 
 
-def _row(length: int, reader: str, region: str, found: torch.Tensor) -> dict[str, Any]:
-    accuracy, reciprocal = (found == 1).double().mean().item(), (1 / found.double()).mean().item()
-    row = {"length": length, "reader": reader, "passage": f"{region} 512", "queries": found.numel()}
+def _row(length: int, reader: str, region: str, positions: torch.Tensor) -> dict[str, Any]:
+    accuracy, reciprocal = (positions == 1).double().mean().item(), (1 / positions.double()).mean().item()
+    row = {"length": length, "reader": reader, "passage": f"{region} 512", "queries": positions.numel()}
     return {**row, "accuracy_at_1": round(accuracy, 4), "mean_reciprocal_rank": round(reciprocal, 4)}
 
 

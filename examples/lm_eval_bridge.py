@@ -23,8 +23,8 @@ from hf_posext import patch_model
 def evaluate(model: Any, tokenizer: Any, tasks: list[str], manager: TaskManager, options: Any) -> dict[str, Any]:
     """Return the results of lm-eval by task, for the model in its present state."""
     lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=options.max_length, batch_size=1)
-    found = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=options.limit, bootstrap_iters=0)
-    results: dict[str, Any] = found["results"]
+    output = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=options.limit, bootstrap_iters=0)
+    results: dict[str, Any] = output["results"]
     return results
 
 
@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     # RULER writes its prompts to the token, with the tokenizer of the model
     ruler = {"max_seq_lengths": options.ruler_lengths, "tokenizer": options.model} if options.ruler_lengths else None
     manager = TaskManager(include_path=options.include_path, include_defaults=ruler is not None, metadata=ruler)
-    what = (tokenizer, options.tasks, manager, options)
-    results = {"none": evaluate(model, *what)}
+    run = (tokenizer, options.tasks, manager, options)
+    results = {"none": evaluate(model, *run)}
     with patch_model(model, options.method, factor=options.factor, tokenizer=tokenizer):
-        results[options.method] = evaluate(model, *what)
+        results[options.method] = evaluate(model, *run)
     print(json.dumps(results, indent=1, default=str))
     return results
 

@@ -75,8 +75,8 @@ class Rows(torch.utils.data.Dataset):
         if draw.random() < 0.5:
             row = haystack(line, room, [(draw.randint(0, room // len(line)), needle)])
         else:
-            text, at = self.novel(draw, room)[0], draw.randint(0, room)
-            row = [*text[:at], *needle, *text[at:]]
+            text, place = self.novel(draw, room)[0], draw.randint(0, room)
+            row = [*text[:place], *needle, *text[place:]]
         return row + end, slice(LENGTH - 1 - len(key), LENGTH - 1)  # digits are one token each
 
     def copy(self, draw: random.Random) -> tuple[list[int], slice]:
@@ -157,8 +157,8 @@ def main() -> None:
     print(f"\n{'perplexity at':<20}" + "".join(f"{length:>10}" for length in lengths))
     for name, trained in (("this run", model), ("the shipped weights", AutoModelForCausalLM.from_pretrained(shipped))):
         texts = load_documents(HERE / "data" / "heldout.jsonl", limit=2)
-        found = evaluate_perplexity(trained.to(model.device, torch.float32), tokenizer, texts, lengths, start=2000)
-        print(f"{name:<20}" + "".join(f"{row['perplexity']:>10.1f}" for row in found.rows))
+        results = evaluate_perplexity(trained.to(model.device, torch.float32), tokenizer, texts, lengths, start=2000)
+        print(f"{name:<20}" + "".join(f"{row['perplexity']:>10.1f}" for row in results.rows))
     model.to(torch.bfloat16).save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print(f"\nsaved: {options.output}")

@@ -52,11 +52,11 @@ def test_the_worked_example_runs_as_a_package_of_its_own(tmp_path: Path) -> None
     name, target = line.replace('"', "").split(" = ")
     (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {target}\n", encoding="utf-8")
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", USE], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("power: 16 -> 16 tokens")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("power: 16 -> 16 tokens")
 
 
 def test_the_table_of_rooms_is_the_package() -> None:

@@ -31,8 +31,8 @@ MACHINE_PATH = re.compile(r"(?<![\w./:-])/(?:work|tmp|root|home|Users)/\w")
 def repository_files() -> list[Path]:
     """Every file that git tracks, or would track if it were added now, relative to the root."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    return [Path(name) for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    return [Path(name) for name in names.split("\0") if name and (ROOT / name).is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out,
         source,
     ]
-    done = subprocess.run(build, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(build, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     (path,) = out.glob("*.whl")
     return path
 
@@ -89,9 +89,9 @@ def test_the_wheel_says_what_it_needs_and_installs_the_command(wheel: Path) -> N
 
 def test_the_sdist_holds_the_package_and_nothing_that_needs_the_repository(source: Path) -> None:
     build = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with tarfile.open(source / "dist" / done.stdout.split()[-1]) as archive:
+    process = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    with tarfile.open(source / "dist" / process.stdout.split()[-1]) as archive:
         names = {Path(*Path(item.name).parts[1:]).as_posix() for item in archive.getmembers() if item.isfile()}
     names = {name for name in names if not name.startswith("hf_posext.egg-info/")}
     package = {name.as_posix() for name in repository_files() if name.parts[0] == "hf_posext"}

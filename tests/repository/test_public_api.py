@@ -47,8 +47,8 @@ def test_methods_need_no_transformers() -> None:
 def test_the_methods_are_known_to_a_fresh_process() -> None:
     """Also where nothing but the table of methods was asked for."""
     command = [sys.executable, "-m", "hf_posext", "methods", "--json"]
-    listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert [method["name"] for method in listed] == [method.name for method in hf_posext.list_methods()] != []
+    methods = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert [method["name"] for method in methods] == [method.name for method in hf_posext.list_methods()] != []
 
 
 ABSENT = """
@@ -111,9 +111,9 @@ ALL = tuple(name for names in EXTRAS.values() for name in names)
 def test_patching_loading_and_some_commands_need_the_base_install_only(tmp_path: Path) -> None:
     model, out = str(EXAMPLES / "tiny" / "tiny-rope"), tmp_path / "out"
     export = ("export", model, "--to", "vllm", "--output", str(out), "--method", "yarn", "--factor", "4")
-    done = without_extras(BASE + COMMANDS % ([("methods",), ("inspect", model), export],), ALL)
-    assert done.returncode == 0 and (out / "config.json").is_file(), done.stderr
-    assert all("yarn" in printed for printed in done.stdout.split(SEPARATOR)[:2]), done.stdout
+    process = without_extras(BASE + COMMANDS % ([("methods",), ("inspect", model), export],), ALL)
+    assert process.returncode == 0 and (out / "config.json").is_file(), process.stderr
+    assert all("yarn" in printed for printed in process.stdout.split(SEPARATOR)[:2]), process.stdout
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_patching_loading_and_some_commands_need_the_base_install_only(tmp_path:
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_command_names_the_extra_that_it_lacks(words: tuple[str, ...], absent: tuple[str, ...], extra: str) -> None:
-    done = without_extras(command(*words), absent)
-    assert done.returncode == 2
-    assert f"pip install 'hf_posext[{extra}]'" in done.stderr and done.stderr.count("\n") == 1
+    process = without_extras(command(*words), absent)
+    assert process.returncode == 2
+    assert f"pip install 'hf_posext[{extra}]'" in process.stderr and process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ def test_a_command_names_the_extra_that_it_lacks(words: tuple[str, ...], absent:
     ],
 )
 def test_a_function_names_the_extra_that_it_lacks(name: str, extras: str) -> None:
-    done = without_extras(f"from hf_posext import {name}", ALL)
-    assert done.returncode == 1
-    assert f"Run: pip install 'hf_posext[{extras}]'" in done.stderr.splitlines()[-1]
+    process = without_extras(f"from hf_posext import {name}", ALL)
+    assert process.returncode == 1
+    assert f"Run: pip install 'hf_posext[{extras}]'" in process.stderr.splitlines()[-1]
 
 
 def test_the_error_is_ours_and_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
