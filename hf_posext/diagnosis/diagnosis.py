@@ -29,7 +29,7 @@ from ..patching import detect_scheme, patch_model
 from ..patching.observe import attends_both_ways, frequencies_in_force, slope_scale, table_rows
 from ..patching.patch import unpatched
 from ..plan import ExtensionPlan
-from ..scheme import PositionalScheme
+from ..scheme import KINDS, PositionalScheme
 from . import weights
 from .reading import long_rows, read_documents
 from .weights import Signal
@@ -44,15 +44,6 @@ DIGITS = 6
 
 EARLY = 0.9
 """Share of the trained length before which a departure means that the model was trained on less."""
-
-REASONS = {
-    "learned": "a vector was learned for every position, and none exists for positions that training did not reach",
-    "alibi": "a distance costs a fixed price per token, which is defined however far, trusted or not",
-    "relative": "every distance falls into a learned bucket, the last of which has no end",
-    "sinusoidal": "a formula gives the sines of any position, trusted or not",
-    "rotary": "positions are angles, and longer inputs can be squeezed back into angles that training has shown",
-    "none": "the model has no positions that could be carried further",
-}
 
 
 @dataclass(frozen=True)
@@ -291,7 +282,7 @@ def _structure(model: PreTrainedModel, scheme: PositionalScheme, trained_length:
     return Diagnosis(
         name,
         scheme,
-        REASONS[scheme.kind],
+        KINDS[scheme.kind].why,
         trained,
         source,
         target_length=0,

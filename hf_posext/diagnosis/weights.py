@@ -30,7 +30,7 @@ from ..patching.observe import (
 )
 from ..patching.tables import stretch
 from ..plan import BucketPlan, ExtensionPlan, PositionMap
-from ..scheme import Buckets, PositionalScheme, Rotary
+from ..scheme import KINDS, Buckets, PositionalScheme, Rotary
 
 CELLS = 2048
 """Largest number of columns of a signal. In longer texts, a column is the mean of several positions."""
@@ -40,16 +40,6 @@ SAMPLES = 8
 
 CHANNELS = 128
 """Largest number of rows of a signal. Wider tables are sampled evenly."""
-
-
-_WORDS = {
-    "learned": ("table value", "dimension", "position"),
-    "sinusoidal": ("sine", "dimension", "position"),
-    "rotary": ("cosine of the phase", "rotary pair", "distance"),
-    "alibi": ("bias of the score (nats)", "head", "distance"),
-    "relative": ("bias of the score (nats)", "head", "distance"),
-}
-"""Quantity, channel and column of the signal of each scheme that can be drawn."""
 
 QUERIES = 64
 """Queries, spread evenly over the target, whose largest relative position is taken."""
@@ -109,8 +99,11 @@ def position_signal(
     Returns:
         [`Signal`], *optional*: `None` if the model has no positions that can be drawn.
     """
-    if scheme.kind not in _WORDS or scheme.obstacle:
+    quantity = KINDS[scheme.kind].unit
+    if not quantity or scheme.obstacle:
         return None
+    over = "position" if scheme.kind in ("learned", "sinusoidal") else "distance"
+    channel = "rotary pair" if scheme.kind == "rotary" else "dimension" if over == "position" else "head"
     begins = np.unique(np.arange(CELLS) * length // CELLS) if length > CELLS else np.arange(length)
     steps = np.diff([*begins, length])
     places = begins[:, None] + np.arange(SAMPLES)[None] * steps[:, None] // SAMPLES
@@ -120,7 +113,9 @@ def position_signal(
     order = _order(model, scheme, length, trained_length)
     return Signal(
         "none" if plan is None else plan.method,
-        *_WORDS[scheme.kind],
+        quantity,
+        channel,
+        over,
         order,
         begins,
         means[order],

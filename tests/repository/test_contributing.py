@@ -1,4 +1,4 @@
-"""The worked example of `CONTRIBUTING.md`, installed as another package would: by entry point, in a fresh process."""
+"""`CONTRIBUTING.md`: its tables are the package, and its worked example runs as a package of its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 USE = """
 import torch
@@ -37,9 +39,8 @@ print(patch.plan.describe())
 
 
 def test_the_worked_example_runs_as_a_package_of_its_own(tmp_path: Path) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (source,) = re.findall(r"```python\n(\"\"\"Power scaling.*?)```", text, flags=re.S)
-    (entry_point,) = re.findall(r"```toml\n\[project.entry-points.\"(.*?)\"\]\n(.*?)\n```", text, flags=re.S)
+    (source,) = re.findall(r"```python\n(\"\"\"Power scaling.*?)```", TEXT, flags=re.S)
+    (entry_point,) = re.findall(r"```toml\n\[project.entry-points.\"(.*?)\"\]\n(.*?)\n```", TEXT, flags=re.S)
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -59,18 +60,46 @@ def test_the_worked_example_runs_as_a_package_of_its_own(tmp_path: Path) -> None
     assert process.stdout.startswith("power: 16 -> 16 tokens")
 
 
+HOUSE = TEXT.split("## The house")[1].split("\n## ")[0]
+
+
+def rows_of_rooms() -> list[tuple[str, str, str]]:
+    """Room, contents and prohibition of each row of the table of rooms, a row for each room that it names."""
+    rows = re.findall(r"^\| (`[^|]*`) \|([^|]*)\|([^|]*)\|$", HOUSE, flags=re.M)
+    return [(room, *row) for names, *row in rows for room in re.findall(r"`([\w/.]+)`", names)]
+
+
 def test_the_table_of_rooms_is_the_package() -> None:
     """Every package and top-level module has a row, and everything that a row names exists."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    rows = re.findall(
-        r"^\| (`[^|]*`) \|([^|]*)\|[^|]*\|$", text.split("## The house")[1].split("\n## ")[0], flags=re.M
-    )
-    rooms = [(room, contents) for names, contents in rows for room in re.findall(r"`([\w/.]+)`", names)]
+    rows = rows_of_rooms()
     package = ROOT / "hf_posext"
     paths = [path for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
     expected = {f"{path.name}/" if path.is_dir() else path.name for path in paths} - {"__init__.py", "__main__.py"}
-    named = {room for room, _ in rooms}
+    named = {room for room, _, _ in rows}
     assert expected <= named and all((package / room).exists() for room in named)
-    for room, contents in rooms:
+    for room, contents, _ in rows:
         for name in re.findall(r"`([\w/]+(?:/|\.py))`", contents):
             assert (package / room / name).exists() or (package / name).exists(), f"{room}: {name}"
+
+
+def test_what_a_room_must_not_import_is_a_contract() -> None:
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    forbidden = [
+        (f"hf_posext.{room.removesuffix('/').removesuffix('.py').replace('/', '.')}", name)
+        for room, _, prohibition in rows_of_rooms()
+        for name in re.findall(r"import (\w+)", prohibition)
+    ]
+    contracts = {
+        (module, name)
+        for contract in linter["contracts"]
+        if contract["type"] == "forbidden"
+        for module in contract["source_modules"]
+        for name in contract["forbidden_modules"]
+    }
+    assert len(forbidden) > 8 and set(forbidden) <= contracts
+
+
+def test_the_commands_of_the_table_are_targets_of_make() -> None:
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    named = set(re.findall(r"^\| `make ([\w-]+)`", TEXT, flags=re.M))
+    assert len(named) > 10 and named <= targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import runpy
@@ -9,9 +10,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 import typer
 import yaml
@@ -69,22 +72,43 @@ def test_the_commands_of_the_readme_exist() -> None:
 
 
 def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Run the first block of Python on a tiny model in place of the Hub's, without the measurement."""
-    code = re.search(r"```python\n(.*?)```", readme.README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert code is not None
+    """Run both blocks of Python on a tiny model in place of the Hub's, without the measurement."""
+    patching, comparison = re.findall(r"```python\n(.*?)```", readme.README.read_text("utf-8"), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "novels.jsonl").write_text('{"text": "Once upon a time."}\n', encoding="utf-8")
-    calls: dict[str, object] = {}
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    record: dict[str, object] = {}
     shape = {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}}
     model = tiny_llama(max_position_embeddings=8192, **shape)  # the positions of SmolLM2
+
+    def tokenizer(text: str, return_tensors: str) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(1, 7)[None]}
+
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: None)
-    monkeypatch.setattr(hf_posext, "compare", lambda *args, **kwargs: calls.update(methods=args[3]))
-    names: dict[str, object] = {"print": lambda text: calls.update(described=text)}
-    exec(code[1], names)
-    assert calls["methods"] == ["none", "yarn", "rerope"]
-    assert str(calls["described"]).splitlines() == re.findall(r"^# (.*)$", code[1], flags=re.MULTILINE)
-    assert (tmp_path / "smollm2-yarn-x4" / "model.safetensors").exists() and not names["patch"].active  # type: ignore[attr-defined]
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    names: dict[str, Any] = {"print": lambda text: record.update(described=text)}
+    exec(patching, names)
+    assert str(record["described"]).splitlines() == re.findall(r"^# (.*)$", patching, flags=re.MULTILINE)
+    assert names["output"].shape == (1, 6 + 64)
+    assert 10 <= len([line for line in patching.splitlines() if line and not line.startswith("#")]) <= 12
+    assert (tmp_path / "smollm2-yarn-x4" / "model.safetensors").exists() and not names["patch"].active
+
+    def measured(*args: Any, **settings: Any) -> Any:
+        request = inspect.signature(compare).bind(*args, **settings).arguments
+        assert [document.id for document in request["documents"]] == ["austen_emma"]
+        return SimpleNamespace(describe=lambda: str((request["methods"], request["settings"])))
+
+    compare = hf_posext.compare
+    monkeypatch.setattr(hf_posext, "compare", measured)
+    exec(comparison, names)
+    settings = {"factor": 2, "lengths": [8192, 16384], "start": 2000}
+    assert record["described"] == str((["none", "yarn", "rerope", "rerope+fade"], settings))
+    (command,) = re.findall(
+        r"^hf-posext compare --model Hugging.*?$(?:\n .*$)*",
+        readme.README.read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    for words in ("--methods none,yarn,rerope,rerope+fade", "--factor 2", "--lengths 8192,16384", "--start 2000"):
+        assert words in command.replace("\\\n", "")
 
 
 NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]

@@ -15,12 +15,17 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import hf_posext
 from hf_posext.packages import EXTRAS
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import release_links  # noqa: E402
+
 DATA = ROOT / "examples" / "data"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -179,3 +184,41 @@ def test_the_workflow_runs_what_ci_runs() -> None:
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     (steps,) = re.findall(r"^steps=\((.*)\)$", script, flags=re.M)
     assert set(steps.split()) <= set(re.findall(r"run: make (\S+)", workflow))
+
+
+def test_a_release_links_to_its_own_files(tmp_path: Path) -> None:
+    """PyPI has no files beside README, and nothing but the release workflow knows the repository's address."""
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    repository = "https://github.com/owner/name"
+    release_links.main(tmp_path, repository, "v0.1.0")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((?!https?:|mailto:|#)[^)]*\)", text) == []
+    paths = re.findall(rf"{repository}/(?:blob|raw)/v0\.1\.0/([^)#]+)", text)
+    assert len(paths) > 20 and [path for path in paths if not (ROOT / path).exists()] == []
+    assert f"![The page of hf-posext app]({repository}/raw/v0.1.0/docs/images/app.png)" in text
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["urls"]["Repository"] == repository and project["scripts"] == PROJECT["scripts"]
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    assert workflow.index("python tools/release_links.py") < workflow.index("python -m build")
+
+
+@pytest.mark.parametrize("name", ["bug.yml", "method.yml"])
+def test_issue_templates_ask_for_the_environment(name: str) -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / name).read_text(encoding="utf-8"))
+    (entry,) = (entry for entry in form["body"] if "hf-posext env" in entry["attributes"]["label"])
+    assert entry["validations"]["required"]
+
+
+@pytest.mark.parametrize("name", ["SECURITY.md", "CODE_OF_CONDUCT.md", "CITATION.cff", "LICENSE", "CHANGELOG.md"])
+def test_what_a_project_has_is_there(name: str) -> None:
+    assert (ROOT / name).stat().st_size > 300
+
+
+def test_only_tried_versions_of_python_are_claimed() -> None:
+    """The classifiers, CI's matrix, README and the lowest version agree."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    matrix = workflow["jobs"]["newest"]["strategy"]["matrix"]["python"]
+    classifiers = [entry.rpartition(" ")[2] for entry in PROJECT["classifiers"] if "Python :: 3." in entry]
+    assert matrix == classifiers and PROJECT["requires-python"] == f">={matrix[0]}"
+    assert f"Python {matrix[0]} to {matrix[-1]}" in (ROOT / "README.md").read_text(encoding="utf-8")
