@@ -13,8 +13,7 @@ from hf_posext import detect_scheme
 from hf_posext.errors import ExportError, PosExtError
 from hf_posext.export.llama_cpp import serve as serve_llama_cpp
 from hf_posext.export.servers import serve_sglang, serve_vllm
-from hf_posext.methods import as_method
-from hf_posext.methods.base import methods
+from hf_posext.methods import as_method, methods
 from hf_posext.plan import ExtensionPlan
 from hf_posext.reporting.tables import finite_interval
 

@@ -24,16 +24,15 @@ from safetensors import safe_open
 from hf_posext import Results, list_methods
 from hf_posext.evaluation.key_tokens import Criterion
 from hf_posext.evaluation.rows import CONFIDENCE, RESAMPLES, bootstrap_interval, pooled_perplexity
+from hf_posext.reporting import describe_methods, markdown_table
 from hf_posext.reporting.tables import (
     by_method,
     control_name,
     control_rows,
-    describe_methods,
     finite_interval,
     format_change,
     format_perplexity,
     grids,
-    markdown_table,
 )
 
 sys.path.append(str(ROOT / "benchmarks"))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from pages import ROOT, publish, table
 
 from hf_posext.errors import EvaluationError
-from hf_posext.evaluation.results import Results
+from hf_posext.evaluation import Results
 
 PAGE = ROOT / "docs" / "results_index.md"
 FOLDERS = ("results", "benchmarks/results")

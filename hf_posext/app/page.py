@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import gradio as gr
@@ -104,14 +104,10 @@ def build_page(shelf: Shelf) -> Any:
                             measure = gr.Button(label, variant="primary", scale=0, min_width=180, elem_id="measure")
                         loss, loss_note = _figure("loss")
 
-        def cleared() -> Updates:
-            figures = dict.fromkeys((signal, frequency, mask, loss), gr.update(value=None, visible=False))
-            return figures | dict.fromkeys((signal_note, frequency_note, mask_note, loss_note, about), "")
-
-        def choose(name: Any) -> Updates:
+        def choose(name: Any) -> Iterator[Updates]:
             diagnosis = first_look(shelf, name)
             names = applicable(diagnosis.scheme)
-            return {
+            yield {
                 message: gr.update(visible=False),
                 facts: words.facts(diagnosis),
                 verdict: words.verdict(diagnosis.verdict),
@@ -120,33 +116,37 @@ def build_page(shelf: Shelf) -> Any:
                 trained: None,
             }
 
-        def bound(name: Any, tokens: Any) -> Updates:
+        def bound(name: Any, tokens: Any) -> Iterator[Updates]:
             trained_length = _tokens("Trained length", tokens) if tokens else first_look(shelf, name).trained_length
-            return {length: gr.update(**_bounds(trained_length))}
+            yield {length: gr.update(**_bounds(trained_length))}
 
-        def draw(*values: Any) -> Updates:
+        def draw(*values: Any) -> Iterator[Updates]:
             view = look(shelf, _choice(*values))
-            return {
-                **cleared(),
+            # The tab that is open when the page is comes first. A picture takes about a third of a second.
+            yield {
                 message: gr.update(visible=False),
                 about: words.about(view),
                 verdict: words.verdict(view.diagnosis.verdict),
                 **_drawn(signal, signal_note, signal_figure(view), words.signal(view)),
+                **_drawn(loss, loss_note, None, words.loss(shelf.dataset)),
+            }
+            yield {
                 **_drawn(frequency, frequency_note, frequency_figure(view), words.frequency(view)),
                 **_drawn(mask, mask_note, mask_figure(view), words.mask(view)),
-                loss_note: words.loss(shelf.dataset),
             }
 
-        def read_texts(*values: Any) -> Updates:
+        def read_texts(*values: Any) -> Iterator[Updates]:
             view = read(shelf, _choice(*values))
-            return {
+            yield {
                 message: gr.update(visible=False),
                 verdict: words.verdict(view.diagnosis.verdict),
                 **_drawn(loss, loss_note, loss_figure(view), words.plain(effect(view))),
             }
 
         def refused(reason: str) -> Updates:
-            return {**cleared(), message: gr.update(value=words.alert(reason), visible=True)}
+            figures = dict.fromkeys((signal, frequency, mask, loss), gr.update(value=None, visible=False))
+            texts = dict.fromkeys((signal_note, frequency_note, mask_note, loss_note, about), "")
+            return {**figures, **texts, message: gr.update(value=words.alert(reason), visible=True)}
 
         inputs = [model, method, factor, length, trained]
         outputs = [message, facts, verdict, method, length, trained, about, signal, frequency, mask, loss]
@@ -223,18 +223,20 @@ def _choice(model: Any, method: Any, factor: Any, length: Any, trained: Any) -> 
     return Choice(model, method, _number("Factor", factor), _tokens("Length", length), trained_length)
 
 
-def _one_line(refused: Callable[[str], Updates], handler: Callable[..., Updates]) -> Callable[..., Updates]:
+def _one_line(
+    refused: Callable[[str], Updates], handler: Callable[..., Iterator[Updates]]
+) -> Callable[..., Iterator[Updates]]:
     """Wrap a handler so that errors become one line on the page. Unforeseen ones are logged as well."""
 
     @functools.wraps(handler)
-    def guarded(*values: Any) -> Updates:
+    def guarded(*values: Any) -> Iterator[Updates]:
         try:
-            return handler(*values)
+            yield from handler(*values)
         except (PosExtError, OSError) as error:
-            return refused(str(error))
+            yield refused(str(error))
         except Exception as error:
             logger.exception("the page could not answer")
-            return refused(f"Unforeseen {type(error).__name__}. The terminal of hf-posext app shows more.")
+            yield refused(f"Unforeseen {type(error).__name__}. The terminal of hf-posext app shows more.")
 
     return guarded
 

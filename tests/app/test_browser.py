@@ -55,8 +55,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of the page, served by a process of its own, in an environment that tells gradio to be open to all."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psutil.Process]]:
+    """Address and process of the page, in an environment that tells gradio to be open to all."""
     watch = tmp_path_factory.mktemp("watch")
     (watch / "sitecustomize.py").write_text(WATCH, encoding="utf-8")
     connections = watch / "connections.txt"
@@ -77,12 +77,17 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert line == f"the page is at http://127.0.0.1:{port}/ (Ctrl+C ends it)\n"
             listening = [entry for entry in psutil.Process(server.pid).net_connections() if entry.status == "LISTEN"]
             assert {entry.laddr.ip for entry in listening} == {"127.0.0.1"}
-            yield f"http://127.0.0.1:{port}/"
+            yield f"http://127.0.0.1:{port}/", psutil.Process(server.pid)
             server.send_signal(signal.SIGINT)
             assert server.wait(SECONDS) == 130
         finally:
             server.kill()  # Ctrl+C is ignored where the tests run in the background of a shell
     assert connections.read_text(encoding="utf-8") == ""
+
+
+@pytest.fixture(scope="module")
+def address(server: tuple[str, psutil.Process]) -> str:
+    return server[0]
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +194,18 @@ def test_the_loss_is_measured_before_and_after(page: Page, pictures: Path) -> No
     type_in(page, "factor", "3")  # what was measured is of another choice now
     page.locator("#loss-figure img").wait_for(state="detached")
     assert "documents" not in page.locator("#verdict").inner_text()
+
+
+def test_the_first_figure_costs_less_than_three_seconds(server: tuple[str, psutil.Process], browser: Browser) -> None:
+    """Seconds of the server's processor, from the request to the picture: a loaded machine has the same."""
+    address, process = server
+    before = sum(process.cpu_times()[:2])
+    opened = browser.new_page()
+    opened.set_default_timeout(1000 * SECONDS)
+    opened.goto(address)
+    opened.wait_for_selector("#signal-figure img")
+    assert sum(process.cpu_times()[:2]) - before < 3
+    opened.close()
 
 
 def test_another_model_brings_its_own_methods(page: Page, pictures: Path) -> None:
@@ -321,12 +338,14 @@ def test_no_file_is_served_even_where_gradio_was_told_to(address: str) -> None:
 def test_an_error_that_was_not_foreseen_is_one_line_too(caplog: pytest.LogCaptureFixture) -> None:
     from hf_posext.app.page import _one_line
 
-    def broken() -> dict[str, str]:
+    def broken() -> Iterator[dict[str, str]]:
+        yield {"message": ""}
         raise ZeroDivisionError("of the code")
 
-    assert _one_line(lambda message: {"message": message}, broken)() == {
-        "message": "Unforeseen ZeroDivisionError. The terminal of hf-posext app shows more."
-    }
+    assert list(_one_line(lambda message: {"message": message}, broken)()) == [
+        {"message": ""},
+        {"message": "Unforeseen ZeroDivisionError. The terminal of hf-posext app shows more."},
+    ]
     assert "of the code" in caplog.text
 
 

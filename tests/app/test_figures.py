@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_posext import compare, load_documents
-from hf_posext.app import figures, words
-from hf_posext.app.view import Choice, Shelf, View, effect, look, read
+from hf_posext.app import Shelf, figures, words
+from hf_posext.app.view import Choice, View, effect, look, read
 from hf_posext.reporting.signals import NEW, SHOWN
 
 from ..conftest import EXAMPLES, TRAINED, longer_gpt2, tiny_bloom, tiny_llama

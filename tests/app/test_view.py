@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hf_posext.app import make_shelf, words
-from hf_posext.app.view import READ, Choice, Shelf, applicable, first_look, look, read
+from hf_posext.app import Shelf, make_shelf, words
+from hf_posext.app.view import READ, Choice, applicable, first_look, look, read
 from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, PosExtError
 from hf_posext.packages import EXTRAS

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from hf_posext import load_adapter, load_patched, patch_model
-from hf_posext.app.view import make_shelf
+from hf_posext.app import make_shelf
 from hf_posext.cli.loading import load_body, load_model
 from hf_posext.errors import CheckpointError, PosExtError
 from tests.conftest import tiny_llama

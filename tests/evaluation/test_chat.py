@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from hf_posext.errors import InvalidParameterError, JournalError
 from hf_posext.evaluation import compare, load_documents, passkey_accuracy
 from hf_posext.evaluation.prompts import TASKS, Prompt, passkey_prompts, task_prompt
-from hf_posext.reporting.report import merge_runs
+from hf_posext.reporting import merge_runs
 from hf_posext.reporting.tables import grids
 
 from ..cli.helpers import compare as run_command

@@ -24,9 +24,8 @@ from hf_posext.errors import (
     PosExtError,
     UnknownMethodError,
 )
-from hf_posext.evaluation import Results, compare, evaluate_perplexity
+from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity
 from hf_posext.evaluation import compare as compare_function
-from hf_posext.evaluation.documents import Document
 from hf_posext.evaluation.protocols import Prefix
 from hf_posext.evaluation.results import ROW_KEYS
 from hf_posext.evaluation.rows import STRETCHES, gain_by_position, position_sums

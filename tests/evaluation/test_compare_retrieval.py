@@ -18,9 +18,9 @@ from hf_posext.errors import InvalidParameterError, JournalError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity, load_documents, retrieval
 from hf_posext.evaluation.questions import Questions
 from hf_posext.evaluation.results import RETRIEVAL_KEYS
-from hf_posext.reporting import markdown_table, merge_runs, merged_grids, print_tables, run_titles, write_report
+from hf_posext.reporting import markdown_table, merge_runs, merged_grids, notes, print_tables, run_titles, write_report
 from hf_posext.reporting.drawing import file_names, heatmap_files
-from hf_posext.reporting.tables import grids, notes
+from hf_posext.reporting.tables import grids
 
 from ..conftest import EXAMPLES, tiny_t5
 from ..reporting.helpers import make_results

@@ -34,7 +34,7 @@ from hf_posext.methods import (
     SelfExtend,
     YaRN,
 )
-from hf_posext.patching.detect import detect_scheme
+from hf_posext.patching import detect_scheme
 
 from ..conftest import TRAINED, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tiny_xglm, tokens
 from ..zoo import build

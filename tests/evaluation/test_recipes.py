@@ -13,8 +13,7 @@ import datasets
 import pytest
 
 from hf_posext.errors import DocumentError
-from hf_posext.evaluation import Document, load_documents
-from hf_posext.evaluation.documents import RECIPES
+from hf_posext.evaluation import RECIPES, Document, load_documents
 
 LONG, SHORT = "Long ago, " * 30_000, "Short. "
 COLUMNS = {

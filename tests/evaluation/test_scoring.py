@@ -19,7 +19,7 @@ from hf_posext.evaluation import heads as projection
 from hf_posext.evaluation.heads import SlicedHead
 from hf_posext.evaluation.memory import check_positions
 from hf_posext.evaluation.scorer import TokenScorer
-from hf_posext.patching.detect import detect_scheme
+from hf_posext.patching import detect_scheme
 from hf_posext.patching.modes import evaluation_mode
 from hf_posext.patching.sites import sinusoids
 

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import evaluate_perplexity
 from hf_posext.diagnosis import diagnose
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation import find_key_tokens, load_documents
-from hf_posext.evaluation.documents import Document
+from hf_posext.evaluation import Document, find_key_tokens, load_documents
 from hf_posext.evaluation.prompts import passkey_prompts, task_prompt
 from hf_posext.evaluation.tokens import special_prefix
 from hf_posext.training.rows import NO_LABEL, Collator, make_rows, schedule

@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation import Results
-from hf_posext.evaluation.results import ROW_KEYS, log_results
-from hf_posext.reporting.report import results_to_model_index
+from hf_posext.evaluation import Results, log_results
+from hf_posext.evaluation.results import ROW_KEYS
+from hf_posext.reporting import results_to_model_index
 
 
 def a_row(method: str, factor: float, length: int, perplexity: float, **columns: Any) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, NoEffectError
 from hf_posext.evaluation.setup import try_plans
 from hf_posext.methods import as_method, methods
-from hf_posext.patching import patch
-from hf_posext.patching.detect import detect_scheme
+from hf_posext.patching import detect_scheme, patch
 from hf_posext.patching.remap import probe
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_posext.errors import JournalError
-from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity
-from hf_posext.evaluation.documents import Documents, as_documents
+from hf_posext.evaluation import Document, Documents, Results, compare, evaluate_perplexity
+from hf_posext.evaluation.documents import as_documents
 from hf_posext.evaluation.journal import weights_fingerprint
 
 from ..conftest import tiny_llama

@@ -12,7 +12,8 @@ from hf_posext import patch_model
 from hf_posext.adapters import save_adapter
 from hf_posext.errors import InvalidParameterError, PlanError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.reporting.card import PICTURE, THIS_MODEL, before_after, write_model_card
+from hf_posext.reporting import before_after, write_model_card
+from hf_posext.reporting.card import PICTURE, THIS_MODEL
 from tests.adapters.helpers import KINDS, files, train, with_adapter
 from tests.conftest import TRAINED, tiny_llama
 from tests.evaluation.helpers import character_tokenizer, random_texts

@@ -20,16 +20,17 @@ from hf_posext.evaluation import Results
 from hf_posext.evaluation.reading import portable, write_atomically
 from hf_posext.evaluation.rows import share_interval
 from hf_posext.reporting import (
+    describe_methods,
     markdown_table,
     notes,
     plot_gain_by_position,
     plot_perplexity,
     print_tables,
     render_report,
+    results_to_model_index,
     write_report,
 )
-from hf_posext.reporting.report import results_to_model_index
-from hf_posext.reporting.tables import describe_methods, format_perplexity, grids
+from hf_posext.reporting.tables import format_perplexity, grids
 
 from .helpers import LENGTHS, MEASURED, TRUNCATED, make_results, panels
 

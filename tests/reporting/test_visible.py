@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from hf_posext import patch_model
-from hf_posext.cli.app import app
+from hf_posext.cli import app
 from hf_posext.cli.console import PlainConsole, fail, say
 from hf_posext.escaping import alt, cell, code, console, csv_cell, inline, visible
 from hf_posext.evaluation import Results

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_posext.methods.base import methods
+from hf_posext.methods import methods
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 OPTIONAL = {"lm_eval", "longppl"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -177,3 +178,23 @@ def test_models_and_tokenizers_of_public_functions_have_types(room: str) -> None
         if parameter.name in ("model", "tokenizer")
     ]
     assert parameters and not [entry for entry in parameters if entry[-1] == "Any"]
+
+
+def test_no_deep_import_where_a_room_has_the_name() -> None:
+    """Tests, examples and tools show which names are public."""
+    root = Path(hf_posext.__file__).parent
+    rooms = {f"hf_posext.{path.parent.name}" for path in root.glob("*/__init__.py")}
+    public = {room: set(importlib.import_module(room).__all__) for room in rooms}
+    files = [path for folder in ("tests", "examples", "tools") for path in (root.parent / folder).rglob("*.py")]
+    deep = []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("hf_posext."):
+                continue
+            module = str(node.module)
+            room = ".".join(module.split(".")[:2])
+            names = {entry.name for entry in node.names} & public.get(room, set()) if module != room else ()
+            module_of_name = importlib.import_module(module) if names else None
+            door = importlib.import_module(room) if names else None
+            deep += [f"{path.name}: {name}" for name in names if getattr(module_of_name, name) is getattr(door, name)]
+    assert deep == []
