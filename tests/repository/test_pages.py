@@ -94,7 +94,7 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     def measured(*args: Any, **settings: Any) -> Any:
         request = inspect.signature(compare).bind(*args, **settings).arguments
-        assert [document.id for document in request["documents"]] == ["austen_emma"]
+        assert [document.id for document in request["documents"]] == ["Stevenson_Treasure_1883"]
         return SimpleNamespace(describe=lambda: str((request["methods"], request["settings"])))
 
     compare = hf_posext.compare
