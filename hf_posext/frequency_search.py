@@ -159,7 +159,7 @@ def search(
     temperature = attention_factor or yarn_mscale(yarn.factor)
     trial = Trial(base, scheme, setup, yarn.trained_length, target_length, temperature)
     parents = seeds(scheme, yarn.trained_length, target_length)
-    # A finished search may be continued, so that the number of generations is no condition.
+    # Without the number of generations, because a finished search may be continued.
     conditions = {"objective": objective, "population": population}
     plans = [trial.plan(genome) for genome in parents.values()]
     identity = run_identity(setup, [base], plans, search=conditions)
