@@ -267,10 +267,9 @@ class Halving:
         }
         twins = {contender: f"equals {twin} up to {sweep.target} tokens" for contender, twin in choice.twins.items()}
         unpaid = {title(*name): "the budget does not pay for it" for name in cut}
-        notes = [f"The budget left {len(cut)} contenders unmeasured."] if cut else []
+        notes = [f"The budget left {len(cut)} contenders unmeasured (see left_out)."] if cut else []
         if twins:
-            equal = ", ".join(f"{contender} (as {twin})" for contender, twin in choice.twins.items())
-            notes.append(f"Not measured, since another contender does the same up to {sweep.target} tokens: {equal}.")
+            notes.append(f"{len(twins)} more equal another contender up to {sweep.target} tokens (see left_out).")
         lines = dict(sorted(lines.items(), key=lambda item: (-item[1]["documents"], item[1]["ratio"] or np.inf)))
         return Recommendation(
             model=model_name(sweep.model),

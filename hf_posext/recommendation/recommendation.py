@@ -155,8 +155,8 @@ class Recommendation:
         seconds, trained, size = self.use["seconds"], self.use["seconds_trained"], self.use["cache_bytes_per_token"]
         if seconds and trained:
             costs.append(
-                f"reading {self.target_length} tokens took {seconds:.2g} s here, {self.trained_length} without it "
-                f"{trained:.2g} s"
+                f"reading {self.target_length} tokens took {seconds:.2g} s here, and {self.trained_length} tokens "
+                f"without it {trained:.2g} s"
             )
         if size:
             before, after = (size * length / 2**20 for length in (self.trained_length, self.target_length))
@@ -165,7 +165,7 @@ class Recommendation:
 
     def _finetuning(self) -> str:
         if self.answer == EXTEND:
-            return "What fine-tuning would add was not measured: train it by hf-posext finetune and compare the two."
+            return "What fine-tuning would add was not measured (hf-posext finetune)."
         return "What fine-tuning would add was not measured."
 
 

@@ -153,7 +153,7 @@ def test_a_component_that_begins_past_the_target_costs_no_budget(capfd: pytest.C
     result = run(methods=["leaky-rerope+decay", "leaky-rerope", "leaky-rerope+fade"], budget=10**6)
     assert {line["method"] for line in result.contenders} == {"leaky-rerope", "leaky-rerope+fade"}
     assert result.left_out["leaky-rerope+decay x2"] == f"equals leaky-rerope x2 up to {TARGET} tokens"
-    assert f"does the same up to {TARGET} tokens: leaky-rerope+decay x2 (as leaky-rerope x2)" in result.describe()
+    assert f" more equal another contender up to {TARGET} tokens (see left_out)." in result.describe()
     assert "has no effect" not in capfd.readouterr().err
     model, ids = shipped()[0], tokens(2 * TARGET)
     readings = []
