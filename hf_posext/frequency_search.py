@@ -27,6 +27,7 @@ from torch import nn
 from .decode import Bound, Count, Index
 from .deprecation import RenamedAttribute, renamed_arguments
 from .errors import EvaluationError, InvalidParameterError, MethodNotApplicableError
+from .escaping import html_table
 from .evaluation.config import EvaluationConfig, checked
 from .evaluation.journal import RunJournal, open_journal, run_identity
 from .evaluation.key_search import default_criterion, key_search
@@ -342,6 +343,12 @@ class SearchedFactors:
     seeds: Mapping[str, float]
     history: tuple[Mapping[str, Any], ...]
     provenance: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"SearchedFactors({self.describe()})"
+
+    def _repr_html_(self) -> str:
+        return html_table({"plan": self.plan.describe(), "result": self.describe()})
 
     @property
     def method(self) -> LongRoPE:

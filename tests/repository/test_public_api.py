@@ -9,10 +9,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hf_posext
+import hf_posext.frequency_search
 from hf_posext.errors import MissingExtraError, PosExtError
 from hf_posext.packages import EXTRAS, require, versions_of
 
@@ -198,3 +200,15 @@ def test_no_deep_import_where_a_room_has_the_name() -> None:
             door = importlib.import_module(room) if names else None
             deep += [f"{path.name}: {name}" for name in names if getattr(module_of_name, name) is getattr(door, name)]
     assert deep == []
+
+
+SHOWN = ["Patch", "ExtensionPlan", "PositionalScheme", "Results", "Diagnosis", "Recommendation", "SearchedFactors"]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_a_notebook_shows_has_the_same_verbs(name: str) -> None:
+    cls: Any = getattr(hf_posext.frequency_search if name == "SearchedFactors" else hf_posext, name)
+    assert {"describe", "_repr_html_"} <= set(dir(cls))
+    assert "hf_posext" in Path(cls.__repr__.__code__.co_filename).parts, "not that of dataclasses"
+    assert hasattr(cls, "save") or name in ("Patch", "PositionalScheme")  # a patch saves its model: save_pretrained
+    assert hasattr(cls, "to_frame") == (name in ("Results", "Recommendation", "SearchedFactors"))
