@@ -223,8 +223,9 @@ def restorer(model: nn.Module) -> Callable[[], None]:
                 delattr(module, name)
         for module, name, trained, dtype, gradient in weights:
             weight = getattr(module, name)
-            weight.grad = None  # its dtype would not fit
-            weight.data = weight.data.to(dtype)
+            weight.grad = None  # its dtype may not fit
+            if weight.dtype != dtype:  # quantized weights never change theirs, and may not be cast
+                weight.data = weight.data.to(dtype)
             weight.grad = gradient
             weight.requires_grad_(trained)
 

@@ -21,7 +21,7 @@ from ..patching import find_patch, unwrap
 from ..patching.checkpoint import new_directory, upload
 from ..patching.fingerprint import BaseModel
 from ..patching.mixin import plain_class
-from ..patching.saved_config import REPLACED_KEY, edited, open_patched_config, tell_adapters
+from ..patching.saved_config import REPLACED_KEY, edited, open_patched_config, restored, tell_adapters
 from ..patching.untrusted import read_json
 from ..plan import ExtensionPlan
 from .load import CARD_FILE, CONFIG_FILE, FILES, OUR_KEYS, AdapterDirectory, computes, misfit
@@ -96,7 +96,7 @@ def save_adapter(
                 config.pop(key, None)
     else:
         patch.model.config.save_pretrained(path)
-    plain = plain_class(patch.model.config).from_dict(patch.model.config.to_dict())  # type: ignore[attr-defined]
+    plain = plain_class(patch.model.config).from_dict(restored(patch.model.config.to_dict()))  # type: ignore[attr-defined]
     try:
         with torch.device("meta"):  # the same modules, without weights and without what the patch changed
             twin = type(patch.model)(plain)

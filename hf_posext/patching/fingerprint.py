@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..decode import decode
 from ..errors import CheckpointError, PlanError
@@ -111,8 +110,8 @@ class BaseModel:
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights of the base by the path that they have without an adapter.
 
-    Those that an adapter layer contains, that a patch replaces, or of which this process has a share only, are left
-    out.
+    Those that an adapter layer contains, that a patch replaces, that are quantized, or of which this process has a
+    share only, are left out.
     """
     inner = unwrap(model)
     adapted = tuple(
@@ -125,7 +124,9 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
         if not path.startswith(adapted)
         and path not in replaced
         and weight.is_floating_point()
-        and not (weight.is_meta or isinstance(weight, DTensor))
+        # shards and quantized weights may be tensors of their own class, with few operations
+        and type(weight.data) is torch.Tensor
+        and not weight.is_meta
     }
 
 

@@ -38,13 +38,18 @@ _users: Counter[str] = Counter()
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, and restore each module's training flag on exit."""
-    training = [module for module in model.modules() if module.training]
+    flags = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in flags:
+        # In evaluation mode, bitsandbytes repacks 4-bit weights for a CPU with AVX512-BF16, and cannot undo that:
+        # 0.50.2 then saves and merges other weights.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.training = True
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in flags:
+            module.training = training
 
 
 @contextmanager

@@ -312,8 +312,7 @@ def _apply(
             raise_limits(model, plan.target_length, tokenizer, state.log)
         tables = tables_of(model).items()
         state.tables = {path: module for path, module in tables if state.log.knows(module, "weight")}
-        if not plan.changes_nothing:
-            carry(model, state)
+        carry(model, state)
         mark_model(model, state)
     except BaseException:
         state.log.undo()

@@ -20,6 +20,7 @@ version 5 ignores the entry. Facts about version 4 are from 4.57.6, its last: `c
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -29,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..errors import UnsupportedModelError
-from ..plan import PLAN_KEY, ExtensionPlan
+from ..errors import TrainingError, UnsupportedModelError
+from ..plan import PLAN_KEY, ExtensionPlan, has_plan
 from .fingerprint import BASE_KEY, BaseModel
 from .mixin import Carried, mix
 from .ownership import MARK, InForce, mark_of, unwrap
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 REPLACED_KEY = "posext_replaced"
 """Entry of a config that contains what stood where its readers are stopped."""
 
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_EXPERTS = "experts_implementation"
+_IMPLEMENTATIONS = ("attn_implementation", _EXPERTS)
 
 _STOP_4 = "pruned_heads"
 """Entry of a config in which transformers 4 accepts numbers alone, and that transformers 5 does not know."""
@@ -67,6 +69,10 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 def _sentence(plan: ExtensionPlan | Mapping[str, Any]) -> str:
     plan = plan if isinstance(plan, ExtensionPlan) else ExtensionPlan.from_dict(plan)
     return f"hf_posext plan ({plan.describe()})"
+
+
+def _unbuildable(plan: ExtensionPlan | Mapping[str, Any]) -> str:
+    return f"{_sentence(plan)}; copy the model, or patch one that is built from an unpatched config"
 
 
 @contextmanager
@@ -100,6 +106,11 @@ class CarriesPlan(Carried):
 
 class StopsReaders(CarriesPlan):
     """Mixin for the config of a patched model whose positions no config can express."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of the config, one of which stops a model that is built from them."""
+        data: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {**data, _EXPERTS: _unbuildable(data[PLAN_KEY])} if PLAN_KEY in data else data
 
     def _edit(self, data: dict[str, Any], text: dict[str, Any], resumed: bool) -> None:
         stop = stop_readers(data, text_path(self))
@@ -178,7 +189,7 @@ def open_patched_config(
             vars(config).pop(_STOP_4, None)
         return config
     cls = CONFIG_MAPPING[data["model_type"]]
-    opened: PreTrainedConfig = cls.from_dict(_restored(data), name_or_path=str(name))
+    opened: PreTrainedConfig = cls.from_dict(restored(data), name_or_path=str(name))
     return opened
 
 
@@ -186,13 +197,13 @@ def without_stop(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a config from which a model can be built; the same object if nothing stops it."""
     if not hasattr(config, REPLACED_KEY):
         return config
-    built: PreTrainedConfig = type(config).from_dict(_restored(config.to_dict()))
+    built: PreTrainedConfig = type(config).from_dict(restored(config.to_dict()))
     return built
 
 
-def _restored(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of a config with the replaced ones restored."""
-    replaced = data[REPLACED_KEY]
+def restored(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config, in memory or as it was written, without those that stop readers."""
+    replaced = data.get(REPLACED_KEY, {"part": ""})
     data = {key: value for key, value in data.items() if key not in (REPLACED_KEY, _STOP_4, *_IMPLEMENTATIONS)}
     text = data[replaced["part"]] if replaced["part"] else data
     if "rope_parameters" in replaced:
@@ -213,6 +224,9 @@ def carry(model: PreTrainedModel, state: InForce) -> None:
     If no config can express the positions, readers that do not know the plan are stopped.
     """
     config, log = model.config, state.log
+    log.on_undo(model.register_load_state_dict_pre_hook(_before_load).remove)
+    if state.plan.changes_nothing:
+        return
     log.set(config, PLAN_KEY, state.plan.to_dict())
     if not config.architectures:  # `model.save_pretrained` says it, `model.config.save_pretrained` does not
         log.set(config, "architectures", [type(model).__name__])
@@ -220,8 +234,7 @@ def carry(model: PreTrainedModel, state: InForce) -> None:
     modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if state.native_obstacle and not any(module._can_set_experts_implementation() for module in modules):
         # Without experts, only the constructor of another model reads this entry, and stops `from_config`.
-        stop = f"{_sentence(state.plan)}; copy the model, or patch one that is built from an unpatched config"
-        log.set(config, "_experts_implementation_internal", stop)
+        log.set(config, "_experts_implementation_internal", _unbuildable(state.plan))
     carry_in_adapters(model, state, getattr(model, "peft_config", None))
     # An adapter that comes after the patch is met when it is saved: every writer asks the model for its state first.
     log.on_undo(model.register_state_dict_pre_hook(_before_state_dict).remove)
@@ -277,3 +290,29 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
             "plan. Save by save_adapter(model, path), or give the Trainer callbacks=[hf_posext.training.KeepsPlan()]."
         )
     carry_in_adapters(model, state, configs)
+
+
+def _before_load(model: nn.Module, *arguments: Any) -> None:
+    """Refuse weights of a checkpoint from which a `Trainer` resumes a run under another plan."""
+    state: InForce | None = vars(model).get(MARK)
+    # The weights come as tensors and names. Only the method of the Trainer further up the stack has the directory.
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_load_from_checkpoint":
+        frame = frame.f_back
+    directory = None if frame is None else frame.f_locals.get("resume_from_checkpoint")
+    if state is not None and directory is not None:
+        check_resumed(Path(directory), state.plan)
+
+
+def check_resumed(directory: Path, plan: ExtensionPlan | None) -> None:
+    """Refuse to resume a run from a checkpoint that was saved under another plan than that of the model."""
+    saved = ExtensionPlan.load(directory) if has_plan(directory) else None
+    if saved is None and not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return  # weights alone, as FSDP saves its shards
+    saved, plan = (None if entry is None or entry.changes_nothing else entry for entry in (saved, plan))
+    if saved != plan:
+        raise TrainingError(
+            f"Expected {'a model without a patch' if saved is None else f'the plan ({saved.describe()})'}, from which "
+            f"{directory} was saved, got {'a model without a patch' if plan is None else plan.describe()}. Patch the "
+            "model as before, or open the checkpoint, patch it, and start another run."
+        )

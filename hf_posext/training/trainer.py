@@ -32,8 +32,8 @@ from ..evaluation.documents import as_documents
 from ..evaluation.tokens import first_scored
 from ..patching import Patch, find_patch
 from ..patching.modes import evaluation_mode
-from ..patching.saved_config import tell_adapters
-from ..plan import PLAN_FILE, ExtensionPlan, has_plan
+from ..patching.saved_config import check_resumed, tell_adapters
+from ..plan import PLAN_FILE
 from .record import CHECKPOINTS
 from .rows import Collator, Rows, Skips, schedule
 from .settings import Preset, Settings
@@ -150,19 +150,15 @@ class KeepsPlan(TrainerCallback):  # type: ignore[misc]
 
     The configs in a checkpoint already contain the plan. With this callback, a checkpoint that contains
     `posext_plan.json` is complete, its tokenizer is the one given to [`patch_model`], if any, prompt-learning adapters
-    of PEFT can be saved, and a run cannot be resumed with a model under another plan.
+    of PEFT can be saved, and a run under a patch cannot be resumed with an unpatched model. A patched model itself
+    refuses to resume from a checkpoint of another plan.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        patch = find_patch(kwargs["model"])
-        resumed = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.global_step and has_plan(resumed):
-            expected, plan = ExtensionPlan.load(resumed), None if patch is None else patch.plan
-            if plan != expected:
-                raise TrainingError(
-                    f"Expected the plan of {resumed} ({expected.describe()}), got "
-                    f"{'a model without a patch' if plan is None else plan.describe()}. Patch the model as before."
-                )
+        if state.global_step:
+            patch = find_patch(kwargs["model"])
+            resumed = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            check_resumed(resumed, None if patch is None else patch.plan)
         tell_adapters(kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

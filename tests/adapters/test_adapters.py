@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -87,6 +88,26 @@ def test_merging_keeps_the_patch_and_the_checkpoint_is_plain(adapter: Path, tmp_
     plain = open_base(tmp_path / "merged")
     assert torch.equal(logits(realigned(plain), IDS), logits(realigned(merged), IDS))
     assert plain.config.max_position_embeddings == 4 * TRAINED
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_merging_in_bfloat16_is_as_exact_as_not_merging(method: str) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    base = {name: weight.double() for name, weight in model.named_parameters()}
+    patch_model(model, method, factor=4)
+    network = with_adapter(model, target_modules="all-linear")  # which PEFT keeps in float32
+    exact = copy.deepcopy(network).double()
+    expected = logits(exact, IDS)
+    weights = dict(exact.merge_and_unload().named_parameters())
+    before = logits(network, IDS)
+    merged = network.merge_and_unload()
+    for name, weight in merged.named_parameters():
+        # PEFT rounds the product of its matrices to 8 bits, and then the sum.
+        product = (weights[name] - base[name]).abs()
+        assert ((weight - weights[name]).abs() <= 2**-8 * (1 + 2**-8) * (weights[name].abs() + product)).all()
+    errors = [(result - expected).square().mean().sqrt() for result in (before, logits(merged, IDS))]
+    # Activations are rounded before they are multiplied. Now the weights are, too: two equal and independent errors.
+    assert 0 < errors[1] < 2**0.5 * errors[0]
 
 
 def test_trained_on_where_asked(adapter: Path) -> None:

@@ -160,13 +160,16 @@ def test_a_model_built_from_the_config_is_equal_or_stopped(method: str) -> None:
     model = patched(method)
     for config in (model.config, copy.deepcopy(model.config)):
         if PLANS[method][1]:
-            rebuilt = type(model)(config)
-            rebuilt.load_state_dict(model.state_dict())
-            assert torch.equal(logits(realigned(rebuilt.eval()), IDS), logits(realigned(model), IDS))
+            for copied in (config, type(config).from_dict(config.to_dict())):
+                rebuilt = type(model)(copied)
+                rebuilt.load_state_dict(model.state_dict())
+                assert torch.equal(logits(realigned(rebuilt.eval()), IDS), logits(realigned(model), IDS))
             continue
+        plain = type(PLANS[method][0]().config)
         for build in (type(model), AutoModel.from_config):
-            with pytest.raises(ValueError, match=f"hf_posext plan .{method}: 64 -> 256 tokens.*unpatched config"):
-                build(config)
+            for copied in (config, type(config).from_dict(config.to_dict()), plain(**config.to_diff_dict())):
+                with pytest.raises(ValueError, match=f"hf_posext plan .{method}: 64 -> 256 tokens.*unpatched config"):
+                    build(copied)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(realigned(twin), IDS), logits(realigned(model), IDS))
     unpatch_model(model)
@@ -380,16 +383,37 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
         load_patched(tmp_path / "over")
 
 
-def test_a_run_is_not_resumed_under_another_plan(tmp_path: Path) -> None:
-    first = trainer(patched("yarn"), tmp_path, callbacks=[KeepsPlan()])
-    first.train()
-    stranger = tiny_llama()
-    patch_model(stranger, "yarn", factor=2)
-    for model, message in ((stranger, "x2"), (tiny_llama(), "a model without a patch")):
-        again = trainer(model, tmp_path, max_steps=2, callbacks=[KeepsPlan()])
-        with pytest.raises(TrainingError, match=f"Expected the plan of .*checkpoint-1.*x4.*got .*{message}"):
-            again.train(resume_from_checkpoint=True)
-    trainer(patched("yarn"), tmp_path, max_steps=2, callbacks=[KeepsPlan()]).train(resume_from_checkpoint=True)
+@pytest.mark.parametrize(("adapter", "callbacks"), [(False, ()), (True, ()), (False, (KeepsPlan,))])
+def test_a_run_is_not_resumed_under_another_plan(adapter: bool, callbacks: tuple[Any, ...], tmp_path: Path) -> None:
+    def model(method: str | None = None, factor: int = 4) -> Any:
+        network: Any = tiny_llama()
+        if method is not None:
+            patch_model(network, method, factor=factor)
+        return with_adapter(network) if adapter else network
+
+    def run(network: Any, name: str, **options: Any) -> None:
+        again = trainer(network, tmp_path / name, callbacks=[callback() for callback in callbacks], **options)
+        again.train(resume_from_checkpoint="max_steps" in options)
+
+    for name, first in (("yarn", model("yarn")), ("rerope", model("rerope")), ("plain", model())):
+        run(first, name)
+    refused = [
+        ("yarn", model("yarn", 2), "the plan .yarn: 64 -> 256.*checkpoint-1 .*got yarn: 64 -> 128"),
+        ("yarn", model("rerope"), "the plan .yarn: .*got rerope"),
+        ("yarn", model("none"), "the plan .yarn: .*got a model without a patch"),
+        ("rerope", model("yarn"), "the plan .rerope: .*got yarn"),
+        ("plain", model("yarn"), "a model without a patch, .*got yarn"),
+    ]
+    if callbacks:  # nothing of this package is on such a model
+        refused.append(("yarn", model(), "the plan .yarn: .*got a model without a patch"))
+    for name, network, message in refused:
+        with pytest.raises(TrainingError, match=f"Expected {message}.*Patch the model as before"):
+            run(network, name, max_steps=2)
+    for name, network in (("yarn", model("yarn")), ("rerope", model("rerope")), ("plain", model("none"))):
+        run(network, name, max_steps=2)
+    unpatched = model("yarn", 2)
+    unpatch_model(unpatched)
+    unpatched.load_state_dict(model("rerope").state_dict())  # by nobody who resumes
 
 
 @pytest.mark.parametrize("method", PLANS)
