@@ -347,3 +347,9 @@ def test_the_committed_notebook_is_small_and_has_its_pictures(committed: Any) ->
     assert len(pictures) == 4 and all(picture.startswith("iVBOR") for picture in pictures)
     counts = [cell.execution_count for cell in committed.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1)), "run it in one go: make story"
+
+
+def test_no_example_depends_on_the_working_directory() -> None:
+    """Their own files are found from `__file__`."""
+    scripts = sorted(EXAMPLES.glob("*.py"))
+    assert len(scripts) > 8 and not [path.name for path in scripts if '"examples/' in path.read_text(encoding="utf-8")]
