@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
 import json
 import re
@@ -195,6 +197,38 @@ def test_every_flag_exists() -> None:
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", TEXT))
     assert len(named) > 20 and named <= known
+
+
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
+
+
+def blocks(path: Path, *languages: str) -> list[str]:
+    """Fenced blocks of a page in some languages."""
+    fences = re.findall(r"^```(\w+)\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [block for language, block in fences if language in languages]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_of_a_page_has_its_flags(path: Path) -> None:
+    group: Any = typer.main.get_command(app)
+    for block in blocks(path, "bash", "console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = line.partition(" #")[0].split()
+            if words[:1] != ["hf-posext"] or len(words) == 1 or words[1].startswith("-"):
+                continue
+            command = group.commands[words[1]]
+            flags = {name for option in command.params for name in option.opts}
+            unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in flags]
+            assert not unknown or command.name == "serve", f"{line}: {unknown}"  # serve passes flags on
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_what_the_python_of_a_page_imports_exists(path: Path) -> None:
+    for block in blocks(path, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and str(node.module).startswith("hf_posext"):
+                module = importlib.import_module(str(node.module))
+                assert [entry.name for entry in node.names if not hasattr(module, entry.name)] == [], block
 
 
 FILES = sorted(path for folder in results_index.FOLDERS for path in (ROOT / folder).rglob("*.json"))
