@@ -180,7 +180,7 @@ def how_to_open(directory: Path) -> str:
 def serving_commands(adapter: AdapterDirectory) -> dict[str, list[str]]:
     """Return the commands for servers to load an adapter beside a base whose config gives the positions."""
     base, length = public_name(adapter.base_name), str(adapter.plan.target_length)
-    most = max([adapter.config.get("r", 0), *(adapter.config.get("rank_pattern") or {}).values()])
+    most = max([adapter.config.get("r") or 0, *(adapter.config.get("rank_pattern") or {}).values()])
     rank = next((str(rank) for rank in VLLM_RANKS if rank >= most), "")
     vllm = ["vllm", "serve", base, "--max-model-len", length, "--enable-lora", "--max-lora-rank", rank]
     sglang = ["sglang", "serve", "--model-path", base, "--context-length", length, "--enable-lora"]

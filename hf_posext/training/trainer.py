@@ -30,9 +30,9 @@ from ..errors import InvalidParameterError, TrainingError
 from ..evaluation import Document, evaluate_perplexity, longce_weights
 from ..evaluation.documents import as_documents
 from ..evaluation.tokens import first_scored
-from ..patching import Patch, find_patch
+from ..patching import Patch, find_patch, unwrap
 from ..patching.modes import evaluation_mode
-from ..patching.saved_config import check_resumed, tell_adapters
+from ..patching.saved_config import check_resumed, saved_plan, tell_adapters
 from ..plan import PLAN_FILE
 from .record import CHECKPOINTS
 from .rows import Collator, Rows, Skips, schedule
@@ -155,8 +155,8 @@ class KeepsPlan(TrainerCallback):  # type: ignore[misc]
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            patch = find_patch(kwargs["model"])
+        patch, native = find_patch(kwargs["model"]), saved_plan(unwrap(kwargs["model"]).config)
+        if state.global_step and (patch is not None or native is None):
             resumed = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             check_resumed(resumed, None if patch is None else patch.plan)
         tell_adapters(kwargs["model"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,14 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_posext import load_adapter, load_patched, patch_model
 from hf_posext.adapters import save_adapter, verify_adapter
-from hf_posext.errors import PlanMismatchError, UnsupportedModelError
+from hf_posext.errors import EvaluationError, PlanMismatchError, UnsupportedModelError
 from tests.adapters.helpers import train
-from tests.conftest import TRAINED, logits, realigned, tiny_llama, tokens
+from tests.conftest import EXAMPLES, TRAINED, logits, realigned, tiny_llama, tokens
 
 IDS = tokens(3 * TRAINED)
 LAYERS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -135,3 +139,53 @@ def test_what_peft_cannot_build_again_is_refused_when_it_is_saved(
     ):
         save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+SETTINGS: dict[str, Any] = {
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+    "feedforward_modules": [],
+    **{"num_virtual_tokens": 4, "encoder_hidden_size": 8, "adapter_len": 4, "adapter_layers": 1},
+    **{"total_step": 10, "n_frequency": 50, "block_size": 16, "group_size": 16, "num_vectors": 8, "vector_length": 16},
+}
+"""Settings that make adapters of any kind fit a tiny model."""
+
+OPENING = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from hf_posext import load_adapter
+from tests.conftest import logits, realigned
+saved, ids = Path(sys.argv[1]), load_file(sys.argv[2])["ids"]
+opened = {path.name: logits(realigned(load_adapter(path)), ids).detach() for path in saved.iterdir()}
+save_file(opened, sys.argv[3])
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # of kinds that are experimental in PEFT, and of prefixes
+def test_every_kind_of_peft_opens_in_a_fresh_process_or_is_refused_when_saved(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    expected, refused = {}, set()
+    for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        config = {name: value for name, value in SETTINGS.items() if name in names}
+        try:
+            train(get_peft_model(tiny_llama(), cls(**config)), TRAINED, 1)
+        except Exception:  # PEFT itself wants other settings, or tasks for each row
+            continue
+        try:
+            model = trained(base, cls(**config), "rerope")
+            save_adapter(model, tmp_path / "saved" / kind.value)
+        except (UnsupportedModelError, EvaluationError) as error:
+            assert "does not build the adapter" in str(error) or "prefix tuning" in str(error)
+            refused.add(kind.value)
+        else:
+            expected[kind.value] = logits(realigned(model), IDS)
+    assert len(expected) > 15 and len(refused) < 8
+    save_file({"ids": IDS}, tmp_path / "ids")
+    words = [sys.executable, "-W", "ignore", "-c", OPENING, tmp_path / "saved", tmp_path / "ids", tmp_path / "opened"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr
+    opened = load_file(tmp_path / "opened")
+    assert opened.keys() == expected.keys() == {path.name for path in (tmp_path / "saved").iterdir()}
+    assert [kind for kind in expected if not torch.equal(opened[kind], expected[kind])] == []

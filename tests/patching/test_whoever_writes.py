@@ -416,6 +416,22 @@ def test_a_run_is_not_resumed_under_another_plan(adapter: bool, callbacks: tuple
     unpatched.load_state_dict(model("rerope").state_dict())  # by nobody who resumes
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_on_a_config_that_gives_the_positions_is_resumed(adapter: bool, tmp_path: Path) -> None:
+    patched("yarn").save_pretrained(tmp_path / "native")
+    results = []
+    for steps in ((2,), (1, 2)):
+        for max_steps in steps:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+            model = with_adapter(model) if adapter else model
+            run = trainer(
+                model, tmp_path / f"run-{len(steps)}", max_steps, [KeepsPlan()], lr_scheduler_type="constant"
+            )
+            run.train(resume_from_checkpoint=max_steps == 2 and len(steps) == 2)
+        results.append(logits(model.eval(), IDS))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("method", PLANS)
 def test_pickles_and_weights_alone(method: str, tmp_path: Path) -> None:
     model = patched(method)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config
 from transformers import TrainingArguments
 
-from hf_posext import YaRN, detect_scheme, load_adapter
+from hf_posext import ExtensionPlan, YaRN, detect_scheme, load_adapter
 from hf_posext.errors import InvalidParameterError
 from hf_posext.training import finetune
 from tests.conftest import TRAINED, logits, realigned, tiny_llama, tokens
@@ -22,6 +23,19 @@ def test_one_step_with_defaults(tmp_path: Path) -> None:
     )
     assert result.provenance["run"]["settings"]["warmup"] == 0
     assert [entry["step"] for entry in result.log if "loss" in entry] == [1]
+
+
+def test_the_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, targets = YaRN.plan, []
+
+    def counted(method: YaRN, *arguments: Any, **options: Any) -> ExtensionPlan:
+        targets.append(options.get("factor"))
+        return plan(method, *arguments, **options)
+
+    monkeypatch.setattr(YaRN, "plan", counted)
+    texts = random_texts(3, 300)
+    finetune(tiny_llama(), character_tokenizer(), texts, "yarn", factor=2, steps=1, output=tmp_path / "run")
+    assert targets == [2]
 
 
 def test_own_arguments_and_adapter(tmp_path: Path) -> None:
