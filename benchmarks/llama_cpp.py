@@ -29,7 +29,7 @@ import hf_posext
 from benchmarks.output import command, machine
 from hf_posext.export import export_checkpoint, write_gguf
 from hf_posext.export.llama_cpp import READ_FROM, rope_keys
-from hf_posext.patching.loading import Source, locate, open_config, open_tokenizer, open_weights
+from hf_posext.patching.checkpoint import Source, locate, open_config, open_tokenizer, open_weights
 from hf_posext.plan import ExtensionPlan
 from tests.export.gguf_helpers import write_llama
 

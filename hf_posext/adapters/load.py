@@ -18,10 +18,9 @@ from ..decode import short
 from ..errors import CheckpointError, InvalidParameterError, PlanMismatchError, UnsupportedModelError, first_line
 from ..packages import require
 from ..patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unwrap
-from ..patching.checkpoint import local_directory, model_class
+from ..patching.checkpoint import local_directory, locate, model_class, open_weights
 from ..patching.detect import text_config
 from ..patching.fingerprint import BASE_FILE, BASE_KEY, BaseModel
-from ..patching.loading import locate, open_weights
 from ..patching.ownership import MARK
 from ..patching.saved_config import REPLACED_KEY, open_patched_config, tell_adapters
 from ..patching.untrusted import check_directory, read_json

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..patching.loading import Source
+    from ..patching.checkpoint import Source
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -50,7 +50,7 @@ def quiet_libraries() -> None:
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the config of a model without its weights."""
-    from ..patching.loading import open_config
+    from ..patching.checkpoint import open_config
 
     with _opening(name, trust_remote_code) as source:
         return open_config(source)
@@ -100,7 +100,7 @@ def load_model(
     Raises:
         PosExtError: no such model or device, not a language model, no tokenizer, or a broken checkpoint; on one line.
     """
-    from ..patching.loading import locate, open_tokenizer
+    from ..patching.checkpoint import locate, open_tokenizer
 
     require_device(device)
     with _opening(name, trust_remote_code) as source:
@@ -113,7 +113,7 @@ def load_model(
 
 def load_body(name: str, dtype: str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return a model without its head, which its positions do not depend on. Arguments as in [`load_model`]."""
-    from ..patching.loading import open_body
+    from ..patching.checkpoint import open_body
 
     require_device(device)
     with _opening(name, trust_remote_code) as source:
@@ -133,7 +133,7 @@ def load_4bit(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from ..patching.loading import open_tokenizer, open_weights
+    from ..patching.checkpoint import open_tokenizer, open_weights
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     place = {"": int(os.environ.get("LOCAL_RANK", 0))}
@@ -179,8 +179,8 @@ def _open(source: Source, dtype: Any) -> PreTrainedModel | PeftModel:
 
     from ..adapters import load_adapter
     from ..patching import load_patched
+    from ..patching.checkpoint import open_config, open_weights
     from ..patching.detect import model_kind
-    from ..patching.loading import open_config, open_weights
 
     folder = Path(source.name)
     if (folder / ADAPTER_FILE).is_file():
@@ -211,7 +211,7 @@ def _opening(name: str, trust_remote_code: bool) -> Iterator[Source]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    from ..patching.loading import locate
+    from ..patching.checkpoint import locate
 
     path = Path(name)
     gguf = name.lower().endswith(".gguf")  # `locate` refuses it with a reason

@@ -91,7 +91,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise Reached
 
     for name in ("open_weights", "open_body"):
-        monkeypatch.setattr(f"hf_posext.patching.loading.{name}", reach)
+        monkeypatch.setattr(f"hf_posext.patching.checkpoint.{name}", reach)
     for extra in ("app", "serve"):
         monkeypatch.setitem(EXTRAS, extra, ())
     monkeypatch.chdir(tmp_path)

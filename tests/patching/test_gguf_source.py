@@ -16,7 +16,7 @@ from hf_posext import load_patched, patch_model
 from hf_posext.cli.loading import load_body, load_model
 from hf_posext.errors import CheckpointError, InvalidParameterError
 from hf_posext.patching import loading
-from hf_posext.patching.loading import Source, locate, open_config
+from hf_posext.patching.checkpoint import Source, locate, open_config
 from tests.cli.helpers import MODEL, NOVELS, error_of, run
 from tests.conftest import TRAINED, logits, realigned, tiny_llama, tokens
 from tests.export.gguf_helpers import write_llama
