@@ -252,7 +252,7 @@ def test_text_part_of_a_multimodal_config(tmp_path: Path) -> None:
         ("transformers", TWO_LISTS, "longest row of a batch"),
         ("transformers", "yarn", "The oldest reader is transformers 4.57"),
         ("transformers-4", "yarn", "The oldest reader is transformers 4.57"),
-        ("transformers", "partial", "The oldest reader is transformers 5.0: transformers 4 has no rope type"),
+        ("transformers", "partial", "The oldest reader is transformers 5.0: transformers 4 reads the share"),
         ("transformers", "yarn", "ollama's converter (017eb8ae4) ignores `yarn` for Llama"),
         ("vllm", TWO_LISTS, "used for every input, short ones too"),
         ("vllm", "yarn+resonance", "`attention_factor` of a `longrope` config is ignored"),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from hf_posext import load_patched, patch_model
 from hf_posext.cli.loading import load_body, load_model
 from hf_posext.errors import CheckpointError, InvalidParameterError
-from hf_posext.patching import loading
+from hf_posext.patching import checkpoint
 from hf_posext.patching.checkpoint import Source, locate, open_config
 from tests.cli.helpers import MODEL, NOVELS, error_of, run
 from tests.conftest import TRAINED, logits, realigned, tiny_llama, tokens
@@ -67,7 +67,7 @@ def test_quantised_weights_are_those_that_their_blocks_stand_for(tmp_path: Path)
 
 def load_without_tokenizer(path: Path) -> tuple[Any, Source]:
     source = locate(path)
-    return loading.open_weights(AutoModelForCausalLM, source, dtype=torch.float32), source
+    return checkpoint.open_weights(AutoModelForCausalLM, source, dtype=torch.float32), source
 
 
 @pytest.mark.parametrize("opened", ["here", "by transformers"])
