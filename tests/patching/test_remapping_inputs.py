@@ -138,7 +138,7 @@ def test_decoding_after_padding(name: str, side: str) -> None:
 
 
 @pytest.mark.parametrize("bounds", [[0, 1, 2, 3, 11, 12, 13, 14], [0, 7, 14], [0, 5, 7, 10, 14], [0, 9, 10, 14]])
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "deepseek_v32"])
 @pytest.mark.parametrize("name", ["rerope", "self-extend", "dual-chunk", "sinks", "log-n"])
 def test_rows_whose_first_pieces_are_padding(name: str, kind: str, bounds: list[int]) -> None:
     """They begin in the first, a later, or no piece of the prompt. Rows are swapped between the pieces."""

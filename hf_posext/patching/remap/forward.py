@@ -216,7 +216,7 @@ class ForwardState:
         Not called for a single token, unless its row may still begin with padding. A decoding step therefore does not
         read the mask.
         """
-        if self.mask is None or self.remapping.delta:
+        if self.mask is None:
             return None
         first = 0 if self.past is None else self.past.shape[-1]
         count = position_ids.shape[-1]
