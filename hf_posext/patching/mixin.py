@@ -17,6 +17,11 @@ class Carried:
     _posext_mixins: tuple[type, ...] = ()
     _posext_base: type
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make an instance without mixins: what code constructs from the class of a patched object has no patch."""
+        self.__class__ = self._posext_base
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _instance, (self._posext_mixins, self._posext_base), self.__getstate__()
 
@@ -31,6 +36,7 @@ def mix(mixin: type, cls: type) -> type:
         body = {
             "__module__": cls.__module__,
             "__doc__": cls.__doc__,
+            "__init__": Carried.__init__,  # not one that the dataclasses of configs would make
             "_posext_mixins": (*getattr(cls, "_posext_mixins", ()), mixin),
             "_posext_base": getattr(cls, "_posext_base", cls),
         }

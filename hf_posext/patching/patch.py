@@ -356,7 +356,7 @@ def _refuse_sharded_tables(model: nn.Module, advice: str) -> None:
 
 
 def find_patch(model: nn.Module) -> Patch | None:
-    """Return the patch in force on a model, a submodule, or a wrapper; `None` without a patch."""
+    """Return the patch in force on a model, its backbone, or a wrapper; `None` without a patch."""
     inner = unwrap(model)
     state = mark_of(inner)
     if state is None:

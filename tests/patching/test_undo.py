@@ -13,14 +13,23 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, MptConfig, MptForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_posext import find_patch, patch_model, unpatch_model
 from hf_posext.errors import NotPatchedError, UndoError, UnsupportedModelError
 from hf_posext.patching.long_rows import shifted_sparse_attention
 from hf_posext.patching.mixin import Mixin, mix, without
-from hf_posext.patching.modes import switched_attention
+from hf_posext.patching.modes import switched_attention, with_cache
 from hf_posext.patching.undo import UndoLog
 
 from ..conftest import TRAINED, logits, sharpen, tiny_bloom, tiny_llama, tokens
@@ -113,6 +122,24 @@ def test_a_class_that_somebody_made_of_ours_loses_ours_only() -> None:
     assert isinstance(module, Theirs) and not isinstance(module, Ours)
     assert type(module).__name__ == "FSDPLinear" and module.theirs == 1  # type: ignore[attr-defined]
     assert without(Ours, mix(Others, mix(Ours, nn.Linear))) is mix(Others, nn.Linear)
+
+
+def test_what_is_made_from_the_class_of_a_patched_object_has_no_patch(tmp_path: Path) -> None:
+    """Code that calls `type(model)(config)` gets a plain model, config or cache, which can be patched and saved."""
+    model, ids, cache = tiny_llama(), LONG, DynamicCache()
+    plain = model.config.to_dict()
+    patch_model(model, "rerope(window=8)", factor=4)
+    logits(model, ids, use_cache=True, **with_cache(model.forward, cache))
+    config = type(model.config).from_dict(plain)
+    twin = type(model)(config).eval()
+    twin.load_state_dict(model.state_dict())
+    assert (type(config), type(twin), type(type(cache)())) == (LlamaConfig, LlamaForCausalLM, DynamicCache)
+    assert torch.equal(logits(twin, ids), logits(tiny_llama(), ids))
+    patch_model(twin, "rerope(window=8)", factor=4)
+    assert torch.equal(logits(twin, ids), logits(model, ids))
+    unpatch_model(twin)
+    twin.save_pretrained(tmp_path)
+    assert LlamaConfig.from_pretrained(tmp_path).rope_parameters == plain["rope_parameters"]
 
 
 @pytest.mark.parametrize("name", ["_old_forward", "forward", "anything"])

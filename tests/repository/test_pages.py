@@ -25,6 +25,8 @@ from huggingface_hub import ModelCard
 import hf_posext
 from hf_posext import list_methods
 from hf_posext.cli import app
+from hf_posext.decode import MAX_TOKENS
+from hf_posext.edits import MAX_TABLE_BYTES
 from hf_posext.errors import EvaluationError
 from hf_posext.training import PRESETS
 
@@ -120,6 +122,12 @@ def pages(nav: list[dict[str, str | list]]) -> list[str]:
     """Paths in a navigation."""
     entries = [entry for item in nav for entry in item.values()]
     return [page for entry in entries for page in ([entry] if isinstance(entry, str) else pages(entry))]
+
+
+def test_bounds_that_the_page_of_patching_states() -> None:
+    text = " ".join((ROOT / "docs/patching.md").read_text(encoding="utf-8").split())
+    bounds = f"Lengths are limited to {MAX_TOKENS:,} tokens, and position tables to {MAX_TABLE_BYTES >> 30} GiB."
+    assert bounds in text
 
 
 def test_every_page_is_in_the_navigation_and_there() -> None:
