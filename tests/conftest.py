@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +37,7 @@ __all__ = [
     "EXAMPLES",
     "TRAINED",
     "arguments",
+    "default_dtype",
     "llama",
     "logits",
     "longer_gpt2",
@@ -57,6 +59,17 @@ CACHE = tempfile.TemporaryDirectory(prefix="hf_posext-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing above imports datasets
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set the default dtype of the process, as scripts do that build large models in bfloat16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class ErrorOnDeprecation(logging.Handler):

@@ -173,8 +173,10 @@ def _values(
         phases = frequencies.double()[:, None] * apart
         return phases.cos(), is_unseen(phases, powers(rotary.theta, rotary).double()[:, None] * trained)
     if scheme.kind == "alibi":
-        shipped = torch.tensor(scheme.slopes).double()[:, None] * slope_scale(model)
-        slopes = torch.tensor(plan.slopes).double()[:, None] * slope_scale(model) if plan and plan.slopes else shipped
+        shipped, slopes = (
+            torch.tensor(values, dtype=torch.float32).double()[:, None] * slope_scale(model)
+            for values in (scheme.slopes, plan.slopes if plan and plan.slopes else scheme.slopes)
+        )
         return -slopes * places[None], slopes * places[None] > shipped * trained
     buckets = plan.buckets if plan is not None and plan.buckets is not None else BucketPlan()
     values = bucket_biases(model)[buckets_of(model, places, buckets)].T.double()
@@ -252,10 +254,11 @@ def planned_frequencies(
     if plan is None or entry is None:
         return in_force[rotary.name]
     if entry.growth is None:
-        return torch.tensor(entry.inv_freq)
+        return torch.tensor(entry.inv_freq, dtype=torch.float32)
     scale = max(1.0, length / plan.trained_length)
     moving, power, constant = (
-        torch.tensor(numbers) for numbers in (entry.growth.moving, entry.growth.power, entry.growth.kept)
+        torch.tensor(numbers, dtype=torch.float32)
+        for numbers in (entry.growth.moving, entry.growth.power, entry.growth.kept)
     )
     return moving * scale**-power + constant
 

@@ -88,7 +88,7 @@ class MaskedScorer(FramedScorer):
         at = at + len(self.before)
         if not self._checked:
             self._check(inputs[:1], at[:1])
-        nll = torch.empty(len(inputs), device="cpu")
+        nll = torch.empty(len(inputs), dtype=torch.float32, device="cpu")
         for part in self._texts.parts(range(len(inputs)), cost=inputs.shape[1]):
             with part:
                 logits = self._logits(inputs[part.items], at[part.items]).float().cpu()

@@ -165,7 +165,7 @@ class ContextParallelScorer(TokenScorer):
         ):
             read = head.read(ids, position_ids=positions, use_cache=False)
 
-            losses = torch.empty(rows, ids.shape[1], device=ids.device)
+            losses = torch.empty(rows, ids.shape[1], dtype=torch.float32, device=ids.device)
             for part in self._logits.parts(range(ids.shape[1]), cost=rows):
                 with part:
                     logits = head.logits(read, part.begin, part.end)

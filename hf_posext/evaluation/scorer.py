@@ -181,7 +181,7 @@ class TokenScorer(Scorer):
         input_ids = input_ids.to(self.model.device)
         if self._head is None:
             self._find_head(input_ids[:1, :PROBE_LENGTH])
-        nll = torch.empty(len(input_ids), input_ids.shape[1] - first, device="cpu")
+        nll = torch.empty(len(input_ids), input_ids.shape[1] - first, dtype=torch.float32, device="cpu")
 
         # If memory runs out, batches get fewer rows. If a single row does not fit, chunks get shorter.
         def shorten(reason: str) -> None:
@@ -199,7 +199,8 @@ class TokenScorer(Scorer):
         targets = input_ids[:, 1:]
         forget_length(self.model)
         # Not a list of pieces: pieces would be allocated between the large temporary tensors and fragment memory.
-        nll = torch.empty(targets.shape[0], targets.shape[1] - first + 1, device=targets.device)
+        shape = targets.shape[0], targets.shape[1] - first + 1
+        nll = torch.empty(shape, dtype=torch.float32, device=targets.device)
         for chunk in self._prefill.chunks(self._head, input_ids if last_read else input_ids[:, :-1]):
             rows = range(max(chunk.begin, first - 1), min(chunk.end, targets.shape[1]))
             for part in self._logits.parts(rows, cost=len(input_ids)):

@@ -162,7 +162,7 @@ class OtherBucketsOfMPNet(Mixin):
 def _squeezed(distance: torch.Tensor, factor: float) -> torch.Tensor:
     """Return `sign(d) ceil(|d| / s)`. Whole numbers are required, because each of the nearest distances has a
     bucket."""
-    return distance.sign() * (distance.abs() / factor).ceil().to(distance.dtype)
+    return distance.sign() * (distance.abs().float() / factor).ceil().to(distance.dtype)
 
 
 def apply_buckets(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str | None:

@@ -57,7 +57,8 @@ class RotarySite:
         parameters = inspect.signature(self.module.forward).parameters
         extra = {"layer_type": self.layer_type} if self.layer_type and "layer_type" in parameters else {}
         with torch.inference_mode(), model_code(f"{type(self.module).__name__} ({self.path})"):
-            out = self.module(torch.zeros(1, 1, 1, device=device), positions[None].to(device), **extra)
+            like = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
+            out = self.module(like, positions[None].to(device), **extra)
         parts = [torch.view_as_real(t) if t.is_complex() else t for t in (out if isinstance(out, tuple) else (out,))]
         return torch.cat([part.float().cpu().reshape(len(positions), -1) for part in parts], dim=-1)
 

@@ -23,7 +23,7 @@ from hf_posext.patching import detect_scheme
 from hf_posext.patching.modes import evaluation_mode
 from hf_posext.patching.sites import sinusoids
 
-from ..conftest import TRAINED, tiny_bloom, tiny_llama, tiny_xglm, tokens
+from ..conftest import TRAINED, default_dtype, tiny_bloom, tiny_llama, tiny_xglm, tokens
 from ..zoo import build
 from .helpers import naive_nll
 
@@ -54,6 +54,14 @@ def head_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     model.get_output_embeddings().register_forward_hook(lambda *args: shapes.append(tuple(args[2].shape)))
     return shapes
+
+
+def test_the_default_dtype_does_not_count() -> None:
+    """NLL is float32 whatever dtype tensors of the process have by default."""
+    model, ids = tiny_llama(), tokens(50)
+    wanted = TokenScorer(model).token_nll(ids)
+    with default_dtype(torch.bfloat16):
+        assert torch.equal(TokenScorer(model).token_nll(ids), wanted)
 
 
 @pytest.mark.parametrize("model_type", HEADS)

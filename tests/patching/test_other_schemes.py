@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,18 @@ from hf_posext import detect_scheme, find_patch, load_patched, patch_model, unpa
 from hf_posext.errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
 from hf_posext.methods import as_method
 
-from ..conftest import TRAINED, logits, realigned, tiny_bloom, tiny_gpt2, tiny_t5, tiny_xglm, tokens
+from ..conftest import (
+    TRAINED,
+    default_dtype,
+    logits,
+    realigned,
+    tiny_bloom,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    tiny_xglm,
+    tokens,
+)
 from ..zoo import TRAINED_LENGTH, build, token_ids
 
 CAUSAL, MASKED, SEQ2SEQ, BASE = "causal-lm", "masked-lm", "seq2seq-lm", "base"
@@ -378,3 +390,25 @@ def test_every_fourth_token_of_a_squeezed_table_is_where_it_was() -> None:
 def test_a_factor_of_one_has_no_effect(builder: type, method: str) -> None:
     with pytest.raises(NoEffectError, match="factor above 1"):
         patch_model(builder(), method, factor=1, trained_length=TRAINED)
+
+
+@pytest.mark.parametrize(
+    "model, method",
+    [
+        (tiny_t5, "bucket-linear"),
+        (tiny_xglm, "sinusoid-linear"),
+        (tiny_gpt2, "table-cubic"),
+        (tiny_bloom, "alibi-ntk"),
+        (tiny_llama, "dynamic-yarn"),
+        (tiny_llama, "leaky-rerope(window=8)+fade(reference=10)+log-n"),
+    ],
+)
+def test_the_default_dtype_does_not_count(model: Callable[[], PreTrainedModel], method: str) -> None:
+    """Distances, positions and lengths of rows are divided in float32 at least. bfloat16 has 8 bits."""
+    wanted, patched, ids = model(), model(), tokens(16 * TRAINED - 3)
+    patch_model(wanted, method, factor=16, trained_length=TRAINED)
+    expected = logits(wanted, ids)
+    with default_dtype(torch.bfloat16):
+        patch_model(patched, method, factor=16, trained_length=TRAINED)
+        assert torch.equal(logits(patched, ids).float(), expected)
+    assert torch.equal(logits(patched, ids), expected)

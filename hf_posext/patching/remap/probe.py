@@ -122,7 +122,8 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
 def _follows_length(site: RotarySite) -> bool:
     """Return whether phases depend on the other positions in a call (two LongRoPE lists, dynamic NTK)."""
     twin = replace(site, module=copy.deepcopy(site.module))
-    near, far = (own_phases(twin, torch.tensor([[1, last]]), torch.zeros(1)) for last in (2, FAR))
+    like = torch.zeros(1, dtype=torch.float32)
+    near, far = (own_phases(twin, torch.tensor([[1, last]]), like) for last in (2, FAR))
     return any(not torch.equal(one[..., :1, :], other[..., :1, :]) for one, other in zip(near, far, strict=True))
 
 
@@ -347,7 +348,7 @@ def _layouts(subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: 
     def groups(site: RotarySite) -> torch.Tensor:
         """Return the pair of each slot. Slots with equal phases at a few odd positions belong to one pair."""
         positions = torch.tensor([[1, 7, 31, 101, 997, 4001]], device=ids.device)
-        cos, sin = own_phases(site, positions, torch.zeros(1, device=ids.device))
+        cos, sin = own_phases(site, positions, torch.zeros(1, dtype=torch.float32, device=ids.device))
         signature = torch.cat([cos.flatten(0, -2), sin.flatten(0, -2)]).T.double()
         pairs: torch.Tensor = torch.unique(signature, dim=0, return_inverse=True)[1]
         return pairs.cpu()

@@ -64,7 +64,7 @@ def phases_at(place: Positions, positions: torch.Tensor, like: torch.Tensor) -> 
     if name not in remapping.growths:
         return own_phases(place.site, positions, like)
     lengths = place.lengths(positions)
-    scales = (lengths / remapping.plan.trained_length).clamp(min=1.0)
+    scales = (lengths.float() / remapping.plan.trained_length).clamp(min=1.0)
     shape = torch.broadcast_shapes(positions.shape[-2:], scales.shape)  # type: ignore[no-untyped-call]
     positions, scales = positions.expand(*positions.shape[:-2], *shape), scales.to(positions.device).expand(shape)
     device, growth = _frequencies(place.site).device, remapping.growths[name]
