@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import InvalidParameterError
 from ..patching.modes import evaluation_mode
+from ..patching.ownership import unwrap
 from .config import MAX_TRIALS, checked
 from .prompts import QUESTION, TASKS, Prompt, chat_frame, passkey_prompts, task_prompt
 from .scorer import BATCH_TOKENS, TokenScorer
@@ -245,19 +246,20 @@ def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: in
 
 def generate_greedily(model: Any, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Continue a batch without padding greedily, with the EOS and padding tokens of the model's generation config."""
-    eos = model.generation_config.eos_token_id
-    pad = model.generation_config.pad_token_id
-    config = GenerationConfig(
+    inner = unwrap(model)
+    shipped: Any = inner.generation_config
+    eos, pad = shipped.eos_token_id, shipped.pad_token_id
+    # `generate` takes what its caller leaves open from the model: suppressed tokens, penalties, guidance, a time limit
+    config = inner.generation_config = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        use_cache=True,
         eos_token_id=eos,
         pad_token_id=pad if pad is not None else (eos[0] if isinstance(eos, list) else eos),
     )
-    output: torch.Tensor = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
-    )
+    try:
+        output: torch.Tensor = model.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
+        )
+    finally:
+        inner.generation_config = shipped
     return output

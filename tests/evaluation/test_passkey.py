@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError
 from hf_posext.evaluation import passkey_accuracy, prompts, questions
@@ -95,9 +95,16 @@ def test_decoding_is_greedy_whatever_the_model_says(llama: LlamaForCausalLM) -> 
     for _ in range(5):
         best = llama(input_ids=expected).logits[:, -1].argmax(-1, keepdim=True)
         expected = torch.cat([expected, best], dim=1)
-    llama.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0)
-    llama.generation_config.eos_token_id = None
-    assert torch.equal(questions.generate_greedily(llama, ids, 5), expected)
+    first = int(expected[0, 20])
+    for written in (
+        {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 3.0},
+        {"suppress_tokens": [first], "bad_words_ids": [[first]], "sequence_bias": [[[first], -9.0]]},
+        {"guidance_scale": 3.0, "max_time": 1e-4, "forced_eos_token_id": 7, "encoder_repetition_penalty": 9.0},
+        {"return_dict_in_generate": True, "stop_strings": ["a"], "prompt_lookup_num_tokens": 2},
+    ):
+        shipped = llama.generation_config = GenerationConfig(eos_token_id=None, **written)
+        assert torch.equal(questions.generate_greedily(llama, ids, 5), expected), written
+        assert llama.generation_config is shipped
 
 
 def test_the_shipped_model_finds_keys_inside_its_trained_length_and_with_yarn_beyond() -> None:
