@@ -51,14 +51,27 @@ class RotarySite:
         """Text before `inv_freq` in the names of the module's attributes."""
         return f"{self.layer_type}_" if self.layer_type else ""
 
-    def phases(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return cosine and sine (or the complex phase) of the module at positions (n,), float32 of shape (n, ...)."""
+    def run(self, positions: torch.Tensor) -> Any:
+        """Return the output of the module at positions (n,). Some modules keep the longest input (dynamic NTK)."""
         device = getattr(self.module, f"{self.prefix}inv_freq").device
         parameters = inspect.signature(self.module.forward).parameters
         extra = {"layer_type": self.layer_type} if self.layer_type and "layer_type" in parameters else {}
         with torch.inference_mode(), model_code(f"{type(self.module).__name__} ({self.path})"):
-            like = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
-            out = self.module(like, positions[None].to(device), **extra)
+            return self.module(
+                torch.zeros(1, 1, 1, dtype=torch.float32, device=device), positions[None].to(device), **extra
+            )
+
+    def phases(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return cosine and sine (or the complex phase) of the module at positions (n,), float32 of shape (n, ...).
+
+        The module stays as it was.
+        """
+        state, buffers = vars(self.module).copy(), self.module._buffers.copy()
+        try:
+            out = self.run(positions)
+        finally:
+            vars(self.module).update(state)
+            self.module._buffers.update(buffers)
         parts = [torch.view_as_real(t) if t.is_complex() else t for t in (out if isinstance(out, tuple) else (out,))]
         return torch.cat([part.float().cpu().reshape(len(positions), -1) for part in parts], dim=-1)
 

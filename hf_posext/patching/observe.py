@@ -55,7 +55,7 @@ def frequencies_in_force(model: PreTrainedModel, length: int) -> dict[str, torch
         if getattr(site.module, f"{site.prefix}inv_freq").is_meta:
             raise UnsupportedModelError(f"{site.path} is on the meta device. Load the weights of the model first.")
         twin = replace(site, module=copy.deepcopy(site.module))
-        twin.phases(torch.tensor([0, length - 1]))
+        twin.run(torch.tensor([0, length - 1]))
         frequencies: torch.Tensor = getattr(twin.module, f"{site.prefix}inv_freq")
         by_set[site.name] = frequencies.detach().float().cpu()
     return by_set

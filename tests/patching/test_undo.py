@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,18 @@ def test_methods_stored_on_the_object_follow_its_class(name: str) -> None:
     assert torch.equal(vars(module)[name](x), 2 * plain)
     log.undo()
     assert torch.equal(vars(module)[name](x), plain)
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope(window=8)"])
+def test_frequencies_that_follow_the_longest_input_come_back(method: str) -> None:
+    """Dynamic NTK keeps the longest input that it was called for. The calls of a patch are none of them."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    model = build("llama", rope_parameters=rope)
+    expected = logits(build("llama", rope_parameters=rope), tokens(TRAINED + 26))
+    with suppress(UnsupportedModelError):  # remapping wants fixed frequencies
+        patch_model(model, method, factor=4).undo()
+    assert model.model.rotary_emb.max_seq_len_cached == TRAINED
+    assert torch.equal(logits(model, tokens(TRAINED + 26)), expected)
 
 
 def test_settings_made_while_patched_are_kept() -> None:
