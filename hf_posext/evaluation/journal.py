@@ -239,7 +239,7 @@ def run_identity(
                 "model": model_name(model),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": model.device.type,
-                "autocast": autocast_dtype(model),
+                "autocast": (dtype := autocast_dtype(model)) and str(dtype).removeprefix("torch."),
                 "matmul": torch.get_float32_matmul_precision(),
                 "attention": getattr(model.config, "_attn_implementation", None),
                 "config": _config(model),

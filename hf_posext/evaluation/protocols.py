@@ -18,7 +18,7 @@ from ..errors import EvaluationError, InvalidParameterError
 from .encoders import Pseudo, Seq2Seq
 from .memory import Boundaries
 from .parallel import token_scorer
-from .scorer import Memory, TokenScorer, require_finite
+from .scorer import Memory, TokenScorer, autocast_dtype, require_finite
 from .tokens import TokenizedDocuments, first_scored
 from .windows import (
     Measurement,
@@ -89,7 +89,7 @@ class Prefix(OfDecoders):
         if context is None and index == 0 and len(lengths) > 1:
             shared = nll[: lengths[0] - begin][-GUARD_TOKENS:]
             fresh = windows_nll(scorer, row, [Window(0, lengths[0] - len(shared), lengths[0])])
-            require_agreement(fresh, shared, lengths, scorer.model.dtype)
+            require_agreement(fresh, shared, lengths, autocast_dtype(scorer.model) or scorer.model.dtype)
         return [
             Measurement(length, nll[first - begin : length - begin], first, self.tail(length))
             for length, first in zip(lengths, firsts, strict=True)

@@ -282,7 +282,26 @@ def model_name(model: Any) -> str:
     return portable(model.config.name_or_path) or type(model).__name__
 
 
-def autocast_dtype(model: Any) -> str | None:
-    """Return the current dtype of `torch.autocast` on the model's device, or `None` if autocast is disabled."""
-    kind = model.device.type
-    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None
+def autocast_dtype(model: Any) -> torch.dtype | None:
+    """Return the dtype of `torch.autocast` in a model's forward, or `None` if autocast is disabled.
+
+    It may be on around the call, or inside: a model that accelerate has prepared for mixed precision turns it on. The
+    hook of a short forward then sees it.
+    """
+    kind, dtypes = model.device.type, []
+
+    def look(*_: Any) -> None:
+        dtypes.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+
+    if "_original_forward" not in vars(model):
+        look()
+        return dtypes[0]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    handle = model.get_input_embeddings().register_forward_pre_hook(look)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, **decoder)
+    finally:
+        handle.remove()
+    return dtypes[0]

@@ -219,8 +219,9 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
         )
     check_vocabulary(scorer.model, tokenized.tokens)
     arranged = protocol.arrange(tokenized)
-    dtype, autocast = str(scorer.model.dtype).removeprefix("torch."), autocast_dtype(scorer.model)
-    conditions = Conditions.of(protocol, tokenized, dtype if autocast is None else f"{dtype}, autocast to {autocast}")
+    dtypes = filter(None, (scorer.model.dtype, autocast_dtype(scorer.model)))
+    dtype = ", autocast to ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    conditions = Conditions.of(protocol, tokenized, dtype)
     source = texts.source if isinstance(texts, Documents) else {"dataset": None, "split": None, "revision": None}
     scheme, device = request.scheme, str(scorer.model.device)
     provenance = {

@@ -53,6 +53,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_autocast(model: PreTrainedModel) -> Iterator[None]:
+    """Compute in the dtypes of a model, whatever autocast is on around the call."""
+    kind = model.device.type if torch.amp.is_autocast_available(model.device.type) else "cpu"
+    with torch.autocast("cpu", enabled=False), torch.autocast(kind, enabled=False):
+        yield
+
+
+@contextmanager
 def outer_weights(model: nn.Module) -> Iterator[None]:
     """Let a model that FSDP2 has sharded together with its PEFT wrapper be called without that, in every process.
 

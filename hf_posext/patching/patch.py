@@ -34,6 +34,7 @@ from .checkpoint import open_saved, refuse_adapter, save_patched, upload
 from .detect import detect_scheme
 from .effect import refuse_idle_components
 from .frequencies import apply_frequencies
+from .modes import without_autocast
 from .ownership import InForce, mark_model, mark_of, own_configs, unmark, unwrap
 from .remap.probe import apply_late_rotation
 from .saved_config import carry, saved_plan
@@ -232,7 +233,8 @@ def patch_model(
     """
     given = {"factor": factor, "target_length": target_length, "trained_length": trained_length}
     inner = unwrap(model)
-    with _lock, torch.device("cpu"):  # not the default device of the process, which may be another than the model's
+    # not the default device of the process, which may be another than the model's; probes compare in full precision
+    with _lock, torch.device("cpu"), without_autocast(inner):
         in_force = find_patch(inner)
         if in_force is not None:
             raise AlreadyPatchedError(

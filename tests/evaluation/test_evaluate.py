@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -14,6 +16,7 @@ from hf_posext.errors import AlreadyPatchedError, InvalidParameterError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
 
 from ..conftest import TRAINED, tiny_bloom, tiny_llama
+from ..zoo import build
 from .helpers import PASSKEY_KEYS, character_tokenizer, random_texts
 
 TEXTS = random_texts(3, 140)
@@ -84,3 +87,18 @@ def test_controls_that_cannot_be_are_refused(llama: LlamaForCausalLM) -> None:
         run(llama, control=tiny_bloom())
     with pytest.raises(InvalidParameterError, match="the tokenizer gave token .*, and the model has 50"):
         run(llama, control=tiny_llama(vocab_size=50))
+
+
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_autocast_is_named_and_compared_in_its_own_precision(where: str) -> None:
+    """It may be on around the call, or inside the forward, where `accelerator.prepare` puts it."""
+    model = build("llama")
+    if where == "inside":
+        model = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        results = compare(
+            model, character_tokenizer(), TEXTS, ["none", "rerope(window=32)"], lengths=LENGTHS, factor=2
+        )
+    assert {row["dtype"] for row in results.rows} == {"float32, autocast to bfloat16"}
+    exact = compare(build("llama"), character_tokenizer(), TEXTS, ["none"], lengths=LENGTHS, factor=2)
+    assert results.rows[0]["perplexity"] != exact.rows[0]["perplexity"], "it was computed in bfloat16"
