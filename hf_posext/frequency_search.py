@@ -166,8 +166,8 @@ def search(
     identity = run_identity(setup, [base], plans, search=conditions)
     with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
         if objective == "key-tokens":
-            trial = trial.on_key_tokens(yarn, accelerator, written)
-        run = partial(trial.perplexities, accelerator=accelerator, journal=written)
+            trial = trial.on_key_tokens(yarn, written)
+        run = partial(trial.perplexities, journal=written)
         perplexities, history = _evolve(run, list(parents.values()), population, generations, 1 + yarn.factor, seed)
     best = min(perplexities, key=lambda genome: (perplexities[genome], genome))
     settings = {"trained_length": yarn.trained_length, "population": population, "generations": generations}
@@ -273,7 +273,7 @@ class Trial:
         lengths = {"target_length": self.target_length, "trained_length": self.trained_length}
         return method.plan(self.scheme, **lengths)
 
-    def on_key_tokens(self, yarn: ExtensionPlan, accelerator: Accelerator | None, journal: RunJournal | None) -> Trial:
+    def on_key_tokens(self, yarn: ExtensionPlan, journal: RunJournal | None) -> Trial:
         """Return a trial that scores only key tokens, which YaRN predicts much better with the long context.
 
         Raises:
@@ -282,16 +282,14 @@ class Trial:
         criterion = default_criterion({}, self.trained_length, self.target_length)
         finder = key_search(self.setup, criterion, [method_run(self.setup, yarn)])
         assert finder is not None
-        keys, _ = finder.run(accelerator, journal)
+        keys, _ = finder.run(self.setup.accelerator, journal)
         if not keys.found:
             raise EvaluationError(
                 "No token of the documents needs the long context. Pass more documents, or objective='tail'."
             )
         return replace(self, keys=keys)
 
-    def perplexities(
-        self, genomes: Sequence[Genome], *, name: str, accelerator: Accelerator | None, journal: RunJournal | None
-    ) -> dict[Genome, float]:
+    def perplexities(self, genomes: Sequence[Genome], *, name: str, journal: RunJournal | None) -> dict[Genome, float]:
         """Return the perplexity of each genome over the scored tokens; infinite after a failed document.
 
         Raises:
@@ -299,7 +297,7 @@ class Trial:
         """
         runs = {genome: self._run(genome) for genome in genomes}
         stages = [run.stage(name) for run in runs.values()]
-        outcomes = measure(stages, accelerator=accelerator, journal=journal)
+        outcomes = measure(stages, accelerator=self.setup.accelerator, journal=journal)
         values = {}
         for genome, run in runs.items():
             records, failures = run.by_document(outcomes)

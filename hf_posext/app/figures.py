@@ -14,19 +14,8 @@ from matplotlib.lines import Line2D
 from ..diagnosis.weights import phase_table, planned_frequencies, relative_positions
 from ..methods.frequencies import first_rotary
 from ..patching.kernels import belongs
+from ..reporting import signals
 from ..reporting.drawing import COLOURS, CONTROL, GRID, INK, dress_axes, new_figure, note
-from ..reporting.signals import (
-    MAPS,
-    NEW,
-    SHADES,
-    SHOWN,
-    channel_label,
-    colour_handles,
-    draw_losses,
-    draw_signal,
-    dress,
-    legend,
-)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,15 +32,15 @@ STEPS = 256
 
 def signal_figure(view: View) -> Figure | None:
     """Return the signal of positions, as it is and under the method; `None` if none can be drawn."""
-    signals = view.diagnosis.signals
-    if not signals:
+    drawn = view.diagnosis.signals
+    if not drawn:
         return None
     figure = new_figure(3.6)
-    for panel, signal in zip(figure.subplots(1, 2, sharey=True), signals, strict=True):
-        draw_signal(panel, signal, view.diagnosis)
+    for panel, signal in zip(figure.subplots(1, 2, sharey=True), drawn, strict=True):
+        signals.draw_signal(panel, signal, view.diagnosis)
         panel.set_xlabel(f"{signal.over} (tokens)")
-    figure.axes[0].set_ylabel(channel_label(signals[0]))
-    legend(figure, colour_handles(SHADES[view.diagnosis.scheme.kind]))
+    figure.axes[0].set_ylabel(signals.channel_label(drawn[0]))
+    signals.legend(figure, signals.colour_handles(signals.SHADES[view.diagnosis.scheme.kind]))
     return figure
 
 
@@ -76,7 +65,7 @@ def frequency_figure(view: View) -> Figure | None:
         tokens = 2 * np.pi / np.where(turning > 0, turning, np.nan)  # a pair that stands still has no wavelength
         new = phases[(phases.method == name) & (phases.set == rotary.name)].new.to_numpy()
         panel.plot(tokens, linewidth=1.2, label=_names(view)[name], **style | {"markersize": 0})
-        for unseen, colour in ((False, SHOWN), (True, NEW)):
+        for unseen, colour in ((False, signals.SHOWN), (True, signals.NEW)):
             points = np.where(new == unseen, tokens, np.nan)
             panel.plot(points, linestyle="", markeredgecolor="white", **style | {"color": colour})
     _mark_trained_length(panel, view, 0.0)
@@ -90,7 +79,7 @@ def frequency_figure(view: View) -> Figure | None:
         Line2D([], [], linewidth=1.2, label=_names(view)[name], **style | {"markeredgecolor": "white"})
         for name, _, style in styles
     ]
-    legend(figure, [*series, *colour_handles()])
+    signals.legend(figure, [*series, *signals.colour_handles()])
     return figure
 
 
@@ -114,7 +103,8 @@ def mask_figure(view: View) -> Figure | None:
         image = panel.imshow(grid, **colours, aspect="auto", interpolation="nearest", extent=extent)
         panel.set_title(_names(view)[name])
         panel.set_xlabel("key (token)")
-        dress(panel, replace(view.diagnosis, trained_length=None))  # a key has no distance, so none is the trained one
+        # A key has no distance, so none is the trained one.
+        signals.dress(panel, replace(view.diagnosis, trained_length=None))
         panel.set_xticks(ticks)
         panel.set_yticks(ticks)
     _draw_band_edges(panels[1], view, tokens)
@@ -134,8 +124,8 @@ def loss_figure(view: View) -> Figure:
     panel = figure.subplots()
     panel.set_title("Loss by position")
     panel.set_ylabel("loss (nats per token)")
-    draw_losses(panel, view.diagnosis)
-    legend(figure, [*panel.get_legend_handles_labels()[0], colour_handles()[-1]])
+    signals.draw_losses(panel, view.diagnosis)
+    signals.legend(figure, [*panel.get_legend_handles_labels()[0], signals.colour_handles()[-1]])
     return figure
 
 
@@ -147,7 +137,7 @@ def _distance_colours(trained: int, length: int) -> Colormap:
     """Return blue up to the trained length and orange from there on, darker with the distance."""
     middles = (np.arange(STEPS) + 0.5) * length / STEPS
     inside, outside = 0.12 + 0.6 * middles / trained, 0.3 + 0.6 * (middles - trained) / max(length - trained, 1)
-    colours = np.where((middles < trained)[:, None], MAPS[0](inside), MAPS[1](outside))
+    colours = np.where((middles < trained)[:, None], signals.MAPS[0](inside), signals.MAPS[1](outside))
     return ListedColormap(colours).with_extremes(bad=(1.0, 1.0, 1.0, 0.0))
 
 
@@ -175,7 +165,7 @@ def _draw_last_query(panel: Axes, view: View) -> None:
     panel.set_title("seen from the last token")
     panel.set_xlabel("distance in the text (tokens)")
     panel.set_ylabel("relative position (tokens)")
-    dress(panel, view.diagnosis)
+    signals.dress(panel, view.diagnosis)
     panel.set_xlim(0, length)
     top = max(1.3 * view.trained_length, 1.1 * np.nanmax(relative))
     panel.set_ylim(0, top)

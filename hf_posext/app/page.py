@@ -14,21 +14,8 @@ from matplotlib.figure import Figure
 from ..decode import MAX_TOKENS
 from ..errors import InvalidParameterError, PosExtError
 from ..reporting.signals import SHOWN as BLUE
-from . import words
+from . import view, words
 from .figures import frequency_figure, loss_figure, mask_figure, signal_figure
-from .view import (
-    DOCUMENTS,
-    FACTOR,
-    LARGEST_FACTOR,
-    LARGEST_LENGTH,
-    Choice,
-    Shelf,
-    applicable,
-    effect,
-    first_look,
-    look,
-    read,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +55,7 @@ class _Page(gr.Blocks):  # type: ignore[misc]
         inputs += [None] * (len(block_fn.inputs) - len(inputs))
 
 
-def build_page(shelf: Shelf) -> Any:
+def build_page(shelf: view.Shelf) -> Any:
     """Return the page with its handlers, which [`~hf_posext.app.server.serve`] launches.
 
     Args:
@@ -84,7 +71,7 @@ def build_page(shelf: Shelf) -> Any:
                 model = gr.Dropdown(list(shelf.models), label="Model", elem_id="model")
                 facts = gr.HTML(elem_id="facts")
                 method = gr.Dropdown([], label="Method", info=words.METHOD, allow_custom_value=True, elem_id="method")
-                factor = gr.Slider(1, LARGEST_FACTOR, FACTOR, step=0.5, label="Factor", elem_id="factor")
+                factor = gr.Slider(1, view.LARGEST_FACTOR, view.FACTOR, step=0.5, label="Factor", elem_id="factor")
                 length = gr.Slider(**_bounds(None), step=1, label="Length (tokens)", elem_id="length")
                 trained = gr.Number(label="Trained length (tokens), if different", elem_id="trained")
                 about = gr.HTML(elem_id="about")
@@ -100,13 +87,13 @@ def build_page(shelf: Shelf) -> Any:
                         mask, mask_note = _figure("mask")
                     with gr.Tab("Loss"):
                         with gr.Row():
-                            label = f"Read {DOCUMENTS} texts"
+                            label = f"Read {view.DOCUMENTS} texts"
                             measure = gr.Button(label, variant="primary", scale=0, min_width=180, elem_id="measure")
                         loss, loss_note = _figure("loss")
 
         def choose(name: Any) -> Iterator[Updates]:
-            diagnosis = first_look(shelf, name)
-            names = applicable(diagnosis.scheme)
+            diagnosis = view.first_look(shelf, name)
+            names = view.applicable(diagnosis.scheme)
             yield {
                 message: gr.update(visible=False),
                 facts: words.facts(diagnosis),
@@ -117,30 +104,32 @@ def build_page(shelf: Shelf) -> Any:
             }
 
         def bound(name: Any, tokens: Any) -> Iterator[Updates]:
-            trained_length = _tokens("Trained length", tokens) if tokens else first_look(shelf, name).trained_length
+            trained_length = (
+                _tokens("Trained length", tokens) if tokens else view.first_look(shelf, name).trained_length
+            )
             yield {length: gr.update(**_bounds(trained_length))}
 
         def draw(*values: Any) -> Iterator[Updates]:
-            view = look(shelf, _choice(*values))
+            result = view.look(shelf, _choice(*values))
             # The tab that is open when the page is comes first. A picture takes about a third of a second.
             yield {
                 message: gr.update(visible=False),
-                about: words.about(view),
-                verdict: words.verdict(view.diagnosis.verdict),
-                **_drawn(signal, signal_note, signal_figure(view), words.signal(view)),
+                about: words.about(result),
+                verdict: words.verdict(result.diagnosis.verdict),
+                **_drawn(signal, signal_note, signal_figure(result), words.signal(result)),
                 **_drawn(loss, loss_note, None, words.loss(shelf.dataset)),
             }
             yield {
-                **_drawn(frequency, frequency_note, frequency_figure(view), words.frequency(view)),
-                **_drawn(mask, mask_note, mask_figure(view), words.mask(view)),
+                **_drawn(frequency, frequency_note, frequency_figure(result), words.frequency(result)),
+                **_drawn(mask, mask_note, mask_figure(result), words.mask(result)),
             }
 
         def read_texts(*values: Any) -> Iterator[Updates]:
-            view = read(shelf, _choice(*values))
+            result = view.read(shelf, _choice(*values))
             yield {
                 message: gr.update(visible=False),
-                verdict: words.verdict(view.diagnosis.verdict),
-                **_drawn(loss, loss_note, loss_figure(view), words.plain(effect(view))),
+                verdict: words.verdict(result.diagnosis.verdict),
+                **_drawn(loss, loss_note, loss_figure(result), words.plain(view.effect(result))),
             }
 
         def refused(reason: str) -> Updates:
@@ -192,7 +181,11 @@ def _drawn(picture: Any, note: Any, figure: Figure | None, text: str) -> Updates
 def _bounds(trained: int | None) -> dict[str, int]:
     """Return the bounds and the value of the slider of lengths."""
     tokens = trained or UNKNOWN_LENGTH
-    return {"minimum": min(LEAST_LENGTH, tokens), "maximum": LARGEST_LENGTH * tokens, "value": FACTOR * tokens}
+    return {
+        "minimum": min(LEAST_LENGTH, tokens),
+        "maximum": view.LARGEST_LENGTH * tokens,
+        "value": view.FACTOR * tokens,
+    }
 
 
 def _number(field: str, value: Any) -> float:
@@ -216,11 +209,11 @@ def _tokens(field: str, value: Any) -> int:
     return int(value)
 
 
-def _choice(model: Any, method: Any, factor: Any, length: Any, trained: Any) -> Choice:
+def _choice(model: Any, method: Any, factor: Any, length: Any, trained: Any) -> view.Choice:
     if not isinstance(method, str) or not method.strip():
         raise InvalidParameterError("Expected a method, got an empty field. Choose one, or type one such as yarn.")
     trained_length = _tokens("Trained length", trained) if trained else None
-    return Choice(model, method, _number("Factor", factor), _tokens("Length", length), trained_length)
+    return view.Choice(model, method, _number("Factor", factor), _tokens("Length", length), trained_length)
 
 
 def _one_line(

@@ -176,7 +176,7 @@ def prepared(
     settings = {"trained": trained, "passkey": passkey}
     identity = run_identity(setup, [base], [*choice.plans, *choice.unseen], recommend=settings)
     with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
-        yield Sweep(base, setup, choice, passkey, seed, written, accelerator)
+        yield Sweep(base, setup, choice, passkey, written)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -35,9 +35,6 @@ from ..patching.observe import frequencies_in_force
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .recommendation import title
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 STRETCHES = (1, 2)
 """Factors as multiples of target / trained length. Some methods, such as NTK, reach less far than their factor."""
@@ -216,9 +213,7 @@ class Sweep:
     setup: Setup
     choice: Candidates
     passkey: int
-    seed: int = 0
     journal: RunJournal | None = None
-    accelerator: Accelerator | None = None
     tokens: int = 0
     outcomes: Outcomes = field(default_factory=dict)
 
@@ -228,7 +223,7 @@ class Sweep:
         self.by_name = {name_of(plan): plan for plan in [*self.choice.plans, *self.choice.unseen]}
         self.runs = {name: method_run(self.setup, plan) for name, plan in self.by_name.items()}
         target = replace(self.setup, lengths=[self.target])
-        questions = Questions(self.passkey, seed=self.seed)
+        questions = Questions(self.passkey, seed=self.setup.config.seed)
         self.questions = {name: replace(run, setup=target, questions=questions) for name, run in self.runs.items()}
         short = replace(self.setup, lengths=[self.trained])
         self.short = MethodRun(short, SHORT, 1.0, self.setup.scorer)
@@ -345,7 +340,7 @@ class Sweep:
     def _measure(self, stages: list[Stage]) -> None:
         pending = [stage for stage in stages if stage.tasks]
         if pending:
-            self.outcomes |= measure(pending, accelerator=self.accelerator, journal=self.journal)
+            self.outcomes |= measure(pending, accelerator=self.setup.accelerator, journal=self.journal)
 
     def _passkeys(self, name: Name) -> list[Task]:
         return [task for task in self.questions[name].tasks if task.kind == "passkey"]
@@ -378,8 +373,8 @@ class Sweep:
         if sums is None or reference is None:
             return Ratio(math.nan if reference is None else math.inf, None)
         difference = [a - b for (a, _), (b, _) in zip(sums, reference, strict=True)]
-        tokens = [count for _, count in sums]
-        return Ratio(float(pooled_perplexity(difference, tokens)), bootstrap_interval(difference, tokens, self.seed))
+        tokens, seed = [count for _, count in sums], self.setup.config.seed
+        return Ratio(float(pooled_perplexity(difference, tokens)), bootstrap_interval(difference, tokens, seed))
 
 
 def name_of(plan: ExtensionPlan) -> Name:
