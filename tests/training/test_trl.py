@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_posext import load_adapter, patch_model
 from tests.conftest import EXAMPLES, logits, realigned
+from tests.training.test_own_trainer import check_script
 
 pytestmark = [
     pytest.mark.trl,
@@ -26,6 +27,39 @@ TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
     "{% endgeneration %}{% else %}{{ message.content }} {% endif %}{% endfor %}"
 )
+
+
+SCRIPT = """
+import sys
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from hf_posext import find_patch, load_adapter, patch_model
+base, method, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(base)
+tokenizer.pad_token = tokenizer.eos_token
+model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+patch_model(model, method, factor=2, tokenizer=tokenizer)
+texts = [f"Chapter {n}. It was a dark night, and the clock struck {n}. " * 30 * n for n in (1, 2)]
+options = {"max_steps": 2, "learning_rate": 1e-2, "max_length": 600, "bf16": False}
+arguments = SFTConfig(out + "/run", **options, use_cpu=True, report_to="none")
+adapter = LoraConfig(task_type="CAUSAL_LM")
+rows = Dataset.from_dict({"text": texts})
+trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+trainer.train()
+trainer.save_model(out + "/final")
+reopened = load_adapter(out + "/final", dtype="float32")
+merged = reopened.merge_and_unload()
+tokens = merged.generate(**tokenizer(texts[0], return_tensors="pt"), max_new_tokens=8, do_sample=False)
+find_patch(merged).save_pretrained(out + "/merged")
+model = trainer.model
+"""
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope"])
+def test_a_script_of_twenty_lines(method: str, tmp_path: Path) -> None:
+    check_script(SCRIPT, method, tmp_path)
 
 
 def run(method: str, path: Path, rows: Dataset, **options: Any) -> Any:
