@@ -159,19 +159,25 @@ def misfit(adapter: AdapterDirectory, model: PreTrainedModel) -> str | None:
     """
     from peft import get_peft_model
 
-    config = copy.deepcopy(peft_config(adapter))
+    config = peft_config(adapter)
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True  # PiSSA and others would write into the base weights
     restore, mark = restorer(model), vars(model).pop(MARK, None)  # the adapter does not belong to the patch
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            built = get_peft_model(model, config, low_cpu_mem_usage=True)
-            trained, all_saved = saved_shapes(built), saved_shapes(built, embeddings=True)
-    except BUILDING as error:
-        return f"PEFT cannot put it on a {type(model).__name__}: {error}"
+        for on_meta in (True, False):  # a few kinds compute with their weights when they are built
+            try:
+                with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    built = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=on_meta)
+                    trained, all_saved = saved_shapes(built), saved_shapes(built, embeddings=True)
+                break
+            except BUILDING as error:
+                reason = f"PEFT cannot put it on a {type(model).__name__}: {error}"
+            finally:
+                restore()
+        else:
+            return reason
     finally:
-        restore()
         if mark is not None:
             setattr(model, MARK, mark)
     missing = sorted(trained.keys() - adapter.shapes.keys())

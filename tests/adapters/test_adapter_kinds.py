@@ -37,6 +37,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "ia3": lambda: peft.IA3Config(feedforward_modules=[], **LAYERS),
     "layer norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
     "miss": lambda: peft.MissConfig(r=4, **LAYERS),
+    "shira": lambda: peft.ShiraConfig(r=4, **LAYERS),
     "fourier": lambda: peft.FourierFTConfig(n_frequency=50, **LAYERS),
     "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=8, task_type="CAUSAL_LM"),
@@ -176,12 +177,12 @@ def test_every_kind_of_peft_opens_in_a_fresh_process_or_is_refused_when_saved(ba
         try:
             model = trained(base, cls(**config), "rerope")
             save_adapter(model, tmp_path / "saved" / kind.value)
-        except (UnsupportedModelError, EvaluationError) as error:
-            assert "does not build the adapter" in str(error) or "prefix tuning" in str(error)
+        except EvaluationError as error:  # keys without positions
+            assert "prefix tuning" in str(error)
             refused.add(kind.value)
         else:
             expected[kind.value] = logits(realigned(model), IDS)
-    assert len(expected) > 15 and len(refused) < 8
+    assert len(expected) > 20 and refused <= {"PREFIX_TUNING", "CARTRIDGE"}
     save_file({"ids": IDS}, tmp_path / "ids")
     words = [sys.executable, "-W", "ignore", "-c", OPENING, tmp_path / "saved", tmp_path / "ids", tmp_path / "opened"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=EXAMPLES.parent)
