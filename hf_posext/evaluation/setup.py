@@ -124,7 +124,8 @@ def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[
     for method in map(as_method, methods):
         reason = method.applies_to(scheme)
         if reason is None:
-            plans.append(method.plan(scheme, **lengths))
+            # the factor of a comparison is meant for the methods that contain none
+            plans.append(method.plan(scheme, **lengths | ({} if method.factor is None else {"factor": None})))
         else:
             refusals[method.label] = reason
     labels = [(plan.method, plan.factor) for plan in plans]

@@ -135,7 +135,7 @@ class Method:
 
         Args:
             scheme (`PositionalScheme`): The scheme of the model.
-            factor (`float`, *optional*): Used if the method has no factor of its own.
+            factor (`float`, *optional*): Has to equal the factor of the method, if that has one.
             target_length (`int`, *optional*): In tokens, instead of a factor.
             trained_length (`int`, *optional*): Trained length in tokens, overriding that of the scheme.
 
@@ -148,7 +148,12 @@ class Method:
             usable = [name for name, cls in methods().items() if scheme.kind in cls.kinds]
             where = "nothing applies" if scheme.obstacle else f"what applies: {', '.join(usable)}"
             raise MethodNotApplicableError(f"{reason}; {where}")
-        factor = _number("factor=", self.factor if self.factor is not None else factor)
+        factor, stated = _number("factor=", factor), _number("factor=", self.factor)
+        if None not in (factor, stated) and factor != stated:
+            raise InvalidParameterError(
+                f"Expected one factor, got {stated:g} in the name and {factor:g} as the argument. Pass one."
+            )
+        factor = factor if stated is None else stated
         trained, target = self._lengths(scheme, factor, target_length, trained_length)
         start = ExtensionPlan(
             method=self.label,

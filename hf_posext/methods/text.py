@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from ..decode import plain, short
 from ..errors import InvalidParameterError
 from .base import Composition, Method, get_method, hyper_parameters
 
@@ -65,9 +66,12 @@ def _from_text(text: str, more: Mapping[str, Any]) -> Method:
     name, bracket, _ = text.partition("(")
     cls = get_method(name.strip())
     given = _literals(text, cls) if bracket else {}
-    twice = sorted(given.keys() & more.keys())
-    if twice:
-        raise InvalidParameterError(f"{cls.name} gets {', '.join(twice)} in brackets and by keyword. Pass it once.")
+    for key in sorted(given.keys() & more.keys()):
+        first, second = (tuple(value) if isinstance(value, list) else value for value in map(plain, (given[key], more[key])))
+        if (first == second) is not True:  # tensors compare to tensors
+            raise InvalidParameterError(
+                f"Expected one {key}, got {short(first)} in the name and {short(second)} as the argument. Pass one."
+            )
     known = ("factor", *hyper_parameters(cls))
     for key in (given := {**given, **more}):
         if key not in known:

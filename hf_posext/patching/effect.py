@@ -43,7 +43,7 @@ EVERYWHERE: Layers = {(None, sys.maxsize)}
 def no_effect(plan: ExtensionPlan, what: str) -> NoEffectError:
     """Return the error for a plan that leaves something as it is."""
     return NoEffectError(
-        f"{plan.describe()} leaves {what} of {plan.scheme.model_type} as before. Pass a factor above 1, or method "
+        f"{plan.describe()} leaves {what} of {plan.scheme.model_type} as before. Pass a larger factor, or method "
         "'none' to compare with the unpatched model."
     )
 

@@ -84,9 +84,9 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
     for site in sites:
         _write(site, planned[site.name], log)
 
-    for site in sites:  # at position 0 cosines are 1, times the factor
+    for site in sites:  # at position 0 cosines are 1, times the factor, which float32 may round to 1
         factor = planned[site.name].attention_factor
-        if factor != 1.0 and site.phases(torch.tensor([0])).max() == 1:
+        if torch.tensor(factor) != 1.0 and site.phases(torch.tensor([0])).max() == 1:
             raise UnsupportedModelError(
                 f"{site.path} ({type(site.module).__name__}) does not multiply its phases by {factor:g}, as "
                 f"{plan.method} asks for. Pass attention_factor=1.0."

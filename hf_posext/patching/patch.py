@@ -209,8 +209,8 @@ def patch_model(
         method (`str`, `Method` or `ExtensionPlan`): a name in any case (`"yarn"`, or several joined by `+`:
             `"yarn+resonance"`), a method object with its hyper-parameters (`YaRN(factor=8, beta_fast=32)`), or a plan
             made before.
-        factor (`float`, *optional*): how many times the length that the model was pre-trained at. The factor of a
-            method object takes precedence.
+        factor (`float`, *optional*): how many times the length that the model was pre-trained at. A factor of the
+            method itself (`"yarn(factor=8)"`) has to be the same.
         target_length (`int`, *optional*): the same, in tokens.
         trained_length (`int`, *optional*): trained length in tokens, overriding what the config says.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its `model_max_length` is raised, and `save_pretrained`
@@ -223,8 +223,8 @@ def patch_model(
     Raises:
         UnknownMethodError: no such method; names the nearest.
         MethodNotApplicableError: the method is for another scheme. The message lists those that apply.
-        InvalidParameterError: a factor, length or hyper-parameter out of bounds, or a target below the trained or
-            shipped length.
+        InvalidParameterError: a factor, length or hyper-parameter out of bounds, or given twice with different values,
+            or a target below the trained or shipped length.
         AlreadyPatchedError: the model, or a part of it, carries a patch, or was saved with one.
         NoEffectError: the positions of the model would not change, or a component of a composition changes nothing.
         PlanError: a plan that asks for more than can be made.

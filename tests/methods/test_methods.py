@@ -321,8 +321,11 @@ def test_lengths_that_cannot_be(kwargs: dict[str, float], message: str) -> None:
         YaRN().plan(scheme(), **kwargs)  # type: ignore[arg-type]
 
 
-def test_a_methods_own_factor_goes_first() -> None:
-    assert YaRN(factor=16).plan(scheme(), factor=8).factor == 16
+def test_a_factor_given_twice_has_to_be_the_same() -> None:
+    for method in (YaRN(factor=16), NTK(factor=2) + Resonance(factor=16), as_method("yarn(factor=16)")):
+        assert method.plan(scheme(), factor=16).factor == method.plan(scheme()).factor == 16
+        with pytest.raises(InvalidParameterError, match="Expected one factor, got 16 in the name and 8 as the argument"):
+            method.plan(scheme(), factor=8)
     assert YaRN().plan(scheme(), target_length=8 * TRAINED).factor == 8
     with pytest.raises(InvalidParameterError, match="Pass one of the two"):
         YaRN(factor=16).plan(scheme(), target_length=8 * TRAINED)

@@ -90,10 +90,34 @@ def test_hyper_parameters_are_keywords(llama: LlamaForCausalLM) -> None:
         ("yarn+log-n", r"composes 2 methods, got beta_fast. Write .* as in yarn\(...\)\+log-n"),
         (YaRN(), "a method object has its hyper-parameters already, got beta_fast"),
         (YaRN().plan(scheme, factor=8), "a plan has its lengths already, got beta_fast"),
-        ("yarn(beta_fast=16)", "yarn gets beta_fast in brackets and by keyword"),
+        ("yarn(beta_fast=8)", "Expected one beta_fast, got 8 in the name and 16 as the argument. Pass one."),
     ):
         with pytest.raises(InvalidParameterError, match=message):
             patch_model(llama, method, beta_fast=16)
+
+
+@pytest.mark.parametrize(
+    ("text", "same", "other"),
+    [
+        ("yarn(factor=4)", {"factor": 4}, {"factor": 8}),
+        ("yarn(factor=4)", {"factor": np.float32(4)}, {"factor": np.float32(4.5)}),
+        ("yarn(factor=4)", {"target_length": 4 * TRAINED}, {"target_length": 8 * TRAINED}),
+        ("ntk(factor=2)+rerope(factor=4)", {"factor": 4.0}, {"factor": 2}),
+        ("self-extend(group=8, factor=4)", {"group": 8}, {"group": 4}),
+        ("dpe(scales=[4, 8], window=32, factor=4)", {"scales": (4, 8)}, {"scales": torch.tensor([4, 8])}),
+        ("yarn(variant='paper', factor=4)", {"variant": "paper"}, {"variant": "code"}),
+        ("dynamic-ntk(factor=4)", {"factor": 4}, {"factor": 4, "target_length": TRAINED}),
+    ],
+)
+def test_a_parameter_given_twice_has_to_be_the_same(
+    llama: LlamaForCausalLM, text: str, same: dict[str, Any], other: dict[str, Any]
+) -> None:
+    with patch_model(llama, text) as patch:
+        expected = patch.plan
+    with patch_model(llama, text, **same) as patch:
+        assert patch.plan == expected
+    with pytest.raises(InvalidParameterError, match="Expected one |Pass one of the two"):
+        patch_model(llama, text, **other)
 
 
 @pytest.mark.parametrize("name", ["YaRN", "ReRoPE", "NTK", "SelfExtend", "self_extend", "Dynamic-NTK", "LogN"])
@@ -172,6 +196,15 @@ def test_a_plan_asks_for_no_more_than_can_be_made() -> None:
         patch_model(model, replace(plan, target_length=2**23 + 64, factor=2**17 + 1.0))
 
 
+def test_a_factor_whose_temperature_rounds_to_one_is_applied_or_changes_nothing(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(NoEffectError, match="leaves the phases of model.rotary_emb of llama as before. Pass a larger factor"):
+        patch_model(llama, "yarn", factor=1 + 1e-7)
+    with patch_model(llama, "yarn(attention_factor=1.00000001)", factor=4) as patch:
+        tempered = logits(llama, LONG)
+    with patch_model(llama, "yarn(attention_factor=1.0)", factor=4):
+        assert torch.equal(logits(llama, LONG), tempered) and patch.plan.rotaries[0].attention_factor > 1
+
+
 def test_a_model_without_weights_is_refused_in_one_line() -> None:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(tiny_llama().config)
@@ -211,7 +244,7 @@ def test_a_plan_without_effect_is_refused() -> None:
         patch_model(model, "yarn", factor=4)
     with patch_model(model, "none"):
         pass
-    with pytest.raises(NoEffectError, match="Pass a factor above 1"):
+    with pytest.raises(NoEffectError, match="Pass a larger factor"):
         patch_model(tiny_llama(), "yarn", factor=1)
 
 
