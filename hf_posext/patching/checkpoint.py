@@ -34,7 +34,7 @@ from .mixin import mix
 from .saved_config import CarriesPlan, open_patched_config, saved_plan
 from .sites import LENGTH_FIELDS
 from .tables import set_rows, tables_of
-from .undo import UndoLog
+from .undo import LastingLog
 from .untrusted import GGUFHeader, check_directory, check_shards, pickles_of, read_json
 
 GGUF = ".gguf"
@@ -383,7 +383,7 @@ def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> d
             f"the plan in {directory} is for {plan.target_length} positions, the weights have a table of "
             f"{first.num_embeddings} rows; put back the plan that was saved with them"
         )
-    set_rows(model, {path: table.to(longer[path]) for path, table in replaced.items()}, offset, UndoLog())
+    set_rows(model, {path: table.to(longer[path]) for path, table in replaced.items()}, offset, LastingLog())
     return longer
 
 

@@ -32,22 +32,15 @@ logger = logging.get_logger(__name__)
 class KeepsFrequencies(Mixin):
     """Mixin for a patched rotary module that keeps frequencies float32 when the model is cast.
 
-    `model.to(torch.bfloat16)` would round them by 4e-3, which is whole turns at a few thousand tokens. The shipped
-    ones, which undo restores, are cast with the model.
+    `model.to(torch.bfloat16)` would round them by 4e-3, which is whole turns at a few thousand tokens.
     """
 
     _posext_frequencies: dict[str, tuple[float, ...]]
-    _posext_shipped: tuple[torch.Tensor, ...]
-    """Buffers that the frequencies replaced: the objects that the undo log contains."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> KeepsFrequencies:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, numbers in self._posext_frequencies.items():
             setattr(self, name, torch.tensor(numbers, dtype=torch.float32, device=getattr(self, name).device))
-        for shipped in self._posext_shipped:
-            cast = fn(shipped)
-            if not cast.is_meta:  # a model that has lost its weights has none to restore
-                shipped.data = cast
         return self
 
 
@@ -141,11 +134,10 @@ def _write(site: RotarySite, entry: RotaryPlan, log: UndoLog) -> None:
     numbers = {f"{prefix}inv_freq": short, f"{prefix}original_inv_freq": short}
     if entry.short_inv_freq is not None:
         numbers[f"{prefix}long_inv_freq"] = entry.inv_freq
-    shipped = tuple(buffer for name in numbers if (buffer := module._buffers.get(name)) is not None)
-    log.set(module, "_posext_shipped", (*getattr(module, "_posext_shipped", ()), *shipped))
     device = getattr(module, f"{prefix}inv_freq").device
     for name, values in numbers.items():
-        log.set(module, name, torch.tensor(values, dtype=torch.float32, device=device))
+        put = log.replace if name in module._buffers else log.set
+        put(module, name, torch.tensor(values, dtype=torch.float32, device=device))
     scaling = getattr(module, f"{prefix}attention_scaling", None)
     if scaling is not None:
         log.set(module, f"{prefix}attention_scaling", entry.attention_factor)

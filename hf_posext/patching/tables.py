@@ -113,7 +113,7 @@ def set_rows(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], offset: i
     old, new = next(iter(tables.values())).num_embeddings, len(next(iter(rows.values())))
     before = _twin(model)
     for path, weight in rows.items():
-        log.set(tables[path], "weight", nn.Parameter(weight, requires_grad=tables[path].weight.requires_grad))
+        log.replace(tables[path], "weight", nn.Parameter(weight, requires_grad=tables[path].weight.requires_grad))
     _resize_config(model, old, offset, new, log)
     _follow(model, before, _twin(model), log)
 
@@ -145,7 +145,7 @@ def _follow(model: PreTrainedModel, before: dict[str, nn.Module], after: dict[st
             if buffer is None or ours is None or former is None:
                 continue
             if buffer.shape != ours.shape == former.shape:
-                log.set(module, name, buffer.to(ours))
+                log.replace(module, name, buffer.to(ours))
         for name, weight in twin._parameters.items():
             ours, former = module._parameters.get(name), was._parameters.get(name)
             if weight is None or ours is None or former is None or weight.shape in (ours.shape, former.shape):
@@ -158,7 +158,7 @@ def _follow(model: PreTrainedModel, before: dict[str, nn.Module], after: dict[st
             # VisualBERT's table of positions in a picture: no text reads it, and its rows keep their places
             more = ours.detach()[-1:].expand(max(len(weight) - len(ours), 0), -1)
             resized = torch.cat([ours.detach(), more])[: len(weight)]
-            log.set(module, name, nn.Parameter(resized, requires_grad=ours.requires_grad))
+            log.replace(module, name, nn.Parameter(resized, requires_grad=ours.requires_grad))
 
 
 def length_fields(model: PreTrainedModel) -> Iterator[tuple[PreTrainedConfig, str, int]]:
@@ -249,7 +249,7 @@ def apply_sinusoids(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -
         # Sines are made on the CPU; the model's table may be elsewhere.
         longer = make.get_embedding(len(table), table.shape[1], getattr(module, "padding_idx", None)).to(table)
         changed |= _differ(longer, table)
-        log.set(module, "weights", longer)
+        log.replace(module, "weights", longer)
     if not changed:
         raise no_effect(plan, "the positions")
     if rows:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import UndoError
-from .mixin import without
+from .mixin import Mixin, mix, without
 
 _ABSENT = "<absent>"
 _CALL = "<call>"
@@ -35,6 +35,27 @@ class Weak:
         return Weak, (self(),)
 
 
+class KeepsShipped(Mixin):
+    """Mixin for a module whose tensors were replaced: the shipped ones are cast and moved with it.
+
+    Undo then restores what an unpatched module would have, even where a cast rounds and the next one goes back.
+    """
+
+    _posext_shipped: dict[str, torch.Tensor]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> KeepsShipped:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, shipped in self._posext_shipped.items():
+            cast = fn(shipped.data)
+            if cast.is_meta:  # a model that has lost its weights has none to restore
+                continue
+            if isinstance(shipped, torch.nn.Parameter):
+                shipped.data = cast  # the same object, which an optimizer may hold
+            else:
+                self._posext_shipped[name] = cast
+        return self
+
+
 @dataclass(frozen=True)
 class _Change:
     """One change: `owner.name` was `old`, and became a tensor of a dtype, if any.
@@ -50,6 +71,10 @@ class _Change:
     def target(self) -> Any:
         """Return the object that was changed; `None` once it is gone."""
         return self.owner() if isinstance(self.owner, Weak) else self.owner
+
+    def before(self) -> Any:
+        """Return the old value. A module that replaced the owner, such as a merged adapter's copy, holds a copy."""
+        return vars(self.target()).get("_posext_shipped", {}).get(self.name, self.old)
 
     def undo(self) -> None:
         """Restore the old value. Undoing twice does no harm, so that an interrupted undo can be repeated."""
@@ -69,13 +94,13 @@ class _Change:
 
     def _placed(self, now: Any) -> Any:
         """Return the old value: a tensor on the device of the one that it replaces, and cast where that was cast."""
-        old = self.old
+        old = self.before()
         if not isinstance(old, torch.Tensor) or not isinstance(now, torch.Tensor):
             return old
         moved = old.data.to(now.device, now.dtype if self.dtype not in (None, now.dtype) else old.dtype)
         if not isinstance(old, torch.nn.Parameter):
             return moved
-        old.data = moved  # the same object, which an optimizer may hold
+        old.data = moved
         return old
 
 
@@ -103,6 +128,14 @@ class UndoLog:
         self._changes.append(_Change(Weak(owner), name, old, getattr(value, "dtype", None)))
         setattr(owner, name, value)
 
+    def replace(self, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+        """Set a weight or buffer of a module. The shipped one is cast with the module until undo."""
+        if not isinstance(module, KeepsShipped):
+            self.set(module, "_posext_shipped", {})
+            self.set(module, "__class__", mix(KeepsShipped, type(module)))
+        module._posext_shipped.setdefault(name, getattr(module, name))
+        self.set(module, name, tensor)
+
     def knows(self, owner: Any, name: str) -> bool:
         """Return whether `owner.name` was changed."""
         return any(change.target() is owner and change.name == name for change in self._changes)
@@ -115,7 +148,8 @@ class UndoLog:
 
     def before(self, owner: Any, name: str) -> Any:
         """Return the value of `owner.name` before the first change to it."""
-        return next(change.old for change in self._changes if change.target() is owner and change.name == name)
+        changes = (change for change in self._changes if change.target() is owner and change.name == name)
+        return next(changes).before()
 
     def on_undo(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Remember a call to make on undo: of a bound method or a module's function, harmless when called twice."""
@@ -150,6 +184,12 @@ class UndoLog:
                 f"{len(failed)} changes could not be undone, the first at {where} ({type(cause).__name__}: {cause}); "
                 "everything else is as before. Remove the cause, then call undo() again."
             ) from cause
+
+
+class LastingLog(UndoLog):
+    """Log of changes that stay, so that the tensors that they replace are dropped."""
+
+    replace = UndoLog.set
 
 
 def _holds(owner: Any, name: str) -> bool:

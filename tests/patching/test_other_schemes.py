@@ -98,13 +98,20 @@ def test_a_family_reads_longer_and_is_undone(kind: str, family: str, task: str, 
     patch = patch_model(model, METHODS[kind], factor=2, trained_length=original)
     longer = forward(model, long)
     assert longer.isfinite().all()
-    twin = copy.deepcopy(model)
+    twin, cast = copy.deepcopy(model), copy.deepcopy(model).bfloat16().float()
     again = pickle.loads(pickle.dumps(model))
     patch.undo()
     assert torch.equal(forward(model, short), before)
     assert model.config.to_json_string(use_diff=False) == config
     assert {path: {*vars(module), type(module)} for path, module in model.named_modules()} == state
     assert {name: id(weight) for name, weight in model.named_parameters(remove_duplicate=False)} == weights
+
+    # what undo restores was rounded by the casts, as all of a model without a patch is
+    unpatch_model(cast)
+    rounded = copy.deepcopy(model).bfloat16().float()
+    restored, expected = ({**each.state_dict(), **dict(each.named_buffers())} for each in (cast, rounded))
+    assert restored.keys() == expected.keys()
+    assert all(torch.equal(restored[name], tensor) for name, tensor in expected.items())
 
     for copied in (twin, again):  # neither copy is touched by the undo, and each has its own
         assert torch.equal(forward(copied, long), longer)

@@ -185,8 +185,8 @@ HALF, BACK = (torch.bfloat16,), (torch.bfloat16, torch.float32)
 @pytest.mark.parametrize(
     ("family", "method", "dtypes"),
     [
-        ("gpt2", "table-linear", HALF),
-        ("xglm", "sinusoid-linear", HALF),
+        *[(family, "table-linear", dtypes) for family in ("gpt2", "opt", "bart") for dtypes in (HALF, BACK)],
+        *[("xglm", "sinusoid-linear", dtypes) for dtypes in (HALF, BACK)],
         *[(family, "yarn", dtypes) for family in ("llama", "gemma3_text") for dtypes in (HALF, BACK)],
         ("llama", "rerope(window=16)", HALF),
         ("llama", "dynamic-yarn", HALF),
