@@ -87,7 +87,7 @@ class EvaluationConfig:
 
     lengths: Sequence[int] = _setting("Context lengths in tokens.")
     factor: float | None = _setting(
-        "Target length as a multiple of the trained length, for methods without a factor of their own (`yarn(factor=8)` has one).",
+        "Target length as a multiple of the trained length, for methods without a factor in brackets.",
         None,
         of="compare",
     )

@@ -67,7 +67,9 @@ def _from_text(text: str, more: Mapping[str, Any]) -> Method:
     cls = get_method(name.strip())
     given = _literals(text, cls) if bracket else {}
     for key in sorted(given.keys() & more.keys()):
-        first, second = (tuple(value) if isinstance(value, list) else value for value in map(plain, (given[key], more[key])))
+        first, second = (
+            tuple(value) if isinstance(value, list) else value for value in map(plain, (given[key], more[key]))
+        )
         if (first == second) is not True:  # tensors compare to tensors
             raise InvalidParameterError(
                 f"Expected one {key}, got {short(first)} in the name and {short(second)} as the argument. Pass one."

@@ -118,15 +118,15 @@ def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> s
             log.on_undo(module.register_forward_pre_hook(sites[path], with_kwargs=True).remove)
     if not sites:
         raise UnsupportedModelError(
-            f"{plan.scheme.model_type} has ALiBi in attention layers of a class that hf_posext does not know. "
-            "Load it with attn_implementation='sdpa' or 'eager'."
+            f"Expected attention layers of {', '.join(_HOOKS)}, got none in {plan.scheme.model_type}. Pass "
+            "attn_implementation='sdpa' or 'eager' where it is loaded."
         )
     logits_of_probe(model)  # by the path that users run, whoever has wrapped it
     idle = [path for path, site in sites.items() if not site.used]
     if idle:
         raise UnsupportedModelError(
-            f"{idle[0]} of {plan.scheme.model_type} does not run with the slopes of {plan.method}: something calls it "
-            "past its hooks. Remove what wraps it, then patch."
+            f"Expected {idle[0]} of {plan.scheme.model_type} to run with the slopes of {plan.method}, got a call past "
+            "its hooks. Remove what wraps it, then patch."
         )
     return "no config of transformers can express the slopes of ALiBi"
 

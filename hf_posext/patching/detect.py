@@ -85,8 +85,8 @@ def model_code(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"the code of {name} raised {type(error).__name__} when it was asked for its positions: {error}; "
-            "hf_posext cannot patch it. Check that the model runs on a short text, and report its model type."
+            f"Expected the positions of {name}, got {type(error).__name__} from its code: {error}. Check that the "
+            "model runs on a short text, and report its model type."
         ) from error
 
 
@@ -167,7 +167,7 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     cls = next((getattr(transformers, name) for name in flat if name and hasattr(transformers, name)), None)
     if cls is None:
         raise UnsupportedModelError(
-            f"transformers has no model for config type {config.model_type!r}. Load the model and give that instead."
+            f"Expected a config of a model in transformers, got type {config.model_type!r}. Pass the loaded model."
         )
     expected = cls.config_class if cls.config_class is not None else type(config)
     with torch.device("meta"):

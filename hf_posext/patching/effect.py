@@ -43,8 +43,8 @@ EVERYWHERE: Layers = {(None, sys.maxsize)}
 def no_effect(plan: ExtensionPlan, what: str) -> NoEffectError:
     """Return the error for a plan that leaves something as it is."""
     return NoEffectError(
-        f"{plan.describe()} leaves {what} of {plan.scheme.model_type} as before. Pass a larger factor, or method "
-        "'none' to compare with the unpatched model."
+        f"Expected a plan that changes {what} of {plan.scheme.model_type}, got {plan.describe()} without effect. Pass "
+        "a larger factor, or method 'none' to compare with the unpatched model."
     )
 
 
@@ -77,8 +77,9 @@ def refuse_idle(plan: ExtensionPlan, layers: Layers) -> None:
     bounds = [window for window, _ in layers if window is not None]
     reach = f"at most {max(bounds)} tokens back" if len(bounds) == len(layers) else "all tokens"
     raise NoEffectError(
-        f"{plan.describe()} changes no pair of tokens: the layers of {plan.scheme.model_type} see {reach}. Pass other "
-        "hyper-parameters, such as a smaller window, or method 'none' to compare with the unpatched model."
+        f"Expected a plan that changes a pair of tokens, got {plan.describe()} for layers of {plan.scheme.model_type} "
+        f"that see {reach}. Pass other hyper-parameters, such as a smaller window, or method 'none' to compare with "
+        "the unpatched model."
     )
 
 

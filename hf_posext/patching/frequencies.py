@@ -65,14 +65,18 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
     sites = [site for site in rotary_sites(model) if site.name in planned]
     probes = _probe_positions(plan)
     if any(getattr(site.module, f"{site.prefix}inv_freq").is_meta for site in sites):
-        raise UnsupportedModelError(f"{plan.scheme.model_type} is on the meta device. Load its weights, then patch.")
+        raise UnsupportedModelError(
+            f"Expected frequencies of {plan.scheme.model_type} in memory, got the meta device. Load its weights, then "
+            "patch."
+        )
     before = [[site.phases(probe) for probe in probes] for site in sites]
 
     obstacle = "positions are remapped inside attention" if plan.rotates_late else None
     obstacle = obstacle or _say_in_config(model, sites, planned, plan, log)
     if obstacle and any(entry.short_inv_freq is not None for entry in plan.rotaries):
         raise UnsupportedModelError(
-            f"{plan.method} with two factor lists needs the model's own longrope, but {obstacle}. Pass one list."
+            f"Expected a model with a longrope of its own for the two factor lists of {plan.method}, but {obstacle}. "
+            "Pass one list."
         )
     for site in sites:
         _write(site, planned[site.name], log)
@@ -81,8 +85,8 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
         factor = planned[site.name].attention_factor
         if torch.tensor(factor) != 1.0 and site.phases(torch.tensor([0])).max() == 1:
             raise UnsupportedModelError(
-                f"{site.path} ({type(site.module).__name__}) does not multiply its phases by {factor:g}, as "
-                f"{plan.method} asks for. Pass attention_factor=1.0."
+                f"Expected {site.path} ({type(site.module).__name__}) to multiply its phases by {factor:g} for "
+                f"{plan.method}, got phases without a factor. Pass attention_factor=1.0."
             )
     after = [[site.phases(probe) for probe in probes] for site in sites]
     for site, old, new in zip(sites, before, after, strict=True):
@@ -142,7 +146,10 @@ def _write(site: RotarySite, entry: RotaryPlan, log: UndoLog) -> None:
     if scaling is not None:
         log.set(module, f"{prefix}attention_scaling", entry.attention_factor)
     elif entry.attention_factor != 1.0:
-        raise UnsupportedModelError(f"{site.path} ({type(module).__name__}) has no attention scaling to set")
+        raise UnsupportedModelError(
+            f"Expected {site.path} ({type(module).__name__}) to multiply its phases by {entry.attention_factor:g}, "
+            "got a module without attention scaling. Pass attention_factor=1.0."
+        )
     if hasattr(module, "rope_type"):
         rope_type = "longrope" if entry.short_inv_freq is not None else "default"
         nested = {**module.rope_type, site.layer_type: rope_type} if isinstance(module.rope_type, dict) else rope_type

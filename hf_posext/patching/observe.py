@@ -38,7 +38,7 @@ def table_rows(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     rows = {}
     for path, module in position_tables(model).items():
         if module.weight.is_meta:
-            raise UnsupportedModelError(f"{path} is on the meta device. Load its weights, then diagnose it.")
+            raise UnsupportedModelError(f"Expected {path} in memory, got the meta device. Load its weights first.")
         rows[path] = module.weight.detach()[first_row(model, path, module) or 0 :].float().cpu()
     return rows
 
@@ -53,7 +53,9 @@ def frequencies_in_force(model: PreTrainedModel, length: int) -> dict[str, torch
         if site.name in by_set:
             continue
         if getattr(site.module, f"{site.prefix}inv_freq").is_meta:
-            raise UnsupportedModelError(f"{site.path} is on the meta device. Load the weights of the model first.")
+            raise UnsupportedModelError(
+                f"Expected {site.path} in memory, got the meta device. Load its weights first."
+            )
         twin = replace(site, module=copy.deepcopy(site.module))
         twin.run(torch.tensor([0, length - 1]))
         frequencies: torch.Tensor = getattr(twin.module, f"{site.prefix}inv_freq")
@@ -84,7 +86,9 @@ def buckets_of(model: PreTrainedModel, distances: torch.Tensor, plan: BucketPlan
     module: Any = next(iter(bucket_modules(model).values()))
     name = bucket_function(module)
     if name is None:
-        raise UnsupportedModelError(f"{type(model).__name__} sorts distances of more than one kind into buckets")
+        raise UnsupportedModelError(
+            f"Expected buckets of one kind of distance, got several in {type(model).__name__}."
+        )
     sort = getattr(module, name)
     known = {
         "bidirectional": not getattr(module, "is_decoder", False),
@@ -177,7 +181,7 @@ def last_query_scores(
     config = text_config(model.config)
     if config.model_type == "falcon" and config.alibi:
         raise UnsupportedModelError(
-            "the eager attention of falcon adds ALiBi's biases twice, so its attention cannot be watched"
+            "Expected attention scores, got those of falcon, whose eager attention adds ALiBi's biases twice."
         )
     trunk, cache = model.base_model, None
     with switched_attention(model, "eager"), evaluation_mode(model):
@@ -186,6 +190,6 @@ def last_query_scores(
                 out = trunk(input_ids[None, begin : begin + chunk], use_cache=True, **with_cache(trunk.forward, cache))
             cache = cache_of(out)
             if cache is None or not watch.seen:
-                what = "keeps no cache of keys" if cache is None else "hands no attention scores to a softmax"
-                raise UnsupportedModelError(f"{type(model).__name__} {what}, so its attention cannot be watched")
+                what = "a cache of keys" if cache is None else "attention scores that reach a softmax"
+                raise UnsupportedModelError(f"Expected {what}, got none from {type(model).__name__}.")
             yield begin + chunk - 1, watch.seen

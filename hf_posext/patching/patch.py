@@ -110,7 +110,8 @@ class Patch:
         Raises:
             NotPatchedError: the patch is not in force any more.
             UnsupportedModelError: an adapter trains a copy of a table that was stretched; merge or drop it first. Or
-                FSDP2 has sharded it, or the table before the patch was not saved with the model.
+                FSDP2 has sharded it, accelerate has offloaded it, or the table before the patch was not saved with the
+                model.
             UndoError: some changes could not be put back; names them.
         """
         with _lock:
@@ -124,6 +125,7 @@ class Patch:
             follow_tables(self.model, self._state.tables, self._state.log)
             if self._state.tables:
                 _refuse_sharded_tables(self.model, "Undo the patch before the model is wrapped.")
+                _refuse_offloaded_tables(self.model, self._state.log)
             self._state.log.undo()
             unmark(self._state)  # not before all is undone, so that a second try finds the patch
 
@@ -296,8 +298,8 @@ def _apply(
     state = InForce(Weak(model), plan, tokenizer)
     if plan.changes_nothing and any(entry["name"] != "none" for entry in plan.parameters):
         raise NoEffectError(
-            f"{plan.describe()} leaves the positions of {plan.scheme.model_type} as they are: {_why_nothing(plan)}. "
-            "Use method 'none' to compare with the model as it is."
+            f"Expected a plan that changes the positions of {plan.scheme.model_type}, got {plan.describe()} without "
+            f"effect: {_why_nothing(plan)}. Pass method 'none' to compare with the unpatched model."
         )
     if plan.rotates_late:
         _refuse_prefixes(outer, plan)
@@ -333,7 +335,10 @@ def _why_nothing(plan: ExtensionPlan) -> str:
 def _refuse_meta(model: PreTrainedModel) -> None:
     """Refuse a model without weights. One that accelerate has offloaded gets them from its hooks."""
     if any(weight.is_meta for weight in model.parameters()) and not is_offloaded(model):
-        raise UnsupportedModelError(f"{type(model).__name__} is on the meta device. Load its weights, then patch.")
+        raise UnsupportedModelError(
+            f"Expected a model with weights, got {type(model).__name__} on the meta device. Load its weights, then "
+            "patch."
+        )
 
 
 def _refuse_prefixes(model: nn.Module, plan: ExtensionPlan) -> None:
@@ -352,8 +357,17 @@ def _refuse_sharded_tables(model: nn.Module, advice: str) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel | FSDPModule | FullyShardedDataParallel):
             raise UnsupportedModelError(
-                f"{type(module).__name__} manages the weights of a model whose table of positions would be replaced. "
-                f"{advice}"
+                f"Expected a table of positions that no wrapper manages, got {type(module).__name__}. {advice}"
+            )
+
+
+def _refuse_offloaded_tables(model: PreTrainedModel, log: UndoLog) -> None:
+    """Refuse to restore tables that accelerate's hooks bring from where they keep them: from the longer ones."""
+    for path, module in tables_of(model).items():
+        if module.weight.is_meta and log.knows(module, "weight"):
+            raise UnsupportedModelError(
+                f"Expected {path} in memory, got it offloaded. Call "
+                "accelerate.hooks.remove_hook_from_submodules(model), then undo."
             )
 
 

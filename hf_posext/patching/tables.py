@@ -47,7 +47,7 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> No
     for path, module in tables.items():
         if module.weight.is_meta:
             raise UnsupportedModelError(
-                f"{path} of {plan.scheme.model_type} is offloaded or on the meta device. Keep it in memory by "
+                f"Expected {path} of {plan.scheme.model_type} in memory, got it offloaded or on the meta device. Pass "
                 f"device_map={{..., {path!r}: 'cpu'}}, then patch."
             )
         old = module.weight.detach()
@@ -65,7 +65,8 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> No
         read = row_of_position_zero(model, path)
         if read not in (offset, None):
             raise UnsupportedModelError(
-                f"{plan.scheme.model_type} reads position 0 in row {read} of its longer table, expected row {offset}"
+                f"Expected {plan.scheme.model_type} to read position 0 in row {offset} of its longer table, got row "
+                f"{read}."
             )
 
 
@@ -98,8 +99,8 @@ def follow_tables(model: PreTrainedModel, replaced: Mapping[str, nn.Embedding], 
             log.transfer(replaced[path], module)
         if path_without_adapter(path) in paths and not log.knows(module, "weight"):
             raise UnsupportedModelError(
-                f"an adapter trains a copy of the table that was stretched ({path}). Merge or drop the adapter first: "
-                "model.merge_and_unload() or model.unload()."
+                f"Expected the table that was stretched, got a copy that an adapter trains ({path}). Merge or drop "
+                "the adapter first: model.merge_and_unload() or model.unload()."
             )
 
 
@@ -152,8 +153,8 @@ def _follow(model: PreTrainedModel, before: dict[str, nn.Module], after: dict[st
                 continue
             if not isinstance(module, nn.Embedding) or row_of_position_zero(model, path) is not None:
                 raise UnsupportedModelError(
-                    f"{path}.{name} of {type(model).__name__} is {tuple(ours.shape)}, and {tuple(weight.shape)} in a "
-                    "model built from the changed config; hf_posext does not know how to stretch it"
+                    f"Expected {path}.{name} of {type(model).__name__} to keep its shape {tuple(ours.shape)} in a "
+                    f"model built from the changed config, got {tuple(weight.shape)}."
                 )
             # VisualBERT's table of positions in a picture: no text reads it, and its rows keep their places
             more = ours.detach()[-1:].expand(max(len(weight) - len(ours), 0), -1)
@@ -322,5 +323,5 @@ def radians(table: torch.Tensor, name: str) -> torch.Tensor:
         if min(errors) <= 1e-6 + torch.finfo(table.dtype).eps:
             return candidates[errors.index(min(errors))]
     raise UnsupportedModelError(
-        f"{name} does not hold sines of 10000 ** (-i / n); hf_posext cannot move its positions"
+        f"Expected sines of 10000 ** (-i / n) in {name}, got others, whose positions cannot be moved."
     )

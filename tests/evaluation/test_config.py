@@ -130,7 +130,7 @@ def test_what_is_no_tokenizer_model_or_path_is_refused() -> None:
     model, tokenizer = tiny_llama(), character_tokenizer()
     for arguments, message in (
         ((model, None, TEXTS), "Expected a tokenizer, got NoneType"),
-        ((tiny_llama().to("meta"), tokenizer, TEXTS), "is on the meta device. Load its weights"),
+        ((tiny_llama().to("meta"), tokenizer, TEXTS), "on the meta device. Load its weights"),
         ((model, tokenizer, "word " * 999), "no such path: word .*Pass a list, also of one text"),
     ):
         with pytest.raises(PosExtError, match=message):

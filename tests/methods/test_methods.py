@@ -324,7 +324,9 @@ def test_lengths_that_cannot_be(kwargs: dict[str, float], message: str) -> None:
 def test_a_factor_given_twice_has_to_be_the_same() -> None:
     for method in (YaRN(factor=16), NTK(factor=2) + Resonance(factor=16), as_method("yarn(factor=16)")):
         assert method.plan(scheme(), factor=16).factor == method.plan(scheme()).factor == 16
-        with pytest.raises(InvalidParameterError, match="Expected one factor, got 16 in the name and 8 as the argument"):
+        with pytest.raises(
+            InvalidParameterError, match="Expected one factor, got 16 in the name and 8 as the argument"
+        ):
             method.plan(scheme(), factor=8)
     assert YaRN().plan(scheme(), target_length=8 * TRAINED).factor == 8
     with pytest.raises(InvalidParameterError, match="Pass one of the two"):

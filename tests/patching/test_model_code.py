@@ -74,7 +74,7 @@ def test_a_config_without_rope_parameters_is_patched(method: str) -> None:
 def test_a_temperature_that_the_code_never_applies_is_refused() -> None:
     """The attribute is there, and the forward does not read it."""
     model = OldModel(OldConfig(), scales=False)
-    with pytest.raises(UnsupportedModelError, match="rotary .Rotary. does not multiply its phases by 1.138"):
+    with pytest.raises(UnsupportedModelError, match="Expected rotary .Rotary. to multiply its phases by 1.138"):
         patch_model(model, "yarn", factor=4)
     with patch_model(model, "yarn(attention_factor=1.0)", factor=4):
         pass

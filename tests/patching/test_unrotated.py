@@ -86,5 +86,5 @@ def test_code_that_writes_into_its_phases_is_refused(llama: Any, monkeypatch: py
         return (side / 2 for side in halves(query, key, cos.mul_(2), sin.mul_(2), **kwargs))
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", scaled)
-    with pytest.raises(UnsupportedModelError, match="the code of llama raised RuntimeError"):
+    with pytest.raises(UnsupportedModelError, match="Expected the positions of llama, got RuntimeError from its code"):
         patch_model(llama, ReRoPE(window=8), factor=4)

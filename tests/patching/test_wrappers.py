@@ -1,13 +1,16 @@
-"""Models whose classes or weights a wrapper manages: FSDP2, DDP, and parametrizations of PyTorch."""
+"""Models whose classes or weights a wrapper manages: FSDP2, DDP, offloading by accelerate, and parametrizations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +22,7 @@ from hf_posext.errors import UnsupportedModelError
 from hf_posext.patching.mixin import mix, source_file
 from hf_posext.patching.remap.rotary import RotatesLate
 
-from ..conftest import logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
+from ..conftest import TRAINED, logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
 from ..zoo import build
 
 IDS = tokens(60)
@@ -83,6 +86,34 @@ def test_a_table_is_not_replaced_where_a_wrapper_manages_its_weights() -> None:
         with pytest.raises(UnsupportedModelError, match="Undo the patch before the model is wrapped"):
             unpatch_model(model)
         model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (tiny_llama, "yarn"),
+        (tiny_llama, "rerope(window=16)"),
+        (tiny_gpt2, "table-linear"),
+        (tiny_bloom, "alibi-linear"),
+    ],
+)
+def test_a_model_that_is_offloaded_while_patched(
+    offload: Callable[..., Any], make: Callable[[], Any], method: str, tmp_path: Path
+) -> None:
+    model = make()
+    before = logits(model, IDS)
+    patch_model(model, method, factor=4, trained_length=TRAINED)
+    right = logits(model, IDS)
+    offload(model, *((tmp_path,) if offload is disk_offload else ()), execution_device=torch.device("cpu"))
+    assert torch.equal(logits(model, IDS), right)
+    if method == "table-linear":  # the hooks would bring the longer table back in the next forward
+        with pytest.raises(UnsupportedModelError, match="Expected transformer.wpe in memory, got it offloaded"):
+            unpatch_model(model)
+        assert torch.equal(logits(model, IDS), right)
+        remove_hook_from_submodules(model)
+    unpatch_model(model)
+    assert torch.equal(logits(model, IDS), before)
 
 
 def test_the_file_of_a_class_that_was_made_at_run_time() -> None:

@@ -67,12 +67,13 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
     kind = plan.scheme.model_type
     if any(entry.short_inv_freq is not None for entry in plan.rotaries):
         raise UnsupportedModelError(
-            f"{plan.method}: two LongRoPE lists cannot be combined with remapping. Pass one list."
+            f"Expected one LongRoPE list in {plan.method}, which remaps positions, got two. Pass one list."
         )
     by_pair = any(mapping.by_pair for band in plan.bands for mapping in (band.query, band.key))
     if by_pair and any(entry.growth for entry in plan.rotaries):
         raise UnsupportedModelError(
-            f"{plan.method}: positions of each pair and frequencies that follow rows cannot be combined"
+            f"Expected frequencies that stay in {plan.method}, which maps positions by rotary pairs, got frequencies "
+            "that follow rows. Pass e.g. yarn before it."
         )
     indexed = any("Indexer" in type(module).__name__ for module in model.modules())
     if indexed and (plan.follows_rows or by_pair):
@@ -83,13 +84,13 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
     base = config._attn_implementation or "eager"
     if base not in ATTENTION:
         raise UnsupportedModelError(
-            f"{kind} runs with {base!r} attention; {plan.method} needs 'sdpa' or 'eager': "
-            "model.set_attn_implementation('sdpa')"
+            f"Expected 'sdpa' or 'eager' attention for {plan.method}, got {base!r} in {kind}. Call "
+            "model.set_attn_implementation('sdpa'), then patch."
         )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{model.config.model_type} rotates in an encoder as well as in a decoder; {plan.method} cannot be "
-            "applied to both, a frequency method such as yarn can"
+            f"Expected a decoder for {plan.method}, got {model.config.model_type}, which rotates in an encoder as "
+            "well. Pass a frequency method such as yarn."
         )
     sites = list(rotary_sites(model))
     backbone, prefix = _backbone(model, sites[0])
@@ -103,9 +104,8 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
     dynamic = next((site for site in sites if plan.bands and _follows_length(site)), None)
     if dynamic is not None:
         raise UnsupportedModelError(
-            f"{dynamic.path} of {kind} changes its frequencies with the length of the input, and {plan.method} asks "
-            f"for positions that do not grow with it. Pass a method that fixes the frequencies first, as in "
-            f"'yarn+{plan.method}'."
+            f"Expected frequencies that stay for {plan.method}, got {dynamic.path} of {kind}, where they follow the "
+            f"length of the input. Pass a method that fixes them first, as in 'yarn+{plan.method}'."
         )
     whole = Subject(model, "", backbone, sites, False)
     subject = _skeleton(whole, prefix) or whole
@@ -158,8 +158,8 @@ def _studied(
             unnumbered = [path for path in layers if layer_number(modules[path]) is None]
             if unnumbered:
                 raise UnsupportedModelError(
-                    f"{kind} does not number its attention layers ({unnumbered[0]} has no layer_idx of its own); "
-                    f"{plan.method} treats the first ones in another way"
+                    f"Expected a layer_idx in each attention layer of {kind}, because {plan.method} skips the first "
+                    f"ones, got none in {unnumbered[0]}."
                 )
         if plan.bands:
             free = [path for path in layers if not getattr(modules[path], "is_causal", True)]
@@ -186,9 +186,9 @@ def _studied(
             difference = max((attended - row).float().abs().max() for attended, row in outputs)
             if not difference <= tolerance:
                 raise UnsupportedModelError(
-                    f"{kind} gives other outputs when its attention rotates late (by {difference:.1e}, "
-                    f"{tolerance:.1e} allowed): it uses rotated states elsewhere; {plan.method} cannot be applied, a "
-                    "frequency method such as yarn can"
+                    f"Expected equal outputs of {kind} when its attention rotates late, got a difference of "
+                    f"{difference:.1e} where {tolerance:.1e} is allowed: it uses rotated states elsewhere. Pass a "
+                    f"frequency method such as yarn instead of {plan.method}."
                 )
             late = replace(unmapped, plan=plan, rotates_cached_keys=True, refused=refused)
             return late if _keeps_rotated(subject, late, ids[:, :7]) else replace(late, rotates_cached_keys=False)
@@ -368,7 +368,7 @@ def _layouts(subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: 
             f"{kind}: {error}; remapping methods cannot rotate it, frequency methods can"
         ) from error
     if not layers:
-        raise UnsupportedModelError(f"{kind} has no attention layer that rotates; there is nothing to remap")
+        raise UnsupportedModelError(f"Expected an attention layer that rotates, got none in {kind}.")
     measured = probe({name: torch.zeros(1, len(slots)) for name, slots in pairs.items()}, ids).windows
     full = getattr(backbone.config, "sliding_window", None)  # the skeleton's window is smaller
     windows = {path: full if subject.bare and measured[path] == WINDOW else measured[path] for path in layers}
