@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowGroup
 from .frequencies import padded, require_pairs
-from .remap import SAME, RemapMethod, require_one_set, window_of
+from .remap import RemapMethod, near_and_far, require_one_set, window_of
 from .yarn import YaRN
 
 
@@ -55,13 +55,12 @@ class JetLong(RemapMethod):
             require_pairs(self, rotary)
             shares = padded(rotary, YaRN().ramp(rotary, trained, truncate=True))
             query, key = (PositionMap(row_group=beyond, pair_shares=shares, kept=kept) for kept in (window, 0))
-            return Band(SAME, SAME, high=window + 1), Band(query, key, low=window + 1)
+            return near_and_far(window + 1, query, key)
         if not self.offset:
             grouped = PositionMap(row_group=RowGroup(span=trained))
             # the published window is that of FlashAttention, which contains `window + 1` keys
-            return Band(SAME, SAME, high=window + 1), Band(grouped, grouped, low=window + 1)
-        far = Band(PositionMap(row_group=beyond, kept=window), PositionMap(row_group=beyond), low=window)
-        return Band(SAME, SAME, high=window), far
+            return near_and_far(window + 1, grouped, grouped)
+        return near_and_far(window, PositionMap(row_group=beyond, kept=window), PositionMap(row_group=beyond))
 
     def query_scale(self, plan: ExtensionPlan) -> QueryScale | None:
         if not self.frequencies:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowCurve
-from .remap import SAME, RemapMethod, window_of
+from .remap import RemapMethod, near_and_far, window_of
 
 CURVES = {
     "llama-3": (8192, 6204.409324666837, 0.00010493097327094324, -2.466638011138158),
@@ -45,8 +45,7 @@ class LaMPE(RemapMethod):
         trained, limit, slope, shift = CURVES[self.curve]
         scale = plan.trained_length / trained
         curve = RowCurve(limit=limit * scale, slope=slope / scale, shift=shift, beyond=plan.trained_length)
-        far = Band(PositionMap(row_curve=curve, kept=head), PositionMap(row_curve=curve), low=head + 1)
-        return Band(SAME, SAME, high=head + 1), far
+        return near_and_far(head + 1, PositionMap(row_curve=curve, kept=head), PositionMap(row_curve=curve))
 
     def query_scale(self, plan: ExtensionPlan) -> QueryScale:
         return QueryScale(length=max(plan.trained_length, 2), constant=(0.1 * math.log(2) + 1) ** 2)

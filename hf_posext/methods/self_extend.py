@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from ..decode import Count
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from .remap import RemapMethod, near_and_far, window_of
@@ -30,7 +31,7 @@ class SelfExtend(RemapMethod):
     url = "https://arxiv.org/abs/2401.01325"
     code = "https://github.com/datamllab/LongLM"
 
-    group: int | None = None
+    group: Count | None = None
     window: int | None = None
 
     def bands(self, plan: ExtensionPlan) -> tuple[Band, ...]:
@@ -41,12 +42,12 @@ class SelfExtend(RemapMethod):
             if room <= 0:  # a wide window leaves only the positions near the end of the trained length
                 room = max(plan.trained_length - window, 1)
             group = 2 ** math.ceil(math.log2(max((plan.target_length - window) / room, 1)))
-        if self.window is None and group > 0:
+        if self.window is None:
             window = max(window // group, 1) * group
-        if group < 1 or window % group:
+        if window % group:
             raise InvalidParameterError(
                 f"Expected a self-extend window that is a multiple of the group, got {window} and {group}. "
-                f"Pass e.g. window={max(group, 1) * max(1, window // max(group, 1))}."
+                f"Pass e.g. window={group * max(1, window // group)}."
             )
         return near_and_far(
             window, PositionMap(group=group, offset=window - window // group), PositionMap(group=group)

@@ -8,9 +8,8 @@ run whoever else has wrapped their forward (accelerate, with a `device_map`).
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -25,11 +24,16 @@ from .sites import bucket_modules, logits_of_probe
 from .undo import UndoLog
 
 
-class AttentionSlopes(ABC):
-    """Forward pre-hook of an attention layer, with the float32 slopes (heads,) of a plan and their biases."""
+class AttentionSlopes:
+    """Forward pre-hook of an attention layer, with the float32 slopes (heads,) of a plan and their biases.
 
-    def __init__(self, slopes: torch.Tensor) -> None:
+    Args:
+        biased: function of the family that returns the arguments that take the place of those of the layer.
+    """
+
+    def __init__(self, slopes: torch.Tensor, biased: Biased) -> None:
         self.slopes = slopes
+        self.biased = biased
         self.used = False
 
     def on(self, device: torch.device) -> torch.Tensor:
@@ -54,51 +58,39 @@ class AttentionSlopes(ABC):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the layer with the biases of these slopes."""
-        return args, kwargs | self.biased(module, kwargs)
-
-    @abstractmethod
-    def biased(self, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Return the arguments that take the place of those that the layer was given."""
+        return args, kwargs | self.biased(self, module, kwargs)
 
 
-class BloomSlopes(AttentionSlopes):
-    """Slopes for the attention layers of BLOOM."""
-
-    def biased(self, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        alibi, mask = given["alibi"], given["attention_mask"]
-        return {"alibi": alibi.new_zeros(1, 1, 1), "attention_mask": mask + self.biases(mask)}
+Biased: TypeAlias = Callable[[AttentionSlopes, Any, dict[str, Any]], dict[str, torch.Tensor]]
 
 
-class FalconSlopes(AttentionSlopes):
-    """Slopes for the attention layers of Falcon, whose mask contains the biases over the root of the head width.
+def _bloom(slopes: AttentionSlopes, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    alibi, mask = given["alibi"], given["attention_mask"]
+    return {"alibi": alibi.new_zeros(1, 1, 1), "attention_mask": mask + slopes.biases(mask)}
+
+
+def _falcon(slopes: AttentionSlopes, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return a mask that contains the biases over the root of the head width, as Falcon's does.
 
     Kernels of SDPA want the mask in the dtype of the states. What each query adds to all of its keys alike counts for
     nothing, so that the mask gets distances, which are small, and so exact, where attention is.
     """
-
-    def biased(self, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        mask = given["attention_mask"]
-        biases, lowest = self.biases(mask), torch.finfo(mask.dtype).min
-        unseen = mask < lowest / 2
-        nearest = biases.masked_fill(unseen, 0).amax(-1, keepdim=True)  # that of the last token that a query sees
-        scaled = (biases - nearest) / math.sqrt(module.hidden_size // module.num_heads)
-        return {"alibi": biases, "attention_mask": scaled.to(mask.dtype).masked_fill(unseen, lowest)}
+    mask = given["attention_mask"]
+    biases, lowest = slopes.biases(mask), torch.finfo(mask.dtype).min
+    unseen = mask < lowest / 2
+    nearest = biases.masked_fill(unseen, 0).amax(-1, keepdim=True)  # that of the last token that a query sees
+    scaled = (biases - nearest) / math.sqrt(module.hidden_size // module.num_heads)
+    return {"alibi": biases, "attention_mask": scaled.to(mask.dtype).masked_fill(unseen, lowest)}
 
 
-class MptSlopes(AttentionSlopes):
-    """Slopes for the attention layers of MPT, which counts back from the last key, padding or not."""
-
-    def biased(self, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        shipped = given["position_bias"]
-        distances = torch.arange(1 - shipped.shape[-1], 1, dtype=torch.float32, device=shipped.device)
-        return {"position_bias": self.on(shipped.device)[:, None, None] * distances}
+def _mpt(slopes: AttentionSlopes, module: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return biases that count back from the last key, padding or not."""
+    shipped = given["position_bias"]
+    distances = torch.arange(1 - shipped.shape[-1], 1, dtype=torch.float32, device=shipped.device)
+    return {"position_bias": slopes.on(shipped.device)[:, None, None] * distances}
 
 
-_HOOKS: dict[str, Callable[[torch.Tensor], AttentionSlopes]] = {
-    "BloomAttention": BloomSlopes,
-    "FalconAttention": FalconSlopes,
-    "MptAttention": MptSlopes,
-}
+_FAMILIES: dict[str, Biased] = {"BloomAttention": _bloom, "FalconAttention": _falcon, "MptAttention": _mpt}
 
 
 def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> str:
@@ -112,13 +104,14 @@ def apply_slopes(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> s
     slopes = torch.tensor(plan.slopes, dtype=torch.float32)
     sites: dict[str, AttentionSlopes] = {}
     for path, module in model.named_modules():
-        hook = next((_HOOKS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _HOOKS), None)
-        if hook is not None:
-            sites[path] = hook(slopes)
+        names = (cls.__name__ for cls in type(module).__mro__)
+        biased = next((_FAMILIES[name] for name in names if name in _FAMILIES), None)
+        if biased is not None:
+            sites[path] = AttentionSlopes(slopes, biased)
             log.on_undo(module.register_forward_pre_hook(sites[path], with_kwargs=True).remove)
     if not sites:
         raise UnsupportedModelError(
-            f"Expected attention layers of {', '.join(_HOOKS)}, got none in {plan.scheme.model_type}. Pass "
+            f"Expected attention layers of {', '.join(_FAMILIES)}, got none in {plan.scheme.model_type}. Pass "
             "attn_implementation='sdpa' or 'eager' where it is loaded."
         )
     logits_of_probe(model)  # by the path that users run, whoever has wrapped it

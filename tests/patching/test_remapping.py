@@ -404,7 +404,6 @@ def test_dynamic_methods_leave_short_rows_alone_and_decode_with_a_small_residual
     ("method", "message"),
     [
         (SelfExtend(group=5, window=12), "a multiple of the group, got 12 and 5. Pass e.g. window=10"),
-        (SelfExtend(group=0, window=12), "got 12 and 0"),
         (ReRoPE(window=0), r"Expected a rerope window of 1 to 64 \(the trained length\), got 0"),
         (ReRoPE(window=65), "got 65"),
         (DualChunk(chunk=16, local=16), "Expected a dual-chunk local of 1 to 15, got 16"),
@@ -426,7 +425,7 @@ def test_dynamic_methods_leave_short_rows_alone_and_decode_with_a_small_residual
 def test_parameters_that_cannot_be(method: Method, message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         patch_model(tiny_llama(), method, factor=8)
-    for make in (lambda: LeakyReRoPE(stride=0.5), lambda: DynamicYaRN(temperature=-1)):
+    for make in (lambda: LeakyReRoPE(stride=0.5), lambda: DynamicYaRN(temperature=-1), lambda: SelfExtend(group=0)):
         with pytest.raises(InvalidParameterError, match="Expected"):
             make()
     for fades in (Fade, Decay):
