@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from hf_posext import patch_model
+from hf_posext import patch_model, unpatch_model
 from hf_posext.errors import EvaluationError, UnsupportedModelError
 from hf_posext.methods import DynamicNTK, LogN, ReRoPE, Sinks
 
@@ -153,6 +153,15 @@ def test_eight_bit_weights_stay(llama: LlamaForCausalLM) -> None:
         torch.testing.assert_close(logits(model, tokens(60)), before, atol=0.1, rtol=0)
         assert len(weights) > 10 and all(model.get_submodule(path)._packed_params is w for path, w in weights.items())
     assert torch.equal(logits(model, tokens(60)), before)
+    for method in ("yarn", ReRoPE(window=8), DynamicNTK()):  # whichever comes first
+        with patch_model(model, method, factor=8):
+            expected = logits(model, tokens(90))
+        patched = tiny_llama()
+        patch_model(patched, method, factor=8)
+        reduced = torch.ao.quantization.quantize_dynamic(patched, {torch.nn.Linear}, dtype=torch.qint8)
+        assert torch.equal(logits(reduced, tokens(90)), expected)
+        unpatch_model(reduced)
+        assert torch.equal(logits(reduced, tokens(60)), before)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name came in 5.2x
@@ -287,6 +296,23 @@ def test_attention_that_cannot_be_replaced(llama: LlamaForCausalLM) -> None:
     llama.set_attn_implementation("eager")
     patch_model(llama, ReRoPE(window=16), factor=8)
     torch.testing.assert_close(logits(llama, tokens(40)), expected, atol=1e-4, rtol=0)
+
+
+def test_flex_attention_is_for_methods_that_leave_attention_alone() -> None:
+    flexible = tiny_llama(attn_implementation="flex_attention")
+    with patch_model(model := tiny_llama(), "yarn", factor=8), patch_model(flexible, "yarn", factor=8):
+        # two ways to attend; logits spread by 4
+        torch.testing.assert_close(logits(flexible, tokens(90)), logits(model, tokens(90)), atol=1e-4, rtol=0)
+    for method in (ReRoPE(window=16), DynamicNTK(), LogN()):
+        with pytest.raises(
+            UnsupportedModelError, match="Expected 'sdpa' or 'eager' attention .* got 'flex_attention'"
+        ):
+            patch_model(flexible, method, factor=8)
+        with patch_model(model, method, factor=8):
+            model.set_attn_implementation("flex_attention")
+            with pytest.raises(EvaluationError, match="implementation of the patch, got 'flex_attention'"):
+                logits(model, tokens(90))
+            model.set_attn_implementation("sdpa")
 
 
 def test_saved_config_does_not_name_our_attention(llama: LlamaForCausalLM, tmp_path: Path) -> None:

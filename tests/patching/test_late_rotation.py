@@ -8,13 +8,14 @@ import io
 import pickle
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, Dataset
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, QuantizedCache, StaticCache
-from transformers.cache_utils import Cache, QuantizedLayer
+from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 
 import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model, unpatch_model
@@ -123,6 +124,29 @@ def test_quantised_cache(beams: int) -> None:
     cache = Cache(layers=[Lossless(residual_length=5) for _ in range(2)])
     generated = generate(model, **with_cache(model.forward, cache), num_beams=beams)
     assert same(generated, generate(model, cached=False, num_beams=beams))
+
+
+@pytest.mark.parametrize("method", [ReRoPE(window=8), DualChunk(chunk=12, local=4), DynamicNTK(), "yarn"])
+def test_offloaded_cache(method: Method | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between steps, the keys are on another device: other tensors than those that attention read."""
+
+    def away(layer: Any) -> None:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+    monkeypatch.setattr(torch, "Stream", MagicMock)
+    monkeypatch.setattr(torch.cuda, "default_stream", MagicMock())
+    monkeypatch.setattr(DynamicLayer, "offload", away)
+    model = tiny_llama()
+    patch_model(model, method, factor=8, trained_length=16)
+    cache = DynamicCache(config=model.config, offloading=True)
+    ids = tokens(40, rows=2)
+    steps = [logits(model, piece, cache=cache) for piece in ids.split([21, 1, 1, 12, 1, 4], 1)]
+    # dynamic NTK keeps, in deeper layers, what was computed under a smaller factor: compare with an ordinary cache
+    plain = DynamicCache(config=model.config)
+    expected = [logits(model, piece, cache=plain) for piece in ids.split([21, 1, 1, 12, 1, 4], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), torch.cat(expected, 1), atol=1e-4, rtol=0)
+    if not isinstance(method, DynamicNTK):
+        torch.testing.assert_close(torch.cat(steps, 1), logits(model, ids, use_cache=False), atol=1e-4, rtol=0)
 
 
 def test_fp8_cache_loses_no_more_than_unpatched(llama: LlamaForCausalLM) -> None:
