@@ -64,11 +64,6 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
     planned = {entry.name: entry for entry in plan.rotaries}
     sites = [site for site in rotary_sites(model) if site.name in planned]
     probes = _probe_positions(plan)
-    if any(getattr(site.module, f"{site.prefix}inv_freq").is_meta for site in sites):
-        raise UnsupportedModelError(
-            f"Expected frequencies of {plan.scheme.model_type} in memory, got the meta device. Load its weights, then "
-            "patch."
-        )
     before = [[site.phases(probe) for probe in probes] for site in sites]
 
     obstacle = "positions are remapped inside attention" if plan.rotates_late else None

@@ -82,7 +82,7 @@ def test_a_temperature_that_the_code_never_applies_is_refused() -> None:
 
 def test_what_model_code_raises_names_the_model() -> None:
     model = OldModel(OldConfig(), broken=True)
-    with pytest.raises(UnsupportedModelError, match=r"code of Rotary \(rotary\) raised TypeError .* only integers"):
+    with pytest.raises(UnsupportedModelError, match=r"positions of Rotary \(rotary\), got TypeError .* only integers"):
         patch_model(model, "yarn", factor=4)
     assert not any("posext" in name for module in model.modules() for name in vars(module))
 
