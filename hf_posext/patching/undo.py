@@ -133,7 +133,8 @@ class UndoLog:
         if not isinstance(module, KeepsShipped):
             self.set(module, "_posext_shipped", {})
             self.set(module, "__class__", mix(KeepsShipped, type(module)))
-        module._posext_shipped.setdefault(name, getattr(module, name))
+        shipped: dict[str, torch.Tensor] = vars(module)["_posext_shipped"]
+        shipped.setdefault(name, getattr(module, name))
         self.set(module, name, tensor)
 
     def knows(self, owner: Any, name: str) -> bool:
@@ -189,7 +190,8 @@ class UndoLog:
 class LastingLog(UndoLog):
     """Log of changes that stay, so that the tensors that they replace are dropped."""
 
-    replace = UndoLog.set
+    def replace(self, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+        setattr(module, name, tensor)
 
 
 def _holds(owner: Any, name: str) -> bool:

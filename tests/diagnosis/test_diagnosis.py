@@ -206,7 +206,7 @@ def test_a_method_that_the_model_refuses_is_noted_and_not_read_with() -> None:
     diagnosis = diagnose(model, tokenizer, [PASSAGE], methods=["self-extend", "yarn"], target_length=640)
     assert list(diagnosis.tables["losses"].curve.unique()) == ["none", "last 128 tokens", "yarn"]
     (note,) = [note for note in diagnosis.notes if note.startswith("self-extend: ")]
-    assert "runs with 'another' attention" in note
+    assert "got 'another' in llama" in note
     assert "yarn" in diagnosis.remedies and "self-extend" not in diagnosis.remedies
     assert [signal.method for signal in diagnosis.signals] == ["none", "yarn"]
 

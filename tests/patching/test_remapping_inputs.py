@@ -698,5 +698,22 @@ def test_a_trace_of_one_text_is_refused(name: str, llama: LlamaForCausalLM) -> N
         torch.jit.trace(llama, (IDS,), check_trace=False)
 
 
+@pytest.mark.parametrize("name", ["yarn", "rerope", "dual-chunk", "dynamic-ntk"])
+def test_an_export_is_of_one_length(name: str, llama: LlamaForCausalLM) -> None:
+    """ONNX files are made of such an export as well."""
+    patch(llama, name)
+    expected = logits(llama, IDS, use_cache=False)
+    for dynamic in ({0: torch.export.Dim("rows", max=9)}, {1: torch.export.Dim("tokens", max=200)}):
+        shapes = {"input_ids": dynamic, "use_cache": None}
+        given = {"input_ids": IDS.expand(2, -1).contiguous(), "use_cache": False}
+        if name != "yarn" and 1 in dynamic:
+            with pytest.raises(UnsupportedModelError, match="Leave the tokens out of dynamic_shapes"):
+                torch.export.export(llama, (), given, dynamic_shapes=shapes, strict=False)
+            continue
+        with torch.no_grad():
+            exported = torch.export.export(llama, (), given, dynamic_shapes=shapes, strict=False).module()
+            assert torch.equal(exported(input_ids=IDS, use_cache=False).logits, expected)
+
+
 def test_refusals_are_errors_of_the_package() -> None:
     assert issubclass(EvaluationError, PosExtError) and issubclass(UnsupportedModelError, PosExtError)

@@ -348,6 +348,13 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
             "Use torch.compile, or torch.export for texts of one length."
         )
     inputs = {**dict(zip(module._posext_arguments, args, strict=False)), **kwargs}
+    if not torch.compiler.is_dynamo_compiling():
+        read = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
+        if read is not None and isinstance(read.shape[1], torch.SymInt):
+            raise UnsupportedModelError(
+                f"Expected a text of one length, because the bands of {remapping.plan.method} depend on it, got "
+                "torch.export with a length that is open. Leave the tokens out of dynamic_shapes."
+            )
     if remapping.bands.bands:
         causal = inputs.get("is_causal")
         if causal is False or (causal is None and getattr(config, "is_causal", True) is False):
