@@ -701,7 +701,7 @@ def test_a_trace_of_one_text_is_refused(name: str, llama: LlamaForCausalLM) -> N
 @pytest.mark.parametrize("name", ["yarn", "rerope", "dual-chunk", "dynamic-ntk"])
 def test_an_export_is_of_one_length(name: str, llama: LlamaForCausalLM) -> None:
     """ONNX files are made of such an export as well."""
-    patch(llama, name)
+    patch_model(llama, ALL.get(name, name), factor=8, trained_length=16)
     expected = logits(llama, IDS, use_cache=False)
     for dynamic in ({0: torch.export.Dim("rows", max=9)}, {1: torch.export.Dim("tokens", max=200)}):
         shapes = {"input_ids": dynamic, "use_cache": None}
@@ -712,7 +712,8 @@ def test_an_export_is_of_one_length(name: str, llama: LlamaForCausalLM) -> None:
             continue
         with torch.no_grad():
             exported = torch.export.export(llama, (), given, dynamic_shapes=shapes, strict=False).module()
-            assert torch.equal(exported(input_ids=IDS, use_cache=False).logits, expected)
+            # sums of another number of rows, in another order; logits spread by 4
+            torch.testing.assert_close(exported(input_ids=IDS, use_cache=False).logits, expected, atol=1e-4, rtol=0)
 
 
 def test_refusals_are_errors_of_the_package() -> None:
