@@ -298,6 +298,7 @@ def test_attention_that_cannot_be_replaced(llama: LlamaForCausalLM) -> None:
     torch.testing.assert_close(logits(llama, tokens(40)), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # transformers passes it
 def test_flex_attention_is_for_methods_that_leave_attention_alone() -> None:
     flexible = tiny_llama(attn_implementation="flex_attention")
     with patch_model(model := tiny_llama(), "yarn", factor=8), patch_model(flexible, "yarn", factor=8):

@@ -698,22 +698,29 @@ def test_a_trace_of_one_text_is_refused(name: str, llama: LlamaForCausalLM) -> N
         torch.jit.trace(llama, (IDS,), check_trace=False)
 
 
-@pytest.mark.parametrize("name", ["yarn", "rerope", "dual-chunk", "dynamic-ntk"])
+def exported(model: PreTrainedModel, dynamic: dict[int, Any]) -> Any:
+    """Return an export of a model with some dimensions of its input open. ONNX files are made of one as well."""
+    given = {"input_ids": IDS.expand(2, -1).contiguous(), "use_cache": False}
+    shapes = {"input_ids": dynamic, "use_cache": None}
+    with torch.no_grad():
+        return torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
+
+
+@pytest.mark.parametrize("name", ["rerope", "dual-chunk", "dynamic-ntk"])
 def test_an_export_is_of_one_length(name: str, llama: LlamaForCausalLM) -> None:
-    """ONNX files are made of such an export as well."""
-    patch_model(llama, ALL.get(name, name), factor=8, trained_length=16)
-    expected = logits(llama, IDS, use_cache=False)
-    for dynamic in ({0: torch.export.Dim("rows", max=9)}, {1: torch.export.Dim("tokens", max=200)}):
-        shapes = {"input_ids": dynamic, "use_cache": None}
-        given = {"input_ids": IDS.expand(2, -1).contiguous(), "use_cache": False}
-        if name != "yarn" and 1 in dynamic:
-            with pytest.raises(UnsupportedModelError, match="Leave the tokens out of dynamic_shapes"):
-                torch.export.export(llama, (), given, dynamic_shapes=shapes, strict=False)
-            continue
-        with torch.no_grad():
-            exported = torch.export.export(llama, (), given, dynamic_shapes=shapes, strict=False).module()
-            # sums of another number of rows, in another order; logits spread by 4
-            torch.testing.assert_close(exported(input_ids=IDS, use_cache=False).logits, expected, atol=1e-4, rtol=0)
+    patch(llama, name)
+    rows = tokens(60, rows=3)
+    output = exported(llama, {0: torch.export.Dim("rows", max=9)})(input_ids=rows, use_cache=False).logits
+    torch.testing.assert_close(output, logits(llama, rows, use_cache=False), **CLOSE)
+    with pytest.raises(UnsupportedModelError, match="Leave the tokens out of dynamic_shapes"):
+        exported(llama, {1: torch.export.Dim("tokens", max=200)})
+
+
+def test_an_export_of_other_frequencies_is_of_any_length(llama: LlamaForCausalLM) -> None:
+    patch_model(llama, "yarn", factor=8)
+    rows = tokens(90, rows=2)
+    output = exported(llama, {1: torch.export.Dim("tokens", max=200)})(input_ids=rows, use_cache=False).logits
+    torch.testing.assert_close(output, logits(llama, rows, use_cache=False), **CLOSE)
 
 
 def test_refusals_are_errors_of_the_package() -> None:
