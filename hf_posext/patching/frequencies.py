@@ -78,7 +78,7 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
 
     for site in sites:  # at position 0 cosines are 1, times the factor, which float32 may round to 1
         factor = planned[site.name].attention_factor
-        if torch.tensor(factor) != 1.0 and site.phases(torch.tensor([0])).max() == 1:
+        if torch.tensor(factor, dtype=torch.float32) != 1.0 and site.phases(torch.tensor([0])).max() == 1:
             raise UnsupportedModelError(
                 f"Expected {site.path} ({type(site.module).__name__}) to multiply its phases by {factor:g} for "
                 f"{plan.method}, got phases without a factor. Pass attention_factor=1.0."
