@@ -38,5 +38,4 @@ def banded_attention(
 ) -> torch.Tensor:
     """Return attention over bands, with queries and keys at the given positions."""
     bands, *states = zip(*branches, strict=True)
-    of_bands = [kernels.Branch(*branch) for branch in zip(*states, strict=True)]
-    return kernels.banded_attention(kernels.Geometry(bands, queries, keys, mask, aligned), of_bands, value, **options)
+    return kernels.banded_attention(kernels.Geometry(bands, queries, keys, mask, aligned), *states, value, **options)

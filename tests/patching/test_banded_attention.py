@@ -143,7 +143,8 @@ def test_biases_are_narrow() -> None:
     pieces = geometry.pieces(4032, 4096, 4, 2, torch.float32)
     biased = [piece.high - piece.low for piece in pieces if piece.bias is not None]
     plain = [piece.high - piece.low for piece in pieces if piece.bias is None]
-    assert sum(biased) + sum(plain) == 4096 + 63 and max(biased) < 2 * 64  # both bands score 63 keys
+    # both bands score 63 keys, and the near band one more, which makes its width a multiple of 16
+    assert sum(biased) + sum(plain) == 4096 + 64 and max(biased) <= 2 * 64
 
 
 class Largest(TorchDispatchMode):

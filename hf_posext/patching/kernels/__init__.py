@@ -4,13 +4,12 @@
 and a rotation in one pass over memory ([`one_pass`]). The modules of this folder are private.
 """
 
-from .banded import Branch, Rotated, attention_with_weights, banded_attention, whole
+from .banded import Rotated, attention_with_weights, banded_attention, whole
 from .bands import SAME, Geometry, belongs, mapped, starts, step_fading
 from .choice import one_pass, one_step
 
 __all__ = [
     "SAME",
-    "Branch",
     "Geometry",
     "Rotated",
     "attention_with_weights",

@@ -54,6 +54,11 @@ class Rotated(NamedTuple):
     rotate: Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
+def unrotated(query: torch.Tensor | Rotated) -> torch.Tensor:
+    """Return all queries, before the rotation."""
+    return query.states if isinstance(query, Rotated) else query
+
+
 def block(query: torch.Tensor | Rotated, start: int, stop: int) -> torch.Tensor:
     """Return the queries `start` to `stop - 1`, rotated."""
     if isinstance(query, Rotated):
@@ -63,7 +68,7 @@ def block(query: torch.Tensor | Rotated, start: int, stop: int) -> torch.Tensor:
 
 def whole(states: torch.Tensor | Rotated) -> torch.Tensor:
     """Return all queries, rotated."""
-    return block(states, 0, states.states.shape[2]) if isinstance(states, Rotated) else states
+    return block(states, 0, unrotated(states).shape[2])
 
 
 def grouped(states: torch.Tensor, key_heads: int) -> torch.Tensor:
@@ -96,8 +101,7 @@ def fused_attention(
     Each block has `rows` queries. If `total` (batch, heads, queries) is given, it receives the log-sum-exp of all
     pieces. See [`banded_attention`] for the other arguments.
     """
-    first = queries[0]
-    batch, heads, count, _ = (first.states if isinstance(first, Rotated) else first).shape
+    batch, heads, count, _ = unrotated(queries[0]).shape
     key_heads, dtype, compiling = value.shape[1], value.dtype, torch.compiler.is_compiling()
 
     def attend(start: int, stop: int) -> torch.Tensor:
@@ -203,16 +207,10 @@ class FusedAttention(torch.autograd.Function):
         return None, None, None, sinks_grad, *rounded
 
 
-class Branch(NamedTuple):
-    """Queries (batch, heads, queries, dim) and keys (batch, key heads, keys, dim), rotated for one band."""
-
-    query: torch.Tensor | Rotated
-    key: torch.Tensor
-
-
 def banded_attention(
     geometry: Geometry,
-    branches: Sequence[Branch],
+    queries: Sequence[torch.Tensor | Rotated],
+    keys: Sequence[torch.Tensor],
     value: torch.Tensor,
     *,
     scaling: float,
@@ -224,7 +222,8 @@ def banded_attention(
 
     Args:
         geometry (`Geometry`): bands, positions, and mask.
-        branches (`Sequence[Branch]`): queries and keys, rotated for each band.
+        queries (`Sequence[torch.Tensor | Rotated]`): `(batch, heads, queries, dim)`, rotated for each band.
+        keys (`Sequence[torch.Tensor]`): `(batch, key heads, keys, dim)`, rotated for each band.
         value (`torch.Tensor` of shape `(batch, key heads, keys, dim)`): values.
         scaling (`float`): factor of the scores.
         softcap (`float`, *optional*): bound of the scores, which become `softcap * tanh(scores / softcap)`.
@@ -237,21 +236,18 @@ def banded_attention(
     # Kernels that are called directly require adjacent channels and do not check for them. Under autocast, rotation
     # produces float32 next to bfloat16. Like SDPA, use the narrower dtype.
     dtype, mask = value.dtype, geometry.mask
-    value, keys = _ready(value, dtype), [_ready(key, dtype) for _, key in branches]
-    queries: list[torch.Tensor | Rotated] = [
-        query if isinstance(query, Rotated) else _ready(query, dtype) for query, _ in branches
-    ]
-    states = [query.states if isinstance(query, Rotated) else query for query in queries]
+    value, *keys = _ready([value, *keys], dtype)
+    queries = _ready(queries, dtype)
     learning = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (sinks, value, *states, *keys)
+        tensor is not None and tensor.requires_grad for tensor in (sinks, value, *map(unrotated, queries), *keys)
     )
-    batch, heads, count, width = states[0].shape
+    batch, heads, count, width = unrotated(queries[0]).shape
     # CPU without gradients: the flash kernel, with queries rotated block by block
     fused = value.device.type == "cpu" and value.shape[-1] == width and not (softcap or dropout)
     if fused and not learning and choice.FORCED in (None, "cpu"):
         return fused_attention(geometry, queries, keys, value, sinks, scaling, FUSED_ROWS)
     # CUDA without mask and gradients: one kernel call per region of a band
-    states = [_ready(whole(query), dtype) for query in queries]
+    states = _ready([whole(query) for query in queries], dtype)
     kernel = choose(states[0], value) if geometry.aligned and mask is None else None
     if kernel is not None and not (learning or softcap or dropout):
         places = [regions(band, count, keys[0].shape[2]) for band in geometry.bands]
@@ -283,22 +279,31 @@ def banded_attention(
 
 
 def attention_with_weights(
-    geometry: Geometry, branches: Sequence[Branch], value: torch.Tensor, **options: Any
+    geometry: Geometry,
+    queries: Sequence[torch.Tensor | Rotated],
+    keys: Sequence[torch.Tensor],
+    value: torch.Tensor,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output of [`banded_attention`] and its weights (batch, heads, queries, keys).
 
     All weights are held in memory, like in eager attention.
     """
-    queries, keys = [whole(query) for query, _ in branches], [key for _, key in branches]
-    batch, heads, count, _ = queries[0].shape
-    out, shares = attend_block(geometry, 0, count, queries, keys, value, **options, spread=True)
+    states = [whole(query) for query in queries]
+    batch, heads, count, _ = states[0].shape
+    out, shares = attend_block(geometry, 0, count, states, keys, value, **options, spread=True)
     weights = torch.stack(list(shares)).sum(0).view(batch, heads, count, -1)
     return out.view(batch, heads, count, -1).transpose(1, 2).contiguous(), weights
 
 
-def _ready(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    states = states if states.dtype == dtype else states.to(dtype)
-    return states if states.stride(-1) == 1 else states.contiguous()
+def _ready(states: Sequence[torch.Tensor | Rotated], dtype: torch.dtype) -> list[Any]:
+    """Return states of a dtype with adjacent channels. Those that are rotated later stay as they are."""
+    return [
+        each
+        if isinstance(each, Rotated) or (each.dtype == dtype and each.stride(-1) == 1)
+        else each.to(dtype).contiguous()
+        for each in states
+    ]
 
 
 def attend_block(

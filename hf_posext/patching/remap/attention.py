@@ -26,7 +26,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import PositionMap, QueryScale
-from ..kernels import SAME, Branch, Geometry, Rotated, attention_with_weights, banded_attention, mapped, whole
+from ..kernels import SAME, Geometry, Rotated, attention_with_weights, banded_attention, mapped, whole
 from ..modes import forget_attention, register_attention
 from .cache import START_ANEW
 from .forward import ATTENTION, Positions, both_sides, current_state, first_axis, positions_at
@@ -194,8 +194,8 @@ def _banded_attention(call: Call) -> Attended:
     layer, place, value, mask, options = call.layer, call.place, call.value, call.mask, call.options
     remapping, count = place.state.remapping, call.query.shape[2]
     bands = remapping.bands
-    unknown = [name for name, option in options.items() if option is not None and name in remapping.refused]
-    if unknown:
+    unread = remapping.refused.intersection(options)
+    if unread and (unknown := [name for name in options if name in unread and options[name] is not None]):
         raise UnsupportedModelError(
             f"{type(call.module).__name__} passes {', '.join(unknown)} to its attention, which remapping does not "
             "support."
@@ -207,11 +207,11 @@ def _banded_attention(call: Call) -> Attended:
             f"{type(call.module).__name__} got a mask of {mask.shape[2]} queries and {mask.shape[3]} keys for {count} "
             f"queries and {call.key.shape[2]} keys. {START_ANEW}"
         )
-    queries, keys = first_axis(call.query_axes), first_axis(call.key_axes)
+    known = call.key_axes.shape[-1]
     # Bands are stripes of the score matrix unless a sliding cache has dropped keys. Chunks also require rows that
     # begin at position 0. Windows may begin anywhere.
     stripes = place.aligned or place.regular and bands.slide
-    aligned = stripes and place.slot is None and keys.shape[1] == place.keys.shape[1]
+    aligned = stripes and place.slot is None and known == place.keys.shape[1]
     # SDPA has no softcap: transformers 5.10.1 ignores it, later versions use eager attention
     softcap = None if remapping.base == "sdpa" else options.get("softcap")
     scaling, sinks = options.get("scaling"), options.get("s_aux")
@@ -231,17 +231,18 @@ def _banded_attention(call: Call) -> Attended:
     band_keys = [key] * len(bands.key_maps)
     if not rotated:
         band_keys = [whole(states) for states in _rotations(call, "key", key, bands.key_maps)]
-    branches = [
-        Branch(band_queries[i], band_keys[j]) for i, j in zip(bands.query_choice, bands.key_choice, strict=True)
-    ]
-    make = functools.partial(Geometry, bands.bands, queries, keys, mask, aligned)
+    states = [band_queries[i] for i in bands.query_choice], [band_keys[i] for i in bands.key_choice], value
+
+    def make() -> Geometry:
+        return Geometry(bands.bands, first_axis(call.query_axes), first_axis(call.key_axes), mask, aligned)
+
     # The geometry holds the mask, so that no other mask gets the same id while the geometry is remembered.
-    kind = "geometry", aligned, keys.shape[1], keys.device, id(mask)
+    kind = "geometry", aligned, known, key.device, id(mask)
     geometry = make() if torch.compiler.is_compiling() else place.once(kind, make)
     settings = {"scaling": scaling, "softcap": softcap, "sinks": sinks, "dropout": dropout}
     if place.state.weights:
-        return attention_with_weights(geometry, branches, value, **settings)
-    out = banded_attention(geometry, branches, value, **settings)
+        return attention_with_weights(geometry, *states, **settings)
+    out = banded_attention(geometry, *states, **settings)
     if mask is not None and mask.dtype == torch.bool and place.slot is None:
         # Like SDPA, return 0 if a query attends to nothing: Recurrent Gemma's convolutions read such padding.
         out = out.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0)

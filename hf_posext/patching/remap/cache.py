@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from transformers.cache_utils import StaticLayer
 from ...errors import EvaluationError
 from ...plan import ExtensionPlan
 from ..mixin import Carried, mix
+
+_NO_CHANGE: AbstractContextManager[None] = nullcontext()
 
 START_ANEW = "Start with an empty cache."
 
@@ -248,14 +250,14 @@ class FollowedCache(Carried):
         self._posext_keys.rows(self, lambda known: known.repeat_interleave(repeats, dim=0))
 
 
-@contextmanager
-def _counting() -> Iterator[None]:
+def _counting() -> AbstractContextManager[Any]:
     """Leave inference mode in the context, because its tensors do not count in-place changes."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        yield
-    else:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
+    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return _NO_CHANGE
+    without = ExitStack()
+    without.enter_context(torch.inference_mode(False))
+    without.enter_context(torch.no_grad())
+    return without
 
 
 def _count_writes(cache: Any) -> None:

@@ -66,16 +66,13 @@ class Positions:
     # keys in the cache are then rotated, too.
     rotated: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)  # values that the layers of a forward share
+    # positions of the tokens and of the keys (batch or 1, tokens or keys), on the first axis
+    queries: torch.Tensor = field(init=False, repr=False, compare=False)
+    keys: torch.Tensor = field(init=False, repr=False, compare=False)
 
-    @property
-    def queries(self) -> torch.Tensor:
-        """Positions of the tokens (batch or 1, tokens), on the first axis."""
-        return first_axis(self.query_axes)
-
-    @property
-    def keys(self) -> torch.Tensor:
-        """Positions of the keys (batch or 1, keys), on the first axis."""
-        return first_axis(self.key_axes)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "queries", first_axis(self.query_axes))
+        object.__setattr__(self, "keys", first_axis(self.key_axes))
 
     def lengths(self, of: torch.Tensor) -> torch.Tensor:
         """Return the lengths (batch or 1, tokens or 1) of the documents of queries or keys (..., tokens)."""
@@ -187,9 +184,11 @@ class ForwardState:
         position_ids = self._without_padding(position_ids)
         keys = position_ids
         if past is not None:
-            past = past.to(position_ids.device)
-            rows = torch.broadcast_shapes(past.shape[:-1], position_ids.shape[:-1])  # type: ignore[no-untyped-call]
-            keys = torch.cat([past.expand(*rows, -1), position_ids.expand(*rows, -1)], -1)
+            known, new = past.to(position_ids.device), position_ids
+            if known.shape[:-1] != new.shape[:-1]:
+                rows = torch.broadcast_shapes(known.shape[:-1], new.shape[:-1])  # type: ignore[no-untyped-call]
+                known, new = known.expand(*rows, -1), new.expand(*rows, -1)
+            keys = torch.cat([known, new], -1)
         aligned, regular = self._order(first_axis(keys), single and not begins, counted)
         rotated = False
         if single and regular and keys.ndim == 2 and past is not None:
@@ -442,13 +441,14 @@ def positions_at(module: nn.Module, remapping: Remapping, name: str) -> Position
     Raises:
         EvaluationError: neither is known.
     """
-    carried = None if torch.compiler.is_compiling() else getattr(_calls, "carried", None)
+    compiling = torch.compiler.is_compiling()
+    carried = None if compiling else getattr(_calls, "carried", None)
     place: Positions | None = carried.get(name) if carried else None
     if place is not None:
         return place
     state = current_state(remapping)
     place = None if state is None else state.positions.get(name)
-    task = backward_task()
+    task = -1 if compiling else torch._C._current_graph_task_id()
     if place is None and task == -1:
         raise EvaluationError(
             f"{type(module).__name__} got phases that did not come from the model's rotary module in this forward, so "

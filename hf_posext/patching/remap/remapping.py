@@ -23,6 +23,8 @@ class Bands:
         self.key_maps, self.key_choice = _distinct(band.key for band in bands)
         self.edge = self._edge()
         self.nearest = self._key_map(0)  # map of a key at the newest token
+        # maps of a key that leaves the window: in its last step inside, and from then on
+        self.leaves = [self._key_map(self.edge - 1), self._key_map(self.edge)] if self.edge else []
         self.stays = self.query_maps.index(self.nearest) if self.nearest in self.query_maps else None
         self.onward = tuple(rule for rule in self.query_maps if rule != self.nearest)  # maps beyond the nearest
         self.chunked = any(band.chunk > 1 for band in bands)
@@ -75,19 +77,18 @@ class Bands:
         difference would be another rotation at far positions, because a module rounds angles to float32.
         """
         nearest, *further = (mapped(newest, rule) for rule in (self.nearest, *self.onward))
-        within, behind = self.crossing(newest)
-        return torch.cat([nearest, *[nearest] * len(further), *within, *further, *behind], -1)
+        leaving = self.crossing(newest)
+        return torch.cat([nearest, *[nearest] * len(further), *leaving[:1], *further, *leaving[1:]], -1)
 
-    def crossing(self, newest: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def crossing(self, newest: torch.Tensor) -> list[torch.Tensor]:
         """Return the positions, inside and outside of the window, of the key that the token at `newest` pushes out.
 
-        Both lists are empty if no key is rotated again.
+        Empty if no key is rotated again.
         """
         if not self.edge:
-            return [], []
-        leaving_position = (newest - self.edge).clamp(min=0)
-        within, behind = (mapped(leaving_position, self._key_map(self.edge - near)) for near in (1, 0))
-        return [within], [behind]
+            return []
+        position = (newest - self.edge).clamp(min=0)
+        return [mapped(position, rule) for rule in self.leaves]
 
     def leaving(self, count: int) -> int | None:
         """Return the index, among `count` keys, of the key that the newest one pushes out of the window, or `None`."""

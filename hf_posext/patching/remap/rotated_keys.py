@@ -62,8 +62,7 @@ def cached_keys(
     stored = key if key.shape[2] >= holder.keys.shape[2] else holder.keys
     count = min(stored.shape[2], place.keys.shape[1])  # a static cache has free slots, a sliding one drops keys
     filled = stored if count == stored.shape[2] else stored[:, :, :count]
-    positions = place.once(("held", count, key.device), lambda: place.keys[:, -count:].to(key.device))
-    newest = place.once(("newest", key.device), lambda: positions[:, -1:])
+    newest = place.once(("newest", key.device), lambda: place.keys[:, -1:].to(key.device))
     cached, last = count - tokens, None
     if before is not None and before[1] == cached and settle and tokens == 1:
         # a decoding step: rotate the new key and the one that leaves the window
@@ -74,6 +73,7 @@ def cached_keys(
     else:
         # rotate all keys: in a first step, and after several tokens, a crop, or a position that does not follow
         bands = state.remapping.bands
+        positions = place.once(("held", count, key.device), lambda: place.keys[:, -count:].to(key.device))
         plain, wrong = filled, None
         if before is None and tokens > 1:
             plain = filled.clone()
@@ -114,7 +114,7 @@ def _holder(layer: Layer, place: Positions, key: torch.Tensor) -> DynamicLayer |
     layers: list[Any] = getattr(state.cache, "layers", [])
     if not 0 <= index < len(layers):  # the index of zamba2's shared layer is -1
         return None
-    if torch.compiler.is_compiling() and index not in state.record.rotated:
+    if index not in state.record.rotated and torch.compiler.is_compiling():
         return None  # a graph has fixed shapes and cannot read the number of keys
     holder = layers[index]
     if type(holder) not in HOLDERS:
@@ -213,9 +213,8 @@ def step_keys(layout: Layout, place: Positions, key: torch.Tensor, newest: torch
         if place.rotated:
             steps.append(_onward(place, layout, key)[1])
         elif moves:
-            crossing = torch.cat([one for side in bands.crossing(newest) for one in side], -1)
-            crossing_phases = phases_at(place, crossing, key)
-            steps.append(layout.phases(*_between(*crossing_phases), key.dtype))
+            crossing = phases_at(place, torch.cat(bands.crossing(newest), -1), key)
+            steps.append(layout.phases(*_between(*crossing), key.dtype))
         if place.slot is not None and moves:  # before any key reaches the window edge, rotate by the identity
             reached, (cos, sin) = place.slot >= far, steps[0]
             steps = [(torch.where(reached, cos, 1.0), torch.where(reached, sin, 0.0))]
@@ -226,8 +225,10 @@ def step_keys(layout: Layout, place: Positions, key: torch.Tensor, newest: torch
 
     rotation = place.once(("step", layout.kind, last, key.dtype, key.device), phases)
     if place.slot is None:
-        columns = key[:, :, gone::far] if moves else key[:, :, last:]
-        layout.rotate_(columns[:, :, :1] if place.rotated else columns, rotation)
+        columns = slice(last, None)
+        if gone is not None:
+            columns = slice(gone, gone + 1) if place.rotated else slice(gone, None, far)
+        layout.rotate_(key[:, :, columns], rotation)
         return
     slots = [(place.slot - far).clamp(min=0)] * moves + [place.slot] * (not place.rotated)
     index = torch.stack(slots).to(key.device)
