@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext.patching.remap.attention as remap
 from hf_posext import load_documents, patch_model
-from hf_posext.patching.kernels import Branch, Geometry, banded_attention, whole
+from hf_posext.packages import machine
+from hf_posext.patching.kernels import Geometry, banded_attention, whole
 from hf_posext.reporting.drawing import method_styles
 
 mpl.use("Agg")
@@ -42,18 +43,20 @@ def far_mass(model: Any, ids: torch.Tensor, window: int) -> dict[int, float]:
     """Return the mean share of attention on keys at `window` or farther, for the last query of each length."""
     shares: dict[int, list[float]] = {length: [] for length in LENGTHS}
 
-    def watched(geometry: Geometry, branches: list[Branch], value: torch.Tensor, **options: Any) -> torch.Tensor:
-        keys, states = geometry.keys, [(whole(query), key) for query, key in branches]
+    def watched(
+        geometry: Geometry, queries: list[Any], keys: list[torch.Tensor], value: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        places, states = geometry.keys, [whole(query) for query in queries]
         for length in LENGTHS:
             last = slice(length - 1, length)
-            visible = [Branch(query[:, :, last], key[:, :, :length]) for query, key in states]
-            place = Geometry(geometry.bands, geometry.queries[:, last], keys[:, :length], None, True)
+            seen = [query[:, :, last] for query in states], [key[:, :, :length] for key in keys]
+            place = Geometry(geometry.bands, geometry.queries[:, last], places[:, :length], None, True)
             # with values of 1 for far keys and 0 for near ones, the output of attention is the share
-            far = (keys[:, :length] <= length - 1 - window).to(value.dtype)
+            far = (places[:, :length] <= length - 1 - window).to(value.dtype)
             value_of_far = far[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[-1])
-            out = banded_attention(place, visible, value_of_far, **options)
+            out = banded_attention(place, *seen, value_of_far, **options)
             shares[length].append(float(out.mean()))
-        return banded_attention(geometry, branches, value, **options)
+        return banded_attention(geometry, queries, keys, value, **options)
 
     with mock.patch.object(remap, "banded_attention", watched), torch.inference_mode():
         model.base_model(ids[None])

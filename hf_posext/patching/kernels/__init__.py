@@ -5,7 +5,7 @@ and a rotation in one pass over memory ([`one_pass`]). The modules of this folde
 """
 
 from .banded import Rotated, attention_with_weights, banded_attention, whole
-from .bands import SAME, Geometry, belongs, mapped, starts, step_fading
+from .bands import SAME, Geometry, belongs, mapped, starts, step_fading, visible
 from .choice import one_pass, one_step
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "one_step",
     "starts",
     "step_fading",
+    "visible",
     "whole",
 ]

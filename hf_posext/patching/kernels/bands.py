@@ -80,6 +80,11 @@ def belongs(band: Band, query_positions: torch.Tensor, key_positions: torch.Tens
     return inside
 
 
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """Return an attention mask, bool or additive, as bool: `True` attends."""
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+
+
 def fade(band: Band, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """Return the shift, 0 or less, that a band's fade adds to the logits of queries at positions (batch, queries)."""
     if band.fade is None:
@@ -305,9 +310,7 @@ class Geometry:
         if not aligned:
             return keys
         if (start, stop) not in self._ends:
-            later = mask[..., last:]
-            visible = later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min / 2
-            self._ends[start, stop] = keys if bool(visible.any()) else last
+            self._ends[start, stop] = keys if bool(visible(mask[..., last:]).any()) else last
         return self._ends[start, stop]
 
 

@@ -26,7 +26,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import PositionMap, QueryScale
-from ..kernels import SAME, Geometry, Rotated, attention_with_weights, banded_attention, mapped, whole
+from ..kernels import SAME, Geometry, Rotated, attention_with_weights, banded_attention, mapped, visible, whole
 from ..modes import forget_attention, register_attention
 from .cache import START_ANEW
 from .forward import ATTENTION, Positions, both_sides, current_state, first_axis, positions_at
@@ -167,8 +167,8 @@ def _sees_farther(call: Call) -> bool:
         return False
 
     def farther() -> tuple[torch.Tensor, bool]:
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return mask, bool(visible.tril(visible.shape[-1] - visible.shape[-2] - window).any())  # the mask keeps its id
+        behind = visible(mask).tril(mask.shape[-1] - mask.shape[-2] - window)
+        return mask, bool(behind.any())  # the mask keeps its id
 
     result: bool = call.place.once(("farther", id(mask), window), farther)[1]
     return result

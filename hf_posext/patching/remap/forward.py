@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ..detect import RotarySite
+from ..kernels import visible
 from ..modes import CHECKPOINTING
 from .cache import KeyRecord, find_cache, follow, record_of, seen_for_free
 from .remapping import Remapping
@@ -34,7 +35,6 @@ logger = logging.get_logger(__name__)
 _calls = threading.local()
 """Thread-local values: `state` of the innermost forward, and `carried`, the positions that came with a layer's phases.
 Not a context variable, because torch.compile cannot trace those."""
-
 
 T = TypeVar("T")
 
@@ -127,12 +127,12 @@ class ForwardState:
 
     def close(self, cache: Any) -> None:
         """Store the positions of the keys in the record of the cache that holds them."""
-        if self.slot is not None and self.positions:
+        places = list(self.positions.values())
+        if places and self.slot is not None:
             assert self.record is not None
-            self.record.close_slot(next(iter(self.positions.values())).query_axes)
-        elif cache is not None and self.positions:
-            record = self.record or KeyRecord()
-            place = next(iter(self.positions.values()))
+            self.record.close_slot(places[0].query_axes)
+        elif places and cache is not None:
+            record, place = self.record or KeyRecord(), places[0]
             standing = frozenset(self.positions) - self.loose
             names = standing if self.remapping.rotates_cached_keys else frozenset()
             follow(cache, record)
@@ -140,7 +140,7 @@ class ForwardState:
                 record.keep_padding(self.padding)
             record.waiting = self.waiting
             record.close(cache, self.remapping.plan, place.key_axes, (place.aligned, place.regular), names)
-        for place in self.positions.values():
+        for place in places:
             place.memo.clear()
 
     def release(self) -> None:
@@ -184,11 +184,11 @@ class ForwardState:
         position_ids = self._without_padding(position_ids)
         keys = position_ids
         if past is not None:
-            known, new = past.to(position_ids.device), position_ids
-            if known.shape[:-1] != new.shape[:-1]:
-                rows = torch.broadcast_shapes(known.shape[:-1], new.shape[:-1])  # type: ignore[no-untyped-call]
-                known, new = known.expand(*rows, -1), new.expand(*rows, -1)
-            keys = torch.cat([known, new], -1)
+            past = past.to(keys.device)
+            if past.shape[:-1] != keys.shape[:-1]:
+                rows = torch.broadcast_shapes(past.shape[:-1], keys.shape[:-1])  # type: ignore[no-untyped-call]
+                past, keys = past.expand(*rows, -1), keys.expand(*rows, -1)
+            keys = torch.cat([past, keys], -1)
         aligned, regular = self._order(first_axis(keys), single and not begins, counted)
         rotated = False
         if single and regular and keys.ndim == 2 and past is not None:
@@ -228,11 +228,9 @@ class ForwardState:
 
     def _without_padding(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Return positions relative to the first token that is not padding."""
-        return (
-            position_ids
-            if self.padding is None
-            else (position_ids - self.padding.to(position_ids.device)).clamp(min=0)
-        )
+        if self.padding is None:
+            return position_ids
+        return (position_ids - self.padding.to(position_ids.device)).clamp(min=0)
 
     def _order(self, keys: torch.Tensor, single: bool, counted: torch.Tensor | None) -> tuple[bool, bool]:
         """Return whether positions of keys (rows, keys) are aligned and regular.
@@ -259,11 +257,6 @@ class ForwardState:
             regular = regular & counted[:, -1].all().to(keys.device)
         aligned, regular = torch.stack([(keys == index).all(), regular]).tolist()
         return aligned, regular
-
-
-def on_axes(positions: torch.Tensor, axes: int | None) -> torch.Tensor:
-    """Return positions on the number of axes that a rotary module expects."""
-    return positions if axes is None or positions.ndim == 3 else positions.expand(axes, -1, -1)
 
 
 def first_axis(positions: torch.Tensor) -> torch.Tensor:
@@ -360,10 +353,9 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
             raise UnsupportedModelError(both_sides(remapping, config.model_type, "is_causal=False"))
         state.weights = _weights_asked_for(config, inputs, remapping.base)
     state.paged = isinstance(kwargs.get("cache"), PagedAttentionCache)
-    mask = inputs.get("attention_mask")
-    by_layer = isinstance(mask, Mapping)
+    mask, by_layer = inputs.get("attention_mask"), False
     if isinstance(mask, Mapping):
-        mask = next((tensor for tensor in mask.values() if isinstance(tensor, torch.Tensor)), None)
+        mask, by_layer = next((each for each in mask.values() if isinstance(each, torch.Tensor)), None), True
     # transformers makes a mask for each type of layer in every step of a static cache, where the host must not wait
     state.own_mask = isinstance(mask, torch.Tensor) and mask.ndim == 4 and not (by_layer and mask.shape[2] == 1)
     state.open(find_cache((*args, *kwargs.values())), _padding_mask(mask))
@@ -462,12 +454,6 @@ def positions_at(module: nn.Module, remapping: Remapping, name: str) -> Position
     return place
 
 
-def carry(out: Any, place: Positions) -> None:
-    """Attach positions to the tensor of their phases."""
-    if not torch.compiler.is_compiling():
-        setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", place)  # noqa: B010  no such field
-
-
 def backward_task() -> int:
     """Return the id of the backward pass in this thread, or -1 outside of a backward pass."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
@@ -496,12 +482,12 @@ def _padding_mask(mask: Any) -> torch.Tensor | None:
 
 def _attended(mask: torch.Tensor) -> torch.Tensor:
     """Return the mask (batch, keys) of the keys that at least one token attends to in a 4D mask."""
-    visible = (mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()).any(1)
-    queries, keys = visible.shape[1:]
+    seen = visible(mask).any(1)
+    queries, keys = seen.shape[1:]
     ahead = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)
     # In transformers' masks, left padding attends to everything, because it would otherwise attend to nothing.
-    padding = (visible & ahead).any(-1, keepdim=True)
-    return (visible & ~padding).any(1)
+    padding = (seen & ahead).any(-1, keepdim=True)
+    return (seen & ~padding).any(1)
 
 
 def _weights_asked_for(config: Any, inputs: dict[str, Any], base: str) -> bool:

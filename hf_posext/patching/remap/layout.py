@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...plan import QueryScale
 from ..detect import text_config
-from ..kernels import one_pass
+from ..kernels import one_pass, visible
 
 Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Queries and keys (rows, heads, tokens, dim) that reached the attention function, by layer."""
@@ -58,13 +58,10 @@ def _window(mask: torch.Tensor) -> int | None:
     The window is read from the mask instead of the layer's arguments, because OLMoE passes a window to its attention
     but attends to all tokens.
     """
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    window = int(visible[-1].sum())
-    return (
-        window
-        if window < len(visible) and torch.equal(visible, torch.ones_like(visible).tril().triu(1 - window))
-        else None
-    )
+    seen = visible(mask)
+    window = int(seen[-1].sum())
+    slides = window < len(seen) and torch.equal(seen, torch.ones_like(seen).tril().triu(1 - window))
+    return window if slides else None
 
 
 FEW = 8

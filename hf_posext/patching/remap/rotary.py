@@ -8,7 +8,7 @@ import torch
 
 from ..detect import RotarySite
 from ..mixin import Mixin
-from .forward import ForwardState, Positions, carry, current_state, on_axes
+from .forward import ForwardState, Positions, current_state
 from .layout import Probing
 from .remapping import Remapping
 
@@ -51,8 +51,14 @@ class RotatesLate(Mixin):
             out = super().forward(x, position_ids, **extra)
             if not remapping.delta:
                 out = _identity(out)
-        carry(out, place)
+        if not torch.compiler.is_compiling():  # the tensor of the phases carries their positions to the layers
+            setattr(out if isinstance(out, torch.Tensor) else out[0], "_posext_at", place)  # noqa: B010  no such field
         return out
+
+
+def on_axes(positions: torch.Tensor, axes: int | None) -> torch.Tensor:
+    """Return positions on the number of axes that a rotary module expects."""
+    return positions if axes is None or positions.ndim == 3 else positions.expand(axes, -1, -1)
 
 
 def phases_at(place: Positions, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
