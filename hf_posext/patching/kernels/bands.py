@@ -241,6 +241,7 @@ class Geometry:
     mask: torch.Tensor | None
     aligned: bool  # whether positions equal key indices; bands are then stripes of the score matrix
     _shifts: dict[torch.dtype, list[torch.Tensor | None]] = field(default_factory=dict, init=False)
+    _strips: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, init=False)
     _biases: dict[Any, torch.Tensor] = field(default_factory=dict, init=False)
     _ends: dict[tuple[int, int], int] = field(default_factory=dict, init=False)
     _pieces: dict[Any, list[Piece]] = field(default_factory=dict, init=False)
@@ -284,19 +285,40 @@ class Geometry:
                     yield Piece(number, low, high, None, total if constant else shift)
                     continue
                 # blocks have the same edges, except for the offset within a chunk, so they share their biases
-                edges = number, first % band.chunk, last - first, low - first, high - first, group, dtype
+                place = first % band.chunk if band.keys_below is None else first
+                edges = number, place, last - first, low - first, high - first, group, dtype
                 bias = self._biases.get(edges)
                 if bias is None:
-                    positions = self.queries[:, start:stop], self.keys[:, low:high]
                     if aligned and mask is None and band.chunk == 1 and band.keys_below is None:
-                        bias = _diagonals(band, dtype, (first, last), (low, high), positions[0])
+                        bias = self._diagonals(number, dtype, (first, last), (low, high), group)
                     else:
+                        positions = self.queries[:, start:stop], self.keys[:, low:high]
                         bias = _bias(band, *positions, dtype, block_mask, (first, last), (low, high))
-                    shape = (bias.shape[0], key_heads, -1, high - low)
-                    bias = bias.repeat(1, 1, group, 1) if bias.shape[1] == 1 else bias.reshape(shape)
+                        shape = (bias.shape[0], key_heads, -1, high - low)
+                        bias = bias.repeat(1, 1, group, 1) if bias.shape[1] == 1 else bias.reshape(shape)
                     if aligned and mask is None:
                         self._biases[edges] = bias
                 yield Piece(number, low, high, bias, shift)
+
+    def _diagonals(
+        self, number: int, dtype: torch.dtype, rows: tuple[int, int], columns: tuple[int, int], group: int
+    ) -> torch.Tensor:
+        """Return [`_bias`] of a band whose bias depends on the distance only, for `group` query heads.
+
+        All rectangles are cut out of one strip: the row of a query behind all keys, and before as many more as there
+        are queries. The row of each other query is shifted by their distance.
+        """
+        strip, keys = self._strips.get((number, dtype)), self.keys.shape[1]
+        if strip is None:
+            length = keys + self.queries.shape[1]
+            places = torch.arange(length, device=self.keys.device)[None]
+            strip = _bias(
+                self.bands[number], places[:, keys : keys + 1], places, dtype, None, (keys, keys + 1), (0, length)
+            )
+            self._strips[number, dtype] = strip = strip.flatten()
+        width, start = columns[1] - columns[0], keys + 1 - rows[1] + columns[0]
+        last_first = strip[start : start + width + rows[1] - rows[0] - 1].unfold(0, width, 1)
+        return last_first.flip(0).repeat(1, 1, group, 1)
 
     def _end(self, start: int, stop: int, mask: torch.Tensor | None, aligned: bool) -> int:
         """Return the end of the keys that the queries `start` to `stop - 1` may see, given their rows of the mask.
@@ -341,7 +363,7 @@ def _rectangles(
         start, stop = _span(octave, last - 1, first, first + 1)  # what all of these queries see
         start = low if start <= low else behind(start)
         stop = high if stop >= high else before(stop)
-        if stop - start <= rows:  # too few keys to be worth a separate call
+        if stop - start < rows:  # too few keys to be worth a separate call
             continue
         if low < start:
             yield before(low), start, None
@@ -356,17 +378,6 @@ def _span(band: Band, first: int, last: int, end: int) -> tuple[int, int]:
     oldest = 0 if band.high is None else max((first // band.chunk - band.high + 1) * band.chunk, 0)
     newest = (last // band.chunk - band.low + 1) * band.chunk if band.low else end
     return oldest, min(newest, end if band.keys_below is None else min(end, band.keys_below))
-
-
-def _diagonals(
-    band: Band, dtype: torch.dtype, rows: tuple[int, int], columns: tuple[int, int], queries: torch.Tensor
-) -> torch.Tensor:
-    """Return [`_bias`] for a bias of the distance only: the last query's row, shifted by a key per earlier query."""
-    count, width = rows[1] - rows[0], columns[1] - columns[0]
-    span = columns[0], columns[1] + count - 1
-    newest, keys = queries[:1, -1:], torch.arange(*span, device=queries.device)
-    row = _bias(band, newest, newest + keys - (rows[1] - 1), dtype, None, (rows[1] - 1, rows[1]), span)
-    return row[:, :, 0].unfold(-1, width, 1).flip(-2)
 
 
 def _bias(
