@@ -140,7 +140,7 @@ def test_biases_are_narrow() -> None:
     decayed = Band(FAR, FAR, low=64, decay=DistanceDecay(1.0, 64))
     positions = torch.arange(4096)[None]
     geometry = Geometry((Band(PLAIN, PLAIN, high=64), decayed), positions, positions, None, aligned=True)
-    pieces = geometry.pieces(4032, 4096, 4, 2, torch.float32)
+    pieces = geometry.pieces(4032, 4096, 2, torch.float32)
     biased = [piece.high - piece.low for piece in pieces if piece.bias is not None]
     plain = [piece.high - piece.low for piece in pieces if piece.bias is None]
     # both bands score 63 keys, and the near band one more, which makes its width a multiple of 16

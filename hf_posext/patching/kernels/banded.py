@@ -22,7 +22,7 @@ from torch.nn.functional import dropout as drop
 from torch.utils.checkpoint import checkpoint
 
 from . import choice
-from .bands import Geometry, Piece, Region, regions
+from .bands import Geometry, Piece, Region, grouped, regions
 from .choice import Kernel, choose, one_pass
 
 SCORE_BYTES = 16 * 2**20
@@ -71,11 +71,6 @@ def whole(states: torch.Tensor | Rotated) -> torch.Tensor:
     return block(states, 0, unrotated(states).shape[2])
 
 
-def grouped(states: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """Concatenate the rows of heads that share a key head, into (batch, key heads, all rows, dim)."""
-    return states.reshape(states.shape[0], key_heads, -1, states.shape[-1])
-
-
 def grouped_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Expand sink scores (heads,) to the rows of grouped queries: (batch, key heads, all rows, 1)."""
     batch, key_heads, rows, _ = query.shape
@@ -120,7 +115,7 @@ def fused_attention(
             return out_piece if out_piece.dtype == sums.dtype else out_piece.to(sums.dtype), sums
 
         # merge the pieces one after the other; `sums` contains log-sum-exps that still have to be added up
-        first, *rest = geometry.pieces(start, stop, heads, key_heads, dtype)
+        first, *rest = geometry.pieces(start, stop, heads // key_heads, dtype)
         merged, *sums = attended(first)
         for piece in rest:
             values, added = attended(piece)
@@ -181,7 +176,7 @@ class FusedAttention(torch.autograd.Function):
         value_grad, *grads = (torch.zeros_like(tensor, dtype=total.dtype) for tensor in (value, *states))
         # queries that attend to nothing get weights of 0, because theirs would not sum to 1
         total = total.masked_fill(total < NOTHING, torch.inf)
-        sizes = out.shape[2], value.shape[1], value.dtype
+        sizes = out.shape[2] // value.shape[1], value.dtype
         for start in range(0, out.shape[1], rows):
             block_rows = slice(start, min(start + rows, out.shape[1]))
             out_grad, merged = (
@@ -327,7 +322,7 @@ def attend_block(
     # decoding: if the bands share their keys, one product reads each key once for all bands
     shared = geometry.queries.shape[1] == 1 and all(key is keys[0] for key in keys)
     heads, dtype = queries[0].shape[1], value.dtype
-    pieces = geometry.pieces(start, stop, heads, key_heads, dtype, spread or shared)
+    pieces = geometry.pieces(start, stop, heads // key_heads, dtype, spread or shared)
     blocks = [grouped(query[:, :, start:stop], key_heads) for query in queries]
     if shared:
         stacked, key = torch.cat(blocks, 2), keys[0].mT

@@ -213,6 +213,11 @@ def _chunks(band: Band, queries: int, keys: int) -> Iterator[Region]:
             yield Region(rows, slice(low, high))
 
 
+def grouped(states: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """Concatenate the rows of heads that share a key head, into (batch, key heads, all rows, dim)."""
+    return states.reshape(states.shape[0], key_heads, -1, states.shape[-1])
+
+
 class Piece(NamedTuple):
     """Rectangle of scores: the queries of a block against the keys `low` to `high - 1` of a band.
 
@@ -252,28 +257,25 @@ class Geometry:
             self._shifts[dtype] = [fade(band, self.queries, dtype) for band in self.bands]
         return self._shifts[dtype]
 
-    def pieces(
-        self, start: int, stop: int, heads: int, key_heads: int, dtype: torch.dtype, whole: bool = False
-    ) -> list[Piece]:
+    def pieces(self, start: int, stop: int, group: int, dtype: torch.dtype, whole: bool = False) -> list[Piece]:
         """Return the rectangles of the queries `start` to `stop - 1`: one over all keys per band if `whole`.
+
+        `group` query heads share a key head.
 
         Rectangles hold no states, because those belong to autograd and gradient checkpoints. They are cached if bands
         are stripes without a mask, or for a single query. Otherwise their biases are as large as a mask.
         """
         stays = self.mask is None and self.aligned and not whole or self.queries.shape[1] == 1
-        kind = start, stop, heads, key_heads, dtype, whole
+        kind = start, stop, group, dtype, whole
         pieces = self._pieces.get(kind) if stays else None
         if pieces is None:
-            pieces = list(self._cut(start, stop, heads, key_heads, dtype, self.aligned and not whole))
+            pieces = list(self._cut(start, stop, group, dtype, self.aligned and not whole))
             if stays:
                 self._pieces[kind] = pieces
         return pieces
 
-    def _cut(
-        self, start: int, stop: int, heads: int, key_heads: int, dtype: torch.dtype, aligned: bool
-    ) -> Iterator[Piece]:
-        keys, group = self.keys.shape[1], heads // key_heads
-        first, last = keys - self.queries.shape[1] + start, keys - self.queries.shape[1] + stop
+    def _cut(self, start: int, stop: int, group: int, dtype: torch.dtype, aligned: bool) -> Iterator[Piece]:
+        first, last = (self.keys.shape[1] - self.queries.shape[1] + row for row in (start, stop))
         mask, wide = self.mask, torch.promote_types(dtype, torch.float32)
         block_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
         end = self._end(start, stop, block_mask, aligned)
@@ -294,8 +296,8 @@ class Geometry:
                     else:
                         positions = self.queries[:, start:stop], self.keys[:, low:high]
                         bias = _bias(band, *positions, dtype, block_mask, (first, last), (low, high))
-                        shape = (bias.shape[0], key_heads, -1, high - low)
-                        bias = bias.repeat(1, 1, group, 1) if bias.shape[1] == 1 else bias.reshape(shape)
+                        heads = bias.shape[1]
+                        bias = bias.repeat(1, 1, group, 1) if heads == 1 else grouped(bias, heads // group)
                     if aligned and mask is None:
                         self._biases[edges] = bias
                 yield Piece(number, low, high, bias, shift)
