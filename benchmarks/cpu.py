@@ -1,7 +1,7 @@
-"""Cost of a patch on one CPU core: nothing for frequency methods, little more than attention for remapped positions.
+"""Cost of a patch on one CPU core, for frequency methods and for methods that remap positions inside attention.
 
-python benchmarks/cpu.py          # some 12 minutes and 12 GB; a table, and JSON in results/
-python benchmarks/cpu.py --tiny   # the same steps in seconds, on models that show nothing
+python benchmarks/cpu.py          # about 12 minutes and 12 GB; prints a table and writes JSON to results/
+python benchmarks/cpu.py --tiny   # the same steps in seconds, on models too small for meaningful times
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from measure import ratio
 from output import RESULTS, Run, console, goal, goals_table, rows_table
 
 FREQUENCY, PREFILL, DECODE, FADING, IMPORT, PATCH, PROBE = 1.02, 1.20, 1.20, 1.03, 0.150, 0.100, 0.500
-"""Goals: a forward with other frequencies takes at most so many times what it took; so do the attention layer over a
-text and a token with a cache, against SDPA, and both with a fade or decay, against the same without it; seconds that
-imports may take, and `patch_model` with other frequencies and with a probe of the code."""
+"""Upper bounds. Ratios of time: a forward with other frequencies to the unpatched forward, an attention layer over a
+text and a decoding step to SDPA, and both of these with a fade or a decay to the same without it. Seconds: imports,
+`patch_model` with other frequencies, and `patch_model` with a probe of the code."""
 
 SHORT = 128
-"""Tokens of a forward with other frequencies: what it costs to choose them shows most in short ones, and turns that
-are over soon are disturbed alike."""
+"""Tokens of a forward with other frequencies. The cost of choosing frequencies shows most in short forwards, and other
+load on the machine affects short turns alike."""
 
 
 def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
-    """All parts, in order."""
+    """Measure all parts, in order."""
     torch.set_num_threads(1)
     attention, model, layer, billion = ["tiny"] * 4 if tiny else ["attention", "small", "layer", "billion"]
     rows: list[dict[str, Any]] = []
@@ -53,7 +53,7 @@ def measure(run: Run, tiny: bool, repeats: int) -> dict[str, Any]:
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst of each group that has a goal."""
+    """Compare the worst result of each group with its goal."""
 
     def worst(what: str, **where: Any) -> float:
         ours = [row for row in rows if row["what"] == what and row["way"] not in ("plain", "unpatched")]
