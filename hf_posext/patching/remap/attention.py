@@ -200,8 +200,14 @@ def _banded_attention(call: Call) -> Attended:
             f"{type(call.module).__name__} passes {', '.join(unknown)} to its attention, which remapping does not "
             "support."
         )
-    if mask is None and count > 1 and not _is_causal(remapping.base, call.module, options):
-        raise UnsupportedModelError(both_sides(remapping, type(call.module).__name__, "no mask, and not causal"))
+    if mask is None and count > 1:
+        # eager attention is never causal without a mask, and SDPA reads `is_causal` from the call, then from the module
+        causal = options.get("is_causal")
+        causal = getattr(call.module, "is_causal", True) if causal is None else causal
+        if remapping.base == "eager" or not causal:
+            raise UnsupportedModelError(
+                both_sides(remapping.plan.method, type(call.module).__name__, "no mask, and not causal")
+            )
     if mask is not None and (mask.shape[2] not in (1, count) or mask.shape[3] != call.key.shape[2]):
         raise EvaluationError(
             f"{type(call.module).__name__} got a mask of {mask.shape[2]} queries and {mask.shape[3]} keys for {count} "
@@ -375,17 +381,6 @@ def base_function(base: str, module: nn.Module) -> Callable[..., Attended]:
     eager: Any = next(home for home in homes if hasattr(home, "eager_attention_forward"))
     function: Callable[..., Attended] = eager.eager_attention_forward
     return function
-
-
-def _is_causal(base: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Return whether the unpatched attention is causal without a mask.
-
-    Eager attention never is. SDPA reads `is_causal` from the call, then from the module.
-    """
-    if base == "eager":
-        return False
-    causal = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def arguments_read(function: Callable[..., Any]) -> frozenset[str]:

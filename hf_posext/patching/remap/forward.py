@@ -350,7 +350,7 @@ def begin_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     if remapping.bands.bands:
         causal = inputs.get("is_causal")
         if causal is False or (causal is None and getattr(config, "is_causal", True) is False):
-            raise UnsupportedModelError(both_sides(remapping, config.model_type, "is_causal=False"))
+            raise UnsupportedModelError(both_sides(remapping.plan.method, config.model_type, "is_causal=False"))
         state.weights = _weights_asked_for(config, inputs, remapping.base)
     state.paged = isinstance(kwargs.get("cache"), PagedAttentionCache)
     mask, by_layer = inputs.get("attention_mask"), False
@@ -459,10 +459,10 @@ def backward_task() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-def both_sides(remapping: Remapping, kind: str, where: str) -> str:
+def both_sides(method: str, kind: str, where: str) -> str:
     """Return the error message for a bidirectional model or call."""
     return (
-        f"{kind} attends to both sides ({where}); {remapping.plan.method} is defined for causal attention. "
+        f"{kind} attends to both sides ({where}); {method} is defined for causal attention. "
         "A frequency method such as yarn can be used there"
     )
 

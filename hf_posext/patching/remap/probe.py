@@ -100,7 +100,7 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
         )
     unmapped = Remapping(replace(plan, edits=()), base, delta=indexed)
     if plan.bands and any(getattr(holder, "is_causal", True) is False for holder in (config, backbone.config)):
-        raise UnsupportedModelError(both_sides(Remapping(plan, base), kind, "is_causal=False in its config"))
+        raise UnsupportedModelError(both_sides(plan.method, kind, "is_causal=False in its config"))
     dynamic = next((site for site in sites if plan.bands and _follows_length(site)), None)
     if dynamic is not None:
         raise UnsupportedModelError(
@@ -164,7 +164,7 @@ def _studied(
         if plan.bands:
             free = [path for path in layers if not getattr(modules[path], "is_causal", True)]
             if free:
-                raise UnsupportedModelError(both_sides(Remapping(plan, unmapped.base), kind, free[0]))
+                raise UnsupportedModelError(both_sides(plan.method, kind, free[0]))
         # reference: outputs of the subject with its own rotation
         expected = _states(root, ids)
         doubled = _states(root, ids, 2) if delta else expected
