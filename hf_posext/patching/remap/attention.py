@@ -201,7 +201,7 @@ def _banded_attention(call: Call) -> Attended:
             "support."
         )
     if mask is None and count > 1:
-        # eager attention is never causal without a mask, and SDPA reads `is_causal` from the call, then from the module
+        # Eager attention is never causal without a mask. SDPA reads `is_causal` from the call, then from the module.
         causal = options.get("is_causal")
         causal = getattr(call.module, "is_causal", True) if causal is None else causal
         if remapping.base == "eager" or not causal:
