@@ -88,12 +88,11 @@ def fused_attention(
     value: torch.Tensor,
     sinks: torch.Tensor | None,
     scaling: float,
-    rows: int,
     total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return attended values (batch, queries, heads, dim), computed by the CPU flash kernel.
 
-    Each block has `rows` queries. If `total` (batch, heads, queries) is given, it receives the log-sum-exp of all
+    Each block has [`FUSED_ROWS`] queries. If `total` (batch, heads, queries) is given, it receives the log-sum-exp of all
     pieces. See [`banded_attention`] for the other arguments.
     """
     batch, heads, count, _ = unrotated(queries[0]).shape
@@ -133,19 +132,19 @@ def fused_attention(
         merged = merged if merged.dtype == dtype else merged.to(dtype)
         return merged.reshape(batch, heads, stop - start, -1).transpose(1, 2)
 
-    if rows >= count:
+    if count <= FUSED_ROWS:
         return attend(0, count).contiguous()  # some models call `view` on it
     out = value.new_empty(batch, count, heads, value.shape[-1])
-    for start in range(0, count, rows):
-        out[:, start : start + rows] = attend(start, min(start + rows, count))
+    for start in range(0, count, FUSED_ROWS):
+        out[:, start : start + FUSED_ROWS] = attend(start, min(start + FUSED_ROWS, count))
     return out
 
 
 class FusedAttention(torch.autograd.Function):
     """Autograd function of [`fused_attention`], with gradients of everything except biases.
 
-    Call `FusedAttention.apply(geometry, scaling, rows, sinks, value, *queries, *keys)` with one query and one key
-    tensor per band. It can be differentiated once.
+    Call `FusedAttention.apply(geometry, scaling, sinks, value, *queries, *keys)` with one query and one key tensor per
+    band. It can be differentiated once.
     """
 
     @staticmethod
@@ -153,7 +152,6 @@ class FusedAttention(torch.autograd.Function):
         ctx: Any,
         geometry: Geometry,
         scaling: float,
-        rows: int,
         sinks: torch.Tensor | None,
         value: torch.Tensor,
         *states: torch.Tensor,
@@ -161,15 +159,15 @@ class FusedAttention(torch.autograd.Function):
         bands = len(states) // 2
         dtype = torch.promote_types(value.dtype, torch.float32)
         total = value.new_empty(*states[0].shape[:3], dtype=dtype)
-        out = fused_attention(geometry, states[:bands], states[bands:], value, sinks, scaling, rows, total)
-        ctx.given = geometry, scaling, rows
+        out = fused_attention(geometry, states[:bands], states[bands:], value, sinks, scaling, total)
+        ctx.geometry, ctx.scaling = geometry, scaling
         ctx.save_for_backward(out, total, sinks, value, *states)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        geometry, scaling, rows = ctx.given
+        geometry, scaling = ctx.geometry, ctx.scaling
         out, total, sinks, value, *states = ctx.saved_tensors
         queries, keys = states[: len(states) // 2], states[len(states) // 2 :]
         # gradients are summed over many blocks, so they are accumulated in float32 or wider
@@ -177,8 +175,8 @@ class FusedAttention(torch.autograd.Function):
         # queries that attend to nothing get weights of 0, because theirs would not sum to 1
         total = total.masked_fill(total < NOTHING, torch.inf)
         sizes = out.shape[2] // value.shape[1], value.dtype
-        for start in range(0, out.shape[1], rows):
-            block_rows = slice(start, min(start + rows, out.shape[1]))
+        for start in range(0, out.shape[1], FUSED_ROWS):
+            block_rows = slice(start, min(start + FUSED_ROWS, out.shape[1]))
             out_grad, merged = (
                 grouped(tensor[:, block_rows].transpose(1, 2), value.shape[1]) for tensor in (grad, out)
             )
@@ -199,7 +197,7 @@ class FusedAttention(torch.autograd.Function):
             weights = (sinks[:, None] - total).exp()
             sinks_grad = -(weights * (grad * out).sum(-1).transpose(1, 2)).sum((0, 2)).to(sinks.dtype)
         rounded = (tensor.to(like.dtype) for tensor, like in zip((value_grad, *grads), (value, *states), strict=True))
-        return None, None, None, sinks_grad, *rounded
+        return None, None, sinks_grad, *rounded
 
 
 def banded_attention(
@@ -240,7 +238,7 @@ def banded_attention(
     # CPU without gradients: the flash kernel, with queries rotated block by block
     fused = value.device.type == "cpu" and value.shape[-1] == width and not (softcap or dropout)
     if fused and not learning and choice.FORCED in (None, "cpu"):
-        return fused_attention(geometry, queries, keys, value, sinks, scaling, FUSED_ROWS)
+        return fused_attention(geometry, queries, keys, value, sinks, scaling)
     # CUDA without mask and gradients: one kernel call per region of a band
     states = _ready([whole(query) for query in queries], dtype)
     kernel = choose(states[0], value) if geometry.aligned and mask is None else None
@@ -251,10 +249,8 @@ def banded_attention(
     # CPU with gradients, except those of the mask, and those that a graph or a functorch transform derives
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if fused and choice.FORCED in (None, "cpu") and not traced and (mask is None or not mask.requires_grad):
-        learned: torch.Tensor = FusedAttention.apply(  # type: ignore[no-untyped-call]
-            geometry, scaling, FUSED_ROWS, sinks, value, *states, *keys
-        )
-        return learned
+        arguments = geometry, scaling, sinks, value, *states, *keys
+        return FusedAttention.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
     # everything else: plain PyTorch, in blocks of queries whose scores fit in `SCORE_BYTES`
     def attend(start: int, stop: int) -> torch.Tensor:
