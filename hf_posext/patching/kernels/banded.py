@@ -92,8 +92,8 @@ def fused_attention(
 ) -> torch.Tensor:
     """Return attended values (batch, queries, heads, dim), computed by the CPU flash kernel.
 
-    Each block has [`FUSED_ROWS`] queries. If `total` (batch, heads, queries) is given, it receives the log-sum-exp of all
-    pieces. See [`banded_attention`] for the other arguments.
+    Queries are attended in blocks of [`FUSED_ROWS`]. If `total` (batch, heads, queries) is given, it receives the
+    log-sum-exp of all pieces. See [`banded_attention`] for the other arguments.
     """
     batch, heads, count, _ = unrotated(queries[0]).shape
     key_heads, dtype, compiling = value.shape[1], value.dtype, torch.compiler.is_compiling()
