@@ -252,7 +252,8 @@ class FollowedCache(Carried):
 
 def _counting() -> AbstractContextManager[Any]:
     """Leave inference mode in the context, because its tensors do not count in-place changes."""
-    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    # ask for the graph first, because torch.compile cannot trace the other question
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return _NO_CHANGE
     without = ExitStack()
     without.enter_context(torch.inference_mode(False))
