@@ -307,8 +307,7 @@ class Geometry:
     ) -> torch.Tensor:
         """Return [`_bias`] of a band whose bias depends on the distance only, for `group` query heads.
 
-        All rectangles are cut out of one strip: the row of a query behind all keys, and before as many more as there
-        are queries. The row of each other query is shifted by their distance.
+        Each row is a piece of one strip: the row of a query behind all keys, and before as many as there are queries.
         """
         strip, keys = self._strips.get((number, dtype)), self.keys.shape[1]
         if strip is None:

@@ -108,7 +108,7 @@ def _attend(
     """Attend in the rows of a forward, or in one request of continuous batching."""
     if layer is None or place is None:  # the layer does not rotate
         remapping: Any = module._posext_remapping
-        return base_function(remapping.base, module)(module, query, key, value, mask, **options)
+        return base_function(remapping.base, module)(module, query, key, value, mask, **options)  # type: ignore[no-any-return]
     selected = options.pop("indices", None)
     if selected is not None:
         assert mask is not None  # an indexer always receives a mask
@@ -170,8 +170,7 @@ def _sees_farther(call: Call) -> bool:
         behind = visible(mask).tril(mask.shape[-1] - mask.shape[-2] - window)
         return mask, bool(behind.any())  # the mask keeps its id
 
-    result: bool = call.place.once(("farther", id(mask), window), farther)[1]
-    return result
+    return call.place.once(("farther", id(mask), window), farther)[1]
 
 
 def _near_attention(call: Call) -> Attended:
@@ -185,7 +184,6 @@ def _near_attention(call: Call) -> Attended:
         query = whole(_rotations(call, "query", query, (SAME,))[0])
     if not rotated:
         key = whole(_rotations(call, "key", key, (SAME,))[0])
-    assert layer.base is not None  # known since the patch
     return layer.base(call.module, query, key, call.value, call.mask, **call.options)  # type: ignore[no-any-return]
 
 
@@ -372,15 +370,12 @@ def query_factor(
     return factor
 
 
-def base_function(base: str, module: nn.Module) -> Callable[..., Attended]:
+def base_function(base: str, module: nn.Module) -> Any:
     """Return the attention function that an unpatched module would call."""
     if base == "sdpa":
-        plain: Callable[..., Attended] = sdpa_attention_forward
-        return plain
+        return sdpa_attention_forward
     homes = [sys.modules[cls.__module__] for cls in type(module).__mro__]
-    eager: Any = next(home for home in homes if hasattr(home, "eager_attention_forward"))
-    function: Callable[..., Attended] = eager.eager_attention_forward
-    return function
+    return next(home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward"))
 
 
 def arguments_read(function: Callable[..., Any]) -> frozenset[str]:
@@ -404,7 +399,7 @@ class Lease:
     def __init__(self) -> None:
         for name, mask in MASKS.items():
             register_attention(name, late_attention, mask)
-        self._end = weakref.finalize(self, _end_lease)
+        self._end = weakref.finalize(self, lambda: [forget_attention(name) for name in MASKS])
 
     def close(self) -> None:
         """End the registration. A second call does nothing."""
@@ -412,8 +407,3 @@ class Lease:
 
     def __reduce__(self) -> tuple[type[Lease], tuple[()]]:
         return Lease, ()
-
-
-def _end_lease() -> None:
-    for name in MASKS:
-        forget_attention(name)

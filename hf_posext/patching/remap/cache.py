@@ -20,8 +20,6 @@ from ...errors import EvaluationError
 from ...plan import ExtensionPlan
 from ..mixin import Carried, mix
 
-_NO_CHANGE: AbstractContextManager[None] = nullcontext()
-
 START_ANEW = "Start with an empty cache."
 
 
@@ -103,10 +101,8 @@ class KeyRecord:
         if self.newest is None or not self.order[1] or self.plan is not plan or self.waiting is not None:
             return None
         self.contents = Contents.WRITING  # KNOWN or COUNTED -> WRITING
-        layers: Any = cache.layers
         # a copy, because layers increment theirs in place
-        slot: torch.Tensor = layers[0].cumulative_length.clone().reshape(())
-        return slot
+        return cache.layers[0].cumulative_length.clone().reshape(())  # type: ignore[no-any-return]
 
     def close_slot(self, newest: torch.Tensor) -> None:
         """Store the position (batch or 1, 1) of the token of a compiled step."""
@@ -254,7 +250,7 @@ def _counting() -> AbstractContextManager[Any]:
     """Leave inference mode in the context, because its tensors do not count in-place changes."""
     # ask for the graph first, because torch.compile cannot trace the other question
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        return _NO_CHANGE
+        return nullcontext()
     without = ExitStack()
     without.enter_context(torch.inference_mode(False))
     without.enter_context(torch.no_grad())

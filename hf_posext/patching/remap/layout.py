@@ -113,8 +113,7 @@ class Layout:
         first, second = self.swaps[0]
         fused = one_pass(states) if first.stop == second.start else None
         if fused is not None:
-            passed: torch.Tensor = fused.rotate(states, cos, sin, first.stop)
-            return passed
+            return fused.rotate(states, cos, sin, first.stop)  # type: ignore[no-any-return]
         rotated = states * cos
         for here, there in self.swaps:  # in place, to avoid a copy of all partners
             rotated[..., here].add_(states[..., there] * sin[..., here])
@@ -151,7 +150,7 @@ class Layer:
     window: int | None = None  # number of tokens that the layer's masks let it see back
     near: bool = False  # whether all pairs within the window are at the positions of the model
     scale: QueryScale | None = None  # scale of the queries
-    base: Callable[..., Any] | None = None  # attention function of the unpatched module
+    base: Any = None  # attention function of the unpatched module
     index: int | None = None  # index of the layer in the cache
     _copies: dict[torch.device, Layer] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -40,9 +40,8 @@ class RotatesLate(Mixin):
             return _identity(super().forward(x, position_ids, **extra), remapping.quarters[name])
         # outside of a forward (other code calls the layers directly), only the positions are known
         state = current_state(remapping)
-        place = (state or ForwardState(remapping)).note(
-            RotarySite("", self, name, layer_type or ""), position_ids, x.shape[-2]
-        )
+        site = RotarySite("", self, name, layer_type or "")
+        place = (state or ForwardState(remapping)).note(site, position_ids, x.shape[-2])
         if place.rotated:  # all phases of the step in one call; the model gets the first ones
             out = super().forward(x, on_axes(remapping.bands.step_positions(place.queries), place.axes), **extra)
             place.memo["step phases"] = _parts(out)
