@@ -55,7 +55,6 @@ class Rotated(NamedTuple):
 
 
 def unrotated(query: torch.Tensor | Rotated) -> torch.Tensor:
-    """Return all queries, before the rotation."""
     return query.states if isinstance(query, Rotated) else query
 
 
@@ -288,7 +287,6 @@ def attention_with_weights(
 
 
 def _ready(states: Sequence[torch.Tensor | Rotated], dtype: torch.dtype) -> list[Any]:
-    """Return states of a dtype with adjacent channels. Those that are rotated later stay as they are."""
     return [
         each
         if isinstance(each, Rotated) or (each.dtype == dtype and each.stride(-1) == 1)

@@ -20,8 +20,7 @@ SAME = PositionMap()
 """Map that leaves positions unchanged."""
 
 STEP = 16
-"""Number of keys that divides the width of a rectangle of scores where possible. Matrix products of other widths take
-up to a fifth longer."""
+"""Divisor of the widths of rectangles of scores. Matrix products of other widths take up to a fifth longer."""
 
 
 def mapped(positions: torch.Tensor, rule: PositionMap, lengths: torch.Tensor | None = None) -> torch.Tensor:

@@ -399,7 +399,7 @@ class Lease:
     def __init__(self) -> None:
         for name, mask in MASKS.items():
             register_attention(name, late_attention, mask)
-        self._end = weakref.finalize(self, lambda: [forget_attention(name) for name in MASKS])
+        self._end = weakref.finalize(self, _end_lease)
 
     def close(self) -> None:
         """End the registration. A second call does nothing."""
@@ -407,3 +407,8 @@ class Lease:
 
     def __reduce__(self) -> tuple[type[Lease], tuple[()]]:
         return Lease, ()
+
+
+def _end_lease() -> None:
+    for name in MASKS:
+        forget_attention(name)

@@ -151,7 +151,7 @@ class Layer:
     near: bool = False  # whether all pairs within the window are at the positions of the model
     scale: QueryScale | None = None  # scale of the queries
     base: Any = None  # attention function of the unpatched module
-    index: int | None = None  # index of the layer in the cache
+    index: Any = None  # index of the layer in the cache, `None` without one
     _copies: dict[torch.device, Layer] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def is_plain(self) -> bool:

@@ -46,8 +46,7 @@ def cached_keys(
         step_keys(layer.key, place, key, place.query_axes.to(key.device))
         return key, True, None
     rotated = state.record.rotated if holder is not None and state.record is not None else {}
-    index: Any = layer.index
-    before = rotated.pop(index, None)
+    before = rotated.pop(layer.index, None)
     settle = place.regular and place.key_axes.ndim == 2 and not key.requires_grad
     if before is None and place.rotated:
         raise EvaluationError(
@@ -102,7 +101,7 @@ def cached_keys(
             moved = torch.where(wrong[:, None, :, None], moved, filled)
         filled.copy_(moved)  # in place, because the cache may hold a part of these keys, or must keep its memory
         key = key if tokens == 1 else plain[:, :, -key.shape[2] :]
-    rotated[index] = newest, min(count, holder.keys.shape[2])
+    rotated[layer.index] = newest, min(count, holder.keys.shape[2])
     return key, tokens == 1, last
 
 
