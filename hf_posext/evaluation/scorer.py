@@ -256,6 +256,11 @@ def scored_model(model: nn.Module) -> Any:
     bare = unwrap(model)
     if all(weight.is_meta for weight in bare.parameters()):
         raise UnsupportedModelError(f"{type(bare).__name__} is on the meta device. Load its weights.")
+    if not getattr(bare.config, "return_dict", True):
+        raise UnsupportedModelError(
+            f"Expected a model that returns named outputs, got {type(bare).__name__} with return_dict=False in its "
+            "config. Set model.config.return_dict = True."
+        )
     return bare
 
 

@@ -56,6 +56,13 @@ def head_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return shapes
 
 
+def test_a_model_that_returns_tuples_is_refused_by_name() -> None:
+    model = tiny_llama()
+    model.config.return_dict = False
+    with pytest.raises(UnsupportedModelError, match=r"return_dict=False in its config. Set model.config.return_dict"):
+        TokenScorer(model)
+
+
 def test_the_default_dtype_does_not_count() -> None:
     """NLL is float32 whatever dtype tensors of the process have by default."""
     model, ids = tiny_llama(), tokens(50)
