@@ -215,7 +215,7 @@ class OtherSines(Mixin):
         positions = mapped(torch.arange(num_embeddings - first), self._posext_positions)
         frequencies = torch.tensor(self._posext_radians, dtype=torch.float64)
         other = sines(first + positions.double(), frequencies)
-        return torch.cat([table[:first], other.to(table.device)])  # float64, whatever the default dtype
+        return torch.cat([table[:first].to(other), other])  # float64, whatever the default dtype
 
 
 def _differ(sines: torch.Tensor, before: torch.Tensor) -> bool:
