@@ -44,6 +44,29 @@ def require(*extras: str) -> None:
         raise MissingExtraError(f"{', '.join(names)} not installed. Run: pip install 'hf_posext[{wanted}]'")
 
 
+def hub_obstacle(name: str, kind: str) -> str | None:
+    """Return the reason why a name cannot be looked up on the Hub, or `None`. This takes one request.
+
+    Without a network, huggingface_hub repeats its requests for up to a minute. Copies in its cache are found without.
+
+    Args:
+        name (`str`): id of a repository.
+        kind (`str`): `"model"` or `"dataset"`.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.file_download import repo_folder_name
+
+    is_cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind)).is_dir()
+    if is_cached or constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of httpx or its successor, by version
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+            return f"it is no path on this machine, and {constants.ENDPOINT} cannot be reached ({error})"
+    return None
+
+
 def versions_of(*packages: str) -> dict[str, str]:
     """Return the installed version of each package, "not installed" without one.
 

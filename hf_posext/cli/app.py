@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..decode import MAX_NUMBER
 from ..errors import PosExtError
 from ..version import __version__
-from .console import fail, in_flags, name_of, naming_flag, say, typed
+from .console import fail, in_flags, name_of, naming_flag, refusal, say
 from .options import FORMER, derived
 
 COMMANDS = {
@@ -72,6 +73,24 @@ def heading_of(command: str, parameter: str) -> str:
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
+@contextmanager
+def in_house(command: Any, ctx: Any, args: Sequence[str]) -> Iterator[None]:
+    """Put errors of typer inside the block into the form of this package."""
+    args = list(args)  # typer empties it
+    try:
+        yield
+    except ClickException as error:
+        param = getattr(error, "param", None)
+        value = typed = None
+        if param is not None:  # read again, as the error does not contain the value, which may be one of --config
+            options, _, _ = command.make_parser(ctx).parse_args(args=[*args])
+            value, _ = param.consume_value(ctx, options)
+        elif option := getattr(error, "option_name", None):
+            typed = next((word for word in args if word.startswith(f"{option}=")), None)
+            value = typed and typed.partition("=")[2]
+        raise ClickException(refusal(error, command, value)) from error
+
+
 class Command(TyperCommand):
     """A command that refuses empty texts and endless numbers, and lists many options under headings."""
 
@@ -88,14 +107,20 @@ class Command(TyperCommand):
             if not word or word.startswith("--") and word.endswith("="):
                 arguments = ", ".join(name_of(param) for param in self.params if param.param_type_name == "argument")
                 name = word.rstrip("=") or (before if before.startswith("-") else arguments)
-                raise typer.BadParameter(f"Expected text for {name}, got an empty one. Pass some, or leave it out.")
-        with self.naming_flags(ctx):
+                raise ClickException(f"Expected text for {name}, got an empty one. Pass some, or leave it out.")
+        takes_more, ctx.allow_extra_args = ctx.allow_extra_args, True  # others are refused below
+        with self.naming_flags(ctx), in_house(self, ctx, args):
             remaining = super().parse_args(ctx, args)
+        if remaining and not takes_more:
+            path = ctx.command_path
+            raise ClickException(f"Expected only what {path} takes, got {' '.join(remaining)!r}. See {path} --help.")
         params: list[Any] = self.params
         for param in params:
             number = ctx.params.get(param.name)
             if isinstance(number, int | float) and not abs(number) <= MAX_NUMBER:  # NaN is not, either
-                raise typer.BadParameter(f"Expected a number up to {MAX_NUMBER}", ctx, param)
+                name = name_of(param)
+                most = f"{MAX_NUMBER:,}"
+                raise ClickException(f"Expected {name} to be a number up to {most}, got {number}. Pass a smaller one.")
         return remaining
 
     def invoke(self, ctx: Any) -> Any:
@@ -142,12 +167,22 @@ class _Group(TyperGroup):
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS.get(name, "")) for name in self.list_commands(ctx)])
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with in_house(self, ctx, args):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None:
+            near = difflib.get_close_matches(args[0], COMMANDS) or COMMANDS
+            raise ClickException(f"Expected a command, got {args[0]!r}. Pass {', '.join(near)}.")
+        return super().resolve_command(ctx, args)
+
     def main(self, args: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
         try:
             code = super().main(words, **{**kwargs, "standalone_mode": False})
         except ClickException as error:
-            code = fail(error.format_message() + typed(error, words))
+            code = fail(error.format_message())
         except typer.Abort:
             code = 130
         except (PosExtError, OSError) as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect
 import os
 import re
+import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import typer
 from rich import box
@@ -15,7 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..decode import in_words
 from ..escaping import visible
+from ..evaluation.config import bounds_in_words
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -136,12 +140,46 @@ def naming_flag(message: str, parameters: Sequence[Any], values: Mapping[str, An
     return message
 
 
-def typed(error: Any, words: Sequence[str]) -> str:
-    """Return the text typed for an option if the message of an error does not contain it."""
-    option = getattr(error, "param", None)
-    texts = [
-        text
-        for word, text in itertools.pairwise(words)
-        if option is not None and word in option.opts and repr(text) not in error.format_message()
-    ]
-    return f" (got {texts[-1]!r})" if texts else ""
+def refusal(error: Any, command: Any, value: object) -> str:
+    """Return an error of typer in the form of this package, "Expected X, got Y. Pass Z."
+
+    Args:
+        error: error that typer raised while it read the words of a command.
+        command: the command.
+        value (`object`): the text that is wrong, if it is that of an option or argument.
+    """
+    name = getattr(error, "option_name", None)
+    param = getattr(error, "param", None) or next((param for param in command.params if name in param.opts), None)
+    if param is None and name is not None:
+        path, near = error.ctx.command_path, " or ".join(getattr(error, "possibilities", None) or ())
+        return f"Expected an option of {path}, got {name}. {f'Pass {near}, or see' if near else 'See'} {path} --help."
+    if param is None:
+        return str(error.format_message())
+    flag, (kind, declared) = name_of(param), _declaration(command, param)
+    if hasattr(error, "param_type"):  # the parameter is missing
+        return f"Expected {flag}, got none. Pass {flag}: {declared.help}"
+    if getattr(param, "is_flag", False):
+        return f"Expected {flag} without a value, got {value!r}. Pass {flag} alone."
+    example = EXAMPLE if param.default is None and kind.startswith("a whole number") else param.default
+    advice = f"{flag} {example}"
+    if example is None:
+        advice = kind if param.required else f"{kind}, or leave {flag} out"
+    typed = "none" if value is None else repr(" ".join(value) if isinstance(value, tuple) else value)
+    return f"Expected {flag} to be {kind}, got {typed}. Pass {advice}."
+
+
+EXAMPLE = 8
+"""Whole number within the bounds of every option without a default."""
+
+
+def _declaration(command: Any, param: Any) -> tuple[str, Any]:
+    """Return the type and bounds of a parameter in words, and what `typer.Option` or `typer.Argument` declares."""
+    hint, declared = get_args(inspect.signature(command.callback, eval_str=True).parameters[param.name].annotation)
+    if isinstance(hint, types.UnionType):
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is list:
+        (hint,) = get_args(hint)
+    if hint is Path:
+        places = {"file": declared.file_okay, "folder": declared.dir_okay}
+        return f"a {' or '.join(place for place, is_okay in places.items() if is_okay)}", declared
+    return f"{in_words(hint)}{bounds_in_words(declared.min, declared.max)}", declared

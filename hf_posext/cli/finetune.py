@@ -28,7 +28,7 @@ class Adapter:
 
     preset: str = option("lora, lora-plus (and embeddings, norms), dora, full, nope.", "lora")
     learning_rate: float | None = option("Peak learning rate. Default: the preset's.")
-    rank: int | None = option("Rank of LoRA. Default: the preset's.")
+    rank: int | None = option("Rank of LoRA. Default: the preset's.", min=1)
     alpha: float | None = option("LoRA is scaled by alpha / rank.")
     lora_ratio: float | None = option(
         "Learning rate of LoRA's second matrix relative to the first (LoRA+), such as 16."
@@ -73,7 +73,6 @@ class Training:
     )
     bf16: bool = option("Compute in bfloat16 by autocast.", False)
     gradient_checkpointing: bool = option("Save memory at the cost of time.", False)
-    patience: int | None = option("Stop after this many evaluations without improvement.", min=1)
     save_every: int | None = option("Steps between checkpoints. Default: a tenth of all steps.", min=1)
     seed: options.Seed = 0
     report_to: str = option("Log training as the Trainer does: tensorboard, wandb, mlflow.", "none", metavar="TRACKER")
@@ -92,6 +91,7 @@ class HeldOut:
     every: int = option("For --evaluate: steps between measurements.", 100, min=1)
     start: int = option("For --evaluate: tokens to skip at the beginning of each document.", 0, min=0)
     passkey: int = option("For --evaluate: passkey trials at each length.", 0, min=0)
+    patience: int | None = option("For --evaluate: stop after this many measurements without improvement.", min=1)
 
     def load(self, texts: options.Texts, plan: ExtensionPlan) -> Evaluation | None:
         """Return the evaluation with its texts, which are read like those to train on."""
@@ -170,7 +170,7 @@ def finetune(
         network, tokenizer = (
             load_4bit(model, trust_remote_code) if load_in_4bit else load_model(model, dtype, "cpu", trust_remote_code)
         )
-        places: Any = {"output": output, "preset": preset, "evaluation": evaluation}
+        places: Any = {"output": output, "preset": preset, "evaluation": evaluation, "patience": held_out.patience}
         try:
             result = train(network, tokenizer, documents, plan, **places, **vars(training))
         except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from ..errors import (
     UnsupportedModelError,
     first_line,
 )
+from ..packages import hub_obstacle
 from ..plan import ExtensionPlan, has_plan
 from .console import rank, say
 
@@ -219,6 +220,8 @@ def _opening(name: str, trust_remote_code: bool) -> Iterator[Source]:
         raise InvalidParameterError(
             f"Expected a model folder or a Hub id such as org/name, got {name}: no such folder."
         )
+    if not path.exists() and not gguf and (obstacle := hub_obstacle(name, "model")):
+        raise InvalidParameterError(f"Expected a model, got {name}: {obstacle}. Pass a folder.")
     quiet_libraries()
     try:
         yield locate(name, trust_remote_code=trust_remote_code)

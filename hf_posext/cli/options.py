@@ -154,7 +154,7 @@ class Texts:
     """Texts of a command."""
 
     dataset: str = option("Folder of .txt; .jsonl, .json, .csv, .parquet; recipe; Hub id.", ...)
-    documents: int | None = option("Number of documents to read. Default: all.")
+    documents: int | None = option("Number of documents to read. Default: all.", min=1)
     text_column: str | None = option("Column of the texts. Default: text, or the recipe's.")
     split: str | None = option("Split of the data set.")
     revision: str | None = option("Branch, tag or commit of a Hub data set.")
@@ -228,6 +228,8 @@ def _option(entry: Any, hint: Any) -> inspect.Parameter:
     default = inspect.Parameter.empty if entry.default is MISSING else entry.default
     if "help" in entry.metadata:
         flag = {key: value for key, value in entry.metadata.get("flag", {}).items() if key != "of"}
+        if "bounds" in entry.metadata:
+            flag |= dict(zip(("min", "max"), entry.metadata["bounds"], strict=True))
         names = (f"--{entry.name.replace('_', '-')}",) if hint is bool else ()  # without a negative form
         if (kind := _items(hint)) is not None:
             flag = {"metavar": f"<{kind.__name__},...>", **flag}

@@ -56,10 +56,17 @@ MAX_TRIALS = 10_000
 
 
 def _setting(
-    help: str, default: Any = MISSING, *, least: int | None = None, most: float = math.inf, **flag: Any
+    help: str, default: Any = MISSING, *, least: int | None = None, most: int | None = None, **flag: Any
 ) -> Any:
     """Declare a setting with its help, its bounds, and further options of its flag."""
     return field(default=default, metadata={"help": help, "bounds": (least, most), "flag": flag})
+
+
+def bounds_in_words(least: float | None, most: float | None) -> str:
+    """Return the bounds of a number after its type, such as " of 1 or more"."""
+    if least is None:
+        return ""
+    return f" of {least:,} or more" if most is None else f" from {least:,} to {most:,}"
 
 
 def _documented(cls: type[T]) -> type[T]:
@@ -128,14 +135,15 @@ class EvaluationConfig:
         "LongPPL: tokens of the short context, which moves by a quarter of its length. Default: half of the trained "
         "length or of the longest length, whichever is less, and at most the paper's 4096.",
         None,
+        least=1,
     )
     protocol: str | None = _setting(
         "prefix, sliding, rolling, tail, legacy-yarn, legacy-longlora (decoders), pseudo (encoders), seq2seq "
         "(encoder-decoders). Default: the first that fits the model.",
         None,
     )
-    stride: int | None = _setting("Step of the windows of sliding and the legacy protocols, in tokens.", None)
-    tail: int | None = _setting("Number of last tokens that the protocol tail scores.", None)
+    stride: int | None = _setting("Step of the windows of sliding and the legacy protocols, in tokens.", None, least=1)
+    tail: int | None = _setting("Number of last tokens that the protocol tail scores.", None, least=1)
     start: int = _setting("Tokens to skip at the beginning of each document, such as front matter.", 0, least=0)
     bos: Literal["auto", "always", "never"] = _setting(
         "BOS before each text: as the tokenizer adds it, always, or never.", "auto"
@@ -153,9 +161,12 @@ class EvaluationConfig:
             least, most = entry.metadata["bounds"]
             object.__setattr__(self, entry.name, value)
             check_type(entry.name, value, hints[entry.name])
-            if least is not None and value is not None and not least <= value <= most:
-                bounds = f"{least} or more" if math.isinf(most) else f"{least} to {most:,}"
-                raise InvalidParameterError(f"Expected {entry.name} to be {bounds}, got {short(value)}.")
+            if least is not None and value is not None and not least <= value <= (most or math.inf):
+                bounds = bounds_in_words(least, most)
+                raise InvalidParameterError(
+                    f"Expected {entry.name} to be a whole number{bounds}, got {short(value)}. "
+                    f"Pass {entry.name}={entry.default or least}."
+                )
 
     @classmethod
     def of(cls, config: EvaluationConfig | None = None, **settings: Any) -> EvaluationConfig:

@@ -106,9 +106,11 @@ def check_questions(
     """
     tasks, depths = tuple(TASKS) if tasks is None else tasks, DEPTHS if depths is None else depths
     if not tasks or set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
-        raise InvalidParameterError(f"Expected tasks to be a list of some of {', '.join(TASKS)}, got {tasks!r}.")
+        raise InvalidParameterError(
+            f"Expected tasks to be some of {', '.join(TASKS)}, each once, got {list(tasks)}. Pass tasks=['passkey']."
+        )
     if not depths or not all(0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
-        raise InvalidParameterError(f"Expected depths from 0 to 1, each once, got {list(depths)}.")
+        raise InvalidParameterError(f"Expected depths from 0 to 1, each once, got {list(depths)}. Pass depths=[0, 1].")
     if not 1 <= trials <= MAX_TRIALS:
         raise InvalidParameterError(f"Expected 1 to {MAX_TRIALS:,} trials per length and depth, got {trials}.")
     return Questions(trials=trials, tasks=tuple(tasks), depths=tuple(map(float, depths)), **settings)

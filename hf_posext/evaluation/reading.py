@@ -26,6 +26,7 @@ from typing import Any
 
 from ..decode import short
 from ..errors import DocumentError, first_line
+from ..packages import hub_obstacle
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> Path:
@@ -408,11 +409,15 @@ def _of_split(data: Any, split: str | None, name: str) -> Any:
 def load_dataset(shown: str, *args: Any, streaming: bool = True, **kwargs: Any) -> Any:
     """Call `datasets.load_dataset`, streaming by default. Streaming copies nothing and reads only the rows needed.
 
+    `shown` is the path or Hub id.
+
     Raises:
         DocumentError: any of its errors, on one line.
     """
     import datasets
 
+    if not Path(shown).exists() and (obstacle := hub_obstacle(shown, "dataset")):
+        raise DocumentError(f"Expected documents, got {shown!r}: {obstacle}. Pass a file, a folder, or a list.")
     with one_line_errors(shown):
         return datasets.load_dataset(*args, streaming=streaming, **kwargs)
 

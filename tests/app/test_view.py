@@ -154,8 +154,8 @@ def test_what_is_said_is_escaped() -> None:
         (["--model", "org/name"], "Expected a folder of a model on this machine, got --model org/name"),
         (["--dataset", "pg19"], "Expected a file or folder of texts on this machine, got --dataset pg19"),
         (["--port", "0"], "port"),
-        (["--host", "0.0.0.0"], "No such option"),
-        (["--share"], "No such option"),
+        (["--host", "0.0.0.0"], "Expected an option of hf-posext app, got --host"),
+        (["--share"], "Expected an option of hf-posext app, got --share"),
     ],
 )
 def test_the_command_refuses_in_one_line(options: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,9 +75,9 @@ def test_ten_million_tokens_are_drawn_where_a_picture_can_show_them(tmp_path: Pa
         ([MODEL, "--methods", "yarm"], "did you mean 'yarn'"),
         ([MODEL, "--methods", "table-linear"], "table-linear extends learned positions"),
         ([MODEL, "--plot", "found.pdf"], "Expected the name of a PNG, got found.pdf. Pass --plot found.png."),
-        ([MODEL, "--trained-length", "0"], "Invalid value for '--trained-length'"),
+        ([MODEL, "--trained-length", "0"], "Expected --trained-length to be a whole number of 1 or more, got '0'"),
         ([MODEL, "--dataset", "no.jsonl"], "no such path"),
-        ([], "Missing argument"),
+        ([], "Expected MODEL, got none. Pass MODEL: Folders or Hub ids; their weights are read."),
     ],
 )
 def test_wrong_input_is_one_line(options: list[object], message: str) -> None:

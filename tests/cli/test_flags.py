@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import typer
 
 from hf_posext.cli import app
+from hf_posext.decode import MAX_NUMBER
 from hf_posext.packages import EXTRAS
 
 from ..conftest import EXAMPLES
@@ -62,6 +65,10 @@ WRITTEN = {"output", "plot"}
 NUMBERS = {int: ["x", "nan", "1e9", "1.5", "-1", "0", 10**25], float: ["x", "nan", "inf", "1e30", "-1", "0", 10**25]}
 
 
+FORM = re.compile(r"error: Expected (\S+ to be a|text for \S+|\S+ without).*, got .+\. Pass .+\.")
+"""Errors of the types and bounds that flags declare."""
+
+
 class Reached(Exception):
     """The weights are read next."""
 
@@ -83,6 +90,14 @@ def wrong_values(command: str, flag: Any, folder: Path) -> Iterator[object]:
         (folder / "folder").mkdir()
         (folder / "file").touch()
         yield from ([] if options.dir_okay else ["folder"]) + ([] if options.file_okay else ["file"])
+
+
+def is_refused_by_type(flag: Any, value: object) -> bool:
+    """Whether the declaration of a flag alone refuses a value."""
+    kind, text = flag.type_descriptor.annotation, str(value)
+    if kind not in NUMBERS or text in ("", "x", "nan", "inf") or kind is int and text in ("1e9", "1.5"):
+        return kind in (*NUMBERS, bool) or text in ("", "file", "folder")
+    return float(text) > MAX_NUMBER or flag.min is not None and not flag.min <= float(text) <= (flag.max or math.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +151,8 @@ def test_a_wrong_value_is_one_line_that_names_the_flag(command: str, flag: Any, 
             name = flag.metavar if flag.param_type_name == "argument" else flag.opts[0]
             if name not in line:
                 faults.append(f"{value!r}: not named: {line}")
+            if is_refused_by_type(flag, value) and not FORM.fullmatch(line):
+                faults.append(f"{value!r}: not in the form of the package: {line}")
     assert not faults, "\n".join(faults)
 
 
@@ -146,3 +163,26 @@ def test_right_values_get_as_far_as_the_weights(command: str) -> None:
     """Otherwise the refusals above would say nothing about the values."""
     output = {"explain": [], "serve": []}.get(command, ["--output", "plan.json" if command in PLANS else "out"])
     assert isinstance(run(command, *GIVEN[command], *output).exception, Reached)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compar"], "Expected a command, got 'compar'. Pass compare, card."),
+        (["--nonsense"], "Expected an option of hf-posext, got --nonsense. See hf-posext --help."),
+        (["env", "--jsn"], "an option of hf-posext env, got --jsn. Pass --json, or see hf-posext env --help."),
+        (["methods", "--json=yes"], "Expected --json without a value, got 'yes'. Pass --json alone."),
+        (["methods", "all"], "Expected only what hf-posext methods takes, got 'all'. See hf-posext methods --help."),
+        (["compare"], "Expected --model, got none. Pass --model: Model folder, GGUF file or Hub id."),
+        (["report"], "Expected RESULTS, got none. Pass RESULTS: results.json of each run."),
+        (["report", "."], "Expected RESULTS to be a file, got '.'. Pass a file."),
+        (["compare", "--seed"], "Expected --seed to be a whole number of 0 or more, got none. Pass --seed 0."),
+        (["compare", "--bos", "no"], "Expected --bos to be one of auto, always, never, got 'no'. Pass --bos auto."),
+        (["search", "--population", "3"], "to be a whole number of 4 or more, got '3'. Pass --population 32."),
+        (["finetune", "--rank", "x"], "Expected --rank to be a whole number of 1 or more, got 'x'. Pass --rank 8."),
+        (["compare", "--beta", "x"], "Expected --beta to be a number, got 'x'. Pass a number, or leave --beta out."),
+        (["compare", "--passkey", "10001"], "to be a whole number from 0 to 10,000, got '10001'. Pass --passkey 0."),
+    ],
+)
+def test_errors_of_typer_are_in_the_form_of_the_package(words: list[str], message: str) -> None:
+    assert error_of(run(*words)).endswith(message)

@@ -132,4 +132,4 @@ def test_the_module_runs_and_its_help_loads_no_torch() -> None:
 def test_the_module_refuses_wrong_input_with_exit_code_2() -> None:
     refused = subprocess.run([sys.executable, "-m", "hf_posext", "compar"], capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stdout == ""
-    assert refused.stderr == "error: No such command 'compar'. Did you mean 'compare', 'card'?\n"
+    assert refused.stderr == "error: Expected a command, got 'compar'. Pass compare, card.\n"

@@ -179,3 +179,11 @@ def test_code_runs_where_it_is_trusted(remote: tuple[Path, Path]) -> None:
     folder, marker = remote
     result = run("inspect", folder, "--trust-remote-code")
     assert marker.exists(), result.output
+
+
+def test_a_model_on_the_hub_is_refused_at_once_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("a request is repeated"))
+    message = error_of(run("inspect", "org/name"))
+    assert "Expected a model, got org/name: it is no path on this machine, and http://localhost:9 cannot be" in message

@@ -86,7 +86,7 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"depths": "0,half"}, "got --depths 0,half. Pass --depths 0,0.5,1"),
-        ({"tasks": "poetry"}, "Expected --tasks to be a list of some of passkey, multi-key"),
+        ({"tasks": "poetry"}, "Expected --tasks to be some of passkey, multi-key"),
         ({"tasks": "passkey,multi-key"}, "for a prompt of the task 'multi-key', got"),
         ({"longppl": "ntk"}, "longppl is 'ntk', which none of the methods are: none, linear x2, yarn x2"),
         ({"longppl": "./no/such"}, "got ./no/such: no such folder"),

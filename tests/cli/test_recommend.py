@@ -81,11 +81,19 @@ def test_a_search_writes_its_plan(tmp_path: Path) -> None:
         ),
         ("recommend", {"output": "plan.yaml"}, "Pass the name of a JSON file"),
         ("recommend", {"output": "/dev/null/plan.json"}, "cannot write to /dev/null"),
-        ("recommend", {"target_length": None}, "Missing option '--target-length'"),
+        ("recommend", {"target_length": None}, "Expected --target-length, got none. Pass --target-length: "),
         ("search", {"model": LEARNED}, "gpt2 has learned positions"),
-        ("search", {"population": 2}, "'--population'"),
+        (
+            "search",
+            {"population": 2},
+            "--population to be a whole number of 4 or more, got '2'. Pass --population 32.",
+        ),
         ("search", {"target_length": 64}, "which needs no search"),
-        ("search", {"objective": "loss"}, "'--objective'"),
+        (
+            "search",
+            {"objective": "loss"},
+            "--objective to be one of tail, key-tokens, got 'loss'. Pass --objective tail.",
+        ),
     ],
     ids=str,
 )

@@ -259,7 +259,7 @@ def test_mistakes_show_before_anything_is_measured(llama: LlamaForCausalLM) -> N
         ),
         (InvalidParameterError, "Pass a list", {"methods": []}),
         (InvalidParameterError, "for a prompt of the task 'passkey'", {"lengths": [32, 128], "passkey": 2}),
-        (InvalidParameterError, "Expected passkey to be 0 to 10,000, got -1", {"passkey": -1}),
+        (InvalidParameterError, "Expected passkey to be a whole number from 0 to 10,000, got -1", {"passkey": -1}),
         (InvalidParameterError, "protocol is 'rollin'", {"protocol": "rollin"}),
         (InvalidParameterError, "tail is 8, and protocol 'prefix' has none", {"tail": 8}),
     ]

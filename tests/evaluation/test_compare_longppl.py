@@ -197,7 +197,7 @@ def test_the_short_context(
         ({"longppl": "none", "beta": 2.0}, r"alpha is 2.0 and beta 2.0, in nats\. .*beta below 0"),
         ({"longppl": "none", "alpha": math.nan}, "Expected alpha to be a number or None, got nan"),
         ({"longppl": "none", "short_length": 120}, "short_length is 120 and stride 30, and rows have up to 128"),
-        ({"longppl": "none", "short_length": 0}, "short_length is 0"),
+        ({"longppl": "none", "short_length": 0}, "short_length to be a whole number of 1 or more, got 0"),
         ({"longppl": "none", "protocol": "tail", "tail": 8}, "protocol 'tail' does not give. Choose prefix, sliding"),
         ({"longppl": "none", "protocol": "legacy-yarn", "stride": 8}, "'legacy-yarn' does not give"),
     ],

@@ -92,10 +92,10 @@ def test_results_are_read_again(found: Results, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"retrieval": -1}, "Expected retrieval to be 0 to 10,000, got -1"),
+        ({"retrieval": -1}, "Expected retrieval to be a whole number from 0 to 10,000, got -1"),
         ({"retrieval": 0, "depths": None}, r"tasks is \['passkey', 'common-words'\], and retrieval is 0"),
         ({"retrieval": 0, "tasks": None}, r"depths is \[0, 1\], and retrieval is 0. Pass retrieval=4"),
-        ({"tasks": ["poetry"]}, "Expected tasks to be a list of some of passkey, multi-key"),
+        ({"tasks": ["poetry"]}, "Expected tasks to be some of passkey, multi-key"),
         ({"depths": [0.5, 2]}, "Expected depths"),
         ({"lengths": [60, 640]}, "for a prompt of the task 'common-words', got 60. Leave out"),
     ],

@@ -19,6 +19,7 @@ import pytest
 
 from hf_posext.errors import DocumentError
 from hf_posext.evaluation import Document, load_documents
+from hf_posext.packages import hub_obstacle
 
 ROWS = [{"id": "emma", "text": "Emma Woodhouse,\nhandsome"}, {"id": "anne", "text": "Sir Walter Elliot, caf\u00e9"}]
 EXPECTED = [Document("emma", ROWS[0]["text"]), Document("anne", ROWS[1]["text"])]
@@ -416,3 +417,24 @@ def test_dictionaries_of_streams_and_rows_in_lists() -> None:
     ]
     with pytest.raises(DocumentError, match="row 2 of list has no 'text'"):
         load_documents([ROWS[0], {"body": "x"}])
+
+
+def test_a_name_on_the_hub_is_refused_at_once_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's client would repeat its requests for 23 seconds, and for a model for a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("a request is repeated"))
+    for name in ("novels", "org/novels", "pg19"):
+        with pytest.raises(DocumentError, match=rf"novels|pg19'.*: it is no path on this machine, and .*localhost:9"):
+            load_documents(name)
+
+
+def test_copies_of_the_hub_need_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "cannot be reached" in str(hub_obstacle("org/name", "dataset"))
+    (tmp_path / "datasets--org--name").mkdir()
+    assert hub_obstacle("org/name", "dataset") is None and hub_obstacle("org/name", "model") is not None
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub_obstacle("org/name", "model") is None, "the libraries read their caches"

@@ -161,7 +161,7 @@ def test_lengths_that_cannot_be(llama: LlamaForCausalLM, lengths: list[Any]) -> 
 
 
 def test_a_negative_start_is_refused(llama: LlamaForCausalLM) -> None:
-    with pytest.raises(InvalidParameterError, match="Expected start to be 0 or more, got -1"):
+    with pytest.raises(InvalidParameterError, match="Expected start to be a whole number of 0 or more, got -1"):
         evaluate_perplexity(llama, character_tokenizer(), random_texts(1, 50), [8], start=-1)
 
 

@@ -269,7 +269,7 @@ def test_a_model_without_a_cache_is_refused_before_anything_is_read() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prefill_chunk": 0}, "Expected prefill_chunk to be 1 or more, got 0"),
+        ({"prefill_chunk": 0}, "Expected prefill_chunk to be a whole number of 1 or more, got 0"),
         ({"offload_cache": True}, "offload_cache needs a cache, .* Pass prefill_chunk=2048, too"),
     ],
 )
