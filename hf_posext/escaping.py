@@ -42,8 +42,8 @@ def html_table(facts: Mapping[str, str]) -> str:
 def render(template: str, room: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
     """Return a filled-in template.
 
-    In the template, untrusted values go through one of the filters `text`, `alt`, `code`, `console`, or `literal` (a
-    quoted string for Python code).
+    In the template, untrusted values go through one of the filters `text`, `prose`, `alt`, `code`, `console`, or
+    `literal` (a quoted string for Python code).
 
     Args:
         template (`str`): file name of the template.
@@ -54,26 +54,48 @@ def render(template: str, room: str, filters: Mapping[str, Callable[..., Any]] |
     from jinja2 import Environment, PackageLoader, StrictUndefined  # the others need the standard library only
 
     environment = Environment(loader=PackageLoader(room, "."), undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters.update(text=inline, alt=alt, code=code, console=console, literal=_literal, **(filters or {}))
+    environment.filters.update(text=inline, prose=prose, alt=alt, code=code, console=console, literal=_literal)
+    environment.filters.update(filters or {})
     return environment.get_template(template).render(**values)
 
 
+# Characters where Markdown or GitHub gives them a meaning: escapes, emphasis, code, formulas, links, HTML, entities.
+# Underscores inside a word have none.
+_MARKUP = re.compile(
+    r"\\(?=[!-/:-@\[-`{-~]|$)|[`*~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<= )#(?=#*$)"
+)
+_OPENING = re.compile(r"^([#>+=-])|^(\d+)([.)])(?=\s|$)")
+
+
+def _unmarked(text: str) -> str:
+    """Return a text on one line in which Markdown finds no markup, by entities where it would find some."""
+    return _MARKUP.sub(_entity, visible(" ".join(text.split())))
+
+
+def _entity(match: re.Match[str]) -> str:
+    return {"<": "&lt;", "&": "&amp;"}.get(match[0]) or f"&#{ord(match[0])};"
+
+
+def prose(text: str) -> str:
+    """Return a sentence of this package on one line, in which only its code spans are markup."""
+    parts = re.split("(`[^`]+`)", visible(" ".join(text.split())))
+    return "".join(part if index % 2 else _MARKUP.sub(_entity, part) for index, part in enumerate(parts))
+
+
 def inline(text: str) -> str:
-    """Return a text on one line, escaped to open no HTML tag, link, or image."""
-    plain = visible(" ".join(text.split()))
-    plain = re.sub(r"&(?=#?\w+;)", "&amp;", plain)
-    plain = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", plain)
-    return re.sub(r"\](?=[(\[:])", "&#93;", plain)  # not a backslash, because a preceding backslash would cancel it
+    """Return a text on one line that renders as it is, even at the beginning of a paragraph."""
+    plain = _unmarked(text)
+    return _OPENING.sub(lambda match: f"{match[2] or ''}&#{ord(match[1] or match[3])};", plain)
 
 
 def cell(text: str) -> str:
     """Return a text for a table cell, with its pipes escaped."""
-    return re.sub(r"\\*\|", lambda match: "&#92;" * (len(match[0]) - 1) + r"\|", inline(text))
+    return _unmarked(text).replace("|", r"\|")
 
 
 def alt(text: str) -> str:
     """Return the alternative text of an image, with its brackets escaped."""
-    return inline(text).replace("[", "&#91;").replace("]", "&#93;")
+    return _unmarked(text).replace("[", "&#91;").replace("]", "&#93;")
 
 
 def code(text: str) -> str:

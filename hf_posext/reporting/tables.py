@@ -133,7 +133,7 @@ def notes(results: Results) -> list[str]:
     trained = results.provenance.get("trained_length")
     if trained and not results.short_context() and any(row["method"] != "none" for row in results.rows):
         is_measured = lengths_of(results)[0] <= trained
-        missing = "`none` is not among the methods" if is_measured else f"no length up to {trained} was measured"
+        missing = "none is not among the methods" if is_measured else f"no length up to {trained} was measured"
         sentences.append(f"No short-context check: {missing}.")
     longppl = results.provenance.get("longppl")
     if longppl and all(row.get("longppl") is None for row in results.rows):

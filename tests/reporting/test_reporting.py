@@ -221,7 +221,7 @@ def test_what_no_table_shows_is_said() -> None:
     assert note in " ".join(" ".join(printed(results)).split()) and note in render_report(results)
     for row in results.rows:
         row |= {"length": row["length"] // 4, "change": None, "change_ci95": None}
-    assert notes(results)[1] == "No short-context check: `none` is not among the methods."
+    assert notes(results)[1] == "No short-context check: none is not among the methods."
     assert notes(Results({"trained_length": 512}, [row for row in results.rows if row["method"] == "none"])) == []
 
 

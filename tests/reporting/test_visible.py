@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import io
 import json
+import random
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from rich.console import Console
 from hf_posext import patch_model
 from hf_posext.cli import app
 from hf_posext.cli.console import PlainConsole, fail, say
-from hf_posext.escaping import alt, cell, code, console, csv_cell, inline, visible
+from hf_posext.escaping import alt, cell, code, console, csv_cell, inline, prose, visible
 from hf_posext.evaluation import Results
 from hf_posext.reporting import print_tables, render_report, write_merged_report, write_report
 
@@ -29,7 +31,7 @@ HOSTILE = "a|b$x^$`c ``` <img src=x onerror=alert(1)> ![p](http://x/y.png) \\](z
 
 
 def rendered(text: str) -> str:
-    return str(MarkdownIt("commonmark").enable("table").render(text))
+    return str(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text))
 
 
 @pytest.mark.parametrize(
@@ -50,11 +52,42 @@ def test_other_cells_stay_as_they_are(value: object) -> None:
     assert csv_cell(value) is value or csv_cell(value) == value
 
 
-@pytest.mark.parametrize("escape", [inline, alt, cell, code])
-def test_a_name_marks_up_nothing(escape: object) -> None:
-    html = rendered(f"x {escape(HOSTILE)} y")  # type: ignore[operator]
+@pytest.mark.parametrize("escaped", [inline, alt, cell, code])
+def test_a_name_marks_up_nothing(escaped: object) -> None:
+    html = rendered(f"x {escaped(HOSTILE)} y")  # type: ignore[operator]
     assert "<img" not in html and "<a" not in html and "\x1b" not in html
     assert html.count("<p>") == 1
+
+
+@pytest.mark.parametrize("length", range(1, 10))
+def test_any_name_renders_as_it_is_wherever_it_stands(length: int) -> None:
+    rng, letters = random.Random(length), "ab1é _*~`\\[]()<>&#|$!+-=.:;\"'{}/?^@%,"
+    for _ in range(200):
+        name = "".join(rng.choices(letters, k=length))
+        shown = escape(" ".join(name.split()), quote=False).replace('"', "&quot;")
+        if not shown:
+            continue
+        places = {
+            f"x {inline(name)} y": f"<p>x {shown} y</p>",
+            inline(name): f"<p>{shown}</p>",
+            f"# {inline(name)}": f"<h1>{shown}</h1>",
+            f"- **{inline(name)}**: y": f"<li><strong>{shown}</strong>: y</li>",
+            f"![{alt(name)}](own.png)": f'<p><img src="own.png" alt="{shown}" /></p>',
+            f"| h |\n| --- |\n| {cell(name)} |": f"<td>{shown}</td>",
+            f"| h |\n| --- |\n| **{cell(name)}** |": f"<td><strong>{shown}</strong></td>",
+        }
+        for source, html in places.items():
+            assert html in rendered(source), (name, source)
+
+
+def test_code_of_a_sentence_of_the_package_stays_code() -> None:
+    assert rendered(prose("a_ `b*` <i> `c` *d*")) == "<p>a_ <code>b*</code> &lt;i&gt; <code>c</code> *d*</p>\n"
+    assert rendered(prose("` _a_")) == "<p>` _a_</p>\n", "a backtick alone"
+
+
+def test_words_with_underscores_stay_readable() -> None:
+    assert inline("yarn(beta_fast=16) x8, -1 < 2, a & b") == "yarn(beta_fast=16) x8, -1 < 2, a & b"
+    assert cell("2 - 1 = 1. #3") == "2 - 1 = 1. #3"
 
 
 def test_a_description_keeps_its_picture() -> None:
