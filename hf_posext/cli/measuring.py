@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,49 +143,42 @@ def _evaluator(settings: EvaluationConfig) -> str | None:
     return settings.longppl if {"/", "\\"} & set(settings.longppl or "") else None
 
 
-def _check_models(run: Measurement, *names: str | None) -> None:
-    """Refuse further models that do not exist before the weights of the first are read."""
+def _checked(run: Measurement, settings: EvaluationConfig) -> EvaluationConfig:
+    """Return the settings for checks without weights, with the config of an evaluator, which must exist."""
     from .loading import base_of, load_config
 
-    for name in filter(None, names):
-        load_config(base_of(name) or name, run.trust_remote_code)
+    name = _evaluator(settings)
+    return (
+        settings
+        if name is None
+        else replace(settings, longppl=load_config(base_of(name) or name, run.trust_remote_code))
+    )
 
 
 def _check_comparison(run: Measurement, methods: list[Method], settings: EvaluationConfig) -> None:
     """Plan each method for the model's config, so that impossible requests are refused before weights are read."""
-    from ..evaluation.key_search import check_key_search
-    from ..evaluation.setup import check_request, plan_comparison
-    from ..evaluation.tasks import name_of
-    from ..patching import detect_scheme
+    from ..evaluation.comparison import check_comparison
     from .loading import load_config, require_unpatched
 
     require_unpatched(run.model, "a comparison begins unpatched", "measure it by hf-posext evaluate")
     config = load_config(run.model, run.trust_remote_code)
-    request = check_request(settings, detect_scheme(config), config)
-    plans, _ = plan_comparison(request, methods)
-    _check_models(run, _evaluator(settings))
-    if _evaluator(settings) is None:
-        check_key_search(request, plans[0].trained_length, [name_of(plan) for plan in plans])
+    check_comparison(_checked(run, settings), methods, config)
 
 
 def _check_evaluation(run: Measurement, control: str | None, label: str | None, settings: EvaluationConfig) -> None:
     """Refuse settings that the model's config and its plan do not allow, before weights and documents are read."""
-    from ..evaluation.comparison import label_of
-    from ..evaluation.key_search import check_key_search
-    from ..evaluation.rows import title
-    from ..evaluation.setup import check_reads, check_request
+    from ..evaluation.comparison import check_evaluation
     from ..patching import detect_scheme
     from .loading import base_of, load_config, saved_plan
 
-    _check_models(run, control, _evaluator(settings))
-    if base_of(run.model):  # an adapter, whose base model has the config
-        return
-    plan, config = saved_plan(run.model), load_config(run.model, run.trust_remote_code)
-    request = check_request(settings, detect_scheme(config) if plan is None else plan.scheme, config)
-    check_reads(request, plan)
-    if _evaluator(settings) is None:
-        labels = [title(*label_of(label, plan, control is not None))]
-        check_key_search(request, request.scheme.trained_length, labels)
+    length = None
+    if control is not None:
+        base = load_config(base_of(control) or control, run.trust_remote_code)
+        length = settings.trained_length or detect_scheme(base).trained_length
+    settings = _checked(run, settings)
+    if not base_of(run.model):  # of an adapter, the base model has the config
+        config = load_config(run.model, run.trust_remote_code)
+        check_evaluation(settings, label, config, saved_plan(run.model), length)
 
 
 @app.command()

@@ -25,13 +25,13 @@ from .results import Results
 from .rows import title
 from .runner import measure
 from .scorer import model_name
-from .setup import check_reads, check_request, plan_comparison, prepare, try_plans
+from .setup import Refusals, Request, check_reads, check_request, plan_comparison, prepare, try_plans
 from .tasks import Assembly, MethodRun, Outcomes, control_run, method_run, name_of
 from .windows import CONTROL
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from .documents import Document
     from .key_tokens import Criterion
@@ -107,14 +107,9 @@ def compare(
         UnknownMethodError: a method does not exist.
         MethodNotApplicableError: no method applies to the model, or only `none` does although others are requested.
     """
-    base = unpatched(model)
-    full_config = EvaluationConfig.of(config, **settings)
-    request = check_request(full_config, detect_scheme(base), base, accelerator)
-    plans, not_applicable = plan_comparison(request, methods)
-    plans = try_plans(base, plans, not_applicable)
+    base, full_config = unpatched(model), EvaluationConfig.of(config, **settings)
+    request, plans, not_applicable, criterion = check_comparison(full_config, methods, base, accelerator)
     trained_length = plans[0].trained_length
-    criterion = check_key_search(request, trained_length, [name_of(plan) for plan in plans])
-
     setup = prepare(request, model, tokenizer, documents)
     runs = [method_run(setup, plan) for plan in plans]
     return measure_runs(
@@ -128,6 +123,47 @@ def compare(
         journal=journal,
         on_method=on_method,
     )
+
+
+def check_comparison(
+    config: EvaluationConfig,
+    methods: Sequence[str | Method],
+    model: nn.Module | PreTrainedConfig,
+    accelerator: Accelerator | None = None,
+) -> tuple[Request, list[ExtensionPlan], Refusals, Criterion | None]:
+    """Check all that requires no documents, and return the request, its plans, refusals, and criterion of key tokens.
+
+    With a config in place of the model, the plans are not tried.
+    """
+    request = check_request(config, detect_scheme(model), model, accelerator)
+    plans, refusals = plan_comparison(request, methods)
+    if isinstance(model, nn.Module):
+        plans = try_plans(model, plans, refusals)
+    criterion = check_key_search(request, plans[0].trained_length, [name_of(plan) for plan in plans])
+    return request, plans, refusals, criterion
+
+
+def check_evaluation(
+    config: EvaluationConfig,
+    label: str | None,
+    model: nn.Module | PreTrainedConfig,
+    plan: ExtensionPlan | None,
+    control_length: int | None,
+    accelerator: Accelerator | None = None,
+) -> tuple[Request, str, float, Criterion | None]:
+    """Check all that requires no documents, and return the request, label, factor, and criterion of key tokens.
+
+    `model` may be a config, and is under `plan`. `control_length` is the trained length of the control, if any.
+    """
+    if label == CONTROL:  # records, tasks, and journal entries are identified by their label
+        raise InvalidParameterError(f"label is {label!r}, as records call the control. Pass another label.")
+    scheme = detect_scheme(model) if plan is None else plan.scheme
+    request = check_request(config, scheme, model, accelerator)
+    check_reads(request, plan)
+    label = label or (plan.method if plan is not None else "none" if control_length is None else "model")
+    factor = 1.0 if plan is None or plan.changes_nothing else plan.factor
+    criterion = check_key_search(request, control_length or scheme.trained_length, [title(label, factor)])
+    return request, label, factor, criterion
 
 
 def measure_runs(
@@ -236,8 +272,6 @@ def evaluate_perplexity(
     if lengths is not None:
         settings["lengths"] = lengths
     full_config = EvaluationConfig.of(config, **settings)
-    if label == CONTROL:  # records, tasks, and journal entries are identified by their label
-        raise InvalidParameterError(f"label is {label!r}, as records call the control. Pass another label.")
     for name in ("factor", "target_length"):
         if (value := getattr(full_config, name)) is not None:
             raise InvalidParameterError(
@@ -245,13 +279,8 @@ def evaluate_perplexity(
             )
     patch = find_patch(model)
     plan = None if patch is None else patch.plan
-    scheme = detect_scheme(model)
-    request = check_request(full_config, scheme, model, accelerator)
-    check_reads(request, plan)
     control_length = _control_length(control, full_config.trained_length)
-    label, factor = label_of(label, plan, control is not None)
-    criterion = check_key_search(request, control_length or scheme.trained_length, [title(label, factor)])
-
+    request, label, factor, criterion = check_evaluation(full_config, label, model, plan, control_length, accelerator)
     setup = prepare(request, model, tokenizer, documents)
     run = MethodRun(setup, label, factor, setup.scorer, plan, questions=setup.questions)
     truncated, facts = None, {}
@@ -267,12 +296,6 @@ def evaluate_perplexity(
         models=[module for module in (model, control) if module is not None],
         journal=journal,
     )
-
-
-def label_of(label: str | None, plan: ExtensionPlan | None, controlled: bool) -> tuple[str, float]:
-    """Return the label and the factor of an evaluated model in the rows."""
-    label = label or (plan.method if plan is not None else "model" if controlled else "none")
-    return label, 1.0 if plan is None or plan.changes_nothing else plan.factor
 
 
 def _control_length(control: nn.Module | None, trained_length: int | None) -> int | None:
