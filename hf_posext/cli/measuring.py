@@ -147,12 +147,9 @@ def _checked(run: Measurement, settings: EvaluationConfig) -> EvaluationConfig:
     """Return the settings for checks without weights, with the config of an evaluator, which must exist."""
     from .loading import base_of, load_config
 
-    name = _evaluator(settings)
-    return (
-        settings
-        if name is None
-        else replace(settings, longppl=load_config(base_of(name) or name, run.trust_remote_code))
-    )
+    if (name := _evaluator(settings)) is None:
+        return settings
+    return replace(settings, longppl=load_config(base_of(name) or name, run.trust_remote_code))
 
 
 def _check_comparison(run: Measurement, methods: list[Method], settings: EvaluationConfig) -> None:
@@ -174,7 +171,7 @@ def _check_evaluation(run: Measurement, control: str | None, label: str | None, 
     length = None
     if control is not None:
         base = load_config(base_of(control) or control, run.trust_remote_code)
-        length = settings.trained_length or detect_scheme(base).trained_length
+        length = settings.trained_length or detect_scheme(base).trained_length or 0
     settings = _checked(run, settings)
     if not base_of(run.model):  # of an adapter, the base model has the config
         config = load_config(run.model, run.trust_remote_code)

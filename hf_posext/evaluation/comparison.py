@@ -157,7 +157,8 @@ def check_evaluation(
     """
     if label == CONTROL:  # records, tasks, and journal entries are identified by their label
         raise InvalidParameterError(f"label is {label!r}, as records call the control. Pass another label.")
-    scheme = detect_scheme(model) if plan is None else plan.scheme
+    # The config beside a saved plan contains the positions under the plan.
+    scheme = detect_scheme(model) if plan is None or isinstance(model, nn.Module) else plan.scheme
     request = check_request(config, scheme, model, accelerator)
     check_reads(request, plan)
     label = label or (plan.method if plan is not None else "none" if control_length is None else "model")
