@@ -15,12 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from ..errors import (
-    InvalidParameterError,
-    MethodNotApplicableError,
-    NoEffectError,
-    UnsupportedModelError,
-)
+from ..errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
 from ..methods import Method, as_method, list_methods
 from ..methods.text import by_reason
 from ..packages import machine, versions_of

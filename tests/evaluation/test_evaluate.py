@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from transformers import LlamaForCausalLM
 
 from hf_posext import patch_model
 from hf_posext.errors import AlreadyPatchedError, InvalidParameterError
-from hf_posext.evaluation import Results, compare, evaluate_perplexity
+from hf_posext.evaluation import EvaluationConfig, Results, compare, evaluate_perplexity
+from hf_posext.evaluation.rows import Row
 
 from ..conftest import TRAINED, tiny_bloom, tiny_llama
 from ..zoo import build
 from .helpers import PASSKEY_KEYS, character_tokenizer, random_texts
+from .test_chat import TEMPLATE
 
 TEXTS = random_texts(3, 140)
 LENGTHS = [48, 128]
@@ -102,3 +105,58 @@ def test_autocast_is_named_and_compared_in_its_own_precision(where: str) -> None
     assert {row["dtype"] for row in results.rows} == {"float32, autocast to bfloat16"}
     exact = compare(build("llama"), character_tokenizer(), TEXTS, ["none"], lengths=LENGTHS, factor=2)
     assert results.rows[0]["perplexity"] != exact.rows[0]["perplexity"], "it was computed in bfloat16"
+
+
+ASKED: dict[str, Any] = {"lengths": [384]}
+VALUES: dict[str, dict[str, Any]] = {
+    "lengths": {"lengths": [48, 200]},
+    "trained_length": {"trained_length": 40},  # instead of 48
+    "passkey": {**ASKED, "passkey": 1},
+    "retrieval": {**ASKED, "retrieval": 1, "tasks": ["passkey"]},
+    "tasks": {**ASKED, "retrieval": 1, "tasks": ["passkey"]},
+    "depths": {**ASKED, "retrieval": 1, "tasks": ["passkey"], "depths": [0.5]},
+    "chat": {**ASKED, "passkey": 1, "chat": True},
+    "longppl": {"longppl": "none", "alpha": 0.01, "beta": -9.0, "short_length": 16},
+    "alpha": {"longppl": "none", "alpha": 0.02, "beta": -9.0, "short_length": 16},
+    "beta": {"longppl": "none", "alpha": 0.01, "beta": -4.0, "short_length": 16},
+    "short_length": {"longppl": "none", "alpha": 0.01, "beta": -9.0, "short_length": 20},
+    "protocol": {"protocol": "rolling"},
+    "stride": {"protocol": "sliding", "stride": 9},
+    "tail": {"protocol": "tail", "tail": 7},
+    "start": {"start": 3},
+    "bos": {"bos": "never"},
+    "prefill_chunk": {"prefill_chunk": 33},
+    "seed": {"seed": 5},
+}
+"""A value of each setting that is not its default, with what it needs besides."""
+
+
+def test_every_setting_has_a_value_or_is_refused() -> None:
+    of_compare = {entry.name for entry in fields(EvaluationConfig) if entry.metadata["flag"].get("of") == "compare"}
+    on_cuda = {"offload_cache"}
+    assert {entry.name for entry in fields(EvaluationConfig)} == {*VALUES, *of_compare, *on_cuda}
+
+
+def measured(function: Any, *methods: list[str], **settings: Any) -> Results:
+    tokenizer = character_tokenizer(bos=True)
+    tokenizer.chat_template = TEMPLATE
+    settings = {"lengths": [64, 200], "trained_length": 48, **settings}
+    results: Results = function(tiny_llama(), tokenizer, random_texts(3, 400), *methods, **settings)
+    results.rows = [Row({**row, "change": None, "change_ci95": None}) for row in results.rows]  # of `none` alone
+    return results
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_setting_does_what_it_does_in_a_comparison(name: str) -> None:
+    settings, of_model = VALUES[name], {"control": tiny_llama(), "label": "none"}
+    alone, compared = measured(evaluate_perplexity, **of_model, **settings), measured(compare, ["none"], **settings)
+    assert alone.rows == compared.rows and alone.retrieval == compared.retrieval
+    assert alone.per_document == compared.per_document and alone.provenance[name] == compared.provenance[name]
+    # The results are others than without the setting, unless it is what the rest of the settings needs.
+    others = {key: value for key, value in settings.items() if key != name}
+    if name in ("retrieval", "longppl", "stride", "tail", "tasks"):
+        others = {}
+    plain = measured(evaluate_perplexity, **of_model, **others)
+    assert plain.provenance[name] != alone.provenance[name]
+    if name != "chat":  # an untrained model finds no passkey either way
+        assert (plain.rows, plain.retrieval) != (alone.rows, alone.retrieval)
