@@ -63,7 +63,7 @@ def hub_obstacle(name: str, kind: str) -> str | None:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # of httpx or its successor, by version
         if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
-            return f"it is no path on this machine, and {constants.ENDPOINT} cannot be reached ({error})"
+            return f"this machine has no such path, and {constants.ENDPOINT} cannot be reached ({error})"
     return None
 
 

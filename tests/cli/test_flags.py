@@ -93,7 +93,7 @@ def wrong_values(command: str, flag: Any, folder: Path) -> Iterator[object]:
 
 
 def is_refused_by_type(flag: Any, value: object) -> bool:
-    """Whether the declaration of a flag alone refuses a value."""
+    """A value that the declaration of a flag alone refuses."""
     kind, text = flag.type_descriptor.annotation, str(value)
     if kind not in NUMBERS or text in ("", "x", "nan", "inf") or kind is int and text in ("1e9", "1.5"):
         return kind in (*NUMBERS, bool) or text in ("", "file", "folder")

@@ -186,4 +186,4 @@ def test_a_model_on_the_hub_is_refused_at_once_without_a_network(monkeypatch: py
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("a request is repeated"))
     message = error_of(run("inspect", "org/name"))
-    assert "Expected a model, got org/name: it is no path on this machine, and http://localhost:9 cannot be" in message
+    assert "Expected a model, got org/name: this machine has no such path, and http://localhost:9 cannot be" in message

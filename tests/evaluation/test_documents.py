@@ -425,7 +425,7 @@ def test_a_name_on_the_hub_is_refused_at_once_without_a_network(monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("a request is repeated"))
     for name in ("novels", "org/novels", "pg19"):
-        with pytest.raises(DocumentError, match=r"(novels|pg19)'.*: it is no path on this machine, and .*localhost:9"):
+        with pytest.raises(DocumentError, match=r"(novels|pg19)'.*: this machine has no such path, and .*localhost:9"):
             load_documents(name)
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -146,6 +147,13 @@ def test_pass_keys_decide_between_what_is_level(monkeypatch: pytest.MonkeyPatch)
     assert first["ratio"] == 1 < second["ratio"] < 1.005
     monkeypatch.setattr(Sweep, "accuracy", lambda self, name: float(name[0] == second["method"]))
     assert run(**level).best["method"] == second["method"]
+
+
+@pytest.mark.parametrize(("ratio", "is_level"), [(1.00499, True), (1.00501, False)])
+def test_half_a_per_cent_of_perplexity_is_level(ratio: float, is_level: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Halving, "_within", lambda *_: True)
+    sweep: Any = SimpleNamespace(documents=["a"], worse=lambda *_: Ratio(ratio, None))
+    assert Halving(sweep, short_limit=0.01, budget=1)._level(("yarn", 8.0), ("ntk", 8.0), 1) == is_level
 
 
 def test_a_component_that_begins_past_the_target_costs_no_budget(capfd: pytest.CaptureFixture[str]) -> None:
