@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import json
@@ -304,6 +305,29 @@ def test_commands_check_settings_before_weights_are_read(
     monkeypatch.setattr("hf_posext.cli.loading.load_model", read)
     error_of(command(tmp_path / "out", **wrong))
     assert isinstance(command(tmp_path / "other").exception, Unread), "right ones get as far as the weights"
+
+
+def test_a_command_plans_then_loads_then_tokenizes_then_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    def spy(place: str) -> None:
+        module, name = place.rsplit(".", 1)
+        step = getattr(importlib.import_module(module), name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            steps.append(name)
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(place, call)
+
+    spy("hf_posext.evaluation.comparison.plan_comparison")
+    spy("hf_posext.cli.loading.load_model")
+    spy("hf_posext.evaluation.setup.tokenize_documents")
+    spy("hf_posext.evaluation.comparison.measure")
+    assert command(tmp_path / "out", documents=1).exit_code == 0
+    assert list(dict.fromkeys(steps)) == ["plan_comparison", "load_model", "tokenize_documents", "measure"]
 
 
 def test_from_the_call_to_the_nll_are_nine_frames(monkeypatch: pytest.MonkeyPatch) -> None:
