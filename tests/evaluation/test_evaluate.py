@@ -158,5 +158,6 @@ def test_a_setting_does_what_it_does_in_a_comparison(name: str) -> None:
         others = {}
     plain = measured(evaluate_perplexity, **of_model, **others)
     assert plain.provenance[name] != alone.provenance[name]
-    if name != "chat":  # an untrained model finds no passkey either way
+    # An untrained model finds no passkey either way, and few documents have the same interval whatever is drawn.
+    if name not in ("chat", "seed"):
         assert (plain.rows, plain.retrieval) != (alone.rows, alone.retrieval)
