@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_posext import compare, load_documents
@@ -20,6 +20,7 @@ from hf_posext.app.view import Choice, View, effect, look, read
 from hf_posext.reporting.signals import NEW, SHOWN
 
 from ..conftest import EXAMPLES, TRAINED, longer_gpt2, tiny_bloom, tiny_llama
+from ..helpers import shipped_model, shipped_tokenizer
 
 LENGTH = 3 * TRAINED
 ROPE = EXAMPLES / "tiny" / "tiny-rope"
@@ -185,15 +186,15 @@ def two_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(two_texts: Path) -> View:
     """The view of tiny-rope as if it were trained on 64 tokens."""
-    model = AutoModelForCausalLM.from_pretrained(ROPE, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(ROPE)
+    model = shipped_model()
+    tokenizer = shipped_tokenizer()
     shelf = Shelf({"rope": ROPE}, two_texts, 10, lambda _: (model, tokenizer))
     return read(shelf, Choice("rope", "linear", 4, 4 * TRAINED, TRAINED))
 
 
 def reference(dataset: list[str], **rope: object) -> np.ndarray:
     """NLL of tokens 1, 2, ... by position, mean over texts, by transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(ROPE)
+    tokenizer = shipped_tokenizer()
     parameters = {"rope_parameters": {"rope_theta": 10_000.0, **rope}} if rope else {}
     model = AutoModelForCausalLM.from_pretrained(ROPE, dtype=torch.float32, **parameters).eval()
     losses = []
@@ -228,8 +229,8 @@ def test_the_loss_is_that_of_plain_transformers_before_and_after(measured: View)
 
 
 def test_the_gain_of_the_page_is_the_gain_of_compare(measured: View, two_texts: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(ROPE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(ROPE)
+    model = shipped_model()
+    tokenizer = shipped_tokenizer()
     lengths = {"lengths": [4 * TRAINED], "trained_length": TRAINED, "start": 10}
     (row,) = compare(model, tokenizer, load_documents(two_texts), ["linear"], factor=4, **lengths).rows
     assert f"linear has a gain of {row['gain']:.3f} over truncating the input to 64 tokens" in effect(measured)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from hf_posext.cli import app
 from hf_posext.cli.app import COMMANDS, GREETING, GROUPS, Command, heading_of
 
 from ..conftest import EXAMPLES
+from ..helpers import run_python
 from .helpers import MODEL, error_of, run
 
 GROUP = typer.main.get_command(app)
@@ -63,10 +63,7 @@ def test_headings_are_shown_and_no_option_is_lost() -> None:
 def test_completion() -> None:
     completion = {"_HF_POSEXT_COMPLETE": "complete_bash", "COMP_WORDS": "hf-posext in", "COMP_CWORD": "1"}
     code = "from hf_posext.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **completion}, capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["inspect"]
+    assert run_python("-c", code, **completion).stdout.split() == ["inspect"]
 
 
 def test_env(patched: Path) -> None:
@@ -122,11 +119,10 @@ def test_methods_are_listed_with_their_papers() -> None:
 
 
 def test_the_module_runs_and_its_help_loads_no_torch() -> None:
-    shown = subprocess.run([sys.executable, "-m", "hf_posext", "compare", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "--trained-length" in shown.stdout
+    assert "--trained-length" in run_python("-m", "hf_posext", "compare", "--help").stdout
     heavy = "{'torch', 'transformers', 'datasets', 'matplotlib'}"
     code = f"import sys; import hf_posext.cli; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    run_python("-c", code)
 
 
 def test_the_module_refuses_wrong_input_with_exit_code_2() -> None:

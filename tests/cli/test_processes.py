@@ -18,11 +18,11 @@ from hf_posext.cli.runs import join_processes, spread
 from hf_posext.errors import InvalidParameterError
 
 from ..conftest import EXAMPLES, tiny_llama
+from ..helpers import TWO_PROCESSES, run_python
 from .helpers import MODEL, OPTIONS, compare
 
 WORDS = [str(word) for name, value in OPTIONS.items() for word in (f"--{name}", value)]
 MODULE = ["-m", "hf_posext", "compare", *WORDS]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
 ENVIRONMENT |= {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
 
@@ -35,15 +35,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return Results.load_json(output / "results.json")
 
 
-def test_two_processes_write_one_report_of_the_same_rows(whole: Results, tmp_path: Path) -> None:
+def test_two_processes_write_one_report_of_the_same_rows(
+    whole: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torchrun joins them on a CPU without being told to."""
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, *MODULE, "--output", str(tmp_path / "out")],
-        env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("measured by 2 processes on cpu") == 1
-    assert done.stdout.count("Perplexity per token") == 1 and done.stdout.count("report: ") == 1
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    stdout = run_python(*TWO_PROCESSES, *MODULE, "--output", tmp_path / "out").stdout
+    assert stdout.count("measured by 2 processes on cpu") == 1
+    assert stdout.count("Perplexity per token") == 1 and stdout.count("report: ") == 1
     results = Results.load_json(tmp_path / "out" / "results.json")
     assert results.rows == whole.rows and results.per_document == whole.per_document
     files = {file.name for file in (tmp_path / "out").iterdir()}

@@ -15,7 +15,6 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -33,11 +32,11 @@ from hf_posext.errors import (
     UnsupportedModelError,
 )
 
-from ..conftest import EXAMPLES, TRAINED, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tiny_xglm
+from ..conftest import TRAINED, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tiny_xglm
+from ..helpers import NOVELS, shipped_model, shipped_tokenizer
 from ..zoo import build
 from .test_weights import smooth
 
-NOVELS = EXAMPLES / "data" / "heldout.jsonl"
 PASSAGE = json.loads(NOVELS.read_text(encoding="utf-8").splitlines()[0])["text"][8000:16_000]
 """Some 2,000 tokens of a novel, past its front matter."""
 
@@ -45,14 +44,10 @@ PASSAGE = json.loads(NOVELS.read_text(encoding="utf-8").splitlines()[0])["text"]
 FARTHEST = 2**24
 
 
-def shipped(name: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / name, dtype=torch.float32)
-
-
 def read(name: str, text: str = PASSAGE, **options: object) -> Diagnosis:
     """With 1,024 tokens of one novel."""
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / name)
-    return diagnose(shipped(name), tokenizer, [text], target_length=1024, **options)
+    tokenizer = shipped_tokenizer(name)
+    return diagnose(shipped_model(name), tokenizer, [text], target_length=1024, **options)
 
 
 def sentences(text: str) -> int:
@@ -60,7 +55,7 @@ def sentences(text: str) -> int:
 
 
 def test_the_shipped_table_is_found_to_be_trained_to_511_of_its_2048_rows() -> None:
-    diagnosis = diagnose(shipped("tiny-learned"))
+    diagnosis = diagnose(shipped_model("tiny-learned"))
     assert abs(diagnosis.trained_length - 512) <= 16 and diagnosis.untrained == (diagnosis.trained_length, 2047)
     assert diagnosis.generalization == "none"
     assert diagnosis.trained_length_source.startswith("statistics of the table")
@@ -100,7 +95,7 @@ def test_a_random_table_is_not_accused_and_says_so() -> None:
 
 
 def test_rotary_phases_are_counted() -> None:
-    diagnosis = diagnose(shipped("tiny-rope"))
+    diagnosis = diagnose(shipped_model())
     turns = diagnosis.tables["frequencies"].turns
     expected = [512 / (2 * np.pi * 10_000 ** (2 * pair / 64)) for pair in range(32)]
     np.testing.assert_allclose(turns, expected, rtol=1e-6)  # float32 frequencies
@@ -123,7 +118,7 @@ def test_scaling_that_a_model_ships_with_is_what_it_is_judged_by() -> None:
 
 
 def test_the_reach_of_alibi_is_where_a_score_has_a_hundredth_of_its_weight() -> None:
-    diagnosis = diagnose(shipped("tiny-alibi"))
+    diagnosis = diagnose(shipped_model("tiny-alibi"))
     lines = diagnosis.tables["reach"]
     assert diagnosis.generalization == "extrapolation" and diagnosis.trained_length is None
     for line in lines.itertuples():
@@ -160,11 +155,11 @@ def test_sines_that_cannot_be_moved_are_noted() -> None:
 
 
 def test_the_model_is_as_before() -> None:
-    model = shipped("tiny-rope")
+    model = shipped_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     frequencies = model.model.rotary_emb.inv_freq.clone()
     attention = model.config._attn_implementation
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    tokenizer = shipped_tokenizer()
     model.train()
     diagnose(model, tokenizer, [PASSAGE], methods=["self-extend"], target_length=700)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -200,9 +195,9 @@ def test_methods_are_measured_beside_the_model() -> None:
 def test_a_method_that_the_model_refuses_is_noted_and_not_read_with() -> None:
     AttentionInterface.register("another", sdpa_attention_forward)
     AttentionMaskInterface.register("another", sdpa_mask)
-    model = shipped("tiny-rope")
+    model = shipped_model()
     model.set_attn_implementation("another")
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    tokenizer = shipped_tokenizer()
     diagnosis = diagnose(model, tokenizer, [PASSAGE], methods=["self-extend", "yarn"], target_length=640)
     assert list(diagnosis.tables["losses"].curve.unique()) == ["none", "last 128 tokens", "yarn"]
     (note,) = [note for note in diagnosis.notes if note.startswith("self-extend: ")]
@@ -212,7 +207,7 @@ def test_a_method_that_the_model_refuses_is_noted_and_not_read_with() -> None:
 
 
 def test_a_diagnosis_goes_to_a_file(tmp_path: Path) -> None:
-    diagnosis = diagnose(shipped("tiny-learned"))
+    diagnosis = diagnose(shipped_model("tiny-learned"))
     path = diagnosis.save(tmp_path / "found.json")
     with pytest.warns(DeprecationWarning, match="save_json is now called save"):
         assert diagnosis.save_json(tmp_path / "old.json").read_text() == path.read_text()
@@ -259,10 +254,10 @@ def test_a_target_of_any_length_is_looked_at_where_it_is_drawn(make: Callable[[]
 
 
 def test_documents_are_too_short_before_a_table_of_the_target_is_made() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-learned")
+    tokenizer = shipped_tokenizer("tiny-learned")
     options = {"methods": ["table-linear"], "target_length": 2**20}
     with pytest.raises(DocumentError, match="all 1 documents are too short"):
-        diagnose(shipped("tiny-learned"), tokenizer, [PASSAGE], **options)
+        diagnose(shipped_model("tiny-learned"), tokenizer, [PASSAGE], **options)
 
 
 def test_a_method_of_another_scheme_is_refused() -> None:
@@ -271,9 +266,9 @@ def test_a_method_of_another_scheme_is_refused() -> None:
 
 
 def test_documents_that_end_within_training_are_refused() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    tokenizer = shipped_tokenizer()
     with pytest.raises(DocumentError, match="Expected documents of at least 640 tokens"):
-        diagnose(shipped("tiny-rope"), tokenizer, ["It was the best of times. " * 40])
+        diagnose(shipped_model(), tokenizer, ["It was the best of times. " * 40])
 
 
 def test_documents_that_are_shorter_than_the_target_are_refused() -> None:
@@ -282,13 +277,13 @@ def test_documents_that_are_shorter_than_the_target_are_refused() -> None:
 
 
 def test_a_model_that_guesses_is_refused() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    tokenizer = shipped_tokenizer()
     with pytest.raises(EvaluationError, match="no better than a guess among its 4096 tokens"):
         diagnose(tiny_llama(vocab_size=4096), tokenizer, [PASSAGE])
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    tokenizer = shipped_tokenizer()
     with pytest.raises(InvalidParameterError, match="load both from the same checkpoint"):
         diagnose(tiny_llama(), tokenizer, [PASSAGE])
 
@@ -300,7 +295,7 @@ def test_an_encoder_has_no_loss_by_position() -> None:
 
 
 def test_a_diagnosis_is_one_line_and_a_table_in_notebooks() -> None:
-    diagnosis = dataclasses.replace(diagnose(shipped("tiny-alibi")), model="<script>\x1b")
+    diagnosis = dataclasses.replace(diagnose(shipped_model("tiny-alibi")), model="<script>\x1b")
     assert repr(diagnosis).startswith(
         r"Diagnosis(model <script>\x1b; positions alibi (extrapolation); trained length "
     )

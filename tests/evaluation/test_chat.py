@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_posext.errors import InvalidParameterError, JournalError
 from hf_posext.evaluation import compare, load_documents, passkey_accuracy
@@ -18,10 +17,9 @@ from hf_posext.reporting.tables import grids
 
 from ..cli.helpers import compare as run_command
 from ..cli.helpers import error_of
-from ..conftest import EXAMPLES
+from ..helpers import NOVELS, shipped_model, shipped_tokenizer
 from .helpers import character_tokenizer
 
-TINY, NOVELS = EXAMPLES / "tiny" / "tiny-rope", EXAMPLES / "data" / "heldout.jsonl"
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}.\n{{ message.content | trim }} end\n{% endfor %}"
     "{% if add_generation_prompt %}assistant.\n{% endif %}"
@@ -34,7 +32,7 @@ DATED = "{{ bos_token }}{{ date_string or strftime_now('%d %b %Y') }}\n" + TEMPL
 
 def chatting(template: str = TEMPLATE, pieces: bool = False) -> PreTrainedTokenizerBase:
     """The character tokenizer, whose tokens do not depend on how a text is cut; or that of a shipped model."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY) if pieces else character_tokenizer()
+    tokenizer = shipped_tokenizer() if pieces else character_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
 
@@ -95,7 +93,7 @@ def test_a_tokenizer_without_a_usable_template_is_refused() -> None:
 
 
 def run(tokenizer: Any, journal: Path | None = None, **options: Any) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    model = shipped_model()
     documents = load_documents(NOVELS, limit=1)
     return compare(model, tokenizer, documents, ["none"], lengths=[384], passkey=2, journal=journal, **options)
 
@@ -103,7 +101,7 @@ def run(tokenizer: Any, journal: Path | None = None, **options: Any) -> Any:
 def test_a_comparison_in_a_chat_template_says_so(tmp_path: Path) -> None:
     tokenizer = chatting(pieces=True)
     results = run(tokenizer, tmp_path / "journal.jsonl", chat=True)
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    model = shipped_model()
     assert results.rows[0]["passkey"] == passkey_accuracy(model, tokenizer, [384], 2, chat=True)[384]
     assert results.provenance["chat"] is True
     assert any("in the chat template" in grid.title for grid in grids(results))

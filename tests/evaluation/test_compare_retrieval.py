@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, JournalError
@@ -22,25 +21,21 @@ from hf_posext.reporting import markdown_table, merge_runs, merged_grids, notes,
 from hf_posext.reporting.drawing import file_names, heatmap_files
 from hf_posext.reporting.tables import grids
 
-from ..conftest import EXAMPLES, tiny_t5
+from ..conftest import tiny_t5
+from ..helpers import NOVELS, shipped_model, shipped_tokenizer
 from ..reporting.helpers import make_results
 from .helpers import character_tokenizer, random_texts
 
-TINY, NOVELS = EXAMPLES / "tiny" / "tiny-rope", EXAMPLES / "data" / "heldout.jsonl"
-PIECES = AutoTokenizer.from_pretrained(TINY)
+PIECES = shipped_tokenizer()
 ASKED: dict[str, Any] = {"tasks": ["passkey", "common-words"], "depths": [0, 1]}
 LENGTHS = [384, 640]
 SHORT: dict[str, Any] = {"lengths": [140, 160], "trained_length": 64}
 """A run of a second."""
 
 
-def trained() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-
-
 def run(**options: Any) -> Results:
     settings: dict[str, Any] = {"lengths": LENGTHS, "factor": 2.0, "retrieval": 1, **ASKED, **options}
-    return compare(trained(), PIECES, load_documents(NOVELS, limit=1), ["none", "yarn"], **settings)
+    return compare(shipped_model(), PIECES, load_documents(NOVELS, limit=1), ["none", "yarn"], **settings)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def found() -> Results:
 
 
 def test_rows_are_what_each_method_retrieves_by_itself(found: Results) -> None:
-    model, expected = trained(), []
+    model, expected = shipped_model(), []
     for method, factor in (("none", 1.0), ("yarn", 2.0)):
         with patch_model(model, method, factor=factor if method == "yarn" else None):
             rows = retrieval(model, PIECES, LENGTHS, trials=1, **ASKED)
@@ -66,7 +61,7 @@ def test_rows_are_what_each_method_retrieves_by_itself(found: Results) -> None:
 
 
 def test_one_model_is_asked_the_same(found: Results) -> None:
-    model = trained()
+    model = shipped_model()
     with patch_model(model, "yarn", factor=2):
         alone = evaluate_perplexity(model, PIECES, load_documents(NOVELS, limit=1), LENGTHS, retrieval=1, **ASKED)
     assert alone.retrieval == [row for row in found.retrieval if row["method"] == "yarn"]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +11,7 @@ from hf_posext.evaluation.parallel import shares_texts, token_scorer
 from hf_posext.evaluation.scorer import Memory, TokenScorer
 
 from ..conftest import tiny_llama
+from ..helpers import TWO_PROCESSES, run_python
 
 
 def stand_in(processes: int, cp_size: int | None) -> SimpleNamespace:
@@ -23,17 +20,7 @@ def stand_in(processes: int, cp_size: int | None) -> SimpleNamespace:
 
 
 def test_two_processes_give_the_values_of_one() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = Path(__file__).parents[2]
-    process = subprocess.run(
-        [*command, "-m", "tests.evaluation.context_parallel_job"],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "two processes agree" in process.stdout
+    assert "two processes agree" in run_python(*TWO_PROCESSES, "-m", "tests.evaluation.context_parallel_job").stdout
 
 
 def test_who_shares_texts() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +10,15 @@ from typing import Any
 import pytest
 
 from ..conftest import tiny_llama
+from ..helpers import TWO_PROCESSES, run_python
 from . import distributed_job as job
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of what each of two processes has measured."""
     directory = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.run(
-        [*launch, "-m", "tests.evaluation.distributed_job", str(directory)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    run_python(*TWO_PROCESSES, "-m", "tests.evaluation.distributed_job", directory, ACCELERATE_USE_CPU="true")
     return directory
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from hf_posext import Results
 
 from ..conftest import EXAMPLES
+from ..helpers import TWO_PROCESSES, run_python
 
 CONFIGS = {
     "one_gpu": {"distributed_type": "NO", "num_processes": 1},
@@ -44,18 +43,13 @@ def test_context_parallelism_takes_all_processes() -> None:
 
 
 def run(*words: object) -> str:
-    variables = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment = {**os.environ, **variables}
-    done = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python(*words, ACCELERATE_USE_CPU="true").stdout
 
 
 def test_the_job_finds_the_same_on_one_and_two_processes(tmp_path: Path) -> None:
     job = [EXAMPLES / "eval_job.py", "--documents", 3, "--methods", "none", "linear", "--lengths", 64, 128, "--output"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     results: list[Results] = []
-    launches: list[tuple[str, list[Any]]] = [("1", []), ("2", torchrun)]
+    launches: list[tuple[str, list[Any]]] = [("1", []), ("2", TWO_PROCESSES)]
     for count, launcher in launches:
         output = run(*launcher, *job, tmp_path / count)
         assert output.splitlines()[-1] == f"{count} processes; report: {tmp_path / count / 'README.md'}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_posext.errors import EvaluationError, InvalidParameterError
 from hf_posext.evaluation import Document, find_key_tokens, longce_weights, longppl
@@ -20,7 +20,8 @@ from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.evaluation.tokens import tokens_inside
 from hf_posext.patching import patch_model
 
-from ..conftest import EXAMPLES, tiny_gpt2, tiny_llama
+from ..conftest import tiny_gpt2, tiny_llama
+from ..helpers import shipped_model, shipped_tokenizer
 from .helpers import BOS, character_tokenizer, naive_nll, random_texts
 
 LENGTH, SHORT, STRIDE = 48, 12, 5
@@ -77,7 +78,7 @@ def test_an_evaluator_of_another_tokenizer_marks_the_same_characters(
     documents: list[Document], bos: bool, evaluator_bos: bool, start: int
 ) -> None:
     """The evaluator has single characters; the measured model has pieces of several, and its tokens carry spaces."""
-    pieces, characters = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope"), character_tokenizer(bos)
+    pieces, characters = shipped_tokenizer(), character_tokenizer(bos)
     letters = character_tokenizer(evaluator_bos)
     text = " He said that the island was far away and that the ship would not come back"
     documents = [Document("a", text + documents[0].text), Document("b", documents[1].text[:20] + text)]
@@ -126,7 +127,7 @@ def test_the_first_token_of_a_row_is_never_key(documents: list[Document], llama:
 
 def test_a_copy_of_the_tokenizer_is_no_other_tokenizer() -> None:
     """Nothing is carried over characters, by which the tokens of one character are key together."""
-    original, copy = (AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope") for _ in range(2))
+    original, copy = (shipped_tokenizer() for _ in range(2))
     document = Document("a", "\u4f60\u597d\u4e16\u754c\u5929\u5730\u7384\u9ec4\u5b87\u5b99\u6d2a\u8352")
     settings = {**SETTINGS, "alpha": 0.05, "beta": -9.0, "length": 36}
     evaluator = tiny_llama(vocab_size=4096)
@@ -225,8 +226,8 @@ def test_what_cannot_be_is_refused(documents: list[Document], llama: LlamaForCau
 
 def test_a_pass_key_is_what_the_shipped_model_finds_key() -> None:
     """All that the far context tells in this text is the number: its digits, and nothing else, are key."""
-    model = AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / "tiny-rope", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    model = shipped_model()
+    tokenizer = shipped_tokenizer()
     prompt = passkey_prompts(tokenizer, 480, 1, seed=1)[0]
     assert prompt.depth < 0.7, "the key is farther away than the short context reaches"
     text = tokenizer.decode(prompt.tokens) + f" {prompt.answers[0]}"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,8 @@ import pytest
 import hf_posext.metrics
 from hf_posext.evaluation.rows import pooled_perplexity
 from hf_posext.metrics import LongDocumentPerplexity
+
+from ..helpers import run_python
 
 FOLDER = Path(hf_posext.metrics.__file__).parent / "long_document_perplexity"
 NLL = [2100.25, 96.5, 0.125]
@@ -43,12 +42,11 @@ def metric(tmp_path: Path) -> LongDocumentPerplexity:
 
 
 def test_loaded_by_path_offline(tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_EVALUATE_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    environment = {"HF_EVALUATE_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     inputs = json.dumps({"nll_sums": NLL, "tokens": TOKENS, "byte_counts": BYTES})
-    command = [sys.executable, "-c", LOAD, inputs, FOLDER, FOLDER / "long_document_perplexity.py"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    words = ["-c", LOAD, inputs, FOLDER, FOLDER / "long_document_perplexity.py"]
+    stdout = run_python(*words, cwd=tmp_path, **environment).stdout
+    printed = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     assert len(printed) == 2, "the folder, and the file"
     for line in printed:
         assert line["module"].startswith("evaluate_modules"), "a copy, apart from the package"

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError
 from hf_posext.evaluation import passkey_accuracy, prompts, questions
 from hf_posext.evaluation.prompts import answer_size, passkey_prompts
 from hf_posext.patching import patch_model
 
-from ..conftest import EXAMPLES
+from ..helpers import shipped_model, shipped_tokenizer
 from .helpers import BOS, character_tokenizer
 
 SHORTEST = 59 + 38 + 6 + prompts.SLACK
@@ -108,8 +108,8 @@ def test_decoding_is_greedy_whatever_the_model_says(llama: LlamaForCausalLM) -> 
 
 
 def test_the_shipped_model_finds_keys_inside_its_trained_length_and_with_yarn_beyond() -> None:
-    model = AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / "tiny-rope", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    model = shipped_model()
+    tokenizer = shipped_tokenizer()
     assert passkey_accuracy(model, tokenizer, [512, 1024], trials=4) == {512: 1.0, 1024: 0.0}
     with patch_model(model, "yarn", factor=4):
         assert passkey_accuracy(model, tokenizer, [1024], trials=4)[1024] >= 0.75

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError
 from hf_posext.evaluation import prompts, questions, retrieval
@@ -20,11 +20,10 @@ from hf_posext.evaluation.questions import DEPTHS, score
 from hf_posext.patching import patch_model
 from hf_posext.reporting import drawing as heatmaps
 
-from ..conftest import EXAMPLES
+from ..helpers import shipped_model, shipped_tokenizer
 from .helpers import BOS, character_tokenizer
 
-TINY = EXAMPLES / "tiny" / "tiny-rope"
-PIECES = AutoTokenizer.from_pretrained(TINY)
+PIECES = shipped_tokenizer()
 HIDDEN = [task for task in TASKS if TASKS[task].has_depth]
 
 
@@ -178,7 +177,7 @@ def test_what_cannot_be_asked_is_refused(llama: LlamaForCausalLM) -> None:
 
 
 def test_the_shipped_model_finds_pass_keys_at_every_depth_inside_its_trained_length() -> None:
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    model = shipped_model()
     settings: dict[str, Any] = {"tasks": ["passkey"], "trials": 2}
     rows = retrieval(model, PIECES, [384], depths=[0.0, 0.5, 1.0], **settings)
     assert [row["accuracy"] for row in rows] == [1.0, 1.0, 1.0]

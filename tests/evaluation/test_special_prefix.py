@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_posext import evaluate_perplexity
 from hf_posext.diagnosis import diagnose
@@ -17,8 +16,9 @@ from hf_posext.evaluation import Document, find_key_tokens, load_documents
 from hf_posext.evaluation.prompts import passkey_prompts, task_prompt
 from hf_posext.evaluation.tokens import special_prefix
 from hf_posext.training.rows import NO_LABEL, Collator, make_rows, schedule
-from tests.conftest import EXAMPLES, tiny_llama
+from tests.conftest import tiny_llama
 from tests.evaluation.helpers import BOS, character_tokenizer, naive_nll, random_texts
+from tests.helpers import NOVELS, shipped_model, shipped_tokenizer
 
 TEXTS = random_texts(2, 60)
 GLM, CLASS, TWO = "<unk> <pad>", "<unk>", "<s> <s>"
@@ -139,14 +139,14 @@ def test_special_tokens_have_no_loss_in_training() -> None:
 
 
 def test_special_tokens_are_not_in_the_curve_of_a_diagnosis() -> None:
-    model = AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / "tiny-rope", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    model = shipped_model()
+    tokenizer = shipped_tokenizer()
     ids = [tokenizer.bos_token_id or 0] * 3
     token = tokenizer.convert_ids_to_tokens(ids[0])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{token} {token} {token} $A", special_tokens=[(token, ids[0])]
     )
-    texts = load_documents(EXAMPLES / "data" / "heldout.jsonl", limit=1)
+    texts = load_documents(NOVELS, limit=1)
     losses = diagnose(model, tokenizer, texts, methods=[], target_length=640).tables["losses"]
     first = losses[losses.curve == "none"].iloc[0]
     assert (first.begin, first.end) == (3, 20), "the first stretch of twenty tokens, without the special ones"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +16,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from hf_posext.evaluation import Document
 from hf_posext.evaluation.tokens import tokenize_documents
 
+from ..helpers import run_python
 from .helpers import character_tokenizer, random_texts
 
 
@@ -216,10 +214,7 @@ print(json.dumps([len(Counting.calls), found.tokens.tolist(), found.byte_ends.to
 def test_a_second_run_tokenizes_nothing(documents: list[Document], own_cache: Path) -> None:
     rows = tokenize_documents(documents, counting(), 10)
     assert len(Counting.calls) == 3
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(own_cache.parent), "PYTHONHASHSEED": "7"}
-    root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", RUN], env=environment, cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    calls, tokens, ends = json.loads(run.stdout)
+    process = run_python("-c", RUN, HF_DATASETS_CACHE=str(own_cache.parent), PYTHONHASHSEED="7")
+    calls, tokens, ends = json.loads(process.stdout)
     assert rows.byte_ends is not None
     assert (calls, tokens, ends) == (0, rows.tokens.tolist(), rows.byte_ends.tolist())

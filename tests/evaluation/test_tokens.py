@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from hf_posext.errors import DocumentError
 from hf_posext.evaluation import Document, load_documents
 from hf_posext.evaluation.tokens import bytes_before, tokenize_documents
 
-from ..conftest import EXAMPLES
+from ..helpers import shipped_tokenizer
 from .helpers import BOS, character_tokenizer
 
 TEXT = "a\u00e9 \U0001f600b  \n\n cafe\u0301 \ufb01n \u0100B \u05e9\u05dc\u05d5\u05dd, a. \u4f60\u597d"
@@ -52,7 +52,7 @@ TOKENIZERS = {
     "fallback": fallback_tokenizer,
     "normalised": lambda: fallback_tokenizer(normalizers.Replace("\n", ""), *NORMALISED),
     "characters": character_tokenizer,
-    "pieces": lambda: AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope"),
+    "pieces": shipped_tokenizer,
 }
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from hf_posext.escaping import render
 from hf_posext.export import SERVERS, Serving, export_checkpoint
 from tests.adapters.helpers import files, with_adapter
 from tests.conftest import TRAINED, logits, realigned, sharpen, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.helpers import run_python, shipped_tokenizer
 
 IDS = tokens(3 * TRAINED)
 LONG, SHORT = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.0], [1.0] * 7 + [1.25]
@@ -72,10 +71,7 @@ def without_us(paths: list[Path], directory: Path) -> dict[str, torch.Tensor]:
 
     inputs, outputs = directory / "ids.safetensors", directory / "found.safetensors"
     save_file({"ids": IDS}, inputs)
-    words = [sys.executable, "-c", WITHOUT_US, inputs, outputs, *paths]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Unrecognized keys" not in done.stderr
+    assert "Unrecognized keys" not in run_python("-c", WITHOUT_US, inputs, outputs, *paths).stderr
     return load_file(outputs)
 
 
@@ -296,9 +292,7 @@ def test_export_opens_again_with_its_plan(to: str, tmp_path: Path) -> None:
 def test_tokenizer_goes_along(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from tests.conftest import EXAMPLES
-
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    tokenizer = shipped_tokenizer()
     tokenizer.model_max_length = TRAINED
     model = tiny_llama()
     patch_model(model, "yarn", factor=4)

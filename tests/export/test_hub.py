@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from hf_posext.adapters import push_to_hub, save_adapter
 from hf_posext.errors import CheckpointError, PlanError
 from tests.adapters.helpers import with_adapter
 from tests.conftest import tiny_llama
+from tests.helpers import run_python
 from tests.reporting.helpers import make_results
 
 from .fake_hub import FakeHub, fake_hub
@@ -89,11 +87,8 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeHub, 
     make_results().save_json(root / "results.json")
     with fake_hub() as hub:
         away = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(root / "cache"), "HF_TOKEN": "hf_test"}
-        away |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        words = [sys.executable, "-c", STEPS, str(root)]
-        done = subprocess.run(words, env=os.environ | away, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        yield hub, done.stdout, done.stderr, root
+        process = run_python("-c", STEPS, root, **away, HF_HUB_DISABLE_TELEMETRY="1")
+        yield hub, process.stdout, process.stderr, root
 
 
 def test_adapter_goes_there_and_comes_back(pushed: tuple[FakeHub, str, str, Path]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_posext.patching.kernels.banded as banded
@@ -15,6 +15,7 @@ from hf_posext import patch_model
 from hf_posext.methods import ReRoPE, SelfExtend
 
 from ..conftest import tiny_llama, tokens
+from ..helpers import padded, positions_of
 from .bands import Branch, attention_kernel, banded_attention
 from .test_banded_attention import BANDS, dense
 from .test_remapping import CASES, naive_llama
@@ -59,9 +60,8 @@ def test_gradients_of_a_model_equal_the_formula(case: str, padding: int) -> None
     texts = [tokens(LENGTH - padding, seed=1)[0], tokens(LENGTH)[0]][0 if padding else 1 :]
     expected = gradients(model, [nll(naive_llama(model, text, relative, **options), text) for text in texts])  # type: ignore[arg-type]
     patch_model(model, method, factor=8)
-    ids = torch.stack([pad(text, (LENGTH - len(text), 0)) for text in texts])
-    mask = torch.stack([pad(torch.ones_like(text), (LENGTH - len(text), 0)) for text in texts])
-    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if padding else {}
+    ids, mask = padded(*(text[None] for text in texts))
+    inputs = {"attention_mask": mask, "position_ids": positions_of(mask)} if padding else {}
     grads = {}
     for kernel in ("cpu", "plain"):
         with Calls() as calls, attention_kernel(kernel):

@@ -21,6 +21,7 @@ from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, Self
 from hf_posext.patching.remap.layout import Layout
 
 from ..conftest import logits, tiny_llama, tokens
+from ..helpers import padded, positions_of
 from ..zoo import build
 
 METHODS: dict[str, Method] = {
@@ -141,10 +142,9 @@ def test_a_step_rotates_the_key_that_leaves(kind: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", METHODS)
 def test_padded_rows_equal_rows_alone(name: str) -> None:
     model = patched(name)
-    short, mask = IDS[:, : 48 - 9], torch.ones(2, 48).long()
-    mask[0, :9] = 0
-    ids = torch.cat([torch.cat([torch.zeros(1, 9).long(), short], 1), IDS])
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    short = IDS[:, : 48 - 9]
+    ids, mask = padded(short, IDS)
+    positions = positions_of(mask)
     cache, pieces = DynamicCache(config=model.config), []
     bounds = [0, 36, 37, 38, 42, 43, 44, 45, 46, 47, 48]
     for start, stop in zip(bounds, bounds[1:], strict=False):

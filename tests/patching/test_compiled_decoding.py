@@ -29,6 +29,7 @@ from hf_posext.patching.modes import with_cache
 from hf_posext.patching.remap import attention as attention_module
 
 from ..conftest import tiny_llama, tokens
+from ..helpers import positions_of
 from ..zoo import build
 
 METHODS: list[str | Method] = [
@@ -67,7 +68,7 @@ class Reader:
         known = SLOTS if isinstance(self.cache, StaticCache) else self.count  # free slots are masked as later ones are
         logits: torch.Tensor = (forward or self.model)(
             input_ids=self.ids[:, piece],
-            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, piece],
+            position_ids=positions_of(self.mask)[:, piece],
             attention_mask=self.mask[:, :known] if self.padding else None,
             **with_cache(self.model.forward, self.cache),
         ).logits[:, -1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_posext import load_patched, patch_model
 from hf_posext.cli.loading import load_body, load_model
@@ -20,6 +20,7 @@ from hf_posext.patching.checkpoint import Source, locate, open_config
 from tests.cli.helpers import MODEL, NOVELS, error_of, run
 from tests.conftest import TRAINED, logits, realigned, tiny_llama, tokens
 from tests.export.gguf_helpers import write_llama
+from tests.helpers import shipped_model, shipped_tokenizer
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -33,7 +34,7 @@ LLAMA3 = {
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[LlamaForCausalLM, Any]:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), AutoTokenizer.from_pretrained(MODEL)
+    return shipped_model(), shipped_tokenizer()
 
 
 @pytest.fixture(scope="module")

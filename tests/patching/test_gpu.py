@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from hf_posext import compare, patch_model
 from hf_posext.methods import Method
@@ -22,10 +22,11 @@ from hf_posext.patching.kernels.choice import choose, one_pass, one_step
 from hf_posext.patching.modes import with_cache
 
 from ..conftest import tiny_llama
+from ..helpers import NOVELS, shipped_model, shipped_tokenizer
 from .bands import Branch, attention_kernel, banded_attention
 from .test_banded_attention import BANDS, dense
 from .test_compiled_decoding import METHODS, two
-from .test_other_device import CASES, IDS, REMAPPING, ROOT, TINY_ROPE
+from .test_other_device import CASES, IDS, REMAPPING
 from .test_triton_decoding import by_products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -184,11 +185,11 @@ def test_gradients(method: Method) -> None:
 
 
 def test_measurements_give_what_they_give_on_the_cpu() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY_ROPE)
-    text = (ROOT / "examples" / "data" / "heldout.jsonl").read_text().splitlines()[0][20_000:24_000]
+    tokenizer = shipped_tokenizer()
+    text = NOVELS.read_text().splitlines()[0][20_000:24_000]
     perplexities = []
     for device in ("cuda", "cpu"):
-        model = AutoModelForCausalLM.from_pretrained(TINY_ROPE, dtype=torch.float32).to(device)
+        model = shipped_model().to(device)
         results = compare(model, tokenizer, [text], ["none", "self-extend"], factor=2, lengths=[64, 600])
         perplexities.append([row["perplexity"] for row in results.rows])
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4) and len(perplexities[0]) == 4

@@ -17,6 +17,7 @@ from hf_posext.errors import EvaluationError, UnsupportedModelError
 from hf_posext.methods import DynamicNTK, LogN, ReRoPE, Sinks
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens
+from ..helpers import positions_of
 from ..zoo import build
 
 KEEPS = ReRoPE(window=TRAINED) + LogN()
@@ -114,7 +115,7 @@ def test_padding_gives_what_it_gives_without_the_patch() -> None:
     model, ids = build("recurrent_gemma"), tokens(24, rows=2)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
-    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    inputs = {"attention_mask": mask, "position_ids": positions_of(mask)}
     before = logits(model, ids, **inputs)
     patch_model(model, KEEPS, factor=8, trained_length=TRAINED)
     # float32 sums in another order

@@ -24,6 +24,7 @@ from hf_posext.methods import DualChunk, DynamicNTK, LogN, Method, ReRoPE, SelfE
 from hf_posext.patching.modes import cache_of, with_cache
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens
+from ..helpers import positions_of
 from ..zoo import build
 
 ACTIVE: dict[str, Method] = {
@@ -195,7 +196,7 @@ def test_a_cache_follows_its_rows(llama: LlamaForCausalLM) -> None:
     """Check padded rows that are repeated, swapped, selected and copied, crops, and positions passed once."""
     patch_model(llama, ReRoPE(window=8), factor=8)
     ids, mask = torch.cat([PROMPT, tokens(2, rows=2, seed=3)], 1), torch.cat([MASK, torch.ones(2, 2).long()], 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     expected = logits(llama, ids, attention_mask=mask, position_ids=positions)[:, -1]
     cache = DynamicCache(config=llama.config)
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from hf_posext import compare, diagnose, patch_model
 from hf_posext.methods import DualChunk, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, Sinks, StringShift
 from hf_posext.patching.modes import with_cache
 
 from ..conftest import tiny_bloom, tiny_gpt2, tiny_llama, tiny_xglm, tokens
+from ..helpers import NOVELS, shipped_model, shipped_tokenizer
 from ..zoo import build
 from .pretend_device import DEVICE, OnDevice, PretendDevice, moved
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY_ROPE = ROOT / "examples" / "tiny" / "tiny-rope"
 REMAPPING: list[str | Method] = [
     SelfExtend(group=4, window=8),
     ReRoPE(window=8) + LogN(),
@@ -115,12 +115,12 @@ def test_a_step_of_decoding_waits_as_often_as_without_a_patch(
 
 @pytest.mark.parametrize("default", [False, True])
 def test_measurements_give_what_they_give_on_the_cpu(default: bool) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY_ROPE)
-    text = (ROOT / "examples" / "data" / "heldout.jsonl").read_text().splitlines()[0][20_000:24_000]
+    tokenizer = shipped_tokenizer()
+    text = NOVELS.read_text().splitlines()[0][20_000:24_000]
     settings = {"factor": 2, "lengths": [64, 600], "prefill_chunk": 200, "passkey": 1}
     measurements = []
     for on_device in (True, False):
-        model = AutoModelForCausalLM.from_pretrained(TINY_ROPE, dtype=torch.float32)
+        model = shipped_model()
         with ExitStack() as stack:
             if on_device:
                 moved(model)

@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
@@ -34,7 +33,8 @@ from hf_posext.errors import (
 )
 from hf_posext.evaluation.memory import Boundaries, boundaries_of
 
-from ..conftest import EXAMPLES, TRAINED, logits, realigned, sharpen, tiny_gpt2, tiny_llama, tokens
+from ..conftest import TRAINED, logits, realigned, sharpen, tiny_gpt2, tiny_llama, tokens
+from ..helpers import shipped_tokenizer
 
 LONG = tokens(3 * TRAINED)
 
@@ -70,7 +70,7 @@ def test_a_method_for_another_scheme_is_refused() -> None:
 
 
 def test_limits_are_raised_and_put_back(llama: LlamaForCausalLM) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    tokenizer = shipped_tokenizer()
     tokenizer.model_max_length = TRAINED
     llama.generation_config.max_length = TRAINED
     with patch_model(llama, "yarn", target_length=256, tokenizer=tokenizer):

@@ -39,6 +39,7 @@ from hf_posext.patching.modes import cache_of, with_cache
 from hf_posext.patching.remap.attention import query_factor
 
 from ..conftest import TRAINED, logits, tiny_llama, tokens
+from ..helpers import padded, positions_of
 
 LENGTH = 5 * TRAINED
 Relative = Callable[[int, int], float | list[float] | None]
@@ -367,10 +368,8 @@ def test_left_padded_rows_of_unequal_length_equal_the_loop(case: str) -> None:
     model = tiny_llama().double()
     patch_model(model, CASES[case][0], factor=8)
     short = IDS[:, : LENGTH - 70]
-    padded = torch.cat([torch.zeros(1, 70, dtype=torch.long), short], 1)
-    mask = torch.cat([padded, IDS]).ne(0).long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    rows = logits(model, torch.cat([padded, IDS]), attention_mask=mask, position_ids=positions)
+    ids, mask = padded(short, IDS)
+    rows = logits(model, ids, attention_mask=mask, position_ids=positions_of(mask))
     torch.testing.assert_close(rows[1], reference(case), **TOLERANCE)
     # of a method that follows rows, a row's own length counts, not its batch-mate's
     alone = logits(model, short)[0] if case.startswith(FOLLOWING) else reference(case, short.shape[1])

@@ -45,6 +45,7 @@ from hf_posext.methods import (
 from hf_posext.patching.modes import cache_of, with_cache
 
 from ..conftest import TRAINED, logits, sharpen, tiny_llama, tokens
+from ..helpers import padded, positions_of
 from ..zoo import build
 from ..zoo.builder import tiny_config
 
@@ -77,12 +78,10 @@ def test_a_row_equals_itself_alone_whatever_padding(name: str, kind: str, side: 
     model = build(kind)
     patch(model, name)
     short, long = tokens(20, seed=1), tokens(90, seed=2)
-    pad = torch.zeros(1, 70).long()
-    ids = torch.cat([torch.cat([pad, short] if side == "left" else [short, pad], 1), long])
-    mask = (ids != 0).long()
+    ids, mask = padded(short, long, side=side)
     inputs = {"attention_mask": mask}
     if passed != "mask":
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = positions_of(mask)
     rows = logits(model, ids, **inputs)
     torch.testing.assert_close(rows[:1, mask[0].bool()], logits(model, short), **CLOSE)
     torch.testing.assert_close(rows[1:], logits(model, long), **CLOSE)
@@ -103,9 +102,7 @@ def test_a_mask_of_pairs_shows_padding(name: str, side: str, form: str) -> None:
     model = tiny_llama()
     patch(model, name)
     short, long = tokens(20, seed=1), tokens(90, seed=2)
-    pad = torch.zeros(1, 70).long()
-    ids = torch.cat([torch.cat([pad, short] if side == "left" else [short, pad], 1), long])
-    mask = (ids != 0).long()
+    ids, mask = padded(short, long, side=side)
     rows = logits(model, ids, attention_mask=mask_of_pairs(mask, form))
     torch.testing.assert_close(rows[:1, mask[0].bool()], logits(model, short), **CLOSE)
     torch.testing.assert_close(rows[1:], logits(model, long), **CLOSE)
@@ -144,8 +141,7 @@ def test_rows_whose_first_pieces_are_padding(name: str, kind: str, bounds: list[
     """They begin in the first, a later, or no piece of the prompt. Rows are swapped between the pieces."""
     model, texts = build(kind), [tokens(count, seed=count) for count in (40, 31, 29, 26)]
     patch(model, name)
-    rows = [torch.cat([torch.zeros(1, 40 - text.shape[1]).long(), text], 1) for text in texts]
-    ids, order = torch.cat(rows), torch.tensor([2, 0, 3, 1])
+    (ids, _), order = padded(*texts), torch.tensor([2, 0, 3, 1])
     cache, pieces = DynamicCache(config=model.config), []
     for start, stop in itertools.pairwise([*bounds, 20, 21, 22, 40]):
         cached = with_cache(model.forward, cache)
@@ -162,9 +158,9 @@ def test_classifiers_read_rows_as_if_alone(name: str, side: str) -> None:
     torch.manual_seed(0)
     model = sharpen(LlamaForSequenceClassification(tiny_llama().config))
     patch(model, name)
-    short, long, pad = tokens(20, seed=1), tokens(90, seed=2), torch.zeros(1, 70).long()
-    ids = torch.cat([torch.cat([pad, short] if side == "left" else [short, pad], 1), long])
-    scores = logits(model, ids, attention_mask=(ids != 0).long())
+    short, long = tokens(20, seed=1), tokens(90, seed=2)
+    ids, mask = padded(short, long, side=side)
+    scores = logits(model, ids, attention_mask=mask)
     torch.testing.assert_close(scores, torch.cat([logits(model, short), logits(model, long)]), **CLOSE)
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from hf_posext import patch_model
 from hf_posext.adapters import save_adapter
 from tests.adapters.helpers import KINDS, train, with_adapter
 from tests.conftest import TRAINED, logits, realigned, tiny_llama, tokens
+from tests.helpers import run_python
 
 METHODS = {"frequencies": "yarn", "remapping": "self-extend"}
 CASES = [f"{kind}-{plan}" for kind in KINDS for plan in METHODS]
@@ -71,14 +68,6 @@ save_file(found, root / "plain.safetensors")
 """
 
 
-def run(script: str, root: Path, cases: list[str]) -> None:
-    away = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(root), *cases], env=os.environ | away, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     """Logits of every case: as trained, as a fresh process had them, as plain transformers had them."""
@@ -96,11 +85,11 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tor
         trained[case] = logits(realigned(peft), IDS)
         assert (trained[case] - untrained).abs().max() > 1e-3
         save_adapter(peft, root / case / "adapter")
-    run(FRESH, root, CASES)
+    run_python("-c", FRESH, root, *CASES)
     refused = json.loads((root / "refused.json").read_text())
     assert set(refused) == {case for case in CASES if case.endswith("remapping")}
     assert all("remapped inside attention" in reason for reason in refused.values())
-    run(PLAIN, root, [case for case in CASES if case not in refused])
+    run_python("-c", PLAIN, root, *[case for case in CASES if case not in refused])
     return {
         "trained": trained,
         "fresh": load_file(root / "fresh.safetensors"),

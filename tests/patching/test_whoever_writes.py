@@ -6,8 +6,6 @@ import copy
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -41,7 +38,8 @@ from hf_posext.errors import (
 )
 from hf_posext.training import KeepsPlan
 from tests.adapters.helpers import with_adapter
-from tests.conftest import EXAMPLES, TRAINED, logits, realigned, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.conftest import TRAINED, logits, realigned, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.helpers import run_python, shipped_tokenizer
 
 IDS = tokens(3 * TRAINED)
 PLANS: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
@@ -190,7 +188,7 @@ def test_undo_of_what_was_loaded(tmp_path: Path) -> None:
 
 def test_a_reader_without_this_package_stops(tmp_path: Path) -> None:
     patched("rerope").save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope").save_pretrained(tmp_path / "model")
+    shipped_tokenizer().save_pretrained(tmp_path / "model")
     script = (
         "import sys; sys.modules['hf_posext'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline\n"
@@ -200,9 +198,8 @@ def test_a_reader_without_this_package_stops(tmp_path: Path) -> None:
         "    try:\n        opener(path)\n"
         "    except ValueError as error:\n        print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "model"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("hf_posext plan (rerope: 64 -> 256 tokens (x4)); open the directory by") >= 2
+    stdout = run_python("-c", script, tmp_path / "model").stdout
+    assert stdout.count("hf_posext plan (rerope: 64 -> 256 tokens (x4)); open the directory by") >= 2
 
 
 # Adapters

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext
 from hf_posext import ExtensionPlan, Recommendation, recommend
@@ -27,6 +24,7 @@ from hf_posext.recommendation.sweep import Prices, Ratio, Sweep
 
 from ..conftest import EXAMPLES, logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
 from ..evaluation.helpers import character_tokenizer, random_texts
+from ..helpers import run_python, shipped_model, shipped_tokenizer
 
 MODEL, NOVELS = EXAMPLES / "tiny" / "tiny-rope", EXAMPLES / "data" / "train.jsonl"
 RESULTS = EXAMPLES.parent / "results" / "recommend"
@@ -38,10 +36,10 @@ METHODS = ["linear", "yarn", "rerope", "leaky-rerope", "dual-chunk"]
 
 @cache
 def shipped() -> tuple[Any, Any, Any]:
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model = shipped_model()
     novels = hf_posext.load_documents(str(NOVELS), limit=6)
     texts = [Document(novel.id, novel.text[9000:11_000]) for novel in novels]  # some 500 tokens, past the front matter
-    return model, AutoTokenizer.from_pretrained(MODEL), texts
+    return model, shipped_tokenizer(), texts
 
 
 @pytest.fixture(autouse=True)
@@ -244,9 +242,7 @@ def test_a_schedule_never_costs_more_than_the_budget(budget: int) -> None:
 
 
 def test_the_page_is_what_the_result_files_give() -> None:
-    command = [sys.executable, "tools/recommend_page.py", "--check"]
-    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python("tools/recommend_page.py", "--check")
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

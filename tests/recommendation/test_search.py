@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from hf_posext.patching import detect_scheme
 
 from ..conftest import EXAMPLES, TRAINED, logits, realigned, tiny_gpt2, tiny_llama, tokens
 from ..evaluation.helpers import character_tokenizer, random_texts
+from ..helpers import run_python
 
 LENGTH = 2 * TRAINED
 
@@ -95,7 +94,7 @@ def test_the_result_opens_in_plain_transformers_without_this_package(tmp_path: P
         "with torch.no_grad(): found = model(input_ids=held['ids']).logits\n"
         "assert torch.equal(found, held['logits']), (found - held['logits']).abs().max()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)
 
 
 def test_seeds_are_the_published_formulas() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from ..helpers import ROOT, run_python
+
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 USE = """
@@ -53,11 +52,7 @@ def test_the_worked_example_runs_as_a_package_of_its_own(tmp_path: Path) -> None
     name, target = line.replace('"', "").split(" = ")
     (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {target}\n", encoding="utf-8")
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    process = subprocess.run(
-        [sys.executable, "-c", USE], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("power: 16 -> 16 tokens")
+    assert run_python("-c", USE, PYTHONPATH=paths).stdout.startswith("power: 16 -> 16 tokens")
 
 
 HOUSE = TEXT.split("## The house")[1].split("\n## ")[0]

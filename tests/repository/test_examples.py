@@ -7,10 +7,8 @@ import importlib
 import importlib.util
 import io
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 from hf_posext import ExtensionPlan, detect_scheme, load_documents, patch_model
 
 from ..conftest import EXAMPLES, tiny_llama
+from ..helpers import run_python, shipped_tokenizer
 
 NAMES = [path.stem for path in [*sorted(EXAMPLES.glob("[0-9][0-9]_*.py")), EXAMPLES / "pretrain_tiny.py"]]
 RUNS: dict[str, tuple[str, list[str]]] = {
@@ -109,11 +108,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the output of an example."""
     path, words = EXAMPLES / f"{name}.py", RUNS.get(name, ("", []))[0].split()
     if name in ALONE:
-        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(path), *words]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return run_python(path, *words, cwd=folder).stdout
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [str(path), *words])
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
@@ -176,7 +171,7 @@ def recipe() -> dict[str, Any]:
 
 def test_the_rows_of_the_recipe(recipe: dict[str, Any]) -> None:
     """One in eight is synthetic, two thirds of those with a pass key whose answer is marked; all have 512 tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "tiny-rope")
+    tokenizer = shipped_tokenizer()
     texts = load_documents(EXAMPLES / "data" / "train.jsonl", limit=1)
     rows = recipe["Rows"](texts, tokenizer, 480, 0)
     keys = copies = 0

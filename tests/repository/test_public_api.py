@@ -19,6 +19,7 @@ from hf_posext.errors import MissingExtraError, PosExtError
 from hf_posext.packages import EXTRAS, require, versions_of
 
 from ..conftest import EXAMPLES
+from ..helpers import run_python
 
 
 def test_every_public_name_resolves_and_is_documented() -> None:
@@ -39,18 +40,17 @@ def test_importing_loads_nothing_heavy_and_patches_nothing() -> None:
         "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib', 'scipy', 'numpy'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)
 
 
 def test_methods_need_no_transformers() -> None:
     code = "import sys; sys.modules['transformers'] = None; from hf_posext import YaRN, list_methods; list_methods()"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)
 
 
 def test_the_methods_are_known_to_a_fresh_process() -> None:
     """Also where nothing but the table of methods was asked for."""
-    command = [sys.executable, "-m", "hf_posext", "methods", "--json"]
-    methods = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    methods = json.loads(run_python("-m", "hf_posext", "methods", "--json").stdout)
     assert [method["name"] for method in methods] == [method.name for method in hf_posext.list_methods()] != []
 
 

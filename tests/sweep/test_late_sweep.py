@@ -23,6 +23,7 @@ from hf_posext.errors import PosExtError
 from hf_posext.methods import LogN, Method, ReRoPE, SelfExtend
 from hf_posext.patching.modes import cache_of, with_cache
 from hf_posext.plan import Band, PositionMap
+from tests.helpers import positions_of
 from tests.zoo import TRAINED_LENGTH, build, candidate_types, token_ids
 
 from .native import given_length, logits
@@ -75,7 +76,7 @@ def padded_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits `(tokens, vocabulary)` of the real tokens of a left-padded batch of three lengths."""
     lengths = torch.tensor([[LENGTH], [LENGTH - 7], [LENGTH - 13]])
     mask = (torch.arange(LENGTH) >= LENGTH - lengths).long()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     ids = token_ids(LENGTH, batch=3) * mask
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[mask.bool()]
 

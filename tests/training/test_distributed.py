@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from hf_posext.training import Evaluation
 
 from ..evaluation.helpers import random_texts
+from ..helpers import TWO_PROCESSES, run_python
 from .helpers import train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,12 +119,7 @@ print("own trainer")
 
 
 def two_processes(code: str, *words: object) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python"]
-    command = [*launch, sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_python(*TWO_PROCESSES, "--no_python", sys.executable, "-c", code, *words).stdout
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from hf_posext.errors import EvaluationError
 from hf_posext.training.settings import tie_again
 
 from ..adapters.helpers import train
-from ..conftest import EXAMPLES, TRAINED, logits, realigned, tiny_llama, tokens
+from ..conftest import TRAINED, logits, realigned, tiny_llama, tokens
+from ..helpers import TINY, padded
 
 IDS = tokens(3 * TRAINED)
 
@@ -66,10 +67,9 @@ save_file({"ids": ids, "trained": trained, "opened": opened, "plain": plain, "me
 
 def check_script(script: str, method: str, tmp_path: Path) -> None:
     """Run a stranger's script outside of the repository, and compare what it trained, opened, merged and saved."""
-    base = str(EXAMPLES / "tiny" / "tiny-rope")
-    words = [sys.executable, "-c", script + COMPARED, base, method, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    words = [sys.executable, "-c", script + COMPARED, TINY, method, tmp_path]
+    process = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     tensors = load_file(tmp_path / "compared.safetensors")
     assert torch.equal(tensors["opened"], tensors["trained"])
     assert (tensors["trained"] - tensors["plain"]).abs().max() > 0.1
@@ -119,9 +119,7 @@ def test_right_padding_trains_as_each_row_alone(method: str) -> None:
     model = tiny_llama().double()
     patch_model(model, method, factor=4)
     short, long = tokens(TRAINED // 2, seed=1), tokens(3 * TRAINED, seed=2)
-    padding = torch.zeros(1, long.shape[1] - short.shape[1], dtype=torch.long)
-    ids = torch.cat([torch.cat([short, padding], 1), long])
-    mask = torch.cat([torch.cat([torch.ones_like(short), padding], 1), torch.ones_like(long)])
+    ids, mask = padded(short, long, side="right")
     labels = ids.masked_fill(mask == 0, -100)
     together, gradients = loss_and_gradients(model, input_ids=ids, attention_mask=mask, labels=labels)
     alone = [loss_and_gradients(model, input_ids=row, labels=row) for row in (short, long)]
