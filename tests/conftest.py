@@ -102,6 +102,13 @@ def llama() -> LlamaForCausalLM:
     return tiny_llama()
 
 
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A saved tiny Llama."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
 def realigned(model: PreTrainedModel) -> PreTrainedModel:
     """
     The weights at addresses of torch's own choice, a multiple of 64 bytes, as those of a model built in memory are.

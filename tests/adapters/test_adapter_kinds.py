@@ -46,12 +46,6 @@ UNMERGED = ("prompt", "p-tuning")
 """Kinds that PEFT cannot put into weights."""
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    tiny_llama().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
 def trained(base: Path, config: Any, method: str, name: str = "default") -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(base)
     patch_model(model, method, factor=4)

@@ -36,14 +36,6 @@ IDS = tokens(3 * TRAINED)
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A saved base model."""
-    path = tmp_path / "base"
-    tiny_llama().save_pretrained(path)
-    return path
-
-
-@pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
     """An adapter of it, trained under yarn x4."""
     return make_adapter(base, tmp_path / "adapter")

@@ -21,13 +21,10 @@ from hf_posext.reporting.signals import NEW, SHOWN
 
 from ..conftest import EXAMPLES, TRAINED, longer_gpt2, tiny_bloom, tiny_llama
 from ..helpers import shipped_model, shipped_tokenizer
+from .test_view import shelf_of
 
 LENGTH = 3 * TRAINED
 ROPE = EXAMPLES / "tiny" / "tiny-rope"
-
-
-def shelf_of(model: PreTrainedModel) -> Shelf:
-    return Shelf({"model": Path("model")}, None, 0, lambda _: (model, None))
 
 
 def view_of(model: PreTrainedModel, method: str, length: int = LENGTH, trained: int | None = None) -> View:

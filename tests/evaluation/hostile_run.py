@@ -29,7 +29,7 @@ from hf_posext.cli import main as command
 from hf_posext.locks import journal_files
 
 from ..cli.helpers import MODEL, NOVELS
-from .two_process_job import free_port, launch
+from .killed_job import free_port, launch
 
 WORDS = [
     "compare", "--model", MODEL, "--dataset", NOVELS, "--methods", "none,linear,yarn", "--trained-length", 64,

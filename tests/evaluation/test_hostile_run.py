@@ -18,7 +18,8 @@ import pytest
 
 from hf_posext.locks import journal_files
 
-ROOT = Path(__file__).parents[2]
+from ..helpers import ROOT
+
 KILLS = 4
 
 
@@ -29,7 +30,7 @@ class Server:
         self.directory = directory
         self.errors = directory / f"{id(self)}.txt"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.evaluation.two_process_job"], cwd=ROOT, text=True, bufsize=1,
+            [sys.executable, "-m", "tests.evaluation.killed_job"], cwd=ROOT, text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.errors.open("a"), env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip

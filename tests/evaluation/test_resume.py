@@ -6,36 +6,25 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from .test_hostile_run import Server
+
 KILLS = 10
 
 
-class Runs:
-    """Runs in a directory, each in a process of its own that can be killed."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.evaluation.resume_job"], cwd=ROOT, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+class Runs(Server):
+    """Runs of one process each."""
 
     def run(self, name: str, kill_at: int | None = None, delay: float = 0.0) -> int:
-        """End of a run: 0, or the negative number of the signal.
+        """Return the exit code of a run: 0, or the negative number of the signal.
 
         It is killed `delay` seconds after its journal has `kill_at` bytes, however busy the machine is.
         """
-        assert self.server.stdin is not None and self.server.stdout is not None
-        print(self.journal(name), self.directory / f"{name}.json", file=self.server.stdin)
-        child = int(self.server.stdout.readline())
+        (child,) = self.start(name, processes=1)
         if kill_at is not None:
             deadline = time.monotonic() + 60
             while len(self.written(name)) < kill_at and time.monotonic() < deadline:
@@ -43,25 +32,20 @@ class Runs:
             time.sleep(delay)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-        return int(self.server.stdout.readline())
-
-    def journal(self, name: str) -> Path:
-        return self.directory / f"{name}.jsonl"
+        (code,) = self.wait()
+        return code
 
     def written(self, name: str) -> bytes:
-        """The journal as it lies there."""
+        """Return the content of the journal."""
         return self.journal(name).read_bytes() if self.journal(name).exists() else b""
-
-    def result(self, name: str) -> bytes:
-        return (self.directory / f"{name}.json").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     runs = Runs(tmp_path_factory.mktemp("runs"))
     yield runs
-    runs.server.stdin.close()  # type: ignore[union-attr]
-    assert runs.server.wait(30) == 0
+    runs.process.stdin.close()  # type: ignore[union-attr]
+    assert runs.process.wait(30) == 0
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(runs: Runs) -> None:

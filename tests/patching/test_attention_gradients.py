@@ -16,8 +16,8 @@ from hf_posext.methods import ReRoPE, SelfExtend
 
 from ..conftest import tiny_llama, tokens
 from ..helpers import padded, positions_of
-from .bands import Branch, attention_kernel, banded_attention
-from .test_banded_attention import BANDS, dense
+from .bands import attention_kernel, banded_attention
+from .test_banded_attention import dense, problem
 from .test_remapping import CASES, naive_llama
 
 LENGTH = 100
@@ -75,17 +75,6 @@ def test_gradients_of_a_model_equal_the_formula(case: str, padding: int) -> None
         torch.testing.assert_close(fused, exact, atol=1e-5 * exact.abs().max().item(), rtol=0)
 
 
-def problem(queries: int = 60, keys: int = 100, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
-    torch.manual_seed(0)
-
-    def states(heads: int, count: int) -> torch.Tensor:
-        return torch.randn(2, heads, count, 8, dtype=dtype, requires_grad=True)
-
-    branches = [Branch(band, states(4, queries), states(2, keys)) for band in BANDS["window"]]
-    at_key = torch.arange(keys).expand(2, -1)
-    return branches, states(2, keys), at_key[:, keys - queries :], at_key
-
-
 def leaves(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
     return [arguments[1], *(state for branch in arguments[0] for state in (branch.query, branch.key))]
 
@@ -93,7 +82,7 @@ def leaves(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("padded", [-torch.inf, torch.finfo(torch.float64).min, torch.finfo(torch.float32).min])
 def test_rows_that_attend_to_nothing_have_no_gradient(padded: float) -> None:
     """Check queries that attend to nothing, or to nothing in one band: no NaN, and all weights sum to 1."""
-    arguments = problem(100)
+    arguments = problem("window", 100, 100, learning=True)
     allowed = torch.ones(100, 100).tril().bool().repeat(2, 1, 1, 1)
     allowed[0, ..., :30] = False
     mask = torch.zeros(2, 1, 100, 100, dtype=torch.float64).masked_fill(~allowed, padded)
@@ -110,7 +99,7 @@ def test_rows_that_attend_to_nothing_have_no_gradient(padded: float) -> None:
 
 
 def test_what_the_kernel_cannot_differentiate_takes_the_plain_form() -> None:
-    arguments = problem()
+    arguments = problem("window", 60, 100, learning=True)
     mask = torch.zeros(1, 1, 60, 100, dtype=torch.float64, requires_grad=True)
     options: dict[str, Any] = {"aligned": True, "scaling": 0.3}
     with Calls() as calls:
@@ -133,7 +122,7 @@ def test_what_the_kernel_cannot_differentiate_takes_the_plain_form() -> None:
 
 
 def test_a_second_derivative_is_refused_but_in_the_plain_form() -> None:
-    arguments = problem()
+    arguments = problem("window", 60, 100, learning=True)
     for kernel in ("cpu", "plain"):
         with attention_kernel(kernel):
             out = banded_attention(*arguments, mask=None, aligned=True, scaling=0.3)

@@ -15,8 +15,8 @@ from hf_posext.methods import DualChunk, ReRoPE, Sinks
 from hf_posext.patching.kernels import choice
 
 from ..conftest import logits, tiny_llama, tokens
-from .bands import Branch, attention_kernel, banded_attention
-from .test_banded_attention import BANDS, dense
+from .bands import attention_kernel, banded_attention
+from .test_banded_attention import causal_mask, dense, problem
 
 SCHEMAS = {
     name: getattr(torch.ops.aten, name).default._schema
@@ -88,25 +88,13 @@ def substitutes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         yield kernels
 
 
-def problem(bands: str, queries: int, keys: int) -> tuple[tuple[Any, ...], torch.Tensor]:
-    torch.manual_seed(0)
-
-    def states(heads: int, count: int) -> torch.Tensor:
-        return torch.randn(2, heads, count, 8, dtype=torch.float64)
-
-    branches = [Branch(band, states(4, queries), states(2, keys)) for band in BANDS[bands]]
-    at_key = torch.arange(keys).expand(2, -1)
-    causal = torch.ones(queries, keys).tril(keys - queries).bool()[None, None]
-    return (branches, states(2, keys), at_key[:, keys - queries :], at_key), causal
-
-
 @pytest.mark.parametrize("sinks", [None, torch.randn(4).double()])
 @pytest.mark.parametrize("bands", ["window", "chunks", "fading", "fading chunks"])
 @pytest.mark.parametrize("counts", [(100, 100), (30, 100), (1, 100), (10, 12), (1, 1), (25, 49)])
 def test_pieces_of_kernels_equal_dense(
     counts: tuple[int, int], bands: str, sinks: torch.Tensor | None, substitutes: Substitutes
 ) -> None:
-    arguments, causal = problem(bands, *counts)
+    arguments, causal = problem(bands, *counts), causal_mask(*counts)
     out = banded_attention(*arguments, mask=None, aligned=True, scaling=0.3, sinks=sinks)
     torch.testing.assert_close(out, dense(*arguments, mask=causal, scaling=0.3, sinks=sinks), **EXACT)
     assert substitutes.called and out.is_contiguous(), "some models view it"
@@ -118,7 +106,7 @@ def test_which_kernel_takes_which_piece(substitutes: Substitutes) -> None:
     cuDNN, which plans each number of keys anew, is not used for a few queries.
     """
     for queries, far in ((100, "cudnn"), (5, "flash")):
-        arguments, _ = problem("window", queries, 100)
+        arguments = problem("window", queries, 100)
         banded_attention(*arguments, mask=None, aligned=True, scaling=0.3)
         assert substitutes.called[:2] == ["window", far if substitutes.machine == "cudnn" else "flash"]
         substitutes.called.clear()
@@ -152,11 +140,11 @@ def test_a_kernel_that_fails_or_computes_something_else_is_left_alone(
 
 
 def test_what_kernels_cannot_do_goes_to_the_plain_form(substitutes: Substitutes) -> None:
-    arguments, causal = problem("window", 30, 100)
+    arguments, causal = problem("window", 30, 100), causal_mask(30, 100)
     for options in ({"mask": causal}, {"mask": None, "softcap": 5.0}):
         out = banded_attention(*arguments, aligned=True, scaling=0.3, **options)
         torch.testing.assert_close(out, dense(*arguments, **{**options, "mask": causal}, scaling=0.3), **EXACT)
-    arguments, causal = problem("sinks", 30, 100)
+    arguments = problem("sinks", 30, 100)
     out = banded_attention(*arguments, mask=None, aligned=True, scaling=0.3)
     torch.testing.assert_close(out, dense(*arguments, mask=causal, scaling=0.3), **EXACT)
     assert not substitutes.called

@@ -71,6 +71,22 @@ def dense(branches: list[Branch], value: torch.Tensor, queries: torch.Tensor, ke
     return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
 
 
+def problem(bands: str, queries: int, keys: int, learning: bool = False) -> tuple[Any, ...]:
+    """Return the arguments of [`banded_attention`]: random states of two rows, and positions of queries and keys."""
+    torch.manual_seed(0)
+
+    def states(heads: int, count: int) -> torch.Tensor:
+        return torch.randn(2, heads, count, 8, dtype=torch.float64, requires_grad=learning)
+
+    branches = [Branch(band, states(4, queries), states(2, keys)) for band in BANDS[bands]]
+    at_key = torch.arange(keys).expand(2, -1)
+    return branches, states(2, keys), at_key[:, keys - queries :], at_key
+
+
+def causal_mask(queries: int, keys: int) -> torch.Tensor:
+    return torch.ones(queries, keys).tril(keys - queries).bool()[None, None]
+
+
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sinks": torch.randn(4).double()}])
 @pytest.mark.parametrize("bands", BANDS)
@@ -81,24 +97,17 @@ def test_banded_attention_equals_dense(
     """Compare values and gradients of both kernels, with each kind of mask, and for bands that are stripes or not."""
     monkeypatch.setattr(banded, "SCORE_BYTES", 2**17)  # several blocks
     monkeypatch.setattr(banded, "FUSED_ROWS", 40)
-    torch.manual_seed(0)
     queries, keys = counts
-
-    def states(heads: int, count: int) -> torch.Tensor:
-        return torch.randn(2, heads, count, 8, dtype=torch.float64, requires_grad=learning)
-
-    branches = [Branch(band, states(4, queries), states(2, keys)) for band in BANDS[bands]]
-    value = states(2, keys)
+    branches, value, *places = problem(bands, queries, keys, learning)
     leaves = [value, *(t for branch in branches for t in (branch.query, branch.key))]
     if "sinks" in options:
         options = {"sinks": options["sinks"].clone().requires_grad_(learning)}
         leaves.append(options["sinks"])
-    at_key = torch.arange(keys).expand(2, -1)
-    at_query, causal = at_key[:, keys - queries :], torch.ones(queries, keys).tril(keys - queries).bool()[None, None]
+    causal = causal_mask(queries, keys)
     weights = torch.randn(2, queries, 4, 8, dtype=torch.float64)
 
     def run(function: Any, **kwargs: Any) -> list[torch.Tensor]:
-        out = function(branches, value, at_query, at_key, scaling=0.3, **options, **kwargs)
+        out = function(branches, value, *places, scaling=0.3, **options, **kwargs)
         return [out, *torch.autograd.grad((out * weights).sum(), leaves)] if learning else [out]
 
     expected = run(dense, mask=causal)

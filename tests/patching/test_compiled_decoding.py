@@ -32,7 +32,7 @@ from ..conftest import tiny_llama, tokens
 from ..helpers import positions_of
 from ..zoo import build
 
-METHODS: list[str | Method] = [
+BANDED: list[Method] = [
     SelfExtend(group=4, window=8),
     ReRoPE(window=14),  # keys leave the window in the middle of the steps
     LeakyReRoPE(window=8, stride=3.0),
@@ -41,6 +41,9 @@ METHODS: list[str | Method] = [
     ReRoPE(window=14) + Fade(reference=6),
     LeakyReRoPE(window=8) + Decay(start=9) + Fade(reference=4, strength=0.5),
     DualChunk(chunk=12, local=4) + Fade(reference=3),
+]
+METHODS: list[str | Method] = [
+    *BANDED,
     DynamicNTK(),
     JetLong(),
     JetLong(window=8, frequencies=True),

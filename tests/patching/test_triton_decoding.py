@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from triton.language import standard
 
 from hf_posext import patch_model
-from hf_posext.methods import Decay, DualChunk, Fade, LeakyReRoPE, LogN, Method, ReRoPE, SelfExtend, StringShift
+from hf_posext.methods import LogN, Method
 from hf_posext.patching.kernels import choice
 from hf_posext.patching.modes import with_cache
 from hf_posext.patching.remap import rotated_keys
@@ -23,6 +23,7 @@ from hf_posext.patching.remap import rotated_keys
 from ..conftest import tiny_llama, tokens
 from .bands import attention_kernel
 from .pretend_device import PretendDevice
+from .test_compiled_decoding import BANDED
 from .test_triton_kernels import compiled_for
 
 NAME = "hf_posext.patching.kernels.triton_kernels"
@@ -106,16 +107,7 @@ def test_it_equals_matrix_products(
     assert out.shape == (rows, 1, heads, dim) and out.is_contiguous()
 
 
-METHODS: list[Method] = [
-    SelfExtend(group=4, window=8),
-    ReRoPE(window=14) + LogN(),  # keys leave the window in the middle of the steps
-    LeakyReRoPE(window=8, stride=3.0),
-    DualChunk(chunk=12, local=4),
-    StringShift(shift=8),
-    ReRoPE(window=14) + Fade(reference=6),
-    LeakyReRoPE(window=8) + Decay(start=9) + Fade(reference=4, strength=0.5),
-    DualChunk(chunk=12, local=4) + Fade(reference=3),
-]
+METHODS: list[Method] = [BANDED[0], BANDED[1] + LogN(), *BANDED[2:]]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -205,12 +205,6 @@ def test_a_reader_without_this_package_stops(tmp_path: Path) -> None:
 # Adapters
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    tiny_llama().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
 def adapted(base: Path, method: str, order: str = "patch first", **options: Any) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(base)
     if order == "patch first":

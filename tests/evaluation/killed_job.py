@@ -1,7 +1,7 @@
-"""Job that the test of hostile runs starts: all is imported once, and each run is two forks of this process.
+"""Job whose runs are killed by tests: all is imported once, and each process of a run is a fork of this one.
 
-Reads lines of `JOURNAL RESULT PROCESSES LIMIT`; for each it forks the processes of a run, writes their ids, and then
-how each has ended. LIMIT is how many bytes a file may have, as on a full disk; 0 for no limit.
+Reads lines of `JOURNAL RESULT PROCESSES LIMIT`. For each it forks the processes of a run, writes their ids, and then
+the exit code of each. LIMIT is the largest size of a file in bytes, like on a full disk, or 0.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .helpers import character_tokenizer, random_texts
 def run(journal: str, result: str, processes: int) -> None:
     accelerator = Accelerator(cpu=True) if processes > 1 else None
     model = tiny_llama()
+    # A large model takes its time. This one must not end before a test can kill it.
     model.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
     results = compare(
         model, character_tokenizer(), random_texts(6, 140), ["none", "linear", "yarn"],
@@ -55,6 +56,7 @@ def fork(rank: int, port: int, journal: str, result: str, processes: int, limit:
     child = os.fork()
     if child:
         return child
+    os.nice(19)  # on a busy machine the test must run first, or the run ends before it looks
     launch(rank, processes, port)
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
