@@ -88,7 +88,7 @@ def test_only_methods_that_need_no_more_than_a_factor_are_offered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "message"),
+    ("choice", "message"),
     [
         (Choice("model", "yarn", 4, 8 * TRAINED + 1), "length of at most 512 tokens .*, got 513"),
         (Choice("model", "yarn", 17, TRAINED), "factor of 1 to 16, got 17"),
@@ -99,9 +99,9 @@ def test_only_methods_that_need_no_more_than_a_factor_are_offered() -> None:
         (Choice("model", "longrope", 4, TRAINED), "long_factor"),
     ],
 )
-def test_a_choice_that_cannot_be_is_refused(chosen: Choice, message: str) -> None:
+def test_a_choice_that_cannot_be_is_refused(choice: Choice, message: str) -> None:
     with pytest.raises(PosExtError, match=message):
-        look(shelf_of(tiny_llama()), chosen)
+        look(shelf_of(tiny_llama()), choice)
 
 
 def test_a_long_text_is_left_to_the_command_line() -> None:

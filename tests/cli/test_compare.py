@@ -216,16 +216,16 @@ def test_a_run_goes_on_from_its_journal_and_ends_with_the_same_rows(
     )
     message = error_of(compare(output, "--resume", passkey=2, seed=1))
     assert "journal.jsonl is the journal of another run" in message and "seed is 0 there and 1 here" in message
-    measured = break_at(monkeypatch, "no method", KeyboardInterrupt())
+    models = break_at(monkeypatch, "no method", KeyboardInterrupt())
     result = compare(output, "--resume", passkey=2)
     assert result.exit_code == 0, result.output
-    assert len(measured) == 2, "the two documents of the method that was interrupted"
+    assert len(models) == 2, "the two documents of the method that was interrupted"
     undisturbed = Results.load_json(finished[1] / "results.json")
     again = Results.load_json(output / "results.json")
     assert again.rows == undisturbed.rows and again.per_document == undisturbed.per_document
     assert "--resume" not in again.provenance["command"]
-    measured.clear()
-    assert compare(output, "--resume", passkey=2).exit_code == 0 and measured == []
+    models.clear()
+    assert compare(output, "--resume", passkey=2).exit_code == 0 and models == []
 
 
 def test_resume_begins_a_run_that_was_never_begun(tmp_path: Path) -> None:

@@ -36,10 +36,10 @@ def test_without_a_command_there_are_three_to_begin_with() -> None:
 
 
 def test_commands_stand_in_the_order_of_use_and_summaries_are_whole() -> None:
-    shown = run("--help").stdout
-    listed = [line.split()[0] for line in shown.split("Commands:")[1].splitlines() if line.strip()]
-    assert listed == list(COMMANDS) and set(listed) == set(GROUP.commands)
-    assert "..." not in shown.split("Commands:")[1] and max(map(len, shown.splitlines())) <= 80
+    text = run("--help").stdout
+    names = [line.split()[0] for line in text.split("Commands:")[1].splitlines() if line.strip()]
+    assert names == list(COMMANDS) and set(names) == set(GROUP.commands)
+    assert "..." not in text.split("Commands:")[1] and max(map(len, text.splitlines())) <= 80
 
 
 def test_every_option_of_a_long_command_has_a_heading() -> None:
@@ -50,14 +50,14 @@ def test_every_option_of_a_long_command_has_a_heading() -> None:
         names |= {*options, *(f"{name}.{option}" for option in options)}
         if len(options) >= Command.ENOUGH:
             assert [option for option in options if heading_of(name, option) == "Options"] == []
-    assert {name for listed in GROUPS.values() for name in listed.split()} <= names
+    assert {name for flags in GROUPS.values() for name in flags.split()} <= names
 
 
 def test_headings_are_shown_and_no_option_is_lost() -> None:
-    shown = run("compare", "--help").stdout
-    assert all(f"\n{heading}:\n" in shown for heading in GROUPS if heading != "Training")
+    text = run("compare", "--help").stdout
+    assert all(f"\n{heading}:\n" in text for heading in GROUPS if heading != "Training")
     for option in GROUP.commands["compare"].params:
-        assert option.hidden or f"\n  {option.opts[0]} " in shown
+        assert option.hidden or f"\n  {option.opts[0]} " in text
 
 
 def test_completion() -> None:
@@ -110,10 +110,10 @@ def test_inspect_tells_a_model_with_a_patch_as_it_is_without_and_the_plan(tmp_pa
 
 
 def test_methods_are_listed_with_their_papers() -> None:
-    listed = json.loads(run("methods", "--json").stdout)
+    entries = json.loads(run("methods", "--json").stdout)
     table = run("methods").stdout
-    assert {"none", "linear", "ntk", "yarn", "longrope", "llama3"} <= {method["name"] for method in listed}
-    for method in listed:
+    assert {"none", "linear", "ntk", "yarn", "longrope", "llama3"} <= {method["name"] for method in entries}
+    for method in entries:
         assert f"\n{method['name']} " in table and method["url"] in table, "the whole link must be there to be copied"
     assert max(map(len, table.splitlines())) <= 80
 

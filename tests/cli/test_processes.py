@@ -60,12 +60,12 @@ def test_a_killed_command_goes_on_with_resume(whole: Results, tmp_path: Path) ->
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    done = journal.read_bytes()
-    assert done.count(b"\n") >= 3
+    content = journal.read_bytes()
+    assert content.count(b"\n") >= 3
     assert compare(tmp_path / "out", "--resume").exit_code == 0
     results = Results.load_json(tmp_path / "out" / "results.json")
     assert results.rows == whole.rows and results.per_document == whole.per_document
-    assert journal.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
+    assert journal.read_bytes().startswith(content[: content.rfind(b"\n") + 1])
 
 
 def test_without_a_launcher_the_device_is_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:

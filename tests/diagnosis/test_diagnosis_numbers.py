@@ -138,8 +138,8 @@ def test_a_table_signal_is_the_rows_of_the_patched_model() -> None:
         assert signal is not None
         with patch_model(model, plan if signal.method != "none" else "none"):
             rows = model.transformer.wpe.weight.detach().numpy()
-        known = signal.values[:, : len(rows)]
-        np.testing.assert_array_equal(known.astype(np.float32), rows[:LONG, signal.channels].T)
+        values = signal.values[:, : len(rows)]
+        np.testing.assert_array_equal(values.astype(np.float32), rows[:LONG, signal.channels].T)
         assert np.isnan(signal.values[:, len(rows) :]).all()
         unseen = np.arange(LONG) >= TRAINED if signal.method == "none" else np.zeros(LONG, dtype=bool)
         assert (signal.unseen == unseen).all()

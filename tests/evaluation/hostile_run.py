@@ -284,21 +284,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         preload = Run(Path(directory) / "preload", processes=1)
         assert preload.wait() == [0], preload.text()
         attack = Attack(Path(directory))
         attacks: dict[str, Callable[[], None]] = {
-            "kills": lambda: kills(attack, chosen.kills, chosen.seed),
+            "kills": lambda: kills(attack, arguments.kills, arguments.seed),
             "second": lambda: second_writers(attack),
             "gone": lambda: gone(attack),
-            "torn": lambda: torn(attack, chosen.kills // 2, chosen.seed),
+            "torn": lambda: torn(attack, arguments.kills // 2, arguments.seed),
             "other": lambda: other_settings(attack),
-            "full": lambda: full_disks(attack, chosen.kills // 2, chosen.seed),
+            "full": lambda: full_disks(attack, arguments.kills // 2, arguments.seed),
         }
         for name, act in attacks.items():
-            if chosen.only in name:
+            if arguments.only in name:
                 act()
     print(f"{attack.faults} faults")
     sys.exit(attack.faults > 0)

@@ -148,8 +148,8 @@ def test_an_evaluator_of_its_own_with_or_without_a_tokenizer(texts: list[str]) -
         patched = run(texts, longppl=evaluator)
     assert patched.provenance["longppl"]["evaluator"] == "other/model, linear x2"
     deeper, letters = decided_llama(), character_tokenizer(bos=False)
-    others = {"evaluator_tokenizer": letters, "start": START, **windows}
-    keys = find_key_tokens(deeper, tokenizer, documents_of(texts), length=128, **others)
+    settings = {"evaluator_tokenizer": letters, "start": START, **windows}
+    keys = find_key_tokens(deeper, tokenizer, documents_of(texts), length=128, **settings)
     results_of_letters = run(texts, longppl=(deeper, letters))
     assert results_of_letters.row("linear", 128)["key_tokens"] == sum(map(len, keys.indices.values())) > 0
 
@@ -276,7 +276,7 @@ def test_a_run_goes_on_with_the_key_tokens_of_its_journal(
     assert len(journal.read_text().splitlines()) == len(lines)
     monkeypatch.setattr(key_search_module, "find_in_row", None)
     assert run(texts, longppl="linear", journal=journal).rows == undisturbed.rows, "nothing is found twice"
-    others: list[dict[str, Any]] = [
+    changes: list[dict[str, Any]] = [
         {"longppl": "none"},
         {"longppl": "linear", "short_length": 16},
         {"longppl": "linear", "alpha": 1.5},
@@ -284,7 +284,7 @@ def test_a_run_goes_on_with_the_key_tokens_of_its_journal(
         {"longppl": decided_llama()},
         {"longppl": None, "short_length": None},
     ]
-    for change in others:
+    for change in changes:
         with pytest.raises(JournalError):
             run(texts, journal=journal, **change)
 

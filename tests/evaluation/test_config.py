@@ -332,13 +332,13 @@ def test_a_command_plans_then_loads_then_tokenizes_then_measures(
 
 def test_from_the_call_to_the_nll_are_nine_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     paths: set[tuple[str, ...]] = set()
-    measured = scorer.logits_nll
+    logits_nll = scorer.logits_nll
 
     def spy(*args: Any) -> torch.Tensor:
         frames = [frame for frame in traceback.extract_stack() if "hf_posext" in frame.filename]
         front_door = next(index for index, frame in enumerate(frames) if frame.name == "compare")
         paths.add(tuple(frame.name for frame in frames[front_door + 1 :]))
-        return measured(*args)
+        return logits_nll(*args)
 
     monkeypatch.setattr(scorer, "logits_nll", spy)
     run(**SETTINGS)
@@ -373,8 +373,8 @@ def test_progress_counts_tokens_and_shows_what_is_measured(monkeypatch: pytest.M
 
     measure([Stage("yarn x8", nullcontext, tasks, read)])
     assert counts == [600, 1000, 2000, 2000]
-    shown = terminal.getvalue()
-    assert "yarn x8, Emma" in shown and "2.00k/2.00k" in shown and "tok/s" in shown and "1 process" in shown
+    text = terminal.getvalue()
+    assert "yarn x8, Emma" in text and "2.00k/2.00k" in text and "tok/s" in text and "1 process" in text
 
 
 def test_a_comparison_reads_the_tokens_that_progress_expects(monkeypatch: pytest.MonkeyPatch) -> None:

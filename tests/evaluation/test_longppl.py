@@ -86,8 +86,8 @@ def test_an_evaluator_of_another_tokenizer_marks_the_same_characters(
     model, tokenizer = (tiny_llama(vocab_size=4096), pieces) if not bos else (tiny_llama(), characters)
     length = length if not bos else 60
     settings = {**SETTINGS, "alpha": 0.05, "beta": -9.0}
-    others = {"length": length, "start": start, "evaluator_tokenizer": letters, **settings}
-    keys = find_key_tokens(evaluator, tokenizer, documents, **others)
+    options = {"length": length, "start": start, "evaluator_tokenizer": letters, **settings}
+    keys = find_key_tokens(evaluator, tokenizer, documents, **options)
     expected = {}
     for document in documents:
         every = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
@@ -105,8 +105,8 @@ def test_an_evaluator_of_another_tokenizer_marks_the_same_characters(
     assert keys.indices == expected
     total = sum(map(len, expected.values()))
     assert 2 < total <= keys.found
-    measured = longppl(model, tokenizer, documents, evaluator=evaluator, **others)
-    assert measured.keys == keys and measured.key_tokens == total
+    result = longppl(model, tokenizer, documents, evaluator=evaluator, **options)
+    assert result.keys == keys and result.key_tokens == total
 
 
 def test_the_first_token_of_a_row_is_never_key(documents: list[Document], llama: LlamaForCausalLM) -> None:
@@ -164,8 +164,8 @@ def test_the_same_key_tokens_for_every_model(documents: list[Document], llama: L
         nll = [naive_nll(llama, torch.tensor(tokenizer(d.text)["input_ids"][:LENGTH])) for d in documents]
         with_name = find_key_tokens(llama, tokenizer, documents, length=LENGTH, **SETTINGS)
     indices = [np.array(keys.indices[document.id], int) for document in documents]
-    chosen = np.concatenate([values[index - 1] for values, index in zip(nll, indices, strict=True)])
-    assert patched.value == pytest.approx(np.exp(chosen.mean()), rel=TOLERANCE)
+    key_nll = np.concatenate([values[index - 1] for values, index in zip(nll, indices, strict=True)])
+    assert patched.value == pytest.approx(np.exp(key_nll.mean()), rel=TOLERANCE)
     assert patched.keys is keys
     assert (keys.evaluator, with_name.evaluator) == ("LlamaForCausalLM", "LlamaForCausalLM, linear x4")
     shallow = longppl(

@@ -123,7 +123,7 @@ def test_the_example_of_the_card_is_true(metric: LongDocumentPerplexity) -> None
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     values = metric.compute(nll_sums=[210.0, 96.0], tokens=[70, 30], byte_counts=[300, 125])
     perplexity, bits = (str(values[name])[:4] for name in ("perplexity", "bits_per_byte"))
-    shown = f"# {{'perplexity': {perplexity}..., 'bits_per_byte': {bits}..., 'n_tokens': 100, 'n_documents': 2}}"
-    assert shown in card
+    example = f"# {{'perplexity': {perplexity}..., 'bits_per_byte': {bits}..., 'n_tokens': 100, 'n_documents': 2}}"
+    assert example in card
     for name in ("datasets", "evaluate", "numpy"):
         assert name in (FOLDER / "requirements.txt").read_text(encoding="utf-8")

@@ -174,7 +174,7 @@ def test_other_errors_pass(llama: LlamaForCausalLM) -> None:
 
 
 def test_room_does_every_item_once() -> None:
-    room, sizes, done = Room("items", 10), [], []  # type: tuple[Room, list[int], list[int]]
+    room, sizes, handled = Room("items", 10), [], []  # type: tuple[Room, list[int], list[int]]
 
     def run(items: range, fits: int = 3) -> None:
         for part in room.parts(items, cost=1):
@@ -182,10 +182,10 @@ def test_room_does_every_item_once() -> None:
                 sizes.append(part.end - part.begin)
                 if sizes[-1] > fits:
                     real_failure()
-                done.extend(range(part.begin, part.end))
+                handled.extend(range(part.begin, part.end))
 
     run(range(4, 20))
-    assert done == list(range(4, 20))
+    assert handled == list(range(4, 20))
     assert sizes == [10, 5, *[2] * 8]
     run(range(3, 3))
     run(range(3, -5))

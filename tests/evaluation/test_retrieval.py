@@ -50,13 +50,13 @@ def test_prompt_and_answer_fit_the_length_exactly(task: str, length: int, depth:
 def test_prompts_follow_from_their_arguments_alone(task: str) -> None:
     first = task_prompt(PIECES, task, 700, 0.5, trial=1, seed=2)
     assert task_prompt(PIECES, task, 700, 0.5, trial=1, seed=2) == first
-    others = [
+    variants = [
         task_prompt(PIECES, task, 701, 0.5, trial=1, seed=2),
         task_prompt(PIECES, task, 700, 0.25, trial=1, seed=2),
         task_prompt(PIECES, task, 700, 0.5, trial=0, seed=2),
         task_prompt(PIECES, task, 700, 0.5, trial=1, seed=0),
     ]
-    assert all(prompt.answers != first.answers for prompt in others)
+    assert all(prompt.answers != first.answers for prompt in variants)
 
 
 @pytest.mark.parametrize("task", HIDDEN)
@@ -143,8 +143,8 @@ def test_rows_have_the_scores_of_their_own_prompts(monkeypatch: pytest.MonkeyPat
         for depth in (0.0, 1.0) if task == "passkey" else (None,):
             for trial in range(3):
                 prompt = task_prompt(PIECES, task, 500, depth, trial=trial, seed=5)
-                known = prompt.answers if depth == 1.0 else prompt.answers[:1] if depth is None else ("no",)
-                texts[tuple(prompt.tokens)] = " " + " ".join(known)
+                answers = prompt.answers if depth == 1.0 else prompt.answers[:1] if depth is None else ("no",)
+                texts[tuple(prompt.tokens)] = " " + " ".join(answers)
 
     def generate(model: Any, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
         replies = [PIECES(texts[tuple(row.tolist())])["input_ids"] for row in input_ids]

@@ -71,8 +71,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "hf_posext"
 
 
-def same(left: Any, right: Any) -> bool:
-    return left.tokens.tolist() == right.tokens.tolist() and left.byte_ends.tolist() == right.byte_ends.tolist()
+def same(first: Any, second: Any) -> bool:
+    return first.tokens.tolist() == second.tokens.tolist() and first.byte_ends.tolist() == second.byte_ends.tolist()
 
 
 @pytest.fixture

@@ -116,8 +116,8 @@ def test_model_index(results: Results) -> None:
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n# My model\n")
     entries = card.data.eval_results
     assert entries is not None
-    shown = {(entry.dataset_config, entry.metric_name): entry.metric_value for entry in entries}
-    assert shown == {
+    values = {(entry.dataset_config, entry.metric_name): entry.metric_value for entry in entries}
+    assert values == {
         ("none x1, 512 tokens", "Perplexity"): 30.0,
         ("none x1, 512 tokens", "Gain over the truncated context"): 1.0,
         ("yarn x8, 512 tokens", "Perplexity"): 31.0,

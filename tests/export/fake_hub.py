@@ -30,9 +30,9 @@ class FakeHub:
         if (method, path) == ("POST", "/api/repos/create"):
             request = json.loads(body)
             name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
-            known = name in self.repositories
+            exists = name in self.repositories
             self.repositories.setdefault(name, {})
-            return (409 if known else 200), {}, json.dumps({"url": f"{self.url}/{name}"}).encode()
+            return (409 if exists else 200), {}, json.dumps({"url": f"{self.url}/{name}"}).encode()
         if path == "/api/validate-yaml":
             return 200, {}, json.dumps({"errors": [], "warnings": []}).encode()
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|revision|tree)/[^/]+", path)

@@ -362,9 +362,9 @@ def test_files_are_never_written_over(tmp_path: Path) -> None:
 def test_docs_tell_the_measured_figures() -> None:
     root = Path(__file__).parents[2]
     text = (root / "docs" / "serving.md").read_text()
-    measured = json.loads((root / "benchmarks" / "results" / "llama_cpp.json").read_text())
+    shipped = json.loads((root / "benchmarks" / "results" / "llama_cpp.json").read_text())
     converted = json.loads((root / "benchmarks" / "results" / "llama_cpp_converted.json").read_text())
-    for result, rounding in ((measured, 1e-6), (converted, 2e-5)):  # of 30 layers, and scores times 1.4 squared
+    for result, rounding in ((shipped, 1e-6), (converted, 2e-5)):  # of 30 layers, and scores times 1.4 squared
         for row in result["rows"]:
             figures = f"{row['transformers']:.3f} | {row['llama.cpp']:.3f} | {row['difference']:+.1e}"
             assert f"| `{row['method']}` | {figures}" in text
@@ -375,4 +375,4 @@ def test_docs_tell_the_measured_figures() -> None:
     assert all(row.get("largest_difference", 0.0) == 0.0 for row in phases["rows"])
     for version in (phases["versions"]["vllm"], phases["versions"]["sglang"]):
         assert version.split(" (")[0] in text
-    assert f"llama.cpp {measured['versions']['llama.cpp']}" in text
+    assert f"llama.cpp {shipped['versions']['llama.cpp']}" in text

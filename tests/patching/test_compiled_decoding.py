@@ -68,11 +68,11 @@ class Reader:
         """Return the logits of the last of `count` more tokens."""
         piece = slice(self.count, self.count + count)
         self.count += count
-        known = SLOTS if isinstance(self.cache, StaticCache) else self.count  # free slots are masked as later ones are
+        slots = SLOTS if isinstance(self.cache, StaticCache) else self.count  # free slots are masked as later ones are
         logits: torch.Tensor = (forward or self.model)(
             input_ids=self.ids[:, piece],
             position_ids=positions_of(self.mask)[:, piece],
-            attention_mask=self.mask[:, :known] if self.padding else None,
+            attention_mask=self.mask[:, :slots] if self.padding else None,
             **with_cache(self.model.forward, self.cache),
         ).logits[:, -1]
         return logits

@@ -275,12 +275,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_a_broken_entry_point_is_left_out_by_name(installed: Any, value: str, reason: str) -> None:
-    known = [info.name for info in list_methods()]
+    names = [info.name for info in list_methods()]
     installed(boom=value, good="tests.patching.test_patch_arguments:Good")
     with pytest.warns(UserWarning, match="the method 'boom' of an unknown package is left out") as caught:
         first = [info.name for info in list_methods()]
     assert reason in str(caught[0].message) and len(caught) == 1
-    assert first == [info.name for info in list_methods()] == sorted([*known, "good-one"])
+    assert first == [info.name for info in list_methods()] == sorted([*names, "good-one"])
     assert methods()["yarn"] is YaRN
 
 

@@ -99,8 +99,8 @@ def test_it_equals_matrix_products(
     close = {"atol": 20 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
     torch.testing.assert_close(step(query, key, value, leaving).double(), expected, **close)
     torch.testing.assert_close(key.double(), expected_key, **close)
-    others = [number for number in range(keys) if number != leaving]
-    assert torch.equal(key[:, :, others], before[:, :, others])
+    rest_of_keys = [number for number in range(keys) if number != leaving]
+    assert torch.equal(key[:, :, rest_of_keys], before[:, :, rest_of_keys])
     # the next layer, whose key has been rotated already
     out = step(query, key, value, -1)
     torch.testing.assert_close(out.double(), expected, **close)
@@ -114,10 +114,10 @@ METHODS: list[Method] = [BANDED[0], BANDED[1] + LogN(), *BANDED[2:]]
 def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
     """Compare steps, and the keys in the cache after them, with those without Triton."""
     model, ids = tiny_llama(), tokens(30)
-    called = []
+    leaving_slots = []
     step = interpreted.Step.__call__
     monkeypatch.setattr(
-        interpreted.Step, "__call__", lambda *arguments: (called.append(arguments[4]), step(*arguments))[1]
+        interpreted.Step, "__call__", lambda *arguments: (leaving_slots.append(arguments[4]), step(*arguments))[1]
     )
 
     @torch.no_grad()
@@ -135,8 +135,8 @@ def test_steps_of_a_model(interpreted: Any, monkeypatch: pytest.MonkeyPatch, met
         torch.testing.assert_close(actual, reference, atol=1e-5, rtol=0)  # float32, sums in another order
     for layer, fused_layer in zip(cache.layers, fused_cache.layers, strict=True):
         torch.testing.assert_close(layer.keys, fused_layer.keys, atol=1e-5, rtol=0)
-    assert len(called) == 2 * 19, "the first step rotates all keys"
-    assert (max(called) > 0) == (not method.label.startswith(("dual-chunk", "string-shift")))
+    assert len(leaving_slots) == 2 * 19, "the first step rotates all keys"
+    assert (max(leaving_slots) > 0) == (not method.label.startswith(("dual-chunk", "string-shift")))
 
 
 @pytest.mark.parametrize("generation", [80, 90])

@@ -58,12 +58,12 @@ def test_rotation(fused: ModuleType, half: int, dtype: torch.dtype, rows: int) -
     weights = (torch.arange(24) < 2 * half).float()
     layout = Layout(0, partners, partners, weights, direct=False)
     cos, sin = layout.phases(*torch.randn(2, rows, 37, 24).unbind(), dtype)
-    called = spy(fused)
+    calls = spy(fused)
     rotated = layout.rotate(inputs, (cos, sin))
     expected = inputs.double() * cos.double() + inputs[..., partners].double() * sin.double()
     # rounded once, at the end
     torch.testing.assert_close(rotated, expected.to(dtype), atol=2e-6, rtol=torch.finfo(dtype).eps)
-    assert called and rotated.dtype == dtype and torch.equal(rotated[..., 2 * half :], inputs[..., 2 * half :])
+    assert calls and rotated.dtype == dtype and torch.equal(rotated[..., 2 * half :], inputs[..., 2 * half :])
 
 
 def test_other_layouts_are_rotated_by_pytorch(fused: ModuleType) -> None:
@@ -72,9 +72,9 @@ def test_other_layouts_are_rotated_by_pytorch(fused: ModuleType) -> None:
         inputs, weights = states(3, 37, torch.float32), torch.ones(24)
         layout = Layout(0, partners, partners, weights, direct=False)
         cos, sin = layout.phases(*torch.randn(2, 1, 37, 24).unbind(), torch.float32)
-        called = spy(fused)
+        calls = spy(fused)
         torch.testing.assert_close(layout.rotate(inputs, (cos, sin)), inputs * cos + inputs[..., partners] * sin)
-        assert not called
+        assert not calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

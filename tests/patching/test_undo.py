@@ -240,12 +240,12 @@ def test_slopes_reach_layers_that_accelerate_offloads(build: Callable[[], Any], 
         right = logits(model, LONG)
     model.save_pretrained(tmp_path / "model")
     blocks = next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    others = {
+    modules_on_cpu = {
         path: "cpu"
         for path, module in model.named_modules()
         if path and not path.startswith(blocks) and not list(module.children())
     }
-    places = others | {f"{blocks}.0": "cpu", f"{blocks}.1": place}
+    places = modules_on_cpu | {f"{blocks}.0": "cpu", f"{blocks}.1": place}
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
     )

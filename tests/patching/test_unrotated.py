@@ -60,15 +60,15 @@ def test_models_give_the_same_to_the_bit(family: str, monkeypatch: pytest.Monkey
     ids, left_out = tokens(40), 0
     readings = []
 
-    def counted(constant: torch.Tensor, states: Any, known: Any = module._leaves_its_form) -> bool:
+    def counted(constant: torch.Tensor, states: Any, original: Any = module._leaves_its_form) -> bool:
         nonlocal left_out
-        left_out += (leaves := known(constant, states))
+        left_out += (leaves := original(constant, states))
         return leaves
 
     monkeypatch.setattr(module, "_leaves_its_form", counted)
     with patch_model(model, ReRoPE(window=8), factor=8, trained_length=16):
-        for many in (10**6, 1):
-            monkeypatch.setattr(module, "MANY", many)
+        for limit in (10**6, 1):
+            monkeypatch.setattr(module, "MANY", limit)
             left_out = 0
             model.zero_grad()
             out = model(ids, labels=ids)
@@ -76,7 +76,7 @@ def test_models_give_the_same_to_the_bit(family: str, monkeypatch: pytest.Monkey
             readings.append(
                 (out.logits, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
             )
-            assert (left_out > 0) == (many == 1)
+            assert (left_out > 0) == (limit == 1)
     for computed, spared in zip(*readings, strict=True):
         assert torch.equal(computed, spared)
 

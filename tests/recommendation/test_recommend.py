@@ -250,9 +250,9 @@ def test_what_was_measured_is_within_a_per_cent_at_a_quarter_of_the_cost(path: P
     record = json.loads(path.read_text(encoding="utf-8"))
     admissible = [line for line in record["exhaustive"]["contenders"] if line["short_change"] <= 0.01]
     best = min(line["perplexity_tail"] for line in admissible)
-    chosen = record["recommended"]["best"]
+    best_line = record["recommended"]["best"]
     (recommended,) = (
-        line for line in admissible if (line["method"], line["factor"]) == (chosen["method"], chosen["factor"])
+        line for line in admissible if (line["method"], line["factor"]) == (best_line["method"], best_line["factor"])
     )
     assert recommended["perplexity_tail"] <= 1.01 * best
     assert record["recommended"]["cost"]["tokens"] <= record["exhaustive"]["tokens"] / 4

@@ -100,10 +100,12 @@ def test_the_result_opens_in_plain_transformers_without_this_package(tmp_path: P
 def test_seeds_are_the_published_formulas() -> None:
     scheme = detect_scheme(tiny_llama())
     pairs, factor = scheme.rotaries[0].pairs, 4.0
-    known = seeds(scheme, TRAINED, int(factor * TRAINED))
+    formulas = seeds(scheme, TRAINED, int(factor * TRAINED))
     expected = [factor ** (2 * i / (2 * pairs - 2)) for i in range(pairs)]
-    assert known["ntk"] == pytest.approx(expected, rel=1e-5)
-    assert known["yarn"][-1] == factor and all(a <= b for a, b in zip(known["yarn"], known["yarn"][1:], strict=False))
+    assert formulas["ntk"] == pytest.approx(expected, rel=1e-5)
+    assert formulas["yarn"][-1] == factor and all(
+        a <= b for a, b in zip(formulas["yarn"], formulas["yarn"][1:], strict=False)
+    )
 
 
 def test_children_never_fall_and_keep_the_bounds() -> None:

@@ -26,10 +26,10 @@ TRUNCATED = [(40.1, 40.0), (39.7, 39.3), (36.0, 32.7), (34.8, 33.6)]
 def make_results(*, control: bool = True, passkey: bool = True, lengths: tuple[int, ...] = LENGTHS) -> Results:
     rows: list[dict[str, Any]] = []
     per_document = []
-    for method, measured in MEASURED.items():
+    for method, figures in MEASURED.items():
         factor = 1.0 if method == "none" else 8.0
         for i, length in enumerate(lengths):
-            perplexity, tail, retrieved = measured[i % 4]
+            perplexity, tail, retrieved = figures[i % 4]
             whole_truncated, tail_truncated = TRUNCATED[i % 4]
             gain = tail_truncated / tail
             change = perplexity / MEASURED["none"][i % 4][0] - 1

@@ -82,11 +82,11 @@ def test_a_method_measured_at_two_factors_has_two_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("value", "text"),
     [(2.514, "2.51"), (40.06, "40.1"), (138.4, "138"), (51017.2, "51017"), (3e9, "3.0e+09"), (None, "-")],
 )
-def test_perplexities_show_three_digits(value: float | None, shown: str) -> None:
-    assert format_perplexity(value) == shown
+def test_perplexities_show_three_digits(value: float | None, text: str) -> None:
+    assert format_perplexity(value) == text
 
 
 def test_markdown_is_the_same_table() -> None:
@@ -230,10 +230,10 @@ def test_the_gain_by_position_is_drawn_for_every_method(tmp_path: Path, monkeypa
     assert imread(tmp_path / "p.png").shape[1] == 1800
     lines = {line.get_label(): line for line in panel.lines}
     assert set(MEASURED) - {"none"} <= {str(label).removesuffix(" x8") for label in lines}
-    for name, measured in MEASURED.items():
+    for name, figures in MEASURED.items():
         line = lines[name if name == "none" else f"{name} x8"]
         # 1 %: these records count 256 tokens to each stretch, and the first token of a document is never scored
-        assert list(line.get_ydata()) == pytest.approx([TRUNCATED[3][0] / measured[3][0]] * 16, rel=0.01)
+        assert list(line.get_ydata()) == pytest.approx([TRUNCATED[3][0] / figures[3][0]] * 16, rel=0.01)
         assert len(line.get_xdata()) == 16 and 120 < line.get_xdata()[0] < 136
 
 
@@ -344,8 +344,8 @@ def test_the_words_at_the_trained_length_are_inside_their_panel(
             inside = panel.get_window_extent()
             assert inside.width > 100 and inside.height > 100
             for words in panel.texts:
-                shown = words.get_window_extent()
-                assert inside.x0 - 1 <= shown.x0 and shown.x1 <= inside.x1 + 1
+                extent = words.get_window_extent()
+                assert inside.x0 - 1 <= extent.x0 and extent.x1 <= inside.x1 + 1
 
 
 def test_shares_have_their_intervals_in_the_report() -> None:

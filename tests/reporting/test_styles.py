@@ -11,8 +11,8 @@ from hf_posext.reporting.drawing import BEFORE, COLOURS, MARKERS, STYLED, method
 from hf_posext.reporting.signals import NEW, SHOWN
 
 
-def look(name: str, *others: str) -> tuple[object, ...]:
-    style = method_styles([*others, name])[name]
+def look(name: str, *names_before: str) -> tuple[object, ...]:
+    style = method_styles([*names_before, name])[name]
     return style["color"], style["marker"], style.get("linestyle"), style["fillstyle"]
 
 
@@ -40,8 +40,8 @@ def test_a_composition_looks_like_its_first_component_in_a_broken_line() -> None
 def test_variants_in_one_picture_are_told_apart() -> None:
     names = ["rerope(window=128)", "rerope(window=256)", "rerope(window=384)", "yarn x2", "yarn x8"]
     looks = method_styles(names)
-    shown = [(looks[name]["color"], looks[name]["marker"], looks[name]["fillstyle"]) for name in names]
-    assert len(set(shown)) == 5 and len({look_of_variant[:2] for look_of_variant in shown}) == 2
+    styles = [(looks[name]["color"], looks[name]["marker"], looks[name]["fillstyle"]) for name in names]
+    assert len(set(styles)) == 5 and len({look_of_variant[:2] for look_of_variant in styles}) == 2
 
 
 def test_pictures_are_legible_in_grey() -> None:

@@ -35,11 +35,11 @@ def rendered(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [("\x1b[31m\x07\x00", r"\x1b[31m\x07\x00"), ("\x9b\u202e", r"\x9b\u202e"), ("a\tb\nç é 字", "a\tb\nç é 字")],
 )
-def test_control_characters_are_shown(text: str, shown: str) -> None:
-    assert visible(text) == shown
+def test_control_characters_are_shown(text: str, expected: str) -> None:
+    assert visible(text) == expected
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", '=HYPERLINK("x")'])
@@ -206,8 +206,8 @@ def test_the_terminal_shows_control_characters(capsys: pytest.CaptureFixture[str
     say("plan \x1b]0;x\x07")
     fail("bad \x1b[2J")
     PlainConsole().print("name \x1b[31m")
-    shown = capsys.readouterr()
-    assert shown.out == "plan \\x1b]0;x\\x07\nname \\x1b[31m\n" and shown.err == "error: bad \\x1b[2J\n"
+    output = capsys.readouterr()
+    assert output.out == "plan \\x1b]0;x\\x07\nname \\x1b[31m\n" and output.err == "error: bad \\x1b[2J\n"
 
 
 def test_tables_on_the_terminal_show_control_characters() -> None:
@@ -238,9 +238,9 @@ def test_objects_show_themselves_on_one_line_and_as_a_table() -> None:
     with patch_model(model, "yarn", factor=2) as patch:
         plan = dataclasses.replace(patch.plan, method="<b>\x1b")
         scheme = dataclasses.replace(patch.plan.scheme, model_type="<b>\x1b")
-        for shown in (patch, plan, scheme):
-            assert "\n" not in repr(shown) and "\x1b" not in repr(shown) and len(repr(shown)) < 200
-            html = shown._repr_html_()
+        for item in (patch, plan, scheme):
+            assert "\n" not in repr(item) and "\x1b" not in repr(item) and len(repr(item)) < 200
+            html = item._repr_html_()
             assert html.startswith("<table><tr>") and "<b>" not in html and "\x1b" not in html
         assert repr(patch.plan) == f"ExtensionPlan({patch.plan.describe()})"
         assert repr(patch.plan.scheme) == f"PositionalScheme({patch.plan.scheme.describe()})"

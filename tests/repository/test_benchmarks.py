@@ -132,10 +132,10 @@ def test_gpu_decoding_on_the_cpu(results: Results) -> None:
         "graph 32768": ways,
         "decode 32768": ways,
     }
-    known = [words for words, kind, baseline in script("gpu_decoding").AGAINST if baseline == "plain"]
+    modes = [words for words, kind, baseline in script("gpu_decoding").AGAINST if baseline == "plain"]
     for goal in result["goals"]:
-        (words,) = (candidate for candidate in (*known, "as PyTorch picks") if candidate in goal["what"])
-        assert (goal["found"] is not None) == (words in known and "32,768" in goal["what"])
+        (words,) = (candidate for candidate in (*modes, "as PyTorch picks") if candidate in goal["what"])
+        assert (goal["found"] is not None) == (words in modes and "32,768" in goal["what"])
 
 
 def test_scaling(results: Results) -> None:
@@ -197,12 +197,12 @@ def test_every_method_for_a_shipped_model_was_measured() -> None:
     """The page of methods has a row for each: by itself, or on top of another."""
     benchmark = script("methods")
     kinds = {"bucket-linear", "bucket-max-distance", "sinusoid-linear"}  # no such model is shipped
-    measured = "+".join(
+    compositions = "+".join(
         row["method"]
         for path in benchmark.RESULTS.glob("*.json")
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
     )
-    names = {part.partition("(")[0] for part in re.split(r"\+", measured)}
+    names = {part.partition("(")[0] for part in re.split(r"\+", compositions)}
     assert {name for name in methods() if name not in names} == kinds
 
 

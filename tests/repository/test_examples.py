@@ -206,13 +206,13 @@ def test_the_loss_of_the_recipe_weighs_answers_four_times(recipe: dict[str, Any]
 
 def test_the_recipe_decays_matrices_alone(recipe: dict[str, Any]) -> None:
     model = tiny_llama(tie_word_embeddings=True)
-    decayed, others = recipe["optimizer"](model).param_groups
+    matrices, vectors = recipe["optimizer"](model).param_groups
     names = {id(weight): name for name, weight in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
-    assert {names[id(weight)] for weight in others["params"]} == {
+    assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
+    assert {names[id(weight)] for weight in vectors["params"]} == {
         name for name in names.values() if "norm" in name or "embed" in name
     }
-    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    assert len(matrices["params"]) + len(vectors["params"]) == len(names)
 
 
 RESULTS = EXAMPLES.parent / "results" / "encoder-table.json"

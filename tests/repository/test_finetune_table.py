@@ -80,13 +80,13 @@ def test_the_table_has_a_line_for_each_run_in_order(results: Path, tmp_path: Pat
 
 
 def test_the_words_follow_the_numbers(results: Path) -> None:
-    best, verdict, missing = finetune_table.sentences(finetune_table.load(results))
+    best, verdict, unmeasured = finetune_table.sentences(finetune_table.load(results))
     assert best.startswith(
         "The best at 4096 tokens is `yarn/full`, with a gain over truncation of 0.938. None is above"
     )
     ratio = 33 / 36 - 1
     assert f"that helps with `yarn` ({100 * ratio:+.1f} % [" in verdict
-    assert missing.startswith("Not measured yet: `none/untrained`") and "`yarn/" not in missing
+    assert unmeasured.startswith("Not measured yet: `none/untrained`") and "`yarn/" not in unmeasured
     for tail, tilt, words in ((39, 0.01, "harms"), (36.5, 0.05, "makes no difference that these documents show")):
         content = finetune_table.load(results)
         content["runs"]["yarn/lora-plus"] = a_run(tail, tilt, 200)

@@ -66,8 +66,8 @@ def test_formulas_give_what_a_gpu_took(page: ModuleType) -> None:
     """Memory within 2 %, time within 10 %: of two rows whose readings the rates do not come from."""
     rows = [row for row in page.checks(results("gpu"), []) if "1.2 B" in row[0] or "8 B layer" in row[0]]
     assert [unit for _, unit, *_ in rows] == ["MB", "MB", "s", "s"]
-    for _, unit, measured, formula in rows:
-        assert formula == pytest.approx(measured, rel=0.02 if unit == "MB" else 0.10)
+    for _, unit, reading, formula in rows:
+        assert formula == pytest.approx(reading, rel=0.02 if unit == "MB" else 0.10)
 
 
 def test_chunks_on_a_cpu_give_the_same_nll_and_less_memory() -> None:

@@ -60,8 +60,8 @@ def test_what_is_committed_is_up_to_date(
 
 
 def test_make_pages_runs_every_writer() -> None:
-    listed = re.search(r"^WRITERS := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert listed and sorted(listed[1].replace("\\\n", " ").split()) == WRITERS
+    writers = re.search(r"^WRITERS := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert writers and sorted(writers[1].replace("\\\n", " ").split()) == WRITERS
 
 
 def test_every_method_is_in_the_table() -> None:
@@ -131,10 +131,10 @@ def test_bounds_that_the_page_of_patching_states() -> None:
 
 
 def test_every_page_is_in_the_navigation_and_there() -> None:
-    listed = set(pages(NAV))
+    navigation = set(pages(NAV))
     written = {path.name for path in (ROOT / "docs").glob("*.md")}
-    assert written <= listed
-    unwritten = {page for page in listed - written if not page.startswith("reference/")} - {"index.md"}
+    assert written <= navigation
+    unwritten = {page for page in navigation - written if not page.startswith("reference/")} - {"index.md"}
     assert all((ROOT / page).is_file() for page in unwritten)
 
 
@@ -197,14 +197,14 @@ def test_every_preset_is_there_with_its_rate() -> None:
 
 def test_every_flag_exists() -> None:
     command: Any = typer.main.get_command(app)
-    known = {
+    flags = {
         name
         for command_of_app in command.commands.values()
         for option in command_of_app.params
         for name in option.opts
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", TEXT))
-    assert len(named) > 20 and named <= known
+    assert len(named) > 20 and named <= flags
 
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"]
@@ -295,9 +295,9 @@ def test_a_changed_figure_is_noticed(model: str, tmp_path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     content["rows"][-1]["perplexity"] += 0.01
     path.write_text(json.dumps(content), encoding="utf-8")
-    done = check(results)
-    assert done.returncode == 1
-    assert "make card" in done.stderr
+    process = check(results)
+    assert process.returncode == 1
+    assert "make card" in process.stderr
 
 
 def test_the_hub_library_reads_every_figure_of_every_model() -> None:

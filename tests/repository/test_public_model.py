@@ -133,18 +133,18 @@ def test_the_summary_names_what_is_above_one(result: Path, page: ModuleType, com
 def test_a_finished_cell_is_not_measured_again(
     result: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, measured = result.read_text(encoding="utf-8"), []
+    before, cells = result.read_text(encoding="utf-8"), []
 
     def measure(model: Any, tokenizer: Any, document: Any, method: str, *settings: Any) -> list[dict[str, Any]]:
-        measured.append((document.id, method))
+        cells.append((document.id, method))
         return []
 
     monkeypatch.setattr(script, "measure", measure)
     run(script, result, "01", METHODS)
-    assert not measured
+    assert not cells
     run(script, result, "012", [*METHODS, "ntk"])
     ids = [document.id for document in load_documents(NOVELS)[:3]]
-    assert sorted(measured) == sorted([*((id, "ntk") for id in ids), *((ids[2], method) for method in METHODS)])
+    assert sorted(cells) == sorted([*((id, "ntk") for id in ids), *((ids[2], method) for method in METHODS)])
     assert json.loads(before)["cells"] == read(result)["cells"]
 
 
@@ -175,10 +175,10 @@ def test_missing_cells_are_named_and_not_invented(result: Path, page: ModuleType
     cells = page.Cells(content, NOVELS.name, LENGTH)
     (line,) = [line for line in cells.table().splitlines() if line.startswith("| `yarn`")]
     assert page.LACKS in line
-    missing = cells.missing(2)
-    assert missing[0] == "1 of 2 novels: `yarn`"
-    (others,) = missing[1:]
-    assert others.startswith("2 of 2 novels: ") and "`ntk`" in others and "`none`" not in others
+    lines = cells.missing(2)
+    assert lines[0] == "1 of 2 novels: `yarn`"
+    (last_line,) = lines[1:]
+    assert last_line.startswith("2 of 2 novels: ") and "`ntk`" in last_line and "`none`" not in last_line
     assert page.Cells(content, NOVELS.name, 2 * LENGTH).gain("yarn") is None
 
 

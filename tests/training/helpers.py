@@ -32,9 +32,9 @@ def train(output: Path, model: Any = None, method: Any = "yarn", **changed: Any)
     return finetune(model or tiny_llama(), tokenizer, texts, method, output=output, **settings)
 
 
-def adapted(model: Any, chosen: Preset, seed: int = 0) -> Any:
+def adapted(model: Any, adapter: Preset, seed: int = 0) -> Any:
     """A model with what the preset puts on it, not trained yet."""
-    return trainable(model, chosen, Settings(64, 1, 1, 1, 0, False, None, None, None, False, False, None, 1, seed))
+    return trainable(model, adapter, Settings(64, 1, 1, 1, 0, False, None, None, None, False, False, None, 1, seed))
 
 
 def weights(network: nn.Module) -> dict[str, torch.Tensor]:

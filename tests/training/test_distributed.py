@@ -141,9 +141,11 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_rows(launched: tup
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5, msg=name)
     provenance = json.loads((output / "provenance.json").read_text())
     assert provenance["run"]["processes"] == 2 and provenance["result"]["resumed_from"] == "checkpoint-2"
-    measured = [entry["eval_perplexity_128"] for entry in single.log if "eval_perplexity_128" in entry]
+    perplexities = [entry["eval_perplexity_128"] for entry in single.log if "eval_perplexity_128" in entry]
     printed_numbers = [json.loads(numbers) for numbers in re.findall(r"measured (\[.*?\])", printed)]
-    assert len(printed_numbers) == 2 and printed_numbers[0] == printed_numbers[1] == pytest.approx(measured, rel=1e-5)
+    assert len(printed_numbers) == 2 and printed_numbers[0] == printed_numbers[1] == pytest.approx(
+        perplexities, rel=1e-5
+    )
 
 
 def test_a_trainer_of_two_processes_and_sharded_weights_keep_the_plan(launched: tuple[Path, str]) -> None:

@@ -123,12 +123,12 @@ def test_perplexity_and_pass_keys_are_logged_at_each_evaluation(tmp_path: Path) 
     unseen_texts = random_texts(2, 200)
     evaluation = Evaluation(unseen_texts, [112, 128], every=2, start=3, passkey=2)
     result = train(tmp_path / "out", evaluation=evaluation, steps=4)
-    measured = [entry for entry in result.log if "eval_perplexity_128" in entry]
-    assert [entry["step"] for entry in measured] == [0, 2, 4]
+    entries = [entry for entry in result.log if "eval_perplexity_128" in entry]
+    assert [entry["step"] for entry in entries] == [0, 2, 4]
     assert sum("loss" in entry for entry in result.log) == 4 and len(result.log) == 7
     base, tokenizer = tiny_llama(), character_tokenizer()
     patch_model(base, "yarn", factor=2)
-    for model, entry in ((base, measured[0]), (result.model, measured[-1])):
+    for model, entry in ((base, entries[0]), (result.model, entries[-1])):
         rows = evaluate_perplexity(model, tokenizer, unseen_texts, [112, 128], start=3).rows
         keys = passkey_accuracy(model, tokenizer, [112, 128], 2)
         for row in rows:
@@ -165,11 +165,13 @@ def test_early_stop_goes_back_to_the_best_weights(name: str, tmp_path: Path) -> 
         callbacks=[spoils],
         warmup=5,
     )
-    measured = {entry["step"]: entry["eval_perplexity_128"] for entry in result.log if "eval_perplexity_128" in entry}
-    best = min((step for step in measured if step), key=lambda step: measured[step])
-    assert best < 3 < max(measured) == best + 2 == result.provenance["result"]["steps"]
+    perplexities = {
+        entry["step"]: entry["eval_perplexity_128"] for entry in result.log if "eval_perplexity_128" in entry
+    }
+    best = min((step for step in perplexities if step), key=lambda step: perplexities[step])
+    assert best < 3 < max(perplexities) == best + 2 == result.provenance["result"]["steps"]
     rows = evaluate_perplexity(result.model, character_tokenizer(), evaluation.documents, [128]).rows
-    assert rows[0]["perplexity"] == pytest.approx(measured[best], rel=1e-6)
+    assert rows[0]["perplexity"] == pytest.approx(perplexities[best], rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:

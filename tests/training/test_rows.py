@@ -102,9 +102,9 @@ def test_a_model_that_reads_across_documents_is_refused() -> None:
 def test_each_sample_is_a_function_of_the_seed_and_its_number() -> None:
     rows = make_rows(documents(*random_texts(1, 320)), character_tokenizer(), 32).dataset
     read = [sample["input_ids"].tolist() for sample in schedule(rows, 25, seed=0)]
-    known = [row.tolist() for row in rows["input_ids"]]
-    assert sorted(read[:10]) == sorted(known) == sorted(read[10:20]), "each row once in each round"
-    assert read[:10] != read[10:20] and read[:10] != known, "in another order each time"
+    rows_in_order = [row.tolist() for row in rows["input_ids"]]
+    assert sorted(read[:10]) == sorted(rows_in_order) == sorted(read[10:20]), "each row once in each round"
+    assert read[:10] != read[10:20] and read[:10] != rows_in_order, "in another order each time"
     assert [sample["input_ids"].tolist() for sample in schedule(rows, 40, seed=0)][:25] == read
     assert [sample["input_ids"].tolist() for sample in schedule(rows, 25, seed=1)] != read
     assert [int(sample["sample"]) for sample in schedule(rows, 25, seed=0)] == list(range(25))

@@ -98,7 +98,7 @@ def test_nothing_of_the_future_is_seen() -> None:
 
 def test_evaluation_attends_to_everything_and_afterwards_all_is_as_before() -> None:
     model, ids = tiny_llama(), tokens(LENGTH)
-    known = set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)
+    registered = set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)
     with torch.no_grad():
         before = model(input_ids=ids).logits
         with shifted_sparse_attention(model, GROUPS):
@@ -109,7 +109,7 @@ def test_evaluation_attends_to_everything_and_afterwards_all_is_as_before() -> N
             assert not torch.equal(model.train()(input_ids=ids, use_cache=False).logits, before)
         assert torch.equal(model.train()(input_ids=ids, use_cache=False).logits, before)
     assert model.config._attn_implementation == "sdpa"
-    assert (set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)) == known
+    assert (set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)) == registered
 
 
 def test_layers_with_a_sliding_window_attend_as_ever() -> None:
