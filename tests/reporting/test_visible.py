@@ -177,7 +177,7 @@ def test_a_name_from_outside_is_right_in_every_output(
     saved = legends(monkeypatch)
     readme = write_report(results, tmp_path / "report")
     write_merged_report({name: results, "b": make_results()}, tmp_path / "merged")
-    assert all(len(names) >= 4 and max(map(len, names)) <= 100 for names in saved), "every line is in its legend"
+    assert saved and all(len(names) >= 4 and max(map(len, names)) <= 100 for names in saved), "all lines have a legend"
     assert Results.load_json(readme.parent / "results.json").rows[-1]["method"] == name, "files keep the whole name"
     for path in (readme, tmp_path / "merged" / "README.md"):
         html = rendered(path.read_text(encoding="utf-8"))
@@ -185,8 +185,7 @@ def test_a_name_from_outside_is_right_in_every_output(
     with (readme.parent / "results.csv").open(encoding="utf-8", newline="") as table:
         rows = list(csv.DictReader(table))
     assert len(rows) == len(results.rows) and not any(row["method"].startswith("=") for row in rows)
-    for path in tmp_path.glob("*/*.png"):
-        assert imread(path).shape[1] == 1800
+    assert {imread(path).shape[1] for path in tmp_path.glob("*/*.png")} == {1800}
 
 
 def legends(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
