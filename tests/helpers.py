@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
+from .conftest import EXAMPLES
+
+ROOT = EXAMPLES.parent
 TINY = EXAMPLES / "tiny" / "tiny-rope"
 NOVELS = EXAMPLES / "data" / "heldout.jsonl"
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -20,6 +20,7 @@ from hf_posext.evaluation.tasks import Task
 from hf_posext.locks import WriterLock
 
 from ..cli.helpers import NOVELS, compare, error_of, run
+from ..helpers import ROOT
 
 A, B = (Task("nll", "yarn", 8.0, (64,), document) for document in "ab")
 
@@ -37,7 +38,7 @@ class Holder:
 
     def __init__(self, path: Path, rank: int = 0, processes: int = 1) -> None:
         words = [sys.executable, "-c", HOLDER, str(path), str(rank), str(processes)]
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         assert self.process.stdout is not None and self.process.stdout.readline() == "held\n"
 
     def __enter__(self) -> Holder:

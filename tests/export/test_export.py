@@ -29,7 +29,7 @@ from hf_posext.escaping import render
 from hf_posext.export import SERVERS, Serving, export_checkpoint
 from tests.adapters.helpers import files, with_adapter
 from tests.conftest import TRAINED, logits, realigned, sharpen, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from tests.helpers import run_python, shipped_tokenizer
+from tests.helpers import ROOT, run_python, shipped_tokenizer
 
 IDS = tokens(3 * TRAINED)
 LONG, SHORT = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.0], [1.0] * 7 + [1.25]
@@ -360,18 +360,17 @@ def test_files_are_never_written_over(tmp_path: Path) -> None:
 
 
 def test_docs_tell_the_measured_figures() -> None:
-    root = Path(__file__).parents[2]
-    text = (root / "docs" / "serving.md").read_text()
-    shipped = json.loads((root / "benchmarks" / "results" / "llama_cpp.json").read_text())
-    converted = json.loads((root / "benchmarks" / "results" / "llama_cpp_converted.json").read_text())
+    text = (ROOT / "docs" / "serving.md").read_text()
+    shipped = json.loads((ROOT / "benchmarks" / "results" / "llama_cpp.json").read_text())
+    converted = json.loads((ROOT / "benchmarks" / "results" / "llama_cpp_converted.json").read_text())
     for result, rounding in ((shipped, 1e-6), (converted, 2e-5)):  # of 30 layers, and scores times 1.4 squared
         for row in result["rows"]:
             figures = f"{row['transformers']:.3f} | {row['llama.cpp']:.3f} | {row['difference']:+.1e}"
             assert f"| `{row['method']}` | {figures}" in text
             assert abs(row["difference"]) < rounding
-    for row in json.loads((root / "benchmarks/results/serving.json").read_text())["parts"]["throughput"]:
+    for row in json.loads((ROOT / "benchmarks/results/serving.json").read_text())["parts"]["throughput"]:
         assert f"| `{row['method']}` | {row['tokens_per_second']:.1f} | {row['ratio']:.2f} |" in text
-    phases = json.loads((root / "benchmarks" / "results" / "server_phases.json").read_text())
+    phases = json.loads((ROOT / "benchmarks" / "results" / "server_phases.json").read_text())
     assert all(row.get("largest_difference", 0.0) == 0.0 for row in phases["rows"])
     for version in (phases["versions"]["vllm"], phases["versions"]["sglang"]):
         assert version.split(" (")[0] in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from ..helpers import NOVELS, shipped_model, shipped_tokenizer
 from ..zoo import build
 from .pretend_device import DEVICE, OnDevice, PretendDevice, moved
 
-ROOT = Path(__file__).resolve().parents[2]
 REMAPPING: list[str | Method] = [
     SelfExtend(group=4, window=8),
     ReRoPE(window=8) + LogN(),

@@ -16,7 +16,9 @@ import torch
 
 from hf_posext.methods import methods
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from ..helpers import ROOT
+
+FOLDER = ROOT / "benchmarks"
 OPTIONAL = {"lm_eval", "longppl"}
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-ROOT = Path(__file__).parents[2]
+from ..helpers import ROOT
+from ..reporting.helpers import panels
+
 sys.path.insert(0, str(ROOT / "tools"))
 
-import finetune_table  # noqa: E402
-
-from ..reporting.helpers import panels  # noqa: E402
+import finetune_table
 
 TOKENS = (100, 300)
 """Of the second half of two documents."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +16,8 @@ from hf_posext import evaluate_perplexity
 from hf_posext.evaluation import Document
 from hf_posext.evaluation.scorer import TokenScorer
 
-ROOT = Path(__file__).parents[2]
+from ..helpers import ROOT
+
 CONFIGS = {
     "Llama-3.2-1B": LlamaConfig(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8

@@ -31,12 +31,12 @@ from hf_posext.errors import EvaluationError
 from hf_posext.training import PRESETS
 
 from ..conftest import tiny_llama
+from ..helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import readme  # noqa: E402
-import results_index  # noqa: E402
+import readme
+import results_index
 
 WRITERS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -187,7 +187,7 @@ def test_the_files_say_how_they_were_made(name: str) -> None:
     assert (ROOT / "docs" / "images" / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
-TEXT = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
 
 
 def test_every_preset_is_there_with_its_rate() -> None:

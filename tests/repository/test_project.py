@@ -21,10 +21,11 @@ from packaging.requirements import Requirement
 import hf_posext
 from hf_posext.packages import EXTRAS
 
-ROOT = Path(__file__).parents[2]
+from ..helpers import ROOT
+
 sys.path.insert(0, str(ROOT / "tools"))
 
-import release_links  # noqa: E402
+import release_links
 
 DATA = ROOT / "examples" / "data"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

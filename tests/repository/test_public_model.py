@@ -12,9 +12,8 @@ import pytest
 
 from hf_posext import Results, compare, load_documents
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "examples" / "tiny" / "tiny-rope"
-NOVELS = ROOT / "examples" / "data" / "heldout.jsonl"
+from ..helpers import NOVELS, TINY
+
 TRAINED, LENGTH, START = 512, 1024, 2000
 METHODS = ["none", "yarn", "rerope(window=480)"]
 

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from hf_posext.training import Evaluation
 
 from ..evaluation.helpers import random_texts
-from ..helpers import TWO_PROCESSES, run_python
+from ..helpers import ROOT, TWO_PROCESSES, run_python
 from .helpers import train
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 
 TRAIN = """

@@ -21,9 +21,8 @@ from hf_posext.training import Evaluation
 from hf_posext.training.trainer import newest_checkpoint
 
 from ..evaluation.helpers import random_texts
+from ..helpers import ROOT
 from .helpers import assert_same_bits, preset, train
-
-ROOT = Path(__file__).parent.parent.parent
 
 RUN = """
 import sys

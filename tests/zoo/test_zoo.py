@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import ROOT
 from tests.zoo import (
     ENCODERS,
     NOT_BUILT,
@@ -21,7 +21,6 @@ from tests.zoo import (
     token_ids,
 )
 
-ROOT = Path(__file__).parents[2]
 # One set of frequencies; one per layer type; latent attention; multi-axis; a multimodal config; already extended.
 SOME = ("llama", "gemma3_text", "deepseek_v3", "qwen3_5_text", "llama4", "gpt_oss")
 
