@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from hf_posext import load_adapter, load_patched, patch_model
 from hf_posext.adapters import save_adapter, verify_adapter
 from hf_posext.errors import EvaluationError, PlanMismatchError, UnsupportedModelError
 from tests.adapters.helpers import train
-from tests.conftest import EXAMPLES, TRAINED, logits, realigned, tiny_llama, tokens
+from tests.conftest import TRAINED, logits, realigned, tiny_llama, tokens
+from tests.helpers import run_python
 
 IDS = tokens(3 * TRAINED)
 LAYERS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -178,9 +177,7 @@ def test_every_kind_of_peft_opens_in_a_fresh_process_or_is_refused_when_saved(ba
             expected[kind.value] = logits(realigned(model), IDS)
     assert len(expected) > 20 and refused <= {"PREFIX_TUNING", "CARTRIDGE"}
     save_file({"ids": IDS}, tmp_path / "ids")
-    words = [sys.executable, "-W", "ignore", "-c", OPENING, tmp_path / "saved", tmp_path / "ids", tmp_path / "opened"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=EXAMPLES.parent)
-    assert done.returncode == 0, done.stderr
+    run_python("-W", "ignore", "-c", OPENING, tmp_path / "saved", tmp_path / "ids", tmp_path / "opened")
     opened = load_file(tmp_path / "opened")
     assert opened.keys() == expected.keys() == {path.name for path in (tmp_path / "saved").iterdir()}
     assert [kind for kind in expected if not torch.equal(opened[kind], expected[kind])] == []
