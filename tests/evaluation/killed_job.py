@@ -56,8 +56,6 @@ def fork(rank: int, port: int, journal: str, result: str, processes: int, limit:
     child = os.fork()
     if child:
         return child
-    if processes == 1:
-        os.nice(19)  # on a busy machine the test must run first, or the run ends before it looks
     launch(rank, processes, port)
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
