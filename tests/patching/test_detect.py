@@ -159,7 +159,7 @@ def test_a_config_that_transformers_has_no_model_for() -> None:
     class Strange(PreTrainedConfig):
         model_type = "strange"
 
-    with pytest.raises(UnsupportedModelError, match="no model for config type 'strange'"):
+    with pytest.raises(UnsupportedModelError, match="a model in transformers, got type 'strange'"):
         detect_scheme(Strange())
 
 
