@@ -251,10 +251,10 @@ def test_the_page_lists_every_file() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=[path.relative_to(ROOT).as_posix() for path in FILES])
 def test_every_file_says_what_made_it(path: Path) -> None:
-    """A command, and the versions that it ran with. The result of `search` contains none so far."""
+    """A command, and the versions that it ran with."""
     origin = results_index.origin(path)
     assert origin.command is not None
-    assert origin.versions is not None or path.parent.name == "search"
+    assert origin.versions is not None
 
 
 @pytest.mark.parametrize("file", ["results/tiny-rope.json", "benchmarks/results/public_model.json"])
