@@ -24,7 +24,7 @@ import models
 import torch
 from torch.nn import CrossEntropyLoss
 
-from hf_posext.evaluation.memory import Boundaries
+from hf_posext.evaluation.forwards import Boundaries
 from hf_posext.evaluation.protocols import protocol_for
 from hf_posext.evaluation.scorer import Memory
 from hf_posext.evaluation.tokens import TokenizedDocuments

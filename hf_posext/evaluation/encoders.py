@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import InvalidParameterError, UnsupportedModelError
-from .heads import deviation, hidden_states, with_hidden_states
-from .memory import Room
+from .forwards import Room, deviation, hidden_states, with_hidden_states
 from .scorer import BATCH_TOKENS, WHOLE, Memory, Scorer, require_finite, scored_model, tokens_read
 from .tokens import TokenizedDocuments, special_tokens
 from .windows import Measurement, PerplexityProtocol

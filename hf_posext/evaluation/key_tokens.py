@@ -23,7 +23,7 @@ from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode
 from .config import checked
 from .documents import Document, as_documents
-from .memory import check_positions
+from .forwards import check_positions
 from .rows import bootstrap_interval, pooled_perplexity
 from .scorer import TokenScorer, model_name, require_finite
 from .tokens import TokenizedDocuments, TokensRead, check_vocabulary, read_by, tokenize_documents

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import EvaluationError, InvalidParameterError, PosExtError, UnsupportedModelError
 from ..patching import find_patch
-from .heads import deviation
+from .forwards import deviation
 from .scorer import Memory, TokenScorer, logits_nll, tokens_read
 
 if TYPE_CHECKING:

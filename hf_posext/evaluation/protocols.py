@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import EvaluationError, InvalidParameterError
 from .encoders import Pseudo, Seq2Seq
-from .memory import Boundaries
+from .forwards import Boundaries
 from .parallel import token_scorer
 from .scorer import Memory, TokenScorer, autocast_dtype, require_finite
 from .tokens import TokenizedDocuments, first_scored

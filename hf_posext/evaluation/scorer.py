@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import NonFiniteError, UnsupportedModelError
 from ..patching import unwrap
 from ..patching.frequencies import forget_length
-from .heads import PROBE_LENGTH, Head, deviation, find_head
-from .memory import Prefill, Room
+from .forwards import PROBE_LENGTH, Head, Prefill, Room, deviation, find_head
 from .reading import portable
 
 if TYPE_CHECKING:

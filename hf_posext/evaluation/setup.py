@@ -26,7 +26,7 @@ from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
 from .config import EvaluationConfig
 from .documents import Document, Documents, as_documents
-from .memory import check_positions, prefill_obstacle
+from .forwards import check_positions, prefill_obstacle
 from .parallel import everywhere, processes_of, shares_texts
 from .protocols import DECODER_PROTOCOLS, protocol_for
 from .questions import Questions, check_questions

@@ -13,8 +13,8 @@ from ..errors import EvaluationError
 from ..patching import patch_model
 from ..patching.frequencies import forget_length
 from ..plan import ExtensionPlan
+from .forwards import boundaries_of
 from .key_tokens import KeyTokens, key_sums, longppl_cells
-from .memory import boundaries_of
 from .questions import NO_QUESTIONS, Questions
 from .results import Results
 from .rows import DocumentRecord, RetrievalRow, Row, document_record, make_rows, title

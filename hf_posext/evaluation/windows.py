@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import InvalidParameterError
-from .memory import Boundaries
+from .forwards import Boundaries
 from .scorer import BATCH_TOKENS, Memory, TokenScorer
 from .tokens import TokenizedDocuments, first_scored
 

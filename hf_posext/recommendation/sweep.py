@@ -19,8 +19,8 @@ from torch import nn
 from ..decode import MAX_TOKENS
 from ..diagnosis.weights import phase_table
 from ..errors import EvaluationError, MethodNotApplicableError, PosExtError
+from ..evaluation.forwards import check_positions
 from ..evaluation.journal import RunJournal
-from ..evaluation.memory import check_positions
 from ..evaluation.questions import Questions
 from ..evaluation.rows import bootstrap_interval, pooled_perplexity
 from ..evaluation.runner import measure

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from hf_posext import detect_scheme
-from hf_posext.evaluation.memory import boundaries_of
+from hf_posext.evaluation.forwards import boundaries_of
 from hf_posext.evaluation.scorer import Memory
 from hf_posext.evaluation.tokens import TokenizedDocuments
 from hf_posext.evaluation.windows import Measurement

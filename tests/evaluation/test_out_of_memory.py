@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from hf_posext import patch_model
 from hf_posext.errors import OutOfMemoryError
 from hf_posext.evaluation.encoders import MaskedScorer
-from hf_posext.evaluation.memory import Room, ran_out
+from hf_posext.evaluation.forwards import Room, ran_out
 from hf_posext.evaluation.scorer import Memory, TokenScorer
 from hf_posext.methods import DynamicYaRN
 

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from hf_posext import LongRoPE, detect_scheme, patch_model
 from hf_posext.errors import EvaluationError
 from hf_posext.evaluation.encoders import Pseudo, Seq2Seq
-from hf_posext.evaluation.memory import Boundaries, boundaries_of
+from hf_posext.evaluation.forwards import Boundaries, boundaries_of
 from hf_posext.evaluation.protocols import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
 from hf_posext.evaluation.scorer import Memory
 from hf_posext.evaluation.tokens import TokenizedDocuments

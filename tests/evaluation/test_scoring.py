@@ -14,10 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
-from hf_posext.evaluation import heads, scorer
-from hf_posext.evaluation import heads as projection
-from hf_posext.evaluation.heads import SlicedHead
-from hf_posext.evaluation.memory import check_positions
+from hf_posext.evaluation import forwards, scorer
+from hf_posext.evaluation.forwards import SlicedHead, check_positions
 from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.patching import detect_scheme
 from hf_posext.patching.modes import evaluation_mode
@@ -111,7 +109,7 @@ def test_large_logits_are_never_made(llama: LlamaForCausalLM, small_slices: int)
     shapes = head_shapes(llama)
     TokenScorer(llama).token_nll(tokens(50))
     in_full = [shape for shape in shapes if shape[1] > small_slices]
-    assert in_full == [(1, heads.PROBE_LENGTH, 128)] * 2, "only the check of the first 16 tokens"
+    assert in_full == [(1, forwards.PROBE_LENGTH, 128)] * 2, "only the check of the first 16 tokens"
     assert sum(shape[1] for shape in shapes if shape[1] == small_slices) == 49
 
 
@@ -240,13 +238,13 @@ def test_logits_keep_the_float32_sums_that_a_device_gives(
     with torch.inference_mode():
         read = trunk.read(tokens(20), use_cache=False)
         rounded = trunk.logits(read, 0, 20).clone()
-        projection.sums_in_float32.cache_clear()
+        forwards.sums_in_float32.cache_clear()
         monkeypatch.setattr(torch, "mm", summing)
         try:
             logits = trunk.logits(trunk.read(tokens(20), use_cache=False), 0, 20)
         finally:
-            projection.sums_in_float32.cache_clear()
-        exact = heads.hidden_states(read.trunk).double() @ llama.lm_head.weight.T.double()
+            forwards.sums_in_float32.cache_clear()
+        exact = forwards.hidden_states(read.trunk).double() @ llama.lm_head.weight.T.double()
     assert (rounded.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
     off, rounding = ((values.double() - exact).abs().max() for values in (logits, rounded))
     assert off <= 1e-6 * exact.abs().max() < rounding  # 32 products are summed

@@ -31,7 +31,7 @@ from hf_posext.errors import (
     PlanMismatchError,
     UnsupportedModelError,
 )
-from hf_posext.evaluation.memory import Boundaries, boundaries_of
+from hf_posext.evaluation.forwards import Boundaries, boundaries_of
 
 from ..conftest import TRAINED, logits, realigned, sharpen, tiny_gpt2, tiny_llama, tokens
 from ..helpers import shipped_tokenizer
