@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter, verify_adapter

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .errors import MissingExtraError
-from .version import __version__
 
 EXTRAS = {
     "eval": ("accelerate", "datasets", "evaluate", "matplotlib", "pandas", "scipy"),
