@@ -1,21 +1,24 @@
-"""The page: choices on the left and figures on the right, in the fonts of the reader's machine."""
+"""The page and its server: choices on the left, figures on the right, for this machine alone."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
 from matplotlib.figure import Figure
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..decode import MAX_TOKENS
 from ..errors import InvalidParameterError, PosExtError
 from ..reporting.signals import SHOWN as BLUE
-from . import view, words
-from .figures import frequency_figure, loss_figure, mask_figure, signal_figure
+from . import content, view
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class _Page(gr.Blocks):  # type: ignore[misc]
 
 
 def build_page(shelf: view.Shelf) -> Any:
-    """Return the page with its handlers, which [`~hf_posext.app.server.serve`] launches.
+    """Return the page with its handlers, which [`serve`] launches.
 
     Args:
         shelf ([`Shelf`]): models and texts.
@@ -65,12 +68,14 @@ def build_page(shelf: view.Shelf) -> Any:
         `gradio.Blocks`: the page.
     """
     with _Page(title="hf-posext", analytics_enabled=False) as page:
-        gr.HTML(words.TITLE, elem_id="title")
+        gr.HTML(content.TITLE, elem_id="title")
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
                 model = gr.Dropdown(list(shelf.models), label="Model", elem_id="model")
                 facts = gr.HTML(elem_id="facts")
-                method = gr.Dropdown([], label="Method", info=words.METHOD, allow_custom_value=True, elem_id="method")
+                method = gr.Dropdown(
+                    [], label="Method", info=content.METHOD, allow_custom_value=True, elem_id="method"
+                )
                 factor = gr.Slider(1, view.LARGEST_FACTOR, view.FACTOR, step=0.5, label="Factor", elem_id="factor")
                 length = gr.Slider(**_bounds(None), step=1, label="Length (tokens)", elem_id="length")
                 trained = gr.Number(label="Trained length (tokens), if different", elem_id="trained")
@@ -96,9 +101,9 @@ def build_page(shelf: view.Shelf) -> Any:
             names = view.applicable(diagnosis.scheme)
             yield {
                 message: gr.update(visible=False),
-                facts: words.facts(diagnosis),
-                verdict: words.verdict(diagnosis.verdict),
-                method: gr.update(choices=names, value=words.first_method(names)),
+                facts: content.facts(diagnosis),
+                verdict: content.verdict(diagnosis.verdict),
+                method: gr.update(choices=names, value=content.first_method(names)),
                 length: gr.update(**_bounds(diagnosis.trained_length)),
                 trained: None,
             }
@@ -114,28 +119,28 @@ def build_page(shelf: view.Shelf) -> Any:
             # The tab that is open when the page is comes first. A picture takes about a third of a second.
             yield {
                 message: gr.update(visible=False),
-                about: words.about(result),
-                verdict: words.verdict(result.diagnosis.verdict),
-                **_drawn(signal, signal_note, signal_figure(result), words.signal(result)),
-                **_drawn(loss, loss_note, None, words.loss(shelf.dataset)),
+                about: content.about(result),
+                verdict: content.verdict(result.diagnosis.verdict),
+                **_drawn(signal, signal_note, content.signal_figure(result), content.signal(result)),
+                **_drawn(loss, loss_note, None, content.loss(shelf.dataset)),
             }
             yield {
-                **_drawn(frequency, frequency_note, frequency_figure(result), words.frequency(result)),
-                **_drawn(mask, mask_note, mask_figure(result), words.mask(result)),
+                **_drawn(frequency, frequency_note, content.frequency_figure(result), content.frequency(result)),
+                **_drawn(mask, mask_note, content.mask_figure(result), content.mask(result)),
             }
 
         def read_texts(*values: Any) -> Iterator[Updates]:
             result = view.read(shelf, _choice(*values))
             yield {
                 message: gr.update(visible=False),
-                verdict: words.verdict(result.diagnosis.verdict),
-                **_drawn(loss, loss_note, loss_figure(result), words.plain(view.effect(result))),
+                verdict: content.verdict(result.diagnosis.verdict),
+                **_drawn(loss, loss_note, content.loss_figure(result), content.plain(view.effect(result))),
             }
 
         def refused(reason: str) -> Updates:
             figures = dict.fromkeys((signal, frequency, mask, loss), gr.update(value=None, visible=False))
             texts = dict.fromkeys((signal_note, frequency_note, mask_note, loss_note, about), "")
-            return {**figures, **texts, message: gr.update(value=words.alert(reason), visible=True)}
+            return {**figures, **texts, message: gr.update(value=content.alert(reason), visible=True)}
 
         inputs = [model, method, factor, length, trained]
         outputs = [message, facts, verdict, method, length, trained, about, signal, frequency, mask, loss]
@@ -196,8 +201,8 @@ def _number(field: str, value: Any) -> float:
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not abs(value) <= sys.float_info.max:  # false for NaN; integers of JSON have any size
-        content = "an empty field" if value in (None, "") else repr(value)[:40]
-        raise InvalidParameterError(f"Expected a number in the field {field}, got {content}.")
+        typed = "an empty field" if value in (None, "") else repr(value)[:40]
+        raise InvalidParameterError(f"Expected a number in the field {field}, got {typed}.")
     number: float = value
     return number
 
@@ -243,3 +248,86 @@ def theme() -> Any:
         button_primary_background_fill=BLUE,
         button_primary_background_fill_hover="#005A8C",
     )
+
+
+HOST = "127.0.0.1"
+"""Loopback address, which no other machine reaches."""
+
+NAMES = (HOST, "localhost")
+"""Host names that are answered. Another name that resolves to this machine (DNS rebinding) is refused."""
+
+PATHS = ("/assets/", "/static/", "/theme.css", "/favicon.ico", "/gradio_api/queue/", "/gradio_api/startup-events")
+"""Paths that the page needs. Gradio's other routes (files, uploads, proxies) answer 404."""
+
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'"
+)
+"""Content security policy: the browser fetches nothing from elsewhere."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Door:
+    """ASGI middleware that answers 404 except for the paths of the page."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif scope["path"] == "/" or scope["path"].startswith(PATHS):
+
+            async def guarded(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+                await send(message)
+
+            await self.app(scope, receive, guarded)
+        else:
+            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"not found"})
+
+
+def serve(shelf: view.Shelf, port: int, opened: Callable[[str], None]) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        shelf ([`Shelf`]): models and texts.
+        port (`int`): port of the loopback address.
+        opened (`Callable`): called with the address once the page answers.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    with suppress(PosExtError, OSError):  # a model that cannot be opened is an error on the page
+        shelf.open(next(iter(shelf.models)))  # now, so that the first figure takes no longer than the others
+    page = build_page(shelf)
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(NAMES)), Middleware(Door)]
+    _, address, _ = page.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        allowed_paths=[],
+        app_kwargs={"middleware": guards},
+        theme=theme(),
+        css=CSS,
+        js=LIGHT,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    try:
+        opened(address)
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)

@@ -272,9 +272,10 @@ def page(
     Needs the extra: pip install 'hf_posext[app]'. Nothing is fetched, and nothing leaves this machine.
     """
     require("app")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub reads it
+    # Read when huggingface_hub and gradio are imported.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
     from ..app import make_shelf
-    from ..app.server import serve
+    from ..app.page import serve
     from .loading import load_model
 
     shelf = make_shelf(

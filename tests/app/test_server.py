@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from hf_posext.app.server import Door
+pytestmark = pytest.mark.browser  # needs the extra app
 
 
 def answer(path: str) -> list[MutableMapping[str, Any]]:
     """Return the messages for a path, from an application that answers everything."""
+    from hf_posext.app.page import Door
+
     sent: list[MutableMapping[str, Any]] = []
 
     async def application(scope: Any, receive: Any, send: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hf_posext.app import Shelf, make_shelf, words
+from hf_posext.app import Shelf, content, make_shelf
 from hf_posext.app.view import READ, Choice, applicable, first_look, look, read
 from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, PosExtError
@@ -63,7 +63,7 @@ def test_an_installed_package_says_where_models_come_from(tmp_path: Path) -> Non
     with pytest.raises(InvalidParameterError, match="--model FOLDER --dataset texts.jsonl"):
         make_shelf([], None, None, opener, checkout=tmp_path)
     shelf = make_shelf([tmp_path], None, None, opener, checkout=tmp_path)
-    assert shelf.dataset is None and "--dataset texts.jsonl" in words.loss(None)
+    assert shelf.dataset is None and "--dataset texts.jsonl" in content.loss(None)
     with pytest.raises(PosExtError, match="--dataset texts.jsonl"):
         shelf.documents()
 
@@ -84,7 +84,7 @@ def test_only_methods_that_need_no_more_than_a_factor_are_offered() -> None:
     names = applicable(first_look(shelf_of(tiny_llama()), "model").scheme)
     assert {"yarn", "self-extend", "log-n"} <= set(names)
     assert not {"none", "longrope", "table-linear", "alibi-linear"} & set(names)
-    assert words.first_method(names) == "self-extend" and words.first_method([]) is None
+    assert content.first_method(names) == "self-extend" and content.first_method([]) is None
 
 
 @pytest.mark.parametrize(
@@ -129,23 +129,25 @@ def test_a_shipped_model_shows_the_gain_that_was_measured_and_another_one_does_n
         for row in json.loads((EXAMPLES.parent / "results" / "demo" / "tiny-alibi.json").read_text())["rows"]
         if (row["method"], row["length"]) == ("alibi-linear", 2048)
     ]
-    below = words.signal(view)
+    below = content.signal(view)
     assert f"alibi-linear x8 has a gain of {row['gain']:.3f} [" in below and row["gain"] < 0.5
     assert "Truncating the input is the better choice." in below and "necessary, not enough" in below
     fade = look(shelf, Choice("tiny-rope", "rerope+fade", 8, 2048)).gain
     assert (
-        fade is not None and (fade.length, fade.low > 1) == (2048, True) and "longer context helps" in words.gain(fade)
+        fade is not None
+        and (fade.length, fade.low > 1) == (2048, True)
+        and "longer context helps" in content.gain(fade)
     )
     assert look(shelf, Choice("tiny-rope", "cope", 4, 2048)).gain is None
     assert look(shelf_of(tiny_llama()), Choice("model", "yarn", 4, TRAINED)).gain is None
-    assert "The tab Loss measures it" in words.gain(None)
+    assert "The tab Loss measures it" in content.gain(None)
 
 
 def test_what_is_said_is_escaped() -> None:
-    assert "<b>" not in words.alert("no <b>model</b>\nof that name") and "\n" not in words.alert("a\nb")
+    assert "<b>" not in content.alert("no <b>model</b>\nof that name") and "\n" not in content.alert("a\nb")
     view = look(shelf_of(tiny_bloom()), Choice("model", "alibi-linear", 4, TRAINED, TRAINED))
-    assert "ALiBi" in words.facts(view.diagnosis) and "64 tokens</b> (given)." in words.facts(view.diagnosis)
-    assert 'rel="noreferrer"' in words.about(view) and "64 → 256 tokens" in words.about(view)
+    assert "ALiBi" in content.facts(view.diagnosis) and "64 tokens</b> (given)." in content.facts(view.diagnosis)
+    assert 'rel="noreferrer"' in content.about(view) and "64 → 256 tokens" in content.about(view)
 
 
 @pytest.mark.parametrize(

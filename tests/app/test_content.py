@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_posext import compare, load_documents
-from hf_posext.app import Shelf, figures, words
+from hf_posext.app import Shelf, content
 from hf_posext.app.view import Choice, View, effect, look, read
 from hf_posext.reporting.signals import NEW, SHOWN
 
@@ -62,7 +62,7 @@ MASKS = [
 
 @pytest.mark.parametrize(("method", "formula"), MASKS, ids=[name for name, _ in MASKS])
 def test_a_mask_is_the_formula_of_its_paper(method: str, formula: Callable[[int, int], float]) -> None:
-    figure = figures.mask_figure(view_of(tiny_llama(), method))
+    figure = content.mask_figure(view_of(tiny_llama(), method))
     assert figure is not None
     before, after = (figure.axes[panel].images[-1].get_array().filled(np.nan).tolist() for panel in (0, 1))
     for i in range(LENGTH):
@@ -77,8 +77,8 @@ def test_a_mask_is_the_formula_of_its_paper(method: str, formula: Callable[[int,
 
 
 def test_a_long_mask_shows_every_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "CELLS", 48)
-    figure = figures.mask_figure(view_of(tiny_llama(), "self-extend(group=8, window=16)"))
+    monkeypatch.setattr(content, "CELLS", 48)
+    figure = content.mask_figure(view_of(tiny_llama(), "self-extend(group=8, window=16)"))
     assert figure is not None
     grid = figure.axes[1].images[-1].get_array()
     assert grid.shape == (48, 48)
@@ -86,7 +86,7 @@ def test_a_long_mask_shows_every_so_many_tokens(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_mask_is_blue_within_the_trained_length_and_orange_past_it() -> None:
-    figure = figures.mask_figure(view_of(tiny_llama(), "rerope(window=20)"))
+    figure = content.mask_figure(view_of(tiny_llama(), "rerope(window=20)"))
     assert figure is not None
     image = figure.axes[0].images[-1]
     red, _, blue, _ = image.cmap(image.norm(np.array([0, TRAINED - 2, TRAINED + 2, LENGTH - 1.0]))).T
@@ -94,7 +94,7 @@ def test_a_mask_is_blue_within_the_trained_length_and_orange_past_it() -> None:
 
 
 def test_a_key_that_is_not_seen_is_grey() -> None:
-    figure = figures.mask_figure(view_of(tiny_llama(), "sinks(sinks=4, window=32)"))
+    figure = content.mask_figure(view_of(tiny_llama(), "sinks(sinks=4, window=32)"))
     assert figure is not None
     unseen = ~figure.axes[1].images[0].get_array().mask
     for i, j in ((LENGTH - 1, 0), (LENGTH - 1, LENGTH - 1), (LENGTH - 1, 60), (0, 60)):
@@ -105,13 +105,13 @@ def test_a_key_that_is_not_seen_is_grey() -> None:
 @pytest.mark.parametrize("method", ["yarn", "linear", "log-n"])
 def test_methods_that_remap_nothing_have_no_mask_and_say_who_does(method: str) -> None:
     view = view_of(tiny_llama(), method)
-    assert figures.mask_figure(view) is None
-    assert f"{method} leaves every pair" in words.mask(view) and "self-extend" in words.mask(view)
+    assert content.mask_figure(view) is None
+    assert f"{method} leaves every pair" in content.mask(view) and "self-extend" in content.mask(view)
 
 
 def test_wavelengths_are_those_of_transformers_own_yarn() -> None:
     model = tiny_llama()
-    figure = figures.frequency_figure(view_of(model, "yarn"))
+    figure = content.frequency_figure(view_of(model, "yarn"))
     assert figure is not None
     series = {str(line.get_label()): line.get_ydata() for line in figure.axes[0].lines}
     scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED, "rope_theta": 10_000.0}
@@ -128,7 +128,7 @@ def test_wavelengths_are_those_of_transformers_own_yarn() -> None:
 def test_points_are_orange_where_the_text_goes_past_what_training_has_shown() -> None:
     """As it is: pairs of less than one rotation within training. With linear x4 and four times the length: none."""
     model = tiny_llama()
-    figure = figures.frequency_figure(view_of(model, "linear", length=4 * TRAINED))
+    figure = content.frequency_figure(view_of(model, "linear", length=4 * TRAINED))
     assert figure is not None
     points = [line for line in figure.axes[0].lines if line.get_linestyle() == "None"]
     drawn = [
@@ -141,7 +141,7 @@ def test_points_are_orange_where_the_text_goes_past_what_training_has_shown() ->
 
 
 def test_a_pair_that_stands_still_has_no_wavelength() -> None:
-    figure = figures.frequency_figure(view_of(tiny_llama(), "nope"))
+    figure = content.frequency_figure(view_of(tiny_llama(), "nope"))
     assert figure is not None
     assert all(np.isnan(line.get_ydata()).all() for line in figure.axes[0].lines if line.get_label() == "nope x4")
 
@@ -150,8 +150,8 @@ def test_a_pair_that_stands_still_has_no_wavelength() -> None:
 def test_models_without_frequencies_say_so(build: Callable[[], PreTrainedModel]) -> None:
     model = build()
     view = view_of(model, "table-linear" if build is longer_gpt2 else "alibi-linear", trained=TRAINED)
-    assert figures.frequency_figure(view) is None and figures.mask_figure(view) is None
-    assert "without frequencies" in words.frequency(view) and "leaves every pair" in words.mask(view)
+    assert content.frequency_figure(view) is None and content.mask_figure(view) is None
+    assert "without frequencies" in content.frequency(view) and "leaves every pair" in content.mask(view)
 
 
 def test_the_signal_of_a_table_is_its_rows_and_what_lies_between_them() -> None:
@@ -165,7 +165,7 @@ def test_the_signal_of_a_table_is_its_rows_and_what_lies_between_them() -> None:
         assert after.values[line].tolist() == pytest.approx(squeezed, abs=1e-6)  # float32 rows
     assert before.unseen.tolist() == [[place >= TRAINED for place in range(LENGTH)]] * len(before.channels)
     assert not after.unseen.any()
-    figure = figures.signal_figure(view)
+    figure = content.signal_figure(view)
     assert figure is not None and [panel.get_title() for panel in figure.axes] == ["as it is", "table-linear"]
 
 
@@ -209,7 +209,7 @@ def test_the_loss_is_that_of_plain_transformers_before_and_after(measured: View)
     lines = (EXAMPLES / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:2]
     texts = [json.loads(line)["text"][8000:9500] for line in lines]
     expected = {"as it is": reference(texts), "linear": reference(texts, rope_type="linear", factor=4.0)}
-    panel = figures.loss_figure(measured).axes[0]
+    panel = content.loss_figure(measured).axes[0]
     drawn = {str(line.get_label()): line for line in panel.lines}
     means = []
     for name, losses in expected.items():
