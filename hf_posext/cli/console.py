@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -20,27 +19,10 @@ from rich.text import Text
 from ..decode import in_words
 from ..escaping import visible
 from ..evaluation.config import bounds_in_words
-
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables of torch and MPI for the rank of a process and the number of processes, as accelerate reads them."""
+from ..processes import rank
 
 KEYWORDS = {"limit": "documents", "ratio": "lora_ratio"}
 """Keyword arguments of the package whose options have other names."""
-
-
-def rank() -> int:
-    """Return the rank of this process, 0 without a launcher. Only process 0 writes and prints."""
-    return _from_launcher(RANKS, 0)
-
-
-def world_size() -> int:
-    """Return the number of processes of the launcher, 1 without a launcher."""
-    return _from_launcher(SIZES, 1)
-
-
-def _from_launcher(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 class PlainConsole(Console):

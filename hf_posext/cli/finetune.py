@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DocumentError, InvalidParameterError
+from ..processes import rank as process_rank
 from . import options
 from .app import app
-from .console import rank as process_rank
 from .console import say
 from .options import option
 from .runs import check_tracker, make_writable, removed_if_empty

@@ -20,7 +20,8 @@ from ..errors import (
 )
 from ..packages import hub_obstacle
 from ..plan import ExtensionPlan, has_plan
-from .console import rank, say
+from ..processes import rank
+from .console import say
 
 if TYPE_CHECKING:
     import torch

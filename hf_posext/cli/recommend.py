@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 from rich.markup import escape
 
+from ..processes import rank
 from . import options
 from .app import app
-from .console import PlainConsole, plain_table, rank, say
+from .console import PlainConsole, plain_table, say
 from .runs import join_processes, plan_file
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import InvalidParameterError, JournalError, PosExtError
-from ..locks import WriterLock, journal_files
-from .console import rank, say, world_size
+from ..processes import WriterLock, journal_files, rank, world_size
+from .console import say
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -173,7 +173,8 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
 
 def spread(model: PreTrainedModel, accelerator: Accelerator | None) -> PreTrainedModel:
     """Return the model of this process: whole, or sharded if the launcher requests context parallelism."""
-    from ..evaluation.parallel import shard_weights, shares_texts
+    from ..evaluation.scorer import shard_weights
+    from ..processes import shares_texts
 
     return shard_weights(model, accelerator) if accelerator is not None and shares_texts(accelerator) else model
 

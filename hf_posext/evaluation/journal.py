@@ -29,10 +29,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..decode import short
 from ..errors import JournalError
-from ..locks import WriterLock, journal_file, journal_files
 from ..patching.frequencies import forget_length
 from ..plan import ExtensionPlan
-from .parallel import everywhere, processes_of, rank_of
+from ..processes import WriterLock, everywhere, journal_file, journal_files, processes_of, rank_of
 from .scorer import autocast_dtype, model_name
 from .setup import Setup
 from .tasks import Task, key_text

@@ -15,9 +15,8 @@ from ..errors import EvaluationError, InvalidParameterError
 from ..patching.modes import evaluation_mode
 from .journal import RunJournal
 from .key_tokens import Criterion, KeyTokens, check_criterion, check_reads, evaluator_name, find_in_row
-from .parallel import token_scorer
 from .runner import measure
-from .scorer import TokenScorer
+from .scorer import TokenScorer, token_scorer
 from .setup import Request, Setup
 from .tasks import MethodRun, Stage, Task, task_of
 from .tokens import TokensRead, read_by

@@ -17,8 +17,7 @@ from torch import nn
 from ..errors import EvaluationError, InvalidParameterError
 from .encoders import Pseudo, Seq2Seq
 from .forwards import Boundaries
-from .parallel import token_scorer
-from .scorer import Memory, TokenScorer, autocast_dtype, require_finite
+from .scorer import Memory, TokenScorer, autocast_dtype, require_finite, token_scorer
 from .tokens import TokenizedDocuments, first_scored
 from .windows import (
     Measurement,

@@ -11,8 +11,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import NonFiniteError, OutOfMemoryError, PosExtError, first_line
+from ..processes import deal, exchange, processes_of, rank_of, shares_texts
 from .journal import RunJournal
-from .parallel import deal, exchange, processes_of, rank_of, shares_texts
 from .scorer import LISTENER
 from .tasks import Outcome, Outcomes, Stage, Task
 

@@ -2,6 +2,10 @@
 
 A naive loop holds several copies of logits of shape `(length, vocabulary)`: 168 GB at 128k tokens of Llama-3. Here the
 trunk (everything below the head) runs once, in chunks if requested. The head runs on slices of its hidden states.
+
+Several processes can share each text by ring attention: PyTorch's `context_parallel`, which `accelerate` sets up with
+FSDP2 (`ParallelismConfig(cp_size=...)`). It permutes tokens: the index that travels with a token identifies it, not
+its position on the process.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from ..errors import NonFiniteError, UnsupportedModelError
-from ..patching import unwrap
+from ..errors import InvalidParameterError, NonFiniteError, UnsupportedModelError
+from ..patching import find_patch, unwrap
 from ..patching.frequencies import forget_length
 from .forwards import PROBE_LENGTH, Head, Prefill, Room, deviation, find_head
 from .reading import portable
@@ -223,6 +228,87 @@ class TokenScorer(Scorer):
             )
         self._head = find_head(self.model, input_ids, full)
         self._logits = Room("rows of logits", max(1, min(LOGITS_ROWS, LOGITS_BYTES // (4 * full.shape[-1]))))
+
+
+PROBE_TOKENS = 32
+"""Tokens per process of the prefix on which shared and unshared reading are compared."""
+
+
+def shard_weights(model: nn.Module, accelerator: Accelerator) -> Any:
+    """Shard a model's weights by FSDP2, which context parallelism requires."""
+    # accelerate prepares a model for FSDP2 only together with an optimizer, which here never takes a step
+    return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))[0]
+
+
+def token_scorer(model: nn.Module, memory: Memory) -> TokenScorer:
+    """Return a token scorer of a causal language model, on this process or across all processes."""
+    if memory.accelerator is None:
+        return TokenScorer(model, memory)
+    return ContextParallelScorer(model, memory)
+
+
+class ContextParallelScorer(TokenScorer):
+    """Scorer like [`TokenScorer`], with each text split across all processes.
+
+    Every process must make the same calls, and receives all values. For each patch, a prefix is read both shared and
+    unshared, and the values are compared. This refuses models and patches whose attention is not PyTorch's. The run
+    ends if memory runs out, because one process cannot shrink its share alone.
+    """
+
+    def __init__(self, model: nn.Module, memory: Memory) -> None:
+        if memory.prefill_chunk is not None:
+            raise InvalidParameterError(
+                "prefill_chunk and context parallelism both divide a text. Leave prefill_chunk out."
+            )
+        super().__init__(model, memory)
+        self._windows.gives_way = False
+        self._accelerator: Any = memory.accelerator
+        self._checked: Any = self  # patch of the latest comparison; `self` equals no patch, not even `None`
+
+    def _nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
+        patch = find_patch(self.model)
+        if self._checked is not patch:
+            self._compare(input_ids[:1, : PROBE_TOKENS * self._accelerator.num_processes])
+            self._checked = patch
+        return self._shared_nll(input_ids, first, last_read)
+
+    def _shared_nll(self, input_ids: torch.Tensor, first: int, last_read: bool) -> torch.Tensor:
+        assert self._head is not None
+        head, (rows, length) = self._head, input_ids.shape
+        shares = 2 * self._accelerator.num_processes  # each process gets an early and a late share
+        ids = F.pad(input_ids, (0, -length % shares))  # causal: padding at the end changes no earlier token
+        targets = ids.roll(-1, dims=1)
+        places = torch.arange(ids.shape[1], device=ids.device).repeat(rows, 1)
+        positions = places.clamp(max=length - (1 if last_read else 2))
+        buffers = [ids, targets, places, positions]
+        with self._accelerator.maybe_context_parallel(
+            buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
+        ):
+            read = head.read(ids, position_ids=positions, use_cache=False)
+
+            losses = torch.empty(rows, ids.shape[1], dtype=torch.float32, device=ids.device)
+            for part in self._logits.parts(range(ids.shape[1]), cost=rows):
+                with part:
+                    logits = head.logits(read, part.begin, part.end)
+                    losses[:, part.items] = logits_nll(logits, targets[:, part.items])
+        tokens_read(rows * length)
+        nll, order = (_side_by_side(self._accelerator.gather(part), rows) for part in (losses, places))
+        return nll.gather(1, order.argsort(dim=1))[:, first - 1 : length - 1].cpu()
+
+    def _compare(self, input_ids: torch.Tensor) -> None:
+        whole = super()._nll(input_ids, 1, last_read=True)
+        shared = self._shared_nll(input_ids, 1, last_read=True)
+        by = deviation(shared.to(self.model.dtype), whole.to(self.model.dtype))
+        if by is not None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} gives other values (off by {by:.2g} nats) when a text is shared out by "
+                "process. Leave cp_size out, or choose a method that changes frequencies only, such as yarn."
+            )
+
+
+def _side_by_side(gathered: torch.Tensor, rows: int) -> torch.Tensor:
+    """Reshape `(processes * rows, share)` to `(rows, processes * share)`."""
+    return gathered.view(-1, rows, gathered.shape[1]).transpose(0, 1).flatten(1)
 
 
 def logits_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -23,11 +23,11 @@ from ..patching import patch_model
 from ..patching.detect import model_kind
 from ..patching.effect import refuse_idle_components
 from ..plan import ExtensionPlan
+from ..processes import everywhere, processes_of, shares_texts
 from ..scheme import PositionalScheme
 from .config import EvaluationConfig
 from .documents import Document, Documents, as_documents
 from .forwards import check_positions, prefill_obstacle
-from .parallel import everywhere, processes_of, shares_texts
 from .protocols import DECODER_PROTOCOLS, protocol_for
 from .questions import Questions, check_questions
 from .reading import portable

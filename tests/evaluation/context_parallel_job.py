@@ -24,8 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_posext import compare, patch_model
 from hf_posext.errors import UnsupportedModelError
 from hf_posext.evaluation.journal import weights_fingerprint
-from hf_posext.evaluation.parallel import ContextParallelScorer
-from hf_posext.evaluation.scorer import Memory, TokenScorer
+from hf_posext.evaluation.scorer import ContextParallelScorer, Memory, TokenScorer
 
 from ..conftest import TRAINED, tiny_llama, tokens
 from .helpers import character_tokenizer, random_texts

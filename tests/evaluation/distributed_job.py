@@ -16,9 +16,9 @@ from accelerate import Accelerator
 
 from hf_posext.errors import InvalidParameterError, PosExtError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.parallel import rank_of
 from hf_posext.evaluation.runner import measure
 from hf_posext.evaluation.tasks import Stage, Task
+from hf_posext.processes import rank_of
 
 from ..conftest import tiny_llama
 from .helpers import character_tokenizer, random_texts

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_posext.cli import main as command
-from hf_posext.locks import journal_files
+from hf_posext.processes import journal_files
 
 from ..cli.helpers import MODEL, NOVELS
 from .killed_job import free_port, launch

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from hf_posext.errors import InvalidParameterError
-from hf_posext.evaluation.parallel import shares_texts, token_scorer
-from hf_posext.evaluation.scorer import Memory, TokenScorer
+from hf_posext.evaluation.scorer import Memory, TokenScorer, token_scorer
+from hf_posext.processes import shares_texts
 
 from ..conftest import tiny_llama
 from ..helpers import TWO_PROCESSES, run_python
@@ -28,7 +28,7 @@ def test_who_shares_texts() -> None:
     assert not shares_texts(stand_in(4, None))
     assert not shares_texts(stand_in(4, 1))
     assert shares_texts(stand_in(4, 4))
-    with pytest.raises(InvalidParameterError, match="cp_size is 2 and there are 4 processes"):
+    with pytest.raises(InvalidParameterError, match=r"Expected cp_size to be the number of processes \(4\), got 2"):
         shares_texts(stand_in(4, 2))
 
 

@@ -15,9 +15,9 @@ import torch
 
 from hf_posext.errors import InvalidParameterError, JournalError, NonFiniteError
 from hf_posext.evaluation.journal import RunJournal
-from hf_posext.evaluation.parallel import deal, everywhere, processes_of, rank_of
 from hf_posext.evaluation.runner import measure
 from hf_posext.evaluation.tasks import Outcome, Stage, Task
+from hf_posext.processes import deal, everywhere, processes_of, rank_of
 
 
 def task(method: str, document: object = "1") -> Task:

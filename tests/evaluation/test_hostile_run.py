@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_posext.locks import journal_files
+from hf_posext.processes import journal_files
 
 from ..helpers import ROOT
 

@@ -15,9 +15,8 @@ from filelock import FileLock
 
 from hf_posext.errors import InvalidParameterError, JournalError
 from hf_posext.evaluation.journal import RunJournal
-from hf_posext.evaluation.parallel import processes_of
 from hf_posext.evaluation.tasks import Task
-from hf_posext.locks import WriterLock
+from hf_posext.processes import SIZES, WriterLock, processes_of
 
 from ..cli.helpers import NOVELS, compare, error_of, run
 from ..helpers import ROOT
@@ -26,7 +25,7 @@ A, B = (Task("nll", "yarn", 8.0, (64,), document) for document in "ab")
 
 HOLDER = """
 import sys, time
-from hf_posext.locks import WriterLock
+from hf_posext.processes import WriterLock
 lock = WriterLock(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 print("held", flush=True)
 time.sleep(600)
@@ -123,11 +122,14 @@ def test_commands_refuse_an_output_that_is_being_written(tmp_path: Path) -> None
             assert "being written by another run" in error_of(run(command, *words, "--resume"))
 
 
-def test_processes_that_accelerate_has_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", SIZES)
+def test_processes_that_accelerate_has_not_joined_are_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Alone:
         process_index, num_processes = 0, 1
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InvalidParameterError, match="WORLD_SIZE is 2, and the accelerator has joined 1, so that each"):
+    for name in SIZES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(InvalidParameterError, match="joined the 2 processes of the launcher, got 1, so that each"):
         processes_of(Alone())  # type: ignore[arg-type]
     assert processes_of(None) == 1, "a process that shares nothing is alone"

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from hf_posext.errors import JournalError
 from hf_posext.evaluation.journal import RunJournal, weights_fingerprint
 from hf_posext.evaluation.tasks import Task, key_text
-from hf_posext.locks import journal_files
+from hf_posext.processes import journal_files
 
 from ..conftest import tiny_llama
 
