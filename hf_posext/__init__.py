@@ -62,9 +62,10 @@ if TYPE_CHECKING:
     )
     from .patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unpatch_model
     from .plan import ExtensionPlan
-    from .recommendation import Recommendation, recommend
+    from .recommendation import Recommendation
+    from .recommendation.recommend import recommend
     from .scheme import PositionalScheme
-    from .training import finetune
+    from .training.finetune import finetune
 
 _HOMES = {
     "adapters": "load_adapter save_adapter verify_adapter",
