@@ -19,8 +19,8 @@ from output import command, machine
 from shipped import ROOT, load, novels
 
 import hf_posext
-from hf_posext.recommendation.recommend import SHARE, prepared
-from hf_posext.recommendation.sweep import Sweep
+from hf_posext.recommendation.recommendation import SHARE
+from hf_posext.recommendation.sweep import Sweep, prepared
 
 RESULTS = ROOT / "results" / "recommend"
 JOURNALS = ROOT / "reports" / "recommend"

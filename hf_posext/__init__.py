@@ -62,8 +62,7 @@ if TYPE_CHECKING:
     )
     from .patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unpatch_model
     from .plan import ExtensionPlan
-    from .recommendation import Recommendation
-    from .recommendation.recommend import recommend
+    from .recommendation import Recommendation, recommend
     from .scheme import PositionalScheme
     from .training.finetune import finetune
 

@@ -83,7 +83,7 @@ def recommend(
 
         # The imports that take seconds come after the checks that need none of them.
         from ..recommendation import recommend as measured
-        from ..recommendation.recommend import check_target
+        from ..recommendation.sweep import check_target
         from .loading import require_unpatched
 
         require_unpatched(run.model, "a recommendation begins unpatched", "measure it by hf-posext evaluate")
@@ -136,7 +136,7 @@ def search(
 
 
 def _print(recommendation: Recommendation) -> None:
-    from ..recommendation.recommendation import title
+    from ..recommendation.sweep import title
 
     console = PlainConsole()
     console.print(escape(recommendation.describe()))

@@ -4,7 +4,6 @@ from ..packages import require
 
 require("eval")
 
-from .recommend import recommend
-from .recommendation import Recommendation
+from .recommendation import Recommendation, recommend
 
 __all__ = ["Recommendation", "recommend"]

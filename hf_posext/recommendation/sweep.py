@@ -10,31 +10,46 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from ..decode import MAX_TOKENS
+from ..diagnosis import diagnose
 from ..diagnosis.weights import phase_table
-from ..errors import EvaluationError, MethodNotApplicableError, PosExtError
+from ..errors import (
+    EvaluationError,
+    InvalidParameterError,
+    MethodNotApplicableError,
+    PosExtError,
+    UnsupportedModelError,
+)
+from ..evaluation.config import EvaluationConfig
 from ..evaluation.forwards import check_positions
-from ..evaluation.journal import RunJournal
+from ..evaluation.journal import RunJournal, open_journal, run_identity
 from ..evaluation.questions import Questions
 from ..evaluation.rows import bootstrap_interval, pooled_perplexity
 from ..evaluation.runner import measure
-from ..evaluation.setup import Refusals, Setup, try_plans
+from ..evaluation.setup import Refusals, Setup, check_request, prepare, try_plans
 from ..evaluation.tasks import MethodRun, Outcomes, Stage, Task, control_run, method_run
 from ..evaluation.windows import CONTROL, control_windows
 from ..methods import Composition, Decay, Fade, Method, RemapMethod, as_method, list_methods
 from ..methods.base import components_of, hyper_parameters, without_each
 from ..methods.text import by_reason
+from ..patching import detect_scheme, unwrap
 from ..patching.effect import differ
+from ..patching.modes import evaluation_mode
 from ..patching.observe import frequencies_in_force
 from ..plan import ExtensionPlan
 from ..scheme import PositionalScheme
-from .recommendation import title
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
 
 STRETCHES = (1, 2)
 """Factors as multiples of target / trained length. Some methods, such as NTK, reach less far than their factor."""
@@ -377,6 +392,11 @@ class Sweep:
         return Ratio(float(pooled_perplexity(difference, tokens)), bootstrap_interval(difference, tokens, seed))
 
 
+def title(method: str, factor: float) -> str:
+    """Return the display name of a contender: the method, and its factor unless that is 1."""
+    return method if factor == 1 else f"{method} x{factor:.4g}"
+
+
 def name_of(plan: ExtensionPlan) -> Name:
     """Return the name of a contender. A plan that changes nothing has factor 1, as in a comparison."""
     return plan.method, 1.0 if plan.changes_nothing else plan.factor
@@ -386,3 +406,54 @@ def _timed(measure_task: Callable[[Task], Any], task: Task) -> dict[str, Any]:
     begin = time.perf_counter()
     records = measure_task(task)
     return {"seconds": time.perf_counter() - begin, "records": records}
+
+
+def check_target(target_length: int, trained_length: int, source: str) -> None:
+    """Refuse a target that the model reads without a method; `source` is that of the trained length."""
+    if target_length <= trained_length:
+        raise InvalidParameterError(
+            f"Expected target_length above the trained length of {trained_length} tokens ({source}), got "
+            f"{target_length}, which needs no method. Pass trained_length= if the model was trained on less."
+        )
+
+
+@contextmanager
+def prepared(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Any,
+    target_length: int,
+    *,
+    methods: Sequence[str | Method] | None = None,
+    trained_length: int | None = None,
+    passkey: int = 0,
+    start: int = 0,
+    seed: int = 0,
+    journal: str | Path | None = None,
+    accelerator: Accelerator | None = None,
+) -> Iterator[Sweep]:
+    """Yield a sweep without measurements, after all early checks; arguments as in [`recommend`]."""
+    base = unwrap(model)
+    scheme = detect_scheme(base)
+    diagnosis = diagnose(base, methods=[], trained_length=trained_length)
+    trained = diagnosis.trained_length
+    if trained is None:
+        raise InvalidParameterError(
+            f"The trained length of {diagnosis.model} is not known ({diagnosis.trained_length_source}). Pass "
+            "trained_length= in tokens."
+        )
+    check_target(target_length, trained, diagnosis.trained_length_source)
+    request = check_request(
+        EvaluationConfig(lengths=[trained, target_length], start=start, seed=seed), scheme, base, accelerator
+    )
+    if request.protocol.name != "prefix":
+        raise UnsupportedModelError(
+            f"Expected a causal language model, got {type(base).__name__}. Use hf-posext compare for others."
+        )
+    choice = candidates(base, scheme, methods, trained, target_length)
+    Questions(passkey, seed=seed).check(tokenizer, [target_length])
+    setup = prepare(request, model, tokenizer, documents)
+    settings = {"trained": trained, "passkey": passkey}
+    identity = run_identity(setup, [base], [*choice.plans, *choice.unseen], recommend=settings)
+    with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
+        yield Sweep(base, setup, choice, passkey, written)

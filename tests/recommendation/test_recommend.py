@@ -19,7 +19,7 @@ from hf_posext.errors import DocumentError, EvaluationError, InvalidParameterErr
 from hf_posext.evaluation import Document
 from hf_posext.evaluation import rows as statistics
 from hf_posext.evaluation.scorer import TokenScorer
-from hf_posext.recommendation.recommend import Halving, Rung, schedule
+from hf_posext.recommendation.recommendation import Halving, Rung, schedule
 from hf_posext.recommendation.sweep import Prices, Ratio, Sweep
 
 from ..conftest import EXAMPLES, logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
