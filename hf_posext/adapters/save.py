@@ -21,8 +21,8 @@ from ..packages import require
 from ..patching import find_patch, unwrap
 from ..patching.checkpoint import new_directory, upload
 from ..patching.fingerprint import BaseModel
-from ..patching.mixin import plain_class
 from ..patching.saved_config import REPLACED_KEY, edited, open_patched_config, restored, tell_adapters
+from ..patching.undo import plain_class
 from ..patching.untrusted import read_json
 from ..plan import ExtensionPlan
 from .load import CARD_FILE, CONFIG_FILE, FILES, OUR_KEYS, AdapterDirectory, computes, misfit

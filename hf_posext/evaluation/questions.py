@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import InvalidParameterError
 from ..patching.modes import evaluation_mode
-from ..patching.ownership import unwrap
+from ..patching.undo import unwrap
 from .config import MAX_TRIALS, checked
 from .prompts import QUESTION, TASKS, Prompt, chat_frame, passkey_prompts, task_prompt
 from .scorer import BATCH_TOKENS, TokenScorer

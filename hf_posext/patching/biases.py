@@ -18,10 +18,9 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..plan import BucketPlan, ExtensionPlan
 from .effect import no_effect
-from .mixin import Mixin, mix
 from .observe import buckets_of
 from .sites import bucket_modules, logits_of_probe
-from .undo import UndoLog
+from .undo import Mixin, UndoLog, mix
 
 
 class AttentionSlopes:

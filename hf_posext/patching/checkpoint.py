@@ -30,11 +30,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedModelError, first_line
 from ..plan import PLAN_FILE, PLAN_KEY, SCHEMA, ExtensionPlan
 from .detect import text_config
-from .mixin import mix
 from .saved_config import CarriesPlan, open_patched_config, saved_plan
 from .sites import LENGTH_FIELDS
 from .tables import set_rows, tables_of
-from .undo import LastingLog
+from .undo import LastingLog, mix
 from .untrusted import GGUFHeader, check_directory, check_shards, pickles_of, read_json
 
 GGUF = ".gguf"

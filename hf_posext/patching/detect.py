@@ -17,8 +17,6 @@ from transformers.models.auto import modeling_auto
 
 from ..errors import PosExtError, UnsupportedModelError
 from ..scheme import PositionalScheme, Rotary
-from .mixin import plain_class
-from .ownership import mark_of, unwrap
 from .saved_config import saved_plan, without_stop
 from .sites import (
     LENGTH_FIELDS,
@@ -32,6 +30,7 @@ from .sites import (
     read_table,
     sinusoids,
 )
+from .undo import mark_of, plain_class, unwrap
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch import nn
 
 from ..decode import decode
 from ..errors import CheckpointError, PlanError
-from .ownership import unwrap
 from .sites import path_without_adapter, position_tables
+from .undo import unwrap
 from .untrusted import read_json
 
 BASE_FILE = "posext_base.json"

@@ -23,8 +23,7 @@ from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan, RotaryPlan
 from .detect import RotarySite, rotary_sites
 from .effect import no_effect
-from .mixin import Mixin, mix, source_file
-from .undo import UndoLog
+from .undo import Mixin, UndoLog, mix, source_file
 
 logger = logging.get_logger(__name__)
 

@@ -20,8 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .ownership import own_configs, unwrap
-from .undo import UndoLog
+from .undo import UndoLog, own_configs, unwrap
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Names of the cache in transformers, the newest first."""

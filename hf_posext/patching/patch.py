@@ -35,12 +35,11 @@ from .detect import detect_scheme
 from .effect import refuse_idle_components
 from .frequencies import apply_frequencies
 from .modes import without_autocast
-from .ownership import InForce, mark_model, mark_of, own_configs, unmark, unwrap
 from .remap.probe import apply_late_rotation
 from .saved_config import carry, saved_plan
 from .sites import is_offloaded
 from .tables import apply_sinusoids, apply_table, follow_tables, raise_limits, replaced_tables, tables_of
-from .undo import UndoLog, Weak
+from .undo import InForce, UndoLog, Weak, mark_model, mark_of, own_configs, unmark, unwrap
 
 logger = logging.getLogger(__name__)
 

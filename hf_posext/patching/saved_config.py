@@ -33,8 +33,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from ..errors import TrainingError, UnsupportedModelError
 from ..plan import PLAN_KEY, ExtensionPlan, has_plan
 from .fingerprint import BASE_KEY, BaseModel
-from .mixin import Carried, mix
-from .ownership import MARK, InForce, mark_of, unwrap
+from .undo import MARK, Carried, InForce, mark_of, mix, unwrap
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..scheme import Buckets, Table
-from .mixin import source_file
 from .modes import evaluation_mode
+from .undo import source_file
 
 TABLE_NAMES = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "positions_embed")
 """Names of a learned table of positions in the modeling files of transformers."""

@@ -20,7 +20,6 @@ from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan, PositionMap, TablePlan
 from .effect import no_effect
 from .kernels import mapped
-from .mixin import Mixin, mix
 from .sites import (
     LENGTH_FIELDS,
     path_without_adapter,
@@ -30,7 +29,7 @@ from .sites import (
     text_configs,
     weightless_twin,
 )
-from .undo import UndoLog
+from .undo import Mixin, UndoLog, mix
 
 BLOCK = 2**14
 """Rows that are made at once: their arithmetic takes several times the memory of the table."""

@@ -1,4 +1,4 @@
-"""Undo log: every change of a patch to a live model, so that undo is exact and complete.
+"""Changes of a live model that undo takes back to the bit: mixins, the undo log, and the mark of the patch in force.
 
 The log refers to what it changed weakly. A patched model is therefore freed as soon as its last user lets go of it,
 although it carries its log. Copies and pickles of a model carry a log of their own, which refers to the copies.
@@ -6,16 +6,99 @@ although it carries its log. Copies and pickles of a model carry a log of their 
 
 from __future__ import annotations
 
+import copy
+import sys
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UndoError
-from .mixin import Mixin, mix, without
+from ..errors import UndoError, UnsupportedModelError
+from ..plan import ExtensionPlan
+
+_mixed: dict[tuple[type, type], type] = {}
+
+
+class Carried:
+    """Base of the classes that [`mix`] adds to the class of an object."""
+
+    _posext_mixins: tuple[type, ...] = ()
+    _posext_base: type
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make an instance without mixins: what code constructs from the class of a patched object has no patch."""
+        self.__class__ = self._posext_base
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _instance, (self._posext_mixins, self._posext_base), self.__getstate__()
+
+
+class Mixin(Carried, nn.Module):
+    """Base of the mixins for modules."""
+
+
+def mix(mixin: type, cls: type) -> type:
+    """Return the subclass of `mixin` and `cls`, named like `cls`. Repeated calls return the same class."""
+    if (mixin, cls) not in _mixed:
+        body = {
+            "__module__": cls.__module__,
+            "__doc__": cls.__doc__,
+            "__init__": Carried.__init__,  # not one that the dataclasses of configs would make
+            "_posext_mixins": (*getattr(cls, "_posext_mixins", ()), mixin),
+            "_posext_base": getattr(cls, "_posext_base", cls),
+        }
+        _mixed.setdefault((mixin, cls), type(cls.__name__, (mixin, cls), body))
+    return _mixed[mixin, cls]
+
+
+def without(mixin: type, cls: type) -> type:
+    """The class that an object would have if a mixin had never been mixed in, whoever has subclassed it since.
+
+    FSDP2 and `torch.nn.utils.parametrize` make a subclass for one object, as [`mix`] does. Such a class is made anew
+    above the class that is left.
+    """
+    if not issubclass(cls, mixin):
+        return cls
+    if "_posext_mixins" in vars(cls):
+        last, rest = cls.__bases__
+        return rest if last is mixin else mix(last, without(mixin, rest))
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    remade: type = type(cls)(cls.__name__, tuple(without(mixin, base) for base in cls.__bases__), body)  # type: ignore[misc]
+    return remade
+
+
+def plain_class(thing: object) -> type:
+    """Return the class of an object without the mixins that [`mix`] added."""
+    cls: type = getattr(type(thing), "_posext_base", type(thing))
+    return cls
+
+
+def _instance(mixins: tuple[type, ...], base: type) -> Any:
+    """Return an empty instance of the mixed class, which pickle and deepcopy fill."""
+    cls = base
+    for mixin in mixins:
+        cls = mix(mixin, cls)
+    return object.__new__(cls)
+
+
+def source_file(cls: type[nn.Module]) -> types.ModuleType:
+    """Return the Python module in which the class of a module was written, whoever has subclassed it since.
+
+    FSDP2, `torch.nn.utils.parametrize`, and [`mix`] make classes at run time, which no file defines.
+    """
+    for written in cls.__mro__:
+        file = sys.modules.get(written.__module__)
+        defined = "<locals>" in written.__qualname__ or getattr(file, written.__name__, None) is written
+        if file is not None and defined and issubclass(written, nn.Module) and not issubclass(written, Mixin):
+            return file
+    return sys.modules[cls.__module__]
+
 
 _ABSENT = "<absent>"
 _CALL = "<call>"
@@ -49,7 +132,7 @@ class KeepsShipped(Mixin):
             cast = fn(shipped.data)
             if cast.is_meta:  # a model that has lost its weights has none to restore
                 continue
-            if isinstance(shipped, torch.nn.Parameter):
+            if isinstance(shipped, nn.Parameter):
                 shipped.data = cast  # the same object, which an optimizer may hold
             else:
                 self._posext_shipped[name] = cast
@@ -98,7 +181,7 @@ class _Change:
         if not isinstance(old, torch.Tensor) or not isinstance(now, torch.Tensor):
             return old
         moved = old.data.to(now.device, now.dtype if self.dtype not in (None, now.dtype) else old.dtype)
-        if not isinstance(old, torch.nn.Parameter):
+        if not isinstance(old, nn.Parameter):
             return moved
         old.data = moved
         return old
@@ -117,7 +200,7 @@ class UndoLog:
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name` to a value and remember what it was.
 
-        The name `__class__` swaps the class of an instance for one that [`~hf_posext.patching.mixin.mix`] made. Bound
+        The name `__class__` swaps the class of an instance for one that [`mix`] made. Bound
         methods on the instance (`_old_forward` of accelerate's hooks) follow the class.
         """
         if name == "__class__":
@@ -128,7 +211,7 @@ class UndoLog:
         self._changes.append(_Change(Weak(owner), name, old, getattr(value, "dtype", None)))
         setattr(owner, name, value)
 
-    def replace(self, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    def replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         """Set a weight or buffer of a module. The shipped one is cast with the module until undo."""
         if not isinstance(module, KeepsShipped):
             self.set(module, "_posext_shipped", {})
@@ -190,7 +273,7 @@ class UndoLog:
 class LastingLog(UndoLog):
     """Log of changes that stay, so that the tensors that they replace are dropped."""
 
-    def replace(self, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    def replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         setattr(module, name, tensor)
 
 
@@ -210,3 +293,115 @@ def _swap_class(owner: Any, cls: type) -> None:
         function = value.__func__
         if any(members.get(function.__name__) is function for members in known):
             vars(owner)[name] = types.MethodType(getattr(cls, function.__name__), owner)
+
+
+MARK = "_posext_patch"
+"""Attribute that marks every transformers model inside a patched one."""
+
+
+@dataclass(eq=False)
+class InForce:
+    """State of a plan in force, stored in the mark of a patched model.
+
+    It refers to the model weakly, since the model refers to it.
+    """
+
+    root: Weak  # the model that was given to `patch_model`, unwrapped
+    plan: ExtensionPlan
+    tokenizer: PreTrainedTokenizerBase | None  # the one whose limit was raised
+    log: UndoLog = field(default_factory=UndoLog)
+    tables: dict[str, nn.Embedding] = field(default_factory=dict)  # by path, those that got other weights
+    native_obstacle: str | None = None  # why plain transformers does not open a checkpoint of the model
+    lost_tables: bool = False  # loaded without the tables that the patch replaced
+    knows_prompts: bool = False  # adapters of prompt learning, in which the model has no part, were told of the plan
+    marked: list[Weak] = field(default_factory=list)  # the modules that carry the mark
+    active: bool = False
+    handle: weakref.ref[Any] | None = None  # the `Patch` that users hold
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"handle": None}
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a PEFT, DDP, FSDP or `torch.compile` wrapper.
+
+    Raises:
+        UnsupportedModelError: there is no transformers model inside.
+    """
+    wrapper: Any = model
+    inner = getattr(wrapper, "_orig_mod", None)
+    if inner is None and hasattr(wrapper, "get_base_model"):
+        inner = wrapper.get_base_model()
+    if inner is None and not isinstance(model, PreTrainedModel):
+        inner = getattr(wrapper, "module", None)
+    if isinstance(inner, nn.Module):
+        return unwrap(inner)
+    if isinstance(model, PreTrainedModel):
+        return model
+    embedder = isinstance(model, nn.Sequential) and len(model) and hasattr(model[0], "auto_model")
+    raise UnsupportedModelError(
+        f"Expected a `PreTrainedModel` (or a PEFT or DDP wrapper of one), got `{type(model).__name__}`."
+        f"{' Pass model[0].auto_model.' if embedder else ''}"
+    )
+
+
+def mark_model(model: PreTrainedModel, state: InForce) -> None:
+    """Mark every transformers model inside a model as patched."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            state.marked.append(Weak(module))
+            setattr(module, MARK, state)
+    state.active = True
+
+
+def unmark(state: InForce) -> None:
+    """Remove the mark of an undone patch."""
+    for reference in state.marked:
+        module = reference()
+        if module is not None and vars(module).get(MARK) is state:
+            delattr(module, MARK)
+    state.active = False
+
+
+def mark_of(model: nn.Module) -> InForce | None:
+    """Return the patch in force on a model, or on a part of it."""
+    for module in model.modules():
+        state: InForce | None = vars(module).get(MARK)
+        if state is not None:
+            return state
+    return None
+
+
+def own_configs(model: nn.Module, log: UndoLog) -> None:
+    """Give a model and its wrappers their own configs, because models may share a config object.
+
+    Every module that held one gets the same copy. Undo puts the shared ones back, unless the copies were changed by
+    others meanwhile; then the model keeps them, so that no setting is lost.
+    """
+    memo: dict[int, Any] = {}
+    holders = [
+        (Weak(module), name, config, copy.deepcopy(config, memo))
+        for module in model.modules()
+        for name, config in vars(module).items()
+        if isinstance(config, PreTrainedConfig | GenerationConfig)
+    ]
+    log.on_undo(_share_again, holders, [copy.deepcopy(_contents(twin)) for *_, twin in holders])
+    for holder, name, _, twin in holders:
+        setattr(holder(), name, twin)
+
+
+def _share_again(holders: list[tuple[Weak, str, Any, Any]], at_first: list[dict[str, Any]]) -> None:
+    """Restore the original configs, unless a copy was changed."""
+    if [_contents(twin) for *_, twin in holders] != at_first:
+        return
+    for reference, name, former, twin in holders:
+        module = reference()
+        if module is not None and vars(module).get(name) is twin:
+            setattr(module, name, former)
+
+
+def _contents(config: Any) -> dict[str, Any]:
+    return {
+        name: _contents(value) if isinstance(value, PreTrainedConfig) else value
+        for name, value in vars(config).items()
+    }

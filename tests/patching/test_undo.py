@@ -29,9 +29,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hf_posext import find_patch, patch_model, unpatch_model
 from hf_posext.errors import NotPatchedError, UndoError, UnsupportedModelError
 from hf_posext.patching.long_rows import shifted_sparse_attention
-from hf_posext.patching.mixin import Mixin, mix, without
 from hf_posext.patching.modes import switched_attention, with_cache
-from hf_posext.patching.undo import UndoLog
+from hf_posext.patching.undo import Mixin, UndoLog, mix, without
 
 from ..conftest import TRAINED, logits, sharpen, tiny_bloom, tiny_llama, tokens
 from ..zoo import build

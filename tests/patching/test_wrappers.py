@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from hf_posext import patch_model, unpatch_model
 from hf_posext.errors import UnsupportedModelError
-from hf_posext.patching.mixin import mix, source_file
 from hf_posext.patching.remap.rotary import RotatesLate
+from hf_posext.patching.undo import mix, source_file
 
 from ..conftest import TRAINED, logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
 from ..zoo import build

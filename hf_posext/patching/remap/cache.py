@@ -18,7 +18,7 @@ from transformers.cache_utils import StaticLayer
 
 from ...errors import EvaluationError
 from ...plan import ExtensionPlan
-from ..mixin import Carried, mix
+from ..undo import Carried, mix
 
 START_ANEW = "Start with an empty cache."
 

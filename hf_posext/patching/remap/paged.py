@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from ...errors import UnsupportedModelError
-from ..mixin import Mixin
+from ..undo import Mixin
 from .forward import Positions
 from .remapping import Remapping
 

@@ -17,9 +17,8 @@ from ...plan import Band, ExtensionPlan, PositionMap
 from ..detect import RotarySite, model_code, rotary_sites, text_config
 from ..effect import claimed_window, layer_number, refuse_idle
 from ..kernels import SAME
-from ..mixin import mix
 from ..modes import cache_argument, cache_of, evaluation_mode, switch_attention, with_cache
-from ..undo import UndoLog
+from ..undo import UndoLog, mix
 from .attention import HONOURED, Lease, arguments_read, base_function
 from .forward import ATTENTION, begin_forward, begin_layer, both_sides, end_forward
 from .layout import WINDOW, Layer, Probing, Quarters, UnknownLayout, copy_norms, measure, skeleton_of

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..detect import RotarySite
-from ..mixin import Mixin
+from ..undo import Mixin
 from .forward import ForwardState, Positions, current_state
 from .layout import Probing
 from .remapping import Remapping
