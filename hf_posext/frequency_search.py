@@ -25,8 +25,13 @@ from scipy.optimize import isotonic_regression
 from torch import nn
 
 from .decode import Bound, Count, Index
-from .deprecation import RenamedAttribute, renamed_arguments
-from .errors import EvaluationError, InvalidParameterError, MethodNotApplicableError
+from .errors import (
+    EvaluationError,
+    InvalidParameterError,
+    MethodNotApplicableError,
+    RenamedAttribute,
+    renamed_arguments,
+)
 from .escaping import html_table
 from .evaluation.config import EvaluationConfig, checked
 from .evaluation.journal import RunJournal, open_journal, run_identity

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
 from .decode import MAX_TOKENS, PLAN_RULES, Positive, Rules, check_fields, decode, short
-from .deprecation import RenamedAttribute, renamed_names, warn_of_former
 from .edits import (
     Band,
     BucketPlan,
@@ -31,7 +30,7 @@ from .edits import (
     Slopes,
     TablePlan,
 )
-from .errors import PlanError
+from .errors import PlanError, RenamedAttribute, renamed_names, warn_of_former
 from .escaping import html_table, visible
 from .scheme import KINDS, PositionalScheme
 

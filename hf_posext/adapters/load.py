@@ -20,8 +20,7 @@ from ..packages import require
 from ..patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unwrap
 from ..patching.checkpoint import local_directory, locate, model_class, open_weights
 from ..patching.detect import text_config
-from ..patching.fingerprint import BASE_FILE, BASE_KEY, BaseModel
-from ..patching.saved_config import REPLACED_KEY, open_patched_config, tell_adapters
+from ..patching.saved_config import BASE_FILE, BASE_KEY, REPLACED_KEY, BaseModel, open_patched_config, tell_adapters
 from ..patching.undo import MARK
 from ..patching.untrusted import check_directory, read_json
 from ..plan import PLAN_FILE, PLAN_KEY, BucketPlan, ExtensionPlan, RotaryPlan, has_plan

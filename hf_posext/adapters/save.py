@@ -20,8 +20,7 @@ from ..export.servers import IGNORED, serving_obstacle
 from ..packages import require
 from ..patching import find_patch, unwrap
 from ..patching.checkpoint import new_directory, upload
-from ..patching.fingerprint import BaseModel
-from ..patching.saved_config import REPLACED_KEY, edited, open_patched_config, restored, tell_adapters
+from ..patching.saved_config import REPLACED_KEY, BaseModel, edited, open_patched_config, restored, tell_adapters
 from ..patching.undo import plain_class
 from ..patching.untrusted import read_json
 from ..plan import ExtensionPlan

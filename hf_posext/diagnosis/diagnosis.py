@@ -16,8 +16,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decode import MAX_TOKENS, Count, Index
-from ..deprecation import RenamedAttribute, renamed_arguments
-from ..errors import InvalidParameterError, NoEffectError, PosExtError, UnsupportedModelError
+from ..errors import (
+    InvalidParameterError,
+    NoEffectError,
+    PosExtError,
+    RenamedAttribute,
+    UnsupportedModelError,
+    renamed_arguments,
+)
 from ..escaping import html_table, visible
 from ..evaluation.config import checked
 from ..evaluation.documents import Document, as_documents

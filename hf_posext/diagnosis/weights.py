@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from ..deprecation import RenamedAttribute
+from ..errors import RenamedAttribute
 from ..methods.frequencies import first_rotary, powers
 from ..patching.kernels import belongs, mapped
 from ..patching.observe import (

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..deprecation import renamed_arguments
-from ..errors import AlreadyPatchedError, InvalidParameterError
+from ..errors import AlreadyPatchedError, InvalidParameterError, renamed_arguments
 from ..methods import Method
 from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode, outer_weights

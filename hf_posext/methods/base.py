@@ -24,8 +24,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from ..decode import MAX_NUMBER, MAX_TOKENS, Positive, check_type, plain, short
-from ..deprecation import RenamedAttribute, renamed_arguments
-from ..errors import InvalidParameterError, MethodNotApplicableError, PlanError, UnknownMethodError
+from ..errors import (
+    InvalidParameterError,
+    MethodNotApplicableError,
+    PlanError,
+    RenamedAttribute,
+    UnknownMethodError,
+    renamed_arguments,
+)
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import KINDS, PositionalScheme
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..deprecation import RenamedAttribute, warn_of_former
-from ..errors import InvalidParameterError
+from ..errors import InvalidParameterError, RenamedAttribute, warn_of_former
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
 from ..scheme import Rotary
 from .base import Method

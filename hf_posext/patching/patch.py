@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..deprecation import renamed_arguments
 from ..errors import (
     AlreadyPatchedError,
     InvalidParameterError,
@@ -25,6 +24,7 @@ from ..errors import (
     NotPatchedError,
     PlanMismatchError,
     UnsupportedModelError,
+    renamed_arguments,
 )
 from ..escaping import html_table
 from ..methods import Method, as_method

@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from ..decode import Bound, Count, Index
-from ..deprecation import RenamedAttribute, renamed_arguments
 from ..diagnosis.reading import require_skill
-from ..errors import EvaluationError, InvalidParameterError
+from ..errors import EvaluationError, InvalidParameterError, RenamedAttribute, renamed_arguments
 from ..escaping import html_table, visible
 from ..evaluation.config import checked
 from ..evaluation.reading import write_atomically

@@ -18,8 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from ..adapters.load import restorer
-from ..deprecation import renamed_arguments
-from ..errors import InvalidParameterError, TrainingError, UnsupportedModelError, first_line
+from ..errors import InvalidParameterError, TrainingError, UnsupportedModelError, first_line, renamed_arguments
 from ..evaluation import Document
 from ..evaluation.documents import as_documents
 from ..evaluation.reading import portable

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 import hf_posext
-from hf_posext.deprecation import RenamedAttribute, renamed_arguments
-from hf_posext.errors import InvalidParameterError
+from hf_posext.errors import InvalidParameterError, RenamedAttribute, renamed_arguments
 from hf_posext.methods import Composition
 from hf_posext.plan import Band
 
