@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_posext import compare, list_methods, load_documents
 from hf_posext.errors import InvalidParameterError
 from hf_posext.methods import FrequencyMethod
-from hf_posext.methods.frequencies import as_longrope, frequencies
+from hf_posext.methods.rotary import as_longrope, frequencies
 from hf_posext.plan import ExtensionPlan, RotaryPlan
 from hf_posext.reporting import print_tables
 from hf_posext.scheme import Rotary

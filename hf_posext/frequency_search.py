@@ -44,7 +44,7 @@ from .evaluation.setup import Setup, check_request, prepare
 from .evaluation.tasks import MethodRun, method_run
 from .methods import NTK, LongRoPE, YaRN
 from .methods.base import components_of
-from .methods.frequencies import first_rotary, frequencies, powers
+from .methods.rotary import first_rotary, frequencies, powers
 from .methods.yarn import yarn_mscale
 from .patching import detect_scheme
 from .patching.modes import evaluation_mode

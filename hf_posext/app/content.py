@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from ..diagnosis import Diagnosis
 from ..diagnosis.weights import phase_table, planned_frequencies, relative_positions
 from ..methods import Composition, Method, RemapMethod, as_method
-from ..methods.frequencies import first_rotary
+from ..methods.rotary import first_rotary
 from ..patching.kernels import belongs
 from ..reporting import signals
 from ..reporting.drawing import COLOURS, CONTROL, GRID, INK, dress_axes, new_figure, note

@@ -216,7 +216,7 @@ def _draw(diagnoses: list[Diagnosis], path: Path) -> None:
 
 
 def _diagnosed(diagnosis: Diagnosis) -> Facts:
-    from ..methods.frequencies import first_rotary
+    from ..methods.rotary import first_rotary
 
     tables, scheme = diagnosis.tables, diagnosis.scheme
     positions = f"{scheme.kind} (generalization: {diagnosis.generalization}): {diagnosis.reason}"

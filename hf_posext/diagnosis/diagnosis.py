@@ -29,7 +29,7 @@ from ..evaluation.config import checked
 from ..evaluation.documents import Document, as_documents
 from ..evaluation.reading import portable, write_atomically
 from ..methods import Method, as_method, list_methods
-from ..methods.frequencies import first_rotary
+from ..methods.rotary import first_rotary
 from ..packages import machine, versions_of
 from ..patching import detect_scheme, patch_model
 from ..patching.observe import attends_both_ways, frequencies_in_force, slope_scale, table_rows

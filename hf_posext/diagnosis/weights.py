@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import RenamedAttribute
-from ..methods.frequencies import first_rotary, powers
+from ..methods.rotary import first_rotary, powers
 from ..patching.kernels import belongs, mapped
 from ..patching.observe import (
     bucket_biases,

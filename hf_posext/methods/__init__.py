@@ -1,13 +1,11 @@
 """Methods: pure maths, one file for each paper. A method is registered by its name here."""
 
-from .alibi import ALiBiLinear, ALiBiNTK
 from .base import Composition, Method, NoExtension, get_method, hyper_parameters, list_methods, methods, register
-from .bucket import BucketLinear, BucketMaxDistance, BucketMethod
+from .biases import ALiBiLinear, ALiBiNTK, BucketLinear, BucketMaxDistance, BucketMethod
 from .cope import CoPE
 from .dpe import DPE
 from .dual_chunk import DualChunk
 from .fade import Decay, Fade
-from .frequencies import FrequencyMethod
 from .jet_long import JetLong
 from .lampe import LaMPE
 from .linear import Linear, SinusoidLinear
@@ -16,9 +14,9 @@ from .log_n import Llama4Temperature, LogN
 from .longrope import LongRoPE
 from .ntk import NTK, DynamicNTK
 from .partial import NoPE, Partial
-from .remap import RemapMethod
 from .rerope import LeakyReRoPE, ReRoPE
 from .resonance import Resonance
+from .rotary import FrequencyMethod, RemapMethod
 from .self_extend import SelfExtend
 from .self_logistic import SelfLogistic
 from .sinks import Sinks

@@ -10,7 +10,7 @@ from ..decode import Bound
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .frequencies import FrequencyMethod, frequencies, from_tensor
+from .rotary import FrequencyMethod, frequencies, from_tensor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Self
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
-from .remap import RemapMethod, near_and_far, require_one_set, window_of
+from .rotary import RemapMethod, near_and_far, require_one_set, window_of
 
 SCALES = {
     "llama-3": (4, 4, 2, 16, 32, 32, 16, 128),

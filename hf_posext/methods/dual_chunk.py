@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
-from .remap import RemapMethod, window_of
+from .rotary import RemapMethod, window_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from ..errors import InvalidParameterError
 from ..plan import Band, CountFade, DistanceDecay, ExtensionPlan
 from ..scheme import PositionalScheme
 from .base import Method
-from .remap import require_far_band
 from .rerope import LeakyReRoPE, ReRoPE
+from .rotary import require_far_band
 
 
 @dataclass(frozen=True)

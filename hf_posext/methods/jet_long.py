@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowGroup
-from .frequencies import padded, require_pairs
-from .remap import RemapMethod, near_and_far, require_one_set, window_of
+from .rotary import RemapMethod, near_and_far, padded, require_one_set, require_pairs, window_of
 from .yarn import YaRN
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale, RowCurve
-from .remap import RemapMethod, near_and_far, window_of
+from .rotary import RemapMethod, near_and_far, window_of
 
 CURVES = {
     "llama-3": (8192, 6204.409324666837, 0.00010493097327094324, -2.466638011138158),

@@ -6,7 +6,7 @@ from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, PositionMap, RotaryPlan, Sinusoids
 from ..scheme import Rotary
 from .base import Method
-from .frequencies import FrequencyMethod, from_tensor, powers
+from .rotary import FrequencyMethod, from_tensor, powers
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .frequencies import FrequencyMethod, from_tensor, powers
+from .rotary import FrequencyMethod, from_tensor, powers
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..decode import Count, Positive
 from ..plan import ExtensionPlan, QueryScale
 from .base import Method
-from .remap import with_query_scale
+from .rotary import with_query_scale
 
 
 @dataclass(frozen=True)

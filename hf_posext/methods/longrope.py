@@ -8,8 +8,8 @@ from typing import Self
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import PositionalScheme, Rotary
-from .frequencies import FrequencyMethod, first_rotary
-from .frequencies import longrope as longrope_plan
+from .rotary import FrequencyMethod, first_rotary
+from .rotary import longrope as longrope_plan
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from ..plan import ExtensionPlan, Growth, RotaryPlan
 from ..scheme import Rotary
-from .frequencies import FrequencyMethod, exponents, from_tensor, padded, powers, require_pairs, unscaled
+from .rotary import FrequencyMethod, exponents, from_tensor, padded, powers, require_pairs, unscaled
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 from ..decode import Bound
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .frequencies import FrequencyMethod, frequencies, from_tensor
+from .rotary import FrequencyMethod, frequencies, from_tensor
 
 
 @dataclass(frozen=True)

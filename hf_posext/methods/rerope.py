@@ -5,7 +5,7 @@ from typing import Annotated
 
 from ..decode import Bound
 from ..plan import Band, ExtensionPlan, PositionMap
-from .remap import RemapMethod, near_and_far, window_of
+from .rotary import RemapMethod, near_and_far, window_of
 
 
 @dataclass(frozen=True)

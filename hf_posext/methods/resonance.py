@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .frequencies import FrequencyMethod, as_longrope, frequencies
+from .rotary import FrequencyMethod, as_longrope, frequencies
 
 
 @dataclass(frozen=True)

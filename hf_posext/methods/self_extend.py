@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..decode import Count
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
-from .remap import RemapMethod, near_and_far, window_of
+from .rotary import RemapMethod, near_and_far, window_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from ..decode import Bound, Positive
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
 from ..scheme import PositionalScheme
-from .remap import SAME, RemapMethod, window_of
+from .rotary import SAME, RemapMethod, window_of
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap
-from .remap import SAME, RemapMethod
+from .rotary import SAME, RemapMethod
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..decode import Positive
 from ..errors import InvalidParameterError
 from ..plan import Band, ExtensionPlan, PositionMap, QueryScale
-from .remap import SAME, RemapMethod, near_and_far, window_of
+from .rotary import SAME, RemapMethod, near_and_far, window_of
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from ..decode import Bound
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, QueryScale, RotaryPlan
 from ..scheme import Rotary
-from .frequencies import FrequencyMethod, from_tensor, powers
-from .remap import with_query_scale
+from .rotary import FrequencyMethod, from_tensor, powers, with_query_scale
 
 Base = Annotated[float, Bound("above 1", lambda base: base > 1)]
 

@@ -10,7 +10,7 @@ from ..decode import Bound, Positive
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Growth, RotaryPlan
 from ..scheme import Rotary
-from .frequencies import FrequencyMethod, as_longrope, exponents, from_tensor, padded, powers, require_pairs, unscaled
+from .rotary import FrequencyMethod, as_longrope, exponents, from_tensor, padded, powers, require_pairs, unscaled
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ and a rotation in one pass over memory ([`one_pass`]). The modules of this folde
 """
 
 from .banded import Rotated, attention_with_weights, banded_attention, whole
-from .bands import SAME, Geometry, belongs, mapped, starts, step_fading, visible
+from .bands import SAME, Bands, Geometry, belongs, mapped, starts, step_fading, visible
 from .choice import one_pass, one_step
 
 __all__ = [
     "SAME",
+    "Bands",
     "Geometry",
     "Rotated",
     "attention_with_weights",

@@ -25,7 +25,7 @@ from ..detect import RotarySite
 from ..kernels import visible
 from ..modes import CHECKPOINTING
 from .cache import KeyRecord, find_cache, follow, record_of, seen_for_free
-from .remapping import Remapping
+from .layout import Remapping
 
 ATTENTION = {"sdpa": "posext-sdpa", "eager": "posext-eager"}
 """Registered names of the attention function, by the attention implementation of the unpatched model."""

@@ -1,4 +1,7 @@
-"""Measurement of how each attention layer of a model rotates its queries and keys.
+"""Remapping of a patched model, and measurement of how each attention layer rotates its queries and keys.
+
+A [`Remapping`] contains the plan and a [`Layer`] for each attention layer that rotates. Both are frozen, and all
+forwards share them.
 
 transformers has nineteen different functions that apply rotary phases. They rotate halves or interleaved channels, all
 or part of a head. One permutes its output, one rotates in the opposite direction, one is followed by a weighted norm.
@@ -24,9 +27,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...plan import QueryScale
+from ...plan import ExtensionPlan, Growth, QueryScale
 from ..detect import text_config
-from ..kernels import one_pass, visible
+from ..kernels import Bands, one_pass, visible
 
 Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Queries and keys (rows, heads, tokens, dim) that reached the attention function, by layer."""
@@ -165,6 +168,47 @@ class Layer:
             layer = replace(self, query=self.query.to(device), key=self.key.to(device))
             self._copies[device] = layer
         return layer
+
+
+@dataclass(frozen=True)
+class Remapping:
+    """Remapping of positions in a patched model.
+
+    It contains no state of a forward or a thread. Copies and pickles of the model have their own.
+    """
+
+    plan: ExtensionPlan
+    base: str  # attention implementation of the unpatched model, "sdpa" or "eager"
+    layers: dict[str, Layer] = field(default_factory=dict)  # attention layers that rotate, by path
+    # Whether the model rotates by its own positions and attention adds the difference. Used if an indexer reads
+    # rotated states (DeepSeek's sparse attention).
+    delta: bool = False
+    # Whether keys may stay rotated in the cache: the plan rotates at most one cached key per step, rotations are
+    # invertible, and nothing else in the model reads the cached keys.
+    rotates_cached_keys: bool = False
+    # arguments that the unpatched attention reads and attention over bands does not support
+    refused: frozenset[str] = frozenset()
+    bands: Bands = field(init=False)  # empty for a plan that only scales queries or follows the length of rows
+    growths: dict[str, Growth] = field(init=False)  # by set of frequencies
+    _copies: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        growths = {entry.name: entry.growth for entry in self.plan.rotaries if entry.growth is not None}
+        object.__setattr__(self, "bands", Bands(self.plan.bands))
+        object.__setattr__(self, "growths", growths)
+        for name, growth in growths.items():
+            numbers = (growth.moving, growth.power, growth.kept)
+            self._copies[name] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+
+    def growth(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return `moving`, `power` and `kept` of [`Growth`] as float32 (3, slots) on a device.
+
+        A copy is kept for each device, because the host would have to wait for a transfer in every forward.
+        """
+        numbers = self._copies.get((name, device))
+        if numbers is None:
+            numbers = self._copies[name, device] = self._copies[name].to(device)
+        return numbers
 
 
 class UnknownLayout(Exception):

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from ...errors import UnsupportedModelError
 from ..undo import Mixin
 from .forward import Positions
-from .remapping import Remapping
+from .layout import Remapping
 
 
 class ServesBatches(Mixin):

@@ -21,9 +21,8 @@ from ..modes import cache_argument, cache_of, evaluation_mode, switch_attention,
 from ..undo import UndoLog, mix
 from .attention import HONOURED, Lease, arguments_read, base_function
 from .forward import ATTENTION, begin_forward, begin_layer, both_sides, end_forward
-from .layout import WINDOW, Layer, Probing, Quarters, UnknownLayout, copy_norms, measure, skeleton_of
+from .layout import WINDOW, Layer, Probing, Quarters, Remapping, UnknownLayout, copy_norms, measure, skeleton_of
 from .paged import ServesBatches
-from .remapping import Remapping
 from .rotary import RotatesLate, follows_angles, own_phases
 
 CHECK_TOKENS = 24

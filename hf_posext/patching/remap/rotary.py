@@ -9,8 +9,7 @@ import torch
 from ..detect import RotarySite
 from ..undo import Mixin
 from .forward import ForwardState, Positions, current_state
-from .layout import Probing
-from .remapping import Remapping
+from .layout import Probing, Remapping
 
 PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
