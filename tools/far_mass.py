@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_posext.patching.remap.attention as remap
 from hf_posext import load_documents, patch_model
-from hf_posext.patching.kernels import Geometry, banded_attention, whole
+from hf_posext.patching.kernels.banded import banded_attention, whole
+from hf_posext.patching.kernels.bands import Geometry
 from hf_posext.reporting.drawing import method_styles
 
 mpl.use("Agg")

@@ -18,7 +18,7 @@ from ..diagnosis import Diagnosis
 from ..diagnosis.weights import phase_table, planned_frequencies, relative_positions
 from ..methods import Composition, Method, RemapMethod, as_method
 from ..methods.rotary import first_rotary
-from ..patching.kernels import belongs
+from ..patching.kernels.bands import belongs
 from ..reporting import signals
 from ..reporting.drawing import COLOURS, CONTROL, GRID, INK, dress_axes, new_figure, note
 from .view import DOCUMENTS, Gain, View, applicable

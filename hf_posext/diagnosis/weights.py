@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RenamedAttribute
 from ..methods.rotary import first_rotary, powers
-from ..patching.kernels import belongs, mapped
+from ..patching.kernels.bands import belongs, mapped
 from ..patching.observe import (
     bucket_biases,
     buckets_of,

@@ -18,8 +18,7 @@ from transformers.utils import logging
 from ..errors import NoEffectError
 from ..methods.base import components_of, without_each
 from ..plan import Band, ExtensionPlan, QueryScale, RotaryPlan
-from .kernels import SAME, belongs, mapped
-from .kernels.bands import decay, fade
+from .kernels.bands import SAME, belongs, decay, fade, mapped
 from .sites import makes_windows
 
 logger = logging.get_logger(__name__)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..plan import BucketPlan, PositionMap
 from .detect import rotary_sites, text_config
-from .kernels import mapped
+from .kernels.bands import mapped
 from .modes import cache_of, evaluation_mode, switched_attention, with_cache
 from .sites import bias_table, bucket_function, bucket_modules, first_row, position_tables, sinusoids, text_modules
 from .tables import radians, sines

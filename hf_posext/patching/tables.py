@@ -19,7 +19,7 @@ from ..edits import check_table_size
 from ..errors import UnsupportedModelError
 from ..plan import ExtensionPlan, PositionMap, TablePlan
 from .effect import no_effect
-from .kernels import mapped
+from .kernels.bands import mapped
 from .sites import (
     LENGTH_FIELDS,
     path_without_adapter,

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from hf_posext import NTK, Linear, Llama3, LongRoPE, NoPE, Partial, Resonance, Theta, YaRN
 from hf_posext.errors import InvalidParameterError, MethodNotApplicableError, UnknownMethodError
 from hf_posext.methods import DPE, EABF, CoPE, JetLong, LaMPE, Llama4Temperature, Method, SelfLogistic, as_method
-from hf_posext.patching.kernels import mapped
+from hf_posext.patching.kernels.bands import mapped
 from hf_posext.plan import RotaryPlan
 from hf_posext.scheme import PositionalScheme, Rotary
 

@@ -9,13 +9,14 @@ from unittest.mock import patch
 import torch
 
 from hf_posext.patching import kernels
-from hf_posext.patching.kernels import choice
+from hf_posext.patching.kernels import banded
+from hf_posext.patching.kernels.bands import Geometry
 from hf_posext.plan import Band
 
 
 def attention_kernel(name: str) -> AbstractContextManager[Any]:
     """Force one form of attention inside the context: `"torch"`, `"cpu"` or `"plain"`."""
-    return patch.object(choice, "FORCED", name)
+    return patch.object(kernels, "FORCED", name)
 
 
 class Branch(NamedTuple):
@@ -38,4 +39,4 @@ def banded_attention(
 ) -> torch.Tensor:
     """Return attention over bands, with queries and keys at the given positions."""
     bands, *states = zip(*branches, strict=True)
-    return kernels.banded_attention(kernels.Geometry(bands, queries, keys, mask, aligned), *states, value, **options)
+    return banded.banded_attention(Geometry(bands, queries, keys, mask, aligned), *states, value, **options)

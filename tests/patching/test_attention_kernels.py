@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import hf_posext.patching.kernels as choice
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, ReRoPE, Sinks
-from hf_posext.patching.kernels import choice
 
 from ..conftest import logits, tiny_llama, tokens
 from .bands import attention_kernel, banded_attention

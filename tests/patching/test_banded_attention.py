@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_posext.patching.kernels.banded as banded
 from hf_posext import patch_model
 from hf_posext.methods import DualChunk, ReRoPE, SelfExtend
-from hf_posext.patching.kernels import Geometry, belongs
+from hf_posext.patching.kernels.bands import Geometry, belongs
 from hf_posext.plan import Band, CountFade, DistanceDecay, PositionMap
 
 from ..conftest import tiny_llama, tokens

@@ -15,10 +15,10 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+import hf_posext.patching.kernels as choice
 from hf_posext import compare, patch_model
 from hf_posext.methods import Method
-from hf_posext.patching.kernels import choice
-from hf_posext.patching.kernels.choice import choose, one_pass, one_step
+from hf_posext.patching.kernels import choose, one_pass, one_step
 from hf_posext.patching.modes import with_cache
 
 from ..conftest import tiny_llama

@@ -14,9 +14,9 @@ import triton.language as tl
 from transformers import DynamicCache
 from triton.language import standard
 
+import hf_posext.patching.kernels as choice
 from hf_posext import patch_model
 from hf_posext.methods import LogN, Method
-from hf_posext.patching.kernels import choice
 from hf_posext.patching.modes import with_cache
 from hf_posext.patching.remap import rotated_keys
 

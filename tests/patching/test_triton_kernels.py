@@ -15,8 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import hf_posext.patching.kernels as choice
 import hf_posext.patching.remap.layout as layout_module
-from hf_posext.patching.kernels import banded, choice
+from hf_posext.patching.kernels import banded
 from hf_posext.patching.remap.layout import Layout
 
 from .pretend_device import PretendDevice

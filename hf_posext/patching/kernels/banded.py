@@ -21,9 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as drop
 from torch.utils.checkpoint import checkpoint
 
-from . import choice
+from .. import kernels
+from . import Kernel, choose, one_pass
 from .bands import Geometry, Piece, Region, grouped, regions
-from .choice import Kernel, choose, one_pass
 
 SCORE_BYTES = 16 * 2**20
 """Bytes of float32 scores that are held at a time."""
@@ -236,7 +236,7 @@ def banded_attention(
     batch, heads, count, width = unrotated(queries[0]).shape
     # CPU without gradients: the flash kernel, with queries rotated block by block
     fused = value.device.type == "cpu" and value.shape[-1] == width and not (softcap or dropout)
-    if fused and not learning and choice.FORCED in (None, "cpu"):
+    if fused and not learning and kernels.FORCED in (None, "cpu"):
         return fused_attention(geometry, queries, keys, value, sinks, scaling)
     # CUDA without mask and gradients: one kernel call per region of a band
     states = _ready([whole(query) for query in queries], dtype)
@@ -247,7 +247,7 @@ def banded_attention(
             return attend_regions(geometry, places, states, keys, value, kernel, scaling, sinks)  # type: ignore[arg-type]
     # CPU with gradients, except those of the mask, and those that a graph or a functorch transform derives
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if fused and choice.FORCED in (None, "cpu") and not traced and (mask is None or not mask.requires_grad):
+    if fused and kernels.FORCED in (None, "cpu") and not traced and (mask is None or not mask.requires_grad):
         arguments = geometry, scaling, sinks, value, *states, *keys
         return FusedAttention.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -8,7 +8,7 @@ here replaces a dozen calls of PyTorch per layer. Keys and values are read once,
 multiprocessors. The last program to finish merges the pieces (Dao et al., *Flash-Decoding*, 2023,
 https://pytorch.org/blog/flash-decoding).
 
-`choice.py` decides when these kernels are used.
+`__init__.py` decides when these kernels are used.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import PositionMap, QueryScale
-from ..kernels import SAME, Geometry, Rotated, attention_with_weights, banded_attention, mapped, visible, whole
+from ..kernels.banded import Rotated, attention_with_weights, banded_attention, whole
+from ..kernels.bands import SAME, Geometry, mapped, visible
 from ..modes import forget_attention, register_attention
 from .cache import START_ANEW
 from .forward import ATTENTION, Positions, both_sides, current_state, first_axis, positions_at

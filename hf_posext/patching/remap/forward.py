@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ...errors import EvaluationError, UnsupportedModelError
 from ..detect import RotarySite
-from ..kernels import visible
+from ..kernels.bands import visible
 from ..modes import CHECKPOINTING
 from .cache import KeyRecord, find_cache, follow, record_of, seen_for_free
 from .layout import Remapping

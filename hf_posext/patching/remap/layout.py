@@ -29,7 +29,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...plan import ExtensionPlan, Growth, QueryScale
 from ..detect import text_config
-from ..kernels import Bands, one_pass, visible
+from ..kernels import one_pass
+from ..kernels.bands import Bands, visible
 
 Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Queries and keys (rows, heads, tokens, dim) that reached the attention function, by layer."""

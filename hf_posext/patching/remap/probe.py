@@ -16,7 +16,7 @@ from ...errors import EvaluationError, UnsupportedModelError
 from ...plan import Band, ExtensionPlan, PositionMap
 from ..detect import RotarySite, model_code, rotary_sites, text_config
 from ..effect import claimed_window, layer_number, refuse_idle
-from ..kernels import SAME
+from ..kernels.bands import SAME
 from ..modes import cache_argument, cache_of, evaluation_mode, switch_attention, with_cache
 from ..undo import UndoLog, mix
 from .attention import HONOURED, Lease, arguments_read, base_function

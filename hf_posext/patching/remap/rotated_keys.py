@@ -17,7 +17,8 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from ...errors import EvaluationError
-from ..kernels import mapped, one_step, starts, step_fading
+from ..kernels import one_step
+from ..kernels.bands import mapped, starts, step_fading
 from .cache import START_ANEW, is_static
 from .forward import Positions
 from .layout import Layer, Layout, Phases
