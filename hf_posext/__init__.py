@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter, verify_adapter
     from .diagnosis import Diagnosis, diagnose
@@ -58,7 +60,6 @@ if TYPE_CHECKING:
         list_methods,
         register,
     )
-    from .packages import __version__ as __version__
     from .patching import Patch, detect_scheme, find_patch, load_patched, patch_model, unpatch_model
     from .plan import ExtensionPlan
     from .recommendation import Recommendation, recommend
@@ -76,7 +77,6 @@ _HOMES = {
     "EABF Fade JetLong LaMPE LeakyReRoPE Linear Llama3 Llama4Temperature LogN LongRoPE Method NTK NoExtension NoPE "
     "Partial ReRoPE Resonance SelfExtend SelfLogistic Sinks SinusoidLinear StringShift TableCubic TableGroup "
     "TableHierarchical TableLinear TableRepeat Theta YaRN list_methods register",
-    "packages": "__version__",
     "patching": "Patch detect_scheme find_patch load_patched patch_model unpatch_model",
     "plan": "ExtensionPlan",
     "recommendation": "Recommendation recommend",
@@ -87,7 +87,7 @@ _HOMES = {
 
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = sorted(_HOME_OF.keys() - {"__version__"})
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:
@@ -97,4 +97,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return list(_HOME_OF)
+    return [*__all__, "__version__"]

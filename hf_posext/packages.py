@@ -15,9 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .errors import MissingExtraError
-
-__version__ = "0.1.0"
 
 EXTRAS = {
     "eval": ("accelerate", "datasets", "evaluate", "matplotlib", "pandas", "scipy"),

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .. import __version__
 from ..decode import MAX_NUMBER
 from ..errors import PosExtError
-from ..packages import __version__
 from .console import fail, in_flags, name_of, naming_flag, refusal, say
 from .options import FORMER, derived
 
