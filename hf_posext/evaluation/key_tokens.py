@@ -354,12 +354,12 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
     return (short_nll.detach() - long_nll.detach()).exp().clamp(max=cap)
 
 
-def key_sums(nll: np.ndarray, indices: Sequence[int]) -> dict[str, Any]:
+def key_sums(nll: np.ndarray, indices: Sequence[int], first: int = 1) -> dict[str, Any]:
     """Return the NLL sum (float64, in nats) and the number of a document's key tokens.
 
-    `nll` contains the values of tokens 1, 2, ... of the document's row.
+    `nll` contains the values of tokens `first`, `first + 1`, ... of the document's row.
     """
-    return {"key_nll_sum": math.fsum(nll[index - 1] for index in indices), "key_tokens": len(indices)}
+    return {"key_nll_sum": math.fsum(nll[index - first] for index in indices), "key_tokens": len(indices)}
 
 
 def longppl_cells(

@@ -233,7 +233,8 @@ class MethodRun:
         indices = self.keys.indices.get(self.documents[index])
         if indices is None or measurement.length < self.setup.lengths[-1]:
             return {"key_nll_sum": None, "key_tokens": None}
-        return key_sums(measurement.nll, indices)
+        assert measurement.first is not None  # the protocols of LongPPL score every token
+        return key_sums(measurement.nll, indices, measurement.first)
 
 
 def control_run(setup: Setup, scorer: Any, trained_length: int) -> MethodRun:

@@ -183,6 +183,20 @@ def test_a_fingerprint_notices_all_that_a_model_computes_with() -> None:
     assert weights_fingerprint(adapted) != before
 
 
+def test_a_fingerprint_depends_on_the_active_adapter_and_not_on_the_mode() -> None:
+    """Each adapter gives other numbers, though all weights of the model are the same."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), config, adapter_name="first")
+    model.add_adapter("second", config)
+    prints = {weights_fingerprint(model)}
+    model.set_adapter("second")
+    prints.add(weights_fingerprint(model))
+    with model.disable_adapter():
+        prints.add(weights_fingerprint(model))
+    assert len(prints) == 3
+    assert weights_fingerprint(model.eval()) in prints and weights_fingerprint(model.train()) in prints
+
+
 def test_a_journal_that_cannot_be_read_is_an_error(path: Path) -> None:
     path.mkdir(parents=True)
     with pytest.raises(JournalError, match="cannot read the journal .*: Is a directory. Pass another --output"):

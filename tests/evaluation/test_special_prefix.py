@@ -17,7 +17,7 @@ from hf_posext.evaluation.prompts import passkey_prompts, task_prompt
 from hf_posext.evaluation.tokens import special_prefix
 from hf_posext.training.rows import NO_LABEL, Collator, make_rows, schedule
 from tests.conftest import tiny_llama
-from tests.evaluation.helpers import BOS, character_tokenizer, naive_nll, random_texts
+from tests.evaluation.helpers import BOS, character_tokenizer, naive_nll, naive_windowed_nll, random_texts
 from tests.helpers import NOVELS, shipped_model, shipped_tokenizer
 
 TEXTS = random_texts(2, 60)
@@ -112,6 +112,25 @@ def test_training_rows_and_key_tokens_begin_with_the_prefix() -> None:
     )
     indices = [index for indices in keys.indices.values() for index in indices]
     assert min(indices) == 2, "every token is key by these thresholds, but for the prefix"
+
+
+@pytest.mark.parametrize(
+    "protocol", [{}, {"protocol": "sliding", "stride": 8}, {"protocol": "rolling"}], ids=["prefix", "sliding", "rolling"]
+)
+def test_longppl_scores_the_key_tokens_behind_a_prefix(protocol: dict[str, Any]) -> None:
+    """The first scored token is token 2, so that the values of a measurement begin there."""
+    model, tokenizer, alpha = tiny_llama(), tokenizer_of(GLM), 0.01
+    settings = {"longppl": "none", "short_length": 8, "alpha": alpha, "beta": -99.0}
+    row = evaluate_perplexity(model, tokenizer, TEXTS, [40], **settings, **protocol).rows[0]
+    nll, keys = [], 0
+    for text in TEXTS:
+        ids = torch.tensor([2, 0, *character_tokenizer()(text)["input_ids"]][:40])
+        long, short = naive_nll(model, ids)[1:], naive_windowed_nll(model, ids, 8 + 2, 2, bos=2)
+        is_key = short - long > alpha
+        nll.extend(long[is_key])
+        keys += int(is_key.sum())
+    assert row["key_tokens"] == keys > 5
+    assert row["longppl"] == pytest.approx(float(np.exp(np.mean(nll))), rel=1e-5)  # float32 against float64
 
 
 def test_special_tokens_have_no_loss_in_training() -> None:
