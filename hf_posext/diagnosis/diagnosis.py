@@ -445,15 +445,18 @@ def _phases(diagnosis: Diagnosis) -> str:
 def _measured(diagnosis: Diagnosis) -> str:
     if "losses" not in diagnosis.tables:
         return ""
-    count, read = len(diagnosis.provenance["documents"]), diagnosis.provenance["read"]
-    where = f"; on {count} document{'s' if count > 1 else ''} the loss "
+    count, read, kept = (diagnosis.provenance[key] for key in ("documents", "read", "kept"))
+    where = f"; on {len(count)} document{'s' if len(count) > 1 else ''} the loss "
+    if diagnosis.departure is None and kept < read:
+        rest = f"the {read - kept} tokens that were read after them are too few to tell"
+        return f"{where}keeps its level in the first {kept} tokens, and {rest}"
     if diagnosis.departure is None:
         return f"{where}keeps its level up to the {read} tokens that were read"
     return f"{where}rises by {diagnosis.rise:.2f} nats per token from token {diagnosis.departure} on"
 
 
 def _advice(diagnosis: Diagnosis) -> str:
-    keep, read = _limit(diagnosis), diagnosis.provenance.get("read", 0)
+    keep, read = _limit(diagnosis), diagnosis.provenance.get("kept", 0)
     if diagnosis.scheme.obstacle:
         return f"No method of hf_posext applies ({diagnosis.scheme.obstacle}); {keep}"
     names = ", ".join(diagnosis.remedies)
@@ -467,9 +470,8 @@ def _advice(diagnosis: Diagnosis) -> str:
     if read > (diagnosis.trained_length or 0):
         return f"Nothing needs to be changed up to {read} tokens; to read farther, try {names}"
     if diagnosis.generalization == "extrapolation":
-        return (
-            f"Documents would show whether it can be trusted there; if not, compare {names} with truncating the input"
-        )
+        texts = "More or longer documents" if "losses" in diagnosis.tables else "Documents"
+        return f"{texts} would show whether it can be trusted there; if not, compare {names} with truncating the input"
     if "phases" in diagnosis.tables:
         phases = diagnosis.tables["phases"]
         if not phases[phases.method == "none"].new.any():

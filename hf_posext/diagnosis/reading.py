@@ -134,7 +134,8 @@ def read_documents(
             with patch_model(model, plan):
                 curves.append((name, token_losses(TokenScorer(model), tokenized)))
             progress.update()
-    place = departure(losses - level[:, : losses.shape[1]], seed)
+    excess = losses - level[:, : losses.shape[1]]
+    place = departure(excess, seed)
     tables = {**diagnosis.tables, "losses": curve_table(curves, seed, first)}
     notes = diagnosis.notes
     try:
@@ -149,6 +150,7 @@ def read_documents(
         "dataset": source.get("dataset") and portable(source["dataset"]),
         "start": tokenized.start,
         "read": readable.length,
+        "kept": readable.length if place is not None else level_kept(excess, diagnosis.trained_length),
         "context": context,
         "seed": seed,
         "dtype": str(scorer.model.dtype).removeprefix("torch."),
@@ -338,6 +340,25 @@ def departure(excess: np.ndarray, seed: int = 0) -> Departure | None:
     place = last_stretch(excess.mean(0) - onset)
     assert place is not None  # from the first place on, the mean is the rise: at least twice the onset
     return Departure(place + 1, _departure_interval(excess, onset, seed), float(excess[:, place:].mean()))
+
+
+def level_kept(excess: np.ndarray, trained_length: int | None) -> int:
+    """Return the number of tokens in which the loss is known to keep its level, after no [`departure`] was found.
+
+    They are all tokens that were read, unless fewer than four blocks lie past the trained length, or the loss ends in
+    a rise that stands out against the blocks before it and is no departure by its own.
+    """
+    documents, read = len(excess), int(excess.shape[1]) + 1
+    if trained_length and trained_length < read and documents * (read - trained_length) < FEWEST * BLOCK:
+        return trained_length
+    place = last_stretch(excess.mean(0) - TOLERANCE / 2)
+    if place is None or len(before := _block_means(excess[:, :place])) < FEWEST:
+        return read
+    tail = excess[:, place:]
+    rise, error = float(tail.mean()), before.std(ddof=1) * math.sqrt(BLOCK / tail.size)
+    if rise < max(TOLERANCE, SIGMAS * error):
+        return read
+    return 1 + int(last_stretch(excess.mean(0) - min(rise / 2, ONSET)) or 0)
 
 
 def _block_means(tail: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
 
 from ..decode import short
 from ..errors import JournalError
@@ -275,11 +274,11 @@ def _config(model: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return a fingerprint of a model's numbers: each tensor by name, shape, dtype, and values, and plain settings.
+    """Return a fingerprint of a model's numbers: each tensor by name, shape, dtype, and values, and plain floats.
 
     Tensors are parameters, buffers (even if they are not saved), and everything else that quantised layers save. Plain
-    settings are the attributes of modules, such as epsilons, or the active adapter and its scaling. If weights are
-    sharded, every process has to call this function.
+    floats are the attributes of modules, such as epsilons or the scaling of an adapter. The active adapters count too.
+    If weights are sharded, every process has to call this function.
     """
     forget_length(model)  # the buffers of a dynamic rotary module depend on what was read
     tensors = dict(model.named_parameters()) | dict(model.named_buffers(remove_duplicate=False)) | model.state_dict()
@@ -288,19 +287,21 @@ def weights_fingerprint(model: nn.Module) -> str:
         if isinstance(tensor, torch.Tensor):
             _add(digest, name, tensor)
     for name, module in model.named_modules():
-        # The names of a whole model are its path, and its config says the rest.
-        kinds: Any = float if isinstance(module, PreTrainedModel) else float | bool | str
-        settings = sorted(
-            (key, value) for key, value in vars(module).items() if key != "training" and _is_of(kinds, value)
-        )
-        digest.update(repr((name, settings)).encode())
+        numbers = sorted((key, value) for key, value in vars(module).items() if _is_numeric(value))
+        digest.update(repr((name, numbers, _adapters_of(module))).encode())
     return digest.hexdigest()
 
 
-def _is_of(kinds: Any, value: Any) -> bool:
-    """Return `True` for a value of these kinds, or a list or dictionary of them. Integers may count calls."""
-    values = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(item, kinds) for item in values)
+def _is_numeric(value: Any) -> bool:
+    """Return `True` for a float or a dictionary of floats. Integers are excluded, because some of them count calls."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return bool(values) and all(isinstance(item, float) for item in values)
+
+
+def _adapters_of(module: nn.Module) -> list[Any]:
+    """Return the active adapters of a layer, and whether all are disabled; empty for a layer without adapters."""
+    states = [getattr(module, name, None) for name in ("active_adapters", "disable_adapters")]
+    return [state for state in states if state is not None and not callable(state)]  # a whole model has methods
 
 
 def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hf_posext.diagnosis.reading import departure
+from hf_posext.diagnosis.reading import departure, level_kept
 from hf_posext.diagnosis.weights import last_stretch
 
 LENGTH, PLACE = 2048, 900
@@ -92,3 +92,18 @@ def test_too_little_text_after_a_change_says_nothing() -> None:
     change = departure(late)
     assert change is not None and change.token == LENGTH - 4 * 64 + 1
     assert change.interval is None, "one document tells nothing of others"
+
+
+def test_the_level_is_kept_no_farther_than_can_be_told() -> None:
+    """A rise over fewer than four blocks is no departure, and no evidence of the level either."""
+    for seed in range(20):
+        late = noisy(0.0, 1, seed)
+        assert level_kept(late, 512) == LENGTH + 1
+        late[:, -3 * 64 :] += 2.0
+        assert departure(late) is None
+        assert level_kept(late, 512) == pytest.approx(LENGTH - 3 * 64 + 1, abs=80)  # as of one document above
+
+
+@pytest.mark.parametrize(("documents", "tokens", "kept"), [(1, 255, 512), (1, 256, 768), (4, 63, 512), (4, 64, 576)])
+def test_few_tokens_past_the_trained_length_tell_nothing(documents: int, tokens: int, kept: int) -> None:
+    assert level_kept(np.zeros((documents, 512 + tokens - 1)), 512) == kept

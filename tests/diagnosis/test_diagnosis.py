@@ -47,7 +47,7 @@ FARTHEST = 2**24
 def read(name: str, text: str = PASSAGE, **options: object) -> Diagnosis:
     """With 1,024 tokens of one novel."""
     tokenizer = shipped_tokenizer(name)
-    return diagnose(shipped_model(name), tokenizer, [text], target_length=1024, **options)
+    return diagnose(shipped_model(name), tokenizer, [text], **{"target_length": 1024, **options})
 
 
 def sentences(text: str) -> int:
@@ -182,6 +182,19 @@ def test_documents_show_that_alibi_holds() -> None:
     diagnosis = read("tiny-alibi", trained_length=512)
     assert diagnosis.departure is None and "Nothing needs to be changed up to 1024 tokens" in diagnosis.verdict
     assert diagnosis.trained_length_source == "given"
+
+
+@pytest.mark.parametrize("length", [640, 768])
+def test_a_rise_over_too_little_text_is_not_called_level(length: int) -> None:
+    """Past token 570 of one novel the loss rises by a nat, over fewer tokens than a departure takes."""
+    diagnosis = read("tiny-rope", target_length=length)
+    losses = diagnosis.tables["losses"]
+    late = losses[losses.begin >= 600].groupby("curve").nll.mean()
+    assert late["none"] > late["last 128 tokens"] + 0.5 and diagnosis.departure is None
+    kept = diagnosis.provenance["kept"]
+    assert 512 <= kept <= 600
+    assert f"{length - kept} tokens that were read after them are too few to tell" in diagnosis.verdict
+    assert "Nothing needs to be changed" not in diagnosis.verdict or f"up to {kept} tokens" in diagnosis.verdict
 
 
 def test_methods_are_measured_beside_the_model() -> None:

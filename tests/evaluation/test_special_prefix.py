@@ -115,7 +115,9 @@ def test_training_rows_and_key_tokens_begin_with_the_prefix() -> None:
 
 
 @pytest.mark.parametrize(
-    "protocol", [{}, {"protocol": "sliding", "stride": 8}, {"protocol": "rolling"}], ids=["prefix", "sliding", "rolling"]
+    "protocol",
+    [{}, {"protocol": "sliding", "stride": 8}, {"protocol": "rolling"}],
+    ids=["prefix", "sliding", "rolling"],
 )
 def test_longppl_scores_the_key_tokens_behind_a_prefix(protocol: dict[str, Any]) -> None:
     """The first scored token is token 2, so that the values of a measurement begin there."""
