@@ -24,6 +24,9 @@ SCALING_KEYS = frozenset(
 """Keys of `rope_parameters` that say how frequencies are scaled. A plan replaces them and keeps all others, which mean
 other things to the model (`mrope_section`, `partial_rotary_factor`, `llama_4_scaling_beta`, ...)."""
 
+SOFTMAX_KEYS = ("mscale", "mscale_all_dim")
+"""Those from which the DeepSeek family computes a temperature of its softmax, with `factor`."""
+
 
 @dataclass(frozen=True)
 class FrequencyMethod(Method):
@@ -53,8 +56,16 @@ class FrequencyMethod(Method):
             if local and not self.covers_local_layers:
                 continue
             current = so_far.get(rotary.name) or unscaled(rotary)
-            so_far[rotary.name] = self.rescale(rotary, current, plan)
+            so_far[rotary.name] = with_softmax_keys(self.rescale(rotary, current, plan), current.rope_parameters)
         return plan.with_edits(RotaryPlan, *so_far.values())
+
+
+def with_softmax_keys(entry: RotaryPlan, stated: Mapping[str, Any] | None) -> RotaryPlan:
+    """Return a plan of one set whose `rope_parameters`, if any, have the softmax keys of others."""
+    keys = {key: value for key, value in (stated or {}).items() if key in SOFTMAX_KEYS}
+    if not keys or entry.rope_parameters is None:
+        return entry
+    return replace(entry, rope_parameters={**keys, **entry.rope_parameters})
 
 
 def exponents(rotary: Rotary) -> torch.Tensor:

@@ -10,7 +10,17 @@ from ..decode import Bound, Positive
 from ..errors import InvalidParameterError
 from ..plan import ExtensionPlan, Growth, RotaryPlan
 from ..scheme import Rotary
-from .rotary import FrequencyMethod, as_longrope, exponents, from_tensor, padded, powers, require_pairs, unscaled
+from .rotary import (
+    FrequencyMethod,
+    as_longrope,
+    exponents,
+    from_tensor,
+    padded,
+    powers,
+    require_pairs,
+    unscaled,
+    with_softmax_keys,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class YaRN(FrequencyMethod):
             wavelengths = rotary.theta ** exponents(rotary)
             mixed = 1.0 / (plan.factor * wavelengths) * (1 - keep) + 1.0 / wavelengths * keep
         if self.variant != "code":
-            return as_longrope(rotary, mixed, plan, attention_factor=temperature)
+            return with_softmax_keys(as_longrope(rotary, mixed, plan, attention_factor=temperature), mscales)
         parameters = {
             "rope_type": "yarn",
             "factor": plan.factor,

@@ -66,7 +66,8 @@ def apply_frequencies(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog)
     before = [[site.phases(probe) for probe in probes] for site in sites]
 
     obstacle = "positions are remapped inside attention" if plan.rotates_late else None
-    obstacle = obstacle or _say_in_config(model, sites, planned, plan, log)
+    obstacle = obstacle or _say_in_config(sites, planned, plan, log)
+    _rescale_softmax(model, plan, log)
     if obstacle and any(entry.short_inv_freq is not None for entry in plan.rotaries):
         raise UnsupportedModelError(
             f"Expected a model with a longrope of its own for the two factor lists of {plan.method}, but {obstacle}. "
@@ -158,7 +159,6 @@ def _write(site: RotarySite, entry: RotaryPlan, log: UndoLog) -> None:
 
 
 def _say_in_config(
-    model: PreTrainedModel,
     sites: list[RotarySite],
     planned: dict[str, RotaryPlan],
     plan: ExtensionPlan,
@@ -166,11 +166,10 @@ def _say_in_config(
 ) -> str | None:
     """Write `rope_parameters` if transformers computes the plan's numbers from them; else return why not."""
     config: Any = sites[0].module.config
-    shipped = getattr(config, "rope_parameters", None)
     changed: dict[str, Any] = {}
     if any(entry.rope_parameters is None for entry in plan.rotaries):
         obstacle: str | None = f"no rope type of transformers can express the frequencies of {plan.method}"
-    elif shipped is None:
+    elif getattr(config, "rope_parameters", None) is None:
         obstacle = f"the config of {plan.scheme.model_type} has no rope_parameters, which transformers reads"
     elif any(site.module.config is not config for site in sites):
         obstacle = f"{plan.scheme.model_type} keeps several bases, each in a config of its own"
@@ -178,7 +177,6 @@ def _say_in_config(
         candidate = _with_parameters(config, planned, plan)
         obstacle = _differs(sites[0].module, candidate, planned, plan)
         changed = {} if obstacle else candidate.rope_parameters
-    _rescale_softmax(model, shipped or {}, changed, log)
     if obstacle:
         logger.info("%s: %s; the config keeps its shipped rope_parameters", plan.scheme.model_type, obstacle)
         return obstacle
@@ -229,17 +227,31 @@ def _differs(module: nn.Module, candidate: Any, planned: dict[str, RotaryPlan], 
     return None
 
 
-def _rescale_softmax(model: PreTrainedModel, shipped: Any, changed: Any, log: UndoLog) -> None:
-    """Replace the temperature of a shipped YaRN that the DeepSeek family bakes into `scaling` of attention layers."""
+def _rescale_softmax(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> None:
+    """Replace the temperature of a shipped YaRN that the DeepSeek family bakes into `scaling` of attention layers.
+
+    That of the plan is in its `rope_parameters`, also where the config does not state them.
+
+    Raises:
+        UnsupportedModelError: the plan has a temperature, but no `rope_parameters` to contain it.
+    """
+    entry = next((entry for entry in plan.rotaries if entry.name == ""), None)  # a family of one set of frequencies
+    if entry is None:
+        return
+    shipped, planned = plan.scheme.rotary("").shipped, entry.rope_parameters
+    sharpens = any(component["name"] == "yarn" for component in plan.parameters)  # the one method with such keys
     for module in model.modules():
-        if not isinstance(getattr(module, "scaling", None), float):
+        bake = _baking(type(module)) if isinstance(getattr(module, "scaling", None), float) else None
+        before = 1.0 if bake is None else bake(shipped, 1.0)
+        if bake is None or before == bake(planned or {}, 1.0):
             continue
-        bake = _baking(type(module))
-        if bake is None:
-            continue
-        scaling = bake(changed, module.scaling / bake(shipped, 1.0))
-        if scaling != module.scaling:
-            log.set(module, "scaling", scaling)
+        if planned is None and (sharpens or (entry.growth and entry.growth.temperature)):
+            raise UnsupportedModelError(
+                f"Expected a method that leaves a constant temperature to {plan.scheme.model_type}, which multiplies "
+                f"that of its YaRN into the scale of the softmax, got {plan.method}. Pass yarn without a method that "
+                "no rope type can express, or dynamic-yarn(temperature=0)."
+            )
+        log.set(module, "scaling", bake(planned or {}, module.scaling / before))
 
 
 def _baking(kind: type[nn.Module]) -> Callable[[Any, float], float] | None:

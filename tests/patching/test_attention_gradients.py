@@ -17,7 +17,7 @@ from hf_posext.methods import ReRoPE, SelfExtend
 from ..conftest import tiny_llama, tokens
 from ..helpers import padded, positions_of
 from .bands import attention_kernel, banded_attention
-from .test_banded_attention import dense, problem
+from .test_banded_attention import causal_mask, dense, problem
 from .test_remapping import CASES, naive_llama
 
 LENGTH = 100
@@ -121,18 +121,26 @@ def test_what_the_kernel_cannot_differentiate_takes_the_plain_form() -> None:
         torch.testing.assert_close(torch.autograd.grad(compiled(value), [value])[0], expected, **EXACT)
 
 
-def test_a_second_derivative_is_refused_but_in_the_plain_form() -> None:
-    arguments = problem("window", 60, 100, learning=True)
-    for kernel in ("cpu", "plain"):
-        with attention_kernel(kernel):
-            out = banded_attention(*arguments, mask=None, aligned=True, scaling=0.3)
-            (grad,) = torch.autograd.grad(out.square().sum(), [arguments[1]], create_graph=True)
-        if kernel == "cpu":
-            with pytest.raises(RuntimeError, match="once_differentiable"):
-                grad.square().sum().backward()
-        else:
-            grad.square().sum().backward()
-    assert arguments[1].grad is not None and arguments[1].grad.abs().max() > 0
+@pytest.mark.parametrize("shared", [False, True], ids=["rotated", "shared"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_second_derivatives_equal_those_of_the_formula(shared: bool, sinks: bool) -> None:
+    """Compare derivatives of a gradient, as penalties and influence functions ask for them."""
+    branches, value, *places = problem("window", 60, 100, learning=True)
+    if shared:  # a band that rotates nothing has the states of another
+        branches = [branches[0]._replace(band=branch.band) for branch in branches]
+    options: dict[str, Any] = {"scaling": 0.3}
+    extra = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
+    inputs = list(dict.fromkeys(leaves((branches, value, *places)))) + [extra] * sinks
+    out = banded_attention(
+        branches, value, *places, mask=None, aligned=True, sinks=extra if sinks else None, **options
+    )
+    first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs)
+    exact = dense(branches, value, *places, mask=causal_mask(60, 100), **options, sinks=extra if sinks else None)
+    expected_first = torch.autograd.grad(exact.square().sum(), inputs, create_graph=True)
+    expected = torch.autograd.grad(sum(grad.square().sum() for grad in expected_first), inputs)
+    torch.testing.assert_close(first, expected_first, **EXACT)
+    torch.testing.assert_close(second, expected, atol=1e-10, rtol=1e-8)  # float64; sums of sums in another order
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its new name came in 5.2x

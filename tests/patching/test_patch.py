@@ -281,6 +281,50 @@ def test_deepseeks_baked_temperature_is_replaced_too(tmp_path: Path) -> None:
     assert torch.equal(logits(model, LONG), before) and model.model.layers[0].self_attn.scaling == scaling
 
 
+@pytest.mark.parametrize("mscale", [1.0, 0.7])
+@pytest.mark.parametrize("method", ["yarn+log-n", "yarn+rerope(window=16)", "yarn(variant='paper')", "yarn+resonance"])
+def test_deepseeks_baked_temperature_is_that_of_a_part_of_the_plan(method: str, mscale: float, tmp_path: Path) -> None:
+    parameters = {"rope_theta": 10_000.0, "mscale": mscale, "mscale_all_dim": 1.0, "rope_type": "yarn"}
+    parameters["original_max_position_embeddings"] = TRAINED // 4
+    model, ids = tiny_deepseek({**parameters, "factor": 4.0}), LONG[:, : TRAINED // 4]
+    before, native = logits(model, LONG), tiny_deepseek({**parameters, "factor": 32.0})
+    scaling = model.model.layers[0].self_attn.scaling
+    with patch_model(model, method, factor=32) as patch:
+        layer = model.model.layers[0].self_attn
+        assert layer.scaling == pytest.approx(native.model.layers[0].self_attn.scaling, rel=1e-12)
+        after = logits(model, LONG)
+        if "log-n" in method or "rerope" in method:  # neither changes a text within the trained length and the window
+            torch.testing.assert_close(logits(model, ids), logits(native, ids), atol=1e-5, rtol=0)
+        patch.save_pretrained(tmp_path / "saved")
+    opened = load_patched(tmp_path / "saved")
+    torch.testing.assert_close(logits(opened, LONG), after, atol=1e-5, rtol=0)
+    if patch.native_obstacle is None:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        torch.testing.assert_close(logits(plain, LONG), after, atol=1e-5, rtol=0)
+    assert torch.equal(logits(model, LONG), before) and model.model.layers[0].self_attn.scaling == scaling
+
+
+@pytest.mark.parametrize("method", ["linear+log-n", "dynamic-ntk", "dynamic-yarn(temperature=0)"])
+def test_deepseeks_baked_temperature_goes_with_its_yarn(method: str) -> None:
+    parameters = {"rope_theta": 10_000.0, "mscale": 1.0, "mscale_all_dim": 1.0, "factor": 4.0, "rope_type": "yarn"}
+    model = tiny_deepseek({**parameters, "original_max_position_embeddings": TRAINED // 4})
+    patch_model(model, method, factor=32)
+    assert model.model.layers[0].self_attn.scaling == pytest.approx(16**-0.5, rel=1e-12)
+    if "dynamic" in method:  # a row within the trained length is read by the frequencies before any scaling
+        unscaled, ids = tiny_deepseek({"rope_theta": 10_000.0, "rope_type": "default"}), LONG[:, : TRAINED // 4]
+        torch.testing.assert_close(logits(model, ids), logits(unscaled, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["dynamic-yarn", "yarn+cope", "yarn+partial"])
+def test_temperatures_that_deepseeks_softmax_cannot_have_are_refused(method: str) -> None:
+    parameters = {"rope_theta": 10_000.0, "mscale": 1.0, "mscale_all_dim": 1.0, "factor": 4.0, "rope_type": "yarn"}
+    model = tiny_deepseek({**parameters, "original_max_position_embeddings": TRAINED // 4})
+    before = logits(model, LONG)
+    with pytest.raises(UnsupportedModelError, match="scale of the softmax"):
+        patch_model(model, method, factor=32)
+    assert torch.equal(logits(model, LONG), before)
+
+
 @pytest.mark.parametrize("method", ["linear", "yarn", "ntk"])
 def test_phimoe_recomputes_frequencies_in_every_forward(method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as drop
 from torch.utils.checkpoint import checkpoint
 
@@ -143,7 +142,7 @@ class FusedAttention(torch.autograd.Function):
     """Autograd function of [`fused_attention`], with gradients of everything except biases.
 
     Call `FusedAttention.apply(geometry, scaling, sinks, value, *queries, *keys)` with one query and one key tensor per
-    band. It can be differentiated once.
+    band. A second derivative is that of [`plain_attention`].
     """
 
     @staticmethod
@@ -164,11 +163,18 @@ class FusedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         geometry, scaling = ctx.geometry, ctx.scaling
         out, total, sinks, value, *states = ctx.saved_tensors
         queries, keys = states[: len(states) // 2], states[len(states) // 2 :]
+        if torch.is_grad_enabled():  # create_graph=True: the kernel's gradients have no derivative
+            # bands may share a tensor, whose gradient by each band is that of a view of its own
+            value, *states = (each.view_as(each) for each in (value, *states))
+            queries, keys = states[: len(queries)], states[len(queries) :]
+            out = plain_attention(geometry, queries, keys, value, scaling, sinks=sinks)
+            needed = [each for each in (sinks, value, *states) if each is not None and each.requires_grad]
+            by_id = dict(zip(map(id, needed), torch.autograd.grad(out, needed, grad, create_graph=True), strict=True))
+            return None, None, *(by_id.get(id(each)) for each in (sinks, value, *states))
         # gradients are summed over many blocks, so they are accumulated in float32 or wider
         value_grad, *grads = (torch.zeros_like(tensor, dtype=total.dtype) for tensor in (value, *states))
         # queries that attend to nothing get weights of 0, because theirs would not sum to 1
@@ -230,10 +236,8 @@ def banded_attention(
     dtype, mask = value.dtype, geometry.mask
     value, *keys = _ready([value, *keys], dtype)
     queries = _ready(queries, dtype)
-    learning = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (sinks, value, *map(unrotated, queries), *keys)
-    )
-    batch, heads, count, width = unrotated(queries[0]).shape
+    learning = _learning(sinks, value, *map(unrotated, queries), *keys)
+    *_, count, width = unrotated(queries[0]).shape
     # CPU without gradients: the flash kernel, with queries rotated block by block
     fused = value.device.type == "cpu" and value.shape[-1] == width and not (softcap or dropout)
     if fused and not learning and kernels.FORCED in (None, "cpu"):
@@ -251,16 +255,31 @@ def banded_attention(
         arguments = geometry, scaling, sinks, value, *states, *keys
         return FusedAttention.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
-    # everything else: plain PyTorch, in blocks of queries whose scores fit in `SCORE_BYTES`
+    return plain_attention(geometry, states, keys, value, scaling, softcap, sinks, dropout)
+
+
+def plain_attention(
+    geometry: Geometry,
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    value: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Return [`banded_attention`] in plain PyTorch, in blocks of queries whose scores fit in [`SCORE_BYTES`]."""
+    batch, heads, count, _ = queries[0].shape
+
     def attend(start: int, stop: int) -> torch.Tensor:
-        attended, _ = attend_block(geometry, start, stop, states, keys, value, scaling, softcap, sinks, dropout)
+        attended, _ = attend_block(geometry, start, stop, queries, keys, value, scaling, softcap, sinks, dropout)
         return attended.view(batch, heads, stop - start, -1).transpose(1, 2)
 
     rows = max(16, SCORE_BYTES // (4 * batch * heads * keys[0].shape[2]))
     if rows >= count:
         return attend(0, count).contiguous()  # some models call `view` on it
     spans = [(start, min(start + rows, count)) for start in range(0, count, rows)]
-    if learning:  # the weights of all blocks are of quadratic size, so backward recomputes them
+    if _learning(sinks, value, *queries, *keys):  # backward recomputes the weights, which are of quadratic size
         return torch.cat([checkpoint(attend, *span, use_reentrant=False) for span in spans], 1)
     out = value.new_empty(batch, count, heads, value.shape[-1])
     for start, stop in spans:
@@ -284,6 +303,10 @@ def attention_with_weights(
     out, shares = attend_block(geometry, 0, count, states, keys, value, **options, spread=True)
     weights = torch.stack(list(shares)).sum(0).view(batch, heads, count, -1)
     return out.view(batch, heads, count, -1).transpose(1, 2).contiguous(), weights
+
+
+def _learning(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _ready(states: Sequence[torch.Tensor | Rotated], dtype: torch.dtype) -> list[Any]:
