@@ -33,10 +33,9 @@ from .errors import (
     renamed_arguments,
 )
 from .escaping import html_table
-from .evaluation.config import EvaluationConfig, checked
+from .evaluation.config import EvaluationConfig, checked, default_criterion
 from .evaluation.journal import RunJournal, open_journal, run_identity
-from .evaluation.key_search import default_criterion, key_search
-from .evaluation.key_tokens import KeyTokens
+from .evaluation.key_tokens import key_search
 from .evaluation.reading import write_atomically
 from .evaluation.rows import pooled_perplexity
 from .evaluation.runner import measure
@@ -270,7 +269,7 @@ class Trial:
     trained_length: int
     target_length: int
     attention_factor: float
-    keys: KeyTokens | None = None
+    keys: Mapping[str, Sequence[int]] | None = None
 
     def plan(self, genome: Genome) -> ExtensionPlan:
         """Return the LongRoPE plan of a genome."""
@@ -288,7 +287,7 @@ class Trial:
         finder = key_search(self.setup, criterion, [method_run(self.setup, yarn)])
         assert finder is not None
         keys, _ = finder.run(self.setup.accelerator, journal)
-        if not keys.found:
+        if not any(keys.values()):
             raise EvaluationError(
                 "No token of the documents needs the long context. Pass more documents, or objective='tail'."
             )

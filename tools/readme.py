@@ -22,7 +22,7 @@ from recommend_page import RECOMMEND, recommend_table
 from safetensors import safe_open
 
 from hf_posext import Results, list_methods
-from hf_posext.evaluation.key_tokens import Criterion
+from hf_posext.evaluation.config import Criterion
 from hf_posext.evaluation.rows import CONFIDENCE, RESAMPLES, bootstrap_interval, pooled_perplexity
 from hf_posext.reporting import describe_methods, markdown_table
 from hf_posext.reporting.tables import (

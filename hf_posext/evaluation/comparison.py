@@ -19,7 +19,7 @@ from ..patching.patch import unpatched
 from ..plan import ExtensionPlan
 from .config import EvaluationConfig, checked
 from .journal import open_journal, run_identity
-from .key_search import check_key_search, key_search
+from .key_tokens import check_key_search, key_search
 from .results import Results
 from .rows import title
 from .runner import measure
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from .config import Criterion
     from .documents import Document
-    from .key_tokens import Criterion
 
 
 @renamed_arguments(original_length="trained_length")
@@ -187,8 +187,8 @@ def measure_runs(
     # The journal is bound to everything that the numbers depend on, the evaluator of key tokens included.
     bare_models = list(dict.fromkeys(run.scorer.model for run in ([control] if control else []) + [*runs]))
     dependencies = {**identity, **setup.questions.identity(setup.tokenizer), **(search.identity if search else {})}
-    evaluators = search.others if search else []
-    whole_identity = run_identity(setup, [*bare_models, *evaluators], [run.plan for run in runs], **dependencies)
+    measured = list(dict.fromkeys([*bare_models, *([search.scorer.model] if search else [])]))
+    whole_identity = run_identity(setup, measured, [run.plan for run in runs], **dependencies)
     with ExitStack() as stack:
         for sharded in models:
             stack.enter_context(outer_weights(sharded))

@@ -7,10 +7,10 @@ import functools
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal, ParamSpec, TypeVar, get_type_hints
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
 from ..decode import MAX_TOKENS, check_type, plain, short
 from ..errors import InvalidParameterError
@@ -196,3 +196,48 @@ class EvaluationConfig:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["longppl"] = self.longppl if isinstance(self.longppl, str) else None
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+class Criterion(NamedTuple):
+    """Thresholds of a key token. Defaults are the paper's.
+
+    Args:
+        alpha (`float`, *optional*, defaults to 2.0): least gain by the long context, in nats.
+        beta (`float`, *optional*, defaults to -2.0): least log-probability given the long context, in nats.
+        short_length (`int`, *optional*, defaults to 4096): tokens of the short context.
+        stride (`int`, *optional*, defaults to 1024): number of tokens whose short contexts begin at the same token.
+    """
+
+    alpha: float = 2.0
+    beta: float = -2.0
+    short_length: int = 4096
+    stride: int = 1024
+
+
+def check_criterion(criterion: Criterion, longest: int) -> None:
+    """Refuse impossible thresholds, and windows that leave no short context in a row of `longest` tokens."""
+    alpha, beta, short_length, stride = criterion
+    for name, hint in get_type_hints(Criterion).items():
+        check_type(name, getattr(criterion, name), hint)
+    if not (math.isfinite(alpha) and math.isfinite(beta) and beta < 0):
+        raise InvalidParameterError(
+            f"alpha is {alpha} and beta {beta}, in nats. Pass numbers, beta below 0 since it is a log-probability, "
+            "as in alpha=2, beta=-2."
+        )
+    if short_length < 1 or stride < 1 or short_length + stride >= longest:
+        raise InvalidParameterError(
+            f"short_length is {short_length} and stride {stride}, and rows have up to {longest} tokens, so no context "
+            "is short. Pass positive numbers whose sum is below that, as in short_length=length // 8."
+        )
+
+
+def default_criterion(thresholds: Mapping[str, Any], trained_length: int | None, longest: int) -> Criterion:
+    """Return the requested criterion, with defaults from the paper and windows that fit.
+
+    The paper's short context has 4096 tokens. All of its models were trained on that length, which is well below the
+    measured lengths. The default here is half of the trained length, so that windows stay inside the trained length,
+    or half of the longest length if that is less, and at most 4096. The stride is a quarter of it, as in the paper.
+    """
+    values = {name: value for name, value in thresholds.items() if value is not None}
+    short = values.setdefault("short_length", min(4096, (trained_length or longest) // 2, longest // 2))
+    return Criterion(**values, stride=max(1, short // 4))

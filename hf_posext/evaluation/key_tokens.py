@@ -7,47 +7,40 @@ What is Wrong with Perplexity for Long-context Language Modeling?, https://arxiv
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..decode import check_type
 from ..errors import EvaluationError, InvalidParameterError
 from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode
-from .config import checked
+from .config import Criterion, check_criterion, checked, default_criterion
 from .documents import Document, as_documents
 from .forwards import check_positions
-from .rows import bootstrap_interval, pooled_perplexity
-from .scorer import TokenScorer, model_name, require_finite
+from .journal import RunJournal
+from .rows import bootstrap_interval, columns_of, key_sums, pooled_perplexity
+from .runner import measure
+from .scorer import TokenScorer, model_name, require_finite, token_scorer
+from .setup import Request, Setup
+from .tasks import MethodRun, Stage, Task, task_of
 from .tokens import TokenizedDocuments, TokensRead, check_vocabulary, read_by, tokenize_documents
 from .windows import windowed_nll
 
 if TYPE_CHECKING:
     import datasets
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
-
-class Criterion(NamedTuple):
-    """Thresholds of a key token. Defaults are the paper's.
-
-    Args:
-        alpha (`float`, *optional*, defaults to 2.0): least gain by the long context, in nats.
-        beta (`float`, *optional*, defaults to -2.0): least log-probability given the long context, in nats.
-        short_length (`int`, *optional*, defaults to 4096): tokens of the short context.
-        stride (`int`, *optional*, defaults to 1024): number of tokens whose short contexts begin at the same token.
-    """
-
-    alpha: float = 2.0
-    beta: float = -2.0
-    short_length: int = 4096
-    stride: int = 1024
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -143,29 +136,19 @@ class Contrast(NamedTuple):
 
 
 def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: int, criterion: Criterion) -> Contrast:
-    """Return the key tokens of a row that begins with `bos` special tokens.
-
-    Raises:
-        NonFiniteError: the logits are not finite.
-    """
+    """Return the key tokens of a row that begins with `bos` special tokens, or refuse logits that are not finite."""
     short = windowed_nll(scorer, row, criterion.short_length + criterion.stride, criterion.stride, bos)
     require_finite(short, id, culprit=scorer.culprit)
     long = whole_nll(scorer, row, id)
     short = np.append(long[: len(long) - len(short)], short)
-    keys = (
-        np.flatnonzero((short - long > criterion.alpha) & (-long > criterion.beta)) + 1
-    )  # the first NLL is token 1's
+    keys = 1 + np.flatnonzero((short - long > criterion.alpha) & (-long > criterion.beta))  # the first is token 1
     return Contrast(keys[keys >= max(1, bos)], long, short)  # the special prefix is not part of the text
 
 
 def find_in_row(
     scorer: TokenScorer, tokens: TokensRead, index: int, criterion: Criterion
 ) -> tuple[list[int], Contrast]:
-    """Return the indices of a document's key tokens in the row of the measured models, and the contrast behind them.
-
-    Raises:
-        NonFiniteError: the logits are not finite.
-    """
+    """Return the indices of a document's key tokens in the row of the measured models, and their contrast."""
     contrast = contrast_row(scorer, tokens.rows[index], tokens.ids[index], tokens.bos, criterion)
     return tokens.carry(index, contrast.keys).tolist(), contrast
 
@@ -191,23 +174,6 @@ def whole_nll(scorer: TokenScorer, row: torch.Tensor, id: str) -> np.ndarray:
     nll = scorer.token_nll(row[None])[0].double().numpy()
     require_finite(nll, id, culprit=scorer.culprit)
     return nll
-
-
-def check_criterion(criterion: Criterion, longest: int) -> None:
-    """Refuse impossible thresholds, and windows that leave no short context in a row of `longest` tokens."""
-    alpha, beta, short_length, stride = criterion
-    for name, hint in get_type_hints(Criterion).items():
-        check_type(name, getattr(criterion, name), hint)
-    if not (math.isfinite(alpha) and math.isfinite(beta) and beta < 0):
-        raise InvalidParameterError(
-            f"alpha is {alpha} and beta {beta}, in nats. Pass numbers, beta below 0 since it is a log-probability, "
-            "as in alpha=2, beta=-2."
-        )
-    if short_length < 1 or stride < 1 or short_length + stride >= longest:
-        raise InvalidParameterError(
-            f"short_length is {short_length} and stride {stride}, and rows have up to {longest} tokens, so no context "
-            "is short. Pass positive numbers whose sum is below that, as in short_length=length // 8."
-        )
 
 
 def check_reads(model: nn.Module, rows: Sequence[torch.Tensor]) -> None:
@@ -354,50 +320,18 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
     return (short_nll.detach() - long_nll.detach()).exp().clamp(max=cap)
 
 
-def key_sums(nll: np.ndarray, indices: Sequence[int], first: int = 1) -> dict[str, Any]:
-    """Return the NLL sum (float64, in nats) and the number of a document's key tokens.
-
-    `nll` contains the values of tokens `first`, `first + 1`, ... of the document's row.
-    """
-    return {"key_nll_sum": math.fsum(nll[index - first] for index in indices), "key_tokens": len(indices)}
-
-
-def longppl_cells(
-    records: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]], length: int, seed: int
-) -> dict[str, Any]:
-    """Return the LongPPL entries of a row; `None` if key tokens are unknown.
-
-    Records contain the [`key_sums`] of each document at the longest length, and `None` at all other lengths.
-    """
-    at_length = [record for record in records if record["length"] == length]
-    sums, counts = _columns(at_length, "key_nll_sum", "key_tokens")
-    control_sums, _ = _columns(
-        (record for record in control if record["length"] == length), "key_nll_sum", "key_tokens"
-    )
-    known = any(record["key_tokens"] is not None for record in at_length)
-    return {
-        "longppl": float(pooled_perplexity(sums, counts)) if counts else None,
-        "longppl_ci95": bootstrap_interval(sums, counts, seed) if counts else None,
-        "longppl_truncated": float(pooled_perplexity(control_sums, counts)) if control_sums else None,
-        "key_tokens": sum(counts) if known else None,
-    }
-
-
-def _columns(records: Iterable[Mapping[str, Any]], nll: str, tokens: str) -> tuple[list[float], list[int]]:
-    """Return the NLL sums and the token counts of the documents that have such tokens."""
-    counted = [record for record in records if record[tokens]]
-    return [record[nll] for record in counted], [record[tokens] for record in counted]
-
-
 def _pool(rows: TokenizedDocuments, nll: list[np.ndarray], keys: KeyTokens, seed: int) -> LongPPL:
     per_document: list[dict[str, Any]] = []
     for id, values in zip(rows.ids, nll, strict=True):
         total, count = key_sums(values, keys.indices[id]).values()
-        longppl = float(pooled_perplexity([total], [count])) if count else None
-        record = {"document": id, "nll_sum": total, "key_tokens": count, "longppl": longppl}
-        per_document.append({**record, "tokens": len(values), "all_nll_sum": math.fsum(values)})
-    sums, counts = _columns(per_document, "nll_sum", "key_tokens")
-    all_sums, all_counts = _columns(per_document, "all_nll_sum", "tokens")
+        of_keys = {
+            "nll_sum": total,
+            "key_tokens": count,
+            "longppl": float(pooled_perplexity([total], [count])) if count else None,
+        }
+        per_document.append({"document": id, **of_keys, "tokens": len(values), "all_nll_sum": math.fsum(values)})
+    sums, counts = columns_of(per_document, "nll_sum", "key_tokens")
+    all_sums, all_counts = columns_of(per_document, "all_nll_sum", "tokens")
     if not counts:
         raise EvaluationError(
             f"none of {sum(all_counts)} tokens is key ({keys.found} of the evaluator's own are): at alpha "
@@ -416,3 +350,131 @@ def _pool(rows: TokenizedDocuments, nll: list[np.ndarray], keys: KeyTokens, seed
         left_out=rows.left_out,
         keys=keys,
     )
+
+
+WHOLE = ("prefix", "sliding", "rolling")
+"""Protocols that score every token given all earlier tokens at the longest length."""
+
+
+@dataclass(frozen=True)
+class KeySearch:
+    """Search for key tokens by one evaluator. `enter` returns the context in which its patch is in force."""
+
+    setup: Setup
+    evaluator: str
+    scorer: TokenScorer
+    tokens: TokensRead
+    criterion: Criterion
+    enter: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        return {"evaluator": self.evaluator, **self.criterion._asdict()}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Facts about the search that a run depends on, in addition to the evaluator's weights."""
+        fingerprint = hashlib.sha256(repr([row.tolist() for row in self.tokens.rows]).encode()).hexdigest()
+        return {"longppl": {**self._facts, "tokens": fingerprint}}
+
+    def run(
+        self, accelerator: Accelerator | None, journal: RunJournal | None
+    ) -> tuple[dict[str, list[int]], dict[str, Any]]:
+        """Find the key tokens on all processes.
+
+        Returns:
+            Their indices in the row of each document that the evaluator could read, and the entry of the provenance.
+
+        Raises:
+            EvaluationError: the evaluator failed on every document.
+        """
+        tasks = [self._task(id, row) for id, row in zip(self.tokens.ids, self.tokens.rows, strict=True)]
+        stage = Stage(f"key tokens by {self.evaluator}", self.enter, tasks, self._find)
+        outcomes = measure([stage], accelerator=accelerator, journal=journal)
+        failures = {str(task.document): reason for task in tasks if (reason := outcomes[task].failure) is not None}
+        if len(failures) == len(tasks):
+            raise EvaluationError(
+                f"no key tokens: {self.evaluator} failed on every document: {next(iter(failures.values()))}. Pass "
+                "another evaluator, as in --longppl org/name, or leave longppl out."
+            )
+        values = {str(task.document): outcomes[task].value for task in tasks if str(task.document) not in failures}
+        if not any(value["found"] for value in values.values()):
+            logger.warning(
+                "no token is key, so there is no LongPPL: more than %d tokens of context do not help %s; use an "
+                "evaluator that reads longer, or a smaller short_length",
+                self.criterion.short_length,
+                self.evaluator,
+            )
+        left_out = [{"document": id, "reason": reason} for id, reason in failures.items()]
+        return {id: value["indices"] for id, value in values.items()}, {**self._facts, "left_out": left_out}
+
+    def _find(self, task: Task) -> dict[str, Any]:
+        index = self.tokens.ids.index(str(task.document))
+        indices, contrast = find_in_row(self.scorer, self.tokens, index, self.criterion)
+        return {"indices": indices, "found": len(contrast.keys)}
+
+    def _task(self, id: str, row: torch.Tensor) -> Task:
+        size = self.criterion.short_length + self.criterion.stride
+        windows = 1 + max(0, len(row) - size) // self.criterion.stride
+        reads = [len(row), *[min(size, len(row))] * windows]
+        return task_of("keys", self.evaluator, 1.0, self.setup.lengths[-1:], reads, document=id)
+
+
+def check_key_search(request: Request, trained_length: int | None, labels: Sequence[str]) -> Criterion | None:
+    """Return the checked criterion of key tokens; `None` without LongPPL. This needs no documents.
+
+    Raises:
+        InvalidParameterError: no method has the label, several methods have it (pass `"yarn x8"`), the protocol does
+            not score every token, or the criterion is impossible.
+    """
+    config = request.config
+    thresholds = {"alpha": config.alpha, "beta": config.beta, "short_length": config.short_length}
+    if config.longppl is None:
+        for name, value in thresholds.items():
+            if value is not None:
+                raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL. Pass longppl=, too.")
+        return None
+    # The model of a label reads with the tokenizer of the documents.
+    if isinstance(config.longppl, tuple) and (len(config.longppl) != 2 or isinstance(config.longppl[0], str)):
+        raise InvalidParameterError("Expected longppl to be a label, a model, or (model, tokenizer).")
+    if request.protocol.name not in WHOLE:
+        raise InvalidParameterError(
+            f"longppl needs the NLL of every token given all tokens before it, which protocol "
+            f"{request.protocol.name!r} does not give. Choose {', '.join(WHOLE)}, or leave longppl out."
+        )
+    criterion = default_criterion(thresholds, trained_length, request.lengths[-1])
+    if isinstance(config.longppl, str):
+        _find_label(config.longppl, labels)
+        check_criterion(criterion, request.lengths[-1])
+    return criterion
+
+
+def key_search(setup: Setup, criterion: Criterion | None, runs: Sequence[MethodRun]) -> KeySearch | None:
+    """Return the search for key tokens; `None` without a criterion. A label refers to one of the runs.
+
+    Raises:
+        InvalidParameterError: the evaluator cannot read the documents, or the criterion is impossible.
+    """
+    if criterion is None:
+        return None
+    evaluator = setup.config.longppl
+    model, tokenizer = evaluator if isinstance(evaluator, tuple) else (evaluator, None)
+    tokens = read_by(tokenizer, setup.tokenizer, setup.texts, setup.documents)
+    check_criterion(criterion, max(len(row) for row in tokens.rows))
+    if isinstance(model, str):
+        run = runs[_find_label(model, [run.name for run in runs])]
+        return KeySearch(setup, run.name, run.scorer, tokens, criterion, run.enter)
+    check_reads(model, tokens.rows)
+    scorer = token_scorer(model, setup.memory)
+    return KeySearch(setup, evaluator_name(model), scorer, tokens, criterion, lambda: evaluation_mode(scorer.model))
+
+
+def _find_label(label: str, names: Sequence[str]) -> int:
+    """Return the index of the method with this label or name."""
+    matches = [index for index, name in enumerate(names) if label in (name, name.rsplit(" x", 1)[0])]
+    if len(matches) != 1:
+        raise InvalidParameterError(
+            f"longppl is {label!r}, which {'several' if matches else 'none'} of the methods are: {', '.join(names)}. "
+            "Pass one of these, or a model (on the command line its folder or Hub id, with a slash in it)."
+        )
+    return matches[0]

@@ -371,3 +371,36 @@ def _bits_per_byte(records: Sequence[DocumentRecord]) -> float | None:
         return None
     size: int = sum(record["bytes"] for record in records)
     return math.fsum(record["nll_sum"] for record in records) / math.log(2) / size if size else None
+
+
+def key_sums(nll: np.ndarray, indices: Sequence[int], first: int = 1) -> dict[str, Any]:
+    """Return the NLL sum (float64, in nats) and the number of a document's key tokens.
+
+    `nll` contains the values of tokens `first`, `first + 1`, ... of the document's row.
+    """
+    return {"key_nll_sum": math.fsum(nll[index - first] for index in indices), "key_tokens": len(indices)}
+
+
+def longppl_cells(
+    records: Sequence[DocumentRecord], control: Sequence[DocumentRecord], length: int, seed: int
+) -> dict[str, Any]:
+    """Return the LongPPL entries of a row; `None` if key tokens are unknown.
+
+    Records contain the [`key_sums`] of each document at the longest length, and `None` at all other lengths.
+    """
+    at_length = _at(records, length)
+    sums, counts = columns_of(at_length, "key_nll_sum", "key_tokens")
+    control_sums, _ = columns_of(_at(control, length), "key_nll_sum", "key_tokens")
+    known = any(record["key_tokens"] is not None for record in at_length)
+    return {
+        "longppl": float(pooled_perplexity(sums, counts)) if counts else None,
+        "longppl_ci95": bootstrap_interval(sums, counts, seed) if counts else None,
+        "longppl_truncated": float(pooled_perplexity(control_sums, counts)) if control_sums else None,
+        "key_tokens": sum(counts) if known else None,
+    }
+
+
+def columns_of(records: Iterable[Mapping[str, Any]], nll: str, tokens: str) -> tuple[list[float], list[int]]:
+    """Return the NLL sums and the token counts of the documents that have such tokens."""
+    counted = [record for record in records if record[tokens]]
+    return [record[nll] for record in counted], [record[tokens] for record in counted]

@@ -14,10 +14,9 @@ from ..patching import patch_model
 from ..patching.frequencies import forget_length
 from ..plan import ExtensionPlan
 from .forwards import boundaries_of
-from .key_tokens import KeyTokens, key_sums, longppl_cells
 from .questions import NO_QUESTIONS, Questions
 from .results import Results
-from .rows import DocumentRecord, RetrievalRow, Row, document_record, make_rows, title
+from .rows import DocumentRecord, RetrievalRow, Row, document_record, key_sums, longppl_cells, make_rows, title
 from .setup import Setup
 from .windows import CONTROL, Measurement, control_windows, cost_of
 
@@ -106,7 +105,8 @@ class MethodRun:
         enter (`Callable`, *optional*): returns the context in which the plan is in force.
         truncated (`int`, *optional*): most tokens of context per token, for the control only.
         questions ([`Questions`], *optional*): questions to answer; none by default.
-        keys ([`KeyTokens`], *optional*): tokens whose NLL is also reported separately, at the longest length.
+        keys (`Mapping`, *optional*): indices of the key tokens in the row of each document. Their NLL is also reported
+            separately, at the longest length.
     """
 
     setup: Setup
@@ -117,7 +117,7 @@ class MethodRun:
     enter: Callable[[], AbstractContextManager[Any]] = nullcontext
     truncated: int | None = None
     questions: Questions = NO_QUESTIONS
-    keys: KeyTokens | None = None
+    keys: Mapping[str, Sequence[int]] | None = None
 
     @property
     def name(self) -> str:
@@ -230,7 +230,7 @@ class MethodRun:
         """Return the NLL sum and number of a document's key tokens; empty if key tokens were not requested."""
         if self.keys is None:
             return {}
-        indices = self.keys.indices.get(self.documents[index])
+        indices = self.keys.get(self.documents[index])
         if indices is None or measurement.length < self.setup.lengths[-1]:
             return {"key_nll_sum": None, "key_tokens": None}
         assert measurement.first is not None  # the protocols of LongPPL score every token

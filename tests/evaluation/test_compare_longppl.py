@@ -15,10 +15,8 @@ from transformers import LlamaForCausalLM
 
 from hf_posext import patch_model
 from hf_posext.errors import EvaluationError, InvalidParameterError, JournalError, NonFiniteError
-from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity, find_key_tokens, longppl
-from hf_posext.evaluation import key_search as key_search_module
-from hf_posext.evaluation.key_search import default_criterion
-from hf_posext.evaluation.key_tokens import Criterion
+from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity, find_key_tokens, key_tokens, longppl
+from hf_posext.evaluation.config import Criterion, default_criterion
 from hf_posext.evaluation.results import ROW_KEYS
 
 from ..conftest import TRAINED, tiny_gpt2, tiny_llama
@@ -236,7 +234,7 @@ def test_no_key_tokens_are_no_error(texts: list[str], caplog: pytest.LogCaptureF
 def test_a_document_whose_key_tokens_cannot_be_found_counts_for_the_rest(
     texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed, find = run(texts, longppl="none"), key_search_module.find_in_row
+    undisturbed, find = run(texts, longppl="none"), key_tokens.find_in_row
 
     def fail_at(which: set[int]) -> None:
         def find_or_fail(scorer: Any, documents: Any, index: int, criterion: Any) -> Any:
@@ -244,7 +242,7 @@ def test_a_document_whose_key_tokens_cannot_be_found_counts_for_the_rest(
                 raise NonFiniteError(f"logits are not finite in document {index}")
             return find(scorer, documents, index, criterion)
 
-        monkeypatch.setattr(key_search_module, "find_in_row", find_or_fail)
+        monkeypatch.setattr(key_tokens, "find_in_row", find_or_fail)
 
     fail_at({1})
     results = run(texts, longppl="none")
@@ -274,7 +272,7 @@ def test_a_run_goes_on_with_the_key_tokens_of_its_journal(
     journal.write_text("".join(lines[:3]))  # two of four documents have key tokens
     assert run(texts, longppl="linear", journal=journal).rows == undisturbed.rows
     assert len(journal.read_text().splitlines()) == len(lines)
-    monkeypatch.setattr(key_search_module, "find_in_row", None)
+    monkeypatch.setattr(key_tokens, "find_in_row", None)
     assert run(texts, longppl="linear", journal=journal).rows == undisturbed.rows, "nothing is found twice"
     changes: list[dict[str, Any]] = [
         {"longppl": "none"},

@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_posext.errors import EvaluationError, InvalidParameterError
 from hf_posext.evaluation import Document, find_key_tokens, longce_weights, longppl
-from hf_posext.evaluation.key_tokens import Criterion, contrast_row
+from hf_posext.evaluation.config import Criterion
+from hf_posext.evaluation.key_tokens import contrast_row
 from hf_posext.evaluation.prompts import passkey_prompts
 from hf_posext.evaluation.scorer import TokenScorer
 from hf_posext.evaluation.tokens import tokens_inside
