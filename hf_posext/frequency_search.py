@@ -34,12 +34,11 @@ from .errors import (
 )
 from .escaping import html_table
 from .evaluation.config import EvaluationConfig, checked, default_criterion
-from .evaluation.journal import RunJournal, open_journal, run_identity
 from .evaluation.key_tokens import key_search
 from .evaluation.reading import write_atomically
 from .evaluation.rows import pooled_perplexity
-from .evaluation.runner import measure
-from .evaluation.setup import Setup, check_request, prepare
+from .evaluation.runner import RunJournal, measure, open_journal
+from .evaluation.setup import Setup, check_request, prepare, run_identity
 from .evaluation.tasks import MethodRun, method_run
 from .methods import NTK, LongRoPE, YaRN
 from .methods.base import components_of

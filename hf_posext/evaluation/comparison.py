@@ -18,13 +18,12 @@ from ..patching.modes import evaluation_mode, outer_weights
 from ..patching.patch import unpatched
 from ..plan import ExtensionPlan
 from .config import EvaluationConfig, checked
-from .journal import open_journal, run_identity
 from .key_tokens import check_key_search, key_search
 from .results import Results
 from .rows import title
-from .runner import measure
+from .runner import measure, open_journal
 from .scorer import model_name
-from .setup import Refusals, Request, check_reads, check_request, plan_comparison, prepare, try_plans
+from .setup import Refusals, Request, check_reads, check_request, plan_comparison, prepare, run_identity, try_plans
 from .tasks import Assembly, MethodRun, Outcomes, control_run, method_run, name_of
 from .windows import CONTROL
 

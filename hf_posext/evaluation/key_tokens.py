@@ -26,9 +26,8 @@ from ..patching.modes import evaluation_mode
 from .config import Criterion, check_criterion, checked, default_criterion
 from .documents import Document, as_documents
 from .forwards import check_positions
-from .journal import RunJournal
 from .rows import bootstrap_interval, columns_of, key_sums, pooled_perplexity
-from .runner import measure
+from .runner import RunJournal, measure
 from .scorer import TokenScorer, model_name, require_finite, token_scorer
 from .setup import Request, Setup
 from .tasks import MethodRun, Stage, Task, task_of

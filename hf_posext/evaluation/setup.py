@@ -1,8 +1,13 @@
-"""Setup of a measurement. Settings and plans are checked first, and only then are documents read and tokenized."""
+"""Setup of a measurement, and the identity that binds a journal to it.
+
+Settings and plans are checked first, and only then are documents read and tokenized.
+"""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import logging
 import platform
 import shlex
@@ -12,7 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
@@ -22,6 +31,7 @@ from ..packages import machine, versions_of
 from ..patching import patch_model
 from ..patching.detect import model_kind
 from ..patching.effect import refuse_idle_components
+from ..patching.frequencies import forget_length
 from ..plan import ExtensionPlan
 from ..processes import everywhere, processes_of, shares_texts
 from ..scheme import PositionalScheme
@@ -263,3 +273,108 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
 def is_remote(instance: Any) -> bool:
     """Return `True` if the class of a model or tokenizer is code of a checkpoint, not of a package."""
     return type(instance).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+
+
+SAMPLES = 32
+"""Number of values of each tensor in a fingerprint, in addition to the sum, which does not depend on their order."""
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer dtype with as many bits as a value, by the value's size in bytes."""
+
+
+def run_identity(
+    setup: Setup, models: Sequence[Any], plans: Sequence[ExtensionPlan | None], **dependencies: Any
+) -> dict[str, Any]:
+    """Return everything that the measurements of a run depend on.
+
+    Options that save memory are not included. They change only the rounding, and a run that was killed for lack of
+    memory can then continue with smaller chunks.
+    """
+    config, versions = setup.config, dict(setup.provenance["versions"])
+    return {
+        "versions": {name: versions[name] for name in ("hf_posext", "torch", "transformers")},
+        "models": [
+            {
+                "model": model_name(model),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": model.device.type,
+                "autocast": (dtype := autocast_dtype(model)) and str(dtype).removeprefix("torch."),
+                "matmul": torch.get_float32_matmul_precision(),
+                "attention": getattr(model.config, "_attn_implementation", None),
+                "config": _config(model),
+                "weights": weights_fingerprint(model),
+            }
+            for model in models
+        ],
+        "plans": [None if plan is None else plan.to_dict() for plan in plans],
+        "lengths": setup.lengths,
+        "protocol": setup.protocol.name,
+        "stride": config.stride,
+        "tail": config.tail,
+        "start": config.start,
+        "seed": config.seed,
+        "tokens": tokens_fingerprint(setup.documents),
+        **dependencies,
+    }
+
+
+def tokens_fingerprint(documents: TokenizedDocuments) -> str:
+    """Return a fingerprint of the ids, tokens, and bytes of all documents, in order."""
+    digest = hashlib.sha256(repr((documents.ids, documents.bos, tuple(documents.tokens.shape))).encode())
+    for table in (documents.tokens, documents.byte_ends):
+        digest.update(b"" if table is None else table.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """Return a model's config, including quantisation, without its path and the version of transformers."""
+    config = json.loads(json.dumps(model.config.to_dict(), default=str))
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+@torch.no_grad()
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return a fingerprint of a model's numbers: each tensor by name, shape, dtype, and values, and plain floats.
+
+    Tensors are parameters, buffers (even if they are not saved), and everything else that quantised layers save. Plain
+    floats are the attributes of modules, such as epsilons or the scaling of an adapter. The active adapters count too.
+    If weights are sharded, every process has to call this function.
+    """
+    forget_length(model)  # the buffers of a dynamic rotary module depend on what was read
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers(remove_duplicate=False)) | model.state_dict()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, torch.Tensor):
+            _add(digest, name, tensor)
+    for name, module in model.named_modules():
+        numbers = sorted((key, value) for key, value in vars(module).items() if _is_numeric(value))
+        digest.update(repr((name, numbers, _adapters_of(module))).encode())
+    return digest.hexdigest()
+
+
+def _is_numeric(value: Any) -> bool:
+    """Return `True` for a float or a dictionary of floats. Integers are excluded, because some of them count calls."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return bool(values) and all(isinstance(item, float) for item in values)
+
+
+def _adapters_of(module: nn.Module) -> list[Any]:
+    """Return the active adapters of a layer, and whether all are disabled; empty for a layer without adapters."""
+    states = [getattr(module, name, None) for name in ("active_adapters", "disable_adapters")]
+    return [state for state in states if state is not None and not callable(state)]  # a whole model has methods
+
+
+def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    elif is_traceable_wrapper_subclass(tensor):  # quantised by torchao: the numbers are in the inner tensors
+        for part in tensor.__tensor_flatten__()[0]:
+            _add(digest, f"{name}.{part}", getattr(tensor, part))
+        return
+    if tensor.numel() and not tensor.is_meta:  # offloaded weights have no values to read
+        values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        # Integer sums do not depend on the order of summation. The sampled values record the order of the tensor.
+        bits = values.view(BITS[values.element_size()]).reshape(-1)
+        places = torch.arange(SAMPLES, device=bits.device) * (bits.numel() - 1) // (SAMPLES - 1)
+        digest.update(torch.cat([bits[places].long(), bits.sum(dtype=torch.int64)[None]]).cpu().numpy().tobytes())

@@ -30,11 +30,10 @@ from ..errors import (
 )
 from ..evaluation.config import EvaluationConfig
 from ..evaluation.forwards import check_positions
-from ..evaluation.journal import RunJournal, open_journal, run_identity
 from ..evaluation.questions import Questions
 from ..evaluation.rows import bootstrap_interval, pooled_perplexity
-from ..evaluation.runner import measure
-from ..evaluation.setup import Refusals, Setup, check_request, prepare, try_plans
+from ..evaluation.runner import RunJournal, measure, open_journal
+from ..evaluation.setup import Refusals, Setup, check_request, prepare, run_identity, try_plans
 from ..evaluation.tasks import MethodRun, Outcomes, Stage, Task, control_run, method_run
 from ..evaluation.windows import CONTROL, control_windows
 from ..methods import Composition, Decay, Fade, Method, RemapMethod, as_method, list_methods

@@ -23,8 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_posext import compare, patch_model
 from hf_posext.errors import UnsupportedModelError
-from hf_posext.evaluation.journal import weights_fingerprint
 from hf_posext.evaluation.scorer import ContextParallelScorer, Memory, TokenScorer
+from hf_posext.evaluation.setup import weights_fingerprint
 
 from ..conftest import TRAINED, tiny_llama, tokens
 from .helpers import character_tokenizer, random_texts

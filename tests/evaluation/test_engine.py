@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from hf_posext.errors import InvalidParameterError, JournalError, NonFiniteError
-from hf_posext.evaluation.journal import RunJournal
-from hf_posext.evaluation.runner import measure
+from hf_posext.evaluation.runner import RunJournal, measure
 from hf_posext.evaluation.tasks import Outcome, Stage, Task
 from hf_posext.processes import deal, everywhere, processes_of, rank_of
 

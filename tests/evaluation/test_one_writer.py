@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from hf_posext.errors import InvalidParameterError, JournalError
-from hf_posext.evaluation.journal import RunJournal
+from hf_posext.evaluation.runner import RunJournal
 from hf_posext.evaluation.tasks import Task
 from hf_posext.processes import SIZES, WriterLock, processes_of
 

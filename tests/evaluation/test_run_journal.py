@@ -15,7 +15,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from hf_posext.errors import JournalError
-from hf_posext.evaluation.journal import RunJournal, weights_fingerprint
+from hf_posext.evaluation.runner import RunJournal
+from hf_posext.evaluation.setup import weights_fingerprint
 from hf_posext.evaluation.tasks import Task, key_text
 from hf_posext.processes import journal_files
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hf_posext.errors import JournalError
 from hf_posext.evaluation import Document, Documents, Results, compare, evaluate_perplexity
 from hf_posext.evaluation.documents import as_documents
-from hf_posext.evaluation.journal import weights_fingerprint
+from hf_posext.evaluation.setup import weights_fingerprint
 
 from ..conftest import tiny_llama
 from ..evaluation.helpers import character_tokenizer, random_texts
