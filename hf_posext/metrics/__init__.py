@@ -4,6 +4,6 @@ from ..packages import require
 
 require("eval")
 
-from .long_document_perplexity import LongDocumentPerplexity
+from .long_document_perplexity.long_document_perplexity import LongDocumentPerplexity
 
 __all__ = ["LongDocumentPerplexity"]
