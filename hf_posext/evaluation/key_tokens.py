@@ -32,7 +32,7 @@ from .scorer import TokenScorer, model_name, require_finite, token_scorer
 from .setup import Request, Setup
 from .tasks import MethodRun, Stage, Task, task_of
 from .tokens import TokenizedDocuments, TokensRead, check_vocabulary, read_by, tokenize_documents
-from .windows import windowed_nll
+from .windows import sliding_windows, windows_nll
 
 if TYPE_CHECKING:
     import datasets
@@ -136,7 +136,8 @@ class Contrast(NamedTuple):
 
 def contrast_row(scorer: TokenScorer, row: torch.Tensor, id: str, bos: int, criterion: Criterion) -> Contrast:
     """Return the key tokens of a row that begins with `bos` special tokens, or refuse logits that are not finite."""
-    short = windowed_nll(scorer, row, criterion.short_length + criterion.stride, criterion.stride, bos)
+    windows = sliding_windows(len(row), criterion.short_length + criterion.stride, criterion.stride, bos)
+    short = windows_nll(scorer, row, windows)
     require_finite(short, id, culprit=scorer.culprit)
     long = whole_nll(scorer, row, id)
     short = np.append(long[: len(long) - len(short)], short)

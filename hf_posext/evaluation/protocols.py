@@ -1,295 +1,267 @@
-"""All protocols by name, and those of causal language models. Legacy ones reproduce published averages.
-
-Legacy protocols do not weigh tokens equally. The control is averaged in the same way as the methods. Bits per byte do
-not use that average. They are the sum of NLL per byte if each token is scored once, else `None`.
-"""
+"""All protocols by name, and those of encoders and encoder-decoders, with special tokens around every text."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from ..errors import EvaluationError, InvalidParameterError
-from .encoders import Pseudo, Seq2Seq
-from .forwards import Boundaries
-from .scorer import Memory, TokenScorer, autocast_dtype, require_finite, token_scorer
-from .tokens import TokenizedDocuments, first_scored
+from ..errors import InvalidParameterError, UnsupportedModelError
+from .forwards import Room, deviation, hidden_states, with_hidden_states
+from .scorer import BATCH_TOKENS, WHOLE, Memory, Scorer, require_finite, scored_model, tokens_read
+from .tokens import TokenizedDocuments, special_tokens
 from .windows import (
+    LegacyLongLoRA,
+    LegacyYaRN,
     Measurement,
     PerplexityProtocol,
-    TruncatedReader,
-    Window,
-    check_stride,
-    rolling_windows,
-    sliding_windows,
-    windows_nll,
+    Prefix,
+    Rolling,
+    Sliding,
+    Tail,
 )
 
-GUARD_TOKENS = 64
-"""Number of last tokens at the shortest length that are compared with a fresh forward.
 
-Positions that depend on the input length change all tokens, and the last ones most. The head on all tokens took 6 % of
-a run with a large vocabulary.
-"""
+class FramedScorer(Scorer):
+    """Base class of scorers that put special tokens around each text, which their models read as a whole."""
 
-NO_BOS = "none: the tokenizer adds none"
+    def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
+        self.model = scored_model(model)
+        if memory.prefill_chunk is not None:
+            raise InvalidParameterError(
+                f"prefill_chunk is {memory.prefill_chunk}, and {type(self.model).__name__} reads a text as a whole. "
+                "Leave it out."
+            )
+        # On the CPU like the texts, even if the default device of the process is another one.
+        self.before, self.after = (
+            torch.tensor(ids, dtype=torch.long, device="cpu") for ids in special_tokens(tokenizer)
+        )
+
+    @property
+    def special(self) -> int:
+        """Number of special tokens around a text."""
+        return len(self.before) + len(self.after)
+
+    def around(self, text: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of a text with the special tokens around it."""
+        return torch.cat([self.before, text, self.after])
 
 
-class OfDecoders(PerplexityProtocol):
-    """Base class of the protocols of causal language models."""
-
-    bos_place: ClassVar[str] = "first token of each document"
+class OfFramedTexts(PerplexityProtocol):
+    """Base class of the protocols that put special tokens around each text."""
 
     def bos_rule(self, bos: int) -> str:
-        place = self.bos_place if bos < 2 else self.bos_place.replace("first token", f"first {bos} tokens", 1)
-        return place if bos else NO_BOS
+        return "special tokens of the tokenizer around each text, counted"
 
-    def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> TokenScorer:
-        return token_scorer(model, memory)
+
+def require_room(length: int, needed: int) -> None:
+    """Refuse a text that is too short to score."""
+    if length < needed:
+        raise InvalidParameterError(f"a text of {length} tokens is too short to score. Pass {needed} or more.")
+
+
+SAMPLES = 64
+"""Number of masked tokens per document, each in a separate forward. Eight novels give 512 tokens."""
+
+
+class MaskedScorer(FramedScorer):
+    """Scorer of masked tokens for an encoder with a masked-LM head."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
+        super().__init__(model, tokenizer, memory)
+        if tokenizer.mask_token_id is None:
+            raise InvalidParameterError("the tokenizer has no mask token. Load the one that belongs to the encoder.")
+        self.mask: int = tokenizer.mask_token_id
+        self._trunk: nn.Module = self.model.base_model
+        self._texts = Room("texts in a batch", BATCH_TOKENS)
+        self._checked = False
+
+    @torch.no_grad()
+    def token_nll(self, texts: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Return the NLL of one masked token of each text.
+
+        Args:
+            texts (`torch.LongTensor` of shape `(texts, length)`): texts without special tokens.
+            at (`torch.LongTensor` of shape `(texts,)`): index of the token to mask and score in each text.
+
+        Returns:
+            `torch.FloatTensor` of shape `(texts,)`, float32 on the CPU, in nats.
+        """
+        targets = texts.gather(1, at[:, None])[:, 0]
+        masked = texts.scatter(1, at[:, None], self.mask)
+        inputs = torch.stack([self.around(text) for text in masked]).to(self.model.device)
+        at = at + len(self.before)
+        if not self._checked:
+            self._check(inputs[:1], at[:1])
+        nll = torch.empty(len(inputs), dtype=torch.float32, device="cpu")
+        for part in self._texts.parts(range(len(inputs)), cost=inputs.shape[1]):
+            with part:
+                logits = self._logits(inputs[part.items], at[part.items]).float().cpu()
+                nll[part.items] = F.cross_entropy(logits, targets[part.items], reduction="none")
+                tokens_read(inputs[part.items].numel())
+        self.look_at(nll[:, None], lambda row: self._logits(inputs[row : row + 1], at[row : row + 1]))
+        return nll
+
+    def _logits(self, inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Return the logits `(rows, vocabulary)` at position `at` of each row.
+
+        Only that position passes through the head.
+        """
+
+        def keep_one(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = hidden_states(output)
+            places = at.to(hidden.device)[:, None, None].expand(-1, 1, hidden.shape[-1])
+            return with_hidden_states(output, hidden.gather(1, places))
+
+        handle = self._trunk.register_forward_hook(keep_one)
+        try:
+            logits: torch.Tensor = self.model(input_ids=inputs).logits[:, 0]
+        finally:
+            handle.remove()
+        return logits
+
+    def _check(self, inputs: torch.Tensor, at: torch.Tensor) -> None:
+        """Refuse a head that reads more than the token it predicts, because it would be scored wrongly."""
+        full = self.model(input_ids=inputs).logits[0, at[0]]
+        difference = deviation(self._logits(inputs, at)[0], full)
+        if difference is not None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has a head that reads more than the token that it predicts (logits "
+                f"differ by {difference:.2g}), so it has no pseudo-perplexity"
+            )
+        self._checked = True
 
 
 @dataclass(frozen=True)
-class Prefix(OfDecoders):
-    """Perplexity of the first `L` tokens of each document, for every length `L`.
+class Pseudo(OfFramedTexts):
+    """Pseudo-perplexity of an encoder (Salazar et al. 2020, arXiv 1910.14659): each masked token given all others.
 
-    Token `t` is scored given all tokens before it. If positions do not depend on the input length, one forward over
-    the longest length covers all lengths, because causal attention does not see later tokens. LongRoPE with two
-    frequency lists takes two forwards, and dynamic NTK takes one for each length.
-    """
+    A text of length `L` is the first `n = L - specials` tokens of a document, with the tokenizer's special tokens
+    around it. `S = min(samples, n)` of its tokens are scored: the middle token of each of `S` equal stretches (token
+    `(2 j + 1) n // (2 S)` for `j` below `S`). Each token is masked alone in a separate forward, because other masked
+    tokens would be missing from its context. The tail is the second half of the scored tokens. All methods score the
+    same tokens.
 
-    name: ClassVar[str] = "prefix"
-
-    def first(self, length: int, bos: int) -> int:
-        """Return the index of the first scored token at a length, after a special prefix of `bos` tokens."""
-        return first_scored(bos)
-
-    def tail(self, length: int) -> int | None:
-        """Return the number of scored tokens in the second half if it is not half of them, else `None`."""
-        return None
-
-    def passes(self, lengths: list[int], boundaries: Boundaries) -> list[list[int]]:
-        return boundaries.groups(lengths)
-
-    def measure(
-        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int],
-        context: int | None = None,
-    ) -> list[Measurement]:  # fmt: skip
-        row, firsts = documents.tokens[index], [self.first(length, documents.bos) for length in lengths]
-        begin, end = firsts[0], lengths[-1]
-        reader = TruncatedReader(scorer, row, context or end, documents.bos, begin)
-        nll = reader.nll([Window(0, begin, end)])
-        require_finite(nll, documents.ids[index], range(begin, end), scorer.culprit)
-        # Sharing a forward between lengths is verified once, on the first document.
-        if context is None and index == 0 and len(lengths) > 1:
-            shared = nll[: lengths[0] - begin][-GUARD_TOKENS:]
-            fresh = windows_nll(scorer, row, [Window(0, lengths[0] - len(shared), lengths[0])])
-            require_agreement(fresh, shared, lengths, autocast_dtype(scorer.model) or scorer.model.dtype)
-        return [
-            Measurement(length, nll[first - begin : length - begin], first, self.tail(length))
-            for length, first in zip(lengths, firsts, strict=True)
-        ]
-
-    def reads(self, lengths: list[int], longest: int) -> list[int]:
-        return lengths[-1:]
-
-
-@dataclass(frozen=True)
-class Tail(Prefix):
-    """Perplexity of the last `K` of the first `L` tokens of each document, for every length `L`.
-
-    Documents are read as by [`Prefix`], and token `t` is scored given all tokens before it. Only tokens with at least
-    `L - K` tokens before them are scored.
+    The control scores them in a window of the trained length `T`, special tokens included. The window has
+    `w = T - specials` text tokens and begins `w // 2` tokens before the scored token. It is shifted if it would extend
+    past either end of the text.
 
     Args:
-        tokens (`int`): the number `K` of scored tokens, at most `L - 1`.
+        samples (`int`, *optional*, defaults to 64): number of scored tokens per document and length.
     """
 
-    tokens: int
-    name: ClassVar[str] = "tail"
-    option: ClassVar[str] = "tail"
+    samples: int = SAMPLES
+    name: ClassVar[str] = "pseudo"
 
-    def check(self, lengths: list[int]) -> None:
-        if not 1 <= self.tokens <= lengths[0] - 1:
-            raise InvalidParameterError(
-                f"tail is {self.tokens} for texts of {lengths[0]} tokens, the first of which is not scored. Pass 1 to "
-                f"{lengths[0] - 1}."
-            )
-
-    def first(self, length: int, bos: int) -> int:
-        return max(first_scored(bos), length - self.tokens)
-
-    def tail(self, length: int) -> int:
-        return min(self.tokens, (length + 1) // 2)
-
-
-class ReadsWindows(OfDecoders):
-    """Base class of the protocols that read the whole document through windows."""
-
-    @abstractmethod
-    def windows(self, total: int, length: int, bos: int) -> list[Window]:
-        """Return the windows of a row of `total` tokens."""
-
-    def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
-        """Return the measurement of the NLL of the tokens that the windows score."""
-        return Measurement(length, nll, first=windows[0].first)
+    def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> MaskedScorer:
+        return MaskedScorer(model, tokenizer, memory)
 
     def measure(
-        self, scorer: TokenScorer, documents: TokenizedDocuments, index: int, lengths: list[int],
+        self, scorer: MaskedScorer, documents: TokenizedDocuments, index: int, lengths: list[int],
         context: int | None = None,
     ) -> list[Measurement]:  # fmt: skip
-        reader = TruncatedReader(scorer, documents.tokens[index], context or lengths[-1], documents.bos)
+        context = context or lengths[-1]
+        require_room(min(lengths[0], context), scorer.special + 1)
+        row = documents.tokens[index, documents.bos :]  # the scorer adds the prefix with the other special tokens
         measurements = []
         for length in lengths:
-            windows = self.windows(documents.length, length, documents.bos)
-            nll = reader.nll(windows)
-            if not np.isfinite(nll).all():
-                scored = [token for window in windows for token in range(window.first, window.end)]
-                require_finite(nll, documents.ids[index], scored, scorer.culprit)
-            measurements.append(self.measurement(length, nll, windows))
+            count = length - scorer.special
+            size = min(length, context) - scorer.special
+            # The middle of each of equally long stretches.
+            scored = min(self.samples, count)
+            places = (2 * torch.arange(scored, device="cpu") + 1) * count // (2 * scored)
+            # Windows are centred on the scored token, and shifted to stay inside the text.
+            begins = (places - size // 2).clamp(0, count - size)
+            texts = torch.stack([row[begin : begin + size] for begin in begins.tolist()])
+            nll = scorer.token_nll(texts, places - begins).double().numpy()
+            require_finite(nll, documents.ids[index], places.tolist(), scorer.culprit)
+            positions = places.numpy() + documents.bos
+            measurements.append(Measurement(length, nll, first=None, places=positions, tail=(scored + 1) // 2))
         return measurements
 
     def reads(self, lengths: list[int], longest: int) -> list[int]:
-        return [window.size for length in lengths for window in self.windows(longest, length, 0)]
+        return [length for length in lengths for _ in range(min(self.samples, length))]
 
 
-@dataclass(frozen=True)
-class Strided(ReadsWindows):
-    """Base class of the protocols whose windows move by a stride."""
-
-    stride: int
-    option: ClassVar[str] = "stride"
-
-    def check(self, lengths: list[int]) -> None:
-        for length in lengths:
-            check_stride(length, self.stride)
+TARGETS = 128
+"""Maximum number of target tokens for the decoder."""
 
 
-@dataclass(frozen=True)
-class Sliding(Strided):
-    """Perplexity of the first `max(lengths)` tokens of each document, read through a window of `L` tokens.
+class Seq2SeqScorer(FramedScorer):
+    """Scorer of a text that continues another one, for an encoder-decoder."""
 
-    The window moves by `stride` tokens. Each window scores the tokens that no earlier window has scored, given the
-    earlier tokens of the window. These are all tokens except for the first in the first window, and the last `stride`
-    tokens in later windows (fewer at the end of the text). If the tokenizer adds BOS, every window begins with it and
-    contains `L - 1` other tokens. These are the windows of PoSE, with equal weight for each token. YaRN's script uses
-    the same windows and averages their means (see [`LegacyYaRN`]).
-
-    Args:
-        stride (`int`): step of the window in tokens, at most `L - 1`, because a longer step would skip tokens.
-    """
-
-    name: ClassVar[str] = "sliding"
-    bos_place: ClassVar[str] = "first token of every window"
-
-    def windows(self, total: int, length: int, bos: int) -> list[Window]:
-        return sliding_windows(total, length, self.stride, bos)
-
-
-@dataclass(frozen=True)
-class Rolling(ReadsWindows):
-    """Perplexity of the first `max(lengths)` tokens of each document, read in disjoint windows of `L` tokens.
-
-    These are the windows of lm-eval's `loglikelihood_rolling` with `max_length = L`. The first window reads tokens 0
-    to `L - 1` and scores tokens 1 to `L`. Each later window reads the last scored token and the `L - 1` tokens after
-    it, and scores the next `L`. The last window begins earlier, so that it also reads `L` tokens. A token has 1 to `L`
-    tokens of context, about `L / 2` on average. If the tokenizer adds BOS, it is token 0 and only in the first window.
-    lm-eval puts a BOS there for every tokenizer. Here, token 0 takes its place and is not scored.
-    """
-
-    name: ClassVar[str] = "rolling"
-    bos_place: ClassVar[str] = "first token of the first window of each document"
-
-    def windows(self, total: int, length: int, bos: int) -> list[Window]:
-        return rolling_windows(total, length, bos)
-
-
-def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dtype: torch.dtype) -> None:
-    """Check that a fresh forward at the shortest length agrees with the forward over the longest length.
-
-    This guards the measurement of several lengths in one pass. The mean absolute difference may be up to 1e-4 nats,
-    which is a hundred times the float32 rounding between products of different shapes. For a shorter dtype it may be
-    up to four eps (0.03 for bfloat16), because logits are rounded to some eps of their size. Positions that depend on
-    the length differ by more: dynamic NTK by 0.1 and above.
-
-    Raises:
-        EvaluationError: the two forwards disagree.
-    """
-    deviation = float(np.abs(fresh - nll).mean())
-    allowed = max(1e-4, 4 * torch.finfo(dtype).eps)
-    if deviation > allowed:
-        raise EvaluationError(
-            f"one forward over {lengths[-1]} tokens and a fresh one over {lengths[0]} disagree by {deviation:.2g} "
-            f"nats a token (allowed {allowed:.2g}): the positions of this model depend on the length of its input, "
-            "and neither its config nor its plan says so. Measure one length at a time."
-        )
-
-
-BATCH = 32
-"""Number of windows per batch in LongLoRA's script."""
-
-
-@dataclass(frozen=True)
-class LegacyYaRN(Sliding):
-    """Perplexity as printed by YaRN's `eval/perplexity.py`.
-
-    This is `exp` of the mean, over all windows of all documents, of the mean NLL of the tokens scored in a window. The
-    windows are those of [`Sliding`]. All windows weigh the same, although the first scores `L - 1` tokens, the others
-    score `stride`, and the last may score only one. The text is the first `max(lengths)` tokens of each document,
-    while the script reads whole documents. With `--truncate`, the script prints the result of [`Prefix`]. Each token
-    is scored once, so bits per byte are those of [`Sliding`].
-
-    Args:
-        stride (`int`): step of the window in tokens, `--sliding-window` in the script; 256 in the paper's tables.
-    """
-
-    name: ClassVar[str] = "legacy-yarn"
-
-    def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
-        return Measurement(length, nll, windows[0].first, groups=tuple(w.end - w.first for w in windows))
-
-
-@dataclass(frozen=True)
-class LegacyLongLoRA(Strided):
-    """Perplexity as printed by LongLoRA's `eval.py`: `exp` of the mean over batches of the mean NLL in a batch.
-
-    All documents (the first `max(lengths)` tokens of each, without BOS) form one stream. Windows of `L` tokens begin
-    at tokens 0, `stride`, 2 `stride`, ... of the stream, if at least one token follows the window. The last of these
-    windows is dropped. Each window scores its tokens 1 to `L - 1`, so a token counts up to `L / stride` times. A batch
-    has 32 windows, except for the last batch, which has the rest. All batches weigh the same. The script uses 2.71828
-    as the base of the exponential. Bits per byte are `None`, because the sum counts a token once for each window that
-    contains it. Use [`Sliding`] for bits per byte.
-
-    Args:
-        stride (`int`): step of the window in tokens; 256 in the script.
-    """
-
-    name: ClassVar[str] = "legacy-longlora"
-
-    def bos_rule(self, bos: int) -> str:
-        return "none: removed, as published" if bos else super().bos_rule(bos)
-
-    def arrange(self, documents: TokenizedDocuments) -> TokenizedDocuments:
-        stream = documents.tokens[:, documents.bos :].flatten()
-        if len(stream) - documents.length <= self.stride:
+    def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
+        super().__init__(model, tokenizer, memory)
+        generation = getattr(self.model, "generation_config", None)
+        starts = (getattr(config, "decoder_start_token_id", None) for config in (generation, self.model.config))
+        start = next((token for token in starts if token is not None), None)
+        if start is None:
             raise InvalidParameterError(
-                f"the documents are a stream of {len(stream)} tokens, and {self.name} drops the last window "
-                f"of {documents.length}, which leaves none. Pass {documents.length + self.stride + 1} tokens or more."
+                f"{type(self.model).__name__} does not say what its decoder starts with. Set "
+                "model.generation_config.decoder_start_token_id (mBART: the token of the language)."
             )
-        count = len(documents.ids)
-        return TokenizedDocuments([f"stream of {count}"], stream[None], 0, [len(stream)], documents.left_out)
+        self.start = torch.cat([torch.tensor([start], device="cpu"), self.before])
 
-    def windows(self, total: int, length: int, bos: int) -> list[Window]:
-        return [Window(begin, begin + 1, begin + length) for begin in range(0, total - length, self.stride)[:-1]]
+    @torch.no_grad()
+    def token_nll(self, read: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the NLL of each target given the encoder's text and all earlier targets.
 
-    def measurement(self, length: int, nll: np.ndarray, windows: list[Window]) -> Measurement:
-        batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
-        sizes = tuple(len(batch) * (length - 1) for batch in batches)
-        return Measurement(length, nll, first=None, groups=sizes)
+        Args:
+            read (`torch.LongTensor` of shape `(length,)`): text for the encoder, without special tokens.
+            targets (`torch.LongTensor` of shape `(targets,)`): tokens that continue the text.
+
+        Returns:
+            `torch.FloatTensor` of shape `(targets,)`, float32 on the CPU, in nats.
+        """
+        decoder_ids = torch.cat([self.start, targets[:-1]])
+        inputs = {"input_ids": self.around(read), "decoder_input_ids": decoder_ids}
+        on_device = {name: ids[None].to(self.model.device) for name, ids in inputs.items()}
+        logits = self.model(**on_device, use_cache=False).logits[0, len(self.before) :].float().cpu()
+        nll = F.cross_entropy(logits, targets, reduction="none")
+        tokens_read(len(read) + len(decoder_ids))
+        self.look_at(nll[None], lambda row: self.model(**on_device, use_cache=False))
+        return nll
+
+
+@dataclass(frozen=True)
+class Seq2Seq(OfFramedTexts):
+    """Perplexity of the text that follows the encoder's input.
+
+    The `L` tokens include the special tokens of the encoder's text. The encoder reads the first `L - K` tokens, and
+    the decoder is teacher-forced on the next `K = min(128, L // 4)` tokens. The input of the decoder is its start
+    token, the tokenizer's special prefix, and the targets before the scored one. All targets lie in the second half of
+    the text, and therefore in the tail. The control scores the same targets, but its encoder reads only the last
+    tokens of the text, up to the trained length with special tokens included.
+    """
+
+    name: ClassVar[str] = "seq2seq"
+
+    def scorer(self, model: nn.Module, tokenizer: Any, memory: Memory) -> Seq2SeqScorer:
+        return Seq2SeqScorer(model, tokenizer, memory)
+
+    def measure(
+        self, scorer: Seq2SeqScorer, documents: TokenizedDocuments, index: int, lengths: list[int],
+        context: int | None = None,
+    ) -> list[Measurement]:  # fmt: skip
+        context = context or lengths[-1]
+        require_room(min(lengths[0] - lengths[0] // 4, context), scorer.special + 1)
+        require_room(lengths[0], 4)
+        row = documents.tokens[index, documents.bos :]  # the scorer adds the prefix with the other special tokens
+        measurements = []
+        for length in lengths:
+            count = min(TARGETS, length // 4)
+            end = length - count - scorer.special
+            begin = max(0, end + scorer.special - context)
+            nll = scorer.token_nll(row[begin:end], row[end : end + count]).double().numpy()
+            require_finite(nll, documents.ids[index], range(end, end + count), scorer.culprit)
+            measurements.append(Measurement(length, nll, first=end + documents.bos, tail=count))
+        return measurements
+
+    def reads(self, lengths: list[int], longest: int) -> list[int]:
+        return lengths
 
 
 PROTOCOLS: dict[str, Any] = {

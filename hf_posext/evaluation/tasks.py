@@ -18,7 +18,7 @@ from .questions import NO_QUESTIONS, Questions
 from .results import Results
 from .rows import DocumentRecord, RetrievalRow, Row, document_record, key_sums, longppl_cells, make_rows, title
 from .setup import Setup
-from .windows import CONTROL, Measurement, control_windows, cost_of
+from .windows import CONTROL, Measurement, control_windows
 
 REMEDY = "Pass smaller lengths, another dtype (--dtype float32), or leave out the methods that failed."
 
@@ -63,6 +63,16 @@ class Task:
         subjects = {"nll": f"document {self.document!r}", "keys": f"key tokens of document {self.document!r}"}
         subject = subjects.get(self.kind, f"{self.kind} {self.question or ''}".strip())
         return f"{title(self.method, self.factor)}, {subject}, {' and '.join(map(str, self.lengths))} tokens"
+
+
+LINEAR_COST = 16_384
+"""Tokens of context at which attention costs as much as all work linear in the length: four to twelve times the width
+of a model. The estimate only balances work between processes."""
+
+
+def cost_of(reads: Iterable[int]) -> float:
+    """Return the relative cost of forwards that read these numbers of tokens."""
+    return float(sum(size * (size + LINEAR_COST) for size in reads))
 
 
 def task_of(kind: Kind, method: str, factor: float, lengths: Iterable[int], reads: list[int], **subject: Any) -> Task:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_posext.cli import app
-from hf_posext.evaluation.protocols import Prefix
+from hf_posext.evaluation.windows import Prefix
 from hf_posext.patching import find_patch
 
 from ..conftest import EXAMPLES

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import hf_posext.evaluation
 from hf_posext.errors import EvaluationError, NonFiniteError
 from hf_posext.evaluation import Results
-from hf_posext.evaluation.protocols import Prefix
+from hf_posext.evaluation.windows import Prefix
 from hf_posext.patching import find_patch
 
 from .helpers import LEARNED, MODEL, NOVELS, break_at, compare, error_of, run

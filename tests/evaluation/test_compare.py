@@ -26,10 +26,9 @@ from hf_posext.errors import (
 )
 from hf_posext.evaluation import Document, Results, compare, evaluate_perplexity
 from hf_posext.evaluation import compare as compare_function
-from hf_posext.evaluation.protocols import Prefix
 from hf_posext.evaluation.results import ROW_KEYS
 from hf_posext.evaluation.rows import STRETCHES, gain_by_position, position_sums
-from hf_posext.evaluation.windows import Measurement, control_stride
+from hf_posext.evaluation.windows import Measurement, Prefix, control_stride
 from hf_posext.patching import find_patch
 from hf_posext.reporting import notes
 

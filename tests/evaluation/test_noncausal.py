@@ -19,7 +19,7 @@ from hf_posext import patch_model
 from hf_posext.cli.loading import load_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.evaluation import Results, compare, evaluate_perplexity
-from hf_posext.evaluation.encoders import MaskedScorer, Pseudo
+from hf_posext.evaluation.protocols import MaskedScorer, Pseudo
 from hf_posext.evaluation.rows import document_record, gain_by_position
 from hf_posext.evaluation.scorer import Memory
 from hf_posext.evaluation.tokens import TokenizedDocuments, special_tokens

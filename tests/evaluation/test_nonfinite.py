@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from hf_posext.diagnosis.reading import short_context_losses, token_losses
 from hf_posext.errors import NonFiniteError
-from hf_posext.evaluation.encoders import MaskedScorer, Seq2SeqScorer
+from hf_posext.evaluation.protocols import MaskedScorer, Seq2SeqScorer
 from hf_posext.evaluation.scorer import Memory, TokenScorer, family, require_finite
 from hf_posext.evaluation.tokens import TokenizedDocuments
 

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 
 from hf_posext import patch_model
 from hf_posext.errors import OutOfMemoryError
-from hf_posext.evaluation.encoders import MaskedScorer
 from hf_posext.evaluation.forwards import Room, ran_out
+from hf_posext.evaluation.protocols import MaskedScorer
 from hf_posext.evaluation.scorer import Memory, TokenScorer
 from hf_posext.methods import DynamicYaRN
 

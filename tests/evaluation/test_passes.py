@@ -12,12 +12,12 @@ from transformers import LlamaForCausalLM
 
 from hf_posext import LongRoPE, detect_scheme, patch_model
 from hf_posext.errors import EvaluationError
-from hf_posext.evaluation.encoders import Pseudo, Seq2Seq
 from hf_posext.evaluation.forwards import Boundaries, boundaries_of
-from hf_posext.evaluation.protocols import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
+from hf_posext.evaluation.protocols import Pseudo, Seq2Seq
 from hf_posext.evaluation.scorer import Memory
+from hf_posext.evaluation.tasks import cost_of
 from hf_posext.evaluation.tokens import TokenizedDocuments
-from hf_posext.evaluation.windows import cost_of
+from hf_posext.evaluation.windows import LegacyLongLoRA, LegacyYaRN, Prefix, Rolling, Sliding, Tail
 from hf_posext.patching import find_patch
 
 from ..conftest import tiny_gpt2, tiny_llama, tokens

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from hf_posext import compare, evaluate_perplexity, patch_model
 from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.evaluation import EvaluationConfig
-from hf_posext.evaluation.encoders import Pseudo, Seq2Seq
 from hf_posext.evaluation.forwards import Boundaries, chunk_bounds
+from hf_posext.evaluation.protocols import Pseudo, Seq2Seq
 from hf_posext.evaluation.scorer import Memory, TokenScorer
 from hf_posext.evaluation.setup import check_reads, check_request
 from hf_posext.methods import (

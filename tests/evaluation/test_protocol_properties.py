@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from hf_posext.evaluation.protocols import Prefix, Rolling, Sliding, Tail
 from hf_posext.evaluation.scorer import Memory
 from hf_posext.evaluation.tokens import TokenizedDocuments
-from hf_posext.evaluation.windows import Window, rolling_windows, sliding_windows
+from hf_posext.evaluation.windows import Prefix, Rolling, Sliding, Tail, Window, rolling_windows, sliding_windows
 
 from ..conftest import tiny_llama
 from .helpers import BOS, naive_protocol_nll

@@ -12,21 +12,21 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from hf_posext.errors import InvalidParameterError, NonFiniteError
-from hf_posext.evaluation.protocols import (
-    DECODER_PROTOCOLS,
-    PROTOCOLS,
+from hf_posext.evaluation.protocols import DECODER_PROTOCOLS, PROTOCOLS, protocol_for
+from hf_posext.evaluation.rows import Conditions, document_record, make_rows
+from hf_posext.evaluation.scorer import Memory, TokenScorer
+from hf_posext.evaluation.tokens import TokenizedDocuments
+from hf_posext.evaluation.windows import (
     LegacyLongLoRA,
     LegacyYaRN,
+    Measurement,
     Prefix,
     Rolling,
     Sliding,
     Tail,
-    protocol_for,
+    control_stride,
+    is_legacy,
 )
-from hf_posext.evaluation.rows import Conditions, document_record, make_rows
-from hf_posext.evaluation.scorer import Memory, TokenScorer
-from hf_posext.evaluation.tokens import TokenizedDocuments
-from hf_posext.evaluation.windows import Measurement, control_stride, is_legacy
 from hf_posext.patching.detect import model_kind
 
 from .helpers import BOS, naive_contexts, naive_nll, naive_protocol_nll, naive_windowed_nll
