@@ -11,7 +11,8 @@ import re
 import textwrap
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,19 +153,28 @@ def _place(name: str) -> int:
     return STYLED.index(name) if name in STYLED else zlib.crc32(name.encode())
 
 
-def draw_line(
-    panel: Axes, name: str, rows: Mapping[int, Row], key: str, intervals: Mapping[int, Any], style: Style
+STEP, SPREAD = 0.08, 0.4
+"""Octaves between the lines of two methods at one length, and at most between those of the first and last."""
+
+
+def draw_lines(
+    panel: Axes, results: Results, key: str, styles: Mapping[str, Style], intervals: Callable[[Row], Any]
 ) -> None:
-    """Draw one line over the lengths with finite values, with error bars for the lengths with an interval."""
-    values = {length: row[key] for length, row in rows.items() if row.get(key) is not None and math.isfinite(row[key])}
-    # A bootstrap interval can narrowly miss its own estimate, and matplotlib rejects error bars of negative length.
-    ends = {length: intervals.get(length) or (value, value) for length, value in values.items()}
-    below = [max(value - ends[length][0], 0.0) for length, value in values.items()]
-    above = [max(ends[length][1] - value, 0.0) for length, value in values.items()]
-    bars = [below, above] if any(intervals.values()) else None
-    panel.errorbar(
-        list(values), list(values.values()), yerr=bars, label=label_of(name), elinewidth=1.0, capsize=2.5, **style
-    )
+    """Draw a line per method over the lengths with finite values, with error bars where `intervals` gives one.
+
+    Each line is shifted a little along the log axis of lengths. At one length error bars then stand side by side.
+    """
+    methods, lengths = by_method(results), lengths_of(results)
+    spread = min([SPREAD, STEP * (len(methods) - 1), *np.diff(np.log2(lengths)) / 2])
+    for name, shift in zip(methods, np.linspace(-spread, spread, len(methods)) / 2, strict=True):
+        points = [row for row in methods[name].values() if row.get(key) is not None and math.isfinite(row[key])]
+        values = np.array([row[key] for row in points])
+        ends = [intervals(row) for row in points]
+        # A bootstrap interval can narrowly miss its own estimate, and matplotlib rejects bars of negative length.
+        low, high = np.array([end or (value, value) for end, value in zip(ends, values, strict=True)]).reshape(-1, 2).T
+        bars = [(values - low).clip(0), (high - values).clip(0)] if any(ends) else None
+        places = [row["length"] * 2**shift for row in points]
+        panel.errorbar(places, values, yerr=bars, label=label_of(name), elinewidth=1.0, capsize=2.5, **styles[name])
 
 
 class PerplexityLocator(Locator):
@@ -188,8 +198,7 @@ def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], 
         # Above the other lines, because it often coincides with one of them and has gaps to see that one through.
         line: Style = {"color": CONTROL, "linestyle": "--", "linewidth": 1.9, "marker": ".", "zorder": 2.5}
         panel.plot(list(truncated), values, label=control, **line)
-    for name, rows in by_method(results).items():
-        draw_line(panel, name, rows, "perplexity_tail", _tail_intervals(results, rows), styles[name])
+    draw_lines(panel, results, "perplexity_tail", styles, partial(_tail_interval, results))
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(PerplexityLocator())
     panel.yaxis.set_minor_locator(NullLocator())
@@ -197,12 +206,10 @@ def draw_perplexity(panel: Axes, results: Results, styles: Mapping[str, Style], 
     panel.set_ylim(top=1.15 * panel.get_ylim()[1])  # room for the note on the trained length
 
 
-def draw_gain(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Mapping[str, Style]) -> None:
+def draw_gain(panel: Axes, results: Results, styles: Mapping[str, Style]) -> None:
     """Draw the gain over the control by length, and the line at 1."""
     draw_truncation(panel)
-    for name, rows in methods.items():
-        intervals = {length: finite_interval(row, "gain_ci95") for length, row in rows.items()}
-        draw_line(panel, name, rows, "gain", intervals, styles[name])
+    draw_lines(panel, results, "gain", styles, lambda row: finite_interval(row, "gain_ci95"))
     panel.set_ylim(0, max(1.12, panel.get_ylim()[1]))
 
 
@@ -212,19 +219,13 @@ def draw_truncation(panel: Axes) -> None:
     note(panel, "truncation", 1.0, 1.0, ("axes fraction", "data"), ha="right", va="bottom")
 
 
-def _tail_intervals(results: Results, rows: Mapping[int, Row]) -> dict[int, list[float] | None]:
-    """Return the 95 % interval over documents of the tail perplexity at each length; `None` for one document."""
-    intervals = {}
-    for length, row in rows.items():
-        key = (row["method"], row["factor"], length)
-        sums = [
-            averaged(record, tail=True)
-            for record in results.per_document
-            if (record["method"], record["factor"], record["length"]) == key
-        ]
-        nll, weights = [nll for nll, _ in sums], [weight for _, weight in sums]
-        intervals[length] = bootstrap_interval(nll, weights, results.provenance.get("seed", 0))
-    return intervals
+def _tail_interval(results: Results, row: Row) -> list[float] | None:
+    """Return the 95 % interval over documents of the tail perplexity of a row; `None` for one document."""
+    keys = ("method", "factor", "length")
+    records = [record for record in results.per_document if all(record[key] == row[key] for key in keys)]
+    sums = [averaged(record, tail=True) for record in records]
+    nll, weights = [nll for nll, _ in sums], [weight for _, weight in sums]
+    return bootstrap_interval(nll, weights, results.provenance.get("seed", 0))
 
 
 def note(
@@ -403,24 +404,23 @@ def plot_perplexity(results: Results, path: str | Path) -> None:
     The perplexity is that of the second half of the text, drawn with the truncation control. The panels of the gain
     over the control and of passkeys are drawn only if these were measured.
     """
-    methods = by_method(results)
     has_passkey = any(row.get("passkey") is not None for row in results.rows)
     small = ([["gain"]] if control_rows(results) else []) + ([["passkey"]] if has_passkey else [])
     figure = new_figure(5.2 if len(small) == 2 else 4.2)
     layout: list[Any] = [["perplexity", *panel] for panel in small] or [["perplexity"]]
     axes = figure.subplot_mosaic(layout, width_ratios=[1.35, 1] if small else None)
 
-    styles = method_styles([*methods])
+    styles = method_styles([*by_method(results)])
     draw_perplexity(axes["perplexity"], results, styles, f"none, {control_name(results)}")
     mark = legacy_mark(results)
     axes["perplexity"].set_title(f"Perplexity\n{mark}" if mark else "Perplexity of the second half of the text")
     axes["perplexity"].set_ylabel(f"perplexity{'' if mark else ' per token'} (log scale; lower is better)")
     if "gain" in axes:
-        draw_gain(axes["gain"], methods, styles)
+        draw_gain(axes["gain"], results, styles)
         axes["gain"].set_title("Gain over truncation")
         axes["gain"].set_ylabel("gain (above 1: context pays)")
     if has_passkey:
-        _draw_passkey(axes["passkey"], methods, styles)
+        _draw_passkey(axes["passkey"], results, styles)
     for name, panel in axes.items():
         is_lowest = name in (layout[-1][0], layout[-1][-1])
         lengths_as_ticks(panel, lengths_of(results), results.provenance.get("trained_length"), labelled=is_lowest)
@@ -480,7 +480,7 @@ def plot_side_by_side(runs: Sequence[Results], titles: Sequence[str], path: str 
     uppers, lowers = axes[::2].flatten(), axes[1::2].flatten()
     for upper, lower, run, title in zip(uppers, lowers, runs, titles, strict=False):
         draw_perplexity(upper, run, styles, "none, truncated to the trained length")
-        draw_gain(lower, by_method(run), styles)
+        draw_gain(lower, run, styles)
         lines = [short_name(title), *(line for line in (scheme_name(run), legacy_mark(run)) if line)]
         upper.set_title("\n".join(part for line in lines for part in _folded(line, LETTERS // columns)))
         for panel in (upper, lower):
@@ -501,9 +501,8 @@ def plot_side_by_side(runs: Sequence[Results], titles: Sequence[str], path: str 
     save_figure(figure, path)
 
 
-def _draw_passkey(panel: Axes, methods: Mapping[str, Mapping[int, Row]], styles: Mapping[str, Style]) -> None:
-    for name, rows in methods.items():
-        draw_line(panel, name, rows, "passkey", {}, styles[name])
+def _draw_passkey(panel: Axes, results: Results, styles: Mapping[str, Style]) -> None:
+    draw_lines(panel, results, "passkey", styles, lambda row: None)
     panel.set_title("Passkeys retrieved")
     panel.set_ylabel("accuracy (%)")
     panel.set_ylim(-0.06, 1.06)

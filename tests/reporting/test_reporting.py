@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
@@ -170,6 +171,26 @@ def test_the_picture_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest
     assert any(list(line.get_ydata()) == [1.0, 1.0] for line in gain.lines), "the line of truncation is missing"
     labels = perplexity.get_legend_handles_labels()[1]
     assert labels == ["none, truncated to 512", "none", "linear x8", "ntk x8", "yarn x8"]
+
+
+@pytest.mark.parametrize("lengths", [(512, 1024, 2048, 4096), (1000, 1024, 4096), (512,)])
+def test_error_bars_at_one_length_stand_side_by_side(
+    lengths: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each bar is at its own place, all are closer to their length than to another, and the axis contains them."""
+    results = make_results(lengths=lengths)
+    for panel in panels(lambda: plot_perplexity(results, tmp_path / "p.png"), monkeypatch):
+        lines = [container[0].get_xdata() for container in panel.containers]  # type: ignore[index]
+        assert len(lines) == 4
+        places = np.log2(np.array(lines, dtype=float))
+        assert (np.diff(places, axis=0) > 0).all(), "in the order of the methods"
+        nearest = np.abs(places[..., None] - np.log2(lengths)).argmin(axis=-1)
+        assert (nearest == np.arange(len(lengths))).all()
+        low, high = np.log2(panel.get_xlim())
+        assert (places > low).all() and (places < high).all()
+        if min(np.diff(lengths), default=99) > 99:
+            inches = np.diff(places, axis=0).min() / (high - low) * panel.get_position().width * 9
+            assert inches * 72 > 2 * 2.5, "caps of 2.5 points to each side"
 
 
 def test_values_that_are_missing_or_infinite_leave_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
