@@ -246,22 +246,32 @@ def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: in
     return answers
 
 
+class WholeConfig(GenerationConfig):
+    """Generation config without gaps, from which `generate` takes every value.
+
+    `generate` fills the fields that are `None` from the model's own config: suppressed tokens, penalties, guidance, a
+    time limit. `None` cannot be told from a gap, so this class refuses to be filled, and has the defaults of
+    transformers from the beginning.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**GenerationConfig._get_default_generation_params(), **kwargs})
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> Any:
+        """Return the unused arguments, as in transformers. Values for gaps are ignored."""
+        return {} if defaults_only else super().update(allow_custom_entries=allow_custom_entries, **kwargs)
+
+
 def generate_greedily(model: Any, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Continue a batch without padding greedily, with the EOS and padding tokens of the model's generation config."""
-    inner = unwrap(model)
-    shipped: Any = inner.generation_config
+    shipped = unwrap(model).generation_config
     eos, pad = shipped.eos_token_id, shipped.pad_token_id
-    # `generate` takes what its caller leaves open from the model: suppressed tokens, penalties, guidance, a time limit
-    config = inner.generation_config = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
+    config = WholeConfig(
+        max_length=input_ids.shape[1] + new_tokens,
         eos_token_id=eos,
         pad_token_id=pad if pad is not None else (eos[0] if isinstance(eos, list) else eos),
     )
-    try:
-        output: torch.Tensor = model.generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
-        )
-    finally:
-        inner.generation_config = shipped
+    output: torch.Tensor = model.generate(
+        input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
+    )
     return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -105,6 +106,37 @@ def test_decoding_is_greedy_whatever_the_model_says(llama: LlamaForCausalLM) -> 
         shipped = llama.generation_config = GenerationConfig(eos_token_id=None, **written)
         assert torch.equal(questions.generate_greedily(llama, ids, 5), expected), written
         assert llama.generation_config is shipped
+
+
+def test_two_threads_ask_one_model(llama: LlamaForCausalLM) -> None:
+    """Each is in the middle of its answer when the other one asks, and the model's own config is never changed."""
+    rows = torch.randint(3, 100, (2, 1, 20), generator=torch.Generator().manual_seed(0))
+    expected = rows
+    for _ in range(5):
+        best = torch.stack([llama(input_ids=row).logits[:, -1].argmax(-1, keepdim=True) for row in expected])
+        expected = torch.cat([expected, best], dim=2)
+    suppressed = [int(row[0, 20]) for row in expected]
+    shipped = llama.generation_config = GenerationConfig(
+        eos_token_id=None, repetition_penalty=3.0, suppress_tokens=suppressed, num_beams=3
+    )
+    written, both = shipped.to_json_string(), threading.Barrier(2, timeout=60)
+    answers: dict[int, torch.Tensor] = {}
+
+    def meet(*_: object) -> None:
+        both.wait()
+        assert llama.generation_config is shipped
+
+    def ask(index: int) -> None:
+        answers[index] = questions.generate_greedily(llama, rows[index], 5)
+
+    with llama.register_forward_pre_hook(meet):
+        threads = [threading.Thread(target=ask, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(answers[index], expected[index]) for index in range(2))
+    assert llama.generation_config is shipped and shipped.to_json_string() == written
 
 
 def test_the_shipped_model_finds_keys_inside_its_trained_length_and_with_yarn_beyond() -> None:
