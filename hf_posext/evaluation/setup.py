@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..errors import InvalidParameterError, MethodNotApplicableError, NoEffectError, UnsupportedModelError
