@@ -135,6 +135,9 @@ MEASUREMENT = (
 )
 """Settings that two runs must share to be comparable."""
 
+ASKED = ("passkeys", "retrieval")
+"""Questions, which two runs must share if both have asked any."""
+
 SAME_RUN = ("model", "trained_length", *MEASUREMENT, "longppl")
 
 ROW = ("method", "factor", "length")
@@ -160,13 +163,24 @@ def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
     Raises:
         InvalidParameterError: a run has no rows, or two runs have different NLL or token counts for one method.
     """
-    groups: dict[str, dict[str, Results]] = {}
+    groups: list[dict[str, Results]] = []
     for name, run in runs.items():
         if not run.rows:
             raise InvalidParameterError(f"{name} has no rows. Measure again, or leave it out.")
-        key = json.dumps([_setting(run, key) for key in SAME_RUN], sort_keys=True)
-        groups.setdefault(key, {})[name] = run
-    return [_join(group) for group in groups.values()]
+        alike = (
+            group for group in groups if not any(_differ([run, *group.values()], key) for key in (*SAME_RUN, *ASKED))
+        )
+        group = next(alike, None)
+        if group is None:
+            groups.append(group := {})
+        group[name] = run
+    return [_join(group) for group in groups]
+
+
+def _differ(runs: Sequence[Results], key: str) -> bool:
+    """Return `True` if a setting of the runs differs. Runs that have asked no questions agree with all others."""
+    values = {json.dumps(_setting(run, key), sort_keys=True) for run in runs}
+    return len(values - {"null"} if key in ASKED else values) > 1
 
 
 def run_titles(runs: Sequence[Results]) -> list[str]:
@@ -177,8 +191,8 @@ def run_titles(runs: Sequence[Results]) -> list[str]:
         peers = [peer for peer, name in zip(runs, models, strict=True) if name == model]
         settings = [
             f"{key} {_setting_text(run, key)}"
-            for key in SAME_RUN
-            if len({_setting_text(peer, key) for peer in peers}) > 1
+            for key in (*SAME_RUN, *ASKED)
+            if _differ(peers, key) and len({_setting_text(peer, key) for peer in peers}) > 1
         ]
         titles.append(f"{model} ({', '.join(settings)})" if settings else model)
     return [
@@ -190,9 +204,9 @@ def run_titles(runs: Sequence[Results]) -> list[str]:
 def differences(runs: Sequence[Results]) -> list[str]:
     """Return one warning if the settings of the runs differ; otherwise an empty list."""
     settings = []
-    for key in MEASUREMENT:
+    for key in (*MEASUREMENT, *ASKED):
         values = {json.dumps(_setting(run, key), sort_keys=True): _setting_text(run, key) for run in runs}
-        if len(values) > 1:
+        if _differ(runs, key):
             settings.append(f"{key} ({', '.join(values.values())})")
     return [f"Compare within a model, not across: the runs differ in {'; '.join(settings)}."] if settings else []
 
@@ -280,8 +294,26 @@ def _unique(records: Iterable[R], keys: Sequence[str]) -> list[R]:
 
 def _setting(run: Results, key: str) -> Any:
     """Return a setting of a run. Earlier results contain no `chat`, which was off."""
+    if key in ASKED:
+        return _asked(run, key)
     value = run.provenance.get(key)
     return bool(value) if key == "chat" else value
+
+
+def _asked(run: Results, key: str) -> str | None:
+    """Return the questions of a run in words; `None` without answers. Only answers to the same ones are comparable."""
+    seed = f"seed {run.provenance.get('seed')}"
+    if key == "passkeys":
+        counts = sorted({row["passkey_trials"] for row in run.rows if row.get("passkey") is not None})
+        return f"{_listed(counts)} trials, {seed}" if counts else None
+    counts = sorted({row["trials"] for row in run.retrieval})
+    depths = sorted({row["depth"] for row in run.retrieval if row["depth"] is not None})
+    where = f" at depths {_listed(depths)}" if depths else ""
+    return f"{_listed(counts)} trials{where}, {seed}" if counts else None
+
+
+def _listed(values: Sequence[float]) -> str:
+    return "/".join(f"{value:g}" for value in values)
 
 
 def _setting_text(run: Results, key: str) -> str:
@@ -290,7 +322,7 @@ def _setting_text(run: Results, key: str) -> str:
     if key == "longppl" and value is not None:
         settings = (f"{name} {value[name]:g}" for name in ("alpha", "beta", "short_length") if name in value)
         return f"by {value['evaluator']} with {', '.join(settings)}"
-    return f"{len(value)} documents" if isinstance(value, list) else str(value)
+    return f"{len(value)} document{'s' * (len(value) != 1)}" if isinstance(value, list) else str(value)
 
 
 def write_report(results: Results, directory: str | Path) -> Path:

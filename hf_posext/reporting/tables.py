@@ -281,7 +281,7 @@ def describe_methods(results: Results) -> list[str]:
     mark = inline(legacy_mark(results))
     sentences = []
     for name, rows in by_method(results).items():
-        parts = [_reach(rows, control)]
+        parts = [_reach(rows, control, trained_length)]
         inside = [row for length, row in rows.items() if length <= trained_length and row.get("change") is not None]
         if inside and name != "none":
             parts.append(_cost(inside[-1]))
@@ -294,47 +294,63 @@ def describe_methods(results: Results) -> list[str]:
     return sentences
 
 
-def _reach(rows: Mapping[int, Row], control: Mapping[int, Row]) -> str:
+def _reach(rows: Mapping[int, Row], control: Mapping[int, Row], trained_length: int) -> str:
     """Describe up to which length a method keeps its tail perplexity, relative to the control if it is known."""
-    tails = {length: row["perplexity_tail"] for length, row in rows.items() if row.get("perplexity_tail") is not None}
-    if not tails:
-        return "gave no finite perplexity"
-    levels = dict(tails)
-    if all(length in control for length in tails):
-        levels = {length: tail / control[length]["perplexity_truncated_tail"] for length, tail in tails.items()}
-    lengths = list(levels)
+    # In files infinite perplexities are `None`.
+    tails = {
+        length: math.inf if row["perplexity_tail"] is None else row["perplexity_tail"] for length, row in rows.items()
+    }
+    lengths, levels = list(tails), dict(tails)
+    if math.isinf(tails[lengths[0]]):
+        where = "" if all(map(math.isinf, tails.values())) else f" at {lengths[0]} tokens"
+        return f"gave no finite perplexity{where}"
     first, longest = lengths[0], lengths[-1]
-    broken = next((length for length in lengths if levels[length] > TOLERANCE * levels[first]), None)
     shown = {length: format_perplexity(tail) for length, tail in tails.items()}
     quantity = "perplexity" if is_legacy(rows[first]["protocol"]) else "tail perplexity"
+    if all(length in control for length in tails):
+        truncated = {length: control[length]["perplexity_truncated_tail"] for length in tails}
+        levels = {length: tail / truncated[length] for length, tail in tails.items()}
+        # Without a length within the trained one, the method has no level of its own, and truncation has 1.
+        if first > trained_length > 0 and levels[first] > TOLERANCE:
+            figures = f"({quantity} {shown[first]}, and {format_perplexity(truncated[first])} truncated)"
+            return f"is broken at {first} tokens {figures}"
+    broken = next((length for length in lengths[1:] if not levels[length] <= TOLERANCE * levels[first]), None)
     if broken is not None:
         figures = f"({quantity} {shown[first]} at {first}, {shown[broken]} there)"
         return f"holds up to {lengths[lengths.index(broken) - 1]} tokens and breaks by {broken} {figures}"
     if len(lengths) == 1:
-        return f"keeps its perplexity level at {first} tokens ({shown[first]})"
+        return f"has a {quantity} of {shown[first]} at {first} tokens"
     figures = f"({quantity} {shown[first]} at {first}, {shown[longest]} at {longest})"
     return f"keeps its perplexity level to {longest} tokens {figures}"
 
 
 def _cost(row: Row) -> str:
     """Describe the cost of the extension inside the trained length."""
-    change = row["change"]
-    interval = finite_interval(row, "change_ci95")
-    span = "" if interval is None else f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+    change, interval = row["change"], finite_interval(row, "change_ci95")
     verb = "costs" if change >= 0 else "saves"
-    return f"inside the trained length, at {row['length']}, it {verb} {100 * abs(change):.0f} %{span} of perplexity"
+    if change < 0 and interval is not None:  # of what is saved
+        interval = -interval[1], -interval[0]
+    share, *ends = _per_cents(abs(change), *(interval or ()))
+    span = f" [{', '.join(ends)}]" if ends else ""
+    return f"inside the trained length, at {row['length']}, it {verb} {share} %{span} of perplexity"
 
 
 def _against_truncation(row: Row) -> str:
     gain, interval = row["gain"], finite_interval(row, "gain_ci95")
     figures = f"(gain {gain:.2f}{format_interval(interval)})"
     length = row["length"]
-    if (interval[0] <= 1 <= interval[1]) if interval else round(gain, 2) == 1:
+    if round(gain, 3) == 1 or ((interval[0] <= 1 <= interval[1]) if interval else round(gain, 2) == 1):
         return f"at {length} it is level with truncation {figures}"
     if gain < 0.5:
         return f"at {length} its perplexity is {1 / gain if gain else math.inf:.1f} times that of truncation {figures}"
-    verb, share = ("loses", 1 - gain) if gain < 1 else ("gains", gain - 1)
-    return f"at {length} it {verb} {100 * share:.0f} % {'to' if gain < 1 else 'over'} truncation {figures}"
+    verb, (share,) = "loses" if gain < 1 else "gains", _per_cents(abs(gain - 1))
+    return f"at {length} it {verb} {share} % {'to' if gain < 1 else 'over'} truncation {figures}"
+
+
+def _per_cents(*shares: float) -> list[str]:
+    """Return shares in whole per cent, or with a decimal if the first one is below one per cent."""
+    digits = 0 if round(100 * shares[0]) else 1
+    return [f"{round(100 * share, digits) + 0.0:.{digits}f}" for share in shares]  # + 0.0: no minus before 0
 
 
 WIDTH = 80

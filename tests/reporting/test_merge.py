@@ -129,7 +129,7 @@ def test_a_run_without_rows_is_refused() -> None:
         ("protocol", "sliding", "protocol (prefix, sliding)"),
         ("start", 2000, "start (0, 2000)"),
         ("dtype", "bfloat16", "dtype (float32, bfloat16)"),
-        ("documents", [{"document": "c", "tokens": 9000}], "documents (2 documents, 1 documents)"),
+        ("documents", [{"document": "c", "tokens": 9000}], "documents (2 documents, 1 document)"),
     ],
 )
 def test_what_was_measured_otherwise_stays_apart_and_says_so(key: str, value: Any, difference: str) -> None:
@@ -140,6 +140,34 @@ def test_what_was_measured_otherwise_stays_apart_and_says_so(key: str, value: An
     assert len(set(titles)) == 2 and all(title.startswith("tiny-rope (") and key in title for title in titles)
     perplexity = merged_grids(runs, titles)[1]
     assert [name for name, cells in perplexity.rows if not cells] == titles, "each has its block of the table"
+
+
+def asked(trials: int, seed: int = 0, depths: tuple[float, ...] = (0.0, 1.0)) -> Results:
+    """A run that has asked this many passkeys, and as many retrieval questions at each depth."""
+    run = a_run(seed=seed)
+    for row in run.rows:
+        row |= {"passkey": 0.5, "passkey_trials": trials}
+    answer = {"method": "none", "factor": 1.0, "task": "passkey", "length": 512, "accuracy": 0.5, "trials": trials}
+    return Results(run.provenance, run.rows, run.per_document, [{**answer, "depth": depth} for depth in depths])
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (
+            asked(8),
+            "passkeys (4 trials, seed 0, 8 trials, seed 0); retrieval (4 trials at depths 0/1, seed 0, 8 trials",
+        ),
+        (asked(4, seed=1), "passkeys (4 trials, seed 0, 4 trials, seed 1); retrieval"),
+        (asked(4, depths=(0.5,)), "retrieval (4 trials at depths 0/1, seed 0, 4 trials at depths 0.5, seed 0)"),
+    ],
+)
+def test_answers_to_other_questions_stay_apart(other: Results, difference: str) -> None:
+    """One table would show them under the trials of the first, and drop the second answers of a method of both."""
+    runs = merge_runs({"a": asked(4), "b": other, "without": a_run(), "again": asked(4)})
+    assert len(runs) == 2 and difference in differences(runs)[0]
+    assert len(set(run_titles(runs))) == 2
+    assert [row["passkey_trials"] for row in runs[0].rows] == [4] * len(runs[0].rows)
 
 
 def test_runs_that_were_measured_alike_need_no_warning() -> None:

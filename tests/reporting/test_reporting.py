@@ -120,6 +120,9 @@ def test_each_method_gets_its_sentence() -> None:
         (0.99, [0.97, 1.01], "it is level with truncation (gain 0.99 [0.97, 1.01])"),
         (0.9, None, "it loses 10 % to truncation (gain 0.90)"),
         (1.0, None, "it is level with truncation (gain 1.00)"),
+        (1.004, [1.002, 1.006], "it gains 0.4 % over truncation (gain 1.00 [1.00, 1.01])"),
+        (0.9951, [0.991, 0.999], "it loses 0.5 % to truncation (gain 1.00 [0.99, 1.00])"),
+        (1.0003, [1.0001, 1.0004], "it is level with truncation (gain 1.00 [1.00, 1.00])"),
         (0.0, [0.0, 0.0], "its perplexity is inf times that of truncation (gain 0.00 [0.00, 0.00])"),
     ],
 )
@@ -127,6 +130,47 @@ def test_a_sentence_says_which_side_of_truncation_it_is(gain: float, interval: A
     results = make_results()
     results.rows[-1] |= {"gain": gain, "gain_ci95": interval}
     assert f"at 4096 {words}" in describe_methods(results)[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "interval", "words"),
+    [
+        (0.09, [0.08, 0.1], "costs 9 % [8, 10] of perplexity"),
+        (-0.09, [-0.1, -0.08], "saves 9 % [8, 10] of perplexity"),
+        (-0.02, [-0.04, 0.01], "saves 2 % [-1, 4] of perplexity"),
+        (0.004, [-0.0001, 0.0081], "costs 0.4 % [0.0, 0.8] of perplexity"),
+        (0.0, None, "costs 0.0 % of perplexity"),
+    ],
+)
+def test_a_cost_and_its_interval_are_of_the_same_quantity(change: float, interval: Any, words: str) -> None:
+    results = make_results()
+    for row in results.rows:
+        row |= {"change": change, "change_ci95": interval}
+    assert f"at 512, it {words};" in describe_methods(results)[-1]
+
+
+def test_what_is_broken_from_the_first_length_on_does_not_hold() -> None:
+    """Nothing within the trained length was measured, so that truncation is the level."""
+    results = make_results(passkey=False)
+    results.rows = [row for row in results.rows if row["length"] > 512]
+    none, linear, ntk, yarn = describe_methods(results)
+    assert none.startswith("`none` is broken at 1024 tokens (tail perplexity 106, and 39.3 truncated); at 4096")
+    assert linear.startswith("`linear x8` is broken at 1024 tokens (tail perplexity 120, and 39.3 truncated)")
+    assert "holds up to 2048 tokens and breaks by 4096" in ntk
+    assert yarn.startswith("`yarn x8` keeps its perplexity level to 4096 tokens (tail perplexity 42.6 at 1024")
+    results.rows = [row for row in results.rows if row["length"] == 4096]
+    assert describe_methods(results)[0].startswith(
+        "`none` is broken at 4096 tokens (tail perplexity 185, and 33.6 trun"
+    )
+    assert describe_methods(results)[3].startswith("`yarn x8` has a tail perplexity of 37.6 at 4096 tokens; at 4096")
+
+
+def test_an_infinite_perplexity_breaks_a_method_also_after_it_was_read_from_a_file() -> None:
+    results = make_results(control=False, passkey=False)
+    results.rows[-1]["perplexity_tail"] = math.inf
+    words = "`yarn x8` holds up to 2048 tokens and breaks by 4096 (tail perplexity 43.4 at 512, inf there)"
+    assert words in describe_methods(results)[-1]
+    assert describe_methods(Results.from_dict(results.to_dict())) == describe_methods(results)
 
 
 def test_sentences_without_control_judge_the_curve_by_itself() -> None:
