@@ -88,7 +88,10 @@ def read_config(path: Path, names: Collection[str], flags: Collection[str]) -> d
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Loader of `yaml.safe_load` that refuses duplicate keys, of which `safe_load` takes the last."""
+    """Loader of `yaml.safe_load` that refuses duplicate keys, of which `safe_load` takes the last.
+
+    Numbers remain as they are typed: YAML reads 010 as 8, and 1:30 as 90.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -98,10 +101,14 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+for _kind in ("int", "float"):
+    _UniqueKeys.add_constructor(f"tag:yaml.org,2002:{_kind}", lambda loader, node: node.value)
+
+
 def _as_text(path: Path, name: str, value: Any, is_flag: bool) -> str:
     items = value if isinstance(value, list) and name in LISTS else [value]
     for item in items:
-        if isinstance(item, bool) != is_flag or not isinstance(item, str | int | float):
+        if isinstance(item, bool) != is_flag or not isinstance(item, str | bool):
             kind = "a list of plain values" if name in LISTS else "true or false" if is_flag else "one plain value"
             raise InvalidParameterError(f"{name} in {path} is {item!r}. Pass {kind}.")
     return ",".join(map(str, items))

@@ -185,7 +185,8 @@ def measure_runs(
     search = key_search(setup, criterion, runs)
     # The journal is bound to everything that the numbers depend on, the evaluator of key tokens included.
     bare_models = list(dict.fromkeys(run.scorer.model for run in ([control] if control else []) + [*runs]))
-    dependencies = {**identity, **setup.questions.identity(setup.tokenizer), **(search.identity if search else {})}
+    asked = setup.questions.identity(setup.scorer.model, setup.tokenizer, setup.lengths)
+    dependencies = {**identity, **asked, **(search.identity if search else {})}
     measured = list(dict.fromkeys([*bare_models, *([search.scorer.model] if search else [])]))
     whole_identity = run_identity(setup, measured, [run.plan for run in runs], **dependencies)
     with ExitStack() as stack:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,17 @@ class Questions:
         settings = {"trials": self.trials, "tasks": self.tasks, "depths": self.depths}
         return {"retrieval": settings} if self.trials else {}
 
-    def identity(self, tokenizer: Any) -> dict[str, Any]:
-        """Return all settings that affect the answers, except for the model, its tokens, and the seed."""
+    def identity(self, model: Any, tokenizer: Any, lengths: Sequence[int]) -> dict[str, Any]:
+        """Return all that affects the answers, except for the seed, and the model but for its EOS tokens."""
         template = {"chat": "".join(chat_frame(tokenizer, QUESTION))} if self.chat else {}
-        return {"passkey": self.passkey, **self.facts, **template}
+        facts = {"passkey": self.passkey, **self.facts, **template}
+        if not (self.passkey or self.trials):
+            return facts
+        digest = hashlib.sha256()
+        for length, task in self._tasks(lengths):
+            prompts = [prompt.tokens for prompt in self.prompts(tokenizer, task, length)]
+            digest.update(repr((prompts, tokenizer.batch_decode(prompts))).encode())  # answers are decoded, too
+        return {**facts, "prompts": digest.hexdigest(), "eos": unwrap(model).generation_config.eos_token_id}
 
     def places(self, task: str | None) -> tuple[float | None, ...]:
         """Return the depths of a task; a single `None` for `common-words` (no depth) and passkeys (random depths)."""
@@ -75,8 +83,11 @@ class Questions:
         Raises:
             InvalidParameterError: a length is too short, or `chat` is set and the tokenizer has no usable template.
         """
-        for length, task in itertools.product(lengths, [*([None] if self.passkey else []), *self.tasks]):
+        for length, task in self._tasks(lengths):
             self.prompts(tokenizer, task, length)
+
+    def _tasks(self, lengths: Sequence[int]) -> Iterable[tuple[int, str | None]]:
+        return itertools.product(lengths, [*([None] if self.passkey else []), *self.tasks])
 
     def ask(
         self, model: nn.Module, tokenizer: Any, task: str | None, length: int, new_tokens: int | None = None
@@ -144,7 +155,8 @@ def passkey_accuracy(
         on_length (`Callable`, *optional*): called after each length (a progress bar).
 
     Returns:
-        `dict[int, float]`: length to accuracy, from 0 to 1. An answer is right if it begins with the key.
+        `dict[int, float]`: length to accuracy, from 0 to 1. An answer is right if it begins with the key, and
+            no digit follows.
 
     Raises:
         InvalidParameterError: no trials, a length that does not hold the prompt, or no chat template.
@@ -227,11 +239,11 @@ def retrieval(
 def score(answer: str, answers: Sequence[str]) -> float:
     """Score an answer from 0 to 1.
 
-    One item: 1 if the answer begins with it, ignoring leading white space. Several items: the share of them in the
-    answer as whole words, in any order. The answer has no room to list many other words.
+    One item: 1 if the answer begins with it, ignoring leading white space, and no digit follows it. Several items: the
+    share of them in the answer as whole words, in any order. The answer has no room to list many other words.
     """
     if len(answers) == 1:
-        return float(answer.lstrip().startswith(answers[0]))
+        return float(re.match(rf"\s*{answers[0]}(?!\d)", answer) is not None)
     return sum(re.search(rf"\b{item}\b", answer) is not None for item in answers) / len(answers)
 
 

@@ -450,9 +450,10 @@ def prepared(
             f"Expected a causal language model, got {type(base).__name__}. Use hf-posext compare for others."
         )
     choice = candidates(base, scheme, methods, trained, target_length)
-    Questions(passkey, seed=seed).check(tokenizer, [target_length])
+    questions = Questions(passkey, seed=seed)
+    questions.check(tokenizer, [target_length])
     setup = prepare(request, model, tokenizer, documents)
-    settings = {"trained": trained, "passkey": passkey}
+    settings = {"trained": trained, **questions.identity(base, tokenizer, [target_length])}
     identity = run_identity(setup, [base], [*choice.plans, *choice.unseen], recommend=settings)
     with evaluation_mode(base), open_journal(journal, identity, accelerator) as written:
         yield Sweep(base, setup, choice, passkey, written)

@@ -139,6 +139,20 @@ def test_flags_go_before_the_config_file(tmp_path: Path) -> None:
     assert "--lengths 64,96" in results.provenance["command"] and "--config" not in results.provenance["command"]
 
 
+def test_numbers_of_a_config_file_are_those_of_the_command_line(tmp_path: Path) -> None:
+    """YAML 1.1 reads 010 as 8 and 1:30 as 90. Typed as flags, they are 10 and an error."""
+    config = tmp_path / "run.yaml"
+    text = f"model: {MODEL}\ndataset: {NOVELS}\nmethods: none\ndocuments: 1\n"
+    config.write_text(f"{text}lengths: [064]\nstart: 010\n")
+    result = run("compare", "--config", config, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    provenance = Results.load_json(tmp_path / "out" / "results.json").provenance
+    assert provenance["lengths"] == [64] and provenance["start"] == 10
+    config.write_text(f"{text}lengths: 1:30\n")
+    result = run("compare", "--config", config, "--output", tmp_path / "other")
+    assert "Expected whole numbers separated by commas, got --lengths 1:30" in error_of(result)
+
+
 def test_ctrl_c_keeps_what_is_finished_and_restores_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = break_at(monkeypatch, "yarn", KeyboardInterrupt())
     result = compare(tmp_path / "out")

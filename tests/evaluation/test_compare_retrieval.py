@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import decoders
 
 from hf_posext import patch_model
 from hf_posext.errors import InvalidParameterError, JournalError
@@ -21,7 +22,7 @@ from hf_posext.reporting import markdown_table, merge_runs, merged_grids, notes,
 from hf_posext.reporting.drawing import file_names, heatmap_files
 from hf_posext.reporting.tables import grids
 
-from ..conftest import tiny_t5
+from ..conftest import tiny_llama, tiny_t5
 from ..helpers import NOVELS, shipped_model, shipped_tokenizer
 from ..reporting.helpers import make_results
 from .helpers import character_tokenizer, random_texts
@@ -146,6 +147,21 @@ def test_nothing_is_asked_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for change in ({"depths": [0]}, {"retrieval": 2}, {"tasks": ["passkey"]}, {"seed": 1}):
         with pytest.raises(JournalError):
             run(journal=journal, **SHORT, **change)
+
+
+def test_answers_depend_on_the_end_of_an_answer_and_on_how_it_is_decoded(tmp_path: Path) -> None:
+    """Neither changes a token of the documents, so that only the questions can tell."""
+    model, tokenizer = tiny_llama(), character_tokenizer()
+    read: dict[str, Any] = {"documents": random_texts(1, 200), "methods": ["none"], "lengths": [160], "passkey": 1}
+    read["journal"] = tmp_path / "journal.jsonl"
+    compare(model, tokenizer, **read)
+    model.generation_config.eos_token_id = 5
+    with pytest.raises(JournalError, match="eos is .* there and 5 here"):
+        compare(model, tokenizer, **read)
+    model.generation_config.eos_token_id = tiny_llama().generation_config.eos_token_id
+    tokenizer.backend_tokenizer.decoder = decoders.Replace("1", "7")
+    with pytest.raises(JournalError, match="prompts is"):
+        compare(model, tokenizer, **read)
 
 
 @pytest.fixture
