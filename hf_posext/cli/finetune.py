@@ -157,7 +157,7 @@ def finetune(
     from transformers.integrations import get_available_reporting_integrations
 
     from ..training import finetune as train
-    from ..training.record import check_output
+    from ..training.finetune import check_output
 
     if training.report_to != "none":
         check_tracker("report_to", training.report_to, get_available_reporting_integrations())

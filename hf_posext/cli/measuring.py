@@ -241,7 +241,7 @@ def card(
     from ..adapters import push_to_hub
     from ..evaluation import Results
     from ..reporting import write_model_card
-    from ..training.record import provenance_of
+    from ..training.finetune import provenance_of
 
     figures = Results.load_json(before), Results.load_json(after)
     say(f"card: {write_model_card(saved, *figures, training=provenance_of(saved))}")

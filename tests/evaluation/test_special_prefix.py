@@ -15,7 +15,7 @@ from hf_posext.errors import InvalidParameterError
 from hf_posext.evaluation import Document, find_key_tokens, load_documents
 from hf_posext.evaluation.prompts import passkey_prompts, task_prompt
 from hf_posext.evaluation.tokens import special_prefix
-from hf_posext.training.rows import NO_LABEL, Collator, make_rows, schedule
+from hf_posext.training.trainer import NO_LABEL, Collator, make_rows, schedule
 from tests.conftest import tiny_llama
 from tests.evaluation.helpers import BOS, character_tokenizer, naive_nll, naive_windowed_nll, random_texts
 from tests.helpers import NOVELS, shipped_model, shipped_tokenizer

@@ -43,7 +43,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from hf_posext import evaluate_perplexity
-from hf_posext.training.record import _gather
+from hf_posext.training.finetune import _gather
 from tests.conftest import tiny_llama, tokens
 from tests.evaluation.helpers import character_tokenizer, random_texts
 from tests.training.helpers import adapted, preset, weights

@@ -9,7 +9,7 @@ import torch
 
 from hf_posext.errors import UnsupportedModelError
 from hf_posext.patching.long_rows import check_skipping
-from hf_posext.training.rows import Collator, Skips
+from hf_posext.training.trainer import Collator, Skips
 
 from ..conftest import logits, longer_gpt2, tiny_bloom, tiny_llama, tokens
 

@@ -10,7 +10,7 @@ import torch
 from hf_posext.errors import DocumentError, UnsupportedModelError
 from hf_posext.evaluation import Document
 from hf_posext.patching.long_rows import check_packing
-from hf_posext.training.rows import NO_LABEL, Collator, Skips, make_rows, schedule
+from hf_posext.training.trainer import NO_LABEL, Collator, Skips, make_rows, schedule
 
 from ..conftest import longer_gpt2, tiny_bloom, tiny_llama
 from ..evaluation.helpers import BOS, character_tokenizer, random_texts
