@@ -1,11 +1,9 @@
 """The command line: `hf-posext`, or `python -m hf_posext`."""
 
 from .app import app, main
-from .explore import env, explain, inspect, methods, page
-from .export import export, gguf, serve
-from .finetune import finetune
+from .explore import env, explain, inspect, methods, page, recommend, search
+from .making import export, finetune, gguf, serve
 from .measuring import card, compare, evaluate, report
-from .recommend import recommend, search
 
 __all__ = [
     "app",

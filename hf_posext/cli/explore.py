@@ -1,27 +1,30 @@
-"""Commands that show and explain: `inspect`, `methods`, `env`, `explain`, and `app`, which opens the page."""
+"""Commands that show, explain and choose: `inspect`, `methods`, `env`, `explain`, `app`, `recommend` and `search`."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.markup import escape
 
+import hf_posext  # whose names load torch and transformers when they are first used
+
 from ..errors import InvalidParameterError
 from ..packages import require, versions_of
+from ..processes import rank
 from . import options
 from .app import app
 from .console import PlainConsole, plain_table, print_facts, say
+from .loading import base_of, load_body, load_config, load_model, require_unpatched, saved_plan
+from .runs import join_processes, plan_file
 
-if TYPE_CHECKING:
-    from ..diagnosis import Diagnosis
-    from ..plan import ExtensionPlan
-    from ..scheme import PositionalScheme
+Result = TypeVar("Result")
 
 PACKAGES = (
     *("hf_posext", "transformers", "torch", "tokenizers", "safetensors", "huggingface_hub", "numpy", "triton"),
@@ -35,9 +38,7 @@ Facts = list[tuple[str, str]]
 @app.command()
 def methods(as_json: options.AsJson = False) -> None:
     """List the methods, with the paper of each."""
-    from ..methods import list_methods
-
-    infos = list_methods()
+    infos = hf_posext.list_methods()
     if as_json:
         say(json.dumps([asdict(method) for method in infos], indent=2))
         return
@@ -63,14 +64,12 @@ def inspect(
     For a model that was saved with a patch, or with an adapter trained under one, also show the plan. Everything else
     describes the model without its patch.
     """
-    from ..methods import as_method, list_methods
+    from ..methods import as_method
     from ..methods.text import by_reason
-    from ..patching import detect_scheme
-    from .loading import base_of, load_config, saved_plan
 
     plan, base = saved_plan(model), base_of(model)
-    scheme = detect_scheme(load_config(model, trust_remote_code)) if plan is None else plan.scheme
-    refusals = {method.name: as_method(method.name).applies_to(scheme) for method in list_methods()}
+    scheme = hf_posext.detect_scheme(load_config(model, trust_remote_code)) if plan is None else plan.scheme
+    refusals = {method.name: as_method(method.name).applies_to(scheme) for method in hf_posext.list_methods()}
     if as_json:
         content = {"model": model, "base": base, "plan": plan and plan.to_dict()}
         say(json.dumps({**content, "scheme": scheme.to_dict(), "methods": refusals}, indent=2))
@@ -81,7 +80,9 @@ def inspect(
     print_facts(facts)
 
 
-def _facts(model: str, base: str | None, plan: ExtensionPlan | None, scheme: PositionalScheme) -> Facts:
+def _facts(
+    model: str, base: str | None, plan: hf_posext.ExtensionPlan | None, scheme: hf_posext.PositionalScheme
+) -> Facts:
     facts = [
         ("model", f"{model} ({scheme.model_type})"),
         *([("adapter of", base)] if base else []),
@@ -108,8 +109,6 @@ def env(
 ) -> None:
     """Print versions and devices for a bug report, and the plan of a model that was saved with a patch."""
     import torch
-
-    from .loading import load_config, saved_plan
 
     plan = None if model is None else saved_plan(model)
     if model is not None and plan is None:
@@ -167,26 +166,22 @@ def explain(
     if plot is not None and plot.suffix.lower() != ".png":
         raise InvalidParameterError(f"Expected the name of a PNG, got {plot}. Pass --plot {plot.with_suffix('.png')}.")
 
-    # The imports that take seconds come after the checks that need none of them.
-    from ..diagnosis import diagnose
-    from ..patching import detect_scheme
-    from .loading import load_body, load_config, load_model, require_unpatched
-
     for model in models:
         require_unpatched(model, "explain describes a model without one", "show its plan with hf-posext inspect")
         load_config(model, trust_remote_code)
     documents = None if texts.dataset is None else texts.load()
-    diagnoses: list[Diagnosis] = []
+    diagnoses: list[hf_posext.Diagnosis] = []
     for model in models:
         place = (model, dtype, device, trust_remote_code)
         # Without documents only positions count, which do not depend on the head.
         network, tokenizer = (load_body(*place), None) if documents is None else load_model(*place)
         fitting = parsed
         if parsed is not None and len(models) > 1:
-            scheme = detect_scheme(network)
+            scheme = hf_posext.detect_scheme(network)
             fitting = [method for method in parsed if method.applies_to(scheme) is None]
-        lengths = {"target_length": target_length, "trained_length": trained_length}
-        diagnoses.append(diagnose(network, tokenizer, documents, methods=fitting, **lengths, start=start, seed=seed))
+        settings: dict[str, Any] = {"target_length": target_length, "trained_length": trained_length}
+        settings |= {"methods": fitting, "start": start, "seed": seed}
+        diagnoses.append(hf_posext.diagnose(network, tokenizer, documents, **settings))
     if as_json:
         content = [diagnosis.to_dict() for diagnosis in diagnoses]
         say(json.dumps(content if len(content) > 1 else content[0], indent=1))
@@ -203,7 +198,7 @@ def explain(
         say(f"picture: {plot}", err=as_json)
 
 
-def _draw(diagnoses: list[Diagnosis], path: Path) -> None:
+def _draw(diagnoses: list[hf_posext.Diagnosis], path: Path) -> None:
     from ..reporting.signals import plot_classes
 
     if not any(diagnosis.signals for diagnosis in diagnoses):
@@ -215,7 +210,7 @@ def _draw(diagnoses: list[Diagnosis], path: Path) -> None:
         diagnoses[0].plot(path)
 
 
-def _diagnosed(diagnosis: Diagnosis) -> Facts:
+def _diagnosed(diagnosis: hf_posext.Diagnosis) -> Facts:
     from ..methods.rotary import first_rotary
 
     tables, scheme = diagnosis.tables, diagnosis.scheme
@@ -276,9 +271,135 @@ def page(
     os.environ |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
     from ..app import make_shelf
     from ..app.page import serve
-    from .loading import load_model
 
     shelf = make_shelf(
         model or [], dataset, start, lambda folder: load_model(folder, "float32", "cpu", trust_remote_code)
     )
     serve(shelf, port, lambda address: say(f"the page is at {address} (Ctrl+C ends it)"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(options.Run):
+    """Options of both commands: a model, a target length, and the file of the plan."""
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")]
+    target_length: int = options.option("Target length in tokens, above the trained length.", ..., min=2)
+    output: Path = options.option(
+        "JSON file of the plan; must not exist. The journal is written beside it.", ..., dir_okay=False
+    )
+    trained_length: options.TrainedLength = None
+    start: options.Start = 0
+    seed: options.Seed = 0
+    resume: bool = options.option("Resume the run whose journal is beside OUTPUT, if any.", False)
+
+    def measure(self, function: Callable[..., Result], journal: Path, **settings: Any) -> Result:
+        """Return the result of a function of the model, its tokenizer and the texts, which measures them."""
+        device, accelerator = join_processes(self.device)
+        texts = self.load()
+        return function(
+            *load_model(self.model, self.dtype, device, self.trust_remote_code),
+            texts,
+            self.target_length,
+            trained_length=self.trained_length,
+            start=self.start,
+            seed=self.seed,
+            journal=journal,
+            accelerator=accelerator,
+            **settings,
+        )
+
+
+@app.command()
+def recommend(
+    run: Choice,
+    budget: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that may go through the model. Default: a quarter of the exhaustive sweep."),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to choose from, separated by commas. Default: all that apply.")
+    ] = None,
+    short_limit: Annotated[
+        float,
+        typer.Option(min=0, help="Largest increase of perplexity allowed inside the trained length; 0.01 is 1 %."),
+    ] = 0.01,
+    passkey: Annotated[int, typer.Option(min=0, help="Passkey trials of contenders that are level; 0 for none.")] = 5,
+    as_json: options.AsJson = False,
+) -> None:
+    """Find the method that reads a length best, or say that truncation is better, and write the plan to use.
+
+    Methods that apply are measured on the documents by successive halving, within the budget. OUTPUT is the plan:
+    patch_model(model, ExtensionPlan.load(OUTPUT)). --resume continues an interrupted run, also with more budget.
+    """
+    with plan_file(run.output, run.resume) as journal:
+        parsed = options.methods_of(methods)
+
+        from ..recommendation.sweep import check_target
+
+        require_unpatched(run.model, "a recommendation begins unpatched", "measure it by hf-posext evaluate")
+        if run.trained_length is not None:
+            check_target(run.target_length, run.trained_length, "trained_length=")
+        settings = {"budget": budget, "methods": parsed, "short_limit": short_limit, "passkey": passkey}
+        recommendation = run.measure(hf_posext.recommend, journal, **settings)
+        if rank():
+            return
+        recommendation.save(run.output)
+        if as_json:
+            say(json.dumps(recommendation.to_dict(), indent=1))
+        else:
+            _print(recommendation)
+        say(f"plan: {run.output}", err=as_json)
+
+
+@app.command()
+def search(
+    run: Choice,
+    objective: Annotated[
+        Literal["tail", "key-tokens"],
+        typer.Option(help="Perplexity of the second half of texts, or of the tokens that need the long context."),
+    ] = "tail",
+    population: Annotated[int, typer.Option(min=4, help="Sets of factors in a generation.")] = 32,
+    generations: Annotated[int, typer.Option(min=1, help="Number of generations; each replaces the worse half.")] = 20,
+) -> None:
+    """Search a factor for every rotary pair, as LongRoPE does, and write the plan.
+
+    The plan consists of native longrope parameters: a checkpoint with it opens in plain transformers. Measure it on
+    documents that the search has not read. --resume continues an interrupted search, to the same result, and a
+    finished one for more --generations.
+    """
+    with plan_file(run.output, run.resume) as journal:
+        from ..frequency_search import check_search
+
+        require_unpatched(run.model, "a search begins unpatched", "measure it by hf-posext evaluate")
+        scheme = hf_posext.detect_scheme(load_config(run.model, run.trust_remote_code))
+        check_search(scheme, run.target_length, run.trained_length)
+        result = run.measure(
+            hf_posext.search, journal, objective=objective, population=population, generations=generations
+        )
+        if rank():
+            return
+        result.save(run.output)
+        say(result.describe())
+        say(f"plan: {run.output}")
+
+
+def _print(recommendation: hf_posext.Recommendation) -> None:
+    from ..recommendation.sweep import title
+
+    console = PlainConsole()
+    console.print(escape(recommendation.describe()))
+    console.print()
+    table = plain_table()
+    table.add_column("contender", overflow="fold")
+    for head in ("documents", "tail ppl", "x best", "short", "passkeys"):
+        table.add_column(head, justify="right")
+    for row in recommendation.contenders:
+        keys = "" if row["passkey"] is None else f"{row['passkey']:.2f}"
+        numbers = (f"{row['perplexity_tail']:.2f}", f"{row['ratio']:.3f}", f"{100 * row['short_change']:+.1f} %")
+        table.add_row(title(row["method"], row["factor"]), str(row["documents"]), *numbers, keys)
+    console.print(table)
+    cost = recommendation.cost
+    console.print(
+        f"read {cost['tokens']} tokens of a budget of {cost['budget']}; all contenders on all documents would be "
+        f"{cost['exhaustive_tokens']}"
+    )

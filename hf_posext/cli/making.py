@@ -1,24 +1,30 @@
-"""`finetune`: train an adapter, or all weights, under a patch."""
+"""Commands that make a model or a file for a server: `finetune`, `export`, `gguf`, and `serve`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import hf_posext  # whose names load torch and transformers when they are first used
+
 from ..errors import DocumentError, InvalidParameterError
-from ..processes import rank as process_rank
+from ..packages import require
+from ..plan import PLAN_FILE
+from ..processes import rank
 from . import options
 from .app import app
 from .console import say
+from .loading import base_of, load_4bit, load_config, load_model, require_device, require_unpatched, saved_plan
 from .options import option
-from .runs import check_tracker, make_writable, removed_if_empty
+from .runs import check_tracker, make_writable, output_directory, removed_if_empty
 
 if TYPE_CHECKING:
-    from ..plan import ExtensionPlan
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..training import Evaluation, Finetuned, Preset
 
 
@@ -93,7 +99,7 @@ class HeldOut:
     passkey: int = option("For --evaluate: passkey trials at each length.", 0, min=0)
     patience: int | None = option("For --evaluate: stop after this many measurements without improvement.", min=1)
 
-    def load(self, texts: options.Texts, plan: ExtensionPlan) -> Evaluation | None:
+    def load(self, texts: options.Texts, plan: hf_posext.ExtensionPlan) -> Evaluation | None:
         """Return the evaluation with its texts, which are read like those to train on."""
         from ..training import Evaluation
 
@@ -145,25 +151,21 @@ def finetune(
     if method is None and adapter.preset != "nope":
         raise InvalidParameterError("Expected a method, got none. Pass one, as in --method yarn --factor 8.")
     from ..methods import as_method
-    from ..patching import detect_scheme
-    from .loading import load_4bit, load_config, load_model, require_unpatched
 
     # The plan needs the config alone, so that a refusal comes before weights are read.
     require_unpatched(model, "training begins unpatched", "go on with a run that was stopped by --resume")
-    scheme = detect_scheme(load_config(model, trust_remote_code))
+    scheme = hf_posext.detect_scheme(load_config(model, trust_remote_code))
     plan = as_method(method or adapter.preset).plan(scheme, **vars(lengths))
 
-    # The imports that take seconds come after the checks that need none of them.
     from transformers.integrations import get_available_reporting_integrations
 
-    from ..training import finetune as train
     from ..training.finetune import check_output
 
     if training.report_to != "none":
         check_tracker("report_to", training.report_to, get_available_reporting_integrations())
     preset = adapter.changed()
     with removed_if_empty(output):
-        if not process_rank():
+        if not rank():
             check_output(output, training.resume)
             make_writable(output)
         documents, evaluation = texts.load(), held_out.load(texts, plan)
@@ -172,12 +174,12 @@ def finetune(
         )
         places: Any = {"output": output, "preset": preset, "evaluation": evaluation, "patience": held_out.patience}
         try:
-            result = train(network, tokenizer, documents, plan, **places, **vars(training))
+            result = hf_posext.finetune(network, tokenizer, documents, plan, **places, **vars(training))
         except KeyboardInterrupt:
             advice = "go on with --resume" if output.is_dir() and any(output.iterdir()) else "nothing was saved"
             say(f"interrupted; {advice}", err=True)
             raise typer.Exit(130) from None
-    if not process_rank():
+    if not rank():
         _tell(result)
 
 
@@ -193,3 +195,122 @@ def _tell(result: Finetuned) -> None:
         metric, _, tokens = name.removeprefix("eval_").rpartition("_")
         say(f"{metric} at {tokens}: {evaluations[0][name]:.2f} -> {evaluations[-1][name]:.2f}")
     say(f"{result.path.name}: {result.path}")
+
+
+Source = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Saved patch, adapter folder, or with --method a model folder or Hub id."),
+]
+SourceMethod = Annotated[str | None, typer.Option(help="Method for an unpatched model, such as 'rerope+fade'.")]
+
+
+@app.command()
+def export(
+    model: Source,
+    to: Annotated[
+        Literal["transformers", "transformers-4", "vllm", "sglang", "llama.cpp"],
+        typer.Option(help="Server or library that will run it."),
+    ],
+    output: Annotated[Path, typer.Option(file_okay=False, help="Directory of the checkpoint; new or empty.")],
+    lengths: options.Lengths,
+    method: SourceMethod = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Write a checkpoint for a server, with the command that starts it and its differences from this package.
+
+    An adapter is merged into its base. A plan that the server cannot run is refused before anything is written.
+    """
+    with output_directory(output):
+        network, tokenizer, merged = open_patched(model, method, lengths, dtype, trust_remote_code)
+        serving = hf_posext.export_checkpoint(network, output, to, tokenizer=tokenizer, merged=merged)
+        say(f"{serving.plan.describe()} for {serving.server}, as read from {serving.read_from}")
+        for line in serving.command_lines(str(output)):
+            say(f"  {line}")
+        for sentence in serving.differences:
+            say(f"- {sentence}")
+        say(f"instructions: {output / 'SERVING.md'}")
+
+
+@app.command()
+def gguf(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan, or the folder that export wrote.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="GGUF file that convert_hf_to_gguf.py wrote.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="GGUF file to write; must not exist.")],
+) -> None:
+    """Copy a GGUF file and give it the positions of a plan."""
+    from ..export import write_gguf
+
+    say(f"wrote {write_gguf(plan, source, output)}")
+
+
+def open_patched(
+    model: str, method: str | None, lengths: options.Lengths, dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any] | None]:
+    """Open a patched model, or patch an unpatched one. Merge an adapter, and also return its config."""
+    from ..methods import as_method
+
+    config = load_config(base_of(model) or model, trust_remote_code)
+    plan, target = saved_plan(model), {name: value for name, value in vars(lengths).items() if value is not None}
+    # Refusals come before weights are read.
+    if plan is not None and (method is not None or target):
+        raise InvalidParameterError(f"{model} has a plan of its own. Leave out --method and lengths.")
+    if plan is None:
+        if method is None:
+            raise InvalidParameterError(
+                f"{model} has no {PLAN_FILE}. Pass the method, as in --method yarn --factor 4."
+            )
+        plan = as_method(method).plan(hf_posext.detect_scheme(config), **target)
+    if dtype == "auto":
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+    network, tokenizer = load_model(model, dtype, "cpu", trust_remote_code)
+    merged = None
+    if adapters := getattr(network, "peft_config", None):
+        merged = next(iter(adapters.values())).to_dict()
+        network = network.merge_and_unload()
+    if hf_posext.find_patch(network) is None:
+        hf_posext.patch_model(network, plan, tokenizer=tokenizer)
+    return network, tokenizer, merged
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Source,
+    lengths: options.Lengths,
+    method: SourceMethod = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Serve a patched model over HTTP by `transformers serve`, remapped positions included.
+
+    Further flags are those of `transformers serve`: --host, --port, --cb-num-blocks. Needs the extra: pip install
+    'hf_posext[serve]'.
+    """
+    require("serve")
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import model_manager
+
+    require_device(device)
+    network, tokenizer, _ = open_patched(model, method, lengths, dtype, trust_remote_code)
+    network = network.to(device).eval()
+    patch = hf_posext.find_patch(network)
+    assert patch is not None
+    # Positions that follow the length of a text need the whole text: those requests run one after the other.
+    words = [] if patch.plan.follows_rows else ["--continuous-batching"]
+
+    class OpenModel(model_manager.ModelManager):  # type: ignore[misc]
+        """Manager of the opened model, in place of one that the server loads."""
+
+        def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+            return network
+
+        def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
+            return tokenizer
+
+    model_manager.ModelManager = OpenModel  # the server imports it when it is made
+    server = typer.Typer(rich_markup_mode=None)
+    server.command()(Serve)
+    say(f"serving {model} ({patch.plan.describe()})")
+    typer.main.get_command(server).main([model, *words, *context.args], standalone_mode=False)
